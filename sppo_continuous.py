@@ -1,16 +1,13 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = [
-#   "torch==2.13.0", "gymnasium[mujoco,box2d]==1.4.0", "mujoco==4.0.0", "numpy>=2.0", "tyro==1.0.16",
-#   "tensorboard==2.21.0", "tqdm==4.70.1",
-# ]
+# dependencies = ["torch==2.13.0", "gymnasium[mujoco,box2d]==1.4.0", "mujoco==4.0.0", "numpy>=2.0",
+#   "tyro==1.0.16", "tensorboard==2.21.0", "tqdm==4.70.1"]
 # ///
-"""Symmetric PPO (SPPO) for continuous control, whole: from the environment to the learning curve.
+"""Symmetric PPO (SPPO) for continuous control: all of it, from the environment to the learning curve.
 
-    python sppo_continuous.py --env-id Hopper-v4                      # SPPO, 11 bins in each action dimension
+    python sppo_continuous.py --env-id Hopper-v4                      # SPPO, 11 bins per action dimension
     python sppo_continuous.py --env-id Hopper-v4 --noise normal       # the same, learning from noisy rewards
-    python sppo_continuous.py --env-id Hopper-v4 --policy gaussian    # the baseline: PPO with a Gaussian policy
-    python sppo_continuous.py --resume runs/NAME                      # go on with an interrupted run
+    python sppo_continuous.py --env-id Hopper-v4 --policy gaussian    # the baseline, PPO
 
 From "Symmetric Reinforcement Learning Loss for Robust Learning on Diverse Tasks and Model Scales" (Byun &
 Perrault, ICML 2025, arXiv 2405.17618). With p = pi(a|s) for the action taken, p_old the same when it was
@@ -23,18 +20,8 @@ sampled, r = p / p_old, its advantage A, and Z < 0 in the place of log 0:
 The gradient of Lr is |Z| times that of L, so SPPO's policy gradient is (alpha + beta |Z|) times PPO's. What
 changes is its weight against the value loss, the entropy bonus and the limit on the gradient norm. Lr needs
 probabilities, hence the bins; the probability of an action is the product over its dimensions.
-
-A run writes runs/NAME/: TensorBoard events, args.json, progress.csv (the evaluations), checkpoint.pt and, when
-it has finished, summary.json. Defaults are the paper's settings; Humanoid-v4 has its own there:
-
-    python sppo_continuous.py --env-id Humanoid-v4 --total-timesteps 10000000 --num-steps 512 \
-        --num-minibatches 2 --update-epochs 5 --gamma 0.95 --learning-rate 3.5e-5 --ent-coef 0.002 \
-        --clip-coef 0.3 --hidden-sizes 256 256 --activation relu --no-ortho-init --log-std-init -2
 """
 
-import dataclasses
-import importlib
-import io
 import json
 import math
 import os
@@ -47,18 +34,16 @@ import threading
 import time
 import warnings
 from collections import deque
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from importlib import import_module, metadata, util
 from pathlib import Path
 from typing import Literal
 
 import gymnasium as gym
-import mujoco
 import numpy as np
 import torch
-import torch.nn as nn
-import torch.nn.functional as F
 import tyro
-from torch.nn.utils import parameters_to_vector, vector_to_parameters
+from torch import nn
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
@@ -69,11 +54,11 @@ class Args:
     total_timesteps: int = 1_000_000  # environment steps in all, rounded up to whole rollouts
     seed: int = 1  # of everything random (the paper's runs: 10000, 10001, ...)
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the CPU, the faster one for networks this small
-    compile: bool = True  # compile the gradient step, where there is a C++ compiler: starts later, runs 1.5x faster
+    compile: bool = True  # compile the gradient, given a C++ compiler: starts seconds later, runs 1.5x faster
     runs_dir: str = "runs"  # folder of all runs
     run_name: str | None = None  # folder of this run; default: environment, algorithm, noise, seed and time
-    resume: str | None = None  # folder of an interrupted run to go on with, under the flags it was started with
-    checkpoint_freq: int | None = None  # steps between checkpoints; default: a twentieth of the run; 0: at its end
+    resume: str | None = None  # folder of an interrupted run to go on with; the only flag, then
+    checkpoint_freq: int | None = None  # steps between checkpoints; default: run / 20; 0: at the end
     track: bool = False  # log to Weights & Biases as well (pip install wandb)
 
     policy: Literal["categorical", "gaussian"] = "categorical"  # gaussian: plain PPO, the baseline
@@ -102,10 +87,10 @@ class Args:
     beta: float | None = None  # weight of the reverse loss; default: 20, with the Gaussian policy 0
     z: float = -1.0  # Z, which stands for log 0
 
-    noise: Literal["none", "flip", "normal", "uniform", "adv_flip"] = "none"  # on training rewards or advantages
-    noise_level: float | None = None  # probability of a flip (default 0.1) or size of the noise (default 0.05)
+    noise: Literal["none", "flip", "normal", "uniform", "adv_flip"] = "none"  # see perturb_reward
+    noise_level: float | None = None  # chance of a flip (default 0.1) or size (default 0.05)
 
-    eval_freq: int | None = None  # steps between evaluations; default: a twentieth of the run; 0: at its end
+    eval_freq: int | None = None  # steps between evaluations; default: run / 20; 0: at the end
     eval_episodes: int = 10  # episodes in an evaluation: greedy actions, raw rewards without noise
     capture_video: bool = False  # film the first episode of each evaluation (pip install moviepy)
 
@@ -114,22 +99,16 @@ class Args:
         return "ppo" if self.policy == "gaussian" else "sppo" if self.beta else "dppo"
 
 
-def make_env(env_id: str, video_dir: Path | None = None) -> gym.Env:
-    """An environment; with `video_dir`, one that films its episodes into that folder."""
-    # The paper's environments are MuJoCo's v4; that they are old is no news to whoever asks for them.
-    warnings.filterwarnings("ignore", message=".*is out of date.*")
-    mujoco.set_mju_user_warning(lambda text: "is deprecated" in text or print(text, file=sys.stderr))
-    if video_dir is None:
-        return gym.make(env_id)
-    env = gym.make(env_id, render_mode="rgb_array")
-    return gym.wrappers.RecordVideo(env, str(video_dir), episode_trigger=lambda episode: True)
+def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
+    warnings.filterwarnings("ignore", message=".*is out of date.*")  # the paper's environments are MuJoCo v4
+    return gym.make(env_id, render_mode=render_mode)
 
 
 class RunningStats:
-    """Mean and population standard deviation of all values seen, in float64 (Welford 1962)."""
+    """Mean and population standard deviation of all values so far, in float64 (Welford 1962)."""
 
     def __init__(self, shape: tuple[int, ...]):
-        self.count, self.mean, self.m2 = 0, np.zeros(shape), np.zeros(shape)
+        self.count, self.mean, self.m2, self.std = 0, np.zeros(shape), np.zeros(shape), np.ones(shape)
 
     def update(self, batch: np.ndarray) -> None:
         for value in batch:
@@ -137,27 +116,24 @@ class RunningStats:
             delta = value - self.mean
             self.mean = self.mean + delta / self.count
             self.m2 = self.m2 + delta * (value - self.mean)
-
-    def std(self) -> np.ndarray:
-        return np.sqrt(self.m2 / max(self.count, 1) + 1e-8)
+        self.std = np.sqrt(self.m2 / self.count + 1e-8)
 
 
 class NormalizedEnvs:
-    """`num_envs` environments, stepped in turn, normalised like Stable-Baselines3's VecNormalize.
+    """Environments stepped in turn; where an episode ends, the next one starts in the same step.
 
-    Observations are standardised with running statistics. Rewards are divided by the running standard deviation
-    of the discounted return, not centred. Both are clipped to [-10, 10]. When an episode ends, the next one
-    starts in the same step. `finished`: (return, length) of the last 100 episodes, in raw rewards.
+    Observations are standardised by running statistics, rewards divided by the running standard deviation of
+    the discounted return, both then clipped to [-10, 10], as by Stable-Baselines3's VecNormalize.
     """
 
     def __init__(self, env_id: str, num_envs: int, gamma: float):
         self.envs, self.gamma = [make_env(env_id) for _ in range(num_envs)], gamma
         self.obs_stats = RunningStats(self.envs[0].observation_space.shape)
         self.return_stats = RunningStats(())
-        self.finished = deque(maxlen=100)
+        self.finished = deque(maxlen=100)  # (return, length) of the last 100 episodes, in raw rewards
 
     def normalize_obs(self, obs: np.ndarray) -> np.ndarray:
-        return ((obs - self.obs_stats.mean) / self.obs_stats.std()).clip(-10, 10).astype(np.float32)
+        return ((obs - self.obs_stats.mean) / self.obs_stats.std).clip(-10, 10).astype(np.float32)
 
     def reset(self, seed: int) -> np.ndarray:
         """Starts an episode in every environment. Returns normalised observations (num_envs, obs_dim)."""
@@ -167,11 +143,8 @@ class NormalizedEnvs:
         return self.normalize_obs(self.obs)
 
     def step(self, action: np.ndarray):
-        """Steps all environments by `action` (num_envs, action_dim).
-
-        Returns normalised observations (num_envs, obs_dim), normalised rewards, terminated and truncated
-        (num_envs,), and {index: normalised last observation} of the environments that were truncated.
-        """
+        """Steps by `action` (num_envs, action_dim). Returns normalised observations (num_envs, obs_dim) and
+        rewards (num_envs,), terminated, truncated, and {index: normalised last observation} where truncated."""
         reward, final_obs = np.zeros(len(self.envs)), {}
         terminated, truncated = np.zeros((2, len(self.envs)), bool)
         for i, env in enumerate(self.envs):
@@ -182,21 +155,18 @@ class NormalizedEnvs:
         self.return_stats.update(self.discounted_return)
         for i in np.flatnonzero(terminated | truncated):
             if not terminated[i]:
-                final_obs[i] = self.obs[i].copy()
+                final_obs[i] = self.normalize_obs(self.obs[i])
             self.finished.append((float(self.episode_return[i]), int(self.episode_length[i])))
             self.episode_return[i] = self.discounted_return[i] = self.episode_length[i] = 0
             self.obs[i], _ = self.envs[i].reset()
         self.obs_stats.update(self.obs)
-        final_obs = {i: self.normalize_obs(obs) for i, obs in final_obs.items()}
-        reward = (reward / self.return_stats.std()).clip(-10, 10)
+        reward = (reward / self.return_stats.std).clip(-10, 10)
         return self.normalize_obs(self.obs), reward, terminated, truncated, final_obs
 
 
 def perturb_reward(reward: np.ndarray, noise: str, level: float, rng: np.random.Generator) -> np.ndarray:
-    """Rewards, of any shape, as a noisy judge gives them.
-
-    flip: r -> 1 - r with probability `level`; normal: r + N(0, level^2); uniform: r + U(-level, level).
-    """
+    """Rewards of any shape as a noisy judge gives them: flip turns r into 1 - r with probability `level`,
+    normal adds N(0, level^2), uniform adds U(-level, level), the others leave rewards alone."""
     if noise == "flip":
         return np.where(rng.random(reward.shape) < level, 1 - reward, reward)
     if noise == "normal":
@@ -213,7 +183,7 @@ def perturb_advantage(advantage: torch.Tensor, level: float, generator: torch.Ge
 
 
 def mlp(in_dim: int, out_dim: int, out_gain: float, args: Args) -> nn.Sequential:
-    """Multi-layer perceptron; orthogonal weights of gain sqrt(2), in the last layer `out_gain`; zero biases."""
+    """Multi-layer perceptron; orthogonal weights of gain sqrt(2), at last `out_gain`, and zero biases."""
     layers, widths = [], (in_dim, *args.hidden_sizes, out_dim)
     for i in range(1, len(widths)):
         last = i == len(widths) - 1
@@ -228,16 +198,12 @@ def mlp(in_dim: int, out_dim: int, out_gain: float, args: Args) -> nn.Sequential
 
 
 class Agent(nn.Module):
-    """Actor and critic, which share nothing.
-
-    Categorical: each action dimension takes one of `bins` values; the actor gives logits (batch, action_dim, bins)
-    and an action is the indices of the values. Gaussian: the actor gives means (batch, action_dim), the standard
-    deviations are parameters of their own, and the environment gets actions clipped to their bounds.
-    """
+    """Actor, of logits (batch, action_dim, bins) or means (batch, action_dim), and a critic of its own."""
 
     def __init__(self, env: gym.Env, args: Args):
         super().__init__()
-        (obs_dim,), space, self.gaussian = env.observation_space.shape, env.action_space, args.policy == "gaussian"
+        (obs_dim,), space = env.observation_space.shape, env.action_space
+        self.gaussian = args.policy == "gaussian"
         self.values = np.linspace(space.low, space.high, args.bins, axis=1)  # (action_dim, bins)
         self.actor_shape = space.shape if self.gaussian else self.values.shape
         self.actor = mlp(obs_dim, math.prod(self.actor_shape), 0.01, args)
@@ -251,19 +217,20 @@ class Agent(nn.Module):
     def value(self, obs):
         return self.critic(obs).squeeze(-1)
 
-    def sampling_noise(self, *batch: int, generator: torch.Generator) -> torch.Tensor:
-        """What makes a sample of the actor's output: Gumbel noise for arg max, or standard normal."""
-        noise = torch.empty(*batch, *self.actor_shape, device=generator.device)
-        return noise.normal_(generator=generator) if self.gaussian else -noise.exponential_(generator=generator).log()
-
-    def act(self, obs, noise):
-        """Actions (batch, action_dim): sampled with `sampling_noise`, greedy with 0."""
+    def act(self, obs, generator=None):
+        """Actions (batch, action_dim), indices of bins or numbers: sampled with `generator`, else greedy."""
         policy = self.policy(obs)
-        return policy + self.log_std.exp() * noise if self.gaussian else (policy + noise).argmax(-1)
+        if generator is None:
+            return policy if self.gaussian else policy.argmax(-1)
+        noise = torch.empty_like(policy)
+        if self.gaussian:
+            return policy + self.log_std.exp() * noise.normal_(generator=generator)
+        return (policy - noise.exponential_(generator=generator).log()).argmax(-1)  # Gumbel-max trick
 
     def to_env(self, action: np.ndarray) -> np.ndarray:
-        bounds = self.values[:, 0], self.values[:, -1]
-        return action.clip(*bounds) if self.gaussian else self.values[np.arange(len(self.values)), action]
+        if self.gaussian:
+            return action.clip(self.values[:, 0], self.values[:, -1])
+        return self.values[np.arange(len(self.values)), action]
 
     def log_prob(self, policy, action):
         """Of the joint action, (batch,): summed over its dimensions."""
@@ -285,8 +252,8 @@ def symmetric_policy_loss(log_prob, old_log_prob, advantage, clip_coef, alpha, b
     Tensors (batch,): `log_prob`, `old_log_prob`: log pi(a|s) of the joint action taken, now and when it was
     sampled; `advantage`: its advantage. Numbers: `clip_coef`: PPO's epsilon; `alpha`, `beta` >= 0; `z` < 0.
 
-    (1 - p) / p_old is written 1 / p_old - r. The first term has no gradient but grows with the dimension of the
-    action, in float32 to infinity (log p_old < -88): judge this loss by its gradient, not by its value.
+    (1 - p) / p_old is written 1 / p_old - r: the first term has no gradient but grows with the dimension of
+    the action, to infinity in float32 below log p_old = -88. Judge this loss by its gradient, not its value.
     """
     ratio = (log_prob - old_log_prob).exp()
     surrogate = advantage * ratio
@@ -300,11 +267,11 @@ def symmetric_policy_loss(log_prob, old_log_prob, advantage, clip_coef, alpha, b
 
 
 def compute_gae(reward, value, final_value, terminated, truncated, gamma, gae_lambda):
-    """Advantages and returns, (T, N), by generalised advantage estimation (Schulman et al. 2016, arXiv 1506.02438).
+    """Advantages and returns (T, N): generalised advantage estimation (Schulman et al., arXiv 1506.02438).
 
-    Arrays of T steps in N environments: `reward`, `terminated`, `truncated` (T, N); `value` (T + 1, N): of the
-    observations before each step and after the last; `final_value` (T, N): where an episode was truncated, the
-    value of its last observation. After termination nothing follows; a truncated episode would have gone on.
+    Arrays of T steps in N environments: `reward`, `terminated`, `truncated` (T, N); `value` (T + 1, N) of the
+    observations before each step and after the last; `final_value` (T, N) of an episode's last observation,
+    where it was truncated. After termination nothing follows; a truncated episode would have gone on.
     """
     next_value = np.where(truncated, final_value, value[1:]) * ~terminated
     delta = reward + gamma * next_value - value[:-1]
@@ -315,122 +282,98 @@ def compute_gae(reward, value, final_value, terminated, truncated, gamma, gae_la
     return advantage, advantage + value[:-1]
 
 
-def loss_gradient(agent, args, obs, action, old_log_prob, advantage, returns):
-    """Gradient of the loss as one vector, clipped, and its norm before; tensors of a minibatch, (batch, ...)."""
-    policy = agent.policy(obs)
-    log_prob, symmetric = agent.log_prob(policy, action), (args.alpha, args.beta, args.z)
-    loss = symmetric_policy_loss(log_prob, old_log_prob, advantage, args.clip_coef, *symmetric)
-    loss = loss + args.vf_coef * F.mse_loss(agent.value(obs), returns)
-    if args.ent_coef:
-        loss = loss - args.ent_coef * agent.entropy(policy).mean()
-    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(agent.parameters()))])
-    norm = gradient.norm()
-    return gradient * (args.max_grad_norm / (norm + 1e-6)).clamp(max=1), norm
-
-
-@torch.no_grad()
-def diagnose(agent, args, obs, action, old_log_prob, advantage, returns) -> dict[str, float]:
-    """Losses and distances of the agent after an update, over the whole rollout; tensors (batch, ...)."""
+def gradient_and_metrics(agent, args, obs, action, old_log_prob, advantage, returns):
+    """Clipped gradient of the loss, as one vector, and what to log; tensors of a minibatch, (batch, ...)."""
     policy = agent.policy(obs)
     log_prob = agent.log_prob(policy, action)
-    ratio = (log_prob - old_log_prob).exp()
-    if args.norm_adv:
-        advantage = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
-    flows = advantage * ratio <= advantage * ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-    scalars = {
-        "policy": symmetric_policy_loss(log_prob, old_log_prob, advantage, args.clip_coef, 1.0, 0.0, args.z),
-        # without its constant, A Z / p_old, which has no gradient and would drown the rest
-        "reverse": torch.where(flows, args.z * advantage * ratio, 0.0).mean(),
-        "value": F.mse_loss(agent.value(obs), returns),
-        "entropy": agent.entropy(policy).mean(),
-        "approx_kl": (ratio - 1 - (log_prob - old_log_prob)).mean(),  # k3 of joschu.net/blog/kl-approx.html
-        "clip_fraction": ((ratio - 1).abs() > args.clip_coef).float().mean(),
-    }
-    return {f"losses/{name}": scalar.item() for name, scalar in scalars.items()}
+    ppo = (log_prob, old_log_prob, advantage, args.clip_coef)
+    policy_loss = symmetric_policy_loss(*ppo, args.alpha, args.beta, args.z)
+    value_loss = (agent.value(obs) - returns).square().mean()
+    entropy = agent.entropy(policy).mean()
+    loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
+    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(agent.parameters()))])
+    norm = gradient.norm()
+    with torch.no_grad():
+        ratio = (log_prob - old_log_prob).exp()
+        flows = advantage * ratio <= advantage * ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+        metrics = {
+            "policy": symmetric_policy_loss(*ppo, 1.0, 0.0, args.z),
+            "reverse": torch.where(flows, args.z * advantage * ratio, 0.0).mean(),  # the part with a gradient
+            "value": value_loss.detach(), "entropy": entropy.detach(), "grad_norm": norm,  # before clipping
+            "approx_kl": (ratio - 1 - (log_prob - old_log_prob)).mean(),  # joschu.net/blog/kl-approx.html
+            "clip_fraction": ((ratio - 1).abs() > args.clip_coef).float().mean(),
+        }  # fmt: skip
+    return gradient * (args.max_grad_norm / (norm + 1e-6)).clamp(max=1), metrics
 
 
 @torch.inference_mode()
-def evaluate(agent: Agent, envs: list[gym.Env], training_envs: NormalizedEnvs, seed: int) -> dict[str, float]:
-    """One episode in each of `envs`: greedy actions, raw rewards, no noise; training statistics stay as they are."""
-    device = next(agent.parameters()).device
-    obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(envs)]).astype(float)
-    returns, lengths, running = np.zeros(len(envs)), np.zeros(len(envs)), list(range(len(envs)))
-    while running:
-        normalized = torch.from_numpy(training_envs.normalize_obs(obs[running])).to(device)
-        action, still_running = agent.to_env(agent.act(normalized, 0.0).cpu().numpy()), []
-        for i, env_action in zip(running, action):
-            obs[i], reward, terminated, truncated, _ = envs[i].step(env_action)
-            returns[i] += reward
-            lengths[i] += 1
-            still_running += [] if terminated or truncated else [i]
-        running = still_running
-    scores = {"return_mean": returns.mean(), "return_std": returns.std(), "length_mean": lengths.mean()}
-    return {name: float(score) for name, score in scores.items()} | {"episodes": len(envs)}
+def evaluate(agent: Agent, env: gym.Env, training_envs: NormalizedEnvs, episodes: int, seed: int):
+    """Returns and lengths (episodes,): greedy actions, raw rewards, statistics of the training, untouched."""
+    device, returns, lengths = next(agent.parameters()).device, np.zeros(episodes), np.zeros(episodes)
+    for i in range(episodes):
+        (obs, _), ended = env.reset(seed=seed + i), False
+        while not ended:
+            normalized = torch.from_numpy(training_envs.normalize_obs(obs)).to(device)
+            action = agent.to_env(agent.act(normalized)[0].cpu().numpy())
+            obs, reward, terminated, truncated, _ = env.step(action)
+            returns[i], lengths[i], ended = returns[i] + reward, lengths[i] + 1, terminated or truncated
+    return returns, lengths
 
 
-def save(path: Path, content: str | bytes) -> None:
+def save(path: Path, content: str | dict) -> None:
     """Writes a temporary file and renames it, so that an interruption leaves the old content or the new."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_bytes(content.encode() if isinstance(content, str) else content)
+    temporary.write_text(content) if isinstance(content, str) else torch.save(content, temporary)
     os.replace(temporary, path)
-
-
-def save_progress(path: Path, evaluations: list[dict]) -> None:
-    rows = [",".join(map(str, evaluation.values())) for evaluation in evaluations]
-    save(path, "\n".join(["step,return_mean,return_std,length_mean,episodes", *rows, ""]))
 
 
 def describe_machine() -> dict:
     """What it takes, beside the arguments, to judge or repeat a run."""
-    git = ["git", "-C", str(Path(__file__).resolve().parent), "describe", "--always", "--dirty", "--abbrev=40"]
-    versions = {name: importlib.metadata.version(name) for name in ("torch", "numpy", "gymnasium", "mujoco")}
-    hardware = {"platform": platform.platform(), "cpu": torch.backends.cpu.get_cpu_capability(), "cores": os.cpu_count()}
+    git = ["git", "-C", Path(__file__).resolve().parent, "describe", "--always", "--dirty", "--abbrev=40"]
+    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    versions = {name: metadata.version(name) for name in ("torch", "numpy", "gymnasium", "mujoco")}
+    hardware = {"cpu": torch.backends.cpu.get_cpu_capability(), "cores": os.cpu_count()}
     hardware["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
-    versions["python"] = platform.python_version()
-    return {"command": sys.argv, "versions": versions, "hardware": hardware, "commit": commit}
+    system = {"python": platform.python_version(), "platform": platform.platform()}
+    return {"command": sys.argv, "commit": commit, "versions": system | versions, "hardware": hardware}
 
 
 def train(args: Args, stop: threading.Event) -> dict | None:
-    """A run, with arguments from `prepare`. Returns the content of summary.json; None if `stop` was set early."""
+    """A run, with arguments from `prepare`. Returns what is in summary.json, or None if `stop` came first."""
     started = time.perf_counter()
-    if "OMP_NUM_THREADS" not in os.environ:
-        torch.set_num_threads(1)  # the networks are too small to be shared among cores
+    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # too small to be shared among cores
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if args.device == "cuda" else "cpu")
-    generator = torch.Generator(device).manual_seed(args.seed)  # for actions, minibatches, flips of advantages
-    rng = np.random.default_rng(args.seed)  # for noise on rewards
+    generator = torch.Generator(device).manual_seed(args.seed)  # actions, minibatches, flips of advantages
+    rng = np.random.default_rng(args.seed)  # noise on rewards
     run_dir = Path(args.resume or Path(args.runs_dir) / args.run_name)
 
     envs = NormalizedEnvs(args.env_id, args.num_envs, args.gamma)
-    eval_envs = [make_env(args.env_id) for _ in range(args.eval_episodes)]
+    eval_env = make_env(args.env_id, "rgb_array" if args.capture_video else None)
     if args.capture_video:
-        eval_envs[0] = make_env(args.env_id, run_dir / "videos")
-    agent = Agent(eval_envs[0], args).to(device)
-    parameters = parameters_to_vector(agent.parameters()).detach()
-    vector_to_parameters(parameters, agent.parameters())  # now views of this vector: Adam is one operation
+        eval_env = gym.wrappers.RecordVideo(eval_env, str(run_dir), lambda i: i % args.eval_episodes == 0)
+    agent = Agent(eval_env, args).to(device)
+    parameters = nn.utils.parameters_to_vector(agent.parameters()).detach()
+    nn.utils.vector_to_parameters(parameters, agent.parameters())  # views of it: one Adam for all
     optimizer = torch.optim.Adam([parameters], lr=args.learning_rate, eps=args.adam_eps, fused=True)
     torch._dynamo.config.trace_autograd_ops = True  # compiles the gradient into one graph with the loss
-    gradient_fn = torch.compile(loss_gradient) if args.compile else loss_gradient
+    gradient_fn = torch.compile(gradient_and_metrics) if args.compile else gradient_and_metrics
 
     global_step, evaluations, train_seconds, wall_seconds = 0, [], 0.0, 0.0
     if args.resume:
         state = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=False)
         agent.load_state_dict(state["agent"])
         optimizer.load_state_dict(state["optimizer"])
-        vars(envs.obs_stats).update(state["obs_stats"])
-        vars(envs.return_stats).update(state["return_stats"])
-        envs.finished = state["finished"]
+        obs_stats, return_stats, envs.finished = state["envs"]
+        vars(envs.obs_stats).update(obs_stats)
+        vars(envs.return_stats).update(return_stats)
         generator.set_state(state["generator"])
         rng.bit_generator.state = state["rng"]
-        global_step, evaluations = state["global_step"], state["evaluations"]
-        train_seconds, wall_seconds = state["train_seconds"], state["wall_seconds"]
-        save_progress(run_dir / "progress.csv", evaluations)  # without those from after the checkpoint
+        global_step, evaluations, train_seconds, wall_seconds = state["progress"]
     else:
         save(run_dir / "args.json", json.dumps({"args": vars(args)} | describe_machine(), indent=2))
     if args.track:
-        wandb = importlib.import_module("wandb")
-        wandb.init(project="symmetric-rl", id=args.run_name, resume="allow", config=vars(args), sync_tensorboard=True)
+        import_module("wandb").init(project="sppo", id=args.run_name, resume="allow", sync_tensorboard=True)
     writer = SummaryWriter(run_dir, purge_step=global_step + 1)
 
     T, N = args.num_steps, args.num_envs
@@ -439,15 +382,13 @@ def train(args: Args, stop: threading.Event) -> dict | None:
     (reward, final_value), (terminated, truncated) = np.zeros((2, T, N)), np.zeros((2, T, N), bool)
     obs[T] = envs.reset(seed=args.seed + global_step)  # after resuming too: a simulator's state is not saved
     progress_bar = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps", disable=None)
-    while global_step < args.total_timesteps:
-        iteration_started = time.perf_counter()
-
+    while True:
         # Rollout
+        iteration_started = time.perf_counter()
         obs[0] = obs[T]
-        noise = agent.sampling_noise(T, N, generator=generator)
         with torch.inference_mode():
             for t in range(T):
-                action[t] = agent.act(torch.from_numpy(obs[t]).to(device), noise[t]).cpu().numpy()
+                action[t] = agent.act(torch.from_numpy(obs[t]).to(device), generator).cpu().numpy()
                 env_action = agent.to_env(action[t])
                 obs[t + 1], reward[t], terminated[t], truncated[t], final_obs = envs.step(env_action)
                 for i, last_obs in final_obs.items():
@@ -455,180 +396,154 @@ def train(args: Args, stop: threading.Event) -> dict | None:
         global_step += T * N
 
         # Advantages; values and log-probabilities at one go, since the agent stood still during the rollout
-        batch_obs = torch.from_numpy(obs).to(device)
-        batch_action = torch.from_numpy(action).to(device).flatten(0, 1)
+        b_obs = torch.from_numpy(obs).to(device)
+        b_action = torch.from_numpy(action).to(device).flatten(0, 1)
         with torch.no_grad():
-            value = agent.value(batch_obs).cpu().numpy()
-            batch_obs = batch_obs[:T].flatten(0, 1)
-            old_log_prob = agent.log_prob(agent.policy(batch_obs), batch_action)
-        noisy_reward = perturb_reward(reward, args.noise, args.noise_level, rng)
-        gae = compute_gae(noisy_reward, value, final_value, terminated, truncated, args.gamma, args.gae_lambda)
+            value = agent.value(b_obs).cpu().numpy()
+            b_obs = b_obs[:T].flatten(0, 1)
+            old_log_prob = agent.log_prob(agent.policy(b_obs), b_action)
+        noisy = perturb_reward(reward, args.noise, args.noise_level, rng)
+        gae = compute_gae(noisy, value, final_value, terminated, truncated, args.gamma, args.gae_lambda)
         advantage, returns = (torch.as_tensor(x, dtype=torch.float32, device=device).flatten() for x in gae)
 
         # Update
-        grad_norms, sign_flips = [], []
+        metrics, sign_flips = [], []
         for _ in range(args.update_epochs):
             order = torch.randperm(T * N, generator=generator, device=device).view(args.num_minibatches, -1)
-            mb_advantage = advantage[order]  # all minibatches at once: (minibatch, sample)
+            mb_adv = advantage[order]  # all minibatches at once: (minibatch, sample)
             if args.noise == "adv_flip":
-                mb_advantage = perturb_advantage(mb_advantage, args.noise_level, generator)
+                mb_adv = perturb_advantage(mb_adv, args.noise_level, generator)
             if args.norm_adv:
-                mean, std = mb_advantage.mean(1, keepdim=True), mb_advantage.std(1, keepdim=True)
-                sign_flips.append(((mb_advantage > 0) != (mb_advantage > mean)).float().mean())
-                mb_advantage = (mb_advantage - mean) / (std + 1e-8)
-            for minibatch in zip(
-                batch_obs[order], batch_action[order], old_log_prob[order], mb_advantage, returns[order]
-            ):
-                parameters.grad, grad_norm = gradient_fn(agent, args, *minibatch)
+                mean, std = mb_adv.mean(1, keepdim=True), mb_adv.std(1, keepdim=True)
+                sign_flips.append(((mb_adv > 0) != (mb_adv > mean)).float().mean())
+                mb_adv = (mb_adv - mean) / (std + 1e-8)
+            for minibatch in zip(b_obs[order], b_action[order], old_log_prob[order], mb_adv, returns[order]):
+                parameters.grad, minibatch_metrics = gradient_fn(agent, args, *minibatch)
                 optimizer.step()
-                grad_norms.append(grad_norm)
+                metrics.append(minibatch_metrics)
         train_seconds += time.perf_counter() - iteration_started
 
         # Logging
-        scalars = diagnose(agent, args, batch_obs, batch_action, old_log_prob, advantage, returns)
-        scalars["losses/grad_norm"] = torch.stack(grad_norms).mean().item()  # before clipping
+        scalars = {f"losses/{k}": torch.stack([m[k] for m in metrics]).mean().item() for k in metrics[0]}
         scalars["losses/explained_variance"] = 1 - np.var(gae[0]) / np.var(gae[1])
         scalars["losses/advantage_sign_flips"] = torch.tensor(sign_flips or [0.0]).mean().item()
         scalars["losses/advantage_largest"] = advantage.abs().max().item()
         scalars["charts/SPS"] = global_step / train_seconds
-        if envs.finished:
-            scalars["charts/episodic_return"], scalars["charts/episodic_length"] = np.mean(envs.finished, axis=0)
-            progress_bar.set_postfix_str(f"return {scalars['charts/episodic_return']:.1f}")
+        episodic_return, scalars["charts/episodic_length"] = np.mean(envs.finished or [[np.nan] * 2], axis=0)
+        scalars["charts/episodic_return"] = episodic_return
         for name, scalar in scalars.items():
             writer.add_scalar(name, scalar, global_step)
         progress_bar.update(min(T * N, args.total_timesteps - progress_bar.n))
+        progress_bar.set_postfix_str(f"return {episodic_return:.1f}")
         if not math.isfinite(scalars["losses/grad_norm"]):
             sys.exit(f"error: gradient not finite at step {global_step}; lower --learning-rate or --beta")
 
         # Evaluation and checkpoint, when a multiple of their frequency has been passed
         finished, stopping = global_step >= args.total_timesteps, stop.is_set()
         due = [freq > 0 and global_step % freq < T * N for freq in (args.eval_freq, args.checkpoint_freq)]
+        wall = wall_seconds + time.perf_counter() - started
         if due[0] or finished:
-            evaluations.append({"step": global_step} | evaluate(agent, eval_envs, envs, args.seed + global_step))
-            save_progress(run_dir / "progress.csv", evaluations)
-            writer.add_scalar("eval/return_mean", evaluations[-1]["return_mean"], global_step)
-        if due[1] or finished or stopping:
-            state = {
-                "agent": agent.state_dict(), "optimizer": optimizer.state_dict(), "finished": envs.finished,
-                "obs_stats": vars(envs.obs_stats), "return_stats": vars(envs.return_stats),
-                "generator": generator.get_state(), "rng": rng.bit_generator.state,
-                "global_step": global_step, "evaluations": evaluations, "train_seconds": train_seconds,
-                "wall_seconds": wall_seconds + time.perf_counter() - started,
+            scores, lengths = evaluate(agent, eval_env, envs, args.eval_episodes, args.seed + global_step)
+            evaluations.append((global_step, scores.mean(), scores.std(), lengths.mean(), len(scores)))
+            rows = [("step", "return_mean", "return_std", "length_mean", "episodes"), *evaluations]
+            save(run_dir / "progress.csv", "".join(",".join(map(str, row)) + "\n" for row in rows))
+            writer.add_scalar("eval/return_mean", scores.mean(), global_step)
+        if finished:
+            summary = {"script": Path(__file__).name, "algo": args.algo} | vars(args) | {
+                "final_return_mean": scores.mean(), "final_return_std": scores.std(), "finished": True,
+                "train_return_last100": episodic_return if envs.finished else None,
+                "sps": global_step / train_seconds, "wall_s": wall,
             }  # fmt: skip
-            torch.save(state, buffer := io.BytesIO())
-            save(run_dir / "checkpoint.pt", buffer.getvalue())
-        if stopping and not finished:
-            return None
-
-    names = "algo env_id seed noise noise_level alpha beta z total_timesteps".split()
-    summary = {"script": Path(__file__).name} | {name: getattr(args, name) for name in names} | {
-        "final_return_mean": evaluations[-1]["return_mean"], "final_return_std": evaluations[-1]["return_std"],
-        "train_return_last100": scalars.get("charts/episodic_return", math.nan),
-        "sps": global_step / train_seconds, "wall_s": state["wall_seconds"], "finished": True,
-    }  # fmt: skip
-    save(run_dir / "summary.json", json.dumps(summary, indent=2))
-    return summary
-
-
-def saved_args(run_dir: str) -> Args:
-    """The flags of the run in that folder. Raises ValueError unless it can go on."""
-    for name in ("args.json", "checkpoint.pt"):
-        if not (Path(run_dir) / name).is_file():
-            raise ValueError(f"--resume {run_dir}: no {name} there; give the folder of an interrupted run")
-    if (Path(run_dir) / "summary.json").is_file():
-        raise ValueError(f"--resume {run_dir}: this run has finished")
-    saved = json.loads((Path(run_dir) / "args.json").read_text())["args"]
-    return Args(**(saved | {"hidden_sizes": tuple(saved["hidden_sizes"]), "resume": run_dir}))
+            save(run_dir / "summary.json", json.dumps(summary, indent=2))
+        if due[1] or finished or stopping:
+            save(run_dir / "checkpoint.pt", {
+                "agent": agent.state_dict(), "optimizer": optimizer.state_dict(),
+                "envs": (vars(envs.obs_stats), vars(envs.return_stats), envs.finished),
+                "generator": generator.get_state(), "rng": rng.bit_generator.state,
+                "progress": (global_step, evaluations, train_seconds, wall),
+            })  # fmt: skip
+        if finished or stopping:
+            writer.close()
+            return summary if finished else None
 
 
 def prepare(args: Args) -> Args:
-    """Checks the arguments, fills in the defaults that depend on others and makes the folder of the run.
-
-    Raises ValueError with one line that says what is wrong and what to do.
-    """
+    """Checks arguments, fills in defaults, makes the folder. Raises ValueError: what is wrong, what to do."""
+    if args.resume:
+        if replace(args, resume=None) != Args():
+            raise ValueError("--resume goes on under the flags of that run: leave out all others")
+        if not Path(args.resume, "checkpoint.pt").is_file() or Path(args.resume, "summary.json").is_file():
+            raise ValueError(f"--resume {args.resume}: not the folder of a run that was interrupted")
+        saved = json.loads(Path(args.resume, "args.json").read_text())["args"]
+        return Args(**saved | {"hidden_sizes": tuple(saved["hidden_sizes"]), "resume": args.resume})
     gaussian, twentieth = args.policy == "gaussian", max(1, args.total_timesteps // 20)
     defaults = {
         "alpha": 1.0 if gaussian else 0.5, "beta": 0.0 if gaussian else 20.0,
         "noise_level": {"none": 0.0, "normal": 0.05, "uniform": 0.05}.get(args.noise, 0.1),
         "eval_freq": twentieth, "checkpoint_freq": twentieth,
     }  # fmt: skip
-    args = dataclasses.replace(args, **{k: v for k, v in defaults.items() if getattr(args, k) is None})
+    args = replace(args, **{name: x for name, x in defaults.items() if getattr(args, name) is None})
     stamp = f"{args.env_id}__{args.algo}__{args.noise}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    args = dataclasses.replace(args, run_name=args.run_name or stamp.replace("/", "-"))
+    args = replace(args, run_name=args.run_name or stamp.replace("/", "-"))
 
-    counts = "total_timesteps num_envs num_steps num_minibatches update_epochs eval_episodes"
     for names, what, valid in (
-        (counts, "at least 1", lambda x: x >= 1),
-        ("hidden_sizes", "at least 1 each", lambda x: min(x, default=1) >= 1),
+        ("total_timesteps num_envs num_steps num_minibatches", "at least 1", lambda x: x >= 1),
+        ("update_epochs eval_episodes", "at least 1", lambda x: x >= 1),
         ("bins", "at least 2", lambda x: x >= 2),
-        ("alpha beta vf_coef ent_coef eval_freq checkpoint_freq seed", "at least 0", lambda x: 0 <= x < math.inf),
+        ("alpha beta vf_coef ent_coef eval_freq checkpoint_freq seed", ">= 0", lambda x: 0 <= x < math.inf),
         ("learning_rate adam_eps clip_coef max_grad_norm", "positive", lambda x: 0 < x < math.inf),
         ("gamma gae_lambda noise_level", "in [0, 1]", lambda x: 0 <= x <= 1),
-        ("z", "negative, as it stands for log 0", lambda x: -math.inf < x < 0),
+        ("z", "negative, for it stands for log 0", lambda x: -math.inf < x < 0),
     ):
         for name in names.split():
             if not valid(getattr(args, name)):
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be {what}")
-    minibatch_size, rest = divmod(args.num_envs * args.num_steps, args.num_minibatches)
-    packages = {"wandb": args.track, "moviepy": args.capture_video}
-    missing = [name for name, wanted in packages.items() if wanted and not importlib.util.find_spec(name)]
-    for wrong, message in (
-        (rest, f"--num-minibatches {args.num_minibatches}: must divide --num-envs x --num-steps"),
-        (args.norm_adv and minibatch_size < 2, "minibatches of one step: lower --num-minibatches, or --no-norm-adv"),
-        (gaussian and args.beta > 0, "--beta with --policy gaussian: it has no probabilities; use categorical"),
-        (args.noise == "none" and args.noise_level > 0, "--noise-level without noise: choose one with --noise"),
-        (args.device == "cuda" and not torch.cuda.is_available(), "--device cuda: no GPU here; use --device cpu"),
-        (missing, f"--track or --capture-video: pip install {' '.join(missing)}"),
-    ):
-        if wrong:
-            raise ValueError(message)
-    if args.compile and not any(map(shutil.which, (os.environ.get("CXX", "c++"), "g++", "clang++"))):
-        print("no C++ compiler: running with --no-compile, at two thirds of the speed", file=sys.stderr)
-        args.compile = False
-
     try:
         env = make_env(args.env_id)
     except (gym.error.Error, ImportError) as error:
         raise ValueError(f"--env-id {args.env_id}: {error}") from error
-    for space in (env.observation_space, env.action_space):
-        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1 or space is env.action_space and not space.is_bounded():
-            raise ValueError(f"--env-id {args.env_id}: needs vectors, with bounded actions, but has {space}")
-
+    spaces = (env.observation_space, env.action_space)
+    vectors = all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in spaces)
+    batch_size = args.num_envs * args.num_steps
+    for wrong, message in (
+        (not vectors or not spaces[1].is_bounded(),
+         f"--env-id {args.env_id}: needs vectors to observe and, bounded, to act with, not {spaces}"),
+        (batch_size % args.num_minibatches or batch_size == args.num_minibatches,
+         f"--num-minibatches {args.num_minibatches}: must divide {batch_size} (envs x steps) into parts > 1"),
+        (gaussian and args.beta > 0, "--beta: a Gaussian has no probabilities; use --policy categorical"),
+        (args.noise == "none" and args.noise_level > 0, "--noise-level: choose a kind with --noise"),
+        (args.device == "cuda" and not torch.cuda.is_available(), "--device cuda: no GPU here; use cpu"),
+        (args.track and not util.find_spec("wandb"), "--track: pip install wandb"),
+        (args.capture_video and not util.find_spec("moviepy"), "--capture-video: pip install moviepy"),
+    ):  # fmt: skip
+        if wrong:
+            raise ValueError(message)
+    if args.compile and not any(map(shutil.which, ("c++", "g++", "clang++"))):
+        print("no C++ compiler: running with --no-compile, at two thirds of the speed", file=sys.stderr)
+        args.compile = False
     run_dir = Path(args.runs_dir) / args.run_name
-    if args.resume:
-        changed = [name for name, saved in vars(saved_args(args.resume)).items() if getattr(args, name) != saved]
-        if changed:
-            raise ValueError(f"--{changed[0].replace('_', '-')}: a resumed run keeps its flags; leave this one out")
-        return args
     try:
         run_dir.mkdir(parents=True)
     except OSError as error:
-        remedy = "choose another --runs-dir or --run-name, or go on with --resume"
-        raise ValueError(f"cannot make the folder {run_dir} ({error.strerror}): {remedy}") from error
+        raise ValueError(f"{run_dir}: {error.strerror}; try another --run-name or --runs-dir") from error
     return args
 
 
 def main() -> None:
-    args = tyro.cli(Args)
     try:
-        args = prepare(tyro.cli(Args, default=saved_args(args.resume)) if args.resume else args)
+        args = prepare(tyro.cli(Args))
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     stop = threading.Event()
-
-    def request_stop(signum, frame) -> None:
-        stop.set()
-        signal.signal(signum, signal.SIG_DFL)  # a second one does not wait for the checkpoint
-
     for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, request_stop)
-    summary, run_dir = train(args, stop), args.resume or Path(args.runs_dir) / args.run_name
-    if summary is None:
+        signal.signal(signum, lambda *_: stop.set())  # `train` then saves a checkpoint and returns
+    run_dir = args.resume or Path(args.runs_dir) / args.run_name
+    if (summary := train(args, stop)) is None:
         print(f"interrupted; to go on: python {sys.argv[0]} --resume {run_dir}", file=sys.stderr)
         sys.exit(130)
-    score = f"{summary['final_return_mean']:.1f} ± {summary['final_return_std']:.1f}"
-    print(f"{args.env_id} {args.algo}: return {score}, {summary['sps']:,.0f} steps/s, {run_dir}")
+    score = "{env_id} {algo}: return {final_return_mean:.1f} ± {final_return_std:.1f}, {sps:,.0f} steps/s"
+    print(f"{score.format(**summary)}, {run_dir}")
 
 
 if __name__ == "__main__":
