@@ -144,7 +144,7 @@ class NormalizedEnvs:
 
     def step(self, action: np.ndarray):
         """Steps by `action` (num_envs, action_dim). Returns normalised observations (num_envs, obs_dim) and
-        rewards (num_envs,), terminated, truncated, and {index: normalised last observation} where truncated."""
+        rewards (num_envs,), terminated, truncated, and {index: normalised last observation} if truncated."""
         reward, final_obs = np.zeros(len(self.envs)), {}
         terminated, truncated = np.zeros((2, len(self.envs)), bool)
         for i, env in enumerate(self.envs):

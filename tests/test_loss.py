@@ -1,0 +1,86 @@
+"""The symmetric PPO loss against brute force, and its gradient against PPO's."""
+
+import itertools
+
+import pytest
+import torch
+
+from sppo_continuous import symmetric_policy_loss
+
+CLIP = 0.2
+
+
+def joint_log_probs(logits):
+    """Log-probabilities of every joint action, by multiplying out the dimensions; logits (dims, bins)."""
+    per_dim = torch.log_softmax(logits, -1)
+    choices = list(itertools.product(range(logits.shape[1]), repeat=logits.shape[0]))
+    return choices, torch.stack([sum(per_dim[d, a] for d, a in enumerate(choice)) for choice in choices])
+
+
+@pytest.mark.parametrize("z", [-1.0, -4.0])
+@pytest.mark.parametrize("ratio", [0.5, 0.9, 1.0, 1.1, 1.6])
+@pytest.mark.parametrize("advantage", [1.7, -0.6])
+def test_loss_is_the_sum_over_all_other_joint_actions(advantage, ratio, z):
+    torch.manual_seed(0)
+    logits = torch.randn(3, 4, dtype=torch.float64)
+    choices, log_p = joint_log_probs(logits)
+    p = log_p.exp()
+    assert len(choices) == 64
+    assert p.sum().item() == pytest.approx(1)
+    for taken in (0, 21, 63):
+        p_old = p[taken] / ratio
+        others = sum(p[other] for other in range(len(choices)) if other != taken)  # 1 - p, not by subtraction
+        clipped = min(max(ratio, 1 - CLIP), 1 + CLIP)
+        ppo = -min(advantage * ratio, advantage * clipped)
+        gradient_flows = 1 - CLIP <= ratio <= 1 + CLIP or advantage * ratio <= advantage * clipped
+        reverse = -advantage * z * others / p_old if gradient_flows else 0.0
+        for alpha, beta in ((1.0, 0.0), (0.5, 20.0), (0.0, 1.0)):
+            arguments = log_p[taken, None], p_old.log()[None], torch.tensor([advantage], dtype=torch.float64)
+            loss = symmetric_policy_loss(*arguments, CLIP, alpha, beta, z)
+            torch.testing.assert_close(loss.item(), float(alpha * ppo + beta * reverse), rtol=1e-9, atol=0)
+
+
+def test_worked_numbers():
+    """p = 0.3, p_old = 0.25, A = 2: r = 1.2, L = -2.4; with Z = -1, Lr = 2 * 0.7 / 0.25 = 5.6."""
+    log_prob, old = (
+        torch.tensor([0.3], dtype=torch.float64).log(),
+        torch.tensor([0.25], dtype=torch.float64).log(),
+    )
+    advantage = torch.tensor([2.0], dtype=torch.float64)
+    assert symmetric_policy_loss(log_prob, old, advantage, 0.3, 1, 0, -1).item() == pytest.approx(-2.4)
+    assert symmetric_policy_loss(log_prob, old, advantage, 0.3, 0, 1, -1).item() == pytest.approx(5.6)
+    assert symmetric_policy_loss(log_prob, old, advantage, 0.3, 0.5, 20, -1).item() == pytest.approx(110.8)
+
+
+def policy_gradient(logits, old_logits, action, advantage, alpha, beta, z):
+    logits = logits.clone().requires_grad_()
+    log_prob, old_log_prob = (
+        x.log_softmax(-1).gather(-1, action.unsqueeze(-1)).squeeze(-1).sum(-1) for x in (logits, old_logits)
+    )
+    symmetric_policy_loss(log_prob, old_log_prob, advantage, CLIP, alpha, beta, z).backward()
+    return logits.grad
+
+
+@pytest.mark.parametrize("dims", [1, 3, 17])
+@pytest.mark.parametrize(("alpha", "beta", "z"), [(0.5, 20.0, -1.0), (0.5, 1.0, -4.0), (0.0, 3.0, -2.0)])
+def test_gradient_is_a_multiple_of_ppos(dims, alpha, beta, z):
+    torch.manual_seed(dims)
+    old_logits = torch.randn(256, dims, 11, dtype=torch.float64)
+    logits = old_logits + 0.2 * torch.randn_like(old_logits)
+    action, advantage = torch.randint(11, (256, dims)), torch.randn(256, dtype=torch.float64)
+    symmetric = policy_gradient(logits, old_logits, action, advantage, alpha, beta, z)
+    ppo = policy_gradient(logits, old_logits, action, advantage, 1.0, 0.0, z)
+    k = alpha + beta * abs(z)
+    assert ppo.abs().max() > 1e-4
+    # relative to the scale of the loss: 1e-12 of k, in float64
+    torch.testing.assert_close(symmetric / k, ppo, rtol=0, atol=1e-12)
+
+
+def test_gradient_is_finite_where_the_loss_is_not():
+    """Below log p_old = -88, 1 / p_old is infinite in float32; the gradient must not care."""
+    log_prob = torch.tensor([-120.1, -99.8], requires_grad=True)
+    arguments = torch.tensor([-120.0, -100.0]), torch.tensor([1.0, -2.0]), CLIP
+    (symmetric,) = torch.autograd.grad(symmetric_policy_loss(log_prob, *arguments, 0.5, 20.0, -1.0), log_prob)
+    (ppo,) = torch.autograd.grad(symmetric_policy_loss(log_prob, *arguments, 1.0, 0.0, -1.0), log_prob)
+    torch.testing.assert_close(symmetric, 20.5 * ppo)
+    assert ppo.abs().min() > 0
