@@ -50,9 +50,9 @@ from tqdm import tqdm
 
 @dataclass
 class Args:
-    env_id: str = "Hopper-v4"  # Gymnasium id; observations and actions are vectors, actions bounded
+    env_id: str = "Hopper-v4"  # Gymnasium id of an environment with vectors to observe and, bounded, to act with
     total_timesteps: int = 1_000_000  # environment steps in all, rounded up to whole rollouts
-    seed: int = 1  # of everything random (the paper's runs: 10000, 10001, ...)
+    seed: int = 1  # seed of everything random (the paper's runs: 10000, 10001, ...)
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the CPU, the faster one for networks this small
     compile: bool = True  # compile the gradient, given a C++ compiler: starts seconds later, runs 1.5x faster
     runs_dir: str = "runs"  # folder of all runs
@@ -67,8 +67,8 @@ class Args:
     num_steps: int = 2048  # steps of each environment between updates
     num_minibatches: int = 32  # parts that a rollout is split into
     update_epochs: int = 10  # passes over a rollout
-    learning_rate: float = 3e-4  # of Adam, constant
-    adam_eps: float = 1e-5  # epsilon of Adam
+    learning_rate: float = 3e-4  # Adam's learning rate, constant
+    adam_eps: float = 1e-5  # Adam's epsilon
     gamma: float = 0.99  # discount factor
     gae_lambda: float = 0.95  # lambda of generalised advantage estimation
     clip_coef: float = 0.2  # epsilon of the clip range

@@ -3,8 +3,8 @@
     pip install -e ".[peers]" && OMP_NUM_THREADS=1 python tests/speed.py
 
 The same work for all: one environment, 2048 steps between updates, 10 epochs of 32 minibatches of 64, running
-statistics that normalise observations and rewards. The programs take turns, so that a slow spell of the machine
-hits them all; the table gives medians. Then the parts of a step of ours, each measured on its own.
+statistics that normalise observations and rewards. The programs take turns, so that a slow spell of the
+machine hits them all; the table gives medians. Then the parts of a step of ours, each measured on its own.
 """
 
 import json
@@ -111,9 +111,8 @@ def main(args: Args) -> None:
     )
     print("| program | steps/s, median (range) | ratio |\n|---|---|---|")
     for name, sps in results.items():
-        print(
-            f"| {name} | {np.median(sps):,.0f} ({min(sps):,.0f}-{max(sps):,.0f}) | {np.median(sps) / peer:.2f} |"
-        )
+        spread = f"{np.median(sps):,.0f} ({min(sps):,.0f}-{max(sps):,.0f})"
+        print(f"| {name} | {spread} | {np.median(sps) / peer:.2f} |")
     print("\n| part of a step of ours | microseconds |\n|---|---|")
     for name, us in parts_of_a_step(args.env_id).items():
         print(f"| {name} | {us:.1f} |")
