@@ -26,14 +26,12 @@ import json
 import math
 import os
 import platform
-import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 import warnings
-from collections import deque
 from dataclasses import dataclass, replace
 from importlib import import_module, metadata, util
 from pathlib import Path
@@ -44,17 +42,18 @@ import numpy as np
 import torch
 import tyro
 from torch import nn
+from torch.distributions import Categorical, Independent, Normal
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
 
 @dataclass
 class Args:
-    env_id: str = "Hopper-v4"  # Gymnasium id of an environment with vectors to observe and, bounded, to act with
+    env_id: str = "Hopper-v4"  # Gymnasium id; its observations and actions are vectors, actions bounded
     total_timesteps: int = 1_000_000  # environment steps in all, rounded up to whole rollouts
     seed: int = 1  # seed of everything random (the paper's runs: 10000, 10001, ...)
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the CPU, the faster one for networks this small
-    compile: bool = True  # compile the gradient, given a C++ compiler: starts seconds later, runs 1.5x faster
+    compile: bool = True  # compile the gradient, given a C++ compiler: starts later, runs twice as fast
     runs_dir: str = "runs"  # folder of all runs
     run_name: str | None = None  # folder of this run; default: environment, algorithm, noise, seed and time
     resume: str | None = None  # folder of an interrupted run to go on with; the only flag, then
@@ -130,7 +129,7 @@ class NormalizedEnvs:
         self.envs, self.gamma = [make_env(env_id) for _ in range(num_envs)], gamma
         self.obs_stats = RunningStats(self.envs[0].observation_space.shape)
         self.return_stats = RunningStats(())
-        self.finished = deque(maxlen=100)  # (return, length) of the last 100 episodes, in raw rewards
+        self.finished = []  # (return, length) of the last 100 episodes, in raw rewards
 
     def normalize_obs(self, obs: np.ndarray) -> np.ndarray:
         return ((obs - self.obs_stats.mean) / self.obs_stats.std).clip(-10, 10).astype(np.float32)
@@ -156,7 +155,7 @@ class NormalizedEnvs:
         for i in np.flatnonzero(terminated | truncated):
             if not terminated[i]:
                 final_obs[i] = self.normalize_obs(self.obs[i])
-            self.finished.append((float(self.episode_return[i]), int(self.episode_length[i])))
+            self.finished = [*self.finished[-99:], (self.episode_return[i], self.episode_length[i])]
             self.episode_return[i] = self.discounted_return[i] = self.episode_length[i] = 0
             self.obs[i], _ = self.envs[i].reset()
         self.obs_stats.update(self.obs)
@@ -184,21 +183,21 @@ def perturb_advantage(advantage: torch.Tensor, level: float, generator: torch.Ge
 
 def mlp(in_dim: int, out_dim: int, out_gain: float, args: Args) -> nn.Sequential:
     """Multi-layer perceptron; orthogonal weights of gain sqrt(2), at last `out_gain`, and zero biases."""
-    layers, widths = [], (in_dim, *args.hidden_sizes, out_dim)
-    for i in range(1, len(widths)):
-        last = i == len(widths) - 1
-        layers.append(nn.Linear(widths[i - 1], widths[i]))
-        if args.ortho_init:
-            nn.init.orthogonal_(layers[-1].weight, out_gain if last else math.sqrt(2))
-            nn.init.zeros_(layers[-1].bias)
-        if not last:
-            layers += [nn.LayerNorm(widths[i])] if args.layer_norm else []
-            layers += [nn.Tanh() if args.activation == "tanh" else nn.ReLU()]
+    layers, activation = [], nn.Tanh if args.activation == "tanh" else nn.ReLU
+    for width in args.hidden_sizes:
+        norm = [nn.LayerNorm(width)] if args.layer_norm else []
+        layers += [nn.Linear(in_dim, width), *norm, activation()]
+        in_dim = width
+    layers.append(nn.Linear(in_dim, out_dim))
+    for layer in layers if args.ortho_init else []:
+        if isinstance(layer, nn.Linear):
+            nn.init.orthogonal_(layer.weight, out_gain if layer is layers[-1] else math.sqrt(2))
+            nn.init.zeros_(layer.bias)
     return nn.Sequential(*layers)
 
 
 class Agent(nn.Module):
-    """Actor, of logits (batch, action_dim, bins) or means (batch, action_dim), and a critic of its own."""
+    """An actor, which gives logits (batch, action_dim, bins) or means (batch, action_dim), and a critic."""
 
     def __init__(self, env: gym.Env, args: Args):
         super().__init__()
@@ -211,39 +210,31 @@ class Agent(nn.Module):
         if self.gaussian:
             self.log_std = nn.Parameter(torch.full(space.shape, args.log_std_init))
 
-    def policy(self, obs):
+    def output(self, obs):
         return self.actor(obs).view(-1, *self.actor_shape)
+
+    def policy(self, obs):
+        """Distribution of the joint action: its log-probability is the sum over the action's dimensions."""
+        if self.gaussian:
+            return Independent(Normal(self.output(obs), self.log_std.exp(), validate_args=False), 1)
+        return Independent(Categorical(logits=self.output(obs), validate_args=False), 1)
 
     def value(self, obs):
         return self.critic(obs).squeeze(-1)
 
     def act(self, obs, generator=None):
         """Actions (batch, action_dim), indices of bins or numbers: sampled with `generator`, else greedy."""
-        policy = self.policy(obs)
-        if generator is None:
-            return policy if self.gaussian else policy.argmax(-1)
-        noise = torch.empty_like(policy)
-        if self.gaussian:
-            return policy + self.log_std.exp() * noise.normal_(generator=generator)
-        return (policy - noise.exponential_(generator=generator).log()).argmax(-1)  # Gumbel-max trick
+        output = self.output(obs)
+        if generator is not None and self.gaussian:
+            output = output + self.log_std.exp() * torch.empty_like(output).normal_(generator=generator)
+        elif generator is not None:  # Gumbel noise: the arg max is then a sample, sooner than by Categorical
+            output = output - torch.empty_like(output).exponential_(generator=generator).log()
+        return output if self.gaussian else output.argmax(-1)
 
     def to_env(self, action: np.ndarray) -> np.ndarray:
         if self.gaussian:
             return action.clip(self.values[:, 0], self.values[:, -1])
         return self.values[np.arange(len(self.values)), action]
-
-    def log_prob(self, policy, action):
-        """Of the joint action, (batch,): summed over its dimensions."""
-        if self.gaussian:
-            standardized = (action - policy) * (-self.log_std).exp()
-            return -(0.5 * standardized.square() + self.log_std + 0.5 * math.log(2 * math.pi)).sum(-1)
-        return policy.log_softmax(-1).gather(-1, action.unsqueeze(-1)).squeeze(-1).sum(-1)
-
-    def entropy(self, policy):
-        if self.gaussian:
-            return (self.log_std + 0.5 * math.log(2 * math.pi * math.e)).sum().expand(len(policy))
-        log_p = policy.log_softmax(-1)
-        return -(log_p.exp() * log_p).sum((-2, -1))
 
 
 def symmetric_policy_loss(log_prob, old_log_prob, advantage, clip_coef, alpha, beta, z):
@@ -285,11 +276,11 @@ def compute_gae(reward, value, final_value, terminated, truncated, gamma, gae_la
 def gradient_and_metrics(agent, args, obs, action, old_log_prob, advantage, returns):
     """Clipped gradient of the loss, as one vector, and what to log; tensors of a minibatch, (batch, ...)."""
     policy = agent.policy(obs)
-    log_prob = agent.log_prob(policy, action)
-    ppo = (log_prob, old_log_prob, advantage, args.clip_coef)
-    policy_loss = symmetric_policy_loss(*ppo, args.alpha, args.beta, args.z)
+    log_prob = policy.log_prob(action)
+    samples = (log_prob, old_log_prob, advantage, args.clip_coef)
+    policy_loss = symmetric_policy_loss(*samples, args.alpha, args.beta, args.z)
     value_loss = (agent.value(obs) - returns).square().mean()
-    entropy = agent.entropy(policy).mean()
+    entropy = policy.entropy().mean()
     loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
     gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(agent.parameters()))])
     norm = gradient.norm()
@@ -297,8 +288,8 @@ def gradient_and_metrics(agent, args, obs, action, old_log_prob, advantage, retu
         ratio = (log_prob - old_log_prob).exp()
         flows = advantage * ratio <= advantage * ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
         metrics = {
-            "policy": symmetric_policy_loss(*ppo, 1.0, 0.0, args.z),
-            "reverse": torch.where(flows, args.z * advantage * ratio, 0.0).mean(),  # the part with a gradient
+            "policy": symmetric_policy_loss(*samples, 1.0, 0.0, args.z),
+            "reverse": torch.where(flows, args.z * advantage * ratio, 0.0).mean(),  # the part with gradient
             "value": value_loss.detach(), "entropy": entropy.detach(), "grad_norm": norm,  # before clipping
             "approx_kl": (ratio - 1 - (log_prob - old_log_prob)).mean(),  # joschu.net/blog/kl-approx.html
             "clip_fraction": ((ratio - 1).abs() > args.clip_coef).float().mean(),
@@ -309,14 +300,16 @@ def gradient_and_metrics(agent, args, obs, action, old_log_prob, advantage, retu
 @torch.inference_mode()
 def evaluate(agent: Agent, env: gym.Env, training_envs: NormalizedEnvs, episodes: int, seed: int):
     """Returns and lengths (episodes,): greedy actions, raw rewards, statistics of the training, untouched."""
-    device, returns, lengths = next(agent.parameters()).device, np.zeros(episodes), np.zeros(episodes)
+    device, (returns, lengths) = next(agent.parameters()).device, np.zeros((2, episodes))
     for i in range(episodes):
         (obs, _), ended = env.reset(seed=seed + i), False
         while not ended:
             normalized = torch.from_numpy(training_envs.normalize_obs(obs)).to(device)
             action = agent.to_env(agent.act(normalized)[0].cpu().numpy())
             obs, reward, terminated, truncated, _ = env.step(action)
-            returns[i], lengths[i], ended = returns[i] + reward, lengths[i] + 1, terminated or truncated
+            returns[i] += reward
+            lengths[i] += 1
+            ended = terminated or truncated
     return returns, lengths
 
 
@@ -329,38 +322,35 @@ def save(path: Path, content: str | dict) -> None:
 
 def describe_machine() -> dict:
     """What it takes, beside the arguments, to judge or repeat a run."""
-    git = ["git", "-C", Path(__file__).resolve().parent, "describe", "--always", "--dirty", "--abbrev=40"]
-    commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() if shutil.which("git") else ""
+    git = f'git -C "{Path(__file__).resolve().parent}" describe --always --dirty --abbrev=40'
+    commit = subprocess.run(git, shell=True, capture_output=True, text=True).stdout.strip() or None
     versions = {name: metadata.version(name) for name in ("torch", "numpy", "gymnasium", "mujoco")}
     hardware = {"cpu": torch.backends.cpu.get_cpu_capability(), "cores": os.cpu_count()}
     hardware["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    system = {"python": platform.python_version(), "platform": platform.platform()}
-    return {"command": sys.argv, "commit": commit, "versions": system | versions, "hardware": hardware}
+    versions |= {"python": platform.python_version(), "platform": platform.platform()}
+    return {"command": sys.argv, "commit": commit, "versions": versions, "hardware": hardware}
 
 
 def train(args: Args, stop: threading.Event) -> dict | None:
     """A run, with arguments from `prepare`. Returns what is in summary.json, or None if `stop` came first."""
     started = time.perf_counter()
-    torch.set_num_threads(int(os.environ.get("OMP_NUM_THREADS", 1)))  # too small to be shared among cores
+    torch.set_num_threads(1)  # the networks are too small to be shared among cores
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if args.device == "cuda" else "cpu")
     generator = torch.Generator(device).manual_seed(args.seed)  # actions, minibatches, flips of advantages
     rng = np.random.default_rng(args.seed)  # noise on rewards
     run_dir = Path(args.resume or Path(args.runs_dir) / args.run_name)
-
     envs = NormalizedEnvs(args.env_id, args.num_envs, args.gamma)
     eval_env = make_env(args.env_id, "rgb_array" if args.capture_video else None)
     if args.capture_video:
-        eval_env = gym.wrappers.RecordVideo(eval_env, str(run_dir), lambda i: i % args.eval_episodes == 0)
+        eval_env = gym.wrappers.RecordVideo(eval_env, run_dir / "video", lambda i: not i % args.eval_episodes)
     agent = Agent(eval_env, args).to(device)
     parameters = nn.utils.parameters_to_vector(agent.parameters()).detach()
     nn.utils.vector_to_parameters(parameters, agent.parameters())  # views of it: one Adam for all
     optimizer = torch.optim.Adam([parameters], lr=args.learning_rate, eps=args.adam_eps, fused=True)
-    torch._dynamo.config.trace_autograd_ops = True  # compiles the gradient into one graph with the loss
-    gradient_fn = torch.compile(gradient_and_metrics) if args.compile else gradient_and_metrics
 
     global_step, evaluations, train_seconds, wall_seconds = 0, [], 0.0, 0.0
-    if args.resume:
+    if (run_dir / "checkpoint.pt").is_file():
         state = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=False)
         agent.load_state_dict(state["agent"])
         optimizer.load_state_dict(state["optimizer"])
@@ -370,17 +360,25 @@ def train(args: Args, stop: threading.Event) -> dict | None:
         generator.set_state(state["generator"])
         rng.bit_generator.state = state["rng"]
         global_step, evaluations, train_seconds, wall_seconds = state["progress"]
-    else:
-        save(run_dir / "args.json", json.dumps({"args": vars(args)} | describe_machine(), indent=2))
     if args.track:
-        import_module("wandb").init(project="sppo", id=args.run_name, resume="allow", sync_tensorboard=True)
+        run = {"project": "symmetric-rl", "id": args.run_name, "name": args.run_name, "config": vars(args)}
+        import_module("wandb").init(**run, resume="allow", sync_tensorboard=True)
     writer = SummaryWriter(run_dir, purge_step=global_step + 1)
-
     T, N = args.num_steps, args.num_envs
     obs = np.zeros((T + 1, N, *envs.obs_stats.mean.shape), np.float32)
     action = np.zeros((T, N, len(agent.values)), np.float32 if agent.gaussian else np.int64)
-    (reward, final_value), (terminated, truncated) = np.zeros((2, T, N)), np.zeros((2, T, N), bool)
+    reward, final_value = np.zeros((2, T, N))
+    terminated, truncated = np.zeros((2, T, N), bool)
     obs[T] = envs.reset(seed=args.seed + global_step)  # after resuming too: a simulator's state is not saved
+    torch._dynamo.config.trace_autograd_ops = True  # compiles the gradient into one graph with the loss
+    gradient_fn = torch.compile(gradient_and_metrics) if args.compile else gradient_and_metrics
+    try:  # on a minibatch of zeros: compiling is part of starting up, and may fail
+        n = T * N // args.num_minibatches
+        zeros = torch.zeros(n, *obs.shape[2:]), torch.from_numpy(action[0, 0]).repeat(n, 1)
+        gradient_fn(agent, args, *(x.to(device) for x in (*zeros, *torch.zeros(3, n))))
+    except Exception as error:
+        print(f"going on with --no-compile, at half the speed: {error}"[:300], file=sys.stderr)
+        args, gradient_fn = replace(args, compile=False), gradient_and_metrics
     progress_bar = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps", disable=None)
     while True:
         # Rollout
@@ -395,13 +393,13 @@ def train(args: Args, stop: threading.Event) -> dict | None:
                     final_value[t, i] = agent.value(torch.from_numpy(last_obs).to(device)).item()
         global_step += T * N
 
-        # Advantages; values and log-probabilities at one go, since the agent stood still during the rollout
+        # Advantages; values and log-probabilities in one batch, since the agent did not change on the way
         b_obs = torch.from_numpy(obs).to(device)
         b_action = torch.from_numpy(action).to(device).flatten(0, 1)
         with torch.no_grad():
             value = agent.value(b_obs).cpu().numpy()
             b_obs = b_obs[:T].flatten(0, 1)
-            old_log_prob = agent.log_prob(agent.policy(b_obs), b_action)
+            old_log_prob = agent.policy(b_obs).log_prob(b_action)
         noisy = perturb_reward(reward, args.noise, args.noise_level, rng)
         gae = compute_gae(noisy, value, final_value, terminated, truncated, args.gamma, args.gae_lambda)
         advantage, returns = (torch.as_tensor(x, dtype=torch.float32, device=device).flatten() for x in gae)
@@ -429,8 +427,8 @@ def train(args: Args, stop: threading.Event) -> dict | None:
         scalars["losses/advantage_sign_flips"] = torch.tensor(sign_flips or [0.0]).mean().item()
         scalars["losses/advantage_largest"] = advantage.abs().max().item()
         scalars["charts/SPS"] = global_step / train_seconds
-        episodic_return, scalars["charts/episodic_length"] = np.mean(envs.finished or [[np.nan] * 2], axis=0)
-        scalars["charts/episodic_return"] = episodic_return
+        episodic_return, episodic_length = np.mean(envs.finished or [[math.nan] * 2], axis=0)
+        scalars |= {"charts/episodic_return": episodic_return, "charts/episodic_length": episodic_length}
         for name, scalar in scalars.items():
             writer.add_scalar(name, scalar, global_step)
         progress_bar.update(min(T * N, args.total_timesteps - progress_bar.n))
@@ -441,13 +439,15 @@ def train(args: Args, stop: threading.Event) -> dict | None:
         # Evaluation and checkpoint, when a multiple of their frequency has been passed
         finished, stopping = global_step >= args.total_timesteps, stop.is_set()
         due = [freq > 0 and global_step % freq < T * N for freq in (args.eval_freq, args.checkpoint_freq)]
-        wall = wall_seconds + time.perf_counter() - started
-        if due[0] or finished:
+        evaluation_due, checkpoint_due = due
+        if evaluation_due or finished:
+            eval_env.name_prefix = f"step-{global_step}"  # of the video, if any
             scores, lengths = evaluate(agent, eval_env, envs, args.eval_episodes, args.seed + global_step)
             evaluations.append((global_step, scores.mean(), scores.std(), lengths.mean(), len(scores)))
             rows = [("step", "return_mean", "return_std", "length_mean", "episodes"), *evaluations]
             save(run_dir / "progress.csv", "".join(",".join(map(str, row)) + "\n" for row in rows))
             writer.add_scalar("eval/return_mean", scores.mean(), global_step)
+        wall = wall_seconds + time.perf_counter() - started
         if finished:
             summary = {"script": Path(__file__).name, "algo": args.algo} | vars(args) | {
                 "final_return_mean": scores.mean(), "final_return_std": scores.std(), "finished": True,
@@ -455,7 +455,7 @@ def train(args: Args, stop: threading.Event) -> dict | None:
                 "sps": global_step / train_seconds, "wall_s": wall,
             }  # fmt: skip
             save(run_dir / "summary.json", json.dumps(summary, indent=2))
-        if due[1] or finished or stopping:
+        if checkpoint_due or finished or stopping:
             save(run_dir / "checkpoint.pt", {
                 "agent": agent.state_dict(), "optimizer": optimizer.state_dict(),
                 "envs": (vars(envs.obs_stats), vars(envs.return_stats), envs.finished),
@@ -464,6 +464,7 @@ def train(args: Args, stop: threading.Event) -> dict | None:
             })  # fmt: skip
         if finished or stopping:
             writer.close()
+            eval_env.close()
             return summary if finished else None
 
 
@@ -472,25 +473,23 @@ def prepare(args: Args) -> Args:
     if args.resume:
         if replace(args, resume=None) != Args():
             raise ValueError("--resume goes on under the flags of that run: leave out all others")
-        if not Path(args.resume, "checkpoint.pt").is_file() or Path(args.resume, "summary.json").is_file():
+        if not Path(args.resume, "args.json").is_file() or Path(args.resume, "summary.json").is_file():
             raise ValueError(f"--resume {args.resume}: not the folder of a run that was interrupted")
         saved = json.loads(Path(args.resume, "args.json").read_text())["args"]
-        return Args(**saved | {"hidden_sizes": tuple(saved["hidden_sizes"]), "resume": args.resume})
-    gaussian, twentieth = args.policy == "gaussian", max(1, args.total_timesteps // 20)
-    defaults = {
+        args = Args(**saved | {"hidden_sizes": tuple(saved["hidden_sizes"]), "resume": args.resume})
+    gaussian = args.policy == "gaussian"
+    defaults = dict.fromkeys(("eval_freq", "checkpoint_freq"), max(1, args.total_timesteps // 20)) | {
         "alpha": 1.0 if gaussian else 0.5, "beta": 0.0 if gaussian else 20.0,
         "noise_level": {"none": 0.0, "normal": 0.05, "uniform": 0.05}.get(args.noise, 0.1),
-        "eval_freq": twentieth, "checkpoint_freq": twentieth,
     }  # fmt: skip
     args = replace(args, **{name: x for name, x in defaults.items() if getattr(args, name) is None})
     stamp = f"{args.env_id}__{args.algo}__{args.noise}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     args = replace(args, run_name=args.run_name or stamp.replace("/", "-"))
-
     for names, what, valid in (
         ("total_timesteps num_envs num_steps num_minibatches", "at least 1", lambda x: x >= 1),
         ("update_epochs eval_episodes", "at least 1", lambda x: x >= 1),
         ("bins", "at least 2", lambda x: x >= 2),
-        ("alpha beta vf_coef ent_coef eval_freq checkpoint_freq seed", ">= 0", lambda x: 0 <= x < math.inf),
+        ("alpha beta vf_coef ent_coef eval_freq checkpoint_freq seed", ">= 0", lambda x: 0 <= x < 2**63),
         ("learning_rate adam_eps clip_coef max_grad_norm", "positive", lambda x: 0 < x < math.inf),
         ("gamma gae_lambda noise_level", "in [0, 1]", lambda x: 0 <= x <= 1),
         ("z", "negative, for it stands for log 0", lambda x: -math.inf < x < 0),
@@ -499,17 +498,19 @@ def prepare(args: Args) -> Args:
             if not valid(getattr(args, name)):
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be {what}")
     try:
-        env = make_env(args.env_id)
-    except (gym.error.Error, ImportError) as error:
-        raise ValueError(f"--env-id {args.env_id}: {error}") from error
+        env = make_env(args.env_id, "rgb_array" if args.capture_video else None)
+        env.reset()
+        env.render() if args.capture_video else None  # MuJoCo without a display: MUJOCO_GL=egl
+    except Exception as error:  # an environment may fail in any way
+        raise ValueError(f"--env-id {args.env_id}: {str(error).splitlines()[0]}") from error
     spaces = (env.observation_space, env.action_space)
-    vectors = all(isinstance(space, gym.spaces.Box) and len(space.shape) == 1 for space in spaces)
+    fit = all(isinstance(s, gym.spaces.Box) and len(s.shape) == 1 for s in spaces) and spaces[1].is_bounded()
     batch_size = args.num_envs * args.num_steps
     for wrong, message in (
-        (not vectors or not spaces[1].is_bounded(),
-         f"--env-id {args.env_id}: needs vectors to observe and, bounded, to act with, not {spaces}"),
+        (not fit, f"--env-id {args.env_id}: needs vectors to observe and, bounded, to act, not {spaces}"),
         (batch_size % args.num_minibatches or batch_size == args.num_minibatches,
          f"--num-minibatches {args.num_minibatches}: must divide {batch_size} (envs x steps) into parts > 1"),
+        (min(args.hidden_sizes, default=1) < 1, "--hidden-sizes: must be at least 1 each"),
         (gaussian and args.beta > 0, "--beta: a Gaussian has no probabilities; use --policy categorical"),
         (args.noise == "none" and args.noise_level > 0, "--noise-level: choose a kind with --noise"),
         (args.device == "cuda" and not torch.cuda.is_available(), "--device cuda: no GPU here; use cpu"),
@@ -518,14 +519,13 @@ def prepare(args: Args) -> Args:
     ):  # fmt: skip
         if wrong:
             raise ValueError(message)
-    if args.compile and not any(map(shutil.which, ("c++", "g++", "clang++"))):
-        print("no C++ compiler: running with --no-compile, at two thirds of the speed", file=sys.stderr)
-        args.compile = False
-    run_dir = Path(args.runs_dir) / args.run_name
+    run_dir = Path(args.resume or Path(args.runs_dir) / args.run_name)
     try:
-        run_dir.mkdir(parents=True)
+        run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
     except OSError as error:
         raise ValueError(f"{run_dir}: {error.strerror}; try another --run-name or --runs-dir") from error
+    if not args.resume:
+        save(run_dir / "args.json", json.dumps({"args": vars(args)} | describe_machine(), indent=2))
     return args
 
 
@@ -536,8 +536,8 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     stop = threading.Event()
-    for signum in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(signum, lambda *_: stop.set())  # `train` then saves a checkpoint and returns
+    for signum in (signal.SIGINT, signal.SIGTERM):  # the first one asks for a checkpoint, a second one kills
+        signal.signal(signum, lambda signum, _: (stop.set(), signal.signal(signum, signal.SIG_DFL)))
     run_dir = args.resume or Path(args.runs_dir) / args.run_name
     if (summary := train(args, stop)) is None:
         print(f"interrupted; to go on: python {sys.argv[0]} --resume {run_dir}", file=sys.stderr)

@@ -36,9 +36,10 @@ class Args:
 
 def main(args: Args) -> None:
     warnings.filterwarnings("ignore", message=".*is out of date.*")
+    wall_started = time.perf_counter()
     torch.set_num_threads(1)
     run_dir = Path(args.runs_dir) / (args.run_name or f"{args.env_id}__sb3__none__{args.seed}")
-    run_dir.mkdir(parents=True, exist_ok=True)
+    run_dir.mkdir(parents=True)
     envs = VecNormalize(DummyVecEnv([lambda: Monitor(gym.make(args.env_id))]))
     model = PPO("MlpPolicy", envs, seed=args.seed, device="cpu")
     started = time.perf_counter()
@@ -56,10 +57,15 @@ def main(args: Args) -> None:
         "version": version("stable-baselines3"),
         "algo": "ppo",
         "noise": "none",
+        "noise_level": 0.0,
+        "alpha": 1.0,
+        "beta": 0.0,
+        "z": -1.0,
         "final_return_mean": np.mean(returns),
         "final_return_std": np.std(returns),
         "train_return_last100": np.mean(train_returns) if train_returns else None,
         "sps": model.num_timesteps / train_s,
+        "wall_s": time.perf_counter() - wall_started,
         "finished": True,
     }
     (run_dir / "summary.json").write_text(json.dumps(summary, indent=2))

@@ -64,7 +64,7 @@ def test_readme_names_only_flags_that_exist():
     readme = (ROOT / "README.md").read_text()
     flags = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(sppo_continuous.Args)}
     flags |= {flag.replace("--", "--no-", 1) for flag in flags}
-    commands = "".join(re.findall(r"(?m)^python sppo_continuous\.py.*(?:\\\n.*)*", readme))
+    commands = "".join(re.findall(r"(?m)^python sppo_continuous\.py(?:[^\\\n]|\\\n)*", readme))
     table = "".join(re.findall(r"(?m)^\| `--.*$", readme))
     named = set(re.findall(r"--[a-z][a-z-]*", commands + table))
     assert len(named) > 20

@@ -1,6 +1,8 @@
 """Everything in `sppo_continuous.py` but the loss, which has `test_loss.py`."""
 
 import csv
+import importlib.machinery
+import itertools
 import json
 import os
 import shutil
@@ -9,12 +11,14 @@ import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import sppo_continuous as script
 
@@ -87,20 +91,26 @@ def make_agent(policy="categorical", env_id="HalfCheetah-v4", **flags):
     return script.Agent(env, script.Args(policy=policy, **flags)), env
 
 
-def test_categorical_log_prob_and_entropy_are_those_of_torch():
-    agent, env = make_agent()
-    logits, action = torch.randn(64, 6, 11), torch.randint(11, (64, 6))
-    reference = torch.distributions.Independent(torch.distributions.Categorical(logits=logits), 1)
-    torch.testing.assert_close(agent.log_prob(logits, action), reference.log_prob(action))
-    torch.testing.assert_close(agent.entropy(logits), reference.entropy())
+def test_categorical_policy_is_the_joint_distribution():
+    """Over all 5 x 5 joint actions the probabilities are products, and entropy is -sum p log p."""
+    agent, _ = make_agent(env_id="LunarLanderContinuous-v3", bins=5)
+    torch.nn.init.normal_(agent.actor[-1].weight)
+    obs = torch.randn(1, 8)
+    p = agent.output(obs).softmax(-1)[0]
+    joint = torch.tensor(list(itertools.product(range(5), repeat=2)))
+    log_prob = agent.policy(obs.expand(25, 8)).log_prob(joint)
+    torch.testing.assert_close(log_prob.exp(), p[0][joint[:, 0]] * p[1][joint[:, 1]])
+    torch.testing.assert_close(agent.policy(obs).entropy()[0], -(log_prob.exp() * log_prob).sum())
 
 
-def test_gaussian_log_prob_and_entropy_are_those_of_torch():
-    agent, env = make_agent("gaussian", log_std_init=-0.7)
-    mean, action = torch.randn(64, 6), torch.randn(64, 6)
-    reference = torch.distributions.Independent(torch.distributions.Normal(mean, agent.log_std.exp()), 1)
-    torch.testing.assert_close(agent.log_prob(mean, action), reference.log_prob(action))
-    torch.testing.assert_close(agent.entropy(mean), reference.entropy())
+def test_gaussian_policy_is_the_joint_density():
+    agent, _ = make_agent("gaussian", log_std_init=-0.7)
+    obs, action = torch.randn(64, 17), torch.randn(64, 6)
+    standardized = (action - agent.act(obs)) / np.exp(-0.7)
+    expected = -0.5 * (standardized**2 + np.log(2 * np.pi)).sum(-1) + 6 * 0.7
+    torch.testing.assert_close(agent.policy(obs).log_prob(action), expected)
+    expected = torch.full((64,), 6 * (0.5 * np.log(2 * np.pi * np.e) - 0.7), dtype=torch.float32)
+    torch.testing.assert_close(agent.policy(obs).entropy(), expected)
 
 
 def test_categorical_samples_follow_the_softmax():
@@ -108,7 +118,7 @@ def test_categorical_samples_follow_the_softmax():
     torch.nn.init.normal_(agent.actor[-1].weight)
     obs = torch.randn(1, 17).expand(20_000, 17)
     with torch.no_grad():
-        p = agent.policy(obs[:1]).softmax(-1)[0]
+        p = agent.output(obs[:1]).softmax(-1)[0]
         action = agent.act(obs, torch.Generator().manual_seed(0))
         frequency = torch.nn.functional.one_hot(action, 11).float().mean(0)
         assert (agent.act(obs) == p.argmax(-1)).all()  # without a generator: greedy
@@ -219,23 +229,96 @@ def test_advantage_flip_has_its_rate_and_keeps_sizes():
     assert (noisy != advantage).float().mean().item() == pytest.approx(0.1, abs=0.005)
 
 
-def test_noise_enters_training_and_nothing_else(tmp_path, monkeypatch, recorded_actions):
-    """The reward noise sees the normalised, clipped reward before the bootstrap of truncated episodes."""
-    seen = []
+@pytest.fixture
+def gae_calls(monkeypatch):
+    """Episodes of at most 6 steps, and what `train` gives to `compute_gae`, with what it should have given.
 
-    def shift(reward, noise, level, rng):
-        seen.append(reward.copy())
-        return reward + level
+    A list of dicts, one a rollout: the arguments, `noisy` (what `perturb_reward` returned), and `expected`,
+    the critic's values of the last observations of truncated episodes, by (step, environment).
+    """
+    calls, agents, ends, noisy = [], [], [], []
+    original = {name: getattr(script, name) for name in ("compute_gae", "perturb_reward", "Agent")}
 
-    clean, clean_run = run(tmp_path / "clean")
-    monkeypatch.setattr(script, "perturb_reward", shift)
-    noisy, noisy_run = run(tmp_path / "noisy", noise="normal", noise_level=1.0)
-    assert abs(np.concatenate(seen)).max() <= 10
-    steps = len(recorded_actions) // 2
-    first_rollout = slice(0, SMALL["num_steps"])
-    assert np.array_equal(recorded_actions[:steps][first_rollout], recorded_actions[steps:][first_rollout])
-    assert not torch.equal(weights(clean_run), weights(noisy_run))
-    assert clean["train_return_last100"] > 0  # raw rewards, as nothing normalised would be
+    def make_agent(*arguments):
+        agents.append(original["Agent"](*arguments))
+        return agents[-1]
+
+    def perturb_reward(*arguments):
+        noisy.append((arguments[0].copy(), original["perturb_reward"](*arguments)))
+        return noisy[-1][1]
+
+    class Envs(script.NormalizedEnvs):
+        def step(self, action):
+            output = super().step(action)
+            ends.append(output[4])
+            return output
+
+    def compute_gae(reward, value, final_value, terminated, truncated, *rest):
+        with torch.no_grad():
+            values = {
+                (t, i): agents[-1].value(torch.from_numpy(obs)).item()
+                for t, last in enumerate(ends)
+                for i, obs in last.items()
+            }
+        ends.clear()
+        clean, perturbed = noisy[-1]
+        calls.append(
+            {"reward": reward, "final_value": final_value.copy(), "expected": values, "clean": clean}
+        )
+        calls[-1] |= {"noisy": perturbed, "cut": truncated & ~terminated}
+        return original["compute_gae"](reward, value, final_value, terminated, truncated, *rest)
+
+    monkeypatch.setattr(script, "make_env", lambda env_id, mode=None: gym.make(env_id, max_episode_steps=6))
+    for name, replacement in {"Agent": make_agent, "perturb_reward": perturb_reward}.items():
+        monkeypatch.setattr(script, name, replacement)
+    monkeypatch.setattr(script, "NormalizedEnvs", Envs)
+    monkeypatch.setattr(script, "compute_gae", compute_gae)
+    return calls
+
+
+def test_truncated_episodes_bootstrap_from_their_last_observation(tmp_path, gae_calls):
+    run(tmp_path, env_id="InvertedPendulum-v4", num_envs=2)
+    assert sum(len(call["expected"]) for call in gae_calls) > 10
+    for call in gae_calls:
+        assert set(zip(*np.nonzero(call["cut"]))) == set(call["expected"])
+        for index, value in call["expected"].items():
+            assert call["final_value"][index] == pytest.approx(value, abs=1e-5)
+
+
+def test_noise_comes_after_normalisation_and_before_the_bootstrap(tmp_path, gae_calls):
+    """And the score of the training is that of raw rewards: this pendulum pays 1 a step, at most 6 steps."""
+    summary, _ = run(tmp_path, env_id="InvertedPendulum-v4", noise="flip", noise_level=1.0)
+    for call in gae_calls:
+        assert 0 < call["clean"].max() <= 10
+        np.testing.assert_array_equal(call["noisy"], 1 - call["clean"])
+        np.testing.assert_array_equal(call["reward"], call["noisy"])
+    assert any(abs(call["clean"] - 1).max() > 0.1 for call in gae_calls)  # normalised, not the raw 1
+    assert 2 < summary["train_return_last100"] <= 6
+    assert 2 < summary["final_return_mean"] <= 6
+
+
+@pytest.mark.parametrize("noise", ["none", "adv_flip"])
+def test_advantages_flip_before_normalisation_anew_in_every_epoch(tmp_path, monkeypatch, noise):
+    seen, perturb_advantage = [], script.perturb_advantage
+
+    def recording(advantage, level, generator):
+        noisy = perturb_advantage(advantage, level, generator)
+        seen.append((advantage, noisy, level))
+        return noisy
+
+    monkeypatch.setattr(script, "perturb_advantage", recording)
+    run(tmp_path, noise=noise, total_timesteps=256)
+    assert len(seen) == (2 * SMALL["update_epochs"] if noise == "adv_flip" else 0)
+    for advantage, noisy, level in seen:
+        assert advantage.shape == (SMALL["num_minibatches"], 32)
+        assert level == 0.1
+        assert 0 < (noisy != advantage).float().mean() < 0.3
+        assert abs(advantage.mean(1)).max() > 0.01  # normalised ones would have a mean of zero
+
+
+def test_advantages_can_stay_as_they_are(tmp_path):
+    normalized, plain = (run(tmp_path / str(norm), norm_adv=norm)[1] for norm in (True, False))
+    assert not torch.equal(weights(normalized), weights(plain))
 
 
 def test_evaluation_is_a_plain_greedy_episode_on_raw_rewards(tmp_path):
@@ -249,7 +332,7 @@ def test_evaluation_is_a_plain_greedy_episode_on_raw_rewards(tmp_path):
         score, ended = 0.0, False
         while not ended:
             z = (obs - stats["mean"]) / np.sqrt(stats["m2"] / stats["count"] + 1e-8)
-            logits = agent.policy(torch.tensor(z.clip(-10, 10), dtype=torch.float32))
+            logits = agent.output(torch.tensor(z.clip(-10, 10), dtype=torch.float32))
             action = np.linspace(env.action_space.low, env.action_space.high, 11)[logits[0, 0].argmax()]
             obs, reward, terminated, truncated, _ = env.step(action)
             score, ended = score + reward, terminated or truncated
@@ -389,23 +472,100 @@ def test_equal_seeds_give_equal_bits(tmp_path):
     assert not torch.equal(weights(first), weights(other))
 
 
-def test_values_of_the_rollout_are_those_of_the_first_minibatch(tmp_path, monkeypatch):
-    """The ratio starts at 1: log-probabilities of the rollout and of the first minibatch agree."""
-    kls = []
-    gradient_and_metrics = script.gradient_and_metrics
+def some_minibatch(agent, n=64):
+    obs, advantage, returns = torch.randn(n, 17), torch.randn(n), torch.randn(n)
+    with torch.no_grad():
+        action = agent.act(obs, torch.Generator().manual_seed(0))
+        old_log_prob = agent.policy(obs).log_prob(action) + 0.3 * torch.randn(n)
+    return obs, action, old_log_prob, advantage, returns
+
+
+@pytest.mark.parametrize("policy", ["categorical", "gaussian"])
+def test_gradient_and_metrics_are_those_of_plain_pytorch(policy):
+    """PPO in its usual words, with backward() and clip_grad_norm_, has this gradient; the metrics by hand."""
+    torch.manual_seed(0)
+    agent, _ = make_agent(policy)
+    torch.nn.init.normal_(agent.actor[-1].weight, std=0.1)
+    args = script.Args(policy=policy, alpha=2.0, beta=0.0, ent_coef=0.3, vf_coef=0.7, max_grad_norm=0.2)
+    obs, action, old_log_prob, advantage, returns = some_minibatch(agent)
+    gradient, metrics = script.gradient_and_metrics(
+        agent, args, obs, action, old_log_prob, advantage, returns
+    )
+
+    output = agent.actor(obs)
+    if policy == "gaussian":
+        distribution = torch.distributions.Normal(output, agent.log_std.exp())
+    else:
+        distribution = torch.distributions.Categorical(logits=output.reshape(64, 6, 11))
+    log_ratio = distribution.log_prob(action).sum(-1) - old_log_prob
+    ratio, entropy = log_ratio.exp(), distribution.entropy().sum(-1).mean()
+    ppo = -torch.min(advantage * ratio, advantage * torch.clamp(ratio, 0.8, 1.2)).mean()
+    value_loss = torch.nn.functional.mse_loss(agent.critic(obs).flatten(), returns)
+    (2.0 * ppo + 0.7 * value_loss - 0.3 * entropy).backward()
+    norm = torch.nn.utils.clip_grad_norm_(agent.parameters(), 0.2)
+    expected = torch.cat([parameter.grad.flatten() for parameter in agent.parameters()])
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-7)
+    assert norm > 0.3  # so that it was clipped
+
+    outside = ((ratio > 1.2) & (advantage > 0)) | ((ratio < 0.8) & (advantage < 0))
+    by_hand = {
+        "policy": ppo,
+        "reverse": (-1 * advantage * ratio)[~outside].sum() / 64,
+        "value": value_loss,
+        "entropy": entropy,
+        "grad_norm": norm,
+        "approx_kl": (ratio - 1 - log_ratio).mean(),
+        "clip_fraction": ((ratio < 0.8) | (ratio > 1.2)).float().mean(),
+    }
+    assert 0 < by_hand["clip_fraction"] < 1
+    assert set(metrics) == set(by_hand)
+    for name, metric in by_hand.items():
+        torch.testing.assert_close(metrics[name], metric.detach(), rtol=1e-4, atol=1e-6)
+
+
+def test_the_ratio_starts_at_one(tmp_path, monkeypatch):
+    """Log-probabilities of the rollout, and of its first minibatch, are the same."""
+    recorded, gradient_and_metrics = [], script.gradient_and_metrics
 
     def recording(*arguments):
         gradient, metrics = gradient_and_metrics(*arguments)
-        kls.append((metrics["approx_kl"].item(), metrics["clip_fraction"].item(), metrics["policy"].item()))
+        recorded.append({name: metric.item() for name, metric in metrics.items()})
         return gradient, metrics
 
     monkeypatch.setattr(script, "gradient_and_metrics", recording)
     run(tmp_path, total_timesteps=128)
-    kl, clip_fraction, policy_loss = kls[0]
-    assert abs(kl) < 1e-6
-    assert clip_fraction == 0
-    assert abs(policy_loss) < 1e-5  # minus the mean of normalised advantages
-    assert kls[-1][0] > 1e-6
+    _, first, *_, last = recorded  # the very first call compiles, on zeros
+    assert abs(first["approx_kl"]) < 1e-6
+    assert first["clip_fraction"] == 0
+    assert abs(first["policy"]) < 1e-5  # minus the mean of normalised advantages
+    assert last["approx_kl"] > 1e-6
+
+
+def test_the_logged_advantages_are_those_of_the_rollout(tmp_path, monkeypatch):
+    """Of advantages 3, .9, .5 and -.4, whose mean is 1, normalisation flips the sign of two."""
+
+    def compute_gae(reward, value, *_):
+        advantage = np.array([[3.0], [0.9], [0.5], [-0.4]])
+        return advantage, advantage + value[:-1]
+
+    monkeypatch.setattr(script, "compute_gae", compute_gae)
+    _, folder = run(tmp_path, num_steps=4, num_minibatches=1, total_timesteps=4)
+    events = EventAccumulator(str(folder)).Reload()
+    assert events.Scalars("losses/advantage_largest")[0].value == 3.0
+    assert events.Scalars("losses/advantage_sign_flips")[0].value == 0.5
+
+
+def test_an_infinite_gradient_ends_the_run_and_says_so(tmp_path):
+    with pytest.raises(SystemExit, match="gradient not finite at step"):
+        run(tmp_path, learning_rate=1e18, total_timesteps=1024)
+
+
+def test_gaussian_runs_are_ppo(tmp_path, recorded_actions):
+    summary, _ = run(tmp_path, policy="gaussian", env_id="LunarLanderContinuous-v3")
+    actions = np.concatenate(recorded_actions)
+    assert (summary["algo"], summary["alpha"], summary["beta"]) == ("ppo", 1.0, 0.0)
+    assert abs(actions).max() == 1  # clipped to the bounds
+    assert (actions != actions.round()).mean() > 0.5  # and not cut to integers
 
 
 COMPILERS = [c for c in ("c++", "g++", "clang++") if shutil.which(c)]
@@ -417,11 +577,7 @@ def test_compiled_gradient_is_the_gradient(policy):
     torch._dynamo.config.trace_autograd_ops = True
     args = script.Args(policy=policy, alpha=0.5, beta=0.0 if policy == "gaussian" else 20.0, ent_coef=0.01)
     agent, _ = make_agent(policy)
-    obs, advantage, returns = torch.randn(64, 17), torch.randn(64), torch.randn(64)
-    with torch.no_grad():
-        action = agent.act(obs, torch.Generator().manual_seed(0))
-        old_log_prob = agent.log_prob(agent.policy(obs), action) + 0.2 * torch.randn(64)
-    minibatch = (obs, action, old_log_prob, advantage, returns)
+    minibatch = some_minibatch(agent)
     gradient, metrics = script.gradient_and_metrics(agent, args, *minibatch)
     compiled, compiled_metrics = torch.compile(script.gradient_and_metrics)(agent, args, *minibatch)
     assert gradient.norm() > 0.1
@@ -470,9 +626,6 @@ def test_a_run_leaves_what_it_promises(tmp_path):
     assert recorded["args"]["noise_level"] == 0.05
     assert recorded["versions"]["torch"] == torch.__version__
     assert not list(folder.glob("*.tmp"))
-
-    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-
     events = EventAccumulator(str(folder)).Reload()
     tags = set(events.Tags()["scalars"])
     assert {f"charts/{name}" for name in ("episodic_return", "episodic_length", "SPS")} < tags
@@ -504,6 +657,21 @@ def test_interrupted_and_resumed_a_run_is_whole(tmp_path):
     assert not torch.equal(after["generator"], before["generator"])
 
 
+def test_resuming_restores_weights_and_random_states(tmp_path, monkeypatch):
+    """Without steps of Adam the weights stay; the noise on rewards is drawn from where it stopped."""
+    _, folder = run(tmp_path, stop=StopAfter(2), noise="normal")
+    before, trained = checkpoint(folder), weights(folder)
+    monkeypatch.setattr(torch.optim.Adam, "step", lambda self: None)
+    resume(folder)
+    after = checkpoint(folder)
+    assert torch.equal(weights(folder), trained)
+    assert before["envs"][2][-1] in after["envs"][2]  # an episode that had ended before
+    rng = np.random.default_rng()
+    rng.bit_generator.state = before["rng"]
+    rng.normal(0, 1, (2, SMALL["num_steps"], 1))
+    assert rng.bit_generator.state == after["rng"]
+
+
 def test_a_killed_run_goes_on_from_its_checkpoint_without_doubled_evaluations(tmp_path):
     """As after SIGKILL: evaluations from after the last checkpoint are on disk, and must not come twice."""
     _, folder = run(tmp_path, stop=StopAfter(2), eval_freq=128)
@@ -514,6 +682,25 @@ def test_a_killed_run_goes_on_from_its_checkpoint_without_doubled_evaluations(tm
     rows = progress(folder)
     assert [row["step"] for row in rows] == [128, 256, 384, 512]
     assert rows[2]["return_mean"] != 1.0
+
+
+def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path):
+    _, whole = run(tmp_path / "whole", eval_freq=128)
+    _, folder = run(tmp_path / "killed", stop=StopAfter(2), eval_freq=128)
+    (folder / "checkpoint.pt").unlink()
+    resume(folder)
+    assert (folder / "progress.csv").read_bytes() == (whole / "progress.csv").read_bytes()
+    assert torch.equal(weights(folder), weights(whole))
+
+
+def test_a_resumed_run_is_checked_like_a_new_one(tmp_path, monkeypatch):
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    _, folder = run(tmp_path, stop=StopAfter(1))
+    saved = json.loads((folder / "args.json").read_text())
+    saved["args"]["device"] = "cuda"
+    (folder / "args.json").write_text(json.dumps(saved))
+    with pytest.raises(ValueError, match="no GPU"):
+        resume(folder)
 
 
 def test_checkpoints_come_as_often_as_asked(tmp_path, monkeypatch):
@@ -560,10 +747,24 @@ def test_a_signal_stops_with_a_checkpoint_and_says_how_to_go_on(tmp_path, signum
     assert checkpoint(tmp_path / "r")["progress"][0] > 0
 
 
-def test_a_video_of_the_first_episode_of_each_evaluation(tmp_path):
-    flags = dict(env_id="LunarLanderContinuous-v3", total_timesteps=256, eval_freq=128, eval_episodes=2)
-    _, folder = run(tmp_path, capture_video=True, **flags)
-    assert sorted(path.name for path in folder.glob("*.mp4")) == [f"rl-video-episode-{i}.mp4" for i in (0, 2)]
+@pytest.mark.parametrize("episodes", [1, 2])
+def test_a_video_of_the_first_episode_of_each_evaluation(tmp_path, episodes):
+    flags = {"env_id": "LunarLanderContinuous-v3", "total_timesteps": 256, "eval_freq": 128}
+    _, folder = run(tmp_path, capture_video=True, eval_episodes=episodes, **flags)
+    names = sorted(path.name for path in folder.glob("video/*.mp4"))
+    assert [name.split("-episode")[0] for name in names] == ["step-128", "step-256"]
+
+
+def test_tracking_tells_weights_and_biases_the_arguments(tmp_path, monkeypatch):
+    calls = []
+    wandb = types.ModuleType("wandb")
+    wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    wandb.init = lambda **arguments: calls.append(arguments)
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    run(tmp_path, track=True, total_timesteps=128)
+    assert calls[0]["config"]["env_id"] == SMALL["env_id"]
+    assert calls[0]["id"] == calls[0]["name"] == "run"
+    assert calls[0]["sync_tensorboard"]
 
 
 # ---- Bad input
@@ -581,6 +782,8 @@ BAD_INPUT = {
     "--beta inf": "--beta",
     "--z 1": "negative",
     "--bins 1": "at least 2",
+    "--hidden-sizes 64 0": "at least 1",
+    "--seed 99999999999999999999": "--seed",
     "--num-minibatches 33": "must divide 2048",
     "--num-steps 32": "parts > 1",
     "--total-timesteps 0": "at least 1",
@@ -633,8 +836,15 @@ def test_from_the_shell_errors_have_no_traceback(tmp_path):
         assert "Traceback" not in done.stderr
 
 
-def test_without_a_compiler_it_says_so_and_runs(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(shutil, "which", lambda name: None)
+def test_where_compiling_fails_it_says_so_and_runs(tmp_path, monkeypatch, capsys):
+    def failing_compile(function):
+        def call(*arguments):
+            raise RuntimeError("no C++ compiler")
+
+        return call
+
+    monkeypatch.setattr(torch, "compile", failing_compile)
     summary, _ = run(tmp_path, compile=True)
+    assert summary["finished"]
     assert summary["compile"] is False
-    assert "--no-compile" in capsys.readouterr().err
+    assert "--no-compile, at half the speed: no C++ compiler" in capsys.readouterr().err
