@@ -1,10 +1,10 @@
 """Steps per second of `sppo_continuous.py` over those of Stable-Baselines3's PPO, in one run.
 
-    pip install -e ".[peers]" && OMP_NUM_THREADS=1 python tests/speed.py
+    pip install -e ".[peers]" && python tests/speed.py
 
-The same work for all: one environment, 2048 steps between updates, 10 epochs of 32 minibatches of 64, running
-statistics that normalise observations and rewards. The programs take turns, so that a slow spell of the
-machine hits them all; the table gives medians. Then the parts of a step of ours, each measured on its own.
+The same work for all, on one thread: one environment, 2048 steps between updates, 10 epochs of 32 minibatches
+of 64, observations and rewards normalised by running statistics. The programs take turns, so that a slow spell
+of the machine hits them all; the table gives medians. Then the parts of our step, each measured on its own.
 """
 
 import json
@@ -87,7 +87,7 @@ def parts_of_a_step(env_id: str) -> dict[str, float]:
     b_obs = torch.randn(n, len(obs[0]))
     with torch.no_grad():
         b_action = agent.act(b_obs, generator)
-        minibatch = (b_obs, b_action, agent.log_prob(agent.policy(b_obs), b_action), *torch.randn(2, n))
+        minibatch = (b_obs, b_action, agent.policy(b_obs).log_prob(b_action), *torch.randn(2, n))
     parts = {"simulator": env_alone, "normalisation, bookkeeping": env_step - env_alone, "acting": act}
     for name, function in (
         ("gradient, compiled", torch.compile(script.gradient_and_metrics)),
