@@ -4,7 +4,7 @@
 
 The same work for all, on one thread: one environment, 2048 steps between updates, 10 epochs of 32 minibatches
 of 64, observations and rewards normalised by running statistics. The programs take turns, so that a slow
-spell of the machine hits them all; the table gives medians. Then the parts of our step, each measured on its own.
+spell of the machine hits them all; the table gives medians. Then the parts of our step, each on its own.
 """
 
 import json
