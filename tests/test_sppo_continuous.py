@@ -560,6 +560,32 @@ def test_an_infinite_gradient_ends_the_run_and_says_so(tmp_path):
         run(tmp_path, learning_rate=1e18, total_timesteps=1024)
 
 
+def test_every_action_answers_the_latest_observation(tmp_path, monkeypatch):
+    """Across rollouts too."""
+    shown, answered, act = [], [], script.Agent.act
+
+    class Envs(script.NormalizedEnvs):
+        def reset(self, seed):
+            shown.append(super().reset(seed))
+            return shown[-1]
+
+        def step(self, action):
+            output = super().step(action)
+            shown.append(output[0])
+            return output
+
+    def recording_act(self, obs, generator=None):
+        if generator is not None:
+            answered.append(obs.numpy().copy())
+        return act(self, obs, generator)
+
+    monkeypatch.setattr(script, "NormalizedEnvs", Envs)
+    monkeypatch.setattr(script.Agent, "act", recording_act)
+    run(tmp_path, num_envs=2)
+    assert len(answered) == SMALL["total_timesteps"] / 2
+    np.testing.assert_array_equal(answered, shown[:-1])
+
+
 def test_gaussian_runs_are_ppo(tmp_path, recorded_actions):
     summary, _ = run(tmp_path, policy="gaussian", env_id="LunarLanderContinuous-v3")
     actions = np.concatenate(recorded_actions)
