@@ -379,6 +379,8 @@ def stepped_envs(monkeypatch):
 
 def test_running_statistics_are_numpys_on_the_whole_stream(stepped_envs):
     envs, streams, _ = stepped_envs
+    first = [stream[0][1] for stream in streams]
+    assert not np.array_equal(first[0], first[1])  # each environment has a seed of its own
     kinds = [kind for stream in streams for kind, _, _ in stream]
     assert kinds.count("terminated") > 5
     assert kinds.count("truncated") > 5
@@ -544,8 +546,10 @@ def test_the_ratio_starts_at_one(tmp_path, monkeypatch):
 def test_the_logged_advantages_are_those_of_the_rollout(tmp_path, monkeypatch):
     """Of advantages 3, .9, .5 and -.4, whose mean is 1, normalisation flips the sign of two."""
 
+    advantage, values = np.array([[3.0], [0.9], [0.5], [-0.4]]), []
+
     def compute_gae(reward, value, *_):
-        advantage = np.array([[3.0], [0.9], [0.5], [-0.4]])
+        values.append(value[:-1])
         return advantage, advantage + value[:-1]
 
     monkeypatch.setattr(script, "compute_gae", compute_gae)
@@ -553,6 +557,8 @@ def test_the_logged_advantages_are_those_of_the_rollout(tmp_path, monkeypatch):
     events = EventAccumulator(str(folder)).Reload()
     assert events.Scalars("losses/advantage_largest")[0].value == 3.0
     assert events.Scalars("losses/advantage_sign_flips")[0].value == 0.5
+    explained = 1 - np.var(advantage) / np.var(advantage + values[0])
+    assert events.Scalars("losses/explained_variance")[0].value == pytest.approx(explained, rel=1e-5)
 
 
 def test_an_infinite_gradient_ends_the_run_and_says_so(tmp_path):
@@ -584,6 +590,31 @@ def test_every_action_answers_the_latest_observation(tmp_path, monkeypatch):
     run(tmp_path, num_envs=2)
     assert len(answered) == SMALL["total_timesteps"] / 2
     np.testing.assert_array_equal(answered, shown[:-1])
+
+
+def test_an_epoch_trains_on_every_step_once(tmp_path, monkeypatch):
+    """Each observation goes with the action that answered it."""
+    acted, trained, act, gradient_and_metrics = [], [], script.Agent.act, script.gradient_and_metrics
+
+    def pairs(obs, action):
+        return [(o.numpy().tobytes(), a.numpy().tobytes()) for o, a in zip(obs, action)]
+
+    def recording_act(self, obs, generator=None):
+        action = act(self, obs, generator)
+        if generator is not None:
+            acted.extend(pairs(obs, action))
+        return action
+
+    def recording_gradient(agent, args, obs, action, *rest):
+        trained.extend(pairs(obs, action))
+        return gradient_and_metrics(agent, args, obs, action, *rest)
+
+    monkeypatch.setattr(script.Agent, "act", recording_act)
+    monkeypatch.setattr(script, "gradient_and_metrics", recording_gradient)
+    run(tmp_path, update_epochs=1, num_envs=2, total_timesteps=256)
+    del trained[: 256 // SMALL["num_minibatches"]]  # the first call is on zeros, to compile
+    assert len(acted) == 256
+    assert sorted(acted) == sorted(trained)
 
 
 def test_gaussian_runs_are_ppo(tmp_path, recorded_actions):
