@@ -61,7 +61,7 @@ def main(folders: list[Path]) -> None:
             ax.plot(mean.index, mean, style, color=color, label=label)
             ax.fill_between(mean.index, mean - sem, mean + sem, color=color, alpha=0.15)
         ax.set(title=env_id, xlabel="steps", ylabel="return (greedy actions, raw rewards)")
-    axes[0][0].legend(frameon=False)
+    axes[0][-1].legend(frameon=False, loc="lower right")
     plt.tight_layout()
     plt.savefig(HERE / "curves.png", dpi=120)
 
