@@ -377,7 +377,7 @@ def train(args: Args, stop: threading.Event) -> dict | None:
         zeros = torch.zeros(n, *obs.shape[2:]), torch.from_numpy(action[0, 0]).repeat(n, 1)
         gradient_fn(agent, args, *(x.to(device) for x in (*zeros, *torch.zeros(3, n))))
     except Exception as error:
-        print(f"going on with --no-compile, at half the speed: {error}"[:300], file=sys.stderr)
+        print(f"going on with --no-compile, at half the speed: {error!r}"[:300], file=sys.stderr)
         args, gradient_fn = replace(args, compile=False), gradient_and_metrics
     progress_bar = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps", disable=None)
     while True:
@@ -502,7 +502,7 @@ def prepare(args: Args) -> Args:
         env.reset()
         env.render() if args.capture_video else None  # MuJoCo without a display: MUJOCO_GL=egl
     except Exception as error:  # an environment may fail in any way
-        raise ValueError(f"--env-id {args.env_id}: {str(error).splitlines()[0]}") from error
+        raise ValueError(f"--env-id {args.env_id}: {error!r}") from error
     spaces = (env.observation_space, env.action_space)
     fit = all(isinstance(s, gym.spaces.Box) and len(s.shape) == 1 for s in spaces) and spaces[1].is_bounded()
     batch_size = args.num_envs * args.num_steps
