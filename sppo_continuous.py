@@ -52,8 +52,8 @@ class Args:
     env_id: str = "Hopper-v4"  # Gymnasium id; its observations and actions are vectors, actions bounded
     total_timesteps: int = 1_000_000  # environment steps in all, rounded up to whole rollouts
     seed: int = 1  # seed of everything random (the paper's runs: 10000, 10001, ...)
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the CPU, the faster one for networks this small
-    compile: bool = True  # compile the gradient, given a C++ compiler: starts later, runs twice as fast
+    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the CPU
+    compile: bool = True  # compile the gradient, given a C++ compiler: starts later, runs about 1.8x as fast
     runs_dir: str = "runs"  # folder of all runs
     run_name: str | None = None  # folder of this run; default: environment, algorithm, noise, seed and time
     resume: str | None = None  # folder of an interrupted run to go on with; the only flag, then
@@ -86,7 +86,7 @@ class Args:
     beta: float | None = None  # weight of the reverse loss; default: 20, with the Gaussian policy 0
     z: float = -1.0  # Z, which stands for log 0
 
-    noise: Literal["none", "flip", "normal", "uniform", "adv_flip"] = "none"  # see perturb_reward
+    noise: Literal["none", "flip", "normal", "uniform", "adv_flip"] = "none"  # on rewards, or on advantages
     noise_level: float | None = None  # chance of a flip (default 0.1) or size (default 0.05)
 
     eval_freq: int | None = None  # steps between evaluations; default: run / 20; 0: at the end
@@ -377,7 +377,7 @@ def train(args: Args, stop: threading.Event) -> dict | None:
         zeros = torch.zeros(n, *obs.shape[2:]), torch.from_numpy(action[0, 0]).repeat(n, 1)
         gradient_fn(agent, args, *(x.to(device) for x in (*zeros, *torch.zeros(3, n))))
     except Exception as error:
-        print(f"going on with --no-compile, at half the speed: {error!r}"[:300], file=sys.stderr)
+        print(f"going on with --no-compile, at about half the speed: {error!r}"[:300], file=sys.stderr)
         args, gradient_fn = replace(args, compile=False), gradient_and_metrics
     progress_bar = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps", disable=None)
     while True:

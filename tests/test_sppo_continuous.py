@@ -904,4 +904,4 @@ def test_where_compiling_fails_it_says_so_and_runs(tmp_path, monkeypatch, capsys
     summary, _ = run(tmp_path, compile=True)
     assert summary["finished"]
     assert summary["compile"] is False
-    assert "at half the speed: RuntimeError('no C++ compiler')" in capsys.readouterr().err
+    assert "at about half the speed: RuntimeError('no C++ compiler')" in capsys.readouterr().err
