@@ -82,7 +82,7 @@ class Args:
     ortho_init: bool = True  # orthogonal initial weights; else PyTorch's own
     log_std_init: float = 0.0  # initial log standard deviation of the Gaussian policy
 
-    alpha: float | None = None  # weight of the PPO loss; default: 0.5, with the Gaussian policy 1
+    alpha: float | None = None  # weight of the PPO loss; default: 0.5, without reverse loss 1
     beta: float | None = None  # weight of the reverse loss; default: 20, with the Gaussian policy 0
     z: float = -1.0  # Z, which stands for log 0
 
@@ -324,7 +324,7 @@ def describe_machine() -> dict:
     """What it takes, beside the arguments, to judge or repeat a run."""
     git = f'git -C "{Path(__file__).resolve().parent}" describe --always --dirty --abbrev=40'
     commit = subprocess.run(git, shell=True, capture_output=True, text=True).stdout.strip() or None
-    versions = {name: metadata.version(name) for name in ("torch", "numpy", "gymnasium", "mujoco")}
+    versions = {package.name: package.version for package in metadata.distributions()}
     hardware = {"cpu": torch.backends.cpu.get_cpu_capability(), "cores": os.cpu_count()}
     hardware["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
     versions |= {"python": platform.python_version(), "platform": platform.platform()}
@@ -479,7 +479,7 @@ def prepare(args: Args) -> Args:
         args = Args(**saved | {"hidden_sizes": tuple(saved["hidden_sizes"]), "resume": args.resume})
     gaussian = args.policy == "gaussian"
     defaults = dict.fromkeys(("eval_freq", "checkpoint_freq"), max(1, args.total_timesteps // 20)) | {
-        "alpha": 1.0 if gaussian else 0.5, "beta": 0.0 if gaussian else 20.0,
+        "alpha": 1.0 if gaussian or args.beta == 0 else 0.5, "beta": 0.0 if gaussian else 20.0,
         "noise_level": {"none": 0.0, "normal": 0.05, "uniform": 0.05}.get(args.noise, 0.1),
     }  # fmt: skip
     args = replace(args, **{name: x for name, x in defaults.items() if getattr(args, name) is None})
