@@ -21,6 +21,7 @@ The gradient of Lr is |Z| times that of L, so SPPO's policy gradient is (alpha +
 changes is its weight against the value loss, the entropy bonus and the limit on the gradient norm.
 """
 
+import ctypes
 import difflib
 import json
 import math
@@ -36,6 +37,8 @@ from dataclasses import dataclass, replace
 from importlib import import_module, metadata, util
 from pathlib import Path
 from typing import Literal
+
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # idle threads of torch's make way for the games'
 
 import numpy as np
 import torch
@@ -184,6 +187,11 @@ def init(layer: nn.Module, gain: float = math.sqrt(2)) -> nn.Module:
     return layer
 
 
+def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
+    """Where convolutions and matrix products are of this type, whatever that of their tensors."""
+    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+
+
 class Agent(nn.Module):
     """Actor and critic on one convolutional network, DQN's (Mnih et al., Nature 2015)."""
 
@@ -203,11 +211,12 @@ class Agent(nn.Module):
 
     def forward(self, images):
         """Logits (batch, num_actions) and values (batch,), for images (batch, 4, 84, 84) of bytes."""
-        with torch.autocast(images.device.type, self.dtype, enabled=self.dtype == torch.bfloat16):
+        with autocast(images.device, self.dtype):
             x = images.to(self.dtype, memory_format=torch.channels_last)  # bytes are exact in bfloat16
             x = self.trunk(F.conv2d(x, self.conv.weight / 255, self.conv.bias, stride=4))
-        x = x.float()  # the loss must not see rounded probabilities
-        return self.actor(x), self.critic(x).squeeze(-1)
+        with autocast(images.device, torch.float32):  # the loss must not see rounded probabilities
+            x = x.float()
+            return self.actor(x), self.critic(x).squeeze(-1)
 
 
 def sample(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
@@ -267,13 +276,14 @@ def gradient_and_metrics(agent, args, clip_coef, obs, action, old_log_prob, adva
     gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(agent.parameters()))])
     norm = gradient.norm()
     with torch.no_grad():
-        ratio = (log_prob - old_log_prob).exp()
+        log_ratio = log_prob - old_log_prob
+        ratio = log_ratio.exp()
         flows = advantage * ratio <= advantage * ratio.clamp(1 - clip_coef, 1 + clip_coef)
         metrics = {
             "policy": symmetric_policy_loss(*samples, 1.0, 0.0, args.z),
             "reverse": torch.where(flows, args.z * weight * advantage * ratio, 0.0).mean(),  # with gradient
             "value": value_loss.detach(), "entropy": entropy.detach(), "grad_norm": norm,  # before clipping
-            "approx_kl": (weight * (ratio - 1 - ratio.log())).mean(),  # joschu.net/blog/kl-approx.html
+            "approx_kl": (weight * (ratio - 1 - log_ratio)).mean(),  # joschu.net/blog/kl-approx.html
             "clip_fraction": (weight * ((ratio - 1).abs() > clip_coef)).mean(),
         }  # fmt: skip
     return gradient * (args.max_grad_norm / (norm + 1e-6)).clamp(max=1), metrics
@@ -324,9 +334,19 @@ def has_bfloat16(device: torch.device) -> bool:
     return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
 
 
+def keep_freed_memory() -> None:
+    """Tells glibc to keep freed memory: returned and taken again, it costs a page fault for each 4 KiB, which
+    is a quarter of an update on a CPU. Elsewhere than under glibc nothing is done."""
+    if platform.libc_ver()[0] == "glibc":
+        mallopt, M_TRIM_THRESHOLD, M_MMAP_MAX = ctypes.CDLL(None).mallopt, -1, -4  # of malloc.h
+        mallopt(M_MMAP_MAX, 0)
+        mallopt(M_TRIM_THRESHOLD, -1)
+
+
 def train(args: Args, stop: threading.Event) -> dict | None:
     """A run, with arguments from `prepare`. Returns what is in summary.json, or None if `stop` came first."""
     started = time.perf_counter()
+    keep_freed_memory()
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
     generator = torch.Generator(device).manual_seed(args.seed)  # actions, minibatches, flips of advantages
@@ -385,7 +405,7 @@ def train(args: Args, stop: threading.Event) -> dict | None:
         optimizer.param_groups[0]["lr"] = args.learning_rate * (remaining if args.anneal_lr else 1)
         clip_coef = torch.tensor(args.clip_coef * (remaining if args.anneal_clip else 1), device=device)
         obs[0] = obs[T]
-        with torch.no_grad():
+        with torch.no_grad(), autocast(device, agent.dtype):  # out here: rounds the weights only once
             for t in range(T):
                 logits[t], value[t] = agent_fn(obs[t])
                 action[t] = sample(logits[t], generator)
