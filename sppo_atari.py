@@ -42,7 +42,6 @@ os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # idle threads of torch's make
 
 import numpy as np
 import torch
-import torch.nn.functional as F
 import tyro
 from ale_py import Action, roms
 from ale_py.vector_env import AtariVectorEnv
@@ -102,10 +101,7 @@ class Args:
 
 
 def rom_name(env_id: str) -> str:
-    """The game that a user means, as ale-py calls it: ms_pacman for MsPacman, ALE/MsPacman-v5, ...
-
-    Raises ValueError, with the nearest names, if there is no such game.
-    """
+    """A game's name in ale-py: ms_pacman for MsPacman, ALE/MsPacman-v5, ... Raises ValueError if none."""
     names = {name.replace("_", ""): name for name in roms.get_all_rom_ids()}
     game = re.sub(r"^ALE/|(NoFrameskip|Deterministic)?(-v\d)?$", "", env_id).replace("_", "").lower()
     if game not in names:
@@ -120,14 +116,13 @@ class AtariGames:
     A step is four frames of one action. Images are grey, 84 x 84, the brighter of the last two frames, the
     last four of them in a stack. A game begins with up to 30 idle frames, then FIRE where there is such an
     action, and is cut off after 108,000 frames. To the learner a lost life ends the episode, but the game
-    goes on: with FIRE, whatever the agent chose, since many games wait for it. (AtariVectorEnv can signal
-    lost lives itself, but then no longer says where games end.)
+    goes on: with FIRE, whatever the agent chose, since many games wait for it.
     """
 
     def __init__(self, args: Args, num_games: int, max_frames: int = 108_000):
         self.envs = AtariVectorEnv(
             rom_name(args.env_id), num_games, num_threads=min(num_games, torch.get_num_threads()),
-            autoreset_mode=AutoresetMode.SAME_STEP, reward_clipping=False,
+            autoreset_mode=AutoresetMode.SAME_STEP, reward_clipping=False,  # lives and clipping: see `step`
             repeat_action_probability=args.repeat_action_probability, max_num_frames_per_episode=max_frames,
         )  # fmt: skip
         actions = self.envs.ale.get_action_set()
@@ -180,13 +175,6 @@ def perturb_advantage(advantage: torch.Tensor, level: float, generator: torch.Ge
     return torch.where(flip, -advantage, advantage)
 
 
-def init(layer: nn.Module, gain: float = math.sqrt(2)) -> nn.Module:
-    """Orthogonal weights and zero biases."""
-    nn.init.orthogonal_(layer.weight, gain)
-    nn.init.zeros_(layer.bias)
-    return layer
-
-
 def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
     """Where convolutions and matrix products are of this type, whatever that of their tensors."""
     return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
@@ -199,21 +187,24 @@ class Agent(nn.Module):
         super().__init__()
         self.dtype = torch.bfloat16 if bfloat16 else torch.float32
         norm = (lambda channels: [nn.GroupNorm(1, channels)]) if layer_norm else (lambda channels: [])
-        self.conv = init(nn.Conv2d(4, 32, 8, stride=4))
+        self.conv = nn.Conv2d(4, 32, 8, stride=4)
         self.trunk = nn.Sequential(
             *norm(32), nn.ReLU(),
-            init(nn.Conv2d(32, 64, 4, stride=2)), *norm(64), nn.ReLU(),
-            init(nn.Conv2d(64, 64, 3)), *norm(64), nn.ReLU(),
-            nn.Flatten(), init(nn.Linear(64 * 7 * 7, 512)), *norm(512), nn.ReLU(),
+            nn.Conv2d(32, 64, 4, stride=2), *norm(64), nn.ReLU(),
+            nn.Conv2d(64, 64, 3), *norm(64), nn.ReLU(),
+            nn.Flatten(), nn.Linear(64 * 7 * 7, 512), *norm(512), nn.ReLU(),
         )  # fmt: skip
-        self.actor = init(nn.Linear(512, num_actions), 0.01)
-        self.critic = init(nn.Linear(512, 1), 1.0)
+        self.actor, self.critic = nn.Linear(512, num_actions), nn.Linear(512, 1)
+        for layer in self.modules():
+            if isinstance(layer, (nn.Conv2d, nn.Linear)):
+                nn.init.orthogonal_(layer.weight, {self.actor: 0.01, self.critic: 1.0}.get(layer, 2**0.5))
+                nn.init.zeros_(layer.bias)
 
     def forward(self, images):
         """Logits (batch, num_actions) and values (batch,), for images (batch, 4, 84, 84) of bytes."""
         with autocast(images.device, self.dtype):
             x = images.to(self.dtype, memory_format=torch.channels_last)  # bytes are exact in bfloat16
-            x = self.trunk(F.conv2d(x, self.conv.weight / 255, self.conv.bias, stride=4))
+            x = self.trunk(torch.conv2d(x, self.conv.weight / 255, self.conv.bias, stride=4))
         with autocast(images.device, torch.float32):  # the loss must not see rounded probabilities
             x = x.float()
             return self.actor(x), self.critic(x).squeeze(-1)
@@ -262,9 +253,7 @@ def compute_gae(reward, value, final_value, terminated, truncated, gamma, gae_la
 
 def gradient_and_metrics(agent, args, clip_coef, obs, action, old_log_prob, advantage, returns, weight):
     """Clipped gradient of the loss, as one vector, and what to log; tensors of a minibatch, (batch, ...).
-
-    `weight`, 1 on average, is 0 where the action was not the agent's: such a step teaches the critic only.
-    """
+    `weight`, 1 on average, is 0 where the action was not the agent's: such a step teaches only the critic."""
     logits, value = agent(obs)
     policy = Categorical(logits=logits, validate_args=False)
     log_prob = policy.log_prob(action)
@@ -326,21 +315,32 @@ def describe_machine() -> dict:
     return {"command": sys.argv, "commit": commit, "versions": versions, "hardware": hardware}
 
 
-def has_bfloat16(device: torch.device) -> bool:
-    """Whether the hardware multiplies matrices in bfloat16 sooner than in float32."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    capabilities = torch.cpu.get_capabilities()
-    return any(capabilities.get(name, False) for name in ("avx512_bf16", "amx_bf16"))
-
-
 def keep_freed_memory() -> None:
-    """Tells glibc to keep freed memory: returned and taken again, it costs a page fault for each 4 KiB, which
-    is a quarter of an update on a CPU. Elsewhere than under glibc nothing is done."""
+    """glibc returns freed memory to the system, and takes it again at a page fault for each 4 KiB: a quarter
+    of an update on a CPU. This tells it not to; under other C libraries it does nothing."""
     if platform.libc_ver()[0] == "glibc":
-        mallopt, M_TRIM_THRESHOLD, M_MMAP_MAX = ctypes.CDLL(None).mallopt, -1, -4  # of malloc.h
-        mallopt(M_MMAP_MAX, 0)
-        mallopt(M_TRIM_THRESHOLD, -1)
+        for parameter, number in ((-4, 0), (-1, -1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD of malloc.h
+            ctypes.CDLL(None).mallopt(parameter, number)
+
+
+def compiled(agent: Agent, args: Args, obs: torch.Tensor):
+    """`agent` and `gradient_and_metrics`, on a GPU as CUDA graphs: called on zeros of the shapes to come, as
+    compiling is part of starting up; where that fails, uncompiled. `obs` (T + 1, N, 4, 84, 84)."""
+    n = args.num_steps * args.num_envs // args.num_minibatches
+    zeros = torch.zeros(5, n, device=obs.device)
+    mode = "reduce-overhead" if obs.is_cuda else "default"
+    try:
+        torch._dynamo.config.trace_autograd_ops = True  # gradient and loss in one graph
+        functions = [torch.compile(function, mode=mode) for function in (agent, gradient_and_metrics)]
+        for _ in range(3):  # CUDA graphs are recorded after a warm-up
+            with torch.no_grad(), autocast(obs.device, agent.dtype):
+                functions[0](obs[0])
+            minibatch = obs.flatten(0, 1)[:n], zeros[0].long(), *zeros[1:]
+            functions[1](agent, args, zeros[0, 0], *minibatch)
+        return functions
+    except Exception as error:
+        print(f"going on with --no-compile: {error!r}"[:300], file=sys.stderr)
+        return agent, gradient_and_metrics
 
 
 def train(args: Args, stop: threading.Event) -> dict | None:
@@ -348,13 +348,14 @@ def train(args: Args, stop: threading.Event) -> dict | None:
     started = time.perf_counter()
     keep_freed_memory()
     torch.manual_seed(args.seed)
-    device = torch.device("cuda" if args.device != "cpu" and torch.cuda.is_available() else "cpu")
+    cuda = args.device != "cpu" and torch.cuda.is_available()
+    device = torch.device("cuda" if cuda else "cpu")
     generator = torch.Generator(device).manual_seed(args.seed)  # actions, minibatches, flips of advantages
     rng = np.random.default_rng(args.seed)  # noise on rewards
     run_dir = Path(args.resume or Path(args.runs_dir) / args.run_name)
     envs = AtariGames(args, args.num_envs)
-    bfloat16 = args.amp == "auto" and has_bfloat16(device)
-    agent = Agent(envs.num_actions, args.layer_norm, bfloat16).to(device)
+    fast = torch.cuda.is_bf16_supported(False) if cuda else torch.cpu.get_capabilities().get("avx512_bf16")
+    agent = Agent(envs.num_actions, args.layer_norm, bfloat16=args.amp == "auto" and bool(fast)).to(device)
     parameters = nn.utils.parameters_to_vector(agent.parameters()).detach()
     nn.utils.vector_to_parameters(parameters, agent.parameters())  # views of it: one Adam for all
     optimizer = torch.optim.Adam([parameters], lr=args.learning_rate, eps=args.adam_eps, fused=True)
@@ -374,29 +375,13 @@ def train(args: Args, stop: threading.Event) -> dict | None:
     writer = SummaryWriter(run_dir, purge_step=global_step + 1)
     T, N = args.num_steps, args.num_envs
     obs = torch.zeros(T + 1, N, 84, 84, 4, dtype=torch.uint8, device=device).permute(0, 1, 4, 2, 3)
-    staging = torch.zeros(N, 4, 84, 84, dtype=torch.uint8, pin_memory=device.type == "cuda")
+    staging = torch.zeros(N, 4, 84, 84, dtype=torch.uint8, pin_memory=cuda)
     logits, value = torch.zeros(T, N, envs.num_actions, device=device), torch.zeros(T + 1, N, device=device)
     action = torch.zeros(T, N, dtype=torch.int64, device=device)
     reward, final_value = np.zeros((2, T, N))
     terminated, truncated, overridden = np.zeros((3, T, N), bool)
-    images = envs.reset(seed=args.seed + global_step)  # after resuming too: an emulator's state is not saved
-    obs[T] = torch.from_numpy(images)
-    agent_fn, gradient_fn = agent, gradient_and_metrics
-    try:  # on a minibatch of zeros: compiling is part of starting up, and may fail
-        if args.compile:
-            torch._dynamo.config.trace_autograd_ops = True  # gradient and loss in one graph
-            mode = "reduce-overhead" if device.type == "cuda" else "default"  # CUDA graphs
-            agent_fn, gradient_fn = (torch.compile(f, mode=mode) for f in (agent, gradient_and_metrics))
-        n, rows = T * N // args.num_minibatches, obs.flatten(0, 1)
-        zeros = torch.zeros(4, n, device=device)
-        for _ in range(3):  # CUDA graphs are recorded after warming up
-            with torch.no_grad():
-                agent_fn(obs[0])
-            gradient_fn(agent, args, zeros[0, 0], rows[:n], action.flatten()[:n], *zeros)
-    except Exception as error:
-        print(f"going on with --no-compile: {error!r}"[:300], file=sys.stderr)
-        args = replace(args, compile=False)
-        agent_fn, gradient_fn = agent, gradient_and_metrics
+    obs[T] = torch.from_numpy(envs.reset(args.seed + global_step))  # emulators are not in the checkpoint
+    agent_fn, gradient_fn = compiled(agent, args, obs) if args.compile else (agent, gradient_and_metrics)
     progress_bar = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps", disable=None)
     while True:
         # Rollout
@@ -422,11 +407,10 @@ def train(args: Args, stop: threading.Event) -> dict | None:
         b_obs, b_action = obs[:T].flatten(0, 1), action.flatten()
         old_log_prob = Categorical(logits=logits).log_prob(action).flatten()
         noisy = perturb_reward(reward, args.noise, args.noise_level, rng)
-        values = value.cpu().numpy()
-        gae = compute_gae(noisy, values, final_value, terminated, truncated, args.gamma, args.gae_lambda)
-        advantage, returns, own = (
-            torch.as_tensor(x, dtype=torch.float32, device=device).flatten() for x in (*gae, ~overridden)
-        )
+        rollout = noisy, value.cpu().numpy(), final_value, terminated, truncated
+        gae = compute_gae(*rollout, args.gamma, args.gae_lambda)
+        arrays = torch.tensor(np.stack([*gae, ~overridden]), dtype=torch.float32, device=device)
+        advantage, returns, own = arrays.flatten(1)
 
         # Update
         metrics, sign_flips = [], []
@@ -444,15 +428,13 @@ def train(args: Args, stop: threading.Event) -> dict | None:
             weight = mb_own / count * mb_own.shape[1]
             samples = b_action[order], old_log_prob[order], mb_adv, returns[order], weight
             for rows, *minibatch in zip(order, *samples):
-                step = gradient_fn(agent, args, clip_coef, b_obs[rows], *minibatch)
-                parameters.grad, minibatch_metrics = step
+                parameters.grad, mb_metrics = gradient_fn(agent, args, clip_coef, b_obs[rows], *minibatch)
                 optimizer.step()
-                metrics.append(torch.stack([*minibatch_metrics.values()]))
+                metrics.append(torch.stack([*mb_metrics.values()]))
         train_seconds += time.perf_counter() - iteration_started
 
         # Logging
-        names, means = minibatch_metrics, torch.stack(metrics).mean(0).tolist()
-        scalars = {f"losses/{name}": mean for name, mean in zip(names, means)}
+        scalars = {f"losses/{k}": x for k, x in zip(mb_metrics, torch.stack(metrics).mean(0).tolist())}
         scalars["losses/explained_variance"] = 1 - np.var(gae[0]) / np.var(gae[1])
         scalars["losses/advantage_sign_flips"] = torch.tensor(sign_flips or [0.0]).mean().item()
         scalars["losses/advantage_largest"] = advantage.abs().max().item()
@@ -482,7 +464,7 @@ def train(args: Args, stop: threading.Event) -> dict | None:
             summary = {"script": Path(__file__).name, "algo": args.algo} | vars(args) | {
                 "final_return_mean": scores.mean(), "final_return_std": scores.std(), "finished": True,
                 "train_return_last100": episodic_return if envs.finished else None,
-                "sps": global_step / train_seconds, "wall_s": wall, "precision": str(agent.dtype),
+                "sps": global_step / train_seconds, "wall_s": wall, "compile": agent_fn is not agent,
             }  # fmt: skip
             save(run_dir / "summary.json", json.dumps(summary, indent=2))
         if checkpoint_due or finished or stopping:
