@@ -114,9 +114,9 @@ class AtariGames:
     """Games in parallel, preprocessed as for DeepMind's DQN; where one ends, the next starts in that step.
 
     A step is four frames of one action. Images are grey, 84 x 84, the brighter of the last two frames, the
-    last four of them in a stack. A game begins with up to 30 idle frames, then FIRE where there is such an
-    action, and is cut off after 108,000 frames. To the learner a lost life ends the episode, but the game
-    goes on: with FIRE, whatever the agent chose, since many games wait for it.
+    last four of them in a stack. A game begins with up to 30 frames of FIRE, where there is such an action,
+    and idling, and is cut off after 108,000. To the learner a lost life ends the episode, but the game goes
+    on: with FIRE, whatever the agent chose, since many games wait for it.
     """
 
     def __init__(self, args: Args, num_games: int, max_frames: int = 108_000):
@@ -206,7 +206,7 @@ class Agent(nn.Module):
             x = images.to(self.dtype, memory_format=torch.channels_last)  # bytes are exact in bfloat16
             x = self.trunk(torch.conv2d(x, self.conv.weight / 255, self.conv.bias, stride=4))
         with autocast(images.device, torch.float32):  # the loss must not see rounded probabilities
-            x = x.float()
+            x = x.to(self.actor.weight.dtype)
             return self.actor(x), self.critic(x).squeeze(-1)
 
 

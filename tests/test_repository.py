@@ -12,6 +12,7 @@ if sys.version_info >= (3, 11):
 else:
     import tomli as tomllib
 
+import sppo_atari
 import sppo_continuous
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -35,7 +36,7 @@ def test_a_script_has_the_projects_pins(name):
     assert metadata["requires-python"] == PROJECT["requires-python"]
     assert metadata["dependencies"]
     assert set(metadata["dependencies"]) <= set(pins)
-    pinned = {re.match(r"[\w-]+", pin).group() for pin in metadata["dependencies"]}
+    pinned = {re.match(r"[\w-]+", pin).group().replace("-", "_") for pin in metadata["dependencies"]}
     third_party = imports(name) - set(sys.stdlib_module_names)
     assert third_party <= pinned, "imported, but not among the script's own dependencies"
 
@@ -45,27 +46,65 @@ def test_a_script_imports_nothing_from_here(name):
     assert not imports(name) & {path.stem for path in ROOT.rglob("*.py")}
 
 
-def length_of(source, *functions):
-    """Lines of these top-level functions, from `def` to the last line, blank lines at the end left out."""
-    blocks = re.split(r"(?m)^(?=def |class |@)", source)
-    found = [block for block in blocks if re.match(rf"def ({'|'.join(functions)})\(", block)]
-    assert len(found) == len(functions)
-    return sum(block.rstrip().count("\n") + 1 for block in found)
+def definitions(name):
+    """{name: text} of a script's functions and classes at the top level, decorators included."""
+    blocks = re.split(r"(?m)^(?=@|def |class |if __name__)", (ROOT / name).read_text())[1:]
+    found, decorator = {}, ""
+    for block in blocks:
+        if block.startswith("@"):
+            decorator = block
+        elif match := re.match(r"(?:def|class) (\w+)", block):
+            found[match.group(1)] = decorator + block.rstrip()
+            decorator = ""
+    return found
 
 
-def test_the_script_is_short_and_the_algorithm_a_part_of_it():
-    source = (ROOT / "sppo_continuous.py").read_text()
-    assert source.count("\n") <= 550
+# What the scripts have in common by name only: each has its own.
+OWN = {"Args", "Agent", "gradient_and_metrics", "evaluate", "train", "prepare"}
+SHARED = {"symmetric_policy_loss", "perturb_reward", "perturb_advantage", "compute_gae", "save", "main"}
+SHARED |= {"describe_machine"}
+
+
+def test_what_scripts_share_is_the_same_text():
+    texts = {}
+    for script in SCRIPTS:
+        for name, text in definitions(script).items():
+            texts.setdefault(name, {})[script] = text
+    shared = {name for name, copies in texts.items() if len(copies) > 1} - OWN
+    assert shared >= SHARED
+    for name in shared:
+        first, *others = texts[name].items()
+        for script, text in others:
+            assert text == first[1], f"{name}: {script} and {first[0]} have drifted apart"
+
+
+def lines(text):
+    return text.count("\n") + 1
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_a_script_is_short_and_the_algorithm_a_part_of_it(name):
+    assert lines((ROOT / name).read_text().rstrip()) <= 550
+    found = definitions(name)
     algorithm = ("symmetric_policy_loss", "compute_gae", "gradient_and_metrics", "train")
-    assert length_of(source, *algorithm) <= 200
+    assert sum(lines(found[function]) for function in algorithm) <= 200
 
 
-def test_readme_names_only_flags_that_exist():
+@pytest.mark.parametrize("script", [sppo_continuous, sppo_atari])
+def test_readme_names_only_flags_that_exist(script):
     readme = (ROOT / "README.md").read_text()
-    flags = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(sppo_continuous.Args)}
+    flags = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(script.Args)}
     flags |= {flag.replace("--", "--no-", 1) for flag in flags}
-    commands = "".join(re.findall(r"(?m)^python sppo_continuous\.py(?:[^\\\n]|\\\n)*", readme))
-    table = "".join(re.findall(r"(?m)^\| `--.*$", readme))
-    named = set(re.findall(r"--[a-z][a-z-]*", commands + table))
-    assert len(named) > 20
+    commands = "".join(re.findall(rf"(?m)^python {script.__name__}\.py(?:[^\\\n]|\\\n)*", readme))
+    named = set(re.findall(r"--[a-z][a-z-]*", commands))
+    assert len(named) >= 5
     assert named <= flags
+
+
+def test_readme_table_names_only_flags_that_exist():
+    readme = (ROOT / "README.md").read_text()
+    table = "".join(re.findall(r"(?m)^\| `--.*$", readme))
+    fields = dataclasses.fields(sppo_continuous.Args) + dataclasses.fields(sppo_atari.Args)
+    named = set(re.findall(r"--[a-z][a-z-]*", table))
+    assert len(named) > 10
+    assert named <= {"--" + field.name.replace("_", "-") for field in fields}

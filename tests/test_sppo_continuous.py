@@ -1,86 +1,23 @@
 """Everything in `sppo_continuous.py` but the loss, which has `test_loss.py`."""
 
-import csv
-import importlib.machinery
 import itertools
 import json
-import os
 import shutil
-import signal
-import subprocess
-import sys
-import threading
-import time
-import types
-from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from helpers import CONTINUOUS, StopAfter, checkpoint
 
 import sppo_continuous as script
 
-SCRIPT = Path(script.__file__)
-SMALL = {
-    "env_id": "InvertedDoublePendulum-v4",
-    "total_timesteps": 512,
-    "num_steps": 128,
-    "num_minibatches": 4,
-    "update_epochs": 3,
-    "eval_episodes": 1,
-    "eval_freq": 0,
-    "compile": False,
-}
-
-
-class StopAfter(threading.Event):
-    """An event that sets itself when it has been looked at `updates` times: `train` looks once an update."""
-
-    def __init__(self, updates: int):
-        super().__init__()
-        self.left = updates
-
-    def is_set(self) -> bool:
-        self.left -= 1
-        return self.left <= 0
-
-
-def run(runs_dir, stop=None, **flags):
-    """Trains with `flags` over SMALL. Returns (what `train` returned, the run's folder)."""
-    args = script.prepare(script.Args(**SMALL | {"runs_dir": str(runs_dir), "run_name": "run"} | flags))
-    return script.train(args, stop or threading.Event()), Path(args.runs_dir) / args.run_name
-
-
-def resume(folder):
-    return script.train(script.prepare(script.Args(resume=str(folder))), threading.Event())
-
-
-def checkpoint(folder):
-    return torch.load(folder / "checkpoint.pt", weights_only=False)
-
-
-def weights(folder):
-    return torch.cat([w.flatten() for w in checkpoint(folder)["agent"].values()])
-
-
-def progress(folder):
-    with (folder / "progress.csv").open() as file:
-        return [{name: float(x) for name, x in row.items()} for row in csv.DictReader(file)]
+run, SMALL = CONTINUOUS.run, CONTINUOUS.small
 
 
 @pytest.fixture
 def recorded_actions(monkeypatch):
-    """The actions of all training steps from here on, in a list."""
-    actions, step = [], script.NormalizedEnvs.step
-
-    def recording_step(self, action):
-        actions.append(action.copy())
-        return step(self, action)
-
-    monkeypatch.setattr(script.NormalizedEnvs, "step", recording_step)
-    return actions
+    return CONTINUOUS.record_actions(monkeypatch)
 
 
 # ---- Policies
@@ -297,30 +234,6 @@ def test_noise_comes_after_normalisation_and_before_the_bootstrap(tmp_path, gae_
     assert 2 < summary["final_return_mean"] <= 6
 
 
-@pytest.mark.parametrize("noise", ["none", "adv_flip"])
-def test_advantages_flip_before_normalisation_anew_in_every_epoch(tmp_path, monkeypatch, noise):
-    seen, perturb_advantage = [], script.perturb_advantage
-
-    def recording(advantage, level, generator):
-        noisy = perturb_advantage(advantage, level, generator)
-        seen.append((advantage, noisy, level))
-        return noisy
-
-    monkeypatch.setattr(script, "perturb_advantage", recording)
-    run(tmp_path, noise=noise, total_timesteps=256)
-    assert len(seen) == (2 * SMALL["update_epochs"] if noise == "adv_flip" else 0)
-    for advantage, noisy, level in seen:
-        assert advantage.shape == (SMALL["num_minibatches"], 32)
-        assert level == 0.1
-        assert 0 < (noisy != advantage).float().mean() < 0.3
-        assert abs(advantage.mean(1)).max() > 0.01  # normalised ones would have a mean of zero
-
-
-def test_advantages_can_stay_as_they_are(tmp_path):
-    normalized, plain = (run(tmp_path / str(norm), norm_adv=norm)[1] for norm in (True, False))
-    assert not torch.equal(weights(normalized), weights(plain))
-
-
 def test_evaluation_is_a_plain_greedy_episode_on_raw_rewards(tmp_path):
     summary, folder = run(tmp_path, noise="flip", noise_level=1.0, eval_episodes=2)
     env, state = gym.make(SMALL["env_id"]), checkpoint(folder)
@@ -448,32 +361,6 @@ def test_evaluation_leaves_the_training_statistics_alone():
 # ---- Runs: identity, reproducibility, learning
 
 
-def test_sppo_is_ppo_with_alpha_k(tmp_path, recorded_actions):
-    k = 0.5 + 20.0
-    flags = dict(ent_coef=0.01)
-    _, sppo = run(tmp_path / "sppo", alpha=0.5, beta=20.0, **flags)
-    _, scaled_loss = run(tmp_path / "scaled", alpha=k, beta=0.0, **flags)
-    _, rest = run(
-        tmp_path / "rest", alpha=1.0, beta=0.0, vf_coef=0.5 / k, ent_coef=0.01 / k, max_grad_norm=0.5 / k,
-        adam_eps=1e-5 / k,
-    )  # fmt: skip
-    _, ppo = run(tmp_path / "ppo", alpha=1.0, beta=0.0, **flags)
-    steps = SMALL["total_timesteps"]
-    actions = [np.concatenate(recorded_actions[i * steps : (i + 1) * steps]) for i in range(4)]
-    for other, other_actions in ((scaled_loss, actions[1]), (rest, actions[2])):
-        np.testing.assert_array_equal(actions[0], other_actions)
-        torch.testing.assert_close(weights(sppo), weights(other), rtol=0, atol=1e-5)
-    assert (weights(sppo) - weights(ppo)).abs().max() > 1e-3  # while PPO itself is another run
-
-
-def test_equal_seeds_give_equal_bits(tmp_path):
-    flags = dict(noise="adv_flip", num_envs=2, eval_freq=128)
-    first, again, other = (run(tmp_path / name, seed=int(name[0]), **flags)[1] for name in ("3a", "3b", "4"))
-    assert torch.equal(weights(first), weights(again))
-    assert (first / "progress.csv").read_bytes() == (again / "progress.csv").read_bytes()
-    assert not torch.equal(weights(first), weights(other))
-
-
 def some_minibatch(agent, n=64):
     obs, advantage, returns = torch.randn(n, 17), torch.randn(n), torch.randn(n)
     with torch.no_grad():
@@ -523,47 +410,6 @@ def test_gradient_and_metrics_are_those_of_plain_pytorch(policy):
     assert set(metrics) == set(by_hand)
     for name, metric in by_hand.items():
         torch.testing.assert_close(metrics[name], metric.detach(), rtol=1e-4, atol=1e-6)
-
-
-def test_the_ratio_starts_at_one(tmp_path, monkeypatch):
-    """Log-probabilities of the rollout, and of its first minibatch, are the same."""
-    recorded, gradient_and_metrics = [], script.gradient_and_metrics
-
-    def recording(*arguments):
-        gradient, metrics = gradient_and_metrics(*arguments)
-        recorded.append({name: metric.item() for name, metric in metrics.items()})
-        return gradient, metrics
-
-    monkeypatch.setattr(script, "gradient_and_metrics", recording)
-    run(tmp_path, total_timesteps=128)
-    _, first, *_, last = recorded  # the very first call compiles, on zeros
-    assert abs(first["approx_kl"]) < 1e-6
-    assert first["clip_fraction"] == 0
-    assert abs(first["policy"]) < 1e-5  # minus the mean of normalised advantages
-    assert last["approx_kl"] > 1e-6
-
-
-def test_the_logged_advantages_are_those_of_the_rollout(tmp_path, monkeypatch):
-    """Of advantages 3, .9, .5 and -.4, whose mean is 1, normalisation flips the sign of two."""
-
-    advantage, values = np.array([[3.0], [0.9], [0.5], [-0.4]]), []
-
-    def compute_gae(reward, value, *_):
-        values.append(value[:-1])
-        return advantage, advantage + value[:-1]
-
-    monkeypatch.setattr(script, "compute_gae", compute_gae)
-    _, folder = run(tmp_path, num_steps=4, num_minibatches=1, total_timesteps=4)
-    events = EventAccumulator(str(folder)).Reload()
-    assert events.Scalars("losses/advantage_largest")[0].value == 3.0
-    assert events.Scalars("losses/advantage_sign_flips")[0].value == 0.5
-    explained = 1 - np.var(advantage) / np.var(advantage + values[0])
-    assert events.Scalars("losses/explained_variance")[0].value == pytest.approx(explained, rel=1e-5)
-
-
-def test_an_infinite_gradient_ends_the_run_and_says_so(tmp_path):
-    with pytest.raises(SystemExit, match="gradient not finite at step"):
-        run(tmp_path, learning_rate=1e18, total_timesteps=1024)
 
 
 def test_every_action_answers_the_latest_observation(tmp_path, monkeypatch):
@@ -669,239 +515,14 @@ def test_it_does_not_learn_with_advantages_turned_round(tmp_path, monkeypatch):
 # ---- The folder of a run; stopping and resuming
 
 
-def test_a_run_leaves_what_it_promises(tmp_path):
-    summary, folder = run(tmp_path, eval_freq=256, seed=7, noise="uniform")
-    assert json.loads((folder / "summary.json").read_text()) == json.loads(json.dumps(summary))
-    expected = {"script": "sppo_continuous.py", "algo": "sppo", "env_id": SMALL["env_id"], "seed": 7}
-    expected |= {"noise": "uniform", "noise_level": 0.05, "alpha": 0.5, "beta": 20.0, "z": -1.0}
-    expected |= {"total_timesteps": 512, "finished": True}
-    assert {name: summary[name] for name in expected} == expected
-    assert {"final_return_std", "train_return_last100", "sps", "wall_s"} <= set(summary)
-    assert [row["step"] for row in progress(folder)] == [256, 512]
-    assert progress(folder)[-1]["return_mean"] == summary["final_return_mean"]
-    recorded = json.loads((folder / "args.json").read_text())
-    assert recorded["args"]["noise_level"] == 0.05
-    assert recorded["versions"]["torch"] == torch.__version__
-    assert not list(folder.glob("*.tmp"))
-    events = EventAccumulator(str(folder)).Reload()
-    tags = set(events.Tags()["scalars"])
-    assert {f"charts/{name}" for name in ("episodic_return", "episodic_length", "SPS")} < tags
-    losses = "policy reverse value entropy approx_kl clip_fraction explained_variance grad_norm"
-    losses += " advantage_sign_flips advantage_largest"
-    assert {f"losses/{name}" for name in losses.split()} < tags
-    assert [event.step for event in events.Scalars("losses/policy")] == [128, 256, 384, 512]
-
-
-def test_interrupted_and_resumed_a_run_is_whole(tmp_path):
-    whole, _ = run(tmp_path / "whole", eval_freq=128, total_timesteps=768)
-    stopped, folder = run(tmp_path / "broken", stop=StopAfter(3), eval_freq=128, total_timesteps=768)
-    assert stopped is None
-    assert not (folder / "summary.json").exists()
-    before = checkpoint(folder)
-    assert before["progress"][0] == 384
-
-    summary = resume(folder)
-    assert summary["finished"]
-    steps = [row["step"] for row in progress(folder)]
-    assert steps == [128, 256, 384, 512, 640, 768]
-    assert progress(folder)[:3] == progress(tmp_path / "whole" / "run")[:3]
-    after = checkpoint(folder)
-    updates = 768 // 128 * SMALL["update_epochs"] * SMALL["num_minibatches"]
-    assert after["optimizer"]["state"][0]["step"].item() == updates
-    assert after["envs"][0]["count"] == 768 + 2  # every step once, and two first observations
-    assert after["envs"][1]["count"] == 768
-    assert summary["wall_s"] > before["progress"][3]
-    assert not torch.equal(after["generator"], before["generator"])
-
-
-def test_resuming_restores_weights_and_random_states(tmp_path, monkeypatch):
-    """Without steps of Adam the weights stay; the noise on rewards is drawn from where it stopped."""
-    _, folder = run(tmp_path, stop=StopAfter(2), noise="normal")
-    before, trained = checkpoint(folder), weights(folder)
-    monkeypatch.setattr(torch.optim.Adam, "step", lambda self: None)
-    resume(folder)
-    after = checkpoint(folder)
-    assert torch.equal(weights(folder), trained)
-    assert before["envs"][2][-1] in after["envs"][2]  # an episode that had ended before
-    rng = np.random.default_rng()
-    rng.bit_generator.state = before["rng"]
-    rng.normal(0, 1, (2, SMALL["num_steps"], 1))
-    assert rng.bit_generator.state == after["rng"]
-
-
-def test_a_killed_run_goes_on_from_its_checkpoint_without_doubled_evaluations(tmp_path):
-    """As after SIGKILL: evaluations from after the last checkpoint are on disk, and must not come twice."""
-    _, folder = run(tmp_path, stop=StopAfter(2), eval_freq=128)
-    with (folder / "progress.csv").open("a") as file:
-        file.write("384,1.0,0.0,1.0,1\n")
-    (folder / "checkpoint.pt.tmp").write_bytes(b"half a checkpoint")
-    resume(folder)
-    rows = progress(folder)
-    assert [row["step"] for row in rows] == [128, 256, 384, 512]
-    assert rows[2]["return_mean"] != 1.0
-
-
-def test_a_run_killed_before_its_first_checkpoint_starts_again(tmp_path):
-    _, whole = run(tmp_path / "whole", eval_freq=128)
-    _, folder = run(tmp_path / "killed", stop=StopAfter(2), eval_freq=128)
-    (folder / "checkpoint.pt").unlink()
-    resume(folder)
-    assert (folder / "progress.csv").read_bytes() == (whole / "progress.csv").read_bytes()
-    assert torch.equal(weights(folder), weights(whole))
-
-
-def test_a_resumed_run_is_checked_like_a_new_one(tmp_path, monkeypatch):
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    _, folder = run(tmp_path, stop=StopAfter(1))
-    saved = json.loads((folder / "args.json").read_text())
-    saved["args"]["device"] = "cuda"
-    (folder / "args.json").write_text(json.dumps(saved))
-    with pytest.raises(ValueError, match="no GPU"):
-        resume(folder)
-
-
-def test_checkpoints_come_as_often_as_asked(tmp_path, monkeypatch):
-    saved, save = [], script.save
-
-    def recording_save(path, content):
-        if path.name == "checkpoint.pt":
-            saved.append(content["progress"][0])
-        save(path, content)
-
-    monkeypatch.setattr(script, "save", recording_save)
-    run(tmp_path, checkpoint_freq=300, total_timesteps=1024)
-    assert saved == [384, 640, 1024]
-
-
-def test_an_interrupted_save_leaves_the_old_file(tmp_path, monkeypatch):
-    path = tmp_path / "checkpoint.pt"
-    script.save(path, {"step": 1})
-
-    def failing_save(content, target):
-        Path(target).write_bytes(b"half")
-        raise OSError("disk full")
-
-    monkeypatch.setattr(torch, "save", failing_save)
-    with pytest.raises(OSError, match="disk full"):
-        script.save(path, {"step": 2})
-    assert torch.load(path) == {"step": 1}
-
-
-@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_a_signal_stops_with_a_checkpoint_and_says_how_to_go_on(tmp_path, signum):
-    command = [sys.executable, SCRIPT, "--env-id", "InvertedPendulum-v4", "--total-timesteps", "200000",
-               "--no-compile", "--eval-freq", "0", "--eval-episodes", "1", "--run-name", "r"]  # fmt: skip
-    process = subprocess.Popen([*command, "--runs-dir", tmp_path], stderr=subprocess.PIPE, text=True)
-    deadline = time.time() + 60
-    while not list(tmp_path.glob("r/events*")) and time.time() < deadline:
-        time.sleep(0.1)
-    time.sleep(1)
-    process.send_signal(signum)
-    _, stderr = process.communicate(timeout=60)
-    assert process.returncode == 130
-    assert f"--resume {tmp_path / 'r'}" in stderr
-    assert "Traceback" not in stderr
-    assert checkpoint(tmp_path / "r")["progress"][0] > 0
-
-
-@pytest.mark.parametrize("episodes", [1, 2])
-def test_a_video_of_the_first_episode_of_each_evaluation(tmp_path, episodes):
-    flags = {"env_id": "LunarLanderContinuous-v3", "total_timesteps": 256, "eval_freq": 128}
-    _, folder = run(tmp_path, capture_video=True, eval_episodes=episodes, **flags)
-    names = sorted(path.name for path in folder.glob("video/*.mp4"))
-    assert [name.split("-episode")[0] for name in names] == ["step-128", "step-256"]
-
-
-def test_tracking_tells_weights_and_biases_the_arguments(tmp_path, monkeypatch):
-    calls = []
-    wandb = types.ModuleType("wandb")
-    wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
-    wandb.init = lambda **arguments: calls.append(arguments)
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
-    run(tmp_path, track=True, total_timesteps=128)
-    assert calls[0]["config"]["env_id"] == SMALL["env_id"]
-    assert calls[0]["id"] == calls[0]["name"] == "run"
-    assert calls[0]["sync_tensorboard"]
-
-
 # ---- Bad input
 
 
-BAD_INPUT = {
-    "--env-id Hoper-v4": "Hopper",
-    "--env-id CartPole-v1": "Discrete(2)",
-    "--env-id nowhere:Nothing-v0": "nowhere",
-    "--policy gaussian --beta 1": "--policy categorical",
-    "--noise flip --noise-level 1.5": "in [0, 1]",
-    "--noise flip --noise-level nan": "in [0, 1]",
-    "--noise-level 0.1": "--noise",
-    "--alpha -1": "--alpha",
-    "--beta inf": "--beta",
-    "--z 1": "negative",
-    "--bins 1": "at least 2",
-    "--hidden-sizes 64 0": "at least 1",
-    "--seed 99999999999999999999": "--seed",
-    "--num-minibatches 33": "must divide 2048",
-    "--num-steps 32": "parts > 1",
-    "--total-timesteps 0": "at least 1",
-    "--learning-rate 0": "positive",
-    "--device cuda": "use cpu",
-    "--runs-dir /dev/null": "/dev/null",
-    "--resume nowhere": "interrupted",
-    "--resume nowhere --seed 2": "leave out",
-}
-
-
-@pytest.mark.parametrize("flags", BAD_INPUT)
-def test_bad_input_is_one_line_and_exit_code_2(flags, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(sys, "argv", ["sppo_continuous.py", *flags.split()])
-    with pytest.raises(SystemExit) as exit_:
-        script.main()
-    assert exit_.value.code == 2
-    out, err = capsys.readouterr()
-    assert err.startswith("error: ")
-    assert err.count("\n") == 1
-    assert BAD_INPUT[flags] in err
-    assert out == ""
-    assert not list(tmp_path.iterdir())  # no work was begun
-
-
-def test_a_finished_run_or_a_taken_name_is_not_written_over(tmp_path):
-    _, folder = run(tmp_path)
-    before = (folder / "summary.json").read_bytes()
-    with pytest.raises(ValueError, match="File exists"):
-        run(tmp_path)
-    with pytest.raises(ValueError, match="not the folder of a run that was interrupted"):
-        resume(folder)
-    assert (folder / "summary.json").read_bytes() == before
-
-
-def test_from_the_shell_errors_have_no_traceback(tmp_path):
-    for flags, what in (
-        ("--env-id Nothing-v0", "error:"),
-        ("--policy square", "square"),
-        ("--sed 1", "--sed"),
-    ):
-        command = [sys.executable, SCRIPT, *flags.split()]
-        done = subprocess.run(
-            command, capture_output=True, text=True, cwd=tmp_path, env=os.environ | {"COLUMNS": "100"}
-        )
-        assert done.returncode == 2
-        assert what in done.stderr
-        assert "Traceback" not in done.stderr
-
-
-def test_where_compiling_fails_it_says_so_and_runs(tmp_path, monkeypatch, capsys):
-    def failing_compile(function):
-        def call(*arguments):
-            raise RuntimeError("no C++ compiler")
-
-        return call
-
-    monkeypatch.setattr(torch, "compile", failing_compile)
-    summary, _ = run(tmp_path, compile=True)
-    assert summary["finished"]
-    assert summary["compile"] is False
-    assert "at about half the speed: RuntimeError('no C++ compiler')" in capsys.readouterr().err
+def test_statistics_and_scores_go_on_after_resuming(tmp_path):
+    _, folder = run(tmp_path, stop=StopAfter(2), num_envs=2, total_timesteps=1024)
+    before = checkpoint(folder)["envs"]
+    CONTINUOUS.resume(folder)
+    obs_stats, return_stats, finished = checkpoint(folder)["envs"]
+    assert obs_stats["count"] == 1024 + 2 * 2  # every step once, and the first observations, twice
+    assert return_stats["count"] == 1024
+    assert before[2][-1] in finished  # an episode that had ended before

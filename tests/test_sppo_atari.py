@@ -1,0 +1,544 @@
+"""What is particular to `sppo_atari.py`: games, network, schedules, steps that are not the agent's."""
+
+import functools
+import shutil
+
+import ale_py
+import cv2
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from ale_py import Action
+from helpers import ATARI, StopAfter, checkpoint
+from torch import nn
+
+import sppo_atari as script
+
+run = ATARI.run
+ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
+gym.register_envs(ale_py)
+
+
+# ---- Games, against one plain emulator each with Gymnasium's own preprocessing
+
+
+class PlainGame:
+    """Gymnasium's preprocessing of one emulator, brought to where AtariVectorEnv's game began.
+
+    A game there begins with one frame of FIRE, where there is such an action, then a random number of idle
+    ones. How many in all, `frames`, is the only thing that the reference takes from what it checks.
+    """
+
+    def __init__(self, game):
+        env = gym.make(f"ALE/{game}-v5", frameskip=1, repeat_action_probability=0.0)
+        env = gym.wrappers.AtariPreprocessing(env, noop_max=0, frame_skip=4, screen_size=84)
+        self.env = gym.wrappers.FrameStackObservation(env, 4, padding_type="zero")
+        self.ale = self.env.unwrapped.ale
+        self.has_fire = Action.FIRE in self.ale.getMinimalActionSet()
+
+    def begin(self, frames):
+        self.env.reset()
+        for frame in range(frames):
+            self.ale.act(Action.FIRE if frame == 0 and self.has_fire else Action.NOOP)
+        self.score, self.length, self.fire_next = 0.0, 0, False
+
+    def step(self, action):
+        """Returns the stack, the raw reward, whether a life or the game was lost, whether the game was."""
+        fire = self.ale.getMinimalActionSet().index(Action.FIRE) if self.has_fire else None
+        self.overridden = self.fire_next and self.has_fire
+        lives = self.ale.lives()
+        stack, reward, over, truncated, _ = self.env.step(fire if self.overridden else action)
+        assert not truncated
+        self.fire_next = 0 < self.ale.lives() < lives and not over
+        self.score += reward
+        self.length += 1
+        return stack, reward, over or self.fire_next, over
+
+
+def begin_games(game, num_games, seed, **flags):
+    """Games of ours and, as far as they have begun, their plain counterparts."""
+    games = script.AtariGames(script.Args(env_id=game), num_games, **flags)
+    images = games.reset(seed)
+    again, info = games.envs.reset(seed=seed)  # the same once more, for the number of frames
+    assert np.array_equal(images, again)
+    plain = [PlainGame(game) for _ in range(num_games)]
+    for i, one in enumerate(plain):
+        one.begin(info["episode_frame_number"][i])
+    return games, plain, images
+
+
+@pytest.mark.parametrize(("game", "steps"), [("Breakout", 600), ("SpaceInvaders", 500), ("MsPacman", 400)])
+def test_games_are_those_of_a_plain_emulator(game, steps):
+    """Images, rewards, lives, ends and raw scores; the first game of each, with every action but FIRE.
+
+    What can't match: the three images before the first one, which AtariVectorEnv leaves black (as the stack
+    of DeepMind's), and what follows the end of a game, since the number of idle frames is drawn anew.
+    """
+    games, plain, _ = begin_games(game, 3, seed=11)
+    actions = [i for i, action in enumerate(games.envs.ale.get_action_set()) if action != Action.FIRE]
+    rng, playing, lives_lost, overridden_steps = np.random.default_rng(0), {0, 1, 2}, 0, 0
+    for step in range(steps):
+        action = rng.choice(actions, 3)
+        images, reward, terminated, truncated, overridden, final_images = games.step(action)
+        assert not truncated.any()
+        assert not final_images
+        for i in sorted(playing):
+            stack, plain_reward, plain_terminated, over = plain[i].step(action[i])
+            assert reward[i] == np.sign(plain_reward)
+            assert terminated[i] == plain_terminated
+            assert overridden[i] == plain[i].overridden
+            assert (i in games.ended) == over
+            lives_lost += plain_terminated and not over
+            overridden_steps += plain[i].overridden
+            if over:
+                assert games.ended[i] == (plain[i].score, plain[i].length)
+                playing.remove(i)
+            elif step >= 3:
+                np.testing.assert_array_equal(images[i], stack)
+        if not playing:
+            break
+    assert lives_lost >= 4
+    assert overridden_steps == (lives_lost if game != "MsPacman" else 0)  # it has no FIRE
+    assert not playing or game != "Breakout"  # a whole game at least
+
+
+def test_a_game_without_lives_is_one_episode():
+    games, (plain,), _ = begin_games("Pong", 1, seed=3)
+    for step in range(1500):
+        action = np.array([step % 6])
+        _, reward, terminated, _, overridden, _ = games.step(action)
+        _, plain_reward, _, over = plain.step(action[0])
+        assert not overridden
+        assert reward[0] == plain_reward
+        assert terminated[0] == over
+        if over:
+            break
+    assert games.ended[0] == (plain.score, plain.length)
+    assert games.ended[0][0] <= -15
+
+
+def test_the_first_image_is_that_of_the_plain_emulator():
+    _, plain, images = begin_games("Breakout", 2, seed=5)
+    for i, one in enumerate(plain):
+        screen = cv2.resize(one.ale.getScreenGrayscale(), (84, 84), interpolation=cv2.INTER_AREA)
+        np.testing.assert_array_equal(images[i, 3], screen)
+        assert not images[i, :3].any()
+
+
+def test_breakout_goes_on_without_the_agent_pressing_fire(monkeypatch):
+    """And would not, if lost lives had no FIRE: the paddle waits for a ball that never comes."""
+    rng = np.random.default_rng(0)
+    for presses in (True, False):
+        games = script.AtariGames(script.Args(), 2)
+        games.fire = games.fire if presses else None
+        games.reset(0)
+        for _ in range(400):
+            games.step(rng.choice([0, 2, 3], 2))
+        assert (len(games.finished) > 0) == presses
+
+
+def test_a_game_that_is_cut_off_is_truncated_with_its_last_images():
+    """But for the very last: there AtariVectorEnv shows Breakout's ball, a dozen pixels, a bit elsewhere."""
+    games, plain, _ = begin_games("Breakout", 2, seed=1, max_frames=120)
+    for step in range(30):
+        action = np.array([2, 3])
+        images, _, terminated, truncated, _, final_images = games.step(action)
+        stacks = [one.step(a) for one, a in zip(plain, action)]
+        assert truncated.all() == truncated.any() == (step == 29)
+    assert not terminated.any()
+    for i, (stack, *_) in enumerate(stacks):
+        np.testing.assert_array_equal(final_images[i][:3], stack[:3])
+        assert (final_images[i][3] != stack[3]).sum() <= 45
+        assert not images[i][:3].any()  # which are those of the next game
+        assert games.ended[i] == (plain[i].score, 30)
+
+
+def test_sticky_actions_only_on_request():
+    def scores(probability):
+        games = script.AtariGames(script.Args(repeat_action_probability=probability), 1)
+        games.reset(0)
+        rng = np.random.default_rng(0)
+        return np.concatenate([games.step(rng.integers(4, size=1))[0] for _ in range(60)])
+
+    assert script.Args().repeat_action_probability == 0
+    assert np.array_equal(scores(0.0), scores(0.0))
+    assert not np.array_equal(scores(0.0), scores(0.9))
+
+
+@pytest.mark.parametrize(
+    ("env_id", "name"),
+    [(spelling, "breakout") for spelling in
+     ("Breakout", "BreakoutNoFrameskip-v4", "BreakoutDeterministic-v4", "ALE/Breakout-v5", "breakout")]
+    + [("MsPacman", "ms_pacman"), ("ms_pacman", "ms_pacman"), ("ALE/UpNDown-v5", "up_n_down")]
+    + [("TicTacToe3D", "tic_tac_toe_3d"), ("WizardOfWorNoFrameskip-v4", "wizard_of_wor")],
+)  # fmt: skip
+def test_games_go_by_all_their_names(env_id, name):
+    assert script.rom_name(env_id) == name
+
+
+def test_a_run_has_the_game_by_one_name(tmp_path):
+    args = script.prepare(script.Args(env_id="ALE/MsPacman-v5", runs_dir=str(tmp_path)))
+    assert args.env_id == "MsPacman"
+    assert args.run_name.startswith("MsPacman__sppo__none__1__")
+
+
+def test_evaluation_scores_whole_games_as_a_plain_emulator_does(monkeypatch):
+    agent, args = script.Agent(4), script.Args(eval_episodes=2)
+    nn.init.normal_(agent.actor.weight, std=0.1)
+    recorded = ATARI.record_actions(monkeypatch)
+    scores, lengths = script.evaluate(agent, args, 7, None)
+    _, plain, _ = begin_games("Breakout", 2, seed=7)
+    for i, one in enumerate(plain):
+        for action in recorded:
+            if one.step(action[i])[3]:
+                break
+        assert (scores[i], lengths[i]) == (one.score, one.length)
+    assert lengths.max() == len(recorded)
+    choices = np.concatenate(recorded)
+    assert len(set(choices.tolist())) > 1
+    again, _ = script.evaluate(agent, args, 7, None)
+    assert np.array_equal(scores, again)
+
+
+# ---- Network
+
+
+def test_the_network_is_dqns_on_pixels_between_zero_and_one():
+    agent = script.Agent(6)
+    images = torch.randint(0, 256, (5, 4, 84, 84), dtype=torch.uint8)
+    plain = nn.Sequential(
+        nn.Conv2d(4, 32, 8, 4), nn.ReLU(), nn.Conv2d(32, 64, 4, 2), nn.ReLU(), nn.Conv2d(64, 64, 3, 1),
+        nn.ReLU(), nn.Flatten(), nn.Linear(3136, 512), nn.ReLU(),
+    )  # fmt: skip
+    weights = nn.utils.parameters_to_vector([*agent.conv.parameters(), *agent.trunk.parameters()])
+    nn.utils.vector_to_parameters(weights, plain.parameters())
+    features = plain(images.float() / 255)
+    logits, value = agent(images)
+    torch.testing.assert_close(logits, agent.actor(features), rtol=1e-4, atol=1e-6)
+    torch.testing.assert_close(value, agent.critic(features)[:, 0], rtol=1e-4, atol=1e-5)
+    channels_last = images.contiguous(memory_format=torch.channels_last)
+    torch.testing.assert_close(agent(channels_last)[0], logits)
+
+
+def test_weights_start_orthogonal():
+    agent = script.Agent(6)
+    layers = [m for m in agent.modules() if isinstance(m, (nn.Conv2d, nn.Linear))]
+    assert len(layers) == 6
+    for layer, gain in zip(layers, [2**0.5] * 4 + [0.01, 1.0]):
+        w = layer.weight.flatten(1)
+        w = w if w.shape[0] <= w.shape[1] else w.T
+        torch.testing.assert_close(w @ w.T, gain**2 * torch.eye(len(w)), rtol=0, atol=1e-4)
+        assert not layer.bias.any()
+
+
+def test_layer_norm_standardises_before_each_activation():
+    agent = script.Agent(6, layer_norm=True)
+    seen = []
+    for layer in agent.modules():
+        if isinstance(layer, nn.ReLU):
+            layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
+    agent(torch.randint(0, 256, (3, 4, 84, 84), dtype=torch.uint8))
+    assert len(seen) == 4
+    for x in seen:
+        torch.testing.assert_close(x.flatten(1).mean(1), torch.zeros(3), rtol=0, atol=1e-4)
+        torch.testing.assert_close(x.flatten(1).std(1, correction=0), torch.ones(3), rtol=1e-2, atol=0)
+
+
+def test_bfloat16_is_close_and_stays_inside():
+    agent, rounded = script.Agent(4), script.Agent(4, bfloat16=True)
+    nn.init.normal_(agent.actor.weight)
+    rounded.load_state_dict(agent.state_dict())
+    images = torch.randint(0, 256, (64, 4, 84, 84), dtype=torch.uint8)
+    for exact, near in zip(agent(images), rounded(images)):
+        assert near.dtype == torch.float32
+        assert not torch.equal(exact, near)
+        assert (exact - near).abs().mean() < 0.02 * exact.std()
+    with torch.autocast("cpu", torch.bfloat16):  # as in a rollout: the last layers stay as they are
+        for inside in rounded(images):
+            assert inside.dtype == torch.float32
+            assert (inside != inside.bfloat16()).any()
+
+
+def test_samples_follow_the_softmax():
+    logits = torch.randn(1, 6).expand(60_000, 6)
+    action = script.sample(logits, torch.Generator().manual_seed(0))
+    frequency = nn.functional.one_hot(action, 6).float().mean(0)
+    assert (frequency - logits[0].softmax(-1)).abs().max() < 5 * (0.25 / 60_000) ** 0.5
+
+
+# ---- Gradient, and steps that are not the agent's
+
+
+def some_minibatch(agent, n=48):
+    images = torch.randint(0, 256, (n, 4, 84, 84), dtype=torch.uint8)
+    action, advantage, returns = torch.randint(4, (n,)), torch.randn(n), torch.randn(n)
+    with torch.no_grad():
+        log_prob = agent(images)[0].log_softmax(-1).gather(1, action[:, None])[:, 0]
+    return images, action, log_prob + 0.2 * torch.randn(n), advantage, returns
+
+
+def test_gradient_and_metrics_are_those_of_plain_pytorch():
+    """With backward() and clip_grad_norm_; overridden steps are left out by hand, but for the critic."""
+    torch.manual_seed(0)
+    agent = script.Agent(4)
+    nn.init.normal_(agent.actor.weight, std=0.1)
+    args = script.Args(alpha=2.0, beta=0.0, ent_coef=0.3, vf_coef=0.7, max_grad_norm=0.2)
+    images, action, old_log_prob, advantage, returns = some_minibatch(agent)
+    own = torch.rand(48) < 0.7
+    minibatch = images, action, old_log_prob, advantage, returns, own * 48 / own.sum()
+    gradient, metrics = script.gradient_and_metrics(agent, args, torch.tensor(0.15), *minibatch)
+
+    logits, value = agent(images)
+    distribution = torch.distributions.Categorical(logits=logits[own])
+    log_ratio = distribution.log_prob(action[own]) - old_log_prob[own]
+    ratio, entropy, advantage = log_ratio.exp(), distribution.entropy().mean(), advantage[own]
+    ppo = -torch.min(advantage * ratio, advantage * torch.clamp(ratio, 0.85, 1.15)).mean()
+    value_loss = nn.functional.mse_loss(value, returns)
+    (2.0 * ppo + 0.7 * value_loss - 0.3 * entropy).backward()
+    norm = nn.utils.clip_grad_norm_(agent.parameters(), 0.2)
+    expected = torch.cat([parameter.grad.flatten() for parameter in agent.parameters()])
+    torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-6)
+    assert norm > 0.3  # so that it was clipped
+
+    outside = ((ratio > 1.15) & (advantage > 0)) | ((ratio < 0.85) & (advantage < 0))
+    by_hand = {
+        "policy": ppo,
+        "reverse": (-1 * advantage * ratio)[~outside].sum() / own.sum(),
+        "value": value_loss,
+        "entropy": entropy,
+        "grad_norm": norm,
+        "approx_kl": (ratio - 1 - log_ratio).mean(),
+        "clip_fraction": ((ratio < 0.85) | (ratio > 1.15)).float().mean(),
+    }
+    assert 0 < by_hand["clip_fraction"] < 1
+    assert set(metrics) == set(by_hand)
+    for name, metric in by_hand.items():
+        torch.testing.assert_close(metrics[name], metric.detach(), rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.parametrize(("alpha", "beta", "z"), [(0.5, 1.0, -1.0), (0.5, 20.0, -1.0), (0.0, 3.0, -2.0)])
+def test_the_policys_gradient_is_a_multiple_of_ppos(alpha, beta, z):
+    """Through the whole network, in float64."""
+    torch.manual_seed(0)
+    agent = script.Agent(4).double()
+    agent.dtype = torch.float64
+    minibatch = [x.double() if x.is_floating_point() else x for x in some_minibatch(agent)]
+    weight, clip_coef = torch.ones(48, dtype=torch.float64), torch.tensor(0.15)
+
+    def gradient(alpha, beta):
+        args = script.Args(alpha=alpha, beta=beta, z=z, vf_coef=0.0, ent_coef=0.0, max_grad_norm=1e9)
+        return script.gradient_and_metrics(agent, args, clip_coef, *minibatch, weight)[0]
+
+    ppo = gradient(1.0, 0.0)
+    assert ppo.norm() > 1e-3
+    torch.testing.assert_close(gradient(alpha, beta) / (alpha + beta * abs(z)), ppo, rtol=0, atol=1e-13)
+
+
+@pytest.fixture
+def rollouts(monkeypatch):
+    """What `train` sees and does, in lists: steps (images before, action, the step's outcome), minibatches
+    (clip range and tensors), learning rates of Adam's steps, and the arguments of `compute_gae`."""
+    seen = {"steps": [], "minibatches": [], "learning_rates": [], "gae": [], "agents": []}
+    original = {name: getattr(script, name) for name in ("gradient_and_metrics", "compute_gae", "Agent")}
+
+    class Games(script.AtariGames):
+        def reset(self, seed):
+            self.images = super().reset(seed)
+            return self.images
+
+        def step(self, action):
+            outcome = super().step(action)
+            if len(action) == ATARI.small["num_envs"]:  # not in an evaluation, of one game
+                seen["steps"].append((self.images, action.copy(), outcome))
+            self.images = outcome[0]
+            return outcome
+
+    def gradient_and_metrics(agent, args, clip_coef, *minibatch):
+        seen["minibatches"].append((clip_coef.item(), [x.clone() for x in minibatch]))
+        return original["gradient_and_metrics"](agent, args, clip_coef, *minibatch)
+
+    def compute_gae(*arguments):
+        with torch.no_grad():
+            values = {
+                (t, i): seen["agents"][-1](torch.from_numpy(last[None]))[1].item()
+                for t, (_, _, outcome) in enumerate(seen["steps"][-len(arguments[0]) :])
+                for i, last in outcome[-1].items()
+            }
+        result = original["compute_gae"](*arguments)
+        seen["gae"].append(([np.copy(x) for x in arguments], values, result))
+        return result
+
+    def agent(*arguments, **keywords):
+        seen["agents"].append(original["Agent"](*arguments, **keywords))
+        return seen["agents"][-1]
+
+    step = torch.optim.Adam.step
+
+    def adam_step(self):
+        seen["learning_rates"].append(self.param_groups[0]["lr"])
+        step(self)
+
+    monkeypatch.setattr(script, "AtariGames", Games)
+    monkeypatch.setattr(script, "gradient_and_metrics", gradient_and_metrics)
+    monkeypatch.setattr(script, "compute_gae", compute_gae)
+    monkeypatch.setattr(script, "Agent", agent)
+    monkeypatch.setattr(torch.optim.Adam, "step", adam_step)
+    return seen
+
+
+def test_an_epoch_trains_on_every_step_once_and_on_overridden_ones_the_critic_only(tmp_path, rollouts):
+    run(tmp_path, update_epochs=1, num_steps=256, total_timesteps=512)
+    acted = {}
+    for images, action, (_, _, _, _, overridden, _) in rollouts["steps"]:
+        for i in range(2):
+            acted.setdefault((images[i].tobytes(), int(action[i]), bool(overridden[i])), []).append(i)
+    trained = {}
+    for _, (images, action, _, advantage, _, weight) in rollouts["minibatches"]:
+        for image, one, w in zip(images, action, weight):
+            trained.setdefault((image.numpy().tobytes(), one.item(), w.item() == 0), []).append(0)
+        own = weight > 0
+        assert weight.mean().item() == pytest.approx(1, abs=1e-5)
+        assert len(set(weight[own].tolist())) == 1
+        assert advantage[own].mean().item() == pytest.approx(0, abs=1e-5)
+        assert advantage[own].std().item() == pytest.approx(1, abs=1e-4)
+    assert {key: len(x) for key, x in acted.items()} == {key: len(x) for key, x in trained.items()}
+    assert sum(len(x) for x in trained.values()) == 512
+    assert sum(len(x) for key, x in trained.items() if key[2]) >= 8  # lives lost by a beginner
+
+
+def test_learning_rate_and_clip_range_fall_linearly(tmp_path, rollouts):
+    run(tmp_path, update_epochs=1, num_minibatches=2)
+    fractions = np.repeat([1.0, 0.75, 0.5, 0.25], 2)
+    np.testing.assert_allclose(rollouts["learning_rates"], 2.5e-4 * fractions)
+    np.testing.assert_allclose([clip for clip, _ in rollouts["minibatches"]], 0.1 * fractions, rtol=1e-6)
+
+
+def test_learning_rate_and_clip_range_can_stay(tmp_path, rollouts):
+    run(tmp_path, update_epochs=1, num_minibatches=2, anneal_lr=False, anneal_clip=False)
+    assert set(rollouts["learning_rates"]) == {2.5e-4}
+    np.testing.assert_allclose([clip for clip, _ in rollouts["minibatches"]], 0.1, rtol=1e-6)
+
+
+def test_schedules_go_on_after_resuming(tmp_path, rollouts):
+    _, folder = run(tmp_path, stop=StopAfter(2), update_epochs=1, num_minibatches=2)
+    ATARI.resume(folder)
+    np.testing.assert_allclose(rollouts["learning_rates"], 2.5e-4 * np.repeat([1.0, 0.75, 0.5, 0.25], 2))
+
+
+def test_scores_go_on_after_resuming(tmp_path):
+    _, folder = run(tmp_path, stop=StopAfter(2))
+    state = checkpoint(folder)
+    state["envs"] = [(864.0, 1000.0)]
+    torch.save(state, folder / "checkpoint.pt")
+    ATARI.resume(folder)
+    assert (864.0, 1000.0) in checkpoint(folder)["envs"]
+
+
+def test_rewards_are_clipped_then_noisy_and_scores_are_raw(tmp_path, rollouts):
+    """Space Invaders pays 5 to 30 and more for a hit."""
+    summary, _ = run(tmp_path, env_id="SpaceInvaders", noise="flip", noise_level=1.0, num_steps=256)
+    rewards = np.concatenate([arguments[0] for arguments, _, _ in rollouts["gae"]])
+    clipped = np.stack([outcome[1] for _, _, outcome in rollouts["steps"]])
+    assert set(np.unique(clipped)) == {0, 1}
+    np.testing.assert_array_equal(rewards, 1 - clipped)
+    assert summary["final_return_mean"] >= 5
+    assert summary["final_return_mean"] % 5 == 0
+
+
+def test_games_that_are_cut_off_bootstrap_from_their_last_images(tmp_path, monkeypatch, rollouts):
+    monkeypatch.setattr(script, "AtariGames", functools.partial(script.AtariGames, max_frames=80))
+    run(tmp_path, env_id="Pong", total_timesteps=256)
+    for (_, _, final_value, terminated, truncated, *_), values, _ in rollouts["gae"]:
+        assert set(zip(*np.nonzero(truncated & ~terminated))) == set(values)
+        assert len(values) == 2 * 3
+        for index, value in values.items():
+            assert final_value[index] == pytest.approx(value, abs=1e-5)
+
+
+def test_lost_lives_end_episodes_for_the_learner(tmp_path, rollouts):
+    """After one, nothing counts: the advantage is the reward less the value."""
+    run(tmp_path, num_steps=128)
+    lost = 0
+    for (reward, value, _, terminated, _, *_), _, (advantage, _) in rollouts["gae"]:
+        np.testing.assert_allclose(advantage[terminated], (reward - value[:-1])[terminated])
+        lost += terminated.sum()
+    assert lost >= 5
+
+
+COMPILERS = [c for c in ("c++", "g++", "clang++") if shutil.which(c)]
+
+
+@pytest.mark.skipif(not COMPILERS, reason="--compile needs a C++ compiler")
+def test_compiled_functions_compute_the_same():
+    agent, args = script.Agent(4), script.Args(alpha=0.5, num_envs=2, num_steps=8, num_minibatches=1)
+    images, *rest = some_minibatch(agent, n=16)
+    agent_fn, gradient_fn = script.compiled(agent, args, images.view(8, 2, 4, 84, 84))
+    assert agent_fn is not agent
+    for ours, plain in zip(agent_fn(images[:2]), agent(images[:2])):
+        torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
+    arguments = agent, args, torch.tensor(0.1), images, *rest, torch.ones(16)
+    gradient, metrics = script.gradient_and_metrics(*arguments)
+    compiled_gradient, compiled_metrics = gradient_fn(*arguments)
+    torch.testing.assert_close(compiled_gradient, gradient, rtol=1e-3, atol=1e-5)
+    for name, metric in metrics.items():
+        torch.testing.assert_close(compiled_metrics[name], metric, rtol=1e-4, atol=1e-5)
+
+
+# ---- Learning
+
+
+class Signals:
+    """Atari's vector interface on a game of ten steps: a bar at the left or the right, or none, says what to
+    press; each right answer pays 2 points. By chance that makes 20 / 3 points a game."""
+
+    def __init__(self, _, num_games, **__):
+        self.ale, self.rng = self, np.random.default_rng(0)
+        self.images, self.time = np.zeros((num_games, 4, 84, 84), np.uint8), np.zeros(num_games, int)
+
+    def get_action_set(self):
+        return [Action.NOOP, Action.RIGHT, Action.LEFT]
+
+    def show(self):
+        self.signal = self.rng.integers(3, size=len(self.images))
+        self.images = np.roll(self.images, -1, axis=1)
+        self.images[:, -1] = 0
+        self.images[self.signal == 1, -1, :, 64:] = 200
+        self.images[self.signal == 2, -1, :, :20] = 200
+        return self.images.copy()
+
+    def reset(self, seed):
+        return self.show(), {"lives": np.zeros(len(self.images), int)}
+
+    def step(self, action):
+        reward = 2 * (action == self.signal)
+        self.time += 1
+        over = self.time == 10
+        self.time[over] = 0
+        no = np.zeros_like(over)
+        return self.show(), reward, over, no, {"lives": np.zeros(len(over), int)}
+
+
+LEARNING = dict(
+    total_timesteps=4096, num_envs=8, num_steps=16, eval_episodes=20, learning_rate=1e-3, ent_coef=0.0
+)
+
+
+@pytest.mark.parametrize("flags", [{}, {"alpha": 1.0, "beta": 0.0, "amp": "auto"}], ids=["sppo", "ppo"])
+def test_it_learns_to_follow_signals(tmp_path, monkeypatch, flags):
+    monkeypatch.setattr(script, "AtariVectorEnv", Signals)
+    summary, _ = run(tmp_path, **LEARNING, **flags)
+    assert summary["final_return_mean"] > 15
+
+
+def test_it_does_not_learn_with_advantages_turned_round(tmp_path, monkeypatch):
+    compute_gae = script.compute_gae
+
+    def turned(*arguments):
+        advantage, returns = compute_gae(*arguments)
+        return -advantage, returns
+
+    monkeypatch.setattr(script, "AtariVectorEnv", Signals)
+    monkeypatch.setattr(script, "compute_gae", turned)
+    summary, _ = run(tmp_path, **LEARNING)
+    assert summary["final_return_mean"] < 5
