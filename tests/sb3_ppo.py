@@ -1,9 +1,12 @@
-"""Stable-Baselines3's PPO under the settings of `sppo_continuous.py --policy gaussian`: a yardstick.
+"""Stable-Baselines3's PPO under the settings of our baselines, PPO without a reverse loss: a yardstick.
 
-    pip install -e ".[peers]" && python tests/sb3_ppo.py --env-id Hopper-v4 --seed 10000
+    pip install -e ".[peers]"
+    python tests/sb3_ppo.py --env-id Hopper-v4 --seed 10000     # sppo_continuous.py --policy gaussian
+    python tests/sb3_ppo.py --env-id Breakout --atari           # sppo_atari.py --alpha 1 --beta 0 --amp off
 
-Both follow Stable-Baselines3's defaults for PPO and VecNormalize, so nothing has to be set here. The score is
-taken in the same way: episodes with greedy actions, raw rewards and the statistics of the training. Writes
+For continuous control both follow Stable-Baselines3's defaults for PPO and VecNormalize; for Atari the
+settings are those of its own benchmark, with its usual wrappers. Scores are taken in the same way: raw rewards,
+greedy actions and the statistics of the training, or sampled actions in whole games. Writes
 runs/NAME/summary.json with the keys that our own runs have; `sps` is without start-up and evaluation.
 """
 
@@ -14,19 +17,22 @@ from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
 
+import ale_py
 import gymnasium as gym
 import numpy as np
 import torch
 import tyro
 from stable_baselines3 import PPO
+from stable_baselines3.common.env_util import make_atari_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
-from stable_baselines3.common.vec_env import DummyVecEnv, VecNormalize
+from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNormalize
 
 
 @dataclass
 class Args:
     env_id: str = "Hopper-v4"
+    atari: bool = False
     seed: int = 1
     total_timesteps: int = 1_000_000
     eval_episodes: int = 10
@@ -34,23 +40,38 @@ class Args:
     run_name: str | None = None
 
 
+def atari_envs(args: Args, num_envs: int, **wrapper):
+    return VecFrameStack(
+        make_atari_env(f"{args.env_id}NoFrameskip-v4", num_envs, args.seed, wrapper_kwargs=wrapper), 4
+    )
+
+
 def main(args: Args) -> None:
     warnings.filterwarnings("ignore", message=".*is out of date.*")
+    gym.register_envs(ale_py)
     wall_started = time.perf_counter()
-    torch.set_num_threads(1)
     run_dir = Path(args.runs_dir) / (args.run_name or f"{args.env_id}__sb3__none__{args.seed}")
     run_dir.mkdir(parents=True)
-    envs = VecNormalize(DummyVecEnv([lambda: Monitor(gym.make(args.env_id))]))
-    model = PPO("MlpPolicy", envs, seed=args.seed, device="cpu")
+    if args.atari:
+        settings = dict(n_steps=128, n_epochs=4, batch_size=256, ent_coef=0.01)
+        settings |= dict(learning_rate=lambda left: 2.5e-4 * left, clip_range=lambda left: 0.1 * left)
+        model = PPO("CnnPolicy", atari_envs(args, 8), seed=args.seed, device="cpu", **settings)
+    else:
+        torch.set_num_threads(1)
+        envs = VecNormalize(DummyVecEnv([lambda: Monitor(gym.make(args.env_id))]))
+        model = PPO("MlpPolicy", envs, seed=args.seed, device="cpu")
     started = time.perf_counter()
     model.learn(args.total_timesteps)
     train_s = time.perf_counter() - started
 
     train_returns = [episode["r"] for episode in model.ep_info_buffer]
-    envs.training = envs.norm_reward = False
+    if args.atari:
+        envs = atari_envs(args, 1, clip_reward=False)
+    else:
+        envs.training = envs.norm_reward = False
     envs.seed(args.seed + model.num_timesteps)
     returns, _ = evaluate_policy(
-        model, envs, args.eval_episodes, deterministic=True, return_episode_rewards=True
+        model, envs, args.eval_episodes, deterministic=not args.atari, return_episode_rewards=True
     )
     summary = vars(args) | {
         "script": "stable_baselines3",

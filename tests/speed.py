@@ -1,19 +1,27 @@
-"""Steps per second of `sppo_continuous.py` over those of Stable-Baselines3's PPO, in one run.
+"""Steps per second of our scripts over those of Stable-Baselines3's PPO, in one run.
 
-    pip install -e ".[peers]" && python tests/speed.py
+    pip install -e ".[peers]"
+    python tests/speed.py                                                         # sppo_continuous.py
+    python tests/speed.py --suite atari --env-id Breakout --total-timesteps 20480   # sppo_atari.py
 
-The same work for all, on one thread: one environment, 2048 steps between updates, 10 epochs of 32 minibatches
-of 64, observations and rewards normalised by running statistics. The programs take turns, so that a slow
-spell of the machine hits them all; the table gives medians. Then the parts of our step, each on its own.
+The same work for all. Continuous, on one thread: one environment, 2048 steps between updates, 10 epochs of
+32 minibatches of 64, observations and rewards normalised by running statistics. Atari, on all cores: 8 games,
+128 steps between updates, 4 epochs of 4 minibatches of 256. The programs take turns, so that a slow spell of
+the machine hits them all; the table gives medians. Then the parts of our step.
 """
 
+import dataclasses
 import json
+import math
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
+from unittest import mock
 
 import numpy as np
 import torch
@@ -21,11 +29,13 @@ import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
+import sppo_atari  # noqa: E402
 import sppo_continuous as script  # noqa: E402
 
 
 @dataclass
 class Args:
+    suite: Literal["continuous", "atari"] = "continuous"
     env_id: str = "HalfCheetah-v4"
     total_timesteps: int = 200_000
     repeats: int = 3
@@ -39,6 +49,12 @@ PROGRAMS = {
         *("sppo_continuous.py", "--policy", "gaussian", "--eval-freq", "0", "--no-compile")
     ],
     "ours, SPPO (11 bins), --no-compile": ["sppo_continuous.py", "--eval-freq", "0", "--no-compile"],
+}
+ATARI_PROGRAMS = {
+    "Stable-Baselines3 PPO": ["tests/sb3_ppo.py", "--atari"],
+    "ours, PPO": ["sppo_atari.py", "--alpha", "1", "--beta", "0", "--eval-freq", "0"],
+    "ours, SPPO": ["sppo_atari.py", "--eval-freq", "0"],
+    "ours, SPPO, --amp off": ["sppo_atari.py", "--eval-freq", "0", "--amp", "off"],
 }
 
 
@@ -99,10 +115,63 @@ def parts_of_a_step(env_id: str) -> dict[str, float]:
     return parts
 
 
+def parts_of_an_atari_step(env_id: str, amp: str) -> dict[str, list[float]]:
+    """Microseconds per environment step of SPPO: {part: [during a run, alone and in a row]}."""
+    during = dict.fromkeys(("environment", "inference", "update"), 0.0)
+
+    def timed(function, part):
+        def call(*arguments):
+            started = time.perf_counter()
+            result = function(*arguments)
+            if part != "inference" or not torch.is_grad_enabled():  # else it belongs to the update
+                during[part] += (time.perf_counter() - started) * 1e6
+            return result
+
+        return call
+
+    steps, minibatches_per_step = 20_480, 16 / 1024
+    args = sppo_atari.Args(env_id=env_id, amp=amp, total_timesteps=steps, eval_freq=0, checkpoint_freq=0)
+    games, agent = sppo_atari.AtariGames, sppo_atari.Agent
+    with (
+        tempfile.TemporaryDirectory() as runs_dir,
+        mock.patch.object(games, "step", timed(games.step, "environment")),
+        mock.patch.object(agent, "forward", timed(agent.forward, "inference")),
+        mock.patch.object(
+            sppo_atari, "gradient_and_metrics", timed(sppo_atari.gradient_and_metrics, "update")
+        ),
+        mock.patch.object(torch.optim.Adam, "step", timed(torch.optim.Adam.step, "update")),
+        mock.patch.object(sppo_atari, "evaluate", lambda *_: np.zeros((2, 1))),
+    ):
+        args = sppo_atari.prepare(dataclasses.replace(args, runs_dir=runs_dir))
+        summary = sppo_atari.train(args, threading.Event())
+    during = {part: us / steps for part, us in during.items()}
+
+    envs, rng = sppo_atari.AtariGames(args, 8), np.random.default_rng(0)
+    images = torch.from_numpy(envs.reset(0)).contiguous(memory_format=torch.channels_last)
+    net = agent(envs.num_actions, bfloat16=amp == "auto")
+    parameters = torch.nn.utils.parameters_to_vector(net.parameters()).detach()
+    torch.nn.utils.vector_to_parameters(parameters, net.parameters())
+    optimizer, samples = torch.optim.Adam([parameters], fused=True), torch.ones(4, 256)
+    minibatch = images.repeat(32, 1, 1, 1), samples[0].long(), *samples
+
+    def update():
+        parameters.grad, _ = sppo_atari.gradient_and_metrics(net, args, torch.tensor(0.1), *minibatch)
+        optimizer.step()
+
+    alone = {"environment": microseconds(lambda: envs.step(rng.integers(envs.num_actions, size=8)), 500) / 8}
+    with torch.no_grad(), sppo_atari.autocast(images.device, net.dtype):
+        alone["inference"] = microseconds(lambda: net(images), 500) / 8
+    alone["update"] = microseconds(update, 50) * minibatches_per_step
+    table = {part: [during[part], alone[part]] for part in during}
+    whole = 1e6 / summary["sps"]
+    return table | {"rest": [whole - sum(during.values()), math.nan], "a whole step": [whole, math.nan]}
+
+
 def main(args: Args) -> None:
-    results = {name: [] for name in PROGRAMS}
+    programs = PROGRAMS if args.suite == "continuous" else ATARI_PROGRAMS
+    results = {name: [] for name in programs}
     for repeat in range(args.repeats):
-        for name, program in PROGRAMS.items():
+        for name, program in programs.items():
             results[name].append(steps_per_second(program, args))
             print(f"{repeat + 1}/{args.repeats} {name}: {results[name][-1]:,.0f} steps/s", file=sys.stderr)
     peer = np.median(results["Stable-Baselines3 PPO"])
@@ -113,9 +182,15 @@ def main(args: Args) -> None:
     for name, sps in results.items():
         spread = f"{np.median(sps):,.0f} ({min(sps):,.0f}-{max(sps):,.0f})"
         print(f"| {name} | {spread} | {np.median(sps) / peer:.2f} |")
-    print("\n| part of a step of ours | microseconds |\n|---|---|")
-    for name, us in parts_of_a_step(args.env_id).items():
-        print(f"| {name} | {us:.1f} |")
+    if args.suite == "continuous":
+        print("\n| part of a step of ours | microseconds |\n|---|---|")
+        for name, us in parts_of_a_step(args.env_id).items():
+            print(f"| {name} | {us:.1f} |")
+        return
+    for amp in ("auto", "off"):
+        print(f"\n| part of a step, --amp {amp} | microseconds, during a run | alone |\n|---|---|---|")
+        for name, (during, alone) in parts_of_an_atari_step(args.env_id, amp).items():
+            print(f"| {name} | {during:.0f} | {alone:.0f} |".replace("nan", ""))
 
 
 if __name__ == "__main__":
