@@ -45,7 +45,6 @@ import torch
 import tyro
 from ale_py import Action, roms
 from ale_py.vector_env import AtariVectorEnv
-from gymnasium.vector import AutoresetMode
 from torch import nn
 from torch.distributions import Categorical
 from torch.utils.tensorboard import SummaryWriter
@@ -102,7 +101,8 @@ class Args:
 
 def rom_name(env_id: str) -> str:
     """A game's name in ale-py: ms_pacman for MsPacman, ALE/MsPacman-v5, ... Raises ValueError if none."""
-    names = {name.replace("_", ""): name for name in roms.get_all_rom_ids()}
+    for_two = {"combat", "joust", "maze_craze", "warlords"}  # ALE ends the process over them
+    names = {name.replace("_", ""): name for name in roms.get_all_rom_ids() if name not in for_two}
     game = re.sub(r"^ALE/|(NoFrameskip|Deterministic)?(-v\d)?$", "", env_id).replace("_", "").lower()
     if game not in names:
         nearest = [names[name] for name in difflib.get_close_matches(game, names, n=4, cutoff=0.4)]
@@ -114,15 +114,15 @@ class AtariGames:
     """Games in parallel, preprocessed as for DeepMind's DQN; where one ends, the next starts in that step.
 
     A step is four frames of one action. Images are grey, 84 x 84, the brighter of the last two frames, the
-    last four of them in a stack. A game begins with up to 30 frames of FIRE, where there is such an action,
-    and idling, and is cut off after 108,000. To the learner a lost life ends the episode, but the game goes
-    on: with FIRE, whatever the agent chose, since many games wait for it.
+    last four of them in a stack. A game begins with one frame of FIRE, where there is such an action, and
+    idle ones, fewer than 30 in all, and is cut off after 108,000. To the learner a lost life ends the
+    episode, but the game goes on: with FIRE, whatever the agent chose, since many games wait for it.
     """
 
     def __init__(self, args: Args, num_games: int, max_frames: int = 108_000):
         self.envs = AtariVectorEnv(
             rom_name(args.env_id), num_games, num_threads=min(num_games, torch.get_num_threads()),
-            autoreset_mode=AutoresetMode.SAME_STEP, reward_clipping=False,  # lives and clipping: see `step`
+            autoreset_mode="SameStep", reward_clipping=False,  # `step` clips, and counts lives
             repeat_action_probability=args.repeat_action_probability, max_num_frames_per_episode=max_frames,
         )  # fmt: skip
         actions = self.envs.ale.get_action_set()
@@ -211,7 +211,7 @@ class Agent(nn.Module):
 
 
 def sample(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Actions (...) from logits (..., num_actions), by Gumbel noise: sooner than by Categorical."""
+    """Actions (...) from logits (..., num_actions), by Gumbel noise: faster than by Categorical."""
     return (logits - torch.empty_like(logits).exponential_(generator=generator).log()).argmax(-1)
 
 
@@ -286,7 +286,7 @@ def evaluate(agent: Agent, args: Args, seed: int, video: Path | None):
     images, results, film = games.reset(seed), {}, []
     while len(results) < args.eval_episodes:
         if video and 0 not in results:
-            film.append(images[0, -1, :, :, None].repeat(3, -1))
+            film.append(np.broadcast_to(images[0, -1, ..., None].copy(), (84, 84, 3)))
         logits, _ = agent(torch.from_numpy(images).to(device))
         images, *_ = games.step(sample(logits, generator).cpu().numpy())
         results = games.ended | results  # the first game of each
@@ -331,12 +331,11 @@ def compiled(agent: Agent, args: Args, obs: torch.Tensor):
     mode = "reduce-overhead" if obs.is_cuda else "default"
     try:
         torch._dynamo.config.trace_autograd_ops = True  # gradient and loss in one graph
-        functions = [torch.compile(function, mode=mode) for function in (agent, gradient_and_metrics)]
+        functions = [torch.compile(f, mode=mode, fullgraph=True) for f in (agent, gradient_and_metrics)]
         for _ in range(3):  # CUDA graphs are recorded after a warm-up
             with torch.no_grad(), autocast(obs.device, agent.dtype):
                 functions[0](obs[0])
-            minibatch = obs.flatten(0, 1)[:n], zeros[0].long(), *zeros[1:]
-            functions[1](agent, args, zeros[0, 0], *minibatch)
+            functions[1](agent, args, zeros[0, 0], obs.flatten(0, 1)[:n], zeros[0].long(), *zeros[1:])
         return functions
     except Exception as error:
         print(f"going on with --no-compile: {error!r}"[:300], file=sys.stderr)
@@ -349,6 +348,7 @@ def train(args: Args, stop: threading.Event) -> dict | None:
     keep_freed_memory()
     torch.manual_seed(args.seed)
     cuda = args.device != "cpu" and torch.cuda.is_available()
+    torch.backends.cudnn.allow_tf32 = args.amp == "auto"  # off: float32 indeed
     device = torch.device("cuda" if cuda else "cpu")
     generator = torch.Generator(device).manual_seed(args.seed)  # actions, minibatches, flips of advantages
     rng = np.random.default_rng(args.seed)  # noise on rewards
@@ -359,14 +359,14 @@ def train(args: Args, stop: threading.Event) -> dict | None:
     parameters = nn.utils.parameters_to_vector(agent.parameters()).detach()
     nn.utils.vector_to_parameters(parameters, agent.parameters())  # views of it: one Adam for all
     optimizer = torch.optim.Adam([parameters], lr=args.learning_rate, eps=args.adam_eps, fused=True)
-
     global_step, evaluations, train_seconds, wall_seconds = 0, [], 0.0, 0.0
     if (run_dir / "checkpoint.pt").is_file():
         state = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=False)
         agent.load_state_dict(state["agent"])
         optimizer.load_state_dict(state["optimizer"])
         envs.finished = state["envs"]
-        generator.set_state(state["generator"])
+        if state["generator"].shape == generator.get_state().shape:  # else from a GPU to a CPU, or back
+            generator.set_state(state["generator"])
         rng.bit_generator.state = state["rng"]
         global_step, evaluations, train_seconds, wall_seconds = state["progress"]
     if args.track:
@@ -405,7 +405,7 @@ def train(args: Args, stop: threading.Event) -> dict | None:
 
         # Advantages
         b_obs, b_action = obs[:T].flatten(0, 1), action.flatten()
-        old_log_prob = Categorical(logits=logits).log_prob(action).flatten()
+        old_log_prob = Categorical(logits=logits, validate_args=False).log_prob(action).flatten()
         noisy = perturb_reward(reward, args.noise, args.noise_level, rng)
         rollout = noisy, value.cpu().numpy(), final_value, terminated, truncated
         gae = compute_gae(*rollout, args.gamma, args.gae_lambda)
@@ -423,7 +423,7 @@ def train(args: Args, stop: threading.Event) -> dict | None:
             if args.norm_adv:  # over the agent's own actions
                 mean = (mb_own * mb_adv).sum(1, keepdim=True) / count
                 std = ((mb_own * (mb_adv - mean)).square().sum(1, keepdim=True) / (count - 1)).sqrt()
-                sign_flips.append(((mb_adv > 0) != (mb_adv > mean)).float().mean())
+                sign_flips.append((mb_own * ((mb_adv > 0) != (mb_adv > mean))).sum() / mb_own.sum())
                 mb_adv = (mb_adv - mean) / (std + 1e-8)
             weight = mb_own / count * mb_own.shape[1]
             samples = b_action[order], old_log_prob[order], mb_adv, returns[order], weight
@@ -431,13 +431,13 @@ def train(args: Args, stop: threading.Event) -> dict | None:
                 parameters.grad, mb_metrics = gradient_fn(agent, args, clip_coef, b_obs[rows], *minibatch)
                 optimizer.step()
                 metrics.append(torch.stack([*mb_metrics.values()]))
-        train_seconds += time.perf_counter() - iteration_started
 
         # Logging
         scalars = {f"losses/{k}": x for k, x in zip(mb_metrics, torch.stack(metrics).mean(0).tolist())}
+        train_seconds += time.perf_counter() - iteration_started  # after .tolist(), which waits for the GPU
         scalars["losses/explained_variance"] = 1 - np.var(gae[0]) / np.var(gae[1])
         scalars["losses/advantage_sign_flips"] = torch.tensor(sign_flips or [0.0]).mean().item()
-        scalars["losses/advantage_largest"] = advantage.abs().max().item()
+        scalars["losses/advantage_largest"] = (own * advantage).abs().max().item()
         scalars["charts/SPS"] = global_step / train_seconds
         episodic_return, episodic_length = np.mean(envs.finished or [[math.nan] * 2], axis=0)
         scalars |= {"charts/episodic_return": episodic_return, "charts/episodic_length": episodic_length}
@@ -450,9 +450,8 @@ def train(args: Args, stop: threading.Event) -> dict | None:
 
         # Evaluation and checkpoint, when a multiple of their frequency has been passed
         finished, stopping = global_step >= args.total_timesteps, stop.is_set()
-        due = [freq > 0 and global_step % freq < T * N for freq in (args.eval_freq, args.checkpoint_freq)]
-        evaluation_due, checkpoint_due = due
-        if evaluation_due or finished:
+        eval_due, save_due = (f and global_step % f < T * N for f in (args.eval_freq, args.checkpoint_freq))
+        if eval_due or finished:
             video = run_dir / "video" / f"step-{global_step}.mp4" if args.capture_video else None
             scores, lengths = evaluate(agent, args, args.seed + global_step, video)
             evaluations.append((global_step, scores.mean(), scores.std(), lengths.mean(), len(scores)))
@@ -467,7 +466,7 @@ def train(args: Args, stop: threading.Event) -> dict | None:
                 "sps": global_step / train_seconds, "wall_s": wall, "compile": agent_fn is not agent,
             }  # fmt: skip
             save(run_dir / "summary.json", json.dumps(summary, indent=2))
-        if checkpoint_due or finished or stopping:
+        if save_due or finished or stopping:
             save(run_dir / "checkpoint.pt", {
                 "agent": agent.state_dict(), "optimizer": optimizer.state_dict(),
                 "envs": envs.finished, "generator": generator.get_state(), "rng": rng.bit_generator.state,
@@ -486,6 +485,8 @@ def prepare(args: Args) -> Args:
         if not Path(args.resume, "args.json").is_file() or Path(args.resume, "summary.json").is_file():
             raise ValueError(f"--resume {args.resume}: not the folder of a run that was interrupted")
         saved = json.loads(Path(args.resume, "args.json").read_text())["args"]
+        if saved.keys() != vars(args).keys():
+            raise ValueError(f"--resume {args.resume}: a run of another script")
         args = Args(**saved | {"resume": args.resume})
     defaults = dict.fromkeys(("eval_freq", "checkpoint_freq"), max(1, args.total_timesteps // 20)) | {
         "alpha": 0.5 if args.beta else 1.0,

@@ -348,7 +348,6 @@ def train(args: Args, stop: threading.Event) -> dict | None:
     parameters = nn.utils.parameters_to_vector(agent.parameters()).detach()
     nn.utils.vector_to_parameters(parameters, agent.parameters())  # views of it: one Adam for all
     optimizer = torch.optim.Adam([parameters], lr=args.learning_rate, eps=args.adam_eps, fused=True)
-
     global_step, evaluations, train_seconds, wall_seconds = 0, [], 0.0, 0.0
     if (run_dir / "checkpoint.pt").is_file():
         state = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=False)
@@ -438,9 +437,8 @@ def train(args: Args, stop: threading.Event) -> dict | None:
 
         # Evaluation and checkpoint, when a multiple of their frequency has been passed
         finished, stopping = global_step >= args.total_timesteps, stop.is_set()
-        due = [freq > 0 and global_step % freq < T * N for freq in (args.eval_freq, args.checkpoint_freq)]
-        evaluation_due, checkpoint_due = due
-        if evaluation_due or finished:
+        eval_due, save_due = (f and global_step % f < T * N for f in (args.eval_freq, args.checkpoint_freq))
+        if eval_due or finished:
             eval_env.name_prefix = f"step-{global_step}"  # of the video, if any
             scores, lengths = evaluate(agent, eval_env, envs, args.eval_episodes, args.seed + global_step)
             evaluations.append((global_step, scores.mean(), scores.std(), lengths.mean(), len(scores)))
@@ -455,7 +453,7 @@ def train(args: Args, stop: threading.Event) -> dict | None:
                 "sps": global_step / train_seconds, "wall_s": wall,
             }  # fmt: skip
             save(run_dir / "summary.json", json.dumps(summary, indent=2))
-        if checkpoint_due or finished or stopping:
+        if save_due or finished or stopping:
             save(run_dir / "checkpoint.pt", {
                 "agent": agent.state_dict(), "optimizer": optimizer.state_dict(),
                 "envs": (vars(envs.obs_stats), vars(envs.return_stats), envs.finished),
@@ -476,6 +474,8 @@ def prepare(args: Args) -> Args:
         if not Path(args.resume, "args.json").is_file() or Path(args.resume, "summary.json").is_file():
             raise ValueError(f"--resume {args.resume}: not the folder of a run that was interrupted")
         saved = json.loads(Path(args.resume, "args.json").read_text())["args"]
+        if saved.keys() != vars(args).keys():
+            raise ValueError(f"--resume {args.resume}: a run of another script")
         args = Args(**saved | {"hidden_sizes": tuple(saved["hidden_sizes"]), "resume": args.resume})
     gaussian = args.policy == "gaussian"
     defaults = dict.fromkeys(("eval_freq", "checkpoint_freq"), max(1, args.total_timesteps // 20)) | {

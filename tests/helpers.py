@@ -59,7 +59,7 @@ class Setting:
 
 
 SMALL = {"total_timesteps": 512, "num_minibatches": 4, "update_epochs": 3, "eval_episodes": 1, "eval_freq": 0}
-SMALL |= {"compile": False}
+SMALL |= {"compile": False, "device": "cpu"}
 CONTINUOUS = Setting(
     sppo_continuous, "NormalizedEnvs", SMALL | {"env_id": "InvertedDoublePendulum-v4", "num_steps": 128},
     visible="LunarLanderContinuous-v3",

@@ -5,8 +5,8 @@
     python tests/sb3_ppo.py --env-id Breakout --atari           # sppo_atari.py --alpha 1 --beta 0 --amp off
 
 For continuous control both follow Stable-Baselines3's defaults for PPO and VecNormalize; for Atari the
-settings are those of its own benchmark, with its usual wrappers. Scores are taken in the same way: raw rewards,
-greedy actions and the statistics of the training, or sampled actions in whole games. Writes
+settings are those of its own benchmark, with its usual wrappers. Scores are taken in the same way: raw
+rewards, and greedy actions and the statistics of the training, or sampled actions in whole games. Writes
 runs/NAME/summary.json with the keys that our own runs have; `sps` is without start-up and evaluation.
 """
 

@@ -122,9 +122,11 @@ def test_the_logged_advantages_are_those_of_the_rollout(setting, tmp_path, monke
     assert events.Scalars("losses/explained_variance")[0].value == pytest.approx(explained, rel=1e-5)
 
 
-def test_an_infinite_gradient_ends_the_run_and_says_so(setting, tmp_path):
+@pytest.mark.parametrize("updates", [{}, {"num_minibatches": 1, "update_epochs": 1}], ids=["many", "one"])
+def test_an_infinite_gradient_ends_the_run_and_says_so(setting, tmp_path, updates):
+    """Also where the last step of an update makes the weights infinite, and the next rollout meets them."""
     with pytest.raises(SystemExit, match="gradient not finite at step"):
-        setting.run(tmp_path, learning_rate=1e18, total_timesteps=1024)
+        setting.run(tmp_path, learning_rate=1e18, total_timesteps=1024, **updates)
 
 
 def test_a_run_leaves_what_it_promises(setting, tmp_path):
@@ -208,6 +210,13 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(setting, tmp_path
     setting.resume(folder)
     assert (folder / "progress.csv").read_bytes() == (whole / "progress.csv").read_bytes()
     assert torch.equal(weights(folder), weights(whole))
+
+
+def test_a_run_of_another_script_is_not_resumed(setting, tmp_path):
+    _, folder = setting.run(tmp_path, stop=StopAfter(1))
+    other = ATARI if setting is CONTINUOUS else CONTINUOUS
+    with pytest.raises(ValueError, match="a run of another script"):
+        other.resume(folder)
 
 
 def test_a_resumed_run_is_checked_like_a_new_one(setting, tmp_path, monkeypatch):
@@ -315,6 +324,7 @@ ATARI_BAD_INPUT = {
     "--env-id Hopper-v4": "no such game",
     "--env-id ALE/MsPackman-v5": "ms_pacman",
     "--env-id Breakout-ram-v4": "breakout",
+    "--env-id Combat": "no such game",
     "--repeat-action-probability 2": "in [0, 1]",
     "--seed 2000000000": "1e9",
     "--total-timesteps 2000000000": "1e9",

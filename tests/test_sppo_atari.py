@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from ale_py import Action
-from helpers import ATARI, StopAfter, checkpoint
+from helpers import ATARI, StopAfter, checkpoint, weights
 from torch import nn
 
 import sppo_atari as script
@@ -126,7 +126,19 @@ def test_the_first_image_is_that_of_the_plain_emulator():
         assert not images[i, :3].any()
 
 
-def test_breakout_goes_on_without_the_agent_pressing_fire(monkeypatch):
+def test_games_begin_at_different_moments_and_last_half_an_hour_at_most(monkeypatch):
+    games = script.AtariGames(script.Args(), 16)
+    _, info = games.envs.reset(seed=0)
+    assert len(set(info["episode_frame_number"].tolist())) > 5
+    assert info["episode_frame_number"].max() < 30
+    made = []
+    monkeypatch.setattr(script, "AtariVectorEnv", lambda *_, **flags: made.append(flags) or games.envs)
+    script.AtariGames(script.Args(), 16)
+    assert made[0]["max_num_frames_per_episode"] == 30 * 60 * 60  # 60 frames a second
+    assert not made[0]["reward_clipping"]
+
+
+def test_breakout_goes_on_without_the_agent_pressing_fire():
     """And would not, if lost lives had no FIRE: the paddle waits for a ball that never comes."""
     rng = np.random.default_rng(0)
     for presses in (True, False):
@@ -199,6 +211,43 @@ def test_evaluation_scores_whole_games_as_a_plain_emulator_does(monkeypatch):
     assert len(set(choices.tolist())) > 1
     again, _ = script.evaluate(agent, args, 7, None)
     assert np.array_equal(scores, again)
+
+
+class Countdown:
+    """Atari's vector interface on two games, of 3 and of 20 steps, that pay 1 and 10 a step, and 100 times as
+    much from the second round on."""
+
+    def __init__(self, *_, **__):
+        self.ale, self.time, self.rounds = self, np.zeros(2, int), np.zeros(2, int)
+
+    def get_action_set(self):
+        return [Action.NOOP, Action.FIRE]
+
+    def reset(self, seed):
+        return np.zeros((2, 4, 84, 84), np.uint8), {"lives": np.zeros(2, int)}
+
+    def step(self, action):
+        reward = np.array([1, 10]) * np.where(self.rounds, 100, 1)
+        self.time += 1
+        over = self.time == [3, 20]
+        self.time[over] = 0
+        self.rounds += over
+        return np.zeros((2, 4, 84, 84), np.uint8), reward, over, over & False, {"lives": np.zeros(2, int)}
+
+
+def test_evaluation_counts_the_first_game_of_each(monkeypatch):
+    """The last ones, or those that end first, would favour short games."""
+    monkeypatch.setattr(script, "AtariVectorEnv", Countdown)
+    scores, lengths = script.evaluate(script.Agent(2), script.Args(eval_episodes=2), 0, None)
+    assert scores.tolist() == [3, 200]
+    assert lengths.tolist() == [3, 20]
+
+
+def test_evaluations_of_a_run_play_different_games(tmp_path, monkeypatch):
+    seeds, evaluate = [], script.evaluate
+    monkeypatch.setattr(script, "evaluate", lambda *a: seeds.append(a[2]) or evaluate(*a))
+    run(tmp_path, seed=5, eval_freq=256)
+    assert seeds == [5 + 256, 5 + 512]
 
 
 # ---- Network
@@ -339,7 +388,7 @@ def test_the_policys_gradient_is_a_multiple_of_ppos(alpha, beta, z):
 def rollouts(monkeypatch):
     """What `train` sees and does, in lists: steps (images before, action, the step's outcome), minibatches
     (clip range and tensors), learning rates of Adam's steps, and the arguments of `compute_gae`."""
-    seen = {"steps": [], "minibatches": [], "learning_rates": [], "gae": [], "agents": []}
+    seen = {"steps": [], "minibatches": [], "learning_rates": [], "gae": [], "critic": [], "agents": []}
     original = {name: getattr(script, name) for name in ("gradient_and_metrics", "compute_gae", "Agent")}
 
     class Games(script.AtariGames):
@@ -365,8 +414,12 @@ def rollouts(monkeypatch):
                 for t, (_, _, outcome) in enumerate(seen["steps"][-len(arguments[0]) :])
                 for i, last in outcome[-1].items()
             }
+            steps = seen["steps"][-len(arguments[0]) :]
+            images = [images for images, *_ in steps] + [steps[-1][2][0]]
+            critic = np.stack([seen["agents"][-1](torch.from_numpy(x))[1].numpy() for x in images])
         result = original["compute_gae"](*arguments)
         seen["gae"].append(([np.copy(x) for x in arguments], values, result))
+        seen["critic"].append(critic)
         return result
 
     def agent(*arguments, **keywords):
@@ -405,6 +458,38 @@ def test_an_epoch_trains_on_every_step_once_and_on_overridden_ones_the_critic_on
     assert {key: len(x) for key, x in acted.items()} == {key: len(x) for key, x in trained.items()}
     assert sum(len(x) for x in trained.values()) == 512
     assert sum(len(x) for key, x in trained.items() if key[2]) >= 8  # lives lost by a beginner
+
+
+def test_gae_gets_what_was_seen_and_minibatches_what_gae_gave(tmp_path, rollouts):
+    flags = dict(gamma=0.9, gae_lambda=0.7, norm_adv=False, update_epochs=1)
+    run(tmp_path, total_timesteps=128, **flags)
+    (((reward, value, *_, gamma, gae_lambda), _, (advantage, returns)),) = rollouts["gae"]
+    np.testing.assert_array_equal(reward, [outcome[1] for _, _, outcome in rollouts["steps"]])
+    np.testing.assert_allclose(value, rollouts["critic"][0], atol=1e-5)
+    assert (gamma, gae_lambda) == (0.9, 0.7)
+    expected, trained = [], []
+    for t, (images, action, _) in enumerate(rollouts["steps"]):
+        for i in range(2):
+            expected.append((images[i].tobytes(), action[i], advantage[t, i], returns[t, i]))
+    for _, (images, action, _, mb_advantage, mb_returns, _) in rollouts["minibatches"]:
+        for sample in zip(images, action, mb_advantage, mb_returns):
+            trained.append((sample[0].numpy().tobytes(), *(x.item() for x in sample[1:])))
+    assert len(trained) == len(expected) == 128
+    for (image, *rest), (expected_image, *expected_rest) in zip(sorted(trained), sorted(expected)):
+        assert image == expected_image
+        np.testing.assert_allclose(rest, expected_rest, rtol=1e-5)
+
+
+def test_the_network_is_as_the_flags_say(tmp_path, rollouts, monkeypatch):
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    for amp, layer_norm in (("auto", False), ("off", True)):
+        run(tmp_path / amp, amp=amp, layer_norm=layer_norm, total_timesteps=128)
+        agent = rollouts["agents"][-1]
+        assert agent.dtype == (torch.bfloat16 if amp == "auto" else torch.float32)
+        assert any(isinstance(layer, nn.GroupNorm) for layer in agent.modules()) == layer_norm
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False})
+    run(tmp_path / "old processor", amp="auto", total_timesteps=128)
+    assert rollouts["agents"][-1].dtype == torch.float32
 
 
 def test_learning_rate_and_clip_range_fall_linearly(tmp_path, rollouts):
@@ -483,6 +568,22 @@ def test_compiled_functions_compute_the_same():
     torch.testing.assert_close(compiled_gradient, gradient, rtol=1e-3, atol=1e-5)
     for name, metric in metrics.items():
         torch.testing.assert_close(compiled_metrics[name], metric, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_whole_run_on_a_gpu(tmp_path):
+    summary, _ = run(tmp_path, device="cuda", compile=True, amp="auto")
+    assert summary["finished"]
+    assert summary["compile"]
+
+
+@pytest.mark.skipif(not COMPILERS, reason="--compile needs a C++ compiler")
+def test_a_compiled_run_is_the_same_run(tmp_path):
+    """But for rounding."""
+    plain, compiled = (run(tmp_path / str(x), compile=x, total_timesteps=256) for x in (False, True))
+    assert compiled[0]["compile"]
+    assert not plain[0]["compile"]
+    torch.testing.assert_close(weights(compiled[1]), weights(plain[1]), rtol=0, atol=3e-3)
 
 
 # ---- Learning
