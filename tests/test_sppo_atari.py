@@ -499,10 +499,15 @@ def test_learning_rate_and_clip_range_fall_linearly(tmp_path, rollouts):
     np.testing.assert_allclose([clip for clip, _ in rollouts["minibatches"]], 0.1 * fractions, rtol=1e-6)
 
 
-def test_learning_rate_and_clip_range_can_stay(tmp_path, rollouts):
-    run(tmp_path, update_epochs=1, num_minibatches=2, anneal_lr=False, anneal_clip=False)
-    assert set(rollouts["learning_rates"]) == {2.5e-4}
-    np.testing.assert_allclose([clip for clip, _ in rollouts["minibatches"]], 0.1, rtol=1e-6)
+@pytest.mark.parametrize("stays", ["learning rate", "clip range"])
+def test_learning_rate_or_clip_range_can_stay(tmp_path, rollouts, stays):
+    anneal = {"anneal_lr": stays != "learning rate", "anneal_clip": stays != "clip range"}
+    run(tmp_path, update_epochs=1, num_minibatches=2, total_timesteps=256, **anneal)
+    lr = np.divide(rollouts["learning_rates"], 2.5e-4)
+    clip = np.divide([clip for clip, _ in rollouts["minibatches"]], 0.1)
+    constant, falling = (lr, clip) if stays == "learning rate" else (clip, lr)
+    np.testing.assert_allclose(constant, 1, rtol=1e-6)
+    np.testing.assert_allclose(falling, [1, 1, 0.5, 0.5], rtol=1e-6)
 
 
 def test_schedules_go_on_after_resuming(tmp_path, rollouts):
