@@ -257,7 +257,7 @@ def gradient_and_metrics(agent, args, clip_coef, obs, action, old_log_prob, adva
     logits, value = agent(obs)
     policy = Categorical(logits=logits, validate_args=False)
     log_prob = policy.log_prob(action)
-    samples = (log_prob, old_log_prob, weight * advantage, clip_coef)  # the loss is linear in the advantage
+    samples = (log_prob, old_log_prob, weight * advantage, clip_coef)  # the loss scales with the advantage
     policy_loss = symmetric_policy_loss(*samples, args.alpha, args.beta, args.z)
     value_loss = (value - returns).square().mean()
     entropy = (weight * policy.entropy()).mean()
