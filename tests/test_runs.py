@@ -75,6 +75,15 @@ def test_sppo_is_ppo_with_alpha_k(setting, tmp_path, monkeypatch):
     assert (runs["ppo"][1] - runs["sppo"][1]).abs().max() > 1e-3  # while PPO itself is another run
 
 
+def test_without_reverse_loss_the_default_is_ppo(setting, tmp_path):
+    args = setting.script.prepare(setting.script.Args(beta=0.0, runs_dir=str(tmp_path)))
+    assert (args.alpha, args.beta) == (1.0, 0.0)
+    assert args.algo in ("ppo", "dppo")
+    args = setting.script.prepare(setting.script.Args(runs_dir=str(tmp_path)))
+    assert args.alpha == 0.5
+    assert args.algo == "sppo"
+
+
 def test_equal_seeds_give_equal_bits(setting, tmp_path):
     flags = dict(noise="adv_flip", num_envs=2, eval_freq=128)
     first, again, other = (
