@@ -42,7 +42,7 @@ class Args:
 
 
 PROGRAMS = {
-    "Stable-Baselines3 PPO": ["tests/sb3_ppo.py"],
+    "Stable-Baselines3 PPO": ["tests/sb3.py"],
     "ours, Gaussian PPO": ["sppo_continuous.py", "--policy", "gaussian", "--eval-freq", "0"],
     "ours, SPPO (11 bins)": ["sppo_continuous.py", "--eval-freq", "0"],
     "ours, Gaussian PPO, --no-compile": [
@@ -51,7 +51,7 @@ PROGRAMS = {
     "ours, SPPO (11 bins), --no-compile": ["sppo_continuous.py", "--eval-freq", "0", "--no-compile"],
 }
 ATARI_PROGRAMS = {
-    "Stable-Baselines3 PPO": ["tests/sb3_ppo.py", "--atari"],
+    "Stable-Baselines3 PPO": ["tests/sb3.py", "--atari"],
     "ours, PPO": ["sppo_atari.py", "--alpha", "1", "--beta", "0", "--eval-freq", "0"],
     "ours, SPPO": ["sppo_atari.py", "--eval-freq", "0"],
     "ours, SPPO, --amp off": ["sppo_atari.py", "--eval-freq", "0", "--amp", "off"],

@@ -1,13 +1,16 @@
-"""Stable-Baselines3's PPO under the settings of our baselines, PPO without a reverse loss: a yardstick.
+"""Stable-Baselines3's PPO and A2C under the settings of our baselines, without a reverse loss: a yardstick.
 
     pip install -e ".[peers]"
-    python tests/sb3_ppo.py --env-id Hopper-v4 --seed 10000     # sppo_continuous.py --policy gaussian
-    python tests/sb3_ppo.py --env-id Breakout --atari           # sppo_atari.py --alpha 1 --beta 0 --amp off
+    python tests/sb3.py --env-id Hopper-v4 --seed 10000     # sppo_continuous.py --policy gaussian
+    python tests/sb3.py --env-id Breakout --atari           # sppo_atari.py --alpha 1 --beta 0 --amp off
+    python tests/sb3.py --algo a2c --env-id Hopper-v4       # sa2c_continuous.py --policy gaussian
+    python tests/sb3.py --algo a2c --env-id Breakout --atari    # sa2c_atari.py --alpha 1 --beta 0 --amp off
 
-For continuous control both follow Stable-Baselines3's defaults for PPO and VecNormalize; for Atari the
-settings are those of its own benchmark, with its usual wrappers. Scores are taken in the same way: raw
-rewards, and greedy actions and the statistics of the training, or sampled actions in whole games. Writes
-runs/NAME/summary.json with the keys that our own runs have; `sps` is without start-up and evaluation.
+For continuous control both follow Stable-Baselines3's defaults, with VecNormalize; A2C takes eight steps in
+four environments. For Atari the settings are those of its own benchmark, with its usual wrappers. Scores are
+taken in the same way: raw rewards, and greedy actions and the statistics of the training, or sampled actions
+in whole games. Writes runs/NAME/summary.json with the keys that our own runs have; `sps` is without start-up
+and evaluation.
 """
 
 import json
@@ -16,21 +19,24 @@ import warnings
 from dataclasses import dataclass
 from importlib.metadata import version
 from pathlib import Path
+from typing import Literal
 
 import ale_py
 import gymnasium as gym
 import numpy as np
 import torch
 import tyro
-from stable_baselines3 import PPO
+from stable_baselines3 import A2C, PPO
 from stable_baselines3.common.env_util import make_atari_env
 from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
+from stable_baselines3.common.sb2_compat.rmsprop_tf_like import RMSpropTFLike
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNormalize
 
 
 @dataclass
 class Args:
+    algo: Literal["ppo", "a2c"] = "ppo"
     env_id: str = "Hopper-v4"
     atari: bool = False
     seed: int = 1
@@ -50,16 +56,23 @@ def main(args: Args) -> None:
     warnings.filterwarnings("ignore", message=".*is out of date.*")
     gym.register_envs(ale_py)
     wall_started = time.perf_counter()
-    run_dir = Path(args.runs_dir) / (args.run_name or f"{args.env_id}__sb3__none__{args.seed}")
+    run_dir = Path(args.runs_dir) / (args.run_name or f"{args.env_id}__sb3-{args.algo}__none__{args.seed}")
     run_dir.mkdir(parents=True)
-    if args.atari:
+    seed_and_device = {"seed": args.seed, "device": "cpu"}
+    if args.atari and args.algo == "ppo":
         settings = dict(n_steps=128, n_epochs=4, batch_size=256, ent_coef=0.01)
         settings |= dict(learning_rate=lambda left: 2.5e-4 * left, clip_range=lambda left: 0.1 * left)
-        model = PPO("CnnPolicy", atari_envs(args, 8), seed=args.seed, device="cpu", **settings)
+        model = PPO("CnnPolicy", atari_envs(args, 8), **settings, **seed_and_device)
+    elif args.atari:
+        settings = dict(ent_coef=0.01, vf_coef=0.25)
+        settings |= dict(policy_kwargs=dict(optimizer_class=RMSpropTFLike, optimizer_kwargs=dict(eps=1e-5)))
+        model = A2C("CnnPolicy", atari_envs(args, 16), **settings, **seed_and_device)
     else:
         torch.set_num_threads(1)
-        envs = VecNormalize(DummyVecEnv([lambda: Monitor(gym.make(args.env_id))]))
-        model = PPO("MlpPolicy", envs, seed=args.seed, device="cpu")
+        count = 1 if args.algo == "ppo" else 4
+        envs = VecNormalize(DummyVecEnv([lambda: Monitor(gym.make(args.env_id))] * count))
+        algorithm, settings = (PPO, {}) if args.algo == "ppo" else (A2C, {"n_steps": 8})
+        model = algorithm("MlpPolicy", envs, **settings, **seed_and_device)
     started = time.perf_counter()
     model.learn(args.total_timesteps)
     train_s = time.perf_counter() - started
@@ -76,7 +89,6 @@ def main(args: Args) -> None:
     summary = vars(args) | {
         "script": "stable_baselines3",
         "version": version("stable-baselines3"),
-        "algo": "ppo",
         "noise": "none",
         "noise_level": 0.0,
         "alpha": 1.0,
