@@ -59,7 +59,7 @@ class Args:
     run_name: str | None = None  # folder of this run; default: environment, algorithm, noise, seed and time
     resume: str | None = None  # folder of an interrupted run to go on with; the only flag, then
     checkpoint_freq: int | None = None  # steps between checkpoints; default: run / 20; 0: at the end
-    log_freq: int = 2000  # steps between entries in the log
+    log_freq: int = 1000  # steps between entries in the log, means over the updates since the last one
     track: bool = False  # log to Weights & Biases as well (pip install wandb)
 
     policy: Literal["categorical", "gaussian"] = "categorical"  # gaussian: plain A2C, the baseline
@@ -82,9 +82,8 @@ class Args:
     log_std_init: float = 0.0  # initial log standard deviation of the Gaussian policy
 
     alpha: float | None = None  # weight of the A2C loss; default: 0.5, without reverse loss 1
-    beta: float | None = None  # weight of the reverse loss; default: 20, with the Gaussian policy 0
+    beta: float | None = None  # weight of the reverse loss; default: 0.5, with the Gaussian policy 0
     z: float = -1.0  # Z, which stands for log 0
-
     noise: Literal["none", "flip", "normal", "uniform", "adv_flip"] = "none"  # on rewards, or on advantages
     noise_level: float | None = None  # chance of a flip (default 0.1) or size (default 0.05)
 
@@ -252,8 +251,7 @@ def compute_gae(reward, value, final_value, terminated, truncated, gamma, gae_la
     """Advantages and returns (T, N): generalised advantage estimation (Schulman et al., arXiv 1506.02438).
 
     Arrays of T steps in N environments: `reward`, `terminated`, `truncated` (T, N); `value` (T + 1, N) of the
-    observations before each step and after the last; `final_value` (T, N) of an episode's last observation,
-    where it was truncated. After termination nothing follows; a truncated episode would have gone on.
+    observations before each step and after the last; `final_value` (T, N) of truncated episodes' last ones.
     """
     next_value = np.where(truncated, final_value, value[1:]) * ~terminated
     delta = reward + gamma * next_value - value[:-1]
@@ -313,10 +311,9 @@ def describe_machine() -> dict:
     """What it takes, beside the arguments, to judge or repeat a run."""
     git = f'git -C "{Path(__file__).resolve().parent}" describe --always --dirty --abbrev=40'
     commit = subprocess.run(git, shell=True, capture_output=True, text=True).stdout.strip() or None
-    versions = {package.name: package.version for package in metadata.distributions()}
-    hardware = {"cpu": torch.backends.cpu.get_cpu_capability(), "cores": os.cpu_count()}
-    hardware["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    versions |= {"python": platform.python_version(), "platform": platform.platform()}
+    versions = {"python": platform.python_version()} | {p.name: p.version for p in metadata.distributions()}
+    hardware = {"platform": platform.platform(), "cpu": torch.backends.cpu.get_cpu_capability()}
+    hardware |= {"cores": os.cpu_count(), "gpu": torch.cuda.is_available() and torch.cuda.get_device_name()}
     return {"command": sys.argv, "commit": commit, "versions": versions, "hardware": hardware}
 
 
@@ -355,8 +352,7 @@ def train(args: Args, stop: threading.Event) -> dict | None:
     T, N = args.num_steps, args.num_envs
     obs = np.zeros((T + 1, N, *envs.obs_stats.mean.shape), np.float32)
     action = np.zeros((T, N, len(agent.values)), np.float32 if agent.gaussian else np.int64)
-    reward, final_value = np.zeros((2, T, N))
-    terminated, truncated = np.zeros((2, T, N), bool)
+    (reward, final_value), (terminated, truncated) = np.zeros((2, T, N)), np.zeros((2, T, N), bool)
     obs[T] = envs.reset(seed=args.seed + global_step)  # after resuming too: a simulator's state is not saved
     torch._dynamo.config.trace_autograd_ops = True  # compiles the gradient into one graph with the loss
     gradient_fn = torch.compile(gradient_and_metrics) if args.compile else gradient_and_metrics
@@ -375,9 +371,8 @@ def train(args: Args, stop: threading.Event) -> dict | None:
         with torch.inference_mode():
             for t in range(T):
                 action[t] = agent.act(torch.from_numpy(obs[t]).to(device), generator).cpu().numpy()
-                env_action = agent.to_env(action[t])
-                obs[t + 1], reward[t], terminated[t], truncated[t], final_obs = envs.step(env_action)
-                for i, last_obs in final_obs.items():
+                obs[t + 1], reward[t], terminated[t], truncated[t], final = envs.step(agent.to_env(action[t]))
+                for i, last_obs in final.items():
                     final_value[t, i] = agent.value(torch.from_numpy(last_obs).to(device)).item()
         global_step += T * N
 
@@ -398,15 +393,15 @@ def train(args: Args, stop: threading.Event) -> dict | None:
             mean, std = advantage.mean(), advantage.std()
             sign_flips.append(((advantage > 0) != (advantage > mean)).float().mean())
             advantage = (advantage - mean) / (std + 1e-8)
-        parameters.grad, update_metrics = gradient_fn(agent, args, b_obs, b_action, advantage, returns)
+        parameters.grad, new_metrics = gradient_fn(agent, args, b_obs, b_action, advantage, returns)
         optimizer.step()
-        metrics.append(update_metrics)
+        metrics.append(new_metrics)
         gaes.append(gae)
-        train_seconds += time.perf_counter() - iteration_started
-        if not math.isfinite(update_metrics["grad_norm"]):
+        if not math.isfinite(metrics[-1]["grad_norm"]):
             sys.exit(f"error: gradient not finite at step {global_step}; lower --learning-rate or --beta")
+        train_seconds += time.perf_counter() - iteration_started
 
-        # Logging, over all updates since the last time, when a multiple of its frequency has been passed
+        # Logging
         if global_step % args.log_freq < T * N or global_step >= args.total_timesteps:
             scalars = {f"losses/{k}": torch.stack([m[k] for m in metrics]).mean().item() for k in metrics[0]}
             gae = np.stack(gaes, axis=1)
@@ -466,7 +461,7 @@ def prepare(args: Args) -> Args:
         args = Args(**saved | {"hidden_sizes": tuple(saved["hidden_sizes"]), "resume": args.resume})
     gaussian = args.policy == "gaussian"
     defaults = dict.fromkeys(("eval_freq", "checkpoint_freq"), max(1, args.total_timesteps // 20)) | {
-        "alpha": 1.0 if gaussian or args.beta == 0 else 0.5, "beta": 0.0 if gaussian else 20.0,
+        "alpha": 1.0 if gaussian or args.beta == 0 else 0.5, "beta": 0.0 if gaussian else 0.5,
         "noise_level": {"none": 0.0, "normal": 0.05, "uniform": 0.05}.get(args.noise, 0.1),
     }  # fmt: skip
     args = replace(args, **{name: x for name, x in defaults.items() if getattr(args, name) is None})

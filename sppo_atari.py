@@ -63,6 +63,7 @@ class Args:
     run_name: str | None = None  # folder of this run; default: environment, algorithm, noise, seed and time
     resume: str | None = None  # folder of an interrupted run to go on with; the only flag, then
     checkpoint_freq: int | None = None  # steps between checkpoints; default: run / 20; 0: at the end
+    log_freq: int = 1000  # steps between entries in the log, means over the updates since the last one
     track: bool = False  # log to Weights & Biases as well (pip install wandb)
 
     repeat_action_probability: float = 0.0  # sticky actions: chance to repeat the last
@@ -86,7 +87,6 @@ class Args:
     alpha: float | None = None  # weight of the PPO loss; default: 0.5, without reverse loss 1
     beta: float = 1.0  # weight of the reverse loss; 0: PPO
     z: float = -1.0  # Z, which stands for log 0
-
     noise: Literal["none", "flip", "normal", "uniform", "adv_flip"] = "none"  # on rewards, or on advantages
     noise_level: float | None = None  # chance of a flip (default 0.1) or size (default 0.05)
 
@@ -239,8 +239,7 @@ def compute_gae(reward, value, final_value, terminated, truncated, gamma, gae_la
     """Advantages and returns (T, N): generalised advantage estimation (Schulman et al., arXiv 1506.02438).
 
     Arrays of T steps in N environments: `reward`, `terminated`, `truncated` (T, N); `value` (T + 1, N) of the
-    observations before each step and after the last; `final_value` (T, N) of an episode's last observation,
-    where it was truncated. After termination nothing follows; a truncated episode would have gone on.
+    observations before each step and after the last; `final_value` (T, N) of truncated episodes' last ones.
     """
     next_value = np.where(truncated, final_value, value[1:]) * ~terminated
     delta = reward + gamma * next_value - value[:-1]
@@ -308,10 +307,9 @@ def describe_machine() -> dict:
     """What it takes, beside the arguments, to judge or repeat a run."""
     git = f'git -C "{Path(__file__).resolve().parent}" describe --always --dirty --abbrev=40'
     commit = subprocess.run(git, shell=True, capture_output=True, text=True).stdout.strip() or None
-    versions = {package.name: package.version for package in metadata.distributions()}
-    hardware = {"cpu": torch.backends.cpu.get_cpu_capability(), "cores": os.cpu_count()}
-    hardware["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    versions |= {"python": platform.python_version(), "platform": platform.platform()}
+    versions = {"python": platform.python_version()} | {p.name: p.version for p in metadata.distributions()}
+    hardware = {"platform": platform.platform(), "cpu": torch.backends.cpu.get_cpu_capability()}
+    hardware |= {"cores": os.cpu_count(), "gpu": torch.cuda.is_available() and torch.cuda.get_device_name()}
     return {"command": sys.argv, "commit": commit, "versions": versions, "hardware": hardware}
 
 
@@ -357,7 +355,7 @@ def train(args: Args, stop: threading.Event) -> dict | None:
     fast = torch.cuda.is_bf16_supported(False) if cuda else torch.cpu.get_capabilities().get("avx512_bf16")
     agent = Agent(envs.num_actions, args.layer_norm, bfloat16=args.amp == "auto" and bool(fast)).to(device)
     parameters = nn.utils.parameters_to_vector(agent.parameters()).detach()
-    nn.utils.vector_to_parameters(parameters, agent.parameters())  # views of it: one Adam for all
+    nn.utils.vector_to_parameters(parameters, agent.parameters())  # views of it: one update for all
     optimizer = torch.optim.Adam([parameters], lr=args.learning_rate, eps=args.adam_eps, fused=True)
     global_step, evaluations, train_seconds, wall_seconds = 0, [], 0.0, 0.0
     if (run_dir / "checkpoint.pt").is_file():
@@ -375,7 +373,6 @@ def train(args: Args, stop: threading.Event) -> dict | None:
     writer = SummaryWriter(run_dir, purge_step=global_step + 1)
     T, N = args.num_steps, args.num_envs
     obs = torch.zeros(T + 1, N, 84, 84, 4, dtype=torch.uint8, device=device).permute(0, 1, 4, 2, 3)
-    staging = torch.zeros(N, 4, 84, 84, dtype=torch.uint8, pin_memory=cuda)
     logits, value = torch.zeros(T, N, envs.num_actions, device=device), torch.zeros(T + 1, N, device=device)
     action = torch.zeros(T, N, dtype=torch.int64, device=device)
     reward, final_value = np.zeros((2, T, N))
@@ -383,6 +380,7 @@ def train(args: Args, stop: threading.Event) -> dict | None:
     obs[T] = torch.from_numpy(envs.reset(args.seed + global_step))  # emulators are not in the checkpoint
     agent_fn, gradient_fn = compiled(agent, args, obs) if args.compile else (agent, gradient_and_metrics)
     progress_bar = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps", disable=None)
+    metrics, gaes, sign_flips = [], [], []
     while True:
         # Rollout
         iteration_started = time.perf_counter()
@@ -396,8 +394,7 @@ def train(args: Args, stop: threading.Event) -> dict | None:
                 action[t] = sample(logits[t], generator)
                 step = envs.step(action[t].cpu().numpy())
                 images, reward[t], terminated[t], truncated[t], overridden[t], final_images = step
-                staging.copy_(torch.from_numpy(images))
-                obs[t + 1].copy_(staging, non_blocking=True)
+                obs[t + 1] = torch.from_numpy(images)
                 for i, last in final_images.items():
                     final_value[t, i] = agent(torch.from_numpy(last[None]).to(device))[1].item()
             value[T] = agent_fn(obs[T])[1]
@@ -408,12 +405,10 @@ def train(args: Args, stop: threading.Event) -> dict | None:
         old_log_prob = Categorical(logits=logits, validate_args=False).log_prob(action).flatten()
         noisy = perturb_reward(reward, args.noise, args.noise_level, rng)
         rollout = noisy, value.cpu().numpy(), final_value, terminated, truncated
-        gae = compute_gae(*rollout, args.gamma, args.gae_lambda)
-        arrays = torch.tensor(np.stack([*gae, ~overridden]), dtype=torch.float32, device=device)
-        advantage, returns, own = arrays.flatten(1)
+        gae = np.stack([*compute_gae(*rollout, args.gamma, args.gae_lambda), ~overridden])
+        advantage, returns, own = torch.tensor(gae, dtype=torch.float32, device=device).flatten(1)
 
         # Update
-        metrics, sign_flips = [], []
         for _ in range(args.update_epochs):
             order = torch.randperm(T * N, generator=generator, device=device).view(args.num_minibatches, -1)
             mb_adv, mb_own = advantage[order], own[order]  # all minibatches at once: (minibatch, sample)
@@ -428,25 +423,29 @@ def train(args: Args, stop: threading.Event) -> dict | None:
             weight = mb_own / count * mb_own.shape[1]
             samples = b_action[order], old_log_prob[order], mb_adv, returns[order], weight
             for rows, *minibatch in zip(order, *samples):
-                parameters.grad, mb_metrics = gradient_fn(agent, args, clip_coef, b_obs[rows], *minibatch)
+                parameters.grad, new_metrics = gradient_fn(agent, args, clip_coef, b_obs[rows], *minibatch)
                 optimizer.step()
-                metrics.append(torch.stack([*mb_metrics.values()]))
+                metrics.append(torch.stack([*new_metrics.values()]))
+        gaes.append(gae)
+        if not math.isfinite(new_metrics["grad_norm"].item()):  # waits for the GPU
+            sys.exit(f"error: gradient not finite at step {global_step}; lower --learning-rate or --beta")
+        train_seconds += time.perf_counter() - iteration_started
 
         # Logging
-        scalars = {f"losses/{k}": x for k, x in zip(mb_metrics, torch.stack(metrics).mean(0).tolist())}
-        train_seconds += time.perf_counter() - iteration_started  # after .tolist(), which waits for the GPU
-        scalars["losses/explained_variance"] = 1 - np.var(gae[0]) / np.var(gae[1])
-        scalars["losses/advantage_sign_flips"] = torch.tensor(sign_flips or [0.0]).mean().item()
-        scalars["losses/advantage_largest"] = (own * advantage).abs().max().item()
-        scalars["charts/SPS"] = global_step / train_seconds
-        episodic_return, episodic_length = np.mean(envs.finished or [[math.nan] * 2], axis=0)
-        scalars |= {"charts/episodic_return": episodic_return, "charts/episodic_length": episodic_length}
-        for name, scalar in scalars.items():
-            writer.add_scalar(name, scalar, global_step)
-        progress_bar.update(min(T * N, args.total_timesteps - progress_bar.n))
-        progress_bar.set_postfix_str(f"return {episodic_return:.1f}")
-        if not math.isfinite(scalars["losses/grad_norm"]):
-            sys.exit(f"error: gradient not finite at step {global_step}; lower --learning-rate or --beta")
+        if global_step % args.log_freq < T * N or global_step >= args.total_timesteps:
+            scalars = dict(zip((f"losses/{k}" for k in new_metrics), torch.stack(metrics).mean(0).tolist()))
+            gae = np.stack(gaes, axis=1)
+            scalars["losses/explained_variance"] = 1 - np.var(gae[0]) / np.var(gae[1])
+            scalars["losses/advantage_sign_flips"] = torch.tensor(sign_flips or [0.0]).mean().item()
+            scalars["losses/advantage_largest"] = abs(gae[2] * gae[0]).max()
+            scalars["charts/SPS"] = global_step / train_seconds
+            episodic_return, episodic_length = np.mean(envs.finished or [[math.nan] * 2], axis=0)
+            scalars |= {"charts/episodic_return": episodic_return, "charts/episodic_length": episodic_length}
+            for name, scalar in scalars.items():
+                writer.add_scalar(name, scalar, global_step)
+            progress_bar.update(min(global_step, args.total_timesteps) - progress_bar.n)
+            progress_bar.set_postfix_str(f"return {episodic_return:.1f}")
+            metrics, gaes, sign_flips = [], [], []
 
         # Evaluation and checkpoint, when a multiple of their frequency has been passed
         finished, stopping = global_step >= args.total_timesteps, stop.is_set()
@@ -498,7 +497,7 @@ def prepare(args: Args) -> Args:
     args = replace(args, run_name=args.run_name or stamp)
     for names, what, valid in (
         ("total_timesteps num_envs num_steps num_minibatches", "at least 1", lambda x: x >= 1),
-        ("update_epochs eval_episodes", "at least 1", lambda x: x >= 1),
+        ("update_epochs eval_episodes log_freq", "at least 1", lambda x: x >= 1),
         ("alpha beta vf_coef ent_coef eval_freq checkpoint_freq", ">= 0", lambda x: 0 <= x < math.inf),
         ("seed total_timesteps", "in [0, 1e9], for the emulator's seeds", lambda x: 0 <= x <= 1e9),
         ("learning_rate adam_eps clip_coef max_grad_norm", "positive", lambda x: 0 < x < math.inf),

@@ -58,6 +58,7 @@ class Args:
     run_name: str | None = None  # folder of this run; default: environment, algorithm, noise, seed and time
     resume: str | None = None  # folder of an interrupted run to go on with; the only flag, then
     checkpoint_freq: int | None = None  # steps between checkpoints; default: run / 20; 0: at the end
+    log_freq: int = 1000  # steps between entries in the log, means over the updates since the last one
     track: bool = False  # log to Weights & Biases as well (pip install wandb)
 
     policy: Literal["categorical", "gaussian"] = "categorical"  # gaussian: plain PPO, the baseline
@@ -85,7 +86,6 @@ class Args:
     alpha: float | None = None  # weight of the PPO loss; default: 0.5, without reverse loss 1
     beta: float | None = None  # weight of the reverse loss; default: 20, with the Gaussian policy 0
     z: float = -1.0  # Z, which stands for log 0
-
     noise: Literal["none", "flip", "normal", "uniform", "adv_flip"] = "none"  # on rewards, or on advantages
     noise_level: float | None = None  # chance of a flip (default 0.1) or size (default 0.05)
 
@@ -261,8 +261,7 @@ def compute_gae(reward, value, final_value, terminated, truncated, gamma, gae_la
     """Advantages and returns (T, N): generalised advantage estimation (Schulman et al., arXiv 1506.02438).
 
     Arrays of T steps in N environments: `reward`, `terminated`, `truncated` (T, N); `value` (T + 1, N) of the
-    observations before each step and after the last; `final_value` (T, N) of an episode's last observation,
-    where it was truncated. After termination nothing follows; a truncated episode would have gone on.
+    observations before each step and after the last; `final_value` (T, N) of truncated episodes' last ones.
     """
     next_value = np.where(truncated, final_value, value[1:]) * ~terminated
     delta = reward + gamma * next_value - value[:-1]
@@ -324,10 +323,9 @@ def describe_machine() -> dict:
     """What it takes, beside the arguments, to judge or repeat a run."""
     git = f'git -C "{Path(__file__).resolve().parent}" describe --always --dirty --abbrev=40'
     commit = subprocess.run(git, shell=True, capture_output=True, text=True).stdout.strip() or None
-    versions = {package.name: package.version for package in metadata.distributions()}
-    hardware = {"cpu": torch.backends.cpu.get_cpu_capability(), "cores": os.cpu_count()}
-    hardware["gpu"] = torch.cuda.get_device_name() if torch.cuda.is_available() else None
-    versions |= {"python": platform.python_version(), "platform": platform.platform()}
+    versions = {"python": platform.python_version()} | {p.name: p.version for p in metadata.distributions()}
+    hardware = {"platform": platform.platform(), "cpu": torch.backends.cpu.get_cpu_capability()}
+    hardware |= {"cores": os.cpu_count(), "gpu": torch.cuda.is_available() and torch.cuda.get_device_name()}
     return {"command": sys.argv, "commit": commit, "versions": versions, "hardware": hardware}
 
 
@@ -346,7 +344,7 @@ def train(args: Args, stop: threading.Event) -> dict | None:
         eval_env = gym.wrappers.RecordVideo(eval_env, run_dir / "video", lambda i: not i % args.eval_episodes)
     agent = Agent(eval_env, args).to(device)
     parameters = nn.utils.parameters_to_vector(agent.parameters()).detach()
-    nn.utils.vector_to_parameters(parameters, agent.parameters())  # views of it: one Adam for all
+    nn.utils.vector_to_parameters(parameters, agent.parameters())  # views of it: one update for all
     optimizer = torch.optim.Adam([parameters], lr=args.learning_rate, eps=args.adam_eps, fused=True)
     global_step, evaluations, train_seconds, wall_seconds = 0, [], 0.0, 0.0
     if (run_dir / "checkpoint.pt").is_file():
@@ -366,8 +364,7 @@ def train(args: Args, stop: threading.Event) -> dict | None:
     T, N = args.num_steps, args.num_envs
     obs = np.zeros((T + 1, N, *envs.obs_stats.mean.shape), np.float32)
     action = np.zeros((T, N, len(agent.values)), np.float32 if agent.gaussian else np.int64)
-    reward, final_value = np.zeros((2, T, N))
-    terminated, truncated = np.zeros((2, T, N), bool)
+    (reward, final_value), (terminated, truncated) = np.zeros((2, T, N)), np.zeros((2, T, N), bool)
     obs[T] = envs.reset(seed=args.seed + global_step)  # after resuming too: a simulator's state is not saved
     torch._dynamo.config.trace_autograd_ops = True  # compiles the gradient into one graph with the loss
     gradient_fn = torch.compile(gradient_and_metrics) if args.compile else gradient_and_metrics
@@ -379,6 +376,7 @@ def train(args: Args, stop: threading.Event) -> dict | None:
         print(f"going on with --no-compile, at about half the speed: {error!r}"[:300], file=sys.stderr)
         args, gradient_fn = replace(args, compile=False), gradient_and_metrics
     progress_bar = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps", disable=None)
+    metrics, gaes, sign_flips = [], [], []
     while True:
         # Rollout
         iteration_started = time.perf_counter()
@@ -386,9 +384,8 @@ def train(args: Args, stop: threading.Event) -> dict | None:
         with torch.inference_mode():
             for t in range(T):
                 action[t] = agent.act(torch.from_numpy(obs[t]).to(device), generator).cpu().numpy()
-                env_action = agent.to_env(action[t])
-                obs[t + 1], reward[t], terminated[t], truncated[t], final_obs = envs.step(env_action)
-                for i, last_obs in final_obs.items():
+                obs[t + 1], reward[t], terminated[t], truncated[t], final = envs.step(agent.to_env(action[t]))
+                for i, last_obs in final.items():
                     final_value[t, i] = agent.value(torch.from_numpy(last_obs).to(device)).item()
         global_step += T * N
 
@@ -404,7 +401,6 @@ def train(args: Args, stop: threading.Event) -> dict | None:
         advantage, returns = (torch.as_tensor(x, dtype=torch.float32, device=device).flatten() for x in gae)
 
         # Update
-        metrics, sign_flips = [], []
         for _ in range(args.update_epochs):
             order = torch.randperm(T * N, generator=generator, device=device).view(args.num_minibatches, -1)
             mb_adv = advantage[order]  # all minibatches at once: (minibatch, sample)
@@ -415,25 +411,29 @@ def train(args: Args, stop: threading.Event) -> dict | None:
                 sign_flips.append(((mb_adv > 0) != (mb_adv > mean)).float().mean())
                 mb_adv = (mb_adv - mean) / (std + 1e-8)
             for minibatch in zip(b_obs[order], b_action[order], old_log_prob[order], mb_adv, returns[order]):
-                parameters.grad, minibatch_metrics = gradient_fn(agent, args, *minibatch)
+                parameters.grad, new_metrics = gradient_fn(agent, args, *minibatch)
                 optimizer.step()
-                metrics.append(minibatch_metrics)
+                metrics.append(new_metrics)
+        gaes.append(gae)
+        if not math.isfinite(metrics[-1]["grad_norm"]):
+            sys.exit(f"error: gradient not finite at step {global_step}; lower --learning-rate or --beta")
         train_seconds += time.perf_counter() - iteration_started
 
         # Logging
-        scalars = {f"losses/{k}": torch.stack([m[k] for m in metrics]).mean().item() for k in metrics[0]}
-        scalars["losses/explained_variance"] = 1 - np.var(gae[0]) / np.var(gae[1])
-        scalars["losses/advantage_sign_flips"] = torch.tensor(sign_flips or [0.0]).mean().item()
-        scalars["losses/advantage_largest"] = advantage.abs().max().item()
-        scalars["charts/SPS"] = global_step / train_seconds
-        episodic_return, episodic_length = np.mean(envs.finished or [[math.nan] * 2], axis=0)
-        scalars |= {"charts/episodic_return": episodic_return, "charts/episodic_length": episodic_length}
-        for name, scalar in scalars.items():
-            writer.add_scalar(name, scalar, global_step)
-        progress_bar.update(min(T * N, args.total_timesteps - progress_bar.n))
-        progress_bar.set_postfix_str(f"return {episodic_return:.1f}")
-        if not math.isfinite(scalars["losses/grad_norm"]):
-            sys.exit(f"error: gradient not finite at step {global_step}; lower --learning-rate or --beta")
+        if global_step % args.log_freq < T * N or global_step >= args.total_timesteps:
+            scalars = {f"losses/{k}": torch.stack([m[k] for m in metrics]).mean().item() for k in metrics[0]}
+            gae = np.stack(gaes, axis=1)
+            scalars["losses/explained_variance"] = 1 - np.var(gae[0]) / np.var(gae[1])
+            scalars["losses/advantage_sign_flips"] = torch.tensor(sign_flips or [0.0]).mean().item()
+            scalars["losses/advantage_largest"] = abs(gae[0]).max()
+            scalars["charts/SPS"] = global_step / train_seconds
+            episodic_return, episodic_length = np.mean(envs.finished or [[math.nan] * 2], axis=0)
+            scalars |= {"charts/episodic_return": episodic_return, "charts/episodic_length": episodic_length}
+            for name, scalar in scalars.items():
+                writer.add_scalar(name, scalar, global_step)
+            progress_bar.update(min(global_step, args.total_timesteps) - progress_bar.n)
+            progress_bar.set_postfix_str(f"return {episodic_return:.1f}")
+            metrics, gaes, sign_flips = [], [], []
 
         # Evaluation and checkpoint, when a multiple of their frequency has been passed
         finished, stopping = global_step >= args.total_timesteps, stop.is_set()
@@ -487,7 +487,7 @@ def prepare(args: Args) -> Args:
     args = replace(args, run_name=args.run_name or stamp.replace("/", "-"))
     for names, what, valid in (
         ("total_timesteps num_envs num_steps num_minibatches", "at least 1", lambda x: x >= 1),
-        ("update_epochs eval_episodes", "at least 1", lambda x: x >= 1),
+        ("update_epochs eval_episodes log_freq", "at least 1", lambda x: x >= 1),
         ("bins", "at least 2", lambda x: x >= 2),
         ("alpha beta vf_coef ent_coef eval_freq checkpoint_freq seed", ">= 0", lambda x: 0 <= x < 2**63),
         ("learning_rate adam_eps clip_coef max_grad_norm", "positive", lambda x: 0 < x < math.inf),

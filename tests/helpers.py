@@ -8,6 +8,8 @@ from types import ModuleType
 
 import torch
 
+import sa2c_atari
+import sa2c_continuous
 import sppo_atari
 import sppo_continuous
 
@@ -26,12 +28,30 @@ class StopAfter(threading.Event):
 
 @dataclass
 class Setting:
-    """A script, and flags for a short run: four updates on 128 steps, of 3 epochs of 4 minibatches each."""
+    """A script, and flags for a short run: four updates on 128 steps, in PPO 3 epochs of 4 minibatches."""
 
     script: ModuleType
     envs: str  # name of the class whose `step` takes the training's actions
     small: dict
     visible: str  # an environment that can be filmed without a display
+
+    @property
+    def ppo(self) -> bool:
+        return self.script.__name__.startswith("sppo")
+
+    @property
+    def atari(self) -> bool:
+        return self.script.__name__.endswith("atari")
+
+    @property
+    def symmetric_algo(self) -> str:
+        return self.script.__name__.split("_")[0]
+
+    @property
+    def optimizer(self) -> type[torch.optim.Optimizer]:
+        if self.ppo:
+            return torch.optim.Adam
+        return self.script.RMSpropTF if self.atari else torch.optim.RMSprop
 
     def __str__(self):
         return self.script.__name__
@@ -58,16 +78,20 @@ class Setting:
         return actions
 
 
-SMALL = {"total_timesteps": 512, "num_minibatches": 4, "update_epochs": 3, "eval_episodes": 1, "eval_freq": 0}
+SMALL = {"total_timesteps": 512, "eval_episodes": 1, "eval_freq": 0, "log_freq": 1}
 SMALL |= {"compile": False, "device": "cpu"}
-CONTINUOUS = Setting(
-    sppo_continuous, "NormalizedEnvs", SMALL | {"env_id": "InvertedDoublePendulum-v4", "num_steps": 128},
-    visible="LunarLanderContinuous-v3",
-)  # fmt: skip
-ATARI = Setting(
-    sppo_atari, "AtariGames", SMALL | {"env_id": "Breakout", "num_envs": 2, "num_steps": 64, "amp": "off"},
-    visible="Pong",
-)  # fmt: skip
+PPO = {"num_minibatches": 4, "update_epochs": 3}
+CONTINUOUS = {"env_id": "InvertedDoublePendulum-v4", "num_envs": 1, "num_steps": 128}
+ATARI = {"env_id": "Breakout", "num_envs": 2, "num_steps": 64, "amp": "off"}
+SPPO_CONTINUOUS, SA2C_CONTINUOUS = (
+    Setting(script, "NormalizedEnvs", SMALL | CONTINUOUS | more, visible="LunarLanderContinuous-v3")
+    for script, more in ((sppo_continuous, PPO), (sa2c_continuous, {}))
+)
+SPPO_ATARI, SA2C_ATARI = (
+    Setting(script, "AtariGames", SMALL | ATARI | more, visible="Pong")
+    for script, more in ((sppo_atari, PPO), (sa2c_atari, {}))
+)
+SETTINGS = [SPPO_CONTINUOUS, SPPO_ATARI, SA2C_CONTINUOUS, SA2C_ATARI]
 
 
 def checkpoint(folder):

@@ -1,10 +1,11 @@
-"""The symmetric PPO loss against brute force, and its gradient against PPO's."""
+"""The symmetric losses against brute force; their gradients against PPO's, and against the closed form."""
 
 import itertools
 
 import pytest
 import torch
 
+from sa2c_continuous import symmetric_policy_loss as symmetric_a2c_loss
 from sppo_continuous import symmetric_policy_loss
 
 CLIP = 0.2
@@ -84,3 +85,67 @@ def test_gradient_is_finite_where_the_loss_is_not():
     (ppo,) = torch.autograd.grad(symmetric_policy_loss(log_prob, *arguments, 1.0, 0.0, -1.0), log_prob)
     torch.testing.assert_close(symmetric, 20.5 * ppo)
     assert ppo.abs().min() > 0
+
+
+# ---- A2C
+
+
+@pytest.mark.parametrize("z", [-1.0, -4.0])
+@pytest.mark.parametrize("advantage", [1.7, -0.6])
+def test_a2c_loss_is_the_sum_over_all_other_joint_actions(advantage, z):
+    torch.manual_seed(0)
+    _, log_p = joint_log_probs(torch.randn(3, 4, dtype=torch.float64))
+    p = log_p.exp()
+    for taken in (0, 21, 63):
+        others = sum(p[other] for other in range(64) if other != taken)
+        a2c, reverse = -advantage * log_p[taken], -advantage * z * others
+        for alpha, beta in ((1.0, 0.0), (0.5, 20.0), (0.0, 1.0)):
+            arguments = log_p[taken, None], torch.tensor([advantage], dtype=torch.float64)
+            loss = symmetric_a2c_loss(*arguments, alpha, beta, z)
+            torch.testing.assert_close(loss.item(), float(alpha * a2c + beta * reverse), rtol=1e-9, atol=0)
+
+
+def test_a2c_worked_numbers():
+    """p = 0.3, A = 2: L = -2 log 0.3 = 2.408; with Z = -1, Lr = 2 * 0.7 = 1.4."""
+    log_prob, advantage = torch.tensor([0.3]).log(), torch.tensor([2.0])
+    assert symmetric_a2c_loss(log_prob, advantage, 1, 0, -1).item() == pytest.approx(2.4079, abs=1e-4)
+    assert symmetric_a2c_loss(log_prob, advantage, 0, 1, -1).item() == pytest.approx(1.4)
+    assert symmetric_a2c_loss(log_prob, advantage, 0.5, 20, -1).item() == pytest.approx(29.204, abs=1e-3)
+
+
+@pytest.mark.parametrize("dims", [1, 2, 3, 6])
+@pytest.mark.parametrize(("alpha", "beta", "z"), [(1, 0, -1), (0.5, 20, -1), (0.5, 1, -4), (0, 3, -2)])
+def test_a2c_gradient_is_the_closed_form(dims, alpha, beta, z):
+    """-A (alpha + beta |Z| p) grad log p, and in logits grad log p is (1 at the action taken) - softmax."""
+    torch.manual_seed(dims)
+    logits = (2 * torch.randn(256, dims, 11, dtype=torch.float64)).requires_grad_()
+    action, advantage = torch.randint(11, (256, dims)), torch.randn(256, dtype=torch.float64)
+    log_prob = logits.log_softmax(-1).gather(-1, action.unsqueeze(-1)).squeeze(-1).sum(-1)
+    (gradient,) = torch.autograd.grad(symmetric_a2c_loss(log_prob, advantage, alpha, beta, z), logits)
+    grad_log_p = torch.nn.functional.one_hot(action, 11) - logits.softmax(-1)
+    weight = -advantage * (alpha + beta * abs(z) * log_prob.exp()) / 256
+    expected = weight[:, None, None] * grad_log_p
+    assert expected.abs().max() > 1e-7  # with alpha 0 it is that small in six dimensions
+    torch.testing.assert_close(gradient, expected.detach(), rtol=1e-9, atol=1e-16)
+
+
+def test_the_reverse_share_vanishes_with_the_dimension():
+    """11 equally likely bins, alpha 0.5, beta 20: the reverse gradient is 40 / 11^d of A2C's."""
+    for dims, ratio in ((1, 3.6), (2, 0.33), (3, 0.03), (6, 2e-5)):
+        log_prob = torch.full((1,), -dims * torch.tensor(11.0, dtype=torch.float64).log().item())
+        log_prob.requires_grad_()
+        parts = [symmetric_a2c_loss(log_prob, torch.ones(1), *weights, -1) for weights in ((0.5, 0), (0, 20))]
+        a2c, reverse = (torch.autograd.grad(part, log_prob)[0].item() for part in parts)
+        assert reverse / a2c == pytest.approx(ratio, rel=0.15)
+
+
+def test_symmetric_a2c_is_not_a_rescaling():
+    """Likely actions gain weight on unlikely ones."""
+    log_prob = torch.tensor([0.9, 0.1]).log().requires_grad_()
+    arguments = log_prob, torch.ones(2)
+    plain, symmetric = (
+        torch.autograd.grad(symmetric_a2c_loss(*arguments, *weights, -1), log_prob)[0]
+        for weights in ((1, 0), (0.5, 5))
+    )
+    assert plain[0] == plain[1]
+    assert symmetric[0] / symmetric[1] == pytest.approx(5.0)  # (0.5 + 5 * 0.9) / (0.5 + 5 * 0.1)

@@ -13,17 +13,25 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from helpers import ATARI, CONTINUOUS, StopAfter, checkpoint, progress, weights
+from helpers import (
+    SETTINGS,
+    SPPO_ATARI,
+    SPPO_CONTINUOUS,
+    StopAfter,
+    checkpoint,
+    progress,
+    weights,
+)
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 
-@pytest.fixture(params=[CONTINUOUS, ATARI], ids=str)
+@pytest.fixture(params=SETTINGS, ids=str)
 def setting(request):
     return request.param
 
 
 @pytest.mark.parametrize("noise", ["none", "adv_flip"])
-def test_advantages_flip_before_normalisation_anew_in_every_epoch(setting, tmp_path, monkeypatch, noise):
+def test_advantages_flip_before_normalisation_anew_every_time(setting, tmp_path, monkeypatch, noise):
     seen, perturb_advantage = [], setting.script.perturb_advantage
 
     def recording(advantage, level, generator):
@@ -32,13 +40,19 @@ def test_advantages_flip_before_normalisation_anew_in_every_epoch(setting, tmp_p
         return noisy
 
     monkeypatch.setattr(setting.script, "perturb_advantage", recording)
-    setting.run(tmp_path, noise=noise, total_timesteps=256)
-    assert len(seen) == (2 * setting.small["update_epochs"] if noise == "adv_flip" else 0)
+    setting.run(tmp_path, noise=noise, total_timesteps=256, norm_adv=True)
+    epochs = setting.small["update_epochs"] if setting.ppo else 1
+    assert len(seen) == (2 * epochs if noise == "adv_flip" else 0)
     for advantage, noisy, level in seen:
-        assert advantage.shape == (setting.small["num_minibatches"], 32)
+        assert advantage.shape == ((setting.small["num_minibatches"], 32) if setting.ppo else (128,))
         assert level == 0.1
         assert 0 < (noisy != advantage).float().mean() < 0.3
-        assert abs(advantage.mean(1)).max() > 0.01  # normalised ones would have a mean of zero
+        assert abs(advantage.mean(-1)).max() > 0.01  # normalised ones would have a mean of zero
+
+
+def test_flipped_advantages_are_what_it_learns_from(setting, tmp_path):
+    runs = [setting.run(tmp_path / noise, noise=noise)[1] for noise in ("none", "adv_flip")]
+    assert not torch.equal(*map(weights, runs))
 
 
 def test_advantages_can_stay_as_they_are(setting, tmp_path):
@@ -46,9 +60,10 @@ def test_advantages_can_stay_as_they_are(setting, tmp_path):
     assert not torch.equal(weights(normalized), weights(plain))
 
 
+@pytest.mark.parametrize("setting", [SPPO_CONTINUOUS, SPPO_ATARI], ids=str)
 def test_sppo_is_ppo_with_alpha_k(setting, tmp_path, monkeypatch):
     k = 0.5 + 20.0
-    if setting is ATARI:  # its sums are long enough for Adam to magnify float32's rounding
+    if setting.atari:  # its sums are long enough for Adam to magnify float32's rounding
 
         class Float64Agent(setting.script.Agent):
             def __init__(self, *arguments, **keywords):
@@ -75,13 +90,14 @@ def test_sppo_is_ppo_with_alpha_k(setting, tmp_path, monkeypatch):
     assert (runs["ppo"][1] - runs["sppo"][1]).abs().max() > 1e-3  # while PPO itself is another run
 
 
-def test_without_reverse_loss_the_default_is_ppo(setting, tmp_path):
+def test_without_reverse_loss_the_default_is_the_plain_algorithm(setting, tmp_path):
     args = setting.script.prepare(setting.script.Args(beta=0.0, runs_dir=str(tmp_path)))
     assert (args.alpha, args.beta) == (1.0, 0.0)
-    assert args.algo in ("ppo", "dppo")
+    assert args.algo == ("" if setting.atari else "d") + setting.symmetric_algo[1:]
     args = setting.script.prepare(setting.script.Args(runs_dir=str(tmp_path)))
     assert args.alpha == 0.5
-    assert args.algo == "sppo"
+    assert args.beta > 0
+    assert args.algo == setting.symmetric_algo
 
 
 def test_equal_seeds_give_equal_bits(setting, tmp_path):
@@ -94,6 +110,7 @@ def test_equal_seeds_give_equal_bits(setting, tmp_path):
     assert not torch.equal(weights(first), weights(other))
 
 
+@pytest.mark.parametrize("setting", [SPPO_CONTINUOUS, SPPO_ATARI], ids=str)
 def test_the_ratio_starts_at_one(setting, tmp_path, monkeypatch):
     """Log-probabilities of the rollout, and of its first minibatch, are the same."""
     recorded, gradient_and_metrics = [], setting.script.gradient_and_metrics
@@ -123,7 +140,8 @@ def test_the_logged_advantages_are_those_of_the_rollout(setting, tmp_path, monke
         return advantage, advantage + value[:-1]
 
     monkeypatch.setattr(setting.script, "compute_gae", compute_gae)
-    _, folder = setting.run(tmp_path, num_envs=1, num_steps=4, num_minibatches=1, total_timesteps=4)
+    one_batch = {"num_minibatches": 1} if setting.ppo else {"norm_adv": True}
+    _, folder = setting.run(tmp_path, num_envs=1, num_steps=4, total_timesteps=4, **one_batch)
     events = EventAccumulator(str(folder)).Reload()
     assert events.Scalars("losses/advantage_largest")[0].value == 3.0
     assert events.Scalars("losses/advantage_sign_flips")[0].value == 0.5
@@ -131,11 +149,25 @@ def test_the_logged_advantages_are_those_of_the_rollout(setting, tmp_path, monke
     assert events.Scalars("losses/explained_variance")[0].value == pytest.approx(explained, rel=1e-5)
 
 
-@pytest.mark.parametrize("updates", [{}, {"num_minibatches": 1, "update_epochs": 1}], ids=["many", "one"])
+@pytest.mark.parametrize("updates", ["many", "one"])
 def test_an_infinite_gradient_ends_the_run_and_says_so(setting, tmp_path, updates):
     """Also where the last step of an update makes the weights infinite, and the next rollout meets them."""
+    flags = {"num_minibatches": 1, "update_epochs": 1} if updates == "one" and setting.ppo else {}
     with pytest.raises(SystemExit, match="gradient not finite at step"):
-        setting.run(tmp_path, learning_rate=1e18, total_timesteps=1024, **updates)
+        setting.run(tmp_path, learning_rate=1e18, total_timesteps=1024, log_freq=10_000, **flags)
+
+
+def test_log_entries_are_means_over_the_updates_since_the_last_one(setting, tmp_path):
+    _, each = setting.run(tmp_path / "each")
+    _, rare = setting.run(tmp_path / "rare", log_freq=256)
+    each, rare = (EventAccumulator(str(folder)).Reload() for folder in (each, rare))
+    for name in ("losses/value", "losses/entropy", "losses/grad_norm"):
+        assert [event.step for event in rare.Scalars(name)] == [256, 512]
+        a, b, c, d = (event.value for event in each.Scalars(name))
+        means = [event.value for event in rare.Scalars(name)]
+        assert means == pytest.approx([(a + b) / 2, (c + d) / 2], rel=1e-5)
+    largest = [event.value for event in each.Scalars("losses/advantage_largest")]
+    assert rare.Scalars("losses/advantage_largest")[1].value == pytest.approx(max(largest[2:]))
 
 
 def test_a_run_leaves_what_it_promises(setting, tmp_path):
@@ -143,7 +175,7 @@ def test_a_run_leaves_what_it_promises(setting, tmp_path):
     assert json.loads((folder / "summary.json").read_text()) == json.loads(json.dumps(summary))
     expected = {
         "script": Path(setting.script.__file__).name,
-        "algo": "sppo",
+        "algo": setting.symmetric_algo,
         "env_id": setting.small["env_id"],
         "seed": 7,
     }
@@ -160,8 +192,9 @@ def test_a_run_leaves_what_it_promises(setting, tmp_path):
     events = EventAccumulator(str(folder)).Reload()
     tags = set(events.Tags()["scalars"])
     assert {f"charts/{name}" for name in ("episodic_return", "episodic_length", "SPS")} < tags
-    losses = "policy reverse value entropy approx_kl clip_fraction explained_variance grad_norm"
+    losses = "policy reverse value entropy explained_variance grad_norm"
     losses += " advantage_sign_flips advantage_largest"
+    losses += " approx_kl clip_fraction" if setting.ppo else " probability reverse_share"
     assert {f"losses/{name}" for name in losses.split()} < tags
     assert [event.step for event in events.Scalars("losses/policy")] == [128, 256, 384, 512]
 
@@ -180,20 +213,25 @@ def test_interrupted_and_resumed_a_run_is_whole(setting, tmp_path):
     assert steps == [128, 256, 384, 512, 640, 768]
     assert progress(folder)[:3] == progress(tmp_path / "whole" / "run")[:3]
     after = checkpoint(folder)
-    updates = 768 // 128 * setting.small["update_epochs"] * setting.small["num_minibatches"]
-    assert after["optimizer"]["state"][0]["step"].item() == updates
+    if setting.ppo:
+        updates = 768 // 128 * setting.small["update_epochs"] * setting.small["num_minibatches"]
+        assert after["optimizer"]["state"][0]["step"].item() == updates
     assert summary["wall_s"] > before["progress"][3]
     assert not torch.equal(after["generator"], before["generator"])
 
 
 def test_resuming_restores_weights_and_random_states(setting, tmp_path, monkeypatch):
-    """Without steps of Adam the weights stay; the noise on rewards is drawn from where it stopped."""
+    """Without the optimiser's steps weights stay; the noise on rewards is drawn from where it stopped."""
     _, folder = setting.run(tmp_path, stop=StopAfter(2), noise="normal")
     before, trained = checkpoint(folder), weights(folder)
-    monkeypatch.setattr(torch.optim.Adam, "step", lambda self: None)
+    monkeypatch.setattr(setting.optimizer, "step", lambda self: None)
     setting.resume(folder)
     after = checkpoint(folder)
     assert torch.equal(weights(folder), trained)
+    moments = [state["optimizer"]["state"][0] for state in (before, after)]
+    assert "square_avg" in moments[0] or "exp_avg_sq" in moments[0]
+    for name, moment in moments[0].items():
+        assert torch.equal(moment, moments[1][name])
     rng = np.random.default_rng()
     rng.bit_generator.state = before["rng"]
     rng.normal(0, 1, 2 * 128)
@@ -223,9 +261,10 @@ def test_a_run_killed_before_its_first_checkpoint_starts_again(setting, tmp_path
 
 def test_a_run_of_another_script_is_not_resumed(setting, tmp_path):
     _, folder = setting.run(tmp_path, stop=StopAfter(1))
-    other = ATARI if setting is CONTINUOUS else CONTINUOUS
-    with pytest.raises(ValueError, match="a run of another script"):
-        other.resume(folder)
+    for other in SETTINGS:
+        if other is not setting:
+            with pytest.raises(ValueError, match="a run of another script"):
+                other.resume(folder)
 
 
 def test_a_resumed_run_is_checked_like_a_new_one(setting, tmp_path, monkeypatch):
@@ -311,15 +350,16 @@ BAD_INPUT = {
     "--beta inf": "--beta",
     "--z 1": "negative",
     "--seed 99999999999999999999": "--seed",
-    "--num-minibatches 33": "must divide",
-    "--num-envs 1 --num-steps 4": "parts > 1",
     "--total-timesteps 0": "at least 1",
+    "--log-freq 0": "at least 1",
     "--learning-rate 0": "positive",
     "--device cuda": "use cpu",
     "--runs-dir /dev/null": "/dev/null",
     "--resume nowhere": "interrupted",
     "--resume nowhere --seed 2": "leave out",
 }
+PPO_BAD_INPUT = {"--num-minibatches 33": "must divide", "--num-envs 1 --num-steps 4": "parts > 1"}
+A2C_BAD_INPUT = {"--num-envs 1 --num-steps 1": "more than one step", "--rmsprop-eps 0": "positive"}
 CONTINUOUS_BAD_INPUT = {
     "--env-id Hoper-v4": "Hopper",
     "--env-id CartPole-v1": "Discrete(2)",
@@ -342,9 +382,16 @@ ATARI_BAD_INPUT = {
 
 @pytest.mark.parametrize(
     ("setting", "flags", "message"),
-    [(setting, *pair) for setting in (CONTINUOUS, ATARI) for pair in BAD_INPUT.items()]
-    + [(CONTINUOUS, *pair) for pair in CONTINUOUS_BAD_INPUT.items()]
-    + [(ATARI, *pair) for pair in ATARI_BAD_INPUT.items()],
+    [
+        (setting, *pair)
+        for setting in SETTINGS
+        for table in (
+            BAD_INPUT,
+            PPO_BAD_INPUT if setting.ppo else A2C_BAD_INPUT,
+            ATARI_BAD_INPUT if setting.atari else CONTINUOUS_BAD_INPUT,
+        )
+        for pair in table.items()
+    ],
     ids=str,
 )
 def test_bad_input_is_one_line_and_exit_code_2(setting, flags, message, tmp_path, monkeypatch, capsys):

@@ -1,4 +1,7 @@
-"""Everything in `sppo_continuous.py` but the loss, which has `test_loss.py`."""
+"""What is particular to continuous control: environments, policies, gradients, what `train` does with them.
+
+The scripts share most of their text, as `test_repository.py` guards: that is tested on `sppo_continuous.py`.
+What each has for itself, `train` above all, is tested on both."""
 
 import itertools
 import json
@@ -8,16 +11,17 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from helpers import CONTINUOUS, StopAfter, checkpoint
+from helpers import SA2C_CONTINUOUS, SPPO_CONTINUOUS, StopAfter, checkpoint
 
+import sa2c_continuous
 import sppo_continuous as script
 
-run, SMALL = CONTINUOUS.run, CONTINUOUS.small
+SMALL = SPPO_CONTINUOUS.small
 
 
-@pytest.fixture
-def recorded_actions(monkeypatch):
-    return CONTINUOUS.record_actions(monkeypatch)
+@pytest.fixture(params=[SPPO_CONTINUOUS, SA2C_CONTINUOUS], ids=str)
+def setting(request):
+    return request.param
 
 
 # ---- Policies
@@ -167,13 +171,13 @@ def test_advantage_flip_has_its_rate_and_keeps_sizes():
 
 
 @pytest.fixture
-def gae_calls(monkeypatch):
+def gae_calls(monkeypatch, setting):
     """Episodes of at most 6 steps, and what `train` gives to `compute_gae`, with what it should have given.
 
     A list of dicts, one a rollout: the arguments, `noisy` (what `perturb_reward` returned), and `expected`,
     the critic's values of the last observations of truncated episodes, by (step, environment).
     """
-    calls, agents, ends, noisy = [], [], [], []
+    script, calls, agents, ends, noisy = setting.script, [], [], [], []
     original = {name: getattr(script, name) for name in ("compute_gae", "perturb_reward", "Agent")}
 
     def make_agent(*arguments):
@@ -213,8 +217,8 @@ def gae_calls(monkeypatch):
     return calls
 
 
-def test_truncated_episodes_bootstrap_from_their_last_observation(tmp_path, gae_calls):
-    run(tmp_path, env_id="InvertedPendulum-v4", num_envs=2)
+def test_truncated_episodes_bootstrap_from_their_last_observation(setting, tmp_path, gae_calls):
+    setting.run(tmp_path, env_id="InvertedPendulum-v4", num_envs=2)
     assert sum(len(call["expected"]) for call in gae_calls) > 10
     for call in gae_calls:
         assert set(zip(*np.nonzero(call["cut"]))) == set(call["expected"])
@@ -222,9 +226,9 @@ def test_truncated_episodes_bootstrap_from_their_last_observation(tmp_path, gae_
             assert call["final_value"][index] == pytest.approx(value, abs=1e-5)
 
 
-def test_noise_comes_after_normalisation_and_before_the_bootstrap(tmp_path, gae_calls):
+def test_noise_comes_after_normalisation_and_before_the_bootstrap(setting, tmp_path, gae_calls):
     """And the score of the training is that of raw rewards: this pendulum pays 1 a step, at most 6 steps."""
-    summary, _ = run(tmp_path, env_id="InvertedPendulum-v4", noise="flip", noise_level=1.0)
+    summary, _ = setting.run(tmp_path, env_id="InvertedPendulum-v4", noise="flip", noise_level=1.0)
     for call in gae_calls:
         assert 0 < call["clean"].max() <= 10
         np.testing.assert_array_equal(call["noisy"], 1 - call["clean"])
@@ -234,8 +238,8 @@ def test_noise_comes_after_normalisation_and_before_the_bootstrap(tmp_path, gae_
     assert 2 < summary["final_return_mean"] <= 6
 
 
-def test_evaluation_is_a_plain_greedy_episode_on_raw_rewards(tmp_path):
-    summary, folder = run(tmp_path, noise="flip", noise_level=1.0, eval_episodes=2)
+def test_evaluation_is_a_plain_greedy_episode_on_raw_rewards(setting, tmp_path):
+    summary, folder = setting.run(tmp_path, noise="flip", noise_level=1.0, eval_episodes=2)
     env, state = gym.make(SMALL["env_id"]), checkpoint(folder)
     agent, _ = make_agent(env_id=SMALL["env_id"])
     agent.load_state_dict(state["agent"])
@@ -412,8 +416,50 @@ def test_gradient_and_metrics_are_those_of_plain_pytorch(policy):
         torch.testing.assert_close(metrics[name], metric.detach(), rtol=1e-4, atol=1e-6)
 
 
-def test_every_action_answers_the_latest_observation(tmp_path, monkeypatch):
+@pytest.mark.parametrize("beta", [0.0, 20.0])
+@pytest.mark.parametrize("policy", ["categorical", "gaussian"])
+def test_a2cs_gradient_and_metrics_are_those_of_plain_pytorch(policy, beta):
+    torch.manual_seed(0)
+    agent, _ = make_agent(policy, env_id="LunarLanderContinuous-v3")
+    torch.nn.init.normal_(agent.actor[-1].weight, std=0.3)
+    args = sa2c_continuous.Args(policy=policy, alpha=0.5, beta=beta, z=-2.0, ent_coef=0.3, vf_coef=0.7)
+    args.max_grad_norm = 0.2
+    obs, advantage, returns = torch.randn(64, 8), torch.randn(64), torch.randn(64)
+    action = agent.act(obs, torch.Generator().manual_seed(0)).detach()
+    gradient, metrics = sa2c_continuous.gradient_and_metrics(agent, args, obs, action, advantage, returns)
+
+    output = agent.actor(obs)
+    if policy == "gaussian":
+        distribution = torch.distributions.Normal(output, agent.log_std.exp())
+    else:
+        distribution = torch.distributions.Categorical(logits=output.reshape(64, 2, 11))
+    log_prob, entropy = distribution.log_prob(action).sum(-1), distribution.entropy().sum(-1).mean()
+    p = log_prob.exp()
+    a2c, reverse = -(advantage * log_prob).mean(), -(advantage * -2 * (1 - p)).mean()
+    value_loss = torch.nn.functional.mse_loss(agent.critic(obs).flatten(), returns)
+    (0.5 * a2c + beta * reverse + 0.7 * value_loss - 0.3 * entropy).backward()
+    norm = torch.nn.utils.clip_grad_norm_(agent.parameters(), 0.2)
+    expected = torch.cat([parameter.grad.flatten() for parameter in agent.parameters()])
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-7)
+    assert norm > 0.3  # so that it was clipped
+
+    by_hand = {
+        "policy": a2c,
+        "reverse": reverse + (advantage * -2).mean(),  # without the part that is constant
+        "value": value_loss,
+        "entropy": entropy,
+        "grad_norm": norm,
+        "probability": p.mean(),
+        "reverse_share": (2 * beta * p / (0.5 + 2 * beta * p)).mean(),
+    }
+    assert set(metrics) == set(by_hand)
+    for name, metric in by_hand.items():
+        torch.testing.assert_close(metrics[name], metric.detach(), rtol=1e-4, atol=1e-6)
+
+
+def test_every_action_answers_the_latest_observation(setting, tmp_path, monkeypatch):
     """Across rollouts too."""
+    script = setting.script
     shown, answered, act = [], [], script.Agent.act
 
     class Envs(script.NormalizedEnvs):
@@ -433,13 +479,14 @@ def test_every_action_answers_the_latest_observation(tmp_path, monkeypatch):
 
     monkeypatch.setattr(script, "NormalizedEnvs", Envs)
     monkeypatch.setattr(script.Agent, "act", recording_act)
-    run(tmp_path, num_envs=2)
+    setting.run(tmp_path, num_envs=2)
     assert len(answered) == SMALL["total_timesteps"] / 2
     np.testing.assert_array_equal(answered, shown[:-1])
 
 
-def test_an_epoch_trains_on_every_step_once(tmp_path, monkeypatch):
-    """Each observation goes with the action that answered it."""
+def test_an_epoch_trains_on_every_step_once(setting, tmp_path, monkeypatch):
+    """Each observation goes with the action that answered it, and with its advantage and return."""
+    script, computed, updates = setting.script, [], []
     acted, trained, act, gradient_and_metrics = [], [], script.Agent.act, script.gradient_and_metrics
 
     def pairs(obs, action):
@@ -453,20 +500,37 @@ def test_an_epoch_trains_on_every_step_once(tmp_path, monkeypatch):
 
     def recording_gradient(agent, args, obs, action, *rest):
         trained.extend(pairs(obs, action))
+        updates.extend(zip(*(x.tolist() for x in rest[-2:])))
         return gradient_and_metrics(agent, args, obs, action, *rest)
 
+    def recording_gae(*arguments):
+        (advantage, returns), *_, gamma, gae_lambda = compute_gae(*arguments), *arguments
+        assert (gamma, gae_lambda) == (0.9, 0.7)
+        computed.extend(zip(advantage.flatten().tolist(), returns.flatten().tolist()))
+        return advantage, returns
+
     monkeypatch.setattr(script.Agent, "act", recording_act)
+    compute_gae = script.compute_gae
     monkeypatch.setattr(script, "gradient_and_metrics", recording_gradient)
-    run(tmp_path, update_epochs=1, num_envs=2, total_timesteps=256)
-    del trained[: 256 // SMALL["num_minibatches"]]  # the first call is on zeros, to compile
+    monkeypatch.setattr(script, "compute_gae", recording_gae)
+    one_epoch = {"update_epochs": 1} if setting.ppo else {}
+    flags = {"num_envs": 2, "total_timesteps": 256, "gamma": 0.9, "gae_lambda": 0.7, "norm_adv": False}
+    setting.run(tmp_path, **flags, **one_epoch)
+    zeros = (
+        256 // SMALL["num_minibatches"] if setting.ppo else 256
+    )  # the first call is one on them, to compile
     assert len(acted) == 256
-    assert sorted(acted) == sorted(trained)
+    assert sorted(acted) == sorted(trained[zeros:])
+    order = [acted.index(pair) for pair in trained[zeros:]]
+    np.testing.assert_allclose(updates[zeros:], np.array(computed)[order], rtol=1e-5)
 
 
-def test_gaussian_runs_are_ppo(tmp_path, recorded_actions):
-    summary, _ = run(tmp_path, policy="gaussian", env_id="LunarLanderContinuous-v3")
+def test_gaussian_runs_are_the_plain_algorithm(setting, tmp_path, monkeypatch):
+    recorded_actions = setting.record_actions(monkeypatch)
+    summary, _ = setting.run(tmp_path, policy="gaussian", env_id="LunarLanderContinuous-v3")
     actions = np.concatenate(recorded_actions)
-    assert (summary["algo"], summary["alpha"], summary["beta"]) == ("ppo", 1.0, 0.0)
+    plain = setting.symmetric_algo[1:]
+    assert (summary["algo"], summary["alpha"], summary["beta"]) == (plain, 1.0, 0.0)
     assert abs(actions).max() == 1  # clipped to the bounds
     assert (actions != actions.round()).mean() > 0.5  # and not cut to integers
 
@@ -476,11 +540,13 @@ COMPILERS = [c for c in ("c++", "g++", "clang++") if shutil.which(c)]
 
 @pytest.mark.skipif(not COMPILERS, reason="--compile needs a C++ compiler")
 @pytest.mark.parametrize("policy", ["categorical", "gaussian"])
-def test_compiled_gradient_is_the_gradient(policy):
+def test_compiled_gradient_is_the_gradient(setting, policy):
+    script = setting.script
     torch._dynamo.config.trace_autograd_ops = True
     args = script.Args(policy=policy, alpha=0.5, beta=0.0 if policy == "gaussian" else 20.0, ent_coef=0.01)
     agent, _ = make_agent(policy)
-    minibatch = some_minibatch(agent)
+    obs, action, old_log_prob, *rest = some_minibatch(agent)
+    minibatch = (obs, action, old_log_prob, *rest) if setting.ppo else (obs, action, *rest)
     gradient, metrics = script.gradient_and_metrics(agent, args, *minibatch)
     compiled, compiled_metrics = torch.compile(script.gradient_and_metrics)(agent, args, *minibatch)
     assert gradient.norm() > 0.1
@@ -490,38 +556,36 @@ def test_compiled_gradient_is_the_gradient(policy):
         torch.testing.assert_close(compiled_metrics[name], metric, rtol=1e-4, atol=1e-5)
 
 
-LEARNING = dict(env_id="InvertedPendulum-v4", total_timesteps=24_576, num_steps=2048, num_minibatches=32,
-                update_epochs=10, eval_episodes=5)  # fmt: skip
+LEARNING = {"env_id": "InvertedPendulum-v4", "eval_episodes": 5}
+PPO_LEARNING = {"total_timesteps": 24_576, "num_steps": 2048, "num_minibatches": 32, "update_epochs": 10}
+A2C_LEARNING = {"total_timesteps": 40_000, "num_envs": 4, "num_steps": 8}
 
 
-def test_it_learns_to_balance(tmp_path):
+def test_it_learns_to_balance(setting, tmp_path):
     """Random play balances about 6 steps; 300 and more are learned, not luck."""
-    summary, _ = run(tmp_path, **LEARNING)
+    summary, _ = setting.run(tmp_path, **LEARNING, **(PPO_LEARNING if setting.ppo else A2C_LEARNING))
     assert summary["final_return_mean"] > 300
 
 
-def test_it_does_not_learn_with_advantages_turned_round(tmp_path, monkeypatch):
-    compute_gae = script.compute_gae
+def test_it_does_not_learn_with_advantages_turned_round(setting, tmp_path, monkeypatch):
+    compute_gae = setting.script.compute_gae
 
     def turned(*arguments):
         advantage, returns = compute_gae(*arguments)
         return -advantage, returns
 
-    monkeypatch.setattr(script, "compute_gae", turned)
-    summary, _ = run(tmp_path, **LEARNING)
+    monkeypatch.setattr(setting.script, "compute_gae", turned)
+    summary, _ = setting.run(tmp_path, **LEARNING, **(PPO_LEARNING if setting.ppo else A2C_LEARNING))
     assert summary["final_return_mean"] < 60
 
 
-# ---- The folder of a run; stopping and resuming
+# ---- Resuming
 
 
-# ---- Bad input
-
-
-def test_statistics_and_scores_go_on_after_resuming(tmp_path):
-    _, folder = run(tmp_path, stop=StopAfter(2), num_envs=2, total_timesteps=1024)
+def test_statistics_and_scores_go_on_after_resuming(setting, tmp_path):
+    _, folder = setting.run(tmp_path, stop=StopAfter(2), num_envs=2, total_timesteps=1024)
     before = checkpoint(folder)["envs"]
-    CONTINUOUS.resume(folder)
+    setting.resume(folder)
     obs_stats, return_stats, finished = checkpoint(folder)["envs"]
     assert obs_stats["count"] == 1024 + 2 * 2  # every step once, and the first observations, twice
     assert return_stats["count"] == 1024

@@ -1,4 +1,8 @@
-"""What is particular to `sppo_atari.py`: games, network, schedules, steps that are not the agent's."""
+"""What is particular to Atari: games, network, schedules, steps that are not the agent's.
+
+The scripts share most of their text, as `test_repository.py` guards: that is tested on `sppo_atari.py`. What
+each has for itself, `train` above all, is tested on both.
+"""
 
 import functools
 import shutil
@@ -10,14 +14,19 @@ import numpy as np
 import pytest
 import torch
 from ale_py import Action
-from helpers import ATARI, StopAfter, checkpoint, weights
+from helpers import SA2C_ATARI, SPPO_ATARI, StopAfter, checkpoint, weights
 from torch import nn
 
+import sa2c_atari
 import sppo_atari as script
 
-run = ATARI.run
 ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
 gym.register_envs(ale_py)
+
+
+@pytest.fixture(params=[SPPO_ATARI, SA2C_ATARI], ids=str)
+def setting(request):
+    return request.param
 
 
 # ---- Games, against one plain emulator each with Gymnasium's own preprocessing
@@ -198,7 +207,7 @@ def test_a_run_has_the_game_by_one_name(tmp_path):
 def test_evaluation_scores_whole_games_as_a_plain_emulator_does(monkeypatch):
     agent, args = script.Agent(4), script.Args(eval_episodes=2)
     nn.init.normal_(agent.actor.weight, std=0.1)
-    recorded = ATARI.record_actions(monkeypatch)
+    recorded = SPPO_ATARI.record_actions(monkeypatch)
     scores, lengths = script.evaluate(agent, args, 7, None)
     _, plain, _ = begin_games("Breakout", 2, seed=7)
     for i, one in enumerate(plain):
@@ -243,10 +252,10 @@ def test_evaluation_counts_the_first_game_of_each(monkeypatch):
     assert lengths.tolist() == [3, 20]
 
 
-def test_evaluations_of_a_run_play_different_games(tmp_path, monkeypatch):
-    seeds, evaluate = [], script.evaluate
-    monkeypatch.setattr(script, "evaluate", lambda *a: seeds.append(a[2]) or evaluate(*a))
-    run(tmp_path, seed=5, eval_freq=256)
+def test_evaluations_of_a_run_play_different_games(setting, tmp_path, monkeypatch):
+    seeds, evaluate = [], setting.script.evaluate
+    monkeypatch.setattr(setting.script, "evaluate", lambda *a: seeds.append(a[2]) or evaluate(*a))
+    setting.run(tmp_path, seed=5, eval_freq=256)
     assert seeds == [5 + 256, 5 + 512]
 
 
@@ -366,6 +375,43 @@ def test_gradient_and_metrics_are_those_of_plain_pytorch():
         torch.testing.assert_close(metrics[name], metric.detach(), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("beta", [0.0, 5.0])
+def test_a2cs_gradient_and_metrics_are_those_of_plain_pytorch(beta):
+    torch.manual_seed(0)
+    agent = sa2c_atari.Agent(4)
+    nn.init.normal_(agent.actor.weight, std=0.1)
+    args = sa2c_atari.Args(alpha=0.5, beta=beta, z=-2.0, ent_coef=0.3, vf_coef=0.7, max_grad_norm=0.2)
+    images, action, _, advantage, returns = some_minibatch(agent)
+    own = torch.rand(48) < 0.7
+    minibatch = images, action, advantage, returns, own * 48 / own.sum()
+    gradient, metrics = sa2c_atari.gradient_and_metrics(agent, args, *minibatch)
+
+    logits, value = agent(images)
+    distribution = torch.distributions.Categorical(logits=logits[own])
+    log_prob, entropy, advantage = distribution.log_prob(action[own]), distribution.entropy(), advantage[own]
+    p = log_prob.exp()
+    a2c, reverse = -(advantage * log_prob).mean(), -(advantage * -2 * (1 - p)).mean()
+    value_loss = nn.functional.mse_loss(value, returns)
+    (0.5 * a2c + beta * reverse + 0.7 * value_loss - 0.3 * entropy.mean()).backward()
+    norm = nn.utils.clip_grad_norm_(agent.parameters(), 0.2)
+    expected = torch.cat([parameter.grad.flatten() for parameter in agent.parameters()])
+    torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-6)
+    assert norm > 0.3  # so that it was clipped
+
+    by_hand = {
+        "policy": a2c,
+        "reverse": reverse + (advantage * -2).mean(),  # without the part that is constant
+        "value": value_loss,
+        "entropy": entropy.mean(),
+        "grad_norm": norm,
+        "probability": p.mean(),
+        "reverse_share": (2 * beta * p / (0.5 + 2 * beta * p)).mean(),
+    }
+    assert set(metrics) == set(by_hand)
+    for name, metric in by_hand.items():
+        torch.testing.assert_close(metrics[name], metric.detach(), rtol=1e-4, atol=1e-6)
+
+
 @pytest.mark.parametrize(("alpha", "beta", "z"), [(0.5, 1.0, -1.0), (0.5, 20.0, -1.0), (0.0, 3.0, -2.0)])
 def test_the_policys_gradient_is_a_multiple_of_ppos(alpha, beta, z):
     """Through the whole network, in float64."""
@@ -385,10 +431,20 @@ def test_the_policys_gradient_is_a_multiple_of_ppos(alpha, beta, z):
 
 
 @pytest.fixture
-def rollouts(monkeypatch):
+def rollouts(monkeypatch, setting):
     """What `train` sees and does, in lists: steps (images before, action, the step's outcome), minibatches
-    (clip range and tensors), learning rates of Adam's steps, and the arguments of `compute_gae`."""
-    seen = {"steps": [], "minibatches": [], "learning_rates": [], "gae": [], "critic": [], "agents": []}
+    (images, action, advantage, return, weight), PPO's clip ranges, learning rates of the optimiser's steps,
+    and the arguments of `compute_gae`."""
+    script = setting.script
+    seen = {
+        "steps": [],
+        "minibatches": [],
+        "clip": [],
+        "learning_rates": [],
+        "gae": [],
+        "critic": [],
+        "agents": [],
+    }
     original = {name: getattr(script, name) for name in ("gradient_and_metrics", "compute_gae", "Agent")}
 
     class Games(script.AtariGames):
@@ -398,14 +454,17 @@ def rollouts(monkeypatch):
 
         def step(self, action):
             outcome = super().step(action)
-            if len(action) == ATARI.small["num_envs"]:  # not in an evaluation, of one game
+            if len(action) == setting.small["num_envs"]:  # not in an evaluation, of one game
                 seen["steps"].append((self.images, action.copy(), outcome))
             self.images = outcome[0]
             return outcome
 
-    def gradient_and_metrics(agent, args, clip_coef, *minibatch):
-        seen["minibatches"].append((clip_coef.item(), [x.clone() for x in minibatch]))
-        return original["gradient_and_metrics"](agent, args, clip_coef, *minibatch)
+    def gradient_and_metrics(agent, args, *rest):
+        if setting.ppo:
+            seen["clip"].append(rest[0].item())
+        images, action = rest[1:3] if setting.ppo else rest[:2]
+        seen["minibatches"].append([x.clone() for x in (images, action, *rest[-3:])])
+        return original["gradient_and_metrics"](agent, args, *rest)
 
     def compute_gae(*arguments):
         with torch.no_grad():
@@ -426,9 +485,9 @@ def rollouts(monkeypatch):
         seen["agents"].append(original["Agent"](*arguments, **keywords))
         return seen["agents"][-1]
 
-    step = torch.optim.Adam.step
+    step = setting.optimizer.step
 
-    def adam_step(self):
+    def optimizer_step(self):
         seen["learning_rates"].append(self.param_groups[0]["lr"])
         step(self)
 
@@ -436,18 +495,21 @@ def rollouts(monkeypatch):
     monkeypatch.setattr(script, "gradient_and_metrics", gradient_and_metrics)
     monkeypatch.setattr(script, "compute_gae", compute_gae)
     monkeypatch.setattr(script, "Agent", agent)
-    monkeypatch.setattr(torch.optim.Adam, "step", adam_step)
+    monkeypatch.setattr(setting.optimizer, "step", optimizer_step)
     return seen
 
 
-def test_an_epoch_trains_on_every_step_once_and_on_overridden_ones_the_critic_only(tmp_path, rollouts):
-    run(tmp_path, update_epochs=1, num_steps=256, total_timesteps=512)
+def test_an_epoch_trains_on_every_step_once_and_on_overridden_ones_the_critic_only(
+    setting, tmp_path, rollouts
+):
+    one_epoch = {"update_epochs": 1} if setting.ppo else {}
+    setting.run(tmp_path, norm_adv=True, num_steps=256, total_timesteps=512, **one_epoch)
     acted = {}
     for images, action, (_, _, _, _, overridden, _) in rollouts["steps"]:
         for i in range(2):
             acted.setdefault((images[i].tobytes(), int(action[i]), bool(overridden[i])), []).append(i)
     trained = {}
-    for _, (images, action, _, advantage, _, weight) in rollouts["minibatches"]:
+    for images, action, advantage, _, weight in rollouts["minibatches"]:
         for image, one, w in zip(images, action, weight):
             trained.setdefault((image.numpy().tobytes(), one.item(), w.item() == 0), []).append(0)
         own = weight > 0
@@ -460,9 +522,9 @@ def test_an_epoch_trains_on_every_step_once_and_on_overridden_ones_the_critic_on
     assert sum(len(x) for key, x in trained.items() if key[2]) >= 8  # lives lost by a beginner
 
 
-def test_gae_gets_what_was_seen_and_minibatches_what_gae_gave(tmp_path, rollouts):
-    flags = dict(gamma=0.9, gae_lambda=0.7, norm_adv=False, update_epochs=1)
-    run(tmp_path, total_timesteps=128, **flags)
+def test_gae_gets_what_was_seen_and_minibatches_what_gae_gave(setting, tmp_path, rollouts):
+    flags = dict(gamma=0.9, gae_lambda=0.7, norm_adv=False) | ({"update_epochs": 1} if setting.ppo else {})
+    setting.run(tmp_path, total_timesteps=128, **flags)
     (((reward, value, *_, gamma, gae_lambda), _, (advantage, returns)),) = rollouts["gae"]
     np.testing.assert_array_equal(reward, [outcome[1] for _, _, outcome in rollouts["steps"]])
     np.testing.assert_allclose(value, rollouts["critic"][0], atol=1e-5)
@@ -471,7 +533,7 @@ def test_gae_gets_what_was_seen_and_minibatches_what_gae_gave(tmp_path, rollouts
     for t, (images, action, _) in enumerate(rollouts["steps"]):
         for i in range(2):
             expected.append((images[i].tobytes(), action[i], advantage[t, i], returns[t, i]))
-    for _, (images, action, _, mb_advantage, mb_returns, _) in rollouts["minibatches"]:
+    for images, action, mb_advantage, mb_returns, _ in rollouts["minibatches"]:
         for sample in zip(images, action, mb_advantage, mb_returns):
             trained.append((sample[0].numpy().tobytes(), *(x.item() for x in sample[1:])))
     assert len(trained) == len(expected) == 128
@@ -480,54 +542,56 @@ def test_gae_gets_what_was_seen_and_minibatches_what_gae_gave(tmp_path, rollouts
         np.testing.assert_allclose(rest, expected_rest, rtol=1e-5)
 
 
-def test_the_network_is_as_the_flags_say(tmp_path, rollouts, monkeypatch):
+def test_the_network_is_as_the_flags_say(setting, tmp_path, rollouts, monkeypatch):
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
     for amp, layer_norm in (("auto", False), ("off", True)):
-        run(tmp_path / amp, amp=amp, layer_norm=layer_norm, total_timesteps=128)
+        setting.run(tmp_path / amp, amp=amp, layer_norm=layer_norm, total_timesteps=128)
         agent = rollouts["agents"][-1]
         assert agent.dtype == (torch.bfloat16 if amp == "auto" else torch.float32)
         assert any(isinstance(layer, nn.GroupNorm) for layer in agent.modules()) == layer_norm
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": False})
-    run(tmp_path / "old processor", amp="auto", total_timesteps=128)
+    setting.run(tmp_path / "old processor", amp="auto", total_timesteps=128)
     assert rollouts["agents"][-1].dtype == torch.float32
 
 
-def test_learning_rate_and_clip_range_fall_linearly(tmp_path, rollouts):
-    run(tmp_path, update_epochs=1, num_minibatches=2)
+@pytest.mark.parametrize("setting", [SPPO_ATARI], ids=str, indirect=True)
+def test_learning_rate_and_clip_range_fall_linearly(setting, tmp_path, rollouts):
+    setting.run(tmp_path, update_epochs=1, num_minibatches=2)
     fractions = np.repeat([1.0, 0.75, 0.5, 0.25], 2)
     np.testing.assert_allclose(rollouts["learning_rates"], 2.5e-4 * fractions)
-    np.testing.assert_allclose([clip for clip, _ in rollouts["minibatches"]], 0.1 * fractions, rtol=1e-6)
+    np.testing.assert_allclose(rollouts["clip"], 0.1 * fractions, rtol=1e-6)
 
 
+@pytest.mark.parametrize("setting", [SPPO_ATARI], ids=str, indirect=True)
 @pytest.mark.parametrize("stays", ["learning rate", "clip range"])
-def test_learning_rate_or_clip_range_can_stay(tmp_path, rollouts, stays):
+def test_learning_rate_or_clip_range_can_stay(setting, tmp_path, rollouts, stays):
     anneal = {"anneal_lr": stays != "learning rate", "anneal_clip": stays != "clip range"}
-    run(tmp_path, update_epochs=1, num_minibatches=2, total_timesteps=256, **anneal)
-    lr = np.divide(rollouts["learning_rates"], 2.5e-4)
-    clip = np.divide([clip for clip, _ in rollouts["minibatches"]], 0.1)
+    setting.run(tmp_path, update_epochs=1, num_minibatches=2, total_timesteps=256, **anneal)
+    lr, clip = np.divide(rollouts["learning_rates"], 2.5e-4), np.divide(rollouts["clip"], 0.1)
     constant, falling = (lr, clip) if stays == "learning rate" else (clip, lr)
     np.testing.assert_allclose(constant, 1, rtol=1e-6)
     np.testing.assert_allclose(falling, [1, 1, 0.5, 0.5], rtol=1e-6)
 
 
-def test_schedules_go_on_after_resuming(tmp_path, rollouts):
-    _, folder = run(tmp_path, stop=StopAfter(2), update_epochs=1, num_minibatches=2)
-    ATARI.resume(folder)
+@pytest.mark.parametrize("setting", [SPPO_ATARI], ids=str, indirect=True)
+def test_schedules_go_on_after_resuming(setting, tmp_path, rollouts):
+    _, folder = setting.run(tmp_path, stop=StopAfter(2), update_epochs=1, num_minibatches=2)
+    setting.resume(folder)
     np.testing.assert_allclose(rollouts["learning_rates"], 2.5e-4 * np.repeat([1.0, 0.75, 0.5, 0.25], 2))
 
 
-def test_scores_go_on_after_resuming(tmp_path):
-    _, folder = run(tmp_path, stop=StopAfter(2))
+def test_scores_go_on_after_resuming(setting, tmp_path):
+    _, folder = setting.run(tmp_path, stop=StopAfter(2))
     state = checkpoint(folder)
     state["envs"] = [(864.0, 1000.0)]
     torch.save(state, folder / "checkpoint.pt")
-    ATARI.resume(folder)
+    setting.resume(folder)
     assert (864.0, 1000.0) in checkpoint(folder)["envs"]
 
 
-def test_rewards_are_clipped_then_noisy_and_scores_are_raw(tmp_path, rollouts):
+def test_rewards_are_clipped_then_noisy_and_scores_are_raw(setting, tmp_path, rollouts):
     """Space Invaders pays 5 to 30 and more for a hit."""
-    summary, _ = run(tmp_path, env_id="SpaceInvaders", noise="flip", noise_level=1.0, num_steps=256)
+    summary, _ = setting.run(tmp_path, env_id="SpaceInvaders", noise="flip", noise_level=1.0, num_steps=256)
     rewards = np.concatenate([arguments[0] for arguments, _, _ in rollouts["gae"]])
     clipped = np.stack([outcome[1] for _, _, outcome in rollouts["steps"]])
     assert set(np.unique(clipped)) == {0, 1}
@@ -536,9 +600,10 @@ def test_rewards_are_clipped_then_noisy_and_scores_are_raw(tmp_path, rollouts):
     assert summary["final_return_mean"] % 5 == 0
 
 
-def test_games_that_are_cut_off_bootstrap_from_their_last_images(tmp_path, monkeypatch, rollouts):
-    monkeypatch.setattr(script, "AtariGames", functools.partial(script.AtariGames, max_frames=80))
-    run(tmp_path, env_id="Pong", total_timesteps=256)
+def test_games_that_are_cut_off_bootstrap_from_their_last_images(setting, tmp_path, monkeypatch, rollouts):
+    short_games = functools.partial(setting.script.AtariGames, max_frames=80)
+    monkeypatch.setattr(setting.script, "AtariGames", short_games)
+    setting.run(tmp_path, env_id="Pong", total_timesteps=256)
     for (_, _, final_value, terminated, truncated, *_), values, _ in rollouts["gae"]:
         assert set(zip(*np.nonzero(truncated & ~terminated))) == set(values)
         assert len(values) == 2 * 3
@@ -546,9 +611,9 @@ def test_games_that_are_cut_off_bootstrap_from_their_last_images(tmp_path, monke
             assert final_value[index] == pytest.approx(value, abs=1e-5)
 
 
-def test_lost_lives_end_episodes_for_the_learner(tmp_path, rollouts):
+def test_lost_lives_end_episodes_for_the_learner(setting, tmp_path, rollouts):
     """After one, nothing counts: the advantage is the reward less the value."""
-    run(tmp_path, num_steps=128)
+    setting.run(tmp_path, num_steps=128)
     lost = 0
     for (reward, value, _, terminated, _, *_), _, (advantage, _) in rollouts["gae"]:
         np.testing.assert_allclose(advantage[terminated], (reward - value[:-1])[terminated])
@@ -560,14 +625,18 @@ COMPILERS = [c for c in ("c++", "g++", "clang++") if shutil.which(c)]
 
 
 @pytest.mark.skipif(not COMPILERS, reason="--compile needs a C++ compiler")
-def test_compiled_functions_compute_the_same():
-    agent, args = script.Agent(4), script.Args(alpha=0.5, num_envs=2, num_steps=8, num_minibatches=1)
-    images, *rest = some_minibatch(agent, n=16)
+def test_compiled_functions_compute_the_same(setting):
+    script = setting.script
+    flags = {"num_minibatches": 1} if setting.ppo else {}
+    agent, args = script.Agent(4), script.Args(alpha=0.5, num_envs=2, num_steps=8, **flags)
+    images, action, old_log_prob, *rest = some_minibatch(agent, n=16)
     agent_fn, gradient_fn = script.compiled(agent, args, images.view(8, 2, 4, 84, 84))
     assert agent_fn is not agent
     for ours, plain in zip(agent_fn(images[:2]), agent(images[:2])):
         torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
-    arguments = agent, args, torch.tensor(0.1), images, *rest, torch.ones(16)
+    arguments = agent, args, images, action, *rest, torch.ones(16)
+    if setting.ppo:
+        arguments = agent, args, torch.tensor(0.1), images, action, old_log_prob, *rest, torch.ones(16)
     gradient, metrics = script.gradient_and_metrics(*arguments)
     compiled_gradient, compiled_metrics = gradient_fn(*arguments)
     torch.testing.assert_close(compiled_gradient, gradient, rtol=1e-3, atol=1e-5)
@@ -576,16 +645,16 @@ def test_compiled_functions_compute_the_same():
 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_whole_run_on_a_gpu(tmp_path):
-    summary, _ = run(tmp_path, device="cuda", compile=True, amp="auto")
+def test_a_whole_run_on_a_gpu(setting, tmp_path):
+    summary, _ = setting.run(tmp_path, device="cuda", compile=True, amp="auto")
     assert summary["finished"]
     assert summary["compile"]
 
 
 @pytest.mark.skipif(not COMPILERS, reason="--compile needs a C++ compiler")
-def test_a_compiled_run_is_the_same_run(tmp_path):
+def test_a_compiled_run_is_the_same_run(setting, tmp_path):
     """But for rounding."""
-    plain, compiled = (run(tmp_path / str(x), compile=x, total_timesteps=256) for x in (False, True))
+    plain, compiled = (setting.run(tmp_path / str(x), compile=x, total_timesteps=256) for x in (False, True))
     assert compiled[0]["compile"]
     assert not plain[0]["compile"]
     torch.testing.assert_close(weights(compiled[1]), weights(plain[1]), rtol=0, atol=3e-3)
@@ -625,26 +694,28 @@ class Signals:
         return self.show(), reward, over, no, {"lives": np.zeros(len(over), int)}
 
 
-LEARNING = dict(
-    total_timesteps=4096, num_envs=8, num_steps=16, eval_episodes=20, learning_rate=1e-3, ent_coef=0.0
+LEARNING = dict(eval_episodes=20, ent_coef=0.0)
+PPO_LEARNING = dict(total_timesteps=4096, num_envs=8, num_steps=16, learning_rate=1e-3)
+A2C_LEARNING = dict(total_timesteps=12_000, num_envs=16, num_steps=5, learning_rate=7e-3)
+
+
+@pytest.mark.parametrize(
+    "flags", [{}, {"alpha": 1.0, "beta": 0.0, "amp": "auto"}], ids=["symmetric", "plain"]
 )
-
-
-@pytest.mark.parametrize("flags", [{}, {"alpha": 1.0, "beta": 0.0, "amp": "auto"}], ids=["sppo", "ppo"])
-def test_it_learns_to_follow_signals(tmp_path, monkeypatch, flags):
-    monkeypatch.setattr(script, "AtariVectorEnv", Signals)
-    summary, _ = run(tmp_path, **LEARNING, **flags)
+def test_it_learns_to_follow_signals(setting, tmp_path, monkeypatch, flags):
+    monkeypatch.setattr(setting.script, "AtariVectorEnv", Signals)
+    summary, _ = setting.run(tmp_path, **LEARNING, **(PPO_LEARNING if setting.ppo else A2C_LEARNING), **flags)
     assert summary["final_return_mean"] > 15
 
 
-def test_it_does_not_learn_with_advantages_turned_round(tmp_path, monkeypatch):
-    compute_gae = script.compute_gae
+def test_it_does_not_learn_with_advantages_turned_round(setting, tmp_path, monkeypatch):
+    compute_gae = setting.script.compute_gae
 
     def turned(*arguments):
         advantage, returns = compute_gae(*arguments)
         return -advantage, returns
 
-    monkeypatch.setattr(script, "AtariVectorEnv", Signals)
-    monkeypatch.setattr(script, "compute_gae", turned)
-    summary, _ = run(tmp_path, **LEARNING)
+    monkeypatch.setattr(setting.script, "AtariVectorEnv", Signals)
+    monkeypatch.setattr(setting.script, "compute_gae", turned)
+    summary, _ = setting.run(tmp_path, **LEARNING, **(PPO_LEARNING if setting.ppo else A2C_LEARNING))
     assert summary["final_return_mean"] < 5
