@@ -17,8 +17,8 @@ the place of log 0:
     reverse A2C loss  Lr = -mean( A Z (1 - p) )
     symmetric loss    alpha L + beta Lr
 
-The gradient of the symmetric loss is -mean( A (alpha + beta |Z| p) grad log p ): likely actions count for
-more than in A2C. Lr needs probabilities, hence the bins; the probability of an action is the product over its
+The gradient of the symmetric loss is -mean( A (alpha + beta |Z| p) grad log p ): likely actions gain weight
+on unlikely ones. Lr needs probabilities, hence the bins; the probability of an action is the product over its
 dimensions, so that in many dimensions p, and with it the reverse part, is next to nothing until the policy
 has made up its mind.
 """
@@ -59,7 +59,7 @@ class Args:
     run_name: str | None = None  # folder of this run; default: environment, algorithm, noise, seed and time
     resume: str | None = None  # folder of an interrupted run to go on with; the only flag, then
     checkpoint_freq: int | None = None  # steps between checkpoints; default: run / 20; 0: at the end
-    log_freq: int = 1000  # steps between entries in the log, means over the updates since the last one
+    log_freq: int = 1000  # steps between entries in the log
     track: bool = False  # log to Weights & Biases as well (pip install wandb)
 
     policy: Literal["categorical", "gaussian"] = "categorical"  # gaussian: plain A2C, the baseline
@@ -274,7 +274,7 @@ def gradient_and_metrics(agent, args, obs, action, advantage, returns):
     norm = gradient.norm()
     with torch.no_grad():
         p = log_prob.exp()
-        reverse = args.beta * abs(args.z) * p  # to log p's gradient, where A2C has alpha
+        reverse = args.beta * abs(args.z) * p  # weight of grad log p, beside alpha
         metrics = {
             "policy": symmetric_policy_loss(log_prob, advantage, 1.0, 0.0, args.z),
             "reverse": (args.z * advantage * p).mean(),  # the part with gradient
@@ -323,7 +323,7 @@ def train(args: Args, stop: threading.Event) -> dict | None:
     torch.set_num_threads(1)  # the networks are too small to be shared among cores
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if args.device == "cuda" else "cpu")
-    generator = torch.Generator(device).manual_seed(args.seed)  # actions, minibatches, flips of advantages
+    generator = torch.Generator(device).manual_seed(args.seed)  # of all but weights and noisy rewards
     rng = np.random.default_rng(args.seed)  # noise on rewards
     run_dir = Path(args.resume or Path(args.runs_dir) / args.run_name)
     envs = NormalizedEnvs(args.env_id, args.num_envs, args.gamma)
@@ -399,16 +399,16 @@ def train(args: Args, stop: threading.Event) -> dict | None:
         gaes.append(gae)
         if not math.isfinite(metrics[-1]["grad_norm"]):
             sys.exit(f"error: gradient not finite at step {global_step}; lower --learning-rate or --beta")
-        train_seconds += time.perf_counter() - iteration_started
 
-        # Logging
-        if global_step % args.log_freq < T * N or global_step >= args.total_timesteps:
+        # Logging, over all updates since the last time
+        finished, stopping = global_step >= args.total_timesteps, stop.is_set()
+        if global_step % args.log_freq < T * N or finished or stopping:
             scalars = {f"losses/{k}": torch.stack([m[k] for m in metrics]).mean().item() for k in metrics[0]}
             gae = np.stack(gaes, axis=1)
             scalars["losses/explained_variance"] = 1 - np.var(gae[0]) / np.var(gae[1])
             scalars["losses/advantage_sign_flips"] = torch.tensor(sign_flips or [0.0]).mean().item()
             scalars["losses/advantage_largest"] = abs(gae[0]).max()
-            scalars["charts/SPS"] = global_step / train_seconds
+            scalars["charts/SPS"] = global_step / (train_seconds + time.perf_counter() - iteration_started)
             episodic_return, episodic_length = np.mean(envs.finished or [[math.nan] * 2], axis=0)
             scalars |= {"charts/episodic_return": episodic_return, "charts/episodic_length": episodic_length}
             for name, scalar in scalars.items():
@@ -416,9 +416,9 @@ def train(args: Args, stop: threading.Event) -> dict | None:
             progress_bar.update(min(global_step, args.total_timesteps) - progress_bar.n)
             progress_bar.set_postfix_str(f"return {episodic_return:.1f}")
             metrics, gaes, sign_flips = [], [], []
+        train_seconds += time.perf_counter() - iteration_started
 
         # Evaluation and checkpoint, when a multiple of their frequency has been passed
-        finished, stopping = global_step >= args.total_timesteps, stop.is_set()
         eval_due, save_due = (f and global_step % f < T * N for f in (args.eval_freq, args.checkpoint_freq))
         if eval_due or finished:
             eval_env.name_prefix = f"step-{global_step}"  # of the video, if any
@@ -488,7 +488,7 @@ def prepare(args: Args) -> Args:
     fit = all(isinstance(s, gym.spaces.Box) and len(s.shape) == 1 for s in spaces) and spaces[1].is_bounded()
     for wrong, message in (
         (not fit, f"--env-id {args.env_id}: needs vectors to observe and, bounded, to act, not {spaces}"),
-        (args.num_envs * args.num_steps == 1, "--num-steps 1: needs more than one step in all environments"),
+        (args.norm_adv and args.num_envs * args.num_steps == 1, "--norm-adv: needs --num-steps 2 or more"),
         (min(args.hidden_sizes, default=1) < 1, "--hidden-sizes: must be at least 1 each"),
         (gaussian and args.beta > 0, "--beta: a Gaussian has no probabilities; use --policy categorical"),
         (args.noise == "none" and args.noise_level > 0, "--noise-level: choose a kind with --noise"),

@@ -63,7 +63,7 @@ class Args:
     run_name: str | None = None  # folder of this run; default: environment, algorithm, noise, seed and time
     resume: str | None = None  # folder of an interrupted run to go on with; the only flag, then
     checkpoint_freq: int | None = None  # steps between checkpoints; default: run / 20; 0: at the end
-    log_freq: int = 1000  # steps between entries in the log, means over the updates since the last one
+    log_freq: int = 1000  # steps between entries in the log
     track: bool = False  # log to Weights & Biases as well (pip install wandb)
 
     repeat_action_probability: float = 0.0  # sticky actions: chance to repeat the last
@@ -348,7 +348,7 @@ def train(args: Args, stop: threading.Event) -> dict | None:
     cuda = args.device != "cpu" and torch.cuda.is_available()
     torch.backends.cudnn.allow_tf32 = args.amp == "auto"  # off: float32 indeed
     device = torch.device("cuda" if cuda else "cpu")
-    generator = torch.Generator(device).manual_seed(args.seed)  # actions, minibatches, flips of advantages
+    generator = torch.Generator(device).manual_seed(args.seed)  # of all but weights and noisy rewards
     rng = np.random.default_rng(args.seed)  # noise on rewards
     run_dir = Path(args.resume or Path(args.runs_dir) / args.run_name)
     envs = AtariGames(args, args.num_envs)
@@ -429,16 +429,16 @@ def train(args: Args, stop: threading.Event) -> dict | None:
         gaes.append(gae)
         if not math.isfinite(new_metrics["grad_norm"].item()):  # waits for the GPU
             sys.exit(f"error: gradient not finite at step {global_step}; lower --learning-rate or --beta")
-        train_seconds += time.perf_counter() - iteration_started
 
-        # Logging
-        if global_step % args.log_freq < T * N or global_step >= args.total_timesteps:
+        # Logging, over all updates since the last time
+        finished, stopping = global_step >= args.total_timesteps, stop.is_set()
+        if global_step % args.log_freq < T * N or finished or stopping:
             scalars = dict(zip((f"losses/{k}" for k in new_metrics), torch.stack(metrics).mean(0).tolist()))
             gae = np.stack(gaes, axis=1)
             scalars["losses/explained_variance"] = 1 - np.var(gae[0]) / np.var(gae[1])
             scalars["losses/advantage_sign_flips"] = torch.tensor(sign_flips or [0.0]).mean().item()
             scalars["losses/advantage_largest"] = abs(gae[2] * gae[0]).max()
-            scalars["charts/SPS"] = global_step / train_seconds
+            scalars["charts/SPS"] = global_step / (train_seconds + time.perf_counter() - iteration_started)
             episodic_return, episodic_length = np.mean(envs.finished or [[math.nan] * 2], axis=0)
             scalars |= {"charts/episodic_return": episodic_return, "charts/episodic_length": episodic_length}
             for name, scalar in scalars.items():
@@ -446,9 +446,9 @@ def train(args: Args, stop: threading.Event) -> dict | None:
             progress_bar.update(min(global_step, args.total_timesteps) - progress_bar.n)
             progress_bar.set_postfix_str(f"return {episodic_return:.1f}")
             metrics, gaes, sign_flips = [], [], []
+        train_seconds += time.perf_counter() - iteration_started
 
         # Evaluation and checkpoint, when a multiple of their frequency has been passed
-        finished, stopping = global_step >= args.total_timesteps, stop.is_set()
         eval_due, save_due = (f and global_step % f < T * N for f in (args.eval_freq, args.checkpoint_freq))
         if eval_due or finished:
             video = run_dir / "video" / f"step-{global_step}.mp4" if args.capture_video else None
@@ -496,8 +496,8 @@ def prepare(args: Args) -> Args:
     stamp = f"{args.env_id}__{args.algo}__{args.noise}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     args = replace(args, run_name=args.run_name or stamp)
     for names, what, valid in (
-        ("total_timesteps num_envs num_steps num_minibatches", "at least 1", lambda x: x >= 1),
-        ("update_epochs eval_episodes log_freq", "at least 1", lambda x: x >= 1),
+        ("total_timesteps num_envs num_steps eval_episodes log_freq", "at least 1", lambda x: x >= 1),
+        ("num_minibatches update_epochs", "at least 1", lambda x: x >= 1),
         ("alpha beta vf_coef ent_coef eval_freq checkpoint_freq", ">= 0", lambda x: 0 <= x < math.inf),
         ("seed total_timesteps", "in [0, 1e9], for the emulator's seeds", lambda x: 0 <= x <= 1e9),
         ("learning_rate adam_eps clip_coef max_grad_norm", "positive", lambda x: 0 < x < math.inf),

@@ -53,12 +53,12 @@ class Args:
     total_timesteps: int = 1_000_000  # environment steps in all, rounded up to whole rollouts
     seed: int = 1  # seed of everything random (the paper's runs: 10000, 10001, ...)
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the CPU
-    compile: bool = True  # compile the gradient, given a C++ compiler: starts later, runs about 1.8x as fast
+    compile: bool = True  # compile the gradient, given a C++ compiler: starts later, runs faster
     runs_dir: str = "runs"  # folder of all runs
     run_name: str | None = None  # folder of this run; default: environment, algorithm, noise, seed and time
     resume: str | None = None  # folder of an interrupted run to go on with; the only flag, then
     checkpoint_freq: int | None = None  # steps between checkpoints; default: run / 20; 0: at the end
-    log_freq: int = 1000  # steps between entries in the log, means over the updates since the last one
+    log_freq: int = 1000  # steps between entries in the log
     track: bool = False  # log to Weights & Biases as well (pip install wandb)
 
     policy: Literal["categorical", "gaussian"] = "categorical"  # gaussian: plain PPO, the baseline
@@ -335,7 +335,7 @@ def train(args: Args, stop: threading.Event) -> dict | None:
     torch.set_num_threads(1)  # the networks are too small to be shared among cores
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if args.device == "cuda" else "cpu")
-    generator = torch.Generator(device).manual_seed(args.seed)  # actions, minibatches, flips of advantages
+    generator = torch.Generator(device).manual_seed(args.seed)  # of all but weights and noisy rewards
     rng = np.random.default_rng(args.seed)  # noise on rewards
     run_dir = Path(args.resume or Path(args.runs_dir) / args.run_name)
     envs = NormalizedEnvs(args.env_id, args.num_envs, args.gamma)
@@ -373,7 +373,7 @@ def train(args: Args, stop: threading.Event) -> dict | None:
         zeros = torch.zeros(n, *obs.shape[2:]), torch.from_numpy(action[0, 0]).repeat(n, 1)
         gradient_fn(agent, args, *(x.to(device) for x in (*zeros, *torch.zeros(3, n))))
     except Exception as error:
-        print(f"going on with --no-compile, at about half the speed: {error!r}"[:300], file=sys.stderr)
+        print(f"going on with --no-compile, more slowly: {error!r}"[:300], file=sys.stderr)
         args, gradient_fn = replace(args, compile=False), gradient_and_metrics
     progress_bar = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps", disable=None)
     metrics, gaes, sign_flips = [], [], []
@@ -417,16 +417,16 @@ def train(args: Args, stop: threading.Event) -> dict | None:
         gaes.append(gae)
         if not math.isfinite(metrics[-1]["grad_norm"]):
             sys.exit(f"error: gradient not finite at step {global_step}; lower --learning-rate or --beta")
-        train_seconds += time.perf_counter() - iteration_started
 
-        # Logging
-        if global_step % args.log_freq < T * N or global_step >= args.total_timesteps:
+        # Logging, over all updates since the last time
+        finished, stopping = global_step >= args.total_timesteps, stop.is_set()
+        if global_step % args.log_freq < T * N or finished or stopping:
             scalars = {f"losses/{k}": torch.stack([m[k] for m in metrics]).mean().item() for k in metrics[0]}
             gae = np.stack(gaes, axis=1)
             scalars["losses/explained_variance"] = 1 - np.var(gae[0]) / np.var(gae[1])
             scalars["losses/advantage_sign_flips"] = torch.tensor(sign_flips or [0.0]).mean().item()
             scalars["losses/advantage_largest"] = abs(gae[0]).max()
-            scalars["charts/SPS"] = global_step / train_seconds
+            scalars["charts/SPS"] = global_step / (train_seconds + time.perf_counter() - iteration_started)
             episodic_return, episodic_length = np.mean(envs.finished or [[math.nan] * 2], axis=0)
             scalars |= {"charts/episodic_return": episodic_return, "charts/episodic_length": episodic_length}
             for name, scalar in scalars.items():
@@ -434,9 +434,9 @@ def train(args: Args, stop: threading.Event) -> dict | None:
             progress_bar.update(min(global_step, args.total_timesteps) - progress_bar.n)
             progress_bar.set_postfix_str(f"return {episodic_return:.1f}")
             metrics, gaes, sign_flips = [], [], []
+        train_seconds += time.perf_counter() - iteration_started
 
         # Evaluation and checkpoint, when a multiple of their frequency has been passed
-        finished, stopping = global_step >= args.total_timesteps, stop.is_set()
         eval_due, save_due = (f and global_step % f < T * N for f in (args.eval_freq, args.checkpoint_freq))
         if eval_due or finished:
             eval_env.name_prefix = f"step-{global_step}"  # of the video, if any
@@ -486,8 +486,8 @@ def prepare(args: Args) -> Args:
     stamp = f"{args.env_id}__{args.algo}__{args.noise}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     args = replace(args, run_name=args.run_name or stamp.replace("/", "-"))
     for names, what, valid in (
-        ("total_timesteps num_envs num_steps num_minibatches", "at least 1", lambda x: x >= 1),
-        ("update_epochs eval_episodes log_freq", "at least 1", lambda x: x >= 1),
+        ("total_timesteps num_envs num_steps eval_episodes log_freq", "at least 1", lambda x: x >= 1),
+        ("num_minibatches update_epochs", "at least 1", lambda x: x >= 1),
         ("bins", "at least 2", lambda x: x >= 2),
         ("alpha beta vf_coef ent_coef eval_freq checkpoint_freq seed", ">= 0", lambda x: 0 <= x < 2**63),
         ("learning_rate adam_eps clip_coef max_grad_norm", "positive", lambda x: 0 < x < math.inf),

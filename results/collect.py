@@ -54,7 +54,7 @@ def main(out: Path, folders: list[Path]) -> None:
             scores = group.groupby("step")["return_mean"]
             mean, sem = scores.mean(), scores.sem().fillna(0)
             what, style = NOISE[noise]
-            color = "C0" if algo.startswith("s") else "C1"
+            color = {"s": "C0", "d": "C2"}.get(algo[0], "C1")  # symmetric, discretised, Gaussian
             ax.plot(mean.index, mean, style, color=color, label=f"{algo.upper()}, {what}")
             ax.fill_between(mean.index, mean - sem, mean + sem, color=color, alpha=0.15)
         ax.set(title=env_id, xlabel="steps", ylabel="return of evaluations, raw rewards")

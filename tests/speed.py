@@ -1,13 +1,16 @@
-"""Steps per second of our scripts over those of Stable-Baselines3's PPO, in one run.
+"""Steps per second of our scripts over those of Stable-Baselines3's PPO and A2C, in one run.
 
     pip install -e ".[peers]"
-    python tests/speed.py                                                         # sppo_continuous.py
+    python tests/speed.py                                                           # sppo_continuous.py
+    python tests/speed.py --algo a2c                                                # sa2c_continuous.py
     python tests/speed.py --suite atari --env-id Breakout --total-timesteps 20480   # sppo_atari.py
+    python tests/speed.py --suite atari --env-id Breakout --total-timesteps 20480 --algo a2c   # sa2c_atari.py
 
-The same work for all. Continuous, on one thread: one environment, 2048 steps between updates, 10 epochs of
-32 minibatches of 64, observations and rewards normalised by running statistics. Atari, on all cores: 8 games,
-128 steps between updates, 4 epochs of 4 minibatches of 256. The programs take turns, so that a slow spell of
-the machine hits them all; the table gives medians. Then the parts of our step.
+The same work for all. Continuous, on one thread, observations and rewards normalised by running statistics:
+PPO in one environment, with 2048 steps between updates, 10 epochs of 32 minibatches of 64; A2C in four, with
+8 steps of each between updates. Atari, on all cores: PPO with 8 games, 128 steps between updates, 4 epochs of
+4 minibatches of 256; A2C with 16 games and 5 steps. The programs take turns, so that a slow spell of the
+machine hits them all; the table gives medians. Then, for PPO, the parts of our step.
 """
 
 import dataclasses
@@ -36,26 +39,26 @@ import sppo_continuous as script  # noqa: E402
 @dataclass
 class Args:
     suite: Literal["continuous", "atari"] = "continuous"
+    algo: Literal["ppo", "a2c"] = "ppo"
     env_id: str = "HalfCheetah-v4"
     total_timesteps: int = 200_000
     repeats: int = 3
 
 
-PROGRAMS = {
-    "Stable-Baselines3 PPO": ["tests/sb3.py"],
-    "ours, Gaussian PPO": ["sppo_continuous.py", "--policy", "gaussian", "--eval-freq", "0"],
-    "ours, SPPO (11 bins)": ["sppo_continuous.py", "--eval-freq", "0"],
-    "ours, Gaussian PPO, --no-compile": [
-        *("sppo_continuous.py", "--policy", "gaussian", "--eval-freq", "0", "--no-compile")
-    ],
-    "ours, SPPO (11 bins), --no-compile": ["sppo_continuous.py", "--eval-freq", "0", "--no-compile"],
-}
-ATARI_PROGRAMS = {
-    "Stable-Baselines3 PPO": ["tests/sb3.py", "--atari"],
-    "ours, PPO": ["sppo_atari.py", "--alpha", "1", "--beta", "0", "--eval-freq", "0"],
-    "ours, SPPO": ["sppo_atari.py", "--eval-freq", "0"],
-    "ours, SPPO, --amp off": ["sppo_atari.py", "--eval-freq", "0", "--amp", "off"],
-}
+PEER = "Stable-Baselines3"
+
+
+def programs(suite: str, algo: str) -> dict[str, list[str]]:
+    """{name: command} of what takes part."""
+    file, plain, symmetric = f"s{algo}_{suite}.py", algo.upper(), "S" + algo.upper()
+    commands = {PEER: ["tests/sb3.py", "--algo", algo] + (["--atari"] if suite == "atari" else [])}
+    if suite == "atari":
+        ours = {plain: ["--beta", "0"], symmetric: [], f"{plain}, --amp off": ["--beta", "0", "--amp", "off"]}
+        ours |= {f"{symmetric}, --amp off": ["--amp", "off"]}
+    else:
+        ours = {f"Gaussian {plain}": ["--policy", "gaussian"], f"{symmetric} (11 bins)": []}
+        ours |= {f"{name}, --no-compile": [*flags, "--no-compile"] for name, flags in ours.items()}
+    return commands | {f"ours, {name}": [file, "--eval-freq", "0", *flags] for name, flags in ours.items()}
 
 
 def steps_per_second(program: list[str], args: Args) -> float:
@@ -168,20 +171,22 @@ def parts_of_an_atari_step(env_id: str, amp: str) -> dict[str, list[float]]:
 
 
 def main(args: Args) -> None:
-    programs = PROGRAMS if args.suite == "continuous" else ATARI_PROGRAMS
-    results = {name: [] for name in programs}
+    commands = programs(args.suite, args.algo)
+    results = {name: [] for name in commands}
     for repeat in range(args.repeats):
-        for name, program in programs.items():
-            results[name].append(steps_per_second(program, args))
+        for name, command in commands.items():
+            results[name].append(steps_per_second(command, args))
             print(f"{repeat + 1}/{args.repeats} {name}: {results[name][-1]:,.0f} steps/s", file=sys.stderr)
-    peer = np.median(results["Stable-Baselines3 PPO"])
-    print(
-        f"{args.env_id}, {args.total_timesteps:,} steps, {args.repeats} repeats, torch {torch.__version__}\n"
-    )
-    print("| program | steps/s, median (range) | ratio |\n|---|---|---|")
+    peer = results[PEER]
+    print(f"{args.env_id}, {args.algo.upper()}, {args.total_timesteps:,} steps, {args.repeats} repeats, "
+          f"torch {torch.__version__}\n")  # fmt: skip
+    print("| program | steps/s, median (range) | ratio of medians | in each repeat |\n|---|---|---|---|")
     for name, sps in results.items():
         spread = f"{np.median(sps):,.0f} ({min(sps):,.0f}-{max(sps):,.0f})"
-        print(f"| {name} | {spread} | {np.median(sps) / peer:.2f} |")
+        ratios = ", ".join(f"{x / y:.2f}" for x, y in zip(sps, peer))
+        print(f"| {name} | {spread} | {np.median(sps) / np.median(peer):.2f} | {ratios} |")
+    if args.algo == "a2c":
+        return
     if args.suite == "continuous":
         print("\n| part of a step of ours | microseconds |\n|---|---|")
         for name, us in parts_of_a_step(args.env_id).items():

@@ -22,10 +22,10 @@ def sb3_model(setting, space, learning_rate):
         def reset(self, seed=None, options=None):
             return self.observation_space.sample(), {}
 
-    policy, settings = "MlpPolicy", {}
+    policy, settings = "MlpPolicy", {"rms_prop_eps": 0.1}
     if setting.atari:
         policy, settings = "CnnPolicy", {"vf_coef": 0.25, "ent_coef": 0.01}
-        settings["policy_kwargs"] = {"optimizer_class": RMSpropTFLike, "optimizer_kwargs": {"eps": 1e-5}}
+        settings["policy_kwargs"] = {"optimizer_class": RMSpropTFLike, "optimizer_kwargs": {"eps": 0.1}}
     envs = DummyVecEnv([Spaces] * N)
     model = A2C(policy, envs, n_steps=T, learning_rate=learning_rate, device="cpu", **settings)
     model.set_logger(configure(None, []))
@@ -47,11 +47,12 @@ def sb3_parameters(setting, policy):
 def test_without_reverse_loss_an_update_is_stable_baselines3s(setting, tmp_path, monkeypatch):
     """From the same weights and the same rollouts: three updates, so that RMSprop has a past."""
     flags = {"num_envs": N, "num_steps": T, "total_timesteps": UPDATES * T * N, "alpha": 1.0, "beta": 0.0}
-    if setting.atari:  # in Pong no lives are lost, so that all actions are the agent's; a small step is none
+    flags |= {"rmsprop_eps": 0.1}  # so that it matters
+    if setting.atari:  # in Pong no lives are lost, so that all actions are the agent's
         flags |= {"env_id": "Pong", "learning_rate": 0.1}
         space = gym.spaces.Box(0, 255, (4, 84, 84), np.uint8), gym.spaces.Discrete(6)
     else:
-        flags |= {"env_id": "Hopper-v4", "policy": "gaussian", "learning_rate": 7e-4}
+        flags |= {"env_id": "Hopper-v4", "policy": "gaussian", "learning_rate": 0.1}
         space = gym.spaces.Box(-10, 10, (11,), np.float32), gym.spaces.Box(-1, 1, (3,), np.float32)
     recorded, original = [], setting.script.gradient_and_metrics
 

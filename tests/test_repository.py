@@ -99,12 +99,12 @@ def test_what_scripts_share_is_the_same_text(scripts, own, expected):
             assert text == first[1], f"{name}: {script} and {first[0]} have drifted apart"
 
 
-@pytest.mark.parametrize("kind", ["continuous", "atari"])
-def test_a_diff_of_the_pair_is_short(kind):
+@pytest.mark.parametrize(("kind", "limit"), [("continuous", 135), ("atari", 165)])
+def test_a_diff_of_the_pair_is_short(kind, limit):
     """What it shows is the algorithm. A line that changed counts twice, once on either side."""
     ppo, a2c = ((ROOT / f"{algorithm}_{kind}.py").read_text().splitlines() for algorithm in ("sppo", "sa2c"))
     changed = [line for line in difflib.ndiff(ppo, a2c) if line[:2] in ("- ", "+ ")]
-    assert len(changed) < 175
+    assert len(changed) <= limit
 
 
 def lines(text):

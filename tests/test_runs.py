@@ -50,9 +50,40 @@ def test_advantages_flip_before_normalisation_anew_every_time(setting, tmp_path,
         assert abs(advantage.mean(-1)).max() > 0.01  # normalised ones would have a mean of zero
 
 
-def test_flipped_advantages_are_what_it_learns_from(setting, tmp_path):
-    runs = [setting.run(tmp_path / noise, noise=noise)[1] for noise in ("none", "adv_flip")]
-    assert not torch.equal(*map(weights, runs))
+def advantages_learnt_from(setting, monkeypatch) -> list:
+    """What `gradient_and_metrics` gets, from here on; the first call may be one on zeros, to compile."""
+    advantages, original = [], setting.script.gradient_and_metrics
+
+    def recording(*arguments):
+        advantages.append(arguments[-3 if setting.atari else -2].clone())
+        return original(*arguments)
+
+    monkeypatch.setattr(setting.script, "gradient_and_metrics", recording)
+    return advantages
+
+
+def test_flipped_advantages_are_what_it_learns_from(setting, tmp_path, monkeypatch):
+    """With a chance of 1: the same run but for the sign of what it learns from in its first update."""
+    learnt = {}
+    for noise, flags in {"none": {}, "adv_flip": {"noise_level": 1.0}}.items():
+        with monkeypatch.context() as patch:
+            advantages = advantages_learnt_from(setting, patch)
+            one_epoch = {"update_epochs": 1} if setting.ppo else {}
+            flags = flags | {"total_timesteps": 128, "norm_adv": False, "num_envs": 1} | one_epoch
+            setting.run(tmp_path / noise, noise=noise, **flags)
+            learnt[noise] = torch.cat(advantages[-setting.small.get("num_minibatches", 1) :]).sort().values
+    assert learnt["none"].abs().max() > 0.1
+    torch.testing.assert_close(-learnt["none"].flip(0), learnt["adv_flip"])
+
+
+def test_advantages_are_normalised_on_request(setting, tmp_path, monkeypatch):
+    advantages = advantages_learnt_from(setting, monkeypatch)
+    env = {"env_id": "Pong"} if setting.atari else {}  # there all actions are the agent's
+    setting.run(tmp_path, total_timesteps=256, norm_adv=True, **env)
+    advantages = advantages[-2 * (12 if setting.ppo else 1) :]
+    for advantage in advantages:
+        assert advantage.mean().item() == pytest.approx(0, abs=1e-4)
+        assert advantage.std().item() == pytest.approx(1, abs=1e-3)
 
 
 def test_advantages_can_stay_as_they_are(setting, tmp_path):
@@ -98,6 +129,27 @@ def test_without_reverse_loss_the_default_is_the_plain_algorithm(setting, tmp_pa
     assert args.alpha == 0.5
     assert args.beta > 0
     assert args.algo == setting.symmetric_algo
+
+
+PAPER = {
+    "sa2c_atari": dict(num_envs=16, num_steps=5, total_timesteps=5e6, learning_rate=7e-4, rmsprop_eps=1e-5,
+                       gae_lambda=1.0, vf_coef=0.25, ent_coef=0.01, norm_adv=False),
+    "sppo_atari": dict(num_envs=8, num_steps=128, total_timesteps=5e6, learning_rate=2.5e-4, adam_eps=1e-5,
+                       gae_lambda=0.95, vf_coef=0.5, ent_coef=0.01, norm_adv=True, update_epochs=4,
+                       num_minibatches=1024 // 256, clip_coef=0.1, anneal_lr=True, anneal_clip=True, beta=1),
+    "sa2c_continuous": dict(num_envs=4, num_steps=8, learning_rate=7e-4, rmsprop_eps=1e-5, gae_lambda=1.0,
+                            vf_coef=0.5, ent_coef=0, norm_adv=False, bins=11, hidden_sizes=(64, 64)),
+    "sppo_continuous": dict(num_envs=1, num_steps=2048, learning_rate=3e-4, adam_eps=1e-5, gae_lambda=0.95,
+                            vf_coef=0.5, ent_coef=0, norm_adv=True, update_epochs=10, bins=11,
+                            num_minibatches=2048 // 64, clip_coef=0.2, beta=20, hidden_sizes=(64, 64)),
+}  # fmt: skip
+
+
+def test_defaults_are_the_papers(setting, tmp_path):
+    """Those of the authors' code; for SA2C's alpha and beta it has none."""
+    args = setting.script.prepare(setting.script.Args(runs_dir=str(tmp_path)))
+    paper = PAPER[str(setting)] | dict(gamma=0.99, max_grad_norm=0.5, alpha=0.5, z=-1, layer_norm=False)
+    assert {name: getattr(args, name) for name in paper} == paper
 
 
 def test_equal_seeds_give_equal_bits(setting, tmp_path):
@@ -151,23 +203,75 @@ def test_the_logged_advantages_are_those_of_the_rollout(setting, tmp_path, monke
 
 @pytest.mark.parametrize("updates", ["many", "one"])
 def test_an_infinite_gradient_ends_the_run_and_says_so(setting, tmp_path, updates):
-    """Also where the last step of an update makes the weights infinite, and the next rollout meets them."""
+    """At once; also where the last step of an update makes the weights infinite, and a rollout meets them."""
     flags = {"num_minibatches": 1, "update_epochs": 1} if updates == "one" and setting.ppo else {}
-    with pytest.raises(SystemExit, match="gradient not finite at step"):
-        setting.run(tmp_path, learning_rate=1e18, total_timesteps=1024, log_freq=10_000, **flags)
+    with pytest.raises(SystemExit, match="gradient not finite at step (128|256|384|512);"):
+        setting.run(tmp_path, learning_rate=1e18, total_timesteps=2048, log_freq=10_000, **flags)
 
 
-def test_log_entries_are_means_over_the_updates_since_the_last_one(setting, tmp_path):
+def test_log_entries_are_of_the_updates_since_the_last_one(setting, tmp_path, monkeypatch):
+    """On made-up advantages; the last entry comes at the end of the run, however short."""
+    rng = np.random.default_rng(0)
+    advantages = [scale * rng.normal(0.3, 1, (4, 1)) for scale in (5, 1, 2, 3, 1, 1)]
+    returns = [rng.normal(size=(4, 1)) for _ in advantages]
+    given = iter(zip(advantages, returns))
+    monkeypatch.setattr(setting.script, "compute_gae", lambda *_: next(given))
+    flags = {"num_envs": 1, "num_steps": 4, "norm_adv": True} | (
+        {"num_minibatches": 1} if setting.ppo else {}
+    )
+    _, folder = setting.run(tmp_path, total_timesteps=20, log_freq=8, **flags)
+    events = EventAccumulator(str(folder)).Reload()
+    entries = {"largest": [], "explained": [], "flips": []}
+    for since in (slice(0, 2), slice(2, 4), slice(4, 5)):
+        adv, ret = np.stack(advantages[since]), np.stack(returns[since])
+        entries["largest"].append(abs(adv).max())
+        entries["explained"].append(1 - adv.var() / ret.var())
+        flips = [(a > 0) != (a > a.mean()) for a in adv]
+        entries["flips"].append(np.mean(flips))
+    names = {
+        "largest": "advantage_largest",
+        "explained": "explained_variance",
+        "flips": "advantage_sign_flips",
+    }
+    for key, name in names.items():
+        logged = events.Scalars(f"losses/{name}")
+        assert [entry.step for entry in logged] == [8, 16, 20]
+        assert [entry.value for entry in logged] == pytest.approx(entries[key], rel=1e-5)
+    assert len(set(entries["flips"])) > 1
+
+
+def test_logged_losses_are_means_over_the_updates(setting, tmp_path):
     _, each = setting.run(tmp_path / "each")
     _, rare = setting.run(tmp_path / "rare", log_freq=256)
     each, rare = (EventAccumulator(str(folder)).Reload() for folder in (each, rare))
     for name in ("losses/value", "losses/entropy", "losses/grad_norm"):
-        assert [event.step for event in rare.Scalars(name)] == [256, 512]
         a, b, c, d = (event.value for event in each.Scalars(name))
         means = [event.value for event in rare.Scalars(name)]
         assert means == pytest.approx([(a + b) / 2, (c + d) / 2], rel=1e-5)
-    largest = [event.value for event in each.Scalars("losses/advantage_largest")]
-    assert rare.Scalars("losses/advantage_largest")[1].value == pytest.approx(max(largest[2:]))
+
+
+def test_an_interrupted_run_has_logged_all_its_updates(setting, tmp_path):
+    _, folder = setting.run(tmp_path, stop=StopAfter(2), log_freq=100_000)
+    events = EventAccumulator(str(folder)).Reload()
+    assert [entry.step for entry in events.Scalars("losses/value")] == [256]
+
+
+def test_steps_per_second_are_without_evaluations(setting, tmp_path, monkeypatch):
+    evaluate = setting.script.evaluate
+
+    def slow_evaluate(*arguments):
+        time.sleep(1)
+        return evaluate(*arguments)
+
+    monkeypatch.setattr(setting.script, "evaluate", slow_evaluate)
+    _, folder = setting.run(tmp_path, stop=StopAfter(3), eval_freq=128)
+    step, _, before, wall = checkpoint(folder)["progress"]
+    assert step == 384
+    assert 0 < before < wall - 3
+    summary = setting.resume(folder)
+    after = checkpoint(folder)["progress"][2]
+    assert after > before  # that of both parts
+    assert summary["sps"] == pytest.approx(512 / after)
 
 
 def test_a_run_leaves_what_it_promises(setting, tmp_path):
@@ -236,6 +340,16 @@ def test_resuming_restores_weights_and_random_states(setting, tmp_path, monkeypa
     rng.bit_generator.state = before["rng"]
     rng.normal(0, 1, 2 * 128)
     assert rng.bit_generator.state == after["rng"]
+
+
+def test_a_resumed_run_plays_other_episodes(setting, tmp_path, monkeypatch):
+    """Simulators are not saved; from the first seed again, it would train on the same beginnings twice."""
+    envs, seeds = getattr(setting.script, setting.envs), []
+    reset = envs.reset
+    monkeypatch.setattr(envs, "reset", lambda self, seed: seeds.append(seed) or reset(self, seed))
+    _, folder = setting.run(tmp_path, seed=7, stop=StopAfter(2))
+    setting.resume(folder)
+    assert seeds[:2] == [7, 7 + 256]
 
 
 def test_a_killed_run_goes_on_from_its_checkpoint_without_doubled_evaluations(setting, tmp_path):
@@ -359,7 +473,7 @@ BAD_INPUT = {
     "--resume nowhere --seed 2": "leave out",
 }
 PPO_BAD_INPUT = {"--num-minibatches 33": "must divide", "--num-envs 1 --num-steps 4": "parts > 1"}
-A2C_BAD_INPUT = {"--num-envs 1 --num-steps 1": "more than one step", "--rmsprop-eps 0": "positive"}
+A2C_BAD_INPUT = {"--norm-adv --num-envs 1 --num-steps 1": "2 or more", "--rmsprop-eps 0": "positive"}
 CONTINUOUS_BAD_INPUT = {
     "--env-id Hoper-v4": "Hopper",
     "--env-id CartPole-v1": "Discrete(2)",
