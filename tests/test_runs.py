@@ -69,7 +69,7 @@ def test_flipped_advantages_are_what_it_learns_from(setting, tmp_path, monkeypat
         with monkeypatch.context() as patch:
             advantages = advantages_learnt_from(setting, patch)
             one_epoch = {"update_epochs": 1} if setting.ppo else {}
-            flags = flags | {"total_timesteps": 128, "norm_adv": False, "num_envs": 1} | one_epoch
+            flags = flags | {"total_timesteps": 128, "norm_adv": False} | one_epoch
             setting.run(tmp_path / noise, noise=noise, **flags)
             learnt[noise] = torch.cat(advantages[-setting.small.get("num_minibatches", 1) :]).sort().values
     assert learnt["none"].abs().max() > 0.1
