@@ -718,7 +718,8 @@ class Signals:
 
 LEARNING = dict(eval_episodes=20, ent_coef=0.0)
 PPO_LEARNING = dict(total_timesteps=4096, num_envs=8, num_steps=16, learning_rate=1e-3)
-A2C_LEARNING = dict(total_timesteps=12_000, num_envs=16, num_steps=5, learning_rate=7e-3)
+# RMSprop's average of squares falls from one slowly: large steps. Each answer is paid at once: gamma 0.
+A2C_LEARNING = dict(total_timesteps=8000, num_envs=16, num_steps=5, learning_rate=0.1, gamma=0.0)
 
 
 @pytest.mark.parametrize(
