@@ -43,11 +43,16 @@ def main(out: Path, folders: list[Path]) -> None:
     print("| environment | program | noise | seeds | last evaluation | last 100 training episodes |")
     print("|---|---|---|---|---|---|")
     for (env_id, script, algo, noise), row in scores.iterrows():
-        last, train = (f"{row[score, 'mean']:.4g} ± {row[score, 'sem']:.2g}" for score in SCORES)
+        digits = 0 if abs(row[SCORES[0], "mean"]) >= 100 else 1
+        last, train = (
+            f"{row[score, 'mean']:.{digits}f} ± {row[score, 'sem']:.{digits}f}" for score in SCORES
+        )
         print(f"| {env_id} | {script} {algo} | {noise} | {row[SCORES[0], 'count']:.0f} | {last} | {train} |")
 
     env_ids = sorted(curves["env_id"].unique())
-    _, axes = plt.subplots(1, len(env_ids), figsize=(5 * len(env_ids), 3.6), squeeze=False)
+    figure, axes = plt.subplots(
+        1, len(env_ids), figsize=(5 * len(env_ids), 4), squeeze=False, layout="constrained"
+    )
     for ax, env_id in zip(axes[0], env_ids):
         here = curves[curves["env_id"] == env_id]
         for (algo, noise), group in here.groupby(["algo", "noise"], sort=True):
@@ -58,8 +63,8 @@ def main(out: Path, folders: list[Path]) -> None:
             ax.plot(mean.index, mean, style, color=color, label=f"{algo.upper()}, {what}")
             ax.fill_between(mean.index, mean - sem, mean + sem, color=color, alpha=0.15)
         ax.set(title=env_id, xlabel="steps", ylabel="return of evaluations, raw rewards")
-    axes[0][-1].legend(frameon=False, loc="lower right")
-    plt.tight_layout()
+    handles = axes[0][0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=6, frameon=False)
     plt.savefig(out / "curves.png", dpi=120)
 
 
