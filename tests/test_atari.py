@@ -524,17 +524,17 @@ def test_an_epoch_trains_on_every_step_once_and_on_overridden_ones_the_critic_on
 
 
 def test_overridden_steps_are_not_in_the_logged_advantages(setting, tmp_path, monkeypatch):
-    """Of 3, .9, .5, -.4 and 9, with a mean of 1 but for the last, whose action was not the agent's."""
-    advantage, step = np.array([[3.0], [0.9], [0.5], [-0.4], [9.0]]), setting.script.AtariGames.step
+    """Of 3, .9, .5, -.4, 9 and .7, with a mean of 1 but for the last two, whose actions were not the agent's."""
+    advantage, step = np.array([[3.0], [0.9], [0.5], [-0.4], [9.0], [0.7]]), setting.script.AtariGames.step
 
     def overriding_step(self, action):
         outcome = step(self, action)
-        return *outcome[:4], self.length == 5, outcome[5]
+        return *outcome[:4], self.length >= 5, outcome[5]
 
     monkeypatch.setattr(setting.script, "compute_gae", lambda *_: (advantage, advantage))
     monkeypatch.setattr(setting.script.AtariGames, "step", overriding_step)
     flags = {"num_minibatches": 1} if setting.ppo else {"norm_adv": True}
-    _, folder = setting.run(tmp_path, num_envs=1, num_steps=5, total_timesteps=5, **flags)
+    _, folder = setting.run(tmp_path, num_envs=1, num_steps=6, total_timesteps=6, **flags)
     events = EventAccumulator(str(folder)).Reload()
     assert events.Scalars("losses/advantage_largest")[0].value == 3.0
     assert events.Scalars("losses/advantage_sign_flips")[0].value == 0.5
