@@ -524,7 +524,7 @@ def test_an_epoch_trains_on_every_step_once_and_on_overridden_ones_the_critic_on
 
 
 def test_overridden_steps_are_not_in_the_logged_advantages(setting, tmp_path, monkeypatch):
-    """Of 3, .9, .5, -.4, 9 and .7, with a mean of 1 but for the last two, whose actions were not the agent's."""
+    """Of 3, .9, .5, -.4, 9 and .7, with a mean of 1 but for the last two, which were overridden."""
     advantage, step = np.array([[3.0], [0.9], [0.5], [-0.4], [9.0], [0.7]]), setting.script.AtariGames.step
 
     def overriding_step(self, action):
