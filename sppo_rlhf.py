@@ -281,6 +281,8 @@ class ActorCritic(nn.Module):
         config = AutoConfig.from_pretrained(args.policy_model)
         if getattr(config, "activation_function", None) == "gelu_new":  # the same function, but in one kernel
             config.activation_function = "gelu_pytorch_tanh"
+        if device.type == "cpu":  # in bfloat16 an update takes a third less than with fused attention
+            options["attn_implementation"] = "eager"
         if args.load_in_4bit:
             four_bits = dict(load_in_4bit=True, bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_type="nf4")
             options["quantization_config"] = transformers.BitsAndBytesConfig(**four_bits)
@@ -331,7 +333,8 @@ class ActorCritic(nn.Module):
     def log_prob(self, role: str, ids, mask, length: int):
         """Log-probabilities (batch, length), float32, of the last `length` tokens; see `logits`."""
         logits = self.logits(role, ids, mask, length)
-        return -F.cross_entropy(logits.transpose(1, 2), ids[:, -length:], reduction="none")
+        tokens = ids[:, -length:]
+        return -F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view_as(tokens)
 
     def value(self, ids, mask, length: int):
         """Values (batch, length), float32, of the texts before each of the last `length` tokens."""
