@@ -5,22 +5,22 @@
 # ///
 """Symmetric PPO (SPPO) for language models: all of RLHF, from the prompts to the learning curve.
 
-    python sppo_rlhf.py                                       # a toy that it makes itself, offline, in minutes
-    python sppo_rlhf.py --task imdb                           # GPT-2 writes positive reviews of films
+    python sppo_rlhf.py                                      # a toy that it makes itself, offline, in minutes
+    python sppo_rlhf.py --task imdb                          # GPT-2 writes positive reviews of films
     python sppo_rlhf.py --task imdb --policy-model DIR --reward-model DIR --dataset reviews.jsonl.gz
-    accelerate launch sppo_rlhf.py --task tldr                # GPT-J with LoRA summarises, on several GPUs
+    accelerate launch sppo_rlhf.py --task tldr               # GPT-J with LoRA summarises, on several GPUs
 
 From "Symmetric Reinforcement Learning Loss for Robust Learning on Diverse Tasks and Model Scales" (Byun &
-Perrault, ICML 2025, arXiv 2405.17618). Each token is an action. With p its probability, p_old the same when it
-was sampled, r = p / p_old, its advantage A, and Z < 0 in the place of log 0:
+Perrault, ICML 2025, arXiv 2405.17618). Each token is an action. With p its probability, p_old the same when
+it was sampled, r = p / p_old, its advantage A, and Z < 0 in the place of log 0:
 
     PPO loss          L  = -mean( min(A r, A clip(r, 1 - eps, 1 + eps)) )
     reverse PPO loss  Lr = -mean( m A Z (1 - p) / p_old ),  m = 1 where the gradient of L flows, else 0
     symmetric loss    alpha L + beta Lr
 
-The gradient of Lr is |Z| times that of L, so SPPO's policy gradient is (alpha + beta |Z|) times PPO's: here,
-with the paper's weights, 0.9 (imdb) and 0.7 (tldr) times. What changes is its weight against the cross entropy
-on reference texts and the limit on the gradient norm.
+The gradient of Lr is |Z| times that of L, so SPPO's policy gradient is (alpha + beta |Z|) times PPO's: with
+the paper's weights 0.9 (imdb) and 0.7 (tldr) times. What changes is its weight against the cross entropy on
+reference texts, the value loss where weights are shared, and the limit on the gradient norm.
 
 A judge reads each text when it is done and gives one reward; every token costs `kl_coef` times how much
 likelier it is than under the policy's frozen beginnings. Advantages are normalised over the tokens that were
@@ -29,6 +29,7 @@ sampled; the authors' code counts padding too. Dropout is off. A step is one tex
 
 import ctypes
 import json
+import logging
 import math
 import os
 import platform
@@ -43,6 +44,7 @@ from contextlib import nullcontext
 from dataclasses import dataclass, replace
 from importlib import import_module, metadata, util
 from pathlib import Path
+from types import SimpleNamespace
 from typing import Literal
 
 import datasets
@@ -54,17 +56,12 @@ import tyro
 from accelerate import Accelerator
 from rouge_score.rouge_scorer import RougeScorer
 from torch import nn
-from torch.distributed.checkpoint import state_dict as distributed_state
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
 from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
-from transformers import (
-    AutoConfig,
-    AutoModel,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-)
+from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.utils.peft_utils import find_adapter_config_file
 
 
 @dataclass
@@ -177,21 +174,22 @@ def perturb_advantage(advantage: torch.Tensor, level: float, generator: torch.Ge
 ASPECTS = ["plot", "acting", "music", "script", "ending", "cast", "pacing", "dialogue", "camera", "humour"]
 POSITIVE = ["superb", "moving", "clever", "funny", "brilliant", "charming", "gripping", "warm"]
 NEGATIVE = ["dull", "clumsy", "weak", "tedious", "awful", "silly", "flat", "noisy"]
-TOY_SIZE, TOY_POSITIONS = 4000, 64
+TOY_POSITIONS = 64
 
 
 def toy_review(rng: random.Random) -> str:
     """Four opinions, each as likely good as bad, and a verdict with the majority (even: with the last)."""
-    good = [rng.random() < 0.5 for _ in range(4)]
-    opinions = []
-    for is_good, aspect in zip(good, rng.sample(ASPECTS, 4)):
+    good, words = [rng.random() < 0.5 for _ in range(4)], []
+    for i, aspect in enumerate(rng.sample(ASPECTS, 4)):
         negated = rng.random() < 0.25
-        adjective = rng.choice(POSITIVE if is_good != negated else NEGATIVE)
-        opinions.append(f"the {aspect} was {'not ' * negated}{adjective}")
-    joints = [" but " if a != b else " and " for a, b in zip(good[::2], good[1::2])]
+        words += (
+            ["the", aspect, "was"]
+            + ["not"] * negated
+            + [rng.choice(POSITIVE if good[i] != negated else NEGATIVE)]
+        )
+        words.append("." if i % 2 else "but" if good[i] != good[i + 1] else "and")
     verdict = "loved" if sum(good) + good[-1] / 2 > 2 else "hated"
-    text = f"{opinions[0]}{joints[0]}{opinions[1]} . {opinions[2]}{joints[1]}{opinions[3]} . i {verdict} it ."
-    return text
+    return " ".join([*words, "i", verdict, "it ."])
 
 
 def toy_sentiment(text: str) -> float:
@@ -206,66 +204,51 @@ def toy_sentiment(text: str) -> float:
 
 
 def make_toy(folder: Path) -> None:
-    """Makes train.jsonl, test.jsonl, policy/ and reward/ in `folder`, unless it is there. From a fixed seed,
-    so that runs with different seeds have the same models. A fifth of the judge's labels were wrong."""
+    """Makes train.jsonl, test.jsonl, policy/ and reward/ in `folder`, unless it is there; always the same, so
+    that runs with different seeds have the same models. A fifth of the judge's labels are wrong."""
     if folder.exists():
         return
-    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    temporary, rng = folder.with_name(f"{folder.name}.{os.getpid()}.tmp"), random.Random(1)
     temporary.mkdir(parents=True)
-    rng = random.Random(1)
-    generator = torch.Generator().manual_seed(1)
-    texts = [toy_review(rng) for _ in range(TOY_SIZE)]
-    for name, part in (("train", texts[:-256]), ("test", texts[-256:])):
+    reviews = [toy_review(rng) for _ in range(4000)]
+    for name, part in (("train", reviews[:-256]), ("test", reviews[-256:])):
         (temporary / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in part))
-
-    def fit(kind: str, tokenizer, model, batch_of, steps: int, learning_rate: float) -> None:
-        optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
-        for _ in tqdm(range(steps), desc=f"making the toy's {kind} model", disable=None, leave=False):
-            rows = torch.randint(len(texts) - 256, (32,), generator=generator).tolist()
-            model(**batch_of(rows)).loss.backward()
-            optimizer.step()
-            optimizer.zero_grad()
-        model.save_pretrained(temporary / kind)
-        tokenizer.save_pretrained(temporary / kind)
-
+    labels = [int((toy_sentiment(text) > 0.5) != (rng.random() < 0.2)) for text in reviews]
+    beginnings = [
+        " ".join(text.split()[: rng.randint(1, 30)]) for text in reviews
+    ]  # as texts may stop anywhere
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
-        tokenizer = transformers.GPT2Tokenizer(pad_token="<|pad|>", model_max_length=TOY_POSITIONS)
-        tokenizer = tokenizer.train_new_from_iterator(texts, 400, show_progress=False)
-        no_dropout = dict(embd_pdrop=0.0, attn_pdrop=0.0, resid_pdrop=0.0)
-        shape = dict(vocab_size=len(tokenizer), n_positions=TOY_POSITIONS, n_embd=64, n_layer=2, n_head=2)
-        ends = dict(bos_token_id=tokenizer.eos_token_id, eos_token_id=tokenizer.eos_token_id)
-        config = transformers.GPT2Config(**shape, **no_dropout, **ends, pad_token_id=tokenizer.pad_token_id)
-
-        def review_batch(rows):
-            ended = [texts[row] + tokenizer.eos_token for row in rows]
-            batch = tokenizer(ended, padding=True, padding_side="right", return_tensors="pt")
-            return {**batch, "labels": batch["input_ids"].masked_fill(batch["attention_mask"] == 0, -100)}
-
-        fit("policy", tokenizer, transformers.GPT2LMHeadModel(config), review_batch, 400, 3e-3)
-        judge_tokenizer = transformers.BertTokenizer(model_max_length=TOY_POSITIONS)
-        judge_tokenizer = judge_tokenizer.train_new_from_iterator(texts, 200, show_progress=False)
-        shape = dict(vocab_size=len(judge_tokenizer), max_position_embeddings=TOY_POSITIONS, hidden_size=64)
-        shape |= dict(num_hidden_layers=2, num_attention_heads=2, intermediate_size=128)
-        labels = [int((toy_sentiment(text) > 0.5) != (rng.random() < 0.2)) for text in texts]
-
-        def judge_batch(rows):
-            parts = [" ".join(texts[row].split()[: rng.randint(1, 30)]) for row in rows]  # it reads beginnings too
-            batch = judge_tokenizer(parts, padding=True, return_tensors="pt")
-            return {**batch, "labels": torch.tensor([labels[row] for row in rows])}
-
-        names = {"id2label": {0: "NEGATIVE", 1: "POSITIVE"}, "label2id": {"NEGATIVE": 0, "POSITIVE": 1}}
-        judge = transformers.BertForSequenceClassification(transformers.BertConfig(**shape, **names))
-        fit("reward", judge_tokenizer, judge, judge_batch, 400, 1e-3)
+        gpt2, bert = transformers.GPT2Tokenizer(pad_token="<|pad|>"), transformers.BertTokenizer()
+        gpt2, bert = (t.train_new_from_iterator(reviews, 400, show_progress=False) for t in (gpt2, bert))
+        data = gpt2([text + gpt2.eos_token for text in reviews], padding=True, return_tensors="pt")
+        data["labels"] = data["input_ids"].masked_fill(data["attention_mask"] == 0, -100)
+        judge_data = bert(beginnings, padding=True, return_tensors="pt") | {"labels": torch.tensor(labels)}
+        policy = transformers.GPT2Config(
+            vocab_size=len(gpt2), n_positions=TOY_POSITIONS, n_embd=64, n_layer=2, n_head=2, embd_pdrop=0.0,
+            attn_pdrop=0.0, resid_pdrop=0.0, bos_token_id=gpt2.eos_token_id, eos_token_id=gpt2.eos_token_id,
+            pad_token_id=gpt2.pad_token_id,
+        )  # fmt: skip
+        judge = transformers.BertConfig(
+            vocab_size=len(bert), max_position_embeddings=TOY_POSITIONS, hidden_size=64, num_hidden_layers=2,
+            num_attention_heads=2, intermediate_size=128, id2label={0: "NEGATIVE", 1: "POSITIVE"},
+        )  # fmt: skip
+        for name, tokenizer, batch, model, learning_rate in (
+            ("policy", gpt2, data, AutoModelForCausalLM.from_config(policy), 3e-3),
+            ("reward", bert, judge_data, AutoModelForSequenceClassification.from_config(judge), 1e-3),
+        ):
+            optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
+            for _ in tqdm(range(400), desc=f"making the toy's {name} model", disable=None, leave=False):
+                rows = torch.randint(len(reviews) - 256, (32,))
+                model(**{key: value[rows] for key, value in batch.items()}).loss.backward()
+                optimizer.step()
+                optimizer.zero_grad()
+            model.save_pretrained(temporary / name)
+            tokenizer.save_pretrained(temporary / name)
     try:
         temporary.rename(folder)
     except OSError:  # another run was quicker
         shutil.rmtree(temporary)
-
-
-def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """Where convolutions and matrix products are of this type, whatever that of their tensors."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
 
 
 class ActorCritic(nn.Module):
@@ -273,37 +256,38 @@ class ActorCritic(nn.Module):
     two adapters, which is the reference when both are off.
 
     All is called through `forward`, since that is where DDP and FSDP bring weights and gradients together.
+    `ids` and `mask` (batch, tokens) are texts; the mask is false at padding, which may be on both sides.
     """
 
     def __init__(self, args: Args, device: torch.device, dtype: torch.dtype):
         super().__init__()
-        self.dtype, options = dtype, {"dtype": dtype if args.lora_r else torch.float32}
+        self.dtype, self.lora = dtype, args.lora_r > 0
         config = AutoConfig.from_pretrained(args.policy_model)
         if getattr(config, "activation_function", None) == "gelu_new":  # the same function, but in one kernel
             config.activation_function = "gelu_pytorch_tanh"
+        options = {"config": config, "dtype": dtype if self.lora else torch.float32}
         if device.type == "cpu":  # in bfloat16 an update takes a third less than with fused attention
             options["attn_implementation"] = "eager"
         if args.load_in_4bit:
             four_bits = dict(load_in_4bit=True, bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_type="nf4")
             options["quantization_config"] = transformers.BitsAndBytesConfig(**four_bits)
-        self.policy = AutoModelForCausalLM.from_pretrained(args.policy_model, config=config, **options).eval()
-        self.lora = bool(args.lora_r)
-        if self.lora:  # with no dropout, as it is off anyway
+        self.policy = AutoModelForCausalLM.from_pretrained(args.policy_model, **options)
+        if self.lora:
             self.policy.requires_grad_(False)
-            adapter = peft.LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, task_type="CAUSAL_LM")
-            for name in ("policy", "critic"):
-                self.policy.add_adapter(adapter, name)
+            for name in ("policy", "critic"):  # without dropout, which is off anyway
+                self.policy.add_adapter(peft.LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha), name)
             self.adapters = [p for name, p in self.policy.named_parameters() if "lora_" in name]
             for parameter in self.adapters:
                 parameter.data = parameter.data.float()
+                parameter.requires_grad_(True)
         else:
-            self.critic = AutoModel.from_pretrained(args.policy_model, config=config, **options).eval()
-            self.reference = AutoModelForCausalLM.from_pretrained(args.policy_model, config=config, **options)
-            self.reference.eval().requires_grad_(False)
+            self.critic = transformers.AutoModel.from_pretrained(args.policy_model, **options)
+            reference = AutoModelForCausalLM.from_pretrained(args.policy_model, **options)
+            self.reference = reference.requires_grad_(False)
         self.value_head = nn.Linear(config.hidden_size, 1)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
-        self.to(device)
+        self.eval().to(device)  # dropout stays off
 
     def model(self, role: str):
         if not self.lora:
@@ -313,51 +297,44 @@ class ActorCritic(nn.Module):
         else:
             self.policy.enable_adapters()
             self.policy.set_adapter(role)
-        for parameter in self.adapters:  # switching an adapter off freezes it
+        for parameter in self.adapters:  # the one that is off has been frozen
             parameter.requires_grad_(True)
         return self.policy
 
     def forward(self, method: str, *arguments):
-        with autocast(self.value_head.weight.device, self.dtype):
+        device, half = self.value_head.weight.device.type, self.dtype == torch.bfloat16
+        with torch.autocast(device, torch.bfloat16, enabled=half):
             return getattr(self, method)(*arguments)
 
-    def logits(self, role: str, ids, mask, length: int):
-        """Logits (batch, length, vocabulary), float32, of the last `length` tokens of `ids` (batch, tokens);
-        `mask`, of the same shape, is false at padding, which may be on both sides."""
-        start = int(mask.any(0).int().argmax())  # of the longest prompt
+    def inputs(self, ids, mask) -> dict:
+        """Of a model: not the last tokens, which nothing is predicted from, nor padding before all texts."""
+        start = int(mask.any(0).int().argmax())
         ids, mask = ids[:, start:-1], mask[:, start:-1]
-        keep = torch.arange(ids.shape[1] - length, ids.shape[1], device=ids.device)
-        inputs = dict(input_ids=ids, attention_mask=mask.long(), position_ids=positions(mask))
-        return self.model(role)(**inputs, logits_to_keep=keep, use_cache=False).logits.float()
+        return dict(input_ids=ids, attention_mask=mask.long(), position_ids=positions(mask), use_cache=False)
 
     def log_prob(self, role: str, ids, mask, length: int):
-        """Log-probabilities (batch, length), float32, of the last `length` tokens; see `logits`."""
-        logits = self.logits(role, ids, mask, length)
+        """Log-probabilities (batch, length), float32, of the last `length` tokens, from the raw logits."""
+        logits = self.model(role)(**self.inputs(ids, mask), logits_to_keep=length).logits.float()
         tokens = ids[:, -length:]
         return -F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view_as(tokens)
 
     def value(self, ids, mask, length: int):
         """Values (batch, length), float32, of the texts before each of the last `length` tokens."""
-        start = int(mask.any(0).int().argmax())
-        ids, mask = ids[:, start:-1], mask[:, start:-1]
-        inputs = dict(input_ids=ids, attention_mask=mask.long(), position_ids=positions(mask))
-        hidden = self.model("critic").base_model(**inputs, use_cache=False).last_hidden_state[:, -length:]
+        hidden = self.model("critic").base_model(**self.inputs(ids, mask)).last_hidden_state[:, -length:]
         return self.value_head(hidden).squeeze(-1).float()
 
-    def update(self, ids, mask, length: int, reference_ids=None, reference_mask=None):
-        """What the loss needs, in one call: log-probabilities, values and those of reference texts, if any."""
-        log_prob = self.log_prob("policy", ids, mask, length)
-        cross = reference_ids is not None and -self.log_prob("policy", reference_ids, reference_mask, length)
-        return log_prob, self.value(ids, mask, length), cross
+    def update(self, ids, mask, length: int, *reference):
+        """Log-probabilities, values and, given ids and mask of reference texts, those texts' too."""
+        log_prob, value = self.log_prob("policy", ids, mask, length), self.value(ids, mask, length)
+        return log_prob, value, self.log_prob("policy", *reference, length) if reference else None
 
     @torch.no_grad()
-    def rollout(self, ids, mask, uniform, top_k: int, eos: int, stop: bool, pad: int):
-        """Goes on with prompts `ids` (batch, tokens), padded on the left. For each token of the (batch, length)
-        a number `uniform` in [0, 1) says which one of the likeliest `top_k` it is (all, if 0).
+    def rollout(self, ids, mask, uniform, top_k: int, eos: int, stop_at_eos: bool, pad: int):
+        """Goes on with prompts, padded on the left. For each new token `uniform` (batch, length), in [0, 1),
+        chooses among the likeliest `top_k`, or all if that is 0, so that equal numbers give equal texts.
 
-        Returns ids and mask (batch, tokens + length) and, of the new tokens (batch, length): log-probabilities,
-        the same under the reference, values and the policy's entropies. All from the raw logits, not from the
-        filtered ones, and in one pass like those in the update, so that the ratio begins at 1.
+        Returns ids and mask (batch, tokens + length) and, for new tokens (batch, length): log-probabilities,
+        the same under the reference, and values; all in one pass as in the update, so that ratios begin at 1.
         """
         policy, cache, new, length = self.model("policy"), None, ids, uniform.shape[1]
         alive = torch.ones_like(ids[:, 0], dtype=torch.bool)
@@ -365,20 +342,17 @@ class ActorCritic(nn.Module):
             inputs = dict(input_ids=new, attention_mask=mask.long(), past_key_values=cache, use_cache=True)
             output = policy(**inputs, position_ids=positions(mask)[:, -new.shape[1] :], logits_to_keep=1)
             logits, cache = output.logits[:, -1].float(), output.past_key_values
-            if not stop:
+            if not stop_at_eos:
                 logits[:, eos] = -math.inf
             logits, candidates = logits.topk(top_k or logits.shape[-1])
             cumulative = logits.softmax(-1, dtype=torch.float64).cumsum(-1)
             choice = (cumulative <= chance[:, None] * cumulative[:, -1:]).sum(-1, keepdim=True)
             new = candidates.gather(1, choice).where(alive[:, None], pad)
             ids, mask = torch.cat([ids, new], 1), torch.cat([mask, alive[:, None]], 1)
-            if stop:
+            if stop_at_eos:
                 alive = alive & (new[:, 0] != eos)
-        log_probs = self.logits("policy", ids, mask, length).log_softmax(-1)
-        entropy = -(log_probs.exp() * log_probs).sum(-1)
-        log_prob = log_probs.gather(-1, ids[:, -length:, None]).squeeze(-1)
-        reference = self.log_prob("reference", ids, mask, length)
-        return ids, mask, log_prob, reference, self.value(ids, mask, length), entropy
+        log_probs = (self.log_prob(role, ids, mask, length) for role in ("policy", "reference"))
+        return ids, mask, *log_probs, self.value(ids, mask, length)
 
 
 def positions(mask):
@@ -387,84 +361,110 @@ def positions(mask):
 
 
 class RewardModel:
-    """A judge with a tokenizer of its own: text in, score out."""
+    """A judge with a tokenizer of its own: text in, score out. `name`: a classifier, or an adapter of one."""
 
     def __init__(self, name: str, label: int, device: torch.device, dtype: torch.dtype):
-        auto = AutoModelForSequenceClassification
-        if adapter := is_adapter(name):
-            auto = peft.AutoPeftModelForSequenceClassification
-        self.model = auto.from_pretrained(name, dtype=dtype, **(dict(num_labels=1) if adapter else {}))
-        self.model = self.model.to(device).eval()
-        base = name if not adapter else self.model.peft_config["default"].base_model_name_or_path
-        self.tokenizer, self.label = AutoTokenizer.from_pretrained(base, truncation_side="left"), label
-        self.tokenizer.pad_token = self.tokenizer.pad_token or self.tokenizer.eos_token
+        base, auto, options = name, AutoModelForSequenceClassification, {"dtype": dtype}
+        if find_adapter_config_file(name):
+            base = peft.PeftConfig.from_pretrained(name).base_model_name_or_path
+            auto, options["num_labels"] = peft.AutoPeftModelForSequenceClassification, 1
+        self.model, self.label = auto.from_pretrained(name, **options).to(device).eval(), label
+        self.tokenizer = load_tokenizer(base)
         self.model.config.pad_token_id = self.tokenizer.pad_token_id
-        self.max_length = self.model.config.max_position_embeddings
 
     @torch.no_grad()
     def __call__(self, texts: list[str]) -> torch.Tensor:
-        """Scores (texts,): the probability of a label or, of a model with one output, that."""
-        tokens = dict(padding=True, truncation=True, max_length=self.max_length, return_tensors="pt")
-        logits = self.model(**self.tokenizer(texts, **tokens).to(self.model.device)).logits.float()
+        """Scores (texts,): the probability of a label or, of a model with one output, that. Reads the ends."""
+        tokens = dict(padding=True, truncation=True, max_length=self.model.config.max_position_embeddings)
+        batch = self.tokenizer(texts, **tokens, return_tensors="pt").to(self.model.device)
+        logits = self.model(**batch).logits.float()
         return logits[:, 0] if logits.shape[1] == 1 else logits.softmax(-1)[:, self.label]
 
 
-def is_adapter(name: str) -> bool:
-    return bool(transformers.utils.peft_utils.find_adapter_config_file(name))
+def load_tokenizer(name: str):
+    """Where a tokenizer has no token for padding, the end of text is it: masks tell them apart."""
+    tokenizer = AutoTokenizer.from_pretrained(name, truncation_side="left")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    return tokenizer
 
 
 def aggregate(scores: torch.Tensor, how: str) -> torch.Tensor:
-    """Scores (texts,) of an ensemble: mean, min or mean-std of those (judges, texts) of its members."""
+    """Rewards (texts,): mean, min or mean-std of the scores (texts, judges) that an ensemble gave them."""
     if how == "min":
-        return scores.amin(0)
-    return scores.mean(0) - (scores.std(0, correction=0) if how == "mean-std" else 0)
+        return scores.amin(1)
+    return scores.mean(1) - (scores.std(1, correction=0) if how == "mean-std" else 0)
 
 
-def load_texts(name: str, columns: tuple[str, ...]) -> datasets.Dataset:
-    """The rows of a JSONL file or of a data set on the hub. Raises ValueError if they lack one of `columns`."""
-    path, _, split = name.partition(":")
-    try:
-        if Path(name).is_file():
-            rows = datasets.load_dataset("json", data_files=name, split="train")
-        else:
-            rows = datasets.load_dataset(path, split=split or "train")
-    except Exception as error:  # a network, a hub or a parser may fail in any way
-        reason = str(error).splitlines()[0]
-        raise ValueError(f"{name}: neither a JSONL file nor a data set on the hub ({reason})") from error
-    if missing := set(columns) - set(rows.column_names):
-        raise ValueError(f"{name}: lacks {sorted(missing)}; has {rows.column_names}")
-    return rows
+def load(args: Args) -> SimpleNamespace:
+    """What rollouts, updates and evaluations need, on the device."""
+    accelerator = Accelerator(cpu=args.device == "cpu")
+    if args.task == "toy":
+        with accelerator.main_process_first():
+            make_toy(Path(args.dataset).parent)
+    torch.manual_seed(args.seed)  # of LoRA's first weights
+    device = accelerator.device
+    cuda = device.type == "cuda"
+    fast = torch.cuda.is_bf16_supported(False) if cuda else torch.cpu.get_capabilities().get("avx512_bf16")
+    dtype = torch.bfloat16 if args.amp == "auto" and fast else torch.float32
+    judge_dtype = dtype if args.lora_r else torch.float32  # large models, as LoRA is for them
+    names = (*args.reward_model, *args.eval_reward_model)
+    judges = [RewardModel(name, args.reward_label, device, judge_dtype) for name in names]
+    model = ActorCritic(args, device, dtype)
+    trainable = [p for p in model.parameters() if p.requires_grad]
+    adamw = dict(lr=args.learning_rate, eps=args.adam_eps, weight_decay=args.weight_decay, fused=True)
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(trainable, **adamw))
+    texts, held_out = load_data(args)
+    return SimpleNamespace(
+        accelerator=accelerator, device=device, model=model, optimizer=optimizer, trainable=trainable,
+        tokenizer=load_tokenizer(args.policy_model), judges=judges, texts=texts, held_out=held_out,
+    )  # fmt: skip
 
 
-def tokenize(rows: datasets.Dataset, tokenizer, args: Args) -> tuple[list[list[int]], list[list[int]]]:
-    """Tokens of prompts, at most `prompt_length` each, and of how they really go on, `response_length`."""
-    prompts, references, eos = [], [], tokenizer.eos_token_id
+def load_data(args: Args) -> list[datasets.Dataset]:
+    """Texts to train on, and `eval_episodes` held-out ones. Raises ValueError: what is wrong, what to do."""
+    parts = []
+    for name in (args.dataset, args.eval_dataset) if args.eval_dataset else (args.dataset,):
+        hub_name, _, split = name.partition(":")
+        try:
+            if Path(name).is_file():
+                parts.append(datasets.load_dataset("json", data_files=name, split="train"))
+            else:
+                parts.append(datasets.load_dataset(hub_name, split=split or "train"))
+        except Exception as error:  # a network, a hub or a parser may fail in any way
+            raise ValueError(f"{name}: not a JSONL file nor on the hub: {str(error)[:200]!r}") from error
+        columns, there = ("prompt", "label") if args.task == "tldr" else ("text",), parts[-1].column_names
+        if not set(columns) <= set(there):
+            raise ValueError(f"{name}: must have the columns {columns}, not {there}")
+    if not args.eval_dataset:
+        parts = list(parts[0].train_test_split(test_size=0.1, seed=0).values())
+    if args.batch_size > len(parts[0]) or args.eval_episodes > len(parts[1]):
+        raise ValueError(f"{args.dataset}: {len(parts[0])} and {len(parts[1])} texts are fewer than --batch-size "
+                         f"{args.batch_size} and --eval-episodes {args.eval_episodes}")  # fmt: skip
+    return [parts[0], parts[1].shuffle(seed=0).select(range(args.eval_episodes))]
+
+
+def tokenize(rows: datasets.Dataset, tokenizer, args: Args):
+    """Texts as people wrote them, ids and mask (texts, tokens): prompts, padded on the left, and in the last
+    `response_length` columns how they go on, padded on the right."""
+    pairs, eos = [], tokenizer.eos_token_id
     for row in rows:
         if args.task == "tldr":
             prompt, reference = (tokenizer(row[c], verbose=False)["input_ids"] for c in ("prompt", "label"))
-        else:
+        else:  # the first half of a review, and how it goes on
             ids = tokenizer(row["text"], verbose=False)["input_ids"]
             prompt, reference = ids[: len(ids) // 2], ids[len(ids) // 2 :]
-        prompts.append(prompt[-args.prompt_length :] or [eos])
-        references.append((reference + [eos])[: args.response_length])
-    return prompts, references
-
-
-def pad(sequences: list[list[int]], token: int, left: bool, width: int = 0):
-    """Sequences as ids and mask (batch, longest or `width`), with `token` and false where there is nothing."""
-    width = max(width, *map(len, sequences))
-    ids, mask = (
-        torch.full((len(sequences), width), token),
-        torch.zeros(len(sequences), width, dtype=torch.bool),
-    )
-    for row, sequence in enumerate(sequences):
-        there = slice(width - len(sequence), width) if left else slice(len(sequence))
-        ids[row, there], mask[row, there] = torch.tensor(sequence), True
+        pairs.append((prompt[-args.prompt_length :] or [eos], [*reference, eos][: args.response_length]))
+    width = max(len(prompt) for prompt, _ in pairs)
+    ids = torch.full((len(pairs), width + args.response_length), tokenizer.pad_token_id)
+    mask = torch.zeros_like(ids, dtype=torch.bool)
+    for row, (prompt, reference) in enumerate(pairs):
+        tokens = slice(width - len(prompt), width + len(reference))
+        ids[row, tokens], mask[row, tokens] = torch.tensor(prompt + reference), True
     return ids, mask
 
 
 def masked_mean(x, mask):
-    """Mean of `x` where `mask` is true, both of any shape; what `x` is elsewhere, even nan, is of no account."""
+    """Mean of `x` where `mask` is true, both of any shape; nan elsewhere does no harm."""
     return torch.where(mask, x, 0).sum() / mask.sum()
 
 
@@ -475,8 +475,8 @@ def symmetric_policy_loss(log_prob, old_log_prob, advantage, mask, clip_coef, al
     `advantage`: its advantage; `mask`: true where there is a token that was sampled, over which the mean is.
     Numbers: `clip_coef`: PPO's epsilon; `alpha`, `beta` >= 0; `z` < 0.
 
-    (1 - p) / p_old is written 1 / p_old - r: the first term has no gradient but may be huge. Judge this loss by
-    its gradient, not its value.
+    (1 - p) / p_old is written 1 / p_old - r: the first term has no gradient but may be huge. Judge this loss
+    by its gradient, not its value.
     """
     ratio = (log_prob - old_log_prob).exp()
     surrogate = advantage * ratio
@@ -504,104 +504,132 @@ def compute_gae(reward, value, final_value, terminated, truncated, gamma, gae_la
     return advantage, advantage + value[:-1]
 
 
-def token_advantages(score, log_prob, reference_log_prob, value, mask, args: Args):
-    """Advantages and returns (batch, tokens) of texts with scores (batch,); arrays (batch, tokens) of sampled
-    tokens. Each token pays the penalty for leaving the reference, the last one of a text earns its score."""
-    last = mask & ~np.pad(mask, ((0, 0), (0, 1)))[:, 1:]
-    reward = np.where(mask, -args.kl_coef * (log_prob - reference_log_prob), 0) + last * score[:, None]
-    value = np.pad(np.where(mask, value, 0), ((0, 0), (0, 1)))  # the end of a text is worth nothing more
-    no = np.zeros_like(last)
-    gae = compute_gae(reward.T, value.T, no.T, last.T, no.T, args.gamma, args.gae_lambda)
-    return gae[0].T, gae[1].T
+def token_advantages(reward, log_prob, reference_log_prob, value, sampled, args: Args):
+    """Advantages and returns (texts, tokens), from rewards (texts,) and arrays (texts, tokens) of sampled
+    tokens. Each token pays for leaving the reference, the last one of a text earns its reward."""
+    last = sampled & ~np.pad(sampled, ((0, 0), (0, 1)))[:, 1:]
+    penalty = np.where(sampled, args.kl_coef * (log_prob - reference_log_prob), 0)
+    value = np.pad(np.where(sampled, value, 0), ((0, 0), (0, 1)))
+    none = np.zeros_like(last)  # every text ends, after as many tokens as there may be, too
+    arrays = (last * reward[:, None] - penalty, value, none, last, none)
+    advantage, returns = compute_gae(*(x.T for x in arrays), args.gamma, args.gae_lambda)
+    return advantage.T, returns.T
 
 
-def loss_and_metrics(
-    model, args: Args, ids, mask, old_log_prob, old_value, advantage, returns, reference, share
-):
-    """The loss of some texts of a minibatch, and what to log; tensors (batch, tokens). All are means over
-    tokens, times `share`: the part that these are of all the minibatch's tokens and of its reference's."""
-    length, sampled = advantage.shape[1], mask[:, -advantage.shape[1] :]
-    log_prob, value, cross_entropy = model("update", ids, mask, length, *reference)
+def loss_and_metrics(model, args: Args, texts: dict, advantage, share: dict):
+    """Loss of some texts of a minibatch, and what to log: means over tokens, times the `share` that they have
+    in all tokens of the minibatch. `texts`: tensors (texts, tokens), `advantage` (texts, sampled tokens)."""
+    length = advantage.shape[1]
+    sampled, old_log_prob, returns = texts["mask"][:, -length:], texts["log_prob"], texts["returns"]
+    references = [texts[name] for name in ("reference_ids", "reference_mask") if name in texts]
+    log_prob, value, reference_log_prob = model("update", texts["ids"], texts["mask"], length, *references)
     samples = (log_prob, old_log_prob, advantage, sampled, args.clip_coef)
     policy_loss = symmetric_policy_loss(*samples, args.alpha, args.beta, args.z)
-    clipped = old_value + (value - old_value).clamp(-args.clip_coef, args.clip_coef)
+    clipped = texts["value"] + (value - texts["value"]).clamp(-args.clip_coef, args.clip_coef)
     errors = torch.maximum((value - returns).square(), (clipped - returns).square())
     value_loss = 0.5 * masked_mean(errors, sampled)
-    loss = share[0] * (policy_loss + args.vf_coef * value_loss)
+    loss = share["mask"] * (policy_loss + args.vf_coef * value_loss)
     with torch.no_grad():
-        difference = log_prob - old_log_prob
-        ratio = difference.exp()
+        ratio = (log_prob - old_log_prob).exp()
         flows = advantage * ratio <= advantage * ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+        kl = ratio - 1 - (log_prob - old_log_prob)  # joschu.net/blog/kl-approx.html
         metrics = {
-            "policy": symmetric_policy_loss(*samples, 1.0, 0.0, args.z),
-            "reverse": masked_mean(torch.where(flows, args.z * advantage * ratio, 0.0), sampled),  # with gradient
-            "value": value_loss.detach(),
-            "approx_kl": masked_mean(ratio - 1 - difference, sampled),  # joschu.net/blog/kl-approx.html
+            "policy": symmetric_policy_loss(*samples, 1.0, 0.0, args.z), "value": value_loss.detach(),
+            "reverse": masked_mean(torch.where(flows, args.z * advantage * ratio, 0.0), sampled),
             "clip_fraction": masked_mean(((ratio - 1).abs() > args.clip_coef).float(), sampled),
+            "approx_kl": masked_mean(kl, sampled),
         }  # fmt: skip
-        metrics = {name: share[0] * metric for name, metric in metrics.items()}
-    if reference:
-        cross_entropy = share[1] * masked_mean(cross_entropy, reference[1][:, -length:])
+        metrics = {name: share["mask"] * metric for name, metric in metrics.items()}
+    if references:
+        cross_entropy = -share["reference_mask"] * masked_mean(reference_log_prob, references[1][:, -length:])
         loss, metrics["cross_entropy"] = loss + args.ce_coef * cross_entropy, cross_entropy.detach()
     return loss, metrics
 
 
-def generate(accelerator, model, tokenizer, judges, prompts, uniform, args: Args, greedy: bool = False):
-    """Goes on with `prompts`, each process with its share; judges the texts. Returns what `rollout` does and
-    scores (texts, judges), of all processes together, on the device."""
-    ids, mask = pad(prompts, tokenizer.pad_token_id, left=True)
+def accumulate_gradient(setup: SimpleNamespace, args: Args, batch: dict, rows, advantage) -> dict:
+    """Adds up the gradient of a minibatch, which are `rows` of a batch. Each process takes every nth text, some
+    at a time; the mean over processes of gradients and metrics is that of the minibatch as a whole."""
+    accelerator, world, length = setup.accelerator, setup.accelerator.num_processes, advantage.shape[1]
+    masks = [name for name in batch if name.endswith("mask")]
+    counts, metrics = {name: batch[name][rows, -length:].sum() for name in masks}, {}
+    parts = torch.arange(accelerator.process_index, len(rows), world).split(
+        args.micro_batch_size or len(rows)
+    )
+    for part in parts:
+        texts = {name: x[rows[part]] for name, x in batch.items()}
+        share = {name: texts[name][:, -length:].sum() * world / counts[name] for name in masks}
+        with nullcontext() if part is parts[-1] else accelerator.no_sync(setup.model):
+            loss, new = loss_and_metrics(setup.model, args, texts, advantage[part], share)
+            accelerator.backward(loss)
+        metrics = {name: metrics.get(name, 0) + metric for name, metric in new.items()}
+    return metrics
+
+
+def generate(
+    setup: SimpleNamespace, judges: list[RewardModel], prompts, mask, uniform, args: Args, top_k: int
+):
+    """Goes on with prompts (texts, tokens), each process with its part, and has the texts judged. Returns what
+    `rollout` does, and scores (texts, judges), of all processes together."""
+    accelerator, tokenizer = setup.accelerator, setup.tokenizer
     size = len(prompts) // accelerator.num_processes
     mine = slice(accelerator.process_index * size, (accelerator.process_index + 1) * size)
-    ids, mask, uniform = (x[mine].to(accelerator.device) for x in (ids, mask, uniform))
-    eos = (tokenizer.eos_token_id, args.stop_at_eos, tokenizer.pad_token_id)
-    rollout = model("rollout", ids, mask, uniform, 1 if greedy else args.top_k, *eos)
-    texts = [tokenizer.decode(x[m], skip_special_tokens=True) for x, m in zip(*rollout[:2])]
+    inputs = (x[mine].to(setup.device) for x in (prompts, mask, uniform))
+    ends = (tokenizer.eos_token_id, args.stop_at_eos, tokenizer.pad_token_id)
+    rollout = setup.model("rollout", *inputs, top_k, *ends)
+    texts = [tokenizer.decode(ids[mask], skip_special_tokens=True) for ids, mask in zip(*rollout[:2])]
     scores = torch.stack([judge(texts) for judge in judges], 1)
     return [accelerator.gather(x) for x in (*rollout, scores)]
 
 
 @torch.no_grad()
-def evaluate(accelerator, model, tokenizer, judges, texts, step: int, args: Args) -> tuple[dict, list[dict]]:
-    """A row for progress.csv and samples. Reward and what it may have cost: the KL divergence from the reference
-    in nats a text, perplexities, and the share of distinct words and pairs of words."""
-    prompts, references = tokenize(texts, tokenizer, args)
-    length, device = args.response_length, accelerator.device
-    uniform = torch.rand(len(prompts), length, generator=torch.Generator().manual_seed(args.seed + step))
-    ids, mask, log_prob, reference_log_prob, _, _, scores = generate(
-        accelerator, model, tokenizer, judges, prompts, uniform, args, args.eval_greedy
-    )
-    sampled = mask[:, -length:]
-    reward = aggregate(scores[:, : len(args.reward_model)].T, args.reward_aggregate)
-    words = [tokenizer.decode(x[m], skip_special_tokens=True) for x, m in zip(ids[:, -length:], sampled)]
-    lengths = sampled.sum(1)
+def evaluate(setup: SimpleNamespace, args: Args, step: int) -> tuple[dict, list[dict]]:
+    """A row for progress.csv, and samples. Reward and what it may have cost: the KL divergence from the
+    reference in nats a text, perplexities, and the shares of distinct words and pairs of words."""
+    device, T, tokenizer = setup.device, args.response_length, setup.tokenizer
+    real_ids, real_mask = tokenize(setup.held_out, tokenizer, args)
+    prompts, prompt_mask = real_ids[:, :-T], real_mask[:, :-T]
+    uniform = torch.rand(len(prompts), T, generator=torch.Generator().manual_seed(args.seed + step))
+    how = (args, 1 if args.eval_greedy else args.top_k)
+    generated = generate(setup, setup.judges, prompts, prompt_mask, uniform, *how)
+    ids, mask, log_prob, reference_log_prob, *_, scores = generated
+    sampled, judging = mask[:, -T:], len(args.reward_model)
+    reward = aggregate(scores[:, :judging], args.reward_aggregate)
+    real_log_prob = setup.model("log_prob", "policy", real_ids.to(device), real_mask.to(device), T)
     row = {
         "step": step, "return_mean": reward.mean().item(), "return_std": reward.std(correction=0).item(),
-        "length_mean": lengths.float().mean().item(), "episodes": len(prompts),
+        "length_mean": sampled.sum(1).float().mean().item(), "episodes": len(prompts),
         "kl": torch.where(sampled, log_prob - reference_log_prob, 0).sum(1).mean().item(),
-        "perplexity": (-masked_mean(reference_log_prob, sampled)).exp().item(),
+        "perplexity": (-masked_mean(reference_log_prob, sampled)).exp().item(),  # of samples, to the reference
+        "perplexity_real": (-masked_mean(real_log_prob, real_mask[:, -T:].to(device))).exp().item(),
     }  # fmt: skip
-    width = max(map(len, prompts))
-    ids_, mask_ = (torch.cat(pair, 1) for pair in zip(
-        pad(prompts, tokenizer.pad_token_id, True), pad(references, tokenizer.pad_token_id, False, length)
-    ))  # fmt: skip
-    log_prob = model("log_prob", "policy", ids_.to(device), mask_.to(device), length)
-    row["reference_perplexity"] = (-masked_mean(log_prob, mask_[:, width:].to(device))).exp().item()
+    texts = [tokenizer.decode(x[m], skip_special_tokens=True) for x, m in zip(ids[:, -T:], sampled)]
     for n in (1, 2):
-        grams = [gram for text in words for gram in zip(*(text.split()[i:] for i in range(n)))]
+        grams = [gram for text in texts for gram in zip(*(text.split()[i:] for i in range(n)))]
         row[f"distinct_{n}"] = len(set(grams)) / max(1, len(grams))
-    for i, name in enumerate(args.eval_reward_model, len(args.reward_model)):
-        row[f"judge_{Path(name).name}"] = scores[:, i].mean().item()
+    for name, score in zip(args.eval_reward_model, scores[:, judging:].mean(0)):
+        row[f"judge_{Path(name).name}"] = score.item()
     if args.task == "toy":
-        row["sentiment"] = float(np.mean([toy_sentiment(text) for text in words]))
+        row["sentiment"] = sum(map(toy_sentiment, texts)) / len(texts)
     if args.task == "tldr":
         scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
-        rouge = [scorer.score(true, text) for true, text in zip((row["label"] for row in texts), words)]
-        row |= {name: float(np.mean([r[name].fmeasure for r in rouge])) for name in rouge[0]}
-    samples = [
-        {"step": step, "prompt": tokenizer.decode(prompt), "continuation": text, "reward": round(r, 4)}
-        for prompt, text, r in zip(prompts[:8], words, reward.tolist())
-    ]
-    return row, samples
+        rouge = [scorer.score(label, text) for label, text in zip(setup.held_out["label"], texts)]
+        row |= {name: sum(r[name].fmeasure for r in rouge) / len(rouge) for name in rouge[0]}
+    starts = [tokenizer.decode(x[m], skip_special_tokens=True) for x, m in zip(prompts[:8], prompt_mask)]
+    columns = ("step", "prompt", "continuation", "reward")
+    return row, [dict(zip(columns, (step, *s))) for s in zip(starts, texts, reward.tolist())]
+
+
+def write_evaluations(run_dir: Path, writer, evaluations: list[dict], samples: list[dict]) -> None:
+    """Writes progress.csv and samples.jsonl, all of them, and to TensorBoard what the last evaluation gave."""
+    lines = [evaluations[-1], *(row.values() for row in evaluations)]
+    save(run_dir / "progress.csv", "".join(",".join(map(str, line)) + "\n" for line in lines))
+    save(run_dir / "samples.jsonl", "".join(json.dumps(sample) + "\n" for sample in samples))
+    step = evaluations[-1]["step"]
+    for name in evaluations[-1].keys() - {"step", "episodes"}:
+        writer.add_scalar(f"eval/{name}", evaluations[-1][name], step)
+    rows = [list(samples[0]), ["---"] * 4, *(s.values() for s in samples if s["step"] == step)]
+    cells = ([" ".join(str(x).replace("|", " ").split()) for x in row] for row in rows)
+    writer.add_text("samples", "\n".join(f"| {' | '.join(row)} |" for row in cells), step)
 
 
 def save(path: Path, content: str | dict) -> None:
@@ -629,61 +657,32 @@ def keep_freed_memory() -> None:
             ctypes.CDLL(None).mallopt(parameter, number)
 
 
-def load_data(args: Args) -> tuple[datasets.Dataset, datasets.Dataset]:
-    """Texts to train on, and `eval_episodes` held-out ones. Raises ValueError: what is wrong, what to do."""
-    columns = ("prompt", "label") if args.task == "tldr" else ("text",)
-    texts = load_texts(args.dataset, columns)
-    if args.eval_dataset:
-        held_out = load_texts(args.eval_dataset, columns)
-    else:
-        texts, held_out = texts.train_test_split(test_size=0.1, seed=0).values()
-    for what, rows, needed in (
-        ("batch-size", texts, args.batch_size),
-        ("eval-episodes", held_out, args.eval_episodes),
-    ):
-        if len(rows) < needed:
-            raise ValueError(f"--{what} {needed}: more than the {len(rows)} texts of the data set")
-    return texts, held_out.shuffle(seed=0).select(range(args.eval_episodes))
+def save_policy(actor_critic: ActorCritic, tokenizer, state: dict, folder: Path) -> None:
+    """Writes the trained policy, or its adapter, as a folder that `from_pretrained` loads."""
+    temporary = folder.with_name(folder.name + ".tmp")
+    weights = {name[7:]: weight for name, weight in state.items() if name.startswith("policy.")}
+    actor_critic.model("policy").save_pretrained(temporary, state_dict=None if actor_critic.lora else weights)
+    tokenizer.save_pretrained(temporary)
+    shutil.rmtree(folder, ignore_errors=True)
+    temporary.rename(folder)
 
 
 def train(args: Args, stop: threading.Event) -> dict | None:
     """A run, with arguments from `prepare`. Returns what is in summary.json, or None if `stop` came first."""
     started = time.perf_counter()
     keep_freed_memory()
-    accelerator = Accelerator(cpu=args.device == "cpu")
-    device, rank, world, main = (
-        accelerator.device, accelerator.process_index, accelerator.num_processes, accelerator.is_main_process
-    )  # fmt: skip
-    if args.task == "toy":
-        with accelerator.main_process_first():
-            make_toy(Path(args.dataset).parent)
-    torch.manual_seed(args.seed)
-    generator = torch.Generator().manual_seed(
-        args.seed
-    )  # the same in all processes, of all but weights and noise
+    setup = load(args)
+    accelerator, optimizer, device = setup.accelerator, setup.optimizer, setup.device
+    main = accelerator.is_main_process
+    generator = torch.Generator().manual_seed(args.seed)  # of all but weights and noisy rewards
     rng = np.random.default_rng(args.seed)  # noise on rewards
     run_dir = Path(args.resume or Path(args.runs_dir) / args.run_name)
-    cuda = device.type == "cuda"
-    fast = torch.cuda.is_bf16_supported(False) if cuda else torch.cpu.get_capabilities().get("avx512_bf16")
-    dtype = torch.bfloat16 if args.amp == "auto" and fast else torch.float32
-    texts, held_out = load_data(args)
-    tokenizer = load_tokenizer(args.policy_model)
-    judges = [
-        RewardModel(name, args.reward_label, device, dtype if args.lora_r else torch.float32)
-        for name in (*args.reward_model, *args.eval_reward_model)
-    ]
-    actor_critic = ActorCritic(args, device, dtype)
-    trainable = [p for p in actor_critic.parameters() if p.requires_grad]
-    adamw = dict(lr=args.learning_rate, eps=args.adam_eps, weight_decay=args.weight_decay, fused=True)
-    model, optimizer = accelerator.prepare(actor_critic, torch.optim.AdamW(trainable, **adamw))
-    options = distributed_state.StateDictOptions(
-        full_state_dict=True, ignore_frozen_params=True, strict=False
-    )
+    options = StateDictOptions(full_state_dict=True, ignore_frozen_params=True, strict=False)
     global_step, evaluations, samples, recent, train_seconds, wall_seconds = 0, [], [], [], 0.0, 0.0
     if (run_dir / "checkpoint.pt").is_file():
         state = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=False)
         states = {"model_state_dict": state["agent"], "optim_state_dict": state["optimizer"]}
-        distributed_state.set_state_dict(model, optimizer.optimizer, **states, options=options)
+        set_state_dict(setup.model, optimizer.optimizer, **states, options=options)
         generator.set_state(state["generator"])
         rng.bit_generator.state = state["rng"]
         global_step, evaluations, samples, recent, train_seconds, wall_seconds = state["progress"]
@@ -691,45 +690,36 @@ def train(args: Args, stop: threading.Event) -> dict | None:
         run = {"project": "symmetric-rl", "id": args.run_name, "name": args.run_name, "config": vars(args)}
         import_module("wandb").init(**run, resume="allow", sync_tensorboard=True)
     writer = SummaryWriter(run_dir, purge_step=global_step + 1) if main else None
-    B, T = args.batch_size, args.response_length
-    per_process = B // args.num_minibatches // world
-    progress_bar = tqdm(
-        total=args.total_timesteps, initial=global_step, unit=" texts", disable=None if main else True
+    total, B, T, finished, stopping = (
+        args.total_timesteps,
+        args.batch_size,
+        args.response_length,
+        False,
+        False,
     )
-    finished = stopping = False
+    progress_bar = tqdm(total=total, initial=global_step, unit=" texts", disable=None if main else True)
     while True:
-        # Evaluation, at the start and when a multiple of its frequency has been passed
+        # Evaluation and checkpoint, at the start and when a multiple of their frequency has been passed
         eval_due, save_due = (f and global_step % f < B for f in (args.eval_freq, args.checkpoint_freq))
-        if not evaluations or (evaluations[-1]["step"] < global_step and (eval_due or finished)):
-            row, new_samples = evaluate(accelerator, model, tokenizer, judges, held_out, global_step, args)
+        if not evaluations or (eval_due or finished) and evaluations[-1]["step"] < global_step:
+            row, new_samples = evaluate(setup, args, global_step)
             evaluations, samples = [*evaluations, row], [*samples, *new_samples]
             if main:
-                lines = [row, *(e.values() for e in evaluations)]
-                save(run_dir / "progress.csv", "".join(",".join(map(str, line)) + "\n" for line in lines))
-                save(run_dir / "samples.jsonl", "".join(json.dumps(s) + "\n" for s in samples))
-                for name in row.keys() - {"step", "episodes"}:
-                    writer.add_scalar(f"eval/{name}", row[name], global_step)
-                cells = [
-                    [str(x).replace("\n", " ").replace("|", " ") for x in s.values()] for s in new_samples
-                ]
-                table = [list(new_samples[0]), ["---"] * 4, *cells]
-                writer.add_text(
-                    "samples", "\n".join(f"| {' | '.join(line)} |" for line in table), global_step
-                )
+                write_evaluations(run_dir, writer, evaluations, samples)
         wall = wall_seconds + time.perf_counter() - started
         if save_due or finished or stopping:
-            states = distributed_state.get_state_dict(model, optimizer.optimizer, options=options)
+            agent, optimizer_state = get_state_dict(setup.model, optimizer.optimizer, options=options)
         if finished and main:
-            save_policy(accelerator.unwrap_model(model), tokenizer, states[0], run_dir / "policy")
+            save_policy(accelerator.unwrap_model(setup.model), setup.tokenizer, agent, run_dir / "policy")
             summary = {"script": Path(__file__).name, "algo": args.algo, "env_id": args.task} | vars(args) | {
-                "final_return_mean": row["return_mean"], "final_return_std": row["return_std"], "finished": True,
-                "first_return_mean": evaluations[0]["return_mean"], "train_return_last100": float(np.mean(recent)),
-                "sps": global_step / train_seconds, "wall_s": wall, "processes": world,
+                "first_return_mean": evaluations[0]["return_mean"], "final_return_mean": row["return_mean"],
+                "final_return_std": row["return_std"], "train_return_last100": float(np.mean(recent)),
+                "sps": global_step / train_seconds, "wall_s": wall, "finished": True,
             }  # fmt: skip
             save(run_dir / "summary.json", json.dumps(summary, indent=2))
         if main and (save_due or finished or stopping):
             save(run_dir / "checkpoint.pt", {
-                "agent": states[0], "optimizer": states[1],
+                "agent": agent, "optimizer": optimizer_state,
                 "generator": generator.get_state(), "rng": rng.bit_generator.state,
                 "progress": (global_step, evaluations, samples, recent, train_seconds, wall),
             })  # fmt: skip
@@ -739,29 +729,27 @@ def train(args: Args, stop: threading.Event) -> dict | None:
                 writer.close()
             return summary if finished and main else None
 
-        # Rollout; what is random is drawn for all processes together, of which each then does its part
+        # Rollout; what is random is drawn for all processes, of which each does its part
         iteration_started = time.perf_counter()
-        rows = torch.randperm(len(texts), generator=generator)[:B]
-        prompts, references = tokenize(texts.select(rows.tolist()), tokenizer, args)
+        rows = torch.randperm(len(setup.texts), generator=generator)[:B]
+        real_ids, real_mask = tokenize(setup.texts.select(rows.tolist()), setup.tokenizer, args)
         uniform = torch.rand(B, T, generator=generator)
-        judging = judges[: len(args.reward_model)]
-        rollout = generate(accelerator, model, tokenizer, judging, prompts, uniform, args)
-        ids, mask, old_log_prob, reference_log_prob, old_value, entropy, scores = rollout
-        sampled = mask[:, -T:].cpu()
+        judges = setup.judges[: len(args.reward_model)]
+        generated = generate(setup, judges, real_ids[:, :-T], real_mask[:, :-T], uniform, args, args.top_k)
+        ids, mask, log_prob, reference_log_prob, value, scores = generated
         global_step += B
 
         # Advantages
-        reward = aggregate(scores.T, args.reward_aggregate).cpu().numpy()
+        reward = aggregate(scores, args.reward_aggregate).cpu().numpy()
         noisy = perturb_reward(reward, args.noise, args.noise_level, rng)
-        arrays = (x.cpu().numpy() for x in (old_log_prob, reference_log_prob, old_value, sampled))
+        sampled = mask[:, -T:].cpu()
+        arrays = [x.cpu().numpy() for x in (log_prob, reference_log_prob, value, sampled)]
         gae = token_advantages(noisy, *arrays, args)
-        advantage, returns = (torch.from_numpy(x).float() for x in gae)
+        advantage, returns = (torch.as_tensor(x, dtype=torch.float32) for x in gae)
+        batch = {"ids": ids, "mask": mask, "log_prob": log_prob, "value": value}
+        batch["returns"] = returns.to(device)
         if args.ce_coef:
-            parts = (
-                pad(prompts, tokenizer.pad_token_id, True),
-                pad(references, tokenizer.pad_token_id, False, T),
-            )
-            reference_ids, reference_mask = (torch.cat(pair, 1) for pair in zip(*parts))
+            batch |= {"reference_ids": real_ids.to(device), "reference_mask": real_mask.to(device)}
 
         # Update
         metrics, sign_flips = [], []
@@ -770,121 +758,63 @@ def train(args: Args, stop: threading.Event) -> dict | None:
             mb_adv, mb_sampled = advantage[order], sampled[order]  # (minibatch, text, token)
             if args.noise == "adv_flip":
                 mb_adv = perturb_advantage(mb_adv, args.noise_level, generator)
-            if args.norm_adv:  # over the tokens that were sampled
+            if args.norm_adv:  # over the tokens that were sampled, of all processes
                 count = mb_sampled.sum((1, 2), keepdim=True)
                 mean = (mb_adv * mb_sampled).sum((1, 2), keepdim=True) / count
-                variance = ((mb_adv - mean).square() * mb_sampled).sum((1, 2), keepdim=True) / (count - 1)
+                variance = ((mb_adv - mean) * mb_sampled).square().sum((1, 2), keepdim=True) / (count - 1)
                 sign_flips.append(masked_mean(((mb_adv > 0) != (mb_adv > mean)).float(), mb_sampled))
                 mb_adv = (mb_adv - mean) / (variance.sqrt() + 1e-8)
-            for rows, adv in zip(order, mb_adv):
-                metrics.append({})
-                parts = torch.arange(rank, len(rows), world).split(args.micro_batch_size or per_process)
-                for part in parts:
-                    texts_here, reference, counts = rows[part], (), [(sampled[rows[part]], sampled[rows])]
-                    if args.ce_coef:
-                        reference = (
-                            reference_ids[texts_here].to(device),
-                            reference_mask[texts_here].to(device),
-                        )
-                        counts.append((reference_mask[texts_here, -T:], reference_mask[rows, -T:]))
-                    share = [here.sum().item() * world / all_.sum().item() for here, all_ in counts]
-                    data = (x[texts_here.to(x.device)] for x in (ids, mask, old_log_prob, old_value))
-                    learn = adv[part].to(device), returns[texts_here].to(device)
-                    with nullcontext() if part is parts[-1] else accelerator.no_sync(model):
-                        loss, new_metrics = loss_and_metrics(model, args, *data, *learn, reference, share)
-                        accelerator.backward(loss)
-                    for name, metric in new_metrics.items():
-                        metrics[-1][name] = metrics[-1].get(name, 0) + metric
-                metrics[-1]["grad_norm"] = accelerator.clip_grad_norm_(trainable, args.max_grad_norm)
+            for rows, adv in zip(order, mb_adv.to(device)):
+                metrics.append(accumulate_gradient(setup, args, batch, rows, adv))
+                metrics[-1]["grad_norm"] = accelerator.clip_grad_norm_(setup.trainable, args.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
         if not math.isfinite(metrics[-1]["grad_norm"]):
             sys.exit(f"error: gradient not finite at step {global_step}; lower --learning-rate or --beta")
-        finished = global_step >= args.total_timesteps
+        finished = global_step >= total
         stopping = accelerator.reduce(torch.tensor(float(stop.is_set()), device=device)).item() > 0
-
-        # Logging
         train_seconds += time.perf_counter() - iteration_started
         recent = [*recent, *reward.tolist()][-100:]
+
+        # Logging
         scalars = {f"losses/{k}": torch.stack([m[k] for m in metrics]).mean() for k in metrics[0]}
         scalars = {name: accelerator.reduce(x, "mean").item() for name, x in scalars.items()}
-        if main:
-            old_log_prob, reference_log_prob, entropy = (
-                x.cpu() for x in (old_log_prob, reference_log_prob, entropy)
-            )
-            kl = torch.where(sampled, old_log_prob - reference_log_prob, 0).sum(1).mean().item()
-            there = sampled.numpy()
-            scalars["losses/entropy"] = masked_mean(entropy, sampled).item()
-            scalars["losses/explained_variance"] = 1 - np.var(gae[0][there]) / np.var(gae[1][there])
-            scalars["losses/advantage_sign_flips"] = torch.tensor(sign_flips or [0.0]).mean().item()
-            scalars["losses/advantage_largest"] = abs(gae[0]).max()
-            scalars |= {"charts/SPS": global_step / train_seconds, "charts/kl": kl}
-            scalars |= {
-                "charts/episodic_return": reward.mean(),
-                "charts/episodic_length": there.sum(1).mean(),
-            }
-            for name, scalar in scalars.items():
-                writer.add_scalar(name, scalar, global_step)
-            progress_bar.update(min(global_step, args.total_timesteps) - progress_bar.n)
-            progress_bar.set_postfix_str(f"reward {reward.mean():.3f}, KL {kl:.1f}")
-
-
-def load_tokenizer(name: str):
-    """The tokenizer of a policy; where it has no token for padding, the end of text is it, as masks tell them apart."""
-    tokenizer = AutoTokenizer.from_pretrained(name)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    return tokenizer
-
-
-def save_policy(actor_critic: ActorCritic, tokenizer, state: dict, folder: Path) -> None:
-    """Writes the trained policy, or its adapter, as a folder that `from_pretrained` loads."""
-    temporary = folder.with_name(folder.name + ".tmp")
-    weights = {k.removeprefix("policy."): v for k, v in state.items() if k.startswith("policy.")}
-    actor_critic.model("policy").save_pretrained(temporary, state_dict=None if actor_critic.lora else weights)
-    tokenizer.save_pretrained(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
-    temporary.rename(folder)
+        there, kl = sampled.numpy(), np.where(sampled, arrays[0] - arrays[1], 0).sum(1).mean()
+        scalars["losses/entropy"] = -arrays[0][there].mean()  # an estimate, from the samples
+        scalars["losses/explained_variance"] = 1 - np.var(gae[0][there]) / np.var(gae[1][there])
+        scalars["losses/advantage_sign_flips"] = torch.tensor(sign_flips or [0.0]).mean().item()
+        scalars["losses/advantage_largest"] = abs(gae[0]).max()
+        scalars |= {"charts/SPS": global_step / train_seconds, "charts/kl": kl}
+        scalars |= {"charts/episodic_return": reward.mean(), "charts/episodic_length": there.sum(1).mean()}
+        for name, scalar in scalars.items() if main else ():
+            writer.add_scalar(name, scalar, global_step)
+        progress_bar.update(min(global_step, total) - progress_bar.n)
+        progress_bar.set_postfix_str(f"reward {reward.mean():.3f}, KL {kl:.1f}")
 
 
 def check_models(args: Args) -> None:
     """Raises ValueError if models or data sets are not there or do not fit."""
-    world = int(os.environ.get("WORLD_SIZE", 1))
-    if args.task == "toy":
-        positions_ = TOY_POSITIONS
-    else:
+    room = TOY_POSITIONS
+    for name in (
+        (args.policy_model, *args.reward_model, *args.eval_reward_model) if args.task != "toy" else ()
+    ):
+        try:
+            adapter = name != args.policy_model and find_adapter_config_file(name)
+            config = (peft.PeftConfig if adapter else AutoConfig).from_pretrained(name)
+            tokenizer = load_tokenizer(config.base_model_name_or_path if adapter else name)
+        except (OSError, ValueError, KeyError) as error:
+            raise ValueError(f"{name}: no model here or on the hub: {str(error)[:200]!r}") from error
+        if name == args.policy_model:
+            room = config.max_position_embeddings
+            if tokenizer.eos_token is None:
+                raise ValueError(f"{name}: its tokenizer has no end-of-text token; give it one")
+        elif not adapter and args.reward_label >= config.num_labels > 1:
+            raise ValueError(f"--reward-label {args.reward_label}: {name} has {config.id2label}")
+    if args.prompt_length + args.response_length > room:
+        both = f"--prompt-length {args.prompt_length} and --response-length {args.response_length}"
+        raise ValueError(f"{both}: together more than the model's {room} positions")
+    if args.task != "toy":
         load_data(args)
-        for name in (args.policy_model, *args.reward_model, *args.eval_reward_model):
-            try:
-                adapter = is_adapter(name)
-                config = (
-                    peft.PeftConfig.from_pretrained(name) if adapter else AutoConfig.from_pretrained(name)
-                )
-                AutoTokenizer.from_pretrained(config.base_model_name_or_path if adapter else name)
-            except (OSError, ValueError, KeyError) as error:
-                reason = str(error).splitlines()[0]
-                raise ValueError(f"{name}: no model folder here and none on the hub ({reason})") from error
-            if name == args.policy_model:
-                positions_ = config.max_position_embeddings
-                if AutoTokenizer.from_pretrained(name).eos_token_id is None:
-                    raise ValueError(
-                        f"--policy-model {name}: its tokenizer has no end-of-text token; set one"
-                    )
-            elif not adapter and args.reward_label >= config.num_labels > 1:
-                raise ValueError(
-                    f"--reward-label {args.reward_label}: {name} has the labels {config.id2label}"
-                )
-    if args.prompt_length + args.response_length > positions_:
-        raise ValueError(
-            f"--prompt-length {args.prompt_length} and --response-length {args.response_length}: "
-            f"together more than the {positions_} positions of {args.policy_model}"
-        )
-    size = args.num_minibatches * world
-    if args.batch_size % size:
-        raise ValueError(
-            f"--batch-size {args.batch_size}: must be a multiple of {size} (minibatches x processes)"
-        )
-    if args.eval_episodes % world:
-        raise ValueError(f"--eval-episodes {args.eval_episodes}: must be a multiple of the {world} processes")
 
 
 def prepare(args: Args) -> Args:
@@ -892,6 +822,7 @@ def prepare(args: Args) -> Args:
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     if args.resume:
         if replace(args, resume=None) != Args():
             raise ValueError("--resume goes on under the flags of that run: leave out all others")
@@ -902,18 +833,18 @@ def prepare(args: Args) -> Args:
             raise ValueError(f"--resume {args.resume}: a run of another script")
         saved |= {name: tuple(saved[name]) for name in ("reward_model", "eval_reward_model")}
         args = Args(**saved | {"resume": args.resume})
-    defaults = TASKS[args.task] | {
-        "noise_level": {"none": 0.0, "normal": 0.05, "uniform": 0.05}.get(args.noise, 0.1)
-    }
-    defaults["alpha"] = 1.0 if args.beta == 0 else 0.5
+    toy, settings = Path(args.runs_dir) / "toy", TASKS[args.task]
+    steps = args.total_timesteps or settings["total_timesteps"]
+    defaults = settings | dict.fromkeys(("eval_freq", "checkpoint_freq"), max(1, steps // 10)) | {
+        "alpha": 1.0 if args.beta == 0 else 0.5,
+        "noise_level": {"none": 0.0, "normal": 0.05, "uniform": 0.05}.get(args.noise, 0.1),
+    }  # fmt: skip
+    if args.dataset:
+        defaults.pop("eval_dataset", None)  # which is the other data set's
     if args.task == "toy":
-        toy = Path(args.runs_dir) / "toy"
         defaults |= {"policy_model": str(toy / "policy"), "reward_model": (str(toy / "reward"),)}
         defaults |= {"dataset": str(toy / "train.jsonl"), "eval_dataset": str(toy / "test.jsonl")}
     args = replace(args, **{name: x for name, x in defaults.items() if getattr(args, name) is None})
-    tenth = max(1, args.total_timesteps // 10)
-    frequencies = ("eval_freq", "checkpoint_freq")
-    args = replace(args, **{name: tenth for name in frequencies if getattr(args, name) is None})
     stamp = f"{args.task}__{args.algo}__{args.noise}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     args = replace(args, run_name=args.run_name or stamp)
     for names, what, valid in (
@@ -929,18 +860,22 @@ def prepare(args: Args) -> Args:
         for name in names.split():
             if not valid(getattr(args, name)):
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be {what}")
+    world, cuda = int(os.environ.get("WORLD_SIZE", 1)), torch.cuda.is_available()
     for wrong, message in (
+        (args.batch_size % (world * args.num_minibatches),
+         f"--batch-size {args.batch_size}: not a multiple of {world * args.num_minibatches} (minibatches x processes)"),
+        (args.eval_episodes % world, f"--eval-episodes {args.eval_episodes}: not a multiple of {world} processes"),
         (args.noise == "none" and args.noise_level > 0, "--noise-level: choose a kind with --noise"),
-        (args.device == "cuda" and not torch.cuda.is_available(), "--device cuda: no GPU here; use cpu"),
-        (args.load_in_4bit and not (args.lora_r and torch.cuda.is_available() and util.find_spec("bitsandbytes")),
-         "--load-in-4bit: needs --lora-r > 0, an NVIDIA GPU and bitsandbytes (pip install bitsandbytes)"),
+        (args.device == "cuda" and not cuda, "--device cuda: no GPU here; use cpu"),
+        (args.load_in_4bit and not (args.lora_r and cuda and util.find_spec("bitsandbytes")),
+         "--load-in-4bit: needs --lora-r > 0, a GPU and bitsandbytes (pip install bitsandbytes)"),
         (args.track and not util.find_spec("wandb"), "--track: pip install wandb"),
     ):  # fmt: skip
         if wrong:
             raise ValueError(message)
     check_models(args)
-    run_dir = Path(args.resume or Path(args.runs_dir) / args.run_name)
-    if os.environ.get("RANK", "0") == "0" and not args.resume:
+    run_dir = Path(args.runs_dir) / args.run_name
+    if not args.resume and os.environ.get("RANK", "0") == "0":
         try:
             run_dir.mkdir(parents=True)
         except OSError as error:
@@ -950,26 +885,25 @@ def prepare(args: Args) -> Args:
 
 
 def main() -> None:
-    first = os.environ.get("RANK", "0") == "0"  # of the processes, the one that speaks
+    first = os.environ.get("RANK", "0") == "0"  # of several processes, the one that speaks
     try:
         args = prepare(tyro.cli(Args))
     except ValueError as error:
-        print(f"error: {error}", file=sys.stderr if first else open(os.devnull, "w"))
+        print(f"error: {error}" if first else "", file=sys.stderr)
         sys.exit(2)
     stop = threading.Event()
     for signum in (signal.SIGINT, signal.SIGTERM):  # the first one asks for a checkpoint, a second one kills
         signal.signal(signum, lambda signum, _: (stop.set(), signal.signal(signum, signal.SIG_DFL)))
     run_dir = args.resume or Path(args.runs_dir) / args.run_name
     summary = train(args, stop)
-    if not first:
-        sys.exit(130 if stop.is_set() else 0)
-    if summary is None:
+    if first and summary is None:
         print(f"interrupted; to go on: python {sys.argv[0]} --resume {run_dir}", file=sys.stderr)
         sys.exit(130)
-    score = (
-        "{env_id} {algo}: reward {first_return_mean:.3f} -> {final_return_mean:.3f} ± {final_return_std:.3f}"
-    )
-    print(f"{score.format(**summary)}, {summary['sps']:.1f} texts/s, {run_dir}")
+    if first:
+        score = (
+            "{env_id} {algo}: reward {first_return_mean:.3f} -> {final_return_mean:.3f}, {sps:.1f} texts/s"
+        )
+        print(f"{score.format(**summary)}, {run_dir}")
 
 
 if __name__ == "__main__":

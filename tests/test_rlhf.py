@@ -1,0 +1,783 @@
+"""sppo_rlhf.py: tokens, masks, losses and whole runs, on models small enough to be made here."""
+
+import csv
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import threading
+import time
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import peft
+import pytest
+import torch
+import transformers
+from helpers import StopAfter
+from torch import nn
+
+import sppo_rlhf as rlhf
+
+SMALL = dict(total_timesteps=32, batch_size=8, num_minibatches=2, update_epochs=2, prompt_length=8)
+SMALL |= dict(response_length=10, eval_episodes=4, eval_freq=16, amp="off", device="cpu", run_name="run")
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory):
+    """The toy's models and texts, in a folder for runs."""
+    folder = tmp_path_factory.mktemp("runs") / "toy"
+    rlhf.make_toy(folder)
+    return folder
+
+
+@pytest.fixture(scope="session")
+def models(toy):
+    """Models that have learnt nothing, on the toy's tokenizers: name -> folder."""
+    torch.manual_seed(0)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(toy / "policy")
+    ends = {name: tokenizer.eos_token_id for name in ("bos_token_id", "eos_token_id")}
+    shape = dict(vocab_size=len(tokenizer), n_positions=64, n_embd=16, n_layer=2, n_head=2) | ends
+    gpt2 = transformers.GPT2Config(**shape, embd_pdrop=0.5, attn_pdrop=0.5, resid_pdrop=0.5)
+    gptj = transformers.GPTJConfig(**shape, rotary_dim=4)
+    folders = {name: toy.parent / "models" / name for name in ("gpt2", "gptj", "scalar", "adapter")}
+    for name, config in (("gpt2", gpt2), ("gptj", gptj)):
+        model = transformers.AutoModelForCausalLM.from_config(config)
+        for parameter in model.parameters():
+            nn.init.normal_(parameter, std=0.3)
+        model.save_pretrained(folders[name])
+        tokenizer.save_pretrained(folders[name])
+    judge_tokenizer = transformers.AutoTokenizer.from_pretrained(toy / "reward")
+    small = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
+    bert = transformers.BertConfig(
+        vocab_size=len(judge_tokenizer), max_position_embeddings=64, num_labels=1, **small
+    )
+    transformers.AutoModelForSequenceClassification.from_config(bert).save_pretrained(folders["scalar"])
+    judge_tokenizer.save_pretrained(folders["scalar"])
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(folders["gptj"], num_labels=1)
+    adapter = peft.get_peft_model(base, peft.LoraConfig(r=2, task_type="SEQ_CLS", init_lora_weights=False))
+    adapter.save_pretrained(folders["adapter"])
+    folders["adapted"] = adapter
+    return folders
+
+
+@pytest.fixture
+def run(toy, tmp_path):
+    """Trains with flags over `SMALL`, on the toy's texts. Returns (what `train` returned, the run's folder)."""
+
+    def run_(stop=None, name="a", **flags):
+        if not (tmp_path / name / "toy").exists():
+            (tmp_path / name).mkdir(exist_ok=True)
+            (tmp_path / name / "toy").symlink_to(toy)
+        args = rlhf.prepare(rlhf.Args(**SMALL | {"runs_dir": str(tmp_path / name)} | flags))
+        return rlhf.train(args, stop or threading.Event()), Path(args.runs_dir) / args.run_name
+
+    return run_
+
+
+def resume(folder):
+    return rlhf.train(rlhf.prepare(rlhf.Args(resume=str(folder))), threading.Event())
+
+
+def actor_critic(model, **flags):
+    torch.manual_seed(0)
+    actor = rlhf.ActorCritic(
+        rlhf.Args(policy_model=str(model), lora_r=flags.pop("lora_r", 0)), torch.device("cpu"), torch.float32
+    )
+    torch.manual_seed(0)
+    nn.init.normal_(actor.value_head.weight)
+    return actor
+
+
+def checkpoint(folder):
+    return torch.load(folder / "checkpoint.pt", weights_only=False)
+
+
+def weights(folder):
+    return torch.cat(
+        [w.flatten() for name, w in checkpoint(folder)["agent"].items() if "reference" not in name]
+    )
+
+
+def progress(folder):
+    with (folder / "progress.csv").open() as file:
+        return [{name: float(x) for name, x in row.items()} for row in csv.DictReader(file)]
+
+
+def ragged(seed=0, lengths=((3, 5), (7, 2), (1, 1), (5, 5)), tokens=5):
+    """Texts with prompts padded on the left and continuations on the right: ids, mask, the texts themselves."""
+    generator = torch.Generator().manual_seed(seed)
+    width = max(prompt for prompt, _ in lengths)
+    ids = torch.ones(len(lengths), width + tokens, dtype=torch.long)
+    mask, texts = torch.zeros_like(ids, dtype=torch.bool), []
+    for row, (prompt, response) in enumerate(lengths):
+        text = torch.randint(2, 100, (prompt + response,), generator=generator)
+        ids[row, width - prompt : width + response], mask[row, width - prompt : width + response] = text, True
+        texts.append((text, prompt))
+    return ids, mask, texts
+
+
+# Tokens and models
+
+
+@pytest.mark.parametrize("name", ["gpt2", "gptj"])
+@pytest.mark.parametrize("lora_r", [0, 2])
+def test_padding_changes_nothing(models, name, lora_r):
+    actor = actor_critic(models[name], lora_r=lora_r)
+    ids, mask, texts = ragged()
+    padded = actor("log_prob", "policy", ids, mask, 5), actor("value", ids, mask, 5)
+    plain = transformers.AutoModelForCausalLM.from_pretrained(models[name]).eval()
+    for row, (text, prompt) in enumerate(texts):
+        alone = text[None], torch.ones_like(text[None], dtype=torch.bool)
+        response = len(text) - prompt
+        log_prob = actor("log_prob", "policy", *alone, response)[0]
+        torch.testing.assert_close(padded[0][row, :response], log_prob, atol=1e-5, rtol=0)
+        torch.testing.assert_close(
+            padded[1][row, :response], actor("value", *alone, response)[0], atol=1e-5, rtol=0
+        )
+        expected = (
+            plain(text[None]).logits[0].log_softmax(-1)[range(prompt - 1, len(text) - 1), text[prompt:]]
+        )
+        torch.testing.assert_close(log_prob, expected, atol=1e-5, rtol=0)
+
+
+@pytest.mark.parametrize("top_k", [0, 1, 5])
+def test_a_rollout_samples_each_token_from_the_likeliest_k(models, top_k):
+    """Against a slow loop on one text at a time, without a cache."""
+    actor = actor_critic(models["gpt2"])
+    ids, mask, texts = ragged(lengths=((3, 0), (7, 0), (1, 0)), tokens=0)
+    uniform = torch.rand(3, 6, generator=torch.Generator().manual_seed(1))
+    eos = 3
+    new_ids, new_mask, log_prob, reference, value = actor("rollout", ids, mask, uniform, top_k, eos, False, 1)
+    assert torch.equal(new_ids[:, :7], ids)
+    assert new_mask[:, 7:].all()
+    for row, (text, _) in enumerate(texts):
+        for t in range(6):
+            with torch.no_grad():
+                logits = actor.policy(text[None]).logits[0, -1]
+            allowed = logits.clone()
+            allowed[eos] = -torch.inf
+            order = allowed.sort(descending=True).indices[: top_k or None]
+            probabilities = allowed[order].softmax(-1).tolist()
+            total, token = 0.0, None
+            for candidate, p in zip(order.tolist(), probabilities):
+                total += p
+                if token is None and uniform[row, t] < total:
+                    token = candidate
+            assert new_ids[row, 7 + t] == token
+            assert log_prob[row, t].item() == pytest.approx(logits.log_softmax(-1)[token].item(), abs=1e-5)
+            text = torch.cat([text, torch.tensor([token])])
+    torch.testing.assert_close(reference, log_prob)
+    torch.testing.assert_close(value, actor("value", new_ids, new_mask, 6))
+
+
+def test_a_text_ends_with_its_end_of_text(models):
+    actor = actor_critic(models["gpt2"])
+    ids, mask, _ = ragged(lengths=((3, 0), (7, 0)) * 4, tokens=0)
+    uniform = torch.rand(8, 20, generator=torch.Generator().manual_seed(1))
+    greedy = actor("rollout", ids, mask, uniform, 0, 50, True, 1)[0][:, 7:]
+    eos = greedy[0, 4].item()  # declared to be the end of text, it comes in the middle
+    new_ids, new_mask, *_ = actor("rollout", ids, mask, uniform, 0, eos, True, 1)
+    new_ids, new_mask = new_ids[:, 7:], new_mask[:, 7:]
+    lengths = set()
+    for tokens, there in zip(new_ids.tolist(), new_mask.tolist()):
+        length = tokens.index(eos) + 1 if eos in tokens else 20
+        assert there == [True] * length + [False] * (20 - length)
+        assert tokens[length:] == [1] * (20 - length)
+        lengths.add(length)
+    assert len(lengths) > 1
+    never = actor("rollout", ids, mask, uniform, 0, eos, False, 1)
+    assert eos not in never[0][:, 7:]
+    assert never[1][:, 7:].all()
+
+
+def test_the_ratio_begins_at_one_with_any_padding_and_dropout_off(models):
+    actor = actor_critic(models["gpt2"])  # its configuration asks for dropout
+    ids, mask, _ = ragged(lengths=((3, 0), (7, 0), (1, 0), (2, 0)), tokens=0)
+    uniform = torch.rand(4, 9, generator=torch.Generator().manual_seed(1))
+    ids, mask, log_prob, *_ = actor("rollout", ids, mask, uniform, 5, 3, True, 1)
+    for rows in ([0, 1, 2, 3], [0, 3], [2]):
+        new = actor("update", ids[rows], mask[rows], 9)[0]
+        ratio = (new - log_prob[rows]).exp()[mask[rows, -9:]]
+        torch.testing.assert_close(ratio, torch.ones_like(ratio), atol=1e-5, rtol=0)
+
+
+def test_the_quicker_activation_is_the_same_function(models):
+    x = torch.linspace(-8, 8, 1001)
+    gelu = transformers.activations.ACT2FN
+    torch.testing.assert_close(gelu["gelu_pytorch_tanh"](x), gelu["gelu_new"](x), atol=2e-6, rtol=0)
+
+
+def test_lora_roles_are_adapters_on_one_model(models):
+    actor = actor_critic(models["gptj"], lora_r=2)
+    ids, mask, _ = ragged()
+    for name, parameter in actor.named_parameters():
+        if "lora_B.policy" in name:
+            nn.init.normal_(parameter)
+    policy, reference = (actor("log_prob", role, ids, mask, 5) for role in ("policy", "reference"))
+    plain = actor_critic(models["gptj"])
+    torch.testing.assert_close(reference, plain("log_prob", "policy", ids, mask, 5))
+    torch.testing.assert_close(actor("value", ids, mask, 5), plain("value", ids, mask, 5))
+    assert (policy - reference).abs().max() > 0.1
+    log_prob, value, _ = actor("update", ids, mask, 5)
+    (log_prob.sum() + value.sum()).backward()
+    moved = {name for name, p in actor.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+    assert {name.split(".")[-2] for name in moved if "lora" in name} == {"policy", "critic"}
+    assert all("lora_" in name or "value_head" in name for name in moved)
+    assert all(p.requires_grad == ("lora_" in n or "value_head" in n) for n, p in actor.named_parameters())
+
+
+# Judges
+
+
+def test_a_judge_reads_texts_with_its_own_tokenizer(toy):
+    judge = rlhf.RewardModel(str(toy / "reward"), 1, torch.device("cpu"), torch.float32)
+    texts = ["the plot was superb .", "i hated it .", ""]
+    scores = judge(texts)
+    model = transformers.AutoModelForSequenceClassification.from_pretrained(toy / "reward").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(toy / "reward")
+    for text, score in zip(texts, scores):
+        with torch.no_grad():
+            logits = model(**tokenizer(text, return_tensors="pt")).logits[0]
+        assert score.item() == pytest.approx(logits.softmax(-1)[1].item(), abs=1e-5)
+    assert scores[0] > 0.5 > scores[1]
+    other = rlhf.RewardModel(str(toy / "reward"), 0, torch.device("cpu"), torch.float32)(texts)
+    torch.testing.assert_close(scores + other, torch.ones(3))
+
+
+def test_a_judge_reads_the_end_of_a_text_that_is_too_long(toy):
+    judge = rlhf.RewardModel(str(toy / "reward"), 1, torch.device("cpu"), torch.float32)
+    loved, hated = judge(
+        [
+            start + " the plot was noisy ." * 20 + end
+            for start, end in (("", " i loved it ."), ("i loved it .", " i hated it ."))
+        ]
+    )
+    assert loved > hated
+
+
+def test_a_model_with_one_output_gives_that_and_an_adapter_is_put_on_its_base(models):
+    texts = ["the plot was superb .", "i hated it ."]
+    score = rlhf.RewardModel(str(models["scalar"]), 0, torch.device("cpu"), torch.float32)(texts)
+    assert score.shape == (2,)
+    adapted = rlhf.RewardModel(str(models["adapter"]), 0, torch.device("cpu"), torch.float32)
+    tokenizer, model = adapted.tokenizer, models["adapted"].eval()
+    for text, score in zip(texts, adapted(texts)):
+        with torch.no_grad():
+            expected = model(**tokenizer(text, return_tensors="pt")).logits[0, 0]
+        assert score.item() == pytest.approx(expected.item(), abs=1e-5)
+
+
+def test_an_ensemble():
+    scores = torch.tensor([[0.2, 0.4, 0.9], [0.5, 0.5, 0.5]])
+    assert rlhf.aggregate(scores, "mean").tolist() == pytest.approx([0.5, 0.5])
+    assert rlhf.aggregate(scores, "min").tolist() == pytest.approx([0.2, 0.5])
+    std = ((0.3**2 + 0.1**2 + 0.4**2) / 3) ** 0.5
+    assert rlhf.aggregate(scores, "mean-std").tolist() == pytest.approx([0.5 - std, 0.5])
+
+
+@pytest.mark.parametrize(("text", "sentiment"), [
+    ("the plot was superb but the cast was not superb . i loved it .", 2 / 3),
+    ("was dull . i hated it .", 0.0), ("not dull", 1.0), ("the the", 0.5), ("", 0.5),
+])  # fmt: skip
+def test_the_grammars_own_truth(text, sentiment):
+    assert rlhf.toy_sentiment(text) == pytest.approx(sentiment)
+
+
+# Loss and advantages
+
+
+def random_tokens(seed=0, batch=6, tokens=5):
+    generator = torch.Generator().manual_seed(seed)
+    old = -torch.rand(batch, tokens, generator=generator, dtype=torch.float64) * 3
+    new = old + torch.randn(batch, tokens, generator=generator, dtype=torch.float64) * 0.3
+    advantage = torch.randn(batch, tokens, generator=generator, dtype=torch.float64)
+    lengths = torch.randint(1, tokens + 1, (batch, 1), generator=generator)
+    return new.requires_grad_(), old, advantage, torch.arange(tokens) < lengths
+
+
+def test_the_loss_is_a_mean_over_sampled_tokens():
+    new, old, advantage, mask = random_tokens()
+    alpha, beta, z, clip = 0.5, 0.4, -2.0, 0.2
+    total, count = 0.0, 0
+    for b in range(6):
+        for t in range(5):
+            if mask[b, t]:
+                p, p_old, a = new[b, t].exp().item(), old[b, t].exp().item(), advantage[b, t].item()
+                r = p / p_old
+                clipped = a * min(max(r, 1 - clip), 1 + clip)
+                loss = -min(a * r, clipped)
+                reverse = -a * z * (1 - p) / p_old if a * r <= clipped else 0
+                total, count = total + alpha * loss + beta * reverse, count + 1
+    assert 10 < count < 30
+    loss = rlhf.symmetric_policy_loss(new, old, advantage, mask, clip, alpha, beta, z)
+    assert loss.item() == pytest.approx(total / count, rel=1e-12)
+
+
+def test_the_gradient_is_ppos_times_k_and_nothing_flows_from_padding():
+    new, old, advantage, mask = random_tokens()
+    for hidden in (0.0, torch.inf, torch.nan):
+        a, o = advantage.masked_fill(~mask, hidden), old.masked_fill(~mask, -200.0)
+        ppo = torch.autograd.grad(rlhf.symmetric_policy_loss(new, o, a, mask, 0.2, 1.0, 0.0, -1.0), new)[0]
+        symmetric = rlhf.symmetric_policy_loss(new, o, a, mask, 0.2, 0.5, 0.4, -3.0)
+        gradient = torch.autograd.grad(symmetric, new)[0]
+        assert ppo[mask].abs().max() > 0.01
+        torch.testing.assert_close(gradient[mask], (0.5 + 0.4 * 3) * ppo[mask], rtol=1e-12, atol=1e-15)
+    assert (gradient[~mask].nan_to_num() == 0).all()
+
+
+def test_advantages_against_a_loop_over_tokens():
+    rng = np.random.default_rng(0)
+    B, T, gamma, lam, kl_coef = 5, 7, 0.9, 0.8, 0.3
+    reward, (log_prob, reference, value) = rng.normal(size=B), rng.normal(size=(3, B, T))
+    lengths = [7, 1, 4, 2, 6]
+    mask = np.arange(T) < np.array(lengths)[:, None]
+    args = rlhf.Args(gamma=gamma, gae_lambda=lam, kl_coef=kl_coef)
+    advantage, returns = rlhf.token_advantages(reward, log_prob, reference, value, mask, args)
+    for b, length in enumerate(lengths):
+        rewards = [-kl_coef * (log_prob[b, t] - reference[b, t]) for t in range(length)]
+        rewards[-1] += reward[b]
+        values = [*value[b, :length], 0.0]
+        deltas = [rewards[t] + gamma * values[t + 1] - values[t] for t in range(length)]
+        for t in range(length):
+            expected = sum((gamma * lam) ** (s - t) * deltas[s] for s in range(t, length))
+            assert advantage[b, t] == pytest.approx(expected)
+            assert returns[b, t] == pytest.approx(expected + value[b, t])
+    assert (advantage[~mask] == 0).all()
+
+
+def test_value_loss_is_clipped_around_the_old_value(models):
+    actor = actor_critic(models["gpt2"])
+    ids, mask, _ = ragged()
+    value = actor("value", ids, mask, 5).detach()
+    generator = torch.Generator().manual_seed(0)
+    old, returns = (
+        value + torch.randn(4, 5, generator=generator),
+        value + torch.randn(4, 5, generator=generator),
+    )
+    texts = {"ids": ids, "mask": mask, "log_prob": torch.zeros(4, 5), "value": old, "returns": returns}
+    args = rlhf.Args(alpha=1.0, beta=0.0, vf_coef=0.5, clip_coef=0.2)
+    _, metrics = rlhf.loss_and_metrics(actor, args, texts, torch.zeros(4, 5), {"mask": 1.0})
+    errors = []
+    for v, o, r, there in zip(*(x.flatten().tolist() for x in (value, old, returns, mask[:, -5:]))):
+        clipped = o + min(max(v - o, -0.2), 0.2)
+        errors += [0.5 * max((v - r) ** 2, (clipped - r) ** 2)] if there else []
+    assert metrics["value"].item() == pytest.approx(np.mean(errors), rel=1e-5)
+
+
+def test_texts_as_people_wrote_them(toy):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(toy / "policy")
+    rows = [
+        {"text": "the plot was superb and the cast was dull . i loved it ."},
+        {"text": "the"},
+        {"text": ""},
+    ]
+    args = rlhf.Args(task="toy", prompt_length=4, response_length=5)
+    ids, mask = rlhf.tokenize(rows, tokenizer, args)
+    whole = tokenizer(rows[0]["text"])["input_ids"]
+    half = len(whole) // 2
+    assert ids[0].tolist() == [*whole[half - 4 : half], *whole[half : half + 5]]
+    eos = tokenizer.eos_token_id
+    assert ids[1][mask[1]].tolist() == [eos, *tokenizer("the")["input_ids"], eos]
+    assert ids[2][mask[2]].tolist() == [eos, eos]
+    assert mask.tolist()[1] == [False] * 3 + [True] * 3 + [False] * 3
+
+
+# Runs
+
+
+def test_a_run_leaves_what_it_promises(run, toy):
+    summary, folder = run(seed=7, noise="uniform", ce_coef=0.1)
+    assert json.loads((folder / "summary.json").read_text()) == json.loads(json.dumps(summary))
+    expected = {"script": "sppo_rlhf.py", "algo": "sppo", "env_id": "toy", "seed": 7, "noise": "uniform"}
+    expected |= {
+        "noise_level": 0.05,
+        "alpha": 0.5,
+        "beta": 0.4,
+        "z": -1.0,
+        "total_timesteps": 32,
+        "finished": True,
+    }
+    assert {name: summary[name] for name in expected} == expected
+    assert {"final_return_std", "train_return_last100", "sps", "wall_s"} <= set(summary)
+    rows = progress(folder)
+    assert [row["step"] for row in rows] == [0, 16, 32]
+    assert list(rows[0])[:5] == ["step", "return_mean", "return_std", "length_mean", "episodes"]
+    assert rows[-1]["return_mean"] == summary["final_return_mean"]
+    assert rows[0]["kl"] == pytest.approx(0, abs=1e-5)
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
+    assert [sample["step"] for sample in samples] == [0] * 4 + [16] * 4 + [32] * 4
+    assert set(samples[0]) == {"step", "prompt", "continuation", "reward"}
+    from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+
+    events = EventAccumulator(str(folder)).Reload()
+    losses = "policy reverse value cross_entropy entropy approx_kl clip_fraction explained_variance grad_norm"
+    names = {f"losses/{name}" for name in (losses + " advantage_sign_flips advantage_largest").split()}
+    names |= {f"charts/{name}" for name in ("episodic_return", "episodic_length", "SPS", "kl")} | {"eval/kl"}
+    assert names <= set(events.Tags()["scalars"])
+    assert "samples/text_summary" in events.Tags()["tensors"]
+    assert not list(folder.glob("*.tmp"))
+
+
+def test_the_trained_policy_is_a_folder_like_any_other(run, toy):
+    _, folder = run(learning_rate=1e-2)
+    trained, before = (
+        transformers.AutoModelForCausalLM.from_pretrained(x) for x in (folder / "policy", toy / "policy")
+    )
+    state = checkpoint(folder)["agent"]
+    for name, weight in trained.named_parameters():
+        assert torch.equal(weight, state[f"policy.{name}"])
+    assert (trained.transformer.wte.weight - before.transformer.wte.weight).abs().max() > 1e-3
+    assert len(transformers.AutoTokenizer.from_pretrained(folder / "policy")) == trained.config.vocab_size
+    rlhf.check_models(
+        rlhf.prepare(
+            rlhf.Args(
+                **SMALL
+                | {"run_name": "next", "runs_dir": str(folder.parent), "policy_model": str(folder / "policy")}
+            )
+        )
+    )
+
+
+def test_evaluation_by_hand(run, toy):
+    """Perplexities, distinct words and judges from the samples of the first evaluation."""
+    _, folder = run(eval_greedy=True, eval_reward_model=(str(toy / "reward"),))
+    row = progress(folder)[0]
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()][:4]
+    words = [sample["continuation"].split() for sample in samples]
+    assert row["distinct_1"] == pytest.approx(len({w for ws in words for w in ws}) / sum(map(len, words)))
+    pairs = [pair for ws in words for pair in zip(ws, ws[1:])]
+    assert row["distinct_2"] == pytest.approx(len(set(pairs)) / len(pairs))
+    truth = [rlhf.toy_sentiment(sample["continuation"]) for sample in samples]
+    assert row["sentiment"] == pytest.approx(np.mean(truth))
+    judge = rlhf.RewardModel(str(toy / "reward"), 1, torch.device("cpu"), torch.float32)
+    scores = judge([sample["prompt"] + sample["continuation"] for sample in samples])
+    assert [sample["reward"] for sample in samples] == pytest.approx(scores.tolist(), abs=1e-5)
+    assert row["return_mean"] == pytest.approx(scores.mean().item(), abs=1e-5)
+    assert row["judge_reward"] == row["return_mean"]
+    policy = transformers.AutoModelForCausalLM.from_pretrained(toy / "policy").eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained(toy / "policy")
+    log_probs, lengths = [], []
+    for sample in samples:
+        prompt = tokenizer(sample["prompt"])["input_ids"]
+        ids, length = torch.tensor([prompt]), 0
+        while length < 10:
+            with torch.no_grad():
+                log_prob = policy(ids).logits[0, -1].log_softmax(-1)
+            log_probs.append(log_prob.max().item())
+            ids, length = torch.cat([ids, log_prob.argmax().view(1, 1)], 1), length + 1
+            if ids[0, -1] == tokenizer.eos_token_id:
+                break
+        lengths.append(length)
+        assert tokenizer.decode(ids[0, len(prompt) :], skip_special_tokens=True) == sample["continuation"]
+    assert row["length_mean"] == pytest.approx(np.mean(lengths))
+    assert row["perplexity"] == pytest.approx(np.exp(-np.mean(log_probs)), rel=1e-4)
+
+
+def test_equal_seeds_give_equal_runs_and_others_do_not(run):
+    a, b, c = (run(name=name, seed=seed)[1] for name, seed in (("a", 1), ("b", 1), ("c", 2)))
+    assert torch.equal(weights(a), weights(b))
+    assert (a / "progress.csv").read_bytes() == (b / "progress.csv").read_bytes()
+    assert not torch.equal(weights(a), weights(c))
+
+
+def test_interrupted_and_resumed_a_run_is_the_same_to_the_bit(run):
+    flags = dict(noise="normal", ce_coef=0.1)
+    _, whole = run(name="whole", **flags)
+    stopped, folder = run(name="broken", stop=StopAfter(2), **flags)
+    assert stopped is None
+    assert not (folder / "summary.json").exists()
+    assert resume(folder)["finished"]
+    for name in ("progress.csv", "samples.jsonl"):
+        assert (folder / name).read_bytes() == (whole / name).read_bytes()
+    assert torch.equal(weights(folder), weights(whole))
+
+
+def test_a_killed_run_goes_on_from_its_checkpoint_without_doubled_evaluations(run):
+    _, whole = run(name="whole")
+    _, folder = run(name="killed", stop=StopAfter(2))
+    with (folder / "progress.csv").open("a") as file:
+        file.write("24" + ",-5.5" * 10 + "\n")
+    (folder / "checkpoint.pt.tmp").write_bytes(b"half a checkpoint")
+    resume(folder)
+    assert (folder / "progress.csv").read_bytes() == (whole / "progress.csv").read_bytes()
+
+
+def test_a_finished_run_is_neither_resumed_nor_written_over(run):
+    _, folder = run()
+    with pytest.raises(ValueError, match="not the folder of a run that was interrupted"):
+        resume(folder)
+    with pytest.raises(ValueError, match="File exists"):
+        run()
+
+
+@pytest.mark.parametrize("ce_coef", [0.0, 0.1])
+def test_sppo_is_ppo_with_alpha_k(run, monkeypatch, ce_coef):
+    """In float64, since Adam would magnify the rounding of float32."""
+    original = rlhf.ActorCritic.__init__
+
+    def in_float64(self, *arguments):
+        original(self, *arguments)
+        self.double()
+
+    monkeypatch.setattr(rlhf.ActorCritic, "__init__", in_float64)
+    monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
+    k = 0.5 + 20.0
+    coefs = dict(ce_coef=ce_coef, max_grad_norm=0.5)
+    scaled = dict(ce_coef=ce_coef / k, vf_coef=0.5 / k, max_grad_norm=0.5 / k, adam_eps=1e-8 / k)
+    runs = {
+        "sppo": run(name="sppo", alpha=0.5, beta=20.0, **coefs)[1],
+        "scaled": run(name="scaled", alpha=k, beta=0.0, **coefs)[1],
+        "rest": run(name="rest", alpha=1.0, beta=0.0, **scaled)[1],
+        "ppo": run(name="ppo", alpha=1.0, beta=0.0, **coefs)[1],
+    }
+    symmetric = weights(runs["sppo"])
+    for name in ("scaled", "rest"):
+        assert (runs[name] / "samples.jsonl").read_text() == (runs["sppo"] / "samples.jsonl").read_text()
+        torch.testing.assert_close(weights(runs[name]), symmetric, rtol=0, atol=1e-7)
+    assert (weights(runs["ppo"]) - symmetric).abs().max() > 1e-5
+
+
+def test_micro_batches_add_up_to_the_minibatch(run):
+    whole, parts = (weights(run(name=str(n), micro_batch_size=n, ce_coef=0.1)[1]) for n in (None, 1))
+    torch.testing.assert_close(parts, whole, rtol=0, atol=2e-5)
+
+
+def torchrun(folder, *flags):
+    """Two processes on the CPU; returns what they printed."""
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        "29517",
+    ]
+    flags = [*flags, "--amp", "off", "--device", "cpu", "--runs-dir", str(folder), "--run-name", "run"]
+    done = subprocess.run([*command, rlhf.__file__, *flags], capture_output=True, text=True, timeout=300,
+                          env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+    return done.returncode, done.stdout + done.stderr
+
+
+@pytest.mark.parametrize("task", ["toy", "tldr"])
+def test_two_processes_do_what_one_does(run, toy, models, tmp_path, task):
+    """The same texts, and the same weights but for rounding, which Adam magnifies where gradients are near zero."""
+    flags = dict(ce_coef=0.1, noise="flip", adam_eps=1e-4, micro_batch_size=1)
+    flags |= summarisation(tmp_path, models) if task == "tldr" else {}
+    _, one = run(**flags)
+    (tmp_path / "two").mkdir()
+    (tmp_path / "two" / "toy").symlink_to(toy)
+    small = {name: x for name, x in (SMALL | flags).items() if name not in ("amp", "device", "run_name")}
+    words = [
+        str(word)
+        for name, x in small.items()
+        for word in (f"--{name.replace('_', '-')}", *(x if isinstance(x, tuple) else [x]))
+    ]
+    code, output = torchrun(tmp_path / "two", *words)
+    assert code == 0, output[-3000:]
+    assert output.count("reward") >= 1
+    two = tmp_path / "two" / "run"
+    assert (two / "samples.jsonl").read_text().count("\n") == 12
+    before, after = (
+        [json.loads(line)["continuation"] for line in (x / "samples.jsonl").open()] for x in (one, two)
+    )
+    assert before == after
+    torch.testing.assert_close(weights(two), weights(one), rtol=0, atol=2e-5)
+
+
+def summarisation(folder, models):
+    """Flags for GPT-J's architecture with LoRA on posts and summaries that are made here."""
+    rng = rlhf.random.Random(3)
+    rows = ({"prompt": f"POST: {rlhf.toy_review(rng)} TL;DR:", "label": " i loved it ."} for _ in range(40))
+    path = folder / "posts.jsonl"
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows))
+    return dict(task="tldr", policy_model=str(models["gptj"]), reward_model=(str(models["adapter"]),),
+                dataset=str(path), eval_dataset=str(path), learning_rate=1e-2)  # fmt: skip
+
+
+def test_summaries_with_lora(run, models, tmp_path):
+    summary, folder = run(**summarisation(tmp_path, models))
+    assert summary["env_id"] == "tldr"
+    rows = progress(folder)
+    assert rows[0]["kl"] == pytest.approx(0, abs=1e-4)
+    assert abs(rows[-1]["kl"]) > 1e-3
+    assert {"rouge1", "rouge2", "rougeL"} <= set(rows[0])
+    state = checkpoint(folder)["agent"]
+    assert all("lora_" in name or "value_head" in name for name in state)
+    for adapter in ("policy", "critic"):
+        assert all(w.abs().max() > 0 for name, w in state.items() if f"lora_B.{adapter}" in name)
+    base = transformers.AutoModelForCausalLM.from_pretrained(models["gptj"])
+    base.load_adapter(str(folder / "policy"))
+    loaded = {name: p for name, p in base.named_parameters() if "lora_" in name}
+    assert len(loaded) > 0
+    for name, weight in loaded.items():
+        assert torch.equal(weight, state["policy." + name.replace("default", "policy")])
+
+
+def test_the_reward_is_noisy_in_training_and_clean_in_what_is_reported(run, monkeypatch):
+    learnt = {}
+    original = rlhf.token_advantages
+
+    def recording(reward, *arguments):
+        learnt.setdefault(name, []).append(reward)
+        return original(reward, *arguments)
+
+    monkeypatch.setattr(rlhf, "token_advantages", recording)
+    for name, flags in {"clean": {}, "flipped": dict(noise="flip", noise_level=1.0)}.items():
+        summary, folder = run(name=name, total_timesteps=8, eval_freq=0, **flags)
+        learnt[name + " reported"] = summary["train_return_last100"]
+    np.testing.assert_allclose(learnt["flipped"][0], 1 - learnt["clean"][0])
+    assert learnt["clean reported"] == learnt["flipped reported"] == pytest.approx(learnt["clean"][0].mean())
+
+
+@pytest.mark.parametrize("noise", ["none", "adv_flip"])
+def test_advantages_flip_before_normalisation_anew_every_time(run, monkeypatch, noise):
+    seen, perturb_advantage = [], rlhf.perturb_advantage
+
+    def recording(advantage, level, generator):
+        noisy = perturb_advantage(advantage, level, generator)
+        seen.append((noisy != advantage).float().mean().item())
+        return noisy
+
+    monkeypatch.setattr(rlhf, "perturb_advantage", recording)
+    run(noise=noise)
+    assert len(seen) == (8 if noise == "adv_flip" else 0)
+    assert all(0 < share < 0.4 for share in seen)
+    assert len(set(seen)) > 1 or not seen
+
+
+def test_advantages_are_normalised_over_sampled_tokens(run, monkeypatch):
+    learnt, original = [], rlhf.accumulate_gradient
+
+    def recording(setup, args, batch, rows, advantage):
+        learnt.append(advantage[batch["mask"][rows, -advantage.shape[1] :]])
+        return original(setup, args, batch, rows, advantage)
+
+    monkeypatch.setattr(rlhf, "accumulate_gradient", recording)
+    run(response_length=16)
+    assert min(len(advantage) for advantage in learnt) < 8 // 2 * 16  # texts end early
+    for advantage in learnt:
+        assert advantage.mean().item() == pytest.approx(0, abs=1e-5)
+        assert advantage.std().item() == pytest.approx(1, abs=1e-3)
+
+
+def test_continuations_may_be_empty(run, toy, monkeypatch):
+    """A policy that says nothing: each text is its prompt and an end of text."""
+    policy = toy.parent / "silent"
+    if not policy.exists():
+        shutil.copytree(toy / "policy", policy)
+        model = transformers.AutoModelForCausalLM.from_pretrained(policy)
+        eos = model.config.eos_token_id
+        model.lm_head.weight = nn.Parameter(model.lm_head.weight.detach().clone())
+        model.config.tie_word_embeddings = False
+        model.transformer.ln_f.weight.data.zero_()
+        model.transformer.ln_f.bias.data.fill_(1.0)
+        model.lm_head.weight.data.fill_(0.0)
+        model.lm_head.weight.data[eos] = 1.0
+        model.save_pretrained(policy)
+    summary, folder = run(policy_model=str(policy), learning_rate=1e-9)
+    assert progress(folder)[0]["length_mean"] == 1
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").open()]
+    assert all(sample["continuation"] == "" for sample in samples)
+    assert progress(folder)[0]["sentiment"] == 0.5
+    assert np.isfinite(summary["final_return_mean"])
+
+
+def test_the_toy_learns_what_the_judge_wants_and_what_is_true(run):
+    """From .43 to .79 with the full run; half of it is enough to see it."""
+    defaults = rlhf.TASKS["toy"]
+    flags = {
+        name: defaults[name] for name in ("batch_size", "update_epochs", "prompt_length", "response_length")
+    }
+    _, folder = run(**flags, num_minibatches=4, total_timesteps=20 * 112, eval_freq=0, eval_episodes=128)
+    first, last = progress(folder)
+    assert last["return_mean"] - first["return_mean"] > 0.2
+    assert last["sentiment"] - first["sentiment"] > 0.1
+    assert last["distinct_1"] > 0.5 * first["distinct_1"]
+    assert 0 < last["kl"] < 10
+
+
+# Errors
+
+
+def local(toy, models):
+    return ["--task", "imdb", "--policy-model", str(toy / "policy"), "--reward-model", str(toy / "reward"),
+            "--dataset", str(toy / "train.jsonl"), "--prompt-length", "16", "--eval-episodes", "16"]  # fmt: skip
+
+
+@pytest.mark.parametrize(("flags", "message"), {
+    "--policy-model {none}": "no model here or on the hub",
+    "--reward-model {none}": "no model here or on the hub",
+    "--dataset {none}": "not a JSONL file nor on the hub",
+    "--dataset {other}": "must have the columns ('text',), not ['words']",
+    "--dataset {broken}": "broken.jsonl",
+    "--dataset {short}": "fewer than --batch-size 112",
+    "--eval-dataset {none}": "not a JSONL file nor on the hub",
+    "--reward-label 2": "{0: 'NEGATIVE', 1: 'POSITIVE'}",
+    "--prompt-length 60": "more than the model's 64 positions",
+    "--batch-size 10": "not a multiple of 4",
+    "--batch-size 0": "at least 1",
+    "--num-minibatches 0": "at least 1",
+    "--micro-batch-size 0": "at least 1",
+    "--beta -1": "--beta",
+    "--z 1": "negative",
+    "--noise flip --noise-level 1.5": "in [0, 1]",
+    "--noise-level 0.1": "--noise",
+    "--learning-rate 0": "positive",
+    "--load-in-4bit": "bitsandbytes",
+    "--device cuda": "use cpu",
+    "--resume nowhere": "leave out",
+    "--runs-dir /dev/null": "/dev/null",
+}.items(), ids=str)  # fmt: skip
+def test_bad_input_is_one_line_and_exit_code_2(toy, models, flags, message, tmp_path, monkeypatch, capsys):
+    monkeypatch.setenv("HF_HUB_OFFLINE", "1")
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    (tmp_path / "other.jsonl").write_text('{"words": "a"}\n')
+    (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text\n')
+    (tmp_path / "short.jsonl").write_text('{"text": "a b c"}\n' * 50)
+    files = {name: tmp_path / f"{name}.jsonl" for name in ("other", "broken", "short", "none")}
+    (tmp_path / "cwd").mkdir()
+    monkeypatch.chdir(tmp_path / "cwd")
+    monkeypatch.setattr(sys, "argv", ["sppo_rlhf.py", *local(toy, models), *flags.format(**files).split()])
+    with pytest.raises(SystemExit) as exit_:
+        rlhf.main()
+    assert exit_.value.code == 2
+    out, err = capsys.readouterr()
+    assert err.startswith("error: ")
+    assert err.count("\n") == 1
+    assert message in err
+    assert out == ""
+    assert not list(Path().iterdir())
+
+
+def test_a_checkpoint_of_another_script_is_not_resumed(tmp_path):
+    (tmp_path / "args.json").write_text(json.dumps({"args": {"env_id": "Hopper-v4"}}))
+    with pytest.raises(ValueError, match="a run of another script"):
+        resume(tmp_path)
+
+
+def test_a_signal_stops_with_a_checkpoint_and_says_how_to_go_on(toy, tmp_path):
+    (tmp_path / "toy").symlink_to(toy)
+    command = [sys.executable, rlhf.__file__, "--runs-dir", tmp_path, "--run-name", "r", "--eval-freq", "0"]
+    process = subprocess.Popen([*command, "--total-timesteps", "1000000"], stderr=subprocess.PIPE, text=True)
+    deadline = time.time() + 90
+    while not (tmp_path / "r" / "progress.csv").exists() and time.time() < deadline:
+        time.sleep(0.1)
+    process.send_signal(signal.SIGTERM)
+    _, stderr = process.communicate(timeout=60)
+    assert process.returncode == 130
+    assert f"--resume {tmp_path / 'r'}" in stderr
+    assert "Traceback" not in stderr
+    assert checkpoint(tmp_path / "r")["progress"][0] > 0
+
+
+def test_several_processes_want_a_batch_that_they_can_share(monkeypatch):
+    monkeypatch.setenv("WORLD_SIZE", "3")
+    with pytest.raises(ValueError, match="not a multiple of 12"):
+        rlhf.prepare(rlhf.Args())
+    with pytest.raises(ValueError, match="not a multiple of 3 processes"):
+        rlhf.prepare(replace(rlhf.Args(), batch_size=120))
