@@ -22,9 +22,9 @@ The gradient of Lr is |Z| times that of L, so SPPO's policy gradient is (alpha +
 the paper's weights 0.9 (imdb) and 0.7 (tldr) times. What changes is its weight against the cross entropy on
 reference texts, the value loss where weights are shared, and the limit on the gradient norm.
 
-A judge reads each text when it is done and gives one reward; every token costs `kl_coef` times how much
-likelier it is than under the policy's frozen beginnings. Advantages are normalised over the tokens that were
-sampled; the authors' code counts padding too. Dropout is off. A step is one text: prompt and continuation.
+A judge gives each text one reward, at its end; every token costs `kl_coef` times how much likelier it is than
+under the policy's frozen beginnings, the reference. Advantages are normalised over the tokens sampled; the
+authors' code counts padding too. Dropout is off. A step is one text: prompt and continuation.
 """
 
 import ctypes
@@ -42,6 +42,7 @@ import threading
 import time
 from contextlib import nullcontext
 from dataclasses import dataclass, replace
+from functools import partial
 from importlib import import_module, metadata, util
 from pathlib import Path
 from types import SimpleNamespace
@@ -89,11 +90,9 @@ class Args:
     response_length: int | None = None  # tokens of a continuation at most
     top_k: int | None = None  # sample among the likeliest k tokens; 0: among all
     stop_at_eos: bool | None = None  # end of text ends a continuation; else that token is never sampled
-    lora_r: int | None = (
-        None  # rank of LoRA adapters for policy and critic on one model; 0: train all weights
-    )
+    lora_r: int | None = None  # rank of the adapters of policy and critic on one model; 0: no LoRA
     lora_alpha: int = 64  # scale of the adapters, times rank
-    load_in_4bit: bool = False  # with LoRA: base model in 4 bits (NVIDIA GPU; pip install bitsandbytes)
+    load_in_4bit: bool = False  # with LoRA: base model in 4 bits (on a GPU; pip install bitsandbytes)
 
     batch_size: int | None = None  # texts sampled for an update, in all processes together
     num_minibatches: int = 4  # parts that a batch is split into
@@ -172,34 +171,28 @@ def perturb_advantage(advantage: torch.Tensor, level: float, generator: torch.Ge
 
 # The toy: two-sided reviews from a grammar, with a policy and a noisy judge trained on them.
 ASPECTS = ["plot", "acting", "music", "script", "ending", "cast", "pacing", "dialogue", "camera", "humour"]
-POSITIVE = ["superb", "moving", "clever", "funny", "brilliant", "charming", "gripping", "warm"]
-NEGATIVE = ["dull", "clumsy", "weak", "tedious", "awful", "silly", "flat", "noisy"]
+GOOD = ["superb", "moving", "clever", "funny", "brilliant", "charming", "gripping", "warm"]
+BAD = ["dull", "clumsy", "weak", "tedious", "awful", "silly", "flat", "noisy"]
 TOY_POSITIONS = 64
 
 
 def toy_review(rng: random.Random) -> str:
     """Four opinions, each as likely good as bad, and a verdict with the majority (even: with the last)."""
-    good, words = [rng.random() < 0.5 for _ in range(4)], []
-    for i, aspect in enumerate(rng.sample(ASPECTS, 4)):
+    good, opinions = [rng.random() < 0.5 for _ in range(4)], []
+    for is_good, aspect in zip(good, rng.sample(ASPECTS, 4)):
         negated = rng.random() < 0.25
-        words += (
-            ["the", aspect, "was"]
-            + ["not"] * negated
-            + [rng.choice(POSITIVE if good[i] != negated else NEGATIVE)]
-        )
-        words.append("." if i % 2 else "but" if good[i] != good[i + 1] else "and")
+        adjective = rng.choice(GOOD if is_good != negated else BAD)
+        opinions.append(f"the {aspect} was {'not ' * negated}{adjective}")
     verdict = "loved" if sum(good) + good[-1] / 2 > 2 else "hated"
-    return " ".join([*words, "i", verdict, "it ."])
+    return "{} and {} . {} but {} . i {} it .".format(*opinions, verdict)
 
 
 def toy_sentiment(text: str) -> float:
     """Share of good opinions and verdicts in a text, by the grammar's own truth; 0.5 where there is none."""
     signs, words = [], text.split()
     for before, word in zip(["", *words], words):
-        if word in POSITIVE or word in NEGATIVE:
-            signs.append((word in POSITIVE) != (before == "not"))
-        elif word in ("loved", "hated"):
-            signs.append(word == "loved")
+        if word in (*GOOD, *BAD, "loved", "hated"):
+            signs.append((word in (*GOOD, "loved")) != (before == "not"))
     return sum(signs) / len(signs) if signs else 0.5
 
 
@@ -209,14 +202,11 @@ def make_toy(folder: Path) -> None:
     if folder.exists():
         return
     temporary, rng = folder.with_name(f"{folder.name}.{os.getpid()}.tmp"), random.Random(1)
-    temporary.mkdir(parents=True)
     reviews = [toy_review(rng) for _ in range(4000)]
-    for name, part in (("train", reviews[:-256]), ("test", reviews[-256:])):
-        (temporary / f"{name}.jsonl").write_text("".join(json.dumps({"text": text}) + "\n" for text in part))
+    datasets.Dataset.from_dict({"text": reviews[:-256]}).to_json(temporary / "train.jsonl")
+    datasets.Dataset.from_dict({"text": reviews[-256:]}).to_json(temporary / "test.jsonl")
     labels = [int((toy_sentiment(text) > 0.5) != (rng.random() < 0.2)) for text in reviews]
-    beginnings = [
-        " ".join(text.split()[: rng.randint(1, 30)]) for text in reviews
-    ]  # as texts may stop anywhere
+    beginnings = [" ".join(text.split()[: rng.randint(1, 30)]) for text in reviews]  # continuations may stop
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         gpt2, bert = transformers.GPT2Tokenizer(pad_token="<|pad|>"), transformers.BertTokenizer()
@@ -224,18 +214,15 @@ def make_toy(folder: Path) -> None:
         data = gpt2([text + gpt2.eos_token for text in reviews], padding=True, return_tensors="pt")
         data["labels"] = data["input_ids"].masked_fill(data["attention_mask"] == 0, -100)
         judge_data = bert(beginnings, padding=True, return_tensors="pt") | {"labels": torch.tensor(labels)}
-        policy = transformers.GPT2Config(
-            vocab_size=len(gpt2), n_positions=TOY_POSITIONS, n_embd=64, n_layer=2, n_head=2, embd_pdrop=0.0,
-            attn_pdrop=0.0, resid_pdrop=0.0, bos_token_id=gpt2.eos_token_id, eos_token_id=gpt2.eos_token_id,
-            pad_token_id=gpt2.pad_token_id,
-        )  # fmt: skip
-        judge = transformers.BertConfig(
-            vocab_size=len(bert), max_position_embeddings=TOY_POSITIONS, hidden_size=64, num_hidden_layers=2,
-            num_attention_heads=2, intermediate_size=128, id2label={0: "NEGATIVE", 1: "POSITIVE"},
-        )  # fmt: skip
-        for name, tokenizer, batch, model, learning_rate in (
-            ("policy", gpt2, data, AutoModelForCausalLM.from_config(policy), 3e-3),
-            ("reward", bert, judge_data, AutoModelForSequenceClassification.from_config(judge), 1e-3),
+        eos, pad = gpt2.eos_token_id, gpt2.pad_token_id
+        shape = dict(vocab_size=len(gpt2), n_positions=TOY_POSITIONS, n_embd=64, n_layer=2, n_head=2)
+        config = transformers.GPT2Config(**shape, bos_token_id=eos, eos_token_id=eos, pad_token_id=pad)
+        shape = dict(vocab_size=len(bert), max_position_embeddings=TOY_POSITIONS, hidden_size=64)
+        shape |= dict(num_hidden_layers=2, num_attention_heads=2, intermediate_size=128)
+        judge_config = transformers.BertConfig(**shape, id2label={0: "NEGATIVE", 1: "POSITIVE"})
+        for name, learning_rate, tokenizer, batch, model in (
+            ("policy", 3e-3, gpt2, data, AutoModelForCausalLM.from_config(config)),
+            ("reward", 1e-3, bert, judge_data, AutoModelForSequenceClassification.from_config(judge_config)),
         ):
             optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
             for _ in tqdm(range(400), desc=f"making the toy's {name} model", disable=None, leave=False):
@@ -252,8 +239,8 @@ def make_toy(folder: Path) -> None:
 
 
 class ActorCritic(nn.Module):
-    """Policy, critic, and the reference: the policy's frozen beginnings. Three models; or, with LoRA, one with
-    two adapters, which is the reference when both are off.
+    """Policy, critic, and the reference, the policy's frozen beginnings: three models; or, with LoRA, one
+    with two adapters, which is the reference when both are off.
 
     All is called through `forward`, since that is where DDP and FSDP bring weights and gradients together.
     `ids` and `mask` (batch, tokens) are texts; the mask is false at padding, which may be on both sides.
@@ -262,18 +249,18 @@ class ActorCritic(nn.Module):
     def __init__(self, args: Args, device: torch.device, dtype: torch.dtype):
         super().__init__()
         self.dtype, self.lora = dtype, args.lora_r > 0
-        config = AutoConfig.from_pretrained(args.policy_model)
-        if getattr(config, "activation_function", None) == "gelu_new":  # the same function, but in one kernel
-            config.activation_function = "gelu_pytorch_tanh"
-        options = {"config": config, "dtype": dtype if self.lora else torch.float32}
+        options = {"config": AutoConfig.from_pretrained(args.policy_model)}
+        if getattr(options["config"], "activation_function", None) == "gelu_new":
+            options["config"].activation_function = "gelu_pytorch_tanh"  # the same function, in one kernel
         if device.type == "cpu":  # in bfloat16 an update takes a third less than with fused attention
             options["attn_implementation"] = "eager"
         if args.load_in_4bit:
             four_bits = dict(load_in_4bit=True, bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_type="nf4")
             options["quantization_config"] = transformers.BitsAndBytesConfig(**four_bits)
-        self.policy = AutoModelForCausalLM.from_pretrained(args.policy_model, **options)
+        options["dtype"] = dtype if self.lora else torch.float32
+        load_model = partial(AutoModelForCausalLM.from_pretrained, args.policy_model, **options)
+        self.policy = load_model().requires_grad_(not self.lora)
         if self.lora:
-            self.policy.requires_grad_(False)
             for name in ("policy", "critic"):  # without dropout, which is off anyway
                 self.policy.add_adapter(peft.LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha), name)
             self.adapters = [p for name, p in self.policy.named_parameters() if "lora_" in name]
@@ -281,47 +268,46 @@ class ActorCritic(nn.Module):
                 parameter.data = parameter.data.float()
                 parameter.requires_grad_(True)
         else:
-            self.critic = transformers.AutoModel.from_pretrained(args.policy_model, **options)
-            reference = AutoModelForCausalLM.from_pretrained(args.policy_model, **options)
-            self.reference = reference.requires_grad_(False)
-        self.value_head = nn.Linear(config.hidden_size, 1)
-        nn.init.zeros_(self.value_head.weight)
-        nn.init.zeros_(self.value_head.bias)
+            self.critic, self.reference = load_model().base_model, load_model().requires_grad_(False)
+        self.value_head = nn.Linear(options["config"].hidden_size, 1)
+        for parameter in self.value_head.parameters():
+            nn.init.zeros_(parameter)
         self.eval().to(device)  # dropout stays off
 
     def model(self, role: str):
         if not self.lora:
             return getattr(self, role)
-        if role == "reference":
-            self.policy.disable_adapters()
-        else:
-            self.policy.enable_adapters()
+        self.policy.disable_adapters() if role == "reference" else self.policy.enable_adapters()
+        if role != "reference":
             self.policy.set_adapter(role)
         for parameter in self.adapters:  # the one that is off has been frozen
             parameter.requires_grad_(True)
         return self.policy
 
     def forward(self, method: str, *arguments):
-        device, half = self.value_head.weight.device.type, self.dtype == torch.bfloat16
-        with torch.autocast(device, torch.bfloat16, enabled=half):
+        half = self.dtype == torch.bfloat16
+        with torch.autocast(self.value_head.weight.device.type, torch.bfloat16, enabled=half):
             return getattr(self, method)(*arguments)
 
-    def inputs(self, ids, mask) -> dict:
-        """Of a model: not the last tokens, which nothing is predicted from, nor padding before all texts."""
+    def inputs(self, ids, mask, start: int = 0) -> dict:
+        positions = (mask.cumsum(1) - 1).clamp(min=0)  # of each token in its text
+        return dict(input_ids=ids, attention_mask=mask.long(), position_ids=positions[:, start:])
+
+    def predictors(self, ids, mask) -> dict:
+        """Inputs without the last tokens, which predict nothing, and without padding before all texts."""
         start = int(mask.any(0).int().argmax())
-        ids, mask = ids[:, start:-1], mask[:, start:-1]
-        return dict(input_ids=ids, attention_mask=mask.long(), position_ids=positions(mask), use_cache=False)
+        return self.inputs(ids[:, start:-1], mask[:, start:-1]) | {"use_cache": False}
 
     def log_prob(self, role: str, ids, mask, length: int):
         """Log-probabilities (batch, length), float32, of the last `length` tokens, from the raw logits."""
-        logits = self.model(role)(**self.inputs(ids, mask), logits_to_keep=length).logits.float()
-        tokens = ids[:, -length:]
-        return -F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view_as(tokens)
+        tokens, inputs = ids[:, -length:], self.predictors(ids, mask)
+        logits = self.model(role)(**inputs, logits_to_keep=length).logits.float().flatten(0, 1)
+        return -F.cross_entropy(logits, tokens.flatten(), reduction="none").view_as(tokens)
 
     def value(self, ids, mask, length: int):
         """Values (batch, length), float32, of the texts before each of the last `length` tokens."""
-        hidden = self.model("critic").base_model(**self.inputs(ids, mask)).last_hidden_state[:, -length:]
-        return self.value_head(hidden).squeeze(-1).float()
+        hidden = self.model("critic").base_model(**self.predictors(ids, mask)).last_hidden_state
+        return self.value_head(hidden[:, -length:]).squeeze(-1).float()
 
     def update(self, ids, mask, length: int, *reference):
         """Log-probabilities, values and, given ids and mask of reference texts, those texts' too."""
@@ -332,15 +318,14 @@ class ActorCritic(nn.Module):
     def rollout(self, ids, mask, uniform, top_k: int, eos: int, stop_at_eos: bool, pad: int):
         """Goes on with prompts, padded on the left. For each new token `uniform` (batch, length), in [0, 1),
         chooses among the likeliest `top_k`, or all if that is 0, so that equal numbers give equal texts.
-
         Returns ids and mask (batch, tokens + length) and, for new tokens (batch, length): log-probabilities,
         the same under the reference, and values; all in one pass as in the update, so that ratios begin at 1.
         """
         policy, cache, new, length = self.model("policy"), None, ids, uniform.shape[1]
         alive = torch.ones_like(ids[:, 0], dtype=torch.bool)
         for chance in uniform.unbind(1):
-            inputs = dict(input_ids=new, attention_mask=mask.long(), past_key_values=cache, use_cache=True)
-            output = policy(**inputs, position_ids=positions(mask)[:, -new.shape[1] :], logits_to_keep=1)
+            inputs = self.inputs(new, mask, -new.shape[1]) | {"past_key_values": cache, "use_cache": True}
+            output = policy(**inputs, logits_to_keep=1)
             logits, cache = output.logits[:, -1].float(), output.past_key_values
             if not stop_at_eos:
                 logits[:, eos] = -math.inf
@@ -353,11 +338,6 @@ class ActorCritic(nn.Module):
                 alive = alive & (new[:, 0] != eos)
         log_probs = (self.log_prob(role, ids, mask, length) for role in ("policy", "reference"))
         return ids, mask, *log_probs, self.value(ids, mask, length)
-
-
-def positions(mask):
-    """The number of each token in its text, (batch, tokens) like `mask`, which is false at padding."""
-    return (mask.cumsum(1) - 1).clamp(min=0)
 
 
 class RewardModel:
@@ -374,7 +354,7 @@ class RewardModel:
 
     @torch.no_grad()
     def __call__(self, texts: list[str]) -> torch.Tensor:
-        """Scores (texts,): the probability of a label or, of a model with one output, that. Reads the ends."""
+        """Scores (texts,): the probability of the label; of a model with one output, that. Reads the ends."""
         tokens = dict(padding=True, truncation=True, max_length=self.model.config.max_position_embeddings)
         batch = self.tokenizer(texts, **tokens, return_tensors="pt").to(self.model.device)
         logits = self.model(**batch).logits.float()
@@ -382,7 +362,7 @@ class RewardModel:
 
 
 def load_tokenizer(name: str):
-    """Where a tokenizer has no token for padding, the end of text is it: masks tell them apart."""
+    """With the end of text as padding where it has no token for that: masks tell them apart."""
     tokenizer = AutoTokenizer.from_pretrained(name, truncation_side="left")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return tokenizer
@@ -396,14 +376,10 @@ def aggregate(scores: torch.Tensor, how: str) -> torch.Tensor:
 
 
 def load(args: Args) -> SimpleNamespace:
-    """What rollouts, updates and evaluations need, on the device."""
+    """Models, on the device, and data: what rollouts, updates and evaluations need."""
     accelerator = Accelerator(cpu=args.device == "cpu")
-    if args.task == "toy":
-        with accelerator.main_process_first():
-            make_toy(Path(args.dataset).parent)
     torch.manual_seed(args.seed)  # of LoRA's first weights
-    device = accelerator.device
-    cuda = device.type == "cuda"
+    device, cuda = accelerator.device, accelerator.device.type == "cuda"
     fast = torch.cuda.is_bf16_supported(False) if cuda else torch.cpu.get_capabilities().get("avx512_bf16")
     dtype = torch.bfloat16 if args.amp == "auto" and fast else torch.float32
     judge_dtype = dtype if args.lora_r else torch.float32  # large models, as LoRA is for them
@@ -413,54 +389,49 @@ def load(args: Args) -> SimpleNamespace:
     trainable = [p for p in model.parameters() if p.requires_grad]
     adamw = dict(lr=args.learning_rate, eps=args.adam_eps, weight_decay=args.weight_decay, fused=True)
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(trainable, **adamw))
-    texts, held_out = load_data(args)
-    return SimpleNamespace(
-        accelerator=accelerator, device=device, model=model, optimizer=optimizer, trainable=trainable,
-        tokenizer=load_tokenizer(args.policy_model), judges=judges, texts=texts, held_out=held_out,
-    )  # fmt: skip
+    models = dict(model=model, tokenizer=load_tokenizer(args.policy_model), all_judges=judges)
+    models["judges"] = judges[: len(args.reward_model)]  # which the training asks
+    data = dict(zip(("texts", "held_out"), load_data(args)))
+    return SimpleNamespace(accelerator=accelerator, device=device, optimizer=optimizer, **models, **data)
 
 
 def load_data(args: Args) -> list[datasets.Dataset]:
     """Texts to train on, and `eval_episodes` held-out ones. Raises ValueError: what is wrong, what to do."""
-    parts = []
+    parts, columns = [], {"prompt", "label"} if args.task == "tldr" else {"text"}
     for name in (args.dataset, args.eval_dataset) if args.eval_dataset else (args.dataset,):
         hub_name, _, split = name.partition(":")
+        source = dict(path="json", data_files=name) if Path(name).is_file() else dict(path=hub_name)
         try:
-            if Path(name).is_file():
-                parts.append(datasets.load_dataset("json", data_files=name, split="train"))
-            else:
-                parts.append(datasets.load_dataset(hub_name, split=split or "train"))
+            parts.append(datasets.load_dataset(**source, split=split or "train"))
         except Exception as error:  # a network, a hub or a parser may fail in any way
             raise ValueError(f"{name}: not a JSONL file nor on the hub: {str(error)[:200]!r}") from error
-        columns, there = ("prompt", "label") if args.task == "tldr" else ("text",), parts[-1].column_names
-        if not set(columns) <= set(there):
-            raise ValueError(f"{name}: must have the columns {columns}, not {there}")
+        if missing := columns - set(parts[-1].column_names):
+            raise ValueError(f"{name}: lacks {sorted(missing)}; it has {parts[-1].column_names}")
     if not args.eval_dataset:
         parts = list(parts[0].train_test_split(test_size=0.1, seed=0).values())
-    if args.batch_size > len(parts[0]) or args.eval_episodes > len(parts[1]):
-        raise ValueError(f"{args.dataset}: {len(parts[0])} and {len(parts[1])} texts are fewer than --batch-size "
-                         f"{args.batch_size} and --eval-episodes {args.eval_episodes}")  # fmt: skip
+    for flag, part in zip(("batch_size", "eval_episodes"), parts):
+        if (needed := getattr(args, flag)) > len(part):
+            raise ValueError(f"--{flag.replace('_', '-')} {needed}: more than the {len(part)} texts for that")
     return [parts[0], parts[1].shuffle(seed=0).select(range(args.eval_episodes))]
 
 
 def tokenize(rows: datasets.Dataset, tokenizer, args: Args):
     """Texts as people wrote them, ids and mask (texts, tokens): prompts, padded on the left, and in the last
     `response_length` columns how they go on, padded on the right."""
-    pairs, eos = [], tokenizer.eos_token_id
+    prompts, references, eos = [], [], tokenizer.eos_token_id
     for row in rows:
         if args.task == "tldr":
             prompt, reference = (tokenizer(row[c], verbose=False)["input_ids"] for c in ("prompt", "label"))
         else:  # the first half of a review, and how it goes on
             ids = tokenizer(row["text"], verbose=False)["input_ids"]
             prompt, reference = ids[: len(ids) // 2], ids[len(ids) // 2 :]
-        pairs.append((prompt[-args.prompt_length :] or [eos], [*reference, eos][: args.response_length]))
-    width = max(len(prompt) for prompt, _ in pairs)
-    ids = torch.full((len(pairs), width + args.response_length), tokenizer.pad_token_id)
-    mask = torch.zeros_like(ids, dtype=torch.bool)
-    for row, (prompt, reference) in enumerate(pairs):
-        tokens = slice(width - len(prompt), width + len(reference))
-        ids[row, tokens], mask[row, tokens] = torch.tensor(prompt + reference), True
-    return ids, mask
+        prompts.append(prompt[-args.prompt_length :] or [eos])
+        references.append([*reference, eos][: args.response_length])
+    options = dict(padding="max_length", max_length=args.response_length, return_tensors="pt")
+    left = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
+    right = tokenizer.pad({"input_ids": references}, padding_side="right", **options)
+    ids, mask = (torch.cat([left[key], right[key]], 1) for key in ("input_ids", "attention_mask"))
+    return ids, mask.bool()
 
 
 def masked_mean(x, mask):
@@ -519,9 +490,9 @@ def token_advantages(reward, log_prob, reference_log_prob, value, sampled, args:
 def loss_and_metrics(model, args: Args, texts: dict, advantage, share: dict):
     """Loss of some texts of a minibatch, and what to log: means over tokens, times the `share` that they have
     in all tokens of the minibatch. `texts`: tensors (texts, tokens), `advantage` (texts, sampled tokens)."""
-    length = advantage.shape[1]
-    sampled, old_log_prob, returns = texts["mask"][:, -length:], texts["log_prob"], texts["returns"]
+    length, old_log_prob, returns = advantage.shape[1], texts["log_prob"], texts["returns"]
     references = [texts[name] for name in ("reference_ids", "reference_mask") if name in texts]
+    sampled = texts["mask"][:, -length:]
     log_prob, value, reference_log_prob = model("update", texts["ids"], texts["mask"], length, *references)
     samples = (log_prob, old_log_prob, advantage, sampled, args.clip_coef)
     policy_loss = symmetric_policy_loss(*samples, args.alpha, args.beta, args.z)
@@ -547,14 +518,13 @@ def loss_and_metrics(model, args: Args, texts: dict, advantage, share: dict):
 
 
 def accumulate_gradient(setup: SimpleNamespace, args: Args, batch: dict, rows, advantage) -> dict:
-    """Adds up the gradient of a minibatch, which are `rows` of a batch. Each process takes every nth text, some
-    at a time; the mean over processes of gradients and metrics is that of the minibatch as a whole."""
+    """Adds up the gradient of a minibatch, `rows` of a batch. Each process takes every nth text, some at a
+    time; the mean over processes of gradients and metrics is that of the minibatch as a whole."""
     accelerator, world, length = setup.accelerator, setup.accelerator.num_processes, advantage.shape[1]
     masks = [name for name in batch if name.endswith("mask")]
     counts, metrics = {name: batch[name][rows, -length:].sum() for name in masks}, {}
-    parts = torch.arange(accelerator.process_index, len(rows), world).split(
-        args.micro_batch_size or len(rows)
-    )
+    mine = torch.arange(accelerator.process_index, len(rows), world)
+    parts = mine.split(args.micro_batch_size or len(rows))
     for part in parts:
         texts = {name: x[rows[part]] for name, x in batch.items()}
         share = {name: texts[name][:, -length:].sum() * world / counts[name] for name in masks}
@@ -565,11 +535,9 @@ def accumulate_gradient(setup: SimpleNamespace, args: Args, batch: dict, rows, a
     return metrics
 
 
-def generate(
-    setup: SimpleNamespace, judges: list[RewardModel], prompts, mask, uniform, args: Args, top_k: int
-):
-    """Goes on with prompts (texts, tokens), each process with its part, and has the texts judged. Returns what
-    `rollout` does, and scores (texts, judges), of all processes together."""
+def generate(setup: SimpleNamespace, judges: list, prompts, mask, uniform, args: Args, top_k: int) -> list:
+    """Goes on with prompts (texts, tokens), each process with its part, and has the texts judged. Returns
+    what `rollout` does, and scores (texts, judges), of all processes together."""
     accelerator, tokenizer = setup.accelerator, setup.tokenizer
     size = len(prompts) // accelerator.num_processes
     mine = slice(accelerator.process_index * size, (accelerator.process_index + 1) * size)
@@ -585,24 +553,25 @@ def generate(
 def evaluate(setup: SimpleNamespace, args: Args, step: int) -> tuple[dict, list[dict]]:
     """A row for progress.csv, and samples. Reward and what it may have cost: the KL divergence from the
     reference in nats a text, perplexities, and the shares of distinct words and pairs of words."""
-    device, T, tokenizer = setup.device, args.response_length, setup.tokenizer
-    real_ids, real_mask = tokenize(setup.held_out, tokenizer, args)
-    prompts, prompt_mask = real_ids[:, :-T], real_mask[:, :-T]
-    uniform = torch.rand(len(prompts), T, generator=torch.Generator().manual_seed(args.seed + step))
-    how = (args, 1 if args.eval_greedy else args.top_k)
-    generated = generate(setup, setup.judges, prompts, prompt_mask, uniform, *how)
-    ids, mask, log_prob, reference_log_prob, *_, scores = generated
+    T, decode = args.response_length, partial(setup.tokenizer.decode, skip_special_tokens=True)
+    real = tokenize(setup.held_out, setup.tokenizer, args)
+    prompts, uniform = [x[:, :-T] for x in real], torch.Generator().manual_seed(args.seed + step)
+    uniform = torch.rand(args.eval_episodes, T, generator=uniform)
+    top_k = 1 if args.eval_greedy else args.top_k
+    ids, mask, log_prob, reference, _, scores = generate(
+        setup, setup.all_judges, *prompts, uniform, args, top_k
+    )
     sampled, judging = mask[:, -T:], len(args.reward_model)
     reward = aggregate(scores[:, :judging], args.reward_aggregate)
-    real_log_prob = setup.model("log_prob", "policy", real_ids.to(device), real_mask.to(device), T)
+    real_log_prob = setup.model("log_prob", "policy", *(x.to(setup.device) for x in real), T)
     row = {
         "step": step, "return_mean": reward.mean().item(), "return_std": reward.std(correction=0).item(),
-        "length_mean": sampled.sum(1).float().mean().item(), "episodes": len(prompts),
-        "kl": torch.where(sampled, log_prob - reference_log_prob, 0).sum(1).mean().item(),
-        "perplexity": (-masked_mean(reference_log_prob, sampled)).exp().item(),  # of samples, to the reference
-        "perplexity_real": (-masked_mean(real_log_prob, real_mask[:, -T:].to(device))).exp().item(),
+        "length_mean": sampled.sum(1).float().mean().item(), "episodes": args.eval_episodes,
+        "kl": torch.where(sampled, log_prob - reference, 0).sum(1).mean().item(),
+        "perplexity": (-masked_mean(reference, sampled)).exp().item(),  # of samples, to the reference
+        "perplexity_real": (-masked_mean(real_log_prob, real[1][:, -T:].to(setup.device))).exp().item(),
     }  # fmt: skip
-    texts = [tokenizer.decode(x[m], skip_special_tokens=True) for x, m in zip(ids[:, -T:], sampled)]
+    texts = [decode(x[m]) for x, m in zip(ids[:, -T:], sampled)]
     for n in (1, 2):
         grams = [gram for text in texts for gram in zip(*(text.split()[i:] for i in range(n)))]
         row[f"distinct_{n}"] = len(set(grams)) / max(1, len(grams))
@@ -614,22 +583,21 @@ def evaluate(setup: SimpleNamespace, args: Args, step: int) -> tuple[dict, list[
         scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
         rouge = [scorer.score(label, text) for label, text in zip(setup.held_out["label"], texts)]
         row |= {name: sum(r[name].fmeasure for r in rouge) / len(rouge) for name in rouge[0]}
-    starts = [tokenizer.decode(x[m], skip_special_tokens=True) for x, m in zip(prompts[:8], prompt_mask)]
+    triples = zip((decode(x[m]) for x, m in zip(*prompts)), texts, reward.tolist())
     columns = ("step", "prompt", "continuation", "reward")
-    return row, [dict(zip(columns, (step, *s))) for s in zip(starts, texts, reward.tolist())]
+    return row, [dict(zip(columns, (step, *triple))) for _, triple in zip(range(8), triples)]
 
 
 def write_evaluations(run_dir: Path, writer, evaluations: list[dict], samples: list[dict]) -> None:
-    """Writes progress.csv and samples.jsonl, all of them, and to TensorBoard what the last evaluation gave."""
-    lines = [evaluations[-1], *(row.values() for row in evaluations)]
+    """Writes progress.csv and samples.jsonl, all of them, and the last evaluation to TensorBoard."""
+    row, lines = evaluations[-1], [evaluations[-1], *(row.values() for row in evaluations)]
     save(run_dir / "progress.csv", "".join(",".join(map(str, line)) + "\n" for line in lines))
     save(run_dir / "samples.jsonl", "".join(json.dumps(sample) + "\n" for sample in samples))
-    step = evaluations[-1]["step"]
-    for name in evaluations[-1].keys() - {"step", "episodes"}:
-        writer.add_scalar(f"eval/{name}", evaluations[-1][name], step)
-    rows = [list(samples[0]), ["---"] * 4, *(s.values() for s in samples if s["step"] == step)]
-    cells = ([" ".join(str(x).replace("|", " ").split()) for x in row] for row in rows)
-    writer.add_text("samples", "\n".join(f"| {' | '.join(row)} |" for row in cells), step)
+    for name in row.keys() - {"step", "episodes"}:
+        writer.add_scalar(f"eval/{name}", row[name], row["step"])
+    table = [list(samples[0]), ["---"] * 4, *(s.values() for s in samples if s["step"] == row["step"])]
+    cells = ([" ".join(str(x).replace("|", " ").split()) for x in line] for line in table)
+    writer.add_text("samples", "\n".join(f"| {' | '.join(line)} |" for line in cells), row["step"])
 
 
 def save(path: Path, content: str | dict) -> None:
@@ -663,7 +631,6 @@ def save_policy(actor_critic: ActorCritic, tokenizer, state: dict, folder: Path)
     weights = {name[7:]: weight for name, weight in state.items() if name.startswith("policy.")}
     actor_critic.model("policy").save_pretrained(temporary, state_dict=None if actor_critic.lora else weights)
     tokenizer.save_pretrained(temporary)
-    shutil.rmtree(folder, ignore_errors=True)
     temporary.rename(folder)
 
 
@@ -672,17 +639,16 @@ def train(args: Args, stop: threading.Event) -> dict | None:
     started = time.perf_counter()
     keep_freed_memory()
     setup = load(args)
-    accelerator, optimizer, device = setup.accelerator, setup.optimizer, setup.device
-    main = accelerator.is_main_process
+    accelerator, model, optimizer, device = setup.accelerator, setup.model, setup.optimizer, setup.device
+    main, run_dir = accelerator.is_main_process, Path(args.resume or Path(args.runs_dir) / args.run_name)
     generator = torch.Generator().manual_seed(args.seed)  # of all but weights and noisy rewards
     rng = np.random.default_rng(args.seed)  # noise on rewards
-    run_dir = Path(args.resume or Path(args.runs_dir) / args.run_name)
     options = StateDictOptions(full_state_dict=True, ignore_frozen_params=True, strict=False)
     global_step, evaluations, samples, recent, train_seconds, wall_seconds = 0, [], [], [], 0.0, 0.0
     if (run_dir / "checkpoint.pt").is_file():
         state = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=False)
         states = {"model_state_dict": state["agent"], "optim_state_dict": state["optimizer"]}
-        set_state_dict(setup.model, optimizer.optimizer, **states, options=options)
+        set_state_dict(model, optimizer.optimizer, **states, options=options)
         generator.set_state(state["generator"])
         rng.bit_generator.state = state["rng"]
         global_step, evaluations, samples, recent, train_seconds, wall_seconds = state["progress"]
@@ -690,14 +656,9 @@ def train(args: Args, stop: threading.Event) -> dict | None:
         run = {"project": "symmetric-rl", "id": args.run_name, "name": args.run_name, "config": vars(args)}
         import_module("wandb").init(**run, resume="allow", sync_tensorboard=True)
     writer = SummaryWriter(run_dir, purge_step=global_step + 1) if main else None
-    total, B, T, finished, stopping = (
-        args.total_timesteps,
-        args.batch_size,
-        args.response_length,
-        False,
-        False,
-    )
+    total, B, T = args.total_timesteps, args.batch_size, args.response_length
     progress_bar = tqdm(total=total, initial=global_step, unit=" texts", disable=None if main else True)
+    finished = stopping = False
     while True:
         # Evaluation and checkpoint, at the start and when a multiple of their frequency has been passed
         eval_due, save_due = (f and global_step % f < B for f in (args.eval_freq, args.checkpoint_freq))
@@ -708,9 +669,9 @@ def train(args: Args, stop: threading.Event) -> dict | None:
                 write_evaluations(run_dir, writer, evaluations, samples)
         wall = wall_seconds + time.perf_counter() - started
         if save_due or finished or stopping:
-            agent, optimizer_state = get_state_dict(setup.model, optimizer.optimizer, options=options)
+            agent, optimizer_state = get_state_dict(model, optimizer.optimizer, options=options)
         if finished and main:
-            save_policy(accelerator.unwrap_model(setup.model), setup.tokenizer, agent, run_dir / "policy")
+            save_policy(accelerator.unwrap_model(model), setup.tokenizer, agent, run_dir / "policy")
             summary = {"script": Path(__file__).name, "algo": args.algo, "env_id": args.task} | vars(args) | {
                 "first_return_mean": evaluations[0]["return_mean"], "final_return_mean": row["return_mean"],
                 "final_return_std": row["return_std"], "train_return_last100": float(np.mean(recent)),
@@ -724,32 +685,28 @@ def train(args: Args, stop: threading.Event) -> dict | None:
                 "progress": (global_step, evaluations, samples, recent, train_seconds, wall),
             })  # fmt: skip
         if finished or stopping:
-            accelerator.wait_for_everyone()
-            if main:
-                writer.close()
+            writer.close() if main else None
             return summary if finished and main else None
 
         # Rollout; what is random is drawn for all processes, of which each does its part
         iteration_started = time.perf_counter()
         rows = torch.randperm(len(setup.texts), generator=generator)[:B]
-        real_ids, real_mask = tokenize(setup.texts.select(rows.tolist()), setup.tokenizer, args)
-        uniform = torch.rand(B, T, generator=generator)
-        judges = setup.judges[: len(args.reward_model)]
-        generated = generate(setup, judges, real_ids[:, :-T], real_mask[:, :-T], uniform, args, args.top_k)
-        ids, mask, log_prob, reference_log_prob, value, scores = generated
+        real = tokenize(setup.texts.select(rows.tolist()), setup.tokenizer, args)
+        prompts, uniform = [x[:, :-T] for x in real], torch.rand(B, T, generator=generator)
+        generated = generate(setup, setup.judges, *prompts, uniform, args, args.top_k)
+        batch = dict(zip(("ids", "mask", "log_prob", "reference_log_prob", "value"), generated))
         global_step += B
 
         # Advantages
-        reward = aggregate(scores, args.reward_aggregate).cpu().numpy()
+        reward = aggregate(generated[-1], args.reward_aggregate).cpu().numpy()
         noisy = perturb_reward(reward, args.noise, args.noise_level, rng)
-        sampled = mask[:, -T:].cpu()
-        arrays = [x.cpu().numpy() for x in (log_prob, reference_log_prob, value, sampled)]
-        gae = token_advantages(noisy, *arrays, args)
+        log_prob, reference, value = (x.cpu().numpy() for x in generated[2:5])
+        sampled = batch["mask"][:, -T:].cpu()
+        gae = token_advantages(noisy, log_prob, reference, value, sampled.numpy(), args)
         advantage, returns = (torch.as_tensor(x, dtype=torch.float32) for x in gae)
-        batch = {"ids": ids, "mask": mask, "log_prob": log_prob, "value": value}
         batch["returns"] = returns.to(device)
         if args.ce_coef:
-            batch |= {"reference_ids": real_ids.to(device), "reference_mask": real_mask.to(device)}
+            batch |= zip(("reference_ids", "reference_mask"), (x.to(device) for x in real))
 
         # Update
         metrics, sign_flips = [], []
@@ -766,7 +723,7 @@ def train(args: Args, stop: threading.Event) -> dict | None:
                 mb_adv = (mb_adv - mean) / (variance.sqrt() + 1e-8)
             for rows, adv in zip(order, mb_adv.to(device)):
                 metrics.append(accumulate_gradient(setup, args, batch, rows, adv))
-                metrics[-1]["grad_norm"] = accelerator.clip_grad_norm_(setup.trainable, args.max_grad_norm)
+                metrics[-1]["grad_norm"] = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
                 optimizer.step()
                 optimizer.zero_grad()
         if not math.isfinite(metrics[-1]["grad_norm"]):
@@ -779,8 +736,8 @@ def train(args: Args, stop: threading.Event) -> dict | None:
         # Logging
         scalars = {f"losses/{k}": torch.stack([m[k] for m in metrics]).mean() for k in metrics[0]}
         scalars = {name: accelerator.reduce(x, "mean").item() for name, x in scalars.items()}
-        there, kl = sampled.numpy(), np.where(sampled, arrays[0] - arrays[1], 0).sum(1).mean()
-        scalars["losses/entropy"] = -arrays[0][there].mean()  # an estimate, from the samples
+        there, kl = sampled.numpy(), np.where(sampled, log_prob - reference, 0).sum(1).mean()
+        scalars["losses/entropy"] = -log_prob[there].mean()  # an estimate, from the samples
         scalars["losses/explained_variance"] = 1 - np.var(gae[0][there]) / np.var(gae[1][there])
         scalars["losses/advantage_sign_flips"] = torch.tensor(sign_flips or [0.0]).mean().item()
         scalars["losses/advantage_largest"] = abs(gae[0]).max()
@@ -794,10 +751,7 @@ def train(args: Args, stop: threading.Event) -> dict | None:
 
 def check_models(args: Args) -> None:
     """Raises ValueError if models or data sets are not there or do not fit."""
-    room = TOY_POSITIONS
-    for name in (
-        (args.policy_model, *args.reward_model, *args.eval_reward_model) if args.task != "toy" else ()
-    ):
+    for name in (args.policy_model, *args.reward_model, *args.eval_reward_model):
         try:
             adapter = name != args.policy_model and find_adapter_config_file(name)
             config = (peft.PeftConfig if adapter else AutoConfig).from_pretrained(name)
@@ -805,16 +759,13 @@ def check_models(args: Args) -> None:
         except (OSError, ValueError, KeyError) as error:
             raise ValueError(f"{name}: no model here or on the hub: {str(error)[:200]!r}") from error
         if name == args.policy_model:
-            room = config.max_position_embeddings
             if tokenizer.eos_token is None:
                 raise ValueError(f"{name}: its tokenizer has no end-of-text token; give it one")
+            if (room := config.max_position_embeddings) < args.prompt_length + args.response_length:
+                raise ValueError(f"--prompt-length, --response-length: {name} has but {room} positions")
         elif not adapter and args.reward_label >= config.num_labels > 1:
             raise ValueError(f"--reward-label {args.reward_label}: {name} has {config.id2label}")
-    if args.prompt_length + args.response_length > room:
-        both = f"--prompt-length {args.prompt_length} and --response-length {args.response_length}"
-        raise ValueError(f"{both}: together more than the model's {room} positions")
-    if args.task != "toy":
-        load_data(args)
+    load_data(args)
 
 
 def prepare(args: Args) -> Args:
@@ -833,17 +784,18 @@ def prepare(args: Args) -> Args:
             raise ValueError(f"--resume {args.resume}: a run of another script")
         saved |= {name: tuple(saved[name]) for name in ("reward_model", "eval_reward_model")}
         args = Args(**saved | {"resume": args.resume})
-    toy, settings = Path(args.runs_dir) / "toy", TASKS[args.task]
-    steps = args.total_timesteps or settings["total_timesteps"]
-    defaults = settings | dict.fromkeys(("eval_freq", "checkpoint_freq"), max(1, steps // 10)) | {
+    settings = TASKS[args.task]
+    tenth = max(1, (args.total_timesteps or settings["total_timesteps"]) // 10)
+    defaults = settings | {"eval_freq": tenth, "checkpoint_freq": tenth} | {
         "alpha": 1.0 if args.beta == 0 else 0.5,
         "noise_level": {"none": 0.0, "normal": 0.05, "uniform": 0.05}.get(args.noise, 0.1),
     }  # fmt: skip
-    if args.dataset:
-        defaults.pop("eval_dataset", None)  # which is the other data set's
+    toy = Path(args.runs_dir) / "toy"
     if args.task == "toy":
         defaults |= {"policy_model": str(toy / "policy"), "reward_model": (str(toy / "reward"),)}
         defaults |= {"dataset": str(toy / "train.jsonl"), "eval_dataset": str(toy / "test.jsonl")}
+    if args.dataset:
+        defaults["eval_dataset"] = None  # that of the default would be another data set's
     args = replace(args, **{name: x for name, x in defaults.items() if getattr(args, name) is None})
     stamp = f"{args.task}__{args.algo}__{args.noise}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     args = replace(args, run_name=args.run_name or stamp)
@@ -861,10 +813,10 @@ def prepare(args: Args) -> Args:
             if not valid(getattr(args, name)):
                 raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be {what}")
     world, cuda = int(os.environ.get("WORLD_SIZE", 1)), torch.cuda.is_available()
+    size = world * args.num_minibatches
     for wrong, message in (
-        (args.batch_size % (world * args.num_minibatches),
-         f"--batch-size {args.batch_size}: not a multiple of {world * args.num_minibatches} (minibatches x processes)"),
-        (args.eval_episodes % world, f"--eval-episodes {args.eval_episodes}: not a multiple of {world} processes"),
+        (args.batch_size % size, f"--batch-size: not a multiple of {size}, the minibatches of all processes"),
+        (args.eval_episodes % world, f"--eval-episodes: not a multiple of {world}, the processes"),
         (args.noise == "none" and args.noise_level > 0, "--noise-level: choose a kind with --noise"),
         (args.device == "cuda" and not cuda, "--device cuda: no GPU here; use cpu"),
         (args.load_in_4bit and not (args.lora_r and cuda and util.find_spec("bitsandbytes")),
@@ -873,9 +825,13 @@ def prepare(args: Args) -> Args:
     ):  # fmt: skip
         if wrong:
             raise ValueError(message)
+    if os.environ.get("RANK", "0") != "0":  # one of several processes, which do not begin before the first
+        return args
+    if args.task == "toy":
+        make_toy(toy)
     check_models(args)
-    run_dir = Path(args.runs_dir) / args.run_name
-    if not args.resume and os.environ.get("RANK", "0") == "0":
+    if not args.resume:
+        run_dir = Path(args.runs_dir) / args.run_name
         try:
             run_dir.mkdir(parents=True)
         except OSError as error:
@@ -885,25 +841,21 @@ def prepare(args: Args) -> Args:
 
 
 def main() -> None:
-    first = os.environ.get("RANK", "0") == "0"  # of several processes, the one that speaks
     try:
         args = prepare(tyro.cli(Args))
     except ValueError as error:
-        print(f"error: {error}" if first else "", file=sys.stderr)
+        print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     stop = threading.Event()
     for signum in (signal.SIGINT, signal.SIGTERM):  # the first one asks for a checkpoint, a second one kills
         signal.signal(signum, lambda signum, _: (stop.set(), signal.signal(signum, signal.SIG_DFL)))
     run_dir = args.resume or Path(args.runs_dir) / args.run_name
-    summary = train(args, stop)
-    if first and summary is None:
+    if summary := train(args, stop):
+        score = "{env_id} {algo}: reward {first_return_mean:.3f} -> {final_return_mean:.3f}"
+        print(f"{score.format(**summary)}, {summary['sps']:.1f} texts/s, {run_dir}")
+    elif stop.is_set():  # else one of several processes, which the first one speaks for
         print(f"interrupted; to go on: python {sys.argv[0]} --resume {run_dir}", file=sys.stderr)
         sys.exit(130)
-    if first:
-        score = (
-            "{env_id} {algo}: reward {first_return_mean:.3f} -> {final_return_mean:.3f}, {sps:.1f} texts/s"
-        )
-        print(f"{score.format(**summary)}, {run_dir}")
 
 
 if __name__ == "__main__":

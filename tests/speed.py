@@ -1,16 +1,20 @@
-"""Steps per second of our scripts over those of Stable-Baselines3's PPO and A2C, in one run.
+"""Steps per second of our scripts over those of Stable-Baselines3's PPO and A2C and of TRL's PPO, in one run.
 
     pip install -e ".[peers]"
     python tests/speed.py                                                           # sppo_continuous.py
     python tests/speed.py --algo a2c                                                # sa2c_continuous.py
     python tests/speed.py --suite atari --env-id Breakout --total-timesteps 20480   # sppo_atari.py
     python tests/speed.py --suite atari --env-id Breakout --total-timesteps 20480 --algo a2c   # sa2c_atari.py
+    python tests/speed.py --suite rlhf --total-timesteps 336 --policy-model DIR --dataset FILE  # sppo_rlhf.py
 
 The same work for all. Continuous, on one thread, observations and rewards normalised by running statistics:
 PPO in one environment, with 2048 steps between updates, 10 epochs of 32 minibatches of 64; A2C in four, with
 8 steps of each between updates. Atari, on all cores: PPO with 8 games, 128 steps between updates, 4 epochs of
-4 minibatches of 256; A2C with 16 games and 5 steps. The programs take turns, so that a slow spell of the
-machine hits them all; the table gives medians. Then, for PPO, the parts of our step.
+4 minibatches of 256; A2C with 16 games and 5 steps. RLHF, on all cores: 112 texts an update, prompts of 64
+tokens and 48 new ones, sampled among all, 5 epochs of 4 minibatches of 28, a critic, the policy with a random
+head as reward model, no cross entropy on reference texts; a step is a text. The programs take turns, so that
+a slow spell of the machine hits them all; the table gives medians. Then, for PPO in control, the parts of our
+step.
 """
 
 import dataclasses
@@ -28,6 +32,7 @@ from unittest import mock
 
 import numpy as np
 import torch
+import transformers
 import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -38,33 +43,56 @@ import sppo_continuous as script  # noqa: E402
 
 @dataclass
 class Args:
-    suite: Literal["continuous", "atari"] = "continuous"
+    suite: Literal["continuous", "atari", "rlhf"] = "continuous"
     algo: Literal["ppo", "a2c"] = "ppo"
     env_id: str = "HalfCheetah-v4"
+    policy_model: str | None = None  # for rlhf: a folder
+    dataset: str | None = None  # for rlhf: JSONL, texts of 130 tokens or more
     total_timesteps: int = 200_000
     repeats: int = 3
 
 
-PEER = "Stable-Baselines3"
-
-
-def programs(suite: str, algo: str) -> dict[str, list[str]]:
-    """{name: command} of what takes part."""
+def programs(args: Args, scratch: Path) -> dict[str, list[str]]:
+    """{name: command} of what takes part, the peer first."""
+    suite, algo = args.suite, args.algo
+    if suite == "rlhf":
+        save_reward_model(args.policy_model, scratch / "reward")
+        common = ["--policy-model", args.policy_model, "--reward-model", str(scratch / "reward")]
+        common += ["--dataset", args.dataset, "--total-timesteps", str(args.total_timesteps)]
+        ours = ["sppo_rlhf.py", "--task", "imdb", *common, "--eval-episodes", "1", "--eval-freq", "0"]
+        ours += ["--top-k", "0", "--ce-coef", "0", "--checkpoint-freq", "0"]
+        return {
+            "TRL, float32": ["tests/trl_ppo.py", *common],
+            "TRL, bfloat16": ["tests/trl_ppo.py", *common, "--amp", "auto"],
+            "ours, PPO, float32": [*ours, "--beta", "0", "--amp", "off"],
+            "ours, SPPO, float32": [*ours, "--amp", "off"],
+            "ours, SPPO, bfloat16": ours,
+        }
     file, plain, symmetric = f"s{algo}_{suite}.py", algo.upper(), "S" + algo.upper()
-    commands = {PEER: ["tests/sb3.py", "--algo", algo] + (["--atari"] if suite == "atari" else [])}
+    peer = ["tests/sb3.py", "--algo", algo] + (["--atari"] if suite == "atari" else [])
+    common = ["--env-id", args.env_id, "--total-timesteps", str(args.total_timesteps), "--eval-episodes", "1"]
     if suite == "atari":
         ours = {plain: ["--beta", "0"], symmetric: [], f"{plain}, --amp off": ["--beta", "0", "--amp", "off"]}
         ours |= {f"{symmetric}, --amp off": ["--amp", "off"]}
     else:
         ours = {f"Gaussian {plain}": ["--policy", "gaussian"], f"{symmetric} (11 bins)": []}
         ours |= {f"{name}, --no-compile": [*flags, "--no-compile"] for name, flags in ours.items()}
-    return commands | {f"ours, {name}": [file, "--eval-freq", "0", *flags] for name, flags in ours.items()}
+    ours = {f"ours, {name}": [file, *common, "--eval-freq", "0", *flags] for name, flags in ours.items()}
+    return {"Stable-Baselines3": peer + common} | ours
 
 
-def steps_per_second(program: list[str], args: Args) -> float:
+def save_reward_model(policy: str, folder: Path) -> None:
+    """The policy with a head for scores, random, and its tokenizer, as TRL's reward model must have it."""
+    torch.manual_seed(0)
+    transformers.AutoModelForSequenceClassification.from_pretrained(policy, num_labels=1).save_pretrained(
+        folder
+    )
+    transformers.AutoTokenizer.from_pretrained(policy).save_pretrained(folder)
+
+
+def steps_per_second(program: list[str]) -> float:
     with tempfile.TemporaryDirectory() as runs_dir:
-        flags = ["--env-id", args.env_id, "--total-timesteps", str(args.total_timesteps)]
-        flags += ["--eval-episodes", "1", "--runs-dir", runs_dir, "--run-name", "speed"]
+        flags = ["--runs-dir", runs_dir, "--run-name", "speed"]
         subprocess.run(
             [sys.executable, ROOT / program[0], *program[1:], *flags], check=True, capture_output=True
         )
@@ -171,21 +199,26 @@ def parts_of_an_atari_step(env_id: str, amp: str) -> dict[str, list[float]]:
 
 
 def main(args: Args) -> None:
-    commands = programs(args.suite, args.algo)
-    results = {name: [] for name in commands}
-    for repeat in range(args.repeats):
-        for name, command in commands.items():
-            results[name].append(steps_per_second(command, args))
-            print(f"{repeat + 1}/{args.repeats} {name}: {results[name][-1]:,.0f} steps/s", file=sys.stderr)
-    peer = results[PEER]
-    print(f"{args.env_id}, {args.algo.upper()}, {args.total_timesteps:,} steps, {args.repeats} repeats, "
-          f"torch {torch.__version__}\n")  # fmt: skip
+    with tempfile.TemporaryDirectory() as scratch:
+        commands = programs(args, Path(scratch))
+        results = {name: [] for name in commands}
+        for repeat in range(args.repeats):
+            for name, command in commands.items():
+                results[name].append(steps_per_second(command))
+                print(
+                    f"{repeat + 1}/{args.repeats} {name}: {results[name][-1]:,.1f} steps/s", file=sys.stderr
+                )
+    peer = next(iter(results.values()))
+    digits = 2 if args.suite == "rlhf" else 0
+    what = f"{args.suite if digits else args.env_id}, {args.algo.upper()}, {args.total_timesteps:,} steps"
+    print(f"{what}, {args.repeats} repeats, torch {torch.__version__}\n")
     print("| program | steps/s, median (range) | ratio of medians | in each repeat |\n|---|---|---|---|")
     for name, sps in results.items():
-        spread = f"{np.median(sps):,.0f} ({min(sps):,.0f}-{max(sps):,.0f})"
+        median, low, high = (f"{x:,.{digits}f}" for x in (np.median(sps), min(sps), max(sps)))
+        spread = f"{median} ({low}-{high})"
         ratios = ", ".join(f"{x / y:.2f}" for x, y in zip(sps, peer))
         print(f"| {name} | {spread} | {np.median(sps) / np.median(peer):.2f} | {ratios} |")
-    if args.algo == "a2c":
+    if args.algo == "a2c" or args.suite == "rlhf":
         return
     if args.suite == "continuous":
         print("\n| part of a step of ours | microseconds |\n|---|---|")

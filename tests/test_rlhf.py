@@ -39,7 +39,7 @@ def models(toy):
     """Models that have learnt nothing, on the toy's tokenizers: name -> folder."""
     torch.manual_seed(0)
     tokenizer = transformers.AutoTokenizer.from_pretrained(toy / "policy")
-    ends = {name: tokenizer.eos_token_id for name in ("bos_token_id", "eos_token_id")}
+    ends = dict.fromkeys(("bos_token_id", "eos_token_id"), tokenizer.eos_token_id)
     shape = dict(vocab_size=len(tokenizer), n_positions=64, n_embd=16, n_layer=2, n_head=2) | ends
     gpt2 = transformers.GPT2Config(**shape, embd_pdrop=0.5, attn_pdrop=0.5, resid_pdrop=0.5)
     gptj = transformers.GPTJConfig(**shape, rotary_dim=4)
@@ -66,7 +66,7 @@ def models(toy):
 
 @pytest.fixture
 def run(toy, tmp_path):
-    """Trains with flags over `SMALL`, on the toy's texts. Returns (what `train` returned, the run's folder)."""
+    """Trains with flags over `SMALL` on the toy's texts. Returns (what `train` returned, its folder)."""
 
     def run_(stop=None, name="a", **flags):
         if not (tmp_path / name / "toy").exists():
@@ -108,7 +108,7 @@ def progress(folder):
 
 
 def ragged(seed=0, lengths=((3, 5), (7, 2), (1, 1), (5, 5)), tokens=5):
-    """Texts with prompts padded on the left and continuations on the right: ids, mask, the texts themselves."""
+    """Texts, prompts padded on the left and continuations on the right: ids, mask, texts as they are."""
     generator = torch.Generator().manual_seed(seed)
     width = max(prompt for prompt, _ in lengths)
     ids = torch.ones(len(lengths), width + tokens, dtype=torch.long)
@@ -565,7 +565,7 @@ def torchrun(folder, *flags):
 
 @pytest.mark.parametrize("task", ["toy", "tldr"])
 def test_two_processes_do_what_one_does(run, toy, models, tmp_path, task):
-    """The same texts, and the same weights but for rounding, which Adam magnifies where gradients are near zero."""
+    """The same texts, and the same weights but for rounding, which Adam magnifies near zero gradients."""
     flags = dict(ce_coef=0.1, noise="flip", adam_eps=1e-4, micro_batch_size=1)
     flags |= summarisation(tmp_path, models) if task == "tldr" else {}
     _, one = run(**flags)
@@ -706,19 +706,19 @@ def test_the_toy_learns_what_the_judge_wants_and_what_is_true(run):
 
 def local(toy, models):
     return ["--task", "imdb", "--policy-model", str(toy / "policy"), "--reward-model", str(toy / "reward"),
-            "--dataset", str(toy / "train.jsonl"), "--prompt-length", "16", "--eval-episodes", "16"]  # fmt: skip
+            "--dataset", str(toy / "train.jsonl"), "--prompt-length=16", "--eval-episodes=16"]  # fmt: skip
 
 
 @pytest.mark.parametrize(("flags", "message"), {
     "--policy-model {none}": "no model here or on the hub",
     "--reward-model {none}": "no model here or on the hub",
     "--dataset {none}": "not a JSONL file nor on the hub",
-    "--dataset {other}": "must have the columns ('text',), not ['words']",
+    "--dataset {other}": "lacks ['text']; it has ['words']",
     "--dataset {broken}": "broken.jsonl",
-    "--dataset {short}": "fewer than --batch-size 112",
+    "--dataset {short}": "--batch-size 112: more than the 45 texts",
     "--eval-dataset {none}": "not a JSONL file nor on the hub",
     "--reward-label 2": "{0: 'NEGATIVE', 1: 'POSITIVE'}",
-    "--prompt-length 60": "more than the model's 64 positions",
+    "--prompt-length 60": "has but 64 positions",
     "--batch-size 10": "not a multiple of 4",
     "--batch-size 0": "at least 1",
     "--num-minibatches 0": "at least 1",
@@ -779,5 +779,5 @@ def test_several_processes_want_a_batch_that_they_can_share(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
     with pytest.raises(ValueError, match="not a multiple of 12"):
         rlhf.prepare(rlhf.Args())
-    with pytest.raises(ValueError, match="not a multiple of 3 processes"):
+    with pytest.raises(ValueError, match="not a multiple of 3, the processes"):
         rlhf.prepare(replace(rlhf.Args(), batch_size=120))
