@@ -81,7 +81,8 @@ class Args:
     track: bool = False  # log to Weights & Biases as well (pip install wandb)
 
     policy_model: str | None = None  # folder or hub name of a causal language model
-    reward_model: tuple[str, ...] | None = None  # folders or hub names of classifiers, or of their adapters
+    tokenizer: str | None = None  # folder or hub name of the policy's tokenizer; default: the policy's
+    reward_model: tuple[str, ...] | None = None  # folders or hub names of classifiers, or of LoRA adapters
     reward_label: int | None = None  # reward: probability of this label; a model with one output gives that
     reward_aggregate: Literal["mean", "min", "mean-std"] = "mean"  # of several reward models
     dataset: str | None = None  # JSONL file (.gz too), or hub name:split; column text (tldr: prompt, label)
@@ -100,7 +101,7 @@ class Args:
     micro_batch_size: int | None = None  # texts in a process at once in an update; default: minibatch
     learning_rate: float | None = None  # AdamW's learning rate, constant
     weight_decay: float | None = None  # AdamW's weight decay
-    adam_eps: float = 1e-8  # AdamW's epsilon
+    adam_eps: float = 1e-5  # AdamW's epsilon
     gamma: float | None = None  # discount factor, per token
     gae_lambda: float = 0.95  # lambda of generalised advantage estimation
     clip_coef: float = 0.2  # epsilon of the clip range, of ratios and of values
@@ -126,7 +127,7 @@ class Args:
         return "sppo" if self.beta else "ppo"
 
 
-# The paper's settings for imdb and tldr; those of the toy are ours.
+# The paper's settings for imdb and tldr (there in 4 bits, too); those of the toy are ours.
 TASKS = {
     "toy": dict(
         total_timesteps=40 * 112, reward_label=1, prompt_length=16, response_length=32, top_k=0,
@@ -134,7 +135,7 @@ TASKS = {
         gamma=0.99, vf_coef=0.5, ce_coef=0.0, kl_coef=0.02, beta=0.4, eval_greedy=False,
     ),
     "imdb": dict(
-        policy_model="rajkumarrrk/gpt2-fine-tuned-on-imdb-positive-reviews", reward_label=1,
+        policy_model="rajkumarrrk/gpt2-fine-tuned-on-imdb-positive-reviews", tokenizer="gpt2", reward_label=1,
         reward_model=("lvwerra/distilbert-imdb",), dataset="stanfordnlp/imdb:train",
         eval_dataset="stanfordnlp/imdb:test", total_timesteps=60 * 112, prompt_length=64, response_length=48,
         top_k=50, stop_at_eos=False, lora_r=0, batch_size=112, update_epochs=5, learning_rate=5e-6,
@@ -142,10 +143,10 @@ TASKS = {
     ),
     "tldr": dict(
         policy_model="CarperAI/openai_summarize_tldr_sft", reward_model=("jdchang/tldr_rm_adapter",),
-        reward_label=0, dataset="CarperAI/openai_summarize_tldr:train",
+        tokenizer="gpt2", reward_label=0, dataset="CarperAI/openai_summarize_tldr:train",
         eval_dataset="CarperAI/openai_summarize_tldr:valid", total_timesteps=200 * 64, prompt_length=500,
         response_length=50, top_k=0, stop_at_eos=True, lora_r=8, batch_size=64, update_epochs=4,
-        micro_batch_size=4, learning_rate=5e-6, weight_decay=0.01, gamma=1.0, vf_coef=0.1, ce_coef=0.0,
+        micro_batch_size=4, learning_rate=5e-6, weight_decay=0.01, gamma=1.0, vf_coef=0.1, ce_coef=0.1,
         kl_coef=0.002, beta=0.2, eval_greedy=True,
     ),
 }  # fmt: skip
@@ -272,6 +273,7 @@ class ActorCritic(nn.Module):
         self.value_head = nn.Linear(options["config"].hidden_size, 1)
         for parameter in self.value_head.parameters():
             nn.init.zeros_(parameter)
+        self._no_split_modules, self.tie_weights = self.policy._no_split_modules, self.policy.tie_weights
         self.eval().to(device)  # dropout stays off
 
     def model(self, role: str):
@@ -298,11 +300,20 @@ class ActorCritic(nn.Module):
         start = int(mask.any(0).int().argmax())
         return self.inputs(ids[:, start:-1], mask[:, start:-1]) | {"use_cache": False}
 
+    def logits(self, role: str, inputs: dict, length: int):
+        """Logits (batch, length, vocabulary) of the last positions, in float32: bfloat16 has but 8 bits."""
+        model = self.model(role)
+        hidden = model.base_model(**inputs)
+        head, last = model.get_output_embeddings(), hidden.last_hidden_state[:, -length:].float()
+        with torch.autocast(last.device.type, enabled=False):
+            bias = None if head.bias is None else head.bias.float()
+            return F.linear(last, head.weight.float(), bias), hidden.past_key_values
+
     def log_prob(self, role: str, ids, mask, length: int):
-        """Log-probabilities (batch, length), float32, of the last `length` tokens, from the raw logits."""
-        tokens, inputs = ids[:, -length:], self.predictors(ids, mask)
-        logits = self.model(role)(**inputs, logits_to_keep=length).logits.float().flatten(0, 1)
-        return -F.cross_entropy(logits, tokens.flatten(), reduction="none").view_as(tokens)
+        """Log-probabilities (batch, length), float32, of the last `length` tokens."""
+        logits, _ = self.logits(role, self.predictors(ids, mask), length)
+        tokens = ids[:, -length:]
+        return -F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view_as(tokens)
 
     def value(self, ids, mask, length: int):
         """Values (batch, length), float32, of the texts before each of the last `length` tokens."""
@@ -321,15 +332,15 @@ class ActorCritic(nn.Module):
         Returns ids and mask (batch, tokens + length) and, for new tokens (batch, length): log-probabilities,
         the same under the reference, and values; all in one pass as in the update, so that ratios begin at 1.
         """
-        policy, cache, new, length = self.model("policy"), None, ids, uniform.shape[1]
+        cache, new, length = None, ids, uniform.shape[1]
         alive = torch.ones_like(ids[:, 0], dtype=torch.bool)
         for chance in uniform.unbind(1):
             inputs = self.inputs(new, mask, -new.shape[1]) | {"past_key_values": cache, "use_cache": True}
-            output = policy(**inputs, logits_to_keep=1)
-            logits, cache = output.logits[:, -1].float(), output.past_key_values
+            logits, cache = self.logits("policy", inputs, 1)
+            logits = logits[:, 0]
             if not stop_at_eos:
                 logits[:, eos] = -math.inf
-            logits, candidates = logits.topk(top_k or logits.shape[-1])
+            logits, candidates = logits.topk(min(top_k or logits.shape[-1], logits.shape[-1]))
             cumulative = logits.softmax(-1, dtype=torch.float64).cumsum(-1)
             choice = (cumulative <= chance[:, None] * cumulative[:, -1:]).sum(-1, keepdim=True)
             new = candidates.gather(1, choice).where(alive[:, None], pad)
@@ -355,8 +366,9 @@ class RewardModel:
     @torch.no_grad()
     def __call__(self, texts: list[str]) -> torch.Tensor:
         """Scores (texts,): the probability of the label; of a model with one output, that. Reads the ends."""
-        tokens = dict(padding=True, truncation=True, max_length=self.model.config.max_position_embeddings)
-        batch = self.tokenizer(texts, **tokens, return_tensors="pt").to(self.model.device)
+        length = min(self.tokenizer.model_max_length, self.model.config.max_position_embeddings)
+        batch = self.tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
+        batch = batch.to(self.model.device)
         logits = self.model(**batch).logits.float()
         return logits[:, 0] if logits.shape[1] == 1 else logits.softmax(-1)[:, self.label]
 
@@ -365,6 +377,8 @@ def load_tokenizer(name: str):
     """With the end of text as padding where it has no token for that: masks tell them apart."""
     tokenizer = AutoTokenizer.from_pretrained(name, truncation_side="left")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    if not tokenizer("word", add_special_tokens=False)["input_ids"]:  # what comes of a folder without one
+        raise ValueError("no tokenizer is there; name another with --tokenizer")
     return tokenizer
 
 
@@ -377,10 +391,13 @@ def aggregate(scores: torch.Tensor, how: str) -> torch.Tensor:
 
 def load(args: Args) -> SimpleNamespace:
     """Models, on the device, and data: what rollouts, updates and evaluations need."""
-    accelerator = Accelerator(cpu=args.device == "cpu")
+    cpu = args.device == "cpu" or not torch.cuda.is_available()
+    accelerator = Accelerator(cpu=cpu, mixed_precision="no")  # as ActorCritic sees to that
+    accelerator.wait_for_everyone()  # the first process makes the toy
+    keep_freed_memory() if cpu else None
     torch.manual_seed(args.seed)  # of LoRA's first weights
-    device, cuda = accelerator.device, accelerator.device.type == "cuda"
-    fast = torch.cuda.is_bf16_supported(False) if cuda else torch.cpu.get_capabilities().get("avx512_bf16")
+    device = accelerator.device
+    fast = torch.cpu.get_capabilities().get("avx512_bf16") if cpu else torch.cuda.is_bf16_supported(False)
     dtype = torch.bfloat16 if args.amp == "auto" and fast else torch.float32
     judge_dtype = dtype if args.lora_r else torch.float32  # large models, as LoRA is for them
     names = (*args.reward_model, *args.eval_reward_model)
@@ -389,10 +406,11 @@ def load(args: Args) -> SimpleNamespace:
     trainable = [p for p in model.parameters() if p.requires_grad]
     adamw = dict(lr=args.learning_rate, eps=args.adam_eps, weight_decay=args.weight_decay, fused=True)
     model, optimizer = accelerator.prepare(model, torch.optim.AdamW(trainable, **adamw))
-    models = dict(model=model, tokenizer=load_tokenizer(args.policy_model), all_judges=judges)
-    models["judges"] = judges[: len(args.reward_model)]  # which the training asks
-    data = dict(zip(("texts", "held_out"), load_data(args)))
-    return SimpleNamespace(accelerator=accelerator, device=device, optimizer=optimizer, **models, **data)
+    texts, held_out = load_data(args)
+    return SimpleNamespace(
+        accelerator=accelerator, device=device, model=model, optimizer=optimizer, judges=judges, texts=texts,
+        held_out=held_out, tokenizer=load_tokenizer(args.tokenizer or args.policy_model),
+    )  # fmt: skip
 
 
 def load_data(args: Args) -> list[datasets.Dataset]:
@@ -421,7 +439,8 @@ def tokenize(rows: datasets.Dataset, tokenizer, args: Args):
     prompts, references, eos = [], [], tokenizer.eos_token_id
     for row in rows:
         if args.task == "tldr":
-            prompt, reference = (tokenizer(row[c], verbose=False)["input_ids"] for c in ("prompt", "label"))
+            prompt = tokenizer(row["prompt"], verbose=False)["input_ids"]
+            reference = tokenizer(row["label"], verbose=False, add_special_tokens=False)["input_ids"]
         else:  # the first half of a review, and how it goes on
             ids = tokenizer(row["text"], verbose=False)["input_ids"]
             prompt, reference = ids[: len(ids) // 2], ids[len(ids) // 2 :]
@@ -435,7 +454,7 @@ def tokenize(rows: datasets.Dataset, tokenizer, args: Args):
 
 
 def masked_mean(x, mask):
-    """Mean of `x` where `mask` is true, both of any shape; nan elsewhere does no harm."""
+    """Mean of `x` where `mask` is true, both of any shape."""
     return torch.where(mask, x, 0).sum() / mask.sum()
 
 
@@ -449,7 +468,7 @@ def symmetric_policy_loss(log_prob, old_log_prob, advantage, mask, clip_coef, al
     (1 - p) / p_old is written 1 / p_old - r: the first term has no gradient but may be huge. Judge this loss
     by its gradient, not its value.
     """
-    ratio = (log_prob - old_log_prob).exp()
+    ratio = torch.where(mask, log_prob - old_log_prob, 0.0).exp()
     surrogate = advantage * ratio
     clipped = advantage * ratio.clamp(1 - clip_coef, 1 + clip_coef)
     unclipped = surrogate <= clipped  # m: where PPO's gradient flows
@@ -535,35 +554,36 @@ def accumulate_gradient(setup: SimpleNamespace, args: Args, batch: dict, rows, a
     return metrics
 
 
-def generate(setup: SimpleNamespace, judges: list, prompts, mask, uniform, args: Args, top_k: int) -> list:
-    """Goes on with prompts (texts, tokens), each process with its part, and has the texts judged. Returns
-    what `rollout` does, and scores (texts, judges), of all processes together."""
+def generate(setup: SimpleNamespace, judges, prompts, mask, uniform, args: Args, top_k: int) -> list:
+    """Goes on with prompts (texts, tokens), each process with its part, and has the first `judges` judge the
+    texts, None: all. Returns what `rollout` does, and scores (texts, judges), of all processes together."""
     accelerator, tokenizer = setup.accelerator, setup.tokenizer
     size = len(prompts) // accelerator.num_processes
     mine = slice(accelerator.process_index * size, (accelerator.process_index + 1) * size)
-    inputs = (x[mine].to(setup.device) for x in (prompts, mask, uniform))
     ends = (tokenizer.eos_token_id, args.stop_at_eos, tokenizer.pad_token_id)
-    rollout = setup.model("rollout", *inputs, top_k, *ends)
-    texts = [tokenizer.decode(ids[mask], skip_special_tokens=True) for ids, mask in zip(*rollout[:2])]
-    scores = torch.stack([judge(texts) for judge in judges], 1)
-    return [accelerator.gather(x) for x in (*rollout, scores)]
+    parts = []
+    for inputs in zip(*(x[mine].split(8 * (args.micro_batch_size or 16)) for x in (prompts, mask, uniform))):
+        rollout = setup.model("rollout", *(x.to(setup.device) for x in inputs), top_k, *ends)
+        texts = [tokenizer.decode(ids[mask], skip_special_tokens=True) for ids, mask in zip(*rollout[:2])]
+        parts.append((*rollout, torch.stack([judge(texts) for judge in setup.judges[:judges]], 1)))
+    return [accelerator.gather(torch.cat(x)) for x in zip(*parts)]
 
 
 @torch.no_grad()
 def evaluate(setup: SimpleNamespace, args: Args, step: int) -> tuple[dict, list[dict]]:
     """A row for progress.csv, and samples. Reward and what it may have cost: the KL divergence from the
-    reference in nats a text, perplexities, and the shares of distinct words and pairs of words."""
+    reference in nats a text (an estimate, biased where sampling is filtered), perplexities, and the shares of
+    distinct words and pairs of words."""
     T, decode = args.response_length, partial(setup.tokenizer.decode, skip_special_tokens=True)
     real = tokenize(setup.held_out, setup.tokenizer, args)
     prompts, uniform = [x[:, :-T] for x in real], torch.Generator().manual_seed(args.seed + step)
     uniform = torch.rand(args.eval_episodes, T, generator=uniform)
     top_k = 1 if args.eval_greedy else args.top_k
-    ids, mask, log_prob, reference, _, scores = generate(
-        setup, setup.all_judges, *prompts, uniform, args, top_k
-    )
+    ids, mask, log_prob, reference, _, scores = generate(setup, None, *prompts, uniform, args, top_k)
     sampled, judging = mask[:, -T:], len(args.reward_model)
     reward = aggregate(scores[:, :judging], args.reward_aggregate)
-    real_log_prob = setup.model("log_prob", "policy", *(x.to(setup.device) for x in real), T)
+    parts = zip(*(x.to(setup.device).split(8 * (args.micro_batch_size or 16)) for x in real))
+    real_log_prob = torch.cat([setup.model("log_prob", "policy", *part, T) for part in parts])
     row = {
         "step": step, "return_mean": reward.mean().item(), "return_std": reward.std(correction=0).item(),
         "length_mean": sampled.sum(1).float().mean().item(), "episodes": args.eval_episodes,
@@ -629,20 +649,22 @@ def save_policy(actor_critic: ActorCritic, tokenizer, state: dict, folder: Path)
     """Writes the trained policy, or its adapter, as a folder that `from_pretrained` loads."""
     temporary = folder.with_name(folder.name + ".tmp")
     weights = {name[7:]: weight for name, weight in state.items() if name.startswith("policy.")}
-    actor_critic.model("policy").save_pretrained(temporary, state_dict=None if actor_critic.lora else weights)
+    actor_critic.model("policy").save_pretrained(temporary, state_dict=weights)
     tokenizer.save_pretrained(temporary)
+    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed just then
     temporary.rename(folder)
 
 
 def train(args: Args, stop: threading.Event) -> dict | None:
     """A run, with arguments from `prepare`. Returns what is in summary.json, or None if `stop` came first."""
     started = time.perf_counter()
-    keep_freed_memory()
     setup = load(args)
     accelerator, model, optimizer, device = setup.accelerator, setup.model, setup.optimizer, setup.device
     main, run_dir = accelerator.is_main_process, Path(args.resume or Path(args.runs_dir) / args.run_name)
     generator = torch.Generator().manual_seed(args.seed)  # of all but weights and noisy rewards
     rng = np.random.default_rng(args.seed)  # noise on rewards
+    names = accelerator.unwrap_model(model).named_parameters()
+    trainable = {name for name, parameter in names if parameter.requires_grad}
     options = StateDictOptions(full_state_dict=True, ignore_frozen_params=True, strict=False)
     global_step, evaluations, samples, recent, train_seconds, wall_seconds = 0, [], [], [], 0.0, 0.0
     if (run_dir / "checkpoint.pt").is_file():
@@ -658,10 +680,11 @@ def train(args: Args, stop: threading.Event) -> dict | None:
     writer = SummaryWriter(run_dir, purge_step=global_step + 1) if main else None
     total, B, T = args.total_timesteps, args.batch_size, args.response_length
     progress_bar = tqdm(total=total, initial=global_step, unit=" texts", disable=None if main else True)
-    finished = stopping = False
+    finished, stopping, metrics = False, False, None
     while True:
         # Evaluation and checkpoint, at the start and when a multiple of their frequency has been passed
         eval_due, save_due = (f and global_step % f < B for f in (args.eval_freq, args.checkpoint_freq))
+        save_due = save_due and metrics is not None  # to ask Adam for its state before a step changes it
         if not evaluations or (eval_due or finished) and evaluations[-1]["step"] < global_step:
             row, new_samples = evaluate(setup, args, global_step)
             evaluations, samples = [*evaluations, row], [*samples, *new_samples]
@@ -670,6 +693,7 @@ def train(args: Args, stop: threading.Event) -> dict | None:
         wall = wall_seconds + time.perf_counter() - started
         if save_due or finished or stopping:
             agent, optimizer_state = get_state_dict(model, optimizer.optimizer, options=options)
+            agent = {name: weight for name, weight in agent.items() if name in trainable}
         if finished and main:
             save_policy(accelerator.unwrap_model(model), setup.tokenizer, agent, run_dir / "policy")
             summary = {"script": Path(__file__).name, "algo": args.algo, "env_id": args.task} | vars(args) | {
@@ -693,7 +717,7 @@ def train(args: Args, stop: threading.Event) -> dict | None:
         rows = torch.randperm(len(setup.texts), generator=generator)[:B]
         real = tokenize(setup.texts.select(rows.tolist()), setup.tokenizer, args)
         prompts, uniform = [x[:, :-T] for x in real], torch.rand(B, T, generator=generator)
-        generated = generate(setup, setup.judges, *prompts, uniform, args, args.top_k)
+        generated = generate(setup, len(args.reward_model), *prompts, uniform, args, args.top_k)
         batch = dict(zip(("ids", "mask", "log_prob", "reference_log_prob", "value"), generated))
         global_step += B
 
@@ -716,7 +740,7 @@ def train(args: Args, stop: threading.Event) -> dict | None:
             if args.noise == "adv_flip":
                 mb_adv = perturb_advantage(mb_adv, args.noise_level, generator)
             if args.norm_adv:  # over the tokens that were sampled, of all processes
-                count = mb_sampled.sum((1, 2), keepdim=True)
+                count = mb_sampled.sum((1, 2), keepdim=True).clamp(min=2)
                 mean = (mb_adv * mb_sampled).sum((1, 2), keepdim=True) / count
                 variance = ((mb_adv - mean) * mb_sampled).square().sum((1, 2), keepdim=True) / (count - 1)
                 sign_flips.append(masked_mean(((mb_adv > 0) != (mb_adv > mean)).float(), mb_sampled))
@@ -730,6 +754,7 @@ def train(args: Args, stop: threading.Event) -> dict | None:
             sys.exit(f"error: gradient not finite at step {global_step}; lower --learning-rate or --beta")
         finished = global_step >= total
         stopping = accelerator.reduce(torch.tensor(float(stop.is_set()), device=device)).item() > 0
+        stop.set() if stopping else None  # which a signal to another process may have asked for
         train_seconds += time.perf_counter() - iteration_started
         recent = [*recent, *reward.tolist()][-100:]
 
@@ -737,7 +762,7 @@ def train(args: Args, stop: threading.Event) -> dict | None:
         scalars = {f"losses/{k}": torch.stack([m[k] for m in metrics]).mean() for k in metrics[0]}
         scalars = {name: accelerator.reduce(x, "mean").item() for name, x in scalars.items()}
         there, kl = sampled.numpy(), np.where(sampled, log_prob - reference, 0).sum(1).mean()
-        scalars["losses/entropy"] = -log_prob[there].mean()  # an estimate, from the samples
+        scalars["losses/entropy"] = -log_prob[there].mean()  # an estimate, like the KL
         scalars["losses/explained_variance"] = 1 - np.var(gae[0][there]) / np.var(gae[1][there])
         scalars["losses/advantage_sign_flips"] = torch.tensor(sign_flips or [0.0]).mean().item()
         scalars["losses/advantage_largest"] = abs(gae[0]).max()
@@ -755,9 +780,10 @@ def check_models(args: Args) -> None:
         try:
             adapter = name != args.policy_model and find_adapter_config_file(name)
             config = (peft.PeftConfig if adapter else AutoConfig).from_pretrained(name)
-            tokenizer = load_tokenizer(config.base_model_name_or_path if adapter else name)
+            own = name == args.policy_model and args.tokenizer or name
+            tokenizer = load_tokenizer(config.base_model_name_or_path if adapter else own)
         except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"{name}: no model here or on the hub: {str(error)[:200]!r}") from error
+            raise ValueError(f"{name}: not to be had, here or from the hub: {str(error)[:200]!r}") from error
         if name == args.policy_model:
             if tokenizer.eos_token is None:
                 raise ValueError(f"{name}: its tokenizer has no end-of-text token; give it one")
@@ -794,8 +820,8 @@ def prepare(args: Args) -> Args:
     if args.task == "toy":
         defaults |= {"policy_model": str(toy / "policy"), "reward_model": (str(toy / "reward"),)}
         defaults |= {"dataset": str(toy / "train.jsonl"), "eval_dataset": str(toy / "test.jsonl")}
-    if args.dataset:
-        defaults["eval_dataset"] = None  # that of the default would be another data set's
+    defaults["eval_dataset"] = None if args.dataset else defaults.get("eval_dataset")
+    defaults["tokenizer"] = None if args.policy_model else defaults.get("tokenizer")
     args = replace(args, **{name: x for name, x in defaults.items() if getattr(args, name) is None})
     stamp = f"{args.task}__{args.algo}__{args.noise}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
     args = replace(args, run_name=args.run_name or stamp)
@@ -825,7 +851,7 @@ def prepare(args: Args) -> Args:
     ):  # fmt: skip
         if wrong:
             raise ValueError(message)
-    if os.environ.get("RANK", "0") != "0":  # one of several processes, which do not begin before the first
+    if os.environ.get("RANK", "0") != "0":  # one of several processes, which wait for the first
         return args
     if args.task == "toy":
         make_toy(toy)
@@ -853,7 +879,7 @@ def main() -> None:
     if summary := train(args, stop):
         score = "{env_id} {algo}: reward {first_return_mean:.3f} -> {final_return_mean:.3f}"
         print(f"{score.format(**summary)}, {summary['sps']:.1f} texts/s, {run_dir}")
-    elif stop.is_set():  # else one of several processes, which the first one speaks for
+    elif stop.is_set():  # else not the first of several processes
         print(f"interrupted; to go on: python {sys.argv[0]} --resume {run_dir}", file=sys.stderr)
         sys.exit(130)
 

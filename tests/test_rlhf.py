@@ -235,7 +235,7 @@ def test_lora_roles_are_adapters_on_one_model(models):
 
 def test_a_judge_reads_texts_with_its_own_tokenizer(toy):
     judge = rlhf.RewardModel(str(toy / "reward"), 1, torch.device("cpu"), torch.float32)
-    texts = ["the plot was superb .", "i hated it .", ""]
+    texts = ["the plot was superb . i loved it .", "i hated it .", ""]
     scores = judge(texts)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(toy / "reward").eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(toy / "reward")
@@ -326,7 +326,7 @@ def test_the_gradient_is_ppos_times_k_and_nothing_flows_from_padding():
         gradient = torch.autograd.grad(symmetric, new)[0]
         assert ppo[mask].abs().max() > 0.01
         torch.testing.assert_close(gradient[mask], (0.5 + 0.4 * 3) * ppo[mask], rtol=1e-12, atol=1e-15)
-    assert (gradient[~mask].nan_to_num() == 0).all()
+        assert (gradient[~mask] == 0).all()
 
 
 def test_advantages_against_a_loop_over_tokens():
@@ -384,6 +384,55 @@ def test_texts_as_people_wrote_them(toy):
     assert ids[1][mask[1]].tolist() == [eos, *tokenizer("the")["input_ids"], eos]
     assert ids[2][mask[2]].tolist() == [eos, eos]
     assert mask.tolist()[1] == [False] * 3 + [True] * 3 + [False] * 3
+
+
+def test_the_loss_is_the_sum_of_its_parts_and_a_share_of_the_minibatch(models):
+    """Against sums over tokens, with a reference text of another length for each text."""
+    actor = actor_critic(models["gpt2"])
+    ids, mask, _ = ragged()
+    real_ids, real_mask, _ = ragged(seed=1, lengths=((3, 1), (2, 5), (4, 4), (1, 2)))
+    generator = torch.Generator().manual_seed(0)
+    new, value = actor("log_prob", "policy", ids, mask, 5), actor("value", ids, mask, 5)
+    real = actor("log_prob", "policy", real_ids, real_mask, 5)
+    old, advantage = (
+        new + 0.3 * torch.randn(4, 5, generator=generator),
+        torch.randn(4, 5, generator=generator),
+    )
+    texts = {
+        "ids": ids,
+        "mask": mask,
+        "log_prob": old.detach(),
+        "value": value.detach(),
+        "returns": value + 2,
+    }
+    texts |= {"reference_ids": real_ids, "reference_mask": real_mask}
+    args = rlhf.Args(alpha=1.0, beta=0.0, vf_coef=0.3, ce_coef=0.7, clip_coef=0.2)
+    share = {"mask": 0.5, "reference_mask": 0.25}
+    loss, metrics = rlhf.loss_and_metrics(actor, args, texts, advantage, share)
+    ratio = (new - texts["log_prob"]).exp()
+    ppo = -torch.minimum(advantage * ratio, advantage * ratio.clamp(0.8, 1.2))[mask[:, -5:]].mean().item()
+    cross_entropy = -real[real_mask[:, -5:]].mean().item()
+    expected = 0.5 * (ppo + 0.3 * 0.5 * 2**2) + 0.25 * 0.7 * cross_entropy
+    assert loss.item() == pytest.approx(expected, rel=1e-5)
+    assert metrics["policy"].item() == pytest.approx(0.5 * ppo, rel=1e-5)
+    assert metrics["cross_entropy"].item() == pytest.approx(0.25 * cross_entropy, rel=1e-5)
+    clipped = ((ratio - 1).abs() > 0.2)[mask[:, -5:]].float().mean().item()
+    assert metrics["clip_fraction"].item() == pytest.approx(0.5 * clipped)
+    assert 0 < clipped < 1
+
+
+def test_in_bfloat16_the_ratio_begins_at_one_and_log_probs_are_close(models):
+    actor = actor_critic(models["gpt2"])
+    ids, mask, _ = ragged(lengths=((3, 0), (7, 0), (1, 0), (2, 0)), tokens=0)
+    exact = actor("log_prob", "policy", *(x.repeat(1, 2) for x in (ids, mask)), 7)
+    actor.dtype = torch.bfloat16
+    rounded = actor("log_prob", "policy", *(x.repeat(1, 2) for x in (ids, mask)), 7)
+    assert rounded.dtype == torch.float32
+    assert 0 < (rounded - exact).abs().max() < 0.3
+    uniform = torch.rand(4, 9, generator=torch.Generator().manual_seed(1))
+    ids, mask, log_prob, *_ = actor("rollout", ids, mask, uniform, 5, 3, False, 1)
+    ratio = (actor("update", ids, mask, 9)[0] - log_prob).exp()
+    torch.testing.assert_close(ratio, torch.ones_like(ratio), atol=1e-5, rtol=0)
 
 
 # Runs
@@ -496,6 +545,39 @@ def test_interrupted_and_resumed_a_run_is_the_same_to_the_bit(run):
     assert torch.equal(weights(folder), weights(whole))
 
 
+def test_checkpoints_change_nothing(run):
+    """Adam's state, asked for before it has one, would come from a step with no gradient."""
+    often, never = (run(name=name, checkpoint_freq=n)[1] for name, n in (("often", 8), ("never", 0)))
+    assert torch.equal(weights(often), weights(never))
+
+
+def test_lora_runs_are_resumed_to_the_bit(run, models, tmp_path):
+    flags = summarisation(tmp_path, models)
+    _, whole = run(name="whole", **flags)
+    _, folder = run(name="broken", stop=StopAfter(2), **flags)
+    resume(folder)
+    assert (folder / "progress.csv").read_bytes() == (whole / "progress.csv").read_bytes()
+    assert torch.equal(weights(folder), weights(whole))
+
+
+def test_an_ensemble_trains_and_another_judge_looks_on(run, toy, models):
+    judges = (str(toy / "reward"), str(models["scalar"]))
+    _, folder = run(reward_model=judges, reward_aggregate="min", eval_reward_model=judges[:1])
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").open()][:4]
+    texts = [sample["prompt"] + sample["continuation"] for sample in samples]
+    a, b = (rlhf.RewardModel(name, 1, torch.device("cpu"), torch.float32)(texts) for name in judges)
+    assert [sample["reward"] for sample in samples] == pytest.approx(torch.minimum(a, b).tolist(), abs=1e-5)
+    assert progress(folder)[0]["judge_reward"] == pytest.approx(a.mean().item(), abs=1e-5)
+
+
+def test_posts_and_their_summaries(toy):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(toy / "policy")
+    rows = [{"prompt": "the plot was dull", "label": " i hated it"}]
+    ids, mask = rlhf.tokenize(rows, tokenizer, rlhf.Args(task="tldr", prompt_length=3, response_length=9))
+    prompt, label = (tokenizer(rows[0][c])["input_ids"] for c in ("prompt", "label"))
+    assert ids[0][mask[0]].tolist() == [*prompt[-3:], *label, tokenizer.eos_token_id]
+
+
 def test_a_killed_run_goes_on_from_its_checkpoint_without_doubled_evaluations(run):
     _, whole = run(name="whole")
     _, folder = run(name="killed", stop=StopAfter(2))
@@ -527,7 +609,7 @@ def test_sppo_is_ppo_with_alpha_k(run, monkeypatch, ce_coef):
     monkeypatch.setattr(torch.Tensor, "float", torch.Tensor.double)
     k = 0.5 + 20.0
     coefs = dict(ce_coef=ce_coef, max_grad_norm=0.5)
-    scaled = dict(ce_coef=ce_coef / k, vf_coef=0.5 / k, max_grad_norm=0.5 / k, adam_eps=1e-8 / k)
+    scaled = dict(ce_coef=ce_coef / k, vf_coef=0.5 / k, max_grad_norm=0.5 / k, adam_eps=1e-5 / k)
     runs = {
         "sppo": run(name="sppo", alpha=0.5, beta=20.0, **coefs)[1],
         "scaled": run(name="scaled", alpha=k, beta=0.0, **coefs)[1],
@@ -579,7 +661,7 @@ def test_two_processes_do_what_one_does(run, toy, models, tmp_path, task):
     ]
     code, output = torchrun(tmp_path / "two", *words)
     assert code == 0, output[-3000:]
-    assert output.count("reward") >= 1
+    assert output.count("reward") == 1  # one of them speaks
     two = tmp_path / "two" / "run"
     assert (two / "samples.jsonl").read_text().count("\n") == 12
     before, after = (
@@ -710,13 +792,14 @@ def local(toy, models):
 
 
 @pytest.mark.parametrize(("flags", "message"), {
-    "--policy-model {none}": "no model here or on the hub",
-    "--reward-model {none}": "no model here or on the hub",
+    "--policy-model {none}": "not to be had",
+    "--reward-model {none}": "not to be had",
     "--dataset {none}": "not a JSONL file nor on the hub",
     "--dataset {other}": "lacks ['text']; it has ['words']",
     "--dataset {broken}": "broken.jsonl",
     "--dataset {short}": "--batch-size 112: more than the 45 texts",
     "--eval-dataset {none}": "not a JSONL file nor on the hub",
+    "--tokenizer {folder}": "name another with --tokenizer",
     "--reward-label 2": "{0: 'NEGATIVE', 1: 'POSITIVE'}",
     "--prompt-length 60": "has but 64 positions",
     "--batch-size 10": "not a multiple of 4",
@@ -740,6 +823,8 @@ def test_bad_input_is_one_line_and_exit_code_2(toy, models, flags, message, tmp_
     (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text\n')
     (tmp_path / "short.jsonl").write_text('{"text": "a b c"}\n' * 50)
     files = {name: tmp_path / f"{name}.jsonl" for name in ("other", "broken", "short", "none")}
+    files["folder"] = tmp_path / "config"  # a model's, without a tokenizer
+    transformers.GPT2Config().save_pretrained(files["folder"])
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
     monkeypatch.setattr(sys, "argv", ["sppo_rlhf.py", *local(toy, models), *flags.format(**files).split()])

@@ -4,7 +4,7 @@
     python tests/trl_ppo.py --policy-model DIR --reward-model DIR --dataset reviews.jsonl.gz
 
 Prompts of 64 tokens, 48 new ones, 112 texts an update, 5 epochs of 4 minibatches, a value model, no
-checkpointing of activations. TRL's reward model must have the policy's tokenizer. Writes
+checkpointing of activations. TRL's reward model must have the policy's tokenizer, and one output. Writes
 runs/NAME/summary.json with texts a second, start-up not counted.
 """
 
