@@ -64,7 +64,6 @@ def programs(args: Args, scratch: Path) -> dict[str, list[str]]:
         return {
             "TRL, float32": ["tests/trl_ppo.py", *common],
             "TRL, bfloat16": ["tests/trl_ppo.py", *common, "--amp", "auto"],
-            "ours, PPO, float32": [*ours, "--beta", "0", "--amp", "off"],
             "ours, SPPO, float32": [*ours, "--amp", "off"],
             "ours, SPPO, bfloat16": ours,
         }
