@@ -131,8 +131,8 @@ class Args:
 TASKS = {
     "toy": dict(
         total_timesteps=40 * 112, reward_label=1, prompt_length=16, response_length=32, top_k=0,
-        stop_at_eos=True, lora_r=0, batch_size=112, update_epochs=5, learning_rate=2e-4, weight_decay=1e-6,
-        gamma=0.99, vf_coef=0.5, ce_coef=0.0, kl_coef=0.02, beta=0.4, eval_greedy=False,
+        stop_at_eos=True, lora_r=0, batch_size=112, update_epochs=5, learning_rate=5e-4, weight_decay=1e-6,
+        gamma=0.99, vf_coef=0.5, ce_coef=0.0, kl_coef=0.005, beta=0.4, eval_greedy=False,
     ),
     "imdb": dict(
         policy_model="rajkumarrrk/gpt2-fine-tuned-on-imdb-positive-reviews", tokenizer="gpt2", reward_label=1,
@@ -178,55 +178,53 @@ TOY_POSITIONS = 64
 
 
 def toy_review(rng: random.Random) -> str:
-    """Four opinions, each as likely good as bad, and a verdict with the majority (even: with the last)."""
-    good, opinions = [rng.random() < 0.5 for _ in range(4)], []
-    for is_good, aspect in zip(good, rng.sample(ASPECTS, 4)):
-        negated = rng.random() < 0.25
-        adjective = rng.choice(GOOD if is_good != negated else BAD)
-        opinions.append(f"the {aspect} was {'not ' * negated}{adjective}")
-    verdict = "loved" if sum(good) + good[-1] / 2 > 2 else "hated"
-    return "{} and {} . {} but {} . i {} it .".format(*opinions, verdict)
+    """Five opinions, each as likely good as bad; good is a good word, or "not" and a bad one."""
+    opinions = []
+    for aspect in rng.sample(ASPECTS, 5):
+        negated, words = rng.random() < 0.25, rng.choice((GOOD, BAD))
+        opinions.append(f"the {aspect} was {'not ' * negated}{rng.choice(words)}")
+    return "{} and {} . {} but {} . {} .".format(*opinions)
 
 
 def toy_sentiment(text: str) -> float:
-    """Share of good opinions and verdicts in a text, by the grammar's own truth; 0.5 where there is none."""
-    signs, words = [], text.split()
-    for before, word in zip(["", *words], words):
-        if word in (*GOOD, *BAD, "loved", "hated"):
-            signs.append((word in (*GOOD, "loved")) != (before == "not"))
+    """Share of good opinions in a text, by the grammar's own truth; 0.5 where there is none."""
+    words = text.split()
+    signs = [(b in GOOD) != (a == "not") for a, b in zip(["", *words], words) if b in GOOD + BAD]
     return sum(signs) / len(signs) if signs else 0.5
 
 
 def make_toy(folder: Path) -> None:
     """Makes train.jsonl, test.jsonl, policy/ and reward/ in `folder`, unless it is there; always the same, so
-    that runs with different seeds have the same models. A fifth of the judge's labels are wrong."""
+    that runs with different seeds have the same models. A tenth of the judge's labels are wrong."""
     if folder.exists():
         return
     temporary, rng = folder.with_name(f"{folder.name}.{os.getpid()}.tmp"), random.Random(1)
     reviews = [toy_review(rng) for _ in range(4000)]
     datasets.Dataset.from_dict({"text": reviews[:-256]}).to_json(temporary / "train.jsonl")
     datasets.Dataset.from_dict({"text": reviews[-256:]}).to_json(temporary / "test.jsonl")
-    labels = [int((toy_sentiment(text) > 0.5) != (rng.random() < 0.2)) for text in reviews]
-    beginnings = [" ".join(text.split()[: rng.randint(1, 30)]) for text in reviews]  # continuations may stop
+    texts = [" ".join(text.split()[: rng.randint(1, 45)]) for text in reviews]  # which may stop anywhere
+    truth = [toy_sentiment(text) + rng.random() / 100 > 0.505 for text in texts]  # a draw is decided by lot
+    labels = [int(is_good != (rng.random() < 0.1)) for is_good in truth]
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(1)
         gpt2, bert = transformers.GPT2Tokenizer(pad_token="<|pad|>"), transformers.BertTokenizer()
         gpt2, bert = (t.train_new_from_iterator(reviews, 400, show_progress=False) for t in (gpt2, bert))
         data = gpt2([text + gpt2.eos_token for text in reviews], padding=True, return_tensors="pt")
         data["labels"] = data["input_ids"].masked_fill(data["attention_mask"] == 0, -100)
-        judge_data = bert(beginnings, padding=True, return_tensors="pt") | {"labels": torch.tensor(labels)}
+        judge_data = bert(texts, padding=True, return_tensors="pt") | {"labels": torch.tensor(labels)}
         eos, pad = gpt2.eos_token_id, gpt2.pad_token_id
         shape = dict(vocab_size=len(gpt2), n_positions=TOY_POSITIONS, n_embd=64, n_layer=2, n_head=2)
         config = transformers.GPT2Config(**shape, bos_token_id=eos, eos_token_id=eos, pad_token_id=pad)
         shape = dict(vocab_size=len(bert), max_position_embeddings=TOY_POSITIONS, hidden_size=64)
         shape |= dict(num_hidden_layers=2, num_attention_heads=2, intermediate_size=128)
         judge_config = transformers.BertConfig(**shape, id2label={0: "NEGATIVE", 1: "POSITIVE"})
-        for name, learning_rate, tokenizer, batch, model in (
-            ("policy", 3e-3, gpt2, data, AutoModelForCausalLM.from_config(config)),
-            ("reward", 1e-3, bert, judge_data, AutoModelForSequenceClassification.from_config(judge_config)),
+        judge = AutoModelForSequenceClassification.from_config(judge_config)
+        for name, steps, learning_rate, tokenizer, batch, model in (
+            ("policy", 400, 3e-3, gpt2, data, AutoModelForCausalLM.from_config(config)),
+            ("reward", 1200, 1e-3, bert, judge_data, judge),
         ):
             optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
-            for _ in tqdm(range(400), desc=f"making the toy's {name} model", disable=None, leave=False):
+            for _ in tqdm(range(steps), desc=f"making the toy's {name} model", disable=None, leave=False):
                 rows = torch.randint(len(reviews) - 256, (32,))
                 model(**{key: value[rows] for key, value in batch.items()}).loss.backward()
                 optimizer.step()
@@ -366,7 +364,8 @@ class RewardModel:
     @torch.no_grad()
     def __call__(self, texts: list[str]) -> torch.Tensor:
         """Scores (texts,): the probability of the label; of a model with one output, that. Reads the ends."""
-        length = min(self.tokenizer.model_max_length, self.model.config.max_position_embeddings)
+        room = getattr(self.model.config, "max_position_embeddings", math.inf)
+        length = min(self.tokenizer.model_max_length, room)
         batch = self.tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
         batch = batch.to(self.model.device)
         logits = self.model(**batch).logits.float()
@@ -403,13 +402,13 @@ def load(args: Args) -> SimpleNamespace:
     names = (*args.reward_model, *args.eval_reward_model)
     judges = [RewardModel(name, args.reward_label, device, judge_dtype) for name in names]
     model = ActorCritic(args, device, dtype)
-    trainable = [p for p in model.parameters() if p.requires_grad]
+    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
     adamw = dict(lr=args.learning_rate, eps=args.adam_eps, weight_decay=args.weight_decay, fused=True)
-    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(trainable, **adamw))
-    texts, held_out = load_data(args)
+    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(trainable.values(), **adamw))
+    (texts, held_out), tokenizer = load_data(args), load_tokenizer(args.tokenizer or args.policy_model)
     return SimpleNamespace(
         accelerator=accelerator, device=device, model=model, optimizer=optimizer, judges=judges, texts=texts,
-        held_out=held_out, tokenizer=load_tokenizer(args.tokenizer or args.policy_model),
+        held_out=held_out, tokenizer=tokenizer, trainable=set(trainable),
     )  # fmt: skip
 
 
@@ -522,12 +521,11 @@ def loss_and_metrics(model, args: Args, texts: dict, advantage, share: dict):
     with torch.no_grad():
         ratio = (log_prob - old_log_prob).exp()
         flows = advantage * ratio <= advantage * ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-        kl = ratio - 1 - (log_prob - old_log_prob)  # joschu.net/blog/kl-approx.html
         metrics = {
             "policy": symmetric_policy_loss(*samples, 1.0, 0.0, args.z), "value": value_loss.detach(),
             "reverse": masked_mean(torch.where(flows, args.z * advantage * ratio, 0.0), sampled),
             "clip_fraction": masked_mean(((ratio - 1).abs() > args.clip_coef).float(), sampled),
-            "approx_kl": masked_mean(kl, sampled),
+            "approx_kl": masked_mean(ratio - 1 - (log_prob - old_log_prob), sampled),  # joschu.net/blog
         }  # fmt: skip
         metrics = {name: share["mask"] * metric for name, metric in metrics.items()}
     if references:
@@ -663,8 +661,6 @@ def train(args: Args, stop: threading.Event) -> dict | None:
     main, run_dir = accelerator.is_main_process, Path(args.resume or Path(args.runs_dir) / args.run_name)
     generator = torch.Generator().manual_seed(args.seed)  # of all but weights and noisy rewards
     rng = np.random.default_rng(args.seed)  # noise on rewards
-    names = accelerator.unwrap_model(model).named_parameters()
-    trainable = {name for name, parameter in names if parameter.requires_grad}
     options = StateDictOptions(full_state_dict=True, ignore_frozen_params=True, strict=False)
     global_step, evaluations, samples, recent, train_seconds, wall_seconds = 0, [], [], [], 0.0, 0.0
     if (run_dir / "checkpoint.pt").is_file():
@@ -680,11 +676,11 @@ def train(args: Args, stop: threading.Event) -> dict | None:
     writer = SummaryWriter(run_dir, purge_step=global_step + 1) if main else None
     total, B, T = args.total_timesteps, args.batch_size, args.response_length
     progress_bar = tqdm(total=total, initial=global_step, unit=" texts", disable=None if main else True)
-    finished, stopping, metrics = False, False, None
+    finished, stopping, metrics = False, False, []
     while True:
         # Evaluation and checkpoint, at the start and when a multiple of their frequency has been passed
-        eval_due, save_due = (f and global_step % f < B for f in (args.eval_freq, args.checkpoint_freq))
-        save_due = save_due and metrics is not None  # to ask Adam for its state before a step changes it
+        freqs = (args.eval_freq, args.checkpoint_freq)  # no checkpoint before Adam has a state
+        eval_due, save_due = (metrics and freq and global_step % freq < B for freq in freqs)
         if not evaluations or (eval_due or finished) and evaluations[-1]["step"] < global_step:
             row, new_samples = evaluate(setup, args, global_step)
             evaluations, samples = [*evaluations, row], [*samples, *new_samples]
@@ -693,7 +689,7 @@ def train(args: Args, stop: threading.Event) -> dict | None:
         wall = wall_seconds + time.perf_counter() - started
         if save_due or finished or stopping:
             agent, optimizer_state = get_state_dict(model, optimizer.optimizer, options=options)
-            agent = {name: weight for name, weight in agent.items() if name in trainable}
+            agent = {name: weight for name, weight in agent.items() if name in setup.trainable}
         if finished and main:
             save_policy(accelerator.unwrap_model(model), setup.tokenizer, agent, run_dir / "policy")
             summary = {"script": Path(__file__).name, "algo": args.algo, "env_id": args.task} | vars(args) | {
@@ -787,7 +783,8 @@ def check_models(args: Args) -> None:
         if name == args.policy_model:
             if tokenizer.eos_token is None:
                 raise ValueError(f"{name}: its tokenizer has no end-of-text token; give it one")
-            if (room := config.max_position_embeddings) < args.prompt_length + args.response_length:
+            room = getattr(config, "max_position_embeddings", math.inf)
+            if room < args.prompt_length + args.response_length:
                 raise ValueError(f"--prompt-length, --response-length: {name} has but {room} positions")
         elif not adapter and args.reward_label >= config.num_labels > 1:
             raise ValueError(f"--reward-label {args.reward_label}: {name} has {config.id2label}")
@@ -853,15 +850,14 @@ def prepare(args: Args) -> Args:
             raise ValueError(message)
     if os.environ.get("RANK", "0") != "0":  # one of several processes, which wait for the first
         return args
-    if args.task == "toy":
-        make_toy(toy)
-    check_models(args)
+    run_dir = Path(args.resume or Path(args.runs_dir) / args.run_name)
+    try:
+        make_toy(toy) if args.task == "toy" else None
+        check_models(args)
+        run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
+    except OSError as error:
+        raise ValueError(f"{run_dir}: {error.strerror}; try another --run-name or --runs-dir") from error
     if not args.resume:
-        run_dir = Path(args.runs_dir) / args.run_name
-        try:
-            run_dir.mkdir(parents=True)
-        except OSError as error:
-            raise ValueError(f"{run_dir}: {error.strerror}; try another --run-name or --runs-dir") from error
         save(run_dir / "args.json", json.dumps({"args": vars(args)} | describe_machine(), indent=2))
     return args
 

@@ -118,7 +118,7 @@ def lines(text):
 
 @pytest.mark.parametrize("name", SCRIPTS)
 def test_a_script_is_short_and_the_algorithm_a_part_of_it(name):
-    assert lines((ROOT / name).read_text().rstrip()) <= (550 if name in CONTROL else 860)
+    assert lines((ROOT / name).read_text().rstrip()) <= (550 if name in CONTROL else 885)
     found = definitions(name)
     algorithm = ["symmetric_policy_loss", "compute_gae", "train"]
     algorithm += ["gradient_and_metrics"] if name in CONTROL else []
@@ -132,7 +132,7 @@ def test_readme_names_only_flags_that_exist(script):
     flags = {"--" + field.name.replace("_", "-") for field in dataclasses.fields(script.Args)}
     flags |= {flag.replace("--", "--no-", 1) for flag in flags}
     commands = "".join(re.findall(rf"(?m)^python {script.__name__}\.py(?:[^\\\n]|\\\n)*", readme))
-    named = set(re.findall(r"--[a-z][a-z-]*", commands))
+    named = set(re.findall(r"--[a-z][a-z0-9-]*", commands))
     assert len(named) >= 2
     assert named <= flags
 
@@ -142,6 +142,6 @@ def test_readme_table_names_only_flags_that_exist():
     table = "".join(re.findall(r"(?m)^\| `--.*$", readme))
     scripts = [setting.script for setting in SETTINGS] + [sppo_rlhf]
     names = {field.name for script in scripts for field in dataclasses.fields(script.Args)}
-    named = set(re.findall(r"--[a-z][a-z-]*", table))
+    named = set(re.findall(r"--[a-z][a-z0-9-]*", table))
     assert len(named) > 10
     assert named <= {"--" + name.replace("_", "-") for name in names}

@@ -235,7 +235,7 @@ def test_lora_roles_are_adapters_on_one_model(models):
 
 def test_a_judge_reads_texts_with_its_own_tokenizer(toy):
     judge = rlhf.RewardModel(str(toy / "reward"), 1, torch.device("cpu"), torch.float32)
-    texts = ["the plot was superb . i loved it .", "i hated it .", ""]
+    texts = ["the plot was superb .", "the plot was dull .", ""]
     scores = judge(texts)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(toy / "reward").eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(toy / "reward")
@@ -250,13 +250,9 @@ def test_a_judge_reads_texts_with_its_own_tokenizer(toy):
 
 def test_a_judge_reads_the_end_of_a_text_that_is_too_long(toy):
     judge = rlhf.RewardModel(str(toy / "reward"), 1, torch.device("cpu"), torch.float32)
-    loved, hated = judge(
-        [
-            start + " the plot was noisy ." * 20 + end
-            for start, end in (("", " i loved it ."), ("i loved it .", " i hated it ."))
-        ]
-    )
-    assert loved > hated
+    bad, praise = " the plot was noisy ." * 20, " the cast was superb ." * 4
+    good_at_the_end, good_at_the_start = judge([bad + praise, praise + bad])
+    assert good_at_the_end > good_at_the_start
 
 
 def test_a_model_with_one_output_gives_that_and_an_adapter_is_put_on_its_base(models):
@@ -280,8 +276,8 @@ def test_an_ensemble():
 
 
 @pytest.mark.parametrize(("text", "sentiment"), [
-    ("the plot was superb but the cast was not superb . i loved it .", 2 / 3),
-    ("was dull . i hated it .", 0.0), ("not dull", 1.0), ("the the", 0.5), ("", 0.5),
+    ("the plot was superb but the cast was not superb . the script was funny .", 2 / 3),
+    ("was dull . was not warm .", 0.0), ("not dull", 1.0), ("the the", 0.5), ("", 0.5),
 ])  # fmt: skip
 def test_the_grammars_own_truth(text, sentiment):
     assert rlhf.toy_sentiment(text) == pytest.approx(sentiment)
@@ -572,7 +568,7 @@ def test_an_ensemble_trains_and_another_judge_looks_on(run, toy, models):
 
 def test_posts_and_their_summaries(toy):
     tokenizer = transformers.AutoTokenizer.from_pretrained(toy / "policy")
-    rows = [{"prompt": "the plot was dull", "label": " i hated it"}]
+    rows = [{"prompt": "the plot was dull", "label": " was not dull"}]
     ids, mask = rlhf.tokenize(rows, tokenizer, rlhf.Args(task="tldr", prompt_length=3, response_length=9))
     prompt, label = (tokenizer(rows[0][c])["input_ids"] for c in ("prompt", "label"))
     assert ids[0][mask[0]].tolist() == [*prompt[-3:], *label, tokenizer.eos_token_id]
@@ -740,8 +736,8 @@ def test_advantages_are_normalised_over_sampled_tokens(run, monkeypatch):
         return original(setup, args, batch, rows, advantage)
 
     monkeypatch.setattr(rlhf, "accumulate_gradient", recording)
-    run(response_length=16)
-    assert min(len(advantage) for advantage in learnt) < 8 // 2 * 16  # texts end early
+    run(response_length=40)
+    assert min(len(advantage) for advantage in learnt) < 8 // 2 * 40  # texts end early
     for advantage in learnt:
         assert advantage.mean().item() == pytest.approx(0, abs=1e-5)
         assert advantage.std().item() == pytest.approx(1, abs=1e-3)
@@ -770,7 +766,7 @@ def test_continuations_may_be_empty(run, toy, monkeypatch):
 
 
 def test_the_toy_learns_what_the_judge_wants_and_what_is_true(run):
-    """From .43 to .79 with the full run; half of it is enough to see it."""
+    """A full run has 40 updates; half of it is enough to see it."""
     defaults = rlhf.TASKS["toy"]
     flags = {
         name: defaults[name] for name in ("batch_size", "update_epochs", "prompt_length", "response_length")
@@ -778,9 +774,9 @@ def test_the_toy_learns_what_the_judge_wants_and_what_is_true(run):
     _, folder = run(**flags, num_minibatches=4, total_timesteps=20 * 112, eval_freq=0, eval_episodes=128)
     first, last = progress(folder)
     assert last["return_mean"] - first["return_mean"] > 0.2
-    assert last["sentiment"] - first["sentiment"] > 0.1
+    assert last["sentiment"] - first["sentiment"] > 0.2
     assert last["distinct_1"] > 0.5 * first["distinct_1"]
-    assert 0 < last["kl"] < 10
+    assert 0 < last["kl"] < 20
 
 
 # Errors
@@ -837,6 +833,15 @@ def test_bad_input_is_one_line_and_exit_code_2(toy, models, flags, message, tmp_
     assert message in err
     assert out == ""
     assert not list(Path().iterdir())
+
+
+def test_a_toy_that_cannot_be_written_is_one_line_too(monkeypatch, capsys):
+    monkeypatch.setattr(sys, "argv", ["sppo_rlhf.py", "--runs-dir", "/dev/null"])
+    with pytest.raises(SystemExit):
+        rlhf.main()
+    err = capsys.readouterr().err
+    assert err.startswith("error: /dev/null")
+    assert err.count("\n") == 1
 
 
 def test_a_checkpoint_of_another_script_is_not_resumed(tmp_path):
