@@ -194,7 +194,7 @@ def toy_sentiment(text: str) -> float:
 
 
 def make_toy(folder: Path) -> None:
-    """Makes train.jsonl, test.jsonl, policy/ and reward/ in `folder`, unless it is there; always the same, so
+    """Makes train.jsonl, test.jsonl, policy/ and reward/ in `folder`, unless it is there; from one seed, so
     that runs with different seeds have the same models. A tenth of the judge's labels are wrong."""
     if folder.exists():
         return
