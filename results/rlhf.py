@@ -2,7 +2,8 @@
 
     pip install -e ".[report]" && python results/rlhf.py results/rlhf-imdb RUN_FOLDER...
 
-Means over seeds with their standard errors; the figure shades one standard error. k = alpha + beta |Z|.
+Means over seeds with their standard errors; the figure shades one standard error. k = alpha + beta |Z|. PPO is
+k 1 with the cross entropy's weight and the gradient norm of the task; what differs in these is in the name.
 """
 
 import json
@@ -12,13 +13,14 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import pandas as pd
 
-ROW = ["policy", "noise", "k"]
+ROW = ["policy", "noise", "program"]
 PANELS = {
     "return_mean": "reward",
     "judge_reward2": "opinion of the other judge",
     "kl": "KL to the reference, nats",
     "perplexity": "perplexity under the reference",
 }
+COLORS = {"PPO": "C1", "SPPO, k 0.9": "C0", "SPPO, k 20.5": "C2"}
 COLUMNS = [*PANELS, "perplexity_real", "distinct_1", "distinct_2"]
 
 
@@ -31,7 +33,11 @@ def main(out: Path, folders: list[Path]) -> None:
             continue
         summary = json.loads((folder / "summary.json").read_text())
         k = summary["alpha"] + summary["beta"] * abs(summary["z"])
-        run = {"policy": Path(summary["policy_model"]).name, "noise": summary["noise"], "k": round(k, 3)}
+        program = f"PPO, {k:g}" if summary["beta"] == 0 else f"SPPO, k {k:g}"
+        program = program.removesuffix(", 1")
+        program += f", ce-coef {summary['ce_coef']:.2g}" * (summary["ce_coef"] != 0.1)
+        program += f", max-grad-norm {summary['max_grad_norm']:.2g}" * (summary["max_grad_norm"] != 1)
+        run = {"policy": Path(summary["policy_model"]).name, "noise": summary["noise"], "program": program}
         run |= {name: summary[name] for name in ("algo", "seed", "alpha", "beta", "learning_rate")}
         run["commit"] = json.loads((folder / "args.json").read_text())["commit"]
         curves.append(pd.read_csv(folder / "progress.csv").assign(**run))
@@ -41,27 +47,28 @@ def main(out: Path, folders: list[Path]) -> None:
     finals.to_csv(out / "runs.csv", index=False, float_format="%.6g")
     curves[[*ROW, "seed", "step", *COLUMNS]].to_csv(out / "curves.csv", index=False, float_format="%.6g")
 
-    print(f"| policy | noise | k | seeds | {' | '.join(COLUMNS)} |\n|{'---|' * (4 + len(COLUMNS))}")
+    print(f"| policy | noise | program | seeds | {' | '.join(COLUMNS)} |\n|{'---|' * (4 + len(COLUMNS))}")
     for row, group in finals.groupby(ROW):
         cells = (f"{group[c].mean():.3g} ± {group[c].sem():.2g}".replace(" ± nan", "") for c in COLUMNS)
         print(f"| {' | '.join(map(str, row))} | {len(group)} | {' | '.join(cells)} |")
-    print("\nSPPO minus PPO, the same seeds, at the end:\n")
+    print("\nMinus PPO, the same seeds, at the end:\n")
     for (policy, noise), group in finals.groupby(["policy", "noise"]):
-        ppo = group[group["k"] == 1].set_index("seed")
-        for k, other in group[group["k"] != 1].groupby("k"):
+        ppo = group[group["program"] == "PPO"].set_index("seed")
+        for program, other in group[group["program"] != "PPO"].groupby("program"):
             pairs = (other.set_index("seed")[COLUMNS] - ppo[COLUMNS]).dropna()
             cells = (f"{c} {pairs[c].mean():+.3g} ± {pairs[c].sem():.2g}" for c in COLUMNS)
-            print(f"- {policy}, {noise}, k {k}, {len(pairs)} pairs: {', '.join(cells)}".replace(" ± nan", ""))
+            line = f"- {policy}, {noise}, {program}, {len(pairs)} pairs: {', '.join(cells)}"
+            print(line.replace(" ± nan", ""))
 
     blocks = list(curves.groupby(["policy", "noise"]))
     size = (3.6 * len(PANELS), 2.8 * len(blocks))
     figure, axes = plt.subplots(len(blocks), len(PANELS), figsize=size, squeeze=False, layout="constrained")
     for line, ((policy, noise), group) in zip(axes, blocks):
         for ax, (column, title) in zip(line, PANELS.items()):
-            for color, (k, runs) in zip(("C0", "C1", "C2"), group.groupby("k")):
+            for program, runs in group.groupby("program"):
                 scores = runs.groupby("step")[column]
                 mean, sem = scores.mean(), scores.sem().fillna(0)
-                name = f"{'PPO' if k == 1 else 'SPPO'}, k {k:g}, {runs['seed'].nunique()} seed(s)"
+                name, color = f"{program}, {runs['seed'].nunique()} seed(s)", COLORS.get(program)
                 ax.plot(mean.index, mean, color=color, label=name)
                 ax.fill_between(mean.index, mean - sem, mean + sem, color=color, alpha=0.15)
             ax.set(title=title, xlabel="texts")
