@@ -2,7 +2,7 @@
 
     pip install -e ".[report]" && python results/rlhf.py results/rlhf-imdb RUN_FOLDER...
 
-Means over seeds with their standard errors; the figure shades one standard error. k = alpha + beta |Z|. PPO is
+Means over seeds and their standard errors; the figure shades one standard error. k = alpha + beta |Z|. PPO is
 k 1 with the cross entropy's weight and the gradient norm of the task; what differs in these is in the name.
 """
 
@@ -20,7 +20,7 @@ PANELS = {
     "kl": "KL to the reference, nats",
     "perplexity": "perplexity under the reference",
 }
-COLORS = {"PPO": "C1", "SPPO, k 0.9": "C0", "SPPO, k 20.5": "C2"}
+COLORS = {"PPO": "C1", "SPPO, k 0.9": "C0", "SPPO, k 20.5": "C2"}  # others: as they come, from the fourth on
 COLUMNS = [*PANELS, "perplexity_real", "distinct_1", "distinct_2"]
 
 
@@ -63,12 +63,14 @@ def main(out: Path, folders: list[Path]) -> None:
     blocks = list(curves.groupby(["policy", "noise"]))
     size = (3.6 * len(PANELS), 2.8 * len(blocks))
     figure, axes = plt.subplots(len(blocks), len(PANELS), figsize=size, squeeze=False, layout="constrained")
+    others = (f"C{i}" for i in range(3, 10))
+    colors = {program: COLORS.get(program) or next(others) for program in sorted(curves["program"].unique())}
     for line, ((policy, noise), group) in zip(axes, blocks):
         for ax, (column, title) in zip(line, PANELS.items()):
             for program, runs in group.groupby("program"):
                 scores = runs.groupby("step")[column]
                 mean, sem = scores.mean(), scores.sem().fillna(0)
-                name, color = f"{program}, {runs['seed'].nunique()} seed(s)", COLORS.get(program)
+                name, color = f"{program}, {runs['seed'].nunique()} seed(s)", colors[program]
                 ax.plot(mean.index, mean, color=color, label=name)
                 ax.fill_between(mean.index, mean - sem, mean + sem, color=color, alpha=0.15)
             ax.set(title=title, xlabel="texts")
