@@ -626,18 +626,11 @@ def test_micro_batches_add_up_to_the_minibatch(run):
 
 def torchrun(folder, *flags):
     """Two processes on the CPU; returns what they printed."""
-    command = [
-        sys.executable,
-        "-m",
-        "torch.distributed.run",
-        "--nproc-per-node",
-        "2",
-        "--master-port",
-        "29517",
-    ]
-    flags = [*flags, "--amp", "off", "--device", "cpu", "--runs-dir", str(folder), "--run-name", "run"]
+    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    flags = [*flags, "--amp", "off", "--runs-dir", str(folder), "--run-name", "run"]
+    alone = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([*command, rlhf.__file__, *flags], capture_output=True, text=True, timeout=300,
-                          env=os.environ | {"OMP_NUM_THREADS": "1"})  # fmt: skip
+                          env=os.environ | alone)  # fmt: skip
     return done.returncode, done.stdout + done.stderr
 
 
