@@ -5,6 +5,7 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import threading
@@ -626,7 +627,10 @@ def test_micro_batches_add_up_to_the_minibatch(run):
 
 def torchrun(folder, *flags):
     """Two processes on the CPU; returns what they printed."""
-    command = [sys.executable, "-m", "torch.distributed.run", "--standalone", "--nproc-per-node", "2"]
+    with socket.socket() as free:
+        free.bind(("localhost", 0))
+        port = str(free.getsockname()[1])
+    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port]
     flags = [*flags, "--amp", "off", "--runs-dir", str(folder), "--run-name", "run"]
     alone = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run([*command, rlhf.__file__, *flags], capture_output=True, text=True, timeout=300,
