@@ -1,0 +1,348 @@
+#!/usr/bin/env bash
+# Runs the scripts of this repository across environments, noise and seeds: one command per run, printed by --dry-run.
+set -euo pipefail
+cd "$(dirname "${BASH_SOURCE[0]}")"
+
+usage() {
+    cat <<'END'
+usage: ./benchmark.sh SUITE [options]
+
+suites
+  quick        three continuous tasks, 200,000 steps, A2C and PPO: about an hour on two cores
+  continuous   the paper's nine environments of continuous control
+  atari        22 games; the paper's list is not public but for WizardOfWor: the other games are our choice
+  rlhf         language models: imdb and tldr, whose models come from the Hugging Face hub (or --envs toy, offline)
+  sweep        learning rate x clip range x epochs, PPO against symmetric PPO
+  noise        noise levels from 0 to 0.4, on rewards and on advantages
+  robust       symmetric loss with and without layer normalisation, and with and without an ensemble of reward models
+  speed        steps per second against Stable-Baselines3, as ratios, one after the other
+
+options
+  --seeds N          seeds 10000, 10001, ...: N of them (default: the paper's number, 30 continuous and 5 Atari; else 3 or 5)
+  --jobs N           runs at a time: in all on CPUs (default: one per core), per GPU on GPUs (default: one)
+  --device D         auto, cpu or cuda, for every script (default: auto)
+  --steps N          steps of each run (default: the paper's; quick 200,000, sweep 1,000,000)
+  --envs E ...       environments, games or tasks, instead of the suite's own
+  --runs-dir DIR     folder of the runs (default: runs/SUITE)
+  --dry-run          print the commands, and run nothing
+  --slurm            submit them as a Slurm job array (SBATCH_PARTITION, SBATCH_TIMELIMIT ... are sbatch's own)
+
+Started again, it goes on: finished runs are skipped, broken-off ones resumed. Ctrl-C saves all of them first. On
+CPUs each run gets one thread, unless OMP_NUM_THREADS says otherwise. Then: python report.py runs/SUITE
+END
+}
+die() { echo "benchmark.sh: $1" >&2; exit 2; }
+
+# Arguments
+[[ ${1:-} ]] || { usage >&2; exit 2; }
+case $1 in -h | --help) usage; exit ;; esac
+arguments=("$@") suite=$1 seeds='' jobs='' device=auto steps='' envs=() runs=runs/$1 dry_run='' slurm=''
+shift
+while (($#)); do
+    option=$1
+    shift
+    case $option in
+        -h | --help) usage; exit ;;
+        --dry-run) dry_run=yes ;;
+        --slurm) slurm=yes ;;
+        --envs)
+            while (($#)) && [[ $1 != -* ]]; do envs+=("$1"); shift; done
+            ((${#envs[@]})) || die "--envs: name at least one" ;;
+        --seeds | --jobs | --steps)
+            [[ ${1:-} =~ ^[1-9][0-9]*$ ]] || die "$option ${1:-}: give a positive whole number"
+            printf -v "${option#--}" %s "$1"; shift ;;
+        --device)
+            [[ ${1:-} =~ ^(auto|cpu|cuda)$ ]] || die "--device ${1:-}: auto, cpu or cuda"
+            device=$1; shift ;;
+        --runs-dir)
+            [[ ${1:-} =~ ^[A-Za-z0-9_./-]+$ ]] || die "--runs-dir '${1:-}': letters, digits and _ . / - only"
+            runs=$1; shift ;;
+        *) die "$option: unknown; see ./benchmark.sh --help" ;;
+    esac
+done
+
+# The list: one command per run, seed by seed, so that an unfinished benchmark compares all programs on fewer seeds
+games=(Alien Amidar Assault Asterix BeamRider Boxing Breakout Centipede CrazyClimber DemonAttack Freeway Frostbite
+    Gopher Krull KungFuMaster MsPacman Pong Qbert RoadRunner Seaquest SpaceInvaders WizardOfWor)
+mujoco_and_box2d=(Ant-v4 HumanoidStandup-v4 Walker2d-v4 Hopper-v4 HalfCheetah-v4 Swimmer-v4 InvertedDoublePendulum-v4
+    BipedalWalker-v3 LunarLanderContinuous-v3)
+commands=() names=() evaluations=20
+
+kind_of() { # of script, by the name of environment, game or task
+    case $1 in toy | imdb | tldr) echo rlhf ;; *-v[0-9]*) echo continuous ;; *) echo atari ;; esac
+}
+
+add() { # SCRIPT ENVIRONMENT ROW NOISE[:LEVEL] SEED FLAG...: a run
+    local script=$1 env=$2 row=$3 noise=$4 seed=$5 total=$steps
+    shift 5
+    local name=${env}__${row}__${noise/:/-}__$seed which=(--env-id "$env") flags=("$@")
+    [[ $script != sppo_rlhf ]] || which=(--task "$env")
+    case $noise in *:*) flags+=(--noise "${noise%:*}" --noise-level "${noise#*:}") ;; none) ;; *) flags+=(--noise "$noise") ;; esac
+    if [[ ! $total ]]; then
+        case $script/$env in # the paper's; the scripts' own default is its number for Atari and RLHF
+            sppo_continuous/HumanoidStandup-v4) total=10000000 ;;
+            */Walker2d-v4) total=$([[ $script = sppo* ]] && echo 5000000 || echo 2000000) ;;
+            *_continuous/*) total=2000000 ;;
+        esac
+    fi
+    [[ ! $total ]] || flags+=(--total-timesteps "$total")
+    [[ $suite != quick ]] || flags+=(--eval-freq $((total / 10)))
+    [[ $script/$env != sa2c_continuous/Swimmer-v4 ]] || flags+=(--gamma 0.9999)
+    [[ $device = auto ]] || flags+=(--device "$device")
+    names+=("$name")
+    flags=(python "$script.py" "${which[@]}" --seed "$seed" "${flags[@]}" --runs-dir "$runs" --run-name "$name")
+    commands+=("${flags[*]}")
+}
+
+# The rows of the tables. k = alpha + beta |Z| is 20.5 in continuous control, 1.5 on Atari, 0.9 for imdb and toy, 0.7
+# for tldr; "norm" and "coef" are PPO with one of the settings that k changes divided by k, and nothing else.
+rows_continuous() { # ENVIRONMENT NOISE SEED
+    add sa2c_continuous "$1" a2c "$2" "$3" --policy gaussian
+    add sa2c_continuous "$1" da2c "$2" "$3" --beta 0
+    add sa2c_continuous "$1" sa2c "$2" "$3"
+    add sppo_continuous "$1" ppo "$2" "$3" --policy gaussian
+    add sppo_continuous "$1" dppo "$2" "$3" --beta 0
+    add sppo_continuous "$1" dppo-norm "$2" "$3" --beta 0 --max-grad-norm 0.0243902
+    add sppo_continuous "$1" dppo-coef "$2" "$3" --beta 0 --vf-coef 0.0243902
+    add sppo_continuous "$1" sppo "$2" "$3"
+    [[ $suite/$1 != quick/InvertedDoublePendulum-v4 ]] || add sppo_continuous "$1" dppo-k "$2" "$3" --alpha 20.5 --beta 0
+}
+rows_atari() {
+    add sa2c_atari "$1" a2c "$2" "$3" --beta 0
+    add sa2c_atari "$1" sa2c "$2" "$3"
+    add sppo_atari "$1" ppo "$2" "$3" --beta 0
+    add sppo_atari "$1" ppo-authors "$2" "$3" --beta 0 --no-norm-adv
+    add sppo_atari "$1" ppo-norm "$2" "$3" --beta 0 --max-grad-norm 0.333333
+    add sppo_atari "$1" ppo-coef "$2" "$3" --beta 0 --vf-coef 0.333333 --ent-coef 0.00666667
+    add sppo_atari "$1" sppo "$2" "$3"
+}
+rows_rlhf() {
+    local norm=1.11111 vf=0.555556 ce=0.111111
+    [[ $1 != tldr ]] || norm=1.42857 vf=0.142857 ce=0.142857
+    add sppo_rlhf "$1" ppo "$2" "$3" --beta 0
+    add sppo_rlhf "$1" ppo-norm "$2" "$3" --beta 0 --max-grad-norm $norm
+    add sppo_rlhf "$1" ppo-coef "$2" "$3" --beta 0 --vf-coef $vf
+    [[ $1 = toy ]] || add sppo_rlhf "$1" ppo-ce "$2" "$3" --beta 0 --ce-coef $ce
+    add sppo_rlhf "$1" sppo "$2" "$3"
+}
+main_noise() { # rewards of tldr have no scale that is known beforehand: there advantages flip
+    case $(kind_of "$1")/$1 in continuous/*) echo normal ;; rlhf/tldr) echo adv_flip ;; *) echo flip ;; esac
+}
+
+suite_envs() { ((${#envs[@]})) || envs=("$@"); }
+for_each() { # FUNCTION: calls it with every environment and seed
+    for ((seed = 10000; seed < 10000 + seeds; seed++)); do
+        for env in "${envs[@]}"; do "$1" "$env" $seed; done
+    done
+}
+clean_and_noisy() { for noise in none "$(main_noise "$1")"; do "rows_$(kind_of "$1")" "$1" "$noise" "$2"; done; }
+sweep() {
+    [[ $(kind_of "$1") = continuous ]] || die "sweep: $1 is not a task of continuous control"
+    for noise in none normal; do
+        for rate in 0.0001 0.0003 0.001; do
+            for clip in 0.1 0.2 0.3; do
+                for epochs in 5 10 20; do
+                    flags=(--learning-rate "$rate" --clip-coef "$clip" --update-epochs "$epochs")
+                    add sppo_continuous "$1" "dppo-lr$rate-clip$clip-epochs$epochs" $noise "$2" --beta 0 "${flags[@]}"
+                    add sppo_continuous "$1" "sppo-lr$rate-clip$clip-epochs$epochs" $noise "$2" "${flags[@]}"
+                done
+            done
+        done
+    done
+}
+noise_levels() {
+    local on_rewards=normal d=d kind
+    kind=$(kind_of "$1")
+    [[ $kind != rlhf ]] || die "noise: $1 is neither a task of continuous control nor a game"
+    [[ $kind = continuous ]] || on_rewards=flip d=''
+    for noise in none {"$on_rewards",adv_flip}:{0.05,0.1,0.2,0.4}; do
+        add "sa2c_$kind" "$1" "${d}a2c" "$noise" "$2" --beta 0
+        add "sa2c_$kind" "$1" sa2c "$noise" "$2"
+        add "sppo_$kind" "$1" "${d}ppo" "$noise" "$2" --beta 0
+        add "sppo_$kind" "$1" sppo "$noise" "$2"
+    done
+}
+robust() {
+    local judges=(--reward-model lvwerra/distilbert-imdb textattack/roberta-base-imdb textattack/bert-base-uncased-imdb)
+    for noise in none "$(main_noise "$1")"; do
+        case $1 in
+            *-v[0-9]*)
+                add sppo_continuous "$1" dppo "$noise" "$2" --beta 0
+                add sppo_continuous "$1" dppo-layer-norm "$noise" "$2" --beta 0 --layer-norm
+                add sppo_continuous "$1" sppo "$noise" "$2"
+                add sppo_continuous "$1" sppo-layer-norm "$noise" "$2" --layer-norm ;;
+            imdb)
+                add sppo_rlhf "$1" ppo "$noise" "$2" --beta 0
+                add sppo_rlhf "$1" ppo-ensemble "$noise" "$2" --beta 0 "${judges[@]}" --reward-aggregate min
+                add sppo_rlhf "$1" sppo "$noise" "$2"
+                add sppo_rlhf "$1" sppo-ensemble "$noise" "$2" "${judges[@]}" --reward-aggregate min ;;
+            *) die "robust: layer normalisation is for continuous control, the ensemble for imdb; not $1" ;;
+        esac
+    done
+}
+speed() {
+    local script=$1 kind=${1#*_} algo=${1%_*}
+    names+=("$script")
+    commands+=("python tests/speed.py --suite $kind --algo ${algo#s} $([[ $kind = atari ]] &&
+        echo --env-id Breakout --total-timesteps "${steps:-20480}" || echo --total-timesteps "${steps:-100000}")")
+}
+
+case $suite in
+    quick)
+        : "${seeds:=3}" "${steps:=200000}"
+        evaluations=10
+        suite_envs InvertedDoublePendulum-v4 LunarLanderContinuous-v3 Hopper-v4
+        for_each clean_and_noisy ;;
+    continuous) : "${seeds:=30}"; suite_envs "${mujoco_and_box2d[@]}"; for_each clean_and_noisy ;;
+    atari) : "${seeds:=5}"; suite_envs "${games[@]}"; for_each clean_and_noisy ;;
+    rlhf) : "${seeds:=5}"; evaluations=11; suite_envs imdb tldr; for_each clean_and_noisy ;;
+    sweep) : "${seeds:=5}" "${steps:=1000000}"; suite_envs Hopper-v4 LunarLanderContinuous-v3; for_each sweep ;;
+    noise) : "${seeds:=5}"; suite_envs Hopper-v4 LunarLanderContinuous-v3 Breakout; for_each noise_levels ;;
+    robust) : "${seeds:=5}"; suite_envs Hopper-v4 LunarLanderContinuous-v3 imdb; for_each robust ;;
+    speed)
+        [[ ! ${envs[*]}$seeds$jobs$slurm ]] || die "speed: takes --steps, --runs-dir and --dry-run only"
+        for script in sppo_continuous sa2c_continuous sppo_atari sa2c_atari; do speed $script; done ;;
+    *) die "$suite: no such suite; see ./benchmark.sh --help" ;;
+esac
+# As many at a time as there are cores, or on each GPU as --jobs says
+gpus=()
+if [[ $device != cpu && ${commands[*]} =~ _atari|_rlhf ]] && command -v nvidia-smi >/dev/null; then
+    IFS=, read -ra gpus <<<"${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader | paste -sd,)}"
+fi
+cores=$(nproc)
+if ((${#gpus[@]})); then slots=$((${jobs:-1} * ${#gpus[@]})); else slots=${jobs:-$cores}; fi
+threads=$((${#gpus[@]} && cores > slots ? cores / slots : 1)) # on a GPU they play the games
+[[ $suite = speed ]] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads}
+
+if [[ $dry_run ]]; then
+    [[ $suite = speed ]] || echo "export OMP_NUM_THREADS=$OMP_NUM_THREADS"
+    printf '%s\n' "${commands[@]}"
+    exit
+fi
+
+# Checks, before any work starts
+for tool in flock setsid; do
+    command -v $tool >/dev/null || die "$tool: not found; it is part of util-linux"
+done
+python - "${envs[@]}" <<'END' || exit 2
+import sys
+try:
+    import ale_py, gymnasium, tensorboard, torch, tyro
+    if {"toy", "imdb", "tldr"} & set(sys.argv):
+        import accelerate, datasets, peft, transformers
+except ImportError as error:
+    sys.exit(f"benchmark.sh: {error}; install first: pip install -e '.[rlhf,report]'")
+gymnasium.register_envs(ale_py)
+known = {"toy", "imdb", "tldr"} | set(gymnasium.registry) | {name[4:-3] for name in gymnasium.registry}
+for name in sys.argv[1:]:
+    if name not in known:
+        sys.exit(f"benchmark.sh: --envs {name}: no such environment, game or task; for instance Hopper-v4 Breakout imdb")
+END
+mkdir -p "$runs/logs"
+for i in "${!names[@]}"; do # the command of a run is beside its log
+    recorded=$runs/logs/${names[i]}.sh
+    [[ ! -f $recorded || $(<"$recorded") = "${commands[i]}" ]] ||
+        die "$runs/${names[i]} was started by another command ($(<"$recorded")): choose another --runs-dir"
+done
+is_done() { [[ -s $runs/$1/summary.json || $suite = speed && -s $runs/$1.md ]]; }
+
+# Slurm: an array of this very script, each with one command; arrays have a largest size
+if [[ $slurm ]]; then
+    command -v sbatch >/dev/null || die "--slurm: no sbatch here"
+    size=$(scontrol show config | awk '$1 == "MaxArraySize" { print $3 - 1 }')
+    resources=(--cpus-per-task="$OMP_NUM_THREADS")
+    [[ $device = cpu || ! ${commands[*]} =~ _atari|_rlhf ]] || resources=(--gpus-per-task=1 --cpus-per-task=4)
+    for ((first = 0; first < ${#names[@]}; first += size)); do
+        count=$((${#names[@]} - first < size ? ${#names[@]} - first : size))
+        printf -v wrapped '%q ' "${arguments[@]}"
+        BENCHMARK_FIRST=$first sbatch --job-name="$suite" --array="1-$count${jobs:+%$jobs}" --requeue --ntasks=1 "${resources[@]}" \
+            --signal=B:TERM@120 --open-mode=append --output="$runs/logs/slurm-%A_%a.log" --wrap "exec ./benchmark.sh ${wrapped/--slurm /}"
+    done
+    exit
+fi
+if [[ ${BENCHMARK_FIRST:-} ]]; then
+    i=$((BENCHMARK_FIRST + SLURM_ARRAY_TASK_ID - 1))
+    names=("${names[i]}") commands=("${commands[i]}") slots=1
+    exec 8>"$runs/logs/${names[0]}.lock"
+    flock -n 8 || die "${names[0]} is running already"
+fi
+
+# The lock is inherited by the runs: if this script alone is killed, it holds until they have ended
+exec 9>"$runs/logs/lock"
+flock -n ${BENCHMARK_FIRST:+-s} 9 || die "runs of another benchmark are going on in $runs"
+
+if [[ $suite = speed ]]; then # one after the other, since they are compared
+    for i in "${!names[@]}"; do
+        is_done "${names[i]}" && continue
+        echo "+ ${commands[i]}" >&2
+        (echo "\`${commands[i]}\`"; echo; ${commands[i]}) >"$runs/${names[i]}.tmp"
+        mv "$runs/${names[i]}.tmp" "$runs/${names[i]}.md"
+    done
+    cd "$runs" && cat "${names[@]/%/.md}"
+    exit
+fi
+
+# The runner: slots, each with a run, until nothing is left to do
+percent() { # of a run, from its evaluations
+    if is_done "$1"; then echo 100; elif [[ ! -f $runs/$1/progress.csv ]]; then echo 0; else
+        local rows=$(($(wc -l <"$runs/$1/progress.csv") - 1))
+        echo $((rows < evaluations ? 100 * rows / evaluations : 99))
+    fi
+}
+start() { # SLOT INDEX
+    local name=${names[$2]} command=${commands[$2]} folder=$runs/${names[$2]}
+    echo "$command" >"$runs/logs/$name.sh"
+    if [[ -f $folder/checkpoint.pt ]]; then
+        command="${command%% --*} --resume $folder"
+    elif [[ -d $folder ]]; then # killed before its first checkpoint: begins anew
+        mkdir -p "$runs/logs/broken"
+        mv "$folder" "$runs/logs/broken/$name.$(date +%s)"
+    fi
+    ((${#gpus[@]})) && command="env CUDA_VISIBLE_DEVICES=${gpus[$1 % ${#gpus[@]}]} $command"
+    # shellcheck disable=SC2086 # a command is a list of words, none of which has blanks
+    setsid $command >>"$runs/logs/$name.log" 2>&1 & # apart from Ctrl-C, which is handed on below, once
+    pids[$1]=$! running[$1]=$name
+}
+show() { # the live line, or in a log one line whenever a run has ended
+    local now=0 left='?' i
+    for i in "${!running[@]}"; do now=$((now + $(percent "${running[i]}"))); done
+    now=$((now + 100 * (finished + ${#failed[@]})))
+    if ((now > before && now > 0)); then left=$(((SECONDS - began) * (100 * ${#names[@]} - now) / (now - before))); fi
+    [[ $left = '?' ]] || printf -v left '%d:%02d h' $((left / 3600)) $((left % 3600 / 60))
+    printf -v line '%s: %d of %d done, %d running, %d failed, %s left' "$suite" "$finished" "${#names[@]}" \
+        "${#running[@]}" "${#failed[@]}" "$left"
+    if [[ -t 2 ]]; then printf '\r%s\e[K' "$line" >&2; elif [[ ${1:-} ]]; then echo "$line" >&2; fi
+}
+stop() { # runs save a checkpoint at the first signal, and end at once at a second
+    stopping=yes
+    echo "stopping: $((${#running[@]})) runs are saving their checkpoints; again to kill them" >&2
+    for i in "${!pids[@]}"; do kill -TERM "${pids[i]}" 2>/dev/null || true; done
+}
+pids=() running=() failed=() finished=0 next=0 stopping='' before=0 began=$SECONDS
+for name in "${names[@]}"; do
+    is_done "$name" && ((++finished))
+    before=$((before + $(percent "$name")))
+done
+trap stop INT TERM HUP
+show now
+while :; do
+    ended=''
+    for ((slot = 0; slot < slots; slot++)); do
+        if [[ ${pids[slot]:-} ]] && ! kill -0 "${pids[slot]}" 2>/dev/null; then
+            if is_done "${running[slot]}"; then ((++finished)); elif [[ ! $stopping ]]; then failed+=("${running[slot]}"); fi
+            unset "pids[slot]" "running[slot]"
+            ended=yes
+        fi
+        while ((next < ${#names[@]})) && is_done "${names[next]}"; do ((++next)); done
+        if [[ ! ${pids[slot]:-} && ! $stopping ]] && ((next < ${#names[@]})); then start "$slot" $((next++)); fi
+    done
+    ((${#pids[@]})) || break
+    show "$ended"
+    sleep 0.5 || true
+done
+show now
+[[ ! -t 2 ]] || echo >&2
+for name in "${failed[@]}"; do echo "failed: $name: $(tail -n 1 "$runs/logs/$name.log") ($runs/logs/$name.log)" >&2; done
+[[ ! $stopping ]] || { echo "stopped; the same command goes on" >&2; exit 130; }
+((${#failed[@]} == 0)) || exit 1
+echo "all done; tables and figures: python report.py $runs" >&2
