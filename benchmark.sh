@@ -224,7 +224,7 @@ fi
 for tool in flock setsid; do
     command -v $tool >/dev/null || die "$tool: not found; it is part of util-linux"
 done
-python - "${envs[@]}" <<'END' || exit 2
+[[ ${BENCHMARK_FIRST:-} ]] || python - "${envs[@]}" <<'END' || exit 2
 import sys
 try:
     import ale_py, gymnasium, tensorboard, torch, tyro
@@ -233,9 +233,8 @@ try:
 except ImportError as error:
     sys.exit(f"benchmark.sh: {error}; install first: pip install -e '.[rlhf,report]'")
 gymnasium.register_envs(ale_py)
-known = {"toy", "imdb", "tldr"} | set(gymnasium.registry) | {name[4:-3] for name in gymnasium.registry}
 for name in sys.argv[1:]:
-    if name not in known:
+    if not {name, f"ALE/{name}-v5"} & {"toy", "imdb", "tldr", *gymnasium.registry}:
         sys.exit(f"benchmark.sh: --envs {name}: no such environment, game or task; for instance Hopper-v4 Breakout imdb")
 END
 mkdir -p "$runs/logs"

@@ -1,0 +1,577 @@
+"""Turns finished runs into tables, statistics over all tasks and learning curves, in a folder: report/.
+
+    python report.py runs/quick                              # all that benchmark.sh left there
+    python report.py runs/continuous/Hopper-v4__* --out hopper
+
+A program is a script with those of its settings that are compared: DPPO; SPPO; DPPO, max-grad-norm 0.0244. A
+cell is a program on an environment with one kind and level of noise; its runs differ in the seed and nothing
+else, or there is no report. It shows the last evaluation, mean ± standard error over seeds. A cell that lacks
+seeds which others have shows how many it has, and no mean. Bold is the best of a row if Welch's t-test finds
+it better than every other program of the row, each at 5 %, two-sided.
+
+Over all tasks, by the library rliable (Agarwal et al., NeurIPS 2021): interquartile mean of normalised scores
+and probability of improvement, with 95 % stratified bootstrap intervals, which a handful of seeds makes too
+narrow. Atari scores are normalised by those of a random and a human player (Wang et al., ICML 2016), others by
+the worst (0) and the best run (1) of the environment here, all programs and noises together: they compare
+within a report only.
+"""
+
+import ast
+import json
+import math
+import shlex
+import shutil
+import sys
+import tempfile
+import warnings
+from collections import Counter
+from dataclasses import dataclass
+from pathlib import Path
+
+import numpy as np
+import tyro
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tqdm import tqdm
+
+try:
+    import matplotlib.pyplot as plt
+    import pandas as pd
+    from rliable import library as rly
+    from rliable import metrics
+    from scipy import stats
+except ImportError as error:
+    sys.exit(f"error: {error}; install what reports need: pip install -e '.[report]'")
+
+plt.switch_backend("agg")
+warnings.filterwarnings("ignore", message="random_state is deprecated")  # rliable has no other seed
+
+# Settings that make another program of the same script, named by their flags where they are not the default
+SWEPT = ["learning_rate", "clip_coef", "update_epochs"]
+COMPARED = [*SWEPT, "max_grad_norm", "vf_coef", "ent_coef", "ce_coef", "norm_adv", "layer_norm"]
+COMPARED += ["reward_model", "reward_aggregate"]
+CELL = ["script", "env_id", "noise", "noise_level", "algo", "policy", "alpha", "beta", "z", *COMPARED]
+# What may differ within a cell: it has no part in what is learnt, or is the result
+FREE = ["seed", "run_name", "runs_dir", "resume", "device", "compile", "track", "capture_video", "log_freq"]
+FREE += ["checkpoint_freq", "micro_batch_size", "finished", "sps", "wall_s", "train_return_last100"]
+FREE += ["first_return_mean", "final_return_mean", "final_return_std"]
+NEEDED = ["script", "algo", "env_id", "seed", "noise", "noise_level", "alpha", "beta", "z", "run_name"]
+NEEDED += ["total_timesteps", "final_return_mean", "train_return_last100", "sps", "wall_s"]
+EVALUATION = ["step", "return_mean", "return_std", "length_mean", "episodes"]
+ALGOS = ["a2c", "da2c", "sa2c", "ppo", "dppo", "sppo"]
+ROW = ["kind", "family", "noise", "env_id"]
+
+RANDOM_AND_HUMAN = {  # raw scores
+    "Alien": (227.8, 7127.7), "Amidar": (5.8, 1719.5), "Assault": (222.4, 742.0), "Asterix": (210.0, 8503.3),
+    "BeamRider": (363.9, 16926.5), "Boxing": (0.1, 12.1), "Breakout": (1.7, 30.5),
+    "Centipede": (2090.9, 12017.0), "CrazyClimber": (10780.5, 35829.4), "DemonAttack": (152.1, 1971.0),
+    "Freeway": (0.0, 29.6), "Frostbite": (65.2, 4334.7), "Gopher": (257.6, 2412.5), "Krull": (1598.0, 2665.5),
+    "KungFuMaster": (258.5, 22736.3), "MsPacman": (307.3, 6951.6), "Pong": (-20.7, 14.6),
+    "Qbert": (163.9, 13455.0), "RoadRunner": (11.5, 7845.0), "Seaquest": (68.4, 42054.7),
+    "SpaceInvaders": (148.0, 1668.7), "WizardOfWor": (563.5, 4756.5),
+}  # fmt: skip
+
+
+@dataclass
+class Args:
+    runs: tyro.conf.Positional[tuple[Path, ...]]  # folders of runs, as benchmark.sh leaves them, or runs
+    out: Path = Path("report")  # folder to write; an earlier report there is replaced
+    reps: int = 10_000  # bootstrap samples of statistics over all tasks
+
+
+# Reading
+
+
+def read_json(path: Path, needed: list[str]) -> dict:
+    """What is in `path`. Raises ValueError if it is no JSON, or lacks one of the keys `needed`."""
+    again = "delete the run's folder and run it again"
+    try:
+        content = json.loads(path.read_text())
+    except ValueError as error:
+        raise ValueError(f"{path}: corrupt ({error}); {again}") from error
+    for key in needed:
+        if key not in content:
+            raise ValueError(f"{path}: no {key!r}; {again}")
+    return content
+
+
+def read_runs(folders: list[Path]) -> tuple[pd.DataFrame, list[dict]]:
+    """Finished runs, a row each, and the arguments of those that have begun and not finished.
+
+    Raises ValueError: no runs, a corrupt file, a missing column, a name or a run that is there twice."""
+    paths = []
+    for folder in folders:
+        inside = {path.parent for name in ("args", "summary") for path in folder.glob(f"*/{name}.json")}
+        paths += [folder] if (folder / "args.json").exists() else sorted(inside)
+        if not inside and not (folder / "args.json").exists():
+            raise ValueError(f"{folder}: no runs in it; give folders of runs, such as runs/quick")
+    doubled = [name for name, times in Counter(path.name for path in paths).items() if times > 1]
+    if doubled:
+        where = " and ".join(str(path) for path in paths if path.name == doubled[0])
+        raise ValueError(f"{where}: two runs of one name; leave one out")
+    runs, unfinished = [], []
+    for path in tqdm(paths, "reading", unit=" runs", disable=None, leave=False):
+        recorded = read_json(path / "args.json", ["args", "command", "commit", "versions", "hardware"])
+        if not (path / "summary.json").exists():
+            unfinished.append(recorded["args"] | {"name": path.name})
+            continue
+        run = read_json(path / "summary.json", NEEDED)
+        if not isinstance(run["final_return_mean"], float) or not math.isfinite(run["final_return_mean"]):
+            raise ValueError(f"{path / 'summary.json'}: final_return_mean is {run['final_return_mean']}")
+        try:
+            curve = pd.read_csv(path / "progress.csv")
+        except (OSError, ValueError) as error:
+            raise ValueError(f"{path / 'progress.csv'}: {error}") from error
+        if missing := [column for column in EVALUATION if column not in curve] or curve.empty:
+            raise ValueError(f"{path / 'progress.csv'}: no {missing if curve.size else 'rows'}")
+        events = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
+        tag, flips = "losses/advantage_sign_flips", {}
+        if tag in events.Tags()["scalars"]:
+            flips = {event.step: event.value for event in events.Scalars(tag)}  # resumed: the last one counts
+        flips = pd.DataFrame({"step": list(flips), "flips": list(flips.values())})
+        runs.append(run | {"name": path.name, "recorded": recorded, "curve": curve, "flips": flips})
+    if not runs:
+        raise ValueError(f"{', '.join(map(str, folders))}: {len(unfinished)} runs, and none has finished")
+    return pd.DataFrame(runs), unfinished
+
+
+def defaults(script: str, env_id: str) -> dict:
+    """Default settings that are written as plain values in the script, for a language model's task too."""
+    source = ast.parse(Path(__file__).with_name(script).read_text())
+    found = {}
+    for node in source.body:
+        if isinstance(node, ast.ClassDef) and node.name == "Args":
+            for field in node.body:
+                if isinstance(field, ast.AnnAssign) and isinstance(field.value, ast.Constant):
+                    found[field.target.id] = field.value.value
+        if isinstance(node, ast.Assign) and node.targets[0].id == "TASKS":
+            tasks = eval(compile(ast.Expression(node.value), script, "eval"), {"dict": dict})
+            found |= {key: list(x) if isinstance(x, tuple) else x for key, x in tasks[env_id].items()}
+    return {key: value for key, value in found.items() if value is not None}
+
+
+def label_programs(runs: pd.DataFrame) -> pd.DataFrame:
+    """Adds columns: `program`, `base` (without what a sweep varies), `condition` (the noise), `kind` and
+    `family`. Raises ValueError where runs that would be compared differ in more than what is compared."""
+    runs = runs.reindex(columns=runs.columns.union([*CELL, *FREE]))
+    plain = runs.map(lambda x: json.dumps(x) if isinstance(x, list) else x)
+    parts = []
+    for (script, env_id), group in plain.groupby(["script", "env_id"]):
+        free = [*CELL, *FREE, "name", "recorded", "curve", "flips"]
+        for key in group.columns.difference(free):
+            if group[key].nunique(dropna=False) > 1:
+                (a, x), (b, y) = group.drop_duplicates(key)[["name", key]].values[:2]
+                raise ValueError(f"{a} and {b} differ in {key} ({x}, {y}): report them apart")
+        usual = defaults(script, env_id)
+        usual = {key: json.dumps(x) if isinstance(x, list) else x for key, x in usual.items()}
+        for i, run in group.iterrows():
+            symmetric, alike = run["algo"].startswith("s"), group[group["algo"] == run["algo"]]
+            told = [k for k in ("alpha", "beta", "z") if symmetric and alike[k].nunique() > 1]
+            told += ["alpha"] if not symmetric and run["alpha"] != 1 else []
+            base = ", ".join([run["algo"].upper(), *(f"{key} {run[key]:g}" for key in told)])
+            swept = ""
+            for key in COMPARED:
+                differs = run[key] != usual[key] if key in usual else group[key].nunique() > 1
+                if pd.isna(run[key]) or not differs:
+                    continue
+                flag, value = key.replace("_", "-"), runs.loc[i, key]
+                if isinstance(value, bool):
+                    change = flag if value else f"no-{flag}"
+                else:
+                    value = f"x {len(value)}" if isinstance(value, list) else value
+                    change = f"{flag} {value:.3g}" if isinstance(value, float) else f"{flag} {value}"
+                if key in SWEPT:
+                    swept += f", {change}"
+                else:
+                    base += f", {change}"
+            noise = "clean" if run["noise"] == "none" else f"{run['noise']} {run['noise_level']:g}"
+            family, _, kind = script.removesuffix(".py").partition("_")
+            parts.append(dict(index=i, base=base, program=base + swept, condition=noise, kind=kind))
+            parts[-1]["family"] = family.removeprefix("s")
+    runs = runs.join(pd.DataFrame(parts).set_index("index"))
+    key = ["script", "env_id", "condition", "program", "seed"]
+    if (twice := runs.duplicated(key, keep=False)).any():
+        a, b = runs[twice].sort_values(key)["name"][:2]
+        raise ValueError(f"{a} and {b} are the same run, of the same seed: leave one out")
+    runs["order"] = runs["algo"].map(ALGOS.index)  # the symmetric ones last
+    runs["level"] = runs["noise_level"].where(runs["noise"] != "none", 0.0)
+    order = ["kind", "family", "noise", "level", "env_id", "order", "program", "seed"]
+    runs = runs.assign(noise=runs["noise"].replace("none", "")).sort_values(order)  # clean ones first
+    return runs.reset_index(drop=True)
+
+
+# Statistics
+
+
+def welch(x, y) -> float:
+    """Two-sided p-value of Welch's t-test; nan with fewer than two scores, or scores that are all equal."""
+    if min(len(x), len(y)) < 2 or np.ptp([*x, *y]) == 0:
+        return math.nan
+    return float(stats.ttest_ind(x, y, equal_var=False).pvalue)
+
+
+def make_cells(runs: pd.DataFrame, unfinished: list[dict]) -> pd.DataFrame:
+    """One row per cell: its seeds, how many are missing, scores, mean, standard error, whether it is best."""
+    seeds = set(runs["seed"]) | {run["seed"] for run in unfinished}
+    cells = []
+    keys = ["kind", "family", "condition", "env_id", "program"]
+    for key, group in runs.groupby(keys, sort=False):
+        scores, training = group["final_return_mean"], group["train_return_last100"].astype(float)
+        first = group.iloc[0]
+        cell = dict(zip(keys, key)) | {"algo": first["algo"], "base": first["base"], "noise": first["noise"]}
+        cell |= {"level": first["level"], "seeds": len(group), "missing": len(seeds) - len(group)}
+        cell |= {"scores": scores.to_numpy(), "mean": scores.mean(), "sem": scores.sem()}
+        cell |= {"train_mean": training.mean(skipna=False), "train_sem": training.sem(skipna=False)}
+        cell |= {f"swept_{name}": first[name] for name in SWEPT}
+        flips = [run["flips"].mean() for run in group["flips"]]
+        cell |= {"flips_mean": np.mean(flips), "flips_sem": stats.sem(flips) if len(flips) > 1 else math.nan}
+        for column in group["curve"].iloc[0].columns.difference(EVALUATION):  # of language models
+            last = group["curve"].map(lambda curve, column=column: curve[column].iloc[-1])
+            cell |= {f"{column}_mean": last.mean(), f"{column}_sem": last.sem()}
+        cells.append(cell)
+    cells = pd.DataFrame(cells)
+    cells["best"] = False
+    for _, row in cells[cells["missing"] == 0].groupby(["kind", "family", "condition", "env_id"]):
+        best = row["mean"].idxmax()
+        others = row.drop(best)["scores"]
+        cells.loc[best, "best"] = len(others) > 0 and all(
+            welch(row["scores"][best], x) < 0.05 for x in others
+        )
+    return cells
+
+
+def make_differences(cells: pd.DataFrame) -> pd.DataFrame:
+    """The symmetric program less every other one of its row, with the standard error of the difference."""
+    rows = []
+    for key, row in cells[cells["missing"] == 0].groupby(
+        ["kind", "family", "condition", "env_id"], sort=False
+    ):
+        symmetric = row[row["algo"].str.startswith("s")]
+        for _, ours in symmetric.iterrows():
+            for _, other in row.drop(symmetric.index).iterrows():
+                difference = {"program": ours["program"], "less": other["program"]}
+                difference |= {"difference": ours["mean"] - other["mean"]}
+                difference |= {"sem": math.hypot(ours["sem"], other["sem"])}
+                difference |= {"p": welch(ours["scores"], other["scores"])}
+                rows.append(dict(zip(["kind", "family", "condition", "env_id"], key)) | difference)
+    return pd.DataFrame(rows)
+
+
+def normalise(cells: pd.DataFrame) -> pd.Series:
+    """Scores of each cell, normalised; None for a game whose human score is not known here."""
+    everything = cells.groupby(["kind", "env_id"])["scores"].agg(lambda scores: np.concatenate(list(scores)))
+    normalised = []
+    for _, cell in cells.iterrows():
+        if cell["kind"] == "atari":
+            low, high = RANDOM_AND_HUMAN.get(cell["env_id"], (math.nan, math.nan))
+        else:
+            scores = everything[cell["kind"], cell["env_id"]]
+            low, high = scores.min(), scores.max()
+        normalised.append((cell["scores"] - low) / (high - low) if high > low else None)
+    return pd.Series(normalised, cells.index)
+
+
+def make_aggregates(cells: pd.DataFrame, reps: int) -> tuple[pd.DataFrame, list[str]]:
+    """Interquartile means and probabilities of improvement over all tasks, and what had to be left out."""
+    rows, left_out = [], []
+    cells = cells.assign(normalised=normalise(cells))
+    unknown = cells[cells["normalised"].isna()]["env_id"].unique()
+    for key, group in cells.groupby(["kind", "family", "condition"], sort=False):
+        tasks, matrices = sorted(group["env_id"].unique()), {}
+        for program, there in group.groupby("program", sort=False):
+            complete = (there["missing"] == 0).all() and set(there["env_id"]) == set(tasks)
+            if complete and not set(tasks) & set(unknown) and there["seeds"].min() > 1:
+                matrices[program] = np.stack(list(there.set_index("env_id")["normalised"][tasks]), axis=1)
+            else:
+                left_out.append(f"{program}, {key[1].upper()} {key[2]}")
+        if not matrices:
+            continue
+        where = dict(zip(["kind", "family", "condition"], key)) | {"tasks": len(tasks)}
+        rng = np.random.RandomState(0)
+        iqm = rly.get_interval_estimates(
+            matrices, lambda x: np.array([metrics.aggregate_iqm(x)]), reps=reps, random_state=rng
+        )
+        symmetric = [p for p in matrices if p.startswith("S")]
+        pairs = {f"{ours} > {p}": (matrices[ours], matrices[p]) for ours in symmetric for p in matrices}
+        pairs = {name: pair for name, pair in pairs.items() if pair[0] is not pair[1]}
+        better = rly.get_interval_estimates(
+            pairs,
+            lambda x, y: np.array([metrics.probability_of_improvement(x, y)]),
+            reps=reps,
+            random_state=rng,
+        )
+        for what, (points, intervals) in (("iqm", iqm), ("probability of improvement", better)):
+            for name, point in points.items():
+                low, high = intervals[name][:, 0]
+                rows.append(
+                    where | {"statistic": what, "program": name, "value": point[0], "low": low, "high": high}
+                )
+    return pd.DataFrame(rows), left_out
+
+
+# Tables and figures
+
+
+def number(mean: float, sem: float) -> str:
+    """Mean ± standard error, with the digits that the size of the mean deserves."""
+    digits = 0 if abs(mean) >= 100 else 1 if abs(mean) >= 10 else 2 if abs(mean) >= 1 else 3
+    return f"{mean:,.{digits}f}" + ("" if math.isnan(sem) else f" ± {sem:,.{digits}f}")
+
+
+def markdown(header: list[str], rows: list[list[str]]) -> str:
+    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows))
+
+
+def table(cells: pd.DataFrame, value: str = "") -> str:
+    """One row per environment, one column per program: columns `value`mean and `value`sem of `cells`."""
+    programs, rows = list(cells["program"].unique()), []
+    for env_id, here in cells.groupby("env_id"):
+        rows.append([env_id])
+        for program in programs:
+            cell = here[here["program"] == program]
+            if cell.empty:
+                rows[-1].append("not run")
+            elif (cell := cell.iloc[0])["missing"]:
+                rows[-1].append(f"{cell['seeds']} of {cell['seeds'] + cell['missing']} seeds")
+            else:
+                text = number(cell[f"{value}mean"], cell[f"{value}sem"])
+                rows[-1].append(f"**{text}**" if cell["best"] and not value else text)
+    return markdown(["", *programs], rows)
+
+
+def save(figure, out: Path, name: str) -> str:
+    """Saves as PNG and SVG. Returns the Markdown that shows it."""
+    name = name.replace(" ", "-")
+    for suffix, options in (("png", {"dpi": 120}), ("svg", {"metadata": {"Date": None}})):
+        figure.savefig(out / f"{name}.{suffix}", **options)
+    plt.close(figure)
+    return f"![{name}]({name}.png)"
+
+
+def panels(count: int, height: float = 3.2):
+    """A figure with `count` panels, at most five in a row."""
+    columns = min(5, count)
+    rows = math.ceil(count / columns)
+    size = (max(7, 4 * columns), height * rows + 0.6)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    for ax in axes.flat[count:]:
+        ax.set_axis_off()
+    return figure, list(axes.flat)
+
+
+def draw_curves(runs: pd.DataFrame, what: str, column: str, axis: str, out: Path, name: str) -> str:
+    """A panel per environment, a line per program: mean over seeds, and a 95 % bootstrap interval of it."""
+    figure, axes = panels(runs["env_id"].nunique())
+    colors = {program: f"C{i}" for i, program in enumerate(runs["program"].unique())}
+    for ax, (env_id, here) in zip(axes, runs.groupby("env_id")):
+        for program, group in here.groupby("program", sort=False):
+            curves = [run[what].set_index("step")[column].rename(run["seed"]) for _, run in group.iterrows()]
+            curves = pd.concat(curves, axis=1).dropna()
+            scores = {program: curves.to_numpy().T[:, None, :]}  # seeds, one task, steps
+            mean, interval = rly.get_interval_estimates(
+                scores, lambda x: x.mean((0, 1)), reps=1000, random_state=np.random.RandomState(0)
+            )
+            ax.plot(curves.index, mean[program], color=colors[program], label=program)
+            ax.fill_between(curves.index, *interval[program], color=colors[program], alpha=0.12, lw=0)
+        ax.set(title=env_id, xlabel="steps")
+    axes[0].set_ylabel(axis)
+    handles = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False)
+    return save(figure, out, name)
+
+
+def draw_aggregates(aggregates: pd.DataFrame, out: Path, name: str) -> str:
+    """Interquartile means on the left, probabilities of improvement on the right, a colour per noise."""
+    sides = [("iqm", "interquartile mean of normalised scores")]
+    sides += [("probability of improvement", "probability of improvement")]
+    height = 0.5 + 0.3 * aggregates["program"].nunique()
+    figure, axes = plt.subplots(1, 2, figsize=(12, max(2.5, height)), layout="constrained")
+    for ax, (statistic, title) in zip(axes, sides):
+        there = aggregates[aggregates["statistic"] == statistic]
+        names = list(there["program"].unique())[::-1]
+        for i, (condition, group) in enumerate(there.groupby("condition", sort=False)):
+            y = [names.index(program) - 0.16 * i for program in group["program"]]
+            error = [group["value"] - group["low"], group["high"] - group["value"]]
+            ax.errorbar(group["value"], y, xerr=error, fmt="o", ms=4, color=f"C{i}", label=condition)
+        ax.set_yticks(range(len(names)), names)
+        ax.set_xlabel(title)
+    axes[1].axvline(0.5, color="grey", lw=0.8, zorder=0)
+    axes[0].legend(frameon=False)
+    return save(figure, out, name)
+
+
+def draw_noise(cells: pd.DataFrame, out: Path, name: str) -> str:
+    """Score against noise level: a panel per environment and kind of noise, a line per program."""
+    kinds = [noise for noise in cells["noise"].unique() if noise]
+    env_ids = sorted(cells["env_id"].unique())
+    figure, axes = panels(len(kinds) * len(env_ids))
+    colors = {program: f"C{i}" for i, program in enumerate(cells["program"].unique())}
+    for ax, (noise, env_id) in zip(axes, [(noise, env_id) for noise in kinds for env_id in env_ids]):
+        here = cells[(cells["env_id"] == env_id) & cells["noise"].isin(["", noise]) & (cells["missing"] == 0)]
+        for program, group in here.sort_values("level").groupby("program", sort=False):
+            ax.errorbar(
+                group["level"], group["mean"], group["sem"], color=colors[program], label=program, capsize=3
+            )
+        ax.set(title=env_id, xlabel=f"level of noise: {noise}")
+    axes[0].set_ylabel("return, mean ± standard error")
+    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    return save(figure, out, name)
+
+
+def draw_sweep(cells: pd.DataFrame, out: Path, name: str) -> str:
+    """Heat maps of mean scores over two swept settings, beside each other for a third: a row for every
+    program, and one for the symmetric less the other. Complete cells only; white is missing."""
+    varied = sorted(SWEPT, key=lambda key: -cells[f"swept_{key}"].nunique())
+    x, y, z = (f"swept_{key}" for key in varied)
+    cells = cells[cells["missing"] == 0]
+    grids = {
+        base: {third: part.pivot(index=y, columns=x, values="mean") for third, part in group.groupby(z)}
+        for base, group in cells.groupby("base", sort=False)
+    }
+    ours, others = ([b for b in grids if b.startswith("S") == symmetric] for symmetric in (True, False))
+    if len(ours) == len(others) == 1:
+        grids["difference"] = {
+            third: grids[ours[0]][third] - grid for third, grid in grids[others[0]].items()
+        }
+    thirds = sorted(cells[z].unique())
+    size = (1 + 3.6 * len(thirds), 0.6 + 2.9 * len(grids))
+    figure, axes = plt.subplots(len(grids), len(thirds), figsize=size, squeeze=False, layout="constrained")
+    scores = cells["mean"]
+    for row, (base, by_third) in zip(axes, grids.items()):
+        largest = max(abs(grid.to_numpy(float)).max() for grid in by_third.values())
+        limits = (-largest, largest) if base == "difference" else (scores.min(), scores.max())
+        for ax, third in zip(row, thirds):
+            grid = by_third[third]
+            colors = dict(zip(("vmin", "vmax"), limits), cmap="RdBu" if base == "difference" else "viridis")
+            image = ax.imshow(grid.to_numpy(float), aspect="auto", **colors)
+            for (i, j), value in np.ndenumerate(grid.to_numpy(float)):
+                box = dict(facecolor="white", alpha=0.6, lw=0, pad=1)
+                ax.text(j, i, f"{value:,.0f}", ha="center", va="center", fontsize=8, bbox=box)
+            ax.set_xticks(range(grid.shape[1]), [f"{v:g}" for v in grid.columns])
+            ax.set_yticks(range(grid.shape[0]), [f"{v:g}" for v in grid.index])
+            ax.set(xlabel=varied[0], ylabel=varied[1], title=f"{base}, {varied[2]} {third:g}")
+        figure.colorbar(image, ax=row)
+    return save(figure, out, name)
+
+
+def describe_runs(runs: pd.DataFrame) -> str:
+    """What it takes to repeat or to judge them: commits, versions, machines, time."""
+    hours = runs["wall_s"].sum() / 3600
+    lines = [f"{len(runs)} runs, {hours:,.1f} hours of computing; the command of each is in runs.csv."]
+    for what in ("commit", "versions", "hardware"):
+        counts = Counter()
+        for recorded in runs["recorded"]:
+            part = recorded[what]
+            if what == "versions":
+                part = {name: part.get(name) for name in ("python", "torch", "gymnasium", "mujoco", "ale_py")}
+            if isinstance(part, dict):
+                part = ", ".join(f"{key} {value}" for key, value in part.items())
+            counts[part] += 1
+        lines += [f"- {what}: {part} ({count} runs)" for part, count in counts.items()]
+    return "\n".join(lines)
+
+
+def compare_all(differences: pd.DataFrame, aggregates: pd.DataFrame) -> list[str]:
+    """Tables of the symmetric loss against each other program, and over all tasks."""
+    rows = []
+    for _, d in differences.iterrows():
+        times = f"{d['difference'] / d['sem']:+.1f}" if d["sem"] > 0 else ""
+        p = "" if math.isnan(d["p"]) else f"{d['p']:.3f}"
+        what = [d["env_id"], d["condition"], f"{d['program']} less {d['less']}"]
+        rows.append([*what, number(d["difference"], d["sem"]), times, p])
+    header = ["", "noise", "", "difference", "standard errors", "p (Welch)"]
+    parts = ["### The symmetric loss against each other program", markdown(header, rows)] if rows else []
+    rows = []
+    for _, a in aggregates.iterrows():
+        interval = f"{a['low']:.3f} to {a['high']:.3f}"
+        rows.append([a["statistic"], a["program"], a["condition"], f"{a['value']:.3f}", interval])
+    if rows:
+        parts.append(f"### Over all tasks ({aggregates['tasks'].iloc[0]})")
+        parts.append(markdown(["", "", "noise", "value", "95 % interval"], rows))
+    return parts
+
+
+def write_report(args: Args, out: Path) -> None:
+    """Reads all runs and writes report.md, CSV files and figures into `out`. Raises ValueError."""
+    runs, unfinished = read_runs(list(args.runs))
+    runs = label_programs(runs)
+    cells = make_cells(runs, unfinished)
+    differences = make_differences(cells)
+    aggregates, left_out = make_aggregates(cells, args.reps)
+    columns = ["name", "script", "env_id", "condition", "program", "seed", "total_timesteps"]
+    columns += ["final_return_mean", "final_return_std", "train_return_last100", "sps", "wall_s"]
+    command = runs["recorded"].map(lambda recorded: shlex.join(["python", *recorded["command"]]))
+    curves = pd.concat([run["curve"].assign(name=run["name"]) for _, run in runs.iterrows()])
+    for name, frame in {
+        "runs": runs[columns].assign(command=command), "curves": curves, "differences": differences,
+        "tables": cells.drop(columns=["scores", "base", "algo", "noise", "level"]), "aggregates": aggregates,
+    }.items():  # fmt: skip
+        frame.to_csv(out / f"{name}.csv", index=False, float_format="%.6g")
+
+    page = ["# Report", __doc__.split("\n\n", 2)[2].strip()]
+    if unfinished or (cells["missing"] > 0).any():
+        lacking = (
+            f"{(cells['missing'] > 0).sum()} of {len(cells)} cells lack {cells['missing'].sum()} seeds in all"
+        )
+        page.append(f"**Incomplete**: {lacking}; {len(unfinished)} runs have begun and not finished.")
+    for (kind, family), here in cells.groupby(["kind", "family"], sort=False):
+
+        def of_here(frame, kind=kind, family=family):
+            return frame[(frame["kind"] == kind) & (frame["family"] == family)] if len(frame) else frame
+
+        title = f"{kind}, {family.upper()}"
+        page.append(f"## {title}")
+        if sum(here[f"swept_{key}"].nunique() > 1 for key in SWEPT) > 1:
+            for (env_id, condition), part in here.groupby(["env_id", "condition"], sort=False):
+                name = f"sweep-{family}-{env_id}-{condition}"
+                page += [f"{env_id}, {condition}: mean return", draw_sweep(part, out, name)]
+            continue
+        for condition, part in here.groupby("condition", sort=False):
+            page += [f"### {title}, {condition}", "Last evaluation:", table(part)]
+            if kind != "rlhf":
+                page += ["The last 100 episodes of training:", table(part, "train_")]
+            for column in part.columns.difference(["train_mean", "flips_mean"]):  # of language models
+                if column.endswith("_mean") and part[column].notna().any():
+                    page += [f"Last evaluation, {column.removesuffix('_mean')}:", table(part, column[:-4])]
+            there, name = of_here(runs), f"{kind}-{family}-{condition}"
+            there = there[there["condition"] == condition]
+            page.append(
+                draw_curves(there, "curve", "return_mean", "return of evaluations", out, f"curves-{name}")
+            )
+            if (part["flips_mean"] > 0).any():
+                page += ["Share of advantages whose sign the normalisation changed, mean over the run:"]
+                page += [table(part, "flips_")]
+                there = there[there["flips"].map(lambda flips: (flips["flips"] > 0).any())]
+                page.append(
+                    draw_curves(there, "flips", "flips", "share of flipped signs", out, f"flips-{name}")
+                )
+        if (here.groupby("noise")["level"].nunique() > 1).any():
+            page += ["### Against the level of noise", draw_noise(here, out, f"noise-{kind}-{family}")]
+        page += compare_all(of_here(differences), of_here(aggregates))
+        if len(of_here(aggregates)):
+            page.append(draw_aggregates(of_here(aggregates), out, f"aggregates-{kind}-{family}"))
+    if left_out:
+        why = "not every task with every seed, or a game whose human score is not known here"
+        page.append(f"Left out of statistics over all tasks ({why}): {'; '.join(left_out)}.")
+    page += ["## What was run", describe_runs(runs)]
+    (out / "report.md").write_text("\n\n".join(page) + "\n")
+
+
+def main(args: Args) -> None:
+    if args.out.exists() and not (args.out / "report.md").exists() and any(args.out.iterdir()):
+        raise ValueError(f"--out {args.out}: a folder that is not a report; choose another")
+    args.out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=args.out.parent) as scratch:
+        new, old = Path(scratch, "new"), Path(scratch, "old")
+        new.mkdir()
+        write_report(args, new)
+        if args.out.exists():
+            shutil.move(args.out, old)
+        shutil.move(new, args.out)
+    print(f"{args.out / 'report.md'}")
+
+
+if __name__ == "__main__":
+    try:
+        main(tyro.cli(Args))
+    except ValueError as error:
+        sys.exit(f"error: {error}")

@@ -1,0 +1,415 @@
+"""benchmark.sh: its lists of commands, and what happens to runs that are killed, stopped or fail."""
+
+import json
+import os
+import re
+import shlex
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections import Counter
+from pathlib import Path
+
+import pytest
+import tyro
+from helpers import SETTINGS
+
+import sppo_rlhf
+
+ROOT = Path(__file__).resolve().parent.parent
+SCRIPTS = {f"{setting.script.__name__}.py": setting.script for setting in SETTINGS} | {
+    "sppo_rlhf.py": sppo_rlhf
+}
+SUITES = ["quick", "continuous", "atari", "rlhf", "sweep", "noise", "robust"]
+ENVIRON = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
+TINY = ["robust", "--envs", "InvertedDoublePendulum-v4", "--seeds", "1", "--steps", "10240", "--jobs", "2"]
+KILLED, BROKEN = (f"InvertedDoublePendulum-v4__{row}__10000" for row in ("dppo__none", "sppo__normal"))
+
+
+def benchmark(*arguments, env=ENVIRON, **options):
+    command = [ROOT / "benchmark.sh", *map(str, arguments)]
+    return subprocess.run(command, env=env, capture_output=True, text=True, **options)
+
+
+def commands(*arguments) -> list[list[str]]:
+    lines = benchmark(*arguments, "--dry-run").stdout.splitlines()
+    assert lines.pop(0) == "export OMP_NUM_THREADS=1"
+    return [shlex.split(line) for line in lines]
+
+
+def resolved(command: list[str], runs_dir: Path):
+    """The script's arguments, with its defaults filled in, for a command of the list."""
+    script = SCRIPTS[command[1]]
+    args = tyro.cli(script.Args, args=[*command[2:], "--runs-dir", str(runs_dir)])
+    return args if script is sppo_rlhf else script.prepare(args)
+
+
+@pytest.mark.parametrize("suite", SUITES)
+def test_every_command_of_a_suite_can_be_pasted_and_has_its_own_name(suite):
+    listed = commands(suite)
+    names = [command[command.index("--run-name") + 1] for command in listed]
+    assert len(set(names)) == len(names) > 50
+    for command in listed[:: len(listed) // 50]:
+        args = tyro.cli(SCRIPTS[command[1]].Args, args=command[2:])
+        assert command[0] == "python" and args.runs_dir == f"runs/{suite}"
+        assert args.seed >= 10000 and args.run_name.endswith(f"__{args.seed}")
+        assert {"none": "none"}.get(args.noise, args.noise) in args.run_name
+
+
+def test_suites_have_the_papers_numbers():
+    for suite, envs, rows, seeds in (("continuous", 9, 8, 30), ("atari", 22, 7, 5)):
+        listed = commands(suite)
+        assert len(listed) == envs * rows * 2 * seeds
+        assert Counter(c[c.index("--seed") + 1] for c in listed) == {
+            str(10000 + i): envs * rows * 2 for i in range(seeds)
+        }
+        noise = Counter(c[c.index("--noise") + 1] if "--noise" in c else "none" for c in listed)
+        assert noise["none"] == len(listed) / 2 == noise["normal" if suite == "continuous" else "flip"]
+        assert ("WizardOfWor" in {c[c.index("--env-id") + 1] for c in listed}) == (suite == "atari")
+    steps = {
+        c[c.index("--run-name") + 1]: c[c.index("--total-timesteps") + 1] for c in commands("continuous")
+    }
+    assert steps["Walker2d-v4__sppo__none__10000"] == "5000000"
+    assert steps["Walker2d-v4__sa2c__none__10000"] == steps["Ant-v4__sppo__none__10000"] == "2000000"
+    assert steps["HumanoidStandup-v4__sppo__none__10000"] == "10000000"
+
+
+@pytest.mark.parametrize("suite, env", [("quick", "InvertedDoublePendulum-v4"), ("atari", "Pong")])
+def test_rows_are_the_symmetric_program_and_its_single_factors(suite, env, tmp_path):
+    """k = alpha + beta |Z| of the symmetric row; the others differ from the baseline in one factor 1 / k."""
+    rows = {}
+    for command in commands(suite, "--envs", env, "--seeds", 1):
+        if "--noise" not in command and "sppo" in command[1]:
+            args = resolved(command, tmp_path)
+            rows[args.run_name.split("__")[1]] = vars(args)
+    symmetric = rows["sppo"]
+    k = symmetric["alpha"] - symmetric["beta"] * symmetric["z"]
+    d = "d" if suite == "quick" else ""
+    plain = rows[f"{d}ppo"]
+    assert plain["alpha"] == 1 and plain["beta"] == 0
+    factors = {
+        f"{d}ppo-norm": ["max_grad_norm"],
+        f"{d}ppo-coef": ["vf_coef"] if d else ["vf_coef", "ent_coef"],
+    }
+    for row, names in factors.items():
+        for name in plain.keys() - {"run_name"}:
+            if name in names:
+                assert rows[row][name] == pytest.approx(plain[name] / k, rel=1e-5)
+            else:
+                assert rows[row][name] == plain[name]
+    if suite == "quick":
+        assert rows["dppo-k"]["alpha"] == k and rows["dppo-k"]["beta"] == 0
+        assert rows["ppo"]["policy"] == "gaussian"
+    else:
+        changed = {name for name in plain if rows["ppo-authors"][name] != plain[name]}
+        assert changed == {"norm_adv", "run_name"} and plain["norm_adv"]
+
+
+@pytest.mark.parametrize("task", ["toy", "imdb", "tldr"])
+def test_rows_of_language_models_divide_what_k_divides(task):
+    settings = dict(max_grad_norm=1.0, alpha=0.5, z=-1.0) | sppo_rlhf.TASKS[task]
+    k = settings["alpha"] - settings["beta"] * settings["z"]
+    found = {}
+    for command in commands("rlhf", "--envs", task, "--seeds", 1):
+        args = vars(tyro.cli(sppo_rlhf.Args, args=command[2:]))
+        for name in ("max_grad_norm", "vf_coef", "ce_coef"):
+            if args[name] not in (None, sppo_rlhf.Args().max_grad_norm):
+                assert args["beta"] == 0
+                found[name] = args[name]
+    expected = {
+        name: settings[name] / k for name in ("max_grad_norm", "vf_coef", "ce_coef") if settings[name]
+    }
+    assert found == pytest.approx(expected, rel=1e-5)
+
+
+def test_options(tmp_path):
+    listed = commands(
+        "quick",
+        "--envs",
+        "Hopper-v4",
+        "--seeds",
+        2,
+        "--steps",
+        5000,
+        "--runs-dir",
+        tmp_path,
+        "--device",
+        "cpu",
+    )
+    assert len(listed) == 8 * 2 * 2
+    for command in listed:
+        args = tyro.cli(SCRIPTS[command[1]].Args, args=command[2:])
+        assert (args.env_id, args.total_timesteps, args.device) == ("Hopper-v4", 5000, "cpu")
+        assert args.runs_dir == str(tmp_path) and args.seed in (10000, 10001)
+    threads = benchmark("quick", "--dry-run", env=ENVIRON | {"OMP_NUM_THREADS": "3"})
+    assert threads.stdout.startswith("export OMP_NUM_THREADS=3\n")
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [
+        (["fast"], "fast: no such suite"),
+        (["quick", "--seeds", "many"], "--seeds many"),
+        (["quick", "--jobs", "0"], "--jobs 0"),
+        (["quick", "--steps"], "--steps"),
+        (["quick", "--device", "tpu"], "--device tpu"),
+        (["quick", "--envs"], "--envs"),
+        (["quick", "--envs", "Hoper-v4"], "--envs Hoper-v4: no such environment"),
+        (["quick", "--fast"], "--fast: unknown"),
+        (["quick", "--runs-dir", "a b"], "--runs-dir 'a b'"),
+        (["sweep", "--envs", "Pong"], "sweep: Pong"),
+        (["noise", "--envs", "imdb"], "noise: imdb"),
+        (["robust", "--envs", "Pong"], "robust: .* not Pong"),
+        (["speed", "--jobs", "2"], "speed: takes"),
+    ],
+)
+def test_bad_input_is_one_line_and_no_work(arguments, message, tmp_path):
+    shutil.copy(ROOT / "benchmark.sh", tmp_path)
+    command = [tmp_path / "benchmark.sh", *arguments]
+    result = subprocess.run(command, env=ENVIRON, capture_output=True, text=True)
+    assert result.returncode == 2 and result.stdout == ""
+    assert re.fullmatch(f"benchmark.sh: .*{message}.*\n", result.stderr)
+    assert [path.name for path in tmp_path.iterdir()] == ["benchmark.sh"]
+
+
+def test_shellcheck():
+    for script in ("benchmark.sh", ".ci/run"):
+        subprocess.run(["shellcheck", ROOT / script], check=True, env=ENVIRON)
+
+
+def summaries(runs: Path) -> dict[str, tuple]:
+    """{run: what must not change once it has finished}."""
+    return {
+        path.parent.name: (
+            path.read_bytes(),
+            path.stat().st_mtime_ns,
+            (path.parent / "progress.csv").read_bytes(),
+        )
+        for path in runs.glob("*/summary.json")
+    }
+
+
+def processes(runs: Path) -> dict[str, int]:
+    """{run: process} of the scripts that write there now."""
+    found = {}
+    for path in Path("/proc").glob("[0-9]*/cmdline"):
+        try:
+            words = path.read_bytes().decode().split("\0")
+        except OSError:  # it has just ended
+            continue
+        if any(word.endswith(".py") for word in words[:3]) and str(runs) in " ".join(words):
+            name = words[words.index("--run-name") + 1] if "--run-name" in words else Path(words[-2]).name
+            found[name] = int(path.parent.name)
+    return found
+
+
+def wait_for(condition, seconds: float = 120):
+    started = time.monotonic()
+    while not (result := condition()):
+        assert time.monotonic() - started < seconds
+        time.sleep(0.02)
+    return result
+
+
+@pytest.fixture(scope="module")
+def history(tmp_path_factory):
+    """A benchmark during which a run is killed, and the same one started again, and again."""
+    runs = tmp_path_factory.mktemp("runs") / "tiny"
+    (runs / BROKEN).mkdir(parents=True)  # of a run killed before its first checkpoint
+    (runs / BROKEN / "args.json").write_text("{}")
+    command = [ROOT / "benchmark.sh", *TINY, "--runs-dir", runs]
+    with subprocess.Popen(command, env=ENVIRON, stderr=subprocess.PIPE, text=True) as first:
+        wait_for((runs / KILLED / "checkpoint.pt").exists)
+        os.kill(processes(runs)[KILLED], signal.SIGKILL)
+        meanwhile = benchmark(*TINY, "--runs-dir", runs)
+        first_errors = first.communicate()[1]
+    before = summaries(runs)
+    rows_before = (
+        (runs / KILLED / "progress.csv").read_text() if (runs / KILLED / "progress.csv").exists() else ""
+    )
+    second = benchmark(*TINY, "--runs-dir", runs)
+    after = summaries(runs)
+    third = benchmark(*TINY, "--runs-dir", runs)
+    return dict(locals())
+
+
+def test_a_killed_run_is_reported_and_does_not_stop_the_others(history):
+    assert history["first"].returncode == 1
+    assert re.search(rf"failed: {KILLED}: ", history["first_errors"])
+    assert "7 of 8 done, 0 running, 1 failed" in history["first_errors"]
+    assert len(history["before"]) == 7 and KILLED not in history["before"]
+
+
+def test_started_again_every_run_finishes_once_and_the_others_are_untouched(history):
+    assert history["second"].returncode == 0, history["second"].stderr
+    assert history["after"].keys() == history["before"].keys() | {KILLED}
+    assert {name: history["after"][name] for name in history["before"]} == history["before"]
+    runs = history["runs"]
+    assert {path.name for path in runs.iterdir()} == history["after"].keys() | {"logs"}
+    rows = (runs / KILLED / "progress.csv").read_text()
+    assert rows.startswith(history["rows_before"])  # resumed, not begun anew: nothing lost, nothing doubled
+    steps = [int(line.split(",")[0]) for line in rows.splitlines()[1:]]
+    assert steps == sorted(set(steps)) and steps[-1] == 10240
+    assert json.loads((runs / KILLED / "summary.json").read_text())["resume"] == str(runs / KILLED)
+    for name in history["before"]:
+        assert json.loads((runs / name / "summary.json").read_text())["resume"] is None
+
+
+def test_a_finished_benchmark_has_nothing_to_do(history):
+    assert history["third"].returncode == 0 and "8 of 8 done" in history["third"].stderr
+    assert summaries(history["runs"]) == history["after"]
+
+
+def test_a_second_start_in_the_same_folder_refuses(history):
+    assert history["meanwhile"].returncode == 2
+    assert re.fullmatch(
+        "benchmark.sh: runs of another benchmark are going on in .*\n", history["meanwhile"].stderr
+    )
+
+
+def test_a_run_killed_before_its_first_checkpoint_begins_anew(history):
+    assert [path.name.split(".")[0] for path in (history["runs"] / "logs" / "broken").iterdir()] == [
+        BROKEN.split(".")[0]
+    ]
+
+
+def test_runs_of_other_settings_are_not_taken_for_finished(history):
+    result = benchmark(*TINY[:-4], "--steps", "4096", "--runs-dir", history["runs"])
+    assert result.returncode == 2 and result.stderr.count("\n") == 1
+    assert "was started by another command" in result.stderr
+    assert summaries(history["runs"]) == history["after"]
+
+
+@pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
+def test_stopping_saves_all_runs(signum, tmp_path):
+    """From a terminal Ctrl-C reaches the whole process group, so here too."""
+    arguments = [*TINY[:-4], "--steps", "1000000", "--jobs", "2", "--runs-dir", tmp_path / "runs"]
+    command = [ROOT / "benchmark.sh", *map(str, arguments)]
+    with subprocess.Popen(
+        command, env=ENVIRON, stderr=subprocess.PIPE, text=True, start_new_session=True
+    ) as process:
+        wait_for(lambda: len(list((tmp_path / "runs").glob("*/events*"))) == 2)
+        time.sleep(1)
+        os.killpg(process.pid, signum)
+        errors = process.communicate()[1]
+    assert process.returncode == 130 and "the same command goes on" in errors
+    assert not processes(tmp_path / "runs")
+    assert len(list((tmp_path / "runs").glob("*/checkpoint.pt"))) == 2
+    assert not list((tmp_path / "runs").glob("*/summary.json"))
+
+
+STUB = """#!{python}
+import json, os, pathlib, sys, time
+flags = dict(zip(sys.argv[2::2], sys.argv[3::2])) if len(sys.argv) > 1 and sys.argv[1][:1] == "s" else {{}}
+if "--run-name" not in flags and sys.argv[1:2] == ["-"]:
+    sys.exit()
+words = sys.argv
+folder = pathlib.Path(words[words.index("--runs-dir") + 1], words[words.index("--run-name") + 1])
+folder.mkdir()
+began = time.time()
+time.sleep(0.3)
+record = dict(gpu=os.environ.get("CUDA_VISIBLE_DEVICES"), threads=os.environ["OMP_NUM_THREADS"])
+(folder / "summary.json").write_text(json.dumps(record | dict(began=began, ended=time.time())))
+"""
+
+
+@pytest.fixture
+def stub(tmp_path):
+    """An environment in which python only notes when and where it ran, on a machine with two GPUs."""
+    (tmp_path / "bin").mkdir()
+    for name, text in (
+        ("python", STUB.format(python=sys.executable)),
+        ("nvidia-smi", "#!/bin/sh\necho 0; echo 1\n"),
+    ):
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    return {k: v for k, v in ENVIRON.items() if k != "CUDA_VISIBLE_DEVICES"} | {
+        "PATH": f"{tmp_path / 'bin'}:{os.environ['PATH']}"
+    }
+
+
+@pytest.mark.parametrize(
+    "arguments, gpus, at_once",
+    [
+        (["atari", "--envs", "Pong", "--jobs", "2"], {"0": 7, "1": 7}, 4),
+        (["atari", "--envs", "Pong", "--jobs", "3", "--device", "cpu"], {None: 14}, 3),
+        (["continuous", "--envs", "Hopper-v4", "--jobs", "4"], {None: 16}, 4),
+    ],
+)
+def test_jobs_are_spread_over_gpus_or_cores(arguments, gpus, at_once, stub, tmp_path):
+    result = benchmark(*arguments, "--seeds", 1, "--runs-dir", tmp_path / "runs", env=stub)
+    assert result.returncode == 0, result.stderr
+    records = [json.loads(path.read_text()) for path in (tmp_path / "runs").glob("*/summary.json")]
+    counts = Counter(record["gpu"] for record in records)
+    if None in gpus:
+        assert counts == gpus
+    else:
+        assert counts.keys() == gpus.keys() and min(counts.values()) > 3  # who is first takes the next
+    running = [sum(a["began"] <= b["began"] < a["ended"] for a in records) for b in records]
+    assert max(running) == at_once
+    if None in gpus:
+        assert {record["threads"] for record in records} == {"1"}
+
+
+def slurm_conf(folder: Path) -> str:
+    user, host = os.popen("id -un").read().strip(), os.popen("hostname -s").read().strip()
+    for name in ("state", "spool"):
+        (folder / name).mkdir()
+    return f"""ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+AuthType=auth/none
+CredType=cred/none
+SlurmUser={user}
+SlurmdUser={user}
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd.pid
+SlurmctldPort=16817
+SlurmdPort=16818
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+MaxArraySize=6
+NodeName={host} NodeAddr=127.0.0.1 CPUs=2
+PartitionName=main Nodes=ALL Default=YES State=UP
+"""
+
+
+@pytest.mark.skipif(
+    not (shutil.which("slurmctld") and shutil.which("slurmd")), reason="no Slurm here: apt install slurm-wlm"
+)
+def test_slurm_runs_what_is_not_finished(history, tmp_path):
+    """A Slurm of one node, whose arrays are too short for all runs at once."""
+    runs = tmp_path / "runs"
+    shutil.copytree(history["runs"], runs)
+    missing = [KILLED, BROKEN]
+    for name in missing:
+        shutil.rmtree(runs / name)
+    for path in (runs / "logs").glob("*.sh"):  # this folder has another name
+        path.write_text(path.read_text().replace(str(history["runs"]), str(runs)))
+    kept = summaries(runs)
+    (tmp_path / "slurm.conf").write_text(slurm_conf(tmp_path))
+    env = ENVIRON | {"SLURM_CONF": str(tmp_path / "slurm.conf")}
+    host = os.popen("hostname -s").read().strip()
+    daemons = [
+        subprocess.Popen(daemon, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        for daemon in (["slurmctld", "-D"], ["slurmd", "-D", "-N", host])
+    ]
+    try:
+        wait_for(lambda: "idle" in subprocess.run(["sinfo"], env=env, capture_output=True, text=True).stdout)
+        submitted = benchmark(*TINY, "--runs-dir", runs, "--slurm", env=env)
+        assert submitted.returncode == 0, submitted.stderr
+        assert submitted.stdout.count("Submitted batch job") == 2
+        wait_for(lambda: not subprocess.run(["squeue", "-h"], env=env, capture_output=True).stdout)
+    finally:
+        for daemon in daemons:
+            daemon.terminate()
+            daemon.wait()
+    logs = "".join(path.read_text() for path in (runs / "logs").glob("slurm-*.log"))
+    assert summaries(runs).keys() == kept.keys() | set(missing), logs
+    assert {name: summaries(runs)[name] for name in kept} == kept
+    assert len(list((runs / "logs").glob("slurm-*.log"))) == 8
