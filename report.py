@@ -11,8 +11,8 @@ it better than every other program of the row, each at 5 %, two-sided.
 
 Over all tasks, by the library rliable (Agarwal et al., NeurIPS 2021): interquartile mean of normalised scores
 and probability of improvement, with 95 % stratified bootstrap intervals, which a handful of seeds makes too
-narrow. Atari scores are normalised by those of a random and a human player (Wang et al., ICML 2016), others by
-the worst (0) and the best run (1) of the environment here, all programs and noises together: they compare
+narrow. Atari scores are normalised by those of a random and a human player (Wang et al., ICML 2016), others
+by the worst (0) and the best run (1) of the environment here, all programs and noises together: they compare
 within a report only.
 """
 
@@ -23,7 +23,6 @@ import shlex
 import shutil
 import sys
 import tempfile
-import warnings
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -43,7 +42,6 @@ except ImportError as error:
     sys.exit(f"error: {error}; install what reports need: pip install -e '.[report]'")
 
 plt.switch_backend("agg")
-warnings.filterwarnings("ignore", message="random_state is deprecated")  # rliable has no other seed
 
 # Settings that make another program of the same script, named by their flags where they are not the default
 SWEPT = ["learning_rate", "clip_coef", "update_epochs"]
@@ -174,7 +172,7 @@ def label_programs(runs: pd.DataFrame) -> pd.DataFrame:
                 if pd.isna(run[key]) or not differs:
                     continue
                 flag, value = key.replace("_", "-"), runs.loc[i, key]
-                if isinstance(value, bool):
+                if isinstance(value, (bool, np.bool_)):
                     change = flag if value else f"no-{flag}"
                 else:
                     value = f"x {len(value)}" if isinstance(value, list) else value
@@ -286,18 +284,12 @@ def make_aggregates(cells: pd.DataFrame, reps: int) -> tuple[pd.DataFrame, list[
         if not matrices:
             continue
         where = dict(zip(["kind", "family", "condition"], key)) | {"tasks": len(tasks)}
-        rng = np.random.RandomState(0)
-        iqm = rly.get_interval_estimates(
-            matrices, lambda x: np.array([metrics.aggregate_iqm(x)]), reps=reps, random_state=rng
-        )
+        iqm = rly.get_interval_estimates(matrices, lambda x: np.array([metrics.aggregate_iqm(x)]), reps=reps)
         symmetric = [p for p in matrices if p.startswith("S")]
         pairs = {f"{ours} > {p}": (matrices[ours], matrices[p]) for ours in symmetric for p in matrices}
         pairs = {name: pair for name, pair in pairs.items() if pair[0] is not pair[1]}
         better = rly.get_interval_estimates(
-            pairs,
-            lambda x, y: np.array([metrics.probability_of_improvement(x, y)]),
-            reps=reps,
-            random_state=rng,
+            pairs, lambda x, y: np.array([metrics.probability_of_improvement(x, y)]), reps=reps
         )
         for what, (points, intervals) in (("iqm", iqm), ("probability of improvement", better)):
             for name, point in points.items():
@@ -329,7 +321,7 @@ def table(cells: pd.DataFrame, value: str = "") -> str:
         for program in programs:
             cell = here[here["program"] == program]
             if cell.empty:
-                rows[-1].append("not run")
+                rows[-1].append("none finished")
             elif (cell := cell.iloc[0])["missing"]:
                 rows[-1].append(f"{cell['seeds']} of {cell['seeds'] + cell['missing']} seeds")
             else:
@@ -367,9 +359,7 @@ def draw_curves(runs: pd.DataFrame, what: str, column: str, axis: str, out: Path
             curves = [run[what].set_index("step")[column].rename(run["seed"]) for _, run in group.iterrows()]
             curves = pd.concat(curves, axis=1).dropna()
             scores = {program: curves.to_numpy().T[:, None, :]}  # seeds, one task, steps
-            mean, interval = rly.get_interval_estimates(
-                scores, lambda x: x.mean((0, 1)), reps=1000, random_state=np.random.RandomState(0)
-            )
+            mean, interval = rly.get_interval_estimates(scores, lambda x: x.mean((0, 1)), reps=1000)
             ax.plot(curves.index, mean[program], color=colors[program], label=program)
             ax.fill_between(curves.index, *interval[program], color=colors[program], alpha=0.12, lw=0)
         ax.set(title=env_id, xlabel="steps")
@@ -390,8 +380,10 @@ def draw_aggregates(aggregates: pd.DataFrame, out: Path, name: str) -> str:
         names = list(there["program"].unique())[::-1]
         for i, (condition, group) in enumerate(there.groupby("condition", sort=False)):
             y = [names.index(program) - 0.16 * i for program in group["program"]]
-            error = [group["value"] - group["low"], group["high"] - group["value"]]
-            ax.errorbar(group["value"], y, xerr=error, fmt="o", ms=4, color=f"C{i}", label=condition)
+            error = abs(group[["low", "high"]].sub(group["value"], axis=0).to_numpy().T)
+            ax.errorbar(
+                group["value"].to_numpy(), y, xerr=error, fmt="o", ms=4, color=f"C{i}", label=condition
+            )
         ax.set_yticks(range(len(names)), names)
         ax.set_xlabel(title)
     axes[1].axvline(0.5, color="grey", lw=0.8, zorder=0)
@@ -409,7 +401,7 @@ def draw_noise(cells: pd.DataFrame, out: Path, name: str) -> str:
         here = cells[(cells["env_id"] == env_id) & cells["noise"].isin(["", noise]) & (cells["missing"] == 0)]
         for program, group in here.sort_values("level").groupby("program", sort=False):
             ax.errorbar(
-                group["level"], group["mean"], group["sem"], color=colors[program], label=program, capsize=3
+                *group[["level", "mean", "sem"]].to_numpy().T, color=colors[program], label=program, capsize=3
             )
         ax.set(title=env_id, xlabel=f"level of noise: {noise}")
     axes[0].set_ylabel("return, mean ± standard error")
@@ -492,6 +484,7 @@ def compare_all(differences: pd.DataFrame, aggregates: pd.DataFrame) -> list[str
 
 def write_report(args: Args, out: Path) -> None:
     """Reads all runs and writes report.md, CSV files and figures into `out`. Raises ValueError."""
+    np.random.seed(0)  # rliable samples by NumPy's global generator, whatever random_state it is given
     runs, unfinished = read_runs(list(args.runs))
     runs = label_programs(runs)
     cells = make_cells(runs, unfinished)
@@ -512,7 +505,8 @@ def write_report(args: Args, out: Path) -> None:
         lacking = (
             f"{(cells['missing'] > 0).sum()} of {len(cells)} cells lack {cells['missing'].sum()} seeds in all"
         )
-        page.append(f"**Incomplete**: {lacking}; {len(unfinished)} runs have begun and not finished.")
+        names = f": {', '.join(run['name'] for run in unfinished)}" if unfinished else ""
+        page.append(f"**Incomplete**: {lacking}; {len(unfinished)} runs have begun and not finished{names}.")
     for (kind, family), here in cells.groupby(["kind", "family"], sort=False):
 
         def of_here(frame, kind=kind, family=family):
