@@ -25,6 +25,7 @@ options
   --envs E ...       environments, games or tasks, instead of the suite's own
   --runs-dir DIR     folder of the runs (default: runs/SUITE)
   --dry-run          print the commands, and run nothing
+  --only NAME        only the run of this name
   --slurm            submit them as a Slurm job array (SBATCH_PARTITION, SBATCH_TIMELIMIT ... are sbatch's own)
 
 Started again, it goes on: finished runs are skipped, broken-off ones resumed. Ctrl-C saves all of them first. On
@@ -36,27 +37,37 @@ die() { echo "benchmark.sh: $1" >&2; exit 2; }
 # Arguments
 [[ ${1:-} ]] || { usage >&2; exit 2; }
 case $1 in -h | --help) usage; exit ;; esac
-arguments=("$@") suite=$1 seeds='' jobs='' device=auto steps='' envs=() runs=runs/$1 dry_run='' slurm=''
+suite=$1 seeds='' jobs='' device=auto steps='' envs=() runs=runs/$1 only='' dry_run='' slurm='' arguments=()
 shift
 while (($#)); do
     option=$1
+    [[ $option = --slurm ]] || arguments+=("$option")
     shift
     case $option in
         -h | --help) usage; exit ;;
         --dry-run) dry_run=yes ;;
         --slurm) slurm=yes ;;
         --envs)
-            while (($#)) && [[ $1 != -* ]]; do envs+=("$1"); shift; done
+            while (($#)) && [[ $1 != -* ]]; do
+                [[ $1 =~ ^[A-Za-z0-9_.-]+$ && $1 != Humanoid-v4 ]] ||
+                    die "--envs $1: $([[ $1 = Humanoid-v4 ]] && echo 'has settings of its own, see README.md' ||
+                        echo 'give the bare name, Breakout or Hopper-v4')"
+                [[ " ${envs[*]} " != *" $1 "* ]] || die "--envs $1: named twice"
+                envs+=("$1") arguments+=("$1")
+                shift
+            done
             ((${#envs[@]})) || die "--envs: name at least one" ;;
         --seeds | --jobs | --steps)
             [[ ${1:-} =~ ^[1-9][0-9]*$ ]] || die "$option ${1:-}: give a positive whole number"
-            printf -v "${option#--}" %s "$1"; shift ;;
+            printf -v "${option#--}" %s "$1" ;;&
         --device)
             [[ ${1:-} =~ ^(auto|cpu|cuda)$ ]] || die "--device ${1:-}: auto, cpu or cuda"
-            device=$1; shift ;;
+            device=$1 ;;&
         --runs-dir)
             [[ ${1:-} =~ ^[A-Za-z0-9_./-]+$ ]] || die "--runs-dir '${1:-}': letters, digits and _ . / - only"
-            runs=$1; shift ;;
+            runs=$1 ;;&
+        --only) only=${1:-} ;;&
+        --seeds | --jobs | --steps | --device | --runs-dir | --only) arguments+=("$1"); shift ;;
         *) die "$option: unknown; see ./benchmark.sh --help" ;;
     esac
 done
@@ -184,7 +195,7 @@ speed() {
     local script=$1 kind=${1#*_} algo=${1%_*}
     names+=("$script")
     commands+=("python tests/speed.py --suite $kind --algo ${algo#s} $([[ $kind = atari ]] &&
-        echo --env-id Breakout --total-timesteps "${steps:-20480}" || echo --total-timesteps "${steps:-100000}")")
+        echo --env-id Breakout --total-timesteps "${steps:-20480}" || echo --total-timesteps "${steps:-100000}") --out $runs/$script")
 }
 
 case $suite in
@@ -200,22 +211,38 @@ case $suite in
     noise) : "${seeds:=5}"; suite_envs Hopper-v4 LunarLanderContinuous-v3 Breakout; for_each noise_levels ;;
     robust) : "${seeds:=5}"; suite_envs Hopper-v4 LunarLanderContinuous-v3 imdb; for_each robust ;;
     speed)
-        [[ ! ${envs[*]}$seeds$jobs$slurm ]] || die "speed: takes --steps, --runs-dir and --dry-run only"
+        [[ ! ${envs[*]}$seeds$jobs$slurm$only && $device = auto ]] || die "speed: takes --steps, --runs-dir and --dry-run only"
+        evaluations=1
         for script in sppo_continuous sa2c_continuous sppo_atari sa2c_atari; do speed $script; done ;;
     *) die "$suite: no such suite; see ./benchmark.sh --help" ;;
 esac
-# As many at a time as there are cores, or on each GPU as --jobs says
-gpus=()
-if [[ $device != cpu && ${commands[*]} =~ _atari|_rlhf ]] && command -v nvidia-smi >/dev/null; then
-    IFS=, read -ra gpus <<<"${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader | paste -sd,)}"
+if [[ $only ]]; then
+    for i in "${!names[@]}"; do
+        [[ ${names[i]} != "$only" ]] || { names=("$only") commands=("${commands[i]}"); break; }
+    done
+    [[ ${names[*]} = "$only" ]] || die "--only $only: not a run of this list, see --dry-run"
 fi
-cores=$(nproc)
-if ((${#gpus[@]})); then slots=$((${jobs:-1} * ${#gpus[@]})); else slots=${jobs:-$cores}; fi
-threads=$((${#gpus[@]} && cores > slots ? cores / slots : 1)) # on a GPU they play the games
-[[ $suite = speed ]] || export OMP_NUM_THREADS=${OMP_NUM_THREADS:-$threads}
+
+# Where runs go: on a machine with GPUs those of games and language models to them, the others to the CPU
+gpus=()
+on_gpu() { [[ $device = cuda || $device = auto && " $*" =~ " python "[a-z0-9]+_(atari|rlhf) ]]; } # COMMAND...
+if on_gpu "${commands[@]}" && list=$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null); then
+    mapfile -t gpus <<<"${CUDA_VISIBLE_DEVICES-$list}"
+    [[ ! ${CUDA_VISIBLE_DEVICES:-} ]] || IFS=, read -ra gpus <<<"$CUDA_VISIBLE_DEVICES"
+fi
+cores=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)
+on_cpu=() on_gpus=()
+for i in "${!commands[@]}"; do
+    if ((${#gpus[@]})) && on_gpu "${commands[i]}"; then on_gpus+=("$i"); else on_cpu+=("$i"); fi
+done
+threads=${OMP_NUM_THREADS:-1} slots=${jobs:-$((cores / threads > 0 ? cores / threads : 1))}
+gpu_slots=$((${jobs:-1} * ${#gpus[@]}))
+gpu_threads=${OMP_NUM_THREADS:-$((gpu_slots && cores / gpu_slots > 1 ? cores / gpu_slots : 1))} # they play the games
+((${#on_gpus[@]} == 0 || ${#on_cpu[@]} > 0)) || threads=$gpu_threads
+[[ $suite != speed ]] || slots=1 # they are compared
 
 if [[ $dry_run ]]; then
-    [[ $suite = speed ]] || echo "export OMP_NUM_THREADS=$OMP_NUM_THREADS"
+    [[ $suite = speed ]] || echo "export OMP_NUM_THREADS=$threads"
     printf '%s\n' "${commands[@]}"
     exit
 fi
@@ -224,71 +251,65 @@ fi
 for tool in flock setsid; do
     command -v $tool >/dev/null || die "$tool: not found; it is part of util-linux"
 done
-[[ ${BENCHMARK_FIRST:-} ]] || python - "${envs[@]}" <<'END' || exit 2
+[[ $only ]] || python - "$suite" "${envs[@]}" <<'END' || exit 2
 import sys
+suite, *names = sys.argv[1:]
 try:
     import ale_py, gymnasium, tensorboard, torch, tyro
-    if {"toy", "imdb", "tldr"} & set(sys.argv):
+    if {"toy", "imdb", "tldr"} & set(names) or suite == "speed":
         import accelerate, datasets, peft, transformers
+    if suite == "speed":
+        import cv2, stable_baselines3
 except ImportError as error:
-    sys.exit(f"benchmark.sh: {error}; install first: pip install -e '.[rlhf,report]'")
+    sys.exit(f"benchmark.sh: {error}; install first: pip install -e '.[rlhf,report,peers]'")
 gymnasium.register_envs(ale_py)
-for name in sys.argv[1:]:
+for name in names:
     if not {name, f"ALE/{name}-v5"} & {"toy", "imdb", "tldr", *gymnasium.registry}:
         sys.exit(f"benchmark.sh: --envs {name}: no such environment, game or task; for instance Hopper-v4 Breakout imdb")
 END
 mkdir -p "$runs/logs"
-for i in "${!names[@]}"; do # the command of a run is beside its log
-    recorded=$runs/logs/${names[i]}.sh
-    [[ ! -f $recorded || $(<"$recorded") = "${commands[i]}" ]] ||
-        die "$runs/${names[i]} was started by another command ($(<"$recorded")): choose another --runs-dir"
+shopt -s extglob
+for i in "${!names[@]}"; do # the command of a run is beside its log; where it runs makes no difference
+    [[ -d $runs/${names[i]} && -f $runs/logs/${names[i]}.sh ]] || continue
+    old=$(<"$runs/logs/${names[i]}.sh") new=${commands[i]}
+    [[ ${old// --@(device|runs-dir|out) +([^ ])/} = "${new// --@(device|runs-dir|out) +([^ ])/}" ]] ||
+        die "$runs/${names[i]} was started by another command ($old): choose another --runs-dir"
 done
-is_done() { [[ -s $runs/$1/summary.json || $suite = speed && -s $runs/$1.md ]]; }
+is_done() { [[ -f $runs/$1/summary.json ]]; }
 
-# Slurm: an array of this very script, each with one command; arrays have a largest size
+# Slurm: job arrays, as long as they may be, each job of which is this script with --only
 if [[ $slurm ]]; then
     command -v sbatch >/dev/null || die "--slurm: no sbatch here"
+    todo=()
+    for name in "${names[@]}"; do is_done "$name" || todo+=("$name"); done
     size=$(scontrol show config | awk '$1 == "MaxArraySize" { print $3 - 1 }')
-    resources=(--cpus-per-task="$OMP_NUM_THREADS")
-    [[ $device = cpu || ! ${commands[*]} =~ _atari|_rlhf ]] || resources=(--gpus-per-task=1 --cpus-per-task=4)
-    for ((first = 0; first < ${#names[@]}; first += size)); do
-        count=$((${#names[@]} - first < size ? ${#names[@]} - first : size))
-        printf -v wrapped '%q ' "${arguments[@]}"
-        BENCHMARK_FIRST=$first sbatch --job-name="$suite" --array="1-$count${jobs:+%$jobs}" --requeue --ntasks=1 "${resources[@]}" \
-            --signal=B:TERM@120 --open-mode=append --output="$runs/logs/slurm-%A_%a.log" --wrap "exec ./benchmark.sh ${wrapped/--slurm /}"
+    resources=(--cpus-per-task="${OMP_NUM_THREADS:=1}")
+    if on_gpu "${commands[@]}"; then OMP_NUM_THREADS=4 resources=(--gpus-per-task=1 --cpus-per-task=4); fi
+    for ((first = 0; first < ${#todo[@]}; first += size)); do
+        list=$(mktemp "$runs/logs/slurm-XXXXXX")
+        printf '%s\n' "${todo[@]:first:size}" >"$list"
+        sbatch --job-name="$suite" --array="1-$(wc -l <"$list")${jobs:+%$jobs}" --requeue --ntasks=1 "${resources[@]}" \
+            --signal=B:TERM@120 --open-mode=append --output="$runs/logs/slurm-%A_%a.log" --wrap "exec env \
+            OMP_NUM_THREADS=$OMP_NUM_THREADS ./benchmark.sh $suite ${arguments[*]} --only \$(sed -n \${SLURM_ARRAY_TASK_ID}p $list)"
     done
     exit
-fi
-if [[ ${BENCHMARK_FIRST:-} ]]; then
-    i=$((BENCHMARK_FIRST + SLURM_ARRAY_TASK_ID - 1))
-    names=("${names[i]}") commands=("${commands[i]}") slots=1
-    exec 8>"$runs/logs/${names[0]}.lock"
-    flock -n 8 || die "${names[0]} is running already"
 fi
 
 # The lock is inherited by the runs: if this script alone is killed, it holds until they have ended
-exec 9>"$runs/logs/lock"
-flock -n ${BENCHMARK_FIRST:+-s} 9 || die "runs of another benchmark are going on in $runs"
+exec 9>"$runs/logs/lock" 8>"$runs/logs/${only:-all}.lock"
+{ flock -n ${only:+-s} 9 && flock -n 8; } || die "runs of another benchmark are going on in $runs"
 
-if [[ $suite = speed ]]; then # one after the other, since they are compared
-    for i in "${!names[@]}"; do
-        is_done "${names[i]}" && continue
-        echo "+ ${commands[i]}" >&2
-        (echo "\`${commands[i]}\`"; echo; ${commands[i]}) >"$runs/${names[i]}.tmp"
-        mv "$runs/${names[i]}.tmp" "$runs/${names[i]}.md"
-    done
-    cd "$runs" && cat "${names[@]/%/.md}"
-    exit
-fi
-
-# The runner: slots, each with a run, until nothing is left to do
-percent() { # of a run, from its evaluations
-    if is_done "$1"; then echo 100; elif [[ ! -f $runs/$1/progress.csv ]]; then echo 0; else
-        local rows=$(($(wc -l <"$runs/$1/progress.csv") - 1))
-        echo $((rows < evaluations ? 100 * rows / evaluations : 99))
+# The runner
+say() { echo "$1" >&2 || true; } # a terminal that is gone must not stop what saves the runs
+percent() { # NAME: sets `share`, by the run's evaluations
+    local rows=()
+    share=0
+    if is_done "$1"; then share=100; elif [[ -f $runs/$1/progress.csv ]]; then
+        mapfile -t rows <"$runs/$1/progress.csv"
+        share=$((${#rows[@]} <= evaluations ? 100 * (${#rows[@]} - 1) / evaluations : 99))
     fi
 }
-start() { # SLOT INDEX
+start() { # SLOT INDEX GPU
     local name=${names[$2]} command=${commands[$2]} folder=$runs/${names[$2]}
     echo "$command" >"$runs/logs/$name.sh"
     if [[ -f $folder/checkpoint.pt ]]; then
@@ -297,51 +318,72 @@ start() { # SLOT INDEX
         mkdir -p "$runs/logs/broken"
         mv "$folder" "$runs/logs/broken/$name.$(date +%s)"
     fi
-    ((${#gpus[@]})) && command="env CUDA_VISIBLE_DEVICES=${gpus[$1 % ${#gpus[@]}]} $command"
-    # shellcheck disable=SC2086 # a command is a list of words, none of which has blanks
-    setsid $command >>"$runs/logs/$name.log" 2>&1 & # apart from Ctrl-C, which is handed on below, once
+    [[ ! $3 ]] || command="env CUDA_VISIBLE_DEVICES=$3 $command"
+    # apart from Ctrl-C, which is handed on below, once; a command is a list of words, none of which has blanks
+    # shellcheck disable=SC2086
+    setsid $command >>"$runs/logs/$name.log" 2>&1 &
     pids[$1]=$! running[$1]=$name
+    [[ ! $stopping ]] || kill -TERM $! 2>/dev/null || true # if Ctrl-C came just now
 }
 show() { # the live line, or in a log one line whenever a run has ended
-    local now=0 left='?' i
-    for i in "${!running[@]}"; do now=$((now + $(percent "${running[i]}"))); done
-    now=$((now + 100 * (finished + ${#failed[@]})))
-    if ((now > before && now > 0)); then left=$(((SECONDS - began) * (100 * ${#names[@]} - now) / (now - before))); fi
+    local now=$((100 * (finished + ${#failed[@]}))) left='?' name line
+    for name in "${running[@]}"; do percent "$name"; now=$((now + share)); done
+    ((now <= before)) || left=$(((SECONDS - began) * (100 * ${#names[@]} - now) / (now - before)))
     [[ $left = '?' ]] || printf -v left '%d:%02d h' $((left / 3600)) $((left % 3600 / 60))
     printf -v line '%s: %d of %d done, %d running, %d failed, %s left' "$suite" "$finished" "${#names[@]}" \
         "${#running[@]}" "${#failed[@]}" "$left"
-    if [[ -t 2 ]]; then printf '\r%s\e[K' "$line" >&2; elif [[ ${1:-} ]]; then echo "$line" >&2; fi
+    if [[ -t 2 ]]; then printf '\r%s\e[K' "$line" >&2 || true; elif [[ ${1:-} ]]; then say "$line"; fi
 }
 stop() { # runs save a checkpoint at the first signal, and end at once at a second
     stopping=yes
-    echo "stopping: $((${#running[@]})) runs are saving their checkpoints; again to kill them" >&2
-    for i in "${!pids[@]}"; do kill -TERM "${pids[i]}" 2>/dev/null || true; done
+    for pid in "${pids[@]}"; do kill -TERM "$pid" 2>/dev/null || true; done
+    say "stopping: ${#pids[@]} runs are saving their checkpoints; again to kill them"
 }
-pids=() running=() failed=() finished=0 next=0 stopping='' before=0 began=$SECONDS
+run() { # SLOTS THREADS INDEX...: that many at a time, until nothing is left to do
+    local slots=$1 slot status i ended
+    [[ $suite = speed ]] || export OMP_NUM_THREADS=$2
+    shift 2
+    while :; do
+        ended=''
+        for ((slot = 0; slot < slots; slot++)); do
+            if [[ ${pids[slot]:-} ]] && ! kill -0 "${pids[slot]}" 2>/dev/null; then
+                status=0
+                wait "${pids[slot]}" || status=$?
+                if is_done "${running[slot]}"; then
+                    finished=$((finished + 1))
+                elif [[ ! $stopping ]]; then
+                    failed+=("${running[slot]}: $( ((status > 128)) && echo "killed by signal $((status - 128))" ||
+                        echo "exit status $status, $(tail -n 1 "$runs/logs/${running[slot]}.log")")")
+                fi
+                unset "pids[slot]" "running[slot]"
+                ended=yes
+            fi
+            while (($#)) && is_done "${names[$1]}"; do shift; done
+            if [[ ! ${pids[slot]:-} && ! $stopping ]] && (($#)); then
+                i=$1
+                shift # first, since a signal may come at any time
+                start "$slot" "$i" "${here[slot % (${#here[@]} ? ${#here[@]} : 1)]:-}"
+            fi
+        done
+        ((${#pids[@]})) || break
+        show "$ended"
+        sleep 0.5 || true
+    done
+}
+pids=() running=() failed=() here=() finished=0 stopping='' before=0 began=$SECONDS
 for name in "${names[@]}"; do
-    is_done "$name" && ((++finished))
-    before=$((before + $(percent "$name")))
+    percent "$name"
+    before=$((before + share)) finished=$((finished + share / 100))
 done
 trap stop INT TERM HUP
-show now
-while :; do
-    ended=''
-    for ((slot = 0; slot < slots; slot++)); do
-        if [[ ${pids[slot]:-} ]] && ! kill -0 "${pids[slot]}" 2>/dev/null; then
-            if is_done "${running[slot]}"; then ((++finished)); elif [[ ! $stopping ]]; then failed+=("${running[slot]}"); fi
-            unset "pids[slot]" "running[slot]"
-            ended=yes
-        fi
-        while ((next < ${#names[@]})) && is_done "${names[next]}"; do ((++next)); done
-        if [[ ! ${pids[slot]:-} && ! $stopping ]] && ((next < ${#names[@]})); then start "$slot" $((next++)); fi
-    done
-    ((${#pids[@]})) || break
-    show "$ended"
-    sleep 0.5 || true
-done
-show now
-[[ ! -t 2 ]] || echo >&2
-for name in "${failed[@]}"; do echo "failed: $name: $(tail -n 1 "$runs/logs/$name.log") ($runs/logs/$name.log)" >&2; done
-[[ ! $stopping ]] || { echo "stopped; the same command goes on" >&2; exit 130; }
+trap '' PIPE
+show start
+if ((${#on_gpus[@]})); then here=("${gpus[@]}"); run "$gpu_slots" "$gpu_threads" "${on_gpus[@]}"; fi
+here=()
+if ((${#on_cpu[@]})); then run "$slots" "$threads" "${on_cpu[@]}"; fi
+show end
+[[ ! -t 2 ]] || say ''
+for what in "${failed[@]}"; do say "failed: $what ($runs/logs/${what%%:*}.log)"; done
+[[ ! $stopping ]] || { say "stopped; the same command goes on"; exit 130; }
 ((${#failed[@]} == 0)) || exit 1
-echo "all done; tables and figures: python report.py $runs" >&2
+if [[ $suite = speed ]]; then cat "$runs"/*/speed.md; else say "all done; tables and figures: python report.py $runs"; fi

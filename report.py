@@ -3,11 +3,13 @@
     python report.py runs/quick                              # all that benchmark.sh left there
     python report.py runs/continuous/Hopper-v4__* --out hopper
 
-A program is a script with those of its settings that are compared: DPPO; SPPO; DPPO, max-grad-norm 0.0244. A
-cell is a program on an environment with one kind and level of noise; its runs differ in the seed and nothing
-else, or there is no report. It shows the last evaluation, mean ± standard error over seeds. A cell that lacks
-seeds which others have shows how many it has, and no mean. Bold is the best of a row if Welch's t-test finds
-it better than every other program of the row, each at 5 %, two-sided.
+A program is a script with those of its settings that are compared: DPPO; SPPO; DPPO, max-grad-norm / k, where
+k = alpha + beta |Z| is that of the symmetric runs there. A cell is a program on an environment with one kind
+and level of noise; its runs differ in the seed and nothing else, or there is no report. It shows the last
+evaluation, mean ± standard error over seeds. A cell that lacks seeds which others have shows how many it has,
+and no mean: --seeds compares on fewer. Bold is the best of a row, if the row is complete and Welch's t-test
+finds it better than every other program, each at 5 %, two-sided; "alpha k", the same program as the symmetric
+one, does not compete.
 
 Over all tasks, by the library rliable (Agarwal et al., NeurIPS 2021): interquartile mean of normalised scores
 and probability of improvement, with 95 % stratified bootstrap intervals, which a handful of seeds makes too
@@ -47,7 +49,8 @@ plt.switch_backend("agg")
 SWEPT = ["learning_rate", "clip_coef", "update_epochs"]
 COMPARED = [*SWEPT, "max_grad_norm", "vf_coef", "ent_coef", "ce_coef", "norm_adv", "layer_norm"]
 COMPARED += ["reward_model", "reward_aggregate"]
-CELL = ["script", "env_id", "noise", "noise_level", "algo", "policy", "alpha", "beta", "z", *COMPARED]
+WEIGHTS = ["alpha", "beta", "z"]
+CELL = ["script", "env_id", "noise", "noise_level", "algo", "policy", *WEIGHTS, *COMPARED]
 # What may differ within a cell: it has no part in what is learnt, or is the result
 FREE = ["seed", "run_name", "runs_dir", "resume", "device", "compile", "track", "capture_video", "log_freq"]
 FREE += ["checkpoint_freq", "micro_batch_size", "finished", "sps", "wall_s", "train_return_last100"]
@@ -55,6 +58,7 @@ FREE += ["first_return_mean", "final_return_mean", "final_return_std"]
 NEEDED = ["script", "algo", "env_id", "seed", "noise", "noise_level", "alpha", "beta", "z", "run_name"]
 NEEDED += ["total_timesteps", "final_return_mean", "train_return_last100", "sps", "wall_s"]
 EVALUATION = ["step", "return_mean", "return_std", "length_mean", "episodes"]
+SCRIPTS = ["sa2c_atari.py", "sa2c_continuous.py", "sppo_atari.py", "sppo_continuous.py", "sppo_rlhf.py"]
 ALGOS = ["a2c", "da2c", "sa2c", "ppo", "dppo", "sppo"]
 ROW = ["kind", "family", "noise", "env_id"]
 
@@ -73,54 +77,60 @@ RANDOM_AND_HUMAN = {  # raw scores
 class Args:
     runs: tyro.conf.Positional[tuple[Path, ...]]  # folders of runs, as benchmark.sh leaves them, or runs
     out: Path = Path("report")  # folder to write; an earlier report there is replaced
+    seeds: int | None = None  # compare on the first so many seeds; default: all that there are
     reps: int = 10_000  # bootstrap samples of statistics over all tasks
+
+
+class Refusal(ValueError):
+    """What is wrong with what was given, in one line, and what to do."""
 
 
 # Reading
 
 
 def read_json(path: Path, needed: list[str]) -> dict:
-    """What is in `path`. Raises ValueError if it is no JSON, or lacks one of the keys `needed`."""
+    """What is in `path`. Raises Refusal if it is no JSON, or lacks one of the keys `needed`."""
     again = "delete the run's folder and run it again"
     try:
         content = json.loads(path.read_text())
     except ValueError as error:
-        raise ValueError(f"{path}: corrupt ({error}); {again}") from error
+        raise Refusal(f"{path}: corrupt ({error}); {again}") from error
     for key in needed:
-        if key not in content:
-            raise ValueError(f"{path}: no {key!r}; {again}")
+        if not isinstance(content, dict) or key not in content:
+            raise Refusal(f"{path}: no {key!r}; {again}")
     return content
 
 
 def read_runs(folders: list[Path]) -> tuple[pd.DataFrame, list[dict]]:
     """Finished runs, a row each, and the arguments of those that have begun and not finished.
 
-    Raises ValueError: no runs, a corrupt file, a missing column, a name or a run that is there twice."""
+    Raises Refusal: no runs, a corrupt file, a missing column, a name or a run that is there twice."""
     paths = []
     for folder in folders:
         inside = {path.parent for name in ("args", "summary") for path in folder.glob(f"*/{name}.json")}
         paths += [folder] if (folder / "args.json").exists() else sorted(inside)
         if not inside and not (folder / "args.json").exists():
-            raise ValueError(f"{folder}: no runs in it; give folders of runs, such as runs/quick")
+            raise Refusal(f"{folder}: no runs in it; give folders of runs, such as runs/quick")
     doubled = [name for name, times in Counter(path.name for path in paths).items() if times > 1]
     if doubled:
         where = " and ".join(str(path) for path in paths if path.name == doubled[0])
-        raise ValueError(f"{where}: two runs of one name; leave one out")
+        raise Refusal(f"{where}: two runs of one name; leave one out")
     runs, unfinished = [], []
     for path in tqdm(paths, "reading", unit=" runs", disable=None, leave=False):
         recorded = read_json(path / "args.json", ["args", "command", "commit", "versions", "hardware"])
         if not (path / "summary.json").exists():
-            unfinished.append(recorded["args"] | {"name": path.name})
+            run = {"env_id": recorded["args"].get("task"), "script": Path(recorded["command"][0]).name}
+            unfinished.append(run | recorded["args"] | {"name": path.name})
             continue
         run = read_json(path / "summary.json", NEEDED)
         if not isinstance(run["final_return_mean"], float) or not math.isfinite(run["final_return_mean"]):
-            raise ValueError(f"{path / 'summary.json'}: final_return_mean is {run['final_return_mean']}")
+            raise Refusal(f"{path / 'summary.json'}: final_return_mean is {run['final_return_mean']}")
         try:
             curve = pd.read_csv(path / "progress.csv")
         except (OSError, ValueError) as error:
-            raise ValueError(f"{path / 'progress.csv'}: {error}") from error
+            raise Refusal(f"{path / 'progress.csv'}: {error}") from error
         if missing := [column for column in EVALUATION if column not in curve] or curve.empty:
-            raise ValueError(f"{path / 'progress.csv'}: no {missing if curve.size else 'rows'}")
+            raise Refusal(f"{path / 'progress.csv'}: no {missing if curve.size else 'rows'}")
         events = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
         tag, flips = "losses/advantage_sign_flips", {}
         if tag in events.Tags()["scalars"]:
@@ -128,14 +138,16 @@ def read_runs(folders: list[Path]) -> tuple[pd.DataFrame, list[dict]]:
         flips = pd.DataFrame({"step": list(flips), "flips": list(flips.values())})
         runs.append(run | {"name": path.name, "recorded": recorded, "curve": curve, "flips": flips})
     if not runs:
-        raise ValueError(f"{', '.join(map(str, folders))}: {len(unfinished)} runs, and none has finished")
+        raise Refusal(f"{', '.join(map(str, folders))}: {len(unfinished)} runs, and none has finished")
     return pd.DataFrame(runs), unfinished
 
 
 def defaults(script: str, env_id: str) -> dict:
     """Default settings that are written as plain values in the script, for a language model's task too."""
-    source = ast.parse(Path(__file__).with_name(script).read_text())
-    found = {}
+    path, found = Path(__file__).with_name(script), {}
+    if not path.is_file() or script not in SCRIPTS:
+        raise Refusal(f"{script}: runs of another script than {', '.join(SCRIPTS)}, which are not known here")
+    source = ast.parse(path.read_text())
     for node in source.body:
         if isinstance(node, ast.ClassDef) and node.name == "Args":
             for field in node.body:
@@ -149,7 +161,7 @@ def defaults(script: str, env_id: str) -> dict:
 
 def label_programs(runs: pd.DataFrame) -> pd.DataFrame:
     """Adds columns: `program`, `base` (without what a sweep varies), `condition` (the noise), `kind` and
-    `family`. Raises ValueError where runs that would be compared differ in more than what is compared."""
+    `family`. Raises Refusal where runs that would be compared differ in more than what is compared."""
     runs = runs.reindex(columns=runs.columns.union([*CELL, *FREE]))
     plain = runs.map(lambda x: json.dumps(x) if isinstance(x, list) else x)
     parts = []
@@ -158,24 +170,36 @@ def label_programs(runs: pd.DataFrame) -> pd.DataFrame:
         for key in group.columns.difference(free):
             if group[key].nunique(dropna=False) > 1:
                 (a, x), (b, y) = group.drop_duplicates(key)[["name", key]].values[:2]
-                raise ValueError(f"{a} and {b} differ in {key} ({x}, {y}): report them apart")
+                raise Refusal(f"{a} and {b} differ in {key} ({x}, {y}): report them apart")
         usual = defaults(script, env_id)
         usual = {key: json.dumps(x) if isinstance(x, list) else x for key, x in usual.items()}
+        of_symmetric = group[group["algo"].str.startswith("s")]
+        ks = (of_symmetric["alpha"] - of_symmetric["beta"] * of_symmetric["z"]).unique()
+        k = ks[0] if len(ks) == 1 else math.nan
         for i, run in group.iterrows():
-            symmetric, alike = run["algo"].startswith("s"), group[group["algo"] == run["algo"]]
-            told = [k for k in ("alpha", "beta", "z") if symmetric and alike[k].nunique() > 1]
-            told += ["alpha"] if not symmetric and run["alpha"] != 1 else []
-            base = ", ".join([run["algo"].upper(), *(f"{key} {run[key]:g}" for key in told)])
-            swept = ""
-            for key in COMPARED:
-                differs = run[key] != usual[key] if key in usual else group[key].nunique() > 1
+            base, swept = run["algo"].upper(), ""
+            for key in [*WEIGHTS, *COMPARED]:
+                alike = plain[(plain["script"] == script) & (plain["algo"] == run["algo"])]
+                if key in WEIGHTS and not run["algo"].startswith("s"):
+                    differs = key == "alpha" and run[key] != 1
+                elif key in usual:
+                    differs = run[key] != usual[key]
+                else:
+                    differs = alike[key].nunique() > 1
                 if pd.isna(run[key]) or not differs:
                     continue
                 flag, value = key.replace("_", "-"), runs.loc[i, key]
                 if isinstance(value, (bool, np.bool_)):
                     change = flag if value else f"no-{flag}"
+                elif isinstance(value, list):
+                    change = f"{flag} x {len(value)}"
+                elif key == "alpha" and math.isclose(value, k):
+                    change = "alpha k"
+                elif isinstance(value, str):
+                    change = f"{flag} {value}"
+                elif key in usual and key not in SWEPT and math.isclose(value, usual[key] / k, rel_tol=1e-4):
+                    change = f"{flag} / k"
                 else:
-                    value = f"x {len(value)}" if isinstance(value, list) else value
                     change = f"{flag} {value:.3g}" if isinstance(value, float) else f"{flag} {value}"
                 if key in SWEPT:
                     swept += f", {change}"
@@ -186,10 +210,18 @@ def label_programs(runs: pd.DataFrame) -> pd.DataFrame:
             parts.append(dict(index=i, base=base, program=base + swept, condition=noise, kind=kind))
             parts[-1]["family"] = family.removeprefix("s")
     runs = runs.join(pd.DataFrame(parts).set_index("index"))
+    plain = plain.join(runs[["program", "condition"]])
+    for _, cell in plain.groupby(["script", "env_id", "condition", "program"]):
+        for key in [*WEIGHTS, *COMPARED]:
+            if cell[key].nunique(dropna=False) > 1:
+                (a, x), (b, y) = cell.drop_duplicates(key)[["name", key]].values[:2]
+                raise Refusal(
+                    f"{a} and {b} differ in {key} ({x}, {y}), too little to tell: report them apart"
+                )
     key = ["script", "env_id", "condition", "program", "seed"]
     if (twice := runs.duplicated(key, keep=False)).any():
         a, b = runs[twice].sort_values(key)["name"][:2]
-        raise ValueError(f"{a} and {b} are the same run, of the same seed: leave one out")
+        raise Refusal(f"{a} and {b} are the same run, of the same seed: leave one out")
     runs["order"] = runs["algo"].map(ALGOS.index)  # the symmetric ones last
     runs["level"] = runs["noise_level"].where(runs["noise"] != "none", 0.0)
     order = ["kind", "family", "noise", "level", "env_id", "order", "program", "seed"]
@@ -209,14 +241,25 @@ def welch(x, y) -> float:
 
 def make_cells(runs: pd.DataFrame, unfinished: list[dict]) -> pd.DataFrame:
     """One row per cell: its seeds, how many are missing, scores, mean, standard error, whether it is best."""
-    seeds = set(runs["seed"]) | {run["seed"] for run in unfinished}
+    seeds = {kind: set(group["seed"]) for kind, group in runs.groupby("kind")}
+    begun = set()
+    for run in unfinished:
+        kind = run["script"].removesuffix(".py").partition("_")[2]
+        seeds[kind] = seeds.get(kind, set()) | {run["seed"]}
+        begun.add((run["script"], run["env_id"], run["noise"]))
     cells = []
     keys = ["kind", "family", "condition", "env_id", "program"]
     for key, group in runs.groupby(keys, sort=False):
         scores, training = group["final_return_mean"], group["train_return_last100"].astype(float)
         first = group.iloc[0]
         cell = dict(zip(keys, key)) | {"algo": first["algo"], "base": first["base"], "noise": first["noise"]}
-        cell |= {"level": first["level"], "seeds": len(group), "missing": len(seeds) - len(group)}
+        cell |= {"begun": (first["script"], first["env_id"], first["noise"] or "none") in begun}
+        cell |= {"alpha_k": not first["algo"].startswith("s") and first["alpha"] != 1}
+        cell |= {
+            "level": first["level"],
+            "seeds": len(group),
+            "missing": len(seeds[first["kind"]]) - len(group),
+        }
         cell |= {"scores": scores.to_numpy(), "mean": scores.mean(), "sem": scores.sem()}
         cell |= {"train_mean": training.mean(skipna=False), "train_sem": training.sem(skipna=False)}
         cell |= {f"swept_{name}": first[name] for name in SWEPT}
@@ -228,24 +271,25 @@ def make_cells(runs: pd.DataFrame, unfinished: list[dict]) -> pd.DataFrame:
         cells.append(cell)
     cells = pd.DataFrame(cells)
     cells["best"] = False
-    for _, row in cells[cells["missing"] == 0].groupby(["kind", "family", "condition", "env_id"]):
-        best = row["mean"].idxmax()
-        others = row.drop(best)["scores"]
-        cells.loc[best, "best"] = len(others) > 0 and all(
-            welch(row["scores"][best], x) < 0.05 for x in others
-        )
+    for _, row in cells[~cells["alpha_k"]].groupby(["kind", "family", "condition", "env_id"]):
+        if len(row) > 1 and not row["missing"].any() and not row["begun"].any():
+            best = row["mean"].idxmax()
+            others = row.drop(best)["scores"]
+            cells.loc[best, "best"] = all(welch(row["scores"][best], x) < 0.05 for x in others)
+    numbers = [c for c in cells if c.endswith(("mean", "sem"))]
+    cells.loc[cells["missing"] > 0, numbers] = math.nan
     return cells
 
 
 def make_differences(cells: pd.DataFrame) -> pd.DataFrame:
-    """The symmetric program less every other one of its row, with the standard error of the difference."""
+    """Symmetric programs less every other one of their row, with the standard error of the difference."""
     rows = []
     for key, row in cells[cells["missing"] == 0].groupby(
         ["kind", "family", "condition", "env_id"], sort=False
     ):
         symmetric = row[row["algo"].str.startswith("s")]
-        for _, ours in symmetric.iterrows():
-            for _, other in row.drop(symmetric.index).iterrows():
+        for n, (_, ours) in enumerate(symmetric.iterrows()):
+            for _, other in row.drop(symmetric.index[n:]).iterrows():
                 difference = {"program": ours["program"], "less": other["program"]}
                 difference |= {"difference": ours["mean"] - other["mean"]}
                 difference |= {"sem": math.hypot(ours["sem"], other["sem"])}
@@ -256,16 +300,27 @@ def make_differences(cells: pd.DataFrame) -> pd.DataFrame:
 
 def normalise(cells: pd.DataFrame) -> pd.Series:
     """Scores of each cell, normalised; None for a game whose human score is not known here."""
-    everything = cells.groupby(["kind", "env_id"])["scores"].agg(lambda scores: np.concatenate(list(scores)))
+    everything = (
+        cells[cells["missing"] == 0]
+        .groupby(["kind", "env_id"])["scores"]
+        .agg(lambda scores: np.concatenate(list(scores)))
+    )
     normalised = []
     for _, cell in cells.iterrows():
         if cell["kind"] == "atari":
             low, high = RANDOM_AND_HUMAN.get(cell["env_id"], (math.nan, math.nan))
         else:
-            scores = everything[cell["kind"], cell["env_id"]]
-            low, high = scores.min(), scores.max()
-        normalised.append((cell["scores"] - low) / (high - low) if high > low else None)
+            scores = everything.get((cell["kind"], cell["env_id"]), np.zeros(1))
+            low, high = scores.min(), max(scores.max(), scores.min() + 1e-9)
+        normalised.append(None if math.isnan(low) else (cell["scores"] - low) / (high - low))
     return pd.Series(normalised, cells.index)
+
+
+def probability_of_improvement(x: np.ndarray, y: np.ndarray) -> np.ndarray:
+    """P(X > Y), ties half, mean over tasks, of scores (runs, tasks). As rliable's, whose Mann-Whitney test at
+    every bootstrap sample would take minutes a pair."""
+    x, y = x[:, None], y[None]
+    return np.array([(x > y).mean() + (x == y).mean() / 2])
 
 
 def make_aggregates(cells: pd.DataFrame, reps: int) -> tuple[pd.DataFrame, list[str]]:
@@ -288,9 +343,7 @@ def make_aggregates(cells: pd.DataFrame, reps: int) -> tuple[pd.DataFrame, list[
         symmetric = [p for p in matrices if p.startswith("S")]
         pairs = {f"{ours} > {p}": (matrices[ours], matrices[p]) for ours in symmetric for p in matrices}
         pairs = {name: pair for name, pair in pairs.items() if pair[0] is not pair[1]}
-        better = rly.get_interval_estimates(
-            pairs, lambda x, y: np.array([metrics.probability_of_improvement(x, y)]), reps=reps
-        )
+        better = rly.get_interval_estimates(pairs, probability_of_improvement, reps=reps)
         for what, (points, intervals) in (("iqm", iqm), ("probability of improvement", better)):
             for name, point in points.items():
                 low, high = intervals[name][:, 0]
@@ -313,20 +366,30 @@ def markdown(header: list[str], rows: list[list[str]]) -> str:
     return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows))
 
 
-def table(cells: pd.DataFrame, value: str = "") -> str:
-    """One row per environment, one column per program: columns `value`mean and `value`sem of `cells`."""
-    programs, rows = list(cells["program"].unique()), []
+def in_order(frame: pd.DataFrame) -> list[str]:
+    """Its programs, baselines first and the symmetric ones last."""
+    frame = frame.assign(order=frame["algo"].map(ALGOS.index)).sort_values(["order", "program"])
+    return list(frame["program"].unique())
+
+
+def table(cells: pd.DataFrame, out: Path, name: str, value: str = "") -> str:
+    """One row per environment, one column per program: columns `value`mean and `value`sem of `cells`. Writes
+    it as CSV, and returns it as Markdown."""
+    programs, rows = in_order(cells), []
     for env_id, here in cells.groupby("env_id"):
         rows.append([env_id])
         for program in programs:
             cell = here[here["program"] == program]
             if cell.empty:
-                rows[-1].append("none finished")
+                rows[-1].append("")
             elif (cell := cell.iloc[0])["missing"]:
                 rows[-1].append(f"{cell['seeds']} of {cell['seeds'] + cell['missing']} seeds")
             else:
                 text = number(cell[f"{value}mean"], cell[f"{value}sem"])
                 rows[-1].append(f"**{text}**" if cell["best"] and not value else text)
+    name = f"table-{name}-{value.rstrip('_') or 'evaluation'}.csv".replace(" ", "-")
+    plain = pd.DataFrame(rows, columns=["env_id", *programs]).replace(r"\*\*", "", regex=True)
+    plain.to_csv(out / name, index=False)
     return markdown(["", *programs], rows)
 
 
@@ -351,13 +414,15 @@ def panels(count: int, height: float = 3.2):
 
 
 def draw_curves(runs: pd.DataFrame, what: str, column: str, axis: str, out: Path, name: str) -> str:
-    """A panel per environment, a line per program: mean over seeds, and a 95 % bootstrap interval of it."""
+    """A panel per environment, a line per program: mean over seeds, and a 95 % bootstrap interval of it; of
+    curves with many points running means over a twentieth of the run."""
     figure, axes = panels(runs["env_id"].nunique())
-    colors = {program: f"C{i}" for i, program in enumerate(runs["program"].unique())}
+    colors = {program: f"C{i}" for i, program in enumerate(in_order(runs))}
     for ax, (env_id, here) in zip(axes, runs.groupby("env_id")):
         for program, group in here.groupby("program", sort=False):
             curves = [run[what].set_index("step")[column].rename(run["seed"]) for _, run in group.iterrows()]
             curves = pd.concat(curves, axis=1).dropna()
+            curves = curves.rolling(max(1, len(curves) // 20), min_periods=1).mean()
             scores = {program: curves.to_numpy().T[:, None, :]}  # seeds, one task, steps
             mean, interval = rly.get_interval_estimates(scores, lambda x: x.mean((0, 1)), reps=1000)
             ax.plot(curves.index, mean[program], color=colors[program], label=program)
@@ -365,6 +430,7 @@ def draw_curves(runs: pd.DataFrame, what: str, column: str, axis: str, out: Path
         ax.set(title=env_id, xlabel="steps")
     axes[0].set_ylabel(axis)
     handles = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels())}
+    handles = {program: handles[program] for program in colors}
     figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False)
     return save(figure, out, name)
 
@@ -379,7 +445,9 @@ def draw_aggregates(aggregates: pd.DataFrame, out: Path, name: str) -> str:
         there = aggregates[aggregates["statistic"] == statistic]
         names = list(there["program"].unique())[::-1]
         for i, (condition, group) in enumerate(there.groupby("condition", sort=False)):
-            y = [names.index(program) - 0.16 * i for program in group["program"]]
+            y = [
+                names.index(program) - 0.7 * i / there["condition"].nunique() for program in group["program"]
+            ]
             error = abs(group[["low", "high"]].sub(group["value"], axis=0).to_numpy().T)
             ax.errorbar(
                 group["value"].to_numpy(), y, xerr=error, fmt="o", ms=4, color=f"C{i}", label=condition
@@ -396,16 +464,17 @@ def draw_noise(cells: pd.DataFrame, out: Path, name: str) -> str:
     kinds = [noise for noise in cells["noise"].unique() if noise]
     env_ids = sorted(cells["env_id"].unique())
     figure, axes = panels(len(kinds) * len(env_ids))
-    colors = {program: f"C{i}" for i, program in enumerate(cells["program"].unique())}
+    colors = {program: f"C{i}" for i, program in enumerate(in_order(cells))}
     for ax, (noise, env_id) in zip(axes, [(noise, env_id) for noise in kinds for env_id in env_ids]):
-        here = cells[(cells["env_id"] == env_id) & cells["noise"].isin(["", noise]) & (cells["missing"] == 0)]
+        here = cells[(cells["env_id"] == env_id) & cells["noise"].isin(["", noise])]  # nan: seeds are missing
         for program, group in here.sort_values("level").groupby("program", sort=False):
             ax.errorbar(
                 *group[["level", "mean", "sem"]].to_numpy().T, color=colors[program], label=program, capsize=3
             )
         ax.set(title=env_id, xlabel=f"level of noise: {noise}")
     axes[0].set_ylabel("return, mean ± standard error")
-    figure.legend(*axes[0].get_legend_handles_labels(), loc="outside lower center", ncols=4, frameon=False)
+    handles = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels())}
+    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False)
     return save(figure, out, name)
 
 
@@ -414,32 +483,33 @@ def draw_sweep(cells: pd.DataFrame, out: Path, name: str) -> str:
     program, and one for the symmetric less the other. Complete cells only; white is missing."""
     varied = sorted(SWEPT, key=lambda key: -cells[f"swept_{key}"].nunique())
     x, y, z = (f"swept_{key}" for key in varied)
-    cells = cells[cells["missing"] == 0]
-    grids = {
-        base: {third: part.pivot(index=y, columns=x, values="mean") for third, part in group.groupby(z)}
+    values = [sorted(cells[key].unique()) for key in (z, y, x)]
+    every = pd.MultiIndex.from_product(values)
+    grids = {  # {program: means (z, y, x)}, nan where seeds are missing
+        base: group.set_index([z, y, x])["mean"].reindex(every).to_numpy().reshape([len(v) for v in values])
         for base, group in cells.groupby("base", sort=False)
     }
     ours, others = ([b for b in grids if b.startswith("S") == symmetric] for symmetric in (True, False))
     if len(ours) == len(others) == 1:
-        grids["difference"] = {
-            third: grids[ours[0]][third] - grid for third, grid in grids[others[0]].items()
-        }
-    thirds = sorted(cells[z].unique())
-    size = (1 + 3.6 * len(thirds), 0.6 + 2.9 * len(grids))
-    figure, axes = plt.subplots(len(grids), len(thirds), figsize=size, squeeze=False, layout="constrained")
+        grids["difference"] = grids[ours[0]] - grids[others[0]]
+    size = (1 + 3.6 * len(values[0]), 0.6 + 2.9 * len(grids))
+    figure, axes = plt.subplots(len(grids), len(values[0]), figsize=size, squeeze=False, layout="constrained")
     scores = cells["mean"]
-    for row, (base, by_third) in zip(axes, grids.items()):
-        largest = max(abs(grid.to_numpy(float)).max() for grid in by_third.values())
-        limits = (-largest, largest) if base == "difference" else (scores.min(), scores.max())
-        for ax, third in zip(row, thirds):
-            grid = by_third[third]
-            colors = dict(zip(("vmin", "vmax"), limits), cmap="RdBu" if base == "difference" else "viridis")
-            image = ax.imshow(grid.to_numpy(float), aspect="auto", **colors)
-            for (i, j), value in np.ndenumerate(grid.to_numpy(float)):
-                box = dict(facecolor="white", alpha=0.6, lw=0, pad=1)
-                ax.text(j, i, f"{value:,.0f}", ha="center", va="center", fontsize=8, bbox=box)
-            ax.set_xticks(range(grid.shape[1]), [f"{v:g}" for v in grid.columns])
-            ax.set_yticks(range(grid.shape[0]), [f"{v:g}" for v in grid.index])
+    for row, (base, grid) in zip(axes, grids.items()):
+        colors = dict(vmin=scores.min(), vmax=scores.max(), cmap="viridis")
+        if base == "difference":
+            largest = np.nan_to_num(abs(grid)).max()
+            colors = dict(vmin=-largest, vmax=largest, cmap="RdBu")
+        for ax, third, part in zip(row, values[0], grid):
+            image = ax.imshow(part, aspect="auto", **colors)
+            for (i, j), value in np.ndenumerate(part):
+                text, box = (
+                    "" if math.isnan(value) else f"{value:,.0f}",
+                    dict(facecolor="white", alpha=0.6, lw=0),
+                )
+                ax.text(j, i, text, ha="center", va="center", fontsize=8, bbox=box if text else None)
+            ax.set_xticks(range(len(values[2])), [f"{v:g}" for v in values[2]])
+            ax.set_yticks(range(len(values[1])), [f"{v:g}" for v in values[1]])
             ax.set(xlabel=varied[0], ylabel=varied[1], title=f"{base}, {varied[2]} {third:g}")
         figure.colorbar(image, ax=row)
     return save(figure, out, name)
@@ -454,7 +524,7 @@ def describe_runs(runs: pd.DataFrame) -> str:
         for recorded in runs["recorded"]:
             part = recorded[what]
             if what == "versions":
-                part = {name: part.get(name) for name in ("python", "torch", "gymnasium", "mujoco", "ale_py")}
+                part = {name: part.get(name) for name in ("python", "torch", "gymnasium", "mujoco", "ale-py")}
             if isinstance(part, dict):
                 part = ", ".join(f"{key} {value}" for key, value in part.items())
             counts[part] += 1
@@ -483,10 +553,16 @@ def compare_all(differences: pd.DataFrame, aggregates: pd.DataFrame) -> list[str
 
 
 def write_report(args: Args, out: Path) -> None:
-    """Reads all runs and writes report.md, CSV files and figures into `out`. Raises ValueError."""
+    """Reads all runs and writes report.md, CSV files and figures into `out`. Raises Refusal."""
     np.random.seed(0)  # rliable samples by NumPy's global generator, whatever random_state it is given
     runs, unfinished = read_runs(list(args.runs))
     runs = label_programs(runs)
+    if args.seeds:
+        first = {kind: sorted(group["seed"].unique())[: args.seeds] for kind, group in runs.groupby("kind")}
+        runs = runs[[run["seed"] in first[run["kind"]] for _, run in runs.iterrows()]]
+        unfinished = [
+            run for run in unfinished if run["seed"] in {s for some in first.values() for s in some}
+        ]
     cells = make_cells(runs, unfinished)
     differences = make_differences(cells)
     aggregates, left_out = make_aggregates(cells, args.reps)
@@ -494,17 +570,16 @@ def write_report(args: Args, out: Path) -> None:
     columns += ["final_return_mean", "final_return_std", "train_return_last100", "sps", "wall_s"]
     command = runs["recorded"].map(lambda recorded: shlex.join(["python", *recorded["command"]]))
     curves = pd.concat([run["curve"].assign(name=run["name"]) for _, run in runs.iterrows()])
+    tables = cells.drop(columns=["scores", "base", "algo", "noise", "level", "begun", "alpha_k"])
     for name, frame in {
-        "runs": runs[columns].assign(command=command), "curves": curves, "differences": differences,
-        "tables": cells.drop(columns=["scores", "base", "algo", "noise", "level"]), "aggregates": aggregates,
+        "runs": runs[columns].assign(command=command), "curves": curves, "tables": tables,
+        "differences": differences, "aggregates": aggregates,
     }.items():  # fmt: skip
         frame.to_csv(out / f"{name}.csv", index=False, float_format="%.6g")
 
     page = ["# Report", __doc__.split("\n\n", 2)[2].strip()]
     if unfinished or (cells["missing"] > 0).any():
-        lacking = (
-            f"{(cells['missing'] > 0).sum()} of {len(cells)} cells lack {cells['missing'].sum()} seeds in all"
-        )
+        lacking = f"{(cells['missing'] > 0).sum()} of {len(cells)} cells lack seeds"
         names = f": {', '.join(run['name'] for run in unfinished)}" if unfinished else ""
         page.append(f"**Incomplete**: {lacking}; {len(unfinished)} runs have begun and not finished{names}.")
     for (kind, family), here in cells.groupby(["kind", "family"], sort=False):
@@ -520,20 +595,26 @@ def write_report(args: Args, out: Path) -> None:
                 page += [f"{env_id}, {condition}: mean return", draw_sweep(part, out, name)]
             continue
         for condition, part in here.groupby("condition", sort=False):
-            page += [f"### {title}, {condition}", "Last evaluation:", table(part)]
+            name, seeds = f"{kind}-{family}-{condition}", (part["seeds"] + part["missing"]).max()
+            page += [f"### {title}, {condition}, {seeds} seeds", "Last evaluation:", table(part, out, name)]
             if kind != "rlhf":
-                page += ["The last 100 episodes of training:", table(part, "train_")]
+                page += ["The last 100 episodes of training:", table(part, out, name, "train_")]
             for column in part.columns.difference(["train_mean", "flips_mean"]):  # of language models
                 if column.endswith("_mean") and part[column].notna().any():
-                    page += [f"Last evaluation, {column.removesuffix('_mean')}:", table(part, column[:-4])]
-            there, name = of_here(runs), f"{kind}-{family}-{condition}"
+                    value = column.removesuffix("mean")
+                    page += [f"Last evaluation, {value.rstrip('_')}:", table(part, out, name, value)]
+            complete = part[part["missing"] == 0][["env_id", "program"]].to_records(index=False).tolist()
+            there = of_here(runs)
             there = there[there["condition"] == condition]
+            there = there[[key in complete for key in zip(there["env_id"], there["program"])]]
+            if there.empty:
+                continue
             page.append(
                 draw_curves(there, "curve", "return_mean", "return of evaluations", out, f"curves-{name}")
             )
             if (part["flips_mean"] > 0).any():
                 page += ["Share of advantages whose sign the normalisation changed, mean over the run:"]
-                page += [table(part, "flips_")]
+                page += [table(part, out, name, "flips_")]
                 there = there[there["flips"].map(lambda flips: (flips["flips"] > 0).any())]
                 page.append(
                     draw_curves(there, "flips", "flips", "share of flipped signs", out, f"flips-{name}")
@@ -551,8 +632,13 @@ def write_report(args: Args, out: Path) -> None:
 
 
 def main(args: Args) -> None:
-    if args.out.exists() and not (args.out / "report.md").exists() and any(args.out.iterdir()):
-        raise ValueError(f"--out {args.out}: a folder that is not a report; choose another")
+    if (
+        args.out.is_file()
+        or args.out.exists()
+        and not (args.out / "report.md").exists()
+        and any(args.out.iterdir())
+    ):
+        raise Refusal(f"--out {args.out}: a folder that is not a report; choose another")
     args.out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=args.out.parent) as scratch:
         new, old = Path(scratch, "new"), Path(scratch, "old")
@@ -567,5 +653,5 @@ def main(args: Args) -> None:
 if __name__ == "__main__":
     try:
         main(tyro.cli(Args))
-    except ValueError as error:
+    except (Refusal, OSError) as error:
         sys.exit(f"error: {error}")

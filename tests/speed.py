@@ -17,7 +17,9 @@ a slow spell of the machine hits them all; the table gives medians. Then, for PP
 step.
 """
 
+import contextlib
 import dataclasses
+import io
 import json
 import math
 import subprocess
@@ -50,6 +52,7 @@ class Args:
     dataset: str | None = None  # for rlhf: JSONL, texts of 130 tokens or more
     total_timesteps: int = 200_000
     repeats: int = 3
+    out: str | None = None  # folder for speed.md, what is printed, and summary.json, the mark that it is done
 
 
 def programs(args: Args, scratch: Path) -> dict[str, list[str]]:
@@ -197,7 +200,7 @@ def parts_of_an_atari_step(env_id: str, amp: str) -> dict[str, list[float]]:
     return table | {"rest": [whole - sum(during.values()), math.nan], "a whole step": [whole, math.nan]}
 
 
-def main(args: Args) -> None:
+def measure(args: Args) -> None:
     with tempfile.TemporaryDirectory() as scratch:
         commands = programs(args, Path(scratch))
         results = {name: [] for name in commands}
@@ -228,6 +231,17 @@ def main(args: Args) -> None:
         print(f"\n| part of a step, --amp {amp} | microseconds, during a run | alone |\n|---|---|---|")
         for name, (during, alone) in parts_of_an_atari_step(args.env_id, amp).items():
             print(f"| {name} | {during:.0f} | {alone:.0f} |".replace("nan", ""))
+
+
+def main(args: Args) -> None:
+    page = io.StringIO()
+    with contextlib.redirect_stdout(page):
+        measure(args)
+    print(page.getvalue(), end="")
+    if args.out:
+        Path(args.out).mkdir(parents=True, exist_ok=True)
+        for name, text in {"speed.md": page.getvalue() + "\n", "summary.json": '{"finished": true}'}.items():
+            script.save(Path(args.out, name), text)
 
 
 if __name__ == "__main__":
