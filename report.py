@@ -439,7 +439,7 @@ def draw_aggregates(aggregates: pd.DataFrame, out: Path, name: str) -> str:
     """Interquartile means on the left, probabilities of improvement on the right, a colour per noise."""
     sides = [("iqm", "interquartile mean of normalised scores")]
     sides += [("probability of improvement", "probability of improvement")]
-    height = 0.5 + 0.3 * aggregates["program"].nunique()
+    height = 1 + 0.3 * aggregates["program"].nunique()
     figure, axes = plt.subplots(1, 2, figsize=(12, max(2.5, height)), layout="constrained")
     for ax, (statistic, title) in zip(axes, sides):
         there = aggregates[aggregates["statistic"] == statistic]
@@ -455,7 +455,8 @@ def draw_aggregates(aggregates: pd.DataFrame, out: Path, name: str) -> str:
         ax.set_yticks(range(len(names)), names)
         ax.set_xlabel(title)
     axes[1].axvline(0.5, color="grey", lw=0.8, zorder=0)
-    axes[0].legend(frameon=False)
+    handles = axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=5, frameon=False)
     return save(figure, out, name)
 
 
