@@ -597,7 +597,7 @@ def write_report(args: Args, out: Path) -> None:
             continue
         for condition, part in here.groupby("condition", sort=False):
             name, seeds = f"{kind}-{family}-{condition}", (part["seeds"] + part["missing"]).max()
-            page += [f"### {title}, {condition}, {seeds} seeds", "Last evaluation:", table(part, out, name)]
+            page += [f"### {title}, {condition} (seeds: {seeds})", "Last evaluation:", table(part, out, name)]
             if kind != "rlhf":
                 page += ["The last 100 episodes of training:", table(part, out, name, "train_")]
             for column in part.columns.difference(["train_mean", "flips_mean"]):  # of language models
