@@ -145,3 +145,14 @@ def test_readme_table_names_only_flags_that_exist():
     named = set(re.findall(r"--[a-z][a-z0-9-]*", table))
     assert len(named) > 10
     assert named <= {"--" + name.replace("_", "-") for name in names}
+
+
+PAGES = ["README.md", *sorted(str(path.relative_to(ROOT)) for path in ROOT.glob("results/**/*.md"))]
+
+
+@pytest.mark.parametrize("page", PAGES)
+def test_links_lead_somewhere(page):
+    """On a clean checkout: a file that git ignores is not there."""
+    page = ROOT / page
+    links = re.findall(r"\]\(([^)#:]+)\)", page.read_text())
+    assert [link for link in links if not (page.parent / link).exists()] == []
