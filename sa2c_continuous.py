@@ -3,36 +3,40 @@
 # dependencies = ["torch==2.13.0", "gymnasium[mujoco,box2d]==1.4.0", "mujoco==4.0.0", "numpy>=2.0",
 #   "tyro==1.0.16", "tensorboard==2.21.0", "tqdm==4.70.1"]
 # ///
-"""Symmetric A2C (SA2C) for continuous control: all of it, from the environment to the learning curve.
+"""Symmetric A2C (SA2C) for continuous control in one file.
 
-    python sa2c_continuous.py --env-id Hopper-v4                      # SA2C, 11 bins per action dimension
-    python sa2c_continuous.py --env-id Hopper-v4 --noise normal       # the same, learning from noisy rewards
-    python sa2c_continuous.py --env-id Hopper-v4 --policy gaussian    # the baseline, A2C
+    python sa2c_continuous.py --env-id Hopper-v4                    # SA2C, 11 bins per dimension
+    python sa2c_continuous.py --env-id Hopper-v4 --noise normal     # the same with noisy rewards
+    python sa2c_continuous.py --env-id Hopper-v4 --policy gaussian  # the baseline, A2C
 
-From "Symmetric Reinforcement Learning Loss for Robust Learning on Diverse Tasks and Model Scales" (Byun &
-Perrault, ICML 2025, arXiv 2405.17618). With p = pi(a|s) for the action taken, its advantage A, and Z < 0 in
-the place of log 0:
+From "Symmetric Reinforcement Learning Loss for Robust Learning on Diverse Tasks and Model Scales"
+(Byun & Perrault, ICML 2025, arXiv 2405.17618), which adds a reverse cross-entropy term to the A2C
+loss, meant to make training robust to noise. With p = pi(a|s) the probability of the action taken,
+A its advantage, and Z < 0 a constant that stands for log 0:
 
     A2C loss          L  = -mean( A log p )
     reverse A2C loss  Lr = -mean( A Z (1 - p) )
     symmetric loss    alpha L + beta Lr
 
-The gradient of the symmetric loss is -mean( A (alpha + beta |Z| p) grad log p ): likely actions gain weight
-on unlikely ones. Lr needs probabilities, hence the bins; the probability of an action is the product over its
-dimensions, so that in many dimensions p, and with it the reverse part, is next to nothing until the policy
-has made up its mind.
+The gradient of the symmetric loss is -mean( A (alpha + beta |Z| p) grad log p ): likely actions
+gain weight over unlikely ones. Lr needs probabilities, so each action dimension is discretised into
+bins; the probability of an action is the product over its dimensions. In many dimensions p, and
+with it the reverse part, is almost 0 until the policy has become decided.
 """
 
 import json
 import math
 import os
 import platform
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
 import warnings
+from collections import deque
 from dataclasses import dataclass, replace
 from importlib import import_module, metadata, util
 from pathlib import Path
@@ -42,6 +46,7 @@ import gymnasium as gym
 import numpy as np
 import torch
 import tyro
+from gymnasium.wrappers import RecordVideo
 from torch import nn
 from torch.distributions import Categorical, Independent, Normal
 from torch.utils.tensorboard import SummaryWriter
@@ -50,22 +55,26 @@ from tqdm import tqdm
 
 @dataclass
 class Args:
-    env_id: str = "Hopper-v4"  # Gymnasium id; its observations and actions are vectors, actions bounded
-    total_timesteps: int = 1_000_000  # environment steps in all, rounded up to whole rollouts
-    seed: int = 1  # seed of everything random (the paper's runs: 10000, 10001, ...)
+    # Run
+    env_id: str = "Hopper-v4"  # Gymnasium id; observations and bounded actions are vectors
+    total_timesteps: int = 1_000_000  # environment steps, rounded up to whole rollouts
+    seed: int = 1  # of all random numbers (the paper's runs: 10000, 10001, ...)
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the CPU
-    compile: bool = True  # compile the gradient, given a C++ compiler: starts later, runs faster
+    compile: bool = True  # compile the gradient, given a C++ compiler: slower start, faster run
     runs_dir: str = "runs"  # folder of all runs
-    run_name: str | None = None  # folder of this run; default: environment, algorithm, noise, seed and time
-    resume: str | None = None  # folder of an interrupted run to go on with; the only flag, then
-    checkpoint_freq: int | None = None  # steps between checkpoints; default: run / 20; 0: at the end
+    run_name: str | None = None  # default: environment, algorithm, noise, seed and time
+    resume: str | None = None  # folder of an interrupted run to continue; takes no other flag
+    checkpoint_freq: int | None = (
+        None  # steps between checkpoints; default: run / 20; 0: at the end
+    )
     log_freq: int = 1000  # steps between entries in the log
     track: bool = False  # log to Weights & Biases as well (pip install wandb)
 
+    # Algorithm
     policy: Literal["categorical", "gaussian"] = "categorical"  # gaussian: plain A2C, the baseline
-    bins: int = 11  # values of each action dimension, evenly spaced from lowest to highest
+    bins: int = 11  # values per action dimension, evenly spaced from lowest to highest
     num_envs: int = 4  # environments, stepped in turn
-    num_steps: int = 8  # steps of each environment between updates
+    num_steps: int = 8  # steps of each environment per rollout
     learning_rate: float = 7e-4  # RMSprop's learning rate, constant
     rmsprop_eps: float = 1e-5  # RMSprop's epsilon
     gamma: float = 0.99  # discount factor
@@ -73,41 +82,63 @@ class Args:
     norm_adv: bool = False  # normalise advantages in each rollout
     vf_coef: float = 0.5  # weight of the value loss
     ent_coef: float = 0.0  # weight of the entropy bonus
-    max_grad_norm: float = 0.5  # limit on the norm of the gradient of all parameters together
+    max_grad_norm: float = 0.5  # gradient clipping, over all parameters together
 
-    hidden_sizes: tuple[int, ...] = (64, 64)  # hidden layers of the actor and, apart from it, of the critic
+    # Networks
+    hidden_sizes: tuple[int, ...] = (
+        64,
+        64,
+    )  # hidden layers of the actor and of the separate critic
     activation: Literal["tanh", "relu"] = "tanh"  # after each hidden layer
     layer_norm: bool = False  # layer normalisation before each activation
     ortho_init: bool = True  # orthogonal initial weights; else PyTorch's own
     log_std_init: float = 0.0  # initial log standard deviation of the Gaussian policy
 
+    # Symmetric loss and noise
     alpha: float | None = None  # weight of the A2C loss; default: 0.5, without reverse loss 1
-    beta: float | None = None  # weight of the reverse loss; default: 0.5, with the Gaussian policy 0
+    beta: float | None = None  # weight of the reverse loss; default: 0.5, Gaussian policy 0
     z: float = -1.0  # Z, which stands for log 0
-    noise: Literal["none", "flip", "normal", "uniform", "adv_flip"] = "none"  # on rewards, or on advantages
-    noise_level: float | None = None  # chance of a flip (default 0.1) or size (default 0.05)
+    noise: Literal["none", "flip", "normal", "uniform", "adv_flip"] = (
+        "none"  # adv_flip: on advantages
+    )
+    noise_level: float | None = None  # flip probability (default 0.1) or scale (default 0.05)
 
+    # Evaluation
     eval_freq: int | None = None  # steps between evaluations; default: run / 20; 0: at the end
-    eval_episodes: int = 10  # episodes in an evaluation: greedy actions, raw rewards without noise
-    capture_video: bool = False  # film the first episode of each evaluation (pip install moviepy)
+    eval_episodes: int = 10  # episodes per evaluation: greedy actions, raw rewards without noise
+    capture_video: bool = False  # record the first episode of each evaluation (pip install moviepy)
 
     @property
     def algo(self) -> str:
-        return "a2c" if self.policy == "gaussian" else "sa2c" if self.beta else "da2c"
+        if self.policy == "gaussian":
+            return "a2c"
+        return "sa2c" if self.beta else "da2c"
+
+    @property
+    def render_mode(self) -> str | None:
+        return "rgb_array" if self.capture_video else None
+
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.resume or Path(self.runs_dir) / self.run_name)
 
 
-def make_env(env_id: str, render_mode: str | None = None) -> gym.Env:
-    warnings.filterwarnings("ignore", message=".*is out of date.*")  # the paper's environments are MuJoCo v4
+def make_env(env_id, render_mode=None):
+    # The paper's environments are MuJoCo v4
+    warnings.filterwarnings("ignore", message=".*is out of date.*")
     return gym.make(env_id, render_mode=render_mode)
 
 
 class RunningStats:
     """Mean and population standard deviation of all values so far, in float64 (Welford 1962)."""
 
-    def __init__(self, shape: tuple[int, ...]):
-        self.count, self.mean, self.m2, self.std = 0, np.zeros(shape), np.zeros(shape), np.ones(shape)
+    def __init__(self, shape):
+        self.count = 0
+        self.mean = np.zeros(shape)
+        self.m2 = np.zeros(shape)  # sum of squared deviations from the mean
+        self.std = np.ones(shape)
 
-    def update(self, batch: np.ndarray) -> None:
+    def update(self, batch):
         for value in batch:
             self.count += 1
             delta = value - self.mean
@@ -115,57 +146,80 @@ class RunningStats:
             self.m2 = self.m2 + delta * (value - self.mean)
         self.std = np.sqrt(self.m2 / self.count + 1e-8)
 
+    def state_dict(self):
+        return {name: torch.as_tensor(value) for name, value in vars(self).items()}
+
+    def load_state_dict(self, state):
+        for name, tensor in state.items():
+            setattr(self, name, tensor.numpy())
+
 
 class NormalizedEnvs:
-    """Environments stepped in turn; where an episode ends, the next one starts in the same step.
+    """Environments stepped in turn, each reset in the same step in which its episode ends.
 
-    Observations are standardised by running statistics, rewards divided by the running standard deviation of
-    the discounted return, both then clipped to [-10, 10], as by Stable-Baselines3's VecNormalize.
+    Observations are standardised by running statistics, rewards divided by the running standard
+    deviation of the discounted return; both are clipped to [-10, 10], as in Stable-Baselines3's
+    VecNormalize.
     """
 
-    def __init__(self, env_id: str, num_envs: int, gamma: float):
-        self.envs, self.gamma = [make_env(env_id) for _ in range(num_envs)], gamma
+    def __init__(self, env_id, num_envs, gamma):
+        self.envs = [make_env(env_id) for _ in range(num_envs)]
+        self.gamma = gamma
         self.obs_stats = RunningStats(self.envs[0].observation_space.shape)
         self.return_stats = RunningStats(())
-        self.finished = []  # (return, length) of the last 100 episodes, in raw rewards
+        self.episode_return = np.zeros(num_envs)
+        self.episode_length = np.zeros(num_envs)
+        self.discounted_return = np.zeros(num_envs)
+        self.finished = deque(maxlen=100)  # (raw return, length) of the last episodes
 
-    def normalize_obs(self, obs: np.ndarray) -> np.ndarray:
-        return ((obs - self.obs_stats.mean) / self.obs_stats.std).clip(-10, 10).astype(np.float32)
+    def normalize_obs(self, obs):
+        standardized = (obs - self.obs_stats.mean) / self.obs_stats.std
+        return standardized.clip(-10, 10).astype(np.float32)
 
-    def reset(self, seed: int) -> np.ndarray:
-        """Starts an episode in every environment. Returns normalised observations (num_envs, obs_dim)."""
-        self.obs = np.stack([env.reset(seed=seed + i)[0] for i, env in enumerate(self.envs)]).astype(float)
+    def reset(self, seed):
+        """Resets all environments. Returns normalised observations (num_envs, obs_dim)."""
+        first_obs = [env.reset(seed=seed + i)[0] for i, env in enumerate(self.envs)]
+        self.obs = np.stack(first_obs).astype(float)
         self.obs_stats.update(self.obs)
-        self.episode_return, self.discounted_return, self.episode_length = np.zeros((3, len(self.envs)))
         return self.normalize_obs(self.obs)
 
-    def step(self, action: np.ndarray):
-        """Steps by `action` (num_envs, action_dim). Returns normalised observations (num_envs, obs_dim) and
-        rewards (num_envs,), terminated, truncated, and {index: normalised last observation} if truncated."""
-        reward, final_obs = np.zeros(len(self.envs)), {}
-        terminated, truncated = np.zeros((2, len(self.envs)), bool)
+    def step(self, action):
+        """Steps all environments by `action` (num_envs, action_dim).
+
+        Returns normalised observations (num_envs, obs_dim) and rewards (num_envs,), terminated,
+        truncated, and {index: normalised final observation} of truncated episodes.
+        """
+        reward = np.zeros(len(self.envs))
+        terminated = np.zeros(len(self.envs), bool)
+        truncated = np.zeros(len(self.envs), bool)
         for i, env in enumerate(self.envs):
             self.obs[i], reward[i], terminated[i], truncated[i], _ = env.step(action[i])
         self.episode_return += reward
         self.episode_length += 1
         self.discounted_return = self.gamma * self.discounted_return + reward
         self.return_stats.update(self.discounted_return)
+
+        final_obs = {}
         for i in np.flatnonzero(terminated | truncated):
             if not terminated[i]:
                 final_obs[i] = self.normalize_obs(self.obs[i])
-            self.finished = [*self.finished[-99:], (self.episode_return[i], self.episode_length[i])]
-            self.episode_return[i] = self.discounted_return[i] = self.episode_length[i] = 0
+            self.finished.append((self.episode_return[i].item(), self.episode_length[i].item()))
+            self.episode_return[i] = 0
+            self.episode_length[i] = 0
+            self.discounted_return[i] = 0
             self.obs[i], _ = self.envs[i].reset()
+
         self.obs_stats.update(self.obs)
         reward = (reward / self.return_stats.std).clip(-10, 10)
         return self.normalize_obs(self.obs), reward, terminated, truncated, final_obs
 
 
-def perturb_reward(reward: np.ndarray, noise: str, level: float, rng: np.random.Generator) -> np.ndarray:
-    """Rewards of any shape as a noisy judge gives them: flip turns r into 1 - r with probability `level`,
-    normal adds N(0, level^2), uniform adds U(-level, level), the others leave rewards alone."""
+def perturb_reward(reward, noise, level, rng):
+    """Rewards of any shape with noise: flip replaces r by 1 - r with probability `level`, normal
+    adds N(0, level^2), uniform adds U(-level, level); other kinds leave rewards unchanged."""
     if noise == "flip":
-        return np.where(rng.random(reward.shape) < level, 1 - reward, reward)
+        flipped = rng.random(reward.shape) < level
+        return np.where(flipped, 1 - reward, reward)
     if noise == "normal":
         return reward + rng.normal(0, level, reward.shape)
     if noise == "uniform":
@@ -173,73 +227,110 @@ def perturb_reward(reward: np.ndarray, noise: str, level: float, rng: np.random.
     return reward
 
 
-def perturb_advantage(advantage: torch.Tensor, level: float, generator: torch.Generator) -> torch.Tensor:
-    """Advantages, of any shape, each with its sign flipped with probability `level`."""
-    flip = torch.rand(advantage.shape, generator=generator, device=advantage.device) < level
-    return torch.where(flip, -advantage, advantage)
+def perturb_advantage(advantage, level, generator):
+    """Advantages of any shape, the sign of each flipped with probability `level`."""
+    uniform = torch.rand(advantage.shape, generator=generator, device=advantage.device)
+    return torch.where(uniform < level, -advantage, advantage)
 
 
-def mlp(in_dim: int, out_dim: int, out_gain: float, args: Args) -> nn.Sequential:
-    """Multi-layer perceptron; orthogonal weights of gain sqrt(2), at last `out_gain`, and zero biases."""
-    layers, activation = [], nn.Tanh if args.activation == "tanh" else nn.ReLU
+def mlp(in_dim, out_dim, out_gain, args):
+    """Multi-layer perceptron; orthogonal weights of gain sqrt(2), `out_gain` in the last layer."""
+    layers = []
     for width in args.hidden_sizes:
-        norm = [nn.LayerNorm(width)] if args.layer_norm else []
-        layers += [nn.Linear(in_dim, width), *norm, activation()]
+        layers.append(nn.Linear(in_dim, width))
+        if args.layer_norm:
+            layers.append(nn.LayerNorm(width))
+        layers.append(nn.Tanh() if args.activation == "tanh" else nn.ReLU())
         in_dim = width
     layers.append(nn.Linear(in_dim, out_dim))
-    for layer in layers if args.ortho_init else []:
-        if isinstance(layer, nn.Linear):
-            nn.init.orthogonal_(layer.weight, out_gain if layer is layers[-1] else math.sqrt(2))
-            nn.init.zeros_(layer.bias)
+    if args.ortho_init:
+        for layer in layers:
+            if isinstance(layer, nn.Linear):
+                gain = out_gain if layer is layers[-1] else math.sqrt(2)
+                nn.init.orthogonal_(layer.weight, gain)
+                nn.init.zeros_(layer.bias)
     return nn.Sequential(*layers)
 
 
 class Agent(nn.Module):
-    """An actor, which gives logits (batch, action_dim, bins) or means (batch, action_dim), and a critic."""
+    """Separate actor and critic. The actor gives logits (batch, action_dim, bins) or, for the
+    Gaussian policy, means (batch, action_dim)."""
 
-    def __init__(self, env: gym.Env, args: Args):
+    def __init__(self, env, args):
         super().__init__()
-        (obs_dim,), space = env.observation_space.shape, env.action_space
+        space = env.action_space
+        obs_dim = env.observation_space.shape[0]
         self.gaussian = args.policy == "gaussian"
-        self.values = np.linspace(space.low, space.high, args.bins, axis=1)  # (action_dim, bins)
-        self.actor_shape = space.shape if self.gaussian else self.values.shape
-        self.actor = mlp(obs_dim, math.prod(self.actor_shape), 0.01, args)
+        self.bin_values = np.linspace(
+            space.low, space.high, args.bins, axis=1
+        )  # (action_dim, bins)
+        self.output_shape = space.shape if self.gaussian else self.bin_values.shape
+        self.actor = mlp(obs_dim, math.prod(self.output_shape), 0.01, args)
         self.critic = mlp(obs_dim, 1, 1.0, args)
         if self.gaussian:
             self.log_std = nn.Parameter(torch.full(space.shape, args.log_std_init))
 
     def output(self, obs):
-        return self.actor(obs).view(-1, *self.actor_shape)
+        return self.actor(obs).view(-1, *self.output_shape)
 
     def policy(self, obs):
-        """Distribution of the joint action: its log-probability is the sum over the action's dimensions."""
+        """Distribution of the joint action: log-probabilities are summed over its dimensions."""
+        output = self.output(obs)
         if self.gaussian:
-            return Independent(Normal(self.output(obs), self.log_std.exp(), validate_args=False), 1)
-        return Independent(Categorical(logits=self.output(obs), validate_args=False), 1)
+            distribution = Normal(output, self.log_std.exp(), validate_args=False)
+        else:
+            distribution = Categorical(logits=output, validate_args=False)
+        return Independent(distribution, 1)
 
     def value(self, obs):
         return self.critic(obs).squeeze(-1)
 
     def act(self, obs, generator=None):
-        """Actions (batch, action_dim), indices of bins or numbers: sampled with `generator`, else greedy."""
+        """Bin indices or, for the Gaussian policy, numbers (batch, action_dim): sampled with
+        `generator`, else greedy."""
         output = self.output(obs)
-        if generator is not None and self.gaussian:
-            output = output + self.log_std.exp() * torch.empty_like(output).normal_(generator=generator)
-        elif generator is not None:  # Gumbel noise: the arg max is then a sample, sooner than by Categorical
-            output = output - torch.empty_like(output).exponential_(generator=generator).log()
-        return output if self.gaussian else output.argmax(-1)
-
-    def to_env(self, action: np.ndarray) -> np.ndarray:
         if self.gaussian:
-            return action.clip(self.values[:, 0], self.values[:, -1])
-        return self.values[np.arange(len(self.values)), action]
+            if generator is not None:
+                noise = torch.empty_like(output).normal_(generator=generator)
+                output = output + self.log_std.exp() * noise
+            return output
+        if generator is not None:  # Gumbel-max sampling, faster than Categorical's
+            output = output - torch.empty_like(output).exponential_(generator=generator).log()
+        return output.argmax(-1)
+
+    def to_env(self, action):
+        """What the environment takes, (batch, action_dim), for the actions of `act`."""
+        if self.gaussian:
+            return action.clip(self.bin_values[:, 0], self.bin_values[:, -1])
+        dimensions = np.arange(len(self.bin_values))
+        return self.bin_values[dimensions, action]
+
+
+@torch.inference_mode()
+def evaluate(agent, env, training_envs, episodes, seed):
+    """Raw returns and lengths (episodes,) of greedy episodes. Observations are normalised by the
+    statistics of the training, which stay as they are."""
+    device = next(agent.parameters()).device
+    returns = np.zeros(episodes)
+    lengths = np.zeros(episodes)
+    for episode in range(episodes):
+        obs, _ = env.reset(seed=seed + episode)
+        ended = False
+        while not ended:
+            normalized = torch.from_numpy(training_envs.normalize_obs(obs)).to(device)
+            action = agent.act(normalized)[0].cpu().numpy()
+            obs, reward, terminated, truncated, _ = env.step(agent.to_env(action))
+            returns[episode] += reward
+            lengths[episode] += 1
+            ended = terminated or truncated
+    return returns, lengths
 
 
 def symmetric_policy_loss(log_prob, advantage, alpha, beta, z):
     """alpha * A2C loss + beta * reverse A2C loss, a scalar to minimise (arXiv 2405.17618).
 
-    Tensors (batch,): `log_prob`: log pi(a|s) of the joint action taken; `advantage`: its advantage. Numbers:
-    `alpha`, `beta` >= 0; `z` < 0.
+    Tensors (batch,): `log_prob`: log pi(a|s) of the joint action taken; `advantage`: its advantage.
+    Numbers: `alpha`, `beta` >= 0; `z` < 0.
     """
     objective = alpha * advantage * log_prob
     if beta:  # all that symmetric A2C adds to A2C
@@ -248,263 +339,440 @@ def symmetric_policy_loss(log_prob, advantage, alpha, beta, z):
 
 
 def compute_gae(reward, value, final_value, terminated, truncated, gamma, gae_lambda):
-    """Advantages and returns (T, N): generalised advantage estimation (Schulman et al., arXiv 1506.02438).
+    """Advantages and returns (T, N) by generalised advantage estimation (Schulman et al., arXiv
+    1506.02438).
 
-    Arrays of T steps in N environments: `reward`, `terminated`, `truncated` (T, N); `value` (T + 1, N) of the
-    observations before each step and after the last; `final_value` (T, N) of truncated episodes' last ones.
+    Arrays of T steps in N environments: `reward`, `terminated`, `truncated` (T, N); `value`
+    (T + 1, N) of the observations before each step and after the last; `final_value` (T, N) of
+    truncated episodes' final observations, from which they bootstrap.
     """
-    next_value = np.where(truncated, final_value, value[1:]) * ~terminated
+    next_value = np.where(truncated, final_value, value[1:])
+    next_value = np.where(terminated, 0.0, next_value)
     delta = reward + gamma * next_value - value[:-1]
-    decay = gamma * gae_lambda * ~(terminated | truncated)
-    advantage, following = np.zeros_like(delta), 0.0
+    decay = np.where(terminated | truncated, 0.0, gamma * gae_lambda)
+    advantage = np.zeros_like(delta)
+    following = 0.0
     for t in reversed(range(len(delta))):
-        advantage[t] = following = delta[t] + decay[t] * following
+        following = delta[t] + decay[t] * following
+        advantage[t] = following
     return advantage, advantage + value[:-1]
 
 
 def gradient_and_metrics(agent, args, obs, action, advantage, returns):
-    """Clipped gradient of the loss, as one vector, and what to log; tensors of a rollout, (batch, ...)."""
+    """Clipped gradient of the loss on a rollout, as one vector, and what to log."""
     policy = agent.policy(obs)
     log_prob = policy.log_prob(action)
     policy_loss = symmetric_policy_loss(log_prob, advantage, args.alpha, args.beta, args.z)
     value_loss = (agent.value(obs) - returns).square().mean()
     entropy = policy.entropy().mean()
     loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
-    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(agent.parameters()))])
-    norm = gradient.norm()
+    gradients = torch.autograd.grad(loss, list(agent.parameters()))
+    gradient = torch.cat([g.flatten() for g in gradients])
+    grad_norm = gradient.norm()
+    scale = (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1)
     with torch.no_grad():
         p = log_prob.exp()
-        reverse = args.beta * abs(args.z) * p  # weight of grad log p, beside alpha
+        reverse_weight = args.beta * abs(args.z) * p  # of grad log p, beside alpha
         metrics = {
-            "policy": symmetric_policy_loss(log_prob, advantage, 1.0, 0.0, args.z),
-            "reverse": (args.z * advantage * p).mean(),  # the part with gradient
-            "value": value_loss.detach(), "entropy": entropy.detach(), "grad_norm": norm,  # before clipping
-            "probability": p.mean(), "reverse_share": (reverse / (args.alpha + reverse)).mean(),
-        }  # fmt: skip
-    return gradient * (args.max_grad_norm / (norm + 1e-6)).clamp(max=1), metrics
-
-
-@torch.inference_mode()
-def evaluate(agent: Agent, env: gym.Env, training_envs: NormalizedEnvs, episodes: int, seed: int):
-    """Returns and lengths (episodes,): greedy actions, raw rewards, statistics of the training, untouched."""
-    device, (returns, lengths) = next(agent.parameters()).device, np.zeros((2, episodes))
-    for i in range(episodes):
-        (obs, _), ended = env.reset(seed=seed + i), False
-        while not ended:
-            normalized = torch.from_numpy(training_envs.normalize_obs(obs)).to(device)
-            action = agent.to_env(agent.act(normalized)[0].cpu().numpy())
-            obs, reward, terminated, truncated, _ = env.step(action)
-            returns[i] += reward
-            lengths[i] += 1
-            ended = terminated or truncated
-    return returns, lengths
-
-
-def save(path: Path, content: str | dict) -> None:
-    """Writes a temporary file and renames it, so that an interruption leaves the old content or the new."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(content) if isinstance(content, str) else torch.save(content, temporary)
-    os.replace(temporary, path)
-
-
-def describe_machine() -> dict:
-    """What it takes, beside the arguments, to judge or repeat a run."""
-    git = f'git -C "{Path(__file__).resolve().parent}" describe --always --dirty --abbrev=40'
-    commit = subprocess.run(git, shell=True, capture_output=True, text=True).stdout.strip() or None
-    versions = {"python": platform.python_version()} | {p.name: p.version for p in metadata.distributions()}
-    hardware = {"platform": platform.platform(), "cpu": torch.backends.cpu.get_cpu_capability()}
-    hardware |= {"cores": os.cpu_count(), "gpu": torch.cuda.is_available() and torch.cuda.get_device_name()}
-    return {"command": sys.argv, "commit": commit, "versions": versions, "hardware": hardware}
+            "policy_loss": -(advantage * log_prob).mean(),
+            "reverse_loss": (args.z * advantage * p).mean(),  # the part with a gradient
+            "value_loss": value_loss.detach(),
+            "entropy": entropy.detach(),
+            "grad_norm": grad_norm,  # before clipping
+            "probability": p.mean(),
+            "reverse_share": (reverse_weight / (args.alpha + reverse_weight)).mean(),
+        }
+    return scale * gradient, metrics
 
 
 def train(args: Args, stop: threading.Event) -> dict | None:
-    """A run, with arguments from `prepare`. Returns what is in summary.json, or None if `stop` came first."""
+    """Runs to the end, given arguments from `prepare`, and returns the content of summary.json; or
+    until `stop` is set, and returns None."""
     started = time.perf_counter()
     torch.set_num_threads(1)  # the networks are too small to be shared among cores
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if args.device == "cuda" else "cpu")
-    generator = torch.Generator(device).manual_seed(args.seed)  # of all but weights and noisy rewards
+    generator = torch.Generator(device).manual_seed(args.seed)  # actions, adv_flip
     rng = np.random.default_rng(args.seed)  # noise on rewards
-    run_dir = Path(args.resume or Path(args.runs_dir) / args.run_name)
     envs = NormalizedEnvs(args.env_id, args.num_envs, args.gamma)
-    eval_env = make_env(args.env_id, "rgb_array" if args.capture_video else None)
+    eval_env = make_env(args.env_id, args.render_mode)
     if args.capture_video:
-        eval_env = gym.wrappers.RecordVideo(eval_env, run_dir / "video", lambda i: not i % args.eval_episodes)
+        folder = args.run_dir / "video"
+        eval_env = RecordVideo(eval_env, folder, lambda episode: episode % args.eval_episodes == 0)
     agent = Agent(eval_env, args).to(device)
-    parameters = nn.utils.parameters_to_vector(agent.parameters()).detach()
-    nn.utils.vector_to_parameters(parameters, agent.parameters())  # views of it: one update for all
-    optimizer = torch.optim.RMSprop([parameters], lr=args.learning_rate, alpha=0.99, eps=args.rmsprop_eps)
-    global_step, evaluations, train_seconds, wall_seconds = 0, [], 0.0, 0.0
-    if (run_dir / "checkpoint.pt").is_file():
-        state = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=False)
-        agent.load_state_dict(state["agent"])
-        optimizer.load_state_dict(state["optimizer"])
-        obs_stats, return_stats, envs.finished = state["envs"]
-        vars(envs.obs_stats).update(obs_stats)
-        vars(envs.return_stats).update(return_stats)
-        generator.set_state(state["generator"])
-        rng.bit_generator.state = state["rng"]
-        global_step, evaluations, train_seconds, wall_seconds = state["progress"]
+    parameters = flatten_parameters(agent)
+    optimizer = torch.optim.RMSprop(
+        [parameters], lr=args.learning_rate, alpha=0.99, eps=args.rmsprop_eps
+    )
+    global_step = 0
+    evaluations = []  # rows of progress.csv
+    train_seconds = 0.0
+    if (args.run_dir / "checkpoint.pt").is_file():
+        checkpoint = torch.load(args.run_dir / "checkpoint.pt", map_location="cpu")
+        agent.load_state_dict(checkpoint["agent"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        envs.obs_stats.load_state_dict(checkpoint["obs_stats"])
+        envs.return_stats.load_state_dict(checkpoint["return_stats"])
+        envs.finished.extend(checkpoint["finished_episodes"])
+        generator.set_state(checkpoint["generator"])
+        rng.bit_generator.state = checkpoint["rng"]
+        global_step = checkpoint["global_step"]
+        evaluations = checkpoint["evaluations"]
+        train_seconds = checkpoint["train_seconds"]
+        started -= checkpoint["wall_seconds"]
     if args.track:
-        run = {"project": "symmetric-rl", "id": args.run_name, "name": args.run_name, "config": vars(args)}
-        import_module("wandb").init(**run, resume="allow", sync_tensorboard=True)
-    writer = SummaryWriter(run_dir, purge_step=global_step + 1)
+        start_tracking(args)
+    writer = SummaryWriter(args.run_dir, purge_step=global_step + 1)
+    progress_bar = tqdm(
+        total=args.total_timesteps, initial=global_step, unit=" steps", disable=None
+    )
+
     T, N = args.num_steps, args.num_envs
-    obs = np.zeros((T + 1, N, *envs.obs_stats.mean.shape), np.float32)
-    action = np.zeros((T, N, len(agent.values)), np.float32 if agent.gaussian else np.int64)
-    (reward, final_value), (terminated, truncated) = np.zeros((2, T, N)), np.zeros((2, T, N), bool)
-    obs[T] = envs.reset(seed=args.seed + global_step)  # after resuming too: a simulator's state is not saved
-    torch._dynamo.config.trace_autograd_ops = True  # compiles the gradient into one graph with the loss
-    gradient_fn = torch.compile(gradient_and_metrics) if args.compile else gradient_and_metrics
-    try:  # on a rollout of zeros: compiling is part of starting up, and may fail
-        zeros = torch.zeros(T * N, *obs.shape[2:]), torch.from_numpy(action[0, 0]).repeat(T * N, 1)
-        gradient_fn(agent, args, *(x.to(device) for x in (*zeros, *torch.zeros(2, T * N))))
-    except Exception as error:
-        print(f"going on with --no-compile, more slowly: {error!r}"[:300], file=sys.stderr)
-        args, gradient_fn = replace(args, compile=False), gradient_and_metrics
-    progress_bar = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps", disable=None)
-    metrics, gaes, sign_flips = [], [], []
-    while True:
+    obs = np.zeros((T + 1, N, len(envs.obs_stats.mean)), np.float32)
+    action = np.zeros((T, N, len(agent.bin_values)), np.float32 if agent.gaussian else np.int64)
+    reward = np.zeros((T, N))
+    terminated = np.zeros((T, N), bool)
+    truncated = np.zeros((T, N), bool)
+    final_value = np.zeros((T, N))  # of truncated episodes' final observations
+    obs[T] = envs.reset(args.seed + global_step)  # checkpoints hold no state of simulators
+    gradient_fn = gradient_and_metrics
+    if args.compile:
+        gradient_fn = compiled(agent, args, obs, action)
+    metrics = []  # of all updates since the last entry in the log
+    advantages = []  # of all rollouts since then
+    all_returns = []
+    sign_flips = []
+
+    while global_step < args.total_timesteps:
         # Rollout
         iteration_started = time.perf_counter()
         obs[0] = obs[T]
         with torch.inference_mode():
             for t in range(T):
-                action[t] = agent.act(torch.from_numpy(obs[t]).to(device), generator).cpu().numpy()
-                obs[t + 1], reward[t], terminated[t], truncated[t], final = envs.step(agent.to_env(action[t]))
-                for i, last_obs in final.items():
-                    final_value[t, i] = agent.value(torch.from_numpy(last_obs).to(device)).item()
+                sampled = agent.act(torch.from_numpy(obs[t]).to(device), generator)
+                action[t] = sampled.cpu().numpy()
+                step = envs.step(agent.to_env(action[t]))
+                obs[t + 1], reward[t], terminated[t], truncated[t], final_obs = step
+                for i, last_obs in final_obs.items():
+                    last_value = agent.value(torch.from_numpy(last_obs).to(device))
+                    final_value[t, i] = last_value.item()
         global_step += T * N
+        progress_bar.update(T * N)
 
-        # Advantages; values in one batch, since the agent did not change on the way
+        # Advantages; values in one batch, since the agent is still the same
         b_obs = torch.from_numpy(obs).to(device)
         b_action = torch.from_numpy(action).to(device).flatten(0, 1)
         with torch.no_grad():
             value = agent.value(b_obs).cpu().numpy()
             b_obs = b_obs[:T].flatten(0, 1)
-        noisy = perturb_reward(reward, args.noise, args.noise_level, rng)
-        gae = compute_gae(noisy, value, final_value, terminated, truncated, args.gamma, args.gae_lambda)
-        advantage, returns = (torch.as_tensor(x, dtype=torch.float32, device=device).flatten() for x in gae)
+        noisy_reward = perturb_reward(reward, args.noise, args.noise_level, rng)
+        advantage, returns = compute_gae(
+            noisy_reward, value, final_value, terminated, truncated, args.gamma, args.gae_lambda
+        )
+        advantages.append(advantage)
+        all_returns.append(returns)
+        b_advantage = torch.tensor(advantage, dtype=torch.float32, device=device).flatten()
+        b_returns = torch.tensor(returns, dtype=torch.float32, device=device).flatten()
 
         # Update
         if args.noise == "adv_flip":
-            advantage = perturb_advantage(advantage, args.noise_level, generator)
+            b_advantage = perturb_advantage(b_advantage, args.noise_level, generator)
         if args.norm_adv:
-            mean, std = advantage.mean(), advantage.std()
-            sign_flips.append(((advantage > 0) != (advantage > mean)).float().mean())
-            advantage = (advantage - mean) / (std + 1e-8)
-        parameters.grad, new_metrics = gradient_fn(agent, args, b_obs, b_action, advantage, returns)
+            mean = b_advantage.mean()
+            std = b_advantage.std()
+            flipped = (b_advantage > 0) != (b_advantage > mean)
+            sign_flips.append(flipped.float().mean())
+            b_advantage = (b_advantage - mean) / (std + 1e-8)
+        parameters.grad, new_metrics = gradient_fn(
+            agent, args, b_obs, b_action, b_advantage, b_returns
+        )
         optimizer.step()
         metrics.append(new_metrics)
-        gaes.append(gae)
         if not math.isfinite(metrics[-1]["grad_norm"]):
-            sys.exit(f"error: gradient not finite at step {global_step}; lower --learning-rate or --beta")
+            sys.exit(
+                f"error: gradient not finite at step {global_step}; lower --learning-rate or --beta"
+            )
 
-        # Logging, over all updates since the last time
-        finished, stopping = global_step >= args.total_timesteps, stop.is_set()
-        if global_step % args.log_freq < T * N or finished or stopping:
-            scalars = {f"losses/{k}": torch.stack([m[k] for m in metrics]).mean().item() for k in metrics[0]}
-            gae = np.stack(gaes, axis=1)
-            scalars["losses/explained_variance"] = 1 - np.var(gae[0]) / np.var(gae[1])
-            scalars["losses/advantage_sign_flips"] = torch.tensor(sign_flips or [0.0]).mean().item()
-            scalars["losses/advantage_largest"] = abs(gae[0]).max()
-            scalars["charts/SPS"] = global_step / (train_seconds + time.perf_counter() - iteration_started)
-            episodic_return, episodic_length = np.mean(envs.finished or [[math.nan] * 2], axis=0)
-            scalars |= {"charts/episodic_return": episodic_return, "charts/episodic_length": episodic_length}
+        # Logging: means over all updates since the last entry
+        finished = global_step >= args.total_timesteps
+        stopping = stop.is_set()
+        if finished or stopping or due(args.log_freq, global_step, T * N):
+            scalars = {}
+            for name in metrics[0]:
+                scalars[f"losses/{name}"] = torch.stack([m[name] for m in metrics]).mean()
+            scalars["losses/explained_variance"] = 1 - np.var(advantages) / np.var(all_returns)
+            scalars["losses/advantage_largest"] = np.abs(advantages).max()
+            if sign_flips:
+                scalars["losses/advantage_sign_flips"] = torch.stack(sign_flips).mean()
+            seconds = train_seconds + time.perf_counter() - iteration_started
+            scalars["charts/SPS"] = global_step / seconds
+            if envs.finished:
+                episodic_return, episodic_length = np.mean(envs.finished, axis=0)
+                scalars["charts/episodic_return"] = episodic_return
+                scalars["charts/episodic_length"] = episodic_length
+                progress_bar.set_postfix_str(f"return {episodic_return:.1f}")
             for name, scalar in scalars.items():
-                writer.add_scalar(name, scalar, global_step)
-            progress_bar.update(min(global_step, args.total_timesteps) - progress_bar.n)
-            progress_bar.set_postfix_str(f"return {episodic_return:.1f}")
-            metrics, gaes, sign_flips = [], [], []
+                writer.add_scalar(name, float(scalar), global_step)
+            metrics = []
+            advantages = []
+            all_returns = []
+            sign_flips = []
         train_seconds += time.perf_counter() - iteration_started
 
-        # Evaluation and checkpoint, when a multiple of their frequency has been passed
-        eval_due, save_due = (f and global_step % f < T * N for f in (args.eval_freq, args.checkpoint_freq))
-        if eval_due or finished:
+        # Evaluation and checkpoint
+        if finished or due(args.eval_freq, global_step, T * N):
             eval_env.name_prefix = f"step-{global_step}"  # of the video, if any
-            scores, lengths = evaluate(agent, eval_env, envs, args.eval_episodes, args.seed + global_step)
-            evaluations.append((global_step, scores.mean(), scores.std(), lengths.mean(), len(scores)))
-            rows = [("step", "return_mean", "return_std", "length_mean", "episodes"), *evaluations]
-            save(run_dir / "progress.csv", "".join(",".join(map(str, row)) + "\n" for row in rows))
-            writer.add_scalar("eval/return_mean", scores.mean(), global_step)
-        wall = wall_seconds + time.perf_counter() - started
-        if finished:
-            summary = {"script": Path(__file__).name, "algo": args.algo} | vars(args) | {
-                "final_return_mean": scores.mean(), "final_return_std": scores.std(), "finished": True,
-                "train_return_last100": episodic_return if envs.finished else None,
-                "sps": global_step / train_seconds, "wall_s": wall,
-            }  # fmt: skip
-            save(run_dir / "summary.json", json.dumps(summary, indent=2))
-        if save_due or finished or stopping:
-            save(run_dir / "checkpoint.pt", {
-                "agent": agent.state_dict(), "optimizer": optimizer.state_dict(),
-                "envs": (vars(envs.obs_stats), vars(envs.return_stats), envs.finished),
-                "generator": generator.get_state(), "rng": rng.bit_generator.state,
-                "progress": (global_step, evaluations, train_seconds, wall),
-            })  # fmt: skip
-        if finished or stopping:
-            writer.close()
-            eval_env.close()
-            return summary if finished else None
+            scores, lengths = evaluate(
+                agent, eval_env, envs, args.eval_episodes, args.seed + global_step
+            )
+            evaluation = {
+                "step": global_step,
+                "return_mean": scores.mean().item(),
+                "return_std": scores.std().item(),
+                "length_mean": lengths.mean().item(),
+                "episodes": len(scores),
+            }
+            evaluations.append(evaluation)
+            save_progress(args.run_dir / "progress.csv", evaluations)
+            writer.add_scalar("eval/return_mean", evaluation["return_mean"], global_step)
+        if finished or stopping or due(args.checkpoint_freq, global_step, T * N):
+            checkpoint = {
+                "agent": agent.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "obs_stats": envs.obs_stats.state_dict(),
+                "return_stats": envs.return_stats.state_dict(),
+                "finished_episodes": list(envs.finished),
+                "generator": generator.get_state(),
+                "rng": rng.bit_generator.state,
+                "global_step": global_step,
+                "evaluations": evaluations,
+                "train_seconds": train_seconds,
+                "wall_seconds": time.perf_counter() - started,
+            }
+            save(args.run_dir / "checkpoint.pt", checkpoint)
+        if stopping:
+            break
+
+    writer.close()
+    eval_env.close()
+    if global_step < args.total_timesteps:
+        return None
+    summary = {
+        "script": Path(__file__).name,
+        "algo": args.algo,
+        **vars(args),
+        "final_return_mean": evaluations[-1]["return_mean"],
+        "final_return_std": evaluations[-1]["return_std"],
+        "train_return_last100": np.mean(envs.finished, axis=0)[0] if envs.finished else None,
+        "sps": global_step / train_seconds,
+        "wall_s": time.perf_counter() - started,
+        "compile": gradient_fn is not gradient_and_metrics,
+        "finished": True,
+    }
+    save(args.run_dir / "summary.json", json.dumps(summary, indent=2))
+    return summary
+
+
+# What follows is plumbing: nothing in it belongs to the algorithm.
+
+
+def due(every, step, stride):
+    """Whether a multiple of `every` lies in the last `stride` steps; never if `every` is 0."""
+    return every > 0 and step % every < stride
+
+
+def flatten_parameters(agent):
+    """All parameters as one vector, of which they become views: the optimizer then updates one
+    tensor and not a dozen small ones."""
+    parameters = nn.utils.parameters_to_vector(agent.parameters()).detach()
+    nn.utils.vector_to_parameters(parameters, agent.parameters())
+    return parameters
+
+
+def compiled(agent, args, obs, action):
+    """`gradient_and_metrics`, compiled on a rollout of zeros, since compiling is part of starting
+    up; where that fails, uncompiled. `obs` (T + 1, N, obs_dim), `action` (T, N, action_dim)."""
+    device = next(agent.parameters()).device
+    n = args.num_steps * args.num_envs
+    b_obs = torch.zeros(n, obs.shape[-1], device=device)
+    b_action = torch.from_numpy(action[0, 0]).repeat(n, 1).to(device)
+    torch._dynamo.config.trace_autograd_ops = True  # one graph for the gradient and the loss
+    gradient_fn = torch.compile(gradient_and_metrics)
+    try:
+        gradient_fn(agent, args, b_obs, b_action, *torch.zeros(2, n, device=device))
+        return gradient_fn
+    except Exception as error:  # a compiler may fail in any way
+        warning = f"continuing with --no-compile, more slowly: {error!r}"
+        print(warning[:300], file=sys.stderr)
+        return gradient_and_metrics
+
+
+def start_tracking(args):
+    """Has Weights & Biases copy what TensorBoard gets."""
+    import_module("wandb").init(
+        project="symmetric-rl",
+        id=args.run_name,
+        name=args.run_name,
+        config=vars(args),
+        resume="allow",
+        sync_tensorboard=True,
+    )
+
+
+def save_progress(path, evaluations):
+    """Writes progress.csv; `evaluations`: dicts, all with the same keys."""
+    lines = [",".join(evaluations[0])]
+    for row in evaluations:
+        lines.append(",".join(map(str, row.values())))
+    save(path, "\n".join(lines) + "\n")
+
+
+def save(path, content):
+    """Writes text, or what else torch.save takes, to a temporary file and renames it, so that an
+    interruption leaves the old file or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    if isinstance(content, str):
+        temporary.write_text(content)
+    else:
+        torch.save(content, temporary)
+    os.replace(temporary, path)
+
+
+def describe_machine():
+    """What it takes, beside the arguments, to judge or repeat a run."""
+    commit = None
+    if shutil.which("git"):
+        folder = Path(__file__).resolve().parent
+        git = ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=40"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    versions = {package.name: package.version for package in metadata.distributions()}
+    versions["python"] = platform.python_version()
+    return {
+        "command": sys.argv,
+        "commit": commit,
+        "versions": versions,
+        "hardware": {
+            "platform": platform.platform(),
+            "cpu": torch.backends.cpu.get_cpu_capability(),
+            "cores": os.cpu_count(),
+            "gpu": torch.cuda.is_available() and torch.cuda.get_device_name(),
+        },
+    }
+
+
+def require(condition, message):
+    if not condition:
+        raise ValueError(message)
+
+
+def require_range(args, names, low, high):
+    """Checks the arguments whose names, separated by spaces, are in `names`."""
+    for name in names.split():
+        value = getattr(args, name)
+        flag = f"--{name.replace('_', '-')} {value}"
+        require(low <= value <= high, f"{flag}: must be between {low:g} and {high:g}")
+
+
+def resumed_args(args: Args) -> Args:
+    """The arguments of the interrupted run that `args.resume` names."""
+    require(
+        replace(args, resume=None) == Args(),
+        "--resume continues with the flags of that run: leave out all others",
+    )
+    folder = Path(args.resume)
+    require(
+        (folder / "args.json").is_file() and not (folder / "summary.json").is_file(),
+        f"--resume {folder}: not the folder of an interrupted run",
+    )
+    saved = json.loads((folder / "args.json").read_text())["args"]
+    require(saved.keys() == vars(args).keys(), f"--resume {folder}: a run of another script")
+    return Args(**saved | {"resume": args.resume})
+
+
+def with_defaults(args: Args) -> Args:
+    """Fills in the defaults that depend on other arguments."""
+    args = replace(args)
+    gaussian = args.policy == "gaussian"
+    if args.beta is None:
+        args.beta = 0.0 if gaussian else 0.5
+    if args.alpha is None:
+        args.alpha = 0.5 if args.beta else 1.0
+    if args.noise_level is None:
+        levels = {"none": 0.0, "normal": 0.05, "uniform": 0.05}
+        args.noise_level = levels.get(args.noise, 0.1)
+    twentieth = max(1, args.total_timesteps // 20)
+    if args.eval_freq is None:
+        args.eval_freq = twentieth
+    if args.checkpoint_freq is None:
+        args.checkpoint_freq = twentieth
+    if args.run_name is None:
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        name = f"{args.env_id}__{args.algo}__{args.noise}__{args.seed}__{stamp}"
+        args.run_name = name.replace("/", "-")
+    return args
+
+
+def check(args: Args) -> None:
+    """Raises ValueError for an argument that is out of range or contradicts another."""
+    require_range(args, "total_timesteps num_envs num_steps", 1, 1e12)
+    require_range(args, "eval_episodes log_freq", 1, 1e12)
+    require_range(args, "bins", 2, 1e6)
+    require_range(args, "seed eval_freq checkpoint_freq", 0, 1e18)
+    require_range(args, "alpha beta vf_coef ent_coef", 0, 1e9)
+    require_range(args, "learning_rate rmsprop_eps max_grad_norm", 1e-30, 1e12)
+    require_range(args, "gamma gae_lambda noise_level", 0, 1)
+    require_range(args, "z", -1e9, -1e-9)  # negative, since it stands for log 0
+    several = args.num_envs * args.num_steps > 1
+    require(several or not args.norm_adv, "--norm-adv: needs --num-steps 2 or more")
+    require(min(args.hidden_sizes, default=1) >= 1, "--hidden-sizes: must be at least 1 each")
+    require(
+        args.policy == "categorical" or args.beta == 0,
+        "--beta: a Gaussian has no probabilities; use --policy categorical",
+    )
+    require(
+        args.noise != "none" or not args.noise_level, "--noise-level: choose a kind with --noise"
+    )
+    require(
+        args.device != "cuda" or torch.cuda.is_available(), "--device cuda: no GPU here; use cpu"
+    )
+    require(not args.track or util.find_spec("wandb"), "--track: pip install wandb")
+    require(
+        not args.capture_video or util.find_spec("moviepy"), "--capture-video: pip install moviepy"
+    )
+
+
+def check_env(args: Args) -> None:
+    """Raises ValueError unless the environment can be made, reset and, for videos, rendered."""
+    try:
+        env = make_env(args.env_id, args.render_mode)
+        env.reset()
+        if args.capture_video:
+            env.render()  # MuJoCo without a display: MUJOCO_GL=egl
+    except Exception as error:  # an environment may fail in any way
+        raise ValueError(f"--env-id {args.env_id}: {error!r}") from error
+    for space in (env.observation_space, env.action_space):
+        vector = isinstance(space, gym.spaces.Box) and len(space.shape) == 1
+        require(vector, f"--env-id {args.env_id}: observes or takes no vectors but {space}")
+    bounded = env.action_space.is_bounded()
+    require(bounded, f"--env-id {args.env_id}: unbounded actions, {env.action_space}")
 
 
 def prepare(args: Args) -> Args:
-    """Checks arguments, fills in defaults, makes the folder. Raises ValueError: what is wrong, what to do."""
-    if args.resume:
-        if replace(args, resume=None) != Args():
-            raise ValueError("--resume goes on under the flags of that run: leave out all others")
-        if not Path(args.resume, "args.json").is_file() or Path(args.resume, "summary.json").is_file():
-            raise ValueError(f"--resume {args.resume}: not the folder of a run that was interrupted")
-        saved = json.loads(Path(args.resume, "args.json").read_text())["args"]
-        if saved.keys() != vars(args).keys():
-            raise ValueError(f"--resume {args.resume}: a run of another script")
-        args = Args(**saved | {"hidden_sizes": tuple(saved["hidden_sizes"]), "resume": args.resume})
-    gaussian = args.policy == "gaussian"
-    defaults = dict.fromkeys(("eval_freq", "checkpoint_freq"), max(1, args.total_timesteps // 20)) | {
-        "alpha": 1.0 if gaussian or args.beta == 0 else 0.5, "beta": 0.0 if gaussian else 0.5,
-        "noise_level": {"none": 0.0, "normal": 0.05, "uniform": 0.05}.get(args.noise, 0.1),
-    }  # fmt: skip
-    args = replace(args, **{name: x for name, x in defaults.items() if getattr(args, name) is None})
-    stamp = f"{args.env_id}__{args.algo}__{args.noise}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    args = replace(args, run_name=args.run_name or stamp.replace("/", "-"))
-    for names, what, valid in (
-        ("total_timesteps num_envs num_steps eval_episodes log_freq", "at least 1", lambda x: x >= 1),
-        ("bins", "at least 2", lambda x: x >= 2),
-        ("alpha beta vf_coef ent_coef eval_freq checkpoint_freq seed", ">= 0", lambda x: 0 <= x < 2**63),
-        ("learning_rate rmsprop_eps max_grad_norm", "positive", lambda x: 0 < x < math.inf),
-        ("gamma gae_lambda noise_level", "in [0, 1]", lambda x: 0 <= x <= 1),
-        ("z", "negative, for it stands for log 0", lambda x: -math.inf < x < 0),
-    ):
-        for name in names.split():
-            if not valid(getattr(args, name)):
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be {what}")
+    """Completes and checks arguments, and makes the run's folder. Raises ValueError, which says
+    what is wrong and what to do."""
+    if args.resume is not None:
+        args = resumed_args(args)
+    args = with_defaults(args)
+    check(args)
+    check_env(args)
     try:
-        env = make_env(args.env_id, "rgb_array" if args.capture_video else None)
-        env.reset()
-        env.render() if args.capture_video else None  # MuJoCo without a display: MUJOCO_GL=egl
-    except Exception as error:  # an environment may fail in any way
-        raise ValueError(f"--env-id {args.env_id}: {error!r}") from error
-    spaces = (env.observation_space, env.action_space)
-    fit = all(isinstance(s, gym.spaces.Box) and len(s.shape) == 1 for s in spaces) and spaces[1].is_bounded()
-    for wrong, message in (
-        (not fit, f"--env-id {args.env_id}: needs vectors to observe and, bounded, to act, not {spaces}"),
-        (args.norm_adv and args.num_envs * args.num_steps == 1, "--norm-adv: needs --num-steps 2 or more"),
-        (min(args.hidden_sizes, default=1) < 1, "--hidden-sizes: must be at least 1 each"),
-        (gaussian and args.beta > 0, "--beta: a Gaussian has no probabilities; use --policy categorical"),
-        (args.noise == "none" and args.noise_level > 0, "--noise-level: choose a kind with --noise"),
-        (args.device == "cuda" and not torch.cuda.is_available(), "--device cuda: no GPU here; use cpu"),
-        (args.track and not util.find_spec("wandb"), "--track: pip install wandb"),
-        (args.capture_video and not util.find_spec("moviepy"), "--capture-video: pip install moviepy"),
-    ):  # fmt: skip
-        if wrong:
-            raise ValueError(message)
-    run_dir = Path(args.resume or Path(args.runs_dir) / args.run_name)
-    try:
-        run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
+        args.run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
     except OSError as error:
-        raise ValueError(f"{run_dir}: {error.strerror}; try another --run-name or --runs-dir") from error
+        advice = "try another --run-name or --runs-dir"
+        raise ValueError(f"{args.run_dir}: {error.strerror}; {advice}") from error
     if not args.resume:
-        save(run_dir / "args.json", json.dumps({"args": vars(args)} | describe_machine(), indent=2))
+        content = {"args": vars(args)} | describe_machine()
+        save(args.run_dir / "args.json", json.dumps(content, indent=2))
     return args
 
 
@@ -515,14 +783,22 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     stop = threading.Event()
-    for signum in (signal.SIGINT, signal.SIGTERM):  # the first one asks for a checkpoint, a second one kills
-        signal.signal(signum, lambda signum, _: (stop.set(), signal.signal(signum, signal.SIG_DFL)))
-    run_dir = args.resume or Path(args.runs_dir) / args.run_name
-    if (summary := train(args, stop)) is None:
-        print(f"interrupted; to go on: python {sys.argv[0]} --resume {run_dir}", file=sys.stderr)
+
+    def request_stop(signum, frame):
+        stop.set()
+        signal.signal(signum, signal.SIG_DFL)  # a second signal kills
+
+    signal.signal(signal.SIGINT, request_stop)
+    signal.signal(signal.SIGTERM, request_stop)
+    summary = train(args, stop)
+    if summary is None:
+        resume = shlex.join(["python", sys.argv[0], "--resume", str(args.run_dir)])
+        print(f"interrupted; to continue: {resume}", file=sys.stderr)
         sys.exit(130)
-    score = "{env_id} {algo}: return {final_return_mean:.1f} ± {final_return_std:.1f}, {sps:,.0f} steps/s"
-    print(f"{score.format(**summary)}, {run_dir}")
+    score = f"{summary['final_return_mean']:.1f} ± {summary['final_return_std']:.1f}"
+    print(
+        f"{args.env_id} {args.algo}: return {score}, {summary['sps']:,.0f} steps/s, {args.run_dir}"
+    )
 
 
 if __name__ == "__main__":

@@ -3,22 +3,25 @@
 # dependencies = ["torch==2.13.0", "gymnasium[mujoco,box2d]==1.4.0", "ale-py==0.12.1", "numpy>=2.0",
 #   "tyro==1.0.16", "tensorboard==2.21.0", "tqdm==4.70.1"]
 # ///
-"""Symmetric PPO (SPPO) for Atari games: all of it, from the emulator to the learning curve.
+"""Symmetric PPO (SPPO) for Atari games in one file.
 
-    python sppo_atari.py --env-id Breakout                        # SPPO
-    python sppo_atari.py --env-id Breakout --noise flip           # the same, learning from noisy rewards
-    python sppo_atari.py --env-id Breakout --alpha 1 --beta 0     # the baseline, PPO
+    python sppo_atari.py --env-id Breakout                       # SPPO
+    python sppo_atari.py --env-id Breakout --noise flip          # the same with noisy rewards
+    python sppo_atari.py --env-id Breakout --alpha 1 --beta 0    # the baseline, PPO
 
-From "Symmetric Reinforcement Learning Loss for Robust Learning on Diverse Tasks and Model Scales" (Byun &
-Perrault, ICML 2025, arXiv 2405.17618). With p = pi(a|s) for the action taken, p_old the same when it was
-sampled, r = p / p_old, its advantage A, and Z < 0 in the place of log 0:
+From "Symmetric Reinforcement Learning Loss for Robust Learning on Diverse Tasks and Model Scales"
+(Byun & Perrault, ICML 2025, arXiv 2405.17618), which adds a reverse cross-entropy term to the PPO
+loss, meant to make training robust to noise. With p = pi(a|s) the probability of the action taken,
+p_old its probability under the policy that sampled it, r = p / p_old, A its advantage, and Z < 0 a
+constant that stands for log 0:
 
     PPO loss          L  = -mean( min(A r, A clip(r, 1 - eps, 1 + eps)) )
-    reverse PPO loss  Lr = -mean( m A Z (1 - p) / p_old ),  m = 1 where the gradient of L flows, else 0
+    reverse PPO loss  Lr = -mean( m A Z (1 - p) / p_old ),  m = 1 where L has a gradient, else 0
     symmetric loss    alpha L + beta Lr
 
-The gradient of Lr is |Z| times that of L, so SPPO's policy gradient is (alpha + beta |Z|) times PPO's. What
-changes is its weight against the value loss, the entropy bonus and the limit on the gradient norm.
+The gradient of Lr is |Z| times that of L, so SPPO's policy gradient is (alpha + beta |Z|) times
+PPO's. What changes is the weight of the policy loss against the value loss, the entropy bonus and
+gradient clipping.
 """
 
 import ctypes
@@ -28,17 +31,20 @@ import math
 import os
 import platform
 import re
+import shlex
+import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+from collections import deque
 from dataclasses import dataclass, replace
 from importlib import import_module, metadata, util
 from pathlib import Path
 from typing import Literal
 
-os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # idle threads of torch's make way for the games'
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # torch's idle threads leave cores to the games
 
 import numpy as np
 import torch
@@ -53,115 +59,134 @@ from tqdm import tqdm
 
 @dataclass
 class Args:
-    env_id: str = "Breakout"  # an Atari game, also as BreakoutNoFrameskip-v4, ALE/Breakout-v5 or breakout
-    total_timesteps: int = 5_000_000  # steps of 4 frames in all environments, rounded up to whole rollouts
-    seed: int = 1  # seed of everything random (the paper's runs: 10000, 10001, ...)
+    # Run
+    env_id: str = "Breakout"  # a game: Breakout, BreakoutNoFrameskip-v4, ALE/Breakout-v5, breakout
+    total_timesteps: int = 5_000_000  # steps of 4 frames, all games together, in whole rollouts
+    seed: int = 1  # of all random numbers (the paper's runs: 10000, 10001, ...)
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU, where there is one
     amp: Literal["auto", "off"] = "auto"  # auto: bfloat16 where the hardware has it; off: float32
     compile: bool = torch.cuda.is_available()  # compile for the GPU; a CPU gains nothing by it
     runs_dir: str = "runs"  # folder of all runs
-    run_name: str | None = None  # folder of this run; default: environment, algorithm, noise, seed and time
-    resume: str | None = None  # folder of an interrupted run to go on with; the only flag, then
-    checkpoint_freq: int | None = None  # steps between checkpoints; default: run / 20; 0: at the end
+    run_name: str | None = None  # default: game, algorithm, noise, seed and time
+    resume: str | None = None  # folder of an interrupted run to continue; takes no other flag
+    checkpoint_freq: int | None = (
+        None  # steps between checkpoints; default: run / 20; 0: at the end
+    )
     log_freq: int = 1000  # steps between entries in the log
     track: bool = False  # log to Weights & Biases as well (pip install wandb)
 
-    repeat_action_probability: float = 0.0  # sticky actions: chance to repeat the last
+    # Algorithm
+    repeat_action_probability: float = 0.0  # sticky actions: probability to repeat the last one
     num_envs: int = 8  # games played in parallel
-    num_steps: int = 128  # steps of each game between updates
-    num_minibatches: int = 4  # parts that a rollout is split into
+    num_steps: int = 128  # steps of each game per rollout
+    num_minibatches: int = 4  # minibatches per rollout
     update_epochs: int = 4  # passes over a rollout
-    learning_rate: float = 2.5e-4  # Adam's learning rate, at first
-    anneal_lr: bool = True  # let the learning rate fall to 0, linearly
+    learning_rate: float = 2.5e-4  # Adam's initial learning rate
+    anneal_lr: bool = True  # decrease the learning rate linearly to 0
     adam_eps: float = 1e-5  # Adam's epsilon
     gamma: float = 0.99  # discount factor
     gae_lambda: float = 0.95  # lambda of generalised advantage estimation
-    clip_coef: float = 0.1  # epsilon of the clip range, at first
-    anneal_clip: bool = True  # let the clip range fall to 0, linearly
+    clip_coef: float = 0.1  # initial epsilon of the clip range
+    anneal_clip: bool = True  # decrease the clip range linearly to 0
     norm_adv: bool = True  # normalise advantages in each minibatch
     vf_coef: float = 0.5  # weight of the value loss
     ent_coef: float = 0.01  # weight of the entropy bonus
-    max_grad_norm: float = 0.5  # limit on the norm of the gradient of all parameters together
+    max_grad_norm: float = 0.5  # gradient clipping, over all parameters together
     layer_norm: bool = False  # layer normalisation before each activation
 
+    # Symmetric loss and noise
     alpha: float | None = None  # weight of the PPO loss; default: 0.5, without reverse loss 1
     beta: float = 1.0  # weight of the reverse loss; 0: PPO
     z: float = -1.0  # Z, which stands for log 0
-    noise: Literal["none", "flip", "normal", "uniform", "adv_flip"] = "none"  # on rewards, or on advantages
-    noise_level: float | None = None  # chance of a flip (default 0.1) or size (default 0.05)
+    noise: Literal["none", "flip", "normal", "uniform", "adv_flip"] = (
+        "none"  # adv_flip: on advantages
+    )
+    noise_level: float | None = None  # flip probability (default 0.1) or scale (default 0.05)
 
+    # Evaluation
     eval_freq: int | None = None  # steps between evaluations; default: run / 20; 0: at the end
-    eval_episodes: int = 10  # whole games in an evaluation: sampled actions, raw scores without noise
-    capture_video: bool = False  # film the first game of each evaluation (pip install moviepy)
+    eval_episodes: int = 10  # games per evaluation: sampled actions, raw scores without noise
+    capture_video: bool = False  # record the first game of each evaluation (pip install moviepy)
 
     @property
     def algo(self) -> str:
         return "sppo" if self.beta else "ppo"
 
-
-def rom_name(env_id: str) -> str:
-    """A game's name in ale-py: ms_pacman for MsPacman, ALE/MsPacman-v5, ... Raises ValueError if none."""
-    for_two = {"combat", "joust", "maze_craze", "warlords"}  # ALE ends the process over them
-    names = {name.replace("_", ""): name for name in roms.get_all_rom_ids() if name not in for_two}
-    game = re.sub(r"^ALE/|(NoFrameskip|Deterministic)?(-v\d)?$", "", env_id).replace("_", "").lower()
-    if game not in names:
-        nearest = [names[name] for name in difflib.get_close_matches(game, names, n=4, cutoff=0.4)]
-        raise ValueError(f"--env-id {env_id}: no such game; near: {', '.join(nearest) or 'none'}")
-    return names[game]
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.resume or Path(self.runs_dir) / self.run_name)
 
 
 class AtariGames:
-    """Games in parallel, preprocessed as for DeepMind's DQN; where one ends, the next starts in that step.
+    """Games in parallel, preprocessed as in DeepMind's DQN; where one ends, it restarts in that step.
 
-    A step is four frames of one action. Images are grey, 84 x 84, the brighter of the last two frames, the
-    last four of them in a stack. A game begins with one frame of FIRE, where there is such an action, and
-    idle ones, fewer than 30 in all, and is cut off after 108,000. To the learner a lost life ends the
-    episode, but the game goes on: with FIRE, whatever the agent chose, since many games wait for it.
+    A step repeats an action for four frames. Observations are grey 84 x 84 images, the maximum of
+    the last two frames, stacked over the last four steps. A game starts with FIRE, where there is
+    such an action, and no-ops, fewer than 30 frames in all, and is truncated after 108,000 frames.
+    For the learner a lost life ends the episode, but the game continues: with FIRE, whatever the
+    agent chose, since many games wait for it.
     """
 
-    def __init__(self, args: Args, num_games: int, max_frames: int = 108_000):
+    def __init__(self, args, num_games, max_frames=108_000):
         self.envs = AtariVectorEnv(
-            rom_name(args.env_id), num_games, num_threads=min(num_games, torch.get_num_threads()),
-            autoreset_mode="SameStep", reward_clipping=False,  # `step` clips, and counts lives
-            repeat_action_probability=args.repeat_action_probability, max_num_frames_per_episode=max_frames,
-        )  # fmt: skip
+            rom_name(args.env_id),
+            num_games,
+            num_threads=min(num_games, torch.get_num_threads()),
+            autoreset_mode="SameStep",
+            reward_clipping=False,  # `step` clips, and counts lives
+            repeat_action_probability=args.repeat_action_probability,
+            max_num_frames_per_episode=max_frames,
+        )
         actions = self.envs.ale.get_action_set()
         self.num_actions = len(actions)
         self.fire = actions.index(Action.FIRE) if Action.FIRE in actions else None
-        self.finished = []  # (raw score, steps) of the last 100 games
+        self.life_lost = np.zeros(num_games, bool)
+        self.score = np.zeros(num_games)
+        self.length = np.zeros(num_games)
+        self.finished = deque(maxlen=100)  # (raw score, steps) of the last games
 
-    def reset(self, seed: int) -> np.ndarray:
+    def reset(self, seed):
         """Starts all games. Returns images (num_games, 4, 84, 84), uint8."""
         images, info = self.envs.reset(seed=seed)
         self.lives = info["lives"]
-        self.life_lost = np.zeros(len(images), bool)
-        self.score, self.length = np.zeros((2, len(images)))
         return images
 
-    def step(self, action: np.ndarray):
-        """Steps by `action` (num_games,). Returns images (num_games, 4, 84, 84); rewards, clipped to -1, 0 or
-        1; terminated: a life or the game was lost; truncated; overridden: FIRE replaced the action; and
-        {index: last images} where truncated. `self.ended` is then {index: (raw score, steps)}."""
-        overridden = self.life_lost & (self.fire is not None)
-        action = np.where(overridden, self.fire or 0, action)
+    def step(self, action):
+        """Steps all games by `action` (num_games,). Returns images (num_games, 4, 84, 84), rewards
+        clipped to -1, 0 or 1, terminated (a life or the game was lost), truncated, overridden (FIRE
+        replaced the action), and {index: final images} of truncated games.
+
+        `self.ended` is then {index: (raw score, steps)} of the games that ended in this step."""
+        overridden = np.zeros_like(self.life_lost)
+        if self.fire is not None:
+            overridden = self.life_lost
+            action = np.where(overridden, self.fire, action)
         images, reward, terminated, truncated, info = self.envs.step(action)
         over = terminated | truncated
         self.life_lost = (info["lives"] > 0) & (info["lives"] < self.lives) & ~over
         self.lives = info["lives"]
         self.score += reward
         self.length += 1
-        self.ended = {i: (self.score[i], self.length[i]) for i in np.flatnonzero(over)}
-        self.finished = [*self.finished, *self.ended.values()][-100:]
-        self.score[over] = self.length[over] = 0
-        final_images = {i: info["final_obs"][i] for i in np.flatnonzero(truncated & ~terminated)}
-        return images, np.sign(reward), terminated | self.life_lost, truncated, overridden, final_images
+
+        self.ended = {}
+        final_images = {}
+        for i in np.flatnonzero(over):
+            self.ended[i] = (self.score[i].item(), self.length[i].item())
+            self.finished.append(self.ended[i])
+            self.score[i] = 0
+            self.length[i] = 0
+            if not terminated[i]:
+                final_images[i] = info["final_obs"][i]
+        terminated = terminated | self.life_lost
+        return images, np.sign(reward), terminated, truncated, overridden, final_images
 
 
-def perturb_reward(reward: np.ndarray, noise: str, level: float, rng: np.random.Generator) -> np.ndarray:
-    """Rewards of any shape as a noisy judge gives them: flip turns r into 1 - r with probability `level`,
-    normal adds N(0, level^2), uniform adds U(-level, level), the others leave rewards alone."""
+def perturb_reward(reward, noise, level, rng):
+    """Rewards of any shape with noise: flip replaces r by 1 - r with probability `level`, normal
+    adds N(0, level^2), uniform adds U(-level, level); other kinds leave rewards unchanged."""
     if noise == "flip":
-        return np.where(rng.random(reward.shape) < level, 1 - reward, reward)
+        flipped = rng.random(reward.shape) < level
+        return np.where(flipped, 1 - reward, reward)
     if noise == "normal":
         return reward + rng.normal(0, level, reward.shape)
     if noise == "uniform":
@@ -169,60 +194,102 @@ def perturb_reward(reward: np.ndarray, noise: str, level: float, rng: np.random.
     return reward
 
 
-def perturb_advantage(advantage: torch.Tensor, level: float, generator: torch.Generator) -> torch.Tensor:
-    """Advantages, of any shape, each with its sign flipped with probability `level`."""
-    flip = torch.rand(advantage.shape, generator=generator, device=advantage.device) < level
-    return torch.where(flip, -advantage, advantage)
-
-
-def autocast(device: torch.device, dtype: torch.dtype) -> torch.autocast:
-    """Where convolutions and matrix products are of this type, whatever that of their tensors."""
-    return torch.autocast(device.type, torch.bfloat16, enabled=dtype == torch.bfloat16)
+def perturb_advantage(advantage, level, generator):
+    """Advantages of any shape, the sign of each flipped with probability `level`."""
+    uniform = torch.rand(advantage.shape, generator=generator, device=advantage.device)
+    return torch.where(uniform < level, -advantage, advantage)
 
 
 class Agent(nn.Module):
-    """Actor and critic on one convolutional network, DQN's (Mnih et al., Nature 2015)."""
+    """Actor and critic on one convolutional network, that of DQN (Mnih et al., Nature 2015)."""
 
-    def __init__(self, num_actions: int, layer_norm: bool = False, bfloat16: bool = False):
+    def __init__(self, num_actions, layer_norm=False, bfloat16=False):
         super().__init__()
-        self.dtype = torch.bfloat16 if bfloat16 else torch.float32
-        norm = (lambda channels: [nn.GroupNorm(1, channels)]) if layer_norm else (lambda channels: [])
+        self.bfloat16 = bfloat16
+
+        def norm(channels):
+            return nn.GroupNorm(1, channels) if layer_norm else nn.Identity()
+
         self.conv = nn.Conv2d(4, 32, 8, stride=4)
         self.trunk = nn.Sequential(
-            *norm(32), nn.ReLU(),
-            nn.Conv2d(32, 64, 4, stride=2), *norm(64), nn.ReLU(),
-            nn.Conv2d(64, 64, 3), *norm(64), nn.ReLU(),
-            nn.Flatten(), nn.Linear(64 * 7 * 7, 512), *norm(512), nn.ReLU(),
-        )  # fmt: skip
-        self.actor, self.critic = nn.Linear(512, num_actions), nn.Linear(512, 1)
+            norm(32),
+            nn.ReLU(),
+            nn.Conv2d(32, 64, 4, stride=2),
+            norm(64),
+            nn.ReLU(),
+            nn.Conv2d(64, 64, 3),
+            norm(64),
+            nn.ReLU(),
+            nn.Flatten(),
+            nn.Linear(64 * 7 * 7, 512),
+            norm(512),
+            nn.ReLU(),
+        )
+        self.actor = nn.Linear(512, num_actions)
+        self.critic = nn.Linear(512, 1)
+        gains = {self.actor: 0.01, self.critic: 1.0}
         for layer in self.modules():
             if isinstance(layer, (nn.Conv2d, nn.Linear)):
-                nn.init.orthogonal_(layer.weight, {self.actor: 0.01, self.critic: 1.0}.get(layer, 2**0.5))
+                nn.init.orthogonal_(layer.weight, gains.get(layer, math.sqrt(2)))
                 nn.init.zeros_(layer.bias)
 
+    def autocast(self, enabled=True):
+        device = self.conv.weight.device.type
+        return torch.autocast(device, torch.bfloat16, enabled=enabled and self.bfloat16)
+
     def forward(self, images):
-        """Logits (batch, num_actions) and values (batch,), for images (batch, 4, 84, 84) of bytes."""
-        with autocast(images.device, self.dtype):
-            x = images.to(self.dtype, memory_format=torch.channels_last)  # bytes are exact in bfloat16
-            x = self.trunk(torch.conv2d(x, self.conv.weight / 255, self.conv.bias, stride=4))
-        with autocast(images.device, torch.float32):  # the loss must not see rounded probabilities
+        """Logits (batch, num_actions) and values (batch,) of images (batch, 4, 84, 84), uint8."""
+        dtype = torch.bfloat16 if self.bfloat16 else torch.float32  # both hold uint8 exactly
+        x = images.to(dtype, memory_format=torch.channels_last)
+        with self.autocast():
+            x = torch.conv2d(x, self.conv.weight / 255, self.conv.bias, stride=4)
+            x = self.trunk(x)
+        with self.autocast(enabled=False):  # the loss must not see rounded probabilities
             x = x.to(self.actor.weight.dtype)
             return self.actor(x), self.critic(x).squeeze(-1)
 
 
-def sample(logits: torch.Tensor, generator: torch.Generator) -> torch.Tensor:
-    """Actions (...) from logits (..., num_actions), by Gumbel noise: faster than by Categorical."""
-    return (logits - torch.empty_like(logits).exponential_(generator=generator).log()).argmax(-1)
+def sample(logits, generator):
+    """Actions (...) from logits (..., num_actions): Gumbel-max, faster than Categorical's way."""
+    noise = torch.empty_like(logits).exponential_(generator=generator)
+    return (logits - noise.log()).argmax(-1)
+
+
+@torch.no_grad()
+def evaluate(agent, args, seed, video):
+    """Raw scores and lengths in steps, (eval_episodes,) each, of whole games played in parallel
+    with sampled actions. `video`: path of a video of the first game, or None."""
+    device = agent.conv.weight.device
+    generator = torch.Generator(device).manual_seed(seed)
+    games = AtariGames(args, args.eval_episodes)
+    images = games.reset(seed)
+    results = {}
+    frames = []
+    while len(results) < args.eval_episodes:
+        if video and 0 not in results:
+            grey = images[0, -1, :, :, None]
+            frames.append(grey.repeat(3, axis=-1))
+        logits, _ = agent(torch.from_numpy(images).to(device))
+        images, *_ = games.step(sample(logits, generator).cpu().numpy())
+        results = games.ended | results  # the first game of each
+    if video:  # enlarged, in real time: 15 steps a second
+        video.parent.mkdir(exist_ok=True)
+        clip = import_module("moviepy").ImageSequenceClip(frames, fps=15).resized(4)
+        clip.write_videofile(str(video), logger=None)
+    scores, lengths = zip(*(results[i] for i in range(args.eval_episodes)))
+    return np.array(scores), np.array(lengths)
 
 
 def symmetric_policy_loss(log_prob, old_log_prob, advantage, clip_coef, alpha, beta, z):
     """alpha * PPO loss + beta * reverse PPO loss, a scalar to minimise (arXiv 2405.17618).
 
-    Tensors (batch,): `log_prob`, `old_log_prob`: log pi(a|s) of the joint action taken, now and when it was
-    sampled; `advantage`: its advantage. Numbers: `clip_coef`: PPO's epsilon; `alpha`, `beta` >= 0; `z` < 0.
+    Tensors (batch,): `log_prob`, `old_log_prob`: log pi(a|s) of the joint action taken, under the
+    current policy and under the one that sampled it; `advantage`: its advantage. Numbers:
+    `clip_coef`: PPO's epsilon; `alpha`, `beta` >= 0; `z` < 0.
 
-    (1 - p) / p_old is written 1 / p_old - r: the first term has no gradient but grows with the dimension of
-    the action, to infinity in float32 below log p_old = -88. Judge this loss by its gradient, not its value.
+    (1 - p) / p_old is written 1 / p_old - r: the first term has no gradient but grows with the
+    dimension of the action, to infinity in float32 below log p_old = -88. Judge this loss by its
+    gradient, not its value.
     """
     ratio = (log_prob - old_log_prob).exp()
     surrogate = advantage * ratio
@@ -236,295 +303,504 @@ def symmetric_policy_loss(log_prob, old_log_prob, advantage, clip_coef, alpha, b
 
 
 def compute_gae(reward, value, final_value, terminated, truncated, gamma, gae_lambda):
-    """Advantages and returns (T, N): generalised advantage estimation (Schulman et al., arXiv 1506.02438).
+    """Advantages and returns (T, N) by generalised advantage estimation (Schulman et al., arXiv
+    1506.02438).
 
-    Arrays of T steps in N environments: `reward`, `terminated`, `truncated` (T, N); `value` (T + 1, N) of the
-    observations before each step and after the last; `final_value` (T, N) of truncated episodes' last ones.
+    Arrays of T steps in N environments: `reward`, `terminated`, `truncated` (T, N); `value`
+    (T + 1, N) of the observations before each step and after the last; `final_value` (T, N) of
+    truncated episodes' final observations, from which they bootstrap.
     """
-    next_value = np.where(truncated, final_value, value[1:]) * ~terminated
+    next_value = np.where(truncated, final_value, value[1:])
+    next_value = np.where(terminated, 0.0, next_value)
     delta = reward + gamma * next_value - value[:-1]
-    decay = gamma * gae_lambda * ~(terminated | truncated)
-    advantage, following = np.zeros_like(delta), 0.0
+    decay = np.where(terminated | truncated, 0.0, gamma * gae_lambda)
+    advantage = np.zeros_like(delta)
+    following = 0.0
     for t in reversed(range(len(delta))):
-        advantage[t] = following = delta[t] + decay[t] * following
+        following = delta[t] + decay[t] * following
+        advantage[t] = following
     return advantage, advantage + value[:-1]
 
 
-def gradient_and_metrics(agent, args, clip_coef, obs, action, old_log_prob, advantage, returns, weight):
-    """Clipped gradient of the loss, as one vector, and what to log; tensors of a minibatch, (batch, ...).
-    `weight`, 1 on average, is 0 where the action was not the agent's: such a step teaches only the critic."""
+def gradient_and_metrics(
+    agent, args, clip_coef, obs, action, old_log_prob, advantage, returns, weight
+):
+    """Clipped gradient of the loss on a minibatch, as one vector, and what to log. `weight`, 1 on
+    average, is 0 where FIRE replaced the agent's action: such a step trains only the critic."""
     logits, value = agent(obs)
     policy = Categorical(logits=logits, validate_args=False)
     log_prob = policy.log_prob(action)
-    samples = (log_prob, old_log_prob, weight * advantage, clip_coef)  # the loss scales with the advantage
-    policy_loss = symmetric_policy_loss(*samples, args.alpha, args.beta, args.z)
+    advantage = weight * advantage  # the policy loss is linear in it
+    policy_loss = symmetric_policy_loss(
+        log_prob, old_log_prob, advantage, clip_coef, args.alpha, args.beta, args.z
+    )
     value_loss = (value - returns).square().mean()
     entropy = (weight * policy.entropy()).mean()
     loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
-    gradient = torch.cat([g.flatten() for g in torch.autograd.grad(loss, list(agent.parameters()))])
-    norm = gradient.norm()
+    gradients = torch.autograd.grad(loss, list(agent.parameters()))
+    gradient = torch.cat([g.flatten() for g in gradients])
+    grad_norm = gradient.norm()
+    scale = (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1)
     with torch.no_grad():
         log_ratio = log_prob - old_log_prob
         ratio = log_ratio.exp()
-        flows = advantage * ratio <= advantage * ratio.clamp(1 - clip_coef, 1 + clip_coef)
+        surrogate = advantage * ratio
+        clipped = advantage * ratio.clamp(1 - clip_coef, 1 + clip_coef)
+        unclipped = surrogate <= clipped
         metrics = {
-            "policy": symmetric_policy_loss(*samples, 1.0, 0.0, args.z),
-            "reverse": torch.where(flows, args.z * weight * advantage * ratio, 0.0).mean(),  # with gradient
-            "value": value_loss.detach(), "entropy": entropy.detach(), "grad_norm": norm,  # before clipping
-            "approx_kl": (weight * (ratio - 1 - log_ratio)).mean(),  # joschu.net/blog/kl-approx.html
-            "clip_fraction": (weight * ((ratio - 1).abs() > clip_coef)).mean(),
-        }  # fmt: skip
-    return gradient * (args.max_grad_norm / (norm + 1e-6)).clamp(max=1), metrics
-
-
-@torch.no_grad()
-def evaluate(agent: Agent, args: Args, seed: int, video: Path | None):
-    """Raw scores and steps, (eval_episodes,) each, of whole games played in parallel with sampled actions."""
-    device = next(agent.parameters()).device
-    games, generator = AtariGames(args, args.eval_episodes), torch.Generator(device).manual_seed(seed)
-    images, results, film = games.reset(seed), {}, []
-    while len(results) < args.eval_episodes:
-        if video and 0 not in results:
-            film.append(np.broadcast_to(images[0, -1, ..., None].copy(), (84, 84, 3)))
-        logits, _ = agent(torch.from_numpy(images).to(device))
-        images, *_ = games.step(sample(logits, generator).cpu().numpy())
-        results = games.ended | results  # the first game of each
-    if video:  # what the agent saw, enlarged, in real time: 15 steps a second
-        video.parent.mkdir(exist_ok=True)
-        clip = import_module("moviepy").ImageSequenceClip(film, fps=15).resized(4)
-        clip.write_videofile(str(video), logger=None)
-    return np.array([results[i] for i in range(args.eval_episodes)]).T
-
-
-def save(path: Path, content: str | dict) -> None:
-    """Writes a temporary file and renames it, so that an interruption leaves the old content or the new."""
-    temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(content) if isinstance(content, str) else torch.save(content, temporary)
-    os.replace(temporary, path)
-
-
-def describe_machine() -> dict:
-    """What it takes, beside the arguments, to judge or repeat a run."""
-    git = f'git -C "{Path(__file__).resolve().parent}" describe --always --dirty --abbrev=40'
-    commit = subprocess.run(git, shell=True, capture_output=True, text=True).stdout.strip() or None
-    versions = {"python": platform.python_version()} | {p.name: p.version for p in metadata.distributions()}
-    hardware = {"platform": platform.platform(), "cpu": torch.backends.cpu.get_cpu_capability()}
-    hardware |= {"cores": os.cpu_count(), "gpu": torch.cuda.is_available() and torch.cuda.get_device_name()}
-    return {"command": sys.argv, "commit": commit, "versions": versions, "hardware": hardware}
-
-
-def keep_freed_memory() -> None:
-    """glibc returns freed memory to the system, and takes it again at a page fault for each 4 KiB: a quarter
-    of an update on a CPU. This tells it not to; under other C libraries it does nothing."""
-    if platform.libc_ver()[0] == "glibc":
-        for parameter, number in ((-4, 0), (-1, -1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD of malloc.h
-            ctypes.CDLL(None).mallopt(parameter, number)
-
-
-def compiled(agent: Agent, args: Args, obs: torch.Tensor):
-    """`agent` and `gradient_and_metrics`, on a GPU as CUDA graphs: called on zeros of the shapes to come, as
-    compiling is part of starting up; where that fails, uncompiled. `obs` (T + 1, N, 4, 84, 84)."""
-    n = args.num_steps * args.num_envs // args.num_minibatches
-    zeros = torch.zeros(5, n, device=obs.device)
-    mode = "reduce-overhead" if obs.is_cuda else "default"
-    try:
-        torch._dynamo.config.trace_autograd_ops = True  # gradient and loss in one graph
-        functions = [torch.compile(f, mode=mode, fullgraph=True) for f in (agent, gradient_and_metrics)]
-        for _ in range(3):  # CUDA graphs are recorded after a warm-up
-            with torch.no_grad(), autocast(obs.device, agent.dtype):
-                functions[0](obs[0])
-            functions[1](agent, args, zeros[0, 0], obs.flatten(0, 1)[:n], zeros[0].long(), *zeros[1:])
-        return functions
-    except Exception as error:
-        print(f"going on with --no-compile: {error!r}"[:300], file=sys.stderr)
-        return agent, gradient_and_metrics
+            "policy_loss": -torch.minimum(surrogate, clipped).mean(),
+            "reverse_loss": args.z * torch.where(unclipped, surrogate, 0.0).mean(),  # with gradient
+            "value_loss": value_loss.detach(),
+            "entropy": entropy.detach(),
+            "grad_norm": grad_norm,  # before clipping
+            "approx_kl": (
+                weight * (ratio - 1 - log_ratio)
+            ).mean(),  # joschu.net/blog/kl-approx.html
+            "clipfrac": (weight * ((ratio - 1).abs() > clip_coef)).mean(),
+        }
+    return scale * gradient, metrics
 
 
 def train(args: Args, stop: threading.Event) -> dict | None:
-    """A run, with arguments from `prepare`. Returns what is in summary.json, or None if `stop` came first."""
+    """Runs to the end, given arguments from `prepare`, and returns the content of summary.json; or
+    until `stop` is set, and returns None."""
     started = time.perf_counter()
     keep_freed_memory()
     torch.manual_seed(args.seed)
     cuda = args.device != "cpu" and torch.cuda.is_available()
-    torch.backends.cudnn.allow_tf32 = args.amp == "auto"  # off: float32 indeed
     device = torch.device("cuda" if cuda else "cpu")
-    generator = torch.Generator(device).manual_seed(args.seed)  # of all but weights and noisy rewards
+    torch.backends.cudnn.allow_tf32 = args.amp == "auto"  # --amp off: full float32
+    generator = torch.Generator(device).manual_seed(args.seed)  # actions, minibatches, adv_flip
     rng = np.random.default_rng(args.seed)  # noise on rewards
-    run_dir = Path(args.resume or Path(args.runs_dir) / args.run_name)
     envs = AtariGames(args, args.num_envs)
-    fast = torch.cuda.is_bf16_supported(False) if cuda else torch.cpu.get_capabilities().get("avx512_bf16")
-    agent = Agent(envs.num_actions, args.layer_norm, bfloat16=args.amp == "auto" and bool(fast)).to(device)
-    parameters = nn.utils.parameters_to_vector(agent.parameters()).detach()
-    nn.utils.vector_to_parameters(parameters, agent.parameters())  # views of it: one update for all
+    bfloat16 = args.amp == "auto" and has_bfloat16(device)
+    agent = Agent(envs.num_actions, args.layer_norm, bfloat16).to(device)
+    parameters = flatten_parameters(agent)
     optimizer = torch.optim.Adam([parameters], lr=args.learning_rate, eps=args.adam_eps, fused=True)
-    global_step, evaluations, train_seconds, wall_seconds = 0, [], 0.0, 0.0
-    if (run_dir / "checkpoint.pt").is_file():
-        state = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=False)
-        agent.load_state_dict(state["agent"])
-        optimizer.load_state_dict(state["optimizer"])
-        envs.finished = state["envs"]
-        if state["generator"].shape == generator.get_state().shape:  # else from a GPU to a CPU, or back
-            generator.set_state(state["generator"])
-        rng.bit_generator.state = state["rng"]
-        global_step, evaluations, train_seconds, wall_seconds = state["progress"]
+    global_step = 0
+    evaluations = []  # rows of progress.csv
+    train_seconds = 0.0
+    if (args.run_dir / "checkpoint.pt").is_file():
+        checkpoint = torch.load(args.run_dir / "checkpoint.pt", map_location="cpu")
+        agent.load_state_dict(checkpoint["agent"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        envs.finished.extend(checkpoint["finished_episodes"])
+        if checkpoint["device"] == device.type:  # else the run moved from a GPU to a CPU, or back
+            generator.set_state(checkpoint["generator"])
+        rng.bit_generator.state = checkpoint["rng"]
+        global_step = checkpoint["global_step"]
+        evaluations = checkpoint["evaluations"]
+        train_seconds = checkpoint["train_seconds"]
+        started -= checkpoint["wall_seconds"]
     if args.track:
-        run = {"project": "symmetric-rl", "id": args.run_name, "name": args.run_name, "config": vars(args)}
-        import_module("wandb").init(**run, resume="allow", sync_tensorboard=True)
-    writer = SummaryWriter(run_dir, purge_step=global_step + 1)
+        start_tracking(args)
+    writer = SummaryWriter(args.run_dir, purge_step=global_step + 1)
+    progress_bar = tqdm(
+        total=args.total_timesteps, initial=global_step, unit=" steps", disable=None
+    )
+
     T, N = args.num_steps, args.num_envs
-    obs = torch.zeros(T + 1, N, 84, 84, 4, dtype=torch.uint8, device=device).permute(0, 1, 4, 2, 3)
-    logits, value = torch.zeros(T, N, envs.num_actions, device=device), torch.zeros(T + 1, N, device=device)
+    images_shape = (T + 1, N, 84, 84, 4)
+    obs = torch.zeros(images_shape, dtype=torch.uint8, device=device)
+    obs = obs.permute(0, 1, 4, 2, 3)  # channels last in memory
+    logits = torch.zeros(T, N, envs.num_actions, device=device)
+    value = torch.zeros(T + 1, N, device=device)
     action = torch.zeros(T, N, dtype=torch.int64, device=device)
-    reward, final_value = np.zeros((2, T, N))
-    terminated, truncated, overridden = np.zeros((3, T, N), bool)
-    obs[T] = torch.from_numpy(envs.reset(args.seed + global_step))  # emulators are not in the checkpoint
-    agent_fn, gradient_fn = compiled(agent, args, obs) if args.compile else (agent, gradient_and_metrics)
-    progress_bar = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps", disable=None)
-    metrics, gaes, sign_flips = [], [], []
-    while True:
+    reward = np.zeros((T, N))
+    terminated = np.zeros((T, N), bool)
+    truncated = np.zeros((T, N), bool)
+    overridden = np.zeros((T, N), bool)  # FIRE replaced the agent's action
+    final_value = np.zeros((T, N))  # of truncated games' final images
+    obs[T] = torch.from_numpy(envs.reset(args.seed + global_step))  # not in checkpoints
+    agent_fn = agent
+    gradient_fn = gradient_and_metrics
+    if args.compile:
+        agent_fn, gradient_fn = compiled(agent, args, obs)
+    metrics = []  # of all minibatches since the last entry in the log
+    advantages = []  # of all rollouts since then
+    all_returns = []
+    sign_flips = []
+
+    while global_step < args.total_timesteps:
         # Rollout
         iteration_started = time.perf_counter()
         remaining = 1 - global_step / args.total_timesteps
-        optimizer.param_groups[0]["lr"] = args.learning_rate * (remaining if args.anneal_lr else 1)
-        clip_coef = torch.tensor(args.clip_coef * (remaining if args.anneal_clip else 1), device=device)
+        clip_coef = torch.tensor(args.clip_coef, device=device)
+        if args.anneal_lr:
+            optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
+        if args.anneal_clip:
+            clip_coef = torch.tensor(args.clip_coef * remaining, device=device)
         obs[0] = obs[T]
-        with torch.no_grad(), autocast(device, agent.dtype):  # out here: rounds the weights only once
+        with torch.no_grad(), agent.autocast():  # here, too: rounds the weights only once
             for t in range(T):
                 logits[t], value[t] = agent_fn(obs[t])
                 action[t] = sample(logits[t], generator)
                 step = envs.step(action[t].cpu().numpy())
                 images, reward[t], terminated[t], truncated[t], overridden[t], final_images = step
                 obs[t + 1] = torch.from_numpy(images)
-                for i, last in final_images.items():
-                    final_value[t, i] = agent(torch.from_numpy(last[None]).to(device))[1].item()
-            value[T] = agent_fn(obs[T])[1]
+                for i, last_images in final_images.items():
+                    _, last_value = agent(torch.from_numpy(last_images[None]).to(device))
+                    final_value[t, i] = last_value.item()
+            _, value[T] = agent_fn(obs[T])
         global_step += T * N
+        progress_bar.update(T * N)
 
         # Advantages
-        b_obs, b_action = obs[:T].flatten(0, 1), action.flatten()
-        old_log_prob = Categorical(logits=logits, validate_args=False).log_prob(action).flatten()
-        noisy = perturb_reward(reward, args.noise, args.noise_level, rng)
-        rollout = noisy, value.cpu().numpy(), final_value, terminated, truncated
-        gae = np.stack([*compute_gae(*rollout, args.gamma, args.gae_lambda), ~overridden])
-        advantage, returns, own = torch.tensor(gae, dtype=torch.float32, device=device).flatten(1)
+        b_obs = obs[:T].flatten(0, 1)
+        b_action = action.flatten()
+        policy = Categorical(logits=logits, validate_args=False)
+        old_log_prob = policy.log_prob(action).flatten()
+        noisy_reward = perturb_reward(reward, args.noise, args.noise_level, rng)
+        advantage, returns = compute_gae(
+            noisy_reward,
+            value.cpu().numpy(),
+            final_value,
+            terminated,
+            truncated,
+            args.gamma,
+            args.gae_lambda,
+        )
+        advantages.append(advantage[~overridden])
+        all_returns.append(returns[~overridden])
+        b_advantage = torch.tensor(advantage, dtype=torch.float32, device=device).flatten()
+        b_returns = torch.tensor(returns, dtype=torch.float32, device=device).flatten()
+        b_own = torch.tensor(~overridden, dtype=torch.float32, device=device).flatten()
 
-        # Update
+        # Update; `order` and what an epoch has of advantages are (minibatch, sample)
         for _ in range(args.update_epochs):
-            order = torch.randperm(T * N, generator=generator, device=device).view(args.num_minibatches, -1)
-            mb_adv, mb_own = advantage[order], own[order]  # all minibatches at once: (minibatch, sample)
-            count = mb_own.sum(1, keepdim=True).clamp(min=2)
+            order = torch.randperm(T * N, generator=generator, device=device)
+            order = order.view(args.num_minibatches, -1)
+            epoch_advantage = b_advantage[order]
+            own = b_own[order]  # 1 where the action was the agent's, else 0
             if args.noise == "adv_flip":
-                mb_adv = perturb_advantage(mb_adv, args.noise_level, generator)
+                epoch_advantage = perturb_advantage(epoch_advantage, args.noise_level, generator)
+            count = own.sum(1, keepdim=True).clamp(min=2)
             if args.norm_adv:  # over the agent's own actions
-                mean = (mb_own * mb_adv).sum(1, keepdim=True) / count
-                std = ((mb_own * (mb_adv - mean)).square().sum(1, keepdim=True) / (count - 1)).sqrt()
-                sign_flips.append((mb_own * ((mb_adv > 0) != (mb_adv > mean))).sum() / mb_own.sum())
-                mb_adv = (mb_adv - mean) / (std + 1e-8)
-            weight = mb_own / count * mb_own.shape[1]
-            samples = b_action[order], old_log_prob[order], mb_adv, returns[order], weight
-            for rows, *minibatch in zip(order, *samples):
-                parameters.grad, new_metrics = gradient_fn(agent, args, clip_coef, b_obs[rows], *minibatch)
+                mean = (own * epoch_advantage).sum(1, keepdim=True) / count
+                squares = (own * (epoch_advantage - mean)).square()
+                std = (squares.sum(1, keepdim=True) / (count - 1)).sqrt()
+                flipped = (epoch_advantage > 0) != (epoch_advantage > mean)
+                sign_flips.append((own * flipped).sum() / own.sum())
+                epoch_advantage = (epoch_advantage - mean) / (std + 1e-8)
+            weight = own / count * own.shape[1]
+            for i, mb in enumerate(order):
+                parameters.grad, mb_metrics = gradient_fn(
+                    agent,
+                    args,
+                    clip_coef,
+                    b_obs[mb],
+                    b_action[mb],
+                    old_log_prob[mb],
+                    epoch_advantage[i],
+                    b_returns[mb],
+                    weight[i],
+                )
                 optimizer.step()
-                metrics.append(torch.stack([*new_metrics.values()]))
-        gaes.append(gae)
-        if not math.isfinite(new_metrics["grad_norm"].item()):  # waits for the GPU
-            sys.exit(f"error: gradient not finite at step {global_step}; lower --learning-rate or --beta")
+                metrics.append({name: x.clone() for name, x in mb_metrics.items()})
+        if not math.isfinite(metrics[-1]["grad_norm"]):
+            sys.exit(
+                f"error: gradient not finite at step {global_step}; lower --learning-rate or --beta"
+            )
 
-        # Logging, over all updates since the last time
-        finished, stopping = global_step >= args.total_timesteps, stop.is_set()
-        if global_step % args.log_freq < T * N or finished or stopping:
-            scalars = dict(zip((f"losses/{k}" for k in new_metrics), torch.stack(metrics).mean(0).tolist()))
-            gae = np.stack(gaes, axis=1)
-            scalars["losses/explained_variance"] = 1 - np.var(gae[0]) / np.var(gae[1])
-            scalars["losses/advantage_sign_flips"] = torch.tensor(sign_flips or [0.0]).mean().item()
-            scalars["losses/advantage_largest"] = abs(gae[2] * gae[0]).max()
-            scalars["charts/SPS"] = global_step / (train_seconds + time.perf_counter() - iteration_started)
-            episodic_return, episodic_length = np.mean(envs.finished or [[math.nan] * 2], axis=0)
-            scalars |= {"charts/episodic_return": episodic_return, "charts/episodic_length": episodic_length}
+        # Logging: means over all updates since the last entry
+        finished = global_step >= args.total_timesteps
+        stopping = stop.is_set()
+        if finished or stopping or due(args.log_freq, global_step, T * N):
+            scalars = {}
+            for name in metrics[0]:
+                scalars[f"losses/{name}"] = torch.stack([m[name] for m in metrics]).mean()
+            residual = np.concatenate(advantages)
+            variance = np.var(np.concatenate(all_returns))
+            scalars["losses/explained_variance"] = 1 - np.var(residual) / variance
+            scalars["losses/advantage_largest"] = np.abs(residual).max()
+            if sign_flips:
+                scalars["losses/advantage_sign_flips"] = torch.stack(sign_flips).mean()
+            seconds = train_seconds + time.perf_counter() - iteration_started
+            scalars["charts/SPS"] = global_step / seconds
+            if envs.finished:
+                episodic_return, episodic_length = np.mean(envs.finished, axis=0)
+                scalars["charts/episodic_return"] = episodic_return
+                scalars["charts/episodic_length"] = episodic_length
+                progress_bar.set_postfix_str(f"return {episodic_return:.1f}")
             for name, scalar in scalars.items():
-                writer.add_scalar(name, scalar, global_step)
-            progress_bar.update(min(global_step, args.total_timesteps) - progress_bar.n)
-            progress_bar.set_postfix_str(f"return {episodic_return:.1f}")
-            metrics, gaes, sign_flips = [], [], []
+                writer.add_scalar(name, float(scalar), global_step)
+            metrics = []
+            advantages = []
+            all_returns = []
+            sign_flips = []
         train_seconds += time.perf_counter() - iteration_started
 
-        # Evaluation and checkpoint, when a multiple of their frequency has been passed
-        eval_due, save_due = (f and global_step % f < T * N for f in (args.eval_freq, args.checkpoint_freq))
-        if eval_due or finished:
-            video = run_dir / "video" / f"step-{global_step}.mp4" if args.capture_video else None
+        # Evaluation and checkpoint
+        if finished or due(args.eval_freq, global_step, T * N):
+            video = None
+            if args.capture_video:
+                video = args.run_dir / "video" / f"step-{global_step}.mp4"
             scores, lengths = evaluate(agent, args, args.seed + global_step, video)
-            evaluations.append((global_step, scores.mean(), scores.std(), lengths.mean(), len(scores)))
-            rows = [("step", "return_mean", "return_std", "length_mean", "episodes"), *evaluations]
-            save(run_dir / "progress.csv", "".join(",".join(map(str, row)) + "\n" for row in rows))
-            writer.add_scalar("eval/return_mean", scores.mean(), global_step)
-        wall = wall_seconds + time.perf_counter() - started
-        if finished:
-            summary = {"script": Path(__file__).name, "algo": args.algo} | vars(args) | {
-                "final_return_mean": scores.mean(), "final_return_std": scores.std(), "finished": True,
-                "train_return_last100": episodic_return if envs.finished else None,
-                "sps": global_step / train_seconds, "wall_s": wall, "compile": agent_fn is not agent,
-            }  # fmt: skip
-            save(run_dir / "summary.json", json.dumps(summary, indent=2))
-        if save_due or finished or stopping:
-            save(run_dir / "checkpoint.pt", {
-                "agent": agent.state_dict(), "optimizer": optimizer.state_dict(),
-                "envs": envs.finished, "generator": generator.get_state(), "rng": rng.bit_generator.state,
-                "progress": (global_step, evaluations, train_seconds, wall),
-            })  # fmt: skip
-        if finished or stopping:
-            writer.close()
-            return summary if finished else None
+            evaluation = {
+                "step": global_step,
+                "return_mean": scores.mean().item(),
+                "return_std": scores.std().item(),
+                "length_mean": lengths.mean().item(),
+                "episodes": len(scores),
+            }
+            evaluations.append(evaluation)
+            save_progress(args.run_dir / "progress.csv", evaluations)
+            writer.add_scalar("eval/return_mean", evaluation["return_mean"], global_step)
+        if finished or stopping or due(args.checkpoint_freq, global_step, T * N):
+            checkpoint = {
+                "agent": agent.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "finished_episodes": list(envs.finished),
+                "generator": generator.get_state(),
+                "device": device.type,
+                "rng": rng.bit_generator.state,
+                "global_step": global_step,
+                "evaluations": evaluations,
+                "train_seconds": train_seconds,
+                "wall_seconds": time.perf_counter() - started,
+            }
+            save(args.run_dir / "checkpoint.pt", checkpoint)
+        if stopping:
+            break
+
+    writer.close()
+    if global_step < args.total_timesteps:
+        return None
+    summary = {
+        "script": Path(__file__).name,
+        "algo": args.algo,
+        **vars(args),
+        "final_return_mean": evaluations[-1]["return_mean"],
+        "final_return_std": evaluations[-1]["return_std"],
+        "train_return_last100": np.mean(envs.finished, axis=0)[0] if envs.finished else None,
+        "sps": global_step / train_seconds,
+        "wall_s": time.perf_counter() - started,
+        "compile": gradient_fn is not gradient_and_metrics,
+        "finished": True,
+    }
+    save(args.run_dir / "summary.json", json.dumps(summary, indent=2))
+    return summary
+
+
+# What follows is plumbing: nothing in it belongs to the algorithm.
+
+
+def due(every, step, stride):
+    """Whether a multiple of `every` lies in the last `stride` steps; never if `every` is 0."""
+    return every > 0 and step % every < stride
+
+
+def flatten_parameters(agent):
+    """All parameters as one vector, of which they become views: the optimizer then updates one
+    tensor and not a dozen small ones."""
+    parameters = nn.utils.parameters_to_vector(agent.parameters()).detach()
+    nn.utils.vector_to_parameters(parameters, agent.parameters())
+    return parameters
+
+
+def compiled(agent, args, obs):
+    """`agent` and `gradient_and_metrics`, on a GPU as CUDA graphs: called on zeros of the shapes to
+    come, since compiling is part of starting up; where that fails, uncompiled. `obs` (T + 1, N, 4,
+    84, 84)."""
+    n = args.num_steps * args.num_envs // args.num_minibatches
+    clip_coef = torch.tensor(args.clip_coef, device=obs.device)
+    mb_obs = obs.flatten(0, 1)[:n]
+    mb_action = torch.zeros(n, dtype=torch.int64, device=obs.device)
+    zeros = torch.zeros(4, n, device=obs.device)
+    mode = "reduce-overhead" if obs.is_cuda else "default"
+    torch._dynamo.config.trace_autograd_ops = True  # one graph for the gradient and the loss
+    try:
+        agent_fn = torch.compile(agent, mode=mode, fullgraph=True)
+        gradient_fn = torch.compile(gradient_and_metrics, mode=mode, fullgraph=True)
+        for _ in range(3):  # CUDA graphs are recorded after a warm-up
+            with torch.no_grad(), agent.autocast():
+                agent_fn(obs[0])
+            gradient_fn(agent, args, clip_coef, mb_obs, mb_action, *zeros)
+        return agent_fn, gradient_fn
+    except Exception as error:  # a compiler may fail in any way
+        warning = f"continuing with --no-compile, more slowly: {error!r}"
+        print(warning[:300], file=sys.stderr)
+        return agent, gradient_and_metrics
+
+
+def has_bfloat16(device):
+    """Whether this hardware computes in bfloat16 and does not merely emulate it."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu.get_capabilities().get("avx512_bf16", False)
+
+
+def keep_freed_memory():
+    """glibc returns freed memory to the system and gets it back at a page fault for each 4 KiB: a
+    quarter of an update on a CPU. This tells it not to; other C libraries need no such thing."""
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX of malloc.h
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
+
+
+def rom_name(env_id):
+    """A game's name in ale-py: ms_pacman for MsPacman, ALE/MsPacman-v5, ... Raises ValueError if
+    there is no such game."""
+    names = {}
+    for name in roms.get_all_rom_ids():
+        if name not in ("combat", "joust", "maze_craze", "warlords"):  # for two: end the process
+            names[name.replace("_", "")] = name
+    game = re.sub(r"^ALE/|(NoFrameskip|Deterministic)?(-v\d)?$", "", env_id)
+    game = game.replace("_", "").lower()
+    if game not in names:
+        nearest = difflib.get_close_matches(game, names, n=4, cutoff=0.4)
+        near = ", ".join(names[name] for name in nearest) or "none"
+        raise ValueError(f"--env-id {env_id}: no such game; near: {near}")
+    return names[game]
+
+
+def start_tracking(args):
+    """Has Weights & Biases copy what TensorBoard gets."""
+    import_module("wandb").init(
+        project="symmetric-rl",
+        id=args.run_name,
+        name=args.run_name,
+        config=vars(args),
+        resume="allow",
+        sync_tensorboard=True,
+    )
+
+
+def save_progress(path, evaluations):
+    """Writes progress.csv; `evaluations`: dicts, all with the same keys."""
+    lines = [",".join(evaluations[0])]
+    for row in evaluations:
+        lines.append(",".join(map(str, row.values())))
+    save(path, "\n".join(lines) + "\n")
+
+
+def save(path, content):
+    """Writes text, or what else torch.save takes, to a temporary file and renames it, so that an
+    interruption leaves the old file or the new one."""
+    temporary = path.with_name(path.name + ".tmp")
+    if isinstance(content, str):
+        temporary.write_text(content)
+    else:
+        torch.save(content, temporary)
+    os.replace(temporary, path)
+
+
+def describe_machine():
+    """What it takes, beside the arguments, to judge or repeat a run."""
+    commit = None
+    if shutil.which("git"):
+        folder = Path(__file__).resolve().parent
+        git = ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=40"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    versions = {package.name: package.version for package in metadata.distributions()}
+    versions["python"] = platform.python_version()
+    return {
+        "command": sys.argv,
+        "commit": commit,
+        "versions": versions,
+        "hardware": {
+            "platform": platform.platform(),
+            "cpu": torch.backends.cpu.get_cpu_capability(),
+            "cores": os.cpu_count(),
+            "gpu": torch.cuda.is_available() and torch.cuda.get_device_name(),
+        },
+    }
+
+
+def require(condition, message):
+    if not condition:
+        raise ValueError(message)
+
+
+def require_range(args, names, low, high):
+    """Checks the arguments whose names, separated by spaces, are in `names`."""
+    for name in names.split():
+        value = getattr(args, name)
+        flag = f"--{name.replace('_', '-')} {value}"
+        require(low <= value <= high, f"{flag}: must be between {low:g} and {high:g}")
+
+
+def resumed_args(args: Args) -> Args:
+    """The arguments of the interrupted run that `args.resume` names."""
+    require(
+        replace(args, resume=None) == Args(),
+        "--resume continues with the flags of that run: leave out all others",
+    )
+    folder = Path(args.resume)
+    require(
+        (folder / "args.json").is_file() and not (folder / "summary.json").is_file(),
+        f"--resume {folder}: not the folder of an interrupted run",
+    )
+    saved = json.loads((folder / "args.json").read_text())["args"]
+    require(saved.keys() == vars(args).keys(), f"--resume {folder}: a run of another script")
+    return Args(**saved | {"resume": args.resume})
+
+
+def with_defaults(args: Args) -> Args:
+    """Fills in the defaults that depend on other arguments."""
+    args = replace(args)
+    args.env_id = rom_name(args.env_id).title().replace("_", "")  # one name for all spellings
+    if args.alpha is None:
+        args.alpha = 0.5 if args.beta else 1.0
+    if args.noise_level is None:
+        levels = {"none": 0.0, "normal": 0.05, "uniform": 0.05}
+        args.noise_level = levels.get(args.noise, 0.1)
+    twentieth = max(1, args.total_timesteps // 20)
+    if args.eval_freq is None:
+        args.eval_freq = twentieth
+    if args.checkpoint_freq is None:
+        args.checkpoint_freq = twentieth
+    if args.run_name is None:
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        args.run_name = f"{args.env_id}__{args.algo}__{args.noise}__{args.seed}__{stamp}"
+    return args
+
+
+def check(args: Args) -> None:
+    """Raises ValueError for an argument that is out of range or contradicts another."""
+    require_range(args, "num_envs num_steps num_minibatches update_epochs", 1, 1e12)
+    require_range(args, "eval_episodes log_freq", 1, 1e12)
+    require_range(args, "total_timesteps", 1, 1e9)  # with the seed, seeds of the emulator
+    require_range(args, "seed", 0, 1e9)
+    require_range(args, "eval_freq checkpoint_freq", 0, 1e18)
+    require_range(args, "alpha beta vf_coef ent_coef", 0, 1e9)
+    require_range(args, "learning_rate adam_eps clip_coef max_grad_norm", 1e-30, 1e12)
+    require_range(args, "gamma gae_lambda noise_level repeat_action_probability", 0, 1)
+    require_range(args, "z", -1e9, -1e-9)  # negative, since it stands for log 0
+    batch_size = args.num_envs * args.num_steps
+    require(
+        batch_size % args.num_minibatches == 0 and batch_size > args.num_minibatches,
+        f"--num-minibatches {args.num_minibatches}: must divide {batch_size}"
+        " (environments x steps) into parts > 1",
+    )
+    require(
+        args.noise != "none" or not args.noise_level, "--noise-level: choose a kind with --noise"
+    )
+    require(
+        args.device != "cuda" or torch.cuda.is_available(), "--device cuda: no GPU here; use cpu"
+    )
+    require(not args.track or util.find_spec("wandb"), "--track: pip install wandb")
+    require(
+        not args.capture_video or util.find_spec("moviepy"), "--capture-video: pip install moviepy"
+    )
 
 
 def prepare(args: Args) -> Args:
-    """Checks arguments, fills in defaults, makes the folder. Raises ValueError: what is wrong, what to do."""
-    if args.resume:
-        if replace(args, resume=None) != Args():
-            raise ValueError("--resume goes on under the flags of that run: leave out all others")
-        if not Path(args.resume, "args.json").is_file() or Path(args.resume, "summary.json").is_file():
-            raise ValueError(f"--resume {args.resume}: not the folder of a run that was interrupted")
-        saved = json.loads(Path(args.resume, "args.json").read_text())["args"]
-        if saved.keys() != vars(args).keys():
-            raise ValueError(f"--resume {args.resume}: a run of another script")
-        args = Args(**saved | {"resume": args.resume})
-    defaults = dict.fromkeys(("eval_freq", "checkpoint_freq"), max(1, args.total_timesteps // 20)) | {
-        "alpha": 0.5 if args.beta else 1.0,
-        "noise_level": {"none": 0.0, "normal": 0.05, "uniform": 0.05}.get(args.noise, 0.1),
-    }  # fmt: skip
-    args = replace(args, **{name: x for name, x in defaults.items() if getattr(args, name) is None})
-    args = replace(args, env_id=rom_name(args.env_id).title().replace("_", ""))  # one name for all spellings
-    stamp = f"{args.env_id}__{args.algo}__{args.noise}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    args = replace(args, run_name=args.run_name or stamp)
-    for names, what, valid in (
-        ("total_timesteps num_envs num_steps eval_episodes log_freq", "at least 1", lambda x: x >= 1),
-        ("num_minibatches update_epochs", "at least 1", lambda x: x >= 1),
-        ("alpha beta vf_coef ent_coef eval_freq checkpoint_freq", ">= 0", lambda x: 0 <= x < math.inf),
-        ("seed total_timesteps", "in [0, 1e9], for the emulator's seeds", lambda x: 0 <= x <= 1e9),
-        ("learning_rate adam_eps clip_coef max_grad_norm", "positive", lambda x: 0 < x < math.inf),
-        ("gamma gae_lambda noise_level repeat_action_probability", "in [0, 1]", lambda x: 0 <= x <= 1),
-        ("z", "negative, for it stands for log 0", lambda x: -math.inf < x < 0),
-    ):
-        for name in names.split():
-            if not valid(getattr(args, name)):
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be {what}")
-    batch_size = args.num_envs * args.num_steps
-    for wrong, message in (
-        (batch_size % args.num_minibatches or batch_size == args.num_minibatches,
-         f"--num-minibatches {args.num_minibatches}: must divide {batch_size} (envs x steps) into parts > 1"),
-        (args.noise == "none" and args.noise_level > 0, "--noise-level: choose a kind with --noise"),
-        (args.device == "cuda" and not torch.cuda.is_available(), "--device cuda: no GPU here; use cpu"),
-        (args.track and not util.find_spec("wandb"), "--track: pip install wandb"),
-        (args.capture_video and not util.find_spec("moviepy"), "--capture-video: pip install moviepy"),
-    ):  # fmt: skip
-        if wrong:
-            raise ValueError(message)
-    run_dir = Path(args.resume or Path(args.runs_dir) / args.run_name)
+    """Completes and checks arguments, and makes the run's folder. Raises ValueError, which says
+    what is wrong and what to do."""
+    if args.resume is not None:
+        args = resumed_args(args)
+    args = with_defaults(args)
+    check(args)
     try:
-        run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
+        args.run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
     except OSError as error:
-        raise ValueError(f"{run_dir}: {error.strerror}; try another --run-name or --runs-dir") from error
+        advice = "try another --run-name or --runs-dir"
+        raise ValueError(f"{args.run_dir}: {error.strerror}; {advice}") from error
     if not args.resume:
-        save(run_dir / "args.json", json.dumps({"args": vars(args)} | describe_machine(), indent=2))
+        content = {"args": vars(args)} | describe_machine()
+        save(args.run_dir / "args.json", json.dumps(content, indent=2))
     return args
 
 
@@ -535,14 +811,22 @@ def main() -> None:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     stop = threading.Event()
-    for signum in (signal.SIGINT, signal.SIGTERM):  # the first one asks for a checkpoint, a second one kills
-        signal.signal(signum, lambda signum, _: (stop.set(), signal.signal(signum, signal.SIG_DFL)))
-    run_dir = args.resume or Path(args.runs_dir) / args.run_name
-    if (summary := train(args, stop)) is None:
-        print(f"interrupted; to go on: python {sys.argv[0]} --resume {run_dir}", file=sys.stderr)
+
+    def request_stop(signum, frame):
+        stop.set()
+        signal.signal(signum, signal.SIG_DFL)  # a second signal kills
+
+    signal.signal(signal.SIGINT, request_stop)
+    signal.signal(signal.SIGTERM, request_stop)
+    summary = train(args, stop)
+    if summary is None:
+        resume = shlex.join(["python", sys.argv[0], "--resume", str(args.run_dir)])
+        print(f"interrupted; to continue: {resume}", file=sys.stderr)
         sys.exit(130)
-    score = "{env_id} {algo}: return {final_return_mean:.1f} ± {final_return_std:.1f}, {sps:,.0f} steps/s"
-    print(f"{score.format(**summary)}, {run_dir}")
+    score = f"{summary['final_return_mean']:.1f} ± {summary['final_return_std']:.1f}"
+    print(
+        f"{args.env_id} {args.algo}: return {score}, {summary['sps']:,.0f} steps/s, {args.run_dir}"
+    )
 
 
 if __name__ == "__main__":
