@@ -111,7 +111,7 @@ class Args:
 
 
 class AtariGames:
-    """Games in parallel, preprocessed as in DeepMind's DQN; where one ends, it restarts in that step.
+    """Games in parallel, preprocessed as in DeepMind's DQN, each reset as soon as it ends.
 
     A step repeats an action for four frames. Observations are grey 84 x 84 images, the maximum of
     the last two frames, stacked over the last four steps. A game starts with FIRE, where there is
@@ -189,8 +189,9 @@ def perturb_reward(reward, noise, level, rng):
 
 def perturb_advantage(advantage, level, generator):
     """Advantages of any shape, the sign of each flipped with probability `level`."""
-    uniform = torch.rand(advantage.shape, generator=generator, device=advantage.device)
-    return torch.where(uniform < level, -advantage, advantage)
+    uniform = torch.rand(advantage.shape, generator=generator, device=generator.device)
+    flipped = uniform.to(advantage.device) < level
+    return torch.where(flipped, -advantage, advantage)
 
 
 class Agent(nn.Module):
@@ -328,13 +329,21 @@ class RMSpropTF(torch.optim.Optimizer):
                 parameter.addcdiv_(gradient, denominator, value=-group["lr"])
 
 
-def gradient_and_metrics(agent, args, obs, action, advantage, returns, weight):
-    """Clipped gradient of the loss on a rollout, as one vector, and what to log. `weight`, 1 on
-    average, is 0 where FIRE replaced the agent's action: such a step trains only the critic."""
+def gradient_and_metrics(agent, args, obs, action, advantage, returns, mask):
+    """Clipped gradient of the loss on a rollout, as one vector, and what to log. `mask` is 0
+    where FIRE replaced the agent's action, else 1: such a step trains only the critic."""
+    count = mask.sum().clamp(min=2)
+    weight = mask / count * len(mask)  # 1 on average
+    normalized = advantage
+    if args.norm_adv:
+        mean = (mask * advantage).sum() / count
+        variance = (mask * (advantage - mean)).square().sum() / (count - 1)
+        normalized = (advantage - mean) / (variance.sqrt() + 1e-8)
+    sign_flips = weight * ((normalized > 0) != (advantage > 0))
+    advantage = weight * normalized  # the policy loss is linear in it
     logits, value = agent(obs)
     policy = Categorical(logits=logits, validate_args=False)
     log_prob = policy.log_prob(action)
-    advantage = weight * advantage  # the policy loss is linear in it
     policy_loss = symmetric_policy_loss(log_prob, advantage, args.alpha, args.beta, args.z)
     value_loss = (value - returns).square().mean()
     entropy = (weight * policy.entropy()).mean()
@@ -352,6 +361,7 @@ def gradient_and_metrics(agent, args, obs, action, advantage, returns, weight):
             "value_loss": value_loss.detach(),
             "entropy": entropy.detach(),
             "grad_norm": grad_norm,  # before clipping
+            "advantage_sign_flips": sign_flips.mean(),  # by normalisation
             "probability": (weight * p).mean(),
             "reverse_share": (weight * reverse_weight / (args.alpha + reverse_weight)).mean(),
         }
@@ -415,7 +425,6 @@ def train(args: Args, stop: threading.Event) -> dict | None:
     metrics = []  # of all updates since the last entry in the log
     advantages = []  # of all rollouts since then
     all_returns = []
-    sign_flips = []
 
     while global_step < args.total_timesteps:
         # Rollout
@@ -452,22 +461,13 @@ def train(args: Args, stop: threading.Event) -> dict | None:
         all_returns.append(returns[~overridden])
         b_advantage = torch.tensor(advantage, dtype=torch.float32, device=device).flatten()
         b_returns = torch.tensor(returns, dtype=torch.float32, device=device).flatten()
-        own = torch.tensor(~overridden, dtype=torch.float32, device=device).flatten()
+        b_mask = torch.tensor(~overridden, dtype=torch.float32, device=device).flatten()
 
-        # Update; `own` is 1 where the action was the agent's, else 0
+        # Update
         if args.noise == "adv_flip":
             b_advantage = perturb_advantage(b_advantage, args.noise_level, generator)
-        count = own.sum().clamp(min=2)
-        if args.norm_adv:  # over the agent's own actions
-            mean = (own * b_advantage).sum() / count
-            squares = (own * (b_advantage - mean)).square()
-            std = (squares.sum() / (count - 1)).sqrt()
-            flipped = (b_advantage > 0) != (b_advantage > mean)
-            sign_flips.append((own * flipped).sum() / own.sum())
-            b_advantage = (b_advantage - mean) / (std + 1e-8)
-        weight = own / count * len(own)
         parameters.grad, new_metrics = gradient_fn(
-            agent, args, b_obs, b_action, b_advantage, b_returns, weight
+            agent, args, b_obs, b_action, b_advantage, b_returns, b_mask
         )
         optimizer.step()
         metrics.append({name: x.clone() for name, x in new_metrics.items()})
@@ -487,8 +487,6 @@ def train(args: Args, stop: threading.Event) -> dict | None:
             variance = np.var(np.concatenate(all_returns))
             scalars["losses/explained_variance"] = 1 - np.var(residual) / variance
             scalars["losses/advantage_largest"] = np.abs(residual).max()
-            if sign_flips:
-                scalars["losses/advantage_sign_flips"] = torch.stack(sign_flips).mean()
             seconds = train_seconds + time.perf_counter() - iteration_started
             scalars["charts/SPS"] = global_step / seconds
             if envs.finished:
@@ -501,7 +499,6 @@ def train(args: Args, stop: threading.Event) -> dict | None:
             metrics = []
             advantages = []
             all_returns = []
-            sign_flips = []
         train_seconds += time.perf_counter() - iteration_started
 
         # Evaluation and checkpoint

@@ -118,7 +118,7 @@ class Args:
 
 
 class AtariGames:
-    """Games in parallel, preprocessed as in DeepMind's DQN; where one ends, it restarts in that step.
+    """Games in parallel, preprocessed as in DeepMind's DQN, each reset as soon as it ends.
 
     A step repeats an action for four frames. Observations are grey 84 x 84 images, the maximum of
     the last two frames, stacked over the last four steps. A game starts with FIRE, where there is
@@ -196,8 +196,9 @@ def perturb_reward(reward, noise, level, rng):
 
 def perturb_advantage(advantage, level, generator):
     """Advantages of any shape, the sign of each flipped with probability `level`."""
-    uniform = torch.rand(advantage.shape, generator=generator, device=advantage.device)
-    return torch.where(uniform < level, -advantage, advantage)
+    uniform = torch.rand(advantage.shape, generator=generator, device=generator.device)
+    flipped = uniform.to(advantage.device) < level
+    return torch.where(flipped, -advantage, advantage)
 
 
 class Agent(nn.Module):
@@ -323,14 +324,22 @@ def compute_gae(reward, value, final_value, terminated, truncated, gamma, gae_la
 
 
 def gradient_and_metrics(
-    agent, args, clip_coef, obs, action, old_log_prob, advantage, returns, weight
+    agent, args, clip_coef, obs, action, old_log_prob, advantage, returns, mask
 ):
-    """Clipped gradient of the loss on a minibatch, as one vector, and what to log. `weight`, 1 on
-    average, is 0 where FIRE replaced the agent's action: such a step trains only the critic."""
+    """Clipped gradient of the loss on a minibatch, as one vector, and what to log. `mask` is 0
+    where FIRE replaced the agent's action, else 1: such a step trains only the critic."""
+    count = mask.sum().clamp(min=2)
+    weight = mask / count * len(mask)  # 1 on average
+    normalized = advantage
+    if args.norm_adv:
+        mean = (mask * advantage).sum() / count
+        variance = (mask * (advantage - mean)).square().sum() / (count - 1)
+        normalized = (advantage - mean) / (variance.sqrt() + 1e-8)
+    sign_flips = weight * ((normalized > 0) != (advantage > 0))
+    advantage = weight * normalized  # the policy loss is linear in it
     logits, value = agent(obs)
     policy = Categorical(logits=logits, validate_args=False)
     log_prob = policy.log_prob(action)
-    advantage = weight * advantage  # the policy loss is linear in it
     policy_loss = symmetric_policy_loss(
         log_prob, old_log_prob, advantage, clip_coef, args.alpha, args.beta, args.z
     )
@@ -353,6 +362,7 @@ def gradient_and_metrics(
             "value_loss": value_loss.detach(),
             "entropy": entropy.detach(),
             "grad_norm": grad_norm,  # before clipping
+            "advantage_sign_flips": sign_flips.mean(),  # by normalisation
             "approx_kl": (
                 weight * (ratio - 1 - log_ratio)
             ).mean(),  # joschu.net/blog/kl-approx.html
@@ -419,7 +429,6 @@ def train(args: Args, stop: threading.Event) -> dict | None:
     metrics = []  # of all minibatches since the last entry in the log
     advantages = []  # of all rollouts since then
     all_returns = []
-    sign_flips = []
 
     while global_step < args.total_timesteps:
         # Rollout
@@ -464,26 +473,15 @@ def train(args: Args, stop: threading.Event) -> dict | None:
         all_returns.append(returns[~overridden])
         b_advantage = torch.tensor(advantage, dtype=torch.float32, device=device).flatten()
         b_returns = torch.tensor(returns, dtype=torch.float32, device=device).flatten()
-        b_own = torch.tensor(~overridden, dtype=torch.float32, device=device).flatten()
+        b_mask = torch.tensor(~overridden, dtype=torch.float32, device=device).flatten()
 
-        # Update; `order` and what an epoch has of advantages are (minibatch, sample)
+        # Update
         for _ in range(args.update_epochs):
-            order = torch.randperm(T * N, generator=generator, device=device)
-            order = order.view(args.num_minibatches, -1)
-            epoch_advantage = b_advantage[order]
-            own = b_own[order]  # 1 where the action was the agent's, else 0
+            epoch_advantage = b_advantage
             if args.noise == "adv_flip":
-                epoch_advantage = perturb_advantage(epoch_advantage, args.noise_level, generator)
-            count = own.sum(1, keepdim=True).clamp(min=2)
-            if args.norm_adv:  # over the agent's own actions
-                mean = (own * epoch_advantage).sum(1, keepdim=True) / count
-                squares = (own * (epoch_advantage - mean)).square()
-                std = (squares.sum(1, keepdim=True) / (count - 1)).sqrt()
-                flipped = (epoch_advantage > 0) != (epoch_advantage > mean)
-                sign_flips.append((own * flipped).sum() / own.sum())
-                epoch_advantage = (epoch_advantage - mean) / (std + 1e-8)
-            weight = own / count * own.shape[1]
-            for i, mb in enumerate(order):
+                epoch_advantage = perturb_advantage(b_advantage, args.noise_level, generator)
+            order = torch.randperm(T * N, generator=generator, device=device)
+            for mb in order.view(args.num_minibatches, -1):
                 parameters.grad, mb_metrics = gradient_fn(
                     agent,
                     args,
@@ -491,9 +489,9 @@ def train(args: Args, stop: threading.Event) -> dict | None:
                     b_obs[mb],
                     b_action[mb],
                     old_log_prob[mb],
-                    epoch_advantage[i],
+                    epoch_advantage[mb],
                     b_returns[mb],
-                    weight[i],
+                    b_mask[mb],
                 )
                 optimizer.step()
                 metrics.append({name: x.clone() for name, x in mb_metrics.items()})
@@ -513,8 +511,6 @@ def train(args: Args, stop: threading.Event) -> dict | None:
             variance = np.var(np.concatenate(all_returns))
             scalars["losses/explained_variance"] = 1 - np.var(residual) / variance
             scalars["losses/advantage_largest"] = np.abs(residual).max()
-            if sign_flips:
-                scalars["losses/advantage_sign_flips"] = torch.stack(sign_flips).mean()
             seconds = train_seconds + time.perf_counter() - iteration_started
             scalars["charts/SPS"] = global_step / seconds
             if envs.finished:
@@ -527,7 +523,6 @@ def train(args: Args, stop: threading.Event) -> dict | None:
             metrics = []
             advantages = []
             all_returns = []
-            sign_flips = []
         train_seconds += time.perf_counter() - iteration_started
 
         # Evaluation and checkpoint
