@@ -95,6 +95,7 @@ class Args:
         "none"  # adv_flip: on advantages
     )
     noise_level: float | None = None  # flip probability (default 0.1) or scale (default 0.05)
+    correct_flips: bool = False  # make flipped rewards unbiased, given the noise level
 
     # Evaluation
     eval_freq: int | None = None  # steps between evaluations; default: run / 20; 0: at the end
@@ -187,6 +188,13 @@ def perturb_reward(reward, noise, level, rng):
     return reward
 
 
+def correct_flips(reward, level):
+    """Unbiased rewards, given flips r -> 1 - r with probability `level` < 1/2: the mean of a noisy
+    reward is (1 - 2 level) r + level. After Wang et al., AAAI 2020, "Reinforcement Learning with
+    Perturbed Rewards"."""
+    return (reward - level) / (1 - 2 * level)
+
+
 def perturb_advantage(advantage, level, generator):
     """Advantages of any shape, the sign of each flipped with probability `level`."""
     uniform = torch.rand(advantage.shape, generator=generator, device=generator.device)
@@ -199,7 +207,7 @@ class Agent(nn.Module):
 
     def __init__(self, num_actions, layer_norm=False, bfloat16=False):
         super().__init__()
-        self.bfloat16 = bfloat16
+        self.dtype = torch.bfloat16 if bfloat16 else torch.float32  # both hold uint8 exactly
 
         def norm(channels):
             return nn.GroupNorm(1, channels) if layer_norm else nn.Identity()
@@ -228,13 +236,12 @@ class Agent(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def autocast(self, enabled=True):
-        device = self.conv.weight.device.type
-        return torch.autocast(device, torch.bfloat16, enabled=enabled and self.bfloat16)
+        enabled = enabled and self.dtype == torch.bfloat16
+        return torch.autocast(self.conv.weight.device.type, torch.bfloat16, enabled=enabled)
 
     def forward(self, images):
         """Logits (batch, num_actions) and values (batch,) of images (batch, 4, 84, 84), uint8."""
-        dtype = torch.bfloat16 if self.bfloat16 else torch.float32  # both hold uint8 exactly
-        x = images.to(dtype, memory_format=torch.channels_last)
+        x = images.to(self.dtype, memory_format=torch.channels_last)
         with self.autocast():
             x = torch.conv2d(x, self.conv.weight / 255, self.conv.bias, stride=4)
             x = self.trunk(x)
@@ -361,6 +368,7 @@ def gradient_and_metrics(agent, args, obs, action, advantage, returns, mask):
             "value_loss": value_loss.detach(),
             "entropy": entropy.detach(),
             "grad_norm": grad_norm,  # before clipping
+            "clipped_gradients": (grad_norm > args.max_grad_norm).float(),
             "advantage_sign_flips": sign_flips.mean(),  # by normalisation
             "probability": (weight * p).mean(),
             "reverse_share": (weight * reverse_weight / (args.alpha + reverse_weight)).mean(),
@@ -448,6 +456,8 @@ def train(args: Args, stop: threading.Event) -> dict | None:
         b_obs = obs[:T].flatten(0, 1)
         b_action = action.flatten()
         noisy_reward = perturb_reward(reward, args.noise, args.noise_level, rng)
+        if args.correct_flips:
+            noisy_reward = correct_flips(noisy_reward, args.noise_level)
         advantage, returns = compute_gae(
             noisy_reward,
             value.cpu().numpy(),
@@ -742,6 +752,9 @@ def check(args: Args) -> None:
     require(
         args.noise != "none" or not args.noise_level, "--noise-level: choose a kind with --noise"
     )
+    if args.correct_flips:
+        flips = args.noise == "flip" and args.noise_level < 0.5
+        require(flips, "--correct-flips: needs --noise flip and a --noise-level below 0.5")
     require(
         args.device != "cuda" or torch.cuda.is_available(), "--device cuda: no GPU here; use cpu"
     )

@@ -102,6 +102,7 @@ class Args:
         "none"  # adv_flip: on advantages
     )
     noise_level: float | None = None  # flip probability (default 0.1) or scale (default 0.05)
+    correct_flips: bool = False  # make flipped rewards unbiased, given the noise level
 
     # Evaluation
     eval_freq: int | None = None  # steps between evaluations; default: run / 20; 0: at the end
@@ -225,6 +226,13 @@ def perturb_reward(reward, noise, level, rng):
     if noise == "uniform":
         return reward + rng.uniform(-level, level, reward.shape)
     return reward
+
+
+def correct_flips(reward, level):
+    """Unbiased rewards, given flips r -> 1 - r with probability `level` < 1/2: the mean of a noisy
+    reward is (1 - 2 level) r + level. After Wang et al., AAAI 2020, "Reinforcement Learning with
+    Perturbed Rewards"."""
+    return (reward - level) / (1 - 2 * level)
 
 
 def perturb_advantage(advantage, level, generator):
@@ -415,6 +423,7 @@ def gradient_and_metrics(agent, args, obs, action, advantage, returns):
             "value_loss": value_loss.detach(),
             "entropy": entropy.detach(),
             "grad_norm": grad_norm,  # before clipping
+            "clipped_gradients": (grad_norm > args.max_grad_norm).float(),
             "advantage_sign_flips": sign_flips.float().mean(),  # by normalisation
             "probability": p.mean(),
             "reverse_share": (reverse_weight / (args.alpha + reverse_weight)).mean(),
@@ -503,6 +512,8 @@ def train(args: Args, stop: threading.Event) -> dict | None:
             value = agent.value(b_obs).cpu().numpy()
             b_obs = b_obs[:T].flatten(0, 1)
         noisy_reward = perturb_reward(reward, args.noise, args.noise_level, rng)
+        if args.correct_flips:
+            noisy_reward = correct_flips(noisy_reward, args.noise_level)
         advantage, returns = compute_gae(
             noisy_reward, value, final_value, terminated, truncated, args.gamma, args.gae_lambda
         )
@@ -760,6 +771,9 @@ def check(args: Args) -> None:
     require(
         args.noise != "none" or not args.noise_level, "--noise-level: choose a kind with --noise"
     )
+    if args.correct_flips:
+        flips = args.noise == "flip" and args.noise_level < 0.5
+        require(flips, "--correct-flips: needs --noise flip and a --noise-level below 0.5")
     require(
         args.device != "cuda" or torch.cuda.is_available(), "--device cuda: no GPU here; use cpu"
     )

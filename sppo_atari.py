@@ -98,10 +98,12 @@ class Args:
     alpha: float | None = None  # weight of the PPO loss; default: 0.5, without reverse loss 1
     beta: float = 1.0  # weight of the reverse loss; 0: PPO
     z: float = -1.0  # Z, which stands for log 0
+    divide_by_p_old: bool = True  # the paper's reverse loss; without: bounded, not in the paper
     noise: Literal["none", "flip", "normal", "uniform", "adv_flip"] = (
         "none"  # adv_flip: on advantages
     )
     noise_level: float | None = None  # flip probability (default 0.1) or scale (default 0.05)
+    correct_flips: bool = False  # make flipped rewards unbiased, given the noise level
 
     # Evaluation
     eval_freq: int | None = None  # steps between evaluations; default: run / 20; 0: at the end
@@ -194,6 +196,13 @@ def perturb_reward(reward, noise, level, rng):
     return reward
 
 
+def correct_flips(reward, level):
+    """Unbiased rewards, given flips r -> 1 - r with probability `level` < 1/2: the mean of a noisy
+    reward is (1 - 2 level) r + level. After Wang et al., AAAI 2020, "Reinforcement Learning with
+    Perturbed Rewards"."""
+    return (reward - level) / (1 - 2 * level)
+
+
 def perturb_advantage(advantage, level, generator):
     """Advantages of any shape, the sign of each flipped with probability `level`."""
     uniform = torch.rand(advantage.shape, generator=generator, device=generator.device)
@@ -206,7 +215,7 @@ class Agent(nn.Module):
 
     def __init__(self, num_actions, layer_norm=False, bfloat16=False):
         super().__init__()
-        self.bfloat16 = bfloat16
+        self.dtype = torch.bfloat16 if bfloat16 else torch.float32  # both hold uint8 exactly
 
         def norm(channels):
             return nn.GroupNorm(1, channels) if layer_norm else nn.Identity()
@@ -235,13 +244,12 @@ class Agent(nn.Module):
                 nn.init.zeros_(layer.bias)
 
     def autocast(self, enabled=True):
-        device = self.conv.weight.device.type
-        return torch.autocast(device, torch.bfloat16, enabled=enabled and self.bfloat16)
+        enabled = enabled and self.dtype == torch.bfloat16
+        return torch.autocast(self.conv.weight.device.type, torch.bfloat16, enabled=enabled)
 
     def forward(self, images):
         """Logits (batch, num_actions) and values (batch,) of images (batch, 4, 84, 84), uint8."""
-        dtype = torch.bfloat16 if self.bfloat16 else torch.float32  # both hold uint8 exactly
-        x = images.to(dtype, memory_format=torch.channels_last)
+        x = images.to(self.dtype, memory_format=torch.channels_last)
         with self.autocast():
             x = torch.conv2d(x, self.conv.weight / 255, self.conv.bias, stride=4)
             x = self.trunk(x)
@@ -281,7 +289,9 @@ def evaluate(agent, args, seed, video):
     return np.array(scores), np.array(lengths)
 
 
-def symmetric_policy_loss(log_prob, old_log_prob, advantage, clip_coef, alpha, beta, z):
+def symmetric_policy_loss(
+    log_prob, old_log_prob, advantage, clip_coef, alpha, beta, z, divide_by_p_old=True
+):
     """alpha * PPO loss + beta * reverse PPO loss, a scalar to minimise (arXiv 2405.17618).
 
     Tensors (batch,): `log_prob`, `old_log_prob`: log pi(a|s) of the joint action taken, under the
@@ -291,6 +301,10 @@ def symmetric_policy_loss(log_prob, old_log_prob, advantage, clip_coef, alpha, b
     (1 - p) / p_old is written 1 / p_old - r: the first term has no gradient but grows with the
     dimension of the action, to infinity in float32 below log p_old = -88. Judge this loss by its
     gradient, not its value.
+
+    Without `divide_by_p_old`, a variant of ours that is not in the paper, the reverse loss is
+    bounded and prefers likely actions: where m is 1, the gradient of the whole has the factor
+    alpha + beta |z| p_old, not alpha + beta |z|.
     """
     ratio = (log_prob - old_log_prob).exp()
     surrogate = advantage * ratio
@@ -299,6 +313,8 @@ def symmetric_policy_loss(log_prob, old_log_prob, advantage, clip_coef, alpha, b
     objective = alpha * torch.where(unclipped, surrogate, clipped)
     if beta:  # all that symmetric PPO adds to PPO
         reverse = advantage * z * ((-old_log_prob).exp() - ratio)
+        if not divide_by_p_old:
+            reverse = advantage * z * (1 - log_prob.exp())
         objective = objective + beta * torch.where(unclipped, reverse, 0.0)
     return -objective.mean()
 
@@ -341,7 +357,14 @@ def gradient_and_metrics(
     policy = Categorical(logits=logits, validate_args=False)
     log_prob = policy.log_prob(action)
     policy_loss = symmetric_policy_loss(
-        log_prob, old_log_prob, advantage, clip_coef, args.alpha, args.beta, args.z
+        log_prob,
+        old_log_prob,
+        advantage,
+        clip_coef,
+        args.alpha,
+        args.beta,
+        args.z,
+        args.divide_by_p_old,
     )
     value_loss = (value - returns).square().mean()
     entropy = (weight * policy.entropy()).mean()
@@ -356,12 +379,16 @@ def gradient_and_metrics(
         surrogate = advantage * ratio
         clipped = advantage * ratio.clamp(1 - clip_coef, 1 + clip_coef)
         unclipped = surrogate <= clipped
+        reverse = args.z * torch.where(unclipped, surrogate, 0.0)  # the part with a gradient
+        if not args.divide_by_p_old:
+            reverse = reverse * old_log_prob.exp()
         metrics = {
             "policy_loss": -torch.minimum(surrogate, clipped).mean(),
-            "reverse_loss": args.z * torch.where(unclipped, surrogate, 0.0).mean(),  # with gradient
+            "reverse_loss": reverse.mean(),
             "value_loss": value_loss.detach(),
             "entropy": entropy.detach(),
             "grad_norm": grad_norm,  # before clipping
+            "clipped_gradients": (grad_norm > args.max_grad_norm).float(),
             "advantage_sign_flips": sign_flips.mean(),  # by normalisation
             "approx_kl": (
                 weight * (ratio - 1 - log_ratio)
@@ -460,6 +487,8 @@ def train(args: Args, stop: threading.Event) -> dict | None:
         policy = Categorical(logits=logits, validate_args=False)
         old_log_prob = policy.log_prob(action).flatten()
         noisy_reward = perturb_reward(reward, args.noise, args.noise_level, rng)
+        if args.correct_flips:
+            noisy_reward = correct_flips(noisy_reward, args.noise_level)
         advantage, returns = compute_gae(
             noisy_reward,
             value.cpu().numpy(),
@@ -772,6 +801,9 @@ def check(args: Args) -> None:
     require(
         args.noise != "none" or not args.noise_level, "--noise-level: choose a kind with --noise"
     )
+    if args.correct_flips:
+        flips = args.noise == "flip" and args.noise_level < 0.5
+        require(flips, "--correct-flips: needs --noise flip and a --noise-level below 0.5")
     require(
         args.device != "cuda" or torch.cuda.is_available(), "--device cuda: no GPU here; use cpu"
     )

@@ -102,10 +102,12 @@ class Args:
     alpha: float | None = None  # weight of the PPO loss; default: 0.5, without reverse loss 1
     beta: float | None = None  # weight of the reverse loss; default: 20, Gaussian policy 0
     z: float = -1.0  # Z, which stands for log 0
+    divide_by_p_old: bool = True  # the paper's reverse loss; without: bounded, not in the paper
     noise: Literal["none", "flip", "normal", "uniform", "adv_flip"] = (
         "none"  # adv_flip: on advantages
     )
     noise_level: float | None = None  # flip probability (default 0.1) or scale (default 0.05)
+    correct_flips: bool = False  # make flipped rewards unbiased, given the noise level
 
     # Evaluation
     eval_freq: int | None = None  # steps between evaluations; default: run / 20; 0: at the end
@@ -229,6 +231,13 @@ def perturb_reward(reward, noise, level, rng):
     if noise == "uniform":
         return reward + rng.uniform(-level, level, reward.shape)
     return reward
+
+
+def correct_flips(reward, level):
+    """Unbiased rewards, given flips r -> 1 - r with probability `level` < 1/2: the mean of a noisy
+    reward is (1 - 2 level) r + level. After Wang et al., AAAI 2020, "Reinforcement Learning with
+    Perturbed Rewards"."""
+    return (reward - level) / (1 - 2 * level)
 
 
 def perturb_advantage(advantage, level, generator):
@@ -362,7 +371,9 @@ def evaluate(agent, env, training_envs, episodes, seed):
     return returns, lengths
 
 
-def symmetric_policy_loss(log_prob, old_log_prob, advantage, clip_coef, alpha, beta, z):
+def symmetric_policy_loss(
+    log_prob, old_log_prob, advantage, clip_coef, alpha, beta, z, divide_by_p_old=True
+):
     """alpha * PPO loss + beta * reverse PPO loss, a scalar to minimise (arXiv 2405.17618).
 
     Tensors (batch,): `log_prob`, `old_log_prob`: log pi(a|s) of the joint action taken, under the
@@ -372,6 +383,10 @@ def symmetric_policy_loss(log_prob, old_log_prob, advantage, clip_coef, alpha, b
     (1 - p) / p_old is written 1 / p_old - r: the first term has no gradient but grows with the
     dimension of the action, to infinity in float32 below log p_old = -88. Judge this loss by its
     gradient, not its value.
+
+    Without `divide_by_p_old`, a variant of ours that is not in the paper, the reverse loss is
+    bounded and prefers likely actions: where m is 1, the gradient of the whole has the factor
+    alpha + beta |z| p_old, not alpha + beta |z|.
     """
     ratio = (log_prob - old_log_prob).exp()
     surrogate = advantage * ratio
@@ -380,6 +395,8 @@ def symmetric_policy_loss(log_prob, old_log_prob, advantage, clip_coef, alpha, b
     objective = alpha * torch.where(unclipped, surrogate, clipped)
     if beta:  # all that symmetric PPO adds to PPO
         reverse = advantage * z * ((-old_log_prob).exp() - ratio)
+        if not divide_by_p_old:
+            reverse = advantage * z * (1 - log_prob.exp())
         objective = objective + beta * torch.where(unclipped, reverse, 0.0)
     return -objective.mean()
 
@@ -413,7 +430,14 @@ def gradient_and_metrics(agent, args, obs, action, old_log_prob, advantage, retu
     policy = agent.policy(obs)
     log_prob = policy.log_prob(action)
     policy_loss = symmetric_policy_loss(
-        log_prob, old_log_prob, normalized, args.clip_coef, args.alpha, args.beta, args.z
+        log_prob,
+        old_log_prob,
+        normalized,
+        args.clip_coef,
+        args.alpha,
+        args.beta,
+        args.z,
+        args.divide_by_p_old,
     )
     value_loss = (agent.value(obs) - returns).square().mean()
     entropy = policy.entropy().mean()
@@ -428,12 +452,16 @@ def gradient_and_metrics(agent, args, obs, action, old_log_prob, advantage, retu
         surrogate = normalized * ratio
         clipped = normalized * ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
         unclipped = surrogate <= clipped
+        reverse = args.z * torch.where(unclipped, surrogate, 0.0)  # the part with a gradient
+        if not args.divide_by_p_old:
+            reverse = reverse * old_log_prob.exp()
         metrics = {
             "policy_loss": -torch.minimum(surrogate, clipped).mean(),
-            "reverse_loss": args.z * torch.where(unclipped, surrogate, 0.0).mean(),  # with gradient
+            "reverse_loss": reverse.mean(),
             "value_loss": value_loss.detach(),
             "entropy": entropy.detach(),
             "grad_norm": grad_norm,  # before clipping
+            "clipped_gradients": (grad_norm > args.max_grad_norm).float(),
             "advantage_sign_flips": sign_flips.float().mean(),  # by normalisation
             "approx_kl": (ratio - 1 - log_ratio).mean(),  # joschu.net/blog/kl-approx.html
             "clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean(),
@@ -521,6 +549,8 @@ def train(args: Args, stop: threading.Event) -> dict | None:
             b_obs = b_obs[:T].flatten(0, 1)
             old_log_prob = agent.policy(b_obs).log_prob(b_action)
         noisy_reward = perturb_reward(reward, args.noise, args.noise_level, rng)
+        if args.correct_flips:
+            noisy_reward = correct_flips(noisy_reward, args.noise_level)
         advantage, returns = compute_gae(
             noisy_reward, value, final_value, terminated, truncated, args.gamma, args.gae_lambda
         )
@@ -792,6 +822,9 @@ def check(args: Args) -> None:
     require(
         args.noise != "none" or not args.noise_level, "--noise-level: choose a kind with --noise"
     )
+    if args.correct_flips:
+        flips = args.noise == "flip" and args.noise_level < 0.5
+        require(flips, "--correct-flips: needs --noise flip and a --noise-level below 0.5")
     require(
         args.device != "cuda" or torch.cuda.is_available(), "--device cuda: no GPU here; use cpu"
     )
