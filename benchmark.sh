@@ -15,13 +15,14 @@ suites
   sweep        learning rate x clip range x epochs, PPO against symmetric PPO
   noise        noise levels from 0 to 0.4, on rewards and on advantages
   robust       symmetric loss with and without layer normalisation, and with and without an ensemble of reward models
+  evidence     a million steps: what explains SPPO, its variant sppo-p, rewards corrected for known flips
   speed        steps per second against Stable-Baselines3, as ratios, one after the other
 
 options
-  --seeds N          seeds 10000, 10001, ...: N of them (default: the paper's number, 30 continuous and 5 Atari; else 3 or 5)
+  --seeds N          seeds 10000, 10001, ...: N of them (default: the paper's number, 30 continuous and 5 Atari; else 3, 5 or 8)
   --jobs N           runs at a time: in all on CPUs (default: one per core), per GPU on GPUs (default: one)
   --device D         auto, cpu or cuda, for every script (default: auto)
-  --steps N          steps of each run (default: the paper's; quick 200,000, sweep 1,000,000)
+  --steps N          steps of each run (default: the paper's; quick 200,000, evidence and sweep 1,000,000)
   --envs E ...       environments, games or tasks, instead of the suite's own
   --runs-dir DIR     folder of the runs (default: runs/SUITE)
   --dry-run          print the commands, and run nothing
@@ -136,6 +137,22 @@ rows_rlhf() {
     [[ $1 = toy ]] || add sppo_rlhf "$1" ppo-ce "$2" "$3" --beta 0 --ce-coef $ce
     add sppo_rlhf "$1" sppo "$2" "$3"
 }
+rows_evidence_continuous() { # without A2C, with sppo-p, our variant without the division by p_old
+    add sppo_continuous "$1" ppo "$2" "$3" --policy gaussian
+    add sppo_continuous "$1" dppo "$2" "$3" --beta 0
+    add sppo_continuous "$1" dppo-norm "$2" "$3" --beta 0 --max-grad-norm 0.0243902
+    add sppo_continuous "$1" dppo-coef "$2" "$3" --beta 0 --vf-coef 0.0243902
+    add sppo_continuous "$1" sppo "$2" "$3"
+    add sppo_continuous "$1" sppo-p "$2" "$3" --no-divide-by-p-old
+}
+rows_evidence_atari() {
+    add sppo_atari "$1" ppo "$2" "$3" --beta 0
+    add sppo_atari "$1" sppo "$2" "$3"
+    [[ $2 != none ]] || return 0
+    add sppo_atari "$1" sppo-p "$2" "$3" --no-divide-by-p-old
+    add sppo_atari "$1" ppo-corrected "$2" "$3" --beta 0 --correct-flips
+    add sppo_atari "$1" ppo-coef "$2" "$3" --beta 0 --vf-coef 0.333333 --ent-coef 0.00666667
+}
 main_noise() { # rewards of tldr have no scale that is known beforehand: there advantages flip
     case $(kind_of "$1")/$1 in continuous/*) echo normal ;; rlhf/tldr) echo adv_flip ;; *) echo flip ;; esac
 }
@@ -147,6 +164,10 @@ for_each() { # FUNCTION: calls it with every environment and seed
     done
 }
 clean_and_noisy() { for noise in none "$(main_noise "$1")"; do "rows_$(kind_of "$1")" "$1" "$noise" "$2"; done; }
+evidence() {
+    [[ $(kind_of "$1") != rlhf ]] || die "evidence: $1 is neither a task of continuous control nor a game"
+    for noise in none "$(main_noise "$1")"; do "rows_evidence_$(kind_of "$1")" "$1" "$noise" "$2"; done
+}
 sweep() {
     [[ $(kind_of "$1") = continuous ]] || die "sweep: $1 is not a task of continuous control"
     for noise in none normal; do
@@ -210,6 +231,10 @@ case $suite in
     sweep) : "${seeds:=5}" "${steps:=1000000}"; suite_envs Hopper-v4 LunarLanderContinuous-v3; for_each sweep ;;
     noise) : "${seeds:=5}"; suite_envs Hopper-v4 LunarLanderContinuous-v3 Breakout; for_each noise_levels ;;
     robust) : "${seeds:=5}"; suite_envs Hopper-v4 LunarLanderContinuous-v3 imdb; for_each robust ;;
+    evidence)
+        : "${seeds:=8}" "${steps:=1000000}"
+        suite_envs Hopper-v4 LunarLanderContinuous-v3 InvertedDoublePendulum-v4
+        for_each evidence ;;
     speed)
         [[ ! ${envs[*]}$seeds$jobs$slurm$only && $device = auto ]] || die "speed: takes --steps, --runs-dir and --dry-run only"
         evaluations=1
