@@ -1,22 +1,22 @@
-"""Turns finished runs into tables, statistics over all tasks and learning curves, in a folder: report/.
+"""Turns finished runs into tables, statistics over all tasks and learning curves, in a folder:
+report/.
 
     python report.py runs/quick                              # all that benchmark.sh left there
     python report.py runs/continuous/Hopper-v4__* --out hopper
 
-A program is a script with those of its settings that are compared: DPPO; SPPO; DPPO, max-grad-norm / k, where
-k = alpha + beta |Z| is that of the symmetric runs there. A cell is a program on an environment with one kind
-and level of noise; its runs differ in the seed and nothing else, or there is no report. It shows the last
-evaluation, mean ± standard error over seeds. A cell that lacks seeds which others have shows how many it has,
-and no mean: --seeds compares on fewer. Bold is the best of a row, if the row is complete and Welch's t-test
-finds it better than every other program, each at 5 %, two-sided; "alpha k", the same program as the symmetric
-one, does not compete.
+A program is a script with those of its settings that are compared: DPPO; SPPO; DPPO, max-grad-norm
+/ k, where k = alpha + beta |Z| is that of the symmetric runs there. A cell is a program on an
+environment with one kind and level of noise; its runs differ in the seed and nothing else, or there
+is no report. It shows the last evaluation, mean ± standard error over seeds. A cell that lacks
+seeds which others have shows how many it has, and no mean: --seeds compares on fewer. Bold is the
+best of a row, if the row is complete and Welch's t-test finds it better than every other program,
+each at 5 %, two-sided; "alpha k", the same program as the symmetric one, does not compete.
 
-Over all tasks, by the library rliable (Agarwal et al., NeurIPS 2021): interquartile mean of normalised scores
-and probability of improvement, with 95 % stratified bootstrap intervals, which a handful of seeds makes too
-narrow. Atari scores are normalised by those of a random and a human player (Wang et al., ICML 2016), others
-by the worst (0) and the best run (1) of the environment here, all programs and noises together: they compare
-within a report only.
-"""
+Over all tasks, by the library rliable (Agarwal et al., NeurIPS 2021): interquartile mean of
+normalised scores and probability of improvement, with 95 % stratified bootstrap intervals, which a
+handful of seeds makes too narrow. Atari scores are normalised by those of a random and a human
+player (Wang et al., ICML 2016), others by the worst (0) and the best run (1) of the environment
+here, all programs and noises together: they compare within a report only."""
 
 import ast
 import json
@@ -45,39 +45,87 @@ except ImportError as error:
 
 plt.switch_backend("agg")
 
-# Settings that make another program of the same script, named by their flags where they are not the default
+# Settings that make another method of the same script, named by their flags where not the default
 SWEPT = ["learning_rate", "clip_coef", "update_epochs"]
 COMPARED = [*SWEPT, "max_grad_norm", "vf_coef", "ent_coef", "ce_coef", "norm_adv", "layer_norm"]
-COMPARED += ["reward_model", "reward_aggregate"]
+COMPARED += ["reward_model", "reward_aggregate", "correct_flips", "divide_by_p_old"]
 WEIGHTS = ["alpha", "beta", "z"]
 CELL = ["script", "env_id", "noise", "noise_level", "algo", "policy", *WEIGHTS, *COMPARED]
 # What may differ within a cell: it has no part in what is learnt, or is the result
-FREE = ["seed", "run_name", "runs_dir", "resume", "device", "compile", "track", "capture_video", "log_freq"]
+FREE = [
+    "seed",
+    "run_name",
+    "runs_dir",
+    "resume",
+    "device",
+    "compile",
+    "track",
+    "capture_video",
+    "log_freq",
+]
 FREE += ["checkpoint_freq", "micro_batch_size", "finished", "sps", "wall_s", "train_return_last100"]
 FREE += ["first_return_mean", "final_return_mean", "final_return_std"]
-NEEDED = ["script", "algo", "env_id", "seed", "noise", "noise_level", "alpha", "beta", "z", "run_name"]
+NEEDED = [
+    "script",
+    "algo",
+    "env_id",
+    "seed",
+    "noise",
+    "noise_level",
+    "alpha",
+    "beta",
+    "z",
+    "run_name",
+]
 NEEDED += ["total_timesteps", "final_return_mean", "train_return_last100", "sps", "wall_s"]
 EVALUATION = ["step", "return_mean", "return_std", "length_mean", "episodes"]
-SCRIPTS = ["sa2c_atari.py", "sa2c_continuous.py", "sppo_atari.py", "sppo_continuous.py", "sppo_rlhf.py"]
+SCRIPTS = [
+    "sa2c_atari.py",
+    "sa2c_continuous.py",
+    "sppo_atari.py",
+    "sppo_continuous.py",
+    "sppo_rlhf.py",
+]
 ALGOS = ["a2c", "da2c", "sa2c", "ppo", "dppo", "sppo"]
 ROW = ["kind", "family", "noise", "env_id"]
 
 RANDOM_AND_HUMAN = {  # raw scores
-    "Alien": (227.8, 7127.7), "Amidar": (5.8, 1719.5), "Assault": (222.4, 742.0), "Asterix": (210.0, 8503.3),
-    "BeamRider": (363.9, 16926.5), "Boxing": (0.1, 12.1), "Breakout": (1.7, 30.5),
-    "Centipede": (2090.9, 12017.0), "CrazyClimber": (10780.5, 35829.4), "DemonAttack": (152.1, 1971.0),
-    "Freeway": (0.0, 29.6), "Frostbite": (65.2, 4334.7), "Gopher": (257.6, 2412.5), "Krull": (1598.0, 2665.5),
-    "KungFuMaster": (258.5, 22736.3), "MsPacman": (307.3, 6951.6), "Pong": (-20.7, 14.6),
-    "Qbert": (163.9, 13455.0), "RoadRunner": (11.5, 7845.0), "Seaquest": (68.4, 42054.7),
-    "SpaceInvaders": (148.0, 1668.7), "WizardOfWor": (563.5, 4756.5),
-}  # fmt: skip
+    "Alien": (227.8, 7127.7),
+    "Amidar": (5.8, 1719.5),
+    "Assault": (222.4, 742.0),
+    "Asterix": (210.0, 8503.3),
+    "BeamRider": (363.9, 16926.5),
+    "Boxing": (0.1, 12.1),
+    "Breakout": (1.7, 30.5),
+    "Centipede": (2090.9, 12017.0),
+    "CrazyClimber": (10780.5, 35829.4),
+    "DemonAttack": (152.1, 1971.0),
+    "Freeway": (0.0, 29.6),
+    "Frostbite": (65.2, 4334.7),
+    "Gopher": (257.6, 2412.5),
+    "Krull": (1598.0, 2665.5),
+    "KungFuMaster": (258.5, 22736.3),
+    "MsPacman": (307.3, 6951.6),
+    "Pong": (-20.7, 14.6),
+    "Qbert": (163.9, 13455.0),
+    "RoadRunner": (11.5, 7845.0),
+    "Seaquest": (68.4, 42054.7),
+    "SpaceInvaders": (148.0, 1668.7),
+    "WizardOfWor": (563.5, 4756.5),
+}
 
 
 @dataclass
 class Args:
-    runs: tyro.conf.Positional[tuple[Path, ...]]  # folders of runs, as benchmark.sh leaves them, or runs
+    runs: tyro.conf.Positional[
+        tuple[Path, ...]
+    ]  # folders of runs, as benchmark.sh leaves them, or runs
     out: Path = Path("report")  # folder to write; an earlier report there is replaced
     seeds: int | None = None  # compare on the first so many seeds; default: all that there are
+    logged: tuple[str, ...] = (
+        "losses/advantage_sign_flips",
+        "losses/clipped_gradients",
+    )  # TensorBoard tags
     reps: int = 10_000  # bootstrap samples of statistics over all tasks
 
 
@@ -101,13 +149,30 @@ def read_json(path: Path, needed: list[str]) -> dict:
     return content
 
 
-def read_runs(folders: list[Path]) -> tuple[pd.DataFrame, list[dict]]:
+def read_logged(path: Path, tags: tuple[str, ...]) -> dict[str, pd.DataFrame]:
+    """What TensorBoard has of a run: {tag: columns step, value}, without tags that the run did not
+    log."""
+    events = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
+    logged = {}
+    for tag in tags:
+        if tag in events.Tags()["scalars"]:
+            values = {
+                event.step: event.value for event in events.Scalars(tag)
+            }  # resumed: the last one counts
+            logged[tag] = pd.DataFrame({"step": list(values), "value": list(values.values())})
+    return logged
+
+
+def read_runs(folders: list[Path], tags: tuple[str, ...]) -> tuple[pd.DataFrame, list[dict]]:
     """Finished runs, a row each, and the arguments of those that have begun and not finished.
 
-    Raises Refusal: no runs, a corrupt file, a missing column, a name or a run that is there twice."""
+    Raises Refusal: no runs, a corrupt file, a missing column, a name or a run that is there
+    twice."""
     paths = []
     for folder in folders:
-        inside = {path.parent for name in ("args", "summary") for path in folder.glob(f"*/{name}.json")}
+        inside = {
+            path.parent for name in ("args", "summary") for path in folder.glob(f"*/{name}.json")
+        }
         paths += [folder] if (folder / "args.json").exists() else sorted(inside)
         if not inside and not (folder / "args.json").exists():
             raise Refusal(f"{folder}: no runs in it; give folders of runs, such as runs/quick")
@@ -117,36 +182,48 @@ def read_runs(folders: list[Path]) -> tuple[pd.DataFrame, list[dict]]:
         raise Refusal(f"{where}: two runs of one name; leave one out")
     runs, unfinished = [], []
     for path in tqdm(paths, "reading", unit=" runs", disable=None, leave=False):
-        recorded = read_json(path / "args.json", ["args", "command", "commit", "versions", "hardware"])
+        recorded = read_json(
+            path / "args.json", ["args", "command", "commit", "versions", "hardware"]
+        )
         if not (path / "summary.json").exists():
-            run = {"env_id": recorded["args"].get("task"), "script": Path(recorded["command"][0]).name}
+            run = {
+                "env_id": recorded["args"].get("task"),
+                "script": Path(recorded["command"][0]).name,
+            }
             unfinished.append(run | recorded["args"] | {"name": path.name})
             continue
         run = read_json(path / "summary.json", NEEDED)
-        if not isinstance(run["final_return_mean"], float) or not math.isfinite(run["final_return_mean"]):
-            raise Refusal(f"{path / 'summary.json'}: final_return_mean is {run['final_return_mean']}")
+        if not isinstance(run["final_return_mean"], float) or not math.isfinite(
+            run["final_return_mean"]
+        ):
+            raise Refusal(
+                f"{path / 'summary.json'}: final_return_mean is {run['final_return_mean']}"
+            )
         try:
             curve = pd.read_csv(path / "progress.csv")
         except (OSError, ValueError) as error:
             raise Refusal(f"{path / 'progress.csv'}: {error}") from error
         if missing := [column for column in EVALUATION if column not in curve] or curve.empty:
             raise Refusal(f"{path / 'progress.csv'}: no {missing if curve.size else 'rows'}")
-        events = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
-        tag, flips = "losses/advantage_sign_flips", {}
-        if tag in events.Tags()["scalars"]:
-            flips = {event.step: event.value for event in events.Scalars(tag)}  # resumed: the last one counts
-        flips = pd.DataFrame({"step": list(flips), "flips": list(flips.values())})
-        runs.append(run | {"name": path.name, "recorded": recorded, "curve": curve, "flips": flips})
+        logged = read_logged(path, tags)
+        runs.append(
+            run | {"name": path.name, "recorded": recorded, "curve": curve, "logged": logged}
+        )
     if not runs:
-        raise Refusal(f"{', '.join(map(str, folders))}: {len(unfinished)} runs, and none has finished")
+        raise Refusal(
+            f"{', '.join(map(str, folders))}: {len(unfinished)} runs, and none has finished"
+        )
     return pd.DataFrame(runs), unfinished
 
 
 def defaults(script: str, env_id: str) -> dict:
-    """Default settings that are written as plain values in the script, for a language model's task too."""
+    """Default settings that are written as plain values in the script, for a language model's task
+    too."""
     path, found = Path(__file__).with_name(script), {}
     if not path.is_file() or script not in SCRIPTS:
-        raise Refusal(f"{script}: runs of another script than {', '.join(SCRIPTS)}, which are not known here")
+        raise Refusal(
+            f"{script}: runs of another script than {', '.join(SCRIPTS)}, which are not known here"
+        )
     source = ast.parse(path.read_text())
     for node in source.body:
         if isinstance(node, ast.ClassDef) and node.name == "Args":
@@ -154,19 +231,22 @@ def defaults(script: str, env_id: str) -> dict:
                 if isinstance(field, ast.AnnAssign) and isinstance(field.value, ast.Constant):
                     found[field.target.id] = field.value.value
         if isinstance(node, ast.Assign) and node.targets[0].id == "TASKS":
-            tasks = eval(compile(ast.Expression(node.value), script, "eval"), {"dict": dict})
-            found |= {key: list(x) if isinstance(x, tuple) else x for key, x in tasks[env_id].items()}
+            tasks = eval(compile(ast.Expression(node.value), script, "eval"), {"Args": dict})
+            found |= {
+                key: list(x) if isinstance(x, tuple) else x for key, x in tasks[env_id].items()
+            }
     return {key: value for key, value in found.items() if value is not None}
 
 
 def label_programs(runs: pd.DataFrame) -> pd.DataFrame:
-    """Adds columns: `program`, `base` (without what a sweep varies), `condition` (the noise), `kind` and
-    `family`. Raises Refusal where runs that would be compared differ in more than what is compared."""
+    """Adds columns: `program`, `base` (without what a sweep varies), `condition` (the noise),
+    `kind` and `family`. Raises Refusal where runs that would be compared differ in more than what
+    is compared."""
     runs = runs.reindex(columns=runs.columns.union([*CELL, *FREE]))
     plain = runs.map(lambda x: json.dumps(x) if isinstance(x, list) else x)
     parts = []
     for (script, env_id), group in plain.groupby(["script", "env_id"]):
-        free = [*CELL, *FREE, "name", "recorded", "curve", "flips"]
+        free = [*CELL, *FREE, "name", "recorded", "curve", "logged"]
         for key in group.columns.difference(free):
             if group[key].nunique(dropna=False) > 1:
                 (a, x), (b, y) = group.drop_duplicates(key)[["name", key]].values[:2]
@@ -197,10 +277,16 @@ def label_programs(runs: pd.DataFrame) -> pd.DataFrame:
                     change = "alpha k"
                 elif isinstance(value, str):
                     change = f"{flag} {value}"
-                elif key in usual and key not in SWEPT and math.isclose(value, usual[key] / k, rel_tol=1e-4):
+                elif (
+                    key in usual
+                    and key not in SWEPT
+                    and math.isclose(value, usual[key] / k, rel_tol=1e-4)
+                ):
                     change = f"{flag} / k"
                 else:
-                    change = f"{flag} {value:.3g}" if isinstance(value, float) else f"{flag} {value}"
+                    change = (
+                        f"{flag} {value:.3g}" if isinstance(value, float) else f"{flag} {value}"
+                    )
                 if key in SWEPT:
                     swept += f", {change}"
                 else:
@@ -225,7 +311,9 @@ def label_programs(runs: pd.DataFrame) -> pd.DataFrame:
     runs["order"] = runs["algo"].map(ALGOS.index)  # the symmetric ones last
     runs["level"] = runs["noise_level"].where(runs["noise"] != "none", 0.0)
     order = ["kind", "family", "noise", "level", "env_id", "order", "program", "seed"]
-    runs = runs.assign(noise=runs["noise"].replace("none", "")).sort_values(order)  # clean ones first
+    runs = runs.assign(noise=runs["noise"].replace("none", "")).sort_values(
+        order
+    )  # clean ones first
     return runs.reset_index(drop=True)
 
 
@@ -233,14 +321,16 @@ def label_programs(runs: pd.DataFrame) -> pd.DataFrame:
 
 
 def welch(x, y) -> float:
-    """Two-sided p-value of Welch's t-test; nan with fewer than two scores, or scores that are all equal."""
+    """Two-sided p-value of Welch's t-test; nan with fewer than two scores, or scores that are all
+    equal."""
     if min(len(x), len(y)) < 2 or np.ptp([*x, *y]) == 0:
         return math.nan
     return float(stats.ttest_ind(x, y, equal_var=False).pvalue)
 
 
 def make_cells(runs: pd.DataFrame, unfinished: list[dict]) -> pd.DataFrame:
-    """One row per cell: its seeds, how many are missing, scores, mean, standard error, whether it is best."""
+    """One row per cell: its seeds, how many are missing, scores, mean, standard error, whether it
+    is best."""
     seeds = {kind: set(group["seed"]) for kind, group in runs.groupby("kind")}
     begun = set()
     for run in unfinished:
@@ -252,7 +342,11 @@ def make_cells(runs: pd.DataFrame, unfinished: list[dict]) -> pd.DataFrame:
     for key, group in runs.groupby(keys, sort=False):
         scores, training = group["final_return_mean"], group["train_return_last100"].astype(float)
         first = group.iloc[0]
-        cell = dict(zip(keys, key)) | {"algo": first["algo"], "base": first["base"], "noise": first["noise"]}
+        cell = dict(zip(keys, key)) | {
+            "algo": first["algo"],
+            "base": first["base"],
+            "noise": first["noise"],
+        }
         cell |= {"begun": (first["script"], first["env_id"], first["noise"] or "none") in begun}
         cell |= {"alpha_k": not first["algo"].startswith("s") and first["alpha"] != 1}
         cell |= {
@@ -261,10 +355,16 @@ def make_cells(runs: pd.DataFrame, unfinished: list[dict]) -> pd.DataFrame:
             "missing": len(seeds[first["kind"]]) - len(group),
         }
         cell |= {"scores": scores.to_numpy(), "mean": scores.mean(), "sem": scores.sem()}
+        cell |= {"by_seed": group.set_index("seed")["final_return_mean"]}
         cell |= {"train_mean": training.mean(skipna=False), "train_sem": training.sem(skipna=False)}
         cell |= {f"swept_{name}": first[name] for name in SWEPT}
-        flips = [run["flips"].mean() for run in group["flips"]]
-        cell |= {"flips_mean": np.mean(flips), "flips_sem": stats.sem(flips) if len(flips) > 1 else math.nan}
+        for tag in {tag for logged in group["logged"] for tag in logged}:
+            means = [
+                logged[tag]["value"].mean() if tag in logged else math.nan
+                for logged in group["logged"]
+            ]
+            sem = stats.sem(means) if len(means) > 1 else math.nan
+            cell |= {f"{tag}_mean": np.mean(means), f"{tag}_sem": sem}
         for column in group["curve"].iloc[0].columns.difference(EVALUATION):  # of language models
             last = group["curve"].map(lambda curve, column=column: curve[column].iloc[-1])
             cell |= {f"{column}_mean": last.mean(), f"{column}_sem": last.sem()}
@@ -282,19 +382,28 @@ def make_cells(runs: pd.DataFrame, unfinished: list[dict]) -> pd.DataFrame:
 
 
 def make_differences(cells: pd.DataFrame) -> pd.DataFrame:
-    """Symmetric programs less every other one of their row, with the standard error of the difference."""
+    """Every method less every other one of its row, with two standard errors: of the difference of
+    independent means, and of the mean of differences by seed. `symmetric`: one of the two is, or
+    corrects rewards."""
     rows = []
-    for key, row in cells[cells["missing"] == 0].groupby(
-        ["kind", "family", "condition", "env_id"], sort=False
-    ):
-        symmetric = row[row["algo"].str.startswith("s")]
-        for n, (_, ours) in enumerate(symmetric.iterrows()):
-            for _, other in row.drop(symmetric.index[n:]).iterrows():
-                difference = {"program": ours["program"], "less": other["program"]}
-                difference |= {"difference": ours["mean"] - other["mean"]}
-                difference |= {"sem": math.hypot(ours["sem"], other["sem"])}
-                difference |= {"p": welch(ours["scores"], other["scores"])}
-                rows.append(dict(zip(["kind", "family", "condition", "env_id"], key)) | difference)
+    keys = ["kind", "family", "condition", "env_id"]
+    for key, row in cells[cells["missing"] == 0].groupby(keys, sort=False):
+        for ours_index in range(len(row)):
+            ours = row.iloc[ours_index]
+            for other_index in range(ours_index):
+                other = row.iloc[other_index]
+                by_seed = ours["by_seed"] - other["by_seed"]
+                difference = dict(zip(keys, key))
+                difference["program"] = ours["program"]
+                difference["less"] = other["program"]
+                difference["difference"] = ours["mean"] - other["mean"]
+                difference["sem"] = math.hypot(ours["sem"], other["sem"])
+                difference["paired_sem"] = by_seed.sem()
+                difference["p"] = welch(ours["scores"], other["scores"])
+                difference["symmetric"] = (
+                    ours["algo"].startswith("s") or "correct-flips" in ours["program"]
+                )
+                rows.append(difference)
     return pd.DataFrame(rows)
 
 
@@ -317,14 +426,15 @@ def normalise(cells: pd.DataFrame) -> pd.Series:
 
 
 def probability_of_improvement(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """P(X > Y), ties half, mean over tasks, of scores (runs, tasks). As rliable's, whose Mann-Whitney test at
-    every bootstrap sample would take minutes a pair."""
+    """P(X > Y), ties half, mean over tasks, of scores (runs, tasks). As rliable's, whose
+    Mann-Whitney test at every bootstrap sample would take minutes a pair."""
     x, y = x[:, None], y[None]
     return np.array([(x > y).mean() + (x == y).mean() / 2])
 
 
 def make_aggregates(cells: pd.DataFrame, reps: int) -> tuple[pd.DataFrame, list[str]]:
-    """Interquartile means and probabilities of improvement over all tasks, and what had to be left out."""
+    """Interquartile means and probabilities of improvement over all tasks, and what had to be left
+    out."""
     rows, left_out = [], []
     cells = cells.assign(normalised=normalise(cells))
     unknown = cells[cells["normalised"].isna()]["env_id"].unique()
@@ -333,22 +443,35 @@ def make_aggregates(cells: pd.DataFrame, reps: int) -> tuple[pd.DataFrame, list[
         for program, there in group.groupby("program", sort=False):
             complete = (there["missing"] == 0).all() and set(there["env_id"]) == set(tasks)
             if complete and not set(tasks) & set(unknown) and there["seeds"].min() > 1:
-                matrices[program] = np.stack(list(there.set_index("env_id")["normalised"][tasks]), axis=1)
+                matrices[program] = np.stack(
+                    list(there.set_index("env_id")["normalised"][tasks]), axis=1
+                )
             else:
                 left_out.append(f"{program}, {key[1].upper()} {key[2]}")
         if not matrices:
             continue
         where = dict(zip(["kind", "family", "condition"], key)) | {"tasks": len(tasks)}
-        iqm = rly.get_interval_estimates(matrices, lambda x: np.array([metrics.aggregate_iqm(x)]), reps=reps)
+        iqm = rly.get_interval_estimates(
+            matrices, lambda x: np.array([metrics.aggregate_iqm(x)]), reps=reps
+        )
         symmetric = [p for p in matrices if p.startswith("S")]
-        pairs = {f"{ours} > {p}": (matrices[ours], matrices[p]) for ours in symmetric for p in matrices}
+        pairs = {
+            f"{ours} > {p}": (matrices[ours], matrices[p]) for ours in symmetric for p in matrices
+        }
         pairs = {name: pair for name, pair in pairs.items() if pair[0] is not pair[1]}
         better = rly.get_interval_estimates(pairs, probability_of_improvement, reps=reps)
         for what, (points, intervals) in (("iqm", iqm), ("probability of improvement", better)):
             for name, point in points.items():
                 low, high = intervals[name][:, 0]
                 rows.append(
-                    where | {"statistic": what, "program": name, "value": point[0], "low": low, "high": high}
+                    where
+                    | {
+                        "statistic": what,
+                        "program": name,
+                        "value": point[0],
+                        "low": low,
+                        "high": high,
+                    }
                 )
     return pd.DataFrame(rows), left_out
 
@@ -373,8 +496,8 @@ def in_order(frame: pd.DataFrame) -> list[str]:
 
 
 def table(cells: pd.DataFrame, out: Path, name: str, value: str = "") -> str:
-    """One row per environment, one column per program: columns `value`mean and `value`sem of `cells`. Writes
-    it as CSV, and returns it as Markdown."""
+    """One row per environment, one column per program: columns `value`mean and `value`sem of
+    `cells`. Writes it as CSV, and returns it as Markdown."""
     programs, rows = in_order(cells), []
     for env_id, here in cells.groupby("env_id"):
         rows.append([env_id])
@@ -387,7 +510,9 @@ def table(cells: pd.DataFrame, out: Path, name: str, value: str = "") -> str:
             else:
                 text = number(cell[f"{value}mean"], cell[f"{value}sem"])
                 rows[-1].append(f"**{text}**" if cell["best"] and not value else text)
-    name = f"table-{name}-{value.rstrip('_') or 'evaluation'}.csv".replace(" ", "-")
+    name = f"table-{name}-{value.rstrip('_') or 'evaluation'}.csv".replace(" ", "-").replace(
+        "/", "-"
+    )
     plain = pd.DataFrame(rows, columns=["env_id", *programs]).replace(r"\*\*", "", regex=True)
     plain.to_csv(out / name, index=False)
     return markdown(["", *programs], rows)
@@ -414,29 +539,39 @@ def panels(count: int, height: float = 3.2):
 
 
 def draw_curves(runs: pd.DataFrame, what: str, column: str, axis: str, out: Path, name: str) -> str:
-    """A panel per environment, a line per program: mean over seeds, and a 95 % bootstrap interval of it; of
-    curves with many points running means over a twentieth of the run."""
+    """A panel per environment, a line per program: mean over seeds, and a 95 % bootstrap interval
+    of it; of curves with many points running means over a twentieth of the run."""
     figure, axes = panels(runs["env_id"].nunique())
     colors = {program: f"C{i}" for i, program in enumerate(in_order(runs))}
     for ax, (env_id, here) in zip(axes, runs.groupby("env_id")):
         for program, group in here.groupby("program", sort=False):
-            curves = [run[what].set_index("step")[column].rename(run["seed"]) for _, run in group.iterrows()]
+            curves = [
+                run[what].set_index("step")[column].rename(run["seed"])
+                for _, run in group.iterrows()
+            ]
             curves = pd.concat(curves, axis=1).dropna()
             curves = curves.rolling(max(1, len(curves) // 20), min_periods=1).mean()
             scores = {program: curves.to_numpy().T[:, None, :]}  # seeds, one task, steps
             mean, interval = rly.get_interval_estimates(scores, lambda x: x.mean((0, 1)), reps=1000)
             ax.plot(curves.index, mean[program], color=colors[program], label=program)
-            ax.fill_between(curves.index, *interval[program], color=colors[program], alpha=0.12, lw=0)
+            ax.fill_between(
+                curves.index, *interval[program], color=colors[program], alpha=0.12, lw=0
+            )
         ax.set(title=env_id, xlabel="steps")
     axes[0].set_ylabel(axis)
-    handles = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels())}
+    handles = {
+        label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels())
+    }
     handles = {program: handles[program] for program in colors}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False)
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside lower center", ncols=3, frameon=False
+    )
     return save(figure, out, name)
 
 
 def draw_aggregates(aggregates: pd.DataFrame, out: Path, name: str) -> str:
-    """Interquartile means on the left, probabilities of improvement on the right, a colour per noise."""
+    """Interquartile means on the left, probabilities of improvement on the right, a colour per
+    noise."""
     sides = [("iqm", "interquartile mean of normalised scores")]
     sides += [("probability of improvement", "probability of improvement")]
     height = 1 + 0.3 * aggregates["program"].nunique()
@@ -446,11 +581,18 @@ def draw_aggregates(aggregates: pd.DataFrame, out: Path, name: str) -> str:
         names = list(there["program"].unique())[::-1]
         for i, (condition, group) in enumerate(there.groupby("condition", sort=False)):
             y = [
-                names.index(program) - 0.7 * i / there["condition"].nunique() for program in group["program"]
+                names.index(program) - 0.7 * i / there["condition"].nunique()
+                for program in group["program"]
             ]
             error = abs(group[["low", "high"]].sub(group["value"], axis=0).to_numpy().T)
             ax.errorbar(
-                group["value"].to_numpy(), y, xerr=error, fmt="o", ms=4, color=f"C{i}", label=condition
+                group["value"].to_numpy(),
+                y,
+                xerr=error,
+                fmt="o",
+                ms=4,
+                color=f"C{i}",
+                label=condition,
             )
         ax.set_yticks(range(len(names)), names)
         ax.set_xlabel(title)
@@ -466,35 +608,54 @@ def draw_noise(cells: pd.DataFrame, out: Path, name: str) -> str:
     env_ids = sorted(cells["env_id"].unique())
     figure, axes = panels(len(kinds) * len(env_ids))
     colors = {program: f"C{i}" for i, program in enumerate(in_order(cells))}
-    for ax, (noise, env_id) in zip(axes, [(noise, env_id) for noise in kinds for env_id in env_ids]):
-        here = cells[(cells["env_id"] == env_id) & cells["noise"].isin(["", noise])]  # nan: seeds are missing
+    for ax, (noise, env_id) in zip(
+        axes, [(noise, env_id) for noise in kinds for env_id in env_ids]
+    ):
+        here = cells[
+            (cells["env_id"] == env_id) & cells["noise"].isin(["", noise])
+        ]  # nan: seeds are missing
         for program, group in here.sort_values("level").groupby("program", sort=False):
             ax.errorbar(
-                *group[["level", "mean", "sem"]].to_numpy().T, color=colors[program], label=program, capsize=3
+                *group[["level", "mean", "sem"]].to_numpy().T,
+                color=colors[program],
+                label=program,
+                capsize=3,
             )
         ax.set(title=env_id, xlabel=f"level of noise: {noise}")
     axes[0].set_ylabel("return, mean ± standard error")
-    handles = {label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels())}
-    figure.legend(handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False)
+    handles = {
+        label: handle for ax in axes for handle, label in zip(*ax.get_legend_handles_labels())
+    }
+    figure.legend(
+        handles.values(), handles.keys(), loc="outside lower center", ncols=4, frameon=False
+    )
     return save(figure, out, name)
 
 
 def draw_sweep(cells: pd.DataFrame, out: Path, name: str) -> str:
-    """Heat maps of mean scores over two swept settings, beside each other for a third: a row for every
-    program, and one for the symmetric less the other. Complete cells only; white is missing."""
+    """Heat maps of mean scores over two swept settings, beside each other for a third: a row for
+    every program, and one for the symmetric less the other. Complete cells only; white is
+    missing."""
     varied = sorted(SWEPT, key=lambda key: -cells[f"swept_{key}"].nunique())
     x, y, z = (f"swept_{key}" for key in varied)
     values = [sorted(cells[key].unique()) for key in (z, y, x)]
     every = pd.MultiIndex.from_product(values)
     grids = {  # {program: means (z, y, x)}, nan where seeds are missing
-        base: group.set_index([z, y, x])["mean"].reindex(every).to_numpy().reshape([len(v) for v in values])
+        base: group.set_index([z, y, x])["mean"]
+        .reindex(every)
+        .to_numpy()
+        .reshape([len(v) for v in values])
         for base, group in cells.groupby("base", sort=False)
     }
-    ours, others = ([b for b in grids if b.startswith("S") == symmetric] for symmetric in (True, False))
+    ours, others = (
+        [b for b in grids if b.startswith("S") == symmetric] for symmetric in (True, False)
+    )
     if len(ours) == len(others) == 1:
         grids["difference"] = grids[ours[0]] - grids[others[0]]
     size = (1 + 3.6 * len(values[0]), 0.6 + 2.9 * len(grids))
-    figure, axes = plt.subplots(len(grids), len(values[0]), figsize=size, squeeze=False, layout="constrained")
+    figure, axes = plt.subplots(
+        len(grids), len(values[0]), figsize=size, squeeze=False, layout="constrained"
+    )
     scores = cells["mean"]
     for row, (base, grid) in zip(axes, grids.items()):
         colors = dict(vmin=scores.min(), vmax=scores.max(), cmap="viridis")
@@ -508,7 +669,9 @@ def draw_sweep(cells: pd.DataFrame, out: Path, name: str) -> str:
                     "" if math.isnan(value) else f"{value:,.0f}",
                     dict(facecolor="white", alpha=0.6, lw=0),
                 )
-                ax.text(j, i, text, ha="center", va="center", fontsize=8, bbox=box if text else None)
+                ax.text(
+                    j, i, text, ha="center", va="center", fontsize=8, bbox=box if text else None
+                )
             ax.set_xticks(range(len(values[2])), [f"{v:g}" for v in values[2]])
             ax.set_yticks(range(len(values[1])), [f"{v:g}" for v in values[1]])
             ax.set(xlabel=varied[0], ylabel=varied[1], title=f"{base}, {varied[2]} {third:g}")
@@ -519,13 +682,18 @@ def draw_sweep(cells: pd.DataFrame, out: Path, name: str) -> str:
 def describe_runs(runs: pd.DataFrame) -> str:
     """What it takes to repeat or to judge them: commits, versions, machines, time."""
     hours = runs["wall_s"].sum() / 3600
-    lines = [f"{len(runs)} runs, {hours:,.1f} hours of computing; the command of each is in runs.csv."]
+    lines = [
+        f"{len(runs)} runs, {hours:,.1f} hours of computing; the command of each is in runs.csv."
+    ]
     for what in ("commit", "versions", "hardware"):
         counts = Counter()
         for recorded in runs["recorded"]:
             part = recorded[what]
             if what == "versions":
-                part = {name: part.get(name) for name in ("python", "torch", "gymnasium", "mujoco", "ale-py")}
+                part = {
+                    name: part.get(name)
+                    for name in ("python", "torch", "gymnasium", "mujoco", "ale-py")
+                }
             if isinstance(part, dict):
                 part = ", ".join(f"{key} {value}" for key, value in part.items())
             counts[part] += 1
@@ -534,15 +702,26 @@ def describe_runs(runs: pd.DataFrame) -> str:
 
 
 def compare_all(differences: pd.DataFrame, aggregates: pd.DataFrame) -> list[str]:
-    """Tables of the symmetric loss against each other program, and over all tasks."""
+    """Tables of symmetric methods, and of corrected rewards, against each other one, and over all
+    tasks."""
     rows = []
-    for _, d in differences.iterrows():
+    shown = differences[differences["symmetric"]] if len(differences) else differences
+    for _, d in shown.iterrows():
         times = f"{d['difference'] / d['sem']:+.1f}" if d["sem"] > 0 else ""
         p = "" if math.isnan(d["p"]) else f"{d['p']:.3f}"
         what = [d["env_id"], d["condition"], f"{d['program']} less {d['less']}"]
-        rows.append([*what, number(d["difference"], d["sem"]), times, p])
-    header = ["", "noise", "", "difference", "standard errors", "p (Welch)"]
-    parts = ["### The symmetric loss against each other program", markdown(header, rows)] if rows else []
+        paired = number(d["difference"], d["paired_sem"]).partition(" ± ")[2]
+        rows.append([*what, number(d["difference"], d["sem"]), times, p, paired])
+    header = [
+        "",
+        "noise",
+        "",
+        "difference",
+        "standard errors",
+        "p (Welch)",
+        "standard error by seed",
+    ]
+    parts = ["### Differences", markdown(header, rows)] if rows else []
     rows = []
     for _, a in aggregates.iterrows():
         interval = f"{a['low']:.3f} to {a['high']:.3f}"
@@ -555,11 +734,16 @@ def compare_all(differences: pd.DataFrame, aggregates: pd.DataFrame) -> list[str
 
 def write_report(args: Args, out: Path) -> None:
     """Reads all runs and writes report.md, CSV files and figures into `out`. Raises Refusal."""
-    np.random.seed(0)  # rliable samples by NumPy's global generator, whatever random_state it is given
-    runs, unfinished = read_runs(list(args.runs))
+    np.random.seed(
+        0
+    )  # rliable samples by NumPy's global generator, whatever random_state it is given
+    runs, unfinished = read_runs(list(args.runs), args.logged)
     runs = label_programs(runs)
     if args.seeds:
-        first = {kind: sorted(group["seed"].unique())[: args.seeds] for kind, group in runs.groupby("kind")}
+        first = {
+            kind: sorted(group["seed"].unique())[: args.seeds]
+            for kind, group in runs.groupby("kind")
+        }
         runs = runs[[run["seed"] in first[run["kind"]] for _, run in runs.iterrows()]]
         unfinished = [
             run for run in unfinished if run["seed"] in {s for some in first.values() for s in some}
@@ -569,24 +753,36 @@ def write_report(args: Args, out: Path) -> None:
     aggregates, left_out = make_aggregates(cells, args.reps)
     columns = ["name", "script", "env_id", "condition", "program", "seed", "total_timesteps"]
     columns += ["final_return_mean", "final_return_std", "train_return_last100", "sps", "wall_s"]
+    commit = runs["recorded"].map(lambda recorded: recorded["commit"])
     command = runs["recorded"].map(lambda recorded: shlex.join(["python", *recorded["command"]]))
     curves = pd.concat([run["curve"].assign(name=run["name"]) for _, run in runs.iterrows()])
-    tables = cells.drop(columns=["scores", "base", "algo", "noise", "level", "begun", "alpha_k"])
+    tables = cells.drop(
+        columns=["scores", "by_seed", "base", "algo", "noise", "level", "begun", "alpha_k"]
+    )
     for name, frame in {
-        "runs": runs[columns].assign(command=command), "curves": curves, "tables": tables,
-        "differences": differences, "aggregates": aggregates,
-    }.items():  # fmt: skip
+        "runs": runs[columns].assign(commit=commit, command=command),
+        "curves": curves,
+        "tables": tables,
+        "differences": differences,
+        "aggregates": aggregates,
+    }.items():
         frame.to_csv(out / f"{name}.csv", index=False, float_format="%.6g")
 
     page = ["# Report", __doc__.split("\n\n", 2)[2].strip()]
     if unfinished or (cells["missing"] > 0).any():
         lacking = f"{(cells['missing'] > 0).sum()} of {len(cells)} cells lack seeds"
         names = f": {', '.join(run['name'] for run in unfinished)}" if unfinished else ""
-        page.append(f"**Incomplete**: {lacking}; {len(unfinished)} runs have begun and not finished{names}.")
+        page.append(
+            f"**Incomplete**: {lacking}; {len(unfinished)} runs have begun and not finished{names}."
+        )
     for (kind, family), here in cells.groupby(["kind", "family"], sort=False):
 
         def of_here(frame, kind=kind, family=family):
-            return frame[(frame["kind"] == kind) & (frame["family"] == family)] if len(frame) else frame
+            return (
+                frame[(frame["kind"] == kind) & (frame["family"] == family)]
+                if len(frame)
+                else frame
+            )
 
         title = f"{kind}, {family.upper()}"
         page.append(f"## {title}")
@@ -597,31 +793,46 @@ def write_report(args: Args, out: Path) -> None:
             continue
         for condition, part in here.groupby("condition", sort=False):
             name, seeds = f"{kind}-{family}-{condition}", (part["seeds"] + part["missing"]).max()
-            page += [f"### {title}, {condition} (seeds: {seeds})", "Last evaluation:", table(part, out, name)]
+            page += [
+                f"### {title}, {condition} (seeds: {seeds})",
+                "Last evaluation:",
+                table(part, out, name),
+            ]
             if kind != "rlhf":
                 page += ["The last 100 episodes of training:", table(part, out, name, "train_")]
-            for column in part.columns.difference(["train_mean", "flips_mean"]):  # of language models
-                if column.endswith("_mean") and part[column].notna().any():
+            for column in part.columns.difference(["train_mean"]):  # of language models
+                if column.endswith("_mean") and "/" not in column and part[column].notna().any():
                     value = column.removesuffix("mean")
-                    page += [f"Last evaluation, {value.rstrip('_')}:", table(part, out, name, value)]
-            complete = part[part["missing"] == 0][["env_id", "program"]].to_records(index=False).tolist()
+                    page += [
+                        f"Last evaluation, {value.rstrip('_')}:",
+                        table(part, out, name, value),
+                    ]
+            complete = (
+                part[part["missing"] == 0][["env_id", "program"]].to_records(index=False).tolist()
+            )
             there = of_here(runs)
             there = there[there["condition"] == condition]
             there = there[[key in complete for key in zip(there["env_id"], there["program"])]]
             if there.empty:
                 continue
             page.append(
-                draw_curves(there, "curve", "return_mean", "return of evaluations", out, f"curves-{name}")
-            )
-            if (part["flips_mean"] > 0).any():
-                page += ["Share of advantages whose sign the normalisation changed, mean over the run:"]
-                page += [table(part, out, name, "flips_")]
-                there = there[there["flips"].map(lambda flips: (flips["flips"] > 0).any())]
-                page.append(
-                    draw_curves(there, "flips", "flips", "share of flipped signs", out, f"flips-{name}")
+                draw_curves(
+                    there, "curve", "return_mean", "return of evaluations", out, f"curves-{name}"
                 )
+            )
+            for tag in args.logged:
+                if f"{tag}_mean" not in part or not (part[f"{tag}_mean"] > 0).any():
+                    continue
+                page += [f"`{tag}`, mean over the run:", table(part, out, name, f"{tag}_")]
+                logged = there[[tag in run for run in there["logged"]]]
+                logged = logged.assign(logged=[run[tag] for run in logged["logged"]])
+                figure = f"logged-{tag.replace('/', '-')}-{name}"
+                page.append(draw_curves(logged, "logged", "value", tag, out, figure))
         if (here.groupby("noise")["level"].nunique() > 1).any():
-            page += ["### Against the level of noise", draw_noise(here, out, f"noise-{kind}-{family}")]
+            page += [
+                "### Against the level of noise",
+                draw_noise(here, out, f"noise-{kind}-{family}"),
+            ]
         page += compare_all(of_here(differences), of_here(aggregates))
         if len(of_here(aggregates)):
             page.append(draw_aggregates(of_here(aggregates), out, f"aggregates-{kind}-{family}"))

@@ -1,9 +1,10 @@
-"""How long symmetric PPO and PPO with `--alpha k --beta 0`, one run in exact arithmetic, are one in float32.
+"""How long symmetric PPO and PPO with `--alpha k --beta 0`, one run in exact arithmetic, are one in
+float32.
 
     python results/same_run.py runs/quick
 
-For each pair of the suite quick: up to which step both had the same training episodes, and the final scores.
-"""
+For each pair of the suite quick: up to which step both had the same training episodes, and the
+final scores."""
 
 import json
 import sys
@@ -31,7 +32,8 @@ for symmetric in sorted(Path(sys.argv[1]).glob("*__sppo__*")):
             break
         same = step
     scores = [
-        json.loads((run / "summary.json").read_text())["final_return_mean"] for run in (symmetric, scaled)
+        json.loads((run / "summary.json").read_text())["final_return_mean"]
+        for run in (symmetric, scaled)
     ]
     _, _, noise, seed = symmetric.name.split("__")
     print(f"| {noise} | {seed} | {same:,} | {max(a):,} | {scores[0]:,.0f} | {scores[1]:,.0f} |")

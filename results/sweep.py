@@ -1,11 +1,11 @@
-"""Collects runs of SA2C over alpha and beta: scores, and how much of the gradient is the reverse loss's.
+"""Collects runs of SA2C over alpha and beta: scores, and how much of the gradient is the reverse
+loss's.
 
     pip install -e ".[report]" && python results/sweep.py results/sa2c-sweep RUN_FOLDER...
 
-Writes runs.csv, shares.csv (the logged mean probability of the actions taken, and the mean share of the
-reverse loss in their gradient, in twentieths of a run) and shares.png, and prints the table, means over seeds
-± their standard errors.
-"""
+Writes runs.csv, shares.csv (the logged mean probability of the actions taken, and the mean share of
+the reverse loss in their gradient, in twentieths of a run) and shares.png, and prints the table,
+means over seeds ± their standard errors."""
 
 import json
 import sys
@@ -57,7 +57,8 @@ def main(out: Path, folders: list[Path]) -> None:
     print("|---|---|---|---|---|---|---|---|")
     for (env_id, alpha, beta), here in runs.groupby(CELL):
         scores = [
-            f"{here[score].mean():.0f} ± {here[score].sem():.0f}".replace("nan", "?") for score in SCORES
+            f"{here[score].mean():.0f} ± {here[score].sem():.0f}".replace("nan", "?")
+            for score in SCORES
         ]
         at = (
             curves[(curves[CELL] == (env_id, alpha, beta)).all(axis=1)]
@@ -65,7 +66,9 @@ def main(out: Path, folders: list[Path]) -> None:
             .mean(numeric_only=True)
         )
         ends = at.iloc[[0, -1]]
-        p, share = (", ".join(f"{x:.2g}" for x in ends[name]) for name in ("probability", "reverse_share"))
+        p, share = (
+            ", ".join(f"{x:.2g}" for x in ends[name]) for name in ("probability", "reverse_share")
+        )
         cells = [env_id, f"{alpha:g}", f"{beta:g}", str(len(here)), *scores, p, share]
         print("| " + " | ".join(cells) + " |")
 
@@ -73,7 +76,12 @@ def main(out: Path, folders: list[Path]) -> None:
     weights = sorted(set(zip(curves["alpha"], curves["beta"])))
     env_ids = sorted(curves["env_id"].unique())
     figure, axes = plt.subplots(
-        1, len(env_ids), figsize=(4 * len(env_ids), 3.6), sharey=True, squeeze=False, layout="constrained"
+        1,
+        len(env_ids),
+        figsize=(4 * len(env_ids), 3.6),
+        sharey=True,
+        squeeze=False,
+        layout="constrained",
     )
     for ax, env_id in zip(axes[0], env_ids):
         for i, (alpha, beta) in enumerate(weights):
@@ -89,5 +97,7 @@ def main(out: Path, folders: list[Path]) -> None:
 
 if __name__ == "__main__":
     if len(sys.argv) < 3:
-        sys.exit("give a folder to write to and those of finished runs, for instance results/new runs/*")
+        sys.exit(
+            "give a folder to write to and those of finished runs, for instance results/new runs/*"
+        )
     main(Path(sys.argv[1]), [Path(argument) for argument in sys.argv[2:]])
