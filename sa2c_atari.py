@@ -5,9 +5,9 @@
 # ///
 """Symmetric A2C (SA2C) for Atari games in one file.
 
-    python sa2c_atari.py --env-id Breakout                       # SA2C
-    python sa2c_atari.py --env-id Breakout --noise flip          # the same with noisy rewards
-    python sa2c_atari.py --env-id Breakout --alpha 1 --beta 0    # the baseline, A2C
+    python sa2c_atari.py --env-id Breakout                   # SA2C
+    python sa2c_atari.py --env-id Breakout --noise flip      # the same with noisy rewards
+    python sa2c_atari.py --env-id Breakout --beta 0          # the baseline, A2C
 
 From "Symmetric Reinforcement Learning Loss for Robust Learning on Diverse Tasks and Model Scales"
 (Byun & Perrault, ICML 2025, arXiv 2405.17618), which adds a reverse cross-entropy term to the A2C
@@ -18,7 +18,8 @@ A its advantage, and Z < 0 a constant that stands for log 0:
     reverse A2C loss  Lr = -mean( A Z (1 - p) )
     symmetric loss    alpha L + beta Lr
 
-The gradient of the symmetric loss is -mean( A (alpha + beta |Z| p) grad log p ): likely actions
+What SA2C adds to A2C is the block `if beta:` in `symmetric_policy_loss`. The gradient
+of the symmetric loss is -mean( A (alpha + beta |Z| p) grad log p ): likely actions
 gain weight over unlikely ones.
 """
 
@@ -59,7 +60,7 @@ from tqdm import tqdm
 class Args:
     # Run
     env_id: str = "Breakout"  # a game: Breakout, BreakoutNoFrameskip-v4, ALE/Breakout-v5, breakout
-    total_timesteps: int = 5_000_000  # steps of 4 frames, all games together, in whole rollouts
+    total_timesteps: int = 5_000_000  # steps of 4 frames in all games, rounded up to rollouts
     seed: int = 1  # of all random numbers (the paper's runs: 10000, 10001, ...)
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU, where there is one
     amp: Literal["auto", "off"] = "auto"  # auto: bfloat16 where the hardware has it; off: float32
@@ -80,15 +81,15 @@ class Args:
     learning_rate: float = 7e-4  # RMSprop's learning rate, constant
     rmsprop_eps: float = 1e-5  # RMSprop's epsilon
     gamma: float = 0.99  # discount factor
-    gae_lambda: float = 1.0  # lambda of generalised advantage estimation; 1: discounted returns
+    gae_lambda: float = 1.0  # lambda of generalised advantage estimation; 1: n-step returns
     norm_adv: bool = False  # normalise advantages in each rollout
-    vf_coef: float = 0.25  # weight of the value loss
+    vf_coef: float = 0.25  # weight of the mean squared error of values (CleanRL halves it)
     ent_coef: float = 0.01  # weight of the entropy bonus
     max_grad_norm: float = 0.5  # gradient clipping, over all parameters together
     layer_norm: bool = False  # layer normalisation before each activation
 
-    # Symmetric loss and noise
-    alpha: float | None = None  # weight of the A2C loss; default: 0.5, without reverse loss 1
+    # Symmetric loss, and noise on clipped rewards
+    alpha: float | None = None  # weight of the A2C loss; default: 0.5, or 1 if beta is 0
     beta: float = 0.5  # weight of the reverse loss; 0: A2C
     z: float = -1.0  # Z, which stands for log 0
     noise: Literal["none", "flip", "normal", "uniform", "adv_flip"] = (
@@ -137,7 +138,7 @@ class AtariGames:
         self.life_lost = np.zeros(num_games, bool)
         self.score = np.zeros(num_games)
         self.length = np.zeros(num_games)
-        self.finished = deque(maxlen=100)  # (raw score, steps) of the last games
+        self.recent_episodes = deque(maxlen=100)  # (raw score, steps) of the last games
 
     def reset(self, seed):
         """Starts all games. Returns images (num_games, 4, 84, 84), uint8."""
@@ -166,7 +167,7 @@ class AtariGames:
         final_images = {}
         for i in np.flatnonzero(over):
             self.ended[i] = (self.score[i].item(), self.length[i].item())
-            self.finished.append(self.ended[i])
+            self.recent_episodes.append(self.ended[i])
             self.score[i] = 0
             self.length[i] = 0
             if not terminated[i]:
@@ -207,7 +208,7 @@ class Agent(nn.Module):
 
     def __init__(self, num_actions, layer_norm=False, bfloat16=False):
         super().__init__()
-        self.dtype = torch.bfloat16 if bfloat16 else torch.float32  # both hold uint8 exactly
+        self.dtype = torch.bfloat16 if bfloat16 else torch.float32  # exact for 0, ..., 255
 
         def norm(channels):
             return nn.GroupNorm(1, channels) if layer_norm else nn.Identity()
@@ -243,6 +244,7 @@ class Agent(nn.Module):
         """Logits (batch, num_actions) and values (batch,) of images (batch, 4, 84, 84), uint8."""
         x = images.to(self.dtype, memory_format=torch.channels_last)
         with self.autocast():
+            # scaling the weights by 1 / 255 is cheaper than scaling the images
             x = torch.conv2d(x, self.conv.weight / 255, self.conv.bias, stride=4)
             x = self.trunk(x)
         with self.autocast(enabled=False):  # the loss must not see rounded probabilities
@@ -340,21 +342,22 @@ def gradient_and_metrics(agent, args, obs, action, advantage, returns, mask):
     """Clipped gradient of the loss on a rollout, as one vector, and what to log. `mask` is 0
     where FIRE replaced the agent's action, else 1: such a step trains only the critic."""
     count = mask.sum().clamp(min=2)
-    weight = mask / count * len(mask)  # 1 on average
+    weight = mask / count * len(mask)  # 1 on average: a mean is then one over unmasked steps
     normalized = advantage
     if args.norm_adv:
         mean = (mask * advantage).sum() / count
         variance = (mask * (advantage - mean)).square().sum() / (count - 1)
         normalized = (advantage - mean) / (variance.sqrt() + 1e-8)
     sign_flips = weight * ((normalized > 0) != (advantage > 0))
-    advantage = weight * normalized  # the policy loss is linear in it
+    weighted = weight * normalized  # the policy loss is linear in it
     logits, value = agent(obs)
     policy = Categorical(logits=logits, validate_args=False)
     log_prob = policy.log_prob(action)
-    policy_loss = symmetric_policy_loss(log_prob, advantage, args.alpha, args.beta, args.z)
+    symmetric_loss = symmetric_policy_loss(log_prob, weighted, args.alpha, args.beta, args.z)
     value_loss = (value - returns).square().mean()
     entropy = (weight * policy.entropy()).mean()
-    loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
+    loss = symmetric_loss + args.vf_coef * value_loss - args.ent_coef * entropy
+    # not backward() and clip_grad_norm_, so that torch.compile makes one graph of all this
     gradients = torch.autograd.grad(loss, list(agent.parameters()))
     gradient = torch.cat([g.flatten() for g in gradients])
     grad_norm = gradient.norm()
@@ -363,8 +366,8 @@ def gradient_and_metrics(agent, args, obs, action, advantage, returns, mask):
         p = log_prob.exp()
         reverse_weight = args.beta * abs(args.z) * p  # of grad log p, beside alpha
         metrics = {
-            "policy_loss": -(advantage * log_prob).mean(),
-            "reverse_loss": (args.z * advantage * p).mean(),  # the part with a gradient
+            "policy_loss": -(weighted * log_prob).mean(),
+            "reverse_loss": (args.z * weighted * p).mean(),  # the part with a gradient
             "value_loss": value_loss.detach(),
             "entropy": entropy.detach(),
             "grad_norm": grad_norm,  # before clipping
@@ -377,8 +380,8 @@ def gradient_and_metrics(agent, args, obs, action, advantage, returns, mask):
 
 
 def train(args: Args, stop: threading.Event) -> dict | None:
-    """Runs to the end, given arguments from `prepare`, and returns the content of summary.json; or
-    until `stop` is set, and returns None."""
+    """Trains with arguments from `prepare`. Returns the content of summary.json, or None if
+    interrupted through `stop`."""
     started = time.perf_counter()
     keep_freed_memory()
     torch.manual_seed(args.seed)
@@ -399,7 +402,7 @@ def train(args: Args, stop: threading.Event) -> dict | None:
         checkpoint = torch.load(args.run_dir / "checkpoint.pt", map_location="cpu")
         agent.load_state_dict(checkpoint["agent"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        envs.finished.extend(checkpoint["finished_episodes"])
+        envs.recent_episodes.extend(checkpoint["finished_episodes"])
         if checkpoint["device"] == device.type:  # else the run moved from a GPU to a CPU, or back
             generator.set_state(checkpoint["generator"])
         rng.bit_generator.state = checkpoint["rng"]
@@ -438,12 +441,14 @@ def train(args: Args, stop: threading.Event) -> dict | None:
         # Rollout
         iteration_started = time.perf_counter()
         obs[0] = obs[T]
-        with torch.no_grad(), agent.autocast():  # here, too: rounds the weights only once
+        with torch.no_grad(), agent.autocast():  # casts the weights once, for all steps
             for t in range(T):
                 logits, value[t] = agent_fn(obs[t])
                 action[t] = sample(logits, generator)
-                step = envs.step(action[t].cpu().numpy())
-                images, reward[t], terminated[t], truncated[t], overridden[t], final_images = step
+                transition = envs.step(action[t].cpu().numpy())
+                images, reward[t], terminated[t], truncated[t], overridden[t], final_images = (
+                    transition
+                )
                 obs[t + 1] = torch.from_numpy(images)
                 for i, last_images in final_images.items():
                     _, last_value = agent(torch.from_numpy(last_images[None]).to(device))
@@ -480,6 +485,7 @@ def train(args: Args, stop: threading.Event) -> dict | None:
             agent, args, b_obs, b_action, b_advantage, b_returns, b_mask
         )
         optimizer.step()
+        # CUDA graphs overwrite their outputs
         metrics.append({name: x.clone() for name, x in new_metrics.items()})
         if not math.isfinite(metrics[-1]["grad_norm"]):
             sys.exit(
@@ -499,8 +505,8 @@ def train(args: Args, stop: threading.Event) -> dict | None:
             scalars["losses/advantage_largest"] = np.abs(residual).max()
             seconds = train_seconds + time.perf_counter() - iteration_started
             scalars["charts/SPS"] = global_step / seconds
-            if envs.finished:
-                episodic_return, episodic_length = np.mean(envs.finished, axis=0)
+            if envs.recent_episodes:  # means of the last 100
+                episodic_return, episodic_length = np.mean(envs.recent_episodes, axis=0)
                 scalars["charts/episodic_return"] = episodic_return
                 scalars["charts/episodic_length"] = episodic_length
                 progress_bar.set_postfix_str(f"return {episodic_return:.1f}")
@@ -531,7 +537,7 @@ def train(args: Args, stop: threading.Event) -> dict | None:
             checkpoint = {
                 "agent": agent.state_dict(),
                 "optimizer": optimizer.state_dict(),
-                "finished_episodes": list(envs.finished),
+                "finished_episodes": list(envs.recent_episodes),
                 "generator": generator.get_state(),
                 "device": device.type,
                 "rng": rng.bit_generator.state,
@@ -553,7 +559,9 @@ def train(args: Args, stop: threading.Event) -> dict | None:
         **vars(args),
         "final_return_mean": evaluations[-1]["return_mean"],
         "final_return_std": evaluations[-1]["return_std"],
-        "train_return_last100": np.mean(envs.finished, axis=0)[0] if envs.finished else None,
+        "train_return_last100": np.mean(envs.recent_episodes, axis=0)[0]
+        if envs.recent_episodes
+        else None,
         "sps": global_step / train_seconds,
         "wall_s": time.perf_counter() - started,
         "compile": gradient_fn is not gradient_and_metrics,
@@ -597,8 +605,8 @@ def compiled(agent, args, obs):
                 agent_fn(obs[0])
             gradient_fn(agent, args, b_obs, b_action, *zeros)
         return agent_fn, gradient_fn
-    except Exception as error:  # a compiler may fail in any way
-        warning = f"continuing with --no-compile, more slowly: {error!r}"
+    except Exception as error:  # any exception is possible here
+        warning = f"torch.compile failed, continuing with --no-compile: {error!r}"
         print(warning[:300], file=sys.stderr)
         return agent, gradient_and_metrics
 
@@ -612,7 +620,7 @@ def has_bfloat16(device):
 
 def keep_freed_memory():
     """glibc returns freed memory to the system and gets it back at a page fault for each 4 KiB: a
-    quarter of an update on a CPU. This tells it not to; other C libraries need no such thing."""
+    quarter of an update on a CPU. This tells it not to."""
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX of malloc.h
@@ -624,19 +632,24 @@ def rom_name(env_id):
     there is no such game."""
     names = {}
     for name in roms.get_all_rom_ids():
-        if name not in ("combat", "joust", "maze_craze", "warlords"):  # for two: end the process
+        if name not in (
+            "combat",
+            "joust",
+            "maze_craze",
+            "warlords",
+        ):  # for two players: crash the emulator
             names[name.replace("_", "")] = name
     game = re.sub(r"^ALE/|(NoFrameskip|Deterministic)?(-v\d)?$", "", env_id)
     game = game.replace("_", "").lower()
     if game not in names:
         nearest = difflib.get_close_matches(game, names, n=4, cutoff=0.4)
         near = ", ".join(names[name] for name in nearest) or "none"
-        raise ValueError(f"--env-id {env_id}: no such game; near: {near}")
+        raise ValueError(f"--env-id {env_id}: no such game; did you mean: {near}")
     return names[game]
 
 
 def start_tracking(args):
-    """Has Weights & Biases copy what TensorBoard gets."""
+    """Mirrors TensorBoard to Weights & Biases."""
     import_module("wandb").init(
         project="symmetric-rl",
         id=args.run_name,
@@ -656,8 +669,7 @@ def save_progress(path, evaluations):
 
 
 def save(path, content):
-    """Writes text, or what else torch.save takes, to a temporary file and renames it, so that an
-    interruption leaves the old file or the new one."""
+    """Writes text, or any object with torch.save, atomically: a temporary file, then a rename."""
     temporary = path.with_name(path.name + ".tmp")
     if isinstance(content, str):
         temporary.write_text(content)
@@ -667,7 +679,7 @@ def save(path, content):
 
 
 def describe_machine():
-    """What it takes, beside the arguments, to judge or repeat a run."""
+    """Command, commit, versions and hardware, to reproduce a run."""
     commit = None
     if shutil.which("git"):
         folder = Path(__file__).resolve().parent
@@ -705,7 +717,7 @@ def resumed_args(args: Args) -> Args:
     """The arguments of the interrupted run that `args.resume` names."""
     require(
         replace(args, resume=None) == Args(),
-        "--resume continues with the flags of that run: leave out all others",
+        "--resume reuses the flags of the interrupted run: leave out all others",
     )
     folder = Path(args.resume)
     require(

@@ -7,7 +7,8 @@
 
     python sppo_continuous.py --env-id Hopper-v4                    # SPPO, 11 bins per dimension
     python sppo_continuous.py --env-id Hopper-v4 --noise normal     # the same with noisy rewards
-    python sppo_continuous.py --env-id Hopper-v4 --policy gaussian  # the baseline, PPO
+    python sppo_continuous.py --env-id Hopper-v4 --policy gaussian  # PPO with a Gaussian policy
+    python sppo_continuous.py --env-id Hopper-v4 --beta 0           # PPO with the same bins (DPPO)
 
 From "Symmetric Reinforcement Learning Loss for Robust Learning on Diverse Tasks and Model Scales"
 (Byun & Perrault, ICML 2025, arXiv 2405.17618), which adds a reverse cross-entropy term to the PPO
@@ -19,9 +20,11 @@ constant that stands for log 0:
     reverse PPO loss  Lr = -mean( m A Z (1 - p) / p_old ),  m = 1 where L has a gradient, else 0
     symmetric loss    alpha L + beta Lr
 
-The gradient of Lr is |Z| times that of L, so SPPO's policy gradient is (alpha + beta |Z|) times
-PPO's. What changes is the weight of the policy loss against the value loss, the entropy bonus and
-gradient clipping. Lr needs probabilities, so each action dimension is discretised into bins; the
+What SPPO adds to PPO is the block `if beta:` in `symmetric_policy_loss`. The gradient of Lr is |Z|
+times that of L, so SPPO's policy gradient is (alpha + beta |Z|) times PPO's. That raises its weight
+relative to the value loss and the entropy bonus, and makes gradient clipping more frequent.
+
+Lr needs probabilities, so each action dimension is discretised into bins; the
 probability of an action is the product over its dimensions.
 """
 
@@ -72,9 +75,9 @@ class Args:
     track: bool = False  # log to Weights & Biases as well (pip install wandb)
 
     # Algorithm
-    policy: Literal["categorical", "gaussian"] = "categorical"  # gaussian: plain PPO, the baseline
+    policy: Literal["categorical", "gaussian"] = "categorical"  # gaussian: plain PPO
     bins: int = 11  # values per action dimension, evenly spaced from lowest to highest
-    num_envs: int = 1  # environments, stepped in turn
+    num_envs: int = 1  # environments, stepped one after the other
     num_steps: int = 2048  # steps of each environment per rollout
     num_minibatches: int = 32  # minibatches per rollout
     update_epochs: int = 10  # passes over a rollout
@@ -84,7 +87,7 @@ class Args:
     gae_lambda: float = 0.95  # lambda of generalised advantage estimation
     clip_coef: float = 0.2  # epsilon of the clip range
     norm_adv: bool = True  # normalise advantages in each minibatch
-    vf_coef: float = 0.5  # weight of the value loss
+    vf_coef: float = 0.5  # weight of the mean squared error of values (CleanRL halves it)
     ent_coef: float = 0.0  # weight of the entropy bonus
     max_grad_norm: float = 0.5  # gradient clipping, over all parameters together
 
@@ -98,11 +101,11 @@ class Args:
     ortho_init: bool = True  # orthogonal initial weights; else PyTorch's own
     log_std_init: float = 0.0  # initial log standard deviation of the Gaussian policy
 
-    # Symmetric loss and noise
-    alpha: float | None = None  # weight of the PPO loss; default: 0.5, without reverse loss 1
-    beta: float | None = None  # weight of the reverse loss; default: 20, Gaussian policy 0
+    # Symmetric loss, and noise on normalised rewards
+    alpha: float | None = None  # weight of the PPO loss; default: 0.5, or 1 if beta is 0
+    beta: float | None = None  # weight of the reverse loss; default: 20, or 0 if Gaussian
     z: float = -1.0  # Z, which stands for log 0
-    divide_by_p_old: bool = True  # the paper's reverse loss; without: bounded, not in the paper
+    divide_by_p_old: bool = True  # as in the paper; without it: our bounded variant
     noise: Literal["none", "flip", "normal", "uniform", "adv_flip"] = (
         "none"  # adv_flip: on advantages
     )
@@ -161,7 +164,7 @@ class RunningStats:
 
 
 class NormalizedEnvs:
-    """Environments stepped in turn, each reset in the same step in which its episode ends.
+    """Environments stepped one after the other, with autoreset in the same step.
 
     Observations are standardised by running statistics, rewards divided by the running standard
     deviation of the discounted return; both are clipped to [-10, 10], as in Stable-Baselines3's
@@ -176,7 +179,7 @@ class NormalizedEnvs:
         self.episode_return = np.zeros(num_envs)
         self.episode_length = np.zeros(num_envs)
         self.discounted_return = np.zeros(num_envs)
-        self.finished = deque(maxlen=100)  # (raw return, length) of the last episodes
+        self.recent_episodes = deque(maxlen=100)  # (raw return, length) of the last episodes
 
     def normalize_obs(self, obs):
         standardized = (obs - self.obs_stats.mean) / self.obs_stats.std
@@ -199,7 +202,8 @@ class NormalizedEnvs:
         terminated = np.zeros(len(self.envs), bool)
         truncated = np.zeros(len(self.envs), bool)
         for i, env in enumerate(self.envs):
-            self.obs[i], reward[i], terminated[i], truncated[i], _ = env.step(action[i])
+            transition = env.step(action[i])
+            self.obs[i], reward[i], terminated[i], truncated[i], _ = transition
         self.episode_return += reward
         self.episode_length += 1
         self.discounted_return = self.gamma * self.discounted_return + reward
@@ -209,7 +213,8 @@ class NormalizedEnvs:
         for i in np.flatnonzero(terminated | truncated):
             if not terminated[i]:
                 final_obs[i] = self.normalize_obs(self.obs[i])
-            self.finished.append((self.episode_return[i].item(), self.episode_length[i].item()))
+            episode = (self.episode_return[i].item(), self.episode_length[i].item())
+            self.recent_episodes.append(episode)
             self.episode_return[i] = 0
             self.episode_length[i] = 0
             self.discounted_return[i] = 0
@@ -267,7 +272,7 @@ def mlp(in_dim, out_dim, out_gain, args):
 
 
 def numpy_mlp(network):
-    """A network of `mlp` with its present weights as a function of arrays: for a single observation
+    """A network of `mlp` with its current weights as a function of arrays: for a single observation
     NumPy takes a third of PyTorch's time."""
     layers = []
     for layer in network:
@@ -279,14 +284,13 @@ def numpy_mlp(network):
                 x = np.tanh(x)
             elif isinstance(layer, nn.ReLU):
                 x = np.maximum(x, 0)
+            elif isinstance(layer, nn.Linear):
+                weight, bias = parameters
+                x = x @ weight.T + bias
             else:
                 weight, bias = parameters
-                if isinstance(layer, nn.LayerNorm):
-                    variance = x.var(-1, keepdims=True)
-                    x = (x - x.mean(-1, keepdims=True)) / np.sqrt(variance + layer.eps)
-                    x = x * weight + bias
-                else:
-                    x = x @ weight.T + bias
+                variance = x.var(-1, keepdims=True) + layer.eps
+                x = (x - x.mean(-1, keepdims=True)) / np.sqrt(variance) * weight + bias
         return x
 
     return forward
@@ -335,7 +339,7 @@ class Agent(nn.Module):
         return noise.detach().numpy()
 
     def numpy_actor(self):
-        """`act(obs, noise)` with the present weights, on arrays: bin indices or, for the Gaussian
+        """`act(obs, noise)` with the current weights, on arrays: bin indices or, for the Gaussian
         policy, numbers (batch, action_dim); sampled, or greedy without noise."""
         network = numpy_mlp(self.actor)
 
@@ -355,7 +359,7 @@ class Agent(nn.Module):
 
 def evaluate(agent, env, training_envs, episodes, seed):
     """Raw returns and lengths (episodes,) of greedy episodes. Observations are normalised by the
-    statistics of the training, which stay as they are."""
+    statistics of the training, which are not updated."""
     returns = np.zeros(episodes)
     lengths = np.zeros(episodes)
     act = agent.numpy_actor()
@@ -394,8 +398,9 @@ def symmetric_policy_loss(
     unclipped = surrogate <= clipped  # m: where PPO's gradient flows
     objective = alpha * torch.where(unclipped, surrogate, clipped)
     if beta:  # all that symmetric PPO adds to PPO
-        reverse = advantage * z * ((-old_log_prob).exp() - ratio)
-        if not divide_by_p_old:
+        if divide_by_p_old:
+            reverse = advantage * z * ((-old_log_prob).exp() - ratio)
+        else:
             reverse = advantage * z * (1 - log_prob.exp())
         objective = objective + beta * torch.where(unclipped, reverse, 0.0)
     return -objective.mean()
@@ -429,7 +434,7 @@ def gradient_and_metrics(agent, args, obs, action, old_log_prob, advantage, retu
     sign_flips = (normalized > 0) != (advantage > 0)
     policy = agent.policy(obs)
     log_prob = policy.log_prob(action)
-    policy_loss = symmetric_policy_loss(
+    symmetric_loss = symmetric_policy_loss(
         log_prob,
         old_log_prob,
         normalized,
@@ -441,7 +446,8 @@ def gradient_and_metrics(agent, args, obs, action, old_log_prob, advantage, retu
     )
     value_loss = (agent.value(obs) - returns).square().mean()
     entropy = policy.entropy().mean()
-    loss = policy_loss + args.vf_coef * value_loss - args.ent_coef * entropy
+    loss = symmetric_loss + args.vf_coef * value_loss - args.ent_coef * entropy
+    # not backward() and clip_grad_norm_, so that torch.compile makes one graph of all this
     gradients = torch.autograd.grad(loss, list(agent.parameters()))
     gradient = torch.cat([g.flatten() for g in gradients])
     grad_norm = gradient.norm()
@@ -470,8 +476,8 @@ def gradient_and_metrics(agent, args, obs, action, old_log_prob, advantage, retu
 
 
 def train(args: Args, stop: threading.Event) -> dict | None:
-    """Runs to the end, given arguments from `prepare`, and returns the content of summary.json; or
-    until `stop` is set, and returns None."""
+    """Trains with arguments from `prepare`. Returns the content of summary.json, or None if
+    interrupted through `stop`."""
     started = time.perf_counter()
     torch.set_num_threads(1)  # the networks are too small to be shared among cores
     torch.manual_seed(args.seed)
@@ -495,7 +501,7 @@ def train(args: Args, stop: threading.Event) -> dict | None:
         optimizer.load_state_dict(checkpoint["optimizer"])
         envs.obs_stats.load_state_dict(checkpoint["obs_stats"])
         envs.return_stats.load_state_dict(checkpoint["return_stats"])
-        envs.finished.extend(checkpoint["finished_episodes"])
+        envs.recent_episodes.extend(checkpoint["finished_episodes"])
         generator.set_state(checkpoint["generator"])
         rng.bit_generator.state = checkpoint["rng"]
         global_step = checkpoint["global_step"]
@@ -510,8 +516,11 @@ def train(args: Args, stop: threading.Event) -> dict | None:
     )
 
     T, N = args.num_steps, args.num_envs
-    obs = np.zeros((T + 1, N, len(envs.obs_stats.mean)), np.float32)
-    action = np.zeros((T, N, len(agent.bin_values)), np.float32 if agent.gaussian else np.int64)
+    obs_dim = eval_env.observation_space.shape[0]
+    action_dim = eval_env.action_space.shape[0]
+    action_dtype = np.float32 if agent.gaussian else np.int64
+    obs = np.zeros((T + 1, N, obs_dim), np.float32)
+    action = np.zeros((T, N, action_dim), action_dtype)
     reward = np.zeros((T, N))
     terminated = np.zeros((T, N), bool)
     truncated = np.zeros((T, N), bool)
@@ -529,11 +538,11 @@ def train(args: Args, stop: threading.Event) -> dict | None:
         iteration_started = time.perf_counter()
         obs[0] = obs[T]
         act = agent.numpy_actor()
-        noise = agent.exploration_noise((T, N), generator)
+        action_noise = agent.exploration_noise((T, N), generator)
         for t in range(T):
-            action[t] = act(obs[t], noise[t])
-            step = envs.step(agent.to_env(action[t]))
-            obs[t + 1], reward[t], terminated[t], truncated[t], final_obs = step
+            action[t] = act(obs[t], action_noise[t])
+            transition = envs.step(agent.to_env(action[t]))
+            obs[t + 1], reward[t], terminated[t], truncated[t], final_obs = transition
             for i, last_obs in final_obs.items():
                 with torch.no_grad():
                     last_value = agent.value(torch.from_numpy(last_obs).to(device))
@@ -593,8 +602,8 @@ def train(args: Args, stop: threading.Event) -> dict | None:
             scalars["losses/advantage_largest"] = np.abs(advantages).max()
             seconds = train_seconds + time.perf_counter() - iteration_started
             scalars["charts/SPS"] = global_step / seconds
-            if envs.finished:
-                episodic_return, episodic_length = np.mean(envs.finished, axis=0)
+            if envs.recent_episodes:  # means of the last 100
+                episodic_return, episodic_length = np.mean(envs.recent_episodes, axis=0)
                 scalars["charts/episodic_return"] = episodic_return
                 scalars["charts/episodic_length"] = episodic_length
                 progress_bar.set_postfix_str(f"return {episodic_return:.1f}")
@@ -627,7 +636,7 @@ def train(args: Args, stop: threading.Event) -> dict | None:
                 "optimizer": optimizer.state_dict(),
                 "obs_stats": envs.obs_stats.state_dict(),
                 "return_stats": envs.return_stats.state_dict(),
-                "finished_episodes": list(envs.finished),
+                "finished_episodes": list(envs.recent_episodes),
                 "generator": generator.get_state(),
                 "rng": rng.bit_generator.state,
                 "global_step": global_step,
@@ -649,7 +658,9 @@ def train(args: Args, stop: threading.Event) -> dict | None:
         **vars(args),
         "final_return_mean": evaluations[-1]["return_mean"],
         "final_return_std": evaluations[-1]["return_std"],
-        "train_return_last100": np.mean(envs.finished, axis=0)[0] if envs.finished else None,
+        "train_return_last100": np.mean(envs.recent_episodes, axis=0)[0]
+        if envs.recent_episodes
+        else None,
         "sps": global_step / train_seconds,
         "wall_s": time.perf_counter() - started,
         "compile": gradient_fn is not gradient_and_metrics,
@@ -687,14 +698,14 @@ def compiled(agent, args, obs, action):
     try:
         gradient_fn(agent, args, mb_obs, mb_action, *torch.zeros(3, n, device=device))
         return gradient_fn
-    except Exception as error:  # a compiler may fail in any way
-        warning = f"continuing with --no-compile, more slowly: {error!r}"
+    except Exception as error:  # any exception is possible here
+        warning = f"torch.compile failed, continuing with --no-compile: {error!r}"
         print(warning[:300], file=sys.stderr)
         return gradient_and_metrics
 
 
 def start_tracking(args):
-    """Has Weights & Biases copy what TensorBoard gets."""
+    """Mirrors TensorBoard to Weights & Biases."""
     import_module("wandb").init(
         project="symmetric-rl",
         id=args.run_name,
@@ -714,8 +725,7 @@ def save_progress(path, evaluations):
 
 
 def save(path, content):
-    """Writes text, or what else torch.save takes, to a temporary file and renames it, so that an
-    interruption leaves the old file or the new one."""
+    """Writes text, or any object with torch.save, atomically: a temporary file, then a rename."""
     temporary = path.with_name(path.name + ".tmp")
     if isinstance(content, str):
         temporary.write_text(content)
@@ -725,7 +735,7 @@ def save(path, content):
 
 
 def describe_machine():
-    """What it takes, beside the arguments, to judge or repeat a run."""
+    """Command, commit, versions and hardware, to reproduce a run."""
     commit = None
     if shutil.which("git"):
         folder = Path(__file__).resolve().parent
@@ -763,7 +773,7 @@ def resumed_args(args: Args) -> Args:
     """The arguments of the interrupted run that `args.resume` names."""
     require(
         replace(args, resume=None) == Args(),
-        "--resume continues with the flags of that run: leave out all others",
+        "--resume reuses the flags of the interrupted run: leave out all others",
     )
     folder = Path(args.resume)
     require(
@@ -817,7 +827,7 @@ def check(args: Args) -> None:
     require(min(args.hidden_sizes, default=1) >= 1, "--hidden-sizes: must be at least 1 each")
     require(
         args.policy == "categorical" or args.beta == 0,
-        "--beta: a Gaussian has no probabilities; use --policy categorical",
+        "--beta: needs probabilities, a Gaussian has densities; use --policy categorical",
     )
     require(
         args.noise != "none" or not args.noise_level, "--noise-level: choose a kind with --noise"
@@ -841,11 +851,11 @@ def check_env(args: Args) -> None:
         env.reset()
         if args.capture_video:
             env.render()  # MuJoCo without a display: MUJOCO_GL=egl
-    except Exception as error:  # an environment may fail in any way
+    except Exception as error:  # any exception is possible here
         raise ValueError(f"--env-id {args.env_id}: {error!r}") from error
     for space in (env.observation_space, env.action_space):
         vector = isinstance(space, gym.spaces.Box) and len(space.shape) == 1
-        require(vector, f"--env-id {args.env_id}: observes or takes no vectors but {space}")
+        require(vector, f"--env-id {args.env_id}: needs one-dimensional Box spaces, not {space}")
     bounded = env.action_space.is_bounded()
     require(bounded, f"--env-id {args.env_id}: unbounded actions, {env.action_space}")
 

@@ -1,32 +1,39 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = ["torch==2.13.0", "transformers==5.23.0", "datasets==5.2.0", "accelerate==1.15.0",
-#   "peft==0.21.2", "rouge-score==0.1.2", "numpy>=2.0", "tyro==1.0.16", "tensorboard==2.21.0", "tqdm==4.70.1"]
+#   "peft==0.21.2", "rouge-score==0.1.2", "numpy>=2.0", "tyro==1.0.16", "tensorboard==2.21.0",
+#   "tqdm==4.70.1"]
 # ///
-"""Symmetric PPO (SPPO) for language models: all of RLHF, from the prompts to the learning curve.
+"""Symmetric PPO (SPPO) for language models (RLHF) in one file.
 
-    python sppo_rlhf.py                                      # a toy that it makes itself, offline, in minutes
-    python sppo_rlhf.py --task imdb                          # GPT-2 writes positive reviews of films
+    python sppo_rlhf.py                             # a toy task, built offline; minutes on a CPU
+    python sppo_rlhf.py --task imdb                 # GPT-2 writes positive film reviews
     python sppo_rlhf.py --task imdb --policy-model DIR --reward-model DIR --dataset reviews.jsonl.gz
-    accelerate launch sppo_rlhf.py --task tldr               # GPT-J with LoRA summarises, on several GPUs
+    accelerate launch sppo_rlhf.py --task tldr      # GPT-J with LoRA summarises, on several GPUs
+    python sppo_rlhf.py --task tldr --help          # all flags, with that task's defaults
 
-From "Symmetric Reinforcement Learning Loss for Robust Learning on Diverse Tasks and Model Scales" (Byun &
-Perrault, ICML 2025, arXiv 2405.17618). Each token is an action. With p its probability, p_old the same when
-it was sampled, r = p / p_old, its advantage A, and Z < 0 in the place of log 0:
+From "Symmetric Reinforcement Learning Loss for Robust Learning on Diverse Tasks and Model Scales"
+(Byun & Perrault, ICML 2025, arXiv 2405.17618), which adds a reverse cross-entropy term to the PPO
+loss, meant to make training robust to noise. Each token is an action. With p its probability, p_old
+its probability under the policy that sampled it, r = p / p_old, A its advantage, and Z < 0 a
+constant that stands for log 0:
 
     PPO loss          L  = -mean( min(A r, A clip(r, 1 - eps, 1 + eps)) )
-    reverse PPO loss  Lr = -mean( m A Z (1 - p) / p_old ),  m = 1 where the gradient of L flows, else 0
+    reverse PPO loss  Lr = -mean( m A Z (1 - p) / p_old ),  m = 1 where L has a gradient, else 0
     symmetric loss    alpha L + beta Lr
 
-The gradient of Lr is |Z| times that of L, so SPPO's policy gradient is (alpha + beta |Z|) times PPO's: with
-the paper's weights 0.9 (imdb) and 0.7 (tldr) times. What changes is its weight against the cross entropy on
-reference texts, the value loss where weights are shared, and the limit on the gradient norm.
+What SPPO adds to PPO is the block `if beta:` in `symmetric_policy_loss`. The gradient of Lr is |Z|
+times that of L, so SPPO's policy gradient is (alpha + beta |Z|) times PPO's: with the paper's
+weights 0.9 (imdb) and 0.7 (tldr) times. That changes its weight relative to the supervised loss
+and, where weights are shared, the value loss, and how often gradients are clipped.
 
-A judge gives each text one reward, at its end; every token costs `kl_coef` times how much likelier it is than
-under the policy's frozen beginnings, the reference. Advantages are normalised over the tokens sampled; the
-authors' code counts padding too. Dropout is off. A step is one text: prompt and continuation.
+A reward model scores prompt and response; that reward is given at the last token. Every token pays
+a KL penalty, `kl_coef` times log(pi / reference policy); the reference policy is the frozen
+initial policy. Advantages are normalised over sampled tokens (the authors' code counts padding
+too). Dropout is off. Steps and frequencies count texts, that is a prompt and its response.
 """
 
+import argparse
 import ctypes
 import json
 import logging
@@ -40,13 +47,12 @@ import subprocess
 import sys
 import threading
 import time
-from contextlib import nullcontext
-from dataclasses import dataclass, replace
+from contextlib import contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib import import_module, metadata, util
 from pathlib import Path
-from types import SimpleNamespace
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import datasets
 import numpy as np
@@ -55,108 +61,162 @@ import torch
 import transformers
 import tyro
 from accelerate import Accelerator
+from accelerate.utils import concatenate, send_to_device, slice_tensors
 from rouge_score.rouge_scorer import RougeScorer
-from torch import nn
-from torch.distributed.checkpoint.state_dict import StateDictOptions, get_state_dict, set_state_dict
+from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
-from transformers import AutoConfig, AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers import (
+    AutoConfig,
+    AutoModelForCausalLM,
+    AutoModelForSequenceClassification,
+    AutoTokenizer,
+)
 from transformers.utils.peft_utils import find_adapter_config_file
 
 
 @dataclass
 class Args:
-    """Where the default is None, it is the task's: see TASKS."""
+    """Defaults are for the toy task; TASKS has those of the others."""
 
-    task: Literal["toy", "imdb", "tldr"] = "toy"  # toy: offline; imdb: reviews; tldr: summaries, with LoRA
-    total_timesteps: int | None = None  # texts in all, rounded up to whole updates
-    seed: int = 1  # seed of everything random (the paper's runs: 10000, 10001, ...)
+    # Run
+    task: Literal["toy", "imdb", "tldr"] = "toy"  # toy: offline; imdb: reviews; tldr: summaries
+    total_timesteps: int = 40 * 112  # texts sampled in all, rounded up to whole batches
+    seed: int = 1  # of all random numbers (the paper's runs: 10000, 10001, ...)
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU, where there is one
     amp: Literal["auto", "off"] = "auto"  # auto: bfloat16 where the hardware has it; off: float32
     runs_dir: str = "runs"  # folder of all runs
-    run_name: str | None = None  # folder of this run; default: task, algorithm, noise, seed and time
-    resume: str | None = None  # folder of an interrupted run to go on with; the only flag, then
-    checkpoint_freq: int | None = None  # texts between checkpoints; default: run / 10; 0: at the end
+    run_name: str | None = None  # folder of this run; default: task, algorithm, noise, seed, time
+    resume: str | None = None  # folder of an interrupted run to continue; takes no other flag
+    checkpoint_freq: int | None = None  # texts between checkpoints; default: run / 10; 0: at end
     track: bool = False  # log to Weights & Biases as well (pip install wandb)
 
+    # Models and data
     policy_model: str | None = None  # folder or hub name of a causal language model
-    tokenizer: str | None = None  # folder or hub name of the policy's tokenizer; default: the policy's
-    reward_model: tuple[str, ...] | None = None  # folders or hub names of classifiers, or of LoRA adapters
-    reward_label: int | None = None  # reward: probability of this label; a model with one output gives that
-    reward_aggregate: Literal["mean", "min", "mean-std"] = "mean"  # of several reward models
-    dataset: str | None = None  # JSONL file (.gz too), or hub name:split; column text (tldr: prompt, label)
-    eval_dataset: str | None = None  # the same for held-out texts; default: a tenth of the dataset
-    prompt_length: int | None = None  # tokens of a prompt at most; the first half of a text, its last tokens
-    response_length: int | None = None  # tokens of a continuation at most
-    top_k: int | None = None  # sample among the likeliest k tokens; 0: among all
-    stop_at_eos: bool | None = None  # end of text ends a continuation; else that token is never sampled
-    lora_r: int | None = None  # rank of the adapters of policy and critic on one model; 0: no LoRA
-    lora_alpha: int = 64  # scale of the adapters, times rank
-    load_in_4bit: bool = False  # with LoRA: base model in 4 bits (on a GPU; pip install bitsandbytes)
+    tokenizer: str | None = None  # folder or hub name; default: the policy's own, see TOKENIZERS
+    reward_model: tuple[str, ...] = ()  # folders or hub names of classifiers or LoRA adapters
+    reward_label: int = (
+        1  # label whose probability is the reward; a single output is the reward itself
+    )
+    reward_aggregate: Literal["mean", "min", "mean-std"] = "mean"  # over several reward models
+    dataset: str | None = None  # JSONL(.gz) or hub name:split; column text (tldr: prompt, label)
+    eval_dataset: str | None = None  # held-out data; default: EVAL_DATASETS, or 10% of the dataset
+    prompt_length: int = 16  # maximum tokens of a prompt (first half of a text, truncated left)
+    response_length: int = 32  # maximum tokens of a response
+    top_k: int = 0  # sample among the k most likely tokens; 0: among all
+    stop_at_eos: bool = True  # the end-of-text token ends a response; else it is never sampled
+    lora_r: int = 0  # rank of LoRA adapters, for policy and critic on one model; 0: no LoRA
+    lora_alpha: int = 64  # LoRA's alpha: adapters are scaled by alpha / rank
+    load_in_4bit: bool = False  # with LoRA: 4-bit base model (needs a GPU and bitsandbytes)
 
-    batch_size: int | None = None  # texts sampled for an update, in all processes together
-    num_minibatches: int = 4  # parts that a batch is split into
-    update_epochs: int | None = None  # passes over a batch
-    micro_batch_size: int | None = None  # texts in a process at once in an update; default: minibatch
-    learning_rate: float | None = None  # AdamW's learning rate, constant
-    weight_decay: float | None = None  # AdamW's weight decay
+    # Algorithm
+    batch_size: int = 112  # texts sampled for an update, over all processes
+    num_minibatches: int = 4  # minibatches of a batch
+    update_epochs: int = 5  # passes over a batch
+    micro_batch_size: int | None = None  # texts in a forward pass, per process; default: minibatch
+    learning_rate: float = 5e-4  # AdamW's learning rate, constant
+    weight_decay: float = 1e-6  # AdamW's weight decay
     adam_eps: float = 1e-5  # AdamW's epsilon
-    gamma: float | None = None  # discount factor, per token
+    gamma: float = 0.99  # discount factor, per token
     gae_lambda: float = 0.95  # lambda of generalised advantage estimation
-    clip_coef: float = 0.2  # epsilon of the clip range, of ratios and of values
+    clip_coef: float = 0.2  # epsilon of the clip range, for ratios and for values
     norm_adv: bool = True  # normalise advantages in each minibatch
-    vf_coef: float | None = None  # weight of the value loss
-    ce_coef: float | None = None  # weight of the cross entropy on how texts really go on
-    kl_coef: float | None = None  # weight of the penalty on log(pi / reference), per token
-    max_grad_norm: float = 1.0  # limit on the norm of the gradient of all parameters together
+    vf_coef: float = 0.5  # weight of the value loss
+    ce_coef: float = 0.0  # weight of the supervised (SFT) loss on reference completions, PPO-ptx
+    kl_coef: float = 0.005  # weight of the KL penalty against the reference policy, per token
+    max_grad_norm: float = 1.0  # gradient clipping, by the norm over all parameters
 
-    alpha: float | None = None  # weight of the PPO loss; default: 0.5, without reverse loss 1
-    beta: float | None = None  # weight of the reverse loss; 0: PPO
+    # Symmetric loss
+    alpha: float | None = None  # weight of the PPO loss; default: 0.5, or 1 if beta is 0
+    beta: float = 0.4  # weight of the reverse loss; 0: PPO
     z: float = -1.0  # Z, which stands for log 0
-    noise: Literal["none", "flip", "normal", "uniform", "adv_flip"] = "none"  # on rewards, or on advantages
-    noise_level: float | None = None  # chance of a flip (default 0.1) or size (default 0.05)
+    divide_by_p_old: bool = True  # as in the paper; without it: our bounded variant
 
-    eval_freq: int | None = None  # texts between evaluations; default: run / 10; 0: at start and end
-    eval_episodes: int = 128  # held-out prompts in an evaluation; rewards without noise
-    eval_greedy: bool | None = None  # likeliest tokens in evaluations; else sampled as in training
-    eval_reward_model: tuple[str, ...] = ()  # judges that the training never asks
+    # Noise
+    noise: Literal["none", "flip", "normal", "uniform", "adv_flip"] = "none"  # noise in training
+    noise_level: float | None = None  # probability of a flip (default 0.1) or size (default 0.05)
+    correct_flips: bool = False  # make flipped rewards unbiased, given the noise level
+
+    # Evaluation
+    eval_freq: int | None = None  # texts between evaluations; default: run / 10; 0: first and last
+    eval_episodes: int = 128  # held-out prompts in an evaluation; rewards are clean
+    eval_greedy: bool = False  # greedy decoding in evaluations; else sampled as in training
+    eval_reward_model: tuple[str, ...] = ()  # held-out reward models, never trained against
 
     @property
     def algo(self) -> str:
         return "sppo" if self.beta else "ppo"
 
+    @property
+    def run_dir(self) -> Path:
+        return Path(self.resume or Path(self.runs_dir) / self.run_name)
 
-# The paper's settings for imdb and tldr (there in 4 bits, too); those of the toy are ours.
+    @property
+    def inference_batch_size(self):
+        return 8 * (self.micro_batch_size or 16)  # inference takes less memory than training
+
+
+# The paper's settings (tldr: there with a 4-bit base model). Those of the toy are ours.
 TASKS = {
-    "toy": dict(
-        total_timesteps=40 * 112, reward_label=1, prompt_length=16, response_length=32, top_k=0,
-        stop_at_eos=True, lora_r=0, batch_size=112, update_epochs=5, learning_rate=5e-4, weight_decay=1e-6,
-        gamma=0.99, vf_coef=0.5, ce_coef=0.0, kl_coef=0.005, beta=0.4, eval_greedy=False,
+    "toy": Args(),
+    "imdb": Args(
+        task="imdb",
+        policy_model="rajkumarrrk/gpt2-fine-tuned-on-imdb-positive-reviews",
+        reward_model=("lvwerra/distilbert-imdb",),
+        dataset="stanfordnlp/imdb:train",
+        total_timesteps=60 * 112,
+        prompt_length=64,
+        response_length=48,
+        top_k=50,
+        stop_at_eos=False,
+        learning_rate=5e-6,
+        ce_coef=0.1,
+        kl_coef=0.001,
     ),
-    "imdb": dict(
-        policy_model="rajkumarrrk/gpt2-fine-tuned-on-imdb-positive-reviews", tokenizer="gpt2", reward_label=1,
-        reward_model=("lvwerra/distilbert-imdb",), dataset="stanfordnlp/imdb:train",
-        eval_dataset="stanfordnlp/imdb:test", total_timesteps=60 * 112, prompt_length=64, response_length=48,
-        top_k=50, stop_at_eos=False, lora_r=0, batch_size=112, update_epochs=5, learning_rate=5e-6,
-        weight_decay=1e-6, gamma=0.99, vf_coef=0.5, ce_coef=0.1, kl_coef=0.001, beta=0.4, eval_greedy=False,
+    "tldr": Args(
+        task="tldr",
+        policy_model="CarperAI/openai_summarize_tldr_sft",
+        reward_model=("jdchang/tldr_rm_adapter",),
+        reward_label=0,
+        dataset="CarperAI/openai_summarize_tldr:train",
+        total_timesteps=200 * 64,
+        prompt_length=500,
+        response_length=50,
+        lora_r=8,
+        batch_size=64,
+        update_epochs=4,
+        micro_batch_size=4,
+        learning_rate=5e-6,
+        weight_decay=0.01,
+        gamma=1.0,
+        vf_coef=0.1,
+        ce_coef=0.1,
+        kl_coef=0.002,
+        beta=0.2,
+        eval_greedy=True,
     ),
-    "tldr": dict(
-        policy_model="CarperAI/openai_summarize_tldr_sft", reward_model=("jdchang/tldr_rm_adapter",),
-        tokenizer="gpt2", reward_label=0, dataset="CarperAI/openai_summarize_tldr:train",
-        eval_dataset="CarperAI/openai_summarize_tldr:valid", total_timesteps=200 * 64, prompt_length=500,
-        response_length=50, top_k=0, stop_at_eos=True, lora_r=8, batch_size=64, update_epochs=4,
-        micro_batch_size=4, learning_rate=5e-6, weight_decay=0.01, gamma=1.0, vf_coef=0.1, ce_coef=0.1,
-        kl_coef=0.002, beta=0.2, eval_greedy=True,
-    ),
-}  # fmt: skip
+}
+# Tokenizers of models on the hub that come without one, and held-out splits of data sets there.
+TOKENIZERS = {
+    "rajkumarrrk/gpt2-fine-tuned-on-imdb-positive-reviews": "gpt2",
+    "CarperAI/openai_summarize_tldr_sft": "gpt2",
+}
+EVAL_DATASETS = {
+    "stanfordnlp/imdb:train": "stanfordnlp/imdb:test",
+    "CarperAI/openai_summarize_tldr:train": "CarperAI/openai_summarize_tldr:valid",
+}
 
 
-def perturb_reward(reward: np.ndarray, noise: str, level: float, rng: np.random.Generator) -> np.ndarray:
-    """Rewards of any shape as a noisy judge gives them: flip turns r into 1 - r with probability `level`,
-    normal adds N(0, level^2), uniform adds U(-level, level), the others leave rewards alone."""
+# Noise
+
+
+def perturb_reward(reward, noise, level, rng):
+    """Rewards of any shape with noise: flip replaces r by 1 - r with probability `level`, normal
+    adds N(0, level^2), uniform adds U(-level, level); other kinds leave rewards unchanged."""
     if noise == "flip":
-        return np.where(rng.random(reward.shape) < level, 1 - reward, reward)
+        flipped = rng.random(reward.shape) < level
+        return np.where(flipped, 1 - reward, reward)
     if noise == "normal":
         return reward + rng.normal(0, level, reward.shape)
     if noise == "uniform":
@@ -164,308 +224,264 @@ def perturb_reward(reward: np.ndarray, noise: str, level: float, rng: np.random.
     return reward
 
 
-def perturb_advantage(advantage: torch.Tensor, level: float, generator: torch.Generator) -> torch.Tensor:
-    """Advantages, of any shape, each with its sign flipped with probability `level`."""
-    flip = torch.rand(advantage.shape, generator=generator, device=advantage.device) < level
-    return torch.where(flip, -advantage, advantage)
+def correct_flips(reward, level):
+    """Unbiased rewards, given flips r -> 1 - r with probability `level` < 1/2: the mean of a noisy
+    reward is (1 - 2 level) r + level. After Wang et al., AAAI 2020, "Reinforcement Learning with
+    Perturbed Rewards"."""
+    return (reward - level) / (1 - 2 * level)
 
 
-# The toy: two-sided reviews from a grammar, with a policy and a noisy judge trained on them.
-ASPECTS = ["plot", "acting", "music", "script", "ending", "cast", "pacing", "dialogue", "camera", "humour"]
-GOOD = ["superb", "moving", "clever", "funny", "brilliant", "charming", "gripping", "warm"]
-BAD = ["dull", "clumsy", "weak", "tedious", "awful", "silly", "flat", "noisy"]
-TOY_POSITIONS = 64
+def perturb_advantage(advantage, level, generator):
+    """Advantages of any shape, the sign of each flipped with probability `level`."""
+    uniform = torch.rand(advantage.shape, generator=generator, device=generator.device)
+    flipped = uniform.to(advantage.device) < level
+    return torch.where(flipped, -advantage, advantage)
 
 
-def toy_review(rng: random.Random) -> str:
-    """Five opinions, each as likely good as bad; good is a good word, or "not" and a bad one."""
-    opinions = []
-    for aspect in rng.sample(ASPECTS, 5):
-        negated, words = rng.random() < 0.25, rng.choice((GOOD, BAD))
-        opinions.append(f"the {aspect} was {'not ' * negated}{rng.choice(words)}")
-    return "{} and {} . {} but {} . {} .".format(*opinions)
-
-
-def toy_sentiment(text: str) -> float:
-    """Share of good opinions in a text, by the grammar's own truth; 0.5 where there is none."""
-    words = text.split()
-    signs = [(b in GOOD) != (a == "not") for a, b in zip(["", *words], words) if b in GOOD + BAD]
-    return sum(signs) / len(signs) if signs else 0.5
-
-
-def make_toy(folder: Path) -> None:
-    """Makes train.jsonl, test.jsonl, policy/ and reward/ in `folder`, unless it is there; from one seed, so
-    that runs with different seeds have the same models. A tenth of the judge's labels are wrong."""
-    if folder.exists():
-        return
-    temporary, rng = folder.with_name(f"{folder.name}.{os.getpid()}.tmp"), random.Random(1)
-    reviews = [toy_review(rng) for _ in range(4000)]
-    datasets.Dataset.from_dict({"text": reviews[:-256]}).to_json(temporary / "train.jsonl")
-    datasets.Dataset.from_dict({"text": reviews[-256:]}).to_json(temporary / "test.jsonl")
-    texts = [" ".join(text.split()[: rng.randint(1, 45)]) for text in reviews]  # which may stop anywhere
-    truth = [toy_sentiment(text) + rng.random() / 100 > 0.505 for text in texts]  # a draw is decided by lot
-    labels = [int(is_good != (rng.random() < 0.1)) for is_good in truth]
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        gpt2, bert = transformers.GPT2Tokenizer(pad_token="<|pad|>"), transformers.BertTokenizer()
-        gpt2, bert = (t.train_new_from_iterator(reviews, 400, show_progress=False) for t in (gpt2, bert))
-        data = gpt2([text + gpt2.eos_token for text in reviews], padding=True, return_tensors="pt")
-        data["labels"] = data["input_ids"].masked_fill(data["attention_mask"] == 0, -100)
-        judge_data = bert(texts, padding=True, return_tensors="pt") | {"labels": torch.tensor(labels)}
-        eos, pad = gpt2.eos_token_id, gpt2.pad_token_id
-        shape = dict(vocab_size=len(gpt2), n_positions=TOY_POSITIONS, n_embd=64, n_layer=2, n_head=2)
-        config = transformers.GPT2Config(**shape, bos_token_id=eos, eos_token_id=eos, pad_token_id=pad)
-        shape = dict(vocab_size=len(bert), max_position_embeddings=TOY_POSITIONS, hidden_size=64)
-        shape |= dict(num_hidden_layers=2, num_attention_heads=2, intermediate_size=128)
-        judge_config = transformers.BertConfig(**shape, id2label={0: "NEGATIVE", 1: "POSITIVE"})
-        judge = AutoModelForSequenceClassification.from_config(judge_config)
-        for name, steps, learning_rate, tokenizer, batch, model in (
-            ("policy", 400, 3e-3, gpt2, data, AutoModelForCausalLM.from_config(config)),
-            ("reward", 1200, 1e-3, bert, judge_data, judge),
-        ):
-            optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
-            for _ in tqdm(range(steps), desc=f"making the toy's {name} model", disable=None, leave=False):
-                rows = torch.randint(len(reviews) - 256, (32,))
-                model(**{key: value[rows] for key, value in batch.items()}).loss.backward()
-                optimizer.step()
-                optimizer.zero_grad()
-            model.save_pretrained(temporary / name)
-            tokenizer.save_pretrained(temporary / name)
-    try:
-        temporary.rename(folder)
-    except OSError:  # another run was quicker
-        shutil.rmtree(temporary)
+# Models
 
 
 class ActorCritic(nn.Module):
-    """Policy, critic, and the reference, the policy's frozen beginnings: three models; or, with LoRA, one
-    with two adapters, which is the reference when both are off.
+    """Policy, critic and reference policy, that is the frozen initial policy.
 
-    All is called through `forward`, since that is where DDP and FSDP bring weights and gradients together.
-    `ids` and `mask` (batch, tokens) are texts; the mask is false at padding, which may be on both sides.
+    Without LoRA these are three models. With LoRA they are one model with two adapters, "policy"
+    and "critic"; with both disabled it is the reference policy.
+
+    Throughout, `ids` and `mask` (batch, tokens) are texts; `mask` is false at padding, which may be
+    on both sides. Results are for the last `length` tokens, the response: (batch, length), float32.
     """
 
-    def __init__(self, args: Args, device: torch.device, dtype: torch.dtype):
+    def __init__(self, args, device, dtype):
         super().__init__()
-        self.dtype, self.lora = dtype, args.lora_r > 0
-        options = {"config": AutoConfig.from_pretrained(args.policy_model)}
-        if getattr(options["config"], "activation_function", None) == "gelu_new":
-            options["config"].activation_function = "gelu_pytorch_tanh"  # the same function, in one kernel
-        if device.type == "cpu":  # in bfloat16 an update takes less time than with fused attention
-            options["attn_implementation"] = "eager"
+        self.dtype = dtype
+        self.lora = args.lora_r > 0
+        config = AutoConfig.from_pretrained(args.policy_model)
+        if getattr(config, "activation_function", None) == "gelu_new":
+            config.activation_function = "gelu_pytorch_tanh"  # the same function, in one kernel
+        quantization = None
         if args.load_in_4bit:
-            four_bits = dict(load_in_4bit=True, bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_type="nf4")
-            options["quantization_config"] = transformers.BitsAndBytesConfig(**four_bits)
-        options["dtype"] = dtype if self.lora else torch.float32
-        load_model = partial(AutoModelForCausalLM.from_pretrained, args.policy_model, **options)
-        self.policy = load_model().requires_grad_(not self.lora)
+            quantization = transformers.BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_type="nf4"
+            )
+        load_model = partial(
+            AutoModelForCausalLM.from_pretrained,
+            args.policy_model,
+            config=config,
+            dtype=dtype if self.lora else torch.float32,
+            quantization_config=quantization,
+            # on a CPU in bfloat16, updates are faster without fused attention
+            attn_implementation="eager" if device.type == "cpu" else None,
+        )
+        self.policy = load_model()
         if self.lora:
-            for name in ("policy", "critic"):  # without dropout, which is off anyway
-                self.policy.add_adapter(peft.LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha), name)
-            self.adapters = [p for name, p in self.policy.named_parameters() if "lora_" in name]
-            for parameter in self.adapters:
+            adapter = peft.LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha)
+            self.policy.requires_grad_(False)
+            self.policy.add_adapter(adapter, "policy")
+            self.policy.add_adapter(adapter, "critic")
+            self.adapter_parameters = [
+                parameter for name, parameter in self.policy.named_parameters() if "lora_" in name
+            ]
+            for parameter in self.adapter_parameters:
                 parameter.data = parameter.data.float()
-                parameter.requires_grad_(True)
+            self.activate_adapter("policy")
         else:
-            self.critic, self.reference = load_model().base_model, load_model().requires_grad_(False)
-        self.value_head = nn.Linear(options["config"].hidden_size, 1)
-        for parameter in self.value_head.parameters():
-            nn.init.zeros_(parameter)
-        self._no_split_modules, self.tie_weights = self.policy._no_split_modules, self.policy.tie_weights
-        self.eval().to(device)  # dropout stays off
+            self.critic = load_model().base_model
+            self.reference = load_model().requires_grad_(False)
+        self.value_head = nn.Linear(config.hidden_size, 1)
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+        self.eval()  # disables dropout, for good
+        self.to(device)
 
-    def model(self, role: str):
+    def activate_adapter(self, name):
+        if self.lora:
+            self.policy.set_adapter(name)
+            for parameter in self.adapter_parameters:
+                parameter.requires_grad_(True)  # peft has frozen the other adapter
+
+    def autocast(self):
+        device = self.value_head.weight.device.type
+        return torch.autocast(device, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+
+    def forward(self, ids, mask, length, sft_ids=None, sft_mask=None):
+        """Log-probabilities, values and, given texts with reference completions, log-probabilities
+        of those. The only method with gradients, hence called on the model that DDP wraps."""
+        sft_log_prob = None
+        with self.autocast():
+            log_prob = self.policy_log_prob(ids, mask, length)
+            value = self.value(ids, mask, length)
+            if sft_ids is not None:
+                sft_log_prob = self.policy_log_prob(sft_ids, sft_mask, length)
+        return log_prob, value, sft_log_prob
+
+    def policy_log_prob(self, ids, mask, length):
+        self.activate_adapter("policy")
+        return token_log_prob(self.policy, ids, mask, length)
+
+    def reference_log_prob(self, ids, mask, length):
         if not self.lora:
-            return getattr(self, role)
-        self.policy.disable_adapters() if role == "reference" else self.policy.enable_adapters()
-        if role != "reference":
-            self.policy.set_adapter(role)
-        for parameter in self.adapters:  # the one that is off has been frozen
-            parameter.requires_grad_(True)
-        return self.policy
+            return token_log_prob(self.reference, ids, mask, length)
+        self.policy.disable_adapters()
+        log_prob = token_log_prob(self.policy, ids, mask, length)
+        self.policy.enable_adapters()
+        return log_prob
 
-    def forward(self, method: str, *arguments):
-        half = self.dtype == torch.bfloat16
-        with torch.autocast(self.value_head.weight.device.type, torch.bfloat16, enabled=half):
-            return getattr(self, method)(*arguments)
+    def value(self, ids, mask, length):
+        """Values of the texts before each of the last `length` tokens."""
+        self.activate_adapter("critic")
+        critic = self.policy.base_model if self.lora else self.critic
+        hidden = predicting_states(critic, ids, mask, length)
+        return self.value_head(hidden).squeeze(-1).float()
 
-    def inputs(self, ids, mask, start: int = 0) -> dict:
-        positions = (mask.cumsum(1) - 1).clamp(min=0)  # of each token in its text
-        return dict(input_ids=ids, attention_mask=mask.long(), position_ids=positions[:, start:])
-
-    def predictors(self, ids, mask) -> dict:
-        """Inputs without the last tokens, which predict nothing, and without padding before all texts."""
-        start = int(mask.any(0).int().argmax())
-        return self.inputs(ids[:, start:-1], mask[:, start:-1]) | {"use_cache": False}
-
-    def logits(self, role: str, inputs: dict, length: int):
-        """Logits (batch, length, vocabulary) of the last positions, in float32: bfloat16 has but 8 bits."""
-        model = self.model(role)
-        hidden = model.base_model(**inputs)
-        head, last = model.get_output_embeddings(), hidden.last_hidden_state[:, -length:].float()
-        with torch.autocast(last.device.type, enabled=False):
-            bias = None if head.bias is None else head.bias.float()
-            return F.linear(last, head.weight.float(), bias), hidden.past_key_values
-
-    def log_prob(self, role: str, ids, mask, length: int):
-        """Log-probabilities (batch, length), float32, of the last `length` tokens."""
-        logits, _ = self.logits(role, self.predictors(ids, mask), length)
-        tokens = ids[:, -length:]
-        return -F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none").view_as(tokens)
-
-    def value(self, ids, mask, length: int):
-        """Values (batch, length), float32, of the texts before each of the last `length` tokens."""
-        hidden = self.model("critic").base_model(**self.predictors(ids, mask)).last_hidden_state
-        return self.value_head(hidden[:, -length:]).squeeze(-1).float()
-
-    def update(self, ids, mask, length: int, *reference):
-        """Log-probabilities, values and, given ids and mask of reference texts, those texts' too."""
-        log_prob, value = self.log_prob("policy", ids, mask, length), self.value(ids, mask, length)
-        return log_prob, value, self.log_prob("policy", *reference, length) if reference else None
-
-    @torch.no_grad()
-    def rollout(self, ids, mask, uniform, top_k: int, eos: int, stop_at_eos: bool, pad: int):
-        """Goes on with prompts, padded on the left. For each new token `uniform` (batch, length), in [0, 1),
-        chooses among the likeliest `top_k`, or all if that is 0, so that equal numbers give equal texts.
-        Returns ids and mask (batch, tokens + length) and, for new tokens (batch, length): log-probabilities,
-        the same under the reference, and values; all in one pass as in the update, so that ratios begin at 1.
-        """
-        cache, new, length = None, ids, uniform.shape[1]
-        alive = torch.ones_like(ids[:, 0], dtype=torch.bool)
-        for chance in uniform.unbind(1):
-            inputs = self.inputs(new, mask, -new.shape[1]) | {"past_key_values": cache, "use_cache": True}
-            logits, cache = self.logits("policy", inputs, 1)
-            logits = logits[:, 0]
+    def generate(self, ids, mask, uniform, top_k, eos, pad, stop_at_eos):
+        """Samples responses to prompts that are padded on the left. Returns ids and mask of prompts
+        and responses, (batch, prompt tokens + length). `uniform` (batch, length): see
+        `sample_token`; given as argument, samples do not depend on how a batch is split."""
+        self.activate_adapter("policy")
+        cache = None
+        new_ids = ids
+        alive = torch.ones_like(mask[:, :1])
+        for t in range(uniform.shape[1]):
+            output = self.policy.base_model(
+                input_ids=new_ids,
+                attention_mask=mask.long(),
+                position_ids=position_ids(mask)[:, -new_ids.shape[1] :],
+                past_key_values=cache,
+                use_cache=True,
+            )
+            cache = output.past_key_values
+            logits = float32_logits(self.policy, output.last_hidden_state[:, -1])
             if not stop_at_eos:
                 logits[:, eos] = -math.inf
-            logits, candidates = logits.topk(min(top_k or logits.shape[-1], logits.shape[-1]))
-            cumulative = logits.softmax(-1, dtype=torch.float64).cumsum(-1)
-            choice = (cumulative <= chance[:, None] * cumulative[:, -1:]).sum(-1, keepdim=True)
-            new = candidates.gather(1, choice).where(alive[:, None], pad)
-            ids, mask = torch.cat([ids, new], 1), torch.cat([mask, alive[:, None]], 1)
+            new_ids = sample_token(logits, uniform[:, t : t + 1], top_k)
+            new_ids = torch.where(alive, new_ids, pad)
+            ids = torch.cat([ids, new_ids], 1)
+            mask = torch.cat([mask, alive], 1)
             if stop_at_eos:
-                alive = alive & (new[:, 0] != eos)
-        log_probs = (self.log_prob(role, ids, mask, length) for role in ("policy", "reference"))
-        return ids, mask, *log_probs, self.value(ids, mask, length)
+                alive = alive & (new_ids != eos)
+        return ids, mask
+
+
+def position_ids(mask):
+    """Position of each token in its text, not counting padding on the left."""
+    return (mask.cumsum(1) - 1).clamp(min=0)
+
+
+def predicting_states(transformer, ids, mask, length):
+    """Last hidden states (batch, length, hidden size) at the tokens before the last ones."""
+    first_column = int(mask.any(0).int().argmax())  # before it, there is only padding
+    ids = ids[:, first_column:-1]
+    mask = mask[:, first_column:-1]
+    output = transformer(
+        input_ids=ids,
+        attention_mask=mask.long(),
+        position_ids=position_ids(mask),
+        use_cache=False,
+    )
+    return output.last_hidden_state[:, -length:]
+
+
+def float32_logits(model, hidden):
+    """In float32, since the 8 significant bits of bfloat16 are too few for ratios near 1."""
+    head = model.get_output_embeddings()
+    bias = None if head.bias is None else head.bias.float()
+    with torch.autocast(hidden.device.type, enabled=False):
+        return F.linear(hidden.float(), head.weight.float(), bias)
+
+
+def token_log_prob(model, ids, mask, length):
+    """Log-probabilities (batch, length), float32, of the last `length` tokens."""
+    logits = float32_logits(model, predicting_states(model.base_model, ids, mask, length))
+    tokens = ids[:, -length:]
+    loss = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none")
+    return -loss.view_as(tokens)
+
+
+def sample_token(logits, uniform, top_k):
+    """Inverse-CDF sampling: tokens (batch, 1) from `logits` (batch, vocabulary), among the `top_k`
+    most likely ones (0: among all), given `uniform` (batch, 1) in [0, 1)."""
+    vocabulary = logits.shape[-1]
+    top = logits.topk(min(top_k or vocabulary, vocabulary))
+    cumulative = top.values.softmax(-1, dtype=torch.float64).cumsum(-1)
+    rank = (cumulative <= uniform * cumulative[:, -1:]).sum(-1, keepdim=True)
+    return top.indices.gather(1, rank)
 
 
 class RewardModel:
-    """A judge with a tokenizer of its own: text in, score out. `name`: a classifier, or an adapter of one."""
+    """Text in, score out, with a tokenizer of its own. `name`: a classifier, or a LoRA adapter of
+    one; `label`: the label whose probability is the score, unless the model has a single output."""
 
-    def __init__(self, name: str, label: int, device: torch.device, dtype: torch.dtype):
-        base, auto, options = name, AutoModelForSequenceClassification, {"dtype": dtype}
-        if find_adapter_config_file(name):
-            base = peft.PeftConfig.from_pretrained(name).base_model_name_or_path
-            auto, options["num_labels"] = peft.AutoPeftModelForSequenceClassification, 1
-        self.model, self.label = auto.from_pretrained(name, **options).to(device).eval(), label
+    def __init__(self, name, label, device, dtype):
+        self.label = label
+        base = name
+        with loading(name):
+            if find_adapter_config_file(name):
+                base = peft.PeftConfig.from_pretrained(name).base_model_name_or_path
+                self.model = peft.AutoPeftModelForSequenceClassification.from_pretrained(
+                    name, num_labels=1, dtype=dtype
+                )
+            else:
+                self.model = AutoModelForSequenceClassification.from_pretrained(name, dtype=dtype)
+            self.model.to(device).eval()
+        config = self.model.config
+        require(
+            config.num_labels == 1 or label < config.num_labels,
+            f"--reward-label {label}: {name} has {config.id2label}",
+        )
         self.tokenizer = load_tokenizer(base)
-        self.model.config.pad_token_id = self.tokenizer.pad_token_id
+        config.pad_token_id = self.tokenizer.pad_token_id
 
     @torch.no_grad()
-    def __call__(self, texts: list[str]) -> torch.Tensor:
-        """Scores (texts,): the probability of the label; of a model with one output, that. Reads the ends."""
-        room = getattr(self.model.config, "max_position_embeddings", math.inf)
-        length = min(self.tokenizer.model_max_length, room)
-        batch = self.tokenizer(texts, padding=True, truncation=True, max_length=length, return_tensors="pt")
-        batch = batch.to(self.model.device)
-        logits = self.model(**batch).logits.float()
-        return logits[:, 0] if logits.shape[1] == 1 else logits.softmax(-1)[:, self.label]
+    def __call__(self, texts):
+        """Scores (texts,). Texts that are too long are truncated on the left."""
+        positions = getattr(self.model.config, "max_position_embeddings", math.inf)
+        inputs = self.tokenizer(
+            texts,
+            padding=True,
+            truncation=True,
+            max_length=min(self.tokenizer.model_max_length, positions),
+            return_tensors="pt",
+        )
+        logits = self.model(**inputs.to(self.model.device)).logits.float()
+        if logits.shape[1] == 1:
+            return logits[:, 0]
+        return logits.softmax(-1)[:, self.label]
 
 
-def load_tokenizer(name: str):
-    """With the end of text as padding where it has no token for that: masks tell them apart."""
-    tokenizer = AutoTokenizer.from_pretrained(name, truncation_side="left")
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    if not tokenizer("word", add_special_tokens=False)["input_ids"]:  # what comes of a folder without one
-        raise ValueError("no tokenizer is there; name another with --tokenizer")
-    return tokenizer
-
-
-def aggregate(scores: torch.Tensor, how: str) -> torch.Tensor:
-    """Rewards (texts,): mean, min or mean-std of the scores (texts, judges) that an ensemble gave them."""
+def aggregate(scores, how):
+    """Rewards (texts,) from the scores (texts, models) of an ensemble: mean, min or mean-std."""
     if how == "min":
         return scores.amin(1)
-    return scores.mean(1) - (scores.std(1, correction=0) if how == "mean-std" else 0)
+    if how == "mean-std":
+        return scores.mean(1) - scores.std(1, correction=0)
+    return scores.mean(1)
 
 
-def load(args: Args) -> SimpleNamespace:
-    """Models, on the device, and data: what rollouts, updates and evaluations need."""
-    cpu = args.device == "cpu" or not torch.cuda.is_available()
-    accelerator = Accelerator(cpu=cpu, mixed_precision="no")  # as ActorCritic sees to that
-    accelerator.wait_for_everyone()  # the first process makes the toy
-    keep_freed_memory() if cpu else None
-    torch.manual_seed(args.seed)  # of LoRA's first weights
-    device = accelerator.device
-    fast = torch.cpu.get_capabilities().get("avx512_bf16") if cpu else torch.cuda.is_bf16_supported(False)
-    dtype = torch.bfloat16 if args.amp == "auto" and fast else torch.float32
-    judge_dtype = dtype if args.lora_r else torch.float32  # large models, as LoRA is for them
-    names = (*args.reward_model, *args.eval_reward_model)
-    judges = [RewardModel(name, args.reward_label, device, judge_dtype) for name in names]
-    model = ActorCritic(args, device, dtype)
-    trainable = {name: p for name, p in model.named_parameters() if p.requires_grad}
-    adamw = dict(lr=args.learning_rate, eps=args.adam_eps, weight_decay=args.weight_decay, fused=True)
-    model, optimizer = accelerator.prepare(model, torch.optim.AdamW(trainable.values(), **adamw))
-    (texts, held_out), tokenizer = load_data(args), load_tokenizer(args.tokenizer or args.policy_model)
-    return SimpleNamespace(
-        accelerator=accelerator, device=device, model=model, optimizer=optimizer, judges=judges, texts=texts,
-        held_out=held_out, tokenizer=tokenizer, trainable=set(trainable),
-    )  # fmt: skip
+# Losses
 
 
-def load_data(args: Args) -> list[datasets.Dataset]:
-    """Texts to train on, and `eval_episodes` held-out ones. Raises ValueError: what is wrong, what to do."""
-    parts, columns = [], {"prompt", "label"} if args.task == "tldr" else {"text"}
-    for name in (args.dataset, args.eval_dataset) if args.eval_dataset else (args.dataset,):
-        hub_name, _, split = name.partition(":")
-        source = dict(path="json", data_files=name) if Path(name).is_file() else dict(path=hub_name)
-        try:
-            parts.append(datasets.load_dataset(**source, split=split or "train"))
-        except Exception as error:  # a network, a hub or a parser may fail in any way
-            raise ValueError(f"{name}: not a JSONL file nor on the hub: {str(error)[:200]!r}") from error
-        if missing := columns - set(parts[-1].column_names):
-            raise ValueError(f"{name}: lacks {sorted(missing)}; it has {parts[-1].column_names}")
-    if not args.eval_dataset:
-        parts = list(parts[0].train_test_split(test_size=0.1, seed=0).values())
-    for flag, part in zip(("batch_size", "eval_episodes"), parts):
-        if (needed := getattr(args, flag)) > len(part):
-            raise ValueError(f"--{flag.replace('_', '-')} {needed}: more than the {len(part)} texts for that")
-    return [parts[0], parts[1].shuffle(seed=0).select(range(args.eval_episodes))]
-
-
-def tokenize(rows: datasets.Dataset, tokenizer, args: Args):
-    """Texts as people wrote them, ids and mask (texts, tokens): prompts, padded on the left, and in the last
-    `response_length` columns how they go on, padded on the right."""
-    prompts, references, eos = [], [], tokenizer.eos_token_id
-    for row in rows:
-        if args.task == "tldr":
-            prompt = tokenizer(row["prompt"], verbose=False)["input_ids"]
-            reference = tokenizer(row["label"], verbose=False, add_special_tokens=False)["input_ids"]
-        else:  # the first half of a review, and how it goes on
-            ids = tokenizer(row["text"], verbose=False)["input_ids"]
-            prompt, reference = ids[: len(ids) // 2], ids[len(ids) // 2 :]
-        prompts.append(prompt[-args.prompt_length :] or [eos])
-        references.append([*reference, eos][: args.response_length])
-    options = dict(padding="max_length", max_length=args.response_length, return_tensors="pt")
-    left = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
-    right = tokenizer.pad({"input_ids": references}, padding_side="right", **options)
-    ids, mask = (torch.cat([left[key], right[key]], 1) for key in ("input_ids", "attention_mask"))
-    return ids, mask.bool()
+def masked_sum(x, mask):
+    """Sum of `x` where `mask` is true, both of any shape."""
+    return torch.where(mask, x, 0).sum()
 
 
 def masked_mean(x, mask):
     """Mean of `x` where `mask` is true, both of any shape."""
-    return torch.where(mask, x, 0).sum() / mask.sum()
+    return masked_sum(x, mask) / mask.sum()
 
 
-def symmetric_policy_loss(log_prob, old_log_prob, advantage, mask, clip_coef, alpha, beta, z):
+def symmetric_policy_loss(
+    log_prob, old_log_prob, advantage, mask, clip_coef, alpha, beta, z, divide_by_p_old=True
+):
     """alpha * PPO loss + beta * reverse PPO loss, a scalar to minimise (arXiv 2405.17618).
 
-    Tensors (batch, tokens): `log_prob`, `old_log_prob`: log pi of each token, now and when it was sampled;
-    `advantage`: its advantage; `mask`: true where there is a token that was sampled, over which the mean is.
+    Tensors (batch, tokens): `log_prob`, `old_log_prob`: log pi of each token, now and when it was
+    sampled; `advantage`; `mask`: true at sampled tokens, over which the mean is taken.
     Numbers: `clip_coef`: PPO's epsilon; `alpha`, `beta` >= 0; `z` < 0.
 
-    (1 - p) / p_old is written 1 / p_old - r: the first term has no gradient but may be huge. Judge this loss
-    by its gradient, not its value.
+    (1 - p) / p_old is written 1 / p_old - r: the first term has no gradient but may be huge. Judge
+    this loss by its gradient, not by its value. Without `divide_by_p_old`, a variant of ours that
+    is not in the paper, the reverse loss is bounded and prefers likely tokens.
     """
     ratio = torch.where(mask, log_prob - old_log_prob, 0.0).exp()
     surrogate = advantage * ratio
@@ -473,411 +489,1056 @@ def symmetric_policy_loss(log_prob, old_log_prob, advantage, mask, clip_coef, al
     unclipped = surrogate <= clipped  # m: where PPO's gradient flows
     objective = alpha * torch.where(unclipped, surrogate, clipped)
     if beta:  # all that symmetric PPO adds to PPO
-        reverse = advantage * z * ((-old_log_prob).exp() - ratio)
+        if divide_by_p_old:
+            reverse = advantage * z * ((-old_log_prob).exp() - ratio)
+        else:
+            reverse = advantage * z * (1 - log_prob.exp())
         objective = objective + beta * torch.where(unclipped, reverse, 0.0)
     return -masked_mean(objective, mask)
 
 
-def compute_gae(reward, value, final_value, terminated, truncated, gamma, gae_lambda):
-    """Advantages and returns (T, N): generalised advantage estimation (Schulman et al., arXiv 1506.02438).
-
-    Arrays of T steps in N environments: `reward`, `terminated`, `truncated` (T, N); `value` (T + 1, N) of the
-    observations before each step and after the last; `final_value` (T, N) of truncated episodes' last ones.
-    """
-    next_value = np.where(truncated, final_value, value[1:]) * ~terminated
-    delta = reward + gamma * next_value - value[:-1]
-    decay = gamma * gae_lambda * ~(terminated | truncated)
-    advantage, following = np.zeros_like(delta), 0.0
-    for t in reversed(range(len(delta))):
-        advantage[t] = following = delta[t] + decay[t] * following
-    return advantage, advantage + value[:-1]
+def clipped_value_loss(value, old_value, returns, mask, clip_coef):
+    """Half the squared error, the larger of that with and without clipping the value's change."""
+    clipped = old_value + (value - old_value).clamp(-clip_coef, clip_coef)
+    error = torch.maximum((value - returns).square(), (clipped - returns).square())
+    return 0.5 * masked_mean(error, mask)
 
 
-def token_advantages(reward, log_prob, reference_log_prob, value, sampled, args: Args):
-    """Advantages and returns (texts, tokens), from rewards (texts,) and arrays (texts, tokens) of sampled
-    tokens. Each token pays for leaving the reference, the last one of a text earns its reward."""
-    last = sampled & ~np.pad(sampled, ((0, 0), (0, 1)))[:, 1:]
-    penalty = np.where(sampled, args.kl_coef * (log_prob - reference_log_prob), 0)
-    value = np.pad(np.where(sampled, value, 0), ((0, 0), (0, 1)))
-    none = np.zeros_like(last)  # every text ends, after as many tokens as there may be, too
-    arrays = (last * reward[:, None] - penalty, value, none, last, none)
-    advantage, returns = compute_gae(*(x.T for x in arrays), args.gamma, args.gae_lambda)
-    return advantage.T, returns.T
+class Rollout(NamedTuple):
+    """Prompts and responses of B texts, at most P and T tokens long."""
+
+    ids: Tensor  # (B, P + T), prompts padded on the left, responses on the right
+    mask: Tensor  # (B, P + T), false at padding
+    response_mask: Tensor  # (B, T), the last columns of `mask`
+    log_prob: Tensor  # (B, T), of sampled tokens under the policy that sampled them, unfiltered
+    reference_log_prob: Tensor  # (B, T), of sampled tokens under the reference policy
+    value: Tensor  # (B, T), of the text before each token
+    scores: Tensor  # (B, reward models)
+    sft_ids: Tensor  # (B, P + T), the same prompts with reference completions
+    sft_mask: Tensor  # (B, P + T)
 
 
-def loss_and_metrics(model, args: Args, texts: dict, advantage, share: dict):
-    """Loss of some texts of a minibatch, and what to log: means over tokens, times the `share` that they have
-    in all tokens of the minibatch. `texts`: tensors (texts, tokens), `advantage` (texts, sampled tokens)."""
-    length, old_log_prob, returns = advantage.shape[1], texts["log_prob"], texts["returns"]
-    references = [texts[name] for name in ("reference_ids", "reference_mask") if name in texts]
-    sampled = texts["mask"][:, -length:]
-    log_prob, value, reference_log_prob = model("update", texts["ids"], texts["mask"], length, *references)
-    samples = (log_prob, old_log_prob, advantage, sampled, args.clip_coef)
-    policy_loss = symmetric_policy_loss(*samples, args.alpha, args.beta, args.z)
-    clipped = texts["value"] + (value - texts["value"]).clamp(-args.clip_coef, args.clip_coef)
-    errors = torch.maximum((value - returns).square(), (clipped - returns).square())
-    value_loss = 0.5 * masked_mean(errors, sampled)
-    loss = share["mask"] * (policy_loss + args.vf_coef * value_loss)
+class Batch(NamedTuple):
+    """What an update learns from."""
+
+    rollout: Rollout
+    advantage: Tensor  # (B, T)
+    returns: Tensor  # (B, T)
+
+
+def loss_and_metrics(model, args, batch, response_tokens, completion_tokens):
+    """Loss of some texts of a minibatch, and metrics to log: sums over their tokens, divided by the
+    number of tokens in the minibatch, so that those of micro batches and processes add up."""
+    rollout = batch.rollout
+    mask = rollout.response_mask
+    length = mask.shape[1]
+    sft = (rollout.sft_ids, rollout.sft_mask) if args.ce_coef else ()
+    log_prob, value, sft_log_prob = model(rollout.ids, rollout.mask, length, *sft)
+    policy_loss = symmetric_policy_loss(
+        log_prob,
+        rollout.log_prob,
+        batch.advantage,
+        mask,
+        args.clip_coef,
+        args.alpha,
+        args.beta,
+        args.z,
+        args.divide_by_p_old,
+    )
+    value_loss = clipped_value_loss(value, rollout.value, batch.returns, mask, args.clip_coef)
+    loss = mask.sum() * (policy_loss + args.vf_coef * value_loss) / response_tokens
+
     with torch.no_grad():
-        ratio = (log_prob - old_log_prob).exp()
-        flows = advantage * ratio <= advantage * ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-        metrics = {
-            "policy": symmetric_policy_loss(*samples, 1.0, 0.0, args.z), "value": value_loss.detach(),
-            "reverse": masked_mean(torch.where(flows, args.z * advantage * ratio, 0.0), sampled),
-            "clip_fraction": masked_mean(((ratio - 1).abs() > args.clip_coef).float(), sampled),
-            "approx_kl": masked_mean(ratio - 1 - (log_prob - old_log_prob), sampled),  # joschu.net/blog
-        }  # fmt: skip
-        metrics = {name: share["mask"] * metric for name, metric in metrics.items()}
-    if references:
-        cross_entropy = -share["reference_mask"] * masked_mean(reference_log_prob, references[1][:, -length:])
-        loss, metrics["cross_entropy"] = loss + args.ce_coef * cross_entropy, cross_entropy.detach()
+        log_ratio = log_prob - rollout.log_prob
+        ratio = log_ratio.exp()
+        surrogate = batch.advantage * ratio
+        clipped = batch.advantage * ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
+        reverse = torch.where(
+            surrogate <= clipped, args.z * surrogate, 0.0
+        )  # the part with a gradient
+        if not args.divide_by_p_old:
+            reverse = reverse * rollout.log_prob.exp()
+        sums = {
+            "policy_loss": -masked_sum(torch.minimum(surrogate, clipped), mask),
+            "reverse_loss": masked_sum(reverse, mask),
+            "value_loss": value_loss * mask.sum(),
+            "clipfrac": masked_sum((ratio - 1).abs() > args.clip_coef, mask),
+            "approx_kl": masked_sum(ratio - 1 - log_ratio, mask),  # joschu.net/blog/kl-approx.html
+        }
+        metrics = {name: total / response_tokens for name, total in sums.items()}
+    if args.ce_coef:
+        sft_loss = -masked_sum(sft_log_prob, rollout.sft_mask[:, -length:]) / completion_tokens
+        loss = loss + args.ce_coef * sft_loss
+        metrics["sft_loss"] = sft_loss.detach()
     return loss, metrics
 
 
-def accumulate_gradient(setup: SimpleNamespace, args: Args, batch: dict, rows, advantage) -> dict:
-    """Adds up the gradient of a minibatch, `rows` of a batch. Each process takes every nth text, some at a
-    time; the mean over processes of gradients and metrics is that of the minibatch as a whole."""
-    accelerator, world, length = setup.accelerator, setup.accelerator.num_processes, advantage.shape[1]
-    masks = [name for name in batch if name.endswith("mask")]
-    counts, metrics = {name: batch[name][rows, -length:].sum() for name in masks}, {}
-    mine = torch.arange(accelerator.process_index, len(rows), world)
-    parts = mine.split(args.micro_batch_size or len(rows))
-    for part in parts:
-        texts = {name: x[rows[part]] for name, x in batch.items()}
-        share = {name: texts[name][:, -length:].sum() * world / counts[name] for name in masks}
-        with nullcontext() if part is parts[-1] else accelerator.no_sync(setup.model):
-            loss, new = loss_and_metrics(setup.model, args, texts, advantage[part], share)
-            accelerator.backward(loss)
-        metrics = {name: metrics.get(name, 0) + metric for name, metric in new.items()}
-    return metrics
+# Advantages
 
 
-def generate(setup: SimpleNamespace, judges, prompts, mask, uniform, args: Args, top_k: int) -> list:
-    """Goes on with prompts (texts, tokens), each process with its part, and has the first `judges` judge the
-    texts, None: all. Returns what `rollout` does, and scores (texts, judges), of all processes together."""
-    accelerator, tokenizer = setup.accelerator, setup.tokenizer
-    size = len(prompts) // accelerator.num_processes
-    mine = slice(accelerator.process_index * size, (accelerator.process_index + 1) * size)
-    ends = (tokenizer.eos_token_id, args.stop_at_eos, tokenizer.pad_token_id)
-    parts = []
-    for inputs in zip(*(x[mine].split(8 * (args.micro_batch_size or 16)) for x in (prompts, mask, uniform))):
-        rollout = setup.model("rollout", *(x.to(setup.device) for x in inputs), top_k, *ends)
-        texts = [tokenizer.decode(ids[mask], skip_special_tokens=True) for ids, mask in zip(*rollout[:2])]
-        parts.append((*rollout, torch.stack([judge(texts) for judge in setup.judges[:judges]], 1)))
-    return [accelerator.gather(torch.cat(x)) for x in zip(*parts)]
+def token_advantages(reward, log_prob, reference_log_prob, value, mask, args):
+    """Advantages and returns (batch, tokens): generalised advantage estimation over sampled tokens
+    (Schulman et al., arXiv 1506.02438), zero elsewhere.
+
+    `reward` (batch,) is given at the last token of a text; every token pays the KL penalty. All
+    else is (batch, tokens), `mask` true at sampled tokens. A text that reaches the maximum length
+    ends there: nothing is bootstrapped.
+    """
+    batch_size, length = mask.shape
+    last = mask.sum(1) - 1
+    token_reward = -args.kl_coef * (log_prob - reference_log_prob)
+    token_reward[torch.arange(batch_size), last] += reward
+    advantage = torch.zeros_like(value)
+    next_value = torch.zeros_like(reward)
+    next_advantage = torch.zeros_like(reward)
+    for t in reversed(range(length)):
+        sampled = mask[:, t]
+        delta = token_reward[:, t] + args.gamma * next_value - value[:, t]
+        estimate = delta + args.gamma * args.gae_lambda * next_advantage
+        advantage[:, t] = torch.where(sampled, estimate, 0)
+        next_advantage = advantage[:, t]
+        next_value = torch.where(sampled, value[:, t], 0)
+    returns = torch.where(mask, advantage + value, 0)
+    return advantage, returns
+
+
+def normalize(advantage, mask):
+    """Advantages with mean 0 and standard deviation 1 where `mask` is true."""
+    centred = advantage - masked_mean(advantage, mask)
+    variance = masked_sum(centred.square(), mask) / (mask.sum() - 1).clamp(min=1)
+    return centred / (variance.sqrt() + 1e-8)
+
+
+# Rollout
+
+
+def process_rows(accelerator, count, size):
+    """Indices of this process's share of `count` rows, at most `size` in each part."""
+    with accelerator.split_between_processes(torch.arange(count)) as rows:
+        return rows.split(size)
 
 
 @torch.no_grad()
-def evaluate(setup: SimpleNamespace, args: Args, step: int) -> tuple[dict, list[dict]]:
-    """A row for progress.csv, and samples. Reward and what it may have cost: the KL divergence from the
-    reference in nats a text (an estimate, biased where sampling is filtered), perplexities, and the shares of
-    distinct words and pairs of words."""
-    T, decode = args.response_length, partial(setup.tokenizer.decode, skip_special_tokens=True)
-    real = tokenize(setup.held_out, setup.tokenizer, args)
-    prompts, uniform = [x[:, :-T] for x in real], torch.Generator().manual_seed(args.seed + step)
-    uniform = torch.rand(args.eval_episodes, T, generator=uniform)
+def collect_rollout(setup, args, sft_ids, sft_mask, uniform, top_k, reward_models):
+    """Samples responses to the prompts of texts (B, P + T) and scores them; each process does its
+    share. Returns the rollout of all processes, on the CPU. `uniform` (B, T) as in `generate`."""
+    actor_critic = setup.actor_critic
+    tokenizer = setup.tokenizer
+    device = setup.accelerator.device
+    length = args.response_length
+    parts = []
+    for rows in process_rows(setup.accelerator, len(uniform), args.inference_batch_size):
+        with actor_critic.autocast():
+            ids, mask = actor_critic.generate(
+                sft_ids[rows, :-length].to(device),
+                sft_mask[rows, :-length].to(device),
+                uniform[rows].to(device),
+                top_k,
+                tokenizer.eos_token_id,
+                tokenizer.pad_token_id,
+                args.stop_at_eos,
+            )
+            # Not from `generate`, but computed as in the update, so that ratios begin at 1.
+            log_prob = actor_critic.policy_log_prob(ids, mask, length)
+            reference_log_prob = actor_critic.reference_log_prob(ids, mask, length)
+            value = actor_critic.value(ids, mask, length)
+        texts = decode(tokenizer, ids, mask)
+        part = Rollout(
+            ids=ids,
+            mask=mask,
+            response_mask=mask[:, -length:],
+            log_prob=log_prob,
+            reference_log_prob=reference_log_prob,
+            value=value,
+            scores=torch.stack([reward_model(texts) for reward_model in reward_models], 1),
+            sft_ids=sft_ids[rows].to(device),
+            sft_mask=sft_mask[rows].to(device),
+        )
+        parts.append(part)
+    rollout = setup.accelerator.gather(concatenate(parts))
+    return send_to_device(rollout, "cpu")
+
+
+# Update
+
+
+def accumulate_gradient(setup, args, minibatch):
+    """Computes the gradient of a minibatch, in micro batches on all processes. Returns metrics,
+    means over the tokens of the minibatch."""
+    accelerator = setup.accelerator
+    size, length = minibatch.advantage.shape
+    response_tokens = minibatch.rollout.response_mask.sum().item()
+    completion_tokens = minibatch.rollout.sft_mask[:, -length:].sum().item()
+    micro_batches = process_rows(accelerator, size, args.micro_batch_size or size)
+    totals = {}
+    for rows in micro_batches:
+        micro_batch = send_to_device(slice_tensors(minibatch, rows), accelerator.device)
+        is_last = rows is micro_batches[-1]  # DDP averages gradients in that backward pass only
+        with nullcontext() if is_last else accelerator.no_sync(setup.model):
+            loss, metrics = loss_and_metrics(
+                setup.model, args, micro_batch, response_tokens, completion_tokens
+            )
+            # Already divided by the token count of all processes, while DDP averages over them.
+            accelerator.backward(loss * accelerator.num_processes)
+        for name, metric in metrics.items():
+            totals[name] = totals.get(name, 0) + metric
+    return accelerator.reduce(totals, "sum")
+
+
+def update(setup, args, batch, generator):
+    """`update_epochs` passes over the batch. Returns metrics, means over minibatches."""
+    history = []
+    for _ in range(args.update_epochs):
+        order = torch.randperm(args.batch_size, generator=generator)
+        for rows in order.split(args.batch_size // args.num_minibatches):
+            minibatch = slice_tensors(batch, rows)
+            mask = minibatch.rollout.response_mask
+            raw = minibatch.advantage
+            if args.noise == "adv_flip":
+                raw = perturb_advantage(raw, args.noise_level, generator)
+            advantage = normalize(raw, mask) if args.norm_adv else raw
+            minibatch = minibatch._replace(advantage=advantage)
+
+            metrics = accumulate_gradient(setup, args, minibatch)
+            metrics["grad_norm"] = setup.accelerator.clip_grad_norm_(
+                setup.model.parameters(), args.max_grad_norm
+            )
+            was_clipped = metrics["grad_norm"] > args.max_grad_norm
+            metrics["clipped_gradients"] = was_clipped.float()
+            setup.optimizer.step()
+            setup.optimizer.zero_grad()
+            metrics["advantage_sign_flips"] = masked_mean((raw > 0) != (advantage > 0), mask)
+            history.append(metrics)
+    return {name: float(np.mean([float(m[name]) for m in history])) for name in history[0]}
+
+
+# Evaluation
+
+
+@torch.no_grad()
+def evaluate(setup, args, step):
+    """A row for progress.csv, and up to eight samples.
+
+    Reward, and what it may have cost: the KL divergence from the reference policy, in nats per text
+    (an estimate, biased where sampling is filtered), perplexities and distinct-n.
+    """
+    T = args.response_length
+    sft_ids, sft_mask = tokenize(setup.eval_data, setup.tokenizer, args)
+    generator = torch.Generator().manual_seed(args.seed + step)
+    uniform = torch.rand(args.eval_episodes, T, generator=generator)
     top_k = 1 if args.eval_greedy else args.top_k
-    ids, mask, log_prob, reference, _, scores = generate(setup, None, *prompts, uniform, args, top_k)
-    sampled, judging = mask[:, -T:], len(args.reward_model)
-    reward = aggregate(scores[:, :judging], args.reward_aggregate)
-    parts = zip(*(x.to(setup.device).split(8 * (args.micro_batch_size or 16)) for x in real))
-    real_log_prob = torch.cat([setup.model("log_prob", "policy", *part, T) for part in parts])
+    models = setup.reward_models + setup.heldout_models
+    rollout = collect_rollout(setup, args, sft_ids, sft_mask, uniform, top_k, models)
+    mask = rollout.response_mask
+    heldout = len(setup.reward_models)  # their first column
+    reward = aggregate(rollout.scores[:, :heldout], args.reward_aggregate)
+    log_ratio = rollout.log_prob - rollout.reference_log_prob
+    sft_log_prob = completion_log_prob(setup, args, sft_ids, sft_mask)
+    prompts = decode(setup.tokenizer, sft_ids[:, :-T], sft_mask[:, :-T])
+    responses = decode(setup.tokenizer, rollout.ids[:, -T:], mask)
+
     row = {
-        "step": step, "return_mean": reward.mean().item(), "return_std": reward.std(correction=0).item(),
-        "length_mean": sampled.sum(1).float().mean().item(), "episodes": args.eval_episodes,
-        "kl": torch.where(sampled, log_prob - reference, 0).sum(1).mean().item(),
-        "perplexity": (-masked_mean(reference, sampled)).exp().item(),  # of samples, to the reference
-        "perplexity_real": (-masked_mean(real_log_prob, real[1][:, -T:].to(setup.device))).exp().item(),
-    }  # fmt: skip
-    texts = [decode(x[m]) for x, m in zip(ids[:, -T:], sampled)]
-    for n in (1, 2):
-        grams = [gram for text in texts for gram in zip(*(text.split()[i:] for i in range(n)))]
-        row[f"distinct_{n}"] = len(set(grams)) / max(1, len(grams))
-    for name, score in zip(args.eval_reward_model, scores[:, judging:].mean(0)):
-        row[f"judge_{Path(name).name}"] = score.item()
+        "step": step,
+        "return_mean": reward.mean().item(),
+        "return_std": reward.std(correction=0).item(),
+        "length_mean": mask.sum(1).float().mean().item(),
+        "episodes": args.eval_episodes,
+        "kl": masked_sum(log_ratio, mask).item() / args.eval_episodes,
+        # of responses under the reference policy, and of reference completions under the policy
+        "perplexity": perplexity(rollout.reference_log_prob, mask),
+        "perplexity_real": perplexity(sft_log_prob, sft_mask[:, -T:]),
+        "distinct_1": distinct_n(responses, 1),
+        "distinct_2": distinct_n(responses, 2),
+    }
+    for name, score in zip(args.eval_reward_model, rollout.scores[:, heldout:].mean(0)):
+        row[f"heldout_{Path(name).name}"] = score.item()
     if args.task == "toy":
-        row["sentiment"] = sum(map(toy_sentiment, texts)) / len(texts)
+        row["sentiment"] = sum(map(toy_sentiment, responses)) / len(responses)
     if args.task == "tldr":
-        scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
-        rouge = [scorer.score(label, text) for label, text in zip(setup.held_out["label"], texts)]
-        row |= {name: sum(r[name].fmeasure for r in rouge) / len(rouge) for name in rouge[0]}
-    triples = zip((decode(x[m]) for x, m in zip(*prompts)), texts, reward.tolist())
-    columns = ("step", "prompt", "continuation", "reward")
-    return row, [dict(zip(columns, (step, *triple))) for _, triple in zip(range(8), triples)]
+        row |= rouge(setup.eval_data["label"], responses)
+
+    samples = []
+    for prompt, response, score in zip(prompts[:8], responses, reward.tolist()):
+        sample = {
+            "step": step,
+            "prompt": prompt,
+            "response": response,
+            "reward": score,
+        }
+        samples.append(sample)
+    return row, samples
 
 
-def write_evaluations(run_dir: Path, writer, evaluations: list[dict], samples: list[dict]) -> None:
-    """Writes progress.csv and samples.jsonl, all of them, and the last evaluation to TensorBoard."""
-    row, lines = evaluations[-1], [evaluations[-1], *(row.values() for row in evaluations)]
-    save(run_dir / "progress.csv", "".join(",".join(map(str, line)) + "\n" for line in lines))
-    save(run_dir / "samples.jsonl", "".join(json.dumps(sample) + "\n" for sample in samples))
-    for name in row.keys() - {"step", "episodes"}:
-        writer.add_scalar(f"eval/{name}", row[name], row["step"])
-    table = [list(samples[0]), ["---"] * 4, *(s.values() for s in samples if s["step"] == row["step"])]
-    cells = ([" ".join(str(x).replace("|", " ").split()) for x in line] for line in table)
-    writer.add_text("samples", "\n".join(f"| {' | '.join(line)} |" for line in cells), row["step"])
+def completion_log_prob(setup, args, sft_ids, sft_mask):
+    """Log-probabilities (texts, T) of reference completions under the policy."""
+    device = setup.accelerator.device
+    parts = []
+    for rows in torch.arange(len(sft_ids)).split(args.inference_batch_size):
+        with setup.actor_critic.autocast():
+            log_prob = setup.actor_critic.policy_log_prob(
+                sft_ids[rows].to(device), sft_mask[rows].to(device), args.response_length
+            )
+        parts.append(log_prob.cpu())
+    return torch.cat(parts)
 
 
-def save(path: Path, content: str | dict) -> None:
-    """Writes a temporary file and renames it, so that an interruption leaves the old content or the new."""
+def perplexity(log_prob, mask):
+    """Per token where `mask` is true."""
+    return (-masked_mean(log_prob, mask)).exp().item()
+
+
+def distinct_n(texts, n):
+    """Share of distinct n-grams among all n-grams of words (Li et al., arXiv 1510.03055)."""
+    ngrams = []
+    for text in texts:
+        words = text.split()
+        for i in range(len(words) - n + 1):
+            ngrams.append(tuple(words[i : i + n]))
+    return len(set(ngrams)) / max(1, len(ngrams))
+
+
+def rouge(references, responses):
+    """Mean F-measures of ROUGE-1, ROUGE-2 and ROUGE-L."""
+    names = ["rouge1", "rouge2", "rougeL"]
+    scorer = RougeScorer(names, use_stemmer=True)
+    scores = [scorer.score(*pair) for pair in zip(references, responses)]
+    return {name: float(np.mean([score[name].fmeasure for score in scores])) for name in names}
+
+
+# Training
+
+
+@dataclass
+class Progress:
+    """What a checkpoint holds besides weights, optimizer and random number generators."""
+
+    global_step: int = 0
+    evaluations: list[dict] = field(default_factory=list)
+    samples: list[dict] = field(default_factory=list)
+    recent_rewards: list[float] = field(default_factory=list)  # of the last 100 texts
+    train_seconds: float = 0.0  # without start-up and evaluation
+    wall_seconds: float = 0.0
+
+
+def train(args: Args, stop: threading.Event, setup: "Setup | None" = None) -> dict | None:
+    """A run, with arguments from `prepare`. Returns the content of summary.json, or None if `stop`
+    came first. `setup`: what `load` returned, if it has been called already."""
+    setup = setup or load(args)
+    accelerator = setup.accelerator
+    generator = torch.Generator().manual_seed(args.seed)  # prompts, sampling, minibatches, adv_flip
+    rng = np.random.default_rng(args.seed)  # reward noise
+    progress = Progress()
+    if (args.run_dir / "checkpoint.pt").is_file():
+        progress = load_checkpoint(setup, args, generator, rng)
+    writer = None  # in all processes but the first
+    if accelerator.is_main_process:
+        if args.track:
+            start_tracking(args)
+        writer = SummaryWriter(args.run_dir, purge_step=progress.global_step + 1)
+    progress_bar = tqdm(
+        total=args.total_timesteps,
+        initial=progress.global_step,
+        unit=" texts",
+        disable=None if accelerator.is_main_process else True,
+    )
+    started = setup.started - progress.wall_seconds  # as if never interrupted
+    stopping = False
+    if not progress.evaluations:
+        evaluate_and_log(setup, args, progress, writer)
+
+    while progress.global_step < args.total_timesteps and not stopping:
+        # Rollout; random numbers are drawn for the global batch, then sharded
+        iteration_started = time.perf_counter()
+        rows = torch.randperm(len(setup.train_data), generator=generator)[: args.batch_size]
+        data = setup.train_data.select(rows.tolist())
+        sft_ids, sft_mask = tokenize(data, setup.tokenizer, args)
+        uniform = torch.rand(args.batch_size, args.response_length, generator=generator)
+        rollout = collect_rollout(
+            setup, args, sft_ids, sft_mask, uniform, args.top_k, setup.reward_models
+        )
+        progress.global_step += args.batch_size
+
+        # Advantages
+        reward = aggregate(rollout.scores, args.reward_aggregate)
+        noisy = perturb_reward(reward.numpy(), args.noise, args.noise_level, rng)
+        if args.correct_flips:
+            noisy = correct_flips(noisy, args.noise_level)
+        advantage, returns = token_advantages(
+            torch.as_tensor(noisy, dtype=reward.dtype),
+            rollout.log_prob,
+            rollout.reference_log_prob,
+            rollout.value,
+            rollout.response_mask,
+            args,
+        )
+
+        # Update
+        batch = Batch(rollout, advantage, returns)
+        metrics = update(setup, args, batch, generator)
+        if not math.isfinite(metrics["grad_norm"]):
+            sys.exit(
+                f"error: gradient not finite at step {progress.global_step}; "
+                "lower --learning-rate or --beta"
+            )
+        progress.train_seconds += time.perf_counter() - iteration_started
+        progress.recent_rewards = [*progress.recent_rewards, *reward.tolist()][-100:]
+
+        # Logging
+        scalars = {f"losses/{name}": metric for name, metric in metrics.items()}
+        scalars |= rollout_metrics(rollout, reward, advantage, returns)
+        scalars["charts/SPS"] = progress.global_step / progress.train_seconds
+        if writer:
+            for name, scalar in scalars.items():
+                writer.add_scalar(name, scalar, progress.global_step)
+        progress_bar.set_postfix_str(f"reward {reward.mean():.3f}, KL {scalars['charts/kl']:.1f}")
+        progress_bar.update(args.batch_size)
+
+        # Evaluation and checkpoint
+        if stop.is_set():
+            accelerator.set_trigger()
+        stopping = accelerator.check_trigger()  # in any process
+        finished = progress.global_step >= args.total_timesteps
+        if finished or due(args.eval_freq, progress.global_step, args.batch_size):
+            evaluate_and_log(setup, args, progress, writer)
+        progress.wall_seconds = time.perf_counter() - started
+        save_due = due(args.checkpoint_freq, progress.global_step, args.batch_size)
+        if accelerator.is_main_process and (finished or stopping or save_due):
+            save_checkpoint(setup, args, generator, rng, progress)
+
+    if writer:
+        writer.close()
+    if progress.global_step < args.total_timesteps:
+        return None
+    first = progress.evaluations[0]
+    last = progress.evaluations[-1]
+    summary = {
+        "script": Path(__file__).name,
+        "algo": args.algo,
+        "env_id": args.task,
+        **vars(args),
+        "first_return_mean": first["return_mean"],
+        "final_return_mean": last["return_mean"],
+        "final_return_std": last["return_std"],
+        "train_return_last100": float(np.mean(progress.recent_rewards)),
+        "sps": progress.global_step / progress.train_seconds,
+        "wall_s": progress.wall_seconds,
+        "finished": True,
+    }
+    if writer:
+        save_policy(setup, args.run_dir)
+        # The mark of a finished run, hence the last thing written
+        save(args.run_dir / "summary.json", json.dumps(summary, indent=2))
+    return summary
+
+
+def rollout_metrics(rollout, reward, advantage, returns):
+    """What TensorBoard shows of a batch; entropy and KL are estimates from its samples."""
+    mask = rollout.response_mask
+    log_ratio = rollout.log_prob - rollout.reference_log_prob
+    unexplained = advantage[mask].var() / returns[mask].var()
+    return {
+        "losses/entropy": -masked_mean(rollout.log_prob, mask),
+        "losses/explained_variance": 1 - unexplained,
+        "losses/advantage_largest": advantage.abs().max(),
+        "charts/kl": masked_sum(log_ratio, mask) / len(mask),
+        "charts/episodic_return": reward.mean(),
+        "charts/episodic_length": mask.sum() / len(mask),
+    }
+
+
+def evaluate_and_log(setup, args, progress, writer):
+    """Appends an evaluation to `progress`; the first process writes progress.csv, samples.jsonl and
+    TensorBoard."""
+    row, samples = evaluate(setup, args, progress.global_step)
+    progress.evaluations.append(row)
+    progress.samples += samples
+    if not writer:
+        return
+    save_progress(args.run_dir / "progress.csv", progress.evaluations)
+    samples_jsonl = "".join(json.dumps(sample) + "\n" for sample in progress.samples)
+    save(args.run_dir / "samples.jsonl", samples_jsonl)
+    for name, value in row.items():
+        writer.add_scalar(f"eval/{name}", value, row["step"])
+
+
+# What follows is plumbing: nothing in it belongs to the algorithm.
+
+
+def due(every, step, stride):
+    """Whether a multiple of `every` lies in the last `stride` steps; never if `every` is 0."""
+    return every > 0 and step % every < stride
+
+
+# The toy task: film reviews from a grammar, and a policy and a noisy reward model trained on them.
+
+ASPECTS = ["plot", "acting", "music", "script", "ending", "cast", "pacing", "dialogue"]
+ASPECTS += ["camera", "humour"]
+GOOD = ["superb", "moving", "clever", "funny", "brilliant", "charming", "gripping", "warm"]
+BAD = ["dull", "clumsy", "weak", "tedious", "awful", "silly", "flat", "noisy"]
+TOY_POSITIONS = 64
+TOY_HELD_OUT = 256
+
+
+def toy_review(rng):
+    """Five judgements, each positive or negative with equal probability; "not" negates a word."""
+    clauses = []
+    for aspect in rng.sample(ASPECTS, 5):
+        negation = "not " if rng.random() < 0.25 else ""
+        words = rng.choice((GOOD, BAD))
+        clauses.append(f"the {aspect} was {negation}{rng.choice(words)}")
+    return "{} and {} . {} but {} . {} .".format(*clauses)
+
+
+def toy_sentiment(text):
+    """True sentiment by the grammar: share of positive judgements, 0.5 where there are none."""
+    signs = []
+    negated = False
+    for word in text.split():
+        if word in GOOD:
+            signs.append(0 if negated else 1)
+        elif word in BAD:
+            signs.append(1 if negated else 0)
+        negated = word == "not"
+    return sum(signs) / len(signs) if signs else 0.5
+
+
+def toy_labels(texts, rng):
+    """1 for positive texts, 0 for negative ones; a tenth of the labels are wrong."""
+    truth = []
+    for text in texts:
+        coin = rng.random()
+        sentiment = toy_sentiment(text)
+        truth.append(coin > 0.5 if sentiment == 0.5 else sentiment > 0.5)
+    labels = []
+    for is_positive in truth:
+        if rng.random() < 0.1:
+            is_positive = not is_positive
+        labels.append(int(is_positive))
+    return labels
+
+
+def make_toy(folder):
+    """Makes train.jsonl, test.jsonl, policy/ and reward/ in `folder`, unless it exists. Its seed is
+    fixed: runs with different seeds have the same models."""
+    if folder.exists():
+        return
+    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    rng = random.Random(1)
+    reviews = [toy_review(rng) for _ in range(4000)]
+    splits = {"train": reviews[:-TOY_HELD_OUT], "test": reviews[-TOY_HELD_OUT:]}
+    for name, texts in splits.items():
+        data = datasets.Dataset.from_dict({"text": texts})
+        data.to_json(temporary / f"{name}.jsonl")
+    # The reward model must score texts that end anywhere.
+    truncated = [" ".join(review.split()[: rng.randint(1, 45)]) for review in reviews]
+    labels = toy_labels(truncated, rng)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        make_toy_models(reviews, truncated, labels, temporary)
+    try:
+        temporary.rename(folder)
+    except OSError:  # another run was faster
+        shutil.rmtree(temporary)
+
+
+def make_toy_models(reviews, truncated, labels, folder):
+    gpt2 = transformers.GPT2Tokenizer(pad_token="<|pad|>")
+    gpt2 = gpt2.train_new_from_iterator(reviews, 400, show_progress=False)
+    bert = transformers.BertTokenizer()
+    bert = bert.train_new_from_iterator(reviews, 400, show_progress=False)
+    reward_config = transformers.BertConfig(
+        vocab_size=len(bert),
+        max_position_embeddings=TOY_POSITIONS,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=128,
+        id2label={0: "NEGATIVE", 1: "POSITIVE"},
+    )
+    policy_config = transformers.GPT2Config(
+        vocab_size=len(gpt2),
+        n_positions=TOY_POSITIONS,
+        n_embd=64,
+        n_layer=2,
+        n_head=2,
+        bos_token_id=gpt2.eos_token_id,
+        eos_token_id=gpt2.eos_token_id,
+        pad_token_id=gpt2.pad_token_id,
+    )
+    reward_model = AutoModelForSequenceClassification.from_config(reward_config)
+    policy = AutoModelForCausalLM.from_config(policy_config)
+
+    ended = [review + gpt2.eos_token for review in reviews]
+    policy_data = gpt2(ended, padding=True, return_tensors="pt")
+    is_padding = policy_data["attention_mask"] == 0
+    policy_data["labels"] = policy_data["input_ids"].masked_fill(is_padding, -100)
+    train_toy_model(policy, policy_data, 400, 3e-3, gpt2, folder / "policy")
+
+    reward_data = bert(truncated, padding=True, return_tensors="pt")
+    reward_data["labels"] = torch.tensor(labels)
+    train_toy_model(reward_model, reward_data, 1200, 1e-3, bert, folder / "reward")
+
+
+def train_toy_model(model, data, steps, learning_rate, tokenizer, folder):
+    """Supervised training on all but the held-out rows of `data`; saves model and tokenizer."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
+    title = f"making the toy's {folder.name} model"
+    for _ in tqdm(range(steps), desc=title, disable=None, leave=False):
+        rows = torch.randint(len(data["labels"]) - TOY_HELD_OUT, (32,))
+        batch = {name: tensor[rows] for name, tensor in data.items()}
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
+# Loading
+
+
+@dataclass
+class Setup:
+    """Models and data of a run, from `load`."""
+
+    started: float  # time.perf_counter()
+    accelerator: Accelerator
+    actor_critic: ActorCritic
+    model: nn.Module  # the same, wrapped in DDP where there are several processes
+    optimizer: torch.optim.Optimizer
+    tokenizer: transformers.PreTrainedTokenizerBase
+    reward_models: list[RewardModel]
+    heldout_models: list[RewardModel]  # only evaluated
+    train_data: datasets.Dataset
+    eval_data: datasets.Dataset
+
+
+def load(args):
+    """Loads models and data and makes the run's folder. Raises ValueError: what is wrong."""
+    started = time.perf_counter()
+    cpu = args.device == "cpu" or not torch.cuda.is_available()
+    accelerator = Accelerator(cpu=cpu, mixed_precision="no")  # ActorCritic does that
+    accelerator.wait_for_everyone()  # the first process makes the toy
+    device = accelerator.device
+    bfloat16 = args.amp == "auto" and has_bfloat16(device)
+    dtype = torch.bfloat16 if bfloat16 else torch.float32
+    if cpu:
+        keep_freed_memory()
+    torch.manual_seed(args.seed)  # initial weights of LoRA
+    tokenizer = load_tokenizer(args.tokenizer)
+    require(tokenizer.eos_token, f"{args.tokenizer}: this tokenizer has no end-of-text token")
+    train_data, eval_data = load_data(args)
+    reward_dtype = dtype if args.lora_r else torch.float32  # with LoRA, models are large
+    options = {"label": args.reward_label, "device": device, "dtype": reward_dtype}
+    reward_models = [RewardModel(name, **options) for name in args.reward_model]
+    heldout_models = [RewardModel(name, **options) for name in args.eval_reward_model]
+    with loading(args.policy_model):
+        actor_critic = ActorCritic(args, device, dtype)
+    positions = getattr(actor_critic.policy.config, "max_position_embeddings", math.inf)
+    require(
+        args.prompt_length + args.response_length <= positions,
+        f"--prompt-length, --response-length: {args.policy_model} has only {positions} positions",
+    )
+    optimizer = torch.optim.AdamW(
+        [parameter for parameter in actor_critic.parameters() if parameter.requires_grad],
+        lr=args.learning_rate,
+        eps=args.adam_eps,
+        weight_decay=args.weight_decay,
+        fused=True,
+    )
+    model, optimizer = accelerator.prepare(actor_critic, optimizer)
+    if accelerator.is_main_process and not args.resume:
+        make_run_dir(args)
+    return Setup(
+        started=started,
+        accelerator=accelerator,
+        actor_critic=actor_critic,
+        model=model,
+        optimizer=optimizer,
+        tokenizer=tokenizer,
+        reward_models=reward_models,
+        heldout_models=heldout_models,
+        train_data=train_data,
+        eval_data=eval_data,
+    )
+
+
+@contextmanager
+def loading(name):
+    """Turns any error while loading `name` into a ValueError of one line."""
+    try:
+        yield
+    except Exception as error:  # a network, a hub or a parser may fail in any way
+        raise ValueError(
+            f"{name}: cannot be loaded, neither from disk nor from the hub: {repr(error)[:300]}"
+        ) from error
+
+
+def load_tokenizer(name):
+    """Pads with the end-of-text token if there is no other; masks tell them apart."""
+    with loading(name):
+        tokenizer = AutoTokenizer.from_pretrained(name, truncation_side="left")
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    word = tokenizer("word", add_special_tokens=False)
+    # A folder without a tokenizer gives an empty one
+    require(word["input_ids"], f"{name}: no tokenizer there; name another with --tokenizer")
+    return tokenizer
+
+
+def load_data(args):
+    """Training data, and `eval_episodes` held-out rows. Raises ValueError: what is wrong."""
+    train_data = load_dataset(args.dataset, args.task)
+    if args.eval_dataset:
+        eval_data = load_dataset(args.eval_dataset, args.task)
+    else:
+        parts = train_data.train_test_split(test_size=0.1, seed=0)
+        train_data = parts["train"]
+        eval_data = parts["test"]
+    require(
+        args.batch_size <= len(train_data),
+        f"--batch-size {args.batch_size}: more than the {len(train_data)} training texts",
+    )
+    require(
+        args.eval_episodes <= len(eval_data),
+        f"--eval-episodes {args.eval_episodes}: more than the {len(eval_data)} held-out texts",
+    )
+    return train_data, eval_data.shuffle(seed=0).select(range(args.eval_episodes))
+
+
+def load_dataset(name, task):
+    with loading(name):
+        if Path(name).is_file():
+            data = datasets.load_dataset("json", data_files=name, split="train")
+        else:
+            hub_name, _, split = name.partition(":")
+            data = datasets.load_dataset(hub_name, split=split or "train")
+    columns = {"prompt", "label"} if task == "tldr" else {"text"}
+    missing = sorted(columns - set(data.column_names))
+    require(not missing, f"{name}: lacks {missing}; it has {data.column_names}")
+    return data
+
+
+def tokenize(rows, tokenizer, args):
+    """Prompts with reference completions, ids and mask (texts, tokens): prompts padded on the left;
+    completions, the last `response_length` columns, on the right."""
+    prompts = []
+    completions = []
+    for row in rows:
+        if args.task == "tldr":
+            prompt = tokenizer(row["prompt"], verbose=False)["input_ids"]
+            label = tokenizer(row["label"], verbose=False, add_special_tokens=False)
+            completion = label["input_ids"]
+        else:
+            ids = tokenizer(row["text"], verbose=False)["input_ids"]
+            half = len(ids) // 2
+            prompt = ids[:half]
+            completion = ids[half:]
+        prompt = prompt[-args.prompt_length :] or [tokenizer.eos_token_id]
+        completion = [*completion, tokenizer.eos_token_id][: args.response_length]
+        prompts.append(prompt)
+        completions.append(completion)
+    left = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
+    right = tokenizer.pad(
+        {"input_ids": completions},
+        padding_side="right",
+        padding="max_length",
+        max_length=args.response_length,
+        return_tensors="pt",
+    )
+    ids = torch.cat([left["input_ids"], right["input_ids"]], 1)
+    mask = torch.cat([left["attention_mask"], right["attention_mask"]], 1)
+    return ids, mask.bool()
+
+
+def decode(tokenizer, ids, mask):
+    """Texts of the tokens where `mask` is true, without special ones."""
+    return [
+        tokenizer.decode(tokens[there], skip_special_tokens=True)
+        for tokens, there in zip(ids, mask)
+    ]
+
+
+# Saving
+
+
+def save(path, content):
+    """Writes text, or any object with torch.save, atomically: a temporary file, then a rename."""
     temporary = path.with_name(path.name + ".tmp")
-    temporary.write_text(content) if isinstance(content, str) else torch.save(content, temporary)
+    if isinstance(content, str):
+        temporary.write_text(content)
+    else:
+        torch.save(content, temporary)
     os.replace(temporary, path)
 
 
-def describe_machine() -> dict:
-    """What it takes, beside the arguments, to judge or repeat a run."""
-    git = f'git -C "{Path(__file__).resolve().parent}" describe --always --dirty --abbrev=40'
-    commit = subprocess.run(git, shell=True, capture_output=True, text=True).stdout.strip() or None
-    versions = {"python": platform.python_version()} | {p.name: p.version for p in metadata.distributions()}
-    hardware = {"platform": platform.platform(), "cpu": torch.backends.cpu.get_cpu_capability()}
-    hardware |= {"cores": os.cpu_count(), "gpu": torch.cuda.is_available() and torch.cuda.get_device_name()}
-    return {"command": sys.argv, "commit": commit, "versions": versions, "hardware": hardware}
+def save_checkpoint(setup, args, generator, rng, progress):
+    trained = {}
+    for name, parameter in setup.actor_critic.named_parameters():
+        if parameter.requires_grad:
+            trained[name] = parameter.detach()
+    content = {
+        "agent": trained,
+        "optimizer": setup.optimizer.state_dict(),
+        "generator": generator.get_state(),
+        "rng": rng.bit_generator.state,
+        "progress": vars(progress),
+    }
+    save(args.run_dir / "checkpoint.pt", content)
 
 
-def keep_freed_memory() -> None:
-    """glibc returns freed memory to the system, and takes it again at a page fault for each 4 KiB: a quarter
-    of an update on a CPU. This tells it not to; under other C libraries it does nothing."""
-    if platform.libc_ver()[0] == "glibc":
-        for parameter, number in ((-4, 0), (-1, -1)):  # M_MMAP_MAX, M_TRIM_THRESHOLD of malloc.h
-            ctypes.CDLL(None).mallopt(parameter, number)
+def load_checkpoint(setup, args, generator, rng):
+    path = args.run_dir / "checkpoint.pt"
+    content = torch.load(path, map_location="cpu", weights_only=True)
+    setup.actor_critic.load_state_dict(content["agent"], strict=False)  # others are frozen
+    setup.optimizer.load_state_dict(content["optimizer"])
+    generator.set_state(content["generator"])
+    rng.bit_generator.state = content["rng"]
+    return Progress(**content["progress"])
 
 
-def save_policy(actor_critic: ActorCritic, tokenizer, state: dict, folder: Path) -> None:
-    """Writes the trained policy, or its adapter, as a folder that `from_pretrained` loads."""
-    temporary = folder.with_name(folder.name + ".tmp")
-    weights = {name[7:]: weight for name, weight in state.items() if name.startswith("policy.")}
-    actor_critic.model("policy").save_pretrained(temporary, state_dict=weights)
-    tokenizer.save_pretrained(temporary)
+def save_policy(setup, run_dir):
+    """Writes policy/, the trained policy or its adapter, which `from_pretrained` loads."""
+    folder = run_dir / "policy"
+    temporary = run_dir / "policy.tmp"
+    setup.actor_critic.activate_adapter("policy")  # the active adapter is the one saved
+    setup.actor_critic.policy.save_pretrained(temporary)
+    setup.tokenizer.save_pretrained(temporary)
     shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed just then
     temporary.rename(folder)
 
 
-def train(args: Args, stop: threading.Event) -> dict | None:
-    """A run, with arguments from `prepare`. Returns what is in summary.json, or None if `stop` came first."""
-    started = time.perf_counter()
-    setup = load(args)
-    accelerator, model, optimizer, device = setup.accelerator, setup.model, setup.optimizer, setup.device
-    main, run_dir = accelerator.is_main_process, Path(args.resume or Path(args.runs_dir) / args.run_name)
-    generator = torch.Generator().manual_seed(args.seed)  # of all but weights and noisy rewards
-    rng = np.random.default_rng(args.seed)  # noise on rewards
-    options = StateDictOptions(full_state_dict=True, ignore_frozen_params=True, strict=False)
-    global_step, evaluations, samples, recent, train_seconds, wall_seconds = 0, [], [], [], 0.0, 0.0
-    if (run_dir / "checkpoint.pt").is_file():
-        state = torch.load(run_dir / "checkpoint.pt", map_location="cpu", weights_only=False)
-        states = {"model_state_dict": state["agent"], "optim_state_dict": state["optimizer"]}
-        set_state_dict(model, optimizer.optimizer, **states, options=options)
-        generator.set_state(state["generator"])
-        rng.bit_generator.state = state["rng"]
-        global_step, evaluations, samples, recent, train_seconds, wall_seconds = state["progress"]
-    if args.track and main:
-        run = {"project": "symmetric-rl", "id": args.run_name, "name": args.run_name, "config": vars(args)}
-        import_module("wandb").init(**run, resume="allow", sync_tensorboard=True)
-    writer = SummaryWriter(run_dir, purge_step=global_step + 1) if main else None
-    total, B, T = args.total_timesteps, args.batch_size, args.response_length
-    progress_bar = tqdm(total=total, initial=global_step, unit=" texts", disable=None if main else True)
-    finished, stopping, metrics = False, False, []
-    while True:
-        # Evaluation and checkpoint, at the start and when a multiple of their frequency has been passed
-        freqs = (args.eval_freq, args.checkpoint_freq)  # no checkpoint before Adam has a state
-        eval_due, save_due = (metrics and freq and global_step % freq < B for freq in freqs)
-        if not evaluations or (eval_due or finished) and evaluations[-1]["step"] < global_step:
-            row, new_samples = evaluate(setup, args, global_step)
-            evaluations, samples = [*evaluations, row], [*samples, *new_samples]
-            if main:
-                write_evaluations(run_dir, writer, evaluations, samples)
-        wall = wall_seconds + time.perf_counter() - started
-        if save_due or finished or stopping:
-            agent, optimizer_state = get_state_dict(model, optimizer.optimizer, options=options)
-            agent = {name: weight for name, weight in agent.items() if name in setup.trainable}
-        if finished and main:
-            save_policy(accelerator.unwrap_model(model), setup.tokenizer, agent, run_dir / "policy")
-            summary = {"script": Path(__file__).name, "algo": args.algo, "env_id": args.task} | vars(args) | {
-                "first_return_mean": evaluations[0]["return_mean"], "final_return_mean": row["return_mean"],
-                "final_return_std": row["return_std"], "train_return_last100": float(np.mean(recent)),
-                "sps": global_step / train_seconds, "wall_s": wall, "finished": True,
-            }  # fmt: skip
-            save(run_dir / "summary.json", json.dumps(summary, indent=2))
-        if main and (save_due or finished or stopping):
-            save(run_dir / "checkpoint.pt", {
-                "agent": agent, "optimizer": optimizer_state,
-                "generator": generator.get_state(), "rng": rng.bit_generator.state,
-                "progress": (global_step, evaluations, samples, recent, train_seconds, wall),
-            })  # fmt: skip
-        if finished or stopping:
-            writer.close() if main else None
-            return summary if finished and main else None
-
-        # Rollout; what is random is drawn for all processes, of which each does its part
-        iteration_started = time.perf_counter()
-        rows = torch.randperm(len(setup.texts), generator=generator)[:B]
-        real = tokenize(setup.texts.select(rows.tolist()), setup.tokenizer, args)
-        prompts, uniform = [x[:, :-T] for x in real], torch.rand(B, T, generator=generator)
-        generated = generate(setup, len(args.reward_model), *prompts, uniform, args, args.top_k)
-        batch = dict(zip(("ids", "mask", "log_prob", "reference_log_prob", "value"), generated))
-        global_step += B
-
-        # Advantages
-        reward = aggregate(generated[-1], args.reward_aggregate).cpu().numpy()
-        noisy = perturb_reward(reward, args.noise, args.noise_level, rng)
-        log_prob, reference, value = (x.cpu().numpy() for x in generated[2:5])
-        sampled = batch["mask"][:, -T:].cpu()
-        gae = token_advantages(noisy, log_prob, reference, value, sampled.numpy(), args)
-        advantage, returns = (torch.as_tensor(x, dtype=torch.float32) for x in gae)
-        batch["returns"] = returns.to(device)
-        if args.ce_coef:
-            batch |= zip(("reference_ids", "reference_mask"), (x.to(device) for x in real))
-
-        # Update
-        metrics, sign_flips = [], []
-        for _ in range(args.update_epochs):
-            order = torch.randperm(B, generator=generator).view(args.num_minibatches, -1)
-            mb_adv, mb_sampled = advantage[order], sampled[order]  # (minibatch, text, token)
-            if args.noise == "adv_flip":
-                mb_adv = perturb_advantage(mb_adv, args.noise_level, generator)
-            if args.norm_adv:  # over the tokens that were sampled, of all processes
-                count = mb_sampled.sum((1, 2), keepdim=True).clamp(min=2)
-                mean = (mb_adv * mb_sampled).sum((1, 2), keepdim=True) / count
-                variance = ((mb_adv - mean) * mb_sampled).square().sum((1, 2), keepdim=True) / (count - 1)
-                sign_flips.append(masked_mean(((mb_adv > 0) != (mb_adv > mean)).float(), mb_sampled))
-                mb_adv = (mb_adv - mean) / (variance.sqrt() + 1e-8)
-            for rows, adv in zip(order, mb_adv.to(device)):
-                metrics.append(accumulate_gradient(setup, args, batch, rows, adv))
-                metrics[-1]["grad_norm"] = accelerator.clip_grad_norm_(model.parameters(), args.max_grad_norm)
-                optimizer.step()
-                optimizer.zero_grad()
-        if not math.isfinite(metrics[-1]["grad_norm"]):
-            sys.exit(f"error: gradient not finite at step {global_step}; lower --learning-rate or --beta")
-        finished = global_step >= total
-        stopping = accelerator.reduce(torch.tensor(float(stop.is_set()), device=device)).item() > 0
-        stop.set() if stopping else None  # which a signal to another process may have asked for
-        train_seconds += time.perf_counter() - iteration_started
-        recent = [*recent, *reward.tolist()][-100:]
-
-        # Logging
-        scalars = {f"losses/{k}": torch.stack([m[k] for m in metrics]).mean() for k in metrics[0]}
-        scalars = {name: accelerator.reduce(x, "mean").item() for name, x in scalars.items()}
-        there, kl = sampled.numpy(), np.where(sampled, log_prob - reference, 0).sum(1).mean()
-        scalars["losses/entropy"] = -log_prob[there].mean()  # an estimate, like the KL
-        scalars["losses/explained_variance"] = 1 - np.var(gae[0][there]) / np.var(gae[1][there])
-        scalars["losses/advantage_sign_flips"] = torch.tensor(sign_flips or [0.0]).mean().item()
-        scalars["losses/advantage_largest"] = abs(gae[0]).max()
-        scalars |= {"charts/SPS": global_step / train_seconds, "charts/kl": kl}
-        scalars |= {"charts/episodic_return": reward.mean(), "charts/episodic_length": there.sum(1).mean()}
-        for name, scalar in scalars.items() if main else ():
-            writer.add_scalar(name, scalar, global_step)
-        progress_bar.update(min(global_step, total) - progress_bar.n)
-        progress_bar.set_postfix_str(f"reward {reward.mean():.3f}, KL {kl:.1f}")
+def start_tracking(args):
+    """Mirrors TensorBoard to Weights & Biases."""
+    import_module("wandb").init(
+        project="symmetric-rl",
+        id=args.run_name,
+        name=args.run_name,
+        config=vars(args),
+        resume="allow",
+        sync_tensorboard=True,
+    )
 
 
-def check_models(args: Args) -> None:
-    """Raises ValueError if models or data sets are not there or do not fit."""
-    for name in (args.policy_model, *args.reward_model, *args.eval_reward_model):
-        try:
-            adapter = name != args.policy_model and find_adapter_config_file(name)
-            config = (peft.PeftConfig if adapter else AutoConfig).from_pretrained(name)
-            own = name == args.policy_model and args.tokenizer or name
-            tokenizer = load_tokenizer(config.base_model_name_or_path if adapter else own)
-        except (OSError, ValueError, KeyError) as error:
-            raise ValueError(f"{name}: not to be had, here or from the hub: {str(error)[:200]!r}") from error
-        if name == args.policy_model:
-            if tokenizer.eos_token is None:
-                raise ValueError(f"{name}: its tokenizer has no end-of-text token; give it one")
-            room = getattr(config, "max_position_embeddings", math.inf)
-            if room < args.prompt_length + args.response_length:
-                raise ValueError(f"--prompt-length, --response-length: {name} has but {room} positions")
-        elif not adapter and args.reward_label >= config.num_labels > 1:
-            raise ValueError(f"--reward-label {args.reward_label}: {name} has {config.id2label}")
-    load_data(args)
+def save_progress(path, evaluations):
+    """Writes progress.csv; `evaluations`: dicts, all with the same keys."""
+    lines = [",".join(evaluations[0])]
+    for row in evaluations:
+        lines.append(",".join(map(str, row.values())))
+    save(path, "\n".join(lines) + "\n")
+
+
+def describe_machine():
+    """Command, commit, versions and hardware, to reproduce a run."""
+    commit = None
+    if shutil.which("git"):
+        folder = Path(__file__).resolve().parent
+        git = ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=40"]
+        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    versions = {package.name: package.version for package in metadata.distributions()}
+    versions["python"] = platform.python_version()
+    return {
+        "command": sys.argv,
+        "commit": commit,
+        "versions": versions,
+        "hardware": {
+            "platform": platform.platform(),
+            "cpu": torch.backends.cpu.get_cpu_capability(),
+            "cores": os.cpu_count(),
+            "gpu": torch.cuda.is_available() and torch.cuda.get_device_name(),
+        },
+    }
+
+
+def has_bfloat16(device):
+    """Whether this hardware computes in bfloat16 and does not merely emulate it."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu.get_capabilities().get("avx512_bf16", False)
+
+
+def keep_freed_memory():
+    """glibc returns freed memory to the system and gets it back at a page fault for each 4 KiB: a
+    quarter of an update on a CPU. This tells it not to."""
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX of malloc.h
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
+
+
+# Arguments
+
+
+def require(condition, message):
+    if not condition:
+        raise ValueError(message)
+
+
+def require_range(args, names, low, high):
+    """Checks the arguments whose names, separated by spaces, are in `names`."""
+    for name in names.split():
+        value = getattr(args, name)
+        flag = f"--{name.replace('_', '-')} {value}"
+        require(low <= value <= high, f"{flag}: must be between {low:g} and {high:g}")
+
+
+def parse_args(argv: list[str] | None = None) -> Args:
+    """Flags over the defaults of their --task, so that --help shows those."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--task", choices=TASKS, default="toy")
+    known, _ = parser.parse_known_args(argv)
+    return tyro.cli(Args, args=argv, default=TASKS[known.task])
 
 
 def prepare(args: Args) -> Args:
-    """Checks arguments, fills in defaults, makes the folder. Raises ValueError: what is wrong, what to do."""
+    """Checks arguments, fills in defaults that depend on others, makes the toy. Raises ValueError:
+    what is wrong, what to do."""
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     if args.resume:
-        if replace(args, resume=None) != Args():
-            raise ValueError("--resume goes on under the flags of that run: leave out all others")
-        if not Path(args.resume, "args.json").is_file() or Path(args.resume, "summary.json").is_file():
-            raise ValueError(f"--resume {args.resume}: not the folder of a run that was interrupted")
-        saved = json.loads(Path(args.resume, "args.json").read_text())["args"]
-        if saved.keys() != vars(args).keys():
-            raise ValueError(f"--resume {args.resume}: a run of another script")
-        saved |= {name: tuple(saved[name]) for name in ("reward_model", "eval_reward_model")}
-        args = Args(**saved | {"resume": args.resume})
-    settings = TASKS[args.task]
-    tenth = max(1, (args.total_timesteps or settings["total_timesteps"]) // 10)
-    defaults = settings | {"eval_freq": tenth, "checkpoint_freq": tenth} | {
-        "alpha": 1.0 if args.beta == 0 else 0.5,
-        "noise_level": {"none": 0.0, "normal": 0.05, "uniform": 0.05}.get(args.noise, 0.1),
-    }  # fmt: skip
-    toy = Path(args.runs_dir) / "toy"
-    if args.task == "toy":
-        defaults |= {"policy_model": str(toy / "policy"), "reward_model": (str(toy / "reward"),)}
-        defaults |= {"dataset": str(toy / "train.jsonl"), "eval_dataset": str(toy / "test.jsonl")}
-    defaults["eval_dataset"] = None if args.dataset else defaults.get("eval_dataset")
-    defaults["tokenizer"] = None if args.policy_model else defaults.get("tokenizer")
-    args = replace(args, **{name: x for name, x in defaults.items() if getattr(args, name) is None})
-    stamp = f"{args.task}__{args.algo}__{args.noise}__{args.seed}__{time.strftime('%Y%m%d-%H%M%S')}"
-    args = replace(args, run_name=args.run_name or stamp)
-    for names, what, valid in (
-        ("total_timesteps prompt_length response_length eval_episodes", "at least 1", lambda x: x >= 1),
-        ("batch_size num_minibatches update_epochs lora_alpha", "at least 1", lambda x: x >= 1),
-        ("micro_batch_size", "at least 1", lambda x: x is None or x >= 1),
-        ("alpha beta vf_coef ce_coef kl_coef weight_decay", ">= 0", lambda x: 0 <= x < math.inf),
-        ("eval_freq checkpoint_freq seed top_k lora_r reward_label", ">= 0", lambda x: 0 <= x < 2**63),
-        ("learning_rate adam_eps clip_coef max_grad_norm", "positive", lambda x: 0 < x < math.inf),
-        ("gamma gae_lambda noise_level", "in [0, 1]", lambda x: 0 <= x <= 1),
-        ("z", "negative, for it stands for log 0", lambda x: -math.inf < x < 0),
-    ):
-        for name in names.split():
-            if not valid(getattr(args, name)):
-                raise ValueError(f"--{name.replace('_', '-')} {getattr(args, name)}: must be {what}")
-    world, cuda = int(os.environ.get("WORLD_SIZE", 1)), torch.cuda.is_available()
-    size = world * args.num_minibatches
-    for wrong, message in (
-        (args.batch_size % size, f"--batch-size: not a multiple of {size}, the minibatches of all processes"),
-        (args.eval_episodes % world, f"--eval-episodes: not a multiple of {world}, the processes"),
-        (args.noise == "none" and args.noise_level > 0, "--noise-level: choose a kind with --noise"),
-        (args.device == "cuda" and not cuda, "--device cuda: no GPU here; use cpu"),
-        (args.load_in_4bit and not (args.lora_r and cuda and util.find_spec("bitsandbytes")),
-         "--load-in-4bit: needs --lora-r > 0, a GPU and bitsandbytes (pip install bitsandbytes)"),
-        (args.track and not util.find_spec("wandb"), "--track: pip install wandb"),
-    ):  # fmt: skip
-        if wrong:
-            raise ValueError(message)
-    if os.environ.get("RANK", "0") != "0":  # one of several processes, which wait for the first
-        return args
-    run_dir = Path(args.resume or Path(args.runs_dir) / args.run_name)
-    try:
-        make_toy(toy) if args.task == "toy" else None
-        check_models(args)
-        run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
-    except OSError as error:
-        raise ValueError(f"{run_dir}: {error.strerror}; try another --run-name or --runs-dir") from error
-    if not args.resume:
-        save(run_dir / "args.json", json.dumps({"args": vars(args)} | describe_machine(), indent=2))
+        args = resumed_args(args)
+    args = with_defaults(args)
+    check(args)
+    if args.task == "toy" and os.environ.get("RANK", "0") == "0":
+        try:
+            make_toy(Path(args.runs_dir) / "toy")
+        except OSError as error:
+            raise ValueError(
+                f"{args.runs_dir}: {error.strerror}; try another --runs-dir"
+            ) from error
     return args
+
+
+def resumed_args(args: Args) -> Args:
+    """The arguments of the interrupted run that `args.resume` names."""
+    require(
+        replace(args, resume=None) == Args(),
+        "--resume reuses the flags of the interrupted run: leave out all others",
+    )
+    folder = Path(args.resume)
+    require(
+        (folder / "args.json").is_file() and not (folder / "summary.json").is_file(),
+        f"--resume {folder}: not the folder of an interrupted run",
+    )
+    saved = json.loads((folder / "args.json").read_text())["args"]
+    require(saved.keys() == vars(args).keys(), f"--resume {folder}: a run of another script")
+    return Args(**saved | {"resume": args.resume})
+
+
+def with_defaults(args: Args) -> Args:
+    """Fills in the defaults that depend on other arguments."""
+    args = replace(args)
+    if args.task == "toy":
+        toy = Path(args.runs_dir) / "toy"
+        args.policy_model = args.policy_model or str(toy / "policy")
+        args.reward_model = args.reward_model or (str(toy / "reward"),)
+        if args.dataset is None:
+            args.dataset = str(toy / "train.jsonl")
+            args.eval_dataset = args.eval_dataset or str(toy / "test.jsonl")
+    args.tokenizer = args.tokenizer or TOKENIZERS.get(args.policy_model, args.policy_model)
+    args.eval_dataset = args.eval_dataset or EVAL_DATASETS.get(args.dataset)
+    if args.alpha is None:
+        args.alpha = 0.5 if args.beta else 1.0
+    if args.noise_level is None:
+        levels = {"none": 0.0, "normal": 0.05, "uniform": 0.05}
+        args.noise_level = levels.get(args.noise, 0.1)
+    tenth = max(1, args.total_timesteps // 10)
+    if args.eval_freq is None:
+        args.eval_freq = tenth
+    if args.checkpoint_freq is None:
+        args.checkpoint_freq = tenth
+    if args.run_name is None:
+        stamp = time.strftime("%Y%m%d-%H%M%S")
+        args.run_name = f"{args.task}__{args.algo}__{args.noise}__{args.seed}__{stamp}"
+    return args
+
+
+def check(args: Args) -> None:
+    """Raises ValueError for an argument that is out of range or contradicts another."""
+    require_range(args, "total_timesteps prompt_length response_length eval_episodes", 1, 1e12)
+    require_range(args, "batch_size num_minibatches update_epochs lora_alpha", 1, 1e12)
+    if args.micro_batch_size is not None:
+        require_range(args, "micro_batch_size", 1, 1e12)
+    require_range(args, "seed top_k lora_r reward_label eval_freq checkpoint_freq", 0, 1e18)
+    require_range(args, "alpha beta vf_coef ce_coef kl_coef weight_decay", 0, 1e9)
+    require_range(args, "learning_rate adam_eps clip_coef max_grad_norm", 1e-30, 1e12)
+    require_range(args, "gamma gae_lambda noise_level", 0, 1)
+    require_range(args, "z", -1e9, -1e-9)  # negative, since it stands for log 0
+    require(
+        args.noise != "none" or not args.noise_level, "--noise-level: choose a kind with --noise"
+    )
+    processes = int(os.environ.get("WORLD_SIZE", 1))
+    parts = processes * args.num_minibatches
+    require(
+        args.batch_size % parts == 0,
+        f"--batch-size: must be a multiple of {parts}, minibatches times processes",
+    )
+    require(
+        args.eval_episodes % processes == 0,
+        f"--eval-episodes: must be a multiple of {processes}, the number of processes",
+    )
+    cuda = torch.cuda.is_available()
+    if args.correct_flips:
+        flips = args.noise == "flip" and args.noise_level < 0.5
+        require(flips, "--correct-flips: needs --noise flip and a --noise-level below 0.5")
+    require(args.device != "cuda" or cuda, "--device cuda: no GPU here; use cpu")
+    require(
+        args.resume or not args.run_dir.exists(),
+        f"{args.run_dir}: File exists; try another --run-name or --runs-dir",
+    )
+    heldout_names = {Path(name).name for name in args.eval_reward_model}
+    require(
+        len(heldout_names) == len(args.eval_reward_model),
+        "--eval-reward-model: two models of one name",
+    )
+    if args.load_in_4bit:
+        require(
+            args.lora_r > 0 and cuda and util.find_spec("bitsandbytes"),
+            "--load-in-4bit: needs --lora-r > 0, a GPU and bitsandbytes (pip install bitsandbytes)",
+        )
+    require(not args.track or util.find_spec("wandb"), "--track: pip install wandb")
+
+
+def make_run_dir(args):
+    try:
+        args.run_dir.mkdir(parents=True)
+    except OSError as error:
+        raise ValueError(
+            f"{args.run_dir}: {error.strerror}; try another --run-name or --runs-dir"
+        ) from error
+    content = {"args": vars(args), **describe_machine()}
+    save(args.run_dir / "args.json", json.dumps(content, indent=2))
 
 
 def main() -> None:
     try:
-        args = prepare(tyro.cli(Args))
+        args = prepare(parse_args())
+        setup = load(args)
     except ValueError as error:
         print(f"error: {error}", file=sys.stderr)
         sys.exit(2)
     stop = threading.Event()
-    for signum in (signal.SIGINT, signal.SIGTERM):  # the first one asks for a checkpoint, a second one kills
-        signal.signal(signum, lambda signum, _: (stop.set(), signal.signal(signum, signal.SIG_DFL)))
-    run_dir = args.resume or Path(args.runs_dir) / args.run_name
-    if summary := train(args, stop):
-        score = "{env_id} {algo}: reward {first_return_mean:.3f} -> {final_return_mean:.3f}"
-        print(f"{score.format(**summary)}, {summary['sps']:.1f} texts/s, {run_dir}")
-    elif stop.is_set():  # else not the first of several processes
-        print(f"interrupted; to go on: python {sys.argv[0]} --resume {run_dir}", file=sys.stderr)
+
+    def request_stop(signum, frame):
+        stop.set()
+        signal.signal(signum, signal.SIG_DFL)  # a second signal kills
+
+    signal.signal(signal.SIGINT, request_stop)
+    signal.signal(signal.SIGTERM, request_stop)
+    summary = train(args, stop, setup)
+    setup.accelerator.wait_for_everyone()  # the first process may still be writing
+    setup.accelerator.end_training()
+    if summary is None:
+        setup.accelerator.print(
+            f"interrupted; to continue: python {sys.argv[0]} --resume {args.run_dir}",
+            file=sys.stderr,
+        )
         sys.exit(130)
+    setup.accelerator.print(
+        f"{args.task} {args.algo}: "
+        f"reward {summary['first_return_mean']:.3f} -> {summary['final_return_mean']:.3f}, "
+        f"{summary['sps']:.1f} texts/s, {args.run_dir}"
+    )
 
 
 if __name__ == "__main__":

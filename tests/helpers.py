@@ -3,7 +3,6 @@
 import csv
 import threading
 from dataclasses import dataclass
-from pathlib import Path
 from types import ModuleType
 
 import torch
@@ -15,7 +14,7 @@ import sppo_continuous
 
 
 class StopAfter(threading.Event):
-    """An event that sets itself when it has been looked at `updates` times: `train` looks once an update."""
+    """An event that is set at the `updates`-th call of `is_set`; `train` calls it each update."""
 
     def __init__(self, updates: int):
         super().__init__()
@@ -28,12 +27,13 @@ class StopAfter(threading.Event):
 
 @dataclass
 class Setting:
-    """A script, and flags for a short run: four updates on 128 steps, in PPO 3 epochs of 4 minibatches."""
+    """A script, and flags for a short run: four updates on 128 steps, in PPO 3 epochs of 4
+    minibatches."""
 
     script: ModuleType
-    envs: str  # name of the class whose `step` takes the training's actions
+    envs: str  # name of the class whose `step` takes the actions of the training
     small: dict
-    visible: str  # an environment that can be filmed without a display
+    video_env: str  # an environment that can be rendered without a display
 
     @property
     def ppo(self) -> bool:
@@ -60,10 +60,11 @@ class Setting:
         """Trains with `flags` over `small`. Returns (what `train` returned, the run's folder)."""
         flags = self.small | {"runs_dir": str(runs_dir), "run_name": "run"} | flags
         args = self.script.prepare(self.script.Args(**flags))
-        return self.script.train(args, stop or threading.Event()), Path(args.runs_dir) / args.run_name
+        return self.script.train(args, stop or threading.Event()), args.run_dir
 
     def resume(self, folder):
-        return self.script.train(self.script.prepare(self.script.Args(resume=str(folder))), threading.Event())
+        args = self.script.prepare(self.script.Args(resume=str(folder)))
+        return self.script.train(args, threading.Event())
 
     def record_actions(self, monkeypatch) -> list:
         """The actions of all steps from here on, a list that goes on growing."""
@@ -84,18 +85,28 @@ PPO = {"num_minibatches": 4, "update_epochs": 3}
 CONTINUOUS = {"env_id": "InvertedDoublePendulum-v4", "num_envs": 1, "num_steps": 128}
 ATARI = {"env_id": "Breakout", "num_envs": 2, "num_steps": 64, "amp": "off"}
 SPPO_CONTINUOUS, SA2C_CONTINUOUS = (
-    Setting(script, "NormalizedEnvs", SMALL | CONTINUOUS | more, visible="LunarLanderContinuous-v3")
+    Setting(
+        script, "NormalizedEnvs", SMALL | CONTINUOUS | more, video_env="LunarLanderContinuous-v3"
+    )
     for script, more in ((sppo_continuous, PPO), (sa2c_continuous, {}))
 )
 SPPO_ATARI, SA2C_ATARI = (
-    Setting(script, "AtariGames", SMALL | ATARI | more, visible="Pong")
+    Setting(script, "AtariGames", SMALL | ATARI | more, "Pong")
     for script, more in ((sppo_atari, PPO), (sa2c_atari, {}))
 )
 SETTINGS = [SPPO_CONTINUOUS, SPPO_ATARI, SA2C_CONTINUOUS, SA2C_ATARI]
 
 
+def act(agent, obs, generator=None):
+    """Actions of a continuous agent, tensors in and out: sampled, or greedy without a generator."""
+    noise = 0.0
+    if generator is not None:
+        noise = agent.exploration_noise(obs.shape[:-1], generator)
+    return torch.from_numpy(agent.numpy_actor()(obs.numpy(), noise))
+
+
 def checkpoint(folder):
-    return torch.load(folder / "checkpoint.pt", weights_only=False)
+    return torch.load(folder / "checkpoint.pt")
 
 
 def weights(folder):

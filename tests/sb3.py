@@ -1,17 +1,17 @@
-"""Stable-Baselines3's PPO and A2C under the settings of our baselines, without a reverse loss: a yardstick.
+"""Stable-Baselines3's PPO and A2C under the settings of our baselines, without a reverse loss: a
+yardstick.
 
     pip install -e ".[peers]"
-    python tests/sb3.py --env-id Hopper-v4 --seed 10000     # sppo_continuous.py --policy gaussian
-    python tests/sb3.py --env-id Breakout --atari           # sppo_atari.py --alpha 1 --beta 0 --amp off
-    python tests/sb3.py --algo a2c --env-id Hopper-v4       # sa2c_continuous.py --policy gaussian
-    python tests/sb3.py --algo a2c --env-id Breakout --atari    # sa2c_atari.py --alpha 1 --beta 0 --amp off
+    python tests/sb3.py --env-id Hopper-v4 --seed 10000       # sppo_continuous.py --policy gaussian
+    python tests/sb3.py --env-id Breakout --atari             # sppo_atari.py --beta 0 --amp off
+    python tests/sb3.py --algo a2c --env-id Hopper-v4         # sa2c_continuous.py --policy gaussian
+    python tests/sb3.py --algo a2c --env-id Breakout --atari  # sa2c_atari.py --beta 0 --amp off
 
-For continuous control both follow Stable-Baselines3's defaults, with VecNormalize; A2C takes eight steps in
-four environments. For Atari the settings are those of its own benchmark, with its usual wrappers. Scores are
-taken in the same way: raw rewards, and greedy actions and the statistics of the training, or sampled actions
-in whole games. Writes runs/NAME/summary.json with the keys that our own runs have; `sps` is without start-up
-and evaluation.
-"""
+For continuous control both follow Stable-Baselines3's defaults, with VecNormalize; A2C takes eight
+steps in four environments. For Atari the settings are those of its own benchmark, with its usual
+wrappers. Scores are taken in the same way: raw rewards, and greedy actions and the statistics of
+the training, or sampled actions in whole games. Writes runs/NAME/summary.json with the keys that
+our own runs have; `sps` is without start-up and evaluation."""
 
 import json
 import time
@@ -48,7 +48,8 @@ class Args:
 
 def atari_envs(args: Args, num_envs: int, **wrapper):
     return VecFrameStack(
-        make_atari_env(f"{args.env_id}NoFrameskip-v4", num_envs, args.seed, wrapper_kwargs=wrapper), 4
+        make_atari_env(f"{args.env_id}NoFrameskip-v4", num_envs, args.seed, wrapper_kwargs=wrapper),
+        4,
     )
 
 
@@ -56,16 +57,22 @@ def main(args: Args) -> None:
     warnings.filterwarnings("ignore", message=".*is out of date.*")
     gym.register_envs(ale_py)
     wall_started = time.perf_counter()
-    run_dir = Path(args.runs_dir) / (args.run_name or f"{args.env_id}__sb3-{args.algo}__none__{args.seed}")
+    run_dir = Path(args.runs_dir) / (
+        args.run_name or f"{args.env_id}__sb3-{args.algo}__none__{args.seed}"
+    )
     run_dir.mkdir(parents=True)
     seed_and_device = {"seed": args.seed, "device": "cpu"}
     if args.atari and args.algo == "ppo":
         settings = dict(n_steps=128, n_epochs=4, batch_size=256, ent_coef=0.01)
-        settings |= dict(learning_rate=lambda left: 2.5e-4 * left, clip_range=lambda left: 0.1 * left)
+        settings |= dict(
+            learning_rate=lambda left: 2.5e-4 * left, clip_range=lambda left: 0.1 * left
+        )
         model = PPO("CnnPolicy", atari_envs(args, 8), **settings, **seed_and_device)
     elif args.atari:
         settings = dict(ent_coef=0.01, vf_coef=0.25)
-        settings |= dict(policy_kwargs=dict(optimizer_class=RMSpropTFLike, optimizer_kwargs=dict(eps=1e-5)))
+        settings |= dict(
+            policy_kwargs=dict(optimizer_class=RMSpropTFLike, optimizer_kwargs=dict(eps=1e-5))
+        )
         model = A2C("CnnPolicy", atari_envs(args, 16), **settings, **seed_and_device)
     else:
         torch.set_num_threads(1)

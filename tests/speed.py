@@ -1,20 +1,21 @@
-"""Steps per second of our scripts over those of Stable-Baselines3's PPO and A2C and of TRL's PPO, in one run.
+"""Steps per second of our scripts over those of Stable-Baselines3's PPO and A2C and of TRL's PPO,
+in one run.
 
     pip install -e ".[peers]"
-    python tests/speed.py                                                           # sppo_continuous.py
-    python tests/speed.py --algo a2c                                                # sa2c_continuous.py
-    python tests/speed.py --suite atari --env-id Breakout --total-timesteps 20480   # sppo_atari.py
-    python tests/speed.py --suite atari --env-id Breakout --total-timesteps 20480 --algo a2c   # sa2c_atari.py
-    python tests/speed.py --suite rlhf --total-timesteps 336 --policy-model DIR --dataset FILE  # sppo_rlhf.py
+    python tests/speed.py               # sppo_continuous.py
+    python tests/speed.py --algo a2c    # sa2c_continuous.py
+    python tests/speed.py --suite atari --env-id Breakout --total-timesteps 20480
+    python tests/speed.py --suite atari --env-id Breakout --total-timesteps 20480 --algo a2c
+    python tests/speed.py --suite rlhf --total-timesteps 336 --policy-model DIR --dataset FILE
 
-The same work for all. Continuous, on one thread, observations and rewards normalised by running statistics:
-PPO in one environment, with 2048 steps between updates, 10 epochs of 32 minibatches of 64; A2C in four, with
-8 steps of each between updates. Atari, on all cores: PPO with 8 games, 128 steps between updates, 4 epochs of
-4 minibatches of 256; A2C with 16 games and 5 steps. RLHF, on all cores: 112 texts an update, prompts of 64
-tokens and 48 new ones, sampled among all, 5 epochs of 4 minibatches of 28, a critic, the policy with a random
-head as reward model, no cross entropy on reference texts; a step is a text. The programs take turns, so that
-a slow spell of the machine hits them all; the table gives medians. Then, for PPO in control, the parts of our
-step.
+The same work for all. Continuous, on one thread, observations and rewards normalised by running
+statistics: PPO in one environment, with 2048 steps between updates, 10 epochs of 32 minibatches of
+64; A2C in four, with 8 steps of each between updates. Atari, on all cores: PPO with 8 games, 128
+steps between updates, 4 epochs of 4 minibatches of 256; A2C with 16 games and 5 steps. RLHF, on all
+cores: 112 texts an update, prompts of 64 tokens and 48 new ones, sampled among all, 5 epochs of 4
+minibatches of 28, a critic, the policy with a random head as reward model, no cross entropy on
+reference texts; a step is a text. The programs take turns, so that a slow spell of the machine hits
+them all; the table gives medians. Then, for PPO in control, the parts of our step.
 """
 
 import contextlib
@@ -52,7 +53,7 @@ class Args:
     dataset: str | None = None  # for rlhf: JSONL, texts of 130 tokens or more
     total_timesteps: int = 200_000
     repeats: int = 3
-    out: str | None = None  # folder for speed.md, what is printed, and summary.json, the mark that it is done
+    out: str | None = None  # folder for speed.md (what is printed) and summary.json, when done
 
 
 def programs(args: Args, scratch: Path) -> dict[str, list[str]]:
@@ -62,8 +63,8 @@ def programs(args: Args, scratch: Path) -> dict[str, list[str]]:
         save_reward_model(args.policy_model, scratch / "reward")
         common = ["--policy-model", args.policy_model, "--reward-model", str(scratch / "reward")]
         common += ["--dataset", args.dataset, "--total-timesteps", str(args.total_timesteps)]
-        ours = ["sppo_rlhf.py", "--task", "imdb", *common, "--eval-episodes", "1", "--eval-freq", "0"]
-        ours += ["--top-k", "0", "--ce-coef", "0", "--checkpoint-freq", "0"]
+        ours = ["sppo_rlhf.py", *common, "--task", "imdb", "--top-k", "0", "--ce-coef", "0"]
+        ours += ["--eval-episodes", "1", "--eval-freq", "0", "--checkpoint-freq", "0"]
         return {
             "TRL, float32": ["tests/trl_ppo.py", *common],
             "TRL, bfloat16": ["tests/trl_ppo.py", *common, "--amp", "auto"],
@@ -72,23 +73,31 @@ def programs(args: Args, scratch: Path) -> dict[str, list[str]]:
         }
     file, plain, symmetric = f"s{algo}_{suite}.py", algo.upper(), "S" + algo.upper()
     peer = ["tests/sb3.py", "--algo", algo] + (["--atari"] if suite == "atari" else [])
-    common = ["--env-id", args.env_id, "--total-timesteps", str(args.total_timesteps), "--eval-episodes", "1"]
+    common = ["--env-id", args.env_id, "--eval-episodes", "1"]
+    common += ["--total-timesteps", str(args.total_timesteps)]
     if suite == "atari":
-        ours = {plain: ["--beta", "0"], symmetric: [], f"{plain}, --amp off": ["--beta", "0", "--amp", "off"]}
+        ours = {
+            plain: ["--beta", "0"],
+            symmetric: [],
+            f"{plain}, --amp off": ["--beta", "0", "--amp", "off"],
+        }
         ours |= {f"{symmetric}, --amp off": ["--amp", "off"]}
     else:
         ours = {f"Gaussian {plain}": ["--policy", "gaussian"], f"{symmetric} (11 bins)": []}
         ours |= {f"{name}, --no-compile": [*flags, "--no-compile"] for name, flags in ours.items()}
-    ours = {f"ours, {name}": [file, *common, "--eval-freq", "0", *flags] for name, flags in ours.items()}
+    ours = {
+        f"ours, {name}": [file, *common, "--eval-freq", "0", *flags] for name, flags in ours.items()
+    }
     return {"Stable-Baselines3": peer + common} | ours
 
 
 def save_reward_model(policy: str, folder: Path) -> None:
-    """The policy with a head for scores, random, and its tokenizer, as TRL's reward model must have it."""
+    """The policy with a head for scores, random, and its tokenizer, as TRL's reward model must have
+    it."""
     torch.manual_seed(0)
-    transformers.AutoModelForSequenceClassification.from_pretrained(policy, num_labels=1).save_pretrained(
-        folder
-    )
+    transformers.AutoModelForSequenceClassification.from_pretrained(
+        policy, num_labels=1
+    ).save_pretrained(folder)
     transformers.AutoTokenizer.from_pretrained(policy).save_pretrained(folder)
 
 
@@ -96,7 +105,9 @@ def steps_per_second(program: list[str]) -> float:
     with tempfile.TemporaryDirectory() as runs_dir:
         flags = ["--runs-dir", runs_dir, "--run-name", "speed"]
         subprocess.run(
-            [sys.executable, ROOT / program[0], *program[1:], *flags], check=True, capture_output=True
+            [sys.executable, ROOT / program[0], *program[1:], *flags],
+            check=True,
+            capture_output=True,
         )
         return json.loads(Path(runs_dir, "speed", "summary.json").read_text())["sps"]
 
@@ -115,40 +126,49 @@ def microseconds(function, calls: int = 2000) -> float:
 def parts_of_a_step(env_id: str) -> dict[str, float]:
     """Microseconds per environment step, each part alone and so with warm caches: a lower bound."""
     torch.set_num_threads(1)
-    torch._dynamo.config.trace_autograd_ops = True
     args = script.Args(env_id=env_id, alpha=0.5, beta=20.0)
     envs = script.NormalizedEnvs(env_id, 1, args.gamma)
     agent = script.Agent(envs.envs[0], args)
-    parameters = torch.nn.utils.parameters_to_vector(agent.parameters()).detach()
-    torch.nn.utils.vector_to_parameters(parameters, agent.parameters())
+    parameters = script.flatten_parameters(agent)
     optimizer = torch.optim.Adam([parameters], fused=True)
-    generator, obs = torch.Generator(), envs.reset(seed=0)
-    with torch.inference_mode():
-        act = microseconds(
-            lambda: agent.to_env(agent.act(torch.from_numpy(obs), generator).numpy()), calls=10_000
-        )
-        action = agent.to_env(agent.act(torch.from_numpy(obs), generator).numpy())
+    generator = torch.Generator()
+    obs = envs.reset(seed=0)
+    act = agent.numpy_actor()
+    noise = agent.exploration_noise((1,), generator)
+    action = agent.to_env(act(obs, noise))
+    rollout = (args.num_steps, 1)
+    draw_noise = microseconds(lambda: agent.exploration_noise(rollout, generator), calls=50)
+    acting = draw_noise / args.num_steps
+    acting += microseconds(lambda: agent.to_env(act(obs, noise)), calls=10_000)
     env_alone = microseconds(lambda: envs.envs[0].unwrapped.step(action[0]))
     envs.reset(seed=0)
     env_step = microseconds(lambda: envs.step(action))
 
-    n, updates_per_step = 64, 10 / 64  # every sample is in ten minibatches of 64
+    n = 64
+    updates_per_step = 10 / n  # every sample is in ten minibatches of 64
     b_obs = torch.randn(n, len(obs[0]))
+    b_action = torch.from_numpy(act(b_obs.numpy(), agent.exploration_noise((n,), generator)))
     with torch.no_grad():
-        b_action = agent.act(b_obs, generator)
         minibatch = (b_obs, b_action, agent.policy(b_obs).log_prob(b_action), *torch.randn(2, n))
-    parts = {"simulator": env_alone, "normalisation, bookkeeping": env_step - env_alone, "acting": act}
+    compiled = script.compiled(agent, args, obs[None], act(obs)[None])
+    parts = {
+        "simulator": env_alone,
+        "normalisation, bookkeeping": env_step - env_alone,
+        "acting": acting,
+    }
     for name, function in (
-        ("gradient, compiled", torch.compile(script.gradient_and_metrics)),
+        ("gradient, compiled", compiled),
         ("gradient, --no-compile", script.gradient_and_metrics),
     ):
         parameters.grad, _ = function(agent, args, *minibatch)
-        parts[name] = updates_per_step * microseconds(lambda f=function: f(agent, args, *minibatch))
+        parts[name] = updates_per_step * microseconds(
+            lambda function=function: function(agent, args, *minibatch)
+        )
     parts["Adam"] = updates_per_step * microseconds(optimizer.step)
     return parts
 
 
-def parts_of_an_atari_step(env_id: str, amp: str) -> dict[str, list[float]]:
+def parts_of_an_atari_step(env_id: str, amp: str, steps: int) -> dict[str, list[float]]:
     """Microseconds per environment step of SPPO: {part: [during a run, alone and in a row]}."""
     during = dict.fromkeys(("environment", "inference", "update"), 0.0)
 
@@ -162,8 +182,10 @@ def parts_of_an_atari_step(env_id: str, amp: str) -> dict[str, list[float]]:
 
         return call
 
-    steps, minibatches_per_step = 20_480, 16 / 1024
-    args = sppo_atari.Args(env_id=env_id, amp=amp, total_timesteps=steps, eval_freq=0, checkpoint_freq=0)
+    minibatches_per_step = 16 / 1024
+    args = sppo_atari.Args(
+        env_id=env_id, amp=amp, total_timesteps=steps, eval_freq=0, checkpoint_freq=0
+    )
     games, agent = sppo_atari.AtariGames, sppo_atari.Agent
     with (
         tempfile.TemporaryDirectory() as runs_dir,
@@ -182,22 +204,30 @@ def parts_of_an_atari_step(env_id: str, amp: str) -> dict[str, list[float]]:
     envs, rng = sppo_atari.AtariGames(args, 8), np.random.default_rng(0)
     images = torch.from_numpy(envs.reset(0)).contiguous(memory_format=torch.channels_last)
     net = agent(envs.num_actions, bfloat16=amp == "auto")
-    parameters = torch.nn.utils.parameters_to_vector(net.parameters()).detach()
-    torch.nn.utils.vector_to_parameters(parameters, net.parameters())
-    optimizer, samples = torch.optim.Adam([parameters], fused=True), torch.ones(4, 256)
+    parameters = sppo_atari.flatten_parameters(net)
+    optimizer = torch.optim.Adam([parameters], fused=True)
+    samples = torch.ones(4, 256)
     minibatch = images.repeat(32, 1, 1, 1), samples[0].long(), *samples
 
     def update():
-        parameters.grad, _ = sppo_atari.gradient_and_metrics(net, args, torch.tensor(0.1), *minibatch)
+        parameters.grad, _ = sppo_atari.gradient_and_metrics(
+            net, args, torch.tensor(0.1), *minibatch
+        )
         optimizer.step()
 
-    alone = {"environment": microseconds(lambda: envs.step(rng.integers(envs.num_actions, size=8)), 500) / 8}
-    with torch.no_grad(), sppo_atari.autocast(images.device, net.dtype):
+    alone = {
+        "environment": microseconds(lambda: envs.step(rng.integers(envs.num_actions, size=8)), 500)
+        / 8
+    }
+    with torch.no_grad(), net.autocast():
         alone["inference"] = microseconds(lambda: net(images), 500) / 8
     alone["update"] = microseconds(update, 50) * minibatches_per_step
     table = {part: [during[part], alone[part]] for part in during}
     whole = 1e6 / summary["sps"]
-    return table | {"rest": [whole - sum(during.values()), math.nan], "a whole step": [whole, math.nan]}
+    return table | {
+        "rest": [whole - sum(during.values()), math.nan],
+        "a whole step": [whole, math.nan],
+    }
 
 
 def measure(args: Args) -> None:
@@ -208,13 +238,16 @@ def measure(args: Args) -> None:
             for name, command in commands.items():
                 results[name].append(steps_per_second(command))
                 print(
-                    f"{repeat + 1}/{args.repeats} {name}: {results[name][-1]:,.1f} steps/s", file=sys.stderr
+                    f"{repeat + 1}/{args.repeats} {name}: {results[name][-1]:,.1f} steps/s",
+                    file=sys.stderr,
                 )
     peer = next(iter(results.values()))
     digits = 2 if args.suite == "rlhf" else 0
-    what = f"{args.suite if digits else args.env_id}, {args.algo.upper()}, {args.total_timesteps:,} steps"
+    subject = args.suite if digits else args.env_id
+    what = f"{subject}, {args.algo.upper()}, {args.total_timesteps:,} steps"
     print(f"{what}, {args.repeats} repeats, torch {torch.__version__}\n")
-    print("| program | steps/s, median (range) | ratio of medians | in each repeat |\n|---|---|---|---|")
+    print("| program | steps/s, median (range) | ratio of medians | in each repeat |")
+    print("|---|---|---|---|")
     for name, sps in results.items():
         median, low, high = (f"{x:,.{digits}f}" for x in (np.median(sps), min(sps), max(sps)))
         spread = f"{median} ({low}-{high})"
@@ -228,8 +261,10 @@ def measure(args: Args) -> None:
             print(f"| {name} | {us:.1f} |")
         return
     for amp in ("auto", "off"):
-        print(f"\n| part of a step, --amp {amp} | microseconds, during a run | alone |\n|---|---|---|")
-        for name, (during, alone) in parts_of_an_atari_step(args.env_id, amp).items():
+        print(f"\n| part of a step, --amp {amp} | microseconds, during a run | alone |")
+        print("|---|---|---|")
+        parts = parts_of_an_atari_step(args.env_id, amp, args.total_timesteps)
+        for name, (during, alone) in parts.items():
             print(f"| {name} | {during:.0f} | {alone:.0f} |".replace("nan", ""))
 
 
@@ -240,8 +275,8 @@ def main(args: Args) -> None:
     print(page.getvalue(), end="")
     if args.out:
         Path(args.out).mkdir(parents=True, exist_ok=True)
-        for name, text in {"speed.md": page.getvalue() + "\n", "summary.json": '{"finished": true}'}.items():
-            script.save(Path(args.out, name), text)
+        script.save(Path(args.out, "speed.md"), page.getvalue() + "\n")
+        script.save(Path(args.out, "summary.json"), '{"finished": true}')
 
 
 if __name__ == "__main__":

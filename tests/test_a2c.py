@@ -25,7 +25,10 @@ def sb3_model(setting, space, learning_rate):
     policy, settings = "MlpPolicy", {"rms_prop_eps": 0.1}
     if setting.atari:
         policy, settings = "CnnPolicy", {"vf_coef": 0.25, "ent_coef": 0.01}
-        settings["policy_kwargs"] = {"optimizer_class": RMSpropTFLike, "optimizer_kwargs": {"eps": 0.1}}
+        settings["policy_kwargs"] = {
+            "optimizer_class": RMSpropTFLike,
+            "optimizer_kwargs": {"eps": 0.1},
+        }
     envs = DummyVecEnv([Spaces] * N)
     model = A2C(policy, envs, n_steps=T, learning_rate=learning_rate, device="cpu", **settings)
     model.set_logger(configure(None, []))
@@ -46,7 +49,13 @@ def sb3_parameters(setting, policy):
 @pytest.mark.parametrize("setting", [SA2C_CONTINUOUS, SA2C_ATARI], ids=str)
 def test_without_reverse_loss_an_update_is_stable_baselines3s(setting, tmp_path, monkeypatch):
     """From the same weights and the same rollouts: three updates, so that RMSprop has a past."""
-    flags = {"num_envs": N, "num_steps": T, "total_timesteps": UPDATES * T * N, "alpha": 1.0, "beta": 0.0}
+    flags = {
+        "num_envs": N,
+        "num_steps": T,
+        "total_timesteps": UPDATES * T * N,
+        "alpha": 1.0,
+        "beta": 0.0,
+    }
     flags |= {"rmsprop_eps": 0.1}  # so that it matters
     if setting.atari:  # in Pong no lives are lost, so that all actions are the agent's
         flags |= {"env_id": "Pong", "learning_rate": 0.1}
@@ -56,11 +65,11 @@ def test_without_reverse_loss_an_update_is_stable_baselines3s(setting, tmp_path,
         space = gym.spaces.Box(-10, 10, (11,), np.float32), gym.spaces.Box(-1, 1, (3,), np.float32)
     recorded, original = [], setting.script.gradient_and_metrics
 
-    def gradient_and_metrics(agent, args, obs, action, advantage, returns, *weight):
-        assert all((w == 1).all() for w in weight)
+    def gradient_and_metrics(agent, args, obs, action, advantage, returns, *mask):
+        assert all((m == 1).all() for m in mask)
         weights = [parameter.detach().clone() for parameter in agent.parameters()]
         recorded.append((weights, obs.clone(), action.clone(), advantage.clone(), returns.clone()))
-        return original(agent, args, obs, action, advantage, returns, *weight)
+        return original(agent, args, obs, action, advantage, returns, *mask)
 
     monkeypatch.setattr(setting.script, "gradient_and_metrics", gradient_and_metrics)
     _, folder = setting.run(tmp_path, **flags)
@@ -76,7 +85,12 @@ def test_without_reverse_loss_an_update_is_stable_baselines3s(setting, tmp_path,
     buffer = model.rollout_buffer
     for _, obs, action, advantage, returns in recorded:
         buffer.reset()
-        batch = {"observations": obs, "actions": action, "advantages": advantage, "returns": returns}
+        batch = {
+            "observations": obs,
+            "actions": action,
+            "advantages": advantage,
+            "returns": returns,
+        }
         for name, tensor in batch.items():
             array = getattr(buffer, name)
             array[...] = tensor.numpy().reshape(array.shape)
@@ -93,7 +107,9 @@ def test_rmsprop_is_tensorflows():
     variable, mean_square = rng.normal(size=50), np.ones(50)
     parameter = torch.tensor(variable, requires_grad=True)
     optimizer = SA2C_ATARI.script.RMSpropTF([parameter], lr=0.01, alpha=0.9, eps=1e-3)
-    torchs = torch.optim.RMSprop([other := parameter.detach().clone()], lr=0.01, alpha=0.9, eps=1e-3)
+    torchs = torch.optim.RMSprop(
+        [other := parameter.detach().clone()], lr=0.01, alpha=0.9, eps=1e-3
+    )
     for scale in (10.0, 1.0, 1e-3, 0.0, 1e-3):
         gradient = scale * rng.normal(size=50)
         mean_square = 0.9 * mean_square + 0.1 * gradient**2

@@ -1,8 +1,7 @@
 """What is particular to Atari: games, network, schedules, steps that are not the agent's.
 
-The scripts share most of their text, as `test_repository.py` guards: that is tested on `sppo_atari.py`. What
-each has for itself, `train` above all, is tested on both.
-"""
+The scripts share most of their text, as `test_repository.py` guards: that is tested on
+`sppo_atari.py`. What each has for itself, `train` above all, is tested on both."""
 
 import functools
 import shutil
@@ -36,9 +35,9 @@ def setting(request):
 class PlainGame:
     """Gymnasium's preprocessing of one emulator, brought to where AtariVectorEnv's game began.
 
-    A game there begins with one frame of FIRE, where there is such an action, then a random number of idle
-    ones. How many in all, `frames`, is the only thing that the reference takes from what it checks.
-    """
+    A game there begins with one frame of FIRE, where there is such an action, then a random number
+    of idle ones. How many in all, `frames`, is the only thing that the reference takes from what it
+    checks."""
 
     def __init__(self, game):
         env = gym.make(f"ALE/{game}-v5", frameskip=1, repeat_action_probability=0.0)
@@ -54,7 +53,8 @@ class PlainGame:
         self.score, self.length, self.fire_next = 0.0, 0, False
 
     def step(self, action):
-        """Returns the stack, the raw reward, whether a life or the game was lost, whether the game was."""
+        """Returns the stack, the raw reward, whether a life or the game was lost, whether the game
+        was."""
         fire = self.ale.getMinimalActionSet().index(Action.FIRE) if self.has_fire else None
         self.overridden = self.fire_next and self.has_fire
         lives = self.ale.lives()
@@ -78,15 +78,20 @@ def begin_games(game, num_games, seed, **flags):
     return games, plain, images
 
 
-@pytest.mark.parametrize(("game", "steps"), [("Breakout", 600), ("SpaceInvaders", 500), ("MsPacman", 400)])
+@pytest.mark.parametrize(
+    ("game", "steps"), [("Breakout", 600), ("SpaceInvaders", 500), ("MsPacman", 400)]
+)
 def test_games_are_those_of_a_plain_emulator(game, steps):
-    """Images, rewards, lives, ends and raw scores; the first game of each, with every action but FIRE.
+    """Images, rewards, lives, ends and raw scores; the first game of each, with every action but
+    FIRE.
 
-    What can't match: the three images before the first one, which AtariVectorEnv leaves black (as the stack
-    of DeepMind's), and what follows the end of a game, since the number of idle frames is drawn anew.
-    """
+    What can't match: the three images before the first one, which AtariVectorEnv leaves black (as
+    the stack of DeepMind's), and what follows the end of a game, since the number of idle frames is
+    drawn anew."""
     games, plain, _ = begin_games(game, 3, seed=11)
-    actions = [i for i, action in enumerate(games.envs.ale.get_action_set()) if action != Action.FIRE]
+    actions = [
+        i for i, action in enumerate(games.envs.ale.get_action_set()) if action != Action.FIRE
+    ]
     rng, playing, lives_lost, overridden_steps = np.random.default_rng(0), {0, 1, 2}, 0, 0
     for step in range(steps):
         action = rng.choice(actions, 3)
@@ -142,7 +147,9 @@ def test_games_begin_at_different_moments_and_last_half_an_hour_at_most(monkeypa
     assert len(set(info["episode_frame_number"].tolist())) > 5
     assert info["episode_frame_number"].max() < 30
     made = []
-    monkeypatch.setattr(script, "AtariVectorEnv", lambda *_, **flags: made.append(flags) or games.envs)
+    monkeypatch.setattr(
+        script, "AtariVectorEnv", lambda *_, **flags: made.append(flags) or games.envs
+    )
     script.AtariGames(script.Args(), 16)
     assert made[0]["max_num_frames_per_episode"] == 30 * 60 * 60  # 60 frames a second
     assert not made[0]["reward_clipping"]
@@ -157,11 +164,12 @@ def test_breakout_goes_on_without_the_agent_pressing_fire():
         games.reset(0)
         for _ in range(400):
             games.step(rng.choice([0, 2, 3], 2))
-        assert (len(games.finished) > 0) == presses
+        assert (len(games.recent_episodes) > 0) == presses
 
 
 def test_a_game_that_is_cut_off_is_truncated_with_its_last_images():
-    """But for the very last: there AtariVectorEnv shows Breakout's ball, a dozen pixels, a bit elsewhere."""
+    """But for the very last: there AtariVectorEnv shows Breakout's ball, a dozen pixels, a bit
+    elsewhere."""
     games, plain, _ = begin_games("Breakout", 2, seed=1, max_frames=120)
     for step in range(30):
         action = np.array([2, 3])
@@ -190,11 +198,19 @@ def test_sticky_actions_only_on_request():
 
 @pytest.mark.parametrize(
     ("env_id", "name"),
-    [(spelling, "breakout") for spelling in
-     ("Breakout", "BreakoutNoFrameskip-v4", "BreakoutDeterministic-v4", "ALE/Breakout-v5", "breakout")]
-    + [("MsPacman", "ms_pacman"), ("ms_pacman", "ms_pacman"), ("ALE/UpNDown-v5", "up_n_down")]
-    + [("TicTacToe3D", "tic_tac_toe_3d"), ("WizardOfWorNoFrameskip-v4", "wizard_of_wor")],
-)  # fmt: skip
+    [
+        ("Breakout", "breakout"),
+        ("BreakoutNoFrameskip-v4", "breakout"),
+        ("BreakoutDeterministic-v4", "breakout"),
+        ("ALE/Breakout-v5", "breakout"),
+        ("breakout", "breakout"),
+        ("MsPacman", "ms_pacman"),
+        ("ms_pacman", "ms_pacman"),
+        ("ALE/UpNDown-v5", "up_n_down"),
+        ("TicTacToe3D", "tic_tac_toe_3d"),
+        ("WizardOfWorNoFrameskip-v4", "wizard_of_wor"),
+    ],
+)
 def test_games_go_by_all_their_names(env_id, name):
     assert script.rom_name(env_id) == name
 
@@ -224,8 +240,8 @@ def test_evaluation_scores_whole_games_as_a_plain_emulator_does(monkeypatch):
 
 
 class Countdown:
-    """Atari's vector interface on two games, of 3 and of 20 steps, that pay 1 and 10 a step, and 100 times as
-    much from the second round on."""
+    """Atari's vector interface on two games, of 3 and of 20 steps, that pay 1 and 10 a step, and
+    100 times as much from the second round on."""
 
     def __init__(self, *_, **__):
         self.ale, self.time, self.rounds = self, np.zeros(2, int), np.zeros(2, int)
@@ -242,7 +258,13 @@ class Countdown:
         over = self.time == [3, 20]
         self.time[over] = 0
         self.rounds += over
-        return np.zeros((2, 4, 84, 84), np.uint8), reward, over, over & False, {"lives": np.zeros(2, int)}
+        return (
+            np.zeros((2, 4, 84, 84), np.uint8),
+            reward,
+            over,
+            over & False,
+            {"lives": np.zeros(2, int)},
+        )
 
 
 def test_evaluation_counts_the_first_game_of_each(monkeypatch):
@@ -267,9 +289,16 @@ def test_the_network_is_dqns_on_pixels_between_zero_and_one():
     agent = script.Agent(6)
     images = torch.randint(0, 256, (5, 4, 84, 84), dtype=torch.uint8)
     plain = nn.Sequential(
-        nn.Conv2d(4, 32, 8, 4), nn.ReLU(), nn.Conv2d(32, 64, 4, 2), nn.ReLU(), nn.Conv2d(64, 64, 3, 1),
-        nn.ReLU(), nn.Flatten(), nn.Linear(3136, 512), nn.ReLU(),
-    )  # fmt: skip
+        nn.Conv2d(4, 32, 8, 4),
+        nn.ReLU(),
+        nn.Conv2d(32, 64, 4, 2),
+        nn.ReLU(),
+        nn.Conv2d(64, 64, 3, 1),
+        nn.ReLU(),
+        nn.Flatten(),
+        nn.Linear(3136, 512),
+        nn.ReLU(),
+    )
     weights = nn.utils.parameters_to_vector([*agent.conv.parameters(), *agent.trunk.parameters()])
     nn.utils.vector_to_parameters(weights, plain.parameters())
     features = plain(images.float() / 255)
@@ -301,7 +330,9 @@ def test_layer_norm_standardises_before_each_activation():
     assert len(seen) == 4
     for x in seen:
         torch.testing.assert_close(x.flatten(1).mean(1), torch.zeros(3), rtol=0, atol=1e-4)
-        torch.testing.assert_close(x.flatten(1).std(1, correction=0), torch.ones(3), rtol=1e-2, atol=0)
+        torch.testing.assert_close(
+            x.flatten(1).std(1, correction=0), torch.ones(3), rtol=1e-2, atol=0
+        )
 
 
 def test_bfloat16_is_close_and_stays_inside():
@@ -313,10 +344,19 @@ def test_bfloat16_is_close_and_stays_inside():
         assert near.dtype == torch.float32
         assert not torch.equal(exact, near)
         assert (exact - near).abs().mean() < 0.02 * exact.std()
-    with torch.autocast("cpu", torch.bfloat16):  # as in a rollout: the last layers stay as they are
+    with rounded.autocast():  # as in a rollout: the last layers stay as they are
         for inside in rounded(images):
             assert inside.dtype == torch.float32
             assert (inside != inside.bfloat16()).any()
+
+
+def test_autocast_is_for_bfloat16_only():
+    for bfloat16 in (False, True):
+        agent = script.Agent(4, bfloat16=bfloat16)
+        with agent.autocast():
+            assert torch.is_autocast_enabled("cpu") == bfloat16
+            with agent.autocast(enabled=False):
+                assert not torch.is_autocast_enabled("cpu")
 
 
 def test_samples_follow_the_softmax():
@@ -331,111 +371,157 @@ def test_samples_follow_the_softmax():
 
 def some_minibatch(agent, n=48):
     images = torch.randint(0, 256, (n, 4, 84, 84), dtype=torch.uint8)
-    action, advantage, returns = torch.randint(4, (n,)), torch.randn(n), torch.randn(n)
+    action = torch.randint(4, (n,))
+    advantage = 0.5 + torch.randn(n)
+    returns = torch.randn(n)
     with torch.no_grad():
         log_prob = agent(images)[0].log_softmax(-1).gather(1, action[:, None])[:, 0]
     return images, action, log_prob + 0.2 * torch.randn(n), advantage, returns
 
 
-def test_gradient_and_metrics_are_those_of_plain_pytorch():
-    """With backward() and clip_grad_norm_; overridden steps are left out by hand, but for the critic."""
+LOSSES = {
+    "ppo": dict(beta=0.0),
+    "symmetric": dict(beta=3.0, z=-2.0),
+    "symmetric, not divided": dict(beta=3.0, z=-2.0, divide_by_p_old=False),
+}
+
+
+@pytest.mark.parametrize("norm_adv", [False, True])
+@pytest.mark.parametrize("max_grad_norm", [0.2, 1e6])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_gradient_and_metrics_are_those_of_plain_pytorch(loss, max_grad_norm, norm_adv):
+    """With backward() and clip_grad_norm_; overridden steps are left out by hand, but for the
+    critic."""
     torch.manual_seed(0)
     agent = script.Agent(4)
     nn.init.normal_(agent.actor.weight, std=0.1)
-    args = script.Args(alpha=2.0, beta=0.0, ent_coef=0.3, vf_coef=0.7, max_grad_norm=0.2)
+    flags = dict(alpha=2.0, ent_coef=0.3, vf_coef=0.7, norm_adv=norm_adv) | LOSSES[loss]
+    args = script.Args(max_grad_norm=max_grad_norm, **flags)
     images, action, old_log_prob, advantage, returns = some_minibatch(agent)
     own = torch.rand(48) < 0.7
-    minibatch = images, action, old_log_prob, advantage, returns, own * 48 / own.sum()
+    minibatch = images, action, old_log_prob, advantage, returns, own.float()
     gradient, metrics = script.gradient_and_metrics(agent, args, torch.tensor(0.15), *minibatch)
 
     logits, value = agent(images)
     distribution = torch.distributions.Categorical(logits=logits[own])
-    log_ratio = distribution.log_prob(action[own]) - old_log_prob[own]
-    ratio, entropy, advantage = log_ratio.exp(), distribution.entropy().mean(), advantage[own]
+    log_prob = distribution.log_prob(action[own])
+    entropy = distribution.entropy().mean()
+    old_log_prob = old_log_prob[own]
+    log_ratio = log_prob - old_log_prob
+    ratio = log_ratio.exp()
+    raw_advantage = advantage[own]
+    advantage = raw_advantage
+    if norm_adv:
+        advantage = (raw_advantage - raw_advantage.mean()) / raw_advantage.std()
     ppo = -torch.min(advantage * ratio, advantage * torch.clamp(ratio, 0.85, 1.15)).mean()
     value_loss = nn.functional.mse_loss(value, returns)
-    (2.0 * ppo + 0.7 * value_loss - 0.3 * entropy).backward()
-    norm = nn.utils.clip_grad_norm_(agent.parameters(), 0.2)
-    expected = torch.cat([parameter.grad.flatten() for parameter in agent.parameters()])
-    torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-6)
-    assert norm > 0.3  # so that it was clipped
-
     outside = ((ratio > 1.15) & (advantage > 0)) | ((ratio < 0.85) & (advantage < 0))
+    divisor = old_log_prob.exp() if args.divide_by_p_old else 1
+    reverse = -(advantage * args.z * (1 - log_prob.exp()) / divisor)[~outside].sum() / own.sum()
+    (2.0 * ppo + args.beta * reverse + 0.7 * value_loss - 0.3 * entropy).backward()
+    norm = nn.utils.clip_grad_norm_(agent.parameters(), max_grad_norm)
+    expected = torch.cat([parameter.grad.flatten() for parameter in agent.parameters()])
+    torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-5)
+    assert norm > 0.3
+
     by_hand = {
-        "policy": ppo,
-        "reverse": (-1 * advantage * ratio)[~outside].sum() / own.sum(),
-        "value": value_loss,
+        "policy_loss": ppo,
+        # without the part that is constant
+        "reverse_loss": (args.z * advantage * log_prob.exp() / divisor)[~outside].sum() / own.sum(),
+        "value_loss": value_loss,
         "entropy": entropy,
         "grad_norm": norm,
+        "clipped_gradients": torch.tensor(float(max_grad_norm == 0.2)),
+        "advantage_sign_flips": ((raw_advantage > 0) != (advantage > 0)).float().mean(),
         "approx_kl": (ratio - 1 - log_ratio).mean(),
-        "clip_fraction": ((ratio < 0.85) | (ratio > 1.15)).float().mean(),
+        "clipfrac": ((ratio < 0.85) | (ratio > 1.15)).float().mean(),
     }
-    assert 0 < by_hand["clip_fraction"] < 1
+    assert 0 < by_hand["clipfrac"] < 1
+    assert (by_hand["advantage_sign_flips"] > 0) == norm_adv
     assert set(metrics) == set(by_hand)
     for name, metric in by_hand.items():
-        torch.testing.assert_close(metrics[name], metric.detach(), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(metrics[name], metric.detach(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("norm_adv", [False, True])
+@pytest.mark.parametrize("max_grad_norm", [0.2, 1e6])
 @pytest.mark.parametrize("beta", [0.0, 5.0])
-def test_a2cs_gradient_and_metrics_are_those_of_plain_pytorch(beta):
+def test_a2cs_gradient_and_metrics_are_those_of_plain_pytorch(beta, max_grad_norm, norm_adv):
     torch.manual_seed(0)
     agent = sa2c_atari.Agent(4)
     nn.init.normal_(agent.actor.weight, std=0.1)
-    args = sa2c_atari.Args(alpha=0.5, beta=beta, z=-2.0, ent_coef=0.3, vf_coef=0.7, max_grad_norm=0.2)
+    flags = dict(alpha=0.5, beta=beta, z=-2.0, ent_coef=0.3, vf_coef=0.7, norm_adv=norm_adv)
+    args = sa2c_atari.Args(max_grad_norm=max_grad_norm, **flags)
     images, action, _, advantage, returns = some_minibatch(agent)
     own = torch.rand(48) < 0.7
-    minibatch = images, action, advantage, returns, own * 48 / own.sum()
+    minibatch = images, action, advantage, returns, own.float()
     gradient, metrics = sa2c_atari.gradient_and_metrics(agent, args, *minibatch)
 
     logits, value = agent(images)
     distribution = torch.distributions.Categorical(logits=logits[own])
-    log_prob, entropy, advantage = distribution.log_prob(action[own]), distribution.entropy(), advantage[own]
+    log_prob = distribution.log_prob(action[own])
+    entropy = distribution.entropy().mean()
+    raw_advantage = advantage[own]
+    advantage = raw_advantage
+    if norm_adv:
+        advantage = (raw_advantage - raw_advantage.mean()) / raw_advantage.std()
     p = log_prob.exp()
-    a2c, reverse = -(advantage * log_prob).mean(), -(advantage * -2 * (1 - p)).mean()
+    a2c = -(advantage * log_prob).mean()
+    reverse = -(advantage * -2 * (1 - p)).mean()
     value_loss = nn.functional.mse_loss(value, returns)
-    (0.5 * a2c + beta * reverse + 0.7 * value_loss - 0.3 * entropy.mean()).backward()
-    norm = nn.utils.clip_grad_norm_(agent.parameters(), 0.2)
+    (0.5 * a2c + beta * reverse + 0.7 * value_loss - 0.3 * entropy).backward()
+    norm = nn.utils.clip_grad_norm_(agent.parameters(), max_grad_norm)
     expected = torch.cat([parameter.grad.flatten() for parameter in agent.parameters()])
-    torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-6)
-    assert norm > 0.3  # so that it was clipped
+    torch.testing.assert_close(gradient, expected, rtol=1e-3, atol=1e-5)
+    assert norm > 0.3
 
     by_hand = {
-        "policy": a2c,
-        "reverse": reverse + (advantage * -2).mean(),  # without the part that is constant
-        "value": value_loss,
-        "entropy": entropy.mean(),
+        "policy_loss": a2c,
+        "reverse_loss": reverse + (advantage * -2).mean(),  # without the part that is constant
+        "value_loss": value_loss,
+        "entropy": entropy,
         "grad_norm": norm,
+        "clipped_gradients": torch.tensor(float(max_grad_norm == 0.2)),
+        "advantage_sign_flips": ((raw_advantage > 0) != (advantage > 0)).float().mean(),
         "probability": p.mean(),
         "reverse_share": (2 * beta * p / (0.5 + 2 * beta * p)).mean(),
     }
+    assert (by_hand["advantage_sign_flips"] > 0) == norm_adv
     assert set(metrics) == set(by_hand)
     for name, metric in by_hand.items():
-        torch.testing.assert_close(metrics[name], metric.detach(), rtol=1e-4, atol=1e-6)
+        torch.testing.assert_close(metrics[name], metric.detach(), rtol=1e-4, atol=1e-5)
 
 
-@pytest.mark.parametrize(("alpha", "beta", "z"), [(0.5, 1.0, -1.0), (0.5, 20.0, -1.0), (0.0, 3.0, -2.0)])
+@pytest.mark.parametrize(
+    ("alpha", "beta", "z"), [(0.5, 1.0, -1.0), (0.5, 20.0, -1.0), (0.0, 3.0, -2.0)]
+)
 def test_the_policys_gradient_is_a_multiple_of_ppos(alpha, beta, z):
     """Through the whole network, in float64."""
     torch.manual_seed(0)
     agent = script.Agent(4).double()
     agent.dtype = torch.float64
     minibatch = [x.double() if x.is_floating_point() else x for x in some_minibatch(agent)]
-    weight, clip_coef = torch.ones(48, dtype=torch.float64), torch.tensor(0.15)
+    mask = torch.ones(48, dtype=torch.float64)
+    clip_coef = torch.tensor(0.15)
 
     def gradient(alpha, beta):
-        args = script.Args(alpha=alpha, beta=beta, z=z, vf_coef=0.0, ent_coef=0.0, max_grad_norm=1e9)
-        return script.gradient_and_metrics(agent, args, clip_coef, *minibatch, weight)[0]
+        args = script.Args(
+            alpha=alpha, beta=beta, z=z, vf_coef=0.0, ent_coef=0.0, max_grad_norm=1e9
+        )
+        return script.gradient_and_metrics(agent, args, clip_coef, *minibatch, mask)[0]
 
     ppo = gradient(1.0, 0.0)
     assert ppo.norm() > 1e-3
-    torch.testing.assert_close(gradient(alpha, beta) / (alpha + beta * abs(z)), ppo, rtol=0, atol=1e-13)
+    torch.testing.assert_close(
+        gradient(alpha, beta) / (alpha + beta * abs(z)), ppo, rtol=0, atol=1e-13
+    )
 
 
 @pytest.fixture
 def rollouts(monkeypatch, setting):
-    """What `train` sees and does, in lists: steps (images before, action, the step's outcome), minibatches
-    (images, action, advantage, return, weight), PPO's clip ranges, learning rates of the optimiser's steps,
-    and the arguments of `compute_gae`."""
+    """What `train` sees and does, in lists: steps (images before, action, the step's outcome),
+    minibatches (images, action, advantage, return, mask), PPO's clip ranges, learning rates of the
+    optimiser's steps, and the arguments of `compute_gae`."""
     script = setting.script
     seen = {
         "steps": [],
@@ -446,7 +532,9 @@ def rollouts(monkeypatch, setting):
         "critic": [],
         "agents": [],
     }
-    original = {name: getattr(script, name) for name in ("gradient_and_metrics", "compute_gae", "Agent")}
+    original = {
+        name: getattr(script, name) for name in ("gradient_and_metrics", "compute_gae", "Agent")
+    }
 
     class Games(script.AtariGames):
         def reset(self, seed):
@@ -501,47 +589,63 @@ def rollouts(monkeypatch, setting):
 
 
 def test_an_epoch_trains_on_every_step_once_and_on_overridden_ones_the_critic_only(
-    setting, tmp_path, rollouts
+    setting, tmp_path, rollouts, monkeypatch
 ):
+    symmetric_policy_loss = setting.script.symmetric_policy_loss
+    weighted = []  # the advantages that the policy loss gets
+
+    def recording_loss(*arguments):
+        weighted.append(arguments[2 if setting.ppo else 1].clone())
+        return symmetric_policy_loss(*arguments)
+
+    monkeypatch.setattr(setting.script, "symmetric_policy_loss", recording_loss)
     one_epoch = {"update_epochs": 1} if setting.ppo else {}
     setting.run(tmp_path, norm_adv=True, num_steps=256, total_timesteps=512, **one_epoch)
-    acted = {}
+    acted = []
     for images, action, (_, _, _, _, overridden, _) in rollouts["steps"]:
         for i in range(2):
-            acted.setdefault((images[i].tobytes(), int(action[i]), bool(overridden[i])), []).append(i)
-    trained = {}
-    for images, action, advantage, _, weight in rollouts["minibatches"]:
-        for image, one, w in zip(images, action, weight):
-            trained.setdefault((image.numpy().tobytes(), one.item(), w.item() == 0), []).append(0)
-        own = weight > 0
-        assert weight.mean().item() == pytest.approx(1, abs=1e-5)
-        assert len(set(weight[own].tolist())) == 1
-        assert advantage[own].mean().item() == pytest.approx(0, abs=1e-5)
-        assert advantage[own].std().item() == pytest.approx(1, abs=1e-4)
-    assert {key: len(x) for key, x in acted.items()} == {key: len(x) for key, x in trained.items()}
-    assert sum(len(x) for x in trained.values()) == 512
-    assert sum(len(x) for key, x in trained.items() if key[2]) >= 8  # lives lost by a beginner
+            acted.append((images[i].tobytes(), int(action[i]), bool(overridden[i])))
+    trained = []
+    for images, action, _, _, mask in rollouts["minibatches"]:
+        for image, one_action, own in zip(images, action, mask):
+            trained.append((image.numpy().tobytes(), one_action.item(), own.item() == 0))
+    assert len(trained) == 512
+    assert sorted(acted) == sorted(trained)
+    assert sum(overridden for _, _, overridden in trained) >= 8  # lives lost by a beginner
+    for (_, _, raw, _, mask), advantage in zip(rollouts["minibatches"], weighted, strict=True):
+        own = mask == 1
+        assert torch.equal(own, mask != 0)
+        assert not advantage[~own].any()
+        normalized = (raw[own] - raw[own].mean()) / raw[own].std()
+        weight = len(mask) / own.sum()  # 1 on average over the minibatch
+        torch.testing.assert_close(advantage[own], weight * normalized, rtol=1e-3, atol=1e-4)
 
 
 def test_overridden_steps_are_not_in_the_logged_advantages(setting, tmp_path, monkeypatch):
     """Of 3, .9, .5, -.4, 9 and .7, with a mean of 1 but for the last two, which were overridden."""
-    advantage, step = np.array([[3.0], [0.9], [0.5], [-0.4], [9.0], [0.7]]), setting.script.AtariGames.step
+    advantage = np.array([[3.0], [0.9], [0.5], [-0.4], [9.0], [0.7]])
+    returns = np.array([[1.0], [-2.0], [3.0], [-4.0], [50.0], [-60.0]])
+    step = setting.script.AtariGames.step
 
     def overriding_step(self, action):
         outcome = step(self, action)
         return *outcome[:4], self.length >= 5, outcome[5]
 
-    monkeypatch.setattr(setting.script, "compute_gae", lambda *_: (advantage, advantage))
+    monkeypatch.setattr(setting.script, "compute_gae", lambda *_: (advantage, returns))
     monkeypatch.setattr(setting.script.AtariGames, "step", overriding_step)
     flags = {"num_minibatches": 1} if setting.ppo else {"norm_adv": True}
     _, folder = setting.run(tmp_path, num_envs=1, num_steps=6, total_timesteps=6, **flags)
     events = EventAccumulator(str(folder)).Reload()
     assert events.Scalars("losses/advantage_largest")[0].value == 3.0
     assert events.Scalars("losses/advantage_sign_flips")[0].value == 0.5
+    explained = 1 - advantage[:4].var() / returns[:4].var()
+    assert events.Scalars("losses/explained_variance")[0].value == pytest.approx(explained)
 
 
 def test_gae_gets_what_was_seen_and_minibatches_what_gae_gave(setting, tmp_path, rollouts):
-    flags = dict(gamma=0.9, gae_lambda=0.7, norm_adv=False) | ({"update_epochs": 1} if setting.ppo else {})
+    flags = dict(gamma=0.9, gae_lambda=0.7, norm_adv=False) | (
+        {"update_epochs": 1} if setting.ppo else {}
+    )
     setting.run(tmp_path, total_timesteps=128, **flags)
     (((reward, value, *_, gamma, gae_lambda), _, (advantage, returns)),) = rollouts["gae"]
     np.testing.assert_array_equal(reward, [outcome[1] for _, _, outcome in rollouts["steps"]])
@@ -595,21 +699,25 @@ def test_learning_rate_or_clip_range_can_stay(setting, tmp_path, rollouts, stays
 def test_schedules_go_on_after_resuming(setting, tmp_path, rollouts):
     _, folder = setting.run(tmp_path, stop=StopAfter(2), update_epochs=1, num_minibatches=2)
     setting.resume(folder)
-    np.testing.assert_allclose(rollouts["learning_rates"], 2.5e-4 * np.repeat([1.0, 0.75, 0.5, 0.25], 2))
+    np.testing.assert_allclose(
+        rollouts["learning_rates"], 2.5e-4 * np.repeat([1.0, 0.75, 0.5, 0.25], 2)
+    )
 
 
 def test_scores_go_on_after_resuming(setting, tmp_path):
     _, folder = setting.run(tmp_path, stop=StopAfter(2))
     state = checkpoint(folder)
-    state["envs"] = [(864.0, 1000.0)]
+    state["finished_episodes"] = [(864.0, 1000.0)]
     torch.save(state, folder / "checkpoint.pt")
     setting.resume(folder)
-    assert (864.0, 1000.0) in checkpoint(folder)["envs"]
+    assert (864.0, 1000.0) in checkpoint(folder)["finished_episodes"]
 
 
 def test_rewards_are_clipped_then_noisy_and_scores_are_raw(setting, tmp_path, rollouts):
     """Space Invaders pays 5 to 30 and more for a hit."""
-    summary, _ = setting.run(tmp_path, env_id="SpaceInvaders", noise="flip", noise_level=1.0, num_steps=256)
+    summary, _ = setting.run(
+        tmp_path, env_id="SpaceInvaders", noise="flip", noise_level=1.0, num_steps=256
+    )
     rewards = np.concatenate([arguments[0] for arguments, _, _ in rollouts["gae"]])
     clipped = np.stack([outcome[1] for _, _, outcome in rollouts["steps"]])
     assert set(np.unique(clipped)) == {0, 1}
@@ -618,7 +726,9 @@ def test_rewards_are_clipped_then_noisy_and_scores_are_raw(setting, tmp_path, ro
     assert summary["final_return_mean"] % 5 == 0
 
 
-def test_games_that_are_cut_off_bootstrap_from_their_last_images(setting, tmp_path, monkeypatch, rollouts):
+def test_games_that_are_cut_off_bootstrap_from_their_last_images(
+    setting, tmp_path, monkeypatch, rollouts
+):
     short_games = functools.partial(setting.script.AtariGames, max_frames=80)
     monkeypatch.setattr(setting.script, "AtariGames", short_games)
     setting.run(tmp_path, env_id="Pong", total_timesteps=256)
@@ -654,7 +764,16 @@ def test_compiled_functions_compute_the_same(setting):
         torch.testing.assert_close(ours, plain, rtol=1e-4, atol=1e-5)
     arguments = agent, args, images, action, *rest, torch.ones(16)
     if setting.ppo:
-        arguments = agent, args, torch.tensor(0.1), images, action, old_log_prob, *rest, torch.ones(16)
+        arguments = (
+            agent,
+            args,
+            torch.tensor(0.1),
+            images,
+            action,
+            old_log_prob,
+            *rest,
+            torch.ones(16),
+        )
     gradient, metrics = script.gradient_and_metrics(*arguments)
     compiled_gradient, compiled_metrics = gradient_fn(*arguments)
     torch.testing.assert_close(compiled_gradient, gradient, rtol=1e-3, atol=1e-5)
@@ -686,12 +805,16 @@ def test_a_compiled_run_is_the_same_run(setting, tmp_path):
 
 
 class Signals:
-    """Atari's vector interface on a game of ten steps: a bar at the left or the right, or none, says what to
-    press; each right answer pays 2 points. By chance that makes 20 / 3 points a game."""
+    """Atari's vector interface on a game of ten steps: a bar at the left or the right, or none,
+    says what to press; each right answer pays 2 points. By chance that makes 20 / 3 points a
+    game."""
 
     def __init__(self, _, num_games, **__):
         self.ale, self.rng = self, np.random.default_rng(0)
-        self.images, self.time = np.zeros((num_games, 4, 84, 84), np.uint8), np.zeros(num_games, int)
+        self.images, self.time = (
+            np.zeros((num_games, 4, 84, 84), np.uint8),
+            np.zeros(num_games, int),
+        )
 
     def get_action_set(self):
         return [Action.NOOP, Action.RIGHT, Action.LEFT]
@@ -718,7 +841,7 @@ class Signals:
 
 LEARNING = dict(eval_episodes=20, ent_coef=0.0)
 PPO_LEARNING = dict(total_timesteps=4096, num_envs=8, num_steps=16, learning_rate=1e-3)
-# RMSprop's average of squares falls from one slowly: large steps. Each answer is paid at once: gamma 0.
+# RMSprop's average of squares falls from one slowly: large steps. Rewards follow at once: gamma 0.
 A2C_LEARNING = dict(total_timesteps=8000, num_envs=16, num_steps=5, learning_rate=0.1, gamma=0.0)
 
 
@@ -727,18 +850,22 @@ A2C_LEARNING = dict(total_timesteps=8000, num_envs=16, num_steps=5, learning_rat
 )
 def test_it_learns_to_follow_signals(setting, tmp_path, monkeypatch, flags):
     monkeypatch.setattr(setting.script, "AtariVectorEnv", Signals)
-    summary, _ = setting.run(tmp_path, **LEARNING, **(PPO_LEARNING if setting.ppo else A2C_LEARNING), **flags)
+    summary, _ = setting.run(
+        tmp_path, **LEARNING, **(PPO_LEARNING if setting.ppo else A2C_LEARNING), **flags
+    )
     assert summary["final_return_mean"] > 15
 
 
-def test_it_does_not_learn_with_advantages_turned_round(setting, tmp_path, monkeypatch):
+def test_it_does_not_learn_from_negated_advantages(setting, tmp_path, monkeypatch):
     compute_gae = setting.script.compute_gae
 
-    def turned(*arguments):
+    def negated(*arguments):
         advantage, returns = compute_gae(*arguments)
         return -advantage, returns
 
     monkeypatch.setattr(setting.script, "AtariVectorEnv", Signals)
-    monkeypatch.setattr(setting.script, "compute_gae", turned)
-    summary, _ = setting.run(tmp_path, **LEARNING, **(PPO_LEARNING if setting.ppo else A2C_LEARNING))
+    monkeypatch.setattr(setting.script, "compute_gae", negated)
+    summary, _ = setting.run(
+        tmp_path, **LEARNING, **(PPO_LEARNING if setting.ppo else A2C_LEARNING)
+    )
     assert summary["final_return_mean"] < 5

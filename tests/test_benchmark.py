@@ -1,4 +1,5 @@
-"""benchmark.sh: its lists of commands, and what happens to runs that are killed, stopped or fail."""
+"""benchmark.sh: its lists of commands, and what happens to runs that are killed, stopped or
+fail."""
 
 import json
 import os
@@ -28,7 +29,9 @@ for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"):
     ENVIRON.pop(name, None)
 TINY = ["robust", "--envs", "InvertedDoublePendulum-v4", "--seeds", "1", "--jobs", "2", "--steps"]
 STEPS = 16384
-KILLED, BROKEN = (f"InvertedDoublePendulum-v4__{row}__10000" for row in ("dppo__none", "sppo__normal"))
+KILLED, BROKEN = (
+    f"InvertedDoublePendulum-v4__{row}__10000" for row in ("dppo__none", "sppo__normal")
+)
 
 
 def benchmark(*arguments, env=ENVIRON, **options):
@@ -45,8 +48,10 @@ def commands(*arguments) -> list[list[str]]:
 def resolved(command: list[str], runs_dir: Path):
     """The script's arguments, with its defaults filled in, for a command of the list."""
     script = SCRIPTS[command[1]]
-    args = tyro.cli(script.Args, args=[*command[2:], "--runs-dir", str(runs_dir)])
-    return args if script is sppo_rlhf else script.prepare(args)
+    argv = [*command[2:], "--runs-dir", str(runs_dir)]
+    if script is sppo_rlhf:
+        return sppo_rlhf.parse_args(argv)
+    return script.prepare(tyro.cli(script.Args, args=argv))
 
 
 @pytest.mark.parametrize("suite", SUITES)
@@ -69,19 +74,25 @@ def test_suites_have_the_papers_numbers():
             str(10000 + i): envs * rows * 2 for i in range(seeds)
         }
         noise = Counter(c[c.index("--noise") + 1] if "--noise" in c else "none" for c in listed)
-        assert noise["none"] == len(listed) / 2 == noise["normal" if suite == "continuous" else "flip"]
+        assert (
+            noise["none"] == len(listed) / 2 == noise["normal" if suite == "continuous" else "flip"]
+        )
         assert ("WizardOfWor" in {c[c.index("--env-id") + 1] for c in listed}) == (suite == "atari")
     steps = {
-        c[c.index("--run-name") + 1]: c[c.index("--total-timesteps") + 1] for c in commands("continuous")
+        c[c.index("--run-name") + 1]: c[c.index("--total-timesteps") + 1]
+        for c in commands("continuous")
     }
     assert steps["Walker2d-v4__sppo__none__10000"] == "5000000"
-    assert steps["Walker2d-v4__sa2c__none__10000"] == steps["Ant-v4__sppo__none__10000"] == "2000000"
+    assert (
+        steps["Walker2d-v4__sa2c__none__10000"] == steps["Ant-v4__sppo__none__10000"] == "2000000"
+    )
     assert steps["HumanoidStandup-v4__sppo__none__10000"] == "10000000"
 
 
 @pytest.mark.parametrize("suite, env", [("quick", "InvertedDoublePendulum-v4"), ("atari", "Pong")])
 def test_rows_are_the_symmetric_program_and_its_single_factors(suite, env, tmp_path):
-    """k = alpha + beta |Z| of the symmetric row; the others differ from the baseline in one factor 1 / k."""
+    """k = alpha + beta |Z| of the symmetric row; the others differ from the baseline in one factor
+    1 / k."""
     rows = {}
     for command in commands(suite, "--envs", env, "--seeds", 1):
         if "--noise" not in command and "sppo" in command[1]:
@@ -112,17 +123,19 @@ def test_rows_are_the_symmetric_program_and_its_single_factors(suite, env, tmp_p
 
 @pytest.mark.parametrize("task", ["toy", "imdb", "tldr"])
 def test_rows_of_language_models_divide_what_k_divides(task):
-    settings = dict(max_grad_norm=1.0, alpha=0.5, z=-1.0) | sppo_rlhf.TASKS[task]
+    settings = vars(sppo_rlhf.TASKS[task]) | {"alpha": 0.5}
     k = settings["alpha"] - settings["beta"] * settings["z"]
     found = {}
     for command in commands("rlhf", "--envs", task, "--seeds", 1):
-        args = vars(tyro.cli(sppo_rlhf.Args, args=command[2:]))
+        args = vars(sppo_rlhf.parse_args(command[2:]))
         for name in ("max_grad_norm", "vf_coef", "ce_coef"):
-            if args[name] not in (None, sppo_rlhf.Args().max_grad_norm):
+            if args[name] != settings[name]:
                 assert args["beta"] == 0
                 found[name] = args[name]
     expected = {
-        name: settings[name] / k for name in ("max_grad_norm", "vf_coef", "ce_coef") if settings[name]
+        name: settings[name] / k
+        for name in ("max_grad_norm", "vf_coef", "ce_coef")
+        if settings[name]
     }
     assert found == pytest.approx(expected, rel=1e-5)
 
@@ -209,7 +222,11 @@ def processes(runs: Path) -> dict[str, int]:
         except OSError:  # it has just ended
             continue
         if any(word.endswith(".py") for word in words[:3]) and str(runs) in " ".join(words):
-            name = words[words.index("--run-name") + 1] if "--run-name" in words else Path(words[-2]).name
+            name = (
+                words[words.index("--run-name") + 1]
+                if "--run-name" in words
+                else Path(words[-2]).name
+            )
             found[name] = int(path.parent.name)
     return found
 
@@ -256,7 +273,9 @@ def test_started_again_every_run_finishes_once_and_the_others_are_untouched(hist
     runs = history["runs"]
     assert {path.name for path in runs.iterdir()} == history["after"].keys() | {"logs"}
     rows = (runs / KILLED / "progress.csv").read_text()
-    assert rows.startswith(history["rows_before"])  # resumed, not begun anew: nothing lost, nothing doubled
+    assert rows.startswith(
+        history["rows_before"]
+    )  # resumed, not begun anew: nothing lost, nothing doubled
     steps = [int(line.split(",")[0]) for line in rows.splitlines()[1:]]
     assert steps == sorted(set(steps)) and steps[-1] == STEPS
     assert json.loads((runs / KILLED / "summary.json").read_text())["resume"] == str(runs / KILLED)
@@ -277,9 +296,9 @@ def test_a_second_start_in_the_same_folder_refuses(history):
 
 
 def test_a_run_killed_before_its_first_checkpoint_begins_anew(history):
-    assert [path.name.split(".")[0] for path in (history["runs"] / "logs" / "broken").iterdir()] == [
-        BROKEN.split(".")[0]
-    ]
+    assert [
+        path.name.split(".")[0] for path in (history["runs"] / "logs" / "broken").iterdir()
+    ] == [BROKEN.split(".")[0]]
 
 
 def test_runs_of_other_settings_are_not_taken_for_finished(history):
@@ -305,8 +324,8 @@ def started(runs: Path, **options):
 
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_stopping_saves_all_runs(signum, tmp_path):
-    """From a terminal Ctrl-C reaches the whole process group, so here too; and who reads the messages may be
-    gone by then, as with `| tee`."""
+    """From a terminal Ctrl-C reaches the whole process group, so here too; and who reads the
+    messages may be gone by then, as with `| tee`."""
     process = started(tmp_path, stderr=subprocess.PIPE)
     if signum == signal.SIGTERM:
         process.stderr.close()
@@ -320,11 +339,14 @@ def test_stopping_saves_all_runs(signum, tmp_path):
     assert len(saved) == 2 and not list(tmp_path.glob("*/summary.json"))
     name = saved[0].parent.name  # and goes on from there
     with subprocess.Popen(
-        [ROOT / "benchmark.sh", *TINY, "1000000", "--runs-dir", str(tmp_path), "--only", name], env=ENVIRON
+        [ROOT / "benchmark.sh", *TINY, "1000000", "--runs-dir", str(tmp_path), "--only", name],
+        env=ENVIRON,
     ) as again:
         wait_for(lambda: name in processes(tmp_path))
         again.terminate()
-    assert (tmp_path / "logs" / f"{name}.sh").exists() and not (tmp_path / "logs" / "broken").exists()
+    assert (tmp_path / "logs" / f"{name}.sh").exists() and not (
+        tmp_path / "logs" / "broken"
+    ).exists()
 
 
 def test_runs_outlive_a_killed_benchmark_and_keep_others_out(tmp_path):
@@ -359,7 +381,8 @@ record = dict(gpu=os.environ.get("CUDA_VISIBLE_DEVICES"), threads=os.environ["OM
 
 @pytest.fixture
 def stub(tmp_path):
-    """An environment in which python only notes when and where it ran, on a machine with two GPUs."""
+    """An environment in which python only notes when and where it ran, on a machine with two
+    GPUs."""
     (tmp_path / "bin").mkdir()
     for name, text in (
         ("python", STUB.format(python=sys.executable)),
@@ -422,7 +445,8 @@ PartitionName=main Nodes=ALL Default=YES State=UP
 
 
 @pytest.mark.skipif(
-    not (shutil.which("slurmctld") and shutil.which("slurmd")), reason="no Slurm here: apt install slurm-wlm"
+    not (shutil.which("slurmctld") and shutil.which("slurmd")),
+    reason="no Slurm here: apt install slurm-wlm",
 )
 def test_slurm_runs_what_is_not_finished(history, tmp_path):
     """A Slurm of one node, whose arrays are too short for all runs at once."""
@@ -440,7 +464,11 @@ def test_slurm_runs_what_is_not_finished(history, tmp_path):
         for daemon in (["slurmctld", "-D"], ["slurmd", "-D", "-N", host])
     ]
     try:
-        wait_for(lambda: "idle" in subprocess.run(["sinfo"], env=env, capture_output=True, text=True).stdout)
+        wait_for(
+            lambda: (
+                "idle" in subprocess.run(["sinfo"], env=env, capture_output=True, text=True).stdout
+            )
+        )
         submitted = benchmark(*TINY, STEPS, "--runs-dir", runs, "--slurm", env=env)
         assert submitted.returncode == 0, submitted.stderr
         assert submitted.stdout.count("Submitted batch job") == 2

@@ -1,7 +1,8 @@
-"""What is particular to continuous control: environments, policies, gradients, what `train` does with them.
+"""What is particular to continuous control: environments, policies, gradients, what `train` does
+with them.
 
-The scripts share most of their text, as `test_repository.py` guards: that is tested on `sppo_continuous.py`.
-What each has for itself, `train` above all, is tested on both."""
+The scripts share most of their text, as `test_repository.py` guards: that is tested on
+`sppo_continuous.py`. What each has for itself, `train` above all, is tested on both."""
 
 import itertools
 import json
@@ -11,7 +12,15 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from helpers import SA2C_CONTINUOUS, SPPO_CONTINUOUS, StopAfter, checkpoint
+from helpers import (
+    SA2C_CONTINUOUS,
+    SPPO_CONTINUOUS,
+    StopAfter,
+    act,
+    checkpoint,
+    progress,
+    weights,
+)
 
 import sa2c_continuous
 import sppo_continuous as script
@@ -47,7 +56,7 @@ def test_categorical_policy_is_the_joint_distribution():
 def test_gaussian_policy_is_the_joint_density():
     agent, _ = make_agent("gaussian", log_std_init=-0.7)
     obs, action = torch.randn(64, 17), torch.randn(64, 6)
-    standardized = (action - agent.act(obs)) / np.exp(-0.7)
+    standardized = (action - act(agent, obs)) / np.exp(-0.7)
     expected = -0.5 * (standardized**2 + np.log(2 * np.pi)).sum(-1) + 6 * 0.7
     torch.testing.assert_close(agent.policy(obs).log_prob(action), expected)
     expected = torch.full((64,), 6 * (0.5 * np.log(2 * np.pi * np.e) - 0.7), dtype=torch.float32)
@@ -55,14 +64,14 @@ def test_gaussian_policy_is_the_joint_density():
 
 
 def test_categorical_samples_follow_the_softmax():
-    agent, env = make_agent()
+    agent, _ = make_agent()
     torch.nn.init.normal_(agent.actor[-1].weight)
     obs = torch.randn(1, 17).expand(20_000, 17)
     with torch.no_grad():
         p = agent.output(obs[:1]).softmax(-1)[0]
-        action = agent.act(obs, torch.Generator().manual_seed(0))
+        action = act(agent, obs, torch.Generator().manual_seed(0))
         frequency = torch.nn.functional.one_hot(action, 11).float().mean(0)
-        assert (agent.act(obs) == p.argmax(-1)).all()  # without a generator: greedy
+        assert (act(agent, obs) == p.argmax(-1)).all()  # without a generator: greedy
     assert p.max() > 0.3  # far from uniform, or the test would say little
     assert (frequency - p).abs().max() < 5 * (0.25 / 20_000) ** 0.5
 
@@ -71,20 +80,66 @@ def test_gaussian_samples_have_the_mean_and_spread():
     agent, env = make_agent("gaussian", log_std_init=-1.0)
     obs = torch.randn(1, 17).expand(20_000, 17)
     with torch.no_grad():
-        mean = agent.act(obs[:1])[0]
-        action = agent.act(obs, torch.Generator().manual_seed(0))
+        mean = act(agent, obs[:1])[0]
+        action = act(agent, obs, torch.Generator().manual_seed(0))
     torch.testing.assert_close(action.mean(0), mean, rtol=0, atol=0.02)
     torch.testing.assert_close(action.std(0), agent.log_std.exp().detach(), rtol=0.03, atol=0)
 
 
 def test_actions_reach_the_environment_within_its_bounds():
-    agent, env = make_agent(env_id="Humanoid-v4")  # bounds of 0.4, so that a missing scale would show
+    # bounds of 0.4, so that a missing scale would show
+    agent, _ = make_agent(env_id="Humanoid-v4")
     indices = np.stack([np.zeros(17, int), np.full(17, 5), np.full(17, 10)])
-    np.testing.assert_allclose(agent.to_env(indices), [[-0.4] * 17, [0.0] * 17, [0.4] * 17], atol=1e-7)
-    agent, env = make_agent("gaussian", env_id="Humanoid-v4")
+    np.testing.assert_allclose(
+        agent.to_env(indices), [[-0.4] * 17, [0.0] * 17, [0.4] * 17], atol=1e-7
+    )
+    agent, _ = make_agent("gaussian", env_id="Humanoid-v4")
     np.testing.assert_allclose(
         agent.to_env(np.array([[-3.0, 0.1, 3.0] + [0.0] * 14]))[0, :3], [-0.4, 0.1, 0.4]
     )
+
+
+@pytest.mark.parametrize("layer_norm", [False, True])
+@pytest.mark.parametrize("activation", ["tanh", "relu"])
+@pytest.mark.parametrize("hidden_sizes", [(), (8,), (32, 16), (64, 64, 7)])
+def test_the_numpy_network_is_the_torch_network(hidden_sizes, activation, layer_norm):
+    torch.manual_seed(0)
+    flags = dict(hidden_sizes=hidden_sizes, activation=activation, layer_norm=layer_norm)
+    network = script.mlp(17, 6, 1.0, script.Args(**flags))
+    for parameter in network.parameters():  # biases and layer norms of their own
+        torch.nn.init.normal_(parameter, std=0.5)
+    forward = script.numpy_mlp(network)
+    for obs in (torch.randn(1, 17), torch.randn(50, 17)):
+        expected = network(obs).detach().numpy()
+        output = forward(obs.numpy())
+        assert output.dtype == np.float32
+        assert abs(output).max() > 0.5
+        np.testing.assert_allclose(output, expected, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("policy", ["categorical", "gaussian"])
+def test_the_numpy_actor_has_the_present_weights(policy):
+    """Also after the optimiser has changed them in place, as it does in `train`."""
+    agent, _ = make_agent(policy)
+    parameters = script.flatten_parameters(agent)
+    for seed in range(2):
+        parameters.normal_(generator=torch.Generator().manual_seed(seed))
+        obs = torch.randn(30, 17)
+        with torch.no_grad():
+            output = agent.output(obs)
+        expected = output if policy == "gaussian" else output.argmax(-1)
+        torch.testing.assert_close(act(agent, obs), expected, rtol=1e-4, atol=1e-4)
+
+
+@pytest.mark.parametrize("policy", ["categorical", "gaussian"])
+def test_noise_of_a_rollout_is_drawn_anew_for_each_step(policy):
+    agent, _ = make_agent(policy)
+    noise = agent.exploration_noise((40, 3), torch.Generator().manual_seed(0))
+    per_sample = (6,) if policy == "gaussian" else (6, 11)
+    assert noise.shape == (40, 3, *per_sample)
+    assert len(np.unique(noise)) == noise.size
+    again = agent.exploration_noise((40, 3), torch.Generator().manual_seed(0))
+    assert np.array_equal(noise, again)
 
 
 @pytest.mark.parametrize("policy", ["categorical", "gaussian"])
@@ -112,7 +167,9 @@ def test_gae_is_the_brute_force_sum(lam):
     value = rng.normal(size=(T + 1, N))
     terminated, truncated = rng.random((2, T, N)) < 0.15
     assert (terminated & truncated).any()  # a step can be both: then the episode has terminated
-    advantage, returns = script.compute_gae(reward, value, final_value, terminated, truncated, gamma, lam)
+    advantage, returns = script.compute_gae(
+        reward, value, final_value, terminated, truncated, gamma, lam
+    )
     for n in range(N):
         for t in range(T):
             expected, weight = 0.0, 1.0
@@ -133,7 +190,11 @@ def test_with_lambda_one_returns_are_discounted_rewards_with_a_bootstrap():
     reward, value = np.array([[1.0], [2.0], [4.0]]), np.full((4, 1), 10.0)
     no, at_the_end = np.zeros((3, 1), bool), np.array([[False], [False], [True]])
     final_value = np.full((3, 1), 8.0)
-    for terminated, truncated, bootstrap in ((at_the_end, no, 0.0), (no, at_the_end, 8.0), (no, no, 10.0)):
+    for terminated, truncated, bootstrap in (
+        (at_the_end, no, 0.0),
+        (no, at_the_end, 8.0),
+        (no, no, 10.0),
+    ):
         _, returns = script.compute_gae(reward, value, final_value, terminated, truncated, 0.5, 1.0)
         assert returns[0, 0] == pytest.approx(1 + 0.5 * 2 + 0.25 * 4 + 0.125 * bootstrap)
 
@@ -147,7 +208,9 @@ def test_flip_has_its_rate_and_three_outcomes():
     for column, flipped in enumerate([2.0, 1.0, 0.0]):
         assert set(noisy[:, column]) == {reward[0, column], flipped}
         assert (noisy[:, column] == flipped).mean() == pytest.approx(0.1, abs=0.005)
-    assert (script.perturb_reward(reward, "flip", 1.0, np.random.default_rng(0)) == 1 - reward).all()
+    assert (
+        script.perturb_reward(reward, "flip", 1.0, np.random.default_rng(0)) == 1 - reward
+    ).all()
 
 
 def test_additive_noise_has_its_mean_and_spread():
@@ -172,12 +235,17 @@ def test_advantage_flip_has_its_rate_and_keeps_sizes():
 
 @pytest.fixture
 def gae_calls(monkeypatch, setting):
-    """Episodes of at most 6 steps, and what `train` gives to `compute_gae`, with what it should have given.
+    """Episodes of at most 6 steps, and what `train` gives to `compute_gae`, with what it should
+    have given.
 
-    A list of dicts, one a rollout: the arguments, `noisy` (what `perturb_reward` returned), and `expected`,
-    the critic's values of the last observations of truncated episodes, by (step, environment).
-    """
-    script, calls, agents, ends, noisy = setting.script, [], [], [], []
+    A list of dicts, one a rollout: the arguments, `noisy` (what `perturb_reward` returned), and
+    `expected`, the critic's values of the last observations of truncated episodes, by (step,
+    environment)."""
+    script = setting.script
+    calls = []
+    agents = []
+    ends = []
+    noisy = []
     original = {name: getattr(script, name) for name in ("compute_gae", "perturb_reward", "Agent")}
 
     def make_agent(*arguments):
@@ -204,12 +272,19 @@ def gae_calls(monkeypatch, setting):
         ends.clear()
         clean, perturbed = noisy[-1]
         calls.append(
-            {"reward": reward, "final_value": final_value.copy(), "expected": values, "clean": clean}
+            {
+                "reward": reward,
+                "final_value": final_value.copy(),
+                "expected": values,
+                "clean": clean,
+            }
         )
         calls[-1] |= {"noisy": perturbed, "cut": truncated & ~terminated}
         return original["compute_gae"](reward, value, final_value, terminated, truncated, *rest)
 
-    monkeypatch.setattr(script, "make_env", lambda env_id, mode=None: gym.make(env_id, max_episode_steps=6))
+    monkeypatch.setattr(
+        script, "make_env", lambda env_id, mode=None: gym.make(env_id, max_episode_steps=6)
+    )
     for name, replacement in {"Agent": make_agent, "perturb_reward": perturb_reward}.items():
         monkeypatch.setattr(script, name, replacement)
     monkeypatch.setattr(script, "NormalizedEnvs", Envs)
@@ -227,13 +302,16 @@ def test_truncated_episodes_bootstrap_from_their_last_observation(setting, tmp_p
 
 
 def test_noise_comes_after_normalisation_and_before_the_bootstrap(setting, tmp_path, gae_calls):
-    """And the score of the training is that of raw rewards: this pendulum pays 1 a step, at most 6 steps."""
+    """And the score of the training is that of raw rewards: this pendulum pays 1 a step, at most 6
+    steps."""
     summary, _ = setting.run(tmp_path, env_id="InvertedPendulum-v4", noise="flip", noise_level=1.0)
     for call in gae_calls:
         assert 0 < call["clean"].max() <= 10
         np.testing.assert_array_equal(call["noisy"], 1 - call["clean"])
         np.testing.assert_array_equal(call["reward"], call["noisy"])
-    assert any(abs(call["clean"] - 1).max() > 0.1 for call in gae_calls)  # normalised, not the raw 1
+    assert any(
+        abs(call["clean"] - 1).max() > 0.1 for call in gae_calls
+    )  # normalised, not the raw 1
     assert 2 < summary["train_return_last100"] <= 6
     assert 2 < summary["final_return_mean"] <= 6
 
@@ -243,14 +321,17 @@ def test_evaluation_is_a_plain_greedy_episode_on_raw_rewards(setting, tmp_path):
     env, state = gym.make(SMALL["env_id"]), checkpoint(folder)
     agent, _ = make_agent(env_id=SMALL["env_id"])
     agent.load_state_dict(state["agent"])
-    stats, returns = state["envs"][0], []
+    stats = {name: tensor.numpy() for name, tensor in state["obs_stats"].items()}
+    returns = []
     for episode in range(2):
         obs, _ = env.reset(seed=1 + 512 + episode)
         score, ended = 0.0, False
         while not ended:
             z = (obs - stats["mean"]) / np.sqrt(stats["m2"] / stats["count"] + 1e-8)
             logits = agent.output(torch.tensor(z.clip(-10, 10), dtype=torch.float32))
-            action = np.linspace(env.action_space.low, env.action_space.high, 11)[logits[0, 0].argmax()]
+            action = np.linspace(env.action_space.low, env.action_space.high, 11)[
+                logits[0, 0].argmax()
+            ]
             obs, reward, terminated, truncated, _ = env.step(action)
             score, ended = score + reward, terminated or truncated
         returns.append(score)
@@ -263,7 +344,8 @@ def test_evaluation_is_a_plain_greedy_episode_on_raw_rewards(setting, tmp_path):
 
 @pytest.fixture
 def stepped_envs(monkeypatch):
-    """Three pendulums with a time limit of 12 steps after 200 random steps, and their whole raw streams."""
+    """Three pendulums with a time limit of 12 steps after 200 random steps, and their whole raw
+    streams."""
     streams = []
 
     class Recorder(gym.Wrapper):
@@ -303,7 +385,12 @@ def test_running_statistics_are_numpys_on_the_whole_stream(stepped_envs):
     assert kinds.count("truncated") > 5
     # an observation that ends an episode is replaced by the first of the next one
     obs = np.array(
-        [obs for stream in streams for kind, obs, _ in stream if kind not in ("terminated", "truncated")]
+        [
+            obs
+            for stream in streams
+            for kind, obs, _ in stream
+            if kind not in ("terminated", "truncated")
+        ]
     )
     np.testing.assert_allclose(envs.obs_stats.mean, obs.mean(0))
     np.testing.assert_allclose(envs.obs_stats.std, np.sqrt(obs.var(0) + 1e-8))
@@ -328,13 +415,15 @@ def test_step_returns_normalised_values_and_ends(stepped_envs):
         steps = [entry for entry in stream if entry[0] != "reset"]
         assert [kind == "terminated" for kind, _, _ in steps] == [bool(x[i]) for x in terminated]
         assert [i in x for x in final_obs] == [kind == "truncated" for kind, _, _ in steps]
-    assert max(length for _, length in envs.finished) == 12
+    assert max(length for _, length in envs.recent_episodes) == 12
     assert all(
-        episode_return == length for episode_return, length in envs.finished
+        episode_return == length for episode_return, length in envs.recent_episodes
     )  # this pendulum pays 1 a step
     # the last step, by hand: statistics of the whole stream, as the test above checks
     last_obs = np.stack([stream[-1][1] for stream in streams])
-    last_reward = [[reward for kind, _, reward in stream if kind != "reset"][-1] for stream in streams]
+    last_reward = [
+        [reward for kind, _, reward in stream if kind != "reset"][-1] for stream in streams
+    ]
     expected = ((last_obs - envs.obs_stats.mean) / envs.obs_stats.std).clip(-10, 10)
     np.testing.assert_allclose(obs[-1], expected, rtol=1e-5)
     np.testing.assert_allclose(reward[-1], np.clip(last_reward / envs.return_stats.std, -10, 10))
@@ -355,79 +444,115 @@ def test_truncation_hands_out_the_last_observation(stepped_envs):
 def test_evaluation_leaves_the_training_statistics_alone():
     envs = script.NormalizedEnvs("InvertedPendulum-v4", 1, 0.99)
     envs.reset(seed=0)
-    before = json.dumps([envs.obs_stats.mean.tolist(), envs.obs_stats.count, envs.return_stats.count])
+    before = json.dumps(
+        [envs.obs_stats.mean.tolist(), envs.obs_stats.count, envs.return_stats.count]
+    )
     agent, env = make_agent(env_id="InvertedPendulum-v4")
     returns, lengths = script.evaluate(agent, env, envs, episodes=3, seed=0)
     assert returns.shape == lengths.shape == (3,)
-    assert before == json.dumps([envs.obs_stats.mean.tolist(), envs.obs_stats.count, envs.return_stats.count])
+    assert before == json.dumps(
+        [envs.obs_stats.mean.tolist(), envs.obs_stats.count, envs.return_stats.count]
+    )
 
 
 # ---- Runs: identity, reproducibility, learning
 
 
-def some_minibatch(agent, n=64):
-    obs, advantage, returns = torch.randn(n, 17), torch.randn(n), torch.randn(n)
+def some_minibatch(agent, n=64, obs_dim=17):
+    obs = torch.randn(n, obs_dim)
+    advantage = 0.5 + torch.randn(n)
+    returns = torch.randn(n)
     with torch.no_grad():
-        action = agent.act(obs, torch.Generator().manual_seed(0))
+        action = act(agent, obs, torch.Generator().manual_seed(0))
         old_log_prob = agent.policy(obs).log_prob(action) + 0.3 * torch.randn(n)
     return obs, action, old_log_prob, advantage, returns
 
 
-@pytest.mark.parametrize("policy", ["categorical", "gaussian"])
-def test_gradient_and_metrics_are_those_of_plain_pytorch(policy):
-    """PPO in its usual words, with backward() and clip_grad_norm_, has this gradient; the metrics by hand."""
+LOSSES = {
+    "gaussian": dict(policy="gaussian", beta=0.0),
+    "categorical": dict(beta=0.0),
+    "symmetric": dict(beta=3.0, z=-2.0),
+    "symmetric, not divided": dict(beta=3.0, z=-2.0, divide_by_p_old=False),
+}
+
+
+@pytest.mark.parametrize("norm_adv", [False, True])
+@pytest.mark.parametrize("max_grad_norm", [0.2, 1e6])
+@pytest.mark.parametrize("loss", LOSSES)
+def test_gradient_and_metrics_are_those_of_plain_pytorch(loss, max_grad_norm, norm_adv):
+    """PPO in its usual words, with backward() and clip_grad_norm_; the metrics by hand."""
     torch.manual_seed(0)
-    agent, _ = make_agent(policy)
-    torch.nn.init.normal_(agent.actor[-1].weight, std=0.1)
-    args = script.Args(policy=policy, alpha=2.0, beta=0.0, ent_coef=0.3, vf_coef=0.7, max_grad_norm=0.2)
-    obs, action, old_log_prob, advantage, returns = some_minibatch(agent)
+    flags = dict(alpha=2.0, ent_coef=0.3, vf_coef=0.7, norm_adv=norm_adv) | LOSSES[loss]
+    args = script.Args(max_grad_norm=max_grad_norm, **flags)
+    agent, _ = make_agent(args.policy, env_id="LunarLanderContinuous-v3")
+    torch.nn.init.normal_(agent.actor[-1].weight, std=0.3)
+    obs, action, old_log_prob, raw_advantage, returns = some_minibatch(agent, obs_dim=8)
     gradient, metrics = script.gradient_and_metrics(
-        agent, args, obs, action, old_log_prob, advantage, returns
+        agent, args, obs, action, old_log_prob, raw_advantage, returns
     )
 
+    advantage = raw_advantage
+    if norm_adv:
+        advantage = (raw_advantage - raw_advantage.mean()) / raw_advantage.std()
     output = agent.actor(obs)
-    if policy == "gaussian":
+    if args.policy == "gaussian":
         distribution = torch.distributions.Normal(output, agent.log_std.exp())
     else:
-        distribution = torch.distributions.Categorical(logits=output.reshape(64, 6, 11))
-    log_ratio = distribution.log_prob(action).sum(-1) - old_log_prob
-    ratio, entropy = log_ratio.exp(), distribution.entropy().sum(-1).mean()
+        distribution = torch.distributions.Categorical(logits=output.reshape(64, 2, 11))
+    log_prob = distribution.log_prob(action).sum(-1)
+    entropy = distribution.entropy().sum(-1).mean()
+    log_ratio = log_prob - old_log_prob
+    ratio = log_ratio.exp()
     ppo = -torch.min(advantage * ratio, advantage * torch.clamp(ratio, 0.8, 1.2)).mean()
     value_loss = torch.nn.functional.mse_loss(agent.critic(obs).flatten(), returns)
-    (2.0 * ppo + 0.7 * value_loss - 0.3 * entropy).backward()
-    norm = torch.nn.utils.clip_grad_norm_(agent.parameters(), 0.2)
-    expected = torch.cat([parameter.grad.flatten() for parameter in agent.parameters()])
-    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-7)
-    assert norm > 0.3  # so that it was clipped
-
     outside = ((ratio > 1.2) & (advantage > 0)) | ((ratio < 0.8) & (advantage < 0))
+    divisor = old_log_prob.exp() if args.divide_by_p_old else 1
+    reverse = -(advantage * args.z * (1 - log_prob.exp()) / divisor)[~outside].sum() / 64
+    (2.0 * ppo + args.beta * reverse + 0.7 * value_loss - 0.3 * entropy).backward()
+    norm = torch.nn.utils.clip_grad_norm_(agent.parameters(), max_grad_norm)
+    expected = torch.cat([parameter.grad.flatten() for parameter in agent.parameters()])
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
+    assert norm > 0.3
+
     by_hand = {
-        "policy": ppo,
-        "reverse": (-1 * advantage * ratio)[~outside].sum() / 64,
-        "value": value_loss,
+        "policy_loss": ppo,
+        # without the part that is constant
+        "reverse_loss": (args.z * advantage * log_prob.exp() / divisor)[~outside].sum() / 64,
+        "value_loss": value_loss,
         "entropy": entropy,
         "grad_norm": norm,
+        "clipped_gradients": torch.tensor(float(max_grad_norm == 0.2)),
+        "advantage_sign_flips": ((raw_advantage > 0) != (advantage > 0)).float().mean(),
         "approx_kl": (ratio - 1 - log_ratio).mean(),
-        "clip_fraction": ((ratio < 0.8) | (ratio > 1.2)).float().mean(),
+        "clipfrac": ((ratio < 0.8) | (ratio > 1.2)).float().mean(),
     }
-    assert 0 < by_hand["clip_fraction"] < 1
+    assert 0 < by_hand["clipfrac"] < 1
+    assert (by_hand["advantage_sign_flips"] > 0) == norm_adv
     assert set(metrics) == set(by_hand)
     for name, metric in by_hand.items():
         torch.testing.assert_close(metrics[name], metric.detach(), rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.parametrize("norm_adv", [False, True])
+@pytest.mark.parametrize("max_grad_norm", [0.2, 1e6])
 @pytest.mark.parametrize("beta", [0.0, 20.0])
 @pytest.mark.parametrize("policy", ["categorical", "gaussian"])
-def test_a2cs_gradient_and_metrics_are_those_of_plain_pytorch(policy, beta):
+def test_a2cs_gradient_and_metrics_are_those_of_plain_pytorch(
+    policy, beta, max_grad_norm, norm_adv
+):
     torch.manual_seed(0)
     agent, _ = make_agent(policy, env_id="LunarLanderContinuous-v3")
     torch.nn.init.normal_(agent.actor[-1].weight, std=0.3)
-    args = sa2c_continuous.Args(policy=policy, alpha=0.5, beta=beta, z=-2.0, ent_coef=0.3, vf_coef=0.7)
-    args.max_grad_norm = 0.2
-    obs, advantage, returns = torch.randn(64, 8), torch.randn(64), torch.randn(64)
-    action = agent.act(obs, torch.Generator().manual_seed(0)).detach()
-    gradient, metrics = sa2c_continuous.gradient_and_metrics(agent, args, obs, action, advantage, returns)
+    flags = dict(policy=policy, alpha=0.5, beta=beta, z=-2.0, ent_coef=0.3, vf_coef=0.7)
+    args = sa2c_continuous.Args(max_grad_norm=max_grad_norm, norm_adv=norm_adv, **flags)
+    obs, action, _, raw_advantage, returns = some_minibatch(agent, obs_dim=8)
+    gradient, metrics = sa2c_continuous.gradient_and_metrics(
+        agent, args, obs, action, raw_advantage, returns
+    )
 
+    advantage = raw_advantage
+    if norm_adv:
+        advantage = (raw_advantage - raw_advantage.mean()) / raw_advantage.std()
     output = agent.actor(obs)
     if policy == "gaussian":
         distribution = torch.distributions.Normal(output, agent.log_std.exp())
@@ -438,29 +563,53 @@ def test_a2cs_gradient_and_metrics_are_those_of_plain_pytorch(policy, beta):
     a2c, reverse = -(advantage * log_prob).mean(), -(advantage * -2 * (1 - p)).mean()
     value_loss = torch.nn.functional.mse_loss(agent.critic(obs).flatten(), returns)
     (0.5 * a2c + beta * reverse + 0.7 * value_loss - 0.3 * entropy).backward()
-    norm = torch.nn.utils.clip_grad_norm_(agent.parameters(), 0.2)
+    norm = torch.nn.utils.clip_grad_norm_(agent.parameters(), max_grad_norm)
     expected = torch.cat([parameter.grad.flatten() for parameter in agent.parameters()])
-    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-7)
-    assert norm > 0.3  # so that it was clipped
+    torch.testing.assert_close(gradient, expected, rtol=1e-4, atol=1e-6)
+    assert norm > 0.3
 
     by_hand = {
-        "policy": a2c,
-        "reverse": reverse + (advantage * -2).mean(),  # without the part that is constant
-        "value": value_loss,
+        "policy_loss": a2c,
+        "reverse_loss": reverse + (advantage * -2).mean(),  # without the part that is constant
+        "value_loss": value_loss,
         "entropy": entropy,
         "grad_norm": norm,
+        "clipped_gradients": torch.tensor(float(max_grad_norm == 0.2)),
+        "advantage_sign_flips": ((raw_advantage > 0) != (advantage > 0)).float().mean(),
         "probability": p.mean(),
         "reverse_share": (2 * beta * p / (0.5 + 2 * beta * p)).mean(),
     }
+    assert (by_hand["advantage_sign_flips"] > 0) == norm_adv
     assert set(metrics) == set(by_hand)
     for name, metric in by_hand.items():
         torch.testing.assert_close(metrics[name], metric.detach(), rtol=1e-4, atol=1e-6)
 
 
+def record_answers(monkeypatch, script) -> list:
+    """(observations, noise, actions) of all steps of the training from here on."""
+    numpy_actor = script.Agent.numpy_actor
+    answers = []
+
+    def recording_actor(agent):
+        act = numpy_actor(agent)
+
+        def recording_act(obs, noise=None):
+            if noise is None:  # an evaluation
+                return act(obs)
+            action = act(obs, noise)
+            answers.append((obs.copy(), noise.copy(), action.copy()))
+            return action
+
+        return recording_act
+
+    monkeypatch.setattr(script.Agent, "numpy_actor", recording_actor)
+    return answers
+
+
 def test_every_action_answers_the_latest_observation(setting, tmp_path, monkeypatch):
-    """Across rollouts too."""
+    """Across rollouts too; each with noise of its own."""
     script = setting.script
-    shown, answered, act = [], [], script.Agent.act
+    shown = []
 
     class Envs(script.NormalizedEnvs):
         def reset(self, seed):
@@ -472,57 +621,120 @@ def test_every_action_answers_the_latest_observation(setting, tmp_path, monkeypa
             shown.append(output[0])
             return output
 
-    def recording_act(self, obs, generator=None):
-        if generator is not None:
-            answered.append(obs.numpy().copy())
-        return act(self, obs, generator)
-
     monkeypatch.setattr(script, "NormalizedEnvs", Envs)
-    monkeypatch.setattr(script.Agent, "act", recording_act)
+    answers = record_answers(monkeypatch, script)
     setting.run(tmp_path, num_envs=2)
-    assert len(answered) == SMALL["total_timesteps"] / 2
-    np.testing.assert_array_equal(answered, shown[:-1])
+    assert len(answers) == SMALL["total_timesteps"] / 2
+    np.testing.assert_array_equal([obs for obs, _, _ in answers], shown[:-1])
+    noise = np.stack([noise for _, noise, _ in answers])
+    assert len(np.unique(noise[..., 0].reshape(-1))) == noise[..., 0].size
+
+
+def test_the_actors_weights_are_those_of_the_last_update(setting, tmp_path, monkeypatch):
+    """Each rollout has its own actor, and not the one that the run began with."""
+    script = setting.script
+    agents = []
+    original = script.Agent
+
+    class RecordingAgent(original):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            agents.append(self)
+
+        def numpy_actor(self):
+            act = super().numpy_actor()
+            network = self.actor
+
+            def checked_act(obs, noise=0.0):
+                action = act(obs, noise)
+                with torch.no_grad():
+                    logits = network(torch.as_tensor(obs)).reshape(-1, *self.output_shape)
+                assert (action == (logits.numpy() + noise).argmax(-1)).all()
+                return action
+
+            return checked_act
+
+    monkeypatch.setattr(script, "Agent", RecordingAgent)
+    setting.run(tmp_path, learning_rate=0.01, num_envs=2, num_steps=64)
+    assert len(agents) == 1
 
 
 def test_an_epoch_trains_on_every_step_once(setting, tmp_path, monkeypatch):
     """Each observation goes with the action that answered it, and with its advantage and return."""
-    script, computed, updates = setting.script, [], []
-    acted, trained, act, gradient_and_metrics = [], [], script.Agent.act, script.gradient_and_metrics
+    script = setting.script
+    compute_gae = script.compute_gae
+    gradient_and_metrics = script.gradient_and_metrics
+    computed = []
+    updates = []
+    trained = []
 
     def pairs(obs, action):
-        return [(o.numpy().tobytes(), a.numpy().tobytes()) for o, a in zip(obs, action)]
-
-    def recording_act(self, obs, generator=None):
-        action = act(self, obs, generator)
-        if generator is not None:
-            acted.extend(pairs(obs, action))
-        return action
+        return [(o.tobytes(), a.tobytes()) for o, a in zip(obs, action)]
 
     def recording_gradient(agent, args, obs, action, *rest):
-        trained.extend(pairs(obs, action))
+        trained.extend(pairs(obs.numpy(), action.numpy()))
         updates.extend(zip(*(x.tolist() for x in rest[-2:])))
         return gradient_and_metrics(agent, args, obs, action, *rest)
 
     def recording_gae(*arguments):
-        (advantage, returns), *_, gamma, gae_lambda = compute_gae(*arguments), *arguments
-        assert (gamma, gae_lambda) == (0.9, 0.7)
+        advantage, returns = compute_gae(*arguments)
+        assert arguments[-2:] == (0.9, 0.7)  # gamma and lambda
         computed.extend(zip(advantage.flatten().tolist(), returns.flatten().tolist()))
         return advantage, returns
 
-    monkeypatch.setattr(script.Agent, "act", recording_act)
-    compute_gae = script.compute_gae
+    answers = record_answers(monkeypatch, script)
     monkeypatch.setattr(script, "gradient_and_metrics", recording_gradient)
     monkeypatch.setattr(script, "compute_gae", recording_gae)
     one_epoch = {"update_epochs": 1} if setting.ppo else {}
-    flags = {"num_envs": 2, "total_timesteps": 256, "gamma": 0.9, "gae_lambda": 0.7, "norm_adv": False}
-    setting.run(tmp_path, **flags, **one_epoch)
-    zeros = (
-        256 // SMALL["num_minibatches"] if setting.ppo else 256
-    )  # the first call is one on them, to compile
-    assert len(acted) == 256
-    assert sorted(acted) == sorted(trained[zeros:])
-    order = [acted.index(pair) for pair in trained[zeros:]]
-    np.testing.assert_allclose(updates[zeros:], np.array(computed)[order], rtol=1e-5)
+    flags = {"num_envs": 2, "gamma": 0.9, "gae_lambda": 0.7, "norm_adv": False}
+    setting.run(tmp_path, total_timesteps=256, **flags, **one_epoch)
+    acted = [pair for obs, _, action in answers for pair in pairs(obs, action)]
+    assert len(acted) == len(set(acted)) == 256
+    assert sorted(acted) == sorted(trained)
+    order = [acted.index(pair) for pair in trained]
+    np.testing.assert_allclose(updates, np.array(computed)[order], rtol=1e-5)
+
+
+# ---- Gradient clipping
+
+
+def test_without_clipping_sppo_is_dppo(tmp_path):
+    """SPPO's policy gradient is 20.5 times DPPO's. Adam is invariant to the scale of a gradient,
+    and actor and critic share no parameters: so only clipping, which sees both together, tells
+    SPPO, DPPO, and DPPO with a value loss of 1 / 20.5 of its weight apart."""
+    algorithms = {
+        "sppo": dict(alpha=0.5, beta=20.0),
+        "dppo": dict(alpha=1.0, beta=0.0),
+        "small value loss": dict(alpha=1.0, beta=0.0, vf_coef=0.5 / 20.5),
+    }
+    clippings = {"off": dict(max_grad_norm=1e9, adam_eps=1e-20), "on": dict(adam_eps=1e-20)}
+    returns = {}
+    final_weights = {}
+    for clipping, clipping_flags in clippings.items():
+        for algorithm, flags in algorithms.items():
+            _, folder = SPPO_CONTINUOUS.run(
+                tmp_path / clipping / algorithm,
+                total_timesteps=2048,
+                num_steps=512,
+                num_minibatches=8,
+                eval_freq=512,
+                **clipping_flags,
+                **flags,
+            )
+            returns[clipping, algorithm] = [row["return_mean"] for row in progress(folder)]
+            final_weights[clipping, algorithm] = weights(folder)
+    distance = {}
+    for clipping, algorithm in final_weights:
+        difference = final_weights[clipping, algorithm] - final_weights[clipping, "sppo"]
+        distance[clipping, algorithm] = difference.abs().max()
+    for algorithm in ("dppo", "small value loss"):
+        assert returns["off", algorithm] == pytest.approx(returns["off", "sppo"], rel=1e-6)
+        assert distance["off", algorithm] < 1e-5
+        assert returns["on", algorithm] != pytest.approx(returns["on", "sppo"], rel=1e-6)
+        assert distance["on", algorithm] > 1e-3
+
+
+# ---- Runs
 
 
 def test_gaussian_runs_are_the_plain_algorithm(setting, tmp_path, monkeypatch):
@@ -543,7 +755,9 @@ COMPILERS = [c for c in ("c++", "g++", "clang++") if shutil.which(c)]
 def test_compiled_gradient_is_the_gradient(setting, policy):
     script = setting.script
     torch._dynamo.config.trace_autograd_ops = True
-    args = script.Args(policy=policy, alpha=0.5, beta=0.0 if policy == "gaussian" else 20.0, ent_coef=0.01)
+    args = script.Args(
+        policy=policy, alpha=0.5, beta=0.0 if policy == "gaussian" else 20.0, ent_coef=0.01
+    )
     agent, _ = make_agent(policy)
     obs, action, old_log_prob, *rest = some_minibatch(agent)
     minibatch = (obs, action, old_log_prob, *rest) if setting.ppo else (obs, action, *rest)
@@ -557,25 +771,34 @@ def test_compiled_gradient_is_the_gradient(setting, policy):
 
 
 LEARNING = {"env_id": "InvertedPendulum-v4", "eval_episodes": 5}
-PPO_LEARNING = {"total_timesteps": 24_576, "num_steps": 2048, "num_minibatches": 32, "update_epochs": 10}
+PPO_LEARNING = {
+    "total_timesteps": 24_576,
+    "num_steps": 2048,
+    "num_minibatches": 32,
+    "update_epochs": 10,
+}
 A2C_LEARNING = {"total_timesteps": 40_000, "num_envs": 4, "num_steps": 8}
 
 
 def test_it_learns_to_balance(setting, tmp_path):
     """Random play balances about 6 steps; 300 and more are learned, not luck."""
-    summary, _ = setting.run(tmp_path, **LEARNING, **(PPO_LEARNING if setting.ppo else A2C_LEARNING))
+    summary, _ = setting.run(
+        tmp_path, **LEARNING, **(PPO_LEARNING if setting.ppo else A2C_LEARNING)
+    )
     assert summary["final_return_mean"] > 300
 
 
-def test_it_does_not_learn_with_advantages_turned_round(setting, tmp_path, monkeypatch):
+def test_it_does_not_learn_from_negated_advantages(setting, tmp_path, monkeypatch):
     compute_gae = setting.script.compute_gae
 
-    def turned(*arguments):
+    def negated(*arguments):
         advantage, returns = compute_gae(*arguments)
         return -advantage, returns
 
-    monkeypatch.setattr(setting.script, "compute_gae", turned)
-    summary, _ = setting.run(tmp_path, **LEARNING, **(PPO_LEARNING if setting.ppo else A2C_LEARNING))
+    monkeypatch.setattr(setting.script, "compute_gae", negated)
+    summary, _ = setting.run(
+        tmp_path, **LEARNING, **(PPO_LEARNING if setting.ppo else A2C_LEARNING)
+    )
     assert summary["final_return_mean"] < 60
 
 
@@ -584,9 +807,9 @@ def test_it_does_not_learn_with_advantages_turned_round(setting, tmp_path, monke
 
 def test_statistics_and_scores_go_on_after_resuming(setting, tmp_path):
     _, folder = setting.run(tmp_path, stop=StopAfter(2), num_envs=2, total_timesteps=1024)
-    before = checkpoint(folder)["envs"]
+    before = checkpoint(folder)
     setting.resume(folder)
-    obs_stats, return_stats, finished = checkpoint(folder)["envs"]
-    assert obs_stats["count"] == 1024 + 2 * 2  # every step once, and the first observations, twice
-    assert return_stats["count"] == 1024
-    assert before[2][-1] in finished  # an episode that had ended before
+    after = checkpoint(folder)
+    assert after["obs_stats"]["count"] == 1024 + 2 * 2  # every step, and two first observations
+    assert after["return_stats"]["count"] == 1024
+    assert before["finished_episodes"][-1] in after["finished_episodes"]

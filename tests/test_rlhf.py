@@ -12,19 +12,24 @@ import threading
 import time
 from dataclasses import replace
 from pathlib import Path
+from types import SimpleNamespace
 
 import numpy as np
 import peft
 import pytest
 import torch
 import transformers
+from accelerate import Accelerator
 from helpers import StopAfter
 from torch import nn
+from torch.nn import functional as F
 
 import sppo_rlhf as rlhf
 
 SMALL = dict(total_timesteps=32, batch_size=8, num_minibatches=2, update_epochs=2, prompt_length=8)
-SMALL |= dict(response_length=10, eval_episodes=4, eval_freq=16, amp="off", device="cpu", run_name="run")
+SMALL |= dict(
+    response_length=10, eval_episodes=4, eval_freq=16, amp="off", device="cpu", run_name="run"
+)
 
 
 @pytest.fixture(scope="session")
@@ -51,15 +56,21 @@ def models(toy):
             nn.init.normal_(parameter, std=0.3)
         model.save_pretrained(folders[name])
         tokenizer.save_pretrained(folders[name])
-    judge_tokenizer = transformers.AutoTokenizer.from_pretrained(toy / "reward")
+    reward_tokenizer = transformers.AutoTokenizer.from_pretrained(toy / "reward")
     small = dict(hidden_size=8, num_hidden_layers=1, num_attention_heads=1, intermediate_size=8)
     bert = transformers.BertConfig(
-        vocab_size=len(judge_tokenizer), max_position_embeddings=64, num_labels=1, **small
+        vocab_size=len(reward_tokenizer), max_position_embeddings=64, num_labels=1, **small
     )
-    transformers.AutoModelForSequenceClassification.from_config(bert).save_pretrained(folders["scalar"])
-    judge_tokenizer.save_pretrained(folders["scalar"])
-    base = transformers.AutoModelForSequenceClassification.from_pretrained(folders["gptj"], num_labels=1)
-    adapter = peft.get_peft_model(base, peft.LoraConfig(r=2, task_type="SEQ_CLS", init_lora_weights=False))
+    transformers.AutoModelForSequenceClassification.from_config(bert).save_pretrained(
+        folders["scalar"]
+    )
+    reward_tokenizer.save_pretrained(folders["scalar"])
+    base = transformers.AutoModelForSequenceClassification.from_pretrained(
+        folders["gptj"], num_labels=1
+    )
+    adapter = peft.get_peft_model(
+        base, peft.LoraConfig(r=2, task_type="SEQ_CLS", init_lora_weights=False)
+    )
     adapter.save_pretrained(folders["adapter"])
     folders["adapted"] = adapter
     return folders
@@ -67,13 +78,14 @@ def models(toy):
 
 @pytest.fixture
 def run(toy, tmp_path):
-    """Trains with flags over `SMALL` on the toy's texts. Returns (what `train` returned, its folder)."""
+    """Trains with flags over `SMALL` on the toy's texts. Returns (`train`'s result, its folder)."""
 
     def run_(stop=None, name="a", **flags):
         if not (tmp_path / name / "toy").exists():
             (tmp_path / name).mkdir(exist_ok=True)
             (tmp_path / name / "toy").symlink_to(toy)
-        args = rlhf.prepare(rlhf.Args(**SMALL | {"runs_dir": str(tmp_path / name)} | flags))
+        task = rlhf.TASKS[flags.get("task", "toy")]
+        args = rlhf.prepare(replace(task, **SMALL | {"runs_dir": str(tmp_path / name)} | flags))
         return rlhf.train(args, stop or threading.Event()), Path(args.runs_dir) / args.run_name
 
     return run_
@@ -86,7 +98,9 @@ def resume(folder):
 def actor_critic(model, **flags):
     torch.manual_seed(0)
     actor = rlhf.ActorCritic(
-        rlhf.Args(policy_model=str(model), lora_r=flags.pop("lora_r", 0)), torch.device("cpu"), torch.float32
+        rlhf.Args(policy_model=str(model), lora_r=flags.pop("lora_r", 0)),
+        torch.device("cpu"),
+        torch.float32,
     )
     torch.manual_seed(0)
     nn.init.normal_(actor.value_head.weight)
@@ -94,7 +108,7 @@ def actor_critic(model, **flags):
 
 
 def checkpoint(folder):
-    return torch.load(folder / "checkpoint.pt", weights_only=False)
+    return torch.load(folder / "checkpoint.pt", weights_only=True)
 
 
 def weights(folder):
@@ -109,16 +123,50 @@ def progress(folder):
 
 
 def ragged(seed=0, lengths=((3, 5), (7, 2), (1, 1), (5, 5)), tokens=5):
-    """Texts, prompts padded on the left and continuations on the right: ids, mask, texts as they are."""
+    """Texts, prompts padded on the left and responses on the right: ids, mask, unpadded texts."""
     generator = torch.Generator().manual_seed(seed)
     width = max(prompt for prompt, _ in lengths)
     ids = torch.ones(len(lengths), width + tokens, dtype=torch.long)
     mask, texts = torch.zeros_like(ids, dtype=torch.bool), []
     for row, (prompt, response) in enumerate(lengths):
         text = torch.randint(2, 100, (prompt + response,), generator=generator)
-        ids[row, width - prompt : width + response], mask[row, width - prompt : width + response] = text, True
+        (
+            ids[row, width - prompt : width + response],
+            mask[row, width - prompt : width + response],
+        ) = text, True
         texts.append((text, prompt))
     return ids, mask, texts
+
+
+def collect(actor, ids, mask, uniform, top_k, eos, stop_at_eos):
+    """The rollout from prompts; padding is 1, every reward 0."""
+    length = uniform.shape[1]
+    tokenizer = SimpleNamespace(eos_token_id=eos, pad_token_id=1, decode=lambda *_, **__: "")
+    setup = SimpleNamespace(
+        accelerator=Accelerator(cpu=True), actor_critic=actor, tokenizer=tokenizer
+    )
+    args = rlhf.Args(response_length=length, stop_at_eos=stop_at_eos)
+    completed = F.pad(ids, (0, length)), F.pad(mask, (0, length))
+    reward_models = [lambda texts: torch.zeros(len(texts))]
+    return rlhf.collect_rollout(setup, args, *completed, uniform, top_k, reward_models)
+
+
+def batch(ids, mask, length, log_prob, value, advantage, returns, sft_ids=None, sft_mask=None):
+    """A batch for `loss_and_metrics`, and its numbers of response and completion tokens."""
+    sft_mask = mask if sft_mask is None else sft_mask
+    rollout = rlhf.Rollout(
+        ids=ids,
+        mask=mask,
+        response_mask=mask[:, -length:],
+        log_prob=log_prob,
+        reference_log_prob=log_prob,
+        value=value,
+        scores=torch.zeros(len(ids), 1),
+        sft_ids=ids if sft_ids is None else sft_ids,
+        sft_mask=sft_mask,
+    )
+    tokens = mask[:, -length:].sum(), sft_mask[:, -length:].sum()
+    return rlhf.Batch(rollout, advantage, returns), *tokens
 
 
 # Tokens and models
@@ -129,18 +177,20 @@ def ragged(seed=0, lengths=((3, 5), (7, 2), (1, 1), (5, 5)), tokens=5):
 def test_padding_changes_nothing(models, name, lora_r):
     actor = actor_critic(models[name], lora_r=lora_r)
     ids, mask, texts = ragged()
-    padded = actor("log_prob", "policy", ids, mask, 5), actor("value", ids, mask, 5)
+    padded = actor.policy_log_prob(ids, mask, 5), actor.value(ids, mask, 5)
     plain = transformers.AutoModelForCausalLM.from_pretrained(models[name]).eval()
     for row, (text, prompt) in enumerate(texts):
         alone = text[None], torch.ones_like(text[None], dtype=torch.bool)
         response = len(text) - prompt
-        log_prob = actor("log_prob", "policy", *alone, response)[0]
+        log_prob = actor.policy_log_prob(*alone, response)[0]
         torch.testing.assert_close(padded[0][row, :response], log_prob, atol=1e-5, rtol=0)
         torch.testing.assert_close(
-            padded[1][row, :response], actor("value", *alone, response)[0], atol=1e-5, rtol=0
+            padded[1][row, :response], actor.value(*alone, response)[0], atol=1e-5, rtol=0
         )
         expected = (
-            plain(text[None]).logits[0].log_softmax(-1)[range(prompt - 1, len(text) - 1), text[prompt:]]
+            plain(text[None])
+            .logits[0]
+            .log_softmax(-1)[range(prompt - 1, len(text) - 1), text[prompt:]]
         )
         torch.testing.assert_close(log_prob, expected, atol=1e-5, rtol=0)
 
@@ -152,7 +202,8 @@ def test_a_rollout_samples_each_token_from_the_likeliest_k(models, top_k):
     ids, mask, texts = ragged(lengths=((3, 0), (7, 0), (1, 0)), tokens=0)
     uniform = torch.rand(3, 6, generator=torch.Generator().manual_seed(1))
     eos = 3
-    new_ids, new_mask, log_prob, reference, value = actor("rollout", ids, mask, uniform, top_k, eos, False, 1)
+    rollout = collect(actor, ids, mask, uniform, top_k, eos, False)
+    new_ids, new_mask, log_prob = rollout.ids, rollout.mask, rollout.log_prob
     assert torch.equal(new_ids[:, :7], ids)
     assert new_mask[:, 7:].all()
     for row, (text, _) in enumerate(texts):
@@ -169,20 +220,23 @@ def test_a_rollout_samples_each_token_from_the_likeliest_k(models, top_k):
                 if token is None and uniform[row, t] < total:
                     token = candidate
             assert new_ids[row, 7 + t] == token
-            assert log_prob[row, t].item() == pytest.approx(logits.log_softmax(-1)[token].item(), abs=1e-5)
+            assert log_prob[row, t].item() == pytest.approx(
+                logits.log_softmax(-1)[token].item(), abs=1e-5
+            )
             text = torch.cat([text, torch.tensor([token])])
-    torch.testing.assert_close(reference, log_prob)
-    torch.testing.assert_close(value, actor("value", new_ids, new_mask, 6))
+    torch.testing.assert_close(rollout.reference_log_prob, log_prob)
+    torch.testing.assert_close(rollout.value, actor.value(new_ids, new_mask, 6))
+    assert torch.equal(rollout.response_mask, new_mask[:, 7:])
 
 
 def test_a_text_ends_with_its_end_of_text(models):
     actor = actor_critic(models["gpt2"])
     ids, mask, _ = ragged(lengths=((3, 0), (7, 0)) * 4, tokens=0)
     uniform = torch.rand(8, 20, generator=torch.Generator().manual_seed(1))
-    greedy = actor("rollout", ids, mask, uniform, 0, 50, True, 1)[0][:, 7:]
+    greedy = collect(actor, ids, mask, uniform, 0, 50, True).ids[:, 7:]
     eos = greedy[0, 4].item()  # declared to be the end of text, it comes in the middle
-    new_ids, new_mask, *_ = actor("rollout", ids, mask, uniform, 0, eos, True, 1)
-    new_ids, new_mask = new_ids[:, 7:], new_mask[:, 7:]
+    rollout = collect(actor, ids, mask, uniform, 0, eos, True)
+    new_ids, new_mask = rollout.ids[:, 7:], rollout.response_mask
     lengths = set()
     for tokens, there in zip(new_ids.tolist(), new_mask.tolist()):
         length = tokens.index(eos) + 1 if eos in tokens else 20
@@ -190,18 +244,19 @@ def test_a_text_ends_with_its_end_of_text(models):
         assert tokens[length:] == [1] * (20 - length)
         lengths.add(length)
     assert len(lengths) > 1
-    never = actor("rollout", ids, mask, uniform, 0, eos, False, 1)
-    assert eos not in never[0][:, 7:]
-    assert never[1][:, 7:].all()
+    never = collect(actor, ids, mask, uniform, 0, eos, False)
+    assert eos not in never.ids[:, 7:]
+    assert never.response_mask.all()
 
 
 def test_the_ratio_begins_at_one_with_any_padding_and_dropout_off(models):
     actor = actor_critic(models["gpt2"])  # its configuration asks for dropout
     ids, mask, _ = ragged(lengths=((3, 0), (7, 0), (1, 0), (2, 0)), tokens=0)
     uniform = torch.rand(4, 9, generator=torch.Generator().manual_seed(1))
-    ids, mask, log_prob, *_ = actor("rollout", ids, mask, uniform, 5, 3, True, 1)
+    rollout = collect(actor, ids, mask, uniform, 5, 3, True)
+    ids, mask, log_prob = rollout.ids, rollout.mask, rollout.log_prob
     for rows in ([0, 1, 2, 3], [0, 3], [2]):
-        new = actor("update", ids[rows], mask[rows], 9)[0]
+        new = actor(ids[rows], mask[rows], 9)[0]
         ratio = (new - log_prob[rows]).exp()[mask[rows, -9:]]
         torch.testing.assert_close(ratio, torch.ones_like(ratio), atol=1e-5, rtol=0)
 
@@ -218,26 +273,32 @@ def test_lora_roles_are_adapters_on_one_model(models):
     for name, parameter in actor.named_parameters():
         if "lora_B.policy" in name:
             nn.init.normal_(parameter)
-    policy, reference = (actor("log_prob", role, ids, mask, 5) for role in ("policy", "reference"))
+    policy, reference = actor.policy_log_prob(ids, mask, 5), actor.reference_log_prob(ids, mask, 5)
     plain = actor_critic(models["gptj"])
-    torch.testing.assert_close(reference, plain("log_prob", "policy", ids, mask, 5))
-    torch.testing.assert_close(actor("value", ids, mask, 5), plain("value", ids, mask, 5))
+    torch.testing.assert_close(reference, plain.policy_log_prob(ids, mask, 5))
+    torch.testing.assert_close(actor.value(ids, mask, 5), plain.value(ids, mask, 5))
     assert (policy - reference).abs().max() > 0.1
-    log_prob, value, _ = actor("update", ids, mask, 5)
+    log_prob, value, _ = actor(ids, mask, 5)
     (log_prob.sum() + value.sum()).backward()
-    moved = {name for name, p in actor.named_parameters() if p.grad is not None and p.grad.abs().max() > 0}
+    moved = {
+        name
+        for name, p in actor.named_parameters()
+        if p.grad is not None and p.grad.abs().max() > 0
+    }
     assert {name.split(".")[-2] for name in moved if "lora" in name} == {"policy", "critic"}
     assert all("lora_" in name or "value_head" in name for name in moved)
-    assert all(p.requires_grad == ("lora_" in n or "value_head" in n) for n, p in actor.named_parameters())
+    assert all(
+        p.requires_grad == ("lora_" in n or "value_head" in n) for n, p in actor.named_parameters()
+    )
 
 
-# Judges
+# Reward models
 
 
-def test_a_judge_reads_texts_with_its_own_tokenizer(toy):
-    judge = rlhf.RewardModel(str(toy / "reward"), 1, torch.device("cpu"), torch.float32)
+def test_a_reward_model_reads_texts_with_its_own_tokenizer(toy):
+    reward_model = rlhf.RewardModel(str(toy / "reward"), 1, torch.device("cpu"), torch.float32)
     texts = ["the plot was superb .", "the plot was dull .", ""]
-    scores = judge(texts)
+    scores = reward_model(texts)
     model = transformers.AutoModelForSequenceClassification.from_pretrained(toy / "reward").eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(toy / "reward")
     for text, score in zip(texts, scores):
@@ -249,10 +310,10 @@ def test_a_judge_reads_texts_with_its_own_tokenizer(toy):
     torch.testing.assert_close(scores + other, torch.ones(3))
 
 
-def test_a_judge_reads_the_end_of_a_text_that_is_too_long(toy):
-    judge = rlhf.RewardModel(str(toy / "reward"), 1, torch.device("cpu"), torch.float32)
+def test_a_reward_model_reads_the_end_of_a_text_that_is_too_long(toy):
+    reward_model = rlhf.RewardModel(str(toy / "reward"), 1, torch.device("cpu"), torch.float32)
     bad, praise = " the plot was noisy ." * 20, " the cast was superb ." * 4
-    good_at_the_end, good_at_the_start = judge([bad + praise, praise + bad])
+    good_at_the_end, good_at_the_start = reward_model([bad + praise, praise + bad])
     assert good_at_the_end > good_at_the_start
 
 
@@ -280,7 +341,7 @@ def test_an_ensemble():
     ("the plot was superb but the cast was not superb . the script was funny .", 2 / 3),
     ("was dull . was not warm .", 0.0), ("not dull", 1.0), ("the the", 0.5), ("", 0.5),
 ])  # fmt: skip
-def test_the_grammars_own_truth(text, sentiment):
+def test_true_sentiment(text, sentiment):
     assert rlhf.toy_sentiment(text) == pytest.approx(sentiment)
 
 
@@ -318,54 +379,61 @@ def test_the_gradient_is_ppos_times_k_and_nothing_flows_from_padding():
     new, old, advantage, mask = random_tokens()
     for hidden in (0.0, torch.inf, torch.nan):
         a, o = advantage.masked_fill(~mask, hidden), old.masked_fill(~mask, -200.0)
-        ppo = torch.autograd.grad(rlhf.symmetric_policy_loss(new, o, a, mask, 0.2, 1.0, 0.0, -1.0), new)[0]
+        ppo = torch.autograd.grad(
+            rlhf.symmetric_policy_loss(new, o, a, mask, 0.2, 1.0, 0.0, -1.0), new
+        )[0]
         symmetric = rlhf.symmetric_policy_loss(new, o, a, mask, 0.2, 0.5, 0.4, -3.0)
         gradient = torch.autograd.grad(symmetric, new)[0]
         assert ppo[mask].abs().max() > 0.01
-        torch.testing.assert_close(gradient[mask], (0.5 + 0.4 * 3) * ppo[mask], rtol=1e-12, atol=1e-15)
+        torch.testing.assert_close(
+            gradient[mask], (0.5 + 0.4 * 3) * ppo[mask], rtol=1e-12, atol=1e-15
+        )
         assert (gradient[~mask] == 0).all()
 
 
 def test_advantages_against_a_loop_over_tokens():
     rng = np.random.default_rng(0)
     B, T, gamma, lam, kl_coef = 5, 7, 0.9, 0.8, 0.3
-    reward, (log_prob, reference, value) = rng.normal(size=B), rng.normal(size=(3, B, T))
+    reward = torch.from_numpy(rng.normal(size=B))
+    log_prob, reference, value = torch.from_numpy(rng.normal(size=(3, B, T)))
     lengths = [7, 1, 4, 2, 6]
-    mask = np.arange(T) < np.array(lengths)[:, None]
+    mask = torch.arange(T) < torch.tensor(lengths)[:, None]
     args = rlhf.Args(gamma=gamma, gae_lambda=lam, kl_coef=kl_coef)
     advantage, returns = rlhf.token_advantages(reward, log_prob, reference, value, mask, args)
     for b, length in enumerate(lengths):
-        rewards = [-kl_coef * (log_prob[b, t] - reference[b, t]) for t in range(length)]
-        rewards[-1] += reward[b]
-        values = [*value[b, :length], 0.0]
+        penalty = kl_coef * (log_prob - reference)[b, :length]
+        rewards = (-penalty).tolist()
+        rewards[-1] += reward[b].item()
+        values = [*value[b, :length].tolist(), 0.0]
         deltas = [rewards[t] + gamma * values[t + 1] - values[t] for t in range(length)]
         for t in range(length):
             expected = sum((gamma * lam) ** (s - t) * deltas[s] for s in range(t, length))
-            assert advantage[b, t] == pytest.approx(expected)
-            assert returns[b, t] == pytest.approx(expected + value[b, t])
+            assert advantage[b, t].item() == pytest.approx(expected)
+            assert returns[b, t].item() == pytest.approx(expected + values[t])
     assert (advantage[~mask] == 0).all()
 
 
 def test_value_loss_is_clipped_around_the_old_value(models):
     actor = actor_critic(models["gpt2"])
     ids, mask, _ = ragged()
-    value = actor("value", ids, mask, 5).detach()
+    value = actor.value(ids, mask, 5).detach()
     generator = torch.Generator().manual_seed(0)
     old, returns = (
         value + torch.randn(4, 5, generator=generator),
         value + torch.randn(4, 5, generator=generator),
     )
-    texts = {"ids": ids, "mask": mask, "log_prob": torch.zeros(4, 5), "value": old, "returns": returns}
+    zeros = torch.zeros(4, 5)
     args = rlhf.Args(alpha=1.0, beta=0.0, vf_coef=0.5, clip_coef=0.2)
-    _, metrics = rlhf.loss_and_metrics(actor, args, texts, torch.zeros(4, 5), {"mask": 1.0})
+    minibatch = batch(ids, mask, 5, zeros, old, zeros, returns)
+    _, metrics = rlhf.loss_and_metrics(actor, args, *minibatch)
     errors = []
     for v, o, r, there in zip(*(x.flatten().tolist() for x in (value, old, returns, mask[:, -5:]))):
         clipped = o + min(max(v - o, -0.2), 0.2)
         errors += [0.5 * max((v - r) ** 2, (clipped - r) ** 2)] if there else []
-    assert metrics["value"].item() == pytest.approx(np.mean(errors), rel=1e-5)
+    assert metrics["value_loss"].item() == pytest.approx(np.mean(errors), rel=1e-5)
 
 
-def test_texts_as_people_wrote_them(toy):
+def test_reference_completions(toy):
     tokenizer = transformers.AutoTokenizer.from_pretrained(toy / "policy")
     rows = [
         {"text": "the plot was superb and the cast was dull . i loved it ."},
@@ -389,46 +457,46 @@ def test_the_loss_is_the_sum_of_its_parts_and_a_share_of_the_minibatch(models):
     ids, mask, _ = ragged()
     real_ids, real_mask, _ = ragged(seed=1, lengths=((3, 1), (2, 5), (4, 4), (1, 2)))
     generator = torch.Generator().manual_seed(0)
-    new, value = actor("log_prob", "policy", ids, mask, 5), actor("value", ids, mask, 5)
-    real = actor("log_prob", "policy", real_ids, real_mask, 5)
+    new, value = actor.policy_log_prob(ids, mask, 5), actor.value(ids, mask, 5)
+    real = actor.policy_log_prob(real_ids, real_mask, 5)
     old, advantage = (
         new + 0.3 * torch.randn(4, 5, generator=generator),
         torch.randn(4, 5, generator=generator),
     )
-    texts = {
-        "ids": ids,
-        "mask": mask,
-        "log_prob": old.detach(),
-        "value": value.detach(),
-        "returns": value + 2,
-    }
-    texts |= {"reference_ids": real_ids, "reference_mask": real_mask}
+    value, old = value.detach(), old.detach()
     args = rlhf.Args(alpha=1.0, beta=0.0, vf_coef=0.3, ce_coef=0.7, clip_coef=0.2)
-    share = {"mask": 0.5, "reference_mask": 0.25}
-    loss, metrics = rlhf.loss_and_metrics(actor, args, texts, advantage, share)
-    ratio = (new - texts["log_prob"]).exp()
-    ppo = -torch.minimum(advantage * ratio, advantage * ratio.clamp(0.8, 1.2))[mask[:, -5:]].mean().item()
-    cross_entropy = -real[real_mask[:, -5:]].mean().item()
-    expected = 0.5 * (ppo + 0.3 * 0.5 * 2**2) + 0.25 * 0.7 * cross_entropy
+    part, tokens, completion_tokens = batch(
+        ids, mask, 5, old, value, advantage, value + 2, real_ids, real_mask
+    )
+    loss, metrics = rlhf.loss_and_metrics(actor, args, part, 2 * tokens, 4 * completion_tokens)
+    ratio = (new - old).exp()
+    ppo = (
+        -torch.minimum(advantage * ratio, advantage * ratio.clamp(0.8, 1.2))[mask[:, -5:]]
+        .mean()
+        .item()
+    )
+    sft_loss = -real[real_mask[:, -5:]].mean().item()
+    expected = 0.5 * (ppo + 0.3 * 0.5 * 2**2) + 0.25 * 0.7 * sft_loss
     assert loss.item() == pytest.approx(expected, rel=1e-5)
-    assert metrics["policy"].item() == pytest.approx(0.5 * ppo, rel=1e-5)
-    assert metrics["cross_entropy"].item() == pytest.approx(0.25 * cross_entropy, rel=1e-5)
+    assert metrics["policy_loss"].item() == pytest.approx(0.5 * ppo, rel=1e-5)
+    assert metrics["sft_loss"].item() == pytest.approx(0.25 * sft_loss, rel=1e-5)
     clipped = ((ratio - 1).abs() > 0.2)[mask[:, -5:]].float().mean().item()
-    assert metrics["clip_fraction"].item() == pytest.approx(0.5 * clipped)
+    assert metrics["clipfrac"].item() == pytest.approx(0.5 * clipped)
     assert 0 < clipped < 1
 
 
 def test_in_bfloat16_the_ratio_begins_at_one_and_log_probs_are_close(models):
     actor = actor_critic(models["gpt2"])
     ids, mask, _ = ragged(lengths=((3, 0), (7, 0), (1, 0), (2, 0)), tokens=0)
-    exact = actor("log_prob", "policy", *(x.repeat(1, 2) for x in (ids, mask)), 7)
+    exact = actor.policy_log_prob(*(x.repeat(1, 2) for x in (ids, mask)), 7)
     actor.dtype = torch.bfloat16
-    rounded = actor("log_prob", "policy", *(x.repeat(1, 2) for x in (ids, mask)), 7)
+    with actor.autocast():
+        rounded = actor.policy_log_prob(*(x.repeat(1, 2) for x in (ids, mask)), 7)
     assert rounded.dtype == torch.float32
     assert 0 < (rounded - exact).abs().max() < 0.3
     uniform = torch.rand(4, 9, generator=torch.Generator().manual_seed(1))
-    ids, mask, log_prob, *_ = actor("rollout", ids, mask, uniform, 5, 3, False, 1)
-    ratio = (actor("update", ids, mask, 9)[0] - log_prob).exp()
+    rollout = collect(actor, ids, mask, uniform, 5, 3, False)
+    ratio = (actor(rollout.ids, rollout.mask, 9)[0] - rollout.log_prob).exp()
     torch.testing.assert_close(ratio, torch.ones_like(ratio), atol=1e-5, rtol=0)
 
 
@@ -438,7 +506,13 @@ def test_in_bfloat16_the_ratio_begins_at_one_and_log_probs_are_close(models):
 def test_a_run_leaves_what_it_promises(run, toy):
     summary, folder = run(seed=7, noise="uniform", ce_coef=0.1)
     assert json.loads((folder / "summary.json").read_text()) == json.loads(json.dumps(summary))
-    expected = {"script": "sppo_rlhf.py", "algo": "sppo", "env_id": "toy", "seed": 7, "noise": "uniform"}
+    expected = {
+        "script": "sppo_rlhf.py",
+        "algo": "sppo",
+        "env_id": "toy",
+        "seed": 7,
+        "noise": "uniform",
+    }
     expected |= {
         "noise_level": 0.05,
         "alpha": 0.5,
@@ -456,54 +530,62 @@ def test_a_run_leaves_what_it_promises(run, toy):
     assert rows[0]["kl"] == pytest.approx(0, abs=1e-5)
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()]
     assert [sample["step"] for sample in samples] == [0] * 4 + [16] * 4 + [32] * 4
-    assert set(samples[0]) == {"step", "prompt", "continuation", "reward"}
+    assert set(samples[0]) == {"step", "prompt", "response", "reward"}
     from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
     events = EventAccumulator(str(folder)).Reload()
-    losses = "policy reverse value cross_entropy entropy approx_kl clip_fraction explained_variance grad_norm"
-    names = {f"losses/{name}" for name in (losses + " advantage_sign_flips advantage_largest").split()}
-    names |= {f"charts/{name}" for name in ("episodic_return", "episodic_length", "SPS", "kl")} | {"eval/kl"}
+    losses = "policy_loss reverse_loss value_loss sft_loss entropy approx_kl clipfrac grad_norm"
+    names = {
+        f"losses/{name}"
+        for name in (
+            losses + " clipped_gradients explained_variance advantage_sign_flips advantage_largest"
+        ).split()
+    }
+    names |= {f"charts/{name}" for name in ("episodic_return", "episodic_length", "SPS", "kl")} | {
+        "eval/kl"
+    }
     assert names <= set(events.Tags()["scalars"])
-    assert "samples/text_summary" in events.Tags()["tensors"]
     assert not list(folder.glob("*.tmp"))
 
 
 def test_the_trained_policy_is_a_folder_like_any_other(run, toy):
     _, folder = run(learning_rate=1e-2)
     trained, before = (
-        transformers.AutoModelForCausalLM.from_pretrained(x) for x in (folder / "policy", toy / "policy")
+        transformers.AutoModelForCausalLM.from_pretrained(x)
+        for x in (folder / "policy", toy / "policy")
     )
     state = checkpoint(folder)["agent"]
     for name, weight in trained.named_parameters():
         assert torch.equal(weight, state[f"policy.{name}"])
     assert (trained.transformer.wte.weight - before.transformer.wte.weight).abs().max() > 1e-3
-    assert len(transformers.AutoTokenizer.from_pretrained(folder / "policy")) == trained.config.vocab_size
-    rlhf.check_models(
-        rlhf.prepare(
-            rlhf.Args(
-                **SMALL
-                | {"run_name": "next", "runs_dir": str(folder.parent), "policy_model": str(folder / "policy")}
-            )
-        )
+    assert (
+        len(transformers.AutoTokenizer.from_pretrained(folder / "policy"))
+        == trained.config.vocab_size
     )
+    again = {"run_name": "next", "policy_model": str(folder / "policy")}
+    args = rlhf.Args(**SMALL | {"runs_dir": str(folder.parent)} | again)
+    loaded = rlhf.load(rlhf.prepare(args)).actor_critic.policy
+    assert torch.equal(loaded.transformer.wte.weight, trained.transformer.wte.weight)
 
 
 def test_evaluation_by_hand(run, toy):
-    """Perplexities, distinct words and judges from the samples of the first evaluation."""
+    """Perplexities, distinct-n and reward models from the samples of the first evaluation."""
     _, folder = run(eval_greedy=True, eval_reward_model=(str(toy / "reward"),))
     row = progress(folder)[0]
     samples = [json.loads(line) for line in (folder / "samples.jsonl").read_text().splitlines()][:4]
-    words = [sample["continuation"].split() for sample in samples]
-    assert row["distinct_1"] == pytest.approx(len({w for ws in words for w in ws}) / sum(map(len, words)))
+    words = [sample["response"].split() for sample in samples]
+    assert row["distinct_1"] == pytest.approx(
+        len({w for ws in words for w in ws}) / sum(map(len, words))
+    )
     pairs = [pair for ws in words for pair in zip(ws, ws[1:])]
     assert row["distinct_2"] == pytest.approx(len(set(pairs)) / len(pairs))
-    truth = [rlhf.toy_sentiment(sample["continuation"]) for sample in samples]
+    truth = [rlhf.toy_sentiment(sample["response"]) for sample in samples]
     assert row["sentiment"] == pytest.approx(np.mean(truth))
-    judge = rlhf.RewardModel(str(toy / "reward"), 1, torch.device("cpu"), torch.float32)
-    scores = judge([sample["prompt"] + sample["continuation"] for sample in samples])
+    reward_model = rlhf.RewardModel(str(toy / "reward"), 1, torch.device("cpu"), torch.float32)
+    scores = reward_model([sample["prompt"] + sample["response"] for sample in samples])
     assert [sample["reward"] for sample in samples] == pytest.approx(scores.tolist(), abs=1e-5)
     assert row["return_mean"] == pytest.approx(scores.mean().item(), abs=1e-5)
-    assert row["judge_reward"] == row["return_mean"]
+    assert row["heldout_reward"] == row["return_mean"]
     policy = transformers.AutoModelForCausalLM.from_pretrained(toy / "policy").eval()
     tokenizer = transformers.AutoTokenizer.from_pretrained(toy / "policy")
     log_probs, lengths = [], []
@@ -518,7 +600,9 @@ def test_evaluation_by_hand(run, toy):
             if ids[0, -1] == tokenizer.eos_token_id:
                 break
         lengths.append(length)
-        assert tokenizer.decode(ids[0, len(prompt) :], skip_special_tokens=True) == sample["continuation"]
+        assert (
+            tokenizer.decode(ids[0, len(prompt) :], skip_special_tokens=True) == sample["response"]
+        )
     assert row["length_mean"] == pytest.approx(np.mean(lengths))
     assert row["perplexity"] == pytest.approx(np.exp(-np.mean(log_probs)), rel=1e-4)
 
@@ -544,7 +628,9 @@ def test_interrupted_and_resumed_a_run_is_the_same_to_the_bit(run):
 
 def test_checkpoints_change_nothing(run):
     """Adam's state, asked for before it has one, would come from a step with no gradient."""
-    often, never = (run(name=name, checkpoint_freq=n)[1] for name, n in (("often", 8), ("never", 0)))
+    often, never = (
+        run(name=name, checkpoint_freq=n)[1] for name, n in (("often", 8), ("never", 0))
+    )
     assert torch.equal(weights(often), weights(never))
 
 
@@ -557,20 +643,24 @@ def test_lora_runs_are_resumed_to_the_bit(run, models, tmp_path):
     assert torch.equal(weights(folder), weights(whole))
 
 
-def test_an_ensemble_trains_and_another_judge_looks_on(run, toy, models):
-    judges = (str(toy / "reward"), str(models["scalar"]))
-    _, folder = run(reward_model=judges, reward_aggregate="min", eval_reward_model=judges[:1])
+def test_an_ensemble_trains_and_a_held_out_reward_model_is_evaluated(run, toy, models):
+    names = (str(toy / "reward"), str(models["scalar"]))
+    _, folder = run(reward_model=names, reward_aggregate="min", eval_reward_model=names[:1])
     samples = [json.loads(line) for line in (folder / "samples.jsonl").open()][:4]
-    texts = [sample["prompt"] + sample["continuation"] for sample in samples]
-    a, b = (rlhf.RewardModel(name, 1, torch.device("cpu"), torch.float32)(texts) for name in judges)
-    assert [sample["reward"] for sample in samples] == pytest.approx(torch.minimum(a, b).tolist(), abs=1e-5)
-    assert progress(folder)[0]["judge_reward"] == pytest.approx(a.mean().item(), abs=1e-5)
+    texts = [sample["prompt"] + sample["response"] for sample in samples]
+    a, b = (rlhf.RewardModel(name, 1, torch.device("cpu"), torch.float32)(texts) for name in names)
+    assert [sample["reward"] for sample in samples] == pytest.approx(
+        torch.minimum(a, b).tolist(), abs=1e-5
+    )
+    assert progress(folder)[0]["heldout_reward"] == pytest.approx(a.mean().item(), abs=1e-5)
 
 
 def test_posts_and_their_summaries(toy):
     tokenizer = transformers.AutoTokenizer.from_pretrained(toy / "policy")
     rows = [{"prompt": "the plot was dull", "label": " was not dull"}]
-    ids, mask = rlhf.tokenize(rows, tokenizer, rlhf.Args(task="tldr", prompt_length=3, response_length=9))
+    ids, mask = rlhf.tokenize(
+        rows, tokenizer, replace(rlhf.TASKS["tldr"], prompt_length=3, response_length=9)
+    )
     prompt, label = (tokenizer(rows[0][c])["input_ids"] for c in ("prompt", "label"))
     assert ids[0][mask[0]].tolist() == [*prompt[-3:], *label, tokenizer.eos_token_id]
 
@@ -585,9 +675,56 @@ def test_a_killed_run_goes_on_from_its_checkpoint_without_doubled_evaluations(ru
     assert (folder / "progress.csv").read_bytes() == (whole / "progress.csv").read_bytes()
 
 
+def test_the_summary_is_the_last_thing_written(run, monkeypatch):
+    written, save = [], rlhf.save
+
+    def recording(path, content):
+        written.append(path.name)
+        assert path.name != "summary.json" or (path.parent / "policy" / "config.json").is_file()
+        save(path, content)
+
+    monkeypatch.setattr(rlhf, "save", recording)
+    run()
+    assert written[-2:] == ["checkpoint.pt", "summary.json"]
+
+
+def test_killed_just_before_its_summary_a_run_only_writes_that(run):
+    summary, folder = run()
+    before = (folder / "checkpoint.pt").read_bytes(), (folder / "progress.csv").read_bytes()
+    (folder / "summary.json").unlink()
+    resumed = resume(folder)
+    assert json.dumps(resumed) == json.dumps(summary | {"resume": str(folder)})
+    assert (
+        (folder / "checkpoint.pt").read_bytes(),
+        (folder / "progress.csv").read_bytes(),
+    ) == before
+    assert (folder / "summary.json").read_text() == json.dumps(resumed, indent=2)
+
+
+def test_flags_are_over_the_defaults_of_their_task():
+    for task, defaults in rlhf.TASKS.items():
+        assert rlhf.parse_args(["--task", task]) == defaults
+        assert rlhf.parse_args([f"--task={task}", "--gamma", "0.5"]) == replace(defaults, gamma=0.5)
+    assert rlhf.parse_args([]) == rlhf.Args()
+
+
+@pytest.mark.parametrize(("task", "flags", "expected"), [
+    ("toy", {}, {"alpha": 0.5, "noise_level": 0.0, "eval_freq": 448, "checkpoint_freq": 448}),
+    ("toy", {"beta": 0.0, "noise": "flip"}, {"alpha": 1.0, "noise_level": 0.1}),
+    ("toy", {"dataset": "a"}, {"eval_dataset": None}),
+    ("imdb", {"noise": "normal"}, {"tokenizer": "gpt2", "eval_dataset": "stanfordnlp/imdb:test",
+                                   "noise_level": 0.05}),
+    ("imdb", {"policy_model": "a", "dataset": "b"}, {"tokenizer": "a", "eval_dataset": None}),
+    ("imdb", {"policy_model": "a", "tokenizer": "gpt2"}, {"tokenizer": "gpt2"}),
+])  # fmt: skip
+def test_defaults_that_depend_on_other_flags(task, flags, expected):
+    args = vars(rlhf.with_defaults(replace(rlhf.TASKS[task], **flags)))
+    assert {name: args[name] for name in expected} == expected
+
+
 def test_a_finished_run_is_neither_resumed_nor_written_over(run):
     _, folder = run()
-    with pytest.raises(ValueError, match="not the folder of a run that was interrupted"):
+    with pytest.raises(ValueError, match="not the folder of an interrupted run"):
         resume(folder)
     with pytest.raises(ValueError, match="File exists"):
         run()
@@ -615,13 +752,17 @@ def test_sppo_is_ppo_with_alpha_k(run, monkeypatch, ce_coef):
     }
     symmetric = weights(runs["sppo"])
     for name in ("scaled", "rest"):
-        assert (runs[name] / "samples.jsonl").read_text() == (runs["sppo"] / "samples.jsonl").read_text()
+        assert (runs[name] / "samples.jsonl").read_text() == (
+            runs["sppo"] / "samples.jsonl"
+        ).read_text()
         torch.testing.assert_close(weights(runs[name]), symmetric, rtol=0, atol=1e-7)
     assert (weights(runs["ppo"]) - symmetric).abs().max() > 1e-5
 
 
 def test_micro_batches_add_up_to_the_minibatch(run):
-    whole, parts = (weights(run(name=str(n), micro_batch_size=n, ce_coef=0.1)[1]) for n in (None, 1))
+    whole, parts = (
+        weights(run(name=str(n), micro_batch_size=n, ce_coef=0.1)[1]) for n in (None, 1)
+    )
     torch.testing.assert_close(parts, whole, rtol=0, atol=2e-5)
 
 
@@ -630,23 +771,38 @@ def torchrun(folder, *flags):
     with socket.socket() as free:
         free.bind(("localhost", 0))
         port = str(free.getsockname()[1])
-    command = [sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "--master-port", port]
+    command = [
+        sys.executable,
+        "-m",
+        "torch.distributed.run",
+        "--nproc-per-node",
+        "2",
+        "--master-port",
+        port,
+    ]
     flags = [*flags, "--amp", "off", "--runs-dir", str(folder), "--run-name", "run"]
     alone = {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run([*command, rlhf.__file__, *flags], capture_output=True, text=True, timeout=300,
-                          env=os.environ | alone)  # fmt: skip
+    done = subprocess.run(
+        [*command, rlhf.__file__, *flags],
+        capture_output=True,
+        text=True,
+        timeout=300,
+        env=os.environ | alone,
+    )
     return done.returncode, done.stdout + done.stderr
 
 
 @pytest.mark.parametrize("task", ["toy", "tldr"])
 def test_two_processes_do_what_one_does(run, toy, models, tmp_path, task):
-    """The same texts, and the same weights but for rounding, which Adam magnifies near zero gradients."""
+    """The same texts, and weights within rounding, which Adam magnifies near zero gradients."""
     flags = dict(ce_coef=0.1, noise="flip", adam_eps=1e-4, micro_batch_size=1)
     flags |= summarisation(tmp_path, models) if task == "tldr" else {}
     _, one = run(**flags)
     (tmp_path / "two").mkdir()
     (tmp_path / "two" / "toy").symlink_to(toy)
-    small = {name: x for name, x in (SMALL | flags).items() if name not in ("amp", "device", "run_name")}
+    small = {
+        name: x for name, x in (SMALL | flags).items() if name not in ("amp", "device", "run_name")
+    }
     words = [
         str(word)
         for name, x in small.items()
@@ -658,7 +814,7 @@ def test_two_processes_do_what_one_does(run, toy, models, tmp_path, task):
     two = tmp_path / "two" / "run"
     assert (two / "samples.jsonl").read_text().count("\n") == 12
     before, after = (
-        [json.loads(line)["continuation"] for line in (x / "samples.jsonl").open()] for x in (one, two)
+        [json.loads(line)["response"] for line in (x / "samples.jsonl").open()] for x in (one, two)
     )
     assert before == after
     torch.testing.assert_close(weights(two), weights(one), rtol=0, atol=2e-5)
@@ -667,11 +823,20 @@ def test_two_processes_do_what_one_does(run, toy, models, tmp_path, task):
 def summarisation(folder, models):
     """Flags for GPT-J's architecture with LoRA on posts and summaries that are made here."""
     rng = rlhf.random.Random(3)
-    rows = ({"prompt": f"POST: {rlhf.toy_review(rng)} TL;DR:", "label": " i loved it ."} for _ in range(40))
+    rows = (
+        {"prompt": f"POST: {rlhf.toy_review(rng)} TL;DR:", "label": " i loved it ."}
+        for _ in range(40)
+    )
     path = folder / "posts.jsonl"
     path.write_text("".join(json.dumps(row) + "\n" for row in rows))
-    return dict(task="tldr", policy_model=str(models["gptj"]), reward_model=(str(models["adapter"]),),
-                dataset=str(path), eval_dataset=str(path), learning_rate=1e-2)  # fmt: skip
+    return dict(
+        task="tldr",
+        policy_model=str(models["gptj"]),
+        reward_model=(str(models["adapter"]),),
+        dataset=str(path),
+        eval_dataset=str(path),
+        learning_rate=1e-2,
+    )
 
 
 def test_summaries_with_lora(run, models, tmp_path):
@@ -706,7 +871,11 @@ def test_the_reward_is_noisy_in_training_and_clean_in_what_is_reported(run, monk
         summary, folder = run(name=name, total_timesteps=8, eval_freq=0, **flags)
         learnt[name + " reported"] = summary["train_return_last100"]
     np.testing.assert_allclose(learnt["flipped"][0], 1 - learnt["clean"][0])
-    assert learnt["clean reported"] == learnt["flipped reported"] == pytest.approx(learnt["clean"][0].mean())
+    assert (
+        learnt["clean reported"]
+        == learnt["flipped reported"]
+        == pytest.approx(learnt["clean"][0].mean())
+    )
 
 
 @pytest.mark.parametrize("noise", ["none", "adv_flip"])
@@ -720,7 +889,7 @@ def test_advantages_flip_before_normalisation_anew_every_time(run, monkeypatch, 
 
     monkeypatch.setattr(rlhf, "perturb_advantage", recording)
     run(noise=noise)
-    assert len(seen) == (8 if noise == "adv_flip" else 0)
+    assert len(seen) == (16 if noise == "adv_flip" else 0)  # minibatches
     assert all(0 < share < 0.4 for share in seen)
     assert len(set(seen)) > 1 or not seen
 
@@ -728,9 +897,9 @@ def test_advantages_flip_before_normalisation_anew_every_time(run, monkeypatch, 
 def test_advantages_are_normalised_over_sampled_tokens(run, monkeypatch):
     learnt, original = [], rlhf.accumulate_gradient
 
-    def recording(setup, args, batch, rows, advantage):
-        learnt.append(advantage[batch["mask"][rows, -advantage.shape[1] :]])
-        return original(setup, args, batch, rows, advantage)
+    def recording(setup, args, minibatch):
+        learnt.append(minibatch.advantage[minibatch.rollout.response_mask])
+        return original(setup, args, minibatch)
 
     monkeypatch.setattr(rlhf, "accumulate_gradient", recording)
     run(response_length=40)
@@ -740,7 +909,7 @@ def test_advantages_are_normalised_over_sampled_tokens(run, monkeypatch):
         assert advantage.std().item() == pytest.approx(1, abs=1e-3)
 
 
-def test_continuations_may_be_empty(run, toy, monkeypatch):
+def test_responses_may_be_empty(run, toy, monkeypatch):
     """A policy that says nothing: each text is its prompt and an end of text."""
     policy = toy.parent / "silent"
     if not policy.exists():
@@ -757,18 +926,21 @@ def test_continuations_may_be_empty(run, toy, monkeypatch):
     summary, folder = run(policy_model=str(policy), learning_rate=1e-9)
     assert progress(folder)[0]["length_mean"] == 1
     samples = [json.loads(line) for line in (folder / "samples.jsonl").open()]
-    assert all(sample["continuation"] == "" for sample in samples)
+    assert all(sample["response"] == "" for sample in samples)
     assert progress(folder)[0]["sentiment"] == 0.5
     assert np.isfinite(summary["final_return_mean"])
 
 
-def test_the_toy_learns_what_the_judge_wants_and_what_is_true(run):
+def test_the_toy_learns_reward_and_true_sentiment(run):
     """A full run has 40 updates; half of it is enough to see it."""
     defaults = rlhf.TASKS["toy"]
     flags = {
-        name: defaults[name] for name in ("batch_size", "update_epochs", "prompt_length", "response_length")
+        name: getattr(defaults, name)
+        for name in ("batch_size", "update_epochs", "prompt_length", "response_length")
     }
-    _, folder = run(**flags, num_minibatches=4, total_timesteps=20 * 112, eval_freq=0, eval_episodes=128)
+    _, folder = run(
+        **flags, num_minibatches=4, total_timesteps=20 * 112, eval_freq=0, eval_episodes=128
+    )
     first, last = progress(folder)
     assert last["return_mean"] - first["return_mean"] > 0.2
     assert last["sentiment"] - first["sentiment"] > 0.2
@@ -780,36 +952,39 @@ def test_the_toy_learns_what_the_judge_wants_and_what_is_true(run):
 
 
 def local(toy, models):
-    return ["--task", "imdb", "--policy-model", str(toy / "policy"), "--reward-model", str(toy / "reward"),
-            "--dataset", str(toy / "train.jsonl"), "--prompt-length=16", "--eval-episodes=16"]  # fmt: skip
+    flags = ["--task", "imdb", "--prompt-length", "16", "--eval-episodes", "16"]
+    flags += ["--policy-model", str(toy / "policy"), "--reward-model", str(toy / "reward")]
+    return [*flags, "--dataset", str(toy / "train.jsonl")]
 
 
 @pytest.mark.parametrize(("flags", "message"), {
-    "--policy-model {none}": "not to be had",
-    "--reward-model {none}": "not to be had",
-    "--dataset {none}": "not a JSONL file nor on the hub",
+    "--policy-model {none}": "cannot be loaded",
+    "--reward-model {none}": "cannot be loaded",
+    "--dataset {none}": "neither from disk nor from the hub",
     "--dataset {other}": "lacks ['text']; it has ['words']",
     "--dataset {broken}": "broken.jsonl",
-    "--dataset {short}": "--batch-size 112: more than the 45 texts",
-    "--eval-dataset {none}": "not a JSONL file nor on the hub",
+    "--dataset {short}": "--batch-size 112: more than the 45 training texts",
+    "--eval-dataset {none}": "neither from disk nor from the hub",
     "--tokenizer {folder}": "name another with --tokenizer",
     "--reward-label 2": "{0: 'NEGATIVE', 1: 'POSITIVE'}",
-    "--prompt-length 60": "has but 64 positions",
-    "--batch-size 10": "not a multiple of 4",
-    "--batch-size 0": "at least 1",
-    "--num-minibatches 0": "at least 1",
-    "--micro-batch-size 0": "at least 1",
-    "--beta -1": "--beta",
-    "--z 1": "negative",
-    "--noise flip --noise-level 1.5": "in [0, 1]",
-    "--noise-level 0.1": "--noise",
-    "--learning-rate 0": "positive",
+    "--prompt-length 60": "has only 64 positions",
+    "--batch-size 10": "must be a multiple of 4",
+    "--batch-size 0": "--batch-size 0: must be between 1 and",
+    "--num-minibatches 0": "--num-minibatches 0: must be between 1 and",
+    "--micro-batch-size 0": "--micro-batch-size 0: must be between 1 and",
+    "--beta -1": "--beta -1.0: must be between 0 and",
+    "--z 1": "--z 1.0: must be between",
+    "--noise flip --noise-level 1.5": "--noise-level 1.5: must be between 0 and 1",
+    "--noise-level 0.1": "choose a kind with --noise",
+    "--learning-rate 0": "--learning-rate 0.0: must be between",
     "--load-in-4bit": "bitsandbytes",
     "--device cuda": "use cpu",
     "--resume nowhere": "leave out",
     "--runs-dir /dev/null": "/dev/null",
 }.items(), ids=str)  # fmt: skip
-def test_bad_input_is_one_line_and_exit_code_2(toy, models, flags, message, tmp_path, monkeypatch, capsys):
+def test_bad_input_is_one_line_and_exit_code_2(
+    toy, models, flags, message, tmp_path, monkeypatch, capsys
+):
     monkeypatch.setenv("HF_HUB_OFFLINE", "1")
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     (tmp_path / "other.jsonl").write_text('{"words": "a"}\n')
@@ -820,7 +995,9 @@ def test_bad_input_is_one_line_and_exit_code_2(toy, models, flags, message, tmp_
     transformers.GPT2Config().save_pretrained(files["folder"])
     (tmp_path / "cwd").mkdir()
     monkeypatch.chdir(tmp_path / "cwd")
-    monkeypatch.setattr(sys, "argv", ["sppo_rlhf.py", *local(toy, models), *flags.format(**files).split()])
+    monkeypatch.setattr(
+        sys, "argv", ["sppo_rlhf.py", *local(toy, models), *flags.format(**files).split()]
+    )
     with pytest.raises(SystemExit) as exit_:
         rlhf.main()
     assert exit_.value.code == 2
@@ -849,8 +1026,19 @@ def test_a_checkpoint_of_another_script_is_not_resumed(tmp_path):
 
 def test_a_signal_stops_with_a_checkpoint_and_says_how_to_go_on(toy, tmp_path):
     (tmp_path / "toy").symlink_to(toy)
-    command = [sys.executable, rlhf.__file__, "--runs-dir", tmp_path, "--run-name", "r", "--eval-freq", "0"]
-    process = subprocess.Popen([*command, "--total-timesteps", "1000000"], stderr=subprocess.PIPE, text=True)
+    command = [
+        sys.executable,
+        rlhf.__file__,
+        "--runs-dir",
+        tmp_path,
+        "--run-name",
+        "r",
+        "--eval-freq",
+        "0",
+    ]
+    process = subprocess.Popen(
+        [*command, "--total-timesteps", "1000000"], stderr=subprocess.PIPE, text=True
+    )
     deadline = time.time() + 90
     while not (tmp_path / "r" / "progress.csv").exists() and time.time() < deadline:
         time.sleep(0.1)
@@ -859,12 +1047,12 @@ def test_a_signal_stops_with_a_checkpoint_and_says_how_to_go_on(toy, tmp_path):
     assert process.returncode == 130
     assert f"--resume {tmp_path / 'r'}" in stderr
     assert "Traceback" not in stderr
-    assert checkpoint(tmp_path / "r")["progress"][0] > 0
+    assert checkpoint(tmp_path / "r")["progress"]["global_step"] > 0
 
 
 def test_several_processes_want_a_batch_that_they_can_share(monkeypatch):
     monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(ValueError, match="not a multiple of 12"):
+    with pytest.raises(ValueError, match="must be a multiple of 12"):
         rlhf.prepare(rlhf.Args())
-    with pytest.raises(ValueError, match="not a multiple of 3, the processes"):
+    with pytest.raises(ValueError, match="must be a multiple of 3"):
         rlhf.prepare(replace(rlhf.Args(), batch_size=120))

@@ -4,9 +4,8 @@
     python tests/trl_ppo.py --policy-model DIR --reward-model DIR --dataset reviews.jsonl.gz
 
 Prompts of 64 tokens, 48 new ones, 112 texts an update, 5 epochs of 4 minibatches, a value model, no
-checkpointing of activations. TRL's reward model must have the policy's tokenizer, and one output. Writes
-runs/NAME/summary.json with texts a second, start-up not counted.
-"""
+checkpointing of activations. TRL's reward model must have the policy's tokenizer, and one output.
+Writes runs/NAME/summary.json with texts a second, start-up not counted."""
 
 import json
 import sys
@@ -53,7 +52,7 @@ class Clock(TrainerCallback):
 def main(args: Args) -> None:
     tokenizer = AutoTokenizer.from_pretrained(args.policy_model, padding_side="left")
     rows = datasets.load_dataset("json", data_files=args.dataset, split="train")
-    settings = sppo_rlhf.Args(task="imdb", prompt_length=64, response_length=48)
+    settings = sppo_rlhf.TASKS["imdb"]  # prompts of 64 tokens, responses of 48
     ids, _ = sppo_rlhf.tokenize(rows, tokenizer, settings)
     prompts = datasets.Dataset.from_dict({"input_ids": ids[:, :64].tolist()})
     policy, reference = (AutoModelForCausalLM.from_pretrained(args.policy_model) for _ in range(2))
@@ -64,14 +63,38 @@ def main(args: Args) -> None:
     clock = Clock()
     with tempfile.TemporaryDirectory() as folder:
         config = PPOConfig(
-            output_dir=folder, use_cpu=True, bf16=args.amp == "auto", gradient_checkpointing=False,
-            per_device_train_batch_size=112, gradient_accumulation_steps=1, num_mini_batches=4,
-            num_ppo_epochs=5, local_rollout_forward_batch_size=112, total_episodes=args.total_timesteps,
-            response_length=48, temperature=1.0, num_sample_generations=0, save_strategy="no",
-            report_to="none", learning_rate=5e-6, vf_coef=0.5, gamma=0.99, kl_coef=0.001, max_grad_norm=1.0,
-        )  # fmt: skip
-        PPOTrainer(config, tokenizer, policy, reference, reward, prompts, value, eval_dataset=prompts,
-                   callbacks=[clock]).train()  # fmt: skip
+            output_dir=folder,
+            use_cpu=True,
+            bf16=args.amp == "auto",
+            gradient_checkpointing=False,
+            per_device_train_batch_size=112,
+            gradient_accumulation_steps=1,
+            num_mini_batches=4,
+            num_ppo_epochs=5,
+            local_rollout_forward_batch_size=112,
+            total_episodes=args.total_timesteps,
+            response_length=48,
+            temperature=1.0,
+            num_sample_generations=0,
+            save_strategy="no",
+            report_to="none",
+            learning_rate=5e-6,
+            vf_coef=0.5,
+            gamma=0.99,
+            kl_coef=0.001,
+            max_grad_norm=1.0,
+        )
+        PPOTrainer(
+            config,
+            tokenizer,
+            policy,
+            reference,
+            reward,
+            prompts,
+            value,
+            eval_dataset=prompts,
+            callbacks=[clock],
+        ).train()
     sps = args.total_timesteps / clock.seconds
     run_dir = Path(args.runs_dir) / args.run_name
     run_dir.mkdir(parents=True)
