@@ -23,7 +23,7 @@ ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = {f"{setting.script.__name__}.py": setting.script for setting in SETTINGS} | {
     "sppo_rlhf.py": sppo_rlhf
 }
-SUITES = ["quick", "continuous", "atari", "rlhf", "sweep", "noise", "robust"]
+SUITES = ["quick", "continuous", "atari", "rlhf", "sweep", "noise", "robust", "evidence"]
 ENVIRON = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 for name in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"):
     ENVIRON.pop(name, None)
@@ -119,6 +119,23 @@ def test_rows_are_the_symmetric_program_and_its_single_factors(suite, env, tmp_p
     else:
         changed = {name for name in plain if rows["ppo-authors"][name] != plain[name]}
         assert changed == {"norm_adv", "run_name"} and plain["norm_adv"]
+
+
+def test_rows_of_evidence_differ_in_what_they_are_named_after(tmp_path):
+    for env, rows in {
+        "Hopper-v4": ["dppo", "dppo-coef", "dppo-norm", "ppo", "sppo", "sppo-p"],
+        "Breakout": ["ppo", "ppo-coef", "ppo-corrected", "sppo", "sppo-p"],
+    }.items():
+        noisy = {}
+        for command in commands("evidence", "--envs", env, "--seeds", 1):
+            if "--noise" in command:
+                args = resolved(command, tmp_path)
+                noisy[args.run_name.split("__")[1]] = args
+        assert sorted(noisy) == rows
+        assert [row for row in rows if not noisy[row].divide_by_p_old] == ["sppo-p"]
+        assert noisy["sppo-p"].beta == noisy["sppo"].beta > 0
+        corrected = [row for row in rows if noisy[row].correct_flips]
+        assert corrected == [row for row in rows if row == "ppo-corrected"]
 
 
 @pytest.mark.parametrize("task", ["toy", "imdb", "tldr"])
