@@ -126,6 +126,9 @@ class Args:
         "losses/advantage_sign_flips",
         "losses/clipped_gradients",
     )  # TensorBoard tags
+    keep: Path | None = (
+        None  # also copy finished runs here, small enough for git; report.py reads them
+    )
     reps: int = 10_000  # bootstrap samples of statistics over all tasks
 
 
@@ -150,17 +153,38 @@ def read_json(path: Path, needed: list[str]) -> dict:
 
 
 def read_logged(path: Path, tags: tuple[str, ...]) -> dict[str, pd.DataFrame]:
-    """What TensorBoard has of a run: {tag: columns step, value}, without tags that the run did not
-    log."""
+    """What a run logged: {tag: columns step, value}, without tags that it did not log. From
+    logged.csv, where `keep_runs` has left one, else from TensorBoard's files."""
+    if (path / "logged.csv").exists():
+        everything = pd.read_csv(path / "logged.csv")
+        groups = {tag: group[["step", "value"]] for tag, group in everything.groupby("tag")}
+        return {tag: groups[tag] for tag in tags if tag in groups}
     events = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
     logged = {}
     for tag in tags:
         if tag in events.Tags()["scalars"]:
-            values = {
-                event.step: event.value for event in events.Scalars(tag)
-            }  # resumed: the last one counts
+            # after resuming the last value of a step counts
+            values = {event.step: event.value for event in events.Scalars(tag)}
             logged[tag] = pd.DataFrame({"step": list(values), "value": list(values.values())})
     return logged
+
+
+def keep_runs(runs: pd.DataFrame, folder: Path) -> None:
+    """Copies runs without checkpoints and without TensorBoard's files; of these, logged.csv has the
+    tags that were read, as means over blocks of a hundredth of the run."""
+    for _, run in runs.iterrows():
+        target = folder / run["name"]
+        target.mkdir(parents=True, exist_ok=True)
+        for name in ("args.json", "progress.csv", "summary.json"):
+            shutil.copy(run["path"] / name, target)
+        parts = []
+        for tag, values in run["logged"].items():
+            blocks = np.arange(len(values)) // math.ceil(len(values) / 100)
+            means = values.groupby(blocks).agg({"step": "last", "value": "mean"})
+            parts.append(means.assign(tag=tag)[["tag", "step", "value"]])
+        if parts:
+            logged = pd.concat(parts)
+            logged.to_csv(target / "logged.csv", index=False, float_format="%.4g")
 
 
 def read_runs(folders: list[Path], tags: tuple[str, ...]) -> tuple[pd.DataFrame, list[dict]]:
@@ -206,9 +230,8 @@ def read_runs(folders: list[Path], tags: tuple[str, ...]) -> tuple[pd.DataFrame,
         if missing := [column for column in EVALUATION if column not in curve] or curve.empty:
             raise Refusal(f"{path / 'progress.csv'}: no {missing if curve.size else 'rows'}")
         logged = read_logged(path, tags)
-        runs.append(
-            run | {"name": path.name, "recorded": recorded, "curve": curve, "logged": logged}
-        )
+        found = {"name": path.name, "path": path, "recorded": recorded}
+        runs.append(run | found | {"curve": curve, "logged": logged})
     if not runs:
         raise Refusal(
             f"{', '.join(map(str, folders))}: {len(unfinished)} runs, and none has finished"
@@ -246,7 +269,7 @@ def label_programs(runs: pd.DataFrame) -> pd.DataFrame:
     plain = runs.map(lambda x: json.dumps(x) if isinstance(x, list) else x)
     parts = []
     for (script, env_id), group in plain.groupby(["script", "env_id"]):
-        free = [*CELL, *FREE, "name", "recorded", "curve", "logged"]
+        free = [*CELL, *FREE, "name", "path", "recorded", "curve", "logged"]
         for key in group.columns.difference(free):
             if group[key].nunique(dropna=False) > 1:
                 (a, x), (b, y) = group.drop_duplicates(key)[["name", key]].values[:2]
@@ -738,6 +761,8 @@ def write_report(args: Args, out: Path) -> None:
         0
     )  # rliable samples by NumPy's global generator, whatever random_state it is given
     runs, unfinished = read_runs(list(args.runs), args.logged)
+    if args.keep:
+        keep_runs(runs, args.keep)
     runs = label_programs(runs)
     if args.seeds:
         first = {

@@ -66,9 +66,7 @@ class Args:
     runs_dir: str = "runs"  # folder of all runs
     run_name: str | None = None  # default: environment, algorithm, noise, seed and time
     resume: str | None = None  # folder of an interrupted run to continue; takes no other flag
-    checkpoint_freq: int | None = (
-        None  # steps between checkpoints; default: run / 20; 0: at the end
-    )
+    checkpoint_freq: int | None = None  # steps per checkpoint; default: run / 20; 0: at the end
     log_freq: int = 1000  # steps between entries in the log
     track: bool = False  # log to Weights & Biases as well (pip install wandb)
 
@@ -87,10 +85,7 @@ class Args:
     max_grad_norm: float = 0.5  # gradient clipping, over all parameters together
 
     # Networks
-    hidden_sizes: tuple[int, ...] = (
-        64,
-        64,
-    )  # hidden layers of the actor and of the separate critic
+    hidden_sizes: tuple[int, ...] = (64, 64)  # hidden layers of actor and critic, each its own
     activation: Literal["tanh", "relu"] = "tanh"  # after each hidden layer
     layer_norm: bool = False  # layer normalisation before each activation
     ortho_init: bool = True  # orthogonal initial weights; else PyTorch's own
@@ -100,9 +95,7 @@ class Args:
     alpha: float | None = None  # weight of the A2C loss; default: 0.5, or 1 if beta is 0
     beta: float | None = None  # weight of the reverse loss; default: 0.5, or 0 if Gaussian
     z: float = -1.0  # Z, which stands for log 0
-    noise: Literal["none", "flip", "normal", "uniform", "adv_flip"] = (
-        "none"  # adv_flip: on advantages
-    )
+    noise: Literal["none", "flip", "normal", "uniform", "adv_flip"] = "none"  # adv_flip: advantages
     noise_level: float | None = None  # flip probability (default 0.1) or scale (default 0.05)
     correct_flips: bool = False  # make flipped rewards unbiased, given the noise level
 
@@ -299,9 +292,8 @@ class Agent(nn.Module):
         space = env.action_space
         obs_dim = env.observation_space.shape[0]
         self.gaussian = args.policy == "gaussian"
-        self.bin_values = np.linspace(
-            space.low, space.high, args.bins, axis=1
-        )  # (action_dim, bins)
+        # (action_dim, bins)
+        self.bin_values = np.linspace(space.low, space.high, args.bins, axis=1)
         self.output_shape = space.shape if self.gaussian else self.bin_values.shape
         self.actor = mlp(obs_dim, math.prod(self.output_shape), 0.01, args)
         self.critic = mlp(obs_dim, 1, 1.0, args)

@@ -69,9 +69,7 @@ class Args:
     runs_dir: str = "runs"  # folder of all runs
     run_name: str | None = None  # default: game, algorithm, noise, seed and time
     resume: str | None = None  # folder of an interrupted run to continue; takes no other flag
-    checkpoint_freq: int | None = (
-        None  # steps between checkpoints; default: run / 20; 0: at the end
-    )
+    checkpoint_freq: int | None = None  # steps per checkpoint; default: run / 20; 0: at the end
     log_freq: int = 1000  # steps between entries in the log
     track: bool = False  # log to Weights & Biases as well (pip install wandb)
 
@@ -99,9 +97,7 @@ class Args:
     beta: float = 1.0  # weight of the reverse loss; 0: PPO
     z: float = -1.0  # Z, which stands for log 0
     divide_by_p_old: bool = True  # as in the paper; without it: our bounded variant
-    noise: Literal["none", "flip", "normal", "uniform", "adv_flip"] = (
-        "none"  # adv_flip: on advantages
-    )
+    noise: Literal["none", "flip", "normal", "uniform", "adv_flip"] = "none"  # adv_flip: advantages
     noise_level: float | None = None  # flip probability (default 0.1) or scale (default 0.05)
     correct_flips: bool = False  # make flipped rewards unbiased, given the noise level
 
@@ -474,10 +470,8 @@ def train(args: Args, stop: threading.Event) -> dict | None:
             for t in range(T):
                 logits[t], value[t] = agent_fn(obs[t])
                 action[t] = sample(logits[t], generator)
-                transition = envs.step(action[t].cpu().numpy())
-                images, reward[t], terminated[t], truncated[t], overridden[t], final_images = (
-                    transition
-                )
+                step = envs.step(action[t].cpu().numpy())
+                images, reward[t], terminated[t], truncated[t], overridden[t], final_images = step
                 obs[t + 1] = torch.from_numpy(images)
                 for i, last_images in final_images.items():
                     _, last_value = agent(torch.from_numpy(last_images[None]).to(device))

@@ -96,9 +96,7 @@ class Args:
     policy_model: str | None = None  # folder or hub name of a causal language model
     tokenizer: str | None = None  # folder or hub name; default: the policy's own, see TOKENIZERS
     reward_model: tuple[str, ...] = ()  # folders or hub names of classifiers or LoRA adapters
-    reward_label: int = (
-        1  # label whose probability is the reward; a single output is the reward itself
-    )
+    reward_label: int = 1  # label whose probability is the reward; a single output is the reward
     reward_aggregate: Literal["mean", "min", "mean-std"] = "mean"  # over several reward models
     dataset: str | None = None  # JSONL(.gz) or hub name:split; column text (tldr: prompt, label)
     eval_dataset: str | None = None  # held-out data; default: EVAL_DATASETS, or 10% of the dataset
@@ -553,9 +551,8 @@ def loss_and_metrics(model, args, batch, response_tokens, completion_tokens):
         ratio = log_ratio.exp()
         surrogate = batch.advantage * ratio
         clipped = batch.advantage * ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-        reverse = torch.where(
-            surrogate <= clipped, args.z * surrogate, 0.0
-        )  # the part with a gradient
+        # the part of the reverse loss that has a gradient
+        reverse = torch.where(surrogate <= clipped, args.z * surrogate, 0.0)
         if not args.divide_by_p_old:
             reverse = reverse * rollout.log_prob.exp()
         sums = {

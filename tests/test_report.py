@@ -403,6 +403,31 @@ def test_any_logged_quantity(tmp_path):
     assert (out / "logged-losses-entropy-continuous-ppo-clean.svg").exists()
 
 
+def test_kept_runs_give_the_same_report(tmp_path):
+    for seed, shares in enumerate(((0.1, 0.2), (0.3, 0.4))):
+        logged = {"losses/clipped_gradients": shares}
+        make_run(tmp_path / "runs", str(seed), "sppo_continuous", 1.0 + seed, seed, logged=logged)
+    keep = tmp_path / "kept"
+    runs = tmp_path / "runs"
+    report.main(report.Args(runs=(runs,), out=tmp_path / "report", reps=50, keep=keep))
+    report.main(report.Args(runs=(keep,), out=tmp_path / "again", reps=50))
+    for name in ("tables", "curves", "runs"):
+        kept = (tmp_path / "again" / f"{name}.csv").read_bytes()
+        assert kept == (tmp_path / "report" / f"{name}.csv").read_bytes()
+    assert not list(keep.glob("*/events*")) and not list(keep.glob("*/checkpoint.pt"))
+
+
+def test_kept_curves_are_means_of_blocks(tmp_path):
+    values = np.arange(250.0)
+    make_run(tmp_path / "runs", "0", "sppo_continuous", 1.0, 0, logged={"losses/entropy": values})
+    keep = tmp_path / "kept"
+    flags = {"reps": 50, "keep": keep, "logged": ("losses/entropy",)}
+    report.main(report.Args(runs=(tmp_path / "runs",), out=tmp_path / "report", **flags))
+    logged = pd.read_csv(keep / "0" / "logged.csv")
+    assert len(logged) == 84  # of three values each
+    assert logged["value"].iloc[0] == 1.0 and logged["step"].iloc[0] == 3 * 2048
+
+
 def test_levels_of_noise(tmp_path):
     for level, score in ((None, 5.0), (0.1, 4.0), (0.2, 2.0)):
         for seed in (0, 1):

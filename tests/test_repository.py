@@ -248,3 +248,15 @@ def test_links_lead_somewhere(page):
     page = ROOT / page
     links = re.findall(r"\]\(([^)#:]+)\)", page.read_text())
     assert [link for link in links if not (page.parent / link).exists()] == []
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
+def test_every_argument_is_explained_on_its_own_line(name):
+    """tyro shows the comment beside a field in --help; where the formatter wraps, it is lost."""
+    text = (ROOT / name).read_text()
+    arguments = next(node for node in ast.parse(text).body if getattr(node, "name", "") == "Args")
+    fields = [node for node in arguments.body if isinstance(node, ast.AnnAssign)]
+    assert len(fields) > 30
+    for field in fields:
+        assert field.lineno == field.end_lineno
+        assert "  # " in text.splitlines()[field.lineno - 1]
