@@ -294,11 +294,15 @@ class Agent(nn.Module):
         self.gaussian = args.policy == "gaussian"
         # (action_dim, bins)
         self.bin_values = np.linspace(space.low, space.high, args.bins, axis=1)
-        self.output_shape = space.shape if self.gaussian else self.bin_values.shape
-        self.actor = mlp(obs_dim, math.prod(self.output_shape), 0.01, args)
+        self.output_shape = self.bin_values.shape
+        if self.gaussian:
+            self.output_shape = space.shape
+        output_size = math.prod(self.output_shape)
+        self.actor = mlp(obs_dim, output_size, 0.01, args)
         self.critic = mlp(obs_dim, 1, 1.0, args)
         if self.gaussian:
-            self.log_std = nn.Parameter(torch.full(space.shape, args.log_std_init))
+            log_std = torch.full(space.shape, args.log_std_init)
+            self.log_std = nn.Parameter(log_std)
 
     def output(self, obs):
         return self.actor(obs).view(-1, *self.output_shape)
