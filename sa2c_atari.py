@@ -1,7 +1,8 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = ["torch==2.13.0", "gymnasium[mujoco,box2d]==1.4.0", "ale-py==0.12.1", "numpy>=2.0",
-#   "tyro==1.0.16", "tensorboard==2.21.0", "tqdm==4.70.1"]
+#   "tyro==1.0.16", "typeguard==4.6.0", "filelock==4.2.11", "safetensors==0.8.0",
+#   "tensorboard==2.21.0", "tqdm==4.70.1"]
 # ///
 """Symmetric A2C (SA2C) for Atari games in one file.
 
@@ -25,6 +26,7 @@ gain weight over unlikely ones.
 
 import ctypes
 import difflib
+import hashlib
 import json
 import math
 import os
@@ -37,8 +39,10 @@ import subprocess
 import sys
 import threading
 import time
+import zipfile
 from collections import deque
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
 from importlib import import_module, metadata, util
 from pathlib import Path
 from typing import Literal
@@ -46,14 +50,17 @@ from typing import Literal
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # torch's idle threads leave cores to the games
 
 import numpy as np
+import safetensors.torch
 import torch
 import tyro
 from ale_py import Action, roms
 from ale_py.vector_env import AtariVectorEnv
+from filelock import FileLock, Timeout
 from torch import nn
 from torch.distributions import Categorical
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+from typeguard import check_type
 
 
 @dataclass
@@ -68,6 +75,7 @@ class Args:
     runs_dir: str = "runs"  # folder of all runs
     run_name: str | None = None  # default: game, algorithm, noise, seed and time
     resume: str | None = None  # folder of an interrupted run to continue; takes no other flag
+    evaluate: str | None = None  # folder of a run whose policy to play; takes evaluation flags only
     checkpoint_freq: int | None = None  # steps per checkpoint; default: run / 20; 0: at the end
     log_freq: int = 1000  # steps between entries in the log
     track: bool = False  # log to Weights & Biases as well (pip install wandb)
@@ -255,9 +263,10 @@ def sample(logits, generator):
 
 
 @torch.no_grad()
-def evaluate(agent, args, seed, video):
+def evaluate(agent, args, seed, video, stop):
     """Raw scores and lengths in steps, (eval_episodes,) each, of whole games played in parallel
-    with sampled actions. `video`: path of a video of the first game, or None."""
+    with sampled actions. `video`: path of a video of the first game, or None. Returns
+    None if `stop` came first."""
     device = agent.conv.weight.device
     generator = torch.Generator(device).manual_seed(seed)
     games = AtariGames(args, args.eval_episodes)
@@ -265,6 +274,8 @@ def evaluate(agent, args, seed, video):
     results = {}
     frames = []
     while len(results) < args.eval_episodes:
+        if stop.is_set():
+            return None
         if video and 0 not in results:
             grey = images[0, -1, :, :, None]
             frames.append(grey.repeat(3, axis=-1))
@@ -377,7 +388,8 @@ def gradient_and_metrics(agent, args, obs, action, advantage, returns, mask):
 
 def train(args: Args, stop: threading.Event) -> dict | None:
     """Trains with arguments from `prepare`. Returns the content of summary.json, or None if
-    interrupted through `stop`."""
+    interrupted through `stop`. Raises RunError for a run that can't continue, UsageError for a
+    damaged checkpoint, OSError."""
     started = time.perf_counter()
     keep_freed_memory()
     torch.manual_seed(args.seed)
@@ -394,21 +406,26 @@ def train(args: Args, stop: threading.Event) -> dict | None:
     global_step = 0
     evaluations = []  # rows of progress.csv
     train_seconds = 0.0
-    if (args.run_dir / "checkpoint.pt").is_file():
-        checkpoint = torch.load(args.run_dir / "checkpoint.pt", map_location="cpu")
-        agent.load_state_dict(checkpoint["agent"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        envs.recent_episodes.extend(checkpoint["finished_episodes"])
-        if checkpoint["device"] == device.type:  # else the run moved from a GPU to a CPU, or back
-            generator.set_state(checkpoint["generator"])
-        rng.bit_generator.state = checkpoint["rng"]
-        global_step = checkpoint["global_step"]
-        evaluations = checkpoint["evaluations"]
-        train_seconds = checkpoint["train_seconds"]
-        started -= checkpoint["wall_seconds"]
+    checkpoint_path = args.run_dir / "checkpoint.pt"
+    if checkpoint_path.is_file():
+        with reading(checkpoint_path):
+            checkpoint = load_checkpoint(checkpoint_path)
+            agent.load_state_dict(checkpoint["agent"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            envs.recent_episodes.extend(checkpoint["finished_episodes"])
+            if (
+                checkpoint["device"] == device.type
+            ):  # else the run moved from a GPU to a CPU, or back
+                generator.set_state(checkpoint["generator"])
+            rng.bit_generator.state = checkpoint["rng"]
+            global_step = checkpoint["global_step"]
+            evaluations = checkpoint["evaluations"]
+            train_seconds = checkpoint["train_seconds"]
+            started -= checkpoint["wall_seconds"]
     if args.track:
         start_tracking(args)
     writer = SummaryWriter(args.run_dir, purge_step=global_step + 1)
+    writer.add_text("hyperparameters", f"```\n{json.dumps(vars(args), indent=2)}\n```")
     progress_bar = tqdm(
         total=args.total_timesteps, initial=global_step, unit=" steps", disable=None
     )
@@ -433,7 +450,50 @@ def train(args: Args, stop: threading.Event) -> dict | None:
     advantages = []  # of all rollouts since then
     all_returns = []
 
-    while global_step < args.total_timesteps:
+    first_step = global_step
+    stopping = False
+    while True:
+        # Evaluation, which a resumed run may have missed, and checkpoint
+        finished = global_step >= args.total_timesteps
+        evaluated = evaluations and evaluations[-1]["step"] == global_step
+        evaluation_due = finished or due(args.eval_freq, global_step, T * N)
+        if global_step > 0 and evaluation_due and not evaluated:
+            video = None
+            if args.capture_video:
+                video = args.run_dir / "video" / f"step-{global_step}.mp4"
+            result = evaluate(agent, args, args.seed + global_step, video, stop)
+            if result is None:
+                stopping = True
+            else:
+                scores, lengths = result
+                evaluation = {
+                    "step": global_step,
+                    "return_mean": scores.mean().item(),
+                    "return_std": scores.std().item(),
+                    "length_mean": lengths.mean().item(),
+                    "episodes": len(scores),
+                }
+                evaluations.append(evaluation)
+                save_progress(args.run_dir / "progress.csv", evaluations)
+                writer.add_scalar("eval/return_mean", evaluation["return_mean"], global_step)
+        checkpoint_due = global_step > first_step and due(args.checkpoint_freq, global_step, T * N)
+        if finished or stopping or checkpoint_due:
+            checkpoint = {
+                "agent": agent.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "finished_episodes": list(envs.recent_episodes),
+                "generator": generator.get_state(),
+                "device": device.type,
+                "rng": rng.bit_generator.state,
+                "global_step": global_step,
+                "evaluations": evaluations,
+                "train_seconds": train_seconds,
+                "wall_seconds": time.perf_counter() - started,
+            }
+            save(checkpoint_path, checkpoint)
+        if finished or stopping:
+            break
+
         # Rollout
         iteration_started = time.perf_counter()
         obs[0] = obs[T]
@@ -481,9 +541,11 @@ def train(args: Args, stop: threading.Event) -> dict | None:
         optimizer.step()
         # CUDA graphs overwrite their outputs
         metrics.append({name: x.clone() for name, x in new_metrics.items()})
-        if not math.isfinite(metrics[-1]["grad_norm"]):
-            sys.exit(
-                f"error: gradient not finite at step {global_step}; lower --learning-rate or --beta"
+        if not parameters.isfinite().all():
+            grad_norm = metrics[-1]["grad_norm"]
+            raise RunError(
+                f"weights not finite after the update at step {global_step}, where the gradient's"
+                f" norm was {grad_norm:g}; lower --learning-rate or --beta"
             )
 
         # Logging: means over all updates since the last entry
@@ -495,10 +557,12 @@ def train(args: Args, stop: threading.Event) -> dict | None:
                 scalars[f"losses/{name}"] = torch.stack([m[name] for m in metrics]).mean()
             residual = np.concatenate(advantages)
             variance = np.var(np.concatenate(all_returns))
-            scalars["losses/explained_variance"] = 1 - np.var(residual) / variance
+            if variance > 0:
+                scalars["losses/explained_variance"] = 1 - np.var(residual) / variance
             scalars["losses/advantage_largest"] = np.abs(residual).max()
             seconds = train_seconds + time.perf_counter() - iteration_started
             scalars["charts/SPS"] = global_step / seconds
+            scalars["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
             if envs.recent_episodes:  # means of the last 100
                 episodic_return, episodic_length = np.mean(envs.recent_episodes, axis=0)
                 scalars["charts/episodic_return"] = episodic_return
@@ -511,41 +575,8 @@ def train(args: Args, stop: threading.Event) -> dict | None:
             all_returns = []
         train_seconds += time.perf_counter() - iteration_started
 
-        # Evaluation and checkpoint
-        if finished or due(args.eval_freq, global_step, T * N):
-            video = None
-            if args.capture_video:
-                video = args.run_dir / "video" / f"step-{global_step}.mp4"
-            scores, lengths = evaluate(agent, args, args.seed + global_step, video)
-            evaluation = {
-                "step": global_step,
-                "return_mean": scores.mean().item(),
-                "return_std": scores.std().item(),
-                "length_mean": lengths.mean().item(),
-                "episodes": len(scores),
-            }
-            evaluations.append(evaluation)
-            save_progress(args.run_dir / "progress.csv", evaluations)
-            writer.add_scalar("eval/return_mean", evaluation["return_mean"], global_step)
-        if finished or stopping or due(args.checkpoint_freq, global_step, T * N):
-            checkpoint = {
-                "agent": agent.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "finished_episodes": list(envs.recent_episodes),
-                "generator": generator.get_state(),
-                "device": device.type,
-                "rng": rng.bit_generator.state,
-                "global_step": global_step,
-                "evaluations": evaluations,
-                "train_seconds": train_seconds,
-                "wall_seconds": time.perf_counter() - started,
-            }
-            save(args.run_dir / "checkpoint.pt", checkpoint)
-        if stopping:
-            break
-
     writer.close()
-    if global_step < args.total_timesteps:
+    if not evaluations or evaluations[-1]["step"] < args.total_timesteps:
         return None
     summary = {
         "script": Path(__file__).name,
@@ -561,8 +592,25 @@ def train(args: Args, stop: threading.Event) -> dict | None:
         "compile": gradient_fn is not gradient_and_metrics,
         "finished": True,
     }
+    weights = {name: tensor.clone() for name, tensor in agent.state_dict().items()}
+    save(args.run_dir / "agent.safetensors", safetensors.torch.save(weights))
+    # The mark of a finished run, hence the last thing written
     save(args.run_dir / "summary.json", json.dumps(summary, indent=2))
     return summary
+
+
+def evaluate_run(args: Args) -> None:
+    """Plays the policy of the run in the folder `args.evaluate`, and prints its score."""
+    run = evaluated_args(args, "seed", "eval_episodes", "capture_video")
+    agent = Agent(AtariGames(run, 1).num_actions, run.layer_norm)
+    with reading(run.run_dir / "checkpoint.pt"):
+        checkpoint = load_checkpoint(run.run_dir / "checkpoint.pt")
+        agent.load_state_dict(checkpoint["agent"])
+    video = None
+    if run.capture_video:
+        video = run.run_dir / "video" / f"evaluate-{run.seed}.mp4"
+    scores, _ = evaluate(agent, run, run.seed, video, threading.Event())
+    print_score(run, checkpoint["global_step"], scores)
 
 
 # What follows is plumbing: nothing in it belongs to the algorithm.
@@ -622,7 +670,7 @@ def keep_freed_memory():
 
 
 def rom_name(env_id):
-    """A game's name in ale-py: ms_pacman for MsPacman, ALE/MsPacman-v5, ... Raises ValueError if
+    """A game's name in ale-py: ms_pacman for MsPacman, ALE/MsPacman-v5, ... Raises UsageError if
     there is no such game."""
     names = {}
     for name in roms.get_all_rom_ids():
@@ -638,7 +686,7 @@ def rom_name(env_id):
     if game not in names:
         nearest = difflib.get_close_matches(game, names, n=4, cutoff=0.4)
         near = ", ".join(names[name] for name in nearest) or "none"
-        raise ValueError(f"--env-id {env_id}: no such game; did you mean: {near}")
+        raise UsageError(f"--env-id {env_id}: no such game; did you mean: {near}")
     return names[game]
 
 
@@ -663,27 +711,55 @@ def save_progress(path, evaluations):
 
 
 def save(path, content):
-    """Writes text, or any object with torch.save, atomically: a temporary file, then a rename."""
+    """Writes text, bytes or, with torch.save, any object atomically: a temporary file, then a
+    rename. Raises OSError."""
     temporary = path.with_name(path.name + ".tmp")
     if isinstance(content, str):
         temporary.write_text(content)
+    elif isinstance(content, bytes):
+        temporary.write_bytes(content)
     else:
-        torch.save(content, temporary)
+        try:
+            torch.save(content, temporary)
+        except RuntimeError as error:  # what PyTorch raises if the disk is full
+            raise OSError(f"{temporary}: {error!r}") from error
     os.replace(temporary, path)
 
 
+@contextmanager
+def reading(path):
+    """Turns whatever goes wrong with a run's file into a UsageError that names it."""
+    try:
+        yield
+    except Exception as error:  # any exception is possible with a damaged file
+        raise UsageError(f"{path}: cannot be used: {error!r:.300}") from error
+
+
+def load_checkpoint(path):
+    """Loads a checkpoint, after a test of its checksums, which torch.load ignores."""
+    require(zipfile.ZipFile(path).testzip() is None, "damaged")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def git(*command):
+    """What git prints in the script's folder; None without git or a repository."""
+    folder = Path(__file__).resolve().parent
+    if not shutil.which("git"):
+        return None
+    done = subprocess.run(["git", "-C", folder, *command], capture_output=True, text=True)
+    return None if done.returncode else done.stdout.strip()
+
+
 def describe_machine():
-    """Command, commit, versions and hardware, to reproduce a run."""
-    commit = None
-    if shutil.which("git"):
-        folder = Path(__file__).resolve().parent
-        git = ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=40"]
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    """Command, script, commit, versions and hardware, to reproduce a run."""
+    script = Path(__file__).resolve()
     versions = {package.name: package.version for package in metadata.distributions()}
     versions["python"] = platform.python_version()
     return {
         "command": sys.argv,
-        "commit": commit,
+        "script_sha256": hashlib.sha256(script.read_bytes()).hexdigest(),
+        "script_status": git("status", "--short", "--", script),  # "": as in the commit
+        "commit": git("describe", "--always", "--dirty", "--abbrev=40"),
         "versions": versions,
         "hardware": {
             "platform": platform.platform(),
@@ -694,9 +770,17 @@ def describe_machine():
     }
 
 
+class UsageError(ValueError):
+    """Wrong input: what is wrong, and what to do."""
+
+
+class RunError(RuntimeError):
+    """A run that can't continue: why."""
+
+
 def require(condition, message):
     if not condition:
-        raise ValueError(message)
+        raise UsageError(message)
 
 
 def require_range(args, names, low, high):
@@ -718,9 +802,41 @@ def resumed_args(args: Args) -> Args:
         (folder / "args.json").is_file() and not (folder / "summary.json").is_file(),
         f"--resume {folder}: not the folder of an interrupted run",
     )
-    saved = json.loads((folder / "args.json").read_text())["args"]
-    require(saved.keys() == vars(args).keys(), f"--resume {folder}: a run of another script")
-    return Args(**saved | {"resume": args.resume})
+    return replace(saved_args(folder), resume=args.resume)
+
+
+def saved_args(folder: Path) -> Args:
+    """The arguments of a run, from its args.json, checked like flags."""
+    path = folder / "args.json"
+    with reading(path):
+        saved = json.loads(path.read_text())["args"]
+        names = {field.name for field in fields(Args)}
+        require(saved.keys() == names, "a run of another script")
+        for field in fields(Args):
+            if isinstance(saved[field.name], list):
+                saved[field.name] = tuple(saved[field.name])
+            check_type(saved[field.name], field.type)
+        args = Args(**saved)
+        check(args)
+    return args
+
+
+def evaluated_args(args: Args, *names: str) -> Args:
+    """The arguments of the run in `args.evaluate`, but for those of `names`, which flags give."""
+    given = {name: getattr(args, name) for name in names}
+    flags = ", ".join(f"--{name.replace('_', '-')}" for name in names)
+    require(args == Args(evaluate=args.evaluate, **given), f"--evaluate takes only {flags}")
+    folder = Path(args.evaluate)
+    run = replace(saved_args(folder), resume=args.evaluate, **given)
+    check(run)
+    return run
+
+
+def print_score(run, global_step, scores):
+    """The mean with its standard error."""
+    error = scores.std() / max(1, len(scores) - 1) ** 0.5
+    score = f"{scores.mean():.1f} ± {error:.1f} (mean and standard error of {len(scores)} episodes)"
+    print(f"{run.run_dir}, {run.env_id} {run.algo} after {global_step:,} steps: return {score}")
 
 
 def with_defaults(args: Args) -> Args:
@@ -739,12 +855,13 @@ def with_defaults(args: Args) -> Args:
         args.checkpoint_freq = twentieth
     if args.run_name is None:
         stamp = time.strftime("%Y%m%d-%H%M%S")
-        args.run_name = f"{args.env_id}__{args.algo}__{args.noise}__{args.seed}__{stamp}"
+        name = f"{args.env_id}__{args.algo}__{args.noise}__{args.seed}__{stamp}"
+        args.run_name = f"{Path(__file__).stem}__{name}".replace("/", "-")
     return args
 
 
 def check(args: Args) -> None:
-    """Raises ValueError for an argument that is out of range or contradicts another."""
+    """Raises UsageError for an argument that is out of range or contradicts another."""
     require_range(args, "num_envs num_steps eval_episodes log_freq", 1, 1e12)
     require_range(args, "total_timesteps", 1, 1e9)  # with the seed, seeds of the emulator
     require_range(args, "seed", 0, 1e9)
@@ -753,8 +870,9 @@ def check(args: Args) -> None:
     require_range(args, "learning_rate rmsprop_eps max_grad_norm", 1e-30, 1e12)
     require_range(args, "gamma gae_lambda noise_level repeat_action_probability", 0, 1)
     require_range(args, "z", -1e9, -1e-9)  # negative, since it stands for log 0
-    several = args.num_envs * args.num_steps > 1
-    require(several or not args.norm_adv, "--norm-adv: needs --num-steps 2 or more")
+    batch_size = args.num_envs * args.num_steps
+    require(batch_size <= 1_000_000, "--num-envs, --num-steps: more than 1,000,000 steps a rollout")
+    require(batch_size > 1 or not args.norm_adv, "--norm-adv: needs --num-steps 2 or more")
     require(
         args.noise != "none" or not args.noise_level, "--noise-level: choose a kind with --noise"
     )
@@ -764,6 +882,10 @@ def check(args: Args) -> None:
     require(
         args.device != "cuda" or torch.cuda.is_available(), "--device cuda: no GPU here; use cpu"
     )
+    require(
+        Path(args.run_name).name == args.run_name != ".." and args.run_name.isprintable(),
+        f"--run-name {args.run_name!r}: give the plain name of a folder",
+    )
     require(not args.track or util.find_spec("wandb"), "--track: pip install wandb")
     require(
         not args.capture_video or util.find_spec("moviepy"), "--capture-video: pip install moviepy"
@@ -771,29 +893,44 @@ def check(args: Args) -> None:
 
 
 def prepare(args: Args) -> Args:
-    """Completes and checks arguments, and makes the run's folder. Raises ValueError, which says
-    what is wrong and what to do."""
+    """Completes and checks arguments, and makes the run's folder. Raises UsageError."""
     if args.resume is not None:
         args = resumed_args(args)
     args = with_defaults(args)
     check(args)
+    if not args.resume:
+        make_run_dir(args)
+    return args
+
+
+def make_run_dir(args: Args) -> None:
+    content = {"args": vars(args)} | describe_machine()
     try:
-        args.run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
+        args.run_dir.mkdir(parents=True)
     except OSError as error:
         advice = "try another --run-name or --runs-dir"
-        raise ValueError(f"{args.run_dir}: {error.strerror}; {advice}") from error
-    if not args.resume:
-        content = {"args": vars(args)} | describe_machine()
+        raise UsageError(f"{args.run_dir}: {error.strerror}; {advice}") from error
+    try:
         save(args.run_dir / "args.json", json.dumps(content, indent=2))
-    return args
+    except OSError as error:
+        shutil.rmtree(args.run_dir)
+        raise UsageError(f"{args.run_dir}: {error.strerror}") from error
+
+
+def fail(message, status):
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(status)
 
 
 def main() -> None:
     try:
-        args = prepare(tyro.cli(Args))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        args = tyro.cli(Args)
+        if args.evaluate is not None:
+            evaluate_run(args)
+            return
+        args = prepare(args)
+    except UsageError as error:
+        fail(error, 2)
     stop = threading.Event()
 
     def request_stop(signum, frame):
@@ -802,9 +939,17 @@ def main() -> None:
 
     signal.signal(signal.SIGINT, request_stop)
     signal.signal(signal.SIGTERM, request_stop)
-    summary = train(args, stop)
+    resume = shlex.join(["python", sys.argv[0], "--resume", str(args.run_dir)])
+    try:
+        with FileLock(args.run_dir / "lock", blocking=False):
+            summary = train(args, stop)
+    except Timeout:
+        fail(f"{args.run_dir}: another process is at work on this run", 2)
+    except UsageError as error:
+        fail(error, 2)
+    except (RunError, OSError) as error:
+        fail(f"{error}; to continue: {resume}", 1)
     if summary is None:
-        resume = shlex.join(["python", sys.argv[0], "--resume", str(args.run_dir)])
         print(f"interrupted; to continue: {resume}", file=sys.stderr)
         sys.exit(130)
     score = f"{summary['final_return_mean']:.1f} ± {summary['final_return_std']:.1f}"

@@ -1,7 +1,8 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = ["torch==2.13.0", "gymnasium[mujoco,box2d]==1.4.0", "mujoco==4.0.0", "numpy>=2.0",
-#   "tyro==1.0.16", "tensorboard==2.21.0", "tqdm==4.70.1"]
+#   "tyro==1.0.16", "typeguard==4.6.0", "filelock==4.2.11", "safetensors==0.8.0",
+#   "tensorboard==2.21.0", "tqdm==4.70.1"]
 # ///
 """Symmetric PPO (SPPO) for continuous control in one file.
 
@@ -28,6 +29,7 @@ Lr needs probabilities, so each action dimension is discretised into bins; the
 probability of an action is the product over its dimensions.
 """
 
+import hashlib
 import json
 import math
 import os
@@ -39,22 +41,28 @@ import subprocess
 import sys
 import threading
 import time
+import traceback
 import warnings
+import zipfile
 from collections import deque
-from dataclasses import dataclass, replace
+from contextlib import contextmanager
+from dataclasses import dataclass, fields, replace
 from importlib import import_module, metadata, util
 from pathlib import Path
 from typing import Literal
 
 import gymnasium as gym
 import numpy as np
+import safetensors.torch
 import torch
 import tyro
+from filelock import FileLock, Timeout
 from gymnasium.wrappers import RecordVideo
 from torch import nn
 from torch.distributions import Categorical, Independent, Normal
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
+from typeguard import check_type
 
 
 @dataclass
@@ -68,6 +76,7 @@ class Args:
     runs_dir: str = "runs"  # folder of all runs
     run_name: str | None = None  # default: environment, algorithm, noise, seed and time
     resume: str | None = None  # folder of an interrupted run to continue; takes no other flag
+    evaluate: str | None = None  # folder of a run whose policy to play; takes evaluation flags only
     checkpoint_freq: int | None = None  # steps per checkpoint; default: run / 20; 0: at the end
     log_freq: int = 1000  # steps between entries in the log
     track: bool = False  # log to Weights & Biases as well (pip install wandb)
@@ -108,6 +117,7 @@ class Args:
     # Evaluation
     eval_freq: int | None = None  # steps between evaluations; default: run / 20; 0: at the end
     eval_episodes: int = 10  # episodes per evaluation: greedy actions, raw rewards without noise
+    eval_max_steps: int = 100_000  # steps after which an episode of an evaluation is cut off
     capture_video: bool = False  # record the first episode of each evaluation (pip install moviepy)
 
     @property
@@ -128,7 +138,37 @@ class Args:
 def make_env(env_id, render_mode=None):
     # The paper's environments are MuJoCo v4
     warnings.filterwarnings("ignore", message=".*is out of date.*")
-    return gym.make(env_id, render_mode=render_mode)
+    if render_mode is None:  # some environments lack the argument
+        return CheckedEnv(gym.make(env_id))
+    return CheckedEnv(gym.make(env_id, render_mode=render_mode))
+
+
+class CheckedEnv(gym.Wrapper):
+    """Names environment and step where the environment's code fails or gives infinite values."""
+
+    steps = 0  # in this process
+
+    def reset(self, **options):
+        try:
+            return self.env.reset(**options)
+        except (Exception, SystemExit) as error:
+            raise self.failure(error) from error
+
+    def step(self, action):
+        self.steps += 1
+        try:
+            transition = self.env.step(action)
+            obs, reward, *_ = transition
+            if not (abs(reward) < 1e100 and abs(float(np.sum(obs))) < 1e100):  # or NaN
+                raise ValueError(f"observation {obs}, reward {reward}: not finite")
+        except (Exception, SystemExit) as error:
+            raise self.failure(error) from error
+        return transition
+
+    def failure(self, error):
+        line = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(line.filename).name}:{line.lineno}"
+        return RunError(f"{self.env.spec.id}, its step {self.steps}: {error!r:.300} in {where}")
 
 
 class RunningStats:
@@ -353,21 +393,23 @@ class Agent(nn.Module):
         return self.bin_values[dimensions, action]
 
 
-def evaluate(agent, env, training_envs, episodes, seed):
-    """Raw returns and lengths (episodes,) of greedy episodes. Observations are normalised by the
-    statistics of the training, which are not updated."""
-    returns = np.zeros(episodes)
-    lengths = np.zeros(episodes)
+def evaluate(agent, env, training_envs, args, seed, stop):
+    """Raw returns and lengths (eval_episodes,) of greedy episodes; None if `stop` came first.
+    Observations are normalised by the statistics of the training, which are not updated."""
+    returns = np.zeros(args.eval_episodes)
+    lengths = np.zeros(args.eval_episodes)
     act = agent.numpy_actor()
-    for episode in range(episodes):
+    for episode in range(args.eval_episodes):
         obs, _ = env.reset(seed=seed + episode)
         ended = False
         while not ended:
+            if stop.is_set():
+                return None
             action = act(training_envs.normalize_obs(obs))
             obs, reward, terminated, truncated, _ = env.step(agent.to_env(action)[0])
             returns[episode] += reward
             lengths[episode] += 1
-            ended = terminated or truncated
+            ended = terminated or truncated or lengths[episode] == args.eval_max_steps
     return returns, lengths
 
 
@@ -473,7 +515,8 @@ def gradient_and_metrics(agent, args, obs, action, old_log_prob, advantage, retu
 
 def train(args: Args, stop: threading.Event) -> dict | None:
     """Trains with arguments from `prepare`. Returns the content of summary.json, or None if
-    interrupted through `stop`."""
+    interrupted through `stop`. Raises RunError for a run that can't continue, UsageError for a
+    damaged checkpoint, OSError."""
     started = time.perf_counter()
     torch.set_num_threads(1)  # the networks are too small to be shared among cores
     torch.manual_seed(args.seed)
@@ -491,22 +534,25 @@ def train(args: Args, stop: threading.Event) -> dict | None:
     global_step = 0
     evaluations = []  # rows of progress.csv
     train_seconds = 0.0
-    if (args.run_dir / "checkpoint.pt").is_file():
-        checkpoint = torch.load(args.run_dir / "checkpoint.pt", map_location="cpu")
-        agent.load_state_dict(checkpoint["agent"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        envs.obs_stats.load_state_dict(checkpoint["obs_stats"])
-        envs.return_stats.load_state_dict(checkpoint["return_stats"])
-        envs.recent_episodes.extend(checkpoint["finished_episodes"])
-        generator.set_state(checkpoint["generator"])
-        rng.bit_generator.state = checkpoint["rng"]
-        global_step = checkpoint["global_step"]
-        evaluations = checkpoint["evaluations"]
-        train_seconds = checkpoint["train_seconds"]
-        started -= checkpoint["wall_seconds"]
+    checkpoint_path = args.run_dir / "checkpoint.pt"
+    if checkpoint_path.is_file():
+        with reading(checkpoint_path):
+            checkpoint = load_checkpoint(checkpoint_path)
+            agent.load_state_dict(checkpoint["agent"])
+            optimizer.load_state_dict(checkpoint["optimizer"])
+            envs.obs_stats.load_state_dict(checkpoint["obs_stats"])
+            envs.return_stats.load_state_dict(checkpoint["return_stats"])
+            envs.recent_episodes.extend(checkpoint["finished_episodes"])
+            generator.set_state(checkpoint["generator"])
+            rng.bit_generator.state = checkpoint["rng"]
+            global_step = checkpoint["global_step"]
+            evaluations = checkpoint["evaluations"]
+            train_seconds = checkpoint["train_seconds"]
+            started -= checkpoint["wall_seconds"]
     if args.track:
         start_tracking(args)
     writer = SummaryWriter(args.run_dir, purge_step=global_step + 1)
+    writer.add_text("hyperparameters", f"```\n{json.dumps(vars(args), indent=2)}\n```")
     progress_bar = tqdm(
         total=args.total_timesteps, initial=global_step, unit=" steps", disable=None
     )
@@ -529,7 +575,49 @@ def train(args: Args, stop: threading.Event) -> dict | None:
     advantages = []  # of all rollouts since then
     all_returns = []
 
-    while global_step < args.total_timesteps:
+    first_step = global_step
+    stopping = False
+    while True:
+        # Evaluation, which a resumed run may have missed, and checkpoint
+        finished = global_step >= args.total_timesteps
+        evaluated = evaluations and evaluations[-1]["step"] == global_step
+        evaluation_due = finished or due(args.eval_freq, global_step, T * N)
+        if global_step > 0 and evaluation_due and not evaluated:
+            eval_env.name_prefix = f"step-{global_step}"  # of the video, if any
+            result = evaluate(agent, eval_env, envs, args, args.seed + global_step, stop)
+            if result is None:
+                stopping = True
+            else:
+                scores, lengths = result
+                evaluation = {
+                    "step": global_step,
+                    "return_mean": scores.mean().item(),
+                    "return_std": scores.std().item(),
+                    "length_mean": lengths.mean().item(),
+                    "episodes": len(scores),
+                }
+                evaluations.append(evaluation)
+                save_progress(args.run_dir / "progress.csv", evaluations)
+                writer.add_scalar("eval/return_mean", evaluation["return_mean"], global_step)
+        checkpoint_due = global_step > first_step and due(args.checkpoint_freq, global_step, T * N)
+        if finished or stopping or checkpoint_due:
+            checkpoint = {
+                "agent": agent.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "obs_stats": envs.obs_stats.state_dict(),
+                "return_stats": envs.return_stats.state_dict(),
+                "finished_episodes": list(envs.recent_episodes),
+                "generator": generator.get_state(),
+                "rng": rng.bit_generator.state,
+                "global_step": global_step,
+                "evaluations": evaluations,
+                "train_seconds": train_seconds,
+                "wall_seconds": time.perf_counter() - started,
+            }
+            save(checkpoint_path, checkpoint)
+        if finished or stopping:
+            break
+
         # Rollout
         iteration_started = time.perf_counter()
         obs[0] = obs[T]
@@ -582,9 +670,11 @@ def train(args: Args, stop: threading.Event) -> dict | None:
                 )
                 optimizer.step()
                 metrics.append(mb_metrics)
-        if not math.isfinite(metrics[-1]["grad_norm"]):
-            sys.exit(
-                f"error: gradient not finite at step {global_step}; lower --learning-rate or --beta"
+        if not parameters.isfinite().all():
+            grad_norm = metrics[-1]["grad_norm"]
+            raise RunError(
+                f"weights not finite after the update at step {global_step}, where the gradient's"
+                f" norm was {grad_norm:g}; lower --learning-rate or --beta"
             )
 
         # Logging: means over all updates since the last entry
@@ -594,10 +684,13 @@ def train(args: Args, stop: threading.Event) -> dict | None:
             scalars = {}
             for name in metrics[0]:
                 scalars[f"losses/{name}"] = torch.stack([m[name] for m in metrics]).mean()
-            scalars["losses/explained_variance"] = 1 - np.var(advantages) / np.var(all_returns)
+            variance = np.var(all_returns)
+            if variance > 0:
+                scalars["losses/explained_variance"] = 1 - np.var(advantages) / variance
             scalars["losses/advantage_largest"] = np.abs(advantages).max()
             seconds = train_seconds + time.perf_counter() - iteration_started
             scalars["charts/SPS"] = global_step / seconds
+            scalars["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
             if envs.recent_episodes:  # means of the last 100
                 episodic_return, episodic_length = np.mean(envs.recent_episodes, axis=0)
                 scalars["charts/episodic_return"] = episodic_return
@@ -610,43 +703,9 @@ def train(args: Args, stop: threading.Event) -> dict | None:
             all_returns = []
         train_seconds += time.perf_counter() - iteration_started
 
-        # Evaluation and checkpoint
-        if finished or due(args.eval_freq, global_step, T * N):
-            eval_env.name_prefix = f"step-{global_step}"  # of the video, if any
-            scores, lengths = evaluate(
-                agent, eval_env, envs, args.eval_episodes, args.seed + global_step
-            )
-            evaluation = {
-                "step": global_step,
-                "return_mean": scores.mean().item(),
-                "return_std": scores.std().item(),
-                "length_mean": lengths.mean().item(),
-                "episodes": len(scores),
-            }
-            evaluations.append(evaluation)
-            save_progress(args.run_dir / "progress.csv", evaluations)
-            writer.add_scalar("eval/return_mean", evaluation["return_mean"], global_step)
-        if finished or stopping or due(args.checkpoint_freq, global_step, T * N):
-            checkpoint = {
-                "agent": agent.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "obs_stats": envs.obs_stats.state_dict(),
-                "return_stats": envs.return_stats.state_dict(),
-                "finished_episodes": list(envs.recent_episodes),
-                "generator": generator.get_state(),
-                "rng": rng.bit_generator.state,
-                "global_step": global_step,
-                "evaluations": evaluations,
-                "train_seconds": train_seconds,
-                "wall_seconds": time.perf_counter() - started,
-            }
-            save(args.run_dir / "checkpoint.pt", checkpoint)
-        if stopping:
-            break
-
     writer.close()
     eval_env.close()
-    if global_step < args.total_timesteps:
+    if not evaluations or evaluations[-1]["step"] < args.total_timesteps:
         return None
     summary = {
         "script": Path(__file__).name,
@@ -662,8 +721,33 @@ def train(args: Args, stop: threading.Event) -> dict | None:
         "compile": gradient_fn is not gradient_and_metrics,
         "finished": True,
     }
+    # What `agent` needs of a run: its weights, and by what observations are normalised
+    tensors = {name: tensor.clone() for name, tensor in agent.state_dict().items()}
+    tensors["obs_mean"] = torch.from_numpy(envs.obs_stats.mean)
+    tensors["obs_std"] = torch.from_numpy(envs.obs_stats.std)
+    save(args.run_dir / "agent.safetensors", safetensors.torch.save(tensors))
+    # The mark of a finished run, hence the last thing written
     save(args.run_dir / "summary.json", json.dumps(summary, indent=2))
     return summary
+
+
+def evaluate_run(args: Args) -> None:
+    """Plays the policy of the run in the folder `args.evaluate`, and prints its score."""
+    run = evaluated_args(args, "seed", "eval_episodes", "eval_max_steps", "capture_video")
+    check_env(run)
+    env = make_env(run.env_id, run.render_mode)
+    if run.capture_video:
+        name = f"evaluate-{run.seed}"
+        env = RecordVideo(env, run.run_dir / "video", lambda i: i == 0, name_prefix=name)
+    agent = Agent(env, run)
+    envs = NormalizedEnvs(run.env_id, 1, run.gamma)
+    with reading(run.run_dir / "checkpoint.pt"):
+        checkpoint = load_checkpoint(run.run_dir / "checkpoint.pt")
+        agent.load_state_dict(checkpoint["agent"])
+        envs.obs_stats.load_state_dict(checkpoint["obs_stats"])
+    returns, _ = evaluate(agent, env, envs, run, run.seed, threading.Event())
+    env.close()
+    print_score(run, checkpoint["global_step"], returns)
 
 
 # What follows is plumbing: nothing in it belongs to the algorithm.
@@ -721,27 +805,55 @@ def save_progress(path, evaluations):
 
 
 def save(path, content):
-    """Writes text, or any object with torch.save, atomically: a temporary file, then a rename."""
+    """Writes text, bytes or, with torch.save, any object atomically: a temporary file, then a
+    rename. Raises OSError."""
     temporary = path.with_name(path.name + ".tmp")
     if isinstance(content, str):
         temporary.write_text(content)
+    elif isinstance(content, bytes):
+        temporary.write_bytes(content)
     else:
-        torch.save(content, temporary)
+        try:
+            torch.save(content, temporary)
+        except RuntimeError as error:  # what PyTorch raises if the disk is full
+            raise OSError(f"{temporary}: {error!r}") from error
     os.replace(temporary, path)
 
 
+@contextmanager
+def reading(path):
+    """Turns whatever goes wrong with a run's file into a UsageError that names it."""
+    try:
+        yield
+    except Exception as error:  # any exception is possible with a damaged file
+        raise UsageError(f"{path}: cannot be used: {error!r:.300}") from error
+
+
+def load_checkpoint(path):
+    """Loads a checkpoint, after a test of its checksums, which torch.load ignores."""
+    require(zipfile.ZipFile(path).testzip() is None, "damaged")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def git(*command):
+    """What git prints in the script's folder; None without git or a repository."""
+    folder = Path(__file__).resolve().parent
+    if not shutil.which("git"):
+        return None
+    done = subprocess.run(["git", "-C", folder, *command], capture_output=True, text=True)
+    return None if done.returncode else done.stdout.strip()
+
+
 def describe_machine():
-    """Command, commit, versions and hardware, to reproduce a run."""
-    commit = None
-    if shutil.which("git"):
-        folder = Path(__file__).resolve().parent
-        git = ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=40"]
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    """Command, script, commit, versions and hardware, to reproduce a run."""
+    script = Path(__file__).resolve()
     versions = {package.name: package.version for package in metadata.distributions()}
     versions["python"] = platform.python_version()
     return {
         "command": sys.argv,
-        "commit": commit,
+        "script_sha256": hashlib.sha256(script.read_bytes()).hexdigest(),
+        "script_status": git("status", "--short", "--", script),  # "": as in the commit
+        "commit": git("describe", "--always", "--dirty", "--abbrev=40"),
         "versions": versions,
         "hardware": {
             "platform": platform.platform(),
@@ -752,9 +864,17 @@ def describe_machine():
     }
 
 
+class UsageError(ValueError):
+    """Wrong input: what is wrong, and what to do."""
+
+
+class RunError(RuntimeError):
+    """A run that can't continue: why."""
+
+
 def require(condition, message):
     if not condition:
-        raise ValueError(message)
+        raise UsageError(message)
 
 
 def require_range(args, names, low, high):
@@ -776,9 +896,41 @@ def resumed_args(args: Args) -> Args:
         (folder / "args.json").is_file() and not (folder / "summary.json").is_file(),
         f"--resume {folder}: not the folder of an interrupted run",
     )
-    saved = json.loads((folder / "args.json").read_text())["args"]
-    require(saved.keys() == vars(args).keys(), f"--resume {folder}: a run of another script")
-    return Args(**saved | {"resume": args.resume})
+    return replace(saved_args(folder), resume=args.resume)
+
+
+def saved_args(folder: Path) -> Args:
+    """The arguments of a run, from its args.json, checked like flags."""
+    path = folder / "args.json"
+    with reading(path):
+        saved = json.loads(path.read_text())["args"]
+        names = {field.name for field in fields(Args)}
+        require(saved.keys() == names, "a run of another script")
+        for field in fields(Args):
+            if isinstance(saved[field.name], list):
+                saved[field.name] = tuple(saved[field.name])
+            check_type(saved[field.name], field.type)
+        args = Args(**saved)
+        check(args)
+    return args
+
+
+def evaluated_args(args: Args, *names: str) -> Args:
+    """The arguments of the run in `args.evaluate`, but for those of `names`, which flags give."""
+    given = {name: getattr(args, name) for name in names}
+    flags = ", ".join(f"--{name.replace('_', '-')}" for name in names)
+    require(args == Args(evaluate=args.evaluate, **given), f"--evaluate takes only {flags}")
+    folder = Path(args.evaluate)
+    run = replace(saved_args(folder), resume=args.evaluate, **given)
+    check(run)
+    return run
+
+
+def print_score(run, global_step, scores):
+    """The mean with its standard error."""
+    error = scores.std() / max(1, len(scores) - 1) ** 0.5
+    score = f"{scores.mean():.1f} ± {error:.1f} (mean and standard error of {len(scores)} episodes)"
+    print(f"{run.run_dir}, {run.env_id} {run.algo} after {global_step:,} steps: return {score}")
 
 
 def with_defaults(args: Args) -> Args:
@@ -800,15 +952,16 @@ def with_defaults(args: Args) -> Args:
     if args.run_name is None:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         name = f"{args.env_id}__{args.algo}__{args.noise}__{args.seed}__{stamp}"
-        args.run_name = name.replace("/", "-")
+        args.run_name = f"{Path(__file__).stem}__{name}".replace("/", "-")
     return args
 
 
 def check(args: Args) -> None:
-    """Raises ValueError for an argument that is out of range or contradicts another."""
+    """Raises UsageError for an argument that is out of range or contradicts another."""
     require_range(args, "total_timesteps num_envs num_steps num_minibatches update_epochs", 1, 1e12)
-    require_range(args, "eval_episodes log_freq", 1, 1e12)
-    require_range(args, "bins", 2, 1e6)
+    require_range(args, "eval_episodes eval_max_steps log_freq", 1, 1e12)
+    require_range(args, "bins", 2, 1000)
+    require_range(args, "log_std_init", -20, 20)
     require_range(args, "seed eval_freq checkpoint_freq", 0, 1e18)
     require_range(args, "alpha beta vf_coef ent_coef", 0, 1e9)
     require_range(args, "learning_rate adam_eps clip_coef max_grad_norm", 1e-30, 1e12)
@@ -816,11 +969,15 @@ def check(args: Args) -> None:
     require_range(args, "z", -1e9, -1e-9)  # negative, since it stands for log 0
     batch_size = args.num_envs * args.num_steps
     require(
+        batch_size <= 10_000_000, "--num-envs, --num-steps: more than 10,000,000 steps a rollout"
+    )
+    require(
         batch_size % args.num_minibatches == 0 and batch_size > args.num_minibatches,
         f"--num-minibatches {args.num_minibatches}: must divide {batch_size}"
         " (environments x steps) into parts > 1",
     )
-    require(min(args.hidden_sizes, default=1) >= 1, "--hidden-sizes: must be at least 1 each")
+    for size in args.hidden_sizes:
+        require(1 <= size <= 10_000, f"--hidden-sizes {size}: must be between 1 and 10000")
     require(
         args.policy == "categorical" or args.beta == 0,
         "--beta: needs probabilities, a Gaussian has densities; use --policy categorical",
@@ -834,6 +991,10 @@ def check(args: Args) -> None:
     require(
         args.device != "cuda" or torch.cuda.is_available(), "--device cuda: no GPU here; use cpu"
     )
+    require(
+        Path(args.run_name).name == args.run_name != ".." and args.run_name.isprintable(),
+        f"--run-name {args.run_name!r}: give the plain name of a folder",
+    )
     require(not args.track or util.find_spec("wandb"), "--track: pip install wandb")
     require(
         not args.capture_video or util.find_spec("moviepy"), "--capture-video: pip install moviepy"
@@ -841,14 +1002,14 @@ def check(args: Args) -> None:
 
 
 def check_env(args: Args) -> None:
-    """Raises ValueError unless the environment can be made, reset and, for videos, rendered."""
+    """Raises UsageError unless the environment can be made, reset and, for videos, rendered."""
     try:
         env = make_env(args.env_id, args.render_mode)
         env.reset()
         if args.capture_video:
             env.render()  # MuJoCo without a display: MUJOCO_GL=egl
     except Exception as error:  # any exception is possible here
-        raise ValueError(f"--env-id {args.env_id}: {error!r}") from error
+        raise UsageError(f"--env-id {args.env_id}: {error!r}") from error
     for space in (env.observation_space, env.action_space):
         vector = isinstance(space, gym.spaces.Box) and len(space.shape) == 1
         require(vector, f"--env-id {args.env_id}: needs one-dimensional Box spaces, not {space}")
@@ -857,30 +1018,45 @@ def check_env(args: Args) -> None:
 
 
 def prepare(args: Args) -> Args:
-    """Completes and checks arguments, and makes the run's folder. Raises ValueError, which says
-    what is wrong and what to do."""
+    """Completes and checks arguments, and makes the run's folder. Raises UsageError."""
     if args.resume is not None:
         args = resumed_args(args)
     args = with_defaults(args)
     check(args)
     check_env(args)
+    if not args.resume:
+        make_run_dir(args)
+    return args
+
+
+def make_run_dir(args: Args) -> None:
+    content = {"args": vars(args)} | describe_machine()
     try:
-        args.run_dir.mkdir(parents=True, exist_ok=bool(args.resume))
+        args.run_dir.mkdir(parents=True)
     except OSError as error:
         advice = "try another --run-name or --runs-dir"
-        raise ValueError(f"{args.run_dir}: {error.strerror}; {advice}") from error
-    if not args.resume:
-        content = {"args": vars(args)} | describe_machine()
+        raise UsageError(f"{args.run_dir}: {error.strerror}; {advice}") from error
+    try:
         save(args.run_dir / "args.json", json.dumps(content, indent=2))
-    return args
+    except OSError as error:
+        shutil.rmtree(args.run_dir)
+        raise UsageError(f"{args.run_dir}: {error.strerror}") from error
+
+
+def fail(message, status):
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(status)
 
 
 def main() -> None:
     try:
-        args = prepare(tyro.cli(Args))
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+        args = tyro.cli(Args)
+        if args.evaluate is not None:
+            evaluate_run(args)
+            return
+        args = prepare(args)
+    except UsageError as error:
+        fail(error, 2)
     stop = threading.Event()
 
     def request_stop(signum, frame):
@@ -889,9 +1065,17 @@ def main() -> None:
 
     signal.signal(signal.SIGINT, request_stop)
     signal.signal(signal.SIGTERM, request_stop)
-    summary = train(args, stop)
+    resume = shlex.join(["python", sys.argv[0], "--resume", str(args.run_dir)])
+    try:
+        with FileLock(args.run_dir / "lock", blocking=False):
+            summary = train(args, stop)
+    except Timeout:
+        fail(f"{args.run_dir}: another process is at work on this run", 2)
+    except UsageError as error:
+        fail(error, 2)
+    except (RunError, OSError) as error:
+        fail(f"{error}; to continue: {resume}", 1)
     if summary is None:
-        resume = shlex.join(["python", sys.argv[0], "--resume", str(args.run_dir)])
         print(f"interrupted; to continue: {resume}", file=sys.stderr)
         sys.exit(130)
     score = f"{summary['final_return_mean']:.1f} ± {summary['final_return_std']:.1f}"

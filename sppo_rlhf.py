@@ -1,8 +1,8 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = ["torch==2.13.0", "transformers==5.23.0", "datasets==5.2.0", "accelerate==1.15.0",
-#   "peft==0.21.2", "rouge-score==0.1.2", "numpy>=2.0", "tyro==1.0.16", "tensorboard==2.21.0",
-#   "tqdm==4.70.1"]
+#   "peft==0.21.2", "rouge-score==0.1.2", "numpy>=2.0", "tyro==1.0.16", "typeguard==4.6.0",
+#   "filelock==4.2.11", "tensorboard==2.21.0", "tqdm==4.70.1"]
 # ///
 """Symmetric PPO (SPPO) for language models (RLHF) in one file.
 
@@ -35,20 +35,24 @@ too). Dropout is off. Steps and frequencies count texts, that is a prompt and it
 
 import argparse
 import ctypes
+import hashlib
 import json
 import logging
 import math
 import os
 import platform
 import random
+import runpy
+import shlex
 import shutil
 import signal
 import subprocess
 import sys
 import threading
 import time
+import zipfile
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field, fields, replace
 from functools import partial
 from importlib import import_module, metadata, util
 from pathlib import Path
@@ -62,6 +66,7 @@ import transformers
 import tyro
 from accelerate import Accelerator
 from accelerate.utils import concatenate, send_to_device, slice_tensors
+from filelock import FileLock, Timeout
 from rouge_score.rouge_scorer import RougeScorer
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -74,6 +79,7 @@ from transformers import (
     AutoTokenizer,
 )
 from transformers.utils.peft_utils import find_adapter_config_file
+from typeguard import check_type
 
 
 @dataclass
@@ -89,13 +95,14 @@ class Args:
     runs_dir: str = "runs"  # folder of all runs
     run_name: str | None = None  # folder of this run; default: task, algorithm, noise, seed, time
     resume: str | None = None  # folder of an interrupted run to continue; takes no other flag
+    evaluate: str | None = None  # folder of a run whose policy to evaluate; takes few other flags
     checkpoint_freq: int | None = None  # texts between checkpoints; default: run / 10; 0: at end
     track: bool = False  # log to Weights & Biases as well (pip install wandb)
 
     # Models and data
     policy_model: str | None = None  # folder or hub name of a causal language model
     tokenizer: str | None = None  # folder or hub name; default: the policy's own, see TOKENIZERS
-    reward_model: tuple[str, ...] = ()  # folders or hub names of classifiers or LoRA adapters
+    reward_model: tuple[str, ...] = ()  # classifiers or LoRA adapters; or functions, FILE.py:NAME
     reward_label: int = 1  # label whose probability is the reward; a single output is the reward
     reward_aggregate: Literal["mean", "min", "mean-std"] = "mean"  # over several reward models
     dataset: str | None = None  # JSONL(.gz) or hub name:split; column text (tldr: prompt, label)
@@ -444,6 +451,33 @@ class RewardModel:
         if logits.shape[1] == 1:
             return logits[:, 0]
         return logits.softmax(-1)[:, self.label]
+
+
+class RewardFunction:
+    """A Python function as a reward model: a list of texts in, as many numbers out. `name`: its
+    file and its name in it, FILE.py:NAME."""
+
+    def __init__(self, name, device):
+        self.name = name
+        self.device = device
+        path, _, function = name.rpartition(":")
+        with loading(name):
+            self.function = runpy.run_path(path)[function]
+
+    def __call__(self, texts):
+        """Scores (texts,). Raises RunError if the function fails."""
+        try:
+            scores = torch.tensor(self.function(texts), dtype=torch.float32, device=self.device)
+            require(scores.shape == (len(texts),), f"{len(texts)} texts, scores {scores.shape}")
+        except Exception as error:  # any exception is possible in a user's function
+            raise RunError(f"{self.name}: {error!r:.300}") from error
+        return scores
+
+
+def load_reward_model(name, label, device, dtype):
+    if ".py:" in name:
+        return RewardFunction(name, device)
+    return RewardModel(name, label, device, dtype)
 
 
 def aggregate(scores, how):
@@ -819,19 +853,22 @@ class Progress:
 
 def train(args: Args, stop: threading.Event, setup: "Setup | None" = None) -> dict | None:
     """A run, with arguments from `prepare`. Returns the content of summary.json, or None if `stop`
-    came first. `setup`: what `load` returned, if it has been called already."""
+    came first. `setup`: what `load` returned, if it has been called already. Raises RunError for a
+    run that can't continue, UsageError for a damaged checkpoint, OSError."""
     setup = setup or load(args)
     accelerator = setup.accelerator
     generator = torch.Generator().manual_seed(args.seed)  # prompts, sampling, minibatches, adv_flip
     rng = np.random.default_rng(args.seed)  # reward noise
     progress = Progress()
     if (args.run_dir / "checkpoint.pt").is_file():
-        progress = load_checkpoint(setup, args, generator, rng)
+        progress = restore(setup, args, generator, rng)
     writer = None  # in all processes but the first
     if accelerator.is_main_process:
         if args.track:
             start_tracking(args)
-        writer = SummaryWriter(args.run_dir, purge_step=progress.global_step + 1)
+        restarted_at = progress.global_step + 1 if progress.evaluations else 0
+        writer = SummaryWriter(args.run_dir, purge_step=restarted_at)
+        writer.add_text("hyperparameters", f"```\n{json.dumps(vars(args), indent=2)}\n```")
     progress_bar = tqdm(
         total=args.total_timesteps,
         initial=progress.global_step,
@@ -857,6 +894,9 @@ def train(args: Args, stop: threading.Event, setup: "Setup | None" = None) -> di
 
         # Advantages
         reward = aggregate(rollout.scores, args.reward_aggregate)
+        if not reward.isfinite().all():
+            names = " ".join(args.reward_model)
+            raise RunError(f"{names}: a reward at step {progress.global_step} is not finite")
         noisy = perturb_reward(reward.numpy(), args.noise, args.noise_level, rng)
         if args.correct_flips:
             noisy = correct_flips(noisy, args.noise_level)
@@ -872,11 +912,13 @@ def train(args: Args, stop: threading.Event, setup: "Setup | None" = None) -> di
         # Update
         batch = Batch(rollout, advantage, returns)
         metrics = update(setup, args, batch, generator)
-        if not math.isfinite(metrics["grad_norm"]):
-            sys.exit(
-                f"error: gradient not finite at step {progress.global_step}; "
-                "lower --learning-rate or --beta"
-            )
+        for name, parameter in trained_parameters(setup).items():
+            if not parameter.isfinite().all():
+                raise RunError(
+                    f"weights not finite ({name}) after the update at step {progress.global_step},"
+                    f" where the gradient's norm was {metrics['grad_norm']:g}; lower"
+                    " --learning-rate or --beta"
+                )
         progress.train_seconds += time.perf_counter() - iteration_started
         progress.recent_rewards = [*progress.recent_rewards, *reward.tolist()][-100:]
 
@@ -956,6 +998,20 @@ def evaluate_and_log(setup, args, progress, writer):
     save(args.run_dir / "samples.jsonl", samples_jsonl)
     for name, value in row.items():
         writer.add_scalar(f"eval/{name}", value, row["step"])
+
+
+def evaluate_run(args: Args) -> None:
+    """Evaluates the policy of the run in the folder `args.evaluate`; prints samples and scores."""
+    run = evaluated_args(args, "seed", "device", "eval_episodes")
+    setup = load(run)
+    progress = restore(setup, run, torch.Generator(), np.random.default_rng())
+    row, samples = evaluate(setup, run, progress.global_step)
+    for sample in samples:
+        text = f"{sample['prompt']} [{sample['response'].strip()}]"
+        setup.accelerator.print(f"{sample['reward']:.3f}  {text}")
+    row["return_standard_error"] = row["return_std"] / max(1, run.eval_episodes - 1) ** 0.5
+    for name, value in row.items():
+        setup.accelerator.print(f"{name}: {value:.4g}")
 
 
 # What follows is plumbing: nothing in it belongs to the algorithm.
@@ -1103,14 +1159,14 @@ class Setup:
     model: nn.Module  # the same, wrapped in DDP where there are several processes
     optimizer: torch.optim.Optimizer
     tokenizer: transformers.PreTrainedTokenizerBase
-    reward_models: list[RewardModel]
-    heldout_models: list[RewardModel]  # only evaluated
+    reward_models: list[RewardModel | RewardFunction]
+    heldout_models: list[RewardModel | RewardFunction]  # only evaluated
     train_data: datasets.Dataset
     eval_data: datasets.Dataset
 
 
 def load(args):
-    """Loads models and data and makes the run's folder. Raises ValueError: what is wrong."""
+    """Loads models and data and makes the run's folder. Raises UsageError: what is wrong."""
     started = time.perf_counter()
     cpu = args.device == "cpu" or not torch.cuda.is_available()
     accelerator = Accelerator(cpu=cpu, mixed_precision="no")  # ActorCritic does that
@@ -1126,8 +1182,8 @@ def load(args):
     train_data, eval_data = load_data(args)
     reward_dtype = dtype if args.lora_r else torch.float32  # with LoRA, models are large
     options = {"label": args.reward_label, "device": device, "dtype": reward_dtype}
-    reward_models = [RewardModel(name, **options) for name in args.reward_model]
-    heldout_models = [RewardModel(name, **options) for name in args.eval_reward_model]
+    reward_models = [load_reward_model(name, **options) for name in args.reward_model]
+    heldout_models = [load_reward_model(name, **options) for name in args.eval_reward_model]
     with loading(args.policy_model):
         actor_critic = ActorCritic(args, device, dtype)
     positions = getattr(actor_critic.policy.config, "max_position_embeddings", math.inf)
@@ -1161,11 +1217,11 @@ def load(args):
 
 @contextmanager
 def loading(name):
-    """Turns any error while loading `name` into a ValueError of one line."""
+    """Turns any error while loading `name` into a UsageError of one line."""
     try:
         yield
     except Exception as error:  # a network, a hub or a parser may fail in any way
-        raise ValueError(
+        raise UsageError(
             f"{name}: cannot be loaded, neither from disk nor from the hub: {repr(error)[:300]}"
         ) from error
 
@@ -1182,7 +1238,7 @@ def load_tokenizer(name):
 
 
 def load_data(args):
-    """Training data, and `eval_episodes` held-out rows. Raises ValueError: what is wrong."""
+    """Training data, and `eval_episodes` held-out rows. Raises UsageError: what is wrong."""
     train_data = load_dataset(args.dataset, args.task)
     if args.eval_dataset:
         eval_data = load_dataset(args.eval_dataset, args.task)
@@ -1258,22 +1314,47 @@ def decode(tokenizer, ids, mask):
 
 
 def save(path, content):
-    """Writes text, or any object with torch.save, atomically: a temporary file, then a rename."""
+    """Writes text, bytes or, with torch.save, any object atomically: a temporary file, then a
+    rename. Raises OSError."""
     temporary = path.with_name(path.name + ".tmp")
     if isinstance(content, str):
         temporary.write_text(content)
+    elif isinstance(content, bytes):
+        temporary.write_bytes(content)
     else:
-        torch.save(content, temporary)
+        try:
+            torch.save(content, temporary)
+        except RuntimeError as error:  # what PyTorch raises if the disk is full
+            raise OSError(f"{temporary}: {error!r}") from error
     os.replace(temporary, path)
 
 
-def save_checkpoint(setup, args, generator, rng, progress):
+@contextmanager
+def reading(path):
+    """Turns whatever goes wrong with a run's file into a UsageError that names it."""
+    try:
+        yield
+    except Exception as error:  # any exception is possible with a damaged file
+        raise UsageError(f"{path}: cannot be used: {error!r:.300}") from error
+
+
+def load_checkpoint(path):
+    """Loads a checkpoint, after a test of its checksums, which torch.load ignores."""
+    require(zipfile.ZipFile(path).testzip() is None, "damaged")
+    return torch.load(path, map_location="cpu", weights_only=True)
+
+
+def trained_parameters(setup):
     trained = {}
     for name, parameter in setup.actor_critic.named_parameters():
         if parameter.requires_grad:
             trained[name] = parameter.detach()
+    return trained
+
+
+def save_checkpoint(setup, args, generator, rng, progress):
     content = {
-        "agent": trained,
+        "agent": trained_parameters(setup),
         "optimizer": setup.optimizer.state_dict(),
         "generator": generator.get_state(),
         "rng": rng.bit_generator.state,
@@ -1282,14 +1363,17 @@ def save_checkpoint(setup, args, generator, rng, progress):
     save(args.run_dir / "checkpoint.pt", content)
 
 
-def load_checkpoint(setup, args, generator, rng):
+def restore(setup, args, generator, rng):
     path = args.run_dir / "checkpoint.pt"
-    content = torch.load(path, map_location="cpu", weights_only=True)
-    setup.actor_critic.load_state_dict(content["agent"], strict=False)  # others are frozen
-    setup.optimizer.load_state_dict(content["optimizer"])
-    generator.set_state(content["generator"])
-    rng.bit_generator.state = content["rng"]
-    return Progress(**content["progress"])
+    with reading(path):
+        content = load_checkpoint(path)
+        keys = setup.actor_critic.load_state_dict(content["agent"], strict=False)
+        missing = set(keys.missing_keys) & set(trained_parameters(setup))  # others are frozen
+        require(not missing and not keys.unexpected_keys, f"lacks {missing}")
+        setup.optimizer.load_state_dict(content["optimizer"])
+        generator.set_state(content["generator"])
+        rng.bit_generator.state = content["rng"]
+        return Progress(**content["progress"])
 
 
 def save_policy(setup, run_dir):
@@ -1323,18 +1407,25 @@ def save_progress(path, evaluations):
     save(path, "\n".join(lines) + "\n")
 
 
+def git(*command):
+    """What git prints in the script's folder; None without git or a repository."""
+    folder = Path(__file__).resolve().parent
+    if not shutil.which("git"):
+        return None
+    done = subprocess.run(["git", "-C", folder, *command], capture_output=True, text=True)
+    return None if done.returncode else done.stdout.strip()
+
+
 def describe_machine():
-    """Command, commit, versions and hardware, to reproduce a run."""
-    commit = None
-    if shutil.which("git"):
-        folder = Path(__file__).resolve().parent
-        git = ["git", "-C", folder, "describe", "--always", "--dirty", "--abbrev=40"]
-        commit = subprocess.run(git, capture_output=True, text=True).stdout.strip() or None
+    """Command, script, commit, versions and hardware, to reproduce a run."""
+    script = Path(__file__).resolve()
     versions = {package.name: package.version for package in metadata.distributions()}
     versions["python"] = platform.python_version()
     return {
         "command": sys.argv,
-        "commit": commit,
+        "script_sha256": hashlib.sha256(script.read_bytes()).hexdigest(),
+        "script_status": git("status", "--short", "--", script),  # "": as in the commit
+        "commit": git("describe", "--always", "--dirty", "--abbrev=40"),
         "versions": versions,
         "hardware": {
             "platform": platform.platform(),
@@ -1364,9 +1455,17 @@ def keep_freed_memory():
 # Arguments
 
 
+class UsageError(ValueError):
+    """Wrong input: what is wrong, and what to do."""
+
+
+class RunError(RuntimeError):
+    """A run that can't continue: why."""
+
+
 def require(condition, message):
     if not condition:
-        raise ValueError(message)
+        raise UsageError(message)
 
 
 def require_range(args, names, low, high):
@@ -1386,21 +1485,21 @@ def parse_args(argv: list[str] | None = None) -> Args:
 
 
 def prepare(args: Args) -> Args:
-    """Checks arguments, fills in defaults that depend on others, makes the toy. Raises ValueError:
+    """Checks arguments, fills in defaults that depend on others, makes the toy. Raises UsageError:
     what is wrong, what to do."""
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
-    if args.resume:
+    if args.resume is not None:
         args = resumed_args(args)
     args = with_defaults(args)
     check(args)
+    require(
+        args.resume or not args.run_dir.exists(),
+        f"{args.run_dir}: File exists; try another --run-name or --runs-dir",
+    )
     if args.task == "toy" and os.environ.get("RANK", "0") == "0":
         try:
             make_toy(Path(args.runs_dir) / "toy")
         except OSError as error:
-            raise ValueError(
+            raise UsageError(
                 f"{args.runs_dir}: {error.strerror}; try another --runs-dir"
             ) from error
     return args
@@ -1417,9 +1516,34 @@ def resumed_args(args: Args) -> Args:
         (folder / "args.json").is_file() and not (folder / "summary.json").is_file(),
         f"--resume {folder}: not the folder of an interrupted run",
     )
-    saved = json.loads((folder / "args.json").read_text())["args"]
-    require(saved.keys() == vars(args).keys(), f"--resume {folder}: a run of another script")
-    return Args(**saved | {"resume": args.resume})
+    return replace(saved_args(folder), resume=args.resume)
+
+
+def saved_args(folder: Path) -> Args:
+    """The arguments of a run, from its args.json, checked like flags."""
+    path = folder / "args.json"
+    with reading(path):
+        saved = json.loads(path.read_text())["args"]
+        names = {field.name for field in fields(Args)}
+        require(saved.keys() == names, "a run of another script")
+        for field in fields(Args):
+            if isinstance(saved[field.name], list):
+                saved[field.name] = tuple(saved[field.name])
+            check_type(saved[field.name], field.type)
+        args = Args(**saved)
+        check(args)
+    return args
+
+
+def evaluated_args(args: Args, *names: str) -> Args:
+    """The arguments of the run in `args.evaluate`, but for those of `names`, which flags give."""
+    given = {name: getattr(args, name) for name in names}
+    flags = ", ".join(f"--{name.replace('_', '-')}" for name in names)
+    require(args == Args(evaluate=args.evaluate, **given), f"--evaluate takes only {flags}")
+    folder = Path(args.evaluate)
+    run = replace(saved_args(folder), resume=args.evaluate, **given)
+    check(run)
+    return run
 
 
 def with_defaults(args: Args) -> Args:
@@ -1446,17 +1570,20 @@ def with_defaults(args: Args) -> Args:
         args.checkpoint_freq = tenth
     if args.run_name is None:
         stamp = time.strftime("%Y%m%d-%H%M%S")
-        args.run_name = f"{args.task}__{args.algo}__{args.noise}__{args.seed}__{stamp}"
+        name = f"{args.task}__{args.algo}__{args.noise}__{args.seed}__{stamp}"
+        args.run_name = f"{Path(__file__).stem}__{name}"
     return args
 
 
 def check(args: Args) -> None:
-    """Raises ValueError for an argument that is out of range or contradicts another."""
-    require_range(args, "total_timesteps prompt_length response_length eval_episodes", 1, 1e12)
-    require_range(args, "batch_size num_minibatches update_epochs lora_alpha", 1, 1e12)
+    """Raises UsageError for an argument that is out of range or contradicts another."""
+    require_range(args, "total_timesteps eval_episodes update_epochs", 1, 1e12)
+    require_range(args, "prompt_length response_length lora_alpha", 1, 1e6)
+    require_range(args, "batch_size num_minibatches", 1, 1e6)
     if args.micro_batch_size is not None:
-        require_range(args, "micro_batch_size", 1, 1e12)
-    require_range(args, "seed top_k lora_r reward_label eval_freq checkpoint_freq", 0, 1e18)
+        require_range(args, "micro_batch_size", 1, 1e6)
+    require_range(args, "seed reward_label eval_freq checkpoint_freq", 0, 1e18)
+    require_range(args, "top_k lora_r", 0, 1e6)
     require_range(args, "alpha beta vf_coef ce_coef kl_coef weight_decay", 0, 1e9)
     require_range(args, "learning_rate adam_eps clip_coef max_grad_norm", 1e-30, 1e12)
     require_range(args, "gamma gae_lambda noise_level", 0, 1)
@@ -1480,8 +1607,8 @@ def check(args: Args) -> None:
         require(flips, "--correct-flips: needs --noise flip and a --noise-level below 0.5")
     require(args.device != "cuda" or cuda, "--device cuda: no GPU here; use cpu")
     require(
-        args.resume or not args.run_dir.exists(),
-        f"{args.run_dir}: File exists; try another --run-name or --runs-dir",
+        Path(args.run_name).name == args.run_name != ".." and args.run_name.isprintable(),
+        f"--run-name {args.run_name!r}: give the plain name of a folder",
     )
     heldout_names = {Path(name).name for name in args.eval_reward_model}
     require(
@@ -1496,24 +1623,39 @@ def check(args: Args) -> None:
     require(not args.track or util.find_spec("wandb"), "--track: pip install wandb")
 
 
-def make_run_dir(args):
+def make_run_dir(args: Args) -> None:
+    content = {"args": vars(args)} | describe_machine()
     try:
         args.run_dir.mkdir(parents=True)
     except OSError as error:
-        raise ValueError(
-            f"{args.run_dir}: {error.strerror}; try another --run-name or --runs-dir"
-        ) from error
-    content = {"args": vars(args), **describe_machine()}
-    save(args.run_dir / "args.json", json.dumps(content, indent=2))
+        advice = "try another --run-name or --runs-dir"
+        raise UsageError(f"{args.run_dir}: {error.strerror}; {advice}") from error
+    try:
+        save(args.run_dir / "args.json", json.dumps(content, indent=2))
+    except OSError as error:
+        shutil.rmtree(args.run_dir)
+        raise UsageError(f"{args.run_dir}: {error.strerror}") from error
+
+
+def fail(message, status):
+    print(f"error: {message}", file=sys.stderr)
+    sys.exit(status)
 
 
 def main() -> None:
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
     try:
-        args = prepare(parse_args())
+        args = parse_args()
+        if args.evaluate is not None:
+            evaluate_run(args)
+            return
+        args = prepare(args)
         setup = load(args)
-    except ValueError as error:
-        print(f"error: {error}", file=sys.stderr)
-        sys.exit(2)
+    except UsageError as error:
+        fail(error, 2)
     stop = threading.Event()
 
     def request_stop(signum, frame):
@@ -1522,14 +1664,23 @@ def main() -> None:
 
     signal.signal(signal.SIGINT, request_stop)
     signal.signal(signal.SIGTERM, request_stop)
-    summary = train(args, stop, setup)
+    resume = shlex.join(["python", sys.argv[0], "--resume", str(args.run_dir)])
+    lock = nullcontext()
+    if setup.accelerator.is_main_process:
+        lock = FileLock(args.run_dir / "lock", blocking=False)
+    try:
+        with lock:
+            summary = train(args, stop, setup)
+    except Timeout:
+        fail(f"{args.run_dir}: another process is at work on this run", 2)
+    except UsageError as error:
+        fail(error, 2)
+    except (RunError, OSError) as error:
+        fail(f"{error}; to continue: {resume}", 1)
     setup.accelerator.wait_for_everyone()  # the first process may still be writing
     setup.accelerator.end_training()
     if summary is None:
-        setup.accelerator.print(
-            f"interrupted; to continue: python {sys.argv[0]} --resume {args.run_dir}",
-            file=sys.stderr,
-        )
+        setup.accelerator.print(f"interrupted; to continue: {resume}", file=sys.stderr)
         sys.exit(130)
     setup.accelerator.print(
         f"{args.task} {args.algo}: "

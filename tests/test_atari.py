@@ -5,6 +5,7 @@ The scripts share most of their text, as `test_repository.py` guards: that is te
 
 import functools
 import shutil
+import threading
 
 import ale_py
 import cv2
@@ -225,7 +226,7 @@ def test_evaluation_scores_whole_games_as_a_plain_emulator_does(monkeypatch):
     agent, args = script.Agent(4), script.Args(eval_episodes=2)
     nn.init.normal_(agent.actor.weight, std=0.1)
     recorded = SPPO_ATARI.record_actions(monkeypatch)
-    scores, lengths = script.evaluate(agent, args, 7, None)
+    scores, lengths = script.evaluate(agent, args, 7, None, threading.Event())
     _, plain, _ = begin_games("Breakout", 2, seed=7)
     for i, one in enumerate(plain):
         for action in recorded:
@@ -235,7 +236,7 @@ def test_evaluation_scores_whole_games_as_a_plain_emulator_does(monkeypatch):
     assert lengths.max() == len(recorded)
     choices = np.concatenate(recorded)
     assert len(set(choices.tolist())) > 1
-    again, _ = script.evaluate(agent, args, 7, None)
+    again, _ = script.evaluate(agent, args, 7, None, threading.Event())
     assert np.array_equal(scores, again)
 
 
@@ -270,7 +271,9 @@ class Countdown:
 def test_evaluation_counts_the_first_game_of_each(monkeypatch):
     """The last ones, or those that end first, would favour short games."""
     monkeypatch.setattr(script, "AtariVectorEnv", Countdown)
-    scores, lengths = script.evaluate(script.Agent(2), script.Args(eval_episodes=2), 0, None)
+    scores, lengths = script.evaluate(
+        script.Agent(2), script.Args(eval_episodes=2), 0, None, threading.Event()
+    )
     assert scores.tolist() == [3, 200]
     assert lengths.tolist() == [3, 20]
 

@@ -7,6 +7,7 @@ The scripts share most of their text, as `test_repository.py` guards: that is te
 import itertools
 import json
 import shutil
+import threading
 
 import gymnasium as gym
 import numpy as np
@@ -448,11 +449,99 @@ def test_evaluation_leaves_the_training_statistics_alone():
         [envs.obs_stats.mean.tolist(), envs.obs_stats.count, envs.return_stats.count]
     )
     agent, env = make_agent(env_id="InvertedPendulum-v4")
-    returns, lengths = script.evaluate(agent, env, envs, episodes=3, seed=0)
+    args = script.Args(eval_episodes=3)
+    returns, lengths = script.evaluate(agent, env, envs, args, 0, threading.Event())
     assert returns.shape == lengths.shape == (3,)
     assert before == json.dumps(
         [envs.obs_stats.mean.tolist(), envs.obs_stats.count, envs.return_stats.count]
     )
+
+
+# ---- Environments of others
+
+
+class Trouble(gym.Env):
+    """Episodes of 100 steps; what `trouble` says happens at every 50th step."""
+
+    observation_space = gym.spaces.Box(-1, 1, (3,))
+    action_space = gym.spaces.Box(-1, 1, (1,))
+
+    def __init__(self, trouble="none"):  # no render_mode, which Gymnasium does not ask for
+        self.trouble = trouble
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.t = 0
+        return np.zeros(3, np.float32), {}
+
+    def step(self, action):
+        self.t += 1
+        obs = np.zeros(3)
+        reward = 1.0
+        if self.t % 50 == 0:
+            if self.trouble == "NaN observation":
+                obs[1] = np.nan
+            elif self.trouble == "huge observation":
+                obs[1] = 1e200
+            elif self.trouble == "infinite reward":
+                reward = -np.inf
+            elif self.trouble == "error":
+                raise KeyError("no such joint")
+            elif self.trouble == "exit":
+                raise SystemExit(0)
+        return obs, reward, False, self.t == 100 and self.trouble != "endless", {}
+
+
+@pytest.fixture
+def trouble():
+    """Registers Trouble as an environment. Returns its name for a trouble."""
+    names = []
+
+    def register(what):
+        name = f"Trouble-{what.replace(' ', '-')}-v0"
+        gym.register(name, Trouble, kwargs={"trouble": what})
+        names.append(name)
+        return name
+
+    yield register
+    for name in names:
+        del gym.registry[name]
+
+
+@pytest.mark.filterwarnings("ignore")  # Gymnasium's own, of such observations
+@pytest.mark.parametrize(
+    ("what", "message"),
+    [
+        ("NaN observation", "nan"),
+        ("huge observation", "e+200"),
+        ("infinite reward", "-inf"),
+        ("error", "KeyError('no such joint') in test_continuous.py:"),
+        ("exit", "SystemExit(0) in test_continuous.py:"),
+    ],
+)
+def test_an_environment_that_fails_is_named(setting, trouble, tmp_path, what, message):
+    env_id = trouble(what)
+    with pytest.raises(setting.script.RunError) as error:
+        setting.run(tmp_path, env_id=env_id)
+    assert str(error.value).startswith(f"{env_id}, its step 50: ")
+    assert message in str(error.value)
+
+
+def test_an_environment_that_fails_in_an_evaluation_is_named(setting, trouble, tmp_path):
+    """The training takes 32 steps, too few for that."""
+    env_id = trouble("error")
+    flags = {"env_id": env_id, "num_envs": 1, "num_steps": 32, "total_timesteps": 32}
+    with pytest.raises(setting.script.RunError, match=f"{env_id}, its step 50: KeyError"):
+        setting.run(tmp_path, **flags)
+
+
+def test_an_endless_episode_is_cut_off_in_evaluations(setting, trouble, tmp_path):
+    flags = {"eval_episodes": 2, "eval_max_steps": 70}
+    summary, folder = setting.run(tmp_path, env_id=trouble("endless"), **flags)
+    assert summary["final_return_mean"] == 70
+    assert summary["train_return_last100"] is None
+    evaluation = progress(folder)[-1]
+    assert (evaluation["length_mean"], evaluation["return_std"]) == (70, 0)
 
 
 # ---- Runs: identity, reproducibility, learning

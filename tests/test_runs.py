@@ -1,20 +1,26 @@
 """What every script promises about runs: identity, folder, stopping and resuming, errors."""
 
 import copy
+import hashlib
 import importlib.machinery
 import json
+import math
 import os
+import pickle
 import shlex
 import signal
 import subprocess
 import sys
+import threading
 import time
 import types
 from pathlib import Path
 
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
+from filelock import FileLock
 from helpers import (
     SETTINGS,
     SPPO_ATARI,
@@ -341,7 +347,8 @@ def test_scores_are_logged_once_an_episode_has_finished(setting, tmp_path):
         tmp_path / "short", num_envs=1, num_steps=2, total_timesteps=2, **flags
     )
     tags = EventAccumulator(str(folder)).Reload().Tags()["scalars"]
-    assert [tag for tag in tags if tag.startswith("charts/")] == ["charts/SPS"]
+    charts = {tag for tag in tags if tag.startswith("charts/")}
+    assert charts == {"charts/SPS", "charts/learning_rate"}
     assert short["train_return_last100"] is None
     _, folder = setting.run(tmp_path / "long", num_steps=256)
     tags = EventAccumulator(str(folder)).Reload().Tags()["scalars"]
@@ -366,13 +373,31 @@ def test_the_share_of_clipped_gradients_is_that_of_norms_above_the_limit(
 
 
 @pytest.mark.parametrize("updates", ["many", "one"])
-def test_an_infinite_gradient_ends_the_run_and_says_so(setting, tmp_path, monkeypatch, updates):
-    """At once; also where the last step of an update makes the weights infinite, and a rollout
-    meets them."""
+def test_infinite_weights_end_the_run_at_once_and_say_so(setting, tmp_path, monkeypatch, updates):
     monkeypatch.setattr(setting.script, "check", lambda args: None)  # of such a learning rate
     flags = {"num_minibatches": 1, "update_epochs": 1} if updates == "one" and setting.ppo else {}
-    with pytest.raises(SystemExit, match="gradient not finite at step (128|256|384|512);"):
-        setting.run(tmp_path, learning_rate=1e18, total_timesteps=2048, log_freq=10_000, **flags)
+    message = "weights not finite after the update at step (128|256|384|512),"
+    with pytest.raises(setting.script.RunError, match=message):
+        setting.run(tmp_path, learning_rate=1e38, total_timesteps=2048, log_freq=10_000, **flags)
+
+
+def test_infinite_weights_never_replace_a_checkpoint(setting, tmp_path, monkeypatch):
+    """The gradient is infinite in the third of four updates."""
+    original = setting.script.gradient_and_metrics
+    updates = 12 if setting.ppo else 1
+    calls = []
+
+    def failing(*arguments):
+        gradient, metrics = original(*arguments)
+        calls.append(1)
+        return (gradient * math.inf if len(calls) == 2 * updates + 1 else gradient), metrics
+
+    monkeypatch.setattr(setting.script, "gradient_and_metrics", failing)
+    with pytest.raises(setting.script.RunError, match="at step 384"):
+        setting.run(tmp_path, checkpoint_freq=1)
+    assert checkpoint(tmp_path / "run")["global_step"] == 256
+    assert weights(tmp_path / "run").isfinite().all()
+    assert not (tmp_path / "run" / "summary.json").exists()
 
 
 def test_log_entries_are_of_the_updates_since_the_last_one(setting, tmp_path, monkeypatch):
@@ -459,10 +484,15 @@ def test_a_run_leaves_what_it_promises(setting, tmp_path):
     recorded = json.loads((folder / "args.json").read_text())
     assert recorded["args"]["noise_level"] == 0.05
     assert recorded["versions"]["torch"] == torch.__version__
+    script = Path(setting.script.__file__).read_bytes()
+    assert recorded["script_sha256"] == hashlib.sha256(script).hexdigest()
     assert not list(folder.glob("*.tmp"))
     events = EventAccumulator(str(folder)).Reload()
     tags = set(events.Tags()["scalars"])
-    assert {f"charts/{name}" for name in ("episodic_return", "episodic_length", "SPS")} < tags
+    charts = ("episodic_return", "episodic_length", "SPS", "learning_rate")
+    assert {f"charts/{name}" for name in charts} <= tags
+    (text,) = events.Tensors("hyperparameters/text_summary")
+    assert '"noise_level": 0.05' in text.tensor_proto.string_val[0].decode()
     losses = "policy_loss value_loss reverse_loss entropy grad_norm clipped_gradients"
     losses += " advantage_sign_flips explained_variance advantage_largest"
     losses += " approx_kl clipfrac" if setting.ppo else " probability reverse_share"
@@ -587,7 +617,8 @@ def test_the_summary_is_written_last(setting, tmp_path, monkeypatch):
 
     monkeypatch.setattr(setting.script, "save", recording_save)
     setting.run(tmp_path)
-    assert written[-3:] == ["progress.csv", "checkpoint.pt", "summary.json"]
+    last = ["progress.csv", "checkpoint.pt", "agent.safetensors", "summary.json"]
+    assert written[-4:] == last
     assert written.count("summary.json") == 1
 
 
@@ -660,6 +691,214 @@ def test_an_interrupted_save_leaves_the_old_file(setting, tmp_path, monkeypatch)
     assert torch.load(path) == {"step": 1}
 
 
+def test_the_final_weights_are_there_as_safetensors(setting, tmp_path):
+    _, folder = setting.run(tmp_path)
+    tensors = safetensors.torch.load_file(folder / "agent.safetensors")
+    state = checkpoint(folder)
+    for name, weight in state["agent"].items():
+        assert torch.equal(tensors.pop(name), weight)
+    if not setting.atari:
+        assert torch.equal(tensors.pop("obs_mean"), state["obs_stats"]["mean"])
+        assert torch.equal(tensors.pop("obs_std"), state["obs_stats"]["std"])
+    assert tensors == {}
+
+
+def files(folder):
+    """{name: content} of a folder, but for the lock."""
+    return {path.name: path.read_bytes() for path in folder.iterdir() if path.name != "lock"}
+
+
+def run_main(setting, monkeypatch, capsys, *arguments):
+    """Runs the script with these arguments. Returns (exit status, standard output, error)."""
+    monkeypatch.setattr(sys, "argv", [setting.script.__file__, *map(str, arguments)])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)  # pytest has its own handlers
+    status = 0
+    try:
+        setting.script.main()
+    except SystemExit as exit_:
+        status = exit_.code
+    out, err = capsys.readouterr()
+    return status, out, err
+
+
+class Malice:
+    """Makes a folder when it is unpickled."""
+
+    def __init__(self, folder):
+        self.folder = folder
+
+    def __reduce__(self):
+        return os.mkdir, (str(self.folder),)
+
+
+def flip_a_weight(path):
+    """Changes one byte of the largest tensor in a checkpoint."""
+    content = bytearray(path.read_bytes())
+    weight = max(torch.load(path)["agent"].values(), key=torch.numel)
+    position = content.index(weight.numpy().tobytes()[:64])
+    content[position + 3] ^= 64
+    path.write_bytes(content)
+
+
+def change_checkpoint(path, change):
+    state = torch.load(path)
+    change(state)
+    torch.save(state, path)
+
+
+CHECKPOINT_DAMAGES = {
+    "empty": lambda path: path.write_bytes(b""),
+    "half": lambda path: path.write_bytes(path.read_bytes()[: path.stat().st_size // 2]),
+    "garbage": lambda path: path.write_bytes(bytes(range(256)) * 99),
+    "flipped": flip_a_weight,
+    "list": lambda path: torch.save([1, 2], path),
+    "no rng": lambda path: change_checkpoint(path, lambda state: state.pop("rng")),
+    "no step": lambda path: change_checkpoint(path, lambda state: state.pop("global_step")),
+    "size": lambda path: change_checkpoint(
+        path, lambda state: state["agent"].update({next(iter(state["agent"])): torch.ones(7)})
+    ),
+    "code": lambda path: path.write_bytes(pickle.dumps(Malice(path.with_name("malice")))),
+}
+
+
+@pytest.mark.parametrize("damage", CHECKPOINT_DAMAGES)
+def test_a_damaged_checkpoint_is_named_and_left_alone(
+    setting, tmp_path, monkeypatch, capsys, damage
+):
+    _, folder = setting.run(tmp_path, stop=StopAfter(2))
+    CHECKPOINT_DAMAGES[damage](folder / "checkpoint.pt")
+    before = files(folder)
+    status, out, err = run_main(setting, monkeypatch, capsys, "--resume", folder)
+    assert status == 2
+    assert err.startswith(f"error: {folder / 'checkpoint.pt'}: cannot be used: ")
+    assert (out, err.count("\n")) == ("", 1)
+    assert files(folder) == before
+
+
+ARGS_DAMAGES = {
+    "empty": "",
+    "half": '{"args": {"env_id"',
+    "list": "[1, 2]",
+    "null": "null",
+    "choice": {"noise": "nonsense"},
+    "text": {"num_envs": "4"},
+    "nothing": {"total_timesteps": None},
+    "negative": {"learning_rate": -1.0},
+    "additional": {"nonsense": 1},
+}
+
+
+@pytest.mark.parametrize("damage", ARGS_DAMAGES)
+def test_damaged_arguments_are_named_and_left_alone(setting, tmp_path, monkeypatch, capsys, damage):
+    _, folder = setting.run(tmp_path, stop=StopAfter(2))
+    path = folder / "args.json"
+    content = ARGS_DAMAGES[damage]
+    if isinstance(content, dict):
+        saved = json.loads(path.read_text())
+        saved["args"].update(content)
+        content = json.dumps(saved)
+    path.write_text(content)
+    before = files(folder)
+    status, out, err = run_main(setting, monkeypatch, capsys, "--resume", folder)
+    assert status == 2
+    assert err.startswith(f"error: {path}: cannot be used: ")
+    assert (out, err.count("\n")) == ("", 1)
+    assert files(folder) == before
+
+
+def test_a_run_is_resumed_by_one_process_at_a_time(setting, tmp_path, monkeypatch, capsys):
+    _, folder = setting.run(tmp_path, stop=StopAfter(2))
+    before = files(folder)
+    with FileLock(folder / "lock"):
+        status, out, err = run_main(setting, monkeypatch, capsys, "--resume", folder)
+    assert (status, out) == (2, "")
+    assert err == f"error: {folder}: another process is at work on this run\n"
+    assert files(folder) == before
+    status, _, _ = run_main(setting, monkeypatch, capsys, "--resume", folder)
+    assert status == 0
+    assert checkpoint(folder)["global_step"] == 512
+
+
+@pytest.mark.parametrize("error", [RuntimeError("unexpected pos 0"), OSError(28, "No space left")])
+def test_a_full_disk_is_one_line_and_the_run_can_continue(
+    setting, tmp_path, monkeypatch, capsys, error
+):
+    _, folder = setting.run(tmp_path, stop=StopAfter(2))
+    before = (folder / "checkpoint.pt").read_bytes()
+
+    def failing_save(content, target):
+        Path(target).write_bytes(b"half")
+        raise error
+
+    with monkeypatch.context() as patch:
+        patch.setattr(torch, "save", failing_save)
+        status, out, err = run_main(setting, patch, capsys, "--resume", folder)
+    assert (status, out) == (1, "")
+    message, _, advice = err.rstrip("\n").partition("; to continue: ")
+    assert message.startswith("error: ")
+    assert str(error.args[-1]) in message
+    assert shlex.split(advice)[2:] == ["--resume", str(folder)]
+    assert (folder / "checkpoint.pt").read_bytes() == before
+    assert setting.resume(folder)["finished"]
+
+
+def test_a_start_that_fails_leaves_no_folder(setting, tmp_path, monkeypatch):
+    def failing_save(path, content):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(setting.script, "save", failing_save)
+    with pytest.raises(setting.script.UsageError, match="No space left on device"):
+        setting.run(tmp_path)
+    assert list(tmp_path.iterdir()) == []
+
+
+@pytest.mark.parametrize("at", [256, 512])
+def test_a_signal_ends_an_evaluation_which_is_done_when_resumed(setting, tmp_path, monkeypatch, at):
+    """The second of two; then the run is what it would have been."""
+    _, whole = setting.run(tmp_path / "whole", eval_freq=256)
+    stop = threading.Event()
+    evaluate = setting.script.evaluate
+    stopped_at = setting.small.get("seed", 1) + at
+
+    def stopped_evaluate(*arguments):
+        if stopped_at in arguments:
+            stop.set()
+        return evaluate(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(setting.script, "evaluate", stopped_evaluate)
+        summary, folder = setting.run(tmp_path, stop=stop, eval_freq=256)
+    assert summary is None
+    assert checkpoint(folder)["global_step"] == at
+    setting.resume(folder)
+    steps = [row["step"] for row in progress(folder)]
+    assert steps == [256, 512]
+    there = steps.index(at)
+    assert progress(folder)[there] == progress(whole)[there]
+
+
+def test_evaluate_plays_a_runs_policy(setting, tmp_path, monkeypatch, capsys):
+    """With the seed of the last evaluation of the run, its score; and nothing is trained."""
+    summary, folder = setting.run(tmp_path, eval_episodes=3)
+    before = files(folder)
+    seed = summary["seed"] + 512
+    arguments = ["--evaluate", folder, "--eval-episodes", 3, "--seed", seed]
+    status, out, err = run_main(setting, monkeypatch, capsys, *arguments)
+    assert (status, err) == (0, "")
+    deviation = summary["final_return_std"] / 2**0.5
+    score = f"return {summary['final_return_mean']:.1f} ± {deviation:.1f} "
+    assert f"after 512 steps: {score}(mean and standard error of 3 episodes)" in out
+    assert files(folder) == before
+
+
+def test_evaluate_refuses_flags_of_the_training(setting, tmp_path, monkeypatch, capsys):
+    _, folder = setting.run(tmp_path)
+    arguments = ["--evaluate", folder, "--learning-rate", 1]
+    status, _, err = run_main(setting, monkeypatch, capsys, *arguments)
+    assert status == 2
+    assert err.startswith("error: --evaluate takes only --seed, --eval-episodes")
+
+
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_a_signal_stops_with_a_checkpoint_and_says_how_to_go_on(setting, tmp_path, signum):
     folder = tmp_path / "it's a run"
@@ -721,6 +960,14 @@ BAD_INPUT = {
     "--learning-rate 0": "--learning-rate 0.0: must be between",
     "--max-grad-norm 0": "--max-grad-norm 0.0: must be between",
     "--device cuda": "--device cuda: no GPU here; use cpu",
+    "--num-envs 4294967296": "steps a rollout",
+    "--num-steps 100000000": "steps a rollout",
+    "--run-name ../x": "--run-name '../x': give the plain name of a folder",
+    "--run-name /x": "--run-name '/x': give the plain name of a folder",
+    "--run-name ..": "--run-name '..': give the plain name of a folder",
+    "--run-name .": "--run-name '.': give the plain name of a folder",
+    "--run-name a\udcff": "give the plain name of a folder",
+    "--evaluate nowhere": "nowhere/args.json: cannot be used",
     "--runs-dir /dev/null": "/dev/null",
     "--resume nowhere": "--resume nowhere: not the folder of an interrupted run",
     "--resume nowhere --seed 2": "--resume reuses the flags of the interrupted run: leave out all",
@@ -739,7 +986,11 @@ CONTINUOUS_BAD_INPUT = {
     "--env-id nowhere:Nothing-v0": "nowhere",
     "--policy gaussian --beta 1": "--policy categorical",
     "--bins 1": "--bins 1: must be between 2 and",
-    "--hidden-sizes 64 0": "--hidden-sizes: must be at least 1 each",
+    "--bins 100000": "--bins 100000: must be between 2 and 1000",
+    "--hidden-sizes 64 0": "--hidden-sizes 0: must be between 1 and 10000",
+    "--hidden-sizes 100000": "--hidden-sizes 100000: must be between 1 and 10000",
+    "--eval-max-steps 0": "--eval-max-steps 0: must be between 1 and",
+    "--policy gaussian --log-std-init nan": "--log-std-init nan: must be between -20 and 20",
 }
 ATARI_BAD_INPUT = {
     "--env-id Brekout": "breakout",
