@@ -2,6 +2,7 @@
 
 import csv
 import json
+import math
 import os
 import shutil
 import signal
@@ -20,7 +21,9 @@ import pytest
 import torch
 import transformers
 from accelerate import Accelerator
+from filelock import FileLock
 from helpers import StopAfter
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.nn import functional as F
 
@@ -701,6 +704,151 @@ def test_killed_just_before_its_summary_a_run_only_writes_that(run):
     assert (folder / "summary.json").read_text() == json.dumps(resumed, indent=2)
 
 
+def test_infinite_weights_never_replace_a_checkpoint(run, tmp_path, monkeypatch):
+    """The weights become infinite in the last step of the third of four updates."""
+    update = rlhf.update
+    updates = []
+
+    def failing_update(setup, *arguments):
+        metrics = update(setup, *arguments)
+        updates.append(1)
+        if len(updates) == 3:
+            with torch.no_grad():
+                setup.actor_critic.value_head.weight[0, 0] = math.inf
+        return metrics
+
+    monkeypatch.setattr(rlhf, "update", failing_update)
+    with pytest.raises(rlhf.RunError, match=r"not finite \(value_head.weight\).* at step 24,"):
+        run(checkpoint_freq=8)
+    folder = tmp_path / "a" / "run"
+    assert checkpoint(folder)["progress"]["global_step"] == 16
+    assert weights(folder).isfinite().all()
+
+
+def test_a_run_killed_before_its_first_checkpoint_logs_its_beginning_once(
+    run, tmp_path, monkeypatch
+):
+    def killed(*_):
+        raise ZeroDivisionError
+
+    with monkeypatch.context() as patch:
+        patch.setattr(rlhf, "update", killed)
+        with pytest.raises(ZeroDivisionError):
+            run()
+    folder = tmp_path / "a" / "run"
+    resume(folder)
+    events = EventAccumulator(str(folder)).Reload()
+    assert [event.step for event in events.Scalars("eval/return_mean")] == [0, 16, 32]
+
+
+@pytest.mark.parametrize("damage", ["half", "garbage", "missing", "flipped"])
+def test_a_damaged_checkpoint_is_named_and_left_alone(run, models, damage):
+    _, folder = run(stop=StopAfter(2))
+    path = folder / "checkpoint.pt"
+    content = path.read_bytes()
+    if damage == "half":
+        path.write_bytes(content[: len(content) // 2])
+    elif damage == "garbage":
+        path.write_bytes(bytes(range(256)) * 99)
+    elif damage == "missing":
+        state = checkpoint(folder)
+        del state["agent"]["value_head.weight"]
+        torch.save(state, path)
+    else:
+        weight = checkpoint(folder)["agent"]["value_head.weight"]
+        position = content.index(weight.numpy().tobytes())
+        path.write_bytes(content[:position] + b"\x01" + content[position + 1 :])
+    before = path.read_bytes()
+    with pytest.raises(rlhf.UsageError, match=f"{path}: cannot be used: "):
+        resume(folder)
+    assert path.read_bytes() == before
+
+
+@pytest.mark.parametrize("change", [{"task": "nonsense"}, {"batch_size": "8"}, {"gamma": 2.0}])
+def test_damaged_arguments_are_named(run, change):
+    _, folder = run(stop=StopAfter(2))
+    saved = json.loads((folder / "args.json").read_text())
+    saved["args"].update(change)
+    (folder / "args.json").write_text(json.dumps(saved))
+    with pytest.raises(rlhf.UsageError, match=f"{folder / 'args.json'}: cannot be used: "):
+        resume(folder)
+
+
+def test_a_run_is_resumed_by_one_process_at_a_time(run, monkeypatch, capsys):
+    _, folder = run(stop=StopAfter(2))
+    monkeypatch.setattr(sys, "argv", ["sppo_rlhf.py", "--resume", str(folder)])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    capsys.readouterr()  # of the run above
+    with FileLock(folder / "lock"), pytest.raises(SystemExit) as exit_:
+        rlhf.main()
+    assert exit_.value.code == 2
+    assert capsys.readouterr().err == f"error: {folder}: another process is at work on this run\n"
+
+
+REWARDS = """
+def length(texts):
+    return [float(len(text)) for text in texts]
+
+def infinite(texts):
+    return [float("inf") for _ in texts]
+
+def short(texts):
+    return [1.0]
+
+def failing(texts):
+    raise KeyError("no key")
+"""
+
+
+def test_a_python_function_is_a_reward_model_too(run, toy, tmp_path):
+    (tmp_path / "rewards.py").write_text(REWARDS)
+    length = f"{tmp_path / 'rewards.py'}:length"
+    models = (length, str(toy / "reward"))
+    _, folder = run(reward_model=models, eval_reward_model=(length,))
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").open()][:4]
+    texts = [sample["prompt"] + sample["response"] for sample in samples]
+    judge = rlhf.RewardModel(str(toy / "reward"), 1, torch.device("cpu"), torch.float32)
+    expected = [(len(text) + score) / 2 for text, score in zip(texts, judge(texts).tolist())]
+    assert [sample["reward"] for sample in samples] == pytest.approx(expected, abs=1e-5)
+    lengths = np.mean([len(text) for text in texts])
+    assert progress(folder)[0]["heldout_rewards.py:length"] == pytest.approx(lengths)
+
+
+@pytest.mark.parametrize(
+    ("function", "message"),
+    [("infinite", "not finite"), ("short", r"8 texts, scores"), ("failing", "KeyError")],
+)
+def test_a_reward_function_that_fails_is_named(run, tmp_path, function, message):
+    (tmp_path / "rewards.py").write_text(REWARDS)
+    name = f"{tmp_path / 'rewards.py'}:{function}"
+    with pytest.raises(rlhf.RunError, match=f"{name}: .*{message}"):
+        run(reward_model=(name,), eval_episodes=8)
+
+
+def test_a_reward_function_that_is_not_there_is_a_usage_error(run, tmp_path):
+    (tmp_path / "rewards.py").write_text(REWARDS)
+    name = f"{tmp_path / 'rewards.py'}:nothing"
+    with pytest.raises(rlhf.UsageError, match=f"{name}: cannot be loaded"):
+        run(reward_model=(name,))
+    assert not (tmp_path / "a" / "run").exists()
+
+
+def test_evaluate_repeats_the_last_evaluation(run, monkeypatch, capsys):
+    _, folder = run()
+    before = sorted(path.name for path in folder.iterdir())
+    arguments = ["--evaluate", str(folder), "--eval-episodes", "4", "--device", "cpu"]
+    monkeypatch.setattr(sys, "argv", ["sppo_rlhf.py", *arguments])
+    rlhf.main()
+    lines = capsys.readouterr().out.splitlines()
+    last = progress(folder)[-1]
+    for name in ("return_mean", "kl", "sentiment"):
+        assert f"{name}: {last[name]:.4g}" in lines
+    samples = [json.loads(line) for line in (folder / "samples.jsonl").open()][-4:]
+    for line, sample in zip(lines, samples):
+        assert line.startswith(f"{sample['reward']:.3f}  {sample['prompt']} [")
+    assert sorted(path.name for path in folder.iterdir()) == before
+
+
 def test_flags_are_over_the_defaults_of_their_task():
     for task, defaults in rlhf.TASKS.items():
         assert rlhf.parse_args(["--task", task]) == defaults
@@ -980,6 +1128,9 @@ def local(toy, models):
     "--load-in-4bit": "bitsandbytes",
     "--device cuda": "use cpu",
     "--resume nowhere": "leave out",
+    "--run-name ../x": "give the plain name of a folder",
+    "--micro-batch-size 4294967296": "--micro-batch-size 4294967296: must be between 1 and",
+    "--lora-r 99999999": "--lora-r 99999999: must be between 0 and",
     "--runs-dir /dev/null": "/dev/null",
 }.items(), ids=str)  # fmt: skip
 def test_bad_input_is_one_line_and_exit_code_2(
