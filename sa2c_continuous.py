@@ -1,8 +1,8 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch==2.13.0", "gymnasium[mujoco,box2d]==1.4.0", "mujoco==4.0.0", "numpy>=2.0",
-#   "tyro==1.0.16", "typeguard==4.6.0", "filelock==4.2.11", "safetensors==0.8.0",
-#   "tensorboard==2.21.0", "tqdm==4.70.1"]
+# dependencies = ["torch>=2.11", "gymnasium[mujoco,box2d]>=1.2.3", "mujoco>=3.1.6", "numpy>=2.0",
+#   "tyro>=1.0", "typeguard>=4.3", "filelock>=3.16", "safetensors>=0.4.5", "tensorboard>=2.19",
+#   "tqdm>=4.66.5"]
 # ///
 """Symmetric A2C (SA2C) for continuous control in one file.
 

@@ -1,8 +1,8 @@
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch==2.13.0", "transformers==5.23.0", "datasets==5.2.0", "accelerate==1.15.0",
-#   "peft==0.21.2", "rouge-score==0.1.2", "numpy>=2.0", "tyro==1.0.16", "typeguard==4.6.0",
-#   "filelock==4.2.11", "tensorboard==2.21.0", "tqdm==4.70.1"]
+# dependencies = ["torch>=2.11", "transformers>=5.0", "datasets>=4.0", "accelerate>=1.10",
+#   "peft>=0.18", "rouge-score>=0.1.2", "numpy>=2.0", "tyro>=1.0", "typeguard>=4.3",
+#   "filelock>=3.16", "tensorboard>=2.19", "tqdm>=4.66.5"]
 # ///
 """Symmetric PPO (SPPO) for language models (RLHF) in one file.
 
