@@ -5,7 +5,7 @@ cd "$(dirname "${BASH_SOURCE[0]}")"
 
 usage() {
     cat <<'END'
-usage: ./benchmark.sh SUITE [options]
+usage: ./benchmark.sh SUITE [options] [-- FLAGS]
 
 suites
   quick        three continuous tasks, 200,000 steps, A2C and PPO: about an hour on two cores
@@ -28,6 +28,7 @@ options
   --dry-run          print the commands, and run nothing
   --only NAME        only the run of this name
   --slurm            submit them as a Slurm job array (SBATCH_PARTITION, SBATCH_TIMELIMIT ... are sbatch's own)
+  -- FLAGS           flags of the scripts, for every run, after its own: they win, as in -- --learning-rate 0.001
 
 Started again, it goes on: finished runs are skipped, broken-off ones resumed. Ctrl-C saves all of them first. On
 CPUs each run gets one thread, unless OMP_NUM_THREADS says otherwise. Then: python report.py runs/SUITE
@@ -38,16 +39,30 @@ die() { echo "benchmark.sh: $1" >&2; exit 2; }
 # Arguments
 [[ ${1:-} ]] || { usage >&2; exit 2; }
 case $1 in -h | --help) usage; exit ;; esac
-suite=$1 seeds='' jobs='' device=auto steps='' envs=() runs=runs/$1 only='' dry_run='' slurm='' arguments=()
+suite=$1 seeds='' jobs='' device=auto steps='' envs=() runs=runs/$1 only='' dry_run='' slurm='' arguments=() extra=()
 shift
 while (($#)); do
     option=$1
     [[ $option = --slurm ]] || arguments+=("$option")
     shift
     case $option in
+        --seeds | --jobs | --steps | --device | --runs-dir | --only)
+            [[ ${1:-} && $1 != -* ]] || die "$option: give a value" ;;&
         -h | --help) usage; exit ;;
         --dry-run) dry_run=yes ;;
         --slurm) slurm=yes ;;
+        --)
+            [[ ${1:-} = --[a-z]* ]] || die "-- ${1:-}: give flags of the scripts, such as -- --learning-rate 0.001"
+            for word; do
+                [[ $word =~ ^[A-Za-z0-9_.,:=/+-]+$ ]] || die "-- '$word': letters, digits and _ . , : = / + - only"
+                name=${word%%=*}
+                case ${name//_/-} in
+                    --env-id | --task | --seed | --noise | --run-name | --runs-dir | --resume | --device)
+                        die "-- $word: the list itself sets it, see --help" ;;
+                esac
+            done
+            extra=("$@") arguments+=("$@")
+            break ;;
         --envs)
             while (($#)) && [[ $1 != -* ]]; do
                 [[ $1 =~ ^[A-Za-z0-9_.-]+$ && $1 != Humanoid-v4 ]] ||
@@ -59,21 +74,21 @@ while (($#)); do
             done
             ((${#envs[@]})) || die "--envs: name at least one" ;;
         --seeds | --jobs | --steps)
-            [[ ${1:-} =~ ^[1-9][0-9]*$ ]] || die "$option ${1:-}: give a positive whole number"
+            [[ $1 =~ ^[1-9][0-9]*$ ]] || die "$option $1: give a positive whole number"
             printf -v "${option#--}" %s "$1" ;;&
         --device)
-            [[ ${1:-} =~ ^(auto|cpu|cuda)$ ]] || die "--device ${1:-}: auto, cpu or cuda"
+            [[ $1 =~ ^(auto|cpu|cuda)$ ]] || die "--device $1: auto, cpu or cuda"
             device=$1 ;;&
         --runs-dir)
-            [[ ${1:-} =~ ^[A-Za-z0-9_./-]+$ ]] || die "--runs-dir '${1:-}': letters, digits and _ . / - only"
+            [[ $1 =~ ^[A-Za-z0-9_./-]+$ ]] || die "--runs-dir '$1': letters, digits and _ . / - only"
             runs=$1 ;;&
-        --only) only=${1:-} ;;&
+        --only) only=$1 ;;&
         --seeds | --jobs | --steps | --device | --runs-dir | --only) arguments+=("$1"); shift ;;
         *) die "$option: unknown; see ./benchmark.sh --help" ;;
     esac
 done
 
-# The list: one command per run, seed by seed, so that an unfinished benchmark compares all programs on fewer seeds
+# The list: one command per run, seed by seed, so that an unfinished benchmark compares all methods on fewer seeds
 games=(Alien Amidar Assault Asterix BeamRider Boxing Breakout Centipede CrazyClimber DemonAttack Freeway Frostbite
     Gopher Krull KungFuMaster MsPacman Pong Qbert RoadRunner Seaquest SpaceInvaders WizardOfWor)
 mujoco_and_box2d=(Ant-v4 HumanoidStandup-v4 Walker2d-v4 Hopper-v4 HalfCheetah-v4 Swimmer-v4 InvertedDoublePendulum-v4
@@ -102,7 +117,8 @@ add() { # SCRIPT ENVIRONMENT ROW NOISE[:LEVEL] SEED FLAG...: a run
     [[ $script/$env != sa2c_continuous/Swimmer-v4 ]] || flags+=(--gamma 0.9999)
     [[ $device = auto ]] || flags+=(--device "$device")
     names+=("$name")
-    flags=(python "$script.py" "${which[@]}" --seed "$seed" "${flags[@]}" --runs-dir "$runs" --run-name "$name")
+    flags=(python "$script.py" "${which[@]}" --seed "$seed" "${flags[@]}" "${extra[@]}")
+    flags+=(--runs-dir "$runs" --run-name "$name")
     commands+=("${flags[*]}")
 }
 
@@ -236,7 +252,7 @@ case $suite in
         suite_envs Hopper-v4 LunarLanderContinuous-v3 InvertedDoublePendulum-v4
         for_each evidence ;;
     speed)
-        [[ ! ${envs[*]}$seeds$jobs$slurm$only && $device = auto ]] || die "speed: takes --steps, --runs-dir and --dry-run only"
+        [[ ! ${envs[*]}$seeds$jobs$slurm$only${extra[*]} && $device = auto ]] || die "speed: takes --steps, --runs-dir and --dry-run only"
         evaluations=1
         for script in sppo_continuous sa2c_continuous sppo_atari sa2c_atari; do speed $script; done ;;
     *) die "$suite: no such suite; see ./benchmark.sh --help" ;;
@@ -300,7 +316,12 @@ for i in "${!names[@]}"; do # the command of a run is beside its log; where it r
     [[ ${old// --@(device|runs-dir|out) +([^ ])/} = "${new// --@(device|runs-dir|out) +([^ ])/}" ]] ||
         die "$runs/${names[i]} was started by another command ($old): choose another --runs-dir"
 done
-is_done() { [[ -f $runs/$1/summary.json ]]; }
+is_done() { # NAME: whether its summary is there and whole; cheap, since it is asked twice a second
+    local summary=''
+    [[ -f $runs/$1/summary.json ]] || return
+    read -r -d '' summary <"$runs/$1/summary.json" || true # without surrounding white space
+    [[ $summary =~ ^\{.*\"finished\":\ true.*\}$ ]]
+}
 
 # Slurm: job arrays, as long as they may be, each job of which is this script with --only
 if [[ $slurm ]]; then
@@ -315,7 +336,7 @@ if [[ $slurm ]]; then
         printf '%s\n' "${todo[@]:first:size}" >"$list"
         sbatch --job-name="$suite" --array="1-$(wc -l <"$list")${jobs:+%$jobs}" --requeue --ntasks=1 "${resources[@]}" \
             --signal=B:TERM@120 --open-mode=append --output="$runs/logs/slurm-%A_%a.log" --wrap "exec env \
-            OMP_NUM_THREADS=$OMP_NUM_THREADS ./benchmark.sh $suite ${arguments[*]} --only \$(sed -n \${SLURM_ARRAY_TASK_ID}p $list)"
+            OMP_NUM_THREADS=$OMP_NUM_THREADS ./benchmark.sh $suite --only \$(sed -n \${SLURM_ARRAY_TASK_ID}p $list) ${arguments[*]}"
     done
     exit
 fi
@@ -334,15 +355,22 @@ percent() { # NAME: sets `share`, by the run's evaluations
         share=$((${#rows[@]} <= evaluations ? 100 * (${#rows[@]} - 1) / evaluations : 99))
     fi
 }
+is_locked() { [[ -f $1/lock ]] && ! flock -n "$1/lock" true; } # by a run that was started by hand
+move_away() { # PATH NAME
+    mkdir -p "$runs/logs/broken"
+    mv "$1" "$runs/logs/broken/$2.$(date +%s)"
+}
 start() { # SLOT INDEX GPU
     local name=${names[$2]} command=${commands[$2]} folder=$runs/${names[$2]}
     echo "$command" >"$runs/logs/$name.sh"
-    if [[ -f $folder/checkpoint.pt ]]; then
-        command="${command%% --*} --resume $folder"
-    elif [[ -d $folder ]]; then # killed before its first checkpoint: begins anew
-        mkdir -p "$runs/logs/broken"
-        mv "$folder" "$runs/logs/broken/$name.$(date +%s)"
+    if [[ -d $folder ]] && ! is_locked "$folder"; then
+        if [[ ! -f $folder/checkpoint.pt ]]; then # killed before its first checkpoint: begins anew
+            move_away "$folder" "$name"
+        elif [[ -f $folder/summary.json ]]; then # damaged, or the run would be done
+            move_away "$folder/summary.json" "$name.summary.json"
+        fi
     fi
+    [[ ! -f $folder/checkpoint.pt ]] || command="${command%% --*} --resume $folder"
     [[ ! $3 ]] || command="env CUDA_VISIBLE_DEVICES=$3 $command"
     # apart from Ctrl-C, which is handed on below, once; a command is a list of words, none of which has blanks
     # shellcheck disable=SC2086

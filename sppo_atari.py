@@ -440,9 +440,9 @@ def train(args: Args, stop: threading.Event) -> dict | None:
             ):  # else the run moved from a GPU to a CPU, or back
                 generator.set_state(checkpoint["generator"])
             rng.bit_generator.state = checkpoint["rng"]
-            global_step = checkpoint["global_step"]
-            evaluations = checkpoint["evaluations"]
-            train_seconds = checkpoint["train_seconds"]
+            global_step += checkpoint["global_step"]
+            evaluations += checkpoint["evaluations"]
+            train_seconds += checkpoint["train_seconds"]
             started -= checkpoint["wall_seconds"]
     if args.track:
         start_tracking(args)
@@ -906,8 +906,8 @@ def with_defaults(args: Args) -> Args:
 
 def check(args: Args) -> None:
     """Raises UsageError for an argument that is out of range or contradicts another."""
-    require_range(args, "num_envs num_steps num_minibatches update_epochs", 1, 1e12)
-    require_range(args, "eval_episodes log_freq", 1, 1e12)
+    require_range(args, "num_steps num_minibatches log_freq", 1, 1e12)
+    require_range(args, "num_envs eval_episodes update_epochs", 1, 1000)
     require_range(args, "total_timesteps", 1, 1e9)  # with the seed, seeds of the emulator
     require_range(args, "seed", 0, 1e9)
     require_range(args, "eval_freq checkpoint_freq", 0, 1e18)
@@ -988,6 +988,7 @@ def main() -> None:
 
     signal.signal(signal.SIGINT, request_stop)
     signal.signal(signal.SIGTERM, request_stop)
+    threading.excepthook = lambda details: None  # TensorBoard's; `writer` raises the error again
     resume = shlex.join(["python", sys.argv[0], "--resume", str(args.run_dir)])
     try:
         with FileLock(args.run_dir / "lock", blocking=False):

@@ -545,9 +545,9 @@ def train(args: Args, stop: threading.Event) -> dict | None:
             envs.recent_episodes.extend(checkpoint["finished_episodes"])
             generator.set_state(checkpoint["generator"])
             rng.bit_generator.state = checkpoint["rng"]
-            global_step = checkpoint["global_step"]
-            evaluations = checkpoint["evaluations"]
-            train_seconds = checkpoint["train_seconds"]
+            global_step += checkpoint["global_step"]
+            evaluations += checkpoint["evaluations"]
+            train_seconds += checkpoint["train_seconds"]
             started -= checkpoint["wall_seconds"]
     if args.track:
         start_tracking(args)
@@ -958,8 +958,10 @@ def with_defaults(args: Args) -> Args:
 
 def check(args: Args) -> None:
     """Raises UsageError for an argument that is out of range or contradicts another."""
-    require_range(args, "total_timesteps num_envs num_steps num_minibatches update_epochs", 1, 1e12)
-    require_range(args, "eval_episodes eval_max_steps log_freq", 1, 1e12)
+    require_range(args, "total_timesteps num_steps num_minibatches", 1, 1e12)
+    require_range(args, "eval_max_steps log_freq", 1, 1e12)
+    require_range(args, "num_envs eval_episodes", 1, 10_000)
+    require_range(args, "update_epochs", 1, 1000)
     require_range(args, "bins", 2, 1000)
     require_range(args, "log_std_init", -20, 20)
     require_range(args, "seed eval_freq checkpoint_freq", 0, 1e18)
@@ -1065,6 +1067,7 @@ def main() -> None:
 
     signal.signal(signal.SIGINT, request_stop)
     signal.signal(signal.SIGTERM, request_stop)
+    threading.excepthook = lambda details: None  # TensorBoard's; `writer` raises the error again
     resume = shlex.join(["python", sys.argv[0], "--resume", str(args.run_dir)])
     try:
         with FileLock(args.run_dir / "lock", blocking=False):

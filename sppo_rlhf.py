@@ -1492,7 +1492,7 @@ def prepare(args: Args) -> Args:
     args = with_defaults(args)
     check(args)
     require(
-        args.resume or not args.run_dir.exists(),
+        args.resume or not os.path.exists(args.run_dir),
         f"{args.run_dir}: File exists; try another --run-name or --runs-dir",
     )
     if args.task == "toy" and os.environ.get("RANK", "0") == "0":
@@ -1577,9 +1577,10 @@ def with_defaults(args: Args) -> Args:
 
 def check(args: Args) -> None:
     """Raises UsageError for an argument that is out of range or contradicts another."""
-    require_range(args, "total_timesteps eval_episodes update_epochs", 1, 1e12)
+    require_range(args, "total_timesteps", 1, 1e12)
     require_range(args, "prompt_length response_length lora_alpha", 1, 1e6)
-    require_range(args, "batch_size num_minibatches", 1, 1e6)
+    require_range(args, "batch_size num_minibatches eval_episodes", 1, 1e6)
+    require_range(args, "update_epochs", 1, 1000)
     if args.micro_batch_size is not None:
         require_range(args, "micro_batch_size", 1, 1e6)
     require_range(args, "seed reward_label eval_freq checkpoint_freq", 0, 1e18)
@@ -1664,6 +1665,7 @@ def main() -> None:
 
     signal.signal(signal.SIGINT, request_stop)
     signal.signal(signal.SIGTERM, request_stop)
+    threading.excepthook = lambda details: None  # TensorBoard's; `writer` raises the error again
     resume = shlex.join(["python", sys.argv[0], "--resume", str(args.run_dir)])
     lock = nullcontext()
     if setup.accelerator.is_main_process:

@@ -15,6 +15,7 @@ from pathlib import Path
 
 import pytest
 import tyro
+from filelock import FileLock
 from helpers import SETTINGS
 
 import sppo_rlhf
@@ -90,7 +91,7 @@ def test_suites_have_the_papers_numbers():
 
 
 @pytest.mark.parametrize("suite, env", [("quick", "InvertedDoublePendulum-v4"), ("atari", "Pong")])
-def test_rows_are_the_symmetric_program_and_its_single_factors(suite, env, tmp_path):
+def test_rows_are_the_symmetric_method_and_its_single_factors(suite, env, tmp_path):
     """k = alpha + beta |Z| of the symmetric row; the others differ from the baseline in one factor
     1 / k."""
     rows = {}
@@ -182,6 +183,27 @@ def test_options(tmp_path):
     assert threads.stdout.startswith("export OMP_NUM_THREADS=3\n")
 
 
+def test_flags_after_two_dashes_are_those_of_every_run_and_win():
+    flags = ["--max-grad-norm", "7", "--hidden-sizes", "8", "8", "--no-norm-adv", "--z", "-2"]
+    plain = commands("quick", "--seeds", 1)
+    changed = [
+        shlex.split(line)
+        for line in benchmark("quick", "--seeds", 1, "--dry-run", "--", *flags).stdout.splitlines()
+    ][1:]
+    own = {tyro.cli(SCRIPTS[c[1]].Args, args=c[2:]).max_grad_norm for c in plain if "sppo" in c[1]}
+    assert len(own) == 2  # a row has its own, of which the flag is to win
+    assert len(changed) == len(plain)
+    for before, after in zip(plain, changed):
+        old = vars(tyro.cli(SCRIPTS[before[1]].Args, args=before[2:]))
+        if "sa2c" in after[1]:
+            after = [word for word in after if word != "--no-norm-adv"]
+        new = vars(tyro.cli(SCRIPTS[after[1]].Args, args=after[2:]))
+        assert new["max_grad_norm"] == 7 and new["hidden_sizes"] == (8, 8) and new["z"] == -2
+        assert new.get("norm_adv", False) is False
+        for name in old.keys() - {"max_grad_norm", "hidden_sizes", "norm_adv", "z"}:
+            assert new[name] == old[name]
+
+
 @pytest.mark.parametrize(
     "arguments, message",
     [
@@ -198,6 +220,18 @@ def test_options(tmp_path):
         (["quick", "--only", "Hopper-v4"], "--only Hopper-v4: not a run of this list"),
         (["quick", "--fast"], "--fast: unknown"),
         (["quick", "--runs-dir", "a b"], "--runs-dir 'a b'"),
+        (["quick", "--runs-dir", "--dry-run"], "--runs-dir: give a value"),
+        (["quick", "--seeds", "--dry-run"], "--seeds: give a value"),
+        (["quick", "--device", "-1"], "--device: give a value"),
+        (["quick", "--only", "--slurm"], "--only: give a value"),
+        (["quick", "--"], "-- : give flags of the scripts"),
+        (["quick", "--", "7"], "-- 7: give flags of the scripts"),
+        (["quick", "--", "--bins", "$(ls)"], "-- '.*': letters"),
+        (["quick", "--", "--bins", "a b"], "-- 'a b': letters"),
+        (["quick", "--", "--seed", "1"], "-- --seed: the list itself sets it"),
+        (["quick", "--", "--run_name=x"], "-- --run_name=x: the list itself sets it"),
+        (["quick", "--", "--bins", "7", "--device", "cpu"], "-- --device: the list itself sets it"),
+        (["speed", "--", "--bins", "7"], "speed: takes"),
         (["sweep", "--envs", "Pong"], "sweep: Pong"),
         (["noise", "--envs", "imdb"], "noise: imdb"),
         (["robust", "--envs", "Pong"], "robust: .* not Pong"),
@@ -330,6 +364,93 @@ def test_another_device_is_not_another_setting(history):
     assert result.returncode == 0 and "8 of 8 done" in result.stderr
 
 
+@pytest.fixture(scope="module")
+def repaired(history, tmp_path_factory):
+    """A finished benchmark of which files of three runs were damaged, started again."""
+    runs = tmp_path_factory.mktemp("repaired") / "runs"
+    shutil.copytree(history["runs"], runs)
+    cut, anew, lost = sorted(history["after"])[:3]
+    summary = (runs / cut / "summary.json").read_bytes()
+    (runs / cut / "summary.json").write_bytes(summary[: len(summary) // 2])
+    (runs / anew / "summary.json").write_bytes(b"")
+    (runs / anew / "checkpoint.pt").unlink()
+    (runs / lost / "summary.json").unlink()
+    (runs / lost / "checkpoint.pt").write_bytes(b"no checkpoint")
+    before = summaries(runs)
+    result = benchmark(*TINY, STEPS, "--runs-dir", runs)
+    return dict(locals())
+
+
+def test_a_damaged_summary_is_no_finished_run(repaired, history):
+    """With a checkpoint the run is resumed, without it is begun anew."""
+    runs = repaired["runs"]
+    for name in (repaired["cut"], repaired["anew"]):
+        summary = json.loads((runs / name / "summary.json").read_text())
+        resumed = str(runs / name) if name == repaired["cut"] else None
+        assert summary["finished"] and summary["resume"] == resumed
+        assert (runs / name / "progress.csv").read_bytes() == history["after"][name][2]
+    broken = {path.name.rsplit(".", 1)[0] for path in (runs / "logs" / "broken").iterdir()}
+    assert broken >= {f"{repaired['cut']}.summary.json", repaired["anew"]}
+    others = repaired["before"].keys() - {repaired["cut"], repaired["anew"]}
+    assert len(others) == 5
+    assert {name: summaries(runs)[name] for name in others} == {
+        name: repaired["before"][name] for name in others
+    }
+
+
+def test_a_damaged_checkpoint_is_reported_in_the_words_of_the_script(repaired):
+    runs, lost, result = repaired["runs"], repaired["lost"], repaired["result"]
+    assert result.returncode == 1 and "7 of 8 done, 0 running, 1 failed" in result.stderr
+    (failed,) = re.findall("failed: (.*)", result.stderr)
+    said = (runs / "logs" / f"{lost}.log").read_text().splitlines()[-1]
+    assert said.startswith("error: ") and f"{lost}/checkpoint.pt" in said
+    assert failed == f"{lost}: exit status 2, {said} ({runs}/logs/{lost}.log)"
+
+
+@pytest.mark.parametrize(
+    "summary, done",
+    [
+        ('{"sps": 1.0, "finished": true}', True),
+        ('{\n  "sps": 1.0,\n  "finished": true\n}\n', True),
+        ('{\n  "finished": true,\n  "commit": "abc"\n}', True),
+        ('{\n  "sps": 1.0,\n  "finished": true\n', False),
+        ('  "sps": 1.0,\n  "finished": true\n}', False),
+        ('{\n  "sps": 1.0,\n  "finished": false\n}', False),
+        ('{\n  "sps": 1.0\n}', False),
+        ("\0" * 100, False),
+        ("", False),
+        (None, False),
+    ],
+    ids=range(10),
+)
+def test_a_run_is_done_if_its_summary_is_whole(summary, done, stub, tmp_path):
+    """The stub begins anew what is not done."""
+    runs, name = tmp_path / "runs", "Hopper-v4__sppo__none__10000"
+    (runs / name).mkdir(parents=True)
+    if summary is not None:
+        (runs / name / "summary.json").write_text(summary)
+    arguments = ["quick", "--only", name, "--runs-dir", runs]
+    result = benchmark(*arguments, env=stub | {"AT_ONCE": "1"})
+    assert result.returncode == 0, result.stderr
+    assert ((runs / name / "summary.json").read_text() == summary) == done
+
+
+def test_a_folder_in_which_another_process_runs_is_not_moved_away(stub, tmp_path):
+    """Without a checkpoint yet. A lock that nobody holds any more is no obstacle."""
+    names = [f"Hopper-v4__{row}__none__10000" for row in ("dppo", "sppo")]
+    for name in names:
+        (tmp_path / "runs" / name).mkdir(parents=True)
+        (tmp_path / "runs" / name / "mine").touch()
+        (tmp_path / "runs" / name / "lock").touch()
+    with FileLock(tmp_path / "runs" / names[0] / "lock"):
+        arguments = ["quick", "--envs", "Hopper-v4", "--seeds", 1, "--runs-dir", tmp_path / "runs"]
+        result = benchmark(*arguments, env=stub | {"AT_ONCE": "1"})
+    assert result.returncode == 1 and result.stderr.count("failed: ") == 1
+    assert f"failed: {names[0]}: exit status 1, FileExistsError" in result.stderr
+    assert (tmp_path / "runs" / names[0] / "mine").exists()
+    assert not (tmp_path / "runs" / names[1] / "mine").exists()
+
+
 def started(runs: Path, **options):
     """A benchmark of which two runs have begun to train, and its process."""
     command = [ROOT / "benchmark.sh", *TINY, "1000000", "--runs-dir", str(runs)]
@@ -392,7 +513,8 @@ while len(list(waiting.iterdir())) < int(os.environ["AT_ONCE"]) and time.time() 
     time.sleep(0.05)
 time.sleep(0.2)
 record = dict(gpu=os.environ.get("CUDA_VISIBLE_DEVICES"), threads=os.environ["OMP_NUM_THREADS"])
-(folder / "summary.json").write_text(json.dumps(record | dict(began=began, ended=time.time())))
+record |= dict(began=began, ended=time.time(), flags=flags, finished=True)
+(folder / "summary.json").write_text(json.dumps(record))
 """
 
 
@@ -433,6 +555,33 @@ def test_jobs_are_spread_over_gpus_or_cores(arguments, gpus, at_once, stub, tmp_
         running = [sum(a["began"] <= b["began"] < a["ended"] for a in of_gpu) for b in of_gpu]
         assert len(of_gpu) > 2 and max(running) == (at_once / 2 if gpu and at_once > 1 else at_once)
         assert gpu or {record["threads"] for record in of_gpu} == {"1"}
+
+
+SBATCH = """#!/bin/sh
+for word; do :; done
+printf %s "$word" >{wrapped}
+"""  # the last word, that after --wrap
+
+
+def test_a_job_of_slurm_is_the_same_run_with_the_same_flags(stub, tmp_path):
+    """Without a Slurm: sbatch only notes the command of a job, which is then the second job's."""
+    wrapped = tmp_path / "wrapped"
+    for name, text in (
+        ("sbatch", SBATCH.format(wrapped=wrapped)),
+        ("scontrol", "#!/bin/sh\necho MaxArraySize = 1001\n"),
+    ):
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    runs, flags = tmp_path / "runs", ["--bins", "7", "--z", "-2"]
+    arguments = ["quick", "--envs", "Hopper-v4", "--seeds", 1, "--runs-dir", runs, "--slurm"]
+    submitted = benchmark(*arguments, "--", *flags, env=stub)
+    assert submitted.returncode == 0, submitted.stderr
+    env = stub | {"SLURM_ARRAY_TASK_ID": "2", "AT_ONCE": "1"}
+    subprocess.run(["bash", wrapped], env=env, cwd=ROOT, check=True, capture_output=True)
+    (folder,) = (path.parent for path in runs.glob("*/summary.json"))
+    listed = benchmark(*arguments[:-1], "--dry-run", "--", *flags, env=stub).stdout.splitlines()
+    assert shlex.split(listed[2])[2:] == json.loads((folder / "summary.json").read_text())["flags"]
+    assert " ".join(flags) in listed[2]
 
 
 def slurm_conf(folder: Path) -> str:

@@ -2,6 +2,7 @@
 
 import json
 import math
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ from scipy import stats
 from torch.utils.tensorboard import SummaryWriter
 
 import report
+import sppo_continuous
 import sppo_rlhf
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -40,7 +42,14 @@ def make_run(
         "run_name": name,
         "seed": seed,
         "total_timesteps": 4096,
+        "eval_freq": 2048,
     } | flags
+    steps = [2048, 4096]
+    if script == "sppo_rlhf":
+        flags |= {"eval_freq": 0, "batch_size": 4096}
+        steps = [0, 4096]
+    elif script != "sppo_continuous":
+        flags |= {"num_envs": 16, "num_steps": 128}
     if script == "sppo_rlhf":
         args = vars(sppo_rlhf.TASKS[flags["task"]]) | {"noise_level": 0.0}
         args |= {"env_id": flags["task"]} | flags
@@ -64,7 +73,7 @@ def make_run(
     }  # fmt: skip
     (folder / "summary.json").write_text(json.dumps(summary))
     rows = {
-        "step": [2048, 4096],
+        "step": steps,
         "return_mean": [0.0, score],
         "return_std": 1.0,
         "length_mean": 9,
@@ -101,7 +110,7 @@ def make_grid(runs: Path, rows=FLAGS, **flags) -> Path:
 
 @pytest.fixture(scope="module")
 def grid(tmp_path_factory):
-    """Three programs on two tasks with three seeds, and the report of them."""
+    """Three methods on two tasks with three seeds, and the report of them."""
     folder = tmp_path_factory.mktemp("grid")
     make_grid(folder / "runs")
     report.main(report.Args(runs=(folder / "runs",), out=folder / "report", reps=200))
@@ -132,7 +141,7 @@ def test_tables_show_mean_and_standard_error_and_bold_only_what_is_significant(g
 
 
 def test_csv_tables_agree_with_numpy(grid):
-    tables = pd.read_csv(grid / "report" / "tables.csv").set_index(["env_id", "program"])
+    tables = pd.read_csv(grid / "report" / "tables.csv").set_index(["env_id", "method"])
     names = {"dppo": "DPPO", "norm": "DPPO, max-grad-norm 0.0244", "sppo": "SPPO"}
     for row, name in names.items():
         for env_id, scores in zip(TASKS, SCORES[row]):
@@ -144,13 +153,14 @@ def test_csv_tables_agree_with_numpy(grid):
     assert len(runs) == 18 and set(runs["command"]) == {
         f"python sppo_continuous.py --seed {i}" for i in range(3)
     }
+    assert set(runs["commit"]) == {"abc"}
     assert len(pd.read_csv(grid / "report" / "curves.csv")) == 36
 
 
 def test_differences_by_welch(grid):
     """Welch's formula, by hand, for SPPO [55, 65, 100] less DPPO [50, 60, 70]."""
     differences = pd.read_csv(grid / "report" / "differences.csv").set_index(
-        ["env_id", "program", "less"]
+        ["env_id", "method", "less"]
     )
     d = differences.loc[TASKS[1], "SPPO", "DPPO"]
     a, b = 1675 / 3 / 3, 100 / 3  # variances of the means
@@ -161,15 +171,15 @@ def test_differences_by_welch(grid):
     )
     assert d["p"] == pytest.approx(2 * stats.t.sf(t, freedom), rel=1e-4)
     assert len(differences) == 6  # three pairs in each of two tasks
-    symmetric = differences[differences["symmetric"]].reset_index()
-    assert set(symmetric["program"]) == {"SPPO"}
-    assert differences["symmetric"].sum() == 4
+    compared = differences[differences["compared"]].reset_index()
+    assert set(compared["method"]) == {"SPPO"}
+    assert differences["compared"].sum() == 4
 
 
 def test_paired_differences_by_seed(grid):
     """SPPO [55, 65, 100] less DPPO [50, 60, 70], seed by seed: 5, 5, 30."""
     differences = pd.read_csv(grid / "report" / "differences.csv").set_index(
-        ["env_id", "program", "less"]
+        ["env_id", "method", "less"]
     )
     d = differences.loc[TASKS[1], "SPPO", "DPPO"]
     assert d["paired_sem"] == pytest.approx(np.std([5, 5, 30], ddof=1) / 3**0.5, rel=1e-5)
@@ -189,7 +199,7 @@ def test_corrected_rewards_are_compared_with_all_others(tmp_path):
 def test_statistics_over_all_tasks(grid):
     """Scores normalised by the worst and best of a task; interquartile mean: without the lowest and
     the highest of six; probability of improvement: pairs, counted, ties half."""
-    aggregates = pd.read_csv(grid / "report" / "aggregates.csv").set_index("program")
+    aggregates = pd.read_csv(grid / "report" / "aggregates.csv").set_index("method")
     normalised = {
         row: [(x - 10) / 22 for x in scores[0]] + [(x - 40) / 60 for x in scores[1]]
         for row, scores in SCORES.items()
@@ -236,9 +246,9 @@ def test_missing_seeds_are_said_and_not_averaged_over(tmp_path):
     assert "2 of 6 cells lack seeds; 1 runs have begun and not finished" in text
     assert f"{TASKS[1]}-norm-2" in text
     aggregates = pd.read_csv(tmp_path / "report" / "aggregates.csv")
-    assert list(aggregates["program"]) == ["SPPO"] and "DPPO, PPO clean" in text
+    assert list(aggregates["method"]) == ["SPPO"] and "DPPO, PPO clean" in text
     differences = pd.read_csv(tmp_path / "report" / "differences.csv")
-    assert differences["symmetric"].sum() == 2
+    assert differences["compared"].sum() == 2
     tables = pd.read_csv(tmp_path / "report" / "tables.csv")
     assert (
         list(tables["missing"]) == list(tables["mean"].isna().astype(int))
@@ -288,9 +298,9 @@ def test_atari_is_normalised_by_a_human(tmp_path):
                 flags = dict(env_id=game, beta=beta)
                 score = low + (share + bonus) * (high - low)
                 make_run(tmp_path, f"{game}{seed}{beta}", "sppo_atari", score, seed, **flags)
-    runs = report.label_programs(report.read_runs([tmp_path], ())[0])
+    runs = report.label_methods(report.read_runs([tmp_path], ())[0])
     aggregates, left_out = report.make_aggregates(report.make_cells(runs, []), reps=50)
-    values = aggregates.set_index("program")["value"]
+    values = aggregates.set_index("method")["value"]
     assert values["PPO"] == pytest.approx(0.5) and values["SPPO"] == pytest.approx(1.5)
     assert values["SPPO > PPO"] == 1 and not left_out
 
@@ -308,7 +318,7 @@ def test_human_scores_cover_the_games_of_the_benchmark():
 
 
 @pytest.mark.parametrize(
-    "script, flags, program",
+    "script, flags, method",
     [
         ("sppo_continuous", {}, "SPPO"),
         ("sppo_continuous", {"policy": "gaussian"}, "PPO"),
@@ -330,18 +340,18 @@ def test_human_scores_cover_the_games_of_the_benchmark():
          "SPPO, reward-model x 2, reward-aggregate min"),
     ],
 )  # fmt: skip
-def test_programs_are_named_by_what_they_are(script, flags, program, tmp_path):
+def test_methods_are_named_by_what_they_are(script, flags, method, tmp_path):
     """One run alone, without others that might tell what is usual."""
     make_run(tmp_path, "run", script, 1.0, **flags)
-    runs = report.label_programs(report.read_runs([tmp_path], ())[0])
-    assert list(runs["program"]) == [program]
+    runs = report.label_methods(report.read_runs([tmp_path], ())[0])
+    assert list(runs["method"]) == [method]
 
 
 def test_alphas_are_told_apart(tmp_path):
     for name, alpha in (("a", 0.5), ("b", 1.0)):
         make_run(tmp_path, name, "sppo_continuous", 1.0, alpha=alpha)
-    runs = report.label_programs(report.read_runs([tmp_path], ())[0])
-    assert set(runs["program"]) == {"SPPO, alpha 0.5", "SPPO, alpha 1"}
+    runs = report.label_methods(report.read_runs([tmp_path], ())[0])
+    assert set(runs["method"]) == {"SPPO, alpha 0.5", "SPPO, alpha 1"}
 
 
 def test_single_factors_are_told_by_k_and_its_twin_does_not_compete(tmp_path):
@@ -352,12 +362,12 @@ def test_single_factors_are_told_by_k_and_its_twin_does_not_compete(tmp_path):
         "DPPO, vf-coef / k": {"beta": 0.0, "vf_coef": 0.0243902},
         "DPPO, max-grad-norm 0.0244": {"beta": 0.0, "max_grad_norm": 0.0244},
     }  # fmt: skip
-    for i, (program, flags) in enumerate(rows.items()):
+    for i, (method, flags) in enumerate(rows.items()):
         for seed in range(3):
-            score = seed / 10 + (10 if program in ("SPPO", "DPPO, alpha k") else 1)
+            score = seed / 10 + (10 if method in ("SPPO", "DPPO, alpha k") else 1)
             make_run(tmp_path / "runs", f"{i}-{seed}", "sppo_continuous", score, seed, **flags)
     report.main(report.Args(runs=(tmp_path / "runs",), out=tmp_path / "report", reps=50))
-    tables = pd.read_csv(tmp_path / "report" / "tables.csv").set_index("program")
+    tables = pd.read_csv(tmp_path / "report" / "tables.csv").set_index("method")
     assert set(tables.index) == rows.keys()
     assert list(tables.index[tables["best"]]) == ["SPPO"]
     plain = pd.read_csv(tmp_path / "report" / "table-continuous-ppo-clean-evaluation.csv")
@@ -381,7 +391,7 @@ def test_settings_that_look_alike_are_not_mixed(script, first, second, key, tmp_
     for seed, flags in enumerate((first, second)):
         make_run(tmp_path, str(seed), script, 1.0, seed, **task, **flags)
     with pytest.raises(ValueError, match=f"0 and 1 differ in {key}"):
-        report.label_programs(report.read_runs([tmp_path], ())[0])
+        report.label_methods(report.read_runs([tmp_path], ())[0])
 
 
 def test_any_logged_quantity(tmp_path):
@@ -401,6 +411,15 @@ def test_any_logged_quantity(tmp_path):
     )
     assert pd.read_csv(out / "tables.csv").iloc[0]["losses/entropy_mean"] == pytest.approx(1.5)
     assert (out / "logged-losses-entropy-continuous-ppo-clean.svg").exists()
+
+
+def test_what_a_method_did_not_log_is_left_blank(tmp_path):
+    for name, flags in (("a", {}), ("b", {"beta": 0.0})):
+        logged = {"losses/entropy": (1.0, 2.0)} if name == "a" else None
+        make_run(tmp_path / "runs", name, "sppo_continuous", 1.0, logged=logged, **flags)
+    arguments = {"reps": 50, "logged": ("losses/entropy",)}
+    report.main(report.Args(runs=(tmp_path / "runs",), out=tmp_path / "report", **arguments))
+    assert "| Hopper-v4 |  | 1.50 |" in (tmp_path / "report" / "report.md").read_text()
 
 
 def test_kept_runs_give_the_same_report(tmp_path):
@@ -491,6 +510,24 @@ def test_language_models(tmp_path):
     report.main(report.Args(runs=(tmp_path / "runs",), out=tmp_path / "report", reps=50))
     assert ["imdb", "2.50 ± 0.50"] in lines(tmp_path / "report")  # the last evaluation's KL
     assert ["imdb", "0.900 ± 0.000"] in lines(tmp_path / "report")
+    assert (tmp_path / "report" / "curves-kl-rlhf-ppo-clean.png").exists()
+
+
+def test_differences_of_language_models_in_every_quantity(tmp_path):
+    """KL by seed: 2, 3 and 5, 9; so that SPPO less PPO is 3, 6, mean 4.5, standard error 1.5."""
+    for beta, kl in ((0.0, (2.0, 3.0)), (0.4, (5.0, 9.0))):
+        for seed in (0, 1):
+            curve = {"kl": [0.0, kl[seed]]}
+            flags = {"task": "imdb", "beta": beta}
+            name = f"{beta}-{seed}"
+            make_run(tmp_path / "runs", name, "sppo_rlhf", 0.9, seed, curve=curve, **flags)
+    report.main(report.Args(runs=(tmp_path / "runs",), out=tmp_path / "report", reps=50))
+    differences = pd.read_csv(tmp_path / "report" / "differences.csv").set_index("quantity")
+    d = differences.loc["kl"]
+    assert (d["method"], d["less"]) == ("SPPO", "PPO")
+    assert d["difference"] == 4.5 and d["paired_sem"] == pytest.approx(1.5)
+    assert set(differences.index) == {"return", "kl"}
+    assert any("kl" in row and "SPPO less PPO" in row for row in lines(tmp_path / "report"))
 
 
 def edit(path: Path, change) -> None:
@@ -499,8 +536,23 @@ def edit(path: Path, change) -> None:
     path.write_text(json.dumps(content))
 
 
-def empty(folder: Path) -> None:
-    folder.mkdir()
+def update(folder: Path, **values) -> None:
+    """Changes arguments of a run, where it has recorded them and in its summary."""
+    edit(folder / "args.json", lambda content: content["args"].update(values))
+    if (folder / "summary.json").exists():
+        edit(folder / "summary.json", lambda content: content.update(values))
+
+
+def swap(a: Path, b: Path) -> None:
+    contents = a.read_bytes(), b.read_bytes()
+    b.write_bytes(contents[0])
+    a.write_bytes(contents[1])
+
+
+def edit_rows(folder: Path, change) -> None:
+    """`change`: from the lines of progress.csv, the first of them its header, to new ones."""
+    path = folder / "progress.csv"
+    path.write_text("\n".join(change(path.read_text().splitlines())) + "\n")
 
 
 @pytest.mark.parametrize(
@@ -531,16 +583,8 @@ def empty(folder: Path) -> None:
         ),
         (lambda runs: (runs / "a" / "progress.csv").unlink(), "a/progress.csv"),
         (lambda runs: shutil.copytree(runs / "a", runs / "c"), "a and c are the same run"),
-        (
-            lambda runs: edit(
-                runs / "a" / "summary.json", lambda s: s.update(total_timesteps=8192)
-            ),
-            "differ in total_timesteps",
-        ),
-        (
-            lambda runs: edit(runs / "a" / "summary.json", lambda s: s.update(bins=7)),
-            "differ in bins",
-        ),
+        (lambda runs: update(runs / "a", gamma=0.9), "differ in gamma"),
+        (lambda runs: update(runs / "a", bins=7), "differ in bins"),
         (
             lambda runs: [(path / "summary.json").unlink() for path in runs.glob("?")],
             "none has finished",
@@ -551,10 +595,6 @@ def empty(folder: Path) -> None:
             "a/summary.json: no 'script'",
         ),
         (lambda runs: (runs / "a" / "args.json").unlink(), "a/args.json"),
-        (
-            lambda runs: edit(runs / "a" / "summary.json", lambda s: s.update(script="my_ppo.py")),
-            "my_ppo.py: runs of another script",
-        ),
     ],
 )
 def test_what_is_wrong_is_said_and_the_old_report_stays(spoil, message, tmp_path):
@@ -571,6 +611,314 @@ def test_what_is_wrong_is_said_and_the_old_report_stays(spoil, message, tmp_path
     assert {path.name for path in tmp_path.iterdir()} <= {"runs", "report"}
 
 
+@pytest.mark.parametrize(
+    "spoil, message",
+    [
+        (
+            lambda a: edit(a / "summary.json", lambda s: s.update(algo="dqn")),
+            "summary.json: algo is 'dqn'",
+        ),
+        (lambda a: update(a, seed=None), "args.json: seed is None"),
+        (
+            lambda a: edit(a / "summary.json", lambda s: s.update(seed=None)),
+            "summary.json: seed is None",
+        ),
+        (lambda a: update(a, seed="one"), "args.json: seed is 'one'"),
+        (lambda a: update(a, alpha="half"), "args.json: alpha is 'half'"),
+        (lambda a: update(a, learning_rate=[1]), "args.json: learning_rate is [1]"),
+        (lambda a: update(a, env_id=3), "args.json: env_id is 3"),
+        (lambda a: update(a, noise=None), "args.json: noise is None"),
+        (
+            lambda a: edit(a / "summary.json", lambda s: s.update(wall_s="long")),
+            "summary.json: wall_s is 'long'",
+        ),
+        (
+            lambda a: edit(a / "summary.json", lambda s: s.update(sps=10**400)),
+            "summary.json: sps is 1000",
+        ),
+        (
+            lambda a: edit(a / "summary.json", lambda s: s.update(train_return_last100="good")),
+            "summary.json: train_return_last100 is 'good'",
+        ),
+        (
+            lambda a: edit(a / "summary.json", lambda s: s.update(finished=False)),
+            "summary.json: finished is False",
+        ),
+        (
+            lambda a: edit(a / "args.json", lambda s: s.update(versions=None)),
+            "args.json: versions is None",
+        ),
+        (
+            lambda a: edit(a / "args.json", lambda s: s.update(hardware="a big one")),
+            "args.json: hardware is 'a big one'",
+        ),
+        (lambda a: edit(a / "args.json", lambda s: s.update(args=None)), "args.json: args is None"),
+        (
+            lambda a: edit(a / "args.json", lambda s: s.update(command=[])),
+            "args.json: command is []",
+        ),
+        (
+            lambda a: edit(a / "args.json", lambda s: s["args"].pop("seed")),
+            "args.json: no 'seed' among the arguments",
+        ),
+        (
+            lambda a: edit(a / "args.json", lambda s: s["args"].pop("eval_freq")),
+            "args.json: eval_freq is None",
+        ),
+        (lambda a: update(a, num_steps=0), "args.json: num_steps is 0"),
+        (
+            lambda a: swap(a / "summary.json", a.with_name("b") / "summary.json"),
+            "summary.json: run_name is 'b', in args.json 'a'",
+        ),
+        (
+            lambda a: swap(a / "progress.csv", a.with_name("b") / "progress.csv"),
+            "progress.csv: last return_mean is 2.0, in summary.json 1.0",
+        ),
+        (
+            lambda a: edit_rows(a, lambda rows: [*rows, rows[-1]]),
+            "progress.csv: rows that are doubled",
+        ),
+        (
+            lambda a: edit_rows(a, lambda rows: [rows[0], rows[2]]),
+            "progress.csv: evaluations missing or not due, at steps [2048]",
+        ),
+        (lambda a: edit_rows(a, lambda rows: rows[:2]), "progress.csv: ends at step 2048 of 4096"),
+        (
+            lambda a: edit_rows(a, lambda rows: [rows[0], "2048,high,1,9,10", rows[2]]),
+            "progress.csv: return_mean is 'high', not a number",
+        ),
+        (
+            lambda a: edit_rows(a, lambda rows: [rows[0], "2048,1", rows[2]]),
+            "progress.csv: not every return_std is a finite number",
+        ),
+        (
+            lambda a: edit_rows(a, lambda rows: [*rows[:2], rows[2] + ",1,2,3"]),
+            "progress.csv: Error tokenizing data",
+        ),
+        (lambda a: (a / "progress.csv").write_bytes(b"\xff\xfe\x00"), "progress.csv: "),
+        (lambda a: (a / "logged.csv").write_text("tag,step,value\nx,1,high\n"), "logged.csv: "),
+        (lambda a: (a / "logged.csv").write_text("step\n1\n"), "logged.csv: "),
+    ],
+)
+def test_files_of_a_finished_run_that_cannot_be_right(spoil, message, tmp_path):
+    for seed, name in enumerate("ab"):
+        make_run(tmp_path / "runs", name, "sppo_continuous", 1.0 + seed, seed)
+    spoil(tmp_path / "runs" / "a")
+    with pytest.raises(report.Refusal, match=re.escape(f"{tmp_path / 'runs' / 'a'}/")) as caught:
+        report.main(report.Args(runs=(tmp_path / "runs",), out=tmp_path / "report", reps=50))
+    assert message in str(caught.value) and "\n" not in str(caught.value)
+    assert not (tmp_path / "report").exists()
+
+
+def test_arguments_of_an_unfinished_run_are_checked_too(tmp_path):
+    for seed, name in enumerate("ab"):
+        make_run(tmp_path / "runs", name, "sppo_continuous", 1.0, seed)
+    (tmp_path / "runs" / "a" / "summary.json").unlink()
+    update(tmp_path / "runs" / "a", seed=None)
+    with pytest.raises(report.Refusal, match="a/args.json: seed is None"):
+        report.read_runs([tmp_path / "runs"], ())
+
+
+def test_evaluations_are_those_of_the_training_loop():
+    """The loop of the scripts, with their own `due`."""
+    rng = np.random.default_rng(0)
+    for _ in range(200):
+        args = {"num_envs": int(rng.integers(1, 9)), "num_steps": int(rng.integers(1, 50))}
+        args["total_timesteps"] = int(rng.integers(1, 2000))
+        args["eval_freq"] = int(rng.integers(0, 500)) * int(rng.integers(0, 2))
+        batch, step, steps = args["num_envs"] * args["num_steps"], 0, []
+        while step < args["total_timesteps"]:
+            step += batch
+            finished = step >= args["total_timesteps"]
+            if finished or sppo_continuous.due(args["eval_freq"], step, batch):
+                steps.append(step)
+        assert report.evaluation_steps(args) == steps
+    args = {"task": "imdb", "batch_size": 112, "total_timesteps": 6720, "eval_freq": 3000}
+    assert report.evaluation_steps(args) == [0, 3024, 6048, 6720]
+
+
+def rename_script(folder: Path, script: str, **more) -> None:
+    """Makes it the run of another script, which records `more`."""
+    edit(folder / "summary.json", lambda s: s.update(script=script, **more))
+    edit(folder / "args.json", lambda s: s.update(command=[f"/home/me/{script}"]))
+    edit(folder / "args.json", lambda s: s["args"].update(more))
+
+
+def test_a_copied_script_is_a_method_beside_the_others(tmp_path):
+    """Three seeds of DPPO, SPPO and a copy with an argument of its own and other evaluations."""
+    runs = make_grid(tmp_path / "runs", rows=["dppo", "sppo"])
+    for env_id in TASKS:
+        for seed in range(3):
+            folder = make_run(
+                runs, f"{env_id}-mine-{seed}", "sppo_continuous", 20.0 + seed, seed, env_id=env_id
+            )
+            edit_rows(folder, lambda rows: [rows[0], rows[2]])
+            rename_script(folder, "sppo_mine.py", temperature=0.5)
+    report.main(report.Args(runs=(runs,), out=tmp_path / "report", reps=50))
+    assert ["DPPO", "SPPO", "sppo_mine"] in lines(tmp_path / "report")
+    assert [TASKS[0], "12.0 ± 1.2", "**31.0 ± 0.6**", "21.0 ± 0.6"] in lines(tmp_path / "report")
+    differences = pd.read_csv(tmp_path / "report" / "differences.csv")
+    mine = differences[differences["method"] == "sppo_mine"]
+    assert set(mine["less"]) == {"DPPO", "SPPO"} and mine["compared"].all()
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "sppo_mine less SPPO" in text and "sppo_mine > DPPO" in text
+
+
+def test_settings_and_algorithms_of_a_copied_script_are_told_apart(tmp_path):
+    settings = ({}, {"max_grad_norm": 1.0}, {"beta": 0.0})
+    for i, flags in enumerate(settings):
+        rename_script(make_run(tmp_path, str(i), "sppo_continuous", 1.0, **flags), "my_agent.py")
+    rename_script(make_run(tmp_path, "3", "sppo_atari", 1.0, env_id="Pong"), "my_games.py")
+    runs = report.label_methods(report.read_runs([tmp_path], ())[0])
+    assert dict(zip(runs["name"], runs["method"])) == {
+        "0": "my_agent SPPO, max-grad-norm 0.5",
+        "1": "my_agent SPPO, max-grad-norm 1",
+        "2": "my_agent DPPO",
+        "3": "my_games",
+    }
+    kinds = dict(zip(runs["name"], runs["kind"]))
+    assert kinds["0"] == "continuous" and kinds["3"] == "atari"
+    assert set(runs["family"]) == {"ppo"}
+
+
+def test_an_algorithm_that_only_a_copied_script_has(tmp_path):
+    folder = make_run(tmp_path / "runs", "a", "sppo_continuous", 1.0)
+    rename_script(folder, "dqn.py", algo="dqn", env_id="my_package:CartPole-v1")
+    report.main(report.Args(runs=(tmp_path / "runs",), out=tmp_path / "report", reps=50))
+    assert ["my_package:CartPole-v1", "1.00"] in lines(tmp_path / "report")
+
+
+def test_runs_of_older_and_newer_versions_of_a_script(tmp_path):
+    """The older one has no --divide-by-p-old yet, whose default is what it did, and no --patience,
+    whose default is not known. What only newer runs record does not matter."""
+    for seed in range(3):
+        make_run(tmp_path / "runs", f"new-{seed}", "sppo_continuous", 1.0 + seed, seed)
+        update(tmp_path / "runs" / f"new-{seed}", patience=7)
+        more = {"script_sha256": "ab" * 32, "script_status": ""}
+        edit(tmp_path / "runs" / f"new-{seed}" / "args.json", lambda s, more=more: s.update(more))
+    for name in ("args", "summary"):
+        path = tmp_path / "runs" / "new-0" / f"{name}.json"
+        edit(path, lambda s: [s.get("args", s).pop(key) for key in ("patience", "divide_by_p_old")])
+    runs = report.label_methods(report.read_runs([tmp_path / "runs"], ())[0])
+    assert list(runs["method"]) == ["SPPO"] * 3
+    report.main(report.Args(runs=(tmp_path / "runs",), out=tmp_path / "report", reps=50))
+    assert ["Hopper-v4", "2.00 ± 0.58"] in lines(tmp_path / "report")
+    update(tmp_path / "runs" / "new-1", patience=8)
+    with pytest.raises(report.Refusal, match="new-1 and new-2 differ in patience"):
+        report.label_methods(report.read_runs([tmp_path / "runs"], ())[0])
+
+
+def test_a_changed_script_is_said(tmp_path):
+    make_run(tmp_path / "runs", "a", "sppo_continuous", 1.0)
+    edit(
+        tmp_path / "runs" / "a" / "args.json",
+        lambda s: s.update(script_status=" M sppo_continuous.py"),
+    )
+    edit_rows(tmp_path / "runs" / "a", lambda rows: [rows[0], rows[2]])  # evaluates as it likes
+    report.main(report.Args(runs=(tmp_path / "runs",), out=tmp_path / "report", reps=50))
+    text = (tmp_path / "report" / "report.md").read_text()
+    assert "- commit: abc, sppo_continuous.py not as in it (1 runs)" in text
+
+
+def test_runs_of_another_library(tmp_path):
+    """Stable-Baselines3, as recorded by our yardstick: a summary, no arguments, no curve."""
+    runs = tmp_path / "runs"
+    for seed in (0, 1):
+        make_run(runs, f"ours-{seed}", "sppo_continuous", 3.0 + seed, seed, policy="gaussian")
+        folder = make_run(runs, f"theirs-{seed}", "sppo_continuous", 5.0 + seed, seed, beta=0.0)
+        kept = [*report.NEEDED, "version"]
+        edit(
+            folder / "summary.json",
+            lambda s: s.update(script="stable_baselines3", version="2.9", algo="ppo"),
+        )
+        content = json.loads((folder / "summary.json").read_text())
+        kept = {key: content[key] for key in kept} | {"run_name": None}
+        (folder / "summary.json").write_text(json.dumps(kept))
+        (folder / "args.json").unlink()
+        (folder / "progress.csv").unlink()
+    report.main(report.Args(runs=(runs / "theirs-0",), out=tmp_path / "report", reps=50))
+    report.main(report.Args(runs=(runs,), out=tmp_path / "report", reps=50))
+    assert ["PPO", "stable_baselines3"] in lines(tmp_path / "report")
+    assert ["Hopper-v4", "3.50 ± 0.50", "5.50 ± 0.50"] in lines(tmp_path / "report")
+    text = (tmp_path / "report" / "report.md").read_text()
+    runs_csv = pd.read_csv(tmp_path / "report" / "runs.csv").set_index("name")
+    assert runs_csv["command"].isna().to_dict()["theirs-0"]
+    report.main(report.Args(runs=(runs,), out=tmp_path / "again", reps=50, keep=tmp_path / "kept"))
+    assert (tmp_path / "kept" / "theirs-0" / "summary.json").exists()
+    assert "stable_baselines3 less PPO" in text and "stable_baselines3 2.9 (2 runs)" in text
+    edit(runs / "theirs-0" / "summary.json", lambda s: s.update(total_timesteps=8192))
+    with pytest.raises(report.Refusal, match="theirs-0 and theirs-1 differ in total_timesteps"):
+        report.label_methods(report.read_runs([runs], ())[0])
+
+
+@pytest.fixture
+def pictures(monkeypatch):
+    """Collects the figures of reports, {name: figure}, instead of saving them."""
+    figures = {}
+    monkeypatch.setattr(
+        report, "save", lambda figure, out, name: figures.setdefault(name, figure) and ""
+    )
+    return figures
+
+
+ROWS = {  # {method: flags}; two of them are no usual ones
+    "SPPO": {},
+    "DPPO": {"beta": 0.0},
+    "SPPO, layer-norm": {"layer_norm": True},
+    "SPPO, ent-coef 0.01": {"ent_coef": 0.01},
+}
+
+
+def make_levels(runs: Path) -> None:
+    """A task with two levels of a noise, one with another noise and without DPPO, one clean."""
+    noises = [("none", 0.0, TASKS[0]), ("none", 0.0, TASKS[1]), ("none", 0.0, "Hopper-v4")]
+    noises += [("normal", 0.1, TASKS[0]), ("normal", 0.2, TASKS[0]), ("flip", 0.1, TASKS[1])]
+    for noise, level, env_id in noises:
+        for method, flags in ROWS.items():
+            for seed in (0, 1):
+                if method != "DPPO" or env_id != TASKS[1]:
+                    flags = flags | {"noise": noise, "noise_level": level, "env_id": env_id}
+                    name = f"{env_id} {method} {noise} {level} {seed}"
+                    make_run(runs, name, "sppo_continuous", seed, seed, **flags)
+
+
+def test_a_method_has_one_color_in_all_pictures_and_no_panel_is_empty(tmp_path, pictures):
+    make_levels(tmp_path / "runs")
+    report.main(report.Args(runs=(tmp_path / "runs",), out=tmp_path / "report", reps=50))
+    assert len(pictures) == 6  # clean, three noises, across their levels, over all tasks
+    colors = {}
+    for figure in pictures.values():
+        for ax in figure.axes:
+            assert ax.has_data()
+            for line, label in zip(*ax.get_legend_handles_labels()):
+                line = line[0] if isinstance(line, tuple) else line
+                if label in ROWS:  # and not a noise
+                    colors.setdefault(label, set()).add(line.get_color())
+    assert colors.keys() == ROWS.keys()
+    assert all(len(found) == 1 for found in colors.values())
+    assert len(set.union(*colors.values())) == len(colors)
+    assert colors["SPPO"] == {report.COLORS["SPPO"]}
+    panels = [ax.get_title() for ax in pictures["noise-continuous-ppo"].axes]
+    assert sorted(panels) == sorted(TASKS)
+
+
+def test_aggregates_of_baselines_alone_have_no_empty_side(tmp_path, pictures):
+    for seed in (0, 1):
+        make_run(tmp_path / "runs", str(seed), "sppo_continuous", seed, seed, beta=0.0)
+    report.main(report.Args(runs=(tmp_path / "runs",), out=tmp_path / "report", reps=50))
+    (ax,) = pictures["aggregates-continuous-ppo"].axes
+    assert ax.has_data()
+
+
+def test_colors_do_not_depend_on_the_order(tmp_path):
+    methods = ["SPPO", "PPO", "b", "a", "c"]
+    assert report.color_methods(methods) == report.color_methods(methods[::-1])
+    assert len(set(report.color_methods(methods).values())) == 5
+    many = report.color_methods([f"m{i}" for i in range(14)] + list(report.COLORS))
+    others = {color for method, color in many.items() if method[0] == "m"}
+    assert len(others) == 14 and not others & set(report.COLORS.values())
+
+
 def test_an_error_is_one_line(tmp_path):
     command = [sys.executable, ROOT / "report.py", tmp_path, "--out", tmp_path / "report"]
     result = subprocess.run(command, capture_output=True, text=True)
@@ -579,6 +927,13 @@ def test_an_error_is_one_line(tmp_path):
         result.stderr
         == f"error: {tmp_path}: no runs in it; give folders of runs, such as runs/quick\n"
     )
+
+
+def test_a_resumed_run_is_no_other_one(tmp_path):
+    """Its last start had --resume, and may have failed to compile."""
+    path = make_run(tmp_path, "a", "sppo_continuous", 1.0) / "summary.json"
+    edit(path, lambda s: s.update(resume="runs/a", compile=not s["compile"]))
+    assert len(report.read_runs([tmp_path], ())[0]) == 1
 
 
 def test_two_runs_of_one_name(tmp_path):
@@ -598,7 +953,8 @@ def test_a_folder_that_is_no_report_is_not_replaced(grid, tmp_path):
 def test_real_runs(tmp_path):
     """What a script leaves is what the report reads, events included."""
     for seed in (1, 2):
-        SPPO_CONTINUOUS.run(tmp_path / "runs", run_name=str(seed), seed=seed, eval_freq=256)
+        flags = {"total_timesteps": 512, "num_steps": 128, "eval_freq": 256, "seed": seed}
+        SPPO_CONTINUOUS.run(tmp_path / "runs", run_name=str(seed), **flags)
     args = tyro.cli(
         report.Args,
         args=[str(tmp_path / "runs"), "--out", str(tmp_path / "report"), "--reps", "50"],
