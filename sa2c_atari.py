@@ -412,6 +412,8 @@ def train(args: Args, stop: threading.Event) -> dict | None:
             checkpoint = load_checkpoint(checkpoint_path)
             agent.load_state_dict(checkpoint["agent"])
             optimizer.load_state_dict(checkpoint["optimizer"])
+            for state in optimizer.state.values():  # the size, which only PyTorch's Adam checks
+                require(state["square_avg"].shape == parameters.shape, "optimizer of another size")
             envs.recent_episodes.extend(checkpoint["finished_episodes"])
             if (
                 checkpoint["device"] == device.type
@@ -862,6 +864,7 @@ def with_defaults(args: Args) -> Args:
 
 def check(args: Args) -> None:
     """Raises UsageError for an argument that is out of range or contradicts another."""
+    rom_name(args.env_id)  # raises it if there is no such game
     require_range(args, "num_steps log_freq", 1, 1e12)
     require_range(args, "num_envs eval_episodes", 1, 1000)
     require_range(args, "total_timesteps", 1, 1e9)  # with the seed, seeds of the emulator

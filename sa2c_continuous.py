@@ -502,6 +502,8 @@ def train(args: Args, stop: threading.Event) -> dict | None:
             checkpoint = load_checkpoint(checkpoint_path)
             agent.load_state_dict(checkpoint["agent"])
             optimizer.load_state_dict(checkpoint["optimizer"])
+            for state in optimizer.state.values():  # the size, which only PyTorch's Adam checks
+                require(state["square_avg"].shape == parameters.shape, "optimizer of another size")
             envs.obs_stats.load_state_dict(checkpoint["obs_stats"])
             envs.return_stats.load_state_dict(checkpoint["return_stats"])
             envs.recent_episodes.extend(checkpoint["finished_episodes"])

@@ -906,6 +906,7 @@ def with_defaults(args: Args) -> Args:
 
 def check(args: Args) -> None:
     """Raises UsageError for an argument that is out of range or contradicts another."""
+    rom_name(args.env_id)  # raises it if there is no such game
     require_range(args, "num_steps num_minibatches log_freq", 1, 1e12)
     require_range(args, "num_envs eval_episodes update_epochs", 1, 1000)
     require_range(args, "total_timesteps", 1, 1e9)  # with the seed, seeds of the emulator
