@@ -66,7 +66,7 @@ while (($#)); do
         --envs)
             while (($#)) && [[ $1 != -* ]]; do
                 [[ $1 =~ ^[A-Za-z0-9_.-]+$ && $1 != Humanoid-v4 ]] ||
-                    die "--envs $1: $([[ $1 = Humanoid-v4 ]] && echo 'has settings of its own, see README.md' ||
+                    die "--envs $1: $([[ $1 = Humanoid-v4 ]] && echo 'has settings of its own, see docs/usage.md' ||
                         echo 'give the bare name, Breakout or Hopper-v4')"
                 [[ " ${envs[*]} " != *" $1 "* ]] || die "--envs $1: named twice"
                 envs+=("$1") arguments+=("$1")
