@@ -325,7 +325,7 @@ def test_evaluation_is_a_plain_greedy_episode_on_raw_rewards(setting, tmp_path):
     stats = {name: tensor.numpy() for name, tensor in state["obs_stats"].items()}
     returns = []
     for episode in range(2):
-        obs, _ = env.reset(seed=1 + 512 + episode)
+        obs, _ = env.reset(seed=1 + SMALL["total_timesteps"] + episode)
         score, ended = 0.0, False
         while not ended:
             z = (obs - stats["mean"]) / np.sqrt(stats["m2"] / stats["count"] + 1e-8)
@@ -839,6 +839,7 @@ def test_gaussian_runs_are_the_plain_algorithm(setting, tmp_path, monkeypatch):
 COMPILERS = [c for c in ("c++", "g++", "clang++") if shutil.which(c)]
 
 
+@pytest.mark.slow
 @pytest.mark.skipif(not COMPILERS, reason="--compile needs a C++ compiler")
 @pytest.mark.parametrize("policy", ["categorical", "gaussian"])
 def test_compiled_gradient_is_the_gradient(setting, policy):
@@ -869,6 +870,7 @@ PPO_LEARNING = {
 A2C_LEARNING = {"total_timesteps": 40_000, "num_envs": 4, "num_steps": 8}
 
 
+@pytest.mark.slow
 def test_it_learns_to_balance(setting, tmp_path):
     """Random play balances about 6 steps; 300 and more are learned, not luck."""
     summary, _ = setting.run(
@@ -877,6 +879,7 @@ def test_it_learns_to_balance(setting, tmp_path):
     assert summary["final_return_mean"] > 300
 
 
+@pytest.mark.slow
 def test_it_does_not_learn_from_negated_advantages(setting, tmp_path, monkeypatch):
     compute_gae = setting.script.compute_gae
 
@@ -895,10 +898,10 @@ def test_it_does_not_learn_from_negated_advantages(setting, tmp_path, monkeypatc
 
 
 def test_statistics_and_scores_go_on_after_resuming(setting, tmp_path):
-    _, folder = setting.run(tmp_path, stop=StopAfter(2), num_envs=2, total_timesteps=1024)
+    _, folder = setting.run(tmp_path, stop=StopAfter(2), num_envs=2, total_timesteps=512)
     before = checkpoint(folder)
     setting.resume(folder)
     after = checkpoint(folder)
-    assert after["obs_stats"]["count"] == 1024 + 2 * 2  # every step, and two first observations
-    assert after["return_stats"]["count"] == 1024
+    assert after["obs_stats"]["count"] == 512 + 2 * 2  # every step, and two first observations
+    assert after["return_stats"]["count"] == 512
     assert before["finished_episodes"][-1] in after["finished_episodes"]

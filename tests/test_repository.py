@@ -22,7 +22,8 @@ import sppo_rlhf
 
 ROOT = Path(__file__).resolve().parent.parent
 PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())["project"]
-SCRIPTS = sorted(path.name for path in ROOT.glob("s*_*.py"))
+SCRIPTS = ["sa2c_atari.py", "sa2c_continuous.py"]
+SCRIPTS += ["sppo_atari.py", "sppo_continuous.py", "sppo_rlhf.py"]
 CONTROL = [name for name in SCRIPTS if name != "sppo_rlhf.py"]
 
 
@@ -137,7 +138,7 @@ def test_a_diff_of_the_pair_is_short(kind, limit):
 # ---- Length and density: code tokens and code lines are without comments, docstrings, blank lines
 
 CONTROL_TOKENS = 7_200
-RLHF_TOKENS = 10_500
+RLHF_TOKENS = 10_550
 LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
 LAYOUT |= {tokenize.ENDMARKER}
 
