@@ -890,6 +890,7 @@ def check(args: Args) -> None:
         Path(args.run_name).name == args.run_name != ".." and args.run_name.isprintable(),
         f"--run-name {args.run_name!r}: give the plain name of a folder",
     )
+    require(args.runs_dir.isprintable(), f"--runs-dir {args.runs_dir!r}: not a printable name")
     require(not args.track or util.find_spec("wandb"), "--track: pip install wandb")
     require(
         not args.capture_video or util.find_spec("moviepy"), "--capture-video: pip install moviepy"
@@ -922,7 +923,8 @@ def make_run_dir(args: Args) -> None:
 
 
 def fail(message, status):
-    print(f"error: {message}", file=sys.stderr)
+    line = " ".join(str(message).splitlines())
+    print(f"error: {line}", file=sys.stderr)
     sys.exit(status)
 
 

@@ -1611,6 +1611,7 @@ def check(args: Args) -> None:
         Path(args.run_name).name == args.run_name != ".." and args.run_name.isprintable(),
         f"--run-name {args.run_name!r}: give the plain name of a folder",
     )
+    require(args.runs_dir.isprintable(), f"--runs-dir {args.runs_dir!r}: not a printable name")
     heldout_names = {Path(name).name for name in args.eval_reward_model}
     require(
         len(heldout_names) == len(args.eval_reward_model),
@@ -1639,7 +1640,8 @@ def make_run_dir(args: Args) -> None:
 
 
 def fail(message, status):
-    print(f"error: {message}", file=sys.stderr)
+    line = " ".join(str(message).splitlines())
+    print(f"error: {line}", file=sys.stderr)
     sys.exit(status)
 
 

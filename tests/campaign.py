@@ -455,6 +455,8 @@ def random_value(rng, name, kind):
         return rng.sample(words, rng.randrange(4))
     if name == "env_id":
         return [rng.choice(ENVS + NAMES)]
+    if name == "runs_dir":  # any folder will do, but the campaign must find it again
+        return [rng.choice([word for word in NAMES if ".." not in word])]
     if kind is str or str in choices:
         return [rng.choice(NAMES)]
     if kind is int or int in choices:

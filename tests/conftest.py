@@ -29,3 +29,20 @@ def one_thread():
     """The networks here are small, and two workers of pytest-xdist share two cores."""
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
+
+
+@pytest.fixture(scope="session")
+def toy(tmp_path_factory):
+    """The toy's texts, and its models after a tenth of their training, in a folder for runs."""
+    import sppo_rlhf as rlhf  # slow to import, and few tests need it
+
+    folder = tmp_path_factory.mktemp("runs") / "toy"
+    train_toy_model = rlhf.train_toy_model
+
+    def train_briefly(model, data, steps, *rest):
+        train_toy_model(model, data, steps // 10, *rest)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rlhf, "train_toy_model", train_briefly)
+        rlhf.make_toy(folder)
+    return folder

@@ -310,6 +310,7 @@ def history(tmp_path_factory):
     return dict(locals())
 
 
+@pytest.mark.slow
 def test_a_killed_run_is_reported_and_does_not_stop_the_others(history):
     assert history["first"].returncode == 1
     assert f"failed: {KILLED}: killed by signal 9 " in history["first_errors"]
@@ -317,6 +318,7 @@ def test_a_killed_run_is_reported_and_does_not_stop_the_others(history):
     assert len(history["before"]) == 7 and KILLED not in history["before"]
 
 
+@pytest.mark.slow
 def test_started_again_every_run_finishes_once_and_the_others_are_untouched(history):
     assert history["second"].returncode == 0, history["second"].stderr
     assert history["after"].keys() == history["before"].keys() | {KILLED}
@@ -334,11 +336,13 @@ def test_started_again_every_run_finishes_once_and_the_others_are_untouched(hist
         assert json.loads((runs / name / "summary.json").read_text())["resume"] is None
 
 
+@pytest.mark.slow
 def test_a_finished_benchmark_has_nothing_to_do(history):
     assert history["third"].returncode == 0 and "8 of 8 done" in history["third"].stderr
     assert summaries(history["runs"]) == history["after"]
 
 
+@pytest.mark.slow
 def test_a_second_start_in_the_same_folder_refuses(history):
     for result in history["meanwhile"]:
         assert result.returncode == 2
@@ -346,12 +350,14 @@ def test_a_second_start_in_the_same_folder_refuses(history):
         assert re.fullmatch(message, result.stderr)
 
 
+@pytest.mark.slow
 def test_a_run_killed_before_its_first_checkpoint_begins_anew(history):
     assert [
         path.name.split(".")[0] for path in (history["runs"] / "logs" / "broken").iterdir()
     ] == [BROKEN.split(".")[0]]
 
 
+@pytest.mark.slow
 def test_runs_of_other_settings_are_not_taken_for_finished(history):
     result = benchmark(*TINY, 4096, "--runs-dir", history["runs"])
     assert result.returncode == 2 and result.stderr.count("\n") == 1
@@ -359,6 +365,7 @@ def test_runs_of_other_settings_are_not_taken_for_finished(history):
     assert summaries(history["runs"]) == history["after"]
 
 
+@pytest.mark.slow
 def test_another_device_is_not_another_setting(history):
     result = benchmark(*TINY, STEPS, "--runs-dir", history["runs"], "--device", "cpu")
     assert result.returncode == 0 and "8 of 8 done" in result.stderr
@@ -381,6 +388,7 @@ def repaired(history, tmp_path_factory):
     return dict(locals())
 
 
+@pytest.mark.slow
 def test_a_damaged_summary_is_no_finished_run(repaired, history):
     """With a checkpoint the run is resumed, without it is begun anew."""
     runs = repaired["runs"]
@@ -398,6 +406,7 @@ def test_a_damaged_summary_is_no_finished_run(repaired, history):
     }
 
 
+@pytest.mark.slow
 def test_a_damaged_checkpoint_is_reported_in_the_words_of_the_script(repaired):
     runs, lost, result = repaired["runs"], repaired["lost"], repaired["result"]
     assert result.returncode == 1 and "7 of 8 done, 0 running, 1 failed" in result.stderr
@@ -460,6 +469,7 @@ def started(runs: Path, **options):
     return process
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
 def test_stopping_saves_all_runs(signum, tmp_path):
     """From a terminal Ctrl-C reaches the whole process group, so here too; and who reads the
@@ -487,6 +497,7 @@ def test_stopping_saves_all_runs(signum, tmp_path):
     ).exists()
 
 
+@pytest.mark.slow
 def test_runs_outlive_a_killed_benchmark_and_keep_others_out(tmp_path):
     process = started(tmp_path, stderr=subprocess.DEVNULL)
     process.kill()
@@ -538,7 +549,12 @@ def stub(tmp_path):
         (["atari", "--envs", "Pong", "--jobs", "2"], {"0": 7, "1": 7}, 4),
         (["atari", "--envs", "Pong", "--jobs", "3", "--device", "cpu"], {None: 14}, 3),
         (["continuous", "--envs", "Hopper-v4", "--jobs", "4"], {None: 16}, 4),
-        (["noise", "--envs", "Hopper-v4", "Pong", "--jobs", "1"], {"0": 18, "1": 18, None: 36}, 1),
+        pytest.param(
+            ["noise", "--envs", "Hopper-v4", "Pong", "--jobs", "1"],
+            {"0": 18, "1": 18, None: 36},
+            1,
+            marks=pytest.mark.slow,
+        ),
     ],
 )
 def test_jobs_are_spread_over_gpus_or_cores(arguments, gpus, at_once, stub, tmp_path):
@@ -614,6 +630,7 @@ PartitionName=main Nodes=ALL Default=YES State=UP
     not (shutil.which("slurmctld") and shutil.which("slurmd")),
     reason="no Slurm here: apt install slurm-wlm",
 )
+@pytest.mark.slow
 def test_slurm_runs_what_is_not_finished(history, tmp_path):
     """A Slurm of one node, whose arrays are too short for all runs at once."""
     runs = tmp_path / "runs"

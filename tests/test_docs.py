@@ -191,14 +191,6 @@ def trains_here(words):
     return not (absent | ELSEWHERE) & set(arguments)
 
 
-@pytest.fixture(scope="session")
-def toy(tmp_path_factory):
-    """The toy's models and texts, in a folder for runs."""
-    folder = tmp_path_factory.mktemp("runs") / "toy"
-    sppo_rlhf.make_toy(folder)
-    return folder
-
-
 def train(script, args, folder, **flags):
     """A run with `flags` over `args`. Returns its folder."""
     flags |= {"runs_dir": str(folder), "run_name": "run", "device": "cpu"}

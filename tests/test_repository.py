@@ -137,7 +137,7 @@ def test_a_diff_of_the_pair_is_short(kind, limit):
 
 # ---- Length and density: code tokens and code lines are without comments, docstrings, blank lines
 
-CONTROL_TOKENS = 7_200
+CONTROL_TOKENS = 7_250
 RLHF_TOKENS = 10_550
 LAYOUT = {tokenize.COMMENT, tokenize.NL, tokenize.NEWLINE, tokenize.INDENT, tokenize.DEDENT}
 LAYOUT |= {tokenize.ENDMARKER}
@@ -233,9 +233,9 @@ def test_readme_names_only_flags_that_exist(script):
     assert named <= flags
 
 
-def test_readme_table_names_only_flags_that_exist():
-    readme = (ROOT / "README.md").read_text()
-    table = "".join(re.findall(r"(?m)^\| `--.*$", readme))
+def test_usage_table_names_only_flags_that_exist():
+    usage = (ROOT / "docs/usage.md").read_text()
+    table = "".join(re.findall(r"(?m)^\| `--.*$", usage))
     scripts = [setting.script for setting in SETTINGS] + [sppo_rlhf]
     names = {field.name for script in scripts for field in dataclasses.fields(script.Args)}
     named = set(re.findall(r"--[a-z][a-z0-9-]*", table))

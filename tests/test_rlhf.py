@@ -36,21 +36,6 @@ SMALL |= dict(
 
 
 @pytest.fixture(scope="session")
-def toy(tmp_path_factory):
-    """The toy's texts, and its models after a tenth of their training, in a folder for runs."""
-    folder = tmp_path_factory.mktemp("runs") / "toy"
-    train_toy_model = rlhf.train_toy_model
-
-    def train_briefly(model, data, steps, *rest):
-        train_toy_model(model, data, steps // 10, *rest)
-
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rlhf, "train_toy_model", train_briefly)
-        rlhf.make_toy(folder)
-    return folder
-
-
-@pytest.fixture(scope="session")
 def models(toy):
     """Models that have learnt nothing, on the toy's tokenizers: name -> folder."""
     torch.manual_seed(0)
@@ -1135,6 +1120,7 @@ def local(toy, models):
     "--micro-batch-size 4294967296": "--micro-batch-size 4294967296: must be between 1 and",
     "--lora-r 99999999": "--lora-r 99999999: must be between 0 and",
     "--runs-dir /dev/null": "/dev/null",
+    "--runs-dir a\udcff": "not a printable name",
 }.items(), ids=str)  # fmt: skip
 def test_bad_input_is_one_line_and_exit_code_2(
     toy, models, flags, message, tmp_path, monkeypatch, capsys

@@ -15,6 +15,7 @@ import sys
 import threading
 import time
 import types
+from importlib import metadata
 from pathlib import Path
 
 import numpy as np
@@ -468,7 +469,7 @@ def test_a_run_leaves_what_it_promises(setting, tmp_path):
     assert progress(folder)[-1]["return_mean"] == summary["final_return_mean"]
     recorded = json.loads((folder / "args.json").read_text())
     assert recorded["args"]["noise_level"] == 0.05
-    assert recorded["versions"]["torch"] == torch.__version__
+    assert recorded["versions"]["torch"] == metadata.version("torch")
     script = Path(setting.script.__file__).read_bytes()
     assert recorded["script_sha256"] == hashlib.sha256(script).hexdigest()
     assert not list(folder.glob("*.tmp"))
@@ -1008,6 +1009,7 @@ BAD_INPUT = {
     "--run-name a\udcff": "give the plain name of a folder",
     "--evaluate nowhere": "nowhere/args.json: cannot be used",
     "--runs-dir /dev/null": "/dev/null",
+    "--runs-dir a\udcff": "not a printable name",
     "--resume nowhere": "--resume nowhere: not the folder of an interrupted run",
     "--resume nowhere --seed 2": "--resume reuses the flags of the interrupted run: leave out all",
 }
@@ -1023,6 +1025,7 @@ CONTINUOUS_BAD_INPUT = {
     "--env-id Hoper-v4": "Hopper",
     "--env-id CartPole-v1": "Discrete(2)",
     "--env-id nowhere:Nothing-v0": "nowhere",
+    "--run-name a --env-id 'new\nline'": "--env-id new line: ",
     "--policy gaussian --beta 1": "--policy categorical",
     "--bins 1": "--bins 1: must be between 2 and",
     "--bins 100000": "--bins 100000: must be between 2 and 1000",
@@ -1062,7 +1065,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
 ):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    monkeypatch.setattr(sys, "argv", [setting.script.__file__, *flags.split()])
+    monkeypatch.setattr(sys, "argv", [setting.script.__file__, *shlex.split(flags)])
     with pytest.raises(SystemExit) as exit_:
         setting.script.main()
     assert exit_.value.code == 2
