@@ -231,7 +231,7 @@ robust() {
 speed() {
     local script=$1 kind=${1#*_} algo=${1%_*}
     names+=("$script")
-    commands+=("python tests/speed.py --suite $kind --algo ${algo#s} $([[ $kind = atari ]] &&
+    commands+=("python benchmarks/speed.py --suite $kind --algo ${algo#s} $([[ $kind = atari ]] &&
         echo --env-id Breakout --total-timesteps "${steps:-20480}" || echo --total-timesteps "${steps:-100000}") --out $runs/$script")
 }
 

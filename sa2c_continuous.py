@@ -134,7 +134,11 @@ def make_env(env_id, render_mode=None):
     warnings.filterwarnings("ignore", message=".*is out of date.*")
     if render_mode is None:  # some environments lack the argument
         return CheckedEnv(gym.make(env_id))
-    return CheckedEnv(gym.make(env_id, render_mode=render_mode))
+    env = gym.make(env_id, render_mode=render_mode)
+    renderer = getattr(env.unwrapped, "mujoco_renderer", None)
+    if renderer is not None and renderer.model.ncam > 0:
+        renderer.camera_id = 0  # it follows the robot, which Gymnasium's default camera does not
+    return CheckedEnv(env)
 
 
 class CheckedEnv(gym.Wrapper):

@@ -264,7 +264,7 @@ def summaries(runs: Path) -> dict[str, tuple]:
     }
 
 
-def processes(runs: Path) -> dict[str, int]:
+def running(runs: Path) -> dict[str, int]:
     """{run: process} of the scripts that write there now."""
     found = {}
     for path in Path("/proc").glob("[0-9]*/cmdline"):
@@ -300,7 +300,7 @@ def history(tmp_path_factory):
     command = [ROOT / "benchmark.sh", *map(str, arguments)]
     with subprocess.Popen(command, env=ENVIRON, stderr=subprocess.PIPE, text=True) as first:
         wait_for((runs / KILLED / "checkpoint.pt").exists)
-        os.kill(processes(runs)[KILLED], signal.SIGKILL)
+        os.kill(running(runs)[KILLED], signal.SIGKILL)
         meanwhile = [benchmark(*arguments), benchmark(*arguments, "--only", BROKEN)]
         first_errors = first.communicate(timeout=300)[1]
     before, rows_before = summaries(runs), (runs / KILLED / "progress.csv").read_text()
@@ -460,18 +460,37 @@ def test_a_folder_in_which_another_process_runs_is_not_moved_away(stub, tmp_path
     assert not (tmp_path / "runs" / names[1] / "mine").exists()
 
 
-def started(runs: Path, **options):
-    """A benchmark of which two runs have begun to train, and its process."""
-    command = [ROOT / "benchmark.sh", *TINY, "1000000", "--runs-dir", str(runs)]
-    process = subprocess.Popen(command, env=ENVIRON, text=True, start_new_session=True, **options)
-    wait_for(lambda: len(list(runs.glob("*/events*"))) == 2)
-    time.sleep(1)
-    return process
+def heed_interrupts():
+    """What a shell starts in the background, pytest for one, ignores Ctrl-C, and so would its
+    children."""
+    signal.signal(signal.SIGINT, signal.SIG_DFL)
+
+
+@pytest.fixture
+def started():
+    """Starts a benchmark. Returns its process once two runs have begun to train."""
+    processes = []
+
+    def started_(runs: Path, **options):
+        command = [ROOT / "benchmark.sh", *TINY, "1000000", "--runs-dir", str(runs)]
+        options |= {"env": ENVIRON, "text": True, "start_new_session": True}
+        process = subprocess.Popen(command, preexec_fn=heed_interrupts, **options)
+        processes.append((process, runs))
+        wait_for(lambda: len(list(runs.glob("*/events*"))) == 2)
+        time.sleep(1)
+        return process
+
+    yield started_
+    for process, runs in processes:
+        process.kill()
+        process.wait()
+        for pid in running(runs).values():
+            os.kill(pid, signal.SIGKILL)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("signum", [signal.SIGINT, signal.SIGTERM])
-def test_stopping_saves_all_runs(signum, tmp_path):
+def test_stopping_saves_all_runs(signum, started, tmp_path):
     """From a terminal Ctrl-C reaches the whole process group, so here too; and who reads the
     messages may be gone by then, as with `| tee`."""
     process = started(tmp_path, stderr=subprocess.PIPE)
@@ -482,7 +501,7 @@ def test_stopping_saves_all_runs(signum, tmp_path):
         errors = process.communicate(timeout=60)[1]
         assert "the same command goes on" in errors and "failed:" not in errors
     assert process.wait(60) == 130
-    assert not processes(tmp_path)
+    assert not running(tmp_path)
     saved = list(tmp_path.glob("*/checkpoint.pt"))
     assert len(saved) == 2 and not list(tmp_path.glob("*/summary.json"))
     name = saved[0].parent.name  # and goes on from there
@@ -490,7 +509,7 @@ def test_stopping_saves_all_runs(signum, tmp_path):
         [ROOT / "benchmark.sh", *TINY, "1000000", "--runs-dir", str(tmp_path), "--only", name],
         env=ENVIRON,
     ) as again:
-        wait_for(lambda: name in processes(tmp_path))
+        wait_for(lambda: name in running(tmp_path))
         again.terminate()
     assert (tmp_path / "logs" / f"{name}.sh").exists() and not (
         tmp_path / "logs" / "broken"
@@ -498,16 +517,13 @@ def test_stopping_saves_all_runs(signum, tmp_path):
 
 
 @pytest.mark.slow
-def test_runs_outlive_a_killed_benchmark_and_keep_others_out(tmp_path):
+def test_runs_outlive_a_killed_benchmark_and_keep_others_out(started, tmp_path):
     process = started(tmp_path, stderr=subprocess.DEVNULL)
     process.kill()
     process.wait()
-    running = processes(tmp_path)
-    assert len(running) == 2
+    assert len(running(tmp_path)) == 2
     second = benchmark(*TINY, 1000000, "--runs-dir", tmp_path)
     assert second.returncode == 2 and "runs of another benchmark are going on" in second.stderr
-    for pid in running.values():
-        os.kill(pid, signal.SIGKILL)
 
 
 STUB = """#!{python}

@@ -10,6 +10,7 @@ import shutil
 import threading
 
 import gymnasium as gym
+import mujoco
 import numpy as np
 import pytest
 import torch
@@ -892,6 +893,16 @@ def test_it_does_not_learn_from_negated_advantages(setting, tmp_path, monkeypatc
         tmp_path, **LEARNING, **(PPO_LEARNING if setting.ppo else A2C_LEARNING)
     )
     assert summary["final_return_mean"] < 60
+
+
+# ---- Videos
+
+
+@pytest.mark.parametrize("env_id", ["Hopper-v4", "Walker2d-v5", "HalfCheetah-v4"])
+def test_the_camera_follows_the_robot(setting, env_id):
+    renderer = setting.script.make_env(env_id, "rgb_array").unwrapped.mujoco_renderer
+    mode = renderer.model.camera(renderer.camera_id).mode[0]
+    assert mode == mujoco.mjtCamLight.mjCAMLIGHT_TRACKCOM
 
 
 # ---- Resuming

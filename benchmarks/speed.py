@@ -1,12 +1,12 @@
-"""Steps per second of our scripts over those of Stable-Baselines3's PPO and A2C and of TRL's PPO,
-in one run.
+"""Steps per second of our scripts over those of Stable-Baselines3's PPO and A2C, of SBX's PPO (in
+JAX) and of TRL's PPO, in one run.
 
     pip install -e ".[peers]"
-    python tests/speed.py               # sppo_continuous.py
-    python tests/speed.py --algo a2c    # sa2c_continuous.py
-    python tests/speed.py --suite atari --env-id Breakout --total-timesteps 20480
-    python tests/speed.py --suite atari --env-id Breakout --total-timesteps 20480 --algo a2c
-    python tests/speed.py --suite rlhf --total-timesteps 336 --policy-model DIR --dataset FILE
+    python benchmarks/speed.py               # sppo_continuous.py
+    python benchmarks/speed.py --algo a2c    # sa2c_continuous.py
+    python benchmarks/speed.py --suite atari --env-id Breakout --total-timesteps 20480
+    python benchmarks/speed.py --suite atari --env-id Breakout --total-timesteps 20480 --algo a2c
+    python benchmarks/speed.py --suite rlhf --total-timesteps 336 --policy-model DIR --dataset FILE
 
 The same work for all. Continuous, on one thread, observations and rewards normalised by running
 statistics: PPO in one environment, with 2048 steps between updates, 10 epochs of 32 minibatches of
@@ -66,13 +66,13 @@ def programs(args: Args, scratch: Path) -> dict[str, list[str]]:
         ours = ["sppo_rlhf.py", *common, "--task", "imdb", "--top-k", "0", "--ce-coef", "0"]
         ours += ["--eval-episodes", "1", "--eval-freq", "0", "--checkpoint-freq", "0"]
         return {
-            "TRL, float32": ["tests/trl_ppo.py", *common],
-            "TRL, bfloat16": ["tests/trl_ppo.py", *common, "--amp", "auto"],
+            "TRL, float32": ["benchmarks/trl_ppo.py", *common],
+            "TRL, bfloat16": ["benchmarks/trl_ppo.py", *common, "--amp", "auto"],
             "ours, SPPO, float32": [*ours, "--amp", "off"],
             "ours, SPPO, bfloat16": ours,
         }
     file, plain, symmetric = f"s{algo}_{suite}.py", algo.upper(), "S" + algo.upper()
-    peer = ["tests/sb3.py", "--algo", algo] + (["--atari"] if suite == "atari" else [])
+    peer = ["benchmarks/sb3.py", "--algo", algo] + (["--atari"] if suite == "atari" else [])
     common = ["--env-id", args.env_id, "--eval-episodes", "1"]
     common += ["--total-timesteps", str(args.total_timesteps)]
     if suite == "atari":
@@ -88,7 +88,10 @@ def programs(args: Args, scratch: Path) -> dict[str, list[str]]:
     ours = {
         f"ours, {name}": [file, *common, "--eval-freq", "0", *flags] for name, flags in ours.items()
     }
-    return {"Stable-Baselines3": peer + common} | ours
+    peers = {"Stable-Baselines3": peer + common}
+    if suite == "continuous" and algo == "ppo":
+        peers["SBX"] = [*peer, "--library", "sbx", *common]
+    return peers | ours
 
 
 def save_reward_model(policy: str, folder: Path) -> None:

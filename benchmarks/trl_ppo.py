@@ -1,7 +1,7 @@
 """TRL's PPO on the work of sppo_rlhf.py: a yardstick for speed.
 
     pip install -e ".[rlhf,peers]"
-    python tests/trl_ppo.py --policy-model DIR --reward-model DIR --dataset reviews.jsonl.gz
+    python benchmarks/trl_ppo.py --policy-model DIR --reward-model DIR --dataset reviews.jsonl.gz
 
 Prompts of 64 tokens, 48 new ones, 112 texts an update, 5 epochs of 4 minibatches, a value model, no
 checkpointing of activations. TRL's reward model must have the policy's tokenizer, and one output.

@@ -1,19 +1,21 @@
-"""Stable-Baselines3's PPO and A2C under the settings of our baselines, without a reverse loss: a
-yardstick.
+"""Stable-Baselines3's PPO and A2C, and the PPO of SBX (Stable-Baselines3 in JAX), with the settings
+of our baselines and without a reverse loss: a yardstick.
 
     pip install -e ".[peers]"
-    python tests/sb3.py --env-id Hopper-v4 --seed 10000       # sppo_continuous.py --policy gaussian
-    python tests/sb3.py --env-id Breakout --atari             # sppo_atari.py --beta 0 --amp off
-    python tests/sb3.py --algo a2c --env-id Hopper-v4         # sa2c_continuous.py --policy gaussian
-    python tests/sb3.py --algo a2c --env-id Breakout --atari  # sa2c_atari.py --beta 0 --amp off
+    python benchmarks/sb3.py                                # sppo_continuous.py --policy gaussian
+    python benchmarks/sb3.py --library sbx                  # the same in JAX, compiled
+    python benchmarks/sb3.py --algo a2c                     # sa2c_continuous.py --policy gaussian
+    python benchmarks/sb3.py --atari --env-id Breakout      # sppo_atari.py --beta 0 --amp off
+    python benchmarks/sb3.py --atari --env-id Breakout --algo a2c   # sa2c_atari.py, the same
 
-For continuous control both follow Stable-Baselines3's defaults, with VecNormalize; A2C takes eight
+For continuous control all follow Stable-Baselines3's defaults, with VecNormalize; A2C takes eight
 steps in four environments. For Atari the settings are those of its own benchmark, with its usual
-wrappers. Scores are taken in the same way: raw rewards, and greedy actions and the statistics of
-the training, or sampled actions in whole games. Writes runs/NAME/summary.json with the keys that
-our own runs have; `sps` is without start-up and evaluation."""
+wrappers. SBX has no A2C. Scores are taken as in our scripts: raw rewards, and greedy actions and
+the statistics of the training, or sampled actions in whole games. Writes runs/NAME/summary.json
+with the keys that our own runs have; `sps` is without start-up and evaluation."""
 
 import json
+import sys
 import time
 import warnings
 from dataclasses import dataclass
@@ -33,10 +35,13 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.sb2_compat.rmsprop_tf_like import RMSpropTFLike
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNormalize
 
+PACKAGES = {"sb3": "stable-baselines3", "sbx": "sbx-rl"}
+
 
 @dataclass
 class Args:
     algo: Literal["ppo", "a2c"] = "ppo"
+    library: Literal["sb3", "sbx"] = "sb3"
     env_id: str = "Hopper-v4"
     atari: bool = False
     seed: int = 1
@@ -54,11 +59,13 @@ def atari_envs(args: Args, num_envs: int, **wrapper):
 
 
 def main(args: Args) -> None:
+    if args.library == "sbx" and (args.atari or args.algo != "ppo"):
+        sys.exit("error: --library sbx: only PPO in continuous control")
     warnings.filterwarnings("ignore", message=".*is out of date.*")
     gym.register_envs(ale_py)
     wall_started = time.perf_counter()
     run_dir = Path(args.runs_dir) / (
-        args.run_name or f"{args.env_id}__sb3-{args.algo}__none__{args.seed}"
+        args.run_name or f"{args.env_id}__{args.library}-{args.algo}__none__{args.seed}"
     )
     run_dir.mkdir(parents=True)
     seed_and_device = {"seed": args.seed, "device": "cpu"}
@@ -78,8 +85,14 @@ def main(args: Args) -> None:
         torch.set_num_threads(1)
         count = 1 if args.algo == "ppo" else 4
         envs = VecNormalize(DummyVecEnv([lambda: Monitor(gym.make(args.env_id))] * count))
-        algorithm, settings = (PPO, {}) if args.algo == "ppo" else (A2C, {"n_steps": 8})
-        model = algorithm("MlpPolicy", envs, **settings, **seed_and_device)
+        if args.library == "sbx":
+            import sbx  # with JAX, which takes seconds
+
+            model = sbx.PPO("MlpPolicy", envs, **seed_and_device)
+        elif args.algo == "ppo":
+            model = PPO("MlpPolicy", envs, **seed_and_device)
+        else:
+            model = A2C("MlpPolicy", envs, n_steps=8, **seed_and_device)
     started = time.perf_counter()
     model.learn(args.total_timesteps)
     train_s = time.perf_counter() - started
@@ -94,8 +107,8 @@ def main(args: Args) -> None:
         model, envs, args.eval_episodes, deterministic=not args.atari, return_episode_rewards=True
     )
     summary = vars(args) | {
-        "script": "stable_baselines3",
-        "version": version("stable-baselines3"),
+        "script": PACKAGES[args.library],
+        "version": version(PACKAGES[args.library]),
         "noise": "none",
         "noise_level": 0.0,
         "alpha": 1.0,
