@@ -138,9 +138,8 @@ class Args:
 def make_env(env_id, render_mode=None):
     # The paper's environments are MuJoCo v4
     warnings.filterwarnings("ignore", message=".*is out of date.*")
-    if render_mode is None:  # some environments lack the argument
-        return CheckedEnv(gym.make(env_id))
-    env = gym.make(env_id, render_mode=render_mode)
+    options = {"render_mode": render_mode} if render_mode else {}  # some environments have none
+    env = gym.make(env_id, **options)
     renderer = getattr(env.unwrapped, "mujoco_renderer", None)
     if renderer is not None and renderer.model.ncam > 0:
         renderer.camera_id = 0  # it follows the robot, which Gymnasium's default camera does not
