@@ -249,7 +249,7 @@ def measure(args: Args) -> None:
     subject = args.suite if digits else args.env_id
     what = f"{subject}, {args.algo.upper()}, {args.total_timesteps:,} steps"
     print(f"{what}, {args.repeats} repeats, torch {torch.__version__}\n")
-    print("| program | steps/s, median (range) | ratio of medians | in each repeat |")
+    print("| method | steps/s, median (range) | ratio of medians | in each repeat |")
     print("|---|---|---|---|")
     for name, sps in results.items():
         median, low, high = (f"{x:,.{digits}f}" for x in (np.median(sps), min(sps), max(sps)))

@@ -681,3 +681,17 @@ def test_slurm_runs_what_is_not_finished(history, tmp_path):
     assert summaries(runs).keys() == kept.keys() | set(missing), logs
     assert {name: summaries(runs)[name] for name in kept} == kept
     assert len(list((runs / "logs").glob("slurm-*.log"))) == 4
+
+
+@pytest.mark.slow
+def test_speed_is_compared_with_the_peers(tmp_path):
+    flags = ["--total-timesteps", "2048", "--repeats", "1", "--out", tmp_path]
+    script = ROOT / "benchmarks" / "speed.py"
+    command = [sys.executable, script, "--env-id", "InvertedDoublePendulum-v4", *flags]
+    subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
+    page = (tmp_path / "speed.md").read_text()
+    assert re.search(r"(?m)^\| Stable-Baselines3 \| .* \| 1.00 \| 1.00 \|$", page)
+    for method in ("SBX", "ours, Gaussian PPO", r"ours, SPPO \(11 bins\)"):
+        ratio = re.search(rf"(?m)^\| {method} \| [\d,]+ \(.*\) \| ([\d.]+) \|", page)[1]
+        assert float(ratio) > 0
+    assert json.loads((tmp_path / "summary.json").read_text())["finished"]
