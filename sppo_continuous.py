@@ -895,10 +895,9 @@ def resumed_args(args: Args) -> Args:
         "--resume reuses the flags of the interrupted run: leave out all others",
     )
     folder = Path(args.resume)
-    require(
-        (folder / "args.json").is_file() and not (folder / "summary.json").is_file(),
-        f"--resume {folder}: not the folder of an interrupted run",
-    )
+    begun = os.path.isfile(folder / "args.json")
+    finished = os.path.isfile(folder / "summary.json")
+    require(begun and not finished, f"--resume {folder}: not the folder of an interrupted run")
     return replace(saved_args(folder), resume=args.resume)
 
 

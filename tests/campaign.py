@@ -491,7 +491,7 @@ def try_command_line(case, number):
         case.done += " (script in '$(touch pwned)')"
         hook = case.move_script
     outcome = case.call(argv, hook, limit=5.0)
-    if "resume" in flags:
+    if flags.get("resume", ["None"]) != ["None"]:  # tyro reads None as no value
         check_code(outcome, 2)
     check_accepted_or_refused(case, argv, outcome)
 

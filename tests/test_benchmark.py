@@ -247,6 +247,19 @@ def test_bad_input_is_one_line_and_no_work(arguments, message, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["benchmark.sh"]
 
 
+def test_a_copied_script_is_a_row_after_the_line_that_the_documentation_adds(tmp_path):
+    page = (ROOT / "docs" / "benchmark.md").read_text()
+    above, added = re.search(r"```diff\n (.*)\n\+(.*)\n```", page).groups()
+    suite = (ROOT / "benchmark.sh").read_text()
+    changed = suite.replace(above + "\n", f"{above}\n{added}\n", 1)
+    assert changed != suite
+    (tmp_path / "benchmark.sh").write_text(changed)
+    command = ["bash", tmp_path / "benchmark.sh", "quick", "--envs", "Hopper-v4", "--seeds", "1"]
+    listed = subprocess.check_output([*command, "--dry-run"], env=ENVIRON, text=True)
+    rows = re.findall(r"python sppo_mine.py .* --run-name (\S+)", listed)
+    assert rows == [f"Hopper-v4__mine__{noise}__10000" for noise in ("none", "normal")]
+
+
 def test_shellcheck():
     for script in ("benchmark.sh", ".ci/run"):
         subprocess.run(["shellcheck", ROOT / script], check=True, env=ENVIRON)

@@ -1011,6 +1011,7 @@ BAD_INPUT = {
     "--runs-dir /dev/null": "/dev/null",
     "--runs-dir a\udcff": "not a printable name",
     "--resume nowhere": "--resume nowhere: not the folder of an interrupted run",
+    f"--resume {'x' * 300}": "not the folder of an interrupted run",
     "--resume nowhere --seed 2": "--resume reuses the flags of the interrupted run: leave out all",
 }
 PPO_BAD_INPUT = {
