@@ -41,6 +41,7 @@ from tqdm import tqdm
 try:
     import matplotlib.pyplot as plt
     import pandas as pd
+    from pandas import DataFrame, Series
     from rliable import library as rly
     from rliable import metrics
     from scipy import stats
@@ -56,30 +57,81 @@ SCRIPTS = [
     "sppo_continuous.py",
     "sppo_rlhf.py",
 ]
-ALGOS = ["a2c", "da2c", "sa2c", "ppo", "dppo", "sppo"]
+ALGOS = {"a2c": 0, "da2c": 1, "sa2c": 2, "ppo": 3, "dppo": 4, "sppo": 5}  # places in tables
 SYMMETRIC = ["sa2c", "sppo"]
 
 # Settings that make another method of the same script, named by their flags where not the default
 SWEPT = ["learning_rate", "clip_coef", "update_epochs"]
-COMPARED = [*SWEPT, "max_grad_norm", "vf_coef", "ent_coef", "ce_coef", "norm_adv", "layer_norm"]
-COMPARED += ["reward_model", "reward_aggregate", "correct_flips", "divide_by_p_old"]
+COMPARED = [
+    *SWEPT,
+    "max_grad_norm",
+    "vf_coef",
+    "ent_coef",
+    "ce_coef",
+    "norm_adv",
+    "layer_norm",
+    "reward_model",
+    "reward_aggregate",
+    "correct_flips",
+    "divide_by_p_old",
+]
 WEIGHTS = ["alpha", "beta", "z"]
 CELL = ["script", "env_id", "noise", "noise_level", "algo", "policy", *WEIGHTS, *COMPARED]
 # What may differ within a cell, since it has no part in what is learnt
-FREE = ["seed", "run_name", "runs_dir", "resume", "device", "compile", "track", "capture_video"]
-FREE += ["log_freq", "checkpoint_freq", "micro_batch_size"]
+FREE = [
+    "seed",
+    "run_name",
+    "runs_dir",
+    "resume",
+    "device",
+    "compile",
+    "track",
+    "capture_video",
+    "log_freq",
+    "checkpoint_freq",
+    "micro_batch_size",
+]
 
-RECORDED = ["args", "command", "commit", "versions", "hardware"]
+# Types of what args.json says
+RECORDED = {"args": dict, "command": list, "commit": object, "versions": dict, "hardware": dict}
 RESULTS = ["final_return_mean", "final_return_std", "train_return_last100", "sps", "wall_s"]
-RESULTS += ["finished"]
-NEEDED = ["script", "algo", "env_id", "seed", "noise", "noise_level", *WEIGHTS]
-NEEDED += ["total_timesteps", *RESULTS]
+NEEDED = [
+    "script",
+    "algo",
+    "env_id",
+    "seed",
+    "noise",
+    "noise_level",
+    *WEIGHTS,
+    "total_timesteps",
+    *RESULTS,
+    "finished",
+]
 TEXTS = ["script", "algo", "env_id", "task", "noise", "policy"]
-NUMBERS = ["seed", "total_timesteps", "noise_level", *WEIGHTS, *SWEPT, "eval_freq", "num_envs"]
-NUMBERS += ["num_steps", "batch_size", "max_grad_norm", "vf_coef", "ent_coef", "ce_coef"]
-NUMBERS += ["final_return_mean", "final_return_std", "sps", "wall_s"]
+NUMBERS = [
+    "seed",
+    "total_timesteps",
+    "noise_level",
+    *WEIGHTS,
+    *SWEPT,
+    "max_grad_norm",
+    "vf_coef",
+    "ent_coef",
+    "ce_coef",
+    "eval_freq",
+    "num_envs",
+    "num_steps",
+    "batch_size",
+    "final_return_mean",
+    "final_return_std",
+    "sps",
+    "wall_s",
+]
 EVALUATION = ["step", "return_mean", "return_std", "length_mean", "episodes"]
 AGAIN = "delete the run's folder and run it again"
+
+TASK = ["kind", "family", "condition", "env_id"]  # cells of one row of a table
+LABELS = ["base", "noise", "level", "order", "symmetric", "compared", "alpha_k"]
 
 # Of a picture's lines; other methods have OTHER_COLORS, in the order of their names
 COLORS = {
@@ -100,8 +152,22 @@ COLORS = {
     "PPO, no-norm-adv": "tab:gray",
     "DPPO, alpha k": "tab:gray",
 }
-OTHER_COLORS = ["tab:pink", "tab:olive", "black", "gold", "navy", "lime", "maroon", "violet"]
-OTHER_COLORS += ["teal", "salmon", "indigo", "khaki", "skyblue", "darkgreen"]
+OTHER_COLORS = [
+    "tab:pink",
+    "tab:olive",
+    "black",
+    "gold",
+    "navy",
+    "lime",
+    "maroon",
+    "violet",
+    "teal",
+    "salmon",
+    "indigo",
+    "khaki",
+    "skyblue",
+    "darkgreen",
+]
 
 RANDOM_AND_HUMAN = {  # raw scores
     "Alien": (227.8, 7127.7),
@@ -149,7 +215,109 @@ class Refusal(ValueError):
     """What is wrong with what was given, in one line, and what to do."""
 
 
-# Reading
+# ---- Loading runs
+
+
+def read_runs(folders: list[Path], tags: tuple[str, ...]) -> tuple[DataFrame, list[dict]]:
+    """Finished runs, a row each as `read_finished` gives it, and the arguments of those that have
+    begun and not finished.
+
+    Raises Refusal: no runs, a file that is corrupt or belongs to another run, a name that is there
+    twice."""
+    finished = []
+    unfinished = []
+    for path in tqdm(find_runs(folders), "reading", unit=" runs", disable=None, leave=False):
+        if (path / "summary.json").exists():
+            finished.append(read_finished(path, tags))
+        else:
+            unfinished.append(read_unfinished(path))
+    if not finished:
+        where = ", ".join(map(str, folders))
+        raise Refusal(f"{where}: {len(unfinished)} runs, and none has finished")
+    return DataFrame(finished), unfinished
+
+
+def is_run(path: Path) -> bool:
+    return (path / "args.json").exists() or (path / "summary.json").exists()
+
+
+def find_runs(folders: list[Path]) -> list[Path]:
+    """Folders of runs that are in `folders`, or are themselves given. Raises Refusal if a folder
+    has none, or a name is there twice."""
+    paths = []
+    for folder in folders:
+        if is_run(folder):
+            paths.append(folder)
+            continue
+        inside = sorted(path for path in folder.glob("*") if is_run(path))
+        if not inside:
+            raise Refusal(f"{folder}: no runs in it; give folders of runs, such as runs/quick")
+        paths += inside
+    times = Counter(path.name for path in paths)
+    for name in times:
+        if times[name] > 1:
+            where = " and ".join(str(path) for path in paths if path.name == name)
+            raise Refusal(f"{where}: two runs of one name; leave one out")
+    return paths
+
+
+def read_unfinished(path: Path) -> dict:
+    recorded = read_recorded(path / "args.json")
+    script = Path(recorded["command"][0]).name
+    return recorded["args"] | {"script": script, "name": path.name}
+
+
+def read_finished(path: Path, tags: tuple[str, ...]) -> dict:
+    """A finished run: its summary, with its default settings for those that its version of the
+    script did not have, and name, path, recorded, curve, logged."""
+    summary = read_json(path / "summary.json", NEEDED)
+    script = summary["script"]
+    ours = (path / "args.json").exists() or str(script).endswith(".py")
+    recorded = read_recorded(path / "args.json") if ours else peer_recorded(summary)
+    check_summary(path / "summary.json", summary, recorded)
+    if ours:
+        curve = read_curve(path / "progress.csv", summary, recorded)
+    else:
+        curve = DataFrame(columns=EVALUATION)
+    found = {
+        "name": path.name,
+        "path": path,
+        "recorded": recorded,
+        "curve": curve,
+        "logged": read_logged(path, tags),
+    }
+    return defaults(script, summary["env_id"]) | summary | found
+
+
+def read_recorded(path: Path) -> dict:
+    """What args.json says: arguments, command, commit, versions, hardware, and whatever else newer
+    scripts record. Raises Refusal if a part is missing or of the wrong type."""
+    recorded = read_json(path, list(RECORDED))
+    for key, kind in RECORDED.items():
+        if not isinstance(recorded[key], kind):
+            raise Refusal(f"{path}: {key} is {recorded[key]!r}; {AGAIN}")
+    command = recorded["command"]
+    if not command or not all(isinstance(word, str) for word in command):
+        raise Refusal(f"{path}: command is {command!r}; {AGAIN}")
+    args = recorded["args"]
+    for key in ("seed", "noise", "total_timesteps"):
+        if key not in args:
+            raise Refusal(f"{path}: no {key!r} among the arguments; {AGAIN}")
+    args.setdefault("env_id", args.get("task"))
+    check_values(path, args)
+    return recorded
+
+
+def peer_recorded(summary: dict) -> dict:
+    """What args.json would say, for a run of another library, which leaves a summary.json only."""
+    left_out = [*RESULTS, "finished", "version"]
+    return {
+        "args": {key: summary[key] for key in summary if key not in left_out},
+        "command": [],
+        "commit": None,
+        "versions": {summary["script"]: summary.get("version")},
+        "hardware": {},
+    }
 
 
 def read_json(path: Path, needed: list[str]) -> dict:
@@ -164,9 +332,89 @@ def read_json(path: Path, needed: list[str]) -> dict:
     return content
 
 
+def read_csv(path: Path, **options) -> DataFrame:
+    """What is in `path`, by pandas. Raises Refusal if it cannot be read."""
+    try:
+        return pd.read_csv(path, **options)
+    except (OSError, ValueError) as error:
+        raise Refusal(f"{path}: {' '.join(str(error).split())}") from error
+
+
+def read_curve(path: Path, summary: dict, recorded: dict) -> DataFrame:
+    """Evaluations, a row each: columns EVALUATION, of language models more. Raises Refusal unless
+    they are whole and the summary's."""
+    curve = read_csv(path, float_precision="round_trip")
+    check_numbers(path, curve)
+    check_steps(path, curve, summary, recorded)
+    for column in ("return_mean", "return_std"):
+        last = curve[column].iloc[-1]
+        final = summary[f"final_{column}"]
+        if not math.isclose(last, final, rel_tol=1e-6, abs_tol=1e-12):
+            raise Refusal(f"{path}: last {column} is {last}, in summary.json {final}; {AGAIN}")
+    return curve
+
+
+def read_logged(path: Path, tags: tuple[str, ...]) -> dict[str, DataFrame]:
+    """What a run logged: {tag: columns step, value}, without tags that it did not log. From
+    logged.csv, where `keep_runs` has left one, else from TensorBoard's files. Raises Refusal if
+    logged.csv is corrupt."""
+    kept = path / "logged.csv"
+    logged = {}
+    if kept.exists():
+        types = {"tag": str, "step": float, "value": float}
+        rows = read_csv(kept, usecols=list(types), dtype=types)
+        for tag in tags:
+            values = rows[rows["tag"] == tag]
+            if len(values):
+                logged[tag] = values[["step", "value"]]
+        return logged
+    events = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
+    for tag in tags:
+        if tag in events.Tags()["scalars"]:
+            # after resuming the last value of a step counts
+            values = {event.step: event.value for event in events.Scalars(tag)}
+            logged[tag] = DataFrame(values.items(), columns=["step", "value"])
+    return logged
+
+
+def keep_runs(runs: DataFrame, folder: Path) -> None:
+    """Copies runs without checkpoints and without TensorBoard's files; of these, logged.csv has the
+    tags that were read, as means over blocks of a hundredth of the run."""
+    for _, run in runs.iterrows():
+        target = folder / run["name"]
+        target.mkdir(parents=True, exist_ok=True)
+        for name in ("args.json", "progress.csv", "summary.json"):
+            if (run["path"] / name).exists():  # other libraries leave a summary only
+                shutil.copy(run["path"] / name, target)
+        parts = []
+        for tag, values in run["logged"].items():
+            size = math.ceil(len(values) / 100)
+            blocks = values.groupby(np.arange(len(values)) // size)
+            means = blocks.agg({"step": "last", "value": "mean"})
+            means.insert(0, "tag", tag)
+            parts.append(means)
+        if parts:
+            pd.concat(parts).to_csv(target / "logged.csv", index=False, float_format="%.4g")
+
+
+def select_seeds(
+    runs: DataFrame, unfinished: list[dict], count: int
+) -> tuple[DataFrame, list[dict]]:
+    """`runs` and `unfinished` ones of the first `count` seeds; of each kind of task its own."""
+    rank = runs.groupby("kind")["seed"].rank("dense")
+    selected = runs[rank <= count]
+    seeds = set(selected["seed"])
+    return selected, [run for run in unfinished if run["seed"] in seeds]
+
+
+# ---- Checks
+
+
 def is_number(value) -> bool:
     """Whether it is a number, and finite; neither nan nor true is."""
-    return isinstance(value, (int, float)) and not isinstance(value, bool) and abs(value) < 1e300
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        return False
+    return abs(value) < 1e300
 
 
 def check_values(path: Path, values: dict) -> None:
@@ -178,53 +426,67 @@ def check_values(path: Path, values: dict) -> None:
             raise Refusal(f"{path}: {key} is {value!r}, not a text; {AGAIN}")
 
 
-def read_recorded(path: Path) -> dict:
-    """What args.json says: arguments, command, commit, versions, hardware, and whatever else newer
-    scripts record."""
-    recorded = read_json(path, RECORDED)
-    types = {"args": dict, "command": list, "versions": dict, "hardware": dict}
-    for key, kind in types.items():
-        if not isinstance(recorded[key], kind):
-            raise Refusal(f"{path}: {key} is {recorded[key]!r}; {AGAIN}")
-    words = recorded["command"]
-    if not words or not all(isinstance(word, str) for word in words):
-        raise Refusal(f"{path}: command is {words!r}; {AGAIN}")
+def check_summary(path: Path, summary: dict, recorded: dict) -> None:
+    """Raises Refusal unless the summary is whole and belongs to the arguments `recorded`."""
+    check_values(path, summary)
+    if summary["finished"] is not True:
+        raise Refusal(f"{path}: finished is {summary['finished']!r}; {AGAIN}")
+    training = summary["train_return_last100"]
+    if training is not None and not is_number(training):
+        raise Refusal(f"{path}: train_return_last100 is {training!r}; {AGAIN}")
+    script = summary["script"]
+    algo = summary["algo"]
+    if script in SCRIPTS and algo not in ALGOS:
+        raise Refusal(f"{path}: algo is {algo!r}, which {script} has not; {AGAIN}")
     args = recorded["args"]
-    for key in ("seed", "noise", "total_timesteps"):
-        if key not in args:
-            raise Refusal(f"{path}: no {key!r} among the arguments; {AGAIN}")
-    check_values(path, {"env_id": args.get("env_id", args.get("task"))} | args)
-    return recorded
+    shared = args.keys() & summary.keys()
+    for key in sorted(shared - {"resume", "compile"}):  # those are of the last start only
+        value = summary[key]
+        if value != args[key]:
+            raise Refusal(f"{path}: {key} is {value!r}, in args.json {args[key]!r}; {AGAIN}")
 
 
-def peer_recorded(run: dict) -> dict:
-    """What args.json would say, for a run of another library, which leaves a summary.json only."""
-    args = {key: value for key, value in run.items() if key not in [*RESULTS, "version"]}
-    versions = {run["script"]: run.get("version")}
-    return {"args": args, "command": [], "commit": None, "versions": versions, "hardware": {}}
+def check_numbers(path: Path, curve: DataFrame) -> None:
+    """Raises Refusal unless the evaluations in `path` have all their columns, and numbers there."""
+    if missing := [column for column in EVALUATION if column not in curve]:
+        raise Refusal(f"{path}: no {missing}; {AGAIN}")
+    if curve.empty:
+        raise Refusal(f"{path}: no rows; {AGAIN}")
+    for column, values in curve.items():
+        if not pd.api.types.is_numeric_dtype(values):
+            wrong = values[pd.to_numeric(values, errors="coerce").isna()]
+            raise Refusal(f"{path}: {column} is {wrong.iloc[0]!r}, not a number; {AGAIN}")
+    for column in EVALUATION:
+        if not np.isfinite(curve[column]).all():
+            raise Refusal(f"{path}: not every {column} is a finite number; {AGAIN}")
 
 
-def check_summary(path: Path, run: dict, recorded: dict) -> None:
-    """Raises Refusal unless the summary `run` is whole and belongs to the arguments `recorded`."""
-    check_values(path, run)
-    if run["finished"] is not True:
-        raise Refusal(f"{path}: finished is {run['finished']!r}; {AGAIN}")
-    if run["train_return_last100"] is not None and not is_number(run["train_return_last100"]):
-        raise Refusal(f"{path}: train_return_last100 is {run['train_return_last100']!r}; {AGAIN}")
-    if run["script"] in SCRIPTS and run["algo"] not in ALGOS:
-        raise Refusal(f"{path}: algo is {run['algo']!r}, which {run['script']} has not; {AGAIN}")
+def check_steps(path: Path, curve: DataFrame, summary: dict, recorded: dict) -> None:
+    """Raises Refusal unless the evaluations in `path` are all that were due. Scripts that are not
+    ours, or that git saw changed, may evaluate when they like."""
+    steps = list(curve["step"])
+    total = summary["total_timesteps"]
+    if (np.diff(steps) <= 0).any():
+        raise Refusal(f"{path}: rows that are doubled or out of order, by their steps; {AGAIN}")
+    if steps[-1] < total:
+        raise Refusal(f"{path}: ends at step {steps[-1]} of {total}; {AGAIN}")
+    if summary["script"] not in SCRIPTS or recorded.get("script_status"):
+        return
     args = recorded["args"]
-    for key in sorted(args.keys() & run.keys() - {"resume", "compile"}):  # of this start only
-        if run[key] != args[key]:
-            raise Refusal(f"{path}: {key} is {run[key]!r}, in args.json {args[key]!r}; {AGAIN}")
+    check_schedule(path.with_name("args.json"), args)
+    wrong = set(evaluation_steps(args)) ^ set(steps)
+    if wrong:
+        first = sorted(wrong)[:3]
+        raise Refusal(f"{path}: evaluations missing or not due, at steps {first}; {AGAIN}")
 
 
 def check_schedule(path: Path, args: dict) -> None:
     """Raises Refusal unless `args` of one of the five scripts say when it evaluates."""
-    keys = ["batch_size"] if "task" in args else ["num_envs", "num_steps"]
-    for key in ["eval_freq", *keys]:
+    batch = ["batch_size"] if "task" in args else ["num_envs", "num_steps"]
+    for key in ["eval_freq", *batch]:
         value = args.get(key)
-        if not isinstance(value, int) or value < (0 if key == "eval_freq" else 1):
+        least = 0 if key == "eval_freq" else 1
+        if not isinstance(value, int) or value < least:
             raise Refusal(f"{path}: {key} is {value!r}; {AGAIN}")
 
 
@@ -243,180 +505,144 @@ def evaluation_steps(args: dict) -> list[int]:
     return sorted(steps)
 
 
-def read_curve(path: Path, run: dict, recorded: dict) -> pd.DataFrame:
-    """Evaluations, a row each. Raises Refusal unless they are whole and the summary's. Scripts that
-    are not ours, or that git saw changed, may evaluate when they like."""
-    try:
-        curve = pd.read_csv(path, float_precision="round_trip")
-    except (OSError, ValueError) as error:
-        raise Refusal(f"{path}: {' '.join(str(error).split())}") from error
-    if missing := [column for column in EVALUATION if column not in curve]:
-        raise Refusal(f"{path}: no {missing}; {AGAIN}")
-    if curve.empty:
-        raise Refusal(f"{path}: no rows; {AGAIN}")
-    for column in curve:
-        if not pd.api.types.is_numeric_dtype(curve[column]):
-            text = curve[column][pd.to_numeric(curve[column], errors="coerce").isna()].iloc[0]
-            raise Refusal(f"{path}: {column} is {text!r}, not a number; {AGAIN}")
-    for column in EVALUATION:
-        if not np.isfinite(curve[column]).all():
-            raise Refusal(f"{path}: not every {column} is a finite number; {AGAIN}")
-
-    steps = list(curve["step"])
-    if (np.diff(steps) <= 0).any():
-        raise Refusal(f"{path}: rows that are doubled or out of order, by their steps; {AGAIN}")
-    if steps[-1] < run["total_timesteps"]:
-        raise Refusal(f"{path}: ends at step {steps[-1]} of {run['total_timesteps']}; {AGAIN}")
-    if run["script"] in SCRIPTS and not recorded.get("script_status"):
-        check_schedule(path.with_name("args.json"), recorded["args"])
-        if wrong := sorted(set(evaluation_steps(recorded["args"])) ^ set(steps)):
-            raise Refusal(f"{path}: evaluations missing or not due, at steps {wrong[:3]}; {AGAIN}")
-    for column in ("return_mean", "return_std"):
-        last, final = curve[column].iloc[-1], run[f"final_{column}"]
-        if not math.isclose(last, final, rel_tol=1e-6, abs_tol=1e-12):
-            raise Refusal(f"{path}: last {column} is {last}, in summary.json {final}; {AGAIN}")
-    return curve
+def check_comparable(runs: DataFrame) -> None:
+    """Raises Refusal where runs of one script on one environment differ in an argument that is not
+    compared. An argument that a run's version of the script did not have is passed over, unless its
+    default is known."""
+    for (script, env_id), group in runs.groupby(["script", "env_id"]):
+        usual = defaults(script, env_id)
+        recorded = [record["args"] for record in group["recorded"]]
+        fixed = set().union(*recorded) - {*CELL, *FREE}
+        for key in sorted(fixed & set(runs.columns)):
+            had = [key in usual or key in args for args in recorded]
+            check_same(group[had], key, "")
 
 
-def read_logged(path: Path, tags: tuple[str, ...]) -> dict[str, pd.DataFrame]:
-    """What a run logged: {tag: columns step, value}, without tags that it did not log. From
-    logged.csv, where `keep_runs` has left one, else from TensorBoard's files."""
-    kept = path / "logged.csv"
-    if kept.exists():
-        try:
-            types = {"tag": str, "step": float, "value": float}
-            everything = pd.read_csv(kept, usecols=list(types), dtype=types)
-        except (OSError, ValueError) as error:
-            raise Refusal(f"{kept}: {' '.join(str(error).split())}") from error
-        groups = {tag: group[["step", "value"]] for tag, group in everything.groupby("tag")}
-        return {tag: groups[tag] for tag in tags if tag in groups}
-    events = EventAccumulator(str(path), size_guidance={"scalars": 0}).Reload()
-    logged = {}
-    for tag in tags:
-        if tag in events.Tags()["scalars"]:
-            # after resuming the last value of a step counts
-            values = {event.step: event.value for event in events.Scalars(tag)}
-            logged[tag] = pd.DataFrame({"step": list(values), "value": list(values.values())})
-    return logged
+def check_cells(runs: DataFrame) -> None:
+    """Raises Refusal where runs of equal names differ in a setting, or in nothing."""
+    cell = ["script", "env_id", "condition", "method"]
+    for _, group in runs.groupby(cell):
+        for key in [*WEIGHTS, *COMPARED]:
+            check_same(group, key, ", too little to tell")
+    key = [*cell, "seed"]
+    twice = runs[runs.duplicated(key, keep=False)]
+    if len(twice):
+        a, b = twice.sort_values(key)["name"][:2]
+        raise Refusal(f"{a} and {b} are the same run, of the same seed: leave one out")
 
 
-def keep_runs(runs: pd.DataFrame, folder: Path) -> None:
-    """Copies runs without checkpoints and without TensorBoard's files; of these, logged.csv has the
-    tags that were read, as means over blocks of a hundredth of the run."""
-    for _, run in runs.iterrows():
-        target = folder / run["name"]
-        target.mkdir(parents=True, exist_ok=True)
-        for name in ("args.json", "progress.csv", "summary.json"):
-            if (run["path"] / name).exists():  # other libraries leave a summary only
-                shutil.copy(run["path"] / name, target)
-        parts = []
-        for tag, values in run["logged"].items():
-            blocks = np.arange(len(values)) // math.ceil(len(values) / 100)
-            means = values.groupby(blocks).agg({"step": "last", "value": "mean"})
-            parts.append(means.assign(tag=tag)[["tag", "step", "value"]])
-        if parts:
-            logged = pd.concat(parts)
-            logged.to_csv(target / "logged.csv", index=False, float_format="%.4g")
+def check_same(runs: DataFrame, key: str, why: str) -> None:
+    """Raises Refusal if not all `runs` have the same value of `key`."""
+    values = runs[key].map(hashable)
+    different = values[~values.duplicated()]
+    if len(different) > 1:
+        a, b = runs["name"][different.index].head(2)
+        x, y = different.head(2)
+        raise Refusal(f"{a} and {b} differ in {key} ({x}, {y}){why}: report them apart")
 
 
-def find_runs(folders: list[Path]) -> list[Path]:
-    """Folders of runs that are in `folders`, or are themselves given."""
-    paths = []
-    for folder in folders:
-        inside = {
-            path.parent for name in ("args", "summary") for path in folder.glob(f"*/{name}.json")
-        }
-        itself = (folder / "args.json").exists() or (folder / "summary.json").exists()
-        paths += [folder] if itself else sorted(inside)
-        if not inside and not itself:
-            raise Refusal(f"{folder}: no runs in it; give folders of runs, such as runs/quick")
-    doubled = [name for name, times in Counter(path.name for path in paths).items() if times > 1]
-    if doubled:
-        where = " and ".join(str(path) for path in paths if path.name == doubled[0])
-        raise Refusal(f"{where}: two runs of one name; leave one out")
-    return paths
+def hashable(value):
+    return json.dumps(value) if isinstance(value, (list, tuple, dict)) else value
 
 
-def read_finished(path: Path, tags: tuple[str, ...]) -> dict:
-    """A finished run: its summary, with its default settings for those that its version of the
-    script did not have, and name, path, recorded, curve, logged."""
-    run = read_json(path / "summary.json", NEEDED)
-    peer = not (path / "args.json").exists() and not str(run["script"]).endswith(".py")
-    recorded = peer_recorded(run) if peer else read_recorded(path / "args.json")
-    check_summary(path / "summary.json", run, recorded)
-    if peer and not (path / "progress.csv").exists():
-        curve = pd.DataFrame(columns=EVALUATION)
-    else:
-        curve = read_curve(path / "progress.csv", run, recorded)
-    found = {"name": path.name, "path": path, "recorded": recorded, "curve": curve}
-    found["logged"] = read_logged(path, tags)
-    return defaults(run["script"], run["env_id"]) | run | found
+# ---- Methods
 
 
-def read_runs(folders: list[Path], tags: tuple[str, ...]) -> tuple[pd.DataFrame, list[dict]]:
-    """Finished runs, a row each, and the arguments of those that have begun and not finished.
-
-    Raises Refusal: no runs, a file that is corrupt or belongs to another run, a name or a run that
-    is there twice."""
-    runs, unfinished = [], []
-    for path in tqdm(find_runs(folders), "reading", unit=" runs", disable=None, leave=False):
-        if (path / "summary.json").exists():
-            runs.append(read_finished(path, tags))
-            continue
-        recorded = read_recorded(path / "args.json")
-        args = recorded["args"]
-        run = {"env_id": args.get("task"), "script": Path(recorded["command"][0]).name}
-        unfinished.append(run | args | {"name": path.name})
-    if not runs:
-        where = ", ".join(map(str, folders))
-        raise Refusal(f"{where}: {len(unfinished)} runs, and none has finished")
-    return pd.DataFrame(runs), unfinished
-
-
-# Methods
-
-
-@functools.cache
-def defaults(script: str, env_id: str) -> dict:
-    """Default settings that are written as plain values in one of the five scripts, for a language
-    model's task too; none of another script."""
-    path, found = Path(__file__).with_name(script), {}
-    if script not in SCRIPTS or not path.is_file():
-        return {}
-    source = ast.parse(path.read_text())
-    for node in source.body:
-        if isinstance(node, ast.ClassDef) and node.name == "Args":
-            for field in node.body:
-                if isinstance(field, ast.AnnAssign) and isinstance(field.value, ast.Constant):
-                    found[field.target.id] = field.value.value
-        if isinstance(node, ast.Assign) and node.targets[0].id == "TASKS":
-            tasks = eval(compile(ast.Expression(node.value), script, "eval"), {"Args": dict})
-            for key, value in tasks.get(env_id, {}).items():
-                found[key] = list(value) if isinstance(value, tuple) else value
-    return {key: value for key, value in found.items() if value is not None}
+def label_methods(runs: DataFrame) -> DataFrame:
+    """Adds columns: `method`, `base` (without what a sweep varies), `condition` (the noise), its
+    `level`, `kind` and `family`, `order` in tables, `symmetric`, `compared` (whether report.md
+    shows how much better it is than each other method) and `alpha_k`. Raises Refusal where runs
+    that would be compared differ in more than what is compared, or are there twice."""
+    check_comparable(runs)
+    runs = runs.reindex(columns=runs.columns.union(CELL))
+    ours = runs["script"].isin(SCRIPTS)
+    symmetric = runs["algo"].isin(SYMMETRIC)
+    noisy = runs["noise"] != "none"
+    noise = runs["noise"] + " " + runs["noise_level"].map("{:g}".format)
+    runs = runs.assign(
+        kind=runs.apply(kind_of, axis=1),
+        family=runs.apply(family_of, axis=1),
+        condition=noise.where(noisy, "clean"),
+        level=runs["noise_level"].where(noisy, 0.0),
+        order=runs["algo"].map(ALGOS).where(ours, len(ALGOS)),
+        symmetric=symmetric,
+        compared=~ours | symmetric | runs["correct_flips"].eq(True),
+        alpha_k=ours & ~symmetric & (runs["alpha"] != 1),
+    )
+    names = [name_method(run, runs) for _, run in runs.iterrows()]
+    runs[["base", "method"]] = DataFrame(names, runs.index)
+    check_cells(runs)
+    runs["noise"] = runs["noise"].replace("none", "")  # sorted first
+    order = ["kind", "family", "noise", "level", "env_id", "order", "method", "seed"]
+    return runs.sort_values(order).reset_index(drop=True)
 
 
-def kind_of(script: str, env_id: str) -> str:
+def kind_of(run: Series | dict) -> str:
     """What is learnt: continuous, atari, rlhf; of another script than ours by the environment."""
-    if script in SCRIPTS:
-        return script.removesuffix(".py").partition("_")[2]
-    if env_id in ("toy", "imdb", "tldr"):
+    if run["script"] in SCRIPTS:
+        return run["script"].removesuffix(".py").partition("_")[2]
+    if run["env_id"] in ("toy", "imdb", "tldr"):
         return "rlhf"
-    return "continuous" if re.search(r"-v\d+$", env_id) else "atari"
+    return "continuous" if re.search(r"-v\d+$", run["env_id"]) else "atari"
 
 
-def family_of(script: str, algo: str) -> str:
+def family_of(run: Series) -> str:
     """Methods of one family are in one table: a2c, ppo, or whatever another script says."""
     for family in ("a2c", "ppo"):
-        if family in algo or family in script:
+        if family in run["algo"] or family in run["script"]:
             return family
-    return algo
+    return run["algo"]
+
+
+def name_method(run: Series, runs: DataFrame) -> tuple[str, str]:
+    """Names of a run among all `runs`: without what a sweep varies, and with it."""
+    usual = defaults(run["script"], run["env_id"])
+    same_script = runs[runs["script"] == run["script"]]
+    k = symmetric_k(same_script[same_script["env_id"] == run["env_id"]])
+    family = same_script[same_script["family"] == run["family"]]
+    alike = family[family["algo"] == run["algo"]]
+    base = run["algo"].upper()
+    if run["script"] not in SCRIPTS:
+        stem = Path(run["script"]).stem
+        base = f"{stem} {base}" if family["algo"].nunique() > 1 else stem
+    swept = ""
+    for key in changed_settings(run, usual, alike):
+        change = change_of(key, run[key], usual.get(key), k)
+        if key in SWEPT:
+            swept += f", {change}"
+        else:
+            base += f", {change}"
+    return base, base + swept
+
+
+def symmetric_k(runs: DataFrame) -> float:
+    """k = alpha + beta |Z| of the symmetric ones among `runs`; nan if that is not one number."""
+    symmetric = runs[runs["symmetric"]]
+    ks = symmetric["alpha"] - symmetric["beta"] * symmetric["z"]
+    return ks.iloc[0] if ks.nunique() == 1 else math.nan
+
+
+def changed_settings(run: Series, usual: dict, alike: DataFrame) -> list[str]:
+    """Settings of a run that are not `usual`, its script's defaults; where these are not known, all
+    in which runs of the same script and algorithm, `alike`, differ."""
+    changed = []
+    for key in [*WEIGHTS, *COMPARED]:
+        value = hashable(run[key])
+        if key in WEIGHTS and not run["symmetric"]:
+            differs = key == "alpha" and value != 1
+        elif key in usual:
+            differs = value != hashable(usual[key])
+        else:
+            differs = alike[key].map(hashable).nunique() > 1
+        if differs and not pd.isna(value):
+            changed.append(key)
+    return changed
 
 
 def change_of(key: str, value, usual, k: float) -> str:
     """How a method's name says that setting `key` is `value`; `usual` is its default, if known."""
     flag = key.replace("_", "-")
-    if isinstance(value, (bool, np.bool_)):
+    if isinstance(value, bool):
         return flag if value else f"no-{flag}"
     if isinstance(value, list):
         return f"{flag} x {len(value)}"
@@ -424,102 +650,119 @@ def change_of(key: str, value, usual, k: float) -> str:
         return f"{flag} {value}"
     if key == "alpha" and math.isclose(value, k):
         return "alpha k"
-    if is_number(usual) and key not in SWEPT and math.isclose(value, usual / k, rel_tol=1e-4):
+    divided = is_number(usual) and math.isclose(value, usual / k, rel_tol=1e-4)
+    if divided and key not in SWEPT:
         return f"{flag} / k"
     return f"{flag} {value:.3g}" if isinstance(value, float) else f"{flag} {value}"
 
 
-def hashable(value):
-    return json.dumps(value) if isinstance(value, (list, dict)) else value
+@functools.cache
+def defaults(script: str, env_id: str) -> dict:
+    """Default settings that are written as plain values in one of the five scripts, for a language
+    model's task too; none of another script."""
+    if script not in SCRIPTS:
+        return {}
+    source = Path(__file__).with_name(script).read_text()
+    found = {}
+    for node in ast.parse(source).body:
+        if isinstance(node, ast.ClassDef) and node.name == "Args":
+            for field in node.body:
+                if isinstance(field, ast.AnnAssign) and isinstance(field.value, ast.Constant):
+                    found[field.target.id] = field.value.value
+        if isinstance(node, ast.Assign) and node.targets[0].id == "TASKS":
+            code = compile(ast.Expression(node.value), script, "eval")
+            tasks = eval(code, {"Args": dict})
+            found |= tasks.get(env_id, {})
+    return {key: value for key, value in found.items() if value is not None}
 
 
-def check_comparable(runs: pd.DataFrame) -> None:
-    """Raises Refusal where runs of one script on one environment differ in an argument that is not
-    compared. An argument that a run's version of the script did not have is passed over, unless its
-    default is known."""
-    for (script, env_id), group in runs.groupby(["script", "env_id"]):
-        usual = defaults(script, env_id)
-        recorded = [set(run["args"]) for run in group["recorded"]]
-        for key in sorted(set().union(*recorded) & set(runs.columns) - {*CELL, *FREE}):
-            had = [key in usual or key in args for args in recorded]
-            different = group[had].drop_duplicates(key)
-            if len(different) > 1:
-                (a, x), (b, y) = different[["name", key]].values[:2]
-                raise Refusal(f"{a} and {b} differ in {key} ({x}, {y}): report them apart")
+# ---- Statistics
 
 
-def label_methods(runs: pd.DataFrame) -> pd.DataFrame:
-    """Adds columns: `method`, `base` (without what a sweep varies), `condition` (the noise), `kind`
-    and `family`, `order` in tables, `symmetric`, `compared` (whether report.md shows how much
-    better it is than each other method) and `alpha_k`. Raises Refusal where runs that would be
-    compared differ in more than what is compared."""
-    runs = runs.reindex(columns=runs.columns.union(CELL))
-    pairs = list(zip(runs["script"], runs["algo"], runs["env_id"]))
-    ours = runs["script"].isin(SCRIPTS)
-    runs["kind"] = [kind_of(script, env_id) for script, _, env_id in pairs]
-    runs["family"] = [family_of(script, algo) for script, algo, _ in pairs]
-    runs["symmetric"] = runs["algo"].isin(SYMMETRIC)
-    runs["alpha_k"] = ours & ~runs["symmetric"] & (runs["alpha"] != 1)
-    runs["compared"] = ~ours | runs["symmetric"] | runs["correct_flips"].eq(True)
-    # The symmetric ones last of ours
-    runs["order"] = [ALGOS.index(a) if s in SCRIPTS else len(ALGOS) for s, a, _ in pairs]
-    runs["condition"] = "clean"
-    noisy = runs["noise"] != "none"
-    levels = runs["noise_level"].map("{:g}".format)
-    runs.loc[noisy, "condition"] = runs["noise"] + " " + levels
-
-    complex_columns = ["name", "path", "recorded", "curve", "logged"]
-    plain = runs[runs.columns.difference(complex_columns)].map(hashable)
-    plain = plain.join(runs[["name", "recorded"]])
-    check_comparable(plain)
-    bases, methods = {}, {}
-    for (script, env_id), group in plain.groupby(["script", "env_id"]):
-        usual = {key: hashable(value) for key, value in defaults(script, env_id).items()}
-        of_symmetric = group[group["symmetric"]]
-        ks = (of_symmetric["alpha"] - of_symmetric["beta"] * of_symmetric["z"]).unique()
-        k = ks[0] if len(ks) == 1 else math.nan
-        for i, run in group.iterrows():
-            of_script = plain[(plain["script"] == script) & (plain["family"] == run["family"])]
-            alike = of_script[of_script["algo"] == run["algo"]]
-            base, swept = run["algo"].upper(), ""
-            if script not in SCRIPTS:
-                several = of_script["algo"].nunique() > 1
-                base = Path(script).stem + f" {base}" * several
-            for key in [*WEIGHTS, *COMPARED]:
-                if key in WEIGHTS and not run["symmetric"]:
-                    differs = key == "alpha" and run[key] != 1
-                elif key in usual:
-                    differs = run[key] != usual[key]
-                else:
-                    differs = alike[key].nunique() > 1
-                if pd.isna(run[key]) or not differs:
-                    continue
-                change = f", {change_of(key, runs.loc[i, key], usual.get(key), k)}"
-                if key in SWEPT:
-                    swept += change
-                else:
-                    base += change
-            bases[i], methods[i] = base, base + swept
-    runs["base"], runs["method"] = pd.Series(bases), pd.Series(methods)
-
-    plain = plain.join(runs["method"])
-    for _, cell in plain.groupby(["script", "env_id", "condition", "method"]):
-        for key in [*WEIGHTS, *COMPARED]:
-            if cell[key].nunique(dropna=False) > 1:
-                (a, x), (b, y) = cell.drop_duplicates(key)[["name", key]].values[:2]
-                differ = f"{a} and {b} differ in {key} ({x}, {y})"
-                raise Refusal(f"{differ}, too little to tell: report them apart")
-    key = ["script", "env_id", "condition", "method", "seed"]
-    if (twice := runs.duplicated(key, keep=False)).any():
-        a, b = runs[twice].sort_values(key)["name"][:2]
-        raise Refusal(f"{a} and {b} are the same run, of the same seed: leave one out")
-    runs["level"] = runs["noise_level"].where(noisy, 0.0)
-    runs["noise"] = runs["noise"].replace("none", "")  # sorted first
-    order = ["kind", "family", "noise", "level", "env_id", "order", "method", "seed"]
-    return runs.sort_values(order).reset_index(drop=True)
+def complete(cells: DataFrame) -> DataFrame:
+    """Those that have all seeds."""
+    return cells[cells["missing"] == 0]
 
 
-# Statistics
+def make_cells(runs: DataFrame, unfinished: list[dict]) -> DataFrame:
+    """One row per cell: its seeds, how many are missing, scores, mean, standard error, whether it
+    is best. No means where seeds are missing."""
+    seeds = runs.groupby("kind")["seed"].agg(set).to_dict()
+    begun = set()
+    for run in unfinished:
+        seeds.setdefault(kind_of(run), set()).add(run["seed"])
+        begun.add((run["script"], run["env_id"], run["noise"]))
+    rows = []
+    for _, group in runs.groupby([*TASK, "method"], sort=False):
+        first = group.iloc[0]
+        cell = make_cell(group, len(seeds[first["kind"]]))
+        task = (first["script"], first["env_id"], first["noise"] or "none")
+        cell["begun"] = task in begun
+        rows.append(cell)
+    cells = DataFrame(rows)
+    cells["best"] = cells.index.isin(find_best(cells))
+    means = [column for column in cells if column.endswith(("mean", "sem"))]
+    cells.loc[cells["missing"] > 0, means] = math.nan
+    return cells
+
+
+def make_cell(runs: DataFrame, planned: int) -> dict:
+    """The cell of `runs` of one method, one per seed; `planned` is how many seeds there should
+    be."""
+    first = runs.iloc[0]
+    values = quantities(runs)
+    cell = {name: first[name] for name in [*TASK, "method", *LABELS]}
+    cell |= {
+        "seeds": len(runs),
+        "missing": planned - len(runs),
+        "scores": runs["final_return_mean"].to_numpy(),
+        "by_seed": values,
+    }
+    cell |= mean_and_error("", values["return"])
+    cell |= mean_and_error("train_", runs["train_return_last100"].astype(float))
+    for name in SWEPT:
+        cell[f"swept_{name}"] = first[name]
+    for name in values.columns.drop("return"):
+        cell |= mean_and_error(f"{name}_", values[name])
+    return cell
+
+
+def mean_and_error(prefix: str, values: Series) -> dict[str, float]:
+    """Mean and standard error, both nan if a value is."""
+    return {
+        f"{prefix}mean": values.mean(skipna=False),
+        f"{prefix}sem": values.sem(skipna=False),
+    }
+
+
+def quantities(runs: DataFrame) -> DataFrame:
+    """What the runs of a cell are compared in, a row per seed: `return`, the last evaluation; of
+    language models the other columns of that; logged quantities, as means over the run."""
+    values = DataFrame({"seed": runs["seed"], "return": runs["final_return_mean"]})
+    columns = [set(curve.columns) for curve in runs["curve"]]
+    for column in sorted(set.intersection(*columns) - set(EVALUATION)):
+        values[column] = [curve[column].iloc[-1] for curve in runs["curve"]]
+    for tag in sorted(set().union(*runs["logged"])):
+        for i, logged in runs["logged"].items():
+            if tag in logged:
+                values.loc[i, tag] = logged[tag]["value"].mean()
+    return values.set_index("seed")
+
+
+def find_best(cells: DataFrame) -> list[int]:
+    """Indices of cells that are better than every other one of their row, by Welch's t-test at
+    5 %; none of a row that lacks runs."""
+    best = []
+    for _, row in cells[~cells["alpha_k"]].groupby(TASK):
+        incomplete = row["missing"].any() or row["begun"].any()
+        if incomplete or len(row) == 1:
+            continue
+        first = row["mean"].idxmax()
+        scores = row["scores"][first]
+        rivals = row["scores"].drop(first)
+        if all(welch(scores, rival) < 0.05 for rival in rivals):
+            best.append(first)
+    return best
 
 
 def welch(x, y) -> float:
@@ -527,163 +770,147 @@ def welch(x, y) -> float:
     equal."""
     if min(len(x), len(y)) < 2 or np.ptp([*x, *y]) == 0:
         return math.nan
-    return float(stats.ttest_ind(x, y, equal_var=False).pvalue)
+    return stats.ttest_ind(x, y, equal_var=False).pvalue
 
 
-def quantities(group: pd.DataFrame) -> pd.DataFrame:
-    """What the runs of a cell are compared in, a row per seed: `return`, the last evaluation; of
-    language models the other columns of that; logged quantities, as means over the run."""
-    values = pd.DataFrame({"seed": group["seed"], "return": group["final_return_mean"]})
-    columns = [curve.columns.difference(EVALUATION) for curve in group["curve"]]
-    for column in sorted(set.intersection(*map(set, columns))):
-        values[column] = [curve[column].iloc[-1] for curve in group["curve"]]
-    for tag in sorted({tag for logged in group["logged"] for tag in logged}):
-        values[tag] = [
-            logged[tag]["value"].mean() if tag in logged else math.nan for logged in group["logged"]
-        ]
-    return values.set_index("seed")
-
-
-def make_cells(runs: pd.DataFrame, unfinished: list[dict]) -> pd.DataFrame:
-    """One row per cell: its seeds, how many are missing, scores, mean, standard error, whether it
-    is best."""
-    seeds = {kind: set(group["seed"]) for kind, group in runs.groupby("kind")}
-    begun = set()
-    for run in unfinished:
-        kind = kind_of(run["script"], run["env_id"])
-        seeds[kind] = seeds.get(kind, set()) | {run["seed"]}
-        begun.add((run["script"], run["env_id"], run["noise"]))
-    cells = []
-    keys = ["kind", "family", "condition", "env_id", "method"]
-    same = ["base", "noise", "level", "order", "symmetric", "compared", "alpha_k"]
-    for key, group in runs.groupby(keys, sort=False):
-        first = group.iloc[0]
-        cell = dict(zip(keys, key)) | {name: first[name] for name in same}
-        cell["begun"] = (first["script"], first["env_id"], first["noise"] or "none") in begun
-        cell["seeds"] = len(group)
-        cell["missing"] = len(seeds[first["kind"]]) - len(group)
-        cell["scores"] = group["final_return_mean"].to_numpy()
-        values = quantities(group)
-        cell["by_seed"] = values
-        training = group["train_return_last100"].astype(float)
-        cell |= {"mean": values["return"].mean(), "sem": values["return"].sem()}
-        cell |= {"train_mean": training.mean(skipna=False), "train_sem": training.sem(skipna=False)}
-        cell |= {f"swept_{name}": first[name] for name in SWEPT}
-        for name in values.columns[1:]:
-            cell[f"{name}_mean"] = values[name].mean(skipna=False)
-            cell[f"{name}_sem"] = values[name].sem(skipna=False)
-        cells.append(cell)
-    cells = pd.DataFrame(cells)
-    cells["best"] = False
-    for _, row in cells[~cells["alpha_k"]].groupby(["kind", "family", "condition", "env_id"]):
-        if len(row) > 1 and not row["missing"].any() and not row["begun"].any():
-            best = row["mean"].idxmax()
-            others = row.drop(best)["scores"]
-            cells.loc[best, "best"] = all(welch(row["scores"][best], x) < 0.05 for x in others)
-    numbers = [c for c in cells if c.endswith(("mean", "sem"))]
-    cells.loc[cells["missing"] > 0, numbers] = math.nan
-    return cells
-
-
-def make_differences(cells: pd.DataFrame) -> pd.DataFrame:
+def make_differences(cells: DataFrame) -> DataFrame:
     """Every method less every other one of its row, in each of their `quantities`, with two
     standard errors: of the difference of independent means, and of the mean of differences by
     seed."""
     rows = []
-    keys = ["kind", "family", "condition", "env_id"]
-    for key, row in cells[cells["missing"] == 0].groupby(keys, sort=False):
-        for ours_index in range(len(row)):
-            ours = row.iloc[ours_index]
-            for other_index in range(ours_index):
-                other = row.iloc[other_index]
-                for quantity in ours["by_seed"].columns:
-                    if quantity not in other["by_seed"]:
-                        continue
-                    x, y = ours["by_seed"][quantity], other["by_seed"][quantity]
-                    difference = dict(zip(keys, key))
-                    difference["quantity"] = quantity
-                    difference["method"] = ours["method"]
-                    difference["less"] = other["method"]
-                    difference["difference"] = x.mean() - y.mean()
-                    difference["sem"] = math.hypot(x.sem(), y.sem())
-                    difference["paired_sem"] = (x - y).sem()
-                    difference["p"] = welch(x, y)
-                    difference["compared"] = ours["compared"]
-                    rows.append(difference)
-    return pd.DataFrame(rows)
+    for _, row in complete(cells).groupby(TASK, sort=False):
+        methods = [cell for _, cell in row.iterrows()]
+        for i, ours in enumerate(methods):
+            for other in methods[:i]:
+                rows += differences_of(ours, other)
+    return DataFrame(rows)
 
 
-def normalise(cells: pd.DataFrame) -> pd.Series:
-    """Scores of each cell, normalised; None for a game whose human score is not known here."""
-    everything = (
-        cells[cells["missing"] == 0]
-        .groupby(["kind", "env_id"])["scores"]
-        .agg(lambda scores: np.concatenate(list(scores)))
-    )
+def differences_of(ours: Series, other: Series) -> list[dict]:
+    """A cell less another one, in each quantity that both have."""
+    task = {key: ours[key] for key in TASK}
+    rows = []
+    for quantity, x in ours["by_seed"].items():
+        if quantity not in other["by_seed"]:
+            continue
+        y = other["by_seed"][quantity]
+        row = {
+            "quantity": quantity,
+            "method": ours["method"],
+            "less": other["method"],
+            "difference": x.mean() - y.mean(),
+            "sem": math.hypot(x.sem(), y.sem()),
+            "paired_sem": (x - y).sem(),
+            "p": welch(x, y),
+            "compared": ours["compared"],
+        }
+        rows.append(task | row)
+    return rows
+
+
+def make_aggregates(cells: DataFrame, reps: int) -> tuple[DataFrame, list[str]]:
+    """Interquartile means and probabilities of improvement over all tasks, with 95 % intervals of
+    `reps` bootstrap samples, a row each; and names of methods that had to be left out."""
+    rows = []
+    left_out = []
+    normalised = cells.assign(normalised=normalise(cells))
+    keys = ["kind", "family", "condition"]
+    for (kind, family, condition), group in normalised.groupby(keys, sort=False):
+        scores = score_matrices(group)
+        for method in group["method"].unique():
+            if method not in scores:
+                left_out.append(f"{method}, {family.upper()} {condition}")
+        if not scores:
+            continue
+        pairs = {}
+        compared = set(group[group["compared"]]["method"])
+        for ours in scores:
+            for other in scores:
+                if ours in compared and ours != other:
+                    pairs[f"{ours} > {other}"] = scores[ours], scores[other]
+        found = estimate("iqm", scores, interquartile_mean, reps)
+        found += estimate("probability of improvement", pairs, probability_of_improvement, reps)
+        where = {
+            "kind": kind,
+            "family": family,
+            "condition": condition,
+            "tasks": group["env_id"].nunique(),
+        }
+        rows += [where | row for row in found]
+    return DataFrame(rows), left_out
+
+
+def normalise(cells: DataFrame) -> Series:
+    """Scores of each cell (runs), normalised to 0 and 1 at the ends of `score_range`; None where
+    these are not known."""
+    whole = complete(cells)
     normalised = []
     for _, cell in cells.iterrows():
-        if cell["kind"] == "atari":
-            low, high = RANDOM_AND_HUMAN.get(cell["env_id"], (math.nan, math.nan))
-        else:
-            scores = everything.get((cell["kind"], cell["env_id"]), np.zeros(1))
-            low, high = scores.min(), max(scores.max(), scores.min() + 1e-9)
-        normalised.append(None if math.isnan(low) else (cell["scores"] - low) / (high - low))
-    return pd.Series(normalised, cells.index)
+        low, high = score_range(cell, whole)
+        scores = (cell["scores"] - low) / (high - low)
+        normalised.append(None if math.isnan(low) else scores)
+    return Series(normalised, cells.index)
+
+
+def score_range(cell: Series, cells: DataFrame) -> tuple[float, float]:
+    """On Atari the scores of a random and a human player, else the worst and the best score of the
+    environment in `cells`; nan if there are none."""
+    if cell["kind"] == "atari":
+        return RANDOM_AND_HUMAN.get(cell["env_id"], (math.nan, math.nan))
+    same_kind = cells[cells["kind"] == cell["kind"]]
+    same_task = same_kind[same_kind["env_id"] == cell["env_id"]]
+    scores = same_task["scores"].explode().astype(float)
+    low = scores.min()
+    return low, max(scores.max(), low + 1e-9)
+
+
+def score_matrices(cells: DataFrame) -> dict[str, np.ndarray]:
+    """Normalised scores (seeds, tasks) of each method that has run every task with every seed, two
+    at least; of none if the range of a task is not known."""
+    matrices = {}
+    if cells["normalised"].isna().any():
+        return matrices
+    tasks = sorted(cells["env_id"].unique())
+    for method, group in cells.groupby("method", sort=False):
+        whole = len(group) == len(complete(group)) == len(tasks)
+        if whole and group["seeds"].min() > 1:
+            scores = group.set_index("env_id")["normalised"]
+            matrices[method] = np.stack(list(scores[tasks]), axis=1)
+    return matrices
+
+
+def estimate(statistic: str, scores: dict, function, reps: int) -> list[dict]:
+    """`function` of each of `scores`, {name: matrix or pair of matrices}, with its 95 % stratified
+    bootstrap interval."""
+    points, intervals = rly.get_interval_estimates(scores, function, reps=reps)
+    rows = []
+    for name, point in points.items():
+        low, high = intervals[name][:, 0]
+        row = {
+            "statistic": statistic,
+            "method": name,
+            "value": point[0],
+            "low": low,
+            "high": high,
+        }
+        rows.append(row)
+    return rows
+
+
+def interquartile_mean(scores: np.ndarray) -> np.ndarray:
+    """(1,), of scores (runs, tasks)."""
+    return np.array([metrics.aggregate_iqm(scores)])
 
 
 def probability_of_improvement(x: np.ndarray, y: np.ndarray) -> np.ndarray:
-    """P(X > Y), ties half, mean over tasks, of scores (runs, tasks). As rliable's, whose
+    """P(X > Y), ties half, mean over tasks: (1,), of scores (runs, tasks). As rliable's, whose
     Mann-Whitney test at every bootstrap sample would take minutes a pair."""
-    x, y = x[:, None], y[None]
-    return np.array([(x > y).mean() + (x == y).mean() / 2])
+    wins = (x[:, None] > y).mean()  # of all pairs of runs
+    ties = (x[:, None] == y).mean()
+    return np.array([wins + ties / 2])
 
 
-def make_aggregates(cells: pd.DataFrame, reps: int) -> tuple[pd.DataFrame, list[str]]:
-    """Interquartile means and probabilities of improvement over all tasks, and what had to be left
-    out."""
-    rows, left_out = [], []
-    cells = cells.assign(normalised=normalise(cells))
-    unknown = cells[cells["normalised"].isna()]["env_id"].unique()
-    for key, group in cells.groupby(["kind", "family", "condition"], sort=False):
-        tasks, matrices = sorted(group["env_id"].unique()), {}
-        for method, there in group.groupby("method", sort=False):
-            complete = (there["missing"] == 0).all() and set(there["env_id"]) == set(tasks)
-            if complete and not set(tasks) & set(unknown) and there["seeds"].min() > 1:
-                matrices[method] = np.stack(
-                    list(there.set_index("env_id")["normalised"][tasks]), axis=1
-                )
-            else:
-                left_out.append(f"{method}, {key[1].upper()} {key[2]}")
-        if not matrices:
-            continue
-        where = dict(zip(["kind", "family", "condition"], key)) | {"tasks": len(tasks)}
-        iqm = rly.get_interval_estimates(
-            matrices, lambda x: np.array([metrics.aggregate_iqm(x)]), reps=reps
-        )
-        compared = set(group[group["compared"]]["method"])
-        pairs = {}
-        for ours in matrices:
-            for other in matrices:
-                if ours in compared and other != ours:
-                    pairs[f"{ours} > {other}"] = matrices[ours], matrices[other]
-        better = rly.get_interval_estimates(pairs, probability_of_improvement, reps=reps)
-        for what, (points, intervals) in (("iqm", iqm), ("probability of improvement", better)):
-            for name, point in points.items():
-                low, high = intervals[name][:, 0]
-                rows.append(
-                    where
-                    | {
-                        "statistic": what,
-                        "method": name,
-                        "value": point[0],
-                        "low": low,
-                        "high": high,
-                    }
-                )
-    return pd.DataFrame(rows), left_out
-
-
-# Tables and figures
+# ---- Tables
 
 
 def number(mean: float, sem: float) -> str:
@@ -691,17 +918,137 @@ def number(mean: float, sem: float) -> str:
     is no mean."""
     if math.isnan(mean):
         return ""
-    digits = 0 if abs(mean) >= 100 else 1 if abs(mean) >= 10 else 2 if abs(mean) >= 1 else 3
-    return f"{mean:,.{digits}f}" + ("" if math.isnan(sem) else f" ± {sem:,.{digits}f}")
+    digits = 0
+    for limit in (100, 10, 1):
+        if abs(mean) < limit:
+            digits += 1
+    text = f"{mean:,.{digits}f}"
+    return text if math.isnan(sem) else f"{text} ± {sem:,.{digits}f}"
 
 
 def markdown(header: list[str], rows: list[list[str]]) -> str:
-    return "\n".join(f"| {' | '.join(row)} |" for row in (header, ["---"] * len(header), *rows))
+    """A table of texts: `header`, and `rows` as long as it."""
+    line = ["---"] * len(header)
+    return "\n".join(f"| {' | '.join(row)} |" for row in [header, line, *rows])
 
 
-def in_order(frame: pd.DataFrame) -> list[str]:
-    """Its methods: baselines, the symmetric ones, those of other scripts."""
-    return list(frame.sort_values(["order", "method"])["method"].unique())
+def in_order(cells: DataFrame) -> list[str]:
+    """Their methods: baselines, the symmetric ones, those of other scripts."""
+    ordered = cells.sort_values(["order", "method"])
+    return list(ordered["method"].unique())
+
+
+def file_name(name: str) -> str:
+    return re.sub(r"[ /:]", "-", name)
+
+
+def table(cells: DataFrame, out: Path, name: str, value: str = "") -> str:
+    """One row per environment, one column per method: columns `value`mean and `value`sem of
+    `cells`. Writes it as CSV, and returns it as Markdown."""
+    methods = in_order(cells)
+    rows = []
+    for env_id, group in cells.groupby("env_id"):
+        row = [env_id]
+        by_method = group.set_index("method")
+        for method in methods:
+            there = method in by_method.index
+            row.append(cell_text(by_method.loc[method], value) if there else "")
+        rows.append(row)
+    what = value.rstrip("_") or "evaluation"
+    texts = DataFrame(rows, columns=["env_id", *methods])
+    plain = texts.replace(r"\*\*", "", regex=True)
+    plain.to_csv(out / file_name(f"table-{name}-{what}.csv"), index=False)
+    return markdown(["", *methods], rows)
+
+
+def cell_text(cell: Series, value: str) -> str:
+    if cell["missing"]:
+        return f"{cell['seeds']} of {cell['seeds'] + cell['missing']} seeds"
+    text = number(cell[f"{value}mean"], cell[f"{value}sem"])
+    return f"**{text}**" if cell["best"] and not value else text
+
+
+def difference_table(differences: DataFrame) -> str:
+    rows = []
+    for _, row in differences.iterrows():
+        difference = row["difference"]
+        sem = row["sem"]
+        methods = f"{row['method']} less {row['less']}"
+        times = f"{difference / sem:+.1f}" if sem > 0 else ""
+        p = "" if math.isnan(row["p"]) else f"{row['p']:.3f}"
+        paired = number(difference, row["paired_sem"]).partition(" ± ")[2]
+        what = [row["env_id"], row["condition"], row["quantity"], methods]
+        rows.append([*what, number(difference, sem), times, p, paired])
+    header = ["", "noise", "last evaluation", "", "difference", "standard errors", "p (Welch)"]
+    return markdown([*header, "standard error by seed"], rows)
+
+
+def aggregate_table(aggregates: DataFrame) -> str:
+    rows = []
+    for _, row in aggregates.iterrows():
+        value = f"{row['value']:.3f}"
+        interval = f"{row['low']:.3f} to {row['high']:.3f}"
+        rows.append([row["statistic"], row["method"], row["condition"], value, interval])
+    return markdown(["", "", "noise", "value", "95 % interval"], rows)
+
+
+def describe_runs(runs: DataFrame) -> str:
+    """What it takes to repeat or to judge them: commits, versions, machines, time."""
+    hours = runs["wall_s"].sum() / 3600
+    lines = [
+        f"{len(runs)} runs, {hours:,.1f} hours of computing; the command of each is in runs.csv."
+    ]
+    for what in ("commit", "versions", "hardware"):
+        counts = Counter(recorded_text(run, what) for _, run in runs.iterrows())
+        for text, count in counts.items():
+            lines.append(f"- {what}: {text or 'not recorded'} ({count} runs)")
+    return "\n".join(lines)
+
+
+def recorded_text(run: Series, what: str) -> str | None:
+    """What a run recorded of its commit, versions or hardware, in a line."""
+    script = run["script"]
+    part = run["recorded"][what]
+    if what == "commit":
+        changed = run["recorded"].get("script_status")
+        return f"{part}, {script} not as in it" if changed else part
+    names = part
+    if what == "versions":
+        names = ("python", "torch", "gymnasium", "mujoco", "ale-py", script)
+    return ", ".join(f"{name} {part[name]}" for name in names if name in part)
+
+
+def write_tables(
+    runs: DataFrame,
+    cells: DataFrame,
+    differences: DataFrame,
+    aggregates: DataFrame,
+    out: Path,
+) -> None:
+    """CSV files of everything."""
+    columns = ["name", "script", "env_id", "condition", "method", "seed", "total_timesteps"]
+    listed = runs[[*columns, *RESULTS]]
+    commits = []
+    commands = []
+    curves = []
+    for _, run in runs.iterrows():
+        command = run["recorded"]["command"]
+        commits.append(run["recorded"]["commit"])
+        commands.append(shlex.join(["python", *command]) if command else None)
+        curves.append(run["curve"].assign(name=run["name"]))
+    filled = [curve for curve in curves if len(curve)]
+    frames = {
+        "runs": listed.assign(commit=commits, command=commands),
+        "curves": pd.concat(filled or curves),
+        "tables": cells.drop(columns=[*LABELS, "scores", "by_seed", "begun"]),
+        "differences": differences,
+        "aggregates": aggregates,
+    }
+    for name, frame in frames.items():
+        frame.to_csv(out / f"{name}.csv", index=False, float_format="%.6g")
+
+
+# ---- Figures
 
 
 def color_methods(methods: list[str]) -> dict[str, str]:
@@ -712,45 +1059,20 @@ def color_methods(methods: list[str]) -> dict[str, str]:
     return colors
 
 
-def file_name(name: str) -> str:
-    return re.sub(r"[ /:]", "-", name)
-
-
-def table(cells: pd.DataFrame, out: Path, name: str, value: str = "") -> str:
-    """One row per environment, one column per method: columns `value`mean and `value`sem of
-    `cells`. Writes it as CSV, and returns it as Markdown."""
-    methods, rows = in_order(cells), []
-    for env_id, here in cells.groupby("env_id"):
-        rows.append([env_id])
-        for method in methods:
-            cell = here[here["method"] == method]
-            if cell.empty:
-                rows[-1].append("")
-            elif (cell := cell.iloc[0])["missing"]:
-                rows[-1].append(f"{cell['seeds']} of {cell['seeds'] + cell['missing']} seeds")
-            else:
-                text = number(cell[f"{value}mean"], cell[f"{value}sem"])
-                rows[-1].append(f"**{text}**" if cell["best"] and not value else text)
-    name = file_name(f"table-{name}-{value.rstrip('_') or 'evaluation'}.csv")
-    plain = pd.DataFrame(rows, columns=["env_id", *methods]).replace(r"\*\*", "", regex=True)
-    plain.to_csv(out / name, index=False)
-    return markdown(["", *methods], rows)
-
-
 def save(figure, out: Path, name: str) -> str:
     """Saves as PNG and SVG. Returns the Markdown that shows it."""
-    name = file_name(name)
-    for suffix, options in (("png", {"dpi": 120}), ("svg", {"metadata": {"Date": None}})):
-        figure.savefig(out / f"{name}.{suffix}", **options)
+    file = file_name(name)
+    figure.savefig(out / f"{file}.png", dpi=120)
+    figure.savefig(out / f"{file}.svg", metadata={"Date": None})
     plt.close(figure)
-    return f"![{name}]({name}.png)"
+    return f"![{file}]({file}.png)"
 
 
-def panels(count: int, height: float = 3.2):
+def panels(count: int):
     """A figure with `count` panels, at most five in a row."""
     rows = math.ceil(count / 5)
     columns = math.ceil(count / rows)
-    size = (max(7, 4 * columns), height * rows + 0.6)
+    size = (max(7, 4 * columns), 3.2 * rows + 0.6)
     figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for ax in axes.flat[count:]:
         ax.remove()
@@ -759,84 +1081,100 @@ def panels(count: int, height: float = 3.2):
 
 def add_legend(figure, axes, colors: dict[str, str]) -> None:
     """One for all panels, below them, in the order of `colors`."""
-    handles = {}
+    lines = {}
     for ax in axes:
-        handles |= {label: handle for handle, label in zip(*ax.get_legend_handles_labels())}
-    labels = [method for method in colors if method in handles]
-    lines = [handles[method] for method in labels]
-    figure.legend(lines, labels, loc="outside lower center", ncols=3, frameon=False)
+        handles, labels = ax.get_legend_handles_labels()
+        lines |= dict(zip(labels, handles))
+    methods = [method for method in colors if method in lines]
+    ordered = [lines[method] for method in methods]
+    figure.legend(ordered, methods, loc="outside lower center", ncols=3, frameon=False)
+
+
+def curve_of(run: Series, column: str) -> Series:
+    """Values of `column` by step, logged or of the evaluations; empty if the run has none."""
+    if column in run["logged"]:
+        return run["logged"][column].set_index("step")["value"]
+    if column in run["curve"]:
+        return run["curve"].set_index("step")[column]
+    return Series()
 
 
 def draw_curves(
-    runs: pd.DataFrame, what: str, column: str, axis: str, out: Path, name: str, colors: dict
+    runs: DataFrame, column: str, label: str, out: Path, name: str, colors: dict
 ) -> str:
-    """A panel per environment, a line per method: mean over seeds, and a 95 % bootstrap interval
-    of it; of curves with many points running means over a twentieth of the run."""
-    runs = runs[[column in curve and len(curve) > 0 for curve in runs[what]]]
-    if runs.empty:
+    """A panel per environment, a line per method, by `draw_mean_curve`. Returns the Markdown that
+    shows it, or nothing if no run has such a curve."""
+    lengths = [len(curve_of(run, column)) for _, run in runs.iterrows()]
+    shown = runs[np.array(lengths) > 0]
+    if shown.empty:
         return ""
-    figure, axes = panels(runs["env_id"].nunique())
-    for ax, (env_id, here) in zip(axes, runs.groupby("env_id")):
-        for method, group in here.groupby("method", sort=False):
-            curves = [
-                run[what].set_index("step")[column].rename(run["seed"])
-                for _, run in group.iterrows()
-            ]
-            curves = pd.concat(curves, axis=1).dropna()
-            curves = curves.rolling(max(1, len(curves) // 20), min_periods=1).mean()
-            scores = {method: curves.to_numpy().T[:, None, :]}  # seeds, one task, steps
-            mean, interval = rly.get_interval_estimates(scores, lambda x: x.mean((0, 1)), reps=1000)
-            color = colors[method]
-            ax.plot(curves.index, mean[method], color=color, label=method)
-            ax.fill_between(curves.index, *interval[method], color=color, alpha=0.12, lw=0)
+    figure, axes = panels(shown["env_id"].nunique())
+    for ax, (env_id, of_task) in zip(axes, shown.groupby("env_id")):
+        for method, group in of_task.groupby("method", sort=False):
+            curves = [curve_of(run, column) for _, run in group.iterrows()]
+            draw_mean_curve(ax, curves, method, colors[method])
         ax.set(title=env_id, xlabel="steps")
-    axes[0].set_ylabel(axis)
+    axes[0].set_ylabel(label)
     add_legend(figure, axes, colors)
     return save(figure, out, name)
 
 
-def draw_aggregates(aggregates: pd.DataFrame, out: Path, name: str) -> str:
+def draw_mean_curve(ax, curves: list[Series], method: str, color: str) -> None:
+    """Mean over seeds, a curve each, and its 95 % bootstrap interval; with many points running
+    means over a twentieth of the run."""
+    values = pd.concat(curves, axis=1, ignore_index=True).dropna()
+    window = max(1, len(values) // 20)
+    smooth = values.rolling(window, min_periods=1).mean()
+    scores = {method: smooth.to_numpy().T[:, None, :]}  # seeds, one task, steps
+    mean, interval = rly.get_interval_estimates(scores, lambda x: x.mean((0, 1)), reps=1000)
+    ax.plot(smooth.index, mean[method], color=color, label=method)
+    ax.fill_between(smooth.index, *interval[method], color=color, alpha=0.12, lw=0)
+
+
+def draw_aggregates(aggregates: DataFrame, out: Path, name: str) -> str:
     """Interquartile means, and probabilities of improvement if there are any, a marker per
     noise."""
-    titles = {"iqm": "interquartile mean of normalised scores"}
-    titles["probability of improvement"] = "probability of improvement"
-    sides = [statistic for statistic in titles if (aggregates["statistic"] == statistic).any()]
-    height = 1 + 0.3 * aggregates["method"].nunique()
-    size = (6 * len(sides), max(2.5, height))
+    sides = aggregates.groupby("statistic")
+    height = max(2.5, 1 + 0.3 * aggregates["method"].nunique())
+    size = (6 * len(sides), height)
     figure, axes = plt.subplots(1, len(sides), figsize=size, squeeze=False, layout="constrained")
     conditions = list(aggregates["condition"].unique())
-    for ax, statistic in zip(axes[0], sides):
-        there = aggregates[aggregates["statistic"] == statistic]
-        names = list(there["method"].unique())[::-1]
-        for i, (condition, group) in enumerate(there.groupby("condition", sort=False)):
-            y = [names.index(method) - 0.7 * i / len(conditions) for method in group["method"]]
-            error = abs(group[["low", "high"]].sub(group["value"], axis=0).to_numpy().T)
+    for ax, (statistic, side) in zip(axes[0], sides):
+        names = list(side["method"].unique())[::-1]
+        for i, (condition, group) in enumerate(side.groupby("condition", sort=False)):
+            below = 0.7 * i / len(conditions)
+            y = [names.index(method) - below for method in group["method"]]
+            value = group["value"].to_numpy()
+            error = abs(group[["low", "high"]].to_numpy().T - value)
             marker = "osD^v"[conditions.index(condition) % 5]
-            style = dict(fmt=marker, ms=4, color="black", label=condition)  # methods have colors
-            ax.errorbar(group["value"].to_numpy(), y, xerr=error, **style)
+            # black, since methods have colors
+            ax.errorbar(value, y, xerr=error, fmt=marker, ms=4, color="black", label=condition)
         ax.set_yticks(range(len(names)), names)
-        ax.set_xlabel(titles[statistic])
-        if statistic != "iqm":
+        if statistic == "iqm":
+            ax.set_xlabel("interquartile mean of normalised scores")
+        else:
+            ax.set_xlabel(statistic)
             ax.axvline(0.5, color="grey", lw=0.8, zorder=0)
     handles = axes[0][0].get_legend_handles_labels()
     figure.legend(*handles, loc="outside lower center", ncols=5, frameon=False)
     return save(figure, out, name)
 
 
-def draw_noise(cells: pd.DataFrame, out: Path, name: str, colors: dict) -> str:
+def draw_noise(cells: DataFrame, out: Path, name: str, colors: dict) -> str:
     """Score against noise level: a panel per environment and kind of noise, a line per method.
     Complete cells only."""
-    cells = cells[cells["missing"] == 0]
+    whole = complete(cells)
     shown = []  # (kind of noise, environment, cells)
-    for noise in cells[cells["noise"] != ""]["noise"].unique():
-        for env_id, here in cells[cells["noise"].isin(["", noise])].groupby("env_id"):
-            if (here["noise"] == noise).any():
-                shown.append((noise, env_id, here))
+    for noise in whole["noise"].unique():
+        levels = whole[whole["noise"].isin(["", noise])]
+        for env_id, group in levels.groupby("env_id"):
+            if noise and (group["noise"] == noise).any():
+                shown.append((noise, env_id, group))
     if not shown:
         return ""
     figure, axes = panels(len(shown))
-    for ax, (noise, env_id, here) in zip(axes, shown):
-        for method, group in here.sort_values("level").groupby("method", sort=False):
+    for ax, (noise, env_id, of_task) in zip(axes, shown):
+        for method, group in of_task.sort_values("level").groupby("method", sort=False):
             points = group[["level", "mean", "sem"]].to_numpy().T
             ax.errorbar(*points, color=colors[method], label=method, capsize=3)
         ax.set(title=env_id, xlabel=f"level of noise: {noise}")
@@ -845,162 +1183,138 @@ def draw_noise(cells: pd.DataFrame, out: Path, name: str, colors: dict) -> str:
     return save(figure, out, name)
 
 
-def draw_sweep(cells: pd.DataFrame, out: Path, name: str) -> str:
+def draw_sweep(cells: DataFrame, out: Path, name: str) -> str:
     """Heat maps of mean scores over two swept settings, beside each other for a third: a row for
     every method, and one for the symmetric less the other. Complete cells only; white is
     missing."""
-    varied = sorted(SWEPT, key=lambda key: -cells[f"swept_{key}"].nunique())
-    x, y, z = (f"swept_{key}" for key in varied)
-    values = [sorted(cells[cells["missing"] == 0][key].unique()) for key in (z, y, x)]
-    every = pd.MultiIndex.from_product(values)
-    grids = {  # {method: means (z, y, x)}, nan where seeds are missing
-        base: group.set_index([z, y, x])["mean"]
-        .reindex(every)
-        .to_numpy()
-        .reshape([len(v) for v in values])
-        for base, group in cells.groupby("base", sort=False)
-    }
-    symmetric = set(cells[cells["symmetric"]]["base"])
-    ours = [base for base in grids if base in symmetric]
-    others = [base for base in grids if base not in symmetric]
-    if len(ours) == len(others) == 1:
-        grids["difference"] = grids[ours[0]] - grids[others[0]]
-    size = (1 + 3.6 * len(values[0]), 0.6 + 2.9 * len(grids))
-    figure, axes = plt.subplots(
-        len(grids), len(values[0]), figsize=size, squeeze=False, layout="constrained"
-    )
+    x, y, third = sorted(SWEPT, key=lambda key: -cells[f"swept_{key}"].nunique())
+    levels = {}
+    for key in (third, y, x):
+        levels[key] = sorted(complete(cells)[f"swept_{key}"].unique())
+    grids = sweep_grids(cells, levels)
+    rows = len(grids)
+    columns = len(levels[third])
+    x_labels = [f"{value:g}" for value in levels[x]]
+    y_labels = [f"{value:g}" for value in levels[y]]
     scores = cells["mean"]
+    size = (1 + 3.6 * columns, 0.6 + 2.9 * rows)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
     for row, (base, grid) in zip(axes, grids.items()):
         colors = dict(vmin=scores.min(), vmax=scores.max(), cmap="viridis")
         if base == "difference":
             largest = np.nan_to_num(abs(grid)).max()
             colors = dict(vmin=-largest, vmax=largest, cmap="RdBu")
-        for ax, third, part in zip(row, values[0], grid):
-            image = ax.imshow(part, aspect="auto", **colors)
-            for (i, j), value in np.ndenumerate(part):
-                text, box = (
-                    "" if math.isnan(value) else f"{value:,.0f}",
-                    dict(facecolor="white", alpha=0.6, lw=0),
-                )
-                ax.text(
-                    j, i, text, ha="center", va="center", fontsize=8, bbox=box if text else None
-                )
-            ax.set_xticks(range(len(values[2])), [f"{v:g}" for v in values[2]])
-            ax.set_yticks(range(len(values[1])), [f"{v:g}" for v in values[1]])
-            ax.set(xlabel=varied[0], ylabel=varied[1], title=f"{base}, {varied[2]} {third:g}")
+        for ax, level, means in zip(row, levels[third], grid):
+            image = draw_heat_map(ax, means, colors)
+            ax.set_xticks(range(len(x_labels)), x_labels)
+            ax.set_yticks(range(len(y_labels)), y_labels)
+            ax.set(xlabel=x, ylabel=y, title=f"{base}, {third} {level:g}")
         figure.colorbar(image, ax=row)
     return save(figure, out, name)
 
 
-def describe_runs(runs: pd.DataFrame) -> str:
-    """What it takes to repeat or to judge them: commits, versions, machines, time."""
-    hours = runs["wall_s"].sum() / 3600
-    lines = [
-        f"{len(runs)} runs, {hours:,.1f} hours of computing; the command of each is in runs.csv."
-    ]
-    for what in ("commit", "versions", "hardware"):
-        counts = Counter()
-        for script, recorded in zip(runs["script"], runs["recorded"]):
-            part = recorded[what]
-            if what == "commit" and recorded.get("script_status"):
-                part = f"{part}, {script} not as in it"
-            if what == "versions":
-                names = ("python", "torch", "gymnasium", "mujoco", "ale-py", script)
-                part = {name: part[name] for name in names if name in part}
-            if isinstance(part, dict):
-                part = ", ".join(f"{key} {value}" for key, value in part.items())
-            counts[part] += 1
-        for part, count in counts.items():
-            lines.append(f"- {what}: {part or 'not recorded'} ({count} runs)")
-    return "\n".join(lines)
+def sweep_grids(cells: DataFrame, levels: dict[str, list]) -> dict[str, np.ndarray]:
+    """Mean scores of each method at all `levels`, {setting: values}, an axis per setting; nan where
+    seeds are missing. Of two methods, one of them symmetric, also their difference."""
+    columns = [f"swept_{key}" for key in levels]
+    everywhere = pd.MultiIndex.from_product(levels.values())
+    shape = [len(values) for values in levels.values()]
+    grids = {}
+    for base, group in cells.groupby("base", sort=False):
+        means = group.set_index(columns)["mean"].reindex(everywhere)
+        grids[base] = means.to_numpy().reshape(shape)
+    ours = cells[cells["symmetric"]]["base"].unique()
+    others = cells[~cells["symmetric"]]["base"].unique()
+    if len(ours) == len(others) == 1:
+        grids["difference"] = grids[ours[0]] - grids[others[0]]
+    return grids
 
 
-def difference_table(differences: pd.DataFrame) -> str:
-    rows = []
-    for _, d in differences.iterrows():
-        times = f"{d['difference'] / d['sem']:+.1f}" if d["sem"] > 0 else ""
-        p = "" if math.isnan(d["p"]) else f"{d['p']:.3f}"
-        what = [d["env_id"], d["condition"], d["quantity"], f"{d['method']} less {d['less']}"]
-        paired = number(d["difference"], d["paired_sem"]).partition(" ± ")[2]
-        rows.append([*what, number(d["difference"], d["sem"]), times, p, paired])
-    header = ["", "noise", "last evaluation", "", "difference", "standard errors", "p (Welch)"]
-    return markdown([*header, "standard error by seed"], rows)
+def draw_heat_map(ax, means: np.ndarray, colors: dict):
+    """One panel of a sweep, `means` (y, x), with its numbers. Returns the image."""
+    box = dict(facecolor="white", alpha=0.6, lw=0)
+    for (y, x), mean in np.ndenumerate(means):
+        if not math.isnan(mean):
+            ax.text(x, y, f"{mean:,.0f}", ha="center", va="center", fontsize=8, bbox=box)
+    return ax.imshow(means, aspect="auto", **colors)
 
 
-def aggregate_table(aggregates: pd.DataFrame) -> str:
-    rows = []
-    for _, a in aggregates.iterrows():
-        interval = f"{a['low']:.3f} to {a['high']:.3f}"
-        rows.append([a["statistic"], a["method"], a["condition"], f"{a['value']:.3f}", interval])
-    return markdown(["", "", "noise", "value", "95 % interval"], rows)
+# ---- The report
 
 
-def of_section(frame: pd.DataFrame, kind: str, family: str) -> pd.DataFrame:
+def write_report(args: Args, out: Path) -> None:
+    """Reads all runs and writes report.md, CSV files and figures into `out`. Raises Refusal."""
+    np.random.seed(0)  # rliable samples by NumPy's generator, whatever random_state it is given
+    finished, unfinished = read_runs(list(args.runs), args.logged)
+    if args.keep:
+        keep_runs(finished, args.keep)
+    runs = label_methods(finished)
+    if args.seeds:
+        runs, unfinished = select_seeds(runs, unfinished, args.seeds)
+    cells = make_cells(runs, unfinished)
+    differences = make_differences(cells)
+    aggregates, left_out = make_aggregates(cells, args.reps)
+    write_tables(runs, cells, differences, aggregates, out)
+
+    how_to_read = __doc__.split("\n\n", 2)[2].strip()
+    page = ["# Report", how_to_read, missing_text(cells, unfinished)]
+    colors = color_methods(in_order(cells))
+    for (kind, family), section in cells.groupby(["kind", "family"], sort=False):
+        frames = [of_section(frame, kind, family) for frame in (runs, differences, aggregates)]
+        page += write_section(section, *frames, colors, out)
+    if left_out:
+        why = "not every task with every seed, or a game whose human score is not known here"
+        page.append(f"Left out of statistics over all tasks ({why}): {'; '.join(left_out)}.")
+    page += ["## What was run", describe_runs(runs)]
+    paragraphs = [part for part in page if part]
+    (out / "report.md").write_text("\n\n".join(paragraphs) + "\n")
+
+
+def missing_text(cells: DataFrame, unfinished: list[dict]) -> str:
+    """Says what is incomplete; nothing if all is there."""
+    lacking = len(cells) - len(complete(cells))
+    if not unfinished and not lacking:
+        return ""
+    begun = f"{len(unfinished)} runs have begun and not finished"
+    if unfinished:
+        begun += f": {', '.join(run['name'] for run in unfinished)}"
+    return f"**Incomplete**: {lacking} of {len(cells)} cells lack seeds; {begun}."
+
+
+def of_section(frame: DataFrame, kind: str, family: str) -> DataFrame:
     if frame.empty:
         return frame
     return frame[(frame["kind"] == kind) & (frame["family"] == family)]
 
 
-def write_condition(
-    cells: pd.DataFrame, runs: pd.DataFrame, logged: tuple[str, ...], colors: dict, out: Path
-) -> list[str]:
-    """Tables and curves of one noise, given its cells and runs."""
-    first = cells.iloc[0]
-    kind, family, condition = first[["kind", "family", "condition"]]
-    name = f"{kind}-{family}-{condition}"
-    seeds = (cells["seeds"] + cells["missing"]).max()
-    complete = set()
-    for _, cell in cells[cells["missing"] == 0].iterrows():
-        complete.add((cell["env_id"], cell["method"]))
-    runs = runs[[key in complete for key in zip(runs["env_id"], runs["method"])]]
-
-    page = [f"### {kind}, {family.upper()}, {condition} (seeds: {seeds})"]
-    page += ["Last evaluation:", table(cells, out, name)]
-    axis = "return of evaluations"
-    page.append(draw_curves(runs, "curve", "return_mean", axis, out, f"curves-{name}", colors))
-    if kind != "rlhf":
-        page += ["The last 100 episodes of training:", table(cells, out, name, "train_")]
-    for column in sorted({name for values in cells["by_seed"] for name in values} - {"return"}):
-        if not cells[f"{column}_mean"].fillna(0).any():
-            continue
-        if column in logged:
-            page.append(f"`{column}`, mean over the run:")
-            curves = runs.assign(logged=[run.get(column, pd.DataFrame()) for run in runs["logged"]])
-            what, value, figure = "logged", "value", f"logged-{column}-{name}"
-        else:  # of language models
-            page.append(f"Last evaluation, {column}:")
-            curves, what, value, figure = runs, "curve", column, f"curves-{column}-{name}"
-        page.append(table(cells, out, name, f"{column}_"))
-        page.append(draw_curves(curves, what, value, column, out, figure, colors))
-    return page
-
-
 def write_section(
-    cells: pd.DataFrame,
-    runs: pd.DataFrame,
-    differences: pd.DataFrame,
-    aggregates: pd.DataFrame,
-    logged: tuple[str, ...],
+    cells: DataFrame,
+    runs: DataFrame,
+    differences: DataFrame,
+    aggregates: DataFrame,
     colors: dict,
     out: Path,
 ) -> list[str]:
     """Paragraphs of report.md on the methods of one kind and family."""
     kind, family = cells.iloc[0][["kind", "family"]]
     page = [f"## {kind}, {family.upper()}"]
-    if sum(cells[f"swept_{key}"].nunique() > 1 for key in SWEPT) > 1:
+    varied = [key for key in SWEPT if cells[f"swept_{key}"].nunique() > 1]
+    if len(varied) > 1:
         for (env_id, condition), part in cells.groupby(["env_id", "condition"], sort=False):
-            if (part["missing"] == 0).any():
+            if len(complete(part)):
                 name = f"sweep-{family}-{env_id}-{condition}"
                 page += [f"{env_id}, {condition}: mean return", draw_sweep(part, out, name)]
         return page
     for condition, part in cells.groupby("condition", sort=False):
         there = runs[runs["condition"] == condition]
-        page += write_condition(part, there, logged, colors, out)
+        page += write_condition(part, there, colors, out)
     if (cells.groupby("noise")["level"].nunique() > 1).any():
         page.append("### Against the level of noise")
         page.append(draw_noise(cells, out, f"noise-{kind}-{family}", colors))
     if len(differences):
-        shown = differences[differences["compared"] & ~differences["quantity"].isin(logged)]
+        logged = set().union(*runs["logged"])
+        compared = differences[differences["compared"]]
+        shown = compared[~compared["quantity"].isin(logged)]
         if len(shown):
             page += ["### Differences", difference_table(shown)]
     if len(aggregates):
@@ -1009,92 +1323,50 @@ def write_section(
     return page
 
 
-def write_tables(
-    runs: pd.DataFrame,
-    cells: pd.DataFrame,
-    differences: pd.DataFrame,
-    aggregates: pd.DataFrame,
-    out: Path,
-) -> None:
-    """CSV files of everything."""
-    columns = ["name", "script", "env_id", "condition", "method", "seed", "total_timesteps"]
-    columns += ["final_return_mean", "final_return_std", "train_return_last100", "sps", "wall_s"]
-    commits, commands = [], []
-    for recorded in runs["recorded"]:
-        command = recorded["command"]
-        commits.append(recorded["commit"])
-        commands.append(shlex.join(["python", *command]) if command else None)
-    listed = runs[columns].assign(commit=commits, command=commands)
-    curves = [run["curve"].assign(name=run["name"]) for _, run in runs.iterrows()]
-    curves = pd.concat([curve for curve in curves if len(curve)] or curves)
-    inner = ["scores", "by_seed", "base", "noise", "level", "begun", "alpha_k", "order"]
-    frames = {
-        "runs": listed,
-        "curves": curves,
-        "tables": cells.drop(columns=[*inner, "symmetric", "compared"]),
-        "differences": differences,
-        "aggregates": aggregates,
-    }
-    for name, frame in frames.items():
-        frame.to_csv(out / f"{name}.csv", index=False, float_format="%.6g")
+def write_condition(cells: DataFrame, runs: DataFrame, colors: dict, out: Path) -> list[str]:
+    """Tables and curves of one noise, given its cells and runs."""
+    kind, family, condition = cells.iloc[0][["kind", "family", "condition"]]
+    name = f"{kind}-{family}-{condition}"
+    seeds = (cells["seeds"] + cells["missing"]).max()
+    shown = runs.merge(complete(cells)[["env_id", "method"]])
+    logged = set().union(*shown["logged"])
 
-
-def write_report(args: Args, out: Path) -> None:
-    """Reads all runs and writes report.md, CSV files and figures into `out`. Raises Refusal."""
-    np.random.seed(0)  # rliable samples by NumPy's generator, whatever random_state it is given
-    runs, unfinished = read_runs(list(args.runs), args.logged)
-    if args.keep:
-        keep_runs(runs, args.keep)
-    runs = label_methods(runs)
-    if args.seeds:
-        first = {
-            kind: sorted(group["seed"].unique())[: args.seeds]
-            for kind, group in runs.groupby("kind")
-        }
-        runs = runs[[run["seed"] in first[run["kind"]] for _, run in runs.iterrows()]]
-        unfinished = [
-            run for run in unfinished if run["seed"] in {s for some in first.values() for s in some}
-        ]
-    cells = make_cells(runs, unfinished)
-    differences = make_differences(cells)
-    aggregates, left_out = make_aggregates(cells, args.reps)
-    write_tables(runs, cells, differences, aggregates, out)
-
-    page = ["# Report", __doc__.split("\n\n", 2)[2].strip()]
-    if unfinished or (cells["missing"] > 0).any():
-        lacking = f"{(cells['missing'] > 0).sum()} of {len(cells)} cells lack seeds"
-        names = f": {', '.join(run['name'] for run in unfinished)}" if unfinished else ""
-        page.append(
-            f"**Incomplete**: {lacking}; {len(unfinished)} runs have begun and not finished{names}."
-        )
-    colors = color_methods(in_order(cells))
-    for (kind, family), here in cells.groupby(["kind", "family"], sort=False):
-        frames = [of_section(frame, kind, family) for frame in (runs, differences, aggregates)]
-        page += write_section(here, *frames, args.logged, colors, out)
-    if left_out:
-        why = "not every task with every seed, or a game whose human score is not known here"
-        page.append(f"Left out of statistics over all tasks ({why}): {'; '.join(left_out)}.")
-    page += ["## What was run", describe_runs(runs)]
-    (out / "report.md").write_text("\n\n".join(part for part in page if part) + "\n")
+    page = [f"### {kind}, {family.upper()}, {condition} (seeds: {seeds})"]
+    page += ["Last evaluation:", table(cells, out, name)]
+    label = "return of evaluations"
+    page.append(draw_curves(shown, "return_mean", label, out, f"curves-{name}", colors))
+    if kind != "rlhf":
+        page += ["The last 100 episodes of training:", table(cells, out, name, "train_")]
+    columns = set().union(*cells["by_seed"]) - {"return"}
+    for column in sorted(columns):
+        if not cells[f"{column}_mean"].fillna(0).any():
+            continue
+        if column in logged:
+            page.append(f"`{column}`, mean over the run:")
+            picture = f"logged-{column}-{name}"
+        else:  # of language models
+            page.append(f"Last evaluation, {column}:")
+            picture = f"curves-{column}-{name}"
+        page.append(table(cells, out, name, f"{column}_"))
+        page.append(draw_curves(shown, column, column, out, picture, colors))
+    return page
 
 
 def main(args: Args) -> None:
-    if (
-        args.out.is_file()
-        or args.out.exists()
-        and not (args.out / "report.md").exists()
-        and any(args.out.iterdir())
-    ):
-        raise Refusal(f"--out {args.out}: a folder that is not a report; choose another")
-    args.out.parent.mkdir(parents=True, exist_ok=True)
-    with tempfile.TemporaryDirectory(dir=args.out.parent) as scratch:
-        new, old = Path(scratch, "new"), Path(scratch, "old")
+    """Writes the report to `args.out`, all of it or nothing. Raises Refusal, OSError."""
+    out = args.out
+    is_report = (out / "report.md").exists()
+    if out.exists() and not is_report and any(out.iterdir()):
+        raise Refusal(f"--out {out}: a folder that is not a report; choose another")
+    out.parent.mkdir(parents=True, exist_ok=True)
+    with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
+        new = Path(scratch, "new")
         new.mkdir()
         write_report(args, new)
-        if args.out.exists():
-            shutil.move(args.out, old)
-        shutil.move(new, args.out)
-    print(f"{args.out / 'report.md'}")
+        if out.exists():
+            shutil.move(out, Path(scratch, "old"))
+        shutil.move(new, out)
+    print(out / "report.md")
 
 
 if __name__ == "__main__":
