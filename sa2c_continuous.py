@@ -130,9 +130,10 @@ class Args:
 
 
 def make_env(env_id, render_mode=None):
-    # The paper's environments are MuJoCo v4
+    # Gymnasium warns of the paper's environments, MuJoCo v4, which have successors
     warnings.filterwarnings("ignore", message=".*is out of date.*")
-    options = {"render_mode": render_mode} if render_mode else {}  # some environments have none
+    # Some environments do not take the argument
+    options = {"render_mode": render_mode} if render_mode else {}
     env = gym.make(env_id, **options)
     renderer = getattr(env.unwrapped, "mujoco_renderer", None)
     if renderer is not None and renderer.model.ncam > 0:
@@ -141,15 +142,19 @@ def make_env(env_id, render_mode=None):
 
 
 class CheckedEnv(gym.Wrapper):
-    """Names environment and step where the environment's code fails or gives infinite values."""
+    """Raises a RunError that names environment, step and line if the environment's code fails,
+    even by `sys.exit`, or if it gives values that are not finite."""
 
     steps = 0  # in this process
 
     def reset(self, **options):
         try:
-            return self.env.reset(**options)
+            obs, info = self.env.reset(**options)
+            if not abs(float(np.sum(obs))) < 1e100:  # or NaN
+                raise ValueError(f"first observation {obs}: not finite")
         except (Exception, SystemExit) as error:
             raise self.failure(error) from error
+        return obs, info
 
     def step(self, action):
         self.steps += 1
@@ -163,8 +168,8 @@ class CheckedEnv(gym.Wrapper):
         return transition
 
     def failure(self, error):
-        line = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{Path(line.filename).name}:{line.lineno}"
+        frame = traceback.extract_tb(error.__traceback__)[-1]
+        where = f"{Path(frame.filename).name}:{frame.lineno}"
         return RunError(f"{self.env.spec.id}, its step {self.steps}: {error!r:.300} in {where}")
 
 
@@ -181,8 +186,8 @@ class RunningStats:
         for value in batch:
             self.count += 1
             delta = value - self.mean
-            self.mean = self.mean + delta / self.count
-            self.m2 = self.m2 + delta * (value - self.mean)
+            self.mean += delta / self.count
+            self.m2 += delta * (value - self.mean)
         self.std = np.sqrt(self.m2 / self.count + 1e-8)
 
     def state_dict(self):
@@ -283,7 +288,7 @@ def perturb_advantage(advantage, level, generator):
 
 
 def mlp(in_dim, out_dim, out_gain, args):
-    """Multi-layer perceptron; orthogonal weights of gain sqrt(2), `out_gain` in the last layer."""
+    """Multi-layer perceptron. Orthogonal weights have gain sqrt(2), the last layer `out_gain`."""
     layers = []
     for width in args.hidden_sizes:
         layers.append(nn.Linear(in_dim, width))
@@ -317,7 +322,7 @@ def numpy_mlp(network):
             elif isinstance(layer, nn.Linear):
                 weight, bias = parameters
                 x = x @ weight.T + bias
-            else:
+            else:  # nn.LayerNorm
                 weight, bias = parameters
                 variance = x.var(-1, keepdims=True) + layer.eps
                 x = (x - x.mean(-1, keepdims=True)) / np.sqrt(variance) * weight + bias
@@ -372,8 +377,8 @@ class Agent(nn.Module):
         return noise.detach().numpy()
 
     def numpy_actor(self):
-        """`act(obs, noise)` with the current weights, on arrays: bin indices or, for the Gaussian
-        policy, numbers (batch, action_dim); sampled, or greedy without noise."""
+        """`act(obs, noise)`, a function of arrays. Returns actions (batch, action_dim): indices of
+        bins or, for the Gaussian policy, numbers. Samples with noise, is greedy without."""
         network = numpy_mlp(self.actor)
 
         def act(obs, noise=0.0):
@@ -435,10 +440,10 @@ def compute_gae(reward, value, final_value, terminated, truncated, gamma, gae_la
     delta = reward + gamma * next_value - value[:-1]
     decay = np.where(terminated | truncated, 0.0, gamma * gae_lambda)
     advantage = np.zeros_like(delta)
-    following = 0.0
+    last_gae_lam = 0.0
     for t in reversed(range(len(delta))):
-        following = delta[t] + decay[t] * following
-        advantage[t] = following
+        last_gae_lam = delta[t] + decay[t] * last_gae_lam
+        advantage[t] = last_gae_lam
     return advantage, advantage + value[:-1]
 
 
@@ -447,7 +452,6 @@ def gradient_and_metrics(agent, args, obs, action, advantage, returns):
     normalized = advantage
     if args.norm_adv:
         normalized = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
-    sign_flips = (normalized > 0) != (advantage > 0)
     policy = agent.policy(obs)
     log_prob = policy.log_prob(action)
     symmetric_loss = symmetric_policy_loss(log_prob, normalized, args.alpha, args.beta, args.z)
@@ -462,6 +466,7 @@ def gradient_and_metrics(agent, args, obs, action, advantage, returns):
     with torch.no_grad():
         p = log_prob.exp()
         reverse_weight = args.beta * abs(args.z) * p  # of grad log p, beside alpha
+        sign_flips = (normalized > 0) != (advantage > 0)
         metrics = {
             "policy_loss": -(normalized * log_prob).mean(),
             "reverse_loss": (args.z * normalized * p).mean(),  # the part with a gradient
@@ -478,8 +483,8 @@ def gradient_and_metrics(agent, args, obs, action, advantage, returns):
 
 def train(args: Args, stop: threading.Event) -> dict | None:
     """Trains with arguments from `prepare`. Returns the content of summary.json, or None if
-    interrupted through `stop`. Raises RunError for a run that can't continue, UsageError for a
-    damaged checkpoint, OSError."""
+    interrupted through `stop`. Raises RunError if the run can't continue, UsageError if its
+    checkpoint is damaged, OSError if a file can't be written."""
     started = time.perf_counter()
     torch.set_num_threads(1)  # the networks are too small to be shared among cores
     torch.manual_seed(args.seed)
@@ -501,7 +506,7 @@ def train(args: Args, stop: threading.Event) -> dict | None:
     train_seconds = 0.0
     checkpoint_path = args.run_dir / "checkpoint.pt"
     if checkpoint_path.is_file():
-        with reading(checkpoint_path):
+        with usable(checkpoint_path):
             checkpoint = load_checkpoint(checkpoint_path)
             agent.load_state_dict(checkpoint["agent"])
             optimizer.load_state_dict(checkpoint["optimizer"])
@@ -512,6 +517,7 @@ def train(args: Args, stop: threading.Event) -> dict | None:
             envs.recent_episodes.extend(checkpoint["finished_episodes"])
             generator.set_state(checkpoint["generator"])
             rng.bit_generator.state = checkpoint["rng"]
+            # `+=` where `=` would do: it fails here, and not later, on a value of another type
             global_step += checkpoint["global_step"]
             evaluations += checkpoint["evaluations"]
             train_seconds += checkpoint["train_seconds"]
@@ -534,12 +540,11 @@ def train(args: Args, stop: threading.Event) -> dict | None:
     terminated = np.zeros((T, N), bool)
     truncated = np.zeros((T, N), bool)
     final_value = np.zeros((T, N))  # of truncated episodes' final observations
-    obs[T] = envs.reset(args.seed + global_step)  # checkpoints hold no state of simulators
     gradient_fn = gradient_and_metrics
     if args.compile:
         gradient_fn = compiled(agent, args, obs, action)
     metrics = []  # of all updates since the last entry in the log
-    advantages = []  # of all rollouts since then
+    all_advantages = []  # of all rollouts since then
     all_returns = []
 
     first_step = global_step
@@ -587,6 +592,8 @@ def train(args: Args, stop: threading.Event) -> dict | None:
 
         # Rollout
         iteration_started = time.perf_counter()
+        if global_step == first_step:  # of this process: checkpoints hold no state of simulators
+            obs[T] = envs.reset(args.seed + global_step)
         obs[0] = obs[T]
         act = agent.numpy_actor()
         action_noise = agent.exploration_noise((T, N), generator)
@@ -602,18 +609,18 @@ def train(args: Args, stop: threading.Event) -> dict | None:
         progress_bar.update(T * N)
 
         # Advantages; values in one batch, since the agent is still the same
-        b_obs = torch.from_numpy(obs).to(device)
+        all_obs = torch.from_numpy(obs).to(device)  # with the last, for bootstrapping
+        b_obs = all_obs[:T].flatten(0, 1)
         b_action = torch.from_numpy(action).to(device).flatten(0, 1)
         with torch.no_grad():
-            value = agent.value(b_obs).cpu().numpy()
-            b_obs = b_obs[:T].flatten(0, 1)
+            value = agent.value(all_obs).cpu().numpy()
         noisy_reward = perturb_reward(reward, args.noise, args.noise_level, rng)
         if args.correct_flips:
             noisy_reward = correct_flips(noisy_reward, args.noise_level)
         advantage, returns = compute_gae(
             noisy_reward, value, final_value, terminated, truncated, args.gamma, args.gae_lambda
         )
-        advantages.append(advantage)
+        all_advantages.append(advantage)
         all_returns.append(returns)
         b_advantage = torch.tensor(advantage, dtype=torch.float32, device=device).flatten()
         b_returns = torch.tensor(returns, dtype=torch.float32, device=device).flatten()
@@ -641,9 +648,9 @@ def train(args: Args, stop: threading.Event) -> dict | None:
             for name in metrics[0]:
                 scalars[f"losses/{name}"] = torch.stack([m[name] for m in metrics]).mean()
             variance = np.var(all_returns)
-            if variance > 0:
-                scalars["losses/explained_variance"] = 1 - np.var(advantages) / variance
-            scalars["losses/advantage_largest"] = np.abs(advantages).max()
+            if variance > 0:  # advantage = return - value
+                scalars["losses/explained_variance"] = 1 - np.var(all_advantages) / variance
+            scalars["losses/advantage_largest"] = np.abs(all_advantages).max()
             seconds = train_seconds + time.perf_counter() - iteration_started
             scalars["charts/SPS"] = global_step / seconds
             scalars["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
@@ -655,13 +662,13 @@ def train(args: Args, stop: threading.Event) -> dict | None:
             for name, scalar in scalars.items():
                 writer.add_scalar(name, float(scalar), global_step)
             metrics = []
-            advantages = []
+            all_advantages = []
             all_returns = []
         train_seconds += time.perf_counter() - iteration_started
 
     writer.close()
     eval_env.close()
-    if not evaluations or evaluations[-1]["step"] < args.total_timesteps:
+    if stopping:
         return None
     summary = {
         "script": Path(__file__).name,
@@ -674,11 +681,11 @@ def train(args: Args, stop: threading.Event) -> dict | None:
         else None,
         "sps": global_step / train_seconds,
         "wall_s": time.perf_counter() - started,
-        "compile": gradient_fn is not gradient_and_metrics,
+        "compile": gradient_fn is not gradient_and_metrics,  # whether it worked
         "finished": True,
     }
-    # What `agent` needs of a run: its weights, and by what observations are normalised
-    tensors = {name: tensor.clone() for name, tensor in agent.state_dict().items()}
+    # What it takes to use the agent elsewhere: its weights, and what normalises observations
+    tensors = agent.state_dict()
     tensors["obs_mean"] = torch.from_numpy(envs.obs_stats.mean)
     tensors["obs_std"] = torch.from_numpy(envs.obs_stats.std)
     save(args.run_dir / "agent.safetensors", safetensors.torch.save(tensors))
@@ -697,7 +704,7 @@ def evaluate_run(args: Args) -> None:
         env = RecordVideo(env, run.run_dir / "video", lambda i: i == 0, name_prefix=name)
     agent = Agent(env, run)
     envs = NormalizedEnvs(run.env_id, 1, run.gamma)
-    with reading(run.run_dir / "checkpoint.pt"):
+    with usable(run.run_dir / "checkpoint.pt"):
         checkpoint = load_checkpoint(run.run_dir / "checkpoint.pt")
         agent.load_state_dict(checkpoint["agent"])
         envs.obs_stats.load_state_dict(checkpoint["obs_stats"])
@@ -777,12 +784,12 @@ def save(path, content):
 
 
 @contextmanager
-def reading(path):
-    """Turns whatever goes wrong with a run's file into a UsageError that names it."""
+def usable(what):
+    """Turns whatever goes wrong into a UsageError that names `what`: a run's file, or a flag."""
     try:
         yield
-    except Exception as error:  # any exception is possible with a damaged file
-        raise UsageError(f"{path}: cannot be used: {error!r:.300}") from error
+    except Exception as error:  # any exception is possible in a file or an environment
+        raise UsageError(f"{what}: cannot be used: {error!r:.300}") from error
 
 
 def load_checkpoint(path):
@@ -851,13 +858,13 @@ def resumed_args(args: Args) -> Args:
     begun = os.path.isfile(folder / "args.json")
     finished = os.path.isfile(folder / "summary.json")
     require(begun and not finished, f"--resume {folder}: not the folder of an interrupted run")
-    return replace(saved_args(folder), resume=args.resume)
+    return saved_args(folder, resume=args.resume)
 
 
-def saved_args(folder: Path) -> Args:
-    """The arguments of a run, from its args.json, checked like flags."""
+def saved_args(folder: Path, **given) -> Args:
+    """The arguments of a run, from its args.json, but for those `given`; checked like flags."""
     path = folder / "args.json"
-    with reading(path):
+    with usable(path):
         saved = json.loads(path.read_text())["args"]
         names = {field.name for field in fields(Args)}
         require(saved.keys() == names, "a run of another script")
@@ -865,7 +872,7 @@ def saved_args(folder: Path) -> Args:
             if isinstance(saved[field.name], list):
                 saved[field.name] = tuple(saved[field.name])
             check_type(saved[field.name], field.type)
-        args = Args(**saved)
+        args = Args(**saved | given)
         check(args)
     return args
 
@@ -875,10 +882,10 @@ def evaluated_args(args: Args, *names: str) -> Args:
     given = {name: getattr(args, name) for name in names}
     flags = ", ".join(f"--{name.replace('_', '-')}" for name in names)
     require(args == Args(evaluate=args.evaluate, **given), f"--evaluate takes only {flags}")
-    folder = Path(args.evaluate)
-    run = replace(saved_args(folder), resume=args.evaluate, **given)
-    check(run)
-    return run
+    check(with_defaults(args))
+    # `resume` makes it the `run_dir`, even if the folder has been moved
+    settings = {"resume": args.evaluate, "device": "cpu"} | given
+    return saved_args(Path(args.evaluate), **settings)
 
 
 def print_score(run, global_step, scores):
@@ -889,7 +896,7 @@ def print_score(run, global_step, scores):
 
 
 def with_defaults(args: Args) -> Args:
-    """Fills in the defaults that depend on other arguments."""
+    """A copy with the defaults that depend on other arguments filled in."""
     args = replace(args)
     gaussian = args.policy == "gaussian"
     if args.beta is None:
@@ -942,8 +949,9 @@ def check(args: Args) -> None:
     require(
         args.device != "cuda" or torch.cuda.is_available(), "--device cuda: no GPU here; use cpu"
     )
+    plain = Path(args.run_name).name == args.run_name and args.run_name.isprintable()
     require(
-        Path(args.run_name).name == args.run_name != ".." and args.run_name.isprintable(),
+        plain and args.run_name not in ("", ".."),
         f"--run-name {args.run_name!r}: give the plain name of a folder",
     )
     require(args.runs_dir.isprintable(), f"--runs-dir {args.runs_dir!r}: not a printable name")
@@ -955,18 +963,17 @@ def check(args: Args) -> None:
 
 def check_env(args: Args) -> None:
     """Raises UsageError unless the environment can be made, reset and, for videos, rendered."""
-    try:
+    with usable(f"--env-id {args.env_id}"):
         env = make_env(args.env_id, args.render_mode)
-        env.reset()
-        if args.capture_video:
-            env.render()  # MuJoCo without a display: MUJOCO_GL=egl
-    except Exception as error:  # any exception is possible here
-        raise UsageError(f"--env-id {args.env_id}: {error!r}") from error
     for space in (env.observation_space, env.action_space):
         vector = isinstance(space, gym.spaces.Box) and len(space.shape) == 1
         require(vector, f"--env-id {args.env_id}: needs one-dimensional Box spaces, not {space}")
     bounded = env.action_space.is_bounded()
     require(bounded, f"--env-id {args.env_id}: unbounded actions, {env.action_space}")
+    with usable(f"--env-id {args.env_id}"):
+        env.reset()
+        if args.capture_video:
+            env.render()  # MuJoCo without a display: MUJOCO_GL=egl
 
 
 def prepare(args: Args) -> Args:
@@ -1010,6 +1017,8 @@ def main() -> None:
         args = prepare(args)
     except UsageError as error:
         fail(error, 2)
+    except RunError as error:  # from --evaluate
+        fail(error, 1)
     stop = threading.Event()
 
     def request_stop(signum, frame):
@@ -1018,7 +1027,8 @@ def main() -> None:
 
     signal.signal(signal.SIGINT, request_stop)
     signal.signal(signal.SIGTERM, request_stop)
-    threading.excepthook = lambda details: None  # TensorBoard's; `writer` raises the error again
+    # No traceback from TensorBoard's thread: `writer` raises its error again, in this one
+    threading.excepthook = lambda details: None
     resume = shlex.join(["python", sys.argv[0], "--resume", str(args.run_dir)])
     try:
         with FileLock(args.run_dir / "lock", blocking=False):

@@ -341,10 +341,10 @@ def compute_gae(reward, value, final_value, terminated, truncated, gamma, gae_la
     delta = reward + gamma * next_value - value[:-1]
     decay = np.where(terminated | truncated, 0.0, gamma * gae_lambda)
     advantage = np.zeros_like(delta)
-    following = 0.0
+    last_gae_lam = 0.0
     for t in reversed(range(len(delta))):
-        following = delta[t] + decay[t] * following
-        advantage[t] = following
+        last_gae_lam = delta[t] + decay[t] * last_gae_lam
+        advantage[t] = last_gae_lam
     return advantage, advantage + value[:-1]
 
 
@@ -360,7 +360,6 @@ def gradient_and_metrics(
         mean = (mask * advantage).sum() / count
         variance = (mask * (advantage - mean)).square().sum() / (count - 1)
         normalized = (advantage - mean) / (variance.sqrt() + 1e-8)
-    sign_flips = weight * ((normalized > 0) != (advantage > 0))
     weighted = weight * normalized  # the policy loss is linear in it
     logits, value = agent(obs)
     policy = Categorical(logits=logits, validate_args=False)
@@ -388,10 +387,11 @@ def gradient_and_metrics(
         ratio = log_ratio.exp()
         surrogate = weighted * ratio
         clipped = weighted * ratio.clamp(1 - clip_coef, 1 + clip_coef)
-        unclipped = surrogate <= clipped
-        reverse = args.z * torch.where(unclipped, surrogate, 0.0)  # the part with a gradient
+        # the part of the reverse loss that has a gradient
+        reverse = args.z * torch.where(surrogate <= clipped, surrogate, 0.0)
         if not args.divide_by_p_old:
             reverse = reverse * old_log_prob.exp()
+        sign_flips = weight * ((normalized > 0) != (advantage > 0))
         metrics = {
             "policy_loss": -torch.minimum(surrogate, clipped).mean(),
             "reverse_loss": reverse.mean(),
@@ -410,8 +410,8 @@ def gradient_and_metrics(
 
 def train(args: Args, stop: threading.Event) -> dict | None:
     """Trains with arguments from `prepare`. Returns the content of summary.json, or None if
-    interrupted through `stop`. Raises RunError for a run that can't continue, UsageError for a
-    damaged checkpoint, OSError."""
+    interrupted through `stop`. Raises RunError if the run can't continue, UsageError if its
+    checkpoint is damaged, OSError if a file can't be written."""
     started = time.perf_counter()
     keep_freed_memory()
     torch.manual_seed(args.seed)
@@ -430,16 +430,16 @@ def train(args: Args, stop: threading.Event) -> dict | None:
     train_seconds = 0.0
     checkpoint_path = args.run_dir / "checkpoint.pt"
     if checkpoint_path.is_file():
-        with reading(checkpoint_path):
+        with usable(checkpoint_path):
             checkpoint = load_checkpoint(checkpoint_path)
             agent.load_state_dict(checkpoint["agent"])
             optimizer.load_state_dict(checkpoint["optimizer"])
             envs.recent_episodes.extend(checkpoint["finished_episodes"])
-            if (
-                checkpoint["device"] == device.type
-            ):  # else the run moved from a GPU to a CPU, or back
+            saved_device = torch.device(checkpoint["device"])
+            if saved_device.type == device.type:  # else the run moved to or from a GPU
                 generator.set_state(checkpoint["generator"])
             rng.bit_generator.state = checkpoint["rng"]
+            # `+=` where `=` would do: it fails here, and not later, on a value of another type
             global_step += checkpoint["global_step"]
             evaluations += checkpoint["evaluations"]
             train_seconds += checkpoint["train_seconds"]
@@ -470,7 +470,7 @@ def train(args: Args, stop: threading.Event) -> dict | None:
     if args.compile:
         agent_fn, gradient_fn = compiled(agent, args, obs)
     metrics = []  # of all minibatches since the last entry in the log
-    advantages = []  # of all rollouts since then
+    all_advantages = []  # of all rollouts since then
     all_returns = []
 
     first_step = global_step
@@ -557,7 +557,7 @@ def train(args: Args, stop: threading.Event) -> dict | None:
             args.gamma,
             args.gae_lambda,
         )
-        advantages.append(advantage[~overridden])
+        all_advantages.append(advantage[~overridden])
         all_returns.append(returns[~overridden])
         b_advantage = torch.tensor(advantage, dtype=torch.float32, device=device).flatten()
         b_returns = torch.tensor(returns, dtype=torch.float32, device=device).flatten()
@@ -569,17 +569,17 @@ def train(args: Args, stop: threading.Event) -> dict | None:
             if args.noise == "adv_flip":
                 epoch_advantage = perturb_advantage(b_advantage, args.noise_level, generator)
             order = torch.randperm(T * N, generator=generator, device=device)
-            for mb in order.view(args.num_minibatches, -1):
+            for mb_inds in order.view(args.num_minibatches, -1):
                 parameters.grad, mb_metrics = gradient_fn(
                     agent,
                     args,
                     clip_coef,
-                    b_obs[mb],
-                    b_action[mb],
-                    old_log_prob[mb],
-                    epoch_advantage[mb],
-                    b_returns[mb],
-                    b_mask[mb],
+                    b_obs[mb_inds],
+                    b_action[mb_inds],
+                    old_log_prob[mb_inds],
+                    epoch_advantage[mb_inds],
+                    b_returns[mb_inds],
+                    b_mask[mb_inds],
                 )
                 optimizer.step()
                 # CUDA graphs overwrite their outputs
@@ -598,7 +598,7 @@ def train(args: Args, stop: threading.Event) -> dict | None:
             scalars = {}
             for name in metrics[0]:
                 scalars[f"losses/{name}"] = torch.stack([m[name] for m in metrics]).mean()
-            residual = np.concatenate(advantages)
+            residual = np.concatenate(all_advantages)
             variance = np.var(np.concatenate(all_returns))
             if variance > 0:
                 scalars["losses/explained_variance"] = 1 - np.var(residual) / variance
@@ -614,12 +614,12 @@ def train(args: Args, stop: threading.Event) -> dict | None:
             for name, scalar in scalars.items():
                 writer.add_scalar(name, float(scalar), global_step)
             metrics = []
-            advantages = []
+            all_advantages = []
             all_returns = []
         train_seconds += time.perf_counter() - iteration_started
 
     writer.close()
-    if not evaluations or evaluations[-1]["step"] < args.total_timesteps:
+    if stopping:
         return None
     summary = {
         "script": Path(__file__).name,
@@ -632,11 +632,11 @@ def train(args: Args, stop: threading.Event) -> dict | None:
         else None,
         "sps": global_step / train_seconds,
         "wall_s": time.perf_counter() - started,
-        "compile": gradient_fn is not gradient_and_metrics,
+        "compile": gradient_fn is not gradient_and_metrics,  # whether it worked
         "finished": True,
     }
-    weights = {name: tensor.clone() for name, tensor in agent.state_dict().items()}
-    save(args.run_dir / "agent.safetensors", safetensors.torch.save(weights))
+    weights = safetensors.torch.save(agent.state_dict())
+    save(args.run_dir / "agent.safetensors", weights)
     # The mark of a finished run, hence the last thing written
     save(args.run_dir / "summary.json", json.dumps(summary, indent=2))
     return summary
@@ -646,7 +646,7 @@ def evaluate_run(args: Args) -> None:
     """Plays the policy of the run in the folder `args.evaluate`, and prints its score."""
     run = evaluated_args(args, "seed", "eval_episodes", "capture_video")
     agent = Agent(AtariGames(run, 1).num_actions, run.layer_norm)
-    with reading(run.run_dir / "checkpoint.pt"):
+    with usable(run.run_dir / "checkpoint.pt"):
         checkpoint = load_checkpoint(run.run_dir / "checkpoint.pt")
         agent.load_state_dict(checkpoint["agent"])
     video = None
@@ -705,8 +705,8 @@ def has_bfloat16(device):
 
 
 def keep_freed_memory():
-    """glibc returns freed memory to the system and gets it back at a page fault for each 4 KiB: a
-    quarter of an update on a CPU. This tells it not to."""
+    """Tells glibc to keep freed memory. By default it returns it to the system and gets it back by
+    a page fault for every 4 KiB, which takes a quarter of the time of an update on a CPU."""
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX of malloc.h
@@ -771,12 +771,12 @@ def save(path, content):
 
 
 @contextmanager
-def reading(path):
-    """Turns whatever goes wrong with a run's file into a UsageError that names it."""
+def usable(what):
+    """Turns whatever goes wrong into a UsageError that names `what`: a run's file, or a flag."""
     try:
         yield
-    except Exception as error:  # any exception is possible with a damaged file
-        raise UsageError(f"{path}: cannot be used: {error!r:.300}") from error
+    except Exception as error:  # any exception is possible in a file or an environment
+        raise UsageError(f"{what}: cannot be used: {error!r:.300}") from error
 
 
 def load_checkpoint(path):
@@ -845,13 +845,13 @@ def resumed_args(args: Args) -> Args:
     begun = os.path.isfile(folder / "args.json")
     finished = os.path.isfile(folder / "summary.json")
     require(begun and not finished, f"--resume {folder}: not the folder of an interrupted run")
-    return replace(saved_args(folder), resume=args.resume)
+    return saved_args(folder, resume=args.resume)
 
 
-def saved_args(folder: Path) -> Args:
-    """The arguments of a run, from its args.json, checked like flags."""
+def saved_args(folder: Path, **given) -> Args:
+    """The arguments of a run, from its args.json, but for those `given`; checked like flags."""
     path = folder / "args.json"
-    with reading(path):
+    with usable(path):
         saved = json.loads(path.read_text())["args"]
         names = {field.name for field in fields(Args)}
         require(saved.keys() == names, "a run of another script")
@@ -859,7 +859,7 @@ def saved_args(folder: Path) -> Args:
             if isinstance(saved[field.name], list):
                 saved[field.name] = tuple(saved[field.name])
             check_type(saved[field.name], field.type)
-        args = Args(**saved)
+        args = Args(**saved | given)
         check(args)
     return args
 
@@ -869,10 +869,10 @@ def evaluated_args(args: Args, *names: str) -> Args:
     given = {name: getattr(args, name) for name in names}
     flags = ", ".join(f"--{name.replace('_', '-')}" for name in names)
     require(args == Args(evaluate=args.evaluate, **given), f"--evaluate takes only {flags}")
-    folder = Path(args.evaluate)
-    run = replace(saved_args(folder), resume=args.evaluate, **given)
-    check(run)
-    return run
+    check(with_defaults(args))
+    # `resume` makes it the `run_dir`, even if the folder has been moved
+    settings = {"resume": args.evaluate, "device": "cpu"} | given
+    return saved_args(Path(args.evaluate), **settings)
 
 
 def print_score(run, global_step, scores):
@@ -883,7 +883,7 @@ def print_score(run, global_step, scores):
 
 
 def with_defaults(args: Args) -> Args:
-    """Fills in the defaults that depend on other arguments."""
+    """A copy with the defaults that depend on other arguments filled in."""
     args = replace(args)
     args.env_id = rom_name(args.env_id).title().replace("_", "")  # one name for all spellings
     if args.alpha is None:
@@ -931,8 +931,9 @@ def check(args: Args) -> None:
     require(
         args.device != "cuda" or torch.cuda.is_available(), "--device cuda: no GPU here; use cpu"
     )
+    plain = Path(args.run_name).name == args.run_name and args.run_name.isprintable()
     require(
-        Path(args.run_name).name == args.run_name != ".." and args.run_name.isprintable(),
+        plain and args.run_name not in ("", ".."),
         f"--run-name {args.run_name!r}: give the plain name of a folder",
     )
     require(args.runs_dir.isprintable(), f"--runs-dir {args.runs_dir!r}: not a printable name")
@@ -982,6 +983,8 @@ def main() -> None:
         args = prepare(args)
     except UsageError as error:
         fail(error, 2)
+    except RunError as error:  # from --evaluate
+        fail(error, 1)
     stop = threading.Event()
 
     def request_stop(signum, frame):
@@ -990,7 +993,8 @@ def main() -> None:
 
     signal.signal(signal.SIGINT, request_stop)
     signal.signal(signal.SIGTERM, request_stop)
-    threading.excepthook = lambda details: None  # TensorBoard's; `writer` raises the error again
+    # No traceback from TensorBoard's thread: `writer` raises its error again, in this one
+    threading.excepthook = lambda details: None
     resume = shlex.join(["python", sys.argv[0], "--resume", str(args.run_dir)])
     try:
         with FileLock(args.run_dir / "lock", blocking=False):

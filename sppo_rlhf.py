@@ -286,7 +286,7 @@ class ActorCritic(nn.Module):
             self.adapter_parameters = [
                 parameter for name, parameter in self.policy.named_parameters() if "lora_" in name
             ]
-            for parameter in self.adapter_parameters:
+            for parameter in self.adapter_parameters:  # bfloat16 would round small updates away
                 parameter.data = parameter.data.float()
             self.activate_adapter("policy")
         else:
@@ -310,7 +310,7 @@ class ActorCritic(nn.Module):
 
     def forward(self, ids, mask, length, sft_ids=None, sft_mask=None):
         """Log-probabilities, values and, given texts with reference completions, log-probabilities
-        of those. The only method with gradients, hence called on the model that DDP wraps."""
+        of those. The only method with gradients, so it is called through DDP's wrapper."""
         sft_log_prob = None
         with self.autocast():
             log_prob = self.policy_log_prob(ids, mask, length)
@@ -336,12 +336,13 @@ class ActorCritic(nn.Module):
         self.activate_adapter("critic")
         critic = self.policy.base_model if self.lora else self.critic
         hidden = predicting_states(critic, ids, mask, length)
-        return self.value_head(hidden).squeeze(-1).float()
+        with torch.autocast(hidden.device.type, enabled=False):
+            return self.value_head(hidden.float()).squeeze(-1)
 
     def generate(self, ids, mask, uniform, top_k, eos, pad, stop_at_eos):
         """Samples responses to prompts that are padded on the left. Returns ids and mask of prompts
         and responses, (batch, prompt tokens + length). `uniform` (batch, length): see
-        `sample_token`; given as argument, samples do not depend on how a batch is split."""
+        `sample_token`; an argument, so that samples do not depend on how a batch is split."""
         self.activate_adapter("policy")
         cache = None
         new_ids = ids
@@ -362,8 +363,7 @@ class ActorCritic(nn.Module):
             new_ids = torch.where(alive, new_ids, pad)
             ids = torch.cat([ids, new_ids], 1)
             mask = torch.cat([mask, alive], 1)
-            if stop_at_eos:
-                alive = alive & (new_ids != eos)
+            alive = alive & (new_ids != eos)
         return ids, mask
 
 
@@ -373,7 +373,8 @@ def position_ids(mask):
 
 
 def predicting_states(transformer, ids, mask, length):
-    """Last hidden states (batch, length, hidden size) at the tokens before the last ones."""
+    """Last hidden states (batch, length, hidden size), each at the token before one of the last
+    `length` tokens, which it predicts."""
     first_column = int(mask.any(0).int().argmax())  # before it, there is only padding
     ids = ids[:, first_column:-1]
     mask = mask[:, first_column:-1]
@@ -530,7 +531,8 @@ def symmetric_policy_loss(
 
 
 def clipped_value_loss(value, old_value, returns, mask, clip_coef):
-    """Half the squared error, the larger of that with and without clipping the value's change."""
+    """Half the mean squared error; of each token, the larger of the errors with and without the
+    change of its value clipped."""
     clipped = old_value + (value - old_value).clamp(-clip_coef, clip_coef)
     error = torch.maximum((value - returns).square(), (clipped - returns).square())
     return 0.5 * masked_mean(error, mask)
@@ -542,7 +544,7 @@ class Rollout(NamedTuple):
     ids: Tensor  # (B, P + T), prompts padded on the left, responses on the right
     mask: Tensor  # (B, P + T), false at padding
     response_mask: Tensor  # (B, T), the last columns of `mask`
-    log_prob: Tensor  # (B, T), of sampled tokens under the policy that sampled them, unfiltered
+    log_prob: Tensor  # (B, T), of sampled tokens under the policy that sampled them, before top-k
     reference_log_prob: Tensor  # (B, T), of sampled tokens under the reference policy
     value: Tensor  # (B, T), of the text before each token
     scores: Tensor  # (B, reward models)
@@ -578,6 +580,7 @@ def loss_and_metrics(model, args, batch, response_tokens, completion_tokens):
         args.divide_by_p_old,
     )
     value_loss = clipped_value_loss(value, rollout.value, batch.returns, mask, args.clip_coef)
+    # policy_loss and value_loss are means over these texts' tokens; mask.sum() makes them sums
     loss = mask.sum() * (policy_loss + args.vf_coef * value_loss) / response_tokens
 
     with torch.no_grad():
@@ -740,7 +743,7 @@ def update(setup, args, batch, generator):
             setup.optimizer.zero_grad()
             metrics["advantage_sign_flips"] = masked_mean((raw > 0) != (advantage > 0), mask)
             history.append(metrics)
-    return {name: float(np.mean([float(m[name]) for m in history])) for name in history[0]}
+    return {name: np.mean([float(m[name]) for m in history]) for name in history[0]}
 
 
 # Evaluation
@@ -761,11 +764,11 @@ def evaluate(setup, args, step):
     models = setup.reward_models + setup.heldout_models
     rollout = collect_rollout(setup, args, sft_ids, sft_mask, uniform, top_k, models)
     mask = rollout.response_mask
-    heldout = len(setup.reward_models)  # their first column
-    reward = aggregate(rollout.scores[:, :heldout], args.reward_aggregate)
+    first_heldout = len(setup.reward_models)  # a column of `scores`
+    reward = aggregate(rollout.scores[:, :first_heldout], args.reward_aggregate)
     log_ratio = rollout.log_prob - rollout.reference_log_prob
     sft_log_prob = completion_log_prob(setup, args, sft_ids, sft_mask)
-    prompts = decode(setup.tokenizer, sft_ids[:, :-T], sft_mask[:, :-T])
+    prompts = decode(setup.tokenizer, sft_ids[:8, :-T], sft_mask[:8, :-T])
     responses = decode(setup.tokenizer, rollout.ids[:, -T:], mask)
 
     row = {
@@ -781,7 +784,7 @@ def evaluate(setup, args, step):
         "distinct_1": distinct_n(responses, 1),
         "distinct_2": distinct_n(responses, 2),
     }
-    for name, score in zip(args.eval_reward_model, rollout.scores[:, heldout:].mean(0)):
+    for name, score in zip(args.eval_reward_model, rollout.scores[:, first_heldout:].mean(0)):
         row[f"heldout_{Path(name).name}"] = score.item()
     if args.task == "toy":
         row["sentiment"] = sum(map(toy_sentiment, responses)) / len(responses)
@@ -789,7 +792,7 @@ def evaluate(setup, args, step):
         row |= rouge(setup.eval_data["label"], responses)
 
     samples = []
-    for prompt, response, score in zip(prompts[:8], responses, reward.tolist()):
+    for prompt, response, score in zip(prompts, responses, reward.tolist()):
         sample = {
             "step": step,
             "prompt": prompt,
@@ -853,8 +856,9 @@ class Progress:
 
 def train(args: Args, stop: threading.Event, setup: "Setup | None" = None) -> dict | None:
     """A run, with arguments from `prepare`. Returns the content of summary.json, or None if `stop`
-    came first. `setup`: what `load` returned, if it has been called already. Raises RunError for a
-    run that can't continue, UsageError for a damaged checkpoint, OSError."""
+    came first. `setup`: what `load` returned, if it has been called already. Raises RunError if the
+    run can't continue, UsageError if its checkpoint is damaged, OSError if a file can't be
+    written."""
     setup = setup or load(args)
     accelerator = setup.accelerator
     generator = torch.Generator().manual_seed(args.seed)  # prompts, sampling, minibatches, adv_flip
@@ -866,8 +870,9 @@ def train(args: Args, stop: threading.Event, setup: "Setup | None" = None) -> di
     if accelerator.is_main_process:
         if args.track:
             start_tracking(args)
-        restarted_at = progress.global_step + 1 if progress.evaluations else 0
-        writer = SummaryWriter(args.run_dir, purge_step=restarted_at)
+        # TensorBoard hides what an interrupted run logged from here on; at step 0, an evaluation
+        purge_step = progress.global_step + 1 if progress.evaluations else 0
+        writer = SummaryWriter(args.run_dir, purge_step=purge_step)
         writer.add_text("hyperparameters", f"```\n{json.dumps(vars(args), indent=2)}\n```")
     progress_bar = tqdm(
         total=args.total_timesteps,
@@ -897,11 +902,11 @@ def train(args: Args, stop: threading.Event, setup: "Setup | None" = None) -> di
         if not reward.isfinite().all():
             names = " ".join(args.reward_model)
             raise RunError(f"{names}: a reward at step {progress.global_step} is not finite")
-        noisy = perturb_reward(reward.numpy(), args.noise, args.noise_level, rng)
+        noisy_reward = perturb_reward(reward.numpy(), args.noise, args.noise_level, rng)
         if args.correct_flips:
-            noisy = correct_flips(noisy, args.noise_level)
+            noisy_reward = correct_flips(noisy_reward, args.noise_level)
         advantage, returns = token_advantages(
-            torch.as_tensor(noisy, dtype=reward.dtype),
+            torch.as_tensor(noisy_reward, dtype=reward.dtype),
             rollout.log_prob,
             rollout.reference_log_prob,
             rollout.value,
@@ -940,8 +945,8 @@ def train(args: Args, stop: threading.Event, setup: "Setup | None" = None) -> di
         if finished or due(args.eval_freq, progress.global_step, args.batch_size):
             evaluate_and_log(setup, args, progress, writer)
         progress.wall_seconds = time.perf_counter() - started
-        save_due = due(args.checkpoint_freq, progress.global_step, args.batch_size)
-        if accelerator.is_main_process and (finished or stopping or save_due):
+        checkpoint_due = due(args.checkpoint_freq, progress.global_step, args.batch_size)
+        if accelerator.is_main_process and (finished or stopping or checkpoint_due):
             save_checkpoint(setup, args, generator, rng, progress)
 
     if writer:
@@ -958,12 +963,12 @@ def train(args: Args, stop: threading.Event, setup: "Setup | None" = None) -> di
         "first_return_mean": first["return_mean"],
         "final_return_mean": last["return_mean"],
         "final_return_std": last["return_std"],
-        "train_return_last100": float(np.mean(progress.recent_rewards)),
+        "train_return_last100": np.mean(progress.recent_rewards),
         "sps": progress.global_step / progress.train_seconds,
         "wall_s": progress.wall_seconds,
         "finished": True,
     }
-    if writer:
+    if writer:  # only the first process has one
         save_policy(setup, args.run_dir)
         # The mark of a finished run, hence the last thing written
         save(args.run_dir / "summary.json", json.dumps(summary, indent=2))
@@ -1061,12 +1066,13 @@ def toy_labels(texts, rng):
     for text in texts:
         coin = rng.random()
         sentiment = toy_sentiment(text)
-        truth.append(coin > 0.5 if sentiment == 0.5 else sentiment > 0.5)
+        if sentiment == 0.5:
+            sentiment = coin
+        truth.append(sentiment > 0.5)
     labels = []
     for is_positive in truth:
-        if rng.random() < 0.1:
-            is_positive = not is_positive
-        labels.append(int(is_positive))
+        is_wrong = rng.random() < 0.1
+        labels.append(int(is_positive != is_wrong))
     return labels
 
 
@@ -1169,7 +1175,7 @@ def load(args):
     """Loads models and data and makes the run's folder. Raises UsageError: what is wrong."""
     started = time.perf_counter()
     cpu = args.device == "cpu" or not torch.cuda.is_available()
-    accelerator = Accelerator(cpu=cpu, mixed_precision="no")  # ActorCritic does that
+    accelerator = Accelerator(cpu=cpu, mixed_precision="no")  # ActorCritic.autocast is in charge
     accelerator.wait_for_everyone()  # the first process makes the toy
     device = accelerator.device
     bfloat16 = args.amp == "auto" and has_bfloat16(device)
@@ -1222,12 +1228,13 @@ def loading(name):
         yield
     except Exception as error:  # a network, a hub or a parser may fail in any way
         raise UsageError(
-            f"{name}: cannot be loaded, neither from disk nor from the hub: {repr(error)[:300]}"
+            f"{name}: cannot be loaded, neither from disk nor from the hub: {error!r:.300}"
         ) from error
 
 
 def load_tokenizer(name):
-    """Pads with the end-of-text token if there is no other; masks tell them apart."""
+    """A tokenizer that pads with the end-of-text token if it has no padding token: masks, not ids,
+    tell what is padding."""
     with loading(name):
         tokenizer = AutoTokenizer.from_pretrained(name, truncation_side="left")
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
@@ -1305,8 +1312,8 @@ def tokenize(rows, tokenizer, args):
 def decode(tokenizer, ids, mask):
     """Texts of the tokens where `mask` is true, without special ones."""
     return [
-        tokenizer.decode(tokens[there], skip_special_tokens=True)
-        for tokens, there in zip(ids, mask)
+        tokenizer.decode(row[row_mask], skip_special_tokens=True)
+        for row, row_mask in zip(ids, mask)
     ]
 
 
@@ -1330,12 +1337,12 @@ def save(path, content):
 
 
 @contextmanager
-def reading(path):
-    """Turns whatever goes wrong with a run's file into a UsageError that names it."""
+def usable(what):
+    """Turns whatever goes wrong into a UsageError that names `what`: a run's file, or a flag."""
     try:
         yield
-    except Exception as error:  # any exception is possible with a damaged file
-        raise UsageError(f"{path}: cannot be used: {error!r:.300}") from error
+    except Exception as error:  # any exception is possible in a file or an environment
+        raise UsageError(f"{what}: cannot be used: {error!r:.300}") from error
 
 
 def load_checkpoint(path):
@@ -1365,7 +1372,7 @@ def save_checkpoint(setup, args, generator, rng, progress):
 
 def restore(setup, args, generator, rng):
     path = args.run_dir / "checkpoint.pt"
-    with reading(path):
+    with usable(path):
         content = load_checkpoint(path)
         keys = setup.actor_critic.load_state_dict(content["agent"], strict=False)
         missing = set(keys.missing_keys) & set(trained_parameters(setup))  # others are frozen
@@ -1383,7 +1390,7 @@ def save_policy(setup, run_dir):
     setup.actor_critic.activate_adapter("policy")  # the active adapter is the one saved
     setup.actor_critic.policy.save_pretrained(temporary)
     setup.tokenizer.save_pretrained(temporary)
-    shutil.rmtree(folder, ignore_errors=True)  # of a run that was killed just then
+    shutil.rmtree(folder, ignore_errors=True)  # of a run killed just before its summary
     temporary.rename(folder)
 
 
@@ -1444,8 +1451,8 @@ def has_bfloat16(device):
 
 
 def keep_freed_memory():
-    """glibc returns freed memory to the system and gets it back at a page fault for each 4 KiB: a
-    quarter of an update on a CPU. This tells it not to."""
+    """Tells glibc to keep freed memory. By default it returns it to the system and gets it back by
+    a page fault for every 4 KiB, which takes a quarter of the time of an update on a CPU."""
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX of malloc.h
@@ -1495,6 +1502,7 @@ def prepare(args: Args) -> Args:
         args.resume or not os.path.exists(args.run_dir),
         f"{args.run_dir}: File exists; try another --run-name or --runs-dir",
     )
+    # Only the first process makes the toy; there is no Accelerator yet to ask which it is
     if args.task == "toy" and os.environ.get("RANK", "0") == "0":
         try:
             make_toy(Path(args.runs_dir) / "toy")
@@ -1515,13 +1523,13 @@ def resumed_args(args: Args) -> Args:
     begun = os.path.isfile(folder / "args.json")
     finished = os.path.isfile(folder / "summary.json")
     require(begun and not finished, f"--resume {folder}: not the folder of an interrupted run")
-    return replace(saved_args(folder), resume=args.resume)
+    return saved_args(folder, resume=args.resume)
 
 
-def saved_args(folder: Path) -> Args:
-    """The arguments of a run, from its args.json, checked like flags."""
+def saved_args(folder: Path, **given) -> Args:
+    """The arguments of a run, from its args.json, but for those `given`; checked like flags."""
     path = folder / "args.json"
-    with reading(path):
+    with usable(path):
         saved = json.loads(path.read_text())["args"]
         names = {field.name for field in fields(Args)}
         require(saved.keys() == names, "a run of another script")
@@ -1529,7 +1537,7 @@ def saved_args(folder: Path) -> Args:
             if isinstance(saved[field.name], list):
                 saved[field.name] = tuple(saved[field.name])
             check_type(saved[field.name], field.type)
-        args = Args(**saved)
+        args = Args(**saved | given)
         check(args)
     return args
 
@@ -1539,14 +1547,14 @@ def evaluated_args(args: Args, *names: str) -> Args:
     given = {name: getattr(args, name) for name in names}
     flags = ", ".join(f"--{name.replace('_', '-')}" for name in names)
     require(args == Args(evaluate=args.evaluate, **given), f"--evaluate takes only {flags}")
-    folder = Path(args.evaluate)
-    run = replace(saved_args(folder), resume=args.evaluate, **given)
-    check(run)
-    return run
+    check(with_defaults(args))
+    # `resume` makes it the `run_dir`, even if the folder has been moved
+    settings = {"resume": args.evaluate, "device": "cpu"} | given
+    return saved_args(Path(args.evaluate), **settings)
 
 
 def with_defaults(args: Args) -> Args:
-    """Fills in the defaults that depend on other arguments."""
+    """A copy with the defaults that depend on other arguments filled in."""
     args = replace(args)
     if args.task == "toy":
         toy = Path(args.runs_dir) / "toy"
@@ -1601,13 +1609,14 @@ def check(args: Args) -> None:
         args.eval_episodes % processes == 0,
         f"--eval-episodes: must be a multiple of {processes}, the number of processes",
     )
-    cuda = torch.cuda.is_available()
     if args.correct_flips:
         flips = args.noise == "flip" and args.noise_level < 0.5
         require(flips, "--correct-flips: needs --noise flip and a --noise-level below 0.5")
+    cuda = torch.cuda.is_available()
     require(args.device != "cuda" or cuda, "--device cuda: no GPU here; use cpu")
+    plain = Path(args.run_name).name == args.run_name and args.run_name.isprintable()
     require(
-        Path(args.run_name).name == args.run_name != ".." and args.run_name.isprintable(),
+        plain and args.run_name not in ("", ".."),
         f"--run-name {args.run_name!r}: give the plain name of a folder",
     )
     require(args.runs_dir.isprintable(), f"--runs-dir {args.runs_dir!r}: not a printable name")
@@ -1658,6 +1667,8 @@ def main() -> None:
         setup = load(args)
     except UsageError as error:
         fail(error, 2)
+    except RunError as error:  # from --evaluate
+        fail(error, 1)
     stop = threading.Event()
 
     def request_stop(signum, frame):
@@ -1666,7 +1677,8 @@ def main() -> None:
 
     signal.signal(signal.SIGINT, request_stop)
     signal.signal(signal.SIGTERM, request_stop)
-    threading.excepthook = lambda details: None  # TensorBoard's; `writer` raises the error again
+    # No traceback from TensorBoard's thread: `writer` raises its error again, in this one
+    threading.excepthook = lambda details: None
     resume = shlex.join(["python", sys.argv[0], "--resume", str(args.run_dir)])
     lock = nullcontext()
     if setup.accelerator.is_main_process:

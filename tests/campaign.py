@@ -501,7 +501,7 @@ def check_accepted_or_refused(case, argv, outcome):
     runs = Path(os.path.normpath(case.work / following.get("--runs-dir", "runs")))
     left = []
     for path in case.folder.rglob("*"):
-        if path in (runs, case.run.parent) or path in runs.parents:
+        if path in (runs, case.work, case.run.parent) or path in runs.parents:
             continue
         if path.name in ("toy", "MUJOCO_LOG.TXT"):  # MuJoCo writes it where it is
             continue

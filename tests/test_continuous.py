@@ -469,11 +469,15 @@ class Trouble(gym.Env):
 
     def __init__(self, trouble="none"):  # no render_mode, which Gymnasium does not ask for
         self.trouble = trouble
+        self.t = 0
 
     def reset(self, seed=None, options=None):
         super().reset(seed=seed)
+        obs = np.zeros(3, np.float32)
+        if self.trouble == "NaN after reset" and self.t > 0:
+            obs[1] = np.nan
         self.t = 0
-        return np.zeros(3, np.float32), {}
+        return obs, {}
 
     def step(self, action):
         self.t += 1
@@ -526,6 +530,14 @@ def test_an_environment_that_fails_is_named(setting, trouble, tmp_path, what, me
         setting.run(tmp_path, env_id=env_id)
     assert str(error.value).startswith(f"{env_id}, its step 50: ")
     assert message in str(error.value)
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_a_first_observation_that_is_not_finite_is_named(setting, trouble, tmp_path):
+    env_id = trouble("NaN after reset")
+    message = f"{env_id}, its step 100: .*first observation.* nan .*not finite"
+    with pytest.raises(setting.script.RunError, match=message):
+        setting.run(tmp_path, env_id=env_id, num_steps=128, num_envs=1, total_timesteps=128)
 
 
 def test_an_environment_that_fails_in_an_evaluation_is_named(setting, trouble, tmp_path):

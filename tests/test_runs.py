@@ -884,6 +884,28 @@ def test_evaluate_plays_a_runs_policy(setting, tmp_path, monkeypatch, capsys):
     assert files(folder) == before
 
 
+def test_a_policy_trained_on_a_gpu_can_be_evaluated_without(setting, a_run, monkeypatch, capsys):
+    folder = a_run(finished=True)
+    recorded = json.loads((folder / "args.json").read_text())
+    recorded["args"] |= {"device": "cuda", "capture_video": True}
+    (folder / "args.json").write_text(json.dumps(recorded))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    capsys.readouterr()
+    status, out, err = run_main(setting, monkeypatch, capsys, "--evaluate", folder)
+    assert (status, err) == (0, "")
+    assert "return" in out
+
+
+@pytest.mark.parametrize("flags", ["--eval-episodes 0", "--seed -1"])
+def test_evaluate_names_a_wrong_flag(setting, a_run, flags, monkeypatch, capsys):
+    folder = a_run(finished=True)
+    capsys.readouterr()
+    words = ["--evaluate", folder, *flags.split()]
+    status, _, err = run_main(setting, monkeypatch, capsys, *words)
+    assert status == 2
+    assert err.startswith(f"error: {flags}: must be between")
+
+
 def test_evaluate_refuses_flags_of_the_training(setting, a_run, monkeypatch, capsys):
     folder = a_run(finished=True)
     capsys.readouterr()
@@ -1006,6 +1028,7 @@ BAD_INPUT = {
     "--run-name /x": "--run-name '/x': give the plain name of a folder",
     "--run-name ..": "--run-name '..': give the plain name of a folder",
     "--run-name .": "--run-name '.': give the plain name of a folder",
+    "--run-name ''": "--run-name '': give the plain name of a folder",
     "--run-name a\udcff": "give the plain name of a folder",
     "--evaluate nowhere": "nowhere/args.json: cannot be used",
     "--runs-dir /dev/null": "/dev/null",
