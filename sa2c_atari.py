@@ -421,7 +421,7 @@ def train(args: Args, stop: threading.Event) -> dict | None:
             rng.bit_generator.state = checkpoint["rng"]
             # `+=` where `=` would do: it fails here, and not later, on a value of another type
             global_step += checkpoint["global_step"]
-            evaluations += checkpoint["evaluations"]
+            evaluations += map(dict, checkpoint["evaluations"])
             train_seconds += checkpoint["train_seconds"]
             started -= checkpoint["wall_seconds"]
     if args.track:
@@ -790,7 +790,8 @@ def require_range(args, names, low, high):
     for name in names.split():
         value = getattr(args, name)
         flag = f"--{name.replace('_', '-')} {value}"
-        require(low <= value <= high, f"{flag}: must be between {low:g} and {high:g}")
+        inside = low <= value <= high and value is not True  # in args.json it would pass for 1
+        require(inside, f"{flag}: must be between {low:g} and {high:g}")
 
 
 def resumed_args(args: Args) -> Args:

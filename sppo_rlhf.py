@@ -1480,7 +1480,8 @@ def require_range(args, names, low, high):
     for name in names.split():
         value = getattr(args, name)
         flag = f"--{name.replace('_', '-')} {value}"
-        require(low <= value <= high, f"{flag}: must be between {low:g} and {high:g}")
+        inside = low <= value <= high and value is not True  # in args.json it would pass for 1
+        require(inside, f"{flag}: must be between {low:g} and {high:g}")
 
 
 def parse_args(argv: list[str] | None = None) -> Args:

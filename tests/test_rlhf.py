@@ -750,7 +750,10 @@ def test_a_damaged_checkpoint_is_named_and_left_alone(run, models, damage):
     assert path.read_bytes() == before
 
 
-@pytest.mark.parametrize("change", [{"task": "nonsense"}, {"batch_size": "8"}, {"gamma": 2.0}])
+@pytest.mark.parametrize(
+    "change",
+    [{"task": "nonsense"}, {"batch_size": "8"}, {"gamma": 2.0}, {"micro_batch_size": True}],
+)
 def test_damaged_arguments_are_named(run, change):
     _, folder = run(stop=StopAfter(2))
     saved = json.loads((folder / "args.json").read_text())

@@ -739,6 +739,7 @@ CHECKPOINT_DAMAGES = {
     "list": lambda path: torch.save([1, 2], path),
     "no rng": lambda path: change_checkpoint(path, lambda state: state.pop("rng")),
     "no step": lambda path: change_checkpoint(path, lambda state: state.pop("global_step")),
+    "rows": lambda path: change_checkpoint(path, lambda state: state.update(evaluations="text")),
     "size": lambda path: change_checkpoint(
         path, lambda state: state["agent"].update({next(iter(state["agent"])): torch.ones(7)})
     ),
@@ -768,6 +769,7 @@ ARGS_DAMAGES = {
     "text": {"num_envs": "4"},
     "nothing": {"total_timesteps": None},
     "negative": {"learning_rate": -1.0},
+    "true": {"num_envs": True},
     "additional": {"nonsense": 1},
 }
 
