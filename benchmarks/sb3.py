@@ -94,6 +94,8 @@ def main(args: Args) -> None:
         else:
             model = A2C("MlpPolicy", envs, n_steps=8, **seed_and_device)
     if args.library == "sbx":
+        if args.total_timesteps <= model.n_steps:
+            sys.exit(f"error: --total-timesteps: more than {model.n_steps}, the first rollout")
         model.learn(1)  # one rollout and update: JAX compiles, which is start-up
     first_step = model.num_timesteps
     started = time.perf_counter()

@@ -698,7 +698,7 @@ def test_slurm_runs_what_is_not_finished(history, tmp_path):
 
 @pytest.mark.slow
 def test_speed_is_compared_with_the_peers(tmp_path):
-    flags = ["--total-timesteps", "2048", "--repeats", "1", "--out", tmp_path]
+    flags = ["--total-timesteps", "4096", "--repeats", "1", "--out", tmp_path]
     script = ROOT / "benchmarks" / "speed.py"
     command = [sys.executable, script, "--env-id", "InvertedDoublePendulum-v4", *flags]
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
