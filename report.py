@@ -361,7 +361,7 @@ def read_logged(path: Path, tags: tuple[str, ...]) -> dict[str, DataFrame]:
     kept = path / "logged.csv"
     logged = {}
     if kept.exists():
-        types = {"tag": str, "step": float, "value": float}
+        types = {"tag": str, "step": int, "value": float}
         rows = read_csv(kept, usecols=list(types), dtype=types)
         for tag in tags:
             values = rows[rows["tag"] == tag]

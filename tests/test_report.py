@@ -436,6 +436,20 @@ def test_kept_runs_give_the_same_report(tmp_path):
     assert not list(keep.glob("*/events*")) and not list(keep.glob("*/checkpoint.pt"))
 
 
+def test_what_is_kept_of_kept_runs_is_the_same(tmp_path):
+    """As when runs continue from those of the repository; steps have more than four digits."""
+    for seed in (0, 1):
+        logged = {"losses/clipped_gradients": np.linspace(0.1, 0.9, 9)}
+        make_run(tmp_path / "runs", str(seed), "sppo_continuous", 1.0 + seed, seed, logged=logged)
+    kept = []
+    for source, copy in (("runs", "kept"), ("kept", "again")):
+        arguments = {"out": tmp_path / "report", "reps": 50, "keep": tmp_path / copy}
+        report.main(report.Args(runs=(tmp_path / source,), **arguments))
+        kept.append((tmp_path / copy / "0" / "logged.csv").read_text())
+    assert kept[0] == kept[1]
+    assert ",18432,0.9" in kept[0]
+
+
 def test_kept_curves_are_means_of_blocks(tmp_path):
     values = np.arange(250.0)
     make_run(tmp_path / "runs", "0", "sppo_continuous", 1.0, 0, logged={"losses/entropy": values})
