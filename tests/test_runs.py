@@ -898,6 +898,18 @@ def test_a_policy_trained_on_a_gpu_can_be_evaluated_without(setting, a_run, monk
     assert "return" in out
 
 
+def test_an_evaluation_that_fails_is_one_line(setting, a_run, monkeypatch, capsys):
+    folder = a_run(finished=True)
+    capsys.readouterr()
+
+    def failing_evaluate(*arguments):
+        raise setting.script.RunError("Hopper, its step 7: no such joint")
+
+    monkeypatch.setattr(setting.script, "evaluate", failing_evaluate)
+    status, out, err = run_main(setting, monkeypatch, capsys, "--evaluate", folder)
+    assert (status, out, err) == (1, "", "error: Hopper, its step 7: no such joint\n")
+
+
 @pytest.mark.parametrize("flags", ["--eval-episodes 0", "--seed -1"])
 def test_evaluate_names_a_wrong_flag(setting, a_run, flags, monkeypatch, capsys):
     folder = a_run(finished=True)
