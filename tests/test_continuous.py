@@ -928,3 +928,25 @@ def test_statistics_and_scores_go_on_after_resuming(setting, tmp_path):
     assert after["obs_stats"]["count"] == 512 + 2 * 2  # every step, and two first observations
     assert after["return_stats"]["count"] == 512
     assert before["finished_episodes"][-1] in after["finished_episodes"]
+
+
+def test_an_evaluation_done_when_resumed_has_the_statistics_of_the_training(
+    setting, tmp_path, monkeypatch
+):
+    """Nothing is left to train then, so no environment is reset."""
+    stop = threading.Event()
+    evaluate = setting.script.evaluate
+
+    def stopped_evaluate(*arguments):
+        stop.set()
+        return evaluate(*arguments)
+
+    with monkeypatch.context() as patch:
+        patch.setattr(setting.script, "evaluate", stopped_evaluate)
+        summary, folder = setting.run(tmp_path, stop=stop, eval_freq=0)
+    assert summary is None
+    before = checkpoint(folder)["obs_stats"]
+    setting.resume(folder)
+    after = checkpoint(folder)["obs_stats"]
+    assert before["count"] == after["count"] > 256
+    assert torch.equal(before["mean"], after["mean"])

@@ -489,6 +489,18 @@ def test_in_bfloat16_the_ratio_begins_at_one_and_log_probs_are_close(models):
     torch.testing.assert_close(ratio, torch.ones_like(ratio), atol=1e-5, rtol=0)
 
 
+def test_in_bfloat16_the_value_head_is_in_float32(models):
+    actor = actor_critic(models["gpt2"])
+    torch.nn.init.normal_(actor.value_head.weight)
+    ids, mask, _ = ragged(lengths=((3, 0), (7, 0), (1, 0), (2, 0)), tokens=0)
+    actor.dtype = torch.bfloat16
+    with actor.autocast():
+        value = actor.value(ids, mask, 3)
+        hidden = rlhf.predicting_states(actor.critic, ids, mask, 3)
+    assert value.dtype == torch.float32
+    torch.testing.assert_close(value, actor.value_head(hidden.float()).squeeze(-1))
+
+
 # Runs
 
 
