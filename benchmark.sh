@@ -15,7 +15,7 @@ suites
   sweep        learning rate x clip range x epochs, PPO against symmetric PPO
   noise        noise levels from 0 to 0.4, on rewards and on advantages
   robust       symmetric loss with and without layer normalisation, and with and without an ensemble of reward models
-  evidence     a million steps: what explains SPPO, its variant sppo-p, rewards corrected for known flips
+  evidence     a million steps: what explains SPPO, its variant sppo-p, rewards corrected for known flips; --envs imdb too
   speed        steps per second against Stable-Baselines3, as ratios, one after the other
 
 options
@@ -169,6 +169,13 @@ rows_evidence_atari() {
     add sppo_atari "$1" ppo-corrected "$2" "$3" --beta 0 --correct-flips
     add sppo_atari "$1" ppo-coef "$2" "$3" --beta 0 --vf-coef 0.333333 --ent-coef 0.00666667
 }
+rows_evidence_rlhf() { # with beta 20, hence k 20.5: with the paper's, 0.9, there is little to explain
+    add sppo_rlhf "$1" ppo "$2" "$3" --beta 0
+    add sppo_rlhf "$1" sppo "$2" "$3" --beta 20
+    add sppo_rlhf "$1" ppo-ce "$2" "$3" --beta 0 --ce-coef 0.00487805
+    add sppo_rlhf "$1" ppo-norm "$2" "$3" --beta 0 --max-grad-norm 0.0487805
+    add sppo_rlhf "$1" ppo-corrected "$2" "$3" --beta 0 --correct-flips
+}
 main_noise() { # rewards of tldr have no scale that is known beforehand: there advantages flip
     case $(kind_of "$1")/$1 in continuous/*) echo normal ;; rlhf/tldr) echo adv_flip ;; *) echo flip ;; esac
 }
@@ -181,7 +188,12 @@ for_each() { # FUNCTION: calls it with every environment and seed
 }
 clean_and_noisy() { for noise in none "$(main_noise "$1")"; do "rows_$(kind_of "$1")" "$1" "$noise" "$2"; done; }
 evidence() {
-    [[ $(kind_of "$1") != rlhf ]] || die "evidence: $1 is neither a task of continuous control nor a game"
+    if [[ $(kind_of "$1") = rlhf ]]; then
+        [[ $1 = imdb ]] || die "evidence: $1 is neither a task of continuous control, nor a game, nor imdb"
+        rows_evidence_rlhf "$1" flip:0.2 "$2"
+        return
+    fi
+    local steps=${steps:-1000000}
     for noise in none "$(main_noise "$1")"; do "rows_evidence_$(kind_of "$1")" "$1" "$noise" "$2"; done
 }
 sweep() {
@@ -248,8 +260,8 @@ case $suite in
     noise) : "${seeds:=5}"; suite_envs Hopper-v4 LunarLanderContinuous-v3 Breakout; for_each noise_levels ;;
     robust) : "${seeds:=5}"; suite_envs Hopper-v4 LunarLanderContinuous-v3 imdb; for_each robust ;;
     evidence)
-        : "${seeds:=8}" "${steps:=1000000}"
         suite_envs Hopper-v4 LunarLanderContinuous-v3 InvertedDoublePendulum-v4
+        : "${seeds:=8}"
         for_each evidence ;;
     speed)
         [[ ! ${envs[*]}$seeds$jobs$slurm$only${extra[*]} && $device = auto ]] || die "speed: takes --steps, --runs-dir and --dry-run only"

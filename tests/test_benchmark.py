@@ -139,6 +139,29 @@ def test_rows_of_evidence_differ_in_what_they_are_named_after(tmp_path):
         assert corrected == [row for row in rows if row == "ppo-corrected"]
 
 
+def test_rows_of_evidence_for_reviews_have_one_k():
+    rows = {}
+    for command in commands("evidence", "--envs", "imdb", "Hopper-v4", "--seeds", 1):
+        if "--task" in command:
+            args = vars(sppo_rlhf.with_defaults(sppo_rlhf.parse_args(command[2:])))
+            assert (args["noise"], args["noise_level"]) == ("flip", 0.2)
+            assert args["total_timesteps"] == sppo_rlhf.TASKS["imdb"].total_timesteps
+            rows[args.pop("run_name").split("__")[1]] = args
+    plain = rows.pop("ppo")
+    symmetric = rows.pop("sppo")
+    k = symmetric["alpha"] - symmetric["beta"] * symmetric["z"]
+    assert k == 20.5 and plain["alpha"] == 1 and plain["beta"] == 0
+    expected = {
+        "ppo-ce": ("ce_coef", plain["ce_coef"] / k),
+        "ppo-norm": ("max_grad_norm", plain["max_grad_norm"] / k),
+        "ppo-corrected": ("correct_flips", True),
+    }
+    assert rows.keys() == expected.keys()
+    for row, (name, value) in expected.items():
+        assert rows[row].pop(name) == pytest.approx(value, rel=1e-5)
+        assert rows[row] == {other: plain[other] for other in plain if other != name}
+
+
 @pytest.mark.parametrize("task", ["toy", "imdb", "tldr"])
 def test_rows_of_language_models_divide_what_k_divides(task):
     settings = vars(sppo_rlhf.TASKS[task]) | {"alpha": 0.5}
