@@ -760,23 +760,34 @@ def find_best(cells: DataFrame) -> list[int]:
         first = row["mean"].idxmax()
         scores = row["scores"][first]
         rivals = row["scores"].drop(first)
-        if all(welch(scores, rival) < 0.05 for rival in rivals):
+        if all(welch(scores, rival)[0] < 0.05 for rival in rivals):
             best.append(first)
     return best
 
 
-def welch(x, y) -> float:
-    """Two-sided p-value of Welch's t-test; nan with fewer than two scores, or scores that are all
-    equal."""
+def welch(x, y) -> tuple[float, float, float]:
+    """Welch's t-test: two-sided p-value, and the ends of the 95 % interval of the difference of
+    means; nan with fewer than two scores, or scores that are all equal."""
     if min(len(x), len(y)) < 2 or np.ptp([*x, *y]) == 0:
-        return math.nan
-    return stats.ttest_ind(x, y, equal_var=False).pvalue
+        return math.nan, math.nan, math.nan
+    test = stats.ttest_ind(x, y, equal_var=False)
+    low, high = test.confidence_interval()
+    return test.pvalue, low, high
+
+
+def student(differences: Series) -> tuple[float, float]:
+    """Ends of the 95 % interval of the mean of paired differences, by Student's t-distribution;
+    nan with fewer than two."""
+    if len(differences) < 2:
+        return math.nan, math.nan
+    half = stats.t.ppf(0.975, len(differences) - 1) * differences.sem()
+    return differences.mean() - half, differences.mean() + half
 
 
 def make_differences(cells: DataFrame) -> DataFrame:
     """Every method less every other one of its row, in each of their `quantities`, with two
-    standard errors: of the difference of independent means, and of the mean of differences by
-    seed."""
+    standard errors and 95 % intervals: of the difference of independent means (Welch), and of the
+    mean of differences by seed (Student)."""
     rows = []
     for _, row in complete(cells).groupby(TASK, sort=False):
         methods = [cell for _, cell in row.iterrows()]
@@ -794,14 +805,21 @@ def differences_of(ours: Series, other: Series) -> list[dict]:
         if quantity not in other["by_seed"]:
             continue
         y = other["by_seed"][quantity]
+        p, low, high = welch(x, y)
+        pairs = (x - y).dropna()
+        paired_low, paired_high = student(pairs)
         row = {
             "quantity": quantity,
             "method": ours["method"],
             "less": other["method"],
             "difference": x.mean() - y.mean(),
             "sem": math.hypot(x.sem(), y.sem()),
-            "paired_sem": (x - y).sem(),
-            "p": welch(x, y),
+            "low": low,
+            "high": high,
+            "p": p,
+            "paired_sem": pairs.sem(),
+            "paired_low": paired_low,
+            "paired_high": paired_high,
             "compared": ours["compared"],
         }
         rows.append(task | row)
@@ -971,16 +989,25 @@ def cell_text(cell: Series, value: str) -> str:
 def difference_table(differences: DataFrame) -> str:
     rows = []
     for _, row in differences.iterrows():
-        difference = row["difference"]
-        sem = row["sem"]
+        what = [row["env_id"], row["condition"], row["quantity"]]
         methods = f"{row['method']} less {row['less']}"
-        times = f"{difference / sem:+.1f}" if sem > 0 else ""
+        difference = number(row["difference"], row["sem"])
+        interval = interval_text(row["low"], row["high"])
         p = "" if math.isnan(row["p"]) else f"{row['p']:.3f}"
-        paired = number(difference, row["paired_sem"]).partition(" ± ")[2]
-        what = [row["env_id"], row["condition"], row["quantity"], methods]
-        rows.append([*what, number(difference, sem), times, p, paired])
-    header = ["", "noise", "last evaluation", "", "difference", "standard errors", "p (Welch)"]
-    return markdown([*header, "standard error by seed"], rows)
+        paired = interval_text(row["paired_low"], row["paired_high"])
+        rows.append([*what, methods, difference, interval, p, paired])
+    header = ["", "noise", "last evaluation", "", "difference"]
+    return markdown([*header, "95 % interval", "p (Welch)", "95 % interval by seed"], rows)
+
+
+def interval_text(low: float, high: float) -> str:
+    """Both ends, with two digits of the interval's length; empty for nan."""
+    if math.isnan(low):
+        return ""
+    decimals = 0
+    if high > low:
+        decimals = max(0, 1 - math.floor(math.log10(high - low)))
+    return f"{low:,.{decimals}f} to {high:,.{decimals}f}"
 
 
 def aggregate_table(aggregates: DataFrame) -> str:

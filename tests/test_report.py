@@ -170,6 +170,8 @@ def test_differences_by_welch(grid):
         math.sqrt(a + b), rel=1e-5
     )
     assert d["p"] == pytest.approx(2 * stats.t.sf(t, freedom), rel=1e-4)
+    half = stats.t.ppf(0.975, freedom) * math.sqrt(a + b)
+    assert (d["low"], d["high"]) == pytest.approx((40 / 3 - half, 40 / 3 + half), rel=1e-5)
     assert len(differences) == 6  # three pairs in each of two tasks
     compared = differences[differences["compared"]].reset_index()
     assert set(compared["method"]) == {"SPPO"}
@@ -182,7 +184,13 @@ def test_paired_differences_by_seed(grid):
         ["env_id", "method", "less"]
     )
     d = differences.loc[TASKS[1], "SPPO", "DPPO"]
-    assert d["paired_sem"] == pytest.approx(np.std([5, 5, 30], ddof=1) / 3**0.5, rel=1e-5)
+    sem = np.std([5, 5, 30], ddof=1) / 3**0.5
+    assert d["paired_sem"] == pytest.approx(sem, rel=1e-5)
+    low, high = stats.t.interval(0.95, 2, 40 / 3, sem)
+    assert (d["paired_low"], d["paired_high"]) == pytest.approx((low, high), rel=1e-5)
+    row = [TASKS[1], "clean", "return", "SPPO less DPPO"]
+    (shown,) = [found for found in lines(grid / "report") if found[:4] == row]
+    assert shown[4:] == ["13.3 ± 14.8", "-37 to 64", "0.440", "-23 to 49"]
 
 
 def test_corrected_rewards_are_compared_with_all_others(tmp_path):

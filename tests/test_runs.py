@@ -1104,6 +1104,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(sys, "argv", [setting.script.__file__, *shlex.split(flags)])
+    monkeypatch.setattr(setting.script, "train", lambda *_: pytest.fail("training has begun"))
     with pytest.raises(SystemExit) as exit_:
         setting.script.main()
     assert exit_.value.code == 2
