@@ -190,7 +190,7 @@ def test_paired_differences_by_seed(grid):
     assert (d["paired_low"], d["paired_high"]) == pytest.approx((low, high), rel=1e-5)
     row = [TASKS[1], "clean", "return", "SPPO less DPPO"]
     (shown,) = [found for found in lines(grid / "report") if found[:4] == row]
-    assert shown[4:] == ["13.3 ± 14.8", "-37 to 64", "0.440", "-23 to 49"]
+    assert shown[4:] == ["13.3 ± 14.8", "-37 to 64", "0.441", "-23 to 49"]
 
 
 def test_corrected_rewards_are_compared_with_all_others(tmp_path):
