@@ -10,7 +10,7 @@ usage: ./benchmark.sh SUITE [options] [-- FLAGS]
 suites
   quick        three continuous tasks, 200,000 steps, A2C and PPO: about an hour on two cores
   continuous   the paper's nine environments of continuous control
-  atari        22 games; the paper's list is not public but for WizardOfWor: the other games are our choice
+  atari        22 games; of the paper's 22 we know WizardOfWor only: the other games are our choice
   rlhf         language models: imdb and tldr, whose models come from the Hugging Face hub (or --envs toy, offline)
   sweep        learning rate x clip range x epochs, PPO against symmetric PPO
   noise        noise levels from 0 to 0.4, on rewards and on advantages
@@ -28,9 +28,9 @@ options
   --dry-run          print the commands, and run nothing
   --only NAME        only the run of this name
   --slurm            submit them as a Slurm job array (SBATCH_PARTITION, SBATCH_TIMELIMIT ... are sbatch's own)
-  -- FLAGS           flags of the scripts, for every run, after its own: they win, as in -- --learning-rate 0.001
+  -- FLAGS           flags of the scripts, appended to those of every run, which they override: -- --learning-rate 0.001
 
-Started again, it goes on: finished runs are skipped, broken-off ones resumed. Ctrl-C saves all of them first. On
+Rerun it to continue: finished runs are skipped, interrupted ones resumed. Ctrl-C saves all of them first. On
 CPUs each run gets one thread, unless OMP_NUM_THREADS says otherwise. Then: python report.py runs/SUITE
 END
 }
