@@ -348,7 +348,7 @@ class RMSpropTF(torch.optim.Optimizer):
 def gradient_and_metrics(agent, args, obs, action, advantage, returns, mask):
     """Clipped gradient of the loss on a rollout, as one vector, and what to log. `mask` is 0
     where FIRE replaced the agent's action, else 1: such a step trains only the critic."""
-    count = mask.sum().clamp(min=2)
+    count = mask.sum().clamp(min=2)  # for `count - 1`
     weight = mask / count * len(mask)  # 1 on average: a mean is then one over unmasked steps
     normalized = advantage
     if args.norm_adv:
@@ -369,6 +369,7 @@ def gradient_and_metrics(agent, args, obs, action, advantage, returns, mask):
     grad_norm = gradient.norm()
     scale = (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1)
     with torch.no_grad():
+        # The losses here repeat symmetric_policy_loss, without its weights
         p = log_prob.exp()
         reverse_weight = args.beta * abs(args.z) * p  # of grad log p, beside alpha
         sign_flips = weight * ((normalized > 0) != (advantage > 0))

@@ -464,6 +464,7 @@ def gradient_and_metrics(agent, args, obs, action, advantage, returns):
     grad_norm = gradient.norm()
     scale = (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1)
     with torch.no_grad():
+        # The losses here repeat symmetric_policy_loss, without its weights
         p = log_prob.exp()
         reverse_weight = args.beta * abs(args.z) * p  # of grad log p, beside alpha
         sign_flips = (normalized > 0) != (advantage > 0)
@@ -915,7 +916,7 @@ def with_defaults(args: Args) -> Args:
     if args.run_name is None:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         name = f"{args.env_id}__{args.algo}__{args.noise}__{args.seed}__{stamp}"
-        args.run_name = f"{Path(__file__).stem}__{name}".replace("/", "-")
+        args.run_name = f"{Path(__file__).stem}__{name}".replace("/", "-").replace(":", "-")
     return args
 
 

@@ -353,7 +353,7 @@ def gradient_and_metrics(
 ):
     """Clipped gradient of the loss on a minibatch, as one vector, and what to log. `mask` is 0
     where FIRE replaced the agent's action, else 1: such a step trains only the critic."""
-    count = mask.sum().clamp(min=2)
+    count = mask.sum().clamp(min=2)  # for `count - 1`
     weight = mask / count * len(mask)  # 1 on average: a mean is then one over unmasked steps
     normalized = advantage
     if args.norm_adv:
@@ -383,6 +383,7 @@ def gradient_and_metrics(
     grad_norm = gradient.norm()
     scale = (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1)
     with torch.no_grad():
+        # The losses here repeat symmetric_policy_loss, without its weights
         log_ratio = log_prob - old_log_prob
         ratio = log_ratio.exp()
         surrogate = weighted * ratio

@@ -498,6 +498,7 @@ def gradient_and_metrics(agent, args, obs, action, old_log_prob, advantage, retu
     grad_norm = gradient.norm()
     scale = (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1)
     with torch.no_grad():
+        # The losses here repeat symmetric_policy_loss, without its weights
         log_ratio = log_prob - old_log_prob
         ratio = log_ratio.exp()
         surrogate = normalized * ratio
@@ -962,7 +963,7 @@ def with_defaults(args: Args) -> Args:
     if args.run_name is None:
         stamp = time.strftime("%Y%m%d-%H%M%S")
         name = f"{args.env_id}__{args.algo}__{args.noise}__{args.seed}__{stamp}"
-        args.run_name = f"{Path(__file__).stem}__{name}".replace("/", "-")
+        args.run_name = f"{Path(__file__).stem}__{name}".replace("/", "-").replace(":", "-")
     return args
 
 

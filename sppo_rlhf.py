@@ -334,6 +334,7 @@ class ActorCritic(nn.Module):
     def value(self, ids, mask, length):
         """Values of the texts before each of the last `length` tokens."""
         self.activate_adapter("critic")
+        # transformers' base_model: all but the head, with the adapters
         critic = self.policy.base_model if self.lora else self.critic
         hidden = predicting_states(critic, ids, mask, length)
         with torch.autocast(hidden.device.type, enabled=False):
@@ -434,20 +435,17 @@ class RewardModel:
             config.num_labels == 1 or label < config.num_labels,
             f"--reward-label {label}: {name} has {config.id2label}",
         )
-        self.tokenizer = load_tokenizer(base)
-        config.pad_token_id = self.tokenizer.pad_token_id
+        tokenizer = load_tokenizer(base)
+        config.pad_token_id = tokenizer.pad_token_id
+        positions = getattr(config, "max_position_embeddings", -1)  # XLNet has no limit and says -1
+        if positions > 0:
+            tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
+        self.tokenizer = tokenizer
 
     @torch.no_grad()
     def __call__(self, texts):
         """Scores (texts,). Texts that are too long are truncated on the left."""
-        positions = getattr(self.model.config, "max_position_embeddings", math.inf)
-        inputs = self.tokenizer(
-            texts,
-            padding=True,
-            truncation=True,
-            max_length=min(self.tokenizer.model_max_length, positions),
-            return_tensors="pt",
-        )
+        inputs = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
         logits = self.model(**inputs.to(self.model.device)).logits.float()
         if logits.shape[1] == 1:
             return logits[:, 0]
@@ -584,6 +582,7 @@ def loss_and_metrics(model, args, batch, response_tokens, completion_tokens):
     loss = mask.sum() * (policy_loss + args.vf_coef * value_loss) / response_tokens
 
     with torch.no_grad():
+        # The losses here repeat symmetric_policy_loss, without its weights
         log_ratio = log_prob - rollout.log_prob
         ratio = log_ratio.exp()
         surrogate = batch.advantage * ratio
@@ -664,7 +663,7 @@ def collect_rollout(setup, args, sft_ids, sft_mask, uniform, top_k, reward_model
     for rows in process_rows(setup.accelerator, len(uniform), args.inference_batch_size):
         with actor_critic.autocast():
             ids, mask = actor_critic.generate(
-                sft_ids[rows, :-length].to(device),
+                sft_ids[rows, :-length].to(device),  # the prompts, without completions
                 sft_mask[rows, :-length].to(device),
                 uniform[rows].to(device),
                 top_k,
@@ -775,7 +774,7 @@ def evaluate(setup, args, step):
         "step": step,
         "return_mean": reward.mean().item(),
         "return_std": reward.std(correction=0).item(),
-        "length_mean": mask.sum(1).float().mean().item(),
+        "length_mean": mask.sum().item() / args.eval_episodes,
         "episodes": args.eval_episodes,
         "kl": masked_sum(log_ratio, mask).item() / args.eval_episodes,
         # of responses under the reference policy, and of reference completions under the policy
@@ -791,15 +790,10 @@ def evaluate(setup, args, step):
     if args.task == "tldr":
         row |= rouge(setup.eval_data["label"], responses)
 
-    samples = []
-    for prompt, response, score in zip(prompts, responses, reward.tolist()):
-        sample = {
-            "step": step,
-            "prompt": prompt,
-            "response": response,
-            "reward": score,
-        }
-        samples.append(sample)
+    samples = [
+        {"step": step, "prompt": prompt, "response": response, "reward": score}
+        for prompt, response, score in zip(prompts, responses, reward.tolist())
+    ]
     return row, samples
 
 
@@ -807,10 +801,11 @@ def completion_log_prob(setup, args, sft_ids, sft_mask):
     """Log-probabilities (texts, T) of reference completions under the policy."""
     device = setup.accelerator.device
     parts = []
-    for rows in torch.arange(len(sft_ids)).split(args.inference_batch_size):
+    size = args.inference_batch_size
+    for ids, mask in zip(sft_ids.split(size), sft_mask.split(size)):
         with setup.actor_critic.autocast():
             log_prob = setup.actor_critic.policy_log_prob(
-                sft_ids[rows].to(device), sft_mask[rows].to(device), args.response_length
+                ids.to(device), mask.to(device), args.response_length
             )
         parts.append(log_prob.cpu())
     return torch.cat(parts)
@@ -881,11 +876,24 @@ def train(args: Args, stop: threading.Event, setup: "Setup | None" = None) -> di
         disable=None if accelerator.is_main_process else True,
     )
     started = setup.started - progress.wall_seconds  # as if never interrupted
+    first_step = progress.global_step
     stopping = False
-    if not progress.evaluations:
-        evaluate_and_log(setup, args, progress, writer)
 
-    while progress.global_step < args.total_timesteps and not stopping:
+    while True:
+        # Evaluation, which a resumed run may have missed, and checkpoint
+        step = progress.global_step
+        finished = step >= args.total_timesteps
+        evaluated = progress.evaluations and progress.evaluations[-1]["step"] == step
+        evaluation_due = step == 0 or finished or due(args.eval_freq, step, args.batch_size)
+        if evaluation_due and not evaluated and not stopping:
+            evaluate_and_log(setup, args, progress, writer)
+        checkpoint_due = finished or stopping or due(args.checkpoint_freq, step, args.batch_size)
+        if accelerator.is_main_process and checkpoint_due and step > first_step:
+            progress.wall_seconds = time.perf_counter() - started
+            save_checkpoint(setup, args, generator, rng, progress)
+        if finished or stopping:
+            break
+
         # Rollout; random numbers are drawn for the global batch, then sharded
         iteration_started = time.perf_counter()
         rows = torch.randperm(len(setup.train_data), generator=generator)[: args.batch_size]
@@ -895,13 +903,13 @@ def train(args: Args, stop: threading.Event, setup: "Setup | None" = None) -> di
         rollout = collect_rollout(
             setup, args, sft_ids, sft_mask, uniform, args.top_k, setup.reward_models
         )
-        progress.global_step += args.batch_size
+        step += args.batch_size
+        progress.global_step = step
 
         # Advantages
         reward = aggregate(rollout.scores, args.reward_aggregate)
         if not reward.isfinite().all():
-            names = " ".join(args.reward_model)
-            raise RunError(f"{names}: a reward at step {progress.global_step} is not finite")
+            raise RunError(f"{' '.join(args.reward_model)}: a reward at step {step} is not finite")
         noisy_reward = perturb_reward(reward.numpy(), args.noise, args.noise_level, rng)
         if args.correct_flips:
             noisy_reward = correct_flips(noisy_reward, args.noise_level)
@@ -920,7 +928,7 @@ def train(args: Args, stop: threading.Event, setup: "Setup | None" = None) -> di
         for name, parameter in trained_parameters(setup).items():
             if not parameter.isfinite().all():
                 raise RunError(
-                    f"weights not finite ({name}) after the update at step {progress.global_step},"
+                    f"weights not finite ({name}) after the update at step {step},"
                     f" where the gradient's norm was {metrics['grad_norm']:g}; lower"
                     " --learning-rate or --beta"
                 )
@@ -930,28 +938,20 @@ def train(args: Args, stop: threading.Event, setup: "Setup | None" = None) -> di
         # Logging
         scalars = {f"losses/{name}": metric for name, metric in metrics.items()}
         scalars |= rollout_metrics(rollout, reward, advantage, returns)
-        scalars["charts/SPS"] = progress.global_step / progress.train_seconds
+        scalars["charts/SPS"] = step / progress.train_seconds
         if writer:
             for name, scalar in scalars.items():
-                writer.add_scalar(name, scalar, progress.global_step)
+                writer.add_scalar(name, scalar, step)
         progress_bar.set_postfix_str(f"reward {reward.mean():.3f}, KL {scalars['charts/kl']:.1f}")
         progress_bar.update(args.batch_size)
 
-        # Evaluation and checkpoint
         if stop.is_set():
             accelerator.set_trigger()
         stopping = accelerator.check_trigger()  # in any process
-        finished = progress.global_step >= args.total_timesteps
-        if finished or due(args.eval_freq, progress.global_step, args.batch_size):
-            evaluate_and_log(setup, args, progress, writer)
-        progress.wall_seconds = time.perf_counter() - started
-        checkpoint_due = due(args.checkpoint_freq, progress.global_step, args.batch_size)
-        if accelerator.is_main_process and (finished or stopping or checkpoint_due):
-            save_checkpoint(setup, args, generator, rng, progress)
 
     if writer:
         writer.close()
-    if progress.global_step < args.total_timesteps:
+    if stopping:
         return None
     first = progress.evaluations[0]
     last = progress.evaluations[-1]
@@ -979,10 +979,9 @@ def rollout_metrics(rollout, reward, advantage, returns):
     """What TensorBoard shows of a batch; entropy and KL are estimates from its samples."""
     mask = rollout.response_mask
     log_ratio = rollout.log_prob - rollout.reference_log_prob
-    unexplained = advantage[mask].var() / returns[mask].var()
     return {
         "losses/entropy": -masked_mean(rollout.log_prob, mask),
-        "losses/explained_variance": 1 - unexplained,
+        "losses/explained_variance": 1 - advantage[mask].var() / returns[mask].var(),
         "losses/advantage_largest": advantage.abs().max(),
         "charts/kl": masked_sum(log_ratio, mask) / len(mask),
         "charts/episodic_return": reward.mean(),
@@ -1029,10 +1028,9 @@ def due(every, step, stride):
 
 # The toy task: film reviews from a grammar, and a policy and a noisy reward model trained on them.
 
-ASPECTS = ["plot", "acting", "music", "script", "ending", "cast", "pacing", "dialogue"]
-ASPECTS += ["camera", "humour"]
-GOOD = ["superb", "moving", "clever", "funny", "brilliant", "charming", "gripping", "warm"]
-BAD = ["dull", "clumsy", "weak", "tedious", "awful", "silly", "flat", "noisy"]
+ASPECTS = "plot acting music script ending cast pacing dialogue camera humour".split()
+GOOD = "superb moving clever funny brilliant charming gripping warm".split()
+BAD = "dull clumsy weak tedious awful silly flat noisy".split()
 TOY_POSITIONS = 64
 TOY_HELD_OUT = 256
 
@@ -1052,25 +1050,19 @@ def toy_sentiment(text):
     signs = []
     negated = False
     for word in text.split():
-        if word in GOOD:
-            signs.append(0 if negated else 1)
-        elif word in BAD:
-            signs.append(1 if negated else 0)
+        if word in GOOD or word in BAD:
+            signs.append((word in GOOD) != negated)
         negated = word == "not"
     return sum(signs) / len(signs) if signs else 0.5
 
 
 def toy_labels(texts, rng):
     """1 for positive texts, 0 for negative ones; a tenth of the labels are wrong."""
-    truth = []
-    for text in texts:
-        coin = rng.random()
-        sentiment = toy_sentiment(text)
-        if sentiment == 0.5:
-            sentiment = coin
-        truth.append(sentiment > 0.5)
+    coins = [rng.random() for _ in texts]
     labels = []
-    for is_positive in truth:
+    for text, coin in zip(texts, coins):
+        sentiment = toy_sentiment(text)
+        is_positive = coin > 0.5 if sentiment == 0.5 else sentiment > 0.5
         is_wrong = rng.random() < 0.1
         labels.append(int(is_positive != is_wrong))
     return labels
@@ -1192,6 +1184,14 @@ def load(args):
     heldout_models = [load_reward_model(name, **options) for name in args.eval_reward_model]
     with loading(args.policy_model):
         actor_critic = ActorCritic(args, device, dtype)
+    ids = tokenizer.encode("It was", return_tensors="pt").to(device)
+    with torch.no_grad(), actor_critic.autocast():
+        output = actor_critic.policy(ids, output_hidden_states=True)
+        logits = float32_logits(actor_critic.policy, output.hidden_states[-1])
+    require(
+        (logits - output.logits).abs().max() < 0.02 * logits.abs().max(),
+        f"--policy-model {args.policy_model}: scales or caps its logits, which is not supported",
+    )
     positions = getattr(actor_critic.policy.config, "max_position_embeddings", math.inf)
     require(
         args.prompt_length + args.response_length <= positions,
@@ -1374,9 +1374,9 @@ def restore(setup, args, generator, rng):
     path = args.run_dir / "checkpoint.pt"
     with usable(path):
         content = load_checkpoint(path)
-        keys = setup.actor_critic.load_state_dict(content["agent"], strict=False)
-        missing = set(keys.missing_keys) & set(trained_parameters(setup))  # others are frozen
-        require(not missing and not keys.unexpected_keys, f"lacks {missing}")
+        same_names = content["agent"].keys() == trained_parameters(setup).keys()
+        require(same_names, "weights of another model")
+        setup.actor_critic.load_state_dict(content["agent"], strict=False)  # others are frozen
         setup.optimizer.load_state_dict(content["optimizer"])
         generator.set_state(content["generator"])
         rng.bit_generator.state = content["rng"]
@@ -1505,12 +1505,8 @@ def prepare(args: Args) -> Args:
     )
     # Only the first process makes the toy; there is no Accelerator yet to ask which it is
     if args.task == "toy" and os.environ.get("RANK", "0") == "0":
-        try:
+        with usable(f"--runs-dir {args.runs_dir}"):
             make_toy(Path(args.runs_dir) / "toy")
-        except OSError as error:
-            raise UsageError(
-                f"{args.runs_dir}: {error.strerror}; try another --runs-dir"
-            ) from error
     return args
 
 
@@ -1586,8 +1582,8 @@ def with_defaults(args: Args) -> Args:
 def check(args: Args) -> None:
     """Raises UsageError for an argument that is out of range or contradicts another."""
     require_range(args, "total_timesteps", 1, 1e12)
-    require_range(args, "prompt_length response_length lora_alpha", 1, 1e6)
-    require_range(args, "batch_size num_minibatches eval_episodes", 1, 1e6)
+    require_range(args, "prompt_length response_length batch_size num_minibatches", 1, 1e6)
+    require_range(args, "eval_episodes lora_alpha", 1, 1e6)
     require_range(args, "update_epochs", 1, 1000)
     if args.micro_batch_size is not None:
         require_range(args, "micro_batch_size", 1, 1e6)
@@ -1621,11 +1617,8 @@ def check(args: Args) -> None:
         f"--run-name {args.run_name!r}: give the plain name of a folder",
     )
     require(args.runs_dir.isprintable(), f"--runs-dir {args.runs_dir!r}: not a printable name")
-    heldout_names = {Path(name).name for name in args.eval_reward_model}
-    require(
-        len(heldout_names) == len(args.eval_reward_model),
-        "--eval-reward-model: two models of one name",
-    )
+    heldout = [Path(name).name for name in args.eval_reward_model]
+    require(len(set(heldout)) == len(heldout), "--eval-reward-model: two models of one name")
     if args.load_in_4bit:
         require(
             args.lora_r > 0 and cuda and util.find_spec("bitsandbytes"),

@@ -950,3 +950,10 @@ def test_an_evaluation_done_when_resumed_has_the_statistics_of_the_training(
     after = checkpoint(folder)["obs_stats"]
     assert before["count"] == after["count"] > 256
     assert torch.equal(before["mean"], after["mean"])
+
+
+def test_the_default_name_suits_files_and_weights_and_biases(setting):
+    args = setting.script.Args(env_id="target:dm_control/Target-v0", beta=0.0)
+    name = setting.script.with_defaults(args).run_name
+    assert "target-dm_control-Target-v0" in name
+    assert not set(name) & set("/\\#?%:")

@@ -627,6 +627,24 @@ def test_interrupted_and_resumed_a_run_is_the_same_to_the_bit(run):
     assert torch.equal(weights(folder), weights(whole))
 
 
+def test_a_stopped_run_leaves_a_due_evaluation_to_its_resumption(run):
+    """So that its checkpoint is there at once."""
+    _, folder = run(stop=StopAfter(2))
+    assert [row["step"] for row in progress(folder)] == [0]
+    assert checkpoint(folder)["progress"]["global_step"] == 16
+    resume(folder)
+    assert [row["step"] for row in progress(folder)] == [0, 16, 32]
+
+
+def test_stopped_in_its_last_update_a_run_is_not_finished(run):
+    _, whole = run(name="whole")
+    stopped, folder = run(name="broken", stop=StopAfter(4))
+    assert stopped is None
+    assert checkpoint(folder)["progress"]["global_step"] == 32
+    assert resume(folder)["finished"]
+    assert (folder / "progress.csv").read_bytes() == (whole / "progress.csv").read_bytes()
+
+
 def test_checkpoints_change_nothing(run):
     """Adam's state, asked for before it has one, would come from a step with no gradient."""
     often, never = (
@@ -654,6 +672,48 @@ def test_an_ensemble_trains_and_a_held_out_reward_model_is_evaluated(run, toy, m
         torch.minimum(a, b).tolist(), abs=1e-5
     )
     assert progress(folder)[0]["heldout_reward"] == pytest.approx(a.mean().item(), abs=1e-5)
+
+
+def test_reward_models_with_and_without_a_maximal_length(toy, models, tmp_path):
+    """BERT here has 64 positions, two of them for special tokens; XLNet has no limit."""
+    torch.manual_seed(0)
+    tokenizer = transformers.AutoTokenizer.from_pretrained(toy / "reward")
+    config = transformers.XLNetConfig(
+        vocab_size=len(tokenizer), d_model=8, n_layer=1, n_head=1, d_inner=8, num_labels=1
+    )
+    xlnet = transformers.AutoModelForSequenceClassification.from_config(config).eval()
+    xlnet.save_pretrained(tmp_path / "xlnet")
+    tokenizer.save_pretrained(tmp_path / "xlnet")
+    words = ["dull" if i % 7 else "superb" for i in range(200)]
+    long = " ".join(words)
+
+    def scores(name, text):
+        return rlhf.RewardModel(str(name), 0, torch.device("cpu"), torch.float32)([text])
+
+    assert torch.equal(
+        scores(models["scalar"], long), scores(models["scalar"], " ".join(words[-62:]))
+    )
+    ids = tokenizer(long, return_tensors="pt")["input_ids"]
+    assert ids.shape[1] == 202
+    assert scores(tmp_path / "xlnet", long) == pytest.approx(xlnet(ids).logits.item(), abs=1e-5)
+
+
+@pytest.mark.parametrize(
+    ("kind", "scale"),
+    [(transformers.GraniteConfig, {"logits_scaling": 8}), (transformers.CohereConfig, {})],
+)
+def test_policies_that_scale_their_logits_are_refused(run, toy, tmp_path, kind, scale):
+    tokenizer = transformers.AutoTokenizer.from_pretrained(toy / "policy")
+    shape = dict(vocab_size=len(tokenizer), hidden_size=16, intermediate_size=16)
+    shape |= dict(num_hidden_layers=1, num_attention_heads=2, num_key_value_heads=2)
+    ends = dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), tokenizer.eos_token_id)
+    folder = tmp_path / "scaled"
+    model = transformers.AutoModelForCausalLM.from_config(kind(**shape, **ends, **scale))
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+    with pytest.raises(rlhf.UsageError, match="scaled: scales or caps its logits"):
+        run(policy_model=str(folder))
+    assert not (tmp_path / "a" / "run").exists()
 
 
 def test_posts_and_their_summaries(toy):
