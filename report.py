@@ -29,6 +29,7 @@ import shlex
 import shutil
 import sys
 import tempfile
+import warnings
 from collections import Counter
 from dataclasses import dataclass
 from pathlib import Path
@@ -606,7 +607,10 @@ def name_method(run: Series, runs: DataFrame) -> tuple[str, str]:
         stem = Path(run["script"]).stem
         base = f"{stem} {base}" if family["algo"].nunique() > 1 else stem
     swept = ""
+    shared = shared_settings(same_script)
     for key in changed_settings(run, usual, alike):
+        if key in shared:
+            continue
         change = change_of(key, run[key], usual.get(key), k)
         if key in SWEPT:
             swept += f", {change}"
@@ -637,6 +641,30 @@ def changed_settings(run: Series, usual: dict, alike: DataFrame) -> list[str]:
         if differs and not pd.isna(value):
             changed.append(key)
     return changed
+
+
+def shared_settings(runs: DataFrame) -> list[str]:
+    """Settings that are the same in all `runs` of a script, and so tell no methods apart; none if
+    they are of one method."""
+    settings = runs[["algo", *WEIGHTS, *COMPARED]].map(hashable)
+    if len(settings.drop_duplicates()) == 1:
+        return []
+    return [key for key in COMPARED if settings[key].nunique(dropna=False) == 1]
+
+
+def shared_text(runs: DataFrame) -> str:
+    """Says which settings that are not the defaults all runs of a script share."""
+    lines = []
+    for script, group in runs.groupby("script"):
+        changes = {}
+        for _, run in group.iterrows():
+            usual = defaults(script, run["env_id"])
+            for key in changed_settings(run, usual, group):
+                changes[key] = change_of(key, run[key], usual.get(key), math.nan)
+        texts = [changes[key] for key in shared_settings(group) if key in changes]
+        if texts:
+            lines.append(f"All runs of `{script}` have {', '.join(texts)}.")
+    return " ".join(lines)
 
 
 def change_of(key: str, value, usual, k: float) -> str:
@@ -770,7 +798,10 @@ def welch(x, y) -> tuple[float, float, float]:
     means; nan with fewer than two scores, or scores that are all equal."""
     if min(len(x), len(y)) < 2 or np.ptp([*x, *y]) == 0:
         return math.nan, math.nan, math.nan
-    test = stats.ttest_ind(x, y, equal_var=False)
+    with warnings.catch_warnings():
+        # SciPy warns where one of them has no variance, such as a share that is 1 in every run
+        warnings.simplefilter("ignore", RuntimeWarning)
+        test = stats.ttest_ind(x, y, equal_var=False)
     low, high = test.confidence_interval()
     return test.pvalue, low, high
 
@@ -1324,7 +1355,7 @@ def write_section(
 ) -> list[str]:
     """Paragraphs of report.md on the methods of one kind and family."""
     kind, family = cells.iloc[0][["kind", "family"]]
-    page = [f"## {kind}, {family.upper()}"]
+    page = [f"## {kind}, {family.upper()}", shared_text(runs)]
     varied = [key for key in SWEPT if cells[f"swept_{key}"].nunique() > 1]
     if len(varied) > 1:
         for (env_id, condition), part in cells.groupby(["env_id", "condition"], sort=False):

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+import warnings
 from pathlib import Path
 
 import numpy as np
@@ -176,6 +177,15 @@ def test_differences_by_welch(grid):
     compared = differences[differences["compared"]].reset_index()
     assert set(compared["method"]) == {"SPPO"}
     assert differences["compared"].sum() == 4
+
+
+def test_welch_with_a_sample_that_has_no_variance():
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        p, low, high = report.welch([1.0, 1.0, 1.0], [0.1, 0.2, 0.3])
+    half = stats.t.ppf(0.975, 2) * 0.1 / math.sqrt(3)  # as of one sample
+    assert p < 0.01
+    assert (low, high) == pytest.approx((0.8 - half, 0.8 + half))
 
 
 def test_paired_differences_by_seed(grid):
@@ -353,6 +363,18 @@ def test_methods_are_named_by_what_they_are(script, flags, method, tmp_path):
     make_run(tmp_path, "run", script, 1.0, **flags)
     runs = report.label_methods(report.read_runs([tmp_path], ())[0])
     assert list(runs["method"]) == [method]
+
+
+def test_what_all_runs_share_is_said_once_and_not_in_names(tmp_path):
+    flags = {"learning_rate": 1e-4, "layer_norm": True, "noise": "normal"}
+    rows = {"a": {}, "b": {"beta": 0.0}, "c": {"beta": 0.0, "max_grad_norm": 0.5 / 20.5}}
+    for name, row in rows.items():
+        make_run(tmp_path / "runs", name, "sppo_continuous", 1.0, **flags, **row)
+    report.main(report.Args(runs=(tmp_path / "runs",), out=tmp_path / "report", reps=50))
+    page = (tmp_path / "report" / "report.md").read_text()
+    assert "| DPPO | DPPO, max-grad-norm / k | SPPO |" in page
+    said = "All runs of `sppo_continuous.py` have learning-rate 0.0001, layer-norm."
+    assert page.count("layer-norm") == page.count(said) == 1
 
 
 def test_alphas_are_told_apart(tmp_path):
