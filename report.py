@@ -5,9 +5,9 @@ report/.
     python report.py runs/continuous/Hopper-v4__* --out hopper
     python report.py runs/quick --logged losses/entropy      # any quantity that the runs logged
 
-A method is a script with those of its settings that are compared: DPPO; SPPO; DPPO, max-grad-norm
-/ k, where k = alpha + beta |Z| is that of the symmetric runs there. Runs of a script that is not of
-this repository have its file name: sppo_mine. A cell is a method on an environment with one kind
+A method is a script with those of its settings that are compared and that not all runs share: DPPO;
+SPPO; DPPO, max-grad-norm / k, where k = alpha + beta |Z| is that of the symmetric runs there. Runs
+of a script that is not of this repository have its file name: sppo_mine. A cell is a method on an environment with one kind
 and level of noise; its runs differ in the seed and nothing else, or there is no report. It shows
 the last evaluation, mean ± standard error over seeds. A cell that lacks seeds which others have
 shows how many it has, and no mean: --seeds compares on fewer. Bold is the best of a row, if the row
