@@ -7,12 +7,12 @@ report/.
 
 A method is a script with those of its settings that are compared and that not all runs share: DPPO;
 SPPO; DPPO, max-grad-norm / k, where k = alpha + beta |Z| is that of the symmetric runs there. Runs
-of a script that is not of this repository have its file name: sppo_mine. A cell is a method on an environment with one kind
-and level of noise; its runs differ in the seed and nothing else, or there is no report. It shows
-the last evaluation, mean ± standard error over seeds. A cell that lacks seeds which others have
-shows how many it has, and no mean: --seeds compares on fewer. Bold is the best of a row, if the row
-is complete and Welch's t-test finds it better than every other method, each at 5 %, two-sided;
-"alpha k", the same method as the symmetric one, does not compete.
+of a script that is not of this repository have its file name: sppo_mine. A cell is a method on an
+environment with one kind and level of noise; its runs differ in the seed and nothing else, or there
+is no report. It shows the last evaluation, mean ± standard error over seeds. A cell that lacks
+seeds which others have shows how many it has, and no mean: --seeds compares on fewer. Bold is the
+best of a row, if the row is complete and Welch's t-test finds it better than every other method,
+each at 5 %, two-sided; "alpha k", the same method as the symmetric one, does not compete.
 
 Over all tasks, by the library rliable (Agarwal et al., NeurIPS 2021): interquartile mean of
 normalised scores and probability of improvement, with 95 % stratified bootstrap intervals, which a
