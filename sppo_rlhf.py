@@ -1505,7 +1505,7 @@ def prepare(args: Args) -> Args:
     )
     # Only the first process makes the toy; there is no Accelerator yet to ask which it is
     if args.task == "toy" and os.environ.get("RANK", "0") == "0":
-        with usable(f"--runs-dir {args.runs_dir}"):
+        with usable(args.runs_dir):
             make_toy(Path(args.runs_dir) / "toy")
     return args
 
