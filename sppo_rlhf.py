@@ -978,12 +978,11 @@ def train(args: Args, stop: threading.Event, setup: "Setup | None" = None) -> di
 def rollout_metrics(rollout, reward, advantage, returns):
     """What TensorBoard shows of a batch; entropy and KL are estimates from its samples."""
     mask = rollout.response_mask
-    log_ratio = rollout.log_prob - rollout.reference_log_prob
     return {
         "losses/entropy": -masked_mean(rollout.log_prob, mask),
         "losses/explained_variance": 1 - advantage[mask].var() / returns[mask].var(),
         "losses/advantage_largest": advantage.abs().max(),
-        "charts/kl": masked_sum(log_ratio, mask) / len(mask),
+        "charts/kl": masked_sum(rollout.log_prob - rollout.reference_log_prob, mask) / len(mask),
         "charts/episodic_return": reward.mean(),
         "charts/episodic_length": mask.sum() / len(mask),
     }
