@@ -22,7 +22,7 @@ options
   --seeds N          seeds 10000, 10001, ...: N of them (default: the paper's number, 30 continuous and 5 Atari; else 3, 5 or 8)
   --jobs N           runs at a time: in all on CPUs (default: one per core), per GPU on GPUs (default: one)
   --device D         auto, cpu or cuda, for every script (default: auto)
-  --steps N          steps of each run (default: the paper's; quick 200,000, evidence and sweep 1,000,000)
+  --steps N          steps of each run (default: the paper's; quick 200,000; sweep, and evidence but for imdb, 1,000,000)
   --envs E ...       environments, games or tasks, instead of the suite's own
   --runs-dir DIR     folder of the runs (default: runs/SUITE)
   --dry-run          print the commands, and run nothing
@@ -169,7 +169,7 @@ rows_evidence_atari() {
     add sppo_atari "$1" ppo-corrected "$2" "$3" --beta 0 --correct-flips
     add sppo_atari "$1" ppo-coef "$2" "$3" --beta 0 --vf-coef 0.333333 --ent-coef 0.00666667
 }
-rows_evidence_rlhf() { # with beta 20, hence k 20.5: with the paper's, 0.9, there is little to explain
+rows_evidence_rlhf() { # with beta 20, hence k 20.5: with the authors', 0.9, there is little to explain
     add sppo_rlhf "$1" ppo "$2" "$3" --beta 0
     add sppo_rlhf "$1" sppo "$2" "$3" --beta 20
     add sppo_rlhf "$1" ppo-ce "$2" "$3" --beta 0 --ce-coef 0.00487805

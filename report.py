@@ -570,7 +570,8 @@ def label_methods(runs: DataFrame) -> DataFrame:
         compared=~ours | symmetric | runs["correct_flips"].eq(True),
         alpha_k=ours & ~symmetric & (runs["alpha"] != 1),
     )
-    names = [name_method(run, runs) for _, run in runs.iterrows()]
+    shared = {script: shared_settings(group) for script, group in runs.groupby("script")}
+    names = [name_method(run, runs, shared[run["script"]]) for _, run in runs.iterrows()]
     runs[["base", "method"]] = DataFrame(names, runs.index)
     check_cells(runs)
     runs["noise"] = runs["noise"].replace("none", "")  # sorted first
@@ -595,8 +596,9 @@ def family_of(run: Series) -> str:
     return run["algo"]
 
 
-def name_method(run: Series, runs: DataFrame) -> tuple[str, str]:
-    """Names of a run among all `runs`: without what a sweep varies, and with it."""
+def name_method(run: Series, runs: DataFrame, shared: list[str]) -> tuple[str, str]:
+    """Names of a run among all `runs`: without what a sweep varies, and with it. Neither has the
+    settings that all runs of its script have, `shared`."""
     usual = defaults(run["script"], run["env_id"])
     same_script = runs[runs["script"] == run["script"]]
     k = symmetric_k(same_script[same_script["env_id"] == run["env_id"]])
@@ -607,7 +609,6 @@ def name_method(run: Series, runs: DataFrame) -> tuple[str, str]:
         stem = Path(run["script"]).stem
         base = f"{stem} {base}" if family["algo"].nunique() > 1 else stem
     swept = ""
-    shared = shared_settings(same_script)
     for key in changed_settings(run, usual, alike):
         if key in shared:
             continue

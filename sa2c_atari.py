@@ -348,7 +348,7 @@ class RMSpropTF(torch.optim.Optimizer):
 def gradient_and_metrics(agent, args, obs, action, advantage, returns, mask):
     """Clipped gradient of the loss on a rollout, as one vector, and what to log. `mask` is 0
     where FIRE replaced the agent's action, else 1: such a step trains only the critic."""
-    count = mask.sum().clamp(min=2)  # for `count - 1`
+    count = mask.sum().clamp(min=2)  # as `count - 1` divides below
     weight = mask / count * len(mask)  # 1 on average: a mean is then one over unmasked steps
     normalized = advantage
     if args.norm_adv:

@@ -784,7 +784,7 @@ def test_evaluations_are_those_of_the_training_loop():
 def rename_script(folder: Path, script: str, **more) -> None:
     """Makes it the run of another script, which records `more`."""
     edit(folder / "summary.json", lambda s: s.update(script=script, **more))
-    edit(folder / "args.json", lambda s: s.update(command=[f"/home/me/{script}"]))
+    edit(folder / "args.json", lambda s: s.update(command=[f"somewhere/{script}"]))
     edit(folder / "args.json", lambda s: s["args"].update(more))
 
 
