@@ -765,10 +765,13 @@ def mean_and_error(prefix: str, values: Series) -> dict[str, float]:
 
 def quantities(runs: DataFrame) -> DataFrame:
     """What the runs of a cell are compared in, a row per seed: `return`, from the last evaluation,
-    and `train`, the mean return of the last 100 training episodes; for language models, instead of
-    `train`, the other columns of the evaluation; logged quantities, as means over the run."""
+    `last5`, the mean of the last five evaluations if there are ten or more, and `train`, the mean
+    return of the last 100 training episodes; for language models, instead of the last two, the
+    other columns of the evaluation; logged quantities, as means over the run."""
     values = DataFrame({"seed": runs["seed"], "return": runs["final_return_mean"]})
     if runs["kind"].iloc[0] != "rlhf":
+        if runs["curve"].map(len).min() >= 10:
+            values["last5"] = [curve["return_mean"].tail(5).mean() for curve in runs["curve"]]
         values["train"] = runs["train_return_last100"].astype(float)
     columns = [set(curve.columns) for curve in runs["curve"]]
     for column in sorted(set.intersection(*columns) - set(EVALUATION)):
@@ -1023,7 +1026,11 @@ def cell_text(cell: Series, value: str) -> str:
     return f"**{text}**" if cell["best"] and not value else text
 
 
-QUANTITIES = {"return": "last evaluation", "train": "training"}
+QUANTITIES = {
+    "return": "last evaluation",
+    "last5": "last five evaluations",
+    "train": "training",
+}
 
 
 def difference_table(differences: DataFrame) -> str:
@@ -1403,9 +1410,12 @@ def write_condition(cells: DataFrame, runs: DataFrame, colors: dict, out: Path) 
     page += ["Last evaluation:", table(cells, out, name)]
     label = "return of evaluations"
     page.append(draw_curves(shown, "return_mean", label, out, f"curves-{name}", colors))
-    if kind != "rlhf":
+    columns = set().union(*cells["by_seed"])
+    if "last5" in columns:
+        page += ["Mean of the last five evaluations:", table(cells, out, name, "last5_")]
+    if "train" in columns:
         page += ["The last 100 episodes of training:", table(cells, out, name, "train_")]
-    columns = set().union(*cells["by_seed"]) - {"return", "train"}
+    columns -= set(QUANTITIES)
     for column in sorted(columns):
         if not cells[f"{column}_mean"].fillna(0).any():
             continue

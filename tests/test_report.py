@@ -194,6 +194,30 @@ def test_differences_in_training(grid):
     assert row in [found[:5] for found in lines(grid / "report")]
 
 
+def test_mean_of_the_last_five_evaluations(tmp_path):
+    """DPPO 3, SPPO 8 in the last five of ten evaluations, though both end at 10. With nine
+    evaluations there is no such mean."""
+    endings = {"dppo": [1.0, 0.0, 1.0, 3.0, 10.0], "sppo": [9.0, 7.0, 8.0, 6.0, 10.0]}
+    for count in (9, 10):
+        total = 2048 * count
+        steps = list(range(2048, total + 1, 2048))
+        for row, ending in endings.items():
+            returns = [100.0] * (count - 5) + ending
+            for seed in (0, 1):
+                make_run(
+                    tmp_path / f"{count}", f"{row}-{seed}", "sppo_continuous", 10.0, seed,
+                    curve={"step": steps, "return_mean": returns}, env_id=TASKS[0],
+                    total_timesteps=total, **FLAGS[row],
+                )  # fmt: skip
+        out = tmp_path / f"report-{count}"
+        report.main(report.Args(runs=(tmp_path / f"{count}",), out=out, reps=10))
+    assert [TASKS[0], "3.00 ± 0.00", "8.00 ± 0.00"] in lines(tmp_path / "report-10")
+    differences = pd.read_csv(tmp_path / "report-10" / "differences.csv")
+    of_last5 = differences[differences["quantity"] == "last5"]
+    assert list(of_last5["difference"]) == [5.0]
+    assert "five" not in (tmp_path / "report-9" / "report.md").read_text()
+
+
 def test_welch_with_a_sample_that_has_no_variance():
     with warnings.catch_warnings():
         warnings.simplefilter("error")
