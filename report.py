@@ -822,7 +822,7 @@ def student(differences: Series) -> tuple[float, float]:
 
 
 def make_differences(cells: DataFrame) -> DataFrame:
-    """Every method less every other one of its row, in each of their `quantities`, with two
+    """Every method minus every other one of its row, in each of their `quantities`, with two
     standard errors and 95 % intervals: of the difference of independent means (Welch), and of the
     mean of differences by seed (Student)."""
     rows = []
@@ -838,7 +838,7 @@ def make_differences(cells: DataFrame) -> DataFrame:
 
 
 def differences_of(ours: Series, other: Series) -> list[dict]:
-    """A cell less another one, in each quantity that both have."""
+    """A cell minus another one, in each quantity that both have."""
     task = {key: ours[key] for key in TASK}
     rows = []
     for quantity, x in ours["by_seed"].items():
@@ -851,7 +851,7 @@ def differences_of(ours: Series, other: Series) -> list[dict]:
         row = {
             "quantity": quantity,
             "method": ours["method"],
-            "less": other["method"],
+            "minus": other["method"],
             "difference": x.mean() - y.mean(),
             "sem": math.hypot(x.sem(), y.sem()),
             "low": low,
@@ -1038,7 +1038,7 @@ def difference_table(differences: DataFrame) -> str:
     for _, row in differences.iterrows():
         quantity = QUANTITIES.get(row["quantity"], row["quantity"])
         what = [row["env_id"], row["condition"], quantity]
-        methods = f"{row['method']} less {row['less']}"
+        methods = f"{row['method']} minus {row['minus']}"
         difference = number(row["difference"], row["sem"])
         interval = interval_text(row["low"], row["high"])
         p = "" if math.isnan(row["p"]) else f"{row['p']:.3f}"
@@ -1260,7 +1260,7 @@ def draw_noise(cells: DataFrame, out: Path, name: str, colors: dict) -> str:
 
 def draw_sweep(cells: DataFrame, out: Path, name: str) -> str:
     """Heat maps of mean scores over two swept settings, with a column for each value of the third,
-    a row for each method, and a row for the symmetric method less the other. Complete cells only;
+    a row for each method, and a row for the symmetric method minus the other. Complete cells only;
     white is missing."""
     x, y, third = sorted(SWEPT, key=lambda key: -cells[f"swept_{key}"].nunique())
     levels = {}

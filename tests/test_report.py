@@ -161,11 +161,11 @@ def test_csv_tables_agree_with_numpy(grid):
 def differences_in(grid, quantity):
     differences = pd.read_csv(grid / "report" / "differences.csv")
     differences = differences[differences["quantity"] == quantity]
-    return differences.set_index(["env_id", "method", "less"])
+    return differences.set_index(["env_id", "method", "minus"])
 
 
 def test_differences_by_welch(grid):
-    """Welch's formula, by hand, for SPPO [55, 65, 100] less DPPO [50, 60, 70]."""
+    """Welch's formula, by hand, for SPPO [55, 65, 100] minus DPPO [50, 60, 70]."""
     differences = differences_in(grid, "return")
     d = differences.loc[TASKS[1], "SPPO", "DPPO"]
     a, b = 1675 / 3 / 3, 100 / 3  # variances of the means
@@ -190,7 +190,7 @@ def test_differences_in_training(grid):
     for name in ("difference", "sem", "low", "high", "paired_low", "paired_high"):
         assert d[name] == pytest.approx(evaluation[name] / 2, rel=1e-5)
     assert d["p"] == pytest.approx(evaluation["p"], rel=1e-4)
-    row = [TASKS[1], "clean", "training", "SPPO less DPPO", "6.67 ± 7.41"]
+    row = [TASKS[1], "clean", "training", "SPPO minus DPPO", "6.67 ± 7.41"]
     assert row in [found[:5] for found in lines(grid / "report")]
 
 
@@ -228,14 +228,14 @@ def test_welch_with_a_sample_that_has_no_variance():
 
 
 def test_paired_differences_by_seed(grid):
-    """SPPO [55, 65, 100] less DPPO [50, 60, 70], seed by seed: 5, 5, 30."""
+    """SPPO [55, 65, 100] minus DPPO [50, 60, 70], seed by seed: 5, 5, 30."""
     differences = differences_in(grid, "return")
     d = differences.loc[TASKS[1], "SPPO", "DPPO"]
     sem = np.std([5, 5, 30], ddof=1) / 3**0.5
     assert d["paired_sem"] == pytest.approx(sem, rel=1e-5)
     low, high = stats.t.interval(0.95, 2, 40 / 3, sem)
     assert (d["paired_low"], d["paired_high"]) == pytest.approx((low, high), rel=1e-5)
-    row = [TASKS[1], "clean", "last evaluation", "SPPO less DPPO"]
+    row = [TASKS[1], "clean", "last evaluation", "SPPO minus DPPO"]
     (shown,) = [found for found in lines(grid / "report") if found[:4] == row]
     assert shown[4:] == ["13.3 ± 14.8", "-37 to 64", "0.441", "-23 to 49"]
 
@@ -251,9 +251,9 @@ def test_corrected_rewards_are_compared_with_all_others(tmp_path):
             )
     report.main(report.Args(runs=(tmp_path / "runs",), out=tmp_path / "report", reps=50))
     page = (tmp_path / "report" / "report.md").read_text()
-    assert "DPPO, correct-flips less DPPO |" in page
-    assert "DPPO, correct-flips less DPPO, max-grad-norm 0.1 |" in page
-    assert "less DPPO, correct-flips" not in page
+    assert "DPPO, correct-flips minus DPPO |" in page
+    assert "DPPO, correct-flips minus DPPO, max-grad-norm 0.1 |" in page
+    assert "minus DPPO, correct-flips" not in page
 
 
 def test_statistics_over_all_tasks(grid):
@@ -600,7 +600,7 @@ def test_language_models(tmp_path):
 
 
 def test_differences_of_language_models_in_every_quantity(tmp_path):
-    """KL by seed: 2, 3 and 5, 9; so that SPPO less PPO is 3, 6, mean 4.5, standard error 1.5."""
+    """KL by seed: 2, 3 and 5, 9; so that SPPO minus PPO is 3, 6, mean 4.5, standard error 1.5."""
     for beta, kl in ((0.0, (2.0, 3.0)), (0.4, (5.0, 9.0))):
         for seed in (0, 1):
             curve = {"kl": [0.0, kl[seed]]}
@@ -610,10 +610,10 @@ def test_differences_of_language_models_in_every_quantity(tmp_path):
     report.main(report.Args(runs=(tmp_path / "runs",), out=tmp_path / "report", reps=50))
     differences = pd.read_csv(tmp_path / "report" / "differences.csv").set_index("quantity")
     d = differences.loc["kl"]
-    assert (d["method"], d["less"]) == ("SPPO", "PPO")
+    assert (d["method"], d["minus"]) == ("SPPO", "PPO")
     assert d["difference"] == 4.5 and d["paired_sem"] == pytest.approx(1.5)
     assert set(differences.index) == {"return", "kl"}
-    assert any("kl" in row and "SPPO less PPO" in row for row in lines(tmp_path / "report"))
+    assert any("kl" in row and "SPPO minus PPO" in row for row in lines(tmp_path / "report"))
 
 
 def edit(path: Path, change) -> None:
@@ -845,9 +845,9 @@ def test_a_copied_script_is_a_method_beside_the_others(tmp_path):
     assert [TASKS[0], "12.0 ± 1.2", "**31.0 ± 0.6**", "21.0 ± 0.6"] in lines(tmp_path / "report")
     differences = pd.read_csv(tmp_path / "report" / "differences.csv")
     mine = differences[differences["method"] == "sppo_mine"]
-    assert set(mine["less"]) == {"DPPO", "SPPO"} and mine["compared"].all()
+    assert set(mine["minus"]) == {"DPPO", "SPPO"} and mine["compared"].all()
     text = (tmp_path / "report" / "report.md").read_text()
-    assert "sppo_mine less SPPO" in text and "sppo_mine > DPPO" in text
+    assert "sppo_mine minus SPPO" in text and "sppo_mine > DPPO" in text
 
 
 def test_settings_and_algorithms_of_a_copied_script_are_told_apart(tmp_path):
@@ -931,7 +931,7 @@ def test_runs_of_another_library(tmp_path):
     assert runs_csv["command"].isna().to_dict()["theirs-0"]
     report.main(report.Args(runs=(runs,), out=tmp_path / "again", reps=50, keep=tmp_path / "kept"))
     assert (tmp_path / "kept" / "theirs-0" / "summary.json").exists()
-    assert "stable_baselines3 less PPO" in text and "stable_baselines3 2.9 (2 runs)" in text
+    assert "stable_baselines3 minus PPO" in text and "stable_baselines3 2.9 (2 runs)" in text
     edit(runs / "theirs-0" / "summary.json", lambda s: s.update(total_timesteps=8192))
     with pytest.raises(report.Refusal, match="theirs-0 and theirs-1 differ in total_timesteps"):
         report.label_methods(report.read_runs([runs], ())[0])
