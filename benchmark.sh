@@ -281,7 +281,8 @@ fi
 gpus=()
 on_gpu() { [[ $device = cuda || $device = auto && " $*" =~ " python "[a-z0-9]+_(atari|rlhf) ]]; } # COMMAND...
 if on_gpu "${commands[@]}"; then
-    list=${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>/dev/null || true)}
+    # without the error messages of nvidia-smi, which go to stdout
+    list=${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>&1 | grep -x '[0-9]\+' || true)}
     [[ $list = -1 ]] || IFS=, read -ra gpus <<<"${list//$'\n'/,}" # -1 or empty: none, or hidden on purpose
 fi
 cores=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)

@@ -563,7 +563,7 @@ def train(args: Args, stop: threading.Event) -> dict | None:
             variance = np.var(np.concatenate(all_returns))
             if variance > 0:
                 scalars["losses/explained_variance"] = 1 - np.var(residual) / variance
-            scalars["losses/advantage_largest"] = np.abs(residual).max()
+            scalars["losses/advantage_largest"] = np.abs(residual).max(initial=0)
             seconds = train_seconds + time.perf_counter() - iteration_started
             scalars["charts/SPS"] = global_step / seconds
             scalars["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
@@ -891,7 +891,6 @@ def check(args: Args) -> None:
         f"--run-name {args.run_name!r}: give the plain name of a folder",
     )
     require(args.runs_dir.isprintable(), f"--runs-dir {args.runs_dir!r}: not a printable name")
-    require(not args.track or util.find_spec("wandb"), "--track: pip install wandb")
     require(
         not args.capture_video or util.find_spec("moviepy"), "--capture-video: pip install moviepy"
     )
@@ -903,6 +902,7 @@ def prepare(args: Args) -> Args:
         args = resumed_args(args)
     args = with_defaults(args)
     check(args)
+    require(not args.track or util.find_spec("wandb"), "--track: pip install wandb")
     if not args.resume:
         make_run_dir(args)
     return args

@@ -958,7 +958,6 @@ def check(args: Args) -> None:
         f"--run-name {args.run_name!r}: give the plain name of a folder",
     )
     require(args.runs_dir.isprintable(), f"--runs-dir {args.runs_dir!r}: not a printable name")
-    require(not args.track or util.find_spec("wandb"), "--track: pip install wandb")
     require(
         not args.capture_video or util.find_spec("moviepy"), "--capture-video: pip install moviepy"
     )
@@ -985,6 +984,7 @@ def prepare(args: Args) -> Args:
         args = resumed_args(args)
     args = with_defaults(args)
     check(args)
+    require(not args.track or util.find_spec("wandb"), "--track: pip install wandb")
     check_env(args)
     if not args.resume:
         make_run_dir(args)

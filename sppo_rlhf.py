@@ -184,7 +184,6 @@ TASKS = {
         policy_model="CarperAI/openai_summarize_tldr_sft",
         # The authors enclose its texts in <|startoftext|> and <|endoftext|>; we do not
         reward_model=("jdchang/tldr_rm_adapter",),
-        reward_label=0,
         dataset="CarperAI/openai_summarize_tldr:train",
         total_timesteps=200 * 64,
         prompt_length=500,
@@ -270,7 +269,8 @@ class ActorCritic(nn.Module):
                 load_in_4bit=True, bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_type="nf4"
             )
         load_model = partial(
-            AutoModelForCausalLM.from_pretrained,
+            load_pretrained,
+            AutoModelForCausalLM,
             args.policy_model,
             config=config,
             dtype=dtype if self.lora else torch.float32,
@@ -416,8 +416,9 @@ def sample_token(logits, uniform, top_k):
 
 
 class RewardModel:
-    """Text in, score out, with a tokenizer of its own. `name`: a classifier, or a LoRA adapter of
-    one; `label`: the label whose probability is the score, unless the model has a single output."""
+    """Text in, score out, with a tokenizer of its own. `name`: a classifier, or a LoRA adapter with
+    a single output; `label`: the label whose probability is the score, unless the model has a
+    single output."""
 
     def __init__(self, name, label, device, dtype):
         self.label = label
@@ -429,8 +430,8 @@ class RewardModel:
                     name, num_labels=1, dtype=dtype
                 )
             else:
-                self.model = AutoModelForSequenceClassification.from_pretrained(name, dtype=dtype)
-            self.model.to(device).eval()
+                self.model = load_pretrained(AutoModelForSequenceClassification, name, dtype=dtype)
+            self.model.to(device)
         config = self.model.config
         require(
             config.num_labels == 1 or label < config.num_labels,
@@ -450,6 +451,8 @@ class RewardModel:
         logits = self.model(**inputs.to(self.model.device)).logits.float()
         if logits.shape[1] == 1:
             return logits[:, 0]
+        if self.model.config.problem_type == "multi_label_classification":
+            return logits.sigmoid()[:, self.label]
         return logits.softmax(-1)[:, self.label]
 
 
@@ -662,10 +665,12 @@ def collect_rollout(setup, args, sft_ids, sft_mask, uniform, top_k, reward_model
     length = args.response_length
     parts = []
     for rows in process_rows(setup.accelerator, len(uniform), args.inference_batch_size):
+        part_sft_ids = sft_ids[rows].to(device)
+        part_sft_mask = sft_mask[rows].to(device)
         with actor_critic.autocast():
             ids, mask = actor_critic.generate(
-                sft_ids[rows, :-length].to(device),  # the prompts, without completions
-                sft_mask[rows, :-length].to(device),
+                part_sft_ids[:, :-length],  # the prompts, without completions
+                part_sft_mask[:, :-length],
                 uniform[rows].to(device),
                 top_k,
                 tokenizer.eos_token_id,
@@ -677,6 +682,12 @@ def collect_rollout(setup, args, sft_ids, sft_mask, uniform, top_k, reward_model
             reference_log_prob = actor_critic.reference_log_prob(ids, mask, length)
             value = actor_critic.value(ids, mask, length)
         texts = decode(tokenizer, ids, mask)
+        scores = torch.stack([reward_model(texts) for reward_model in reward_models], 1)
+        if not scores.isfinite().all():
+            raise RunError(
+                f"{' '.join(args.reward_model + args.eval_reward_model)}: scores that are not"
+                f" finite, with the means {scores.mean(0).tolist()}"
+            )
         part = Rollout(
             ids=ids,
             mask=mask,
@@ -684,9 +695,9 @@ def collect_rollout(setup, args, sft_ids, sft_mask, uniform, top_k, reward_model
             log_prob=log_prob,
             reference_log_prob=reference_log_prob,
             value=value,
-            scores=torch.stack([reward_model(texts) for reward_model in reward_models], 1),
-            sft_ids=sft_ids[rows].to(device),
-            sft_mask=sft_mask[rows].to(device),
+            scores=scores,
+            sft_ids=part_sft_ids,
+            sft_mask=part_sft_mask,
         )
         parts.append(part)
     rollout = setup.accelerator.gather(concatenate(parts))
@@ -701,8 +712,8 @@ def accumulate_gradient(setup, args, minibatch):
     means over the tokens of the minibatch."""
     accelerator = setup.accelerator
     size, length = minibatch.advantage.shape
-    response_tokens = minibatch.rollout.response_mask.sum().item()
-    completion_tokens = minibatch.rollout.sft_mask[:, -length:].sum().item()
+    response_tokens = minibatch.rollout.response_mask.sum()
+    completion_tokens = minibatch.rollout.sft_mask[:, -length:].sum()
     micro_batches = process_rows(accelerator, size, args.micro_batch_size or size)
     totals = {}
     for rows in micro_batches:
@@ -737,8 +748,7 @@ def update(setup, args, batch, generator):
             metrics["grad_norm"] = setup.accelerator.clip_grad_norm_(
                 setup.model.parameters(), args.max_grad_norm
             )
-            was_clipped = metrics["grad_norm"] > args.max_grad_norm
-            metrics["clipped_gradients"] = was_clipped.float()
+            metrics["clipped_gradients"] = metrics["grad_norm"] > args.max_grad_norm
             setup.optimizer.step()
             setup.optimizer.zero_grad()
             metrics["advantage_sign_flips"] = masked_mean((raw > 0) != (advantage > 0), mask)
@@ -761,10 +771,9 @@ def evaluate(setup, args, step):
     generator = torch.Generator().manual_seed(args.seed + step)
     uniform = torch.rand(args.eval_episodes, T, generator=generator)
     top_k = 1 if args.eval_greedy else args.top_k
-    models = setup.reward_models + setup.heldout_models
-    rollout = collect_rollout(setup, args, sft_ids, sft_mask, uniform, top_k, models)
+    rollout = collect_rollout(setup, args, sft_ids, sft_mask, uniform, top_k, setup.reward_models)
     mask = rollout.response_mask
-    first_heldout = len(setup.reward_models)  # a column of `scores`
+    first_heldout = len(args.reward_model)  # a column of `scores`
     reward = aggregate(rollout.scores[:, :first_heldout], args.reward_aggregate)
     log_ratio = rollout.log_prob - rollout.reference_log_prob
     sft_log_prob = completion_log_prob(setup, args, sft_ids, sft_mask)
@@ -901,16 +910,15 @@ def train(args: Args, stop: threading.Event, setup: "Setup | None" = None) -> di
         data = setup.train_data.select(rows.tolist())
         sft_ids, sft_mask = tokenize(data, setup.tokenizer, args)
         uniform = torch.rand(args.batch_size, args.response_length, generator=generator)
+        reward_models = setup.reward_models[: len(args.reward_model)]
         rollout = collect_rollout(
-            setup, args, sft_ids, sft_mask, uniform, args.top_k, setup.reward_models
+            setup, args, sft_ids, sft_mask, uniform, args.top_k, reward_models
         )
         step += args.batch_size
         progress.global_step = step
 
         # Advantages
         reward = aggregate(rollout.scores, args.reward_aggregate)
-        if not reward.isfinite().all():
-            raise RunError(f"{' '.join(args.reward_model)}: a reward at step {step} is not finite")
         noisy_reward = perturb_reward(reward.numpy(), args.noise, args.noise_level, rng)
         if args.correct_flips:
             noisy_reward = correct_flips(noisy_reward, args.noise_level)
@@ -954,14 +962,13 @@ def train(args: Args, stop: threading.Event, setup: "Setup | None" = None) -> di
         writer.close()
     if stopping:
         return None
-    first = progress.evaluations[0]
     last = progress.evaluations[-1]
     summary = {
         "script": Path(__file__).name,
         "algo": args.algo,
         "env_id": args.task,
         **vars(args),
-        "first_return_mean": first["return_mean"],
+        "first_return_mean": progress.evaluations[0]["return_mean"],
         "final_return_mean": last["return_mean"],
         "final_return_std": last["return_std"],
         "train_return_last100": np.mean(progress.recent_rewards),
@@ -1114,7 +1121,6 @@ def make_toy_models(reviews, truncated, labels, folder):
         n_head=2,
         bos_token_id=gpt2.eos_token_id,
         eos_token_id=gpt2.eos_token_id,
-        pad_token_id=gpt2.pad_token_id,
     )
     reward_model = AutoModelForSequenceClassification.from_config(reward_config)
     policy = AutoModelForCausalLM.from_config(policy_config)
@@ -1157,8 +1163,8 @@ class Setup:
     model: nn.Module  # `actor_critic`, wrapped in DDP if there are several processes
     optimizer: torch.optim.Optimizer
     tokenizer: transformers.PreTrainedTokenizerBase
+    # Those of --reward-model, then those of --eval-reward-model, used in evaluations only
     reward_models: list[RewardModel | RewardFunction]
-    heldout_models: list[RewardModel | RewardFunction]  # used in evaluations only
     train_data: datasets.Dataset
     eval_data: datasets.Dataset
 
@@ -1174,14 +1180,15 @@ def load(args):
     dtype = torch.bfloat16 if bfloat16 else torch.float32
     if cpu:
         keep_freed_memory()
-    torch.manual_seed(args.seed)  # initial weights of LoRA
     tokenizer = load_tokenizer(args.tokenizer)
     require(tokenizer.eos_token, f"{args.tokenizer}: this tokenizer has no end-of-text token")
     train_data, eval_data = load_data(args)
     reward_dtype = dtype if args.lora_r else torch.float32  # with LoRA, models are large
-    options = {"label": args.reward_label, "device": device, "dtype": reward_dtype}
-    reward_models = [load_reward_model(name, **options) for name in args.reward_model]
-    heldout_models = [load_reward_model(name, **options) for name in args.eval_reward_model]
+    reward_models = [
+        load_reward_model(name, args.reward_label, device, reward_dtype)
+        for name in args.reward_model + args.eval_reward_model
+    ]
+    torch.manual_seed(args.seed)  # initial weights of LoRA
     with loading(args.policy_model):
         actor_critic = ActorCritic(args, device, dtype)
     ids = tokenizer.encode("It was", return_tensors="pt").to(device)
@@ -1215,7 +1222,6 @@ def load(args):
         optimizer=optimizer,
         tokenizer=tokenizer,
         reward_models=reward_models,
-        heldout_models=heldout_models,
         train_data=train_data,
         eval_data=eval_data,
     )
@@ -1230,6 +1236,14 @@ def loading(name):
         raise UsageError(
             f"{name}: cannot be loaded from disk or from the hub: {error!r:.300}"
         ) from error
+
+
+def load_pretrained(auto_class, name, **options):
+    """A model of which the checkpoint has every weight; transformers makes up those it lacks."""
+    model, info = auto_class.from_pretrained(name, output_loading_info=True, **options)
+    missing = sorted(info["missing_keys"])
+    require(not missing, f"the checkpoint lacks {missing}, which {type(model).__name__} needs")
+    return model
 
 
 def load_tokenizer(name):
@@ -1288,11 +1302,10 @@ def tokenize(rows, tokenizer, args):
     completions = []
     for row in rows:
         if args.task == "tldr":
-            prompt = tokenizer(row["prompt"], verbose=False)["input_ids"]
-            label = tokenizer(row["label"], verbose=False, add_special_tokens=False)
-            completion = label["input_ids"]
+            prompt = tokenizer.encode(row["prompt"], verbose=False)
+            completion = tokenizer.encode(row["label"], verbose=False, add_special_tokens=False)
         else:
-            ids = tokenizer(row["text"], verbose=False)["input_ids"]
+            ids = tokenizer.encode(row["text"], verbose=False)
             half = len(ids) // 2
             prompt = ids[:half]
             completion = ids[half:]
@@ -1356,11 +1369,11 @@ def load_checkpoint(path):
 
 
 def trained_parameters(setup):
-    trained = {}
-    for name, parameter in setup.actor_critic.named_parameters():
-        if parameter.requires_grad:
-            trained[name] = parameter.detach()
-    return trained
+    return {
+        name: parameter.detach()
+        for name, parameter in setup.actor_critic.named_parameters()
+        if parameter.requires_grad
+    }
 
 
 def save_checkpoint(setup, args, generator, rng, progress):
@@ -1503,6 +1516,12 @@ def prepare(args: Args) -> Args:
         args = resumed_args(args)
     args = with_defaults(args)
     check(args)
+    parts = int(os.environ.get("WORLD_SIZE", 1)) * args.num_minibatches
+    require(
+        args.batch_size % parts == 0,
+        f"--batch-size: must be a multiple of {parts}, minibatches times processes",
+    )
+    require(not args.track or util.find_spec("wandb"), "--track: pip install wandb")
     require(
         args.resume or not os.path.exists(args.run_dir),
         f"{args.run_dir}: File exists; try another --run-name or --runs-dir",
@@ -1601,11 +1620,6 @@ def check(args: Args) -> None:
         args.noise != "none" or not args.noise_level, "--noise-level: choose a kind with --noise"
     )
     processes = int(os.environ.get("WORLD_SIZE", 1))
-    parts = processes * args.num_minibatches
-    require(
-        args.batch_size % parts == 0,
-        f"--batch-size: must be a multiple of {parts}, minibatches times processes",
-    )
     require(
         args.eval_episodes % processes == 0,
         f"--eval-episodes: must be a multiple of {processes}, the number of processes",
@@ -1628,7 +1642,6 @@ def check(args: Args) -> None:
             args.lora_r > 0 and cuda and util.find_spec("bitsandbytes"),
             "--load-in-4bit: needs --lora-r > 0, a GPU and bitsandbytes (pip install bitsandbytes)",
         )
-    require(not args.track or util.find_spec("wandb"), "--track: pip install wandb")
 
 
 def make_run_dir(args: Args) -> None:

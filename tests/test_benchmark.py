@@ -653,6 +653,20 @@ def test_gpus_are_those_that_are_visible(visible, nvidia_smi, gpus, threads, stu
     assert not threads or {record["threads"] for record in records} == threads
 
 
+def test_an_nvidia_smi_that_fails_means_no_gpus(stub, tmp_path):
+    """It writes its error to standard output."""
+    message = "NVIDIA-SMI has failed because it couldn't communicate with the NVIDIA driver."
+    (tmp_path / "bin" / "nvidia-smi").write_text(f'#!/bin/sh\necho "{message}"\nexit 9\n')
+    env = stub | {"AT_ONCE": "1"}
+    env.pop("CUDA_VISIBLE_DEVICES", None)
+    result = benchmark(
+        *("atari", "--envs", "Pong", "--seeds", 1, "--runs-dir", tmp_path / "runs"), env=env
+    )
+    assert result.returncode == 0, result.stderr
+    records = [json.loads(path.read_text()) for path in (tmp_path / "runs").glob("*/summary.json")]
+    assert [record["gpu"] for record in records] == [None] * 14
+
+
 SBATCH = """#!/bin/sh
 for word; do :; done
 printf %s "$word" >{wrapped}

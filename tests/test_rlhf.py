@@ -708,6 +708,30 @@ def test_an_ensemble_trains_and_a_held_out_reward_model_is_evaluated(run, toy, m
     assert progress(folder)[0]["heldout_reward"] == pytest.approx(a.mean().item(), abs=1e-5)
 
 
+def test_held_out_reward_models_do_not_change_the_training(run, models, tmp_path):
+    """Loading a LoRA adapter draws random numbers, as the policy's own initial weights do."""
+    flags = summarisation(tmp_path, models)
+    _, without = run(name="without", **flags)
+    _, with_one = run(name="with", eval_reward_model=(str(models["adapter"]),), **flags)
+    assert "heldout_adapter" in progress(with_one)[0]
+    assert torch.equal(weights(with_one), weights(without))
+
+
+def test_labels_of_a_multi_label_classifier_are_independent(toy, tmp_path):
+    folder = tmp_path / "classifier"
+    shutil.copytree(toy / "reward", folder)
+    config = transformers.AutoConfig.from_pretrained(folder)
+    config.problem_type = "multi_label_classification"
+    config.save_pretrained(folder)
+    texts = ["the plot was superb .", "the cast was awful .", "the music was not dull ."]
+    classify = transformers.pipeline("text-classification", str(folder), top_k=None)
+    expected = []
+    for scores in classify(texts):
+        expected += [score["score"] for score in scores if score["label"] == "POSITIVE"]
+    reward_model = rlhf.RewardModel(str(folder), 1, torch.device("cpu"), torch.float32)
+    assert reward_model(texts).tolist() == pytest.approx(expected, abs=1e-5)
+
+
 def test_reward_models_with_and_without_a_maximal_length(toy, models, tmp_path):
     """BERT here has 64 positions, two of them for special tokens; XLNet has no limit."""
     torch.manual_seed(0)
@@ -887,6 +911,11 @@ def length(texts):
 def infinite(texts):
     return [float("inf") for _ in texts]
 
+calls = []
+def infinite_later(texts):
+    calls.append(1)
+    return [float("inf") if len(calls) > 2 else 0.5 for _ in texts]
+
 def short(texts):
     return [1.0]
 
@@ -918,6 +947,26 @@ def test_a_reward_function_that_fails_is_named(run, tmp_path, function, message)
     name = f"{tmp_path / 'rewards.py'}:{function}"
     with pytest.raises(rlhf.RunError, match=f"{name}: .*{message}"):
         run(reward_model=(name,), eval_episodes=8)
+
+
+@pytest.mark.parametrize("heldout", [False, True])
+def test_an_infinite_score_is_noticed_whatever_becomes_of_it(run, tmp_path, heldout):
+    """The smaller of two scores may be finite, and held-out models give no reward."""
+    (tmp_path / "rewards.py").write_text(REWARDS)
+    length, infinite = (f"{tmp_path / 'rewards.py'}:{name}" for name in ("length", "infinite"))
+    flags = {"reward_model": (length, infinite), "reward_aggregate": "min"}
+    if heldout:
+        flags = {"reward_model": (length,), "eval_reward_model": (infinite,)}
+    with pytest.raises(rlhf.RunError, match="rewards.py:infinite: scores that are not finite"):
+        run(**flags)
+
+
+def test_an_infinite_score_in_training_ends_the_run(run, tmp_path):
+    (tmp_path / "rewards.py").write_text(REWARDS)
+    name = f"{tmp_path / 'rewards.py'}:infinite_later"
+    with pytest.raises(rlhf.RunError, match="not finite, with the means"):
+        run(reward_model=(name,), eval_freq=0)
+    assert len(progress(tmp_path / "a" / "run")) == 1
 
 
 def test_a_reward_function_that_is_not_there_is_a_usage_error(run, tmp_path):
@@ -1204,6 +1253,8 @@ def local(toy, models):
 @pytest.mark.parametrize(("flags", "message"), {
     "--policy-model {none}": "cannot be loaded",
     "--reward-model {none}": "cannot be loaded",
+    "--reward-model {policy}": "lacks ['score.weight'], which GPT2ForSequenceClassification needs",
+    "--policy-model {reward} --tokenizer {policy}": "which BertLMHeadModel needs",
     "--dataset {none}": "from disk or from the hub",
     "--dataset {other}": "lacks ['text']; it has ['words']",
     "--dataset {broken}": "broken.jsonl",
@@ -1222,7 +1273,7 @@ def local(toy, models):
     "--noise-level 0.1": "choose a kind with --noise",
     "--learning-rate 0": "--learning-rate 0.0: must be between",
     "--load-in-4bit": "bitsandbytes",
-    "--device cuda": "use cpu",
+    "--device cuda": "no GPU here",
     "--resume nowhere": "leave out",
     "--run-name ../x": "give the plain name of a folder",
     "--micro-batch-size 4294967296": "--micro-batch-size 4294967296: must be between 1 and",
@@ -1239,6 +1290,7 @@ def test_bad_input_is_one_line_and_exit_code_2(
     (tmp_path / "broken.jsonl").write_text('{"text": "a"}\n{"text\n')
     (tmp_path / "short.jsonl").write_text('{"text": "a b c"}\n' * 50)
     files = {name: tmp_path / f"{name}.jsonl" for name in ("other", "broken", "short", "none")}
+    files |= {"policy": toy / "policy", "reward": toy / "reward"}
     files["folder"] = tmp_path / "config"  # a model's, without a tokenizer
     transformers.GPT2Config().save_pretrained(files["folder"])
     (tmp_path / "cwd").mkdir()
@@ -1325,9 +1377,13 @@ def test_a_signal_stops_with_a_checkpoint_and_says_how_to_go_on(toy, tmp_path):
     assert checkpoint(tmp_path / "r")["progress"]["global_step"] > 0
 
 
-def test_several_processes_want_a_batch_that_they_can_share(monkeypatch):
+def test_several_processes_want_a_batch_that_they_can_share(run, monkeypatch):
+    """But evaluate a run with any batch."""
+    _, folder = run()
     monkeypatch.setenv("WORLD_SIZE", "3")
-    with pytest.raises(ValueError, match="must be a multiple of 12"):
-        rlhf.prepare(rlhf.Args())
-    with pytest.raises(ValueError, match="must be a multiple of 3"):
-        rlhf.prepare(replace(rlhf.Args(), batch_size=120))
+    args = rlhf.Args(evaluate=str(folder), eval_episodes=6)
+    assert rlhf.evaluated_args(args, "seed", "device", "eval_episodes").batch_size == 8
+    with pytest.raises(ValueError, match="--batch-size: must be a multiple of 12"):
+        rlhf.prepare(rlhf.Args(eval_episodes=6))
+    with pytest.raises(ValueError, match="--eval-episodes: must be a multiple of 3"):
+        rlhf.prepare(rlhf.Args(batch_size=120))
