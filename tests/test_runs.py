@@ -886,7 +886,7 @@ def test_evaluate_plays_a_runs_policy(setting, tmp_path, monkeypatch, capsys):
     assert files(folder) == before
 
 
-def test_evaluating_needs_less_than_training(setting, a_run, monkeypatch, capsys):
+def test_a_run_is_evaluated_without_what_its_training_needed(setting, a_run, monkeypatch, capsys):
     """Neither the GPU nor the package that the run was tracked with."""
     folder = a_run(finished=True)
     recorded = json.loads((folder / "args.json").read_text())
