@@ -389,8 +389,7 @@ def keep_runs(runs: DataFrame, folder: Path) -> None:
                 shutil.copy(run["path"] / name, target)
         parts = []
         for tag, values in run["logged"].items():
-            size = math.ceil(len(values) / 100)
-            blocks = values.groupby(np.arange(len(values)) // size)
+            blocks = values.groupby((values["step"] - 1) * 100 // run["total_timesteps"])
             means = blocks.agg({"step": "last", "value": "mean"})
             means.insert(0, "tag", tag)
             parts.append(means)
@@ -570,6 +569,8 @@ def label_methods(runs: DataFrame) -> DataFrame:
         compared=~ours | symmetric | runs["correct_flips"].eq(True),
         alpha_k=ours & ~symmetric & (runs["alpha"] != 1),
     )
+    for _, group in runs.groupby(["family", "env_id"]):
+        check_same(group, "total_timesteps", "")  # of copies of scripts, and of other libraries
     shared = {script: shared_settings(group) for script, group in runs.groupby("script")}
     names = [name_method(run, runs, shared[run["script"]]) for _, run in runs.iterrows()]
     runs[["base", "method"]] = DataFrame(names, runs.index)
@@ -814,10 +815,10 @@ def welch(x, y) -> tuple[float, float, float]:
 
 def student(differences: Series) -> tuple[float, float]:
     """Ends of the 95 % interval of the mean of paired differences, by Student's t-distribution;
-    nan with fewer than two."""
+    nan with fewer than two, or if one is missing."""
     if len(differences) < 2:
         return math.nan, math.nan
-    half = stats.t.ppf(0.975, len(differences) - 1) * differences.sem()
+    half = stats.t.ppf(0.975, len(differences) - 1) * differences.sem(skipna=False)
     return differences.mean() - half, differences.mean() + half
 
 
@@ -846,18 +847,18 @@ def differences_of(ours: Series, other: Series) -> list[dict]:
             continue
         y = other["by_seed"][quantity]
         p, low, high = welch(x, y)
-        pairs = (x - y).dropna()
+        pairs = x - y
         paired_low, paired_high = student(pairs)
         row = {
             "quantity": quantity,
             "method": ours["method"],
             "minus": other["method"],
-            "difference": x.mean() - y.mean(),
-            "sem": math.hypot(x.sem(), y.sem()),
+            "difference": x.mean(skipna=False) - y.mean(skipna=False),
+            "sem": math.hypot(x.sem(skipna=False), y.sem(skipna=False)),
             "low": low,
             "high": high,
             "p": p,
-            "paired_sem": pairs.sem(),
+            "paired_sem": pairs.sem(skipna=False),
             "paired_low": paired_low,
             "paired_high": paired_high,
             "compared": ours["compared"],
@@ -1049,12 +1050,14 @@ def difference_table(differences: DataFrame) -> str:
 
 
 def interval_text(low: float, high: float) -> str:
-    """Both ends, with two digits of the interval's length; empty for nan."""
+    """Both ends, with two digits of the interval's length, or of its ends if they are equal; empty
+    for nan."""
     if math.isnan(low):
         return ""
+    size = high - low or abs(high)
     decimals = 0
-    if high > low:
-        decimals = max(0, 1 - math.floor(math.log10(high - low)))
+    if size > 0:
+        decimals = max(0, 1 - math.floor(math.log10(size)))
     return f"{low:,.{decimals}f} to {high:,.{decimals}f}"
 
 
@@ -1063,8 +1066,9 @@ def aggregate_table(aggregates: DataFrame) -> str:
     for _, row in aggregates.iterrows():
         value = f"{row['value']:.3f}"
         interval = f"{row['low']:.3f} to {row['high']:.3f}"
-        rows.append([row["statistic"], row["method"], row["condition"], value, interval])
-    return markdown(["", "", "noise", "value", "95 % interval"], rows)
+        what = [row["statistic"], row["method"], row["condition"], str(row["tasks"])]
+        rows.append([*what, value, interval])
+    return markdown(["", "", "noise", "tasks", "value", "95 % interval"], rows)
 
 
 def describe_runs(runs: DataFrame) -> str:
@@ -1197,7 +1201,8 @@ def draw_curves(
 def draw_mean_curve(ax, curves: list[Series], method: str, color: str) -> None:
     """Mean of `curves`, one per seed, and its 95 % bootstrap interval. Curves of many points are
     smoothed by running means over a twentieth of the run."""
-    values = pd.concat(curves, axis=1, ignore_index=True).dropna()
+    values = pd.concat(curves, axis=1, ignore_index=True).sort_index()
+    values = values.interpolate("index", limit_area="inside").dropna()
     window = max(1, len(values) // 20)
     smooth = values.rolling(window, min_periods=1).mean()
     scores = {method: smooth.to_numpy().T[:, None, :]}  # seeds, one task, steps
@@ -1324,7 +1329,7 @@ def write_report(args: Args, out: Path) -> None:
     if args.keep:
         keep_runs(finished, args.keep)
     runs = label_methods(finished)
-    if args.seeds:
+    if args.seeds is not None:
         runs, unfinished = select_seeds(runs, unfinished, args.seeds)
     cells = make_cells(runs, unfinished)
     differences = make_differences(cells)
@@ -1338,7 +1343,7 @@ def write_report(args: Args, out: Path) -> None:
         frames = [of_section(frame, kind, family) for frame in (runs, differences, aggregates)]
         page += write_section(section, *frames, colors, out)
     if left_out:
-        why = "they lack a task or a seed, or a game has no human score here"
+        why = "they lack a task or a seed, have one seed, or a game has no human score here"
         page.append(f"Left out of statistics over all tasks ({why}): {'; '.join(left_out)}.")
     page += ["## What was run", describe_runs(runs)]
     paragraphs = [part for part in page if part]
@@ -1373,7 +1378,8 @@ def write_section(
     """Paragraphs of report.md on the methods of one kind and family."""
     kind, family = cells.iloc[0][["kind", "family"]]
     page = [f"## {kind}, {family.upper()}", shared_text(runs)]
-    varied = [key for key in SWEPT if cells[f"swept_{key}"].nunique() > 1]
+    alike = cells.groupby(["env_id", "base"])
+    varied = [key for key in SWEPT if (alike[f"swept_{key}"].nunique() > 1).any()]
     if len(varied) > 1:
         for (env_id, condition), part in cells.groupby(["env_id", "condition"], sort=False):
             if len(complete(part)):
@@ -1393,7 +1399,7 @@ def write_section(
         if len(shown):
             page += ["### Differences", difference_table(shown)]
     if len(aggregates):
-        page += [f"### Over all tasks ({aggregates['tasks'].iloc[0]})", aggregate_table(aggregates)]
+        page += ["### Over all tasks", aggregate_table(aggregates)]
         page.append(draw_aggregates(aggregates, out, f"aggregates-{kind}-{family}"))
     return page
 
@@ -1432,6 +1438,8 @@ def write_condition(cells: DataFrame, runs: DataFrame, colors: dict, out: Path) 
 
 def main(args: Args) -> None:
     """Writes the report to `args.out`, all of it or nothing. Raises Refusal, OSError."""
+    if args.seeds is not None and args.seeds < 1:
+        raise Refusal(f"--seeds {args.seeds}: must be at least 1")
     out = args.out
     is_report = (out / "report.md").exists()
     if out.exists() and not is_report and any(out.iterdir()):

@@ -348,12 +348,12 @@ class RMSpropTF(torch.optim.Optimizer):
 def gradient_and_metrics(agent, args, obs, action, advantage, returns, mask):
     """Clipped gradient of the loss on a rollout, as one vector, and metrics. `mask` is 0 where
     FIRE replaced the agent's action: such a step trains only the critic. Elsewhere it is 1."""
-    count = mask.sum().clamp(min=2)  # a divisor below is `count - 1`
+    count = mask.sum().clamp(min=1)  # a divisor
     weight = mask / count * len(mask)  # mean(weight * x) is the mean of x over unmasked steps
     normalized = advantage
     if args.norm_adv:
         mean = (mask * advantage).sum() / count
-        variance = (mask * (advantage - mean)).square().sum() / (count - 1)
+        variance = (mask * (advantage - mean)).square().sum() / (count - 1).clamp(min=1)
         normalized = (advantage - mean) / (variance.sqrt() + 1e-8)
     weighted = weight * normalized  # weight 0 removes a step from the policy loss
     logits, value = agent(obs)
@@ -398,7 +398,8 @@ def train(args: Args, stop: threading.Event) -> dict | None:
     device = torch.device("cuda" if cuda else "cpu")
     torch.backends.cudnn.allow_tf32 = args.amp == "auto"  # --amp off: full float32
     generator = torch.Generator(device).manual_seed(args.seed)  # actions, adv_flip
-    rng = np.random.default_rng(args.seed)  # noise on rewards
+    # Noise on rewards. With the seed alone it would repeat environment 0's random numbers
+    rng = np.random.default_rng([args.seed, 1])
     envs = AtariGames(args, args.num_envs)
     bfloat16 = args.amp == "auto" and has_bfloat16(device)
     agent = Agent(envs.num_actions, args.layer_norm, bfloat16).to(device)
@@ -426,7 +427,8 @@ def train(args: Args, stop: threading.Event) -> dict | None:
             train_seconds += checkpoint["train_seconds"]
             started -= checkpoint["wall_seconds"]
     if args.track:
-        start_tracking(args)
+        with usable("--track"):
+            start_tracking(args)
     writer = SummaryWriter(args.run_dir, purge_step=global_step + 1)
     writer.add_text("hyperparameters", f"```\n{json.dumps(vars(args), indent=2)}\n```")
     progress_bar = tqdm(
@@ -549,7 +551,7 @@ def train(args: Args, stop: threading.Event) -> dict | None:
             grad_norm = metrics[-1]["grad_norm"]
             raise RunError(
                 f"weights not finite after the update at step {global_step}, where the gradient's"
-                f" norm was {grad_norm:g}; lower --learning-rate or --beta"
+                f" norm was {grad_norm:g}; lower --learning-rate or --beta in a new run"
             )
 
         # Logging: means over all updates since the last entry
@@ -573,7 +575,7 @@ def train(args: Args, stop: threading.Event) -> dict | None:
                 scalars["charts/episodic_length"] = episodic_length
                 progress_bar.set_postfix_str(f"return {episodic_return:.1f}")
             for name, scalar in scalars.items():
-                writer.add_scalar(name, float(scalar), global_step)
+                writer.add_scalar(name, scalar, global_step)
             metrics = []
             all_advantages = []
             all_returns = []
@@ -642,8 +644,8 @@ def compiled(agent, args, obs):
     b_action = torch.zeros(n, dtype=torch.int64, device=obs.device)
     zeros = torch.zeros(3, n, device=obs.device)
     mode = "reduce-overhead" if obs.is_cuda else "default"
-    torch._dynamo.config.trace_autograd_ops = True  # one graph for the gradient and the loss
     try:
+        torch._dynamo.config.trace_autograd_ops = True  # one graph for the gradient and the loss
         agent_fn = torch.compile(agent, mode=mode, fullgraph=True)
         gradient_fn = torch.compile(gradient_and_metrics, mode=mode, fullgraph=True)
         for _ in range(3):  # CUDA graphs are recorded after a warm-up
@@ -937,7 +939,7 @@ def main() -> None:
         args = prepare(args)
     except UsageError as error:
         fail(error, 2)
-    except RunError as error:  # from --evaluate
+    except (RunError, OSError) as error:  # from --evaluate
         fail(error, 1)
     stop = threading.Event()
 
@@ -957,15 +959,15 @@ def main() -> None:
         fail(f"{args.run_dir}: another process is at work on this run", 2)
     except UsageError as error:
         fail(error, 2)
-    except (RunError, OSError) as error:
+    except (RunError, OSError, torch.OutOfMemoryError) as error:
         fail(f"{error}; to continue: {resume}", 1)
     if summary is None:
         print(f"interrupted; to continue: {resume}", file=sys.stderr)
         sys.exit(130)
-    deviation = f"standard deviation {summary['final_return_std']:.1f}"
-    score = f"{summary['final_return_mean']:.1f} ({deviation})"
     print(
-        f"{args.env_id} {args.algo}: return {score}, {summary['sps']:,.0f} steps/s, {args.run_dir}"
+        f"{args.env_id} {args.algo}: return {summary['final_return_mean']:.1f} "
+        f"(standard deviation {summary['final_return_std']:.1f}), "
+        f"{summary['sps']:,.0f} steps/s, {args.run_dir}"
     )
 
 

@@ -295,12 +295,10 @@ class Agent(nn.Module):
         self.output_shape = self.bin_values.shape
         if self.gaussian:
             self.output_shape = space.shape
+            self.log_std = nn.Parameter(torch.full(space.shape, args.log_std_init))
         output_size = math.prod(self.output_shape)
         self.actor = mlp(obs_dim, output_size, 0.01, args)
         self.critic = mlp(obs_dim, 1, 1.0, args)
-        if self.gaussian:
-            log_std = torch.full(space.shape, args.log_std_init)
-            self.log_std = nn.Parameter(log_std)
 
     def output(self, obs):
         return self.actor(obs).view(-1, *self.output_shape)
@@ -475,7 +473,8 @@ def train(args: Args, stop: threading.Event) -> dict | None:
     torch.manual_seed(args.seed)
     device = torch.device("cuda" if args.device == "cuda" else "cpu")
     generator = torch.Generator().manual_seed(args.seed)  # actions, minibatches, adv_flip
-    rng = np.random.default_rng(args.seed)  # noise on rewards
+    # Noise on rewards. With the seed alone it would repeat environment 0's random numbers
+    rng = np.random.default_rng([args.seed, 1])
     envs = NormalizedEnvs(args.env_id, args.num_envs, args.gamma)
     eval_env = make_env(args.env_id, args.render_mode)
     if args.capture_video:
@@ -504,7 +503,8 @@ def train(args: Args, stop: threading.Event) -> dict | None:
             train_seconds += checkpoint["train_seconds"]
             started -= checkpoint["wall_seconds"]
     if args.track:
-        start_tracking(args)
+        with usable("--track"):
+            start_tracking(args)
     writer = SummaryWriter(args.run_dir, purge_step=global_step + 1)
     writer.add_text("hyperparameters", f"```\n{json.dumps(vars(args), indent=2)}\n```")
     progress_bar = tqdm(
@@ -629,7 +629,7 @@ def train(args: Args, stop: threading.Event) -> dict | None:
             grad_norm = metrics[-1]["grad_norm"]
             raise RunError(
                 f"weights not finite after the update at step {global_step}, where the gradient's"
-                f" norm was {grad_norm:g}; lower --learning-rate or --beta"
+                f" norm was {grad_norm:g}; lower --learning-rate or --beta in a new run"
             )
 
         # Logging: means over all updates since the last entry
@@ -652,7 +652,7 @@ def train(args: Args, stop: threading.Event) -> dict | None:
                 scalars["charts/episodic_length"] = episodic_length
                 progress_bar.set_postfix_str(f"return {episodic_return:.1f}")
             for name, scalar in scalars.items():
-                writer.add_scalar(name, float(scalar), global_step)
+                writer.add_scalar(name, scalar, global_step)
             metrics = []
             all_advantages = []
             all_returns = []
@@ -785,9 +785,9 @@ def compiled(agent, args, obs, action):
     n = args.num_steps * args.num_envs // args.num_minibatches
     mb_obs = torch.zeros(n, obs.shape[-1], device=device)
     mb_action = torch.from_numpy(action[0, 0]).repeat(n, 1).to(device)
-    torch._dynamo.config.trace_autograd_ops = True  # one graph for the gradient and the loss
     gradient_fn = torch.compile(gradient_and_metrics, options={"cpp_wrapper": device.type == "cpu"})
     try:
+        torch._dynamo.config.trace_autograd_ops = True  # one graph for the gradient and the loss
         gradient_fn(agent, args, mb_obs, mb_action, *torch.zeros(3, n, device=device))
         return gradient_fn
     except Exception as error:  # any exception is possible here
@@ -1024,8 +1024,7 @@ def check_env(args: Args) -> None:
     for space in (env.observation_space, env.action_space):
         vector = isinstance(space, gym.spaces.Box) and len(space.shape) == 1
         require(vector, f"--env-id {args.env_id}: needs one-dimensional Box spaces, not {space}")
-    bounded = env.action_space.is_bounded()
-    require(bounded, f"--env-id {args.env_id}: unbounded actions, {env.action_space}")
+    require(env.action_space.is_bounded(), f"--env-id {args.env_id}: unbounded actions")
     with usable(f"--env-id {args.env_id}"):
         env.reset()
         if args.capture_video:
@@ -1074,7 +1073,7 @@ def main() -> None:
         args = prepare(args)
     except UsageError as error:
         fail(error, 2)
-    except RunError as error:  # from --evaluate
+    except (RunError, OSError) as error:  # from --evaluate
         fail(error, 1)
     stop = threading.Event()
 
@@ -1094,15 +1093,15 @@ def main() -> None:
         fail(f"{args.run_dir}: another process is at work on this run", 2)
     except UsageError as error:
         fail(error, 2)
-    except (RunError, OSError) as error:
+    except (RunError, OSError, torch.OutOfMemoryError) as error:
         fail(f"{error}; to continue: {resume}", 1)
     if summary is None:
         print(f"interrupted; to continue: {resume}", file=sys.stderr)
         sys.exit(130)
-    deviation = f"standard deviation {summary['final_return_std']:.1f}"
-    score = f"{summary['final_return_mean']:.1f} ({deviation})"
     print(
-        f"{args.env_id} {args.algo}: return {score}, {summary['sps']:,.0f} steps/s, {args.run_dir}"
+        f"{args.env_id} {args.algo}: return {summary['final_return_mean']:.1f} "
+        f"(standard deviation {summary['final_return_std']:.1f}), "
+        f"{summary['sps']:,.0f} steps/s, {args.run_dir}"
     )
 
 

@@ -874,7 +874,8 @@ def train(args: Args, stop: threading.Event, setup: "Setup | None" = None) -> di
     writer = None  # in all processes but the first
     if accelerator.is_main_process:
         if args.track:
-            start_tracking(args)
+            with usable("--track"):
+                start_tracking(args)
         # TensorBoard hides what was logged after the checkpoint or, if there is none, everything
         purge_step = progress.global_step + 1 if progress.evaluations else 0
         writer = SummaryWriter(args.run_dir, purge_step=purge_step)
@@ -907,8 +908,7 @@ def train(args: Args, stop: threading.Event, setup: "Setup | None" = None) -> di
         # Rollout; random numbers are drawn for the global batch, then sharded
         iteration_started = time.perf_counter()
         rows = torch.randperm(len(setup.train_data), generator=generator)[: args.batch_size]
-        data = setup.train_data.select(rows.tolist())
-        sft_ids, sft_mask = tokenize(data, setup.tokenizer, args)
+        sft_ids, sft_mask = tokenize(setup.train_data.select(rows.tolist()), setup.tokenizer, args)
         uniform = torch.rand(args.batch_size, args.response_length, generator=generator)
         reward_models = setup.reward_models[: len(args.reward_model)]
         rollout = collect_rollout(
@@ -937,9 +937,8 @@ def train(args: Args, stop: threading.Event, setup: "Setup | None" = None) -> di
         for name, parameter in trained_parameters(setup).items():
             if not parameter.isfinite().all():
                 raise RunError(
-                    f"weights not finite ({name}) after the update at step {step},"
-                    f" where the gradient's norm was {metrics['grad_norm']:g}; lower"
-                    " --learning-rate or --beta"
+                    f"weights not finite ({name}) after step {step}, gradient norm "
+                    f"{metrics['grad_norm']:g}; lower --learning-rate or --beta in a new run"
                 )
         progress.train_seconds += time.perf_counter() - iteration_started
         progress.recent_rewards = [*progress.recent_rewards, *reward.tolist()][-100:]
@@ -1018,8 +1017,9 @@ def evaluate_run(args: Args) -> None:
     progress = restore(setup, run, torch.Generator(), np.random.default_rng())
     row, samples = evaluate(setup, run, progress.global_step)
     for sample in samples:
-        text = f"{sample['prompt']} [{sample['response'].strip()}]"
-        setup.accelerator.print(f"{sample['reward']:.3f}  {text}")
+        setup.accelerator.print(
+            f"{sample['reward']:.3f} ", f"{sample['prompt']} [{sample['response'].strip()}]"
+        )
     row["return_standard_error"] = row["return_std"] / max(1, run.eval_episodes - 1) ** 0.5
     for name, value in row.items():
         setup.accelerator.print(f"{name}: {value:.4g}")
@@ -1140,7 +1140,7 @@ def train_toy_model(model, data, steps, learning_rate, tokenizer, folder):
     """Supervised training on all but the held-out rows of `data`; saves model and tokenizer."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
     title = f"making the toy's {folder.name} model"
-    for _ in tqdm(range(steps), desc=title, disable=None, leave=False):
+    for _ in tqdm(range(steps), title, disable=None, leave=False):
         rows = torch.randint(len(data["labels"]) - TOY_HELD_OUT, (32,))
         batch = {name: tensor[rows] for name, tensor in data.items()}
         model(**batch).loss.backward()
@@ -1701,7 +1701,7 @@ def main() -> None:
         fail(f"{args.run_dir}: another process is at work on this run", 2)
     except UsageError as error:
         fail(error, 2)
-    except (RunError, OSError) as error:
+    except (RunError, OSError, torch.OutOfMemoryError) as error:
         fail(f"{error}; to continue: {resume}", 1)
     setup.accelerator.wait_for_everyone()  # the first process may still be writing
     setup.accelerator.end_training()
@@ -1709,9 +1709,8 @@ def main() -> None:
         setup.accelerator.print(f"interrupted; to continue: {resume}", file=sys.stderr)
         sys.exit(130)
     setup.accelerator.print(
-        f"{args.task} {args.algo}: "
-        f"reward {summary['first_return_mean']:.3f} -> {summary['final_return_mean']:.3f}, "
-        f"{summary['sps']:.1f} texts/s, {args.run_dir}"
+        f"{args.task} {args.algo}: reward {summary['first_return_mean']:.3f} -> "
+        f"{summary['final_return_mean']:.3f}, {summary['sps']:.1f} texts/s, {args.run_dir}"
     )
 
 

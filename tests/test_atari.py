@@ -452,6 +452,31 @@ def test_gradient_and_metrics_are_those_of_plain_pytorch(loss, max_grad_norm, no
         torch.testing.assert_close(metrics[name], metric.detach(), rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.parametrize("norm_adv", [True, False])
+@pytest.mark.parametrize("of", [script, sa2c_atari], ids=lambda module: module.__name__)
+def test_a_single_step_of_the_agents_own_counts_in_full(of, norm_adv):
+    """The mean over it is its own value; its advantage minus the mean is 0."""
+    torch.manual_seed(0)
+    agent = of.Agent(4)
+    nn.init.normal_(agent.actor.weight, std=0.1)
+    images, action, _, advantage, returns = some_minibatch(agent, 8)
+    policy = torch.distributions.Categorical(logits=agent(images)[0].detach())
+    log_prob = policy.log_prob(action)
+    mask = torch.zeros(8)
+    mask[3] = 1
+    args = of.Args(alpha=1.0, beta=0.0, norm_adv=norm_adv)
+    if of is script:
+        inputs = torch.tensor(0.15), images, action, log_prob, advantage, returns, mask
+        policy_loss = -advantage[3]  # at a ratio of 1
+    else:
+        inputs = images, action, advantage, returns, mask
+        policy_loss = -advantage[3] * log_prob[3]
+    _, metrics = of.gradient_and_metrics(agent, args, *inputs)
+    expected = torch.zeros(()) if norm_adv else policy_loss
+    torch.testing.assert_close(metrics["policy_loss"], expected, rtol=1e-4, atol=1e-5)
+    torch.testing.assert_close(metrics["entropy"], policy.entropy()[3], rtol=1e-4, atol=1e-5)
+
+
 @pytest.mark.parametrize(("max_grad_norm", "norm_adv"), [(0.2, True), (1e6, False)])
 @pytest.mark.parametrize("beta", [0.0, 5.0])
 def test_a2cs_gradient_and_metrics_are_those_of_plain_pytorch(beta, max_grad_norm, norm_adv):

@@ -513,6 +513,65 @@ def trouble():
         del gym.registry[name]
 
 
+@pytest.mark.parametrize(
+    ("spaces", "message"),
+    [
+        (
+            {"action_space": gym.spaces.Discrete(3)},
+            "needs one-dimensional Box spaces, not Discrete",
+        ),
+        ({"action_space": gym.spaces.Box(-1, 1, (2, 3))}, "needs one-dimensional Box spaces, not"),
+        ({"action_space": gym.spaces.Box(-1, np.inf, (2,))}, "unbounded actions"),
+        ({"observation_space": gym.spaces.Dict()}, "needs one-dimensional Box spaces, not Dict"),
+    ],
+)
+def test_spaces_that_are_not_supported_are_named(spaces, message, trouble, monkeypatch, tmp_path):
+    for name, space in spaces.items():
+        monkeypatch.setattr(Trouble, name, space)
+    env_id = trouble("none")
+    with pytest.raises(script.UsageError, match=f"--env-id {env_id}: {message}"):
+        SPPO_CONTINUOUS.run(tmp_path, env_id=env_id)
+    assert not list(tmp_path.iterdir())
+
+
+class Dice(gym.Env):
+    """Draws a number in each step, its observation."""
+
+    observation_space = gym.spaces.Box(0, 1, (1,))
+    action_space = gym.spaces.Box(-1, 1, (1,))
+    draws: list = []  # of all environments
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        self.draws.append(self.np_random.random())
+        return np.float32([self.draws[-1]]), 0.0, False, False, {}
+
+
+def test_reward_noise_does_not_repeat_the_environments_random_numbers(
+    setting, tmp_path, monkeypatch
+):
+    """Rewards are 0 and the noise is uniform between -1 and 1: 2 u - 1."""
+    noise = []
+    perturb_reward = setting.script.perturb_reward
+
+    def recording_perturb_reward(*arguments):
+        noisy = perturb_reward(*arguments)
+        noise.extend(noisy.flatten())
+        return noisy
+
+    monkeypatch.setattr(setting.script, "perturb_reward", recording_perturb_reward)
+    monkeypatch.setattr(Dice, "draws", [])
+    monkeypatch.setitem(gym.registry, "Dice-v0", gym.envs.registration.EnvSpec("Dice-v0", Dice))
+    flags = {"noise": "uniform", "noise_level": 1.0, "eval_max_steps": 1}
+    setting.run(tmp_path, env_id="Dice-v0", **flags)
+    assert len(noise) == 256
+    repeated = np.isclose((np.array(noise) + 1) / 2, np.array(Dice.draws)[:, None], atol=1e-9)
+    assert not repeated.any()
+
+
 @pytest.mark.filterwarnings("ignore")  # Gymnasium's own, of such observations
 @pytest.mark.parametrize(
     ("what", "message"),

@@ -9,6 +9,7 @@ import sys
 import warnings
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import pytest
@@ -466,6 +467,57 @@ def test_settings_that_look_alike_are_not_mixed(script, first, second, key, tmp_
         report.label_methods(report.read_runs([tmp_path], ())[0])
 
 
+def test_tasks_and_methods_with_settings_of_their_own_are_no_sweep(tmp_path):
+    other = {"learning_rate": 1e-4, "clip_coef": 0.1}
+    settings = {"dppo": {"beta": 0.0}, "sppo": {"beta": 20.0, "update_epochs": 5}}
+    for env_id, flags in zip(TASKS, ({}, other)):
+        for name, own in settings.items():
+            folder = make_run(
+                tmp_path / "runs", f"{name} {env_id}", "sppo_continuous", 1.0, env_id=env_id,
+                **flags, **own,
+            )  # fmt: skip
+            if name == "sppo":
+                rename_script(folder, "sppo_mine.py")
+    report.main(report.Args(runs=(tmp_path / "runs",), out=tmp_path / "report", reps=50))
+    assert {TASKS[0], TASKS[1]} <= {row[0] for row in lines(tmp_path / "report")}
+    assert not list((tmp_path / "report").glob("sweep*"))
+
+
+def test_a_difference_from_a_run_that_lacks_the_quantity_is_blank(tmp_path):
+    """DPPO's first seed has not finished an episode in training."""
+    for seed in (0, 1, 2):
+        make_run(tmp_path / "runs", f"s{seed}", "sppo_continuous", 8.0 + seed, seed)
+        make_run(tmp_path / "runs", f"d{seed}", "sppo_continuous", 4.0 + seed, seed, beta=0.0)
+    edit(tmp_path / "runs" / "d0" / "summary.json", lambda s: s.update(train_return_last100=None))
+    report.main(report.Args(runs=(tmp_path / "runs",), out=tmp_path / "report", reps=50))
+    differences = pd.read_csv(tmp_path / "report" / "differences.csv").set_index("quantity")
+    figures = ["difference", "sem", "low", "high", "paired_sem", "paired_low", "paired_high"]
+    assert differences.loc["return", figures].notna().all()
+    assert differences.loc["train", figures].isna().all()
+
+
+@pytest.mark.parametrize(
+    "low, high, text",
+    [
+        (-4.3, 12.3, "-4 to 12"),
+        (-0.312, 0.418, "-0.31 to 0.42"),
+        (1234.5, 2345.6, "1,234 to 2,346"),
+        (0.5, 0.5, "0.50 to 0.50"),
+        (-2.5, -2.5, "-2.5 to -2.5"),
+        (0.0, 0.0, "0 to 0"),
+        (math.nan, math.nan, ""),
+    ],
+)
+def test_intervals_are_rounded_to_two_digits_of_their_length(low, high, text):
+    assert report.interval_text(low, high) == text
+
+
+@pytest.mark.parametrize("seeds", [0, -1])
+def test_numbers_of_seeds_below_one_are_refused(seeds, grid, tmp_path):
+    with pytest.raises(report.Refusal, match=f"--seeds {seeds}: must be at least 1"):
+        report.main(report.Args(runs=(grid / "runs",), out=tmp_path / "report", seeds=seeds))
+
+
 def test_any_logged_quantity(tmp_path):
     for seed, values in enumerate(((0.1, 0.2), (0.3, 0.4))):
         logged = {"losses/advantage_sign_flips": values, "losses/entropy": (1.0, 2.0)}
@@ -522,15 +574,36 @@ def test_what_is_kept_of_kept_runs_is_the_same(tmp_path):
     assert ",18432,0.9" in kept[0]
 
 
-def test_kept_curves_are_means_of_blocks(tmp_path):
-    values = np.arange(250.0)
-    make_run(tmp_path / "runs", "0", "sppo_continuous", 1.0, 0, logged={"losses/entropy": values})
+def test_kept_curves_are_means_of_blocks(tmp_path, pictures):
+    """Entries at steps 10, 20, ... of 4096, and in the second run at 13, 23, ...; a hundredth of
+    the run is 40.96 steps. No step is in both, yet their mean is drawn."""
+    runs = tmp_path / "runs"
+    for seed, offset in enumerate((0, 3)):
+        folder = make_run(runs, str(seed), "sppo_continuous", 1.0, seed)
+        with SummaryWriter(folder) as writer:
+            for step in range(10 + offset, 4097, 10):
+                writer.add_scalar("losses/entropy", step, step)
     keep = tmp_path / "kept"
-    flags = {"reps": 50, "keep": keep, "logged": ("losses/entropy",)}
-    report.main(report.Args(runs=(tmp_path / "runs",), out=tmp_path / "report", **flags))
+    flags = {"out": tmp_path / "report", "reps": 50, "logged": ("losses/entropy",)}
+    report.main(report.Args(runs=(runs,), keep=keep, **flags))
     logged = pd.read_csv(keep / "0" / "logged.csv")
-    assert len(logged) == 84  # of three values each
-    assert logged["value"].iloc[0] == 1.0 and logged["step"].iloc[0] == 3 * 2048
+    assert len(logged) == 100
+    assert logged["value"].iloc[0] == (10 + 20 + 30 + 40) / 4 and logged["step"].iloc[0] == 40
+    pictures.clear()
+    report.main(report.Args(runs=(keep,), **flags))
+    (ax,) = pictures["logged-losses/entropy-continuous-ppo-clean"].axes
+    steps, values = ax.lines[0].get_data()
+    assert (steps[0], steps[-1]) == (40, 4090)
+    assert values[-1] == pytest.approx(4090, rel=0.05)
+
+
+def test_mean_curve_of_runs_with_different_steps():
+    """Between its steps a curve is a line; the mean starts and ends where both are known."""
+    curves = [pd.Series([0.0, 10.0], [0, 10]), pd.Series([3.0, 13.0], [1, 11])]
+    _, ax = plt.subplots()
+    report.draw_mean_curve(ax, curves, "SPPO", "black")
+    steps, values = ax.lines[0].get_data()
+    assert list(steps) == [1, 10] and list(values) == [2.0, 11.0]
 
 
 def test_levels_of_noise(tmp_path):
@@ -848,6 +921,16 @@ def test_a_copied_script_is_a_method_beside_the_others(tmp_path):
     assert set(mine["minus"]) == {"DPPO", "SPPO"} and mine["compared"].all()
     text = (tmp_path / "report" / "report.md").read_text()
     assert "sppo_mine minus SPPO" in text and "sppo_mine > DPPO" in text
+
+
+def test_a_copied_script_with_longer_runs_is_not_compared(tmp_path):
+    make_run(tmp_path, "short", "sppo_continuous", 1.0)
+    folder = make_run(tmp_path, "long", "sppo_continuous", 2.0)
+    update(folder, total_timesteps=8192)
+    rename_script(folder, "sppo_mine.py")
+    edit_rows(folder, lambda rows: [*rows[:2], rows[2].replace("4096", "8192")])
+    with pytest.raises(report.Refusal, match="differ in total_timesteps"):
+        report.label_methods(report.read_runs([tmp_path], ())[0])
 
 
 def test_settings_and_algorithms_of_a_copied_script_are_told_apart(tmp_path):

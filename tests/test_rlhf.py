@@ -834,7 +834,7 @@ def test_infinite_weights_never_replace_a_checkpoint(run, tmp_path, monkeypatch)
         return metrics
 
     monkeypatch.setattr(rlhf, "update", failing_update)
-    with pytest.raises(rlhf.RunError, match=r"not finite \(value_head.weight\).* at step 24,"):
+    with pytest.raises(rlhf.RunError, match=r"not finite \(value_head.weight\).* after step 24,"):
         run(checkpoint_freq=8)
     folder = tmp_path / "a" / "run"
     assert checkpoint(folder)["progress"]["global_step"] == 16

@@ -810,6 +810,22 @@ def test_a_run_is_resumed_by_one_process_at_a_time(setting, a_run, monkeypatch, 
 
 
 @of_each
+def test_a_lack_of_memory_is_one_line_and_the_run_can_continue(setting, a_run, monkeypatch, capsys):
+    folder = a_run(finished=False)
+    capsys.readouterr()
+
+    def failing_gradient(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB.")
+
+    with monkeypatch.context() as patch:
+        patch.setattr(setting.script, "gradient_and_metrics", failing_gradient)
+        status, out, err = run_main(setting, patch, capsys, "--resume", folder)
+    assert (status, out) == (1, "")
+    assert err.startswith("error: CUDA out of memory. Tried to allocate 2 GiB.; to continue: ")
+    assert setting.resume(folder)["finished"]
+
+
+@of_each
 @pytest.mark.parametrize("error", [RuntimeError("unexpected pos 0"), OSError(28, "No space left")])
 def test_a_full_disk_is_one_line_and_the_run_can_continue(
     setting, a_run, monkeypatch, capsys, error
@@ -900,12 +916,13 @@ def test_a_run_is_evaluated_without_what_its_training_needed(setting, a_run, mon
     assert "return" in out
 
 
-def test_an_evaluation_that_fails_is_one_line(setting, a_run, monkeypatch, capsys):
+@pytest.mark.parametrize("error", ["RunError", "OSError"])
+def test_an_evaluation_that_fails_is_one_line(setting, a_run, monkeypatch, capsys, error):
     folder = a_run(finished=True)
     capsys.readouterr()
 
     def failing_evaluate(*arguments):
-        raise setting.script.RunError("Hopper, its step 7: no such joint")
+        raise getattr(setting.script, error, OSError)("Hopper, its step 7: no such joint")
 
     monkeypatch.setattr(setting.script, "evaluate", failing_evaluate)
     status, out, err = run_main(setting, monkeypatch, capsys, "--evaluate", folder)
@@ -1006,16 +1023,30 @@ def test_a_video_of_the_first_episode_of_each_evaluation(setting, tmp_path, epis
     assert [name.split("-episode")[0] for name in names] == ["step-128", "step-256"]
 
 
-def test_tracking_tells_weights_and_biases_the_arguments(setting, tmp_path, monkeypatch):
-    calls = []
+def fake_wandb(monkeypatch, init):
     wandb = types.ModuleType("wandb")
     wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
-    wandb.init = lambda **arguments: calls.append(arguments)
+    wandb.init = init
     monkeypatch.setitem(sys.modules, "wandb", wandb)
+
+
+def test_tracking_tells_weights_and_biases_the_arguments(setting, tmp_path, monkeypatch):
+    calls = []
+    fake_wandb(monkeypatch, lambda **arguments: calls.append(arguments))
     setting.run(tmp_path, track=True, total_timesteps=64)
     assert calls[0]["config"]["env_id"] == setting.small["env_id"]
     assert calls[0]["id"] == calls[0]["name"] == "run"
     assert calls[0]["sync_tensorboard"]
+
+
+def test_tracking_that_fails_is_one_line(setting, tmp_path, monkeypatch):
+    def failing_init(**arguments):
+        raise RuntimeError("no API key")
+
+    fake_wandb(monkeypatch, failing_init)
+    message = r"--track: cannot be used: RuntimeError\('no API key'\)"
+    with pytest.raises(setting.script.UsageError, match=message):
+        setting.run(tmp_path, track=True)
 
 
 BAD_INPUT = {
