@@ -516,13 +516,9 @@ def trouble():
 @pytest.mark.parametrize(
     ("spaces", "message"),
     [
-        (
-            {"action_space": gym.spaces.Discrete(3)},
-            "needs one-dimensional Box spaces, not Discrete",
-        ),
-        ({"action_space": gym.spaces.Box(-1, 1, (2, 3))}, "needs one-dimensional Box spaces, not"),
+        ({"action_space": gym.spaces.Box(-1, 1, (2, 3))}, "needs one-dimensional Box spaces"),
         ({"action_space": gym.spaces.Box(-1, np.inf, (2,))}, "unbounded actions"),
-        ({"observation_space": gym.spaces.Dict()}, "needs one-dimensional Box spaces, not Dict"),
+        ({"observation_space": gym.spaces.Dict(a=gym.spaces.Box(0, 1))}, "needs one-dimensional"),
     ],
 )
 def test_spaces_that_are_not_supported_are_named(spaces, message, trouble, monkeypatch, tmp_path):
