@@ -89,7 +89,7 @@ class Args:
     # Run
     task: Literal["toy", "imdb", "tldr"] = "toy"  # toy: offline; imdb: reviews; tldr: summaries
     total_timesteps: int = 40 * 112  # texts sampled in all, rounded up to whole batches
-    seed: int = 1  # of all random numbers (the paper's runs: 10000, 10001, ...)
+    seed: int = 1  # of all random numbers (the authors' runs: 42 to 46)
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU, where there is one
     amp: Literal["auto", "off"] = "auto"  # auto: bfloat16 where the hardware has it; off: float32
     runs_dir: str = "runs"  # folder of all runs
