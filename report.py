@@ -1199,8 +1199,8 @@ def draw_curves(
 
 
 def draw_mean_curve(ax, curves: list[Series], method: str, color: str) -> None:
-    """Mean of `curves`, one per seed, and its 95 % bootstrap interval. Curves of many points are
-    smoothed by running means over a twentieth of the run."""
+    """Mean of `curves`, one per seed, and its 95 % bootstrap interval. Between its steps a curve is
+    interpolated. Curves of many points are smoothed by running means over a twentieth of them."""
     values = pd.concat(curves, axis=1, ignore_index=True).sort_index()
     values = values.interpolate("index", limit_area="inside").dropna()
     window = max(1, len(values) // 20)

@@ -348,7 +348,7 @@ class RMSpropTF(torch.optim.Optimizer):
 def gradient_and_metrics(agent, args, obs, action, advantage, returns, mask):
     """Clipped gradient of the loss on a rollout, as one vector, and metrics. `mask` is 0 where
     FIRE replaced the agent's action: such a step trains only the critic. Elsewhere it is 1."""
-    count = mask.sum().clamp(min=1)  # a divisor
+    count = mask.sum().clamp(min=1)  # it divides
     weight = mask / count * len(mask)  # mean(weight * x) is the mean of x over unmasked steps
     normalized = advantage
     if args.norm_adv:

@@ -1018,7 +1018,7 @@ def evaluate_run(args: Args) -> None:
     row, samples = evaluate(setup, run, progress.global_step)
     for sample in samples:
         setup.accelerator.print(
-            f"{sample['reward']:.3f} ", f"{sample['prompt']} [{sample['response'].strip()}]"
+            f"{sample['reward']:.3f}", f"{sample['prompt']} [{sample['response'].strip()}]"
         )
     row["return_standard_error"] = row["return_std"] / max(1, run.eval_episodes - 1) ** 0.5
     for name, value in row.items():

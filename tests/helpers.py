@@ -1,10 +1,11 @@
 """Small runs of the scripts, and what they leave."""
 
 import csv
+import importlib.machinery
 import sys
 import threading
+import types
 from dataclasses import dataclass
-from types import ModuleType
 
 import numpy as np
 import torch
@@ -34,7 +35,7 @@ class Setting:
     """A script, and flags for a short run: four updates on 64 steps, in PPO 2 epochs of 4
     minibatches."""
 
-    script: ModuleType
+    script: types.ModuleType
     envs: str  # name of the class whose `step` takes the actions of the training
     small: dict
     video_env: str  # an environment that can be rendered without a display
@@ -156,3 +157,11 @@ def weights(folder):
 def progress(folder):
     with (folder / "progress.csv").open() as file:
         return [{name: float(x) for name, x in row.items()} for row in csv.DictReader(file)]
+
+
+def fake_wandb(monkeypatch, init):
+    """Puts a module with this function `init` in place of Weights & Biases."""
+    wandb = types.ModuleType("wandb")
+    wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
+    wandb.init = init
+    monkeypatch.setitem(sys.modules, "wandb", wandb)

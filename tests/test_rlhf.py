@@ -22,7 +22,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from filelock import FileLock
-from helpers import StopAfter
+from helpers import StopAfter, fake_wandb
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from torch import nn
 from torch.nn import functional as F
@@ -904,6 +904,33 @@ def test_a_run_is_resumed_by_one_process_at_a_time(run, monkeypatch, capsys):
     assert capsys.readouterr().err == f"error: {folder}: another process is at work on this run\n"
 
 
+def test_a_lack_of_memory_is_one_line_and_the_run_can_continue(run, monkeypatch, capsys):
+    _, folder = run(stop=StopAfter(2))
+    monkeypatch.setattr(sys, "argv", ["sppo_rlhf.py", "--resume", str(folder)])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    capsys.readouterr()  # of the run above
+
+    def failing_update(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory.\nTried to allocate 2 GiB.")
+
+    with monkeypatch.context() as patch, pytest.raises(SystemExit) as exit_:
+        patch.setattr(rlhf, "update", failing_update)
+        rlhf.main()
+    assert exit_.value.code == 1
+    message = "error: CUDA out of memory. Tried to allocate 2 GiB.; to continue: "
+    assert message in capsys.readouterr().err
+    assert resume(folder)["finished"]
+
+
+def test_tracking_that_fails_is_one_line(run, monkeypatch):
+    def failing_init(**arguments):
+        raise RuntimeError("no API key")
+
+    fake_wandb(monkeypatch, failing_init)
+    with pytest.raises(rlhf.UsageError, match="--track: cannot be used: .*no API key"):
+        run(track=True)
+
+
 REWARDS = """
 def length(texts):
     return [float(len(text)) for text in texts]
@@ -989,7 +1016,7 @@ def test_evaluate_repeats_the_last_evaluation(run, monkeypatch, capsys):
         assert f"{name}: {last[name]:.4g}" in lines
     samples = [json.loads(line) for line in (folder / "samples.jsonl").open()][-4:]
     for line, sample in zip(lines, samples):
-        assert line.startswith(f"{sample['reward']:.3f}  {sample['prompt']} [")
+        assert line.startswith(f"{sample['reward']:.3f} {sample['prompt']} [")
     assert sorted(path.name for path in folder.iterdir()) == before
 
 

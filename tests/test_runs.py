@@ -2,7 +2,6 @@
 
 import copy
 import hashlib
-import importlib.machinery
 import json
 import math
 import os
@@ -14,7 +13,6 @@ import subprocess
 import sys
 import threading
 import time
-import types
 from importlib import metadata
 from pathlib import Path
 
@@ -33,6 +31,7 @@ from helpers import (
     Signals,
     StopAfter,
     checkpoint,
+    fake_wandb,
     progress,
     weights,
 )
@@ -1021,13 +1020,6 @@ def test_a_video_of_the_first_episode_of_each_evaluation(setting, tmp_path, epis
     _, folder = setting.run(tmp_path, capture_video=True, eval_episodes=episodes, **flags)
     names = sorted(path.stem for path in folder.glob("video/*.mp4"))
     assert [name.split("-episode")[0] for name in names] == ["step-128", "step-256"]
-
-
-def fake_wandb(monkeypatch, init):
-    wandb = types.ModuleType("wandb")
-    wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
-    wandb.init = init
-    monkeypatch.setitem(sys.modules, "wandb", wandb)
 
 
 def test_tracking_tells_weights_and_biases_the_arguments(setting, tmp_path, monkeypatch):
