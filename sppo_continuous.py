@@ -902,7 +902,7 @@ def resumed_args(args: Args) -> Args:
     """The arguments of the interrupted run that `args.resume` names."""
     require(
         replace(args, resume=None) == Args(),
-        "--resume reuses the flags of the interrupted run: leave out all others",
+        "--resume reuses the flags in the args.json of the run: leave out all others",
     )
     folder = Path(args.resume)
     begun = os.path.isfile(folder / "args.json")

@@ -635,6 +635,21 @@ def test_a_resumed_run_is_checked_like_a_new_one(setting, a_run, monkeypatch):
         setting.resume(folder)
 
 
+@of_each
+def test_a_run_begun_on_a_gpu_goes_on_without_one(setting, a_run):
+    """After `device` in its args.json was changed, as the refusal of other flags advises."""
+    folder = a_run(finished=False)
+    saved = json.loads((folder / "args.json").read_text())
+    saved["args"]["device"] = "cpu"
+    (folder / "args.json").write_text(json.dumps(saved))
+    checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
+    if "device" in checkpoint:  # a GPU's generator has a state of 16 bytes, the CPU's of 5056
+        checkpoint |= {"device": "cuda", "generator": torch.zeros(16, dtype=torch.uint8)}
+        torch.save(checkpoint, folder / "checkpoint.pt")
+    setting.resume(folder)
+    assert (folder / "summary.json").exists()
+
+
 @of_one
 def test_due_is_whether_a_multiple_lies_in_the_last_steps(setting):
     """By counting: steps come in strides."""
@@ -1074,7 +1089,7 @@ BAD_INPUT = {
     "--runs-dir a\udcff": "not a printable name",
     "--resume nowhere": "--resume nowhere: not the folder of an interrupted run",
     f"--resume {'x' * 300}": "not the folder of an interrupted run",
-    "--resume nowhere --seed 2": "--resume reuses the flags of the interrupted run: leave out all",
+    "--resume nowhere --seed 2": "--resume reuses the flags in the args.json of the run: leave out",
 }
 PPO_BAD_INPUT = {
     "--num-minibatches 33": "must divide",
