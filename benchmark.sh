@@ -103,18 +103,18 @@ add() { # SCRIPT ENVIRONMENT ROW NOISE[:LEVEL] SEED FLAG...: a run
     local script=$1 env=$2 row=$3 noise=$4 seed=$5 total=$steps
     shift 5
     local name=${env}__${row}__${noise/:/-}__$seed which=(--env-id "$env") flags=("$@")
-    [[ $script != sppo_rlhf ]] || which=(--task "$env")
+    case $env in toy | imdb | tldr) which=(--task "$env") ;; esac
     case $noise in *:*) flags+=(--noise "${noise%:*}" --noise-level "${noise#*:}") ;; none) ;; *) flags+=(--noise "$noise") ;; esac
     if [[ ! $total ]]; then
         case $script/$env in # the paper's number; for Atari and RLHF that is the scripts' default
-            sppo_continuous/HumanoidStandup-v4) total=10000000 ;;
-            */Walker2d-v4) total=$([[ $script = sppo* ]] && echo 5000000 || echo 2000000) ;;
-            *_continuous/*) total=2000000 ;;
+            sppo*/HumanoidStandup-v4) total=10000000 ;;
+            sppo*/Walker2d-v4) total=5000000 ;;
+            */*-v[0-9]*) total=2000000 ;;
         esac
     fi
     [[ ! $total ]] || flags+=(--total-timesteps "$total")
     [[ $suite != quick ]] || flags+=(--eval-freq $((total / 10)))
-    [[ $script/$env != sa2c_continuous/Swimmer-v4 ]] || flags+=(--gamma 0.9999)
+    [[ $script/$env != sa2c*/Swimmer-v4 ]] || flags+=(--gamma 0.9999)
     [[ $device = auto ]] || flags+=(--device "$device")
     names+=("$name")
     flags=(python "$script.py" "${which[@]}" --seed "$seed" "${flags[@]}" "${extra[@]}")
@@ -244,8 +244,10 @@ robust() {
 speed() {
     local script=$1 kind=${1#*_} algo=${1%_*}
     names+=("$script")
-    commands+=("python benchmarks/speed.py --suite $kind --algo ${algo#s} $([[ $kind = atari ]] &&
-        echo --env-id Breakout --total-timesteps "${steps:-20480}" || echo --total-timesteps "${steps:-100000}") --out $runs/$script")
+    local work="--total-timesteps ${steps:-100000}"
+    [[ $kind != atari ]] || work="--env-id Breakout --total-timesteps ${steps:-20480}"
+    [[ $device = auto ]] || work+=" --device $device"
+    commands+=("python benchmarks/speed.py --suite $kind --algo ${algo#s} $work --out $runs/$script")
 }
 
 case $suite in
@@ -265,7 +267,8 @@ case $suite in
         : "${seeds:=8}"
         for_each evidence ;;
     speed)
-        [[ ! ${envs[*]}$seeds$jobs$slurm$only${extra[*]} && $device = auto ]] || die "speed: takes --steps, --runs-dir and --dry-run only"
+        [[ ! ${envs[*]}$seeds$jobs$slurm$only${extra[*]} ]] ||
+            die "speed: takes --steps, --device, --runs-dir and --dry-run only"
         evaluations=1
         for script in sppo_continuous sa2c_continuous sppo_atari sa2c_atari; do speed $script; done ;;
     *) die "$suite: no such suite; see ./benchmark.sh --help" ;;
@@ -279,7 +282,9 @@ fi
 
 # Where runs go: those of games and language models to GPUs, if there are any, all others to the CPU
 gpus=()
-on_gpu() { [[ $device = cuda || $device = auto && " $*" =~ " python "[a-z0-9]+_(atari|rlhf) ]]; } # COMMAND...
+on_gpu() { # COMMAND...
+    [[ $device = cuda || $device = auto && $suite != speed && "$* " =~ " --task "|" --env-id "[^\ -]+\  ]]
+}
 if on_gpu "${commands[@]}"; then
     # without the error messages of nvidia-smi, which go to stdout
     list=${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>&1 | grep -x '[0-9]\+' || true)}
@@ -294,7 +299,7 @@ threads=${OMP_NUM_THREADS:-1} slots=${jobs:-$((cores / threads > 0 ? cores / thr
 gpu_slots=$((${jobs:-1} * ${#gpus[@]}))
 gpu_threads=${OMP_NUM_THREADS:-$((gpu_slots && cores / gpu_slots > 1 ? cores / gpu_slots : 1))} # for the emulators of Atari games
 ((${#on_gpus[@]} == 0 || ${#on_cpu[@]} > 0)) || threads=$gpu_threads
-[[ $suite != speed ]] || slots=1 # speeds are compared, so runs must not compete for cores
+[[ $suite != speed ]] || slots=1 gpu_slots=1 # speeds are compared, so runs must not compete for cores
 
 if [[ $dry_run ]]; then
     [[ $suite = speed ]] || echo "export OMP_NUM_THREADS=$threads"
@@ -314,7 +319,7 @@ try:
     if {"toy", "imdb", "tldr"} & set(names) or suite == "speed":
         import accelerate, datasets, peft, transformers
     if suite == "speed":
-        import cv2, stable_baselines3
+        import cv2, sbx, stable_baselines3
 except ImportError as error:
     sys.exit(f"benchmark.sh: {error}; install first: pip install -e '.[rlhf,report,peers]'")
 gymnasium.register_envs(ale_py)

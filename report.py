@@ -170,6 +170,8 @@ OTHER_COLORS = [
     "darkgreen",
 ]
 
+MARKERS = "osD^v<>pPX*"  # of the kinds and levels of noise, in figures over all tasks
+
 RANDOM_AND_HUMAN = {  # raw scores
     "Alien": (227.8, 7127.7),
     "Amidar": (5.8, 1719.5),
@@ -589,10 +591,10 @@ def kind_of(run: Series | dict) -> str:
     return "continuous" if re.search(r"-v\d+$", run["env_id"]) else "atari"
 
 
-def family_of(run: Series) -> str:
+def family_of(run: Series | dict) -> str | None:
     """Methods of one family are in one table: a2c, ppo, or whatever another script says."""
     for family in ("a2c", "ppo"):
-        if family in run["algo"] or family in run["script"]:
+        if family in f"{run['algo']} {run['script']}":
             return family
     return run["algo"]
 
@@ -661,12 +663,22 @@ def shared_text(runs: DataFrame) -> str:
         changes = {}
         for _, run in group.iterrows():
             usual = defaults(script, run["env_id"])
-            for key in changed_settings(run, usual, group):
+            for key in [*changed_settings(run, usual, group), *changed_others(run, usual)]:
                 changes[key] = change_of(key, run[key], usual.get(key), math.nan)
-        texts = [changes[key] for key in shared_settings(group) if key in changes]
+        shared = shared_settings(group)
+        for key in changes.keys() - {*WEIGHTS, *COMPARED}:
+            if group[key].map(hashable).nunique(dropna=False) == 1:
+                shared.append(key)
+        texts = [changes[key] for key in changes if key in shared]
         if texts:
             lines.append(f"All runs of `{script}` have {', '.join(texts)}.")
     return " ".join(lines)
+
+
+def changed_others(run: Series, usual: dict) -> list[str]:
+    """Settings that no method's name has, in which a run differs from `usual`."""
+    others = run["recorded"]["args"].keys() & usual.keys() - {*CELL, *FREE, "task"}
+    return sorted(key for key in others if hashable(run[key]) != hashable(usual[key]))
 
 
 def change_of(key: str, value, usual, k: float) -> str:
@@ -674,8 +686,10 @@ def change_of(key: str, value, usual, k: float) -> str:
     flag = key.replace("_", "-")
     if isinstance(value, bool):
         return flag if value else f"no-{flag}"
-    if isinstance(value, list):
+    if key == "reward_model" and isinstance(value, list):
         return f"{flag} x {len(value)}"
+    if isinstance(value, list):
+        return f"{flag} {' '.join(map(str, value))}"
     if isinstance(value, str):
         return f"{flag} {value}"
     if key == "alpha" and math.isclose(value, k):
@@ -697,13 +711,17 @@ def defaults(script: str, env_id: str) -> dict:
     for node in ast.parse(source).body:
         if isinstance(node, ast.ClassDef) and node.name == "Args":
             for field in node.body:
-                if isinstance(field, ast.AnnAssign) and isinstance(field.value, ast.Constant):
-                    found[field.target.id] = field.value.value
+                if isinstance(field, ast.AnnAssign) and is_literal(field.value):
+                    found[field.target.id] = ast.literal_eval(field.value)
         if isinstance(node, ast.Assign) and node.targets[0].id == "TASKS":
             code = compile(ast.Expression(node.value), script, "eval")
             tasks = eval(code, {"Args": dict})
             found |= tasks.get(env_id, {})
     return {key: value for key, value in found.items() if value is not None}
+
+
+def is_literal(node: ast.expr) -> bool:
+    return isinstance(node, (ast.Constant, ast.UnaryOp, ast.Tuple))
 
 
 # ---- Statistics
@@ -721,13 +739,14 @@ def make_cells(runs: DataFrame, unfinished: list[dict]) -> DataFrame:
     begun = set()
     for run in unfinished:
         seeds.setdefault(kind_of(run), set()).add(run["seed"])
-        begun.add((run["script"], run["env_id"], run["noise"]))
+        family = family_of({"algo": None} | run)
+        begun.add((family, run["env_id"], run["noise"]))
     rows = []
     for _, group in runs.groupby([*TASK, "method"], sort=False):
         first = group.iloc[0]
         cell = make_cell(group, len(seeds[first["kind"]]))
-        task = (first["script"], first["env_id"], first["noise"] or "none")
-        cell["begun"] = task in begun
+        task = (first["env_id"], first["noise"] or "none")
+        cell["begun"] = (first["family"], *task) in begun or (None, *task) in begun
         rows.append(cell)
     cells = DataFrame(rows)
     cells["best"] = cells.index.isin(find_best(cells))
@@ -1226,7 +1245,7 @@ def draw_aggregates(aggregates: DataFrame, out: Path, name: str) -> str:
             y = [names.index(method) - below for method in group["method"]]
             value = group["value"].to_numpy()
             error = abs(group[["low", "high"]].to_numpy().T - value)
-            marker = "osD^v"[conditions.index(condition) % 5]
+            marker = MARKERS[conditions.index(condition) % len(MARKERS)]
             # black, since methods have colors
             ax.errorbar(value, y, xerr=error, fmt=marker, ms=4, color="black", label=condition)
         ax.set_yticks(range(len(names)), names)
@@ -1440,10 +1459,18 @@ def main(args: Args) -> None:
     """Writes the report to `args.out`, all of it or nothing. Raises Refusal, OSError."""
     if args.seeds is not None and args.seeds < 1:
         raise Refusal(f"--seeds {args.seeds}: must be at least 1")
+    if args.reps < 1:
+        raise Refusal(f"--reps {args.reps}: must be at least 1")
+    if not args.runs:
+        raise Refusal("no runs; give folders of runs, such as runs/quick")
     out = args.out
-    is_report = (out / "report.md").exists()
-    if out.exists() and not is_report and any(out.iterdir()):
-        raise Refusal(f"--out {out}: a folder that is not a report; choose another")
+    if args.keep and args.keep.resolve().is_relative_to(out.resolve()):
+        raise Refusal(f"--keep {args.keep}: inside --out, which is replaced; choose another")
+    if out.exists() and any(out.iterdir()):
+        is_report = (out / "report.md").exists()
+        folders = [path for path in out.iterdir() if path.is_dir()]
+        if folders or not is_report:  # a report has no folders: these are somebody's runs
+            raise Refusal(f"--out {out}: a folder that is not a report; choose another")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as scratch:
         new = Path(scratch, "new")

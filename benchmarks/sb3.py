@@ -47,6 +47,7 @@ class Args:
     seed: int = 1
     total_timesteps: int = 1_000_000
     eval_episodes: int = 10
+    device: Literal["cpu", "cuda"] = "cpu"
     runs_dir: str = "runs"
     run_name: str | None = None
 
@@ -67,8 +68,10 @@ def main(args: Args) -> None:
     run_dir = Path(args.runs_dir) / (
         args.run_name or f"{args.env_id}__{args.library}-{args.algo}__none__{args.seed}"
     )
-    run_dir.mkdir(parents=True)
-    seed_and_device = {"seed": args.seed, "device": "cpu"}
+    if (run_dir / "summary.json").exists():
+        sys.exit(f"error: {run_dir}: a finished run; choose another --run-name")
+    run_dir.mkdir(parents=True, exist_ok=True)
+    seed_and_device = {"seed": args.seed, "device": args.device}
     if args.atari and args.algo == "ppo":
         settings = dict(n_steps=128, n_epochs=4, batch_size=256, ent_coef=0.01)
         settings |= dict(

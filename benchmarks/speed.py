@@ -1,7 +1,7 @@
 """Steps per second of our scripts over those of Stable-Baselines3's PPO and A2C, of SBX's PPO (in
 JAX) and of TRL's PPO, in one run.
 
-    pip install -e ".[peers]"
+    pip install -e ".[rlhf,peers]"
     python benchmarks/speed.py               # sppo_continuous.py
     python benchmarks/speed.py --algo a2c    # sa2c_continuous.py
     python benchmarks/speed.py --suite atari --env-id Breakout --total-timesteps 20480
@@ -15,7 +15,7 @@ steps between updates, 4 epochs of 4 minibatches of 256; A2C with 16 games and 5
 cores: 112 texts an update, prompts of 64 tokens and 48 new ones, sampled among all, 5 epochs of 4
 minibatches of 28, a critic, the policy with a random head as reward model, no cross entropy on
 reference texts; a step is a text. The programs take turns, so that a slow spell of the machine hits
-them all; the table gives medians. Then, for PPO in control, the parts of our step.
+them all; the table gives medians. Then, for PPO in control on a CPU, the parts of our step.
 """
 
 import contextlib
@@ -23,6 +23,8 @@ import dataclasses
 import io
 import json
 import math
+import shlex
+import signal
 import subprocess
 import sys
 import tempfile
@@ -53,6 +55,7 @@ class Args:
     dataset: str | None = None  # for rlhf: JSONL, texts of 130 tokens or more
     total_timesteps: int = 200_000
     repeats: int = 3
+    device: Literal["cpu", "cuda"] = "cpu"  # of all that take part
     out: str | None = None  # folder for speed.md (what is printed) and summary.json, when done
 
 
@@ -63,6 +66,7 @@ def programs(args: Args, scratch: Path) -> dict[str, list[str]]:
         save_reward_model(args.policy_model, scratch / "reward")
         common = ["--policy-model", args.policy_model, "--reward-model", str(scratch / "reward")]
         common += ["--dataset", args.dataset, "--total-timesteps", str(args.total_timesteps)]
+        common += ["--device", args.device]
         ours = ["sppo_rlhf.py", *common, "--task", "imdb", "--top-k", "0", "--ce-coef", "0"]
         ours += ["--eval-episodes", "1", "--eval-freq", "0", "--checkpoint-freq", "0"]
         return {
@@ -74,7 +78,7 @@ def programs(args: Args, scratch: Path) -> dict[str, list[str]]:
     file, plain, symmetric = f"s{algo}_{suite}.py", algo.upper(), "S" + algo.upper()
     peer = ["benchmarks/sb3.py", "--algo", algo] + (["--atari"] if suite == "atari" else [])
     common = ["--env-id", args.env_id, "--eval-episodes", "1"]
-    common += ["--total-timesteps", str(args.total_timesteps)]
+    common += ["--total-timesteps", str(args.total_timesteps), "--device", args.device]
     if suite == "atari":
         ours = {
             plain: ["--beta", "0"],
@@ -82,6 +86,8 @@ def programs(args: Args, scratch: Path) -> dict[str, list[str]]:
             f"{plain}, --amp off": ["--beta", "0", "--amp", "off"],
         }
         ours |= {f"{symmetric}, --amp off": ["--amp", "off"]}
+        compiled = "--compile" if args.device == "cuda" else "--no-compile"
+        ours = {name: [*flags, compiled] for name, flags in ours.items()}
     else:
         ours = {f"Gaussian {plain}": ["--policy", "gaussian"], f"{symmetric} (11 bins)": []}
         ours |= {f"{name}, --no-compile": [*flags, "--no-compile"] for name, flags in ours.items()}
@@ -89,7 +95,7 @@ def programs(args: Args, scratch: Path) -> dict[str, list[str]]:
         f"ours, {name}": [file, *common, "--eval-freq", "0", *flags] for name, flags in ours.items()
     }
     peers = {"Stable-Baselines3": peer + common}
-    if suite == "continuous" and algo == "ppo":
+    if suite == "continuous" and algo == "ppo" and args.device == "cpu":
         peers["SBX"] = [*peer, "--library", "sbx", *common]
     return peers | ours
 
@@ -107,11 +113,10 @@ def save_reward_model(policy: str, folder: Path) -> None:
 def steps_per_second(program: list[str]) -> float:
     with tempfile.TemporaryDirectory() as runs_dir:
         flags = ["--runs-dir", runs_dir, "--run-name", "speed"]
-        subprocess.run(
-            [sys.executable, ROOT / program[0], *program[1:], *flags],
-            check=True,
-            capture_output=True,
-        )
+        command = [sys.executable, ROOT / program[0], *program[1:], *flags]
+        result = subprocess.run(command, capture_output=True, text=True)
+        if result.returncode:
+            sys.exit(f"error: {shlex.join(program)} failed:\n{result.stderr}")
         return json.loads(Path(runs_dir, "speed", "summary.json").read_text())["sps"]
 
 
@@ -189,6 +194,7 @@ def parts_of_an_atari_step(env_id: str, amp: str, steps: int) -> dict[str, list[
     args = sppo_atari.Args(
         env_id=env_id, amp=amp, total_timesteps=steps, eval_freq=0, checkpoint_freq=0
     )
+    args = dataclasses.replace(args, device="cpu", compile=False)
     games, agent = sppo_atari.AtariGames, sppo_atari.Agent
     with (
         tempfile.TemporaryDirectory() as runs_dir,
@@ -202,6 +208,7 @@ def parts_of_an_atari_step(env_id: str, amp: str, steps: int) -> dict[str, list[
     ):
         args = sppo_atari.prepare(dataclasses.replace(args, runs_dir=runs_dir))
         summary = sppo_atari.train(args, threading.Event())
+    steps = math.ceil(steps / 1024) * 1024  # whole rollouts
     during = {part: us / steps for part, us in during.items()}
 
     envs, rng = sppo_atari.AtariGames(args, 8), np.random.default_rng(0)
@@ -256,7 +263,7 @@ def measure(args: Args) -> None:
         spread = f"{median} ({low}-{high})"
         ratios = ", ".join(f"{x / y:.2f}" for x, y in zip(sps, peer))
         print(f"| {name} | {spread} | {np.median(sps) / np.median(peer):.2f} | {ratios} |")
-    if args.algo == "a2c" or args.suite == "rlhf":
+    if args.algo == "a2c" or args.suite == "rlhf" or args.device == "cuda":
         return
     if args.suite == "continuous":
         print("\n| part of a step of ours | microseconds |\n|---|---|")
@@ -283,4 +290,6 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
+    # an exception, so that the program under way is killed and its folder deleted
+    signal.signal(signal.SIGTERM, lambda *_: sys.exit("error: terminated"))
     main(tyro.cli(Args))

@@ -8,6 +8,7 @@ checkpointing of activations. TRL's reward model must have the policy's tokenize
 Writes runs/NAME/summary.json with texts a second, start-up not counted."""
 
 import json
+import math
 import sys
 import tempfile
 import time
@@ -37,6 +38,7 @@ class Args:
     dataset: str
     total_timesteps: int = 336  # texts
     amp: Literal["auto", "off"] = "off"  # auto: bfloat16
+    device: Literal["cpu", "cuda"] = "cpu"
     runs_dir: str = "runs"
     run_name: str = "trl"
 
@@ -50,6 +52,10 @@ class Clock(TrainerCallback):
 
 
 def main(args: Args) -> None:
+    run_dir = Path(args.runs_dir) / args.run_name
+    if (run_dir / "summary.json").exists():
+        sys.exit(f"error: {run_dir}: a finished run; choose another --run-name")
+    run_dir.mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(args.policy_model, padding_side="left")
     rows = datasets.load_dataset("json", data_files=args.dataset, split="train")
     settings = sppo_rlhf.TASKS["imdb"]  # prompts of 64 tokens, responses of 48
@@ -64,7 +70,7 @@ def main(args: Args) -> None:
     with tempfile.TemporaryDirectory() as folder:
         config = PPOConfig(
             output_dir=folder,
-            use_cpu=True,
+            use_cpu=args.device == "cpu",
             bf16=args.amp == "auto",
             gradient_checkpointing=False,
             per_device_train_batch_size=112,
@@ -95,9 +101,8 @@ def main(args: Args) -> None:
             eval_dataset=prompts,
             callbacks=[clock],
         ).train()
-    sps = args.total_timesteps / clock.seconds
-    run_dir = Path(args.runs_dir) / args.run_name
-    run_dir.mkdir(parents=True)
+    texts = math.ceil(args.total_timesteps / 112) * 112  # whole updates
+    sps = texts / clock.seconds
     sppo_rlhf.save(run_dir / "summary.json", json.dumps(vars(args) | {"script": "trl", "sps": sps}))
     print(f"TRL: {sps:.2f} texts/s")
 

@@ -284,6 +284,20 @@ def test_a_copied_script_is_a_row_after_the_line_that_the_documentation_adds(tmp
     assert rows == [f"Hopper-v4__mine__{noise}__10000" for noise in ("none", "normal")]
 
 
+@pytest.mark.parametrize("suite", ["continuous", "atari", "rlhf"])
+def test_a_copied_script_is_run_like_the_original(suite, tmp_path):
+    """As long, with the same settings, and on a GPU if the original is: that decides how many
+    threads it gets."""
+    env = ENVIRON | {"CUDA_VISIBLE_DEVICES": "0"}
+    arguments = [suite, "--seeds", "1", "--dry-run"]
+    copied = re.sub(r"add (sa2c|sppo)_\w+", r"add \1_mine", (ROOT / "benchmark.sh").read_text())
+    (tmp_path / "benchmark.sh").write_text(copied)
+    command = ["bash", tmp_path / "benchmark.sh", *arguments]
+    listed = subprocess.check_output(command, env=env, text=True)
+    originals = benchmark(*arguments, env=env).stdout
+    assert listed == re.sub(r"(sa2c|sppo)_\w+.py", r"\1_mine.py", originals)
+
+
 def test_shellcheck():
     for script in ("benchmark.sh", ".ci/run"):
         subprocess.run(["shellcheck", ROOT / script], check=True, env=ENVIRON)
@@ -761,11 +775,13 @@ def test_slurm_runs_what_is_not_finished(history, tmp_path):
     assert len(list((runs / "logs").glob("slurm-*.log"))) == 4
 
 
+SPEED = [sys.executable, ROOT / "benchmarks" / "speed.py", "--repeats", "1"]
+
+
 @pytest.mark.slow
 def test_speed_is_compared_with_the_peers(tmp_path):
-    flags = ["--total-timesteps", "4096", "--repeats", "1", "--out", tmp_path]
-    script = ROOT / "benchmarks" / "speed.py"
-    command = [sys.executable, script, "--env-id", "InvertedDoublePendulum-v4", *flags]
+    flags = ["--total-timesteps", "4096", "--out", tmp_path]
+    command = [*SPEED, "--env-id", "InvertedDoublePendulum-v4", *flags]
     subprocess.run(command, cwd=tmp_path, check=True, capture_output=True)
     page = (tmp_path / "speed.md").read_text()
     assert re.search(r"(?m)^\| Stable-Baselines3 \| .* \| 1.00 \| 1.00 \|$", page)
@@ -773,3 +789,36 @@ def test_speed_is_compared_with_the_peers(tmp_path):
         ratio = re.search(rf"(?m)^\| {method} \| [\d,]+ \(.*\) \| ([\d.]+) \|", page)[1]
         assert float(ratio) > 0
     assert json.loads((tmp_path / "summary.json").read_text())["finished"]
+
+
+@pytest.mark.slow
+def test_a_comparison_of_speed_says_what_failed_and_why():
+    command = [*SPEED, "--env-id", "Nowhere-v4"]
+    result = subprocess.run(command, capture_output=True, text=True)
+    assert result.returncode == 1
+    assert result.stdout == ""
+    assert result.stderr.startswith("error: benchmarks/sb3.py --algo ppo --env-id Nowhere-v4")
+    assert "Environment `Nowhere` doesn't exist" in result.stderr
+
+
+@pytest.mark.slow
+def test_an_interrupted_comparison_of_speed_leaves_nothing_behind(tmp_path):
+    env = ENVIRON | {"TMPDIR": str(tmp_path)}
+    process = subprocess.Popen(SPEED, env=env, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+    running = ["pgrep", "-f", f"sb3.py .*{tmp_path}"]
+    wait_for(lambda: subprocess.run(running, stdout=subprocess.DEVNULL).returncode == 0)
+    process.terminate()
+    assert process.wait(30) == 1
+    assert subprocess.run(running, stdout=subprocess.DEVNULL).returncode == 1
+    assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.slow
+def test_the_parts_of_an_atari_step_add_up_to_less_than_the_step(monkeypatch):
+    """1100 steps are two rollouts of 1024."""
+    monkeypatch.syspath_prepend(ROOT / "benchmarks")
+    import speed
+
+    parts = speed.parts_of_an_atari_step("Breakout", "off", 1100)
+    during = {name: times[0] for name, times in parts.items()}
+    assert 0 < during["rest"] < during["a whole step"] / 2

@@ -344,6 +344,25 @@ def test_an_unfinished_rival_keeps_the_others_from_being_bold(tmp_path):
     assert [TASKS[0], "12.0 ± 1.2", "31.0 ± 0.6"] in lines(tmp_path / "report")
 
 
+@pytest.mark.parametrize("script", ["sppo_mine", "reinforce"])
+def test_an_unfinished_run_of_another_script_is_a_rival_too(script, tmp_path):
+    """Its arguments do not say which algorithm it is."""
+    runs = make_grid(tmp_path / "runs", rows=["dppo", "sppo"])
+    out = tmp_path / "report"
+    report.main(report.Args(runs=(runs,), out=out, reps=50))
+    assert [TASKS[0], "12.0 ± 1.2", "**31.0 ± 0.6**"] in lines(out)
+    make_run(runs, "rival", "sppo_continuous", 0.0, 0, env_id=TASKS[0], **FLAGS["norm"])
+    (runs / "rival" / "summary.json").unlink()
+
+    def rename(recorded):
+        recorded["command"][0] = f"{script}.py"
+        del recorded["args"]["algo"]
+
+    edit(runs / "rival" / "args.json", rename)
+    report.main(report.Args(runs=(runs,), out=out, reps=50))
+    assert [TASKS[0], "12.0 ± 1.2", "31.0 ± 0.6"] in lines(out)
+
+
 def test_probability_of_improvement_is_rliables():
     rng = np.random.default_rng(0)
     for _ in range(20):
@@ -394,6 +413,7 @@ def test_human_scores_cover_the_games_of_the_benchmark():
             "PPO, vf-coef 0.333, ent-coef 0.00667",
         ),
         ("sa2c_continuous", {}, "SA2C"),
+        ("sppo_continuous", {"z": -5.0}, "SPPO, z -5"),
         ("sa2c_atari", {"env_id": "Pong", "beta": 0.0}, "A2C"),
         ("sppo_rlhf", {"task": "imdb"}, "SPPO"),
         ("sppo_rlhf", {"task": "tldr", "beta": 0.0, "ce_coef": 0.2}, "PPO, ce-coef 0.2"),
@@ -410,14 +430,16 @@ def test_methods_are_named_by_what_they_are(script, flags, method, tmp_path):
 
 def test_what_all_runs_share_is_said_once_and_not_in_names(tmp_path):
     flags = {"learning_rate": 1e-4, "layer_norm": True, "noise": "normal"}
+    flags |= {"gamma": 0.9, "hidden_sizes": [8, 9]}
     rows = {"a": {}, "b": {"beta": 0.0}, "c": {"beta": 0.0, "max_grad_norm": 0.5 / 20.5}}
     for name, row in rows.items():
         make_run(tmp_path / "runs", name, "sppo_continuous", 1.0, **flags, **row)
     report.main(report.Args(runs=(tmp_path / "runs",), out=tmp_path / "report", reps=50))
     page = (tmp_path / "report" / "report.md").read_text()
     assert "| DPPO | DPPO, max-grad-norm / k | SPPO |" in page
-    said = "All runs of `sppo_continuous.py` have learning-rate 0.0001, layer-norm."
+    said = "have learning-rate 0.0001, layer-norm, gamma 0.9, hidden-sizes 8 9, total-timesteps"
     assert page.count("layer-norm") == page.count(said) == 1
+    assert f"All runs of `sppo_continuous.py` {said} 4096." in page
 
 
 def test_alphas_are_told_apart(tmp_path):
@@ -516,6 +538,30 @@ def test_intervals_are_rounded_to_two_digits_of_their_length(low, high, text):
 def test_numbers_of_seeds_below_one_are_refused(seeds, grid, tmp_path):
     with pytest.raises(report.Refusal, match=f"--seeds {seeds}: must be at least 1"):
         report.main(report.Args(runs=(grid / "runs",), out=tmp_path / "report", seeds=seeds))
+
+
+@pytest.mark.parametrize(
+    "arguments, message",
+    [({"runs": ()}, "no runs; give folders of runs"), ({"reps": 0}, "--reps 0: must be at least")],
+)
+def test_a_report_of_nothing_is_refused(arguments, message, grid, tmp_path):
+    wanted = {"runs": (grid / "runs",), "out": tmp_path / "report"} | arguments
+    with pytest.raises(report.Refusal, match=message):
+        report.main(report.Args(**wanted))
+
+
+def test_a_report_replaces_no_runs(grid, tmp_path):
+    """Neither those that it reads, nor those that it keeps, nor any others."""
+    out = tmp_path / "report"
+    with pytest.raises(report.Refusal, match="--keep .*: inside --out"):
+        report.main(report.Args(runs=(grid / "runs",), out=out, keep=out / "kept", reps=50))
+    assert not out.exists()
+    shutil.copytree(grid / "report", out)
+    shutil.copytree(grid / "runs", out / "kept")
+    for runs in (out / "kept", grid / "runs"):
+        with pytest.raises(report.Refusal, match="a folder that is not a report"):
+            report.main(report.Args(runs=(runs,), out=out, reps=50))
+    assert len(list((out / "kept").glob("*/summary.json"))) == 18
 
 
 def test_any_logged_quantity(tmp_path):
