@@ -68,7 +68,7 @@ class Args:
     # Run
     env_id: str = "Breakout"  # a game: Breakout, BreakoutNoFrameskip-v4, ALE/Breakout-v5, breakout
     total_timesteps: int = 5_000_000  # steps (4 frames each) summed over games, in whole rollouts
-    seed: int = 1  # of all random numbers (the paper's runs: 10000, 10001, ...)
+    seed: int = 1  # of all random numbers (the authors' runs: 10000, 10001, ...)
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU, where there is one
     amp: Literal["auto", "off"] = "auto"  # auto: bfloat16 where the hardware has it; off: float32
     compile: bool = torch.cuda.is_available()  # compile for the GPU; a CPU gains nothing by it
@@ -258,8 +258,8 @@ class Agent(nn.Module):
 
 def sample(logits, generator):
     """Actions (...) from logits (..., num_actions): Gumbel-max, faster than Categorical.sample."""
-    noise = torch.empty_like(logits).exponential_(generator=generator)
-    return (logits - noise.log()).argmax(-1)
+    exponential = torch.empty_like(logits).exponential_(generator=generator)
+    return (logits - exponential.log()).argmax(-1)
 
 
 @torch.no_grad()
@@ -348,8 +348,8 @@ class RMSpropTF(torch.optim.Optimizer):
 def gradient_and_metrics(agent, args, obs, action, advantage, returns, mask):
     """Clipped gradient of the loss on a rollout, as one vector, and metrics. `mask` is 0 where
     FIRE replaced the agent's action: such a step trains only the critic. Elsewhere it is 1."""
-    count = mask.sum().clamp(min=1)  # it divides
-    weight = mask / count * len(mask)  # mean(weight * x) is the mean of x over unmasked steps
+    count = mask.sum().clamp(min=1)  # a divisor, so not 0
+    weight = mask / count * len(mask)  # mean(weight * x) is the mean of x where mask is 1
     normalized = advantage
     if args.norm_adv:
         mean = (mask * advantage).sum() / count
@@ -398,7 +398,7 @@ def train(args: Args, stop: threading.Event) -> dict | None:
     device = torch.device("cuda" if cuda else "cpu")
     torch.backends.cudnn.allow_tf32 = args.amp == "auto"  # --amp off: full float32
     generator = torch.Generator(device).manual_seed(args.seed)  # actions, adv_flip
-    # Noise on rewards. With the seed alone it would repeat environment 0's random numbers
+    # Noise on rewards, with random numbers of its own
     rng = np.random.default_rng([args.seed, 1])
     envs = AtariGames(args, args.num_envs)
     bfloat16 = args.amp == "auto" and has_bfloat16(device)
@@ -503,7 +503,7 @@ def train(args: Args, stop: threading.Event) -> dict | None:
         # Rollout
         iteration_started = time.perf_counter()
         obs[0] = obs[T]
-        with torch.no_grad(), agent.autocast():  # casts the weights once, for all steps
+        with torch.no_grad(), agent.autocast():  # uncompiled, casts most weights only once
             for t in range(T):
                 logits, value[t] = agent_fn(obs[t])
                 action[t] = sample(logits, generator)
@@ -532,6 +532,7 @@ def train(args: Args, stop: threading.Event) -> dict | None:
             args.gamma,
             args.gae_lambda,
         )
+        # For logging, without the steps on which FIRE replaced the action
         all_advantages.append(advantage[~overridden])
         all_returns.append(returns[~overridden])
         b_advantage = torch.tensor(advantage, dtype=torch.float32, device=device).flatten()
@@ -667,8 +668,8 @@ def has_bfloat16(device):
 
 
 def keep_freed_memory():
-    """Tells glibc to keep freed memory. By default it returns it to the system and gets it back by
-    a page fault for every 4 KiB, which takes a quarter of the time of an update on a CPU."""
+    """Tells glibc to keep freed memory. By default it goes back to the system, and on its return
+    each 4 KiB cost a page fault: a quarter of the time of an update on a CPU."""
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX of malloc.h

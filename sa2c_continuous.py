@@ -24,7 +24,7 @@ What SA2C adds to A2C is the block `if beta:` in `symmetric_policy_loss`. The gr
 of the symmetric loss is -mean( A (alpha + beta |Z| p) grad log p ): likely actions
 gain weight over unlikely ones. Lr needs probabilities, so each action dimension is discretised into
 bins; the probability of an action is the product over its dimensions. In many dimensions p, and
-with it the reverse part, is almost 0 until the policy becomes nearly deterministic.
+with it the gradient of Lr, is almost 0 until the policy becomes nearly deterministic.
 """
 
 import hashlib
@@ -68,7 +68,7 @@ class Args:
     # Run
     env_id: str = "Hopper-v4"  # Gymnasium id; needs vector observations and bounded vector actions
     total_timesteps: int = 1_000_000  # environment steps, rounded up to whole rollouts
-    seed: int = 1  # of all random numbers (the paper's runs: 10000, 10001, ...)
+    seed: int = 1  # of all random numbers (the authors' runs: 10000, 10001, ...)
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the CPU, since the networks are small
     compile: bool = True  # compile the gradient, given a C++ compiler: slower start, faster run
     runs_dir: str = "runs"  # folder of all runs
@@ -330,7 +330,7 @@ class Agent(nn.Module):
 
     def to_env(self, action):
         """Converts actions from `act` to the environment's, (batch, action_dim)."""
-        if self.gaussian:
+        if self.gaussian:  # the first and the last bin are the bounds
             return action.clip(self.bin_values[:, 0], self.bin_values[:, -1])
         dimensions = np.arange(len(self.bin_values))
         return self.bin_values[dimensions, action]
@@ -407,7 +407,7 @@ def gradient_and_metrics(agent, args, obs, action, advantage, returns):
     with torch.no_grad():
         # For logging: the two losses of symmetric_policy_loss, without alpha and beta
         p = log_prob.exp()
-        reverse_weight = args.beta * abs(args.z) * p  # added to alpha as the weight of grad log p
+        reverse_weight = args.beta * abs(args.z) * p  # what Lr adds to alpha
         sign_flips = (normalized > 0) != (advantage > 0)
         metrics = {
             "policy_loss": -(normalized * log_prob).mean(),
@@ -536,7 +536,9 @@ def train(args: Args, stop: threading.Event) -> dict | None:
 
         # Rollout
         iteration_started = time.perf_counter()
-        if global_step == first_step:  # checkpoints hold no simulator state
+        # Checkpoints hold no simulator state. Not before the loop, since `reset` updates the
+        # statistics of observations, which an evaluation that is still due needs as they were saved
+        if global_step == first_step:
             obs[T] = envs.reset(args.seed + global_step)
         obs[0] = obs[T]
         act = agent.numpy_actor()
@@ -552,7 +554,7 @@ def train(args: Args, stop: threading.Event) -> dict | None:
         global_step += T * N
         progress_bar.update(T * N)
 
-        # Advantages. The agent has not changed since the rollout: values are one batch
+        # Advantages. The agent has not changed since the rollout, so one batch gives all values
         all_obs = torch.from_numpy(obs).to(device)  # including obs[T], for bootstrapping
         b_obs = all_obs[:T].flatten(0, 1)
         b_action = torch.from_numpy(action).to(device).flatten(0, 1)
@@ -737,6 +739,7 @@ def compiled(agent, args, obs, action):
     n = args.num_steps * args.num_envs
     b_obs = torch.zeros(n, obs.shape[-1], device=device)
     b_action = torch.from_numpy(action[0, 0]).repeat(n, 1).to(device)
+    # cpp_wrapper makes a call cheaper; it has not been tried on a GPU
     gradient_fn = torch.compile(gradient_and_metrics, options={"cpp_wrapper": device.type == "cpu"})
     try:
         torch._dynamo.config.trace_autograd_ops = True  # one graph for the gradient and the loss

@@ -69,7 +69,7 @@ class Args:
     # Run
     env_id: str = "Breakout"  # a game: Breakout, BreakoutNoFrameskip-v4, ALE/Breakout-v5, breakout
     total_timesteps: int = 5_000_000  # steps (4 frames each) summed over games, in whole rollouts
-    seed: int = 1  # of all random numbers (the paper's runs: 10000, 10001, ...)
+    seed: int = 1  # of all random numbers (the authors' runs: 10000, 10001, ...)
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU, where there is one
     amp: Literal["auto", "off"] = "auto"  # auto: bfloat16 where the hardware has it; off: float32
     compile: bool = torch.cuda.is_available()  # compile for the GPU; a CPU gains nothing by it
@@ -265,8 +265,8 @@ class Agent(nn.Module):
 
 def sample(logits, generator):
     """Actions (...) from logits (..., num_actions): Gumbel-max, faster than Categorical.sample."""
-    noise = torch.empty_like(logits).exponential_(generator=generator)
-    return (logits - noise.log()).argmax(-1)
+    exponential = torch.empty_like(logits).exponential_(generator=generator)
+    return (logits - exponential.log()).argmax(-1)
 
 
 @torch.no_grad()
@@ -306,9 +306,9 @@ def symmetric_policy_loss(
     current policy and under the one that sampled it; `advantage`: its advantage. Numbers:
     `clip_coef`: PPO's epsilon; `alpha`, `beta` >= 0; `z` < 0.
 
-    (1 - p) / p_old is computed as 1 / p_old - r. The term 1 / p_old has no gradient, but it can be
-    huge if actions have many dimensions, and is inf in float32 where log p_old < -88. Judge this
-    loss by its gradient, not its value.
+    (1 - p) / p_old is computed as 1 / p_old - r. The term 1 / p_old has no gradient, but is huge
+    for unlikely actions, and inf in float32 where log p_old < -88. Judge this loss by its gradient,
+    not its value.
 
     If `divide_by_p_old` is false (our variant, not in the paper), the reverse loss is bounded and
     gives likely actions more weight: where m is 1, the gradient of the symmetric loss is
@@ -353,8 +353,8 @@ def gradient_and_metrics(
 ):
     """Clipped gradient of the loss on a minibatch, as one vector, and metrics. `mask` is 0 where
     FIRE replaced the agent's action: such a step trains only the critic. Elsewhere it is 1."""
-    count = mask.sum().clamp(min=1)  # it divides
-    weight = mask / count * len(mask)  # mean(weight * x) is the mean of x over unmasked steps
+    count = mask.sum().clamp(min=1)  # a divisor, so not 0
+    weight = mask / count * len(mask)  # mean(weight * x) is the mean of x where mask is 1
     normalized = advantage
     if args.norm_adv:
         mean = (mask * advantage).sum() / count
@@ -388,7 +388,7 @@ def gradient_and_metrics(
         ratio = log_ratio.exp()
         surrogate = weighted * ratio
         clipped = weighted * ratio.clamp(1 - clip_coef, 1 + clip_coef)
-        # m A Z r: the reverse loss without -m A Z / p_old, which has no gradient
+        # The part of the reverse loss that has a gradient: m A Z r or, undivided, m A Z p
         reverse = args.z * torch.where(surrogate <= clipped, surrogate, 0.0)
         if not args.divide_by_p_old:
             reverse = reverse * old_log_prob.exp()
@@ -419,7 +419,7 @@ def train(args: Args, stop: threading.Event) -> dict | None:
     device = torch.device("cuda" if cuda else "cpu")
     torch.backends.cudnn.allow_tf32 = args.amp == "auto"  # --amp off: full float32
     generator = torch.Generator(device).manual_seed(args.seed)  # actions, minibatches, adv_flip
-    # Noise on rewards. With the seed alone it would repeat environment 0's random numbers
+    # Noise on rewards, with random numbers of its own
     rng = np.random.default_rng([args.seed, 1])
     envs = AtariGames(args, args.num_envs)
     bfloat16 = args.amp == "auto" and has_bfloat16(device)
@@ -523,13 +523,13 @@ def train(args: Args, stop: threading.Event) -> dict | None:
         # Rollout
         iteration_started = time.perf_counter()
         remaining = 1 - global_step / args.total_timesteps
-        clip_coef = torch.tensor(args.clip_coef, device=device)
+        clip_coef = torch.tensor(args.clip_coef, device=device)  # a number would be compiled in
         if args.anneal_lr:
             optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
         if args.anneal_clip:
             clip_coef = torch.tensor(args.clip_coef * remaining, device=device)
         obs[0] = obs[T]
-        with torch.no_grad(), agent.autocast():  # casts the weights once, for all steps
+        with torch.no_grad(), agent.autocast():  # uncompiled, casts most weights only once
             for t in range(T):
                 logits[t], value[t] = agent_fn(obs[t])
                 action[t] = sample(logits[t], generator)
@@ -560,6 +560,7 @@ def train(args: Args, stop: threading.Event) -> dict | None:
             args.gamma,
             args.gae_lambda,
         )
+        # For logging, without the steps on which FIRE replaced the action
         all_advantages.append(advantage[~overridden])
         all_returns.append(returns[~overridden])
         b_advantage = torch.tensor(advantage, dtype=torch.float32, device=device).flatten()
@@ -708,8 +709,8 @@ def has_bfloat16(device):
 
 
 def keep_freed_memory():
-    """Tells glibc to keep freed memory. By default it returns it to the system and gets it back by
-    a page fault for every 4 KiB, which takes a quarter of the time of an update on a CPU."""
+    """Tells glibc to keep freed memory. By default it goes back to the system, and on its return
+    each 4 KiB cost a page fault: a quarter of the time of an update on a CPU."""
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX of malloc.h

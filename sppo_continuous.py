@@ -71,7 +71,7 @@ class Args:
     # Run
     env_id: str = "Hopper-v4"  # Gymnasium id; needs vector observations and bounded vector actions
     total_timesteps: int = 1_000_000  # environment steps, rounded up to whole rollouts
-    seed: int = 1  # of all random numbers (the paper's runs: 10000, 10001, ...)
+    seed: int = 1  # of all random numbers (the authors' runs: 10000, 10001, ...)
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the CPU, since the networks are small
     compile: bool = True  # compile the gradient, given a C++ compiler: slower start, faster run
     runs_dir: str = "runs"  # folder of all runs
@@ -337,7 +337,7 @@ class Agent(nn.Module):
 
     def to_env(self, action):
         """Converts actions from `act` to the environment's, (batch, action_dim)."""
-        if self.gaussian:
+        if self.gaussian:  # the first and the last bin are the bounds
             return action.clip(self.bin_values[:, 0], self.bin_values[:, -1])
         dimensions = np.arange(len(self.bin_values))
         return self.bin_values[dimensions, action]
@@ -372,9 +372,9 @@ def symmetric_policy_loss(
     current policy and under the one that sampled it; `advantage`: its advantage. Numbers:
     `clip_coef`: PPO's epsilon; `alpha`, `beta` >= 0; `z` < 0.
 
-    (1 - p) / p_old is computed as 1 / p_old - r. The term 1 / p_old has no gradient, but it can be
-    huge if actions have many dimensions, and is inf in float32 where log p_old < -88. Judge this
-    loss by its gradient, not its value.
+    (1 - p) / p_old is computed as 1 / p_old - r. The term 1 / p_old has no gradient, but is huge
+    for unlikely actions, and inf in float32 where log p_old < -88. Judge this loss by its gradient,
+    not its value.
 
     If `divide_by_p_old` is false (our variant, not in the paper), the reverse loss is bounded and
     gives likely actions more weight: where m is 1, the gradient of the symmetric loss is
@@ -445,7 +445,7 @@ def gradient_and_metrics(agent, args, obs, action, old_log_prob, advantage, retu
         ratio = log_ratio.exp()
         surrogate = normalized * ratio
         clipped = normalized * ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-        # m A Z r: the reverse loss without -m A Z / p_old, which has no gradient
+        # The part of the reverse loss that has a gradient: m A Z r or, undivided, m A Z p
         reverse = args.z * torch.where(surrogate <= clipped, surrogate, 0.0)
         if not args.divide_by_p_old:
             reverse = reverse * old_log_prob.exp()
@@ -573,7 +573,9 @@ def train(args: Args, stop: threading.Event) -> dict | None:
 
         # Rollout
         iteration_started = time.perf_counter()
-        if global_step == first_step:  # checkpoints hold no simulator state
+        # Checkpoints hold no simulator state. Not before the loop, since `reset` updates the
+        # statistics of observations, which an evaluation that is still due needs as they were saved
+        if global_step == first_step:
             obs[T] = envs.reset(args.seed + global_step)
         obs[0] = obs[T]
         act = agent.numpy_actor()
@@ -785,6 +787,7 @@ def compiled(agent, args, obs, action):
     n = args.num_steps * args.num_envs // args.num_minibatches
     mb_obs = torch.zeros(n, obs.shape[-1], device=device)
     mb_action = torch.from_numpy(action[0, 0]).repeat(n, 1).to(device)
+    # cpp_wrapper makes a call cheaper; it has not been tried on a GPU
     gradient_fn = torch.compile(gradient_and_metrics, options={"cpp_wrapper": device.type == "cpu"})
     try:
         torch._dynamo.config.trace_autograd_ops = True  # one graph for the gradient and the loss

@@ -23,7 +23,7 @@ constant that stands for log 0:
     symmetric loss    alpha L + beta Lr
 
 What SPPO adds to PPO is the block `if beta:` in `symmetric_policy_loss`. The gradient of Lr is |Z|
-times that of L, so SPPO's policy gradient is (alpha + beta |Z|) times PPO's: with the paper's
+times that of L, so SPPO's policy gradient is (alpha + beta |Z|) times PPO's: with the authors'
 weights 0.9 (imdb) and 0.7 (tldr) times. That changes its weight relative to the supervised loss,
 and its share of the clipped gradient; policy and critic have no trained weights in common.
 
@@ -162,7 +162,7 @@ class Args:
         return 8 * (self.micro_batch_size or 16)  # inference takes less memory than training
 
 
-# The paper's settings, except that it has a 4-bit base model for tldr. The toy's are ours.
+# The authors' settings, except that their base model for tldr is 4-bit. The toy's are ours.
 TASKS = {
     "toy": Args(),
     "imdb": Args(
@@ -591,7 +591,7 @@ def loss_and_metrics(model, args, batch, response_tokens, completion_tokens):
         ratio = log_ratio.exp()
         surrogate = batch.advantage * ratio
         clipped = batch.advantage * ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-        # m A Z r: the reverse loss without -m A Z / p_old, which has no gradient
+        # The part of the reverse loss that has a gradient: m A Z r or, undivided, m A Z p
         reverse = torch.where(surrogate <= clipped, args.z * surrogate, 0.0)
         if not args.divide_by_p_old:
             reverse = reverse * rollout.log_prob.exp()
@@ -871,23 +871,23 @@ def train(args: Args, stop: threading.Event, setup: "Setup | None" = None) -> di
     progress = Progress()
     if (args.run_dir / "checkpoint.pt").is_file():
         progress = restore(setup, args, generator, rng)
+    first_step = progress.global_step
     writer = None  # in all processes but the first
     if accelerator.is_main_process:
         if args.track:
             with usable("--track"):
                 start_tracking(args)
         # TensorBoard hides what was logged after the checkpoint or, if there is none, everything
-        purge_step = progress.global_step + 1 if progress.evaluations else 0
+        purge_step = first_step + 1 if first_step else 0
         writer = SummaryWriter(args.run_dir, purge_step=purge_step)
         writer.add_text("hyperparameters", f"```\n{json.dumps(vars(args), indent=2)}\n```")
     progress_bar = tqdm(
         total=args.total_timesteps,
-        initial=progress.global_step,
+        initial=first_step,
         unit=" texts",
         disable=None if accelerator.is_main_process else True,
     )
     started = setup.started - progress.wall_seconds  # as if never interrupted
-    first_step = progress.global_step
     stopping = False
 
     while True:
@@ -898,8 +898,8 @@ def train(args: Args, stop: threading.Event, setup: "Setup | None" = None) -> di
         evaluation_due = step == 0 or finished or due(args.eval_freq, step, args.batch_size)
         if evaluation_due and not evaluated and not stopping:
             evaluate_and_log(setup, args, progress, writer)
-        checkpoint_due = finished or stopping or due(args.checkpoint_freq, step, args.batch_size)
-        if accelerator.is_main_process and checkpoint_due and step > first_step:
+        checkpoint_due = step > first_step and due(args.checkpoint_freq, step, args.batch_size)
+        if accelerator.is_main_process and (finished or stopping or checkpoint_due):
             progress.wall_seconds = time.perf_counter() - started
             save_checkpoint(setup, args, generator, rng, progress)
         if finished or stopping:
@@ -1239,7 +1239,8 @@ def loading(name):
 
 
 def load_pretrained(auto_class, name, **options):
-    """A model of which the checkpoint has every weight; transformers makes up those it lacks."""
+    """Loads a model. Refuses a checkpoint without all its weights, which transformers would fill in
+    at random."""
     model, info = auto_class.from_pretrained(name, output_loading_info=True, **options)
     missing = sorted(info["missing_keys"])
     require(not missing, f"the checkpoint lacks {missing}, which {type(model).__name__} needs")
@@ -1468,8 +1469,8 @@ def has_bfloat16(device):
 
 
 def keep_freed_memory():
-    """Tells glibc to keep freed memory. By default it returns it to the system and gets it back by
-    a page fault for every 4 KiB, which takes a quarter of the time of an update on a CPU."""
+    """Tells glibc to keep freed memory. By default it goes back to the system, and on its return
+    each 4 KiB cost a page fault: a quarter of the time of an update on a CPU."""
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX of malloc.h

@@ -674,9 +674,15 @@ def test_stopped_in_its_last_update_a_run_is_not_finished(run):
     _, whole = run(name="whole")
     stopped, folder = run(name="broken", stop=StopAfter(4))
     assert stopped is None
-    assert checkpoint(folder)["progress"]["global_step"] == 32
-    assert resume(folder)["finished"]
+    before = checkpoint(folder)["progress"]
+    assert before["global_step"] == 32
+    summary = resume(folder)
+    assert summary["finished"]
     assert (folder / "progress.csv").read_bytes() == (whole / "progress.csv").read_bytes()
+    # the last evaluation counts, in time and in the last checkpoint
+    after = checkpoint(folder)["progress"]
+    assert after["wall_seconds"] == summary["wall_s"] > before["wall_seconds"]
+    assert [row["step"] for row in after["evaluations"]] == [0, 16, 32]
 
 
 def test_checkpoints_change_nothing(run):
