@@ -798,10 +798,28 @@ def test_compiled_functions_compute_the_same(setting):
 
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
-def test_a_whole_run_on_a_gpu(setting, tmp_path):
+def test_a_whole_run_on_a_gpu_in_bfloat16(setting, tmp_path):
     summary, _ = setting.run(tmp_path, device="cuda", compile=True, amp="auto")
     assert summary["finished"]
     assert summary["compile"]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_computes_the_same_gradient(setting, monkeypatch):
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    script = setting.script
+    agent = script.Agent(4)
+    images, action, old_log_prob, *rest = some_minibatch(agent)
+    tensors = [images, action, *rest, torch.ones(48)]
+    if setting.ppo:
+        tensors = [torch.tensor(0.1), images, action, old_log_prob, *rest, torch.ones(48)]
+    args = script.Args(alpha=0.5, beta=1.0)
+    gradient, _ = script.gradient_and_metrics(agent, args, *tensors)
+    agent.to("cuda")
+    on_gpu = [tensor.to("cuda") for tensor in tensors]
+    gradient_there, _ = script.gradient_and_metrics(agent, args, *on_gpu)
+    torch.testing.assert_close(gradient_there.cpu(), gradient, rtol=1e-3, atol=1e-5)
 
 
 @pytest.mark.slow

@@ -928,6 +928,23 @@ def test_compiled_gradient_is_the_gradient(setting, policy):
         torch.testing.assert_close(compiled_metrics[name], metric, rtol=1e-4, atol=1e-5)
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("policy", ["categorical", "gaussian"])
+def test_a_gpu_computes_the_same_gradient(setting, policy):
+    script = setting.script
+    beta = 0.0 if policy == "gaussian" else 20.0
+    args = script.Args(policy=policy, alpha=0.5, beta=beta, ent_coef=0.01)
+    agent, _ = make_agent(policy)
+    obs, action, old_log_prob, *rest = some_minibatch(agent)
+    tensors = [obs, action, old_log_prob, *rest] if setting.ppo else [obs, action, *rest]
+    gradient, _ = script.gradient_and_metrics(agent, args, *tensors)
+    agent.to("cuda")
+    on_gpu = [tensor.to("cuda") for tensor in tensors]
+    gradient_there, _ = script.gradient_and_metrics(agent, args, *on_gpu)
+    torch.testing.assert_close(gradient_there.cpu(), gradient, rtol=1e-4, atol=1e-6)
+
+
 LEARNING = {"env_id": "InvertedPendulum-v4", "eval_episodes": 5}
 PPO_LEARNING = {
     "total_timesteps": 24_576,

@@ -661,6 +661,17 @@ def test_interrupted_and_resumed_a_run_is_the_same_to_the_bit(run):
     assert torch.equal(weights(folder), weights(whole))
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_a_run_begins_alike_and_is_resumed(run):
+    flags = {"eval_greedy": True, "amp": "off"}
+    _, on_cpu = run(name="cpu", **flags)
+    _, folder = run(name="gpu", device="cuda", stop=StopAfter(2), **flags)
+    assert resume(folder)["finished"]
+    first, expected = progress(folder)[0], progress(on_cpu)[0]
+    assert first["perplexity"] == pytest.approx(expected["perplexity"], rel=1e-2)
+
+
 def test_a_stopped_run_leaves_a_due_evaluation_to_its_resumption(run):
     """So that its checkpoint is there at once."""
     _, folder = run(stop=StopAfter(2))

@@ -650,6 +650,15 @@ def test_a_run_begun_on_a_gpu_goes_on_without_one(setting, a_run):
     assert (folder / "summary.json").exists()
 
 
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_on_a_gpu_a_run_is_compiled_and_resumed(setting, tmp_path):
+    _, folder = setting.run(tmp_path, stop=StopAfter(2), device="cuda", compile=True)
+    summary = setting.resume(folder)
+    assert summary["finished"]
+    assert summary["compile"]
+
+
 @of_one
 def test_due_is_whether_a_multiple_lies_in_the_last_steps(setting):
     """By counting: steps come in strides."""
