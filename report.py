@@ -686,10 +686,9 @@ def change_of(key: str, value, usual, k: float) -> str:
     flag = key.replace("_", "-")
     if isinstance(value, bool):
         return flag if value else f"no-{flag}"
-    if key == "reward_model" and isinstance(value, list):
-        return f"{flag} x {len(value)}"
     if isinstance(value, list):
-        return f"{flag} {' '.join(map(str, value))}"
+        ensemble = key == "reward_model" and len(value) > 1
+        return f"{flag} x {len(value)}" if ensemble else f"{flag} {' '.join(map(str, value))}"
     if isinstance(value, str):
         return f"{flag} {value}"
     if key == "alpha" and math.isclose(value, k):

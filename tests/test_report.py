@@ -419,6 +419,7 @@ def test_human_scores_cover_the_games_of_the_benchmark():
         ("sppo_rlhf", {"task": "tldr", "beta": 0.0, "ce_coef": 0.2}, "PPO, ce-coef 0.2"),
         ("sppo_rlhf", {"task": "imdb", "reward_model": ["a", "b"], "reward_aggregate": "min"},
          "SPPO, reward-model x 2, reward-aggregate min"),
+        ("sppo_rlhf", {"task": "imdb", "reward_model": ["a"]}, "SPPO, reward-model a"),
     ],
 )  # fmt: skip
 def test_methods_are_named_by_what_they_are(script, flags, method, tmp_path):
