@@ -885,7 +885,7 @@ def train(args: Args, stop: threading.Event, setup: "Setup | None" = None) -> di
         total=args.total_timesteps,
         initial=first_step,
         unit=" texts",
-        disable=None if accelerator.is_main_process else True,
+        disable=None if writer else True,
     )
     started = setup.started - progress.wall_seconds  # as if never interrupted
     stopping = False
@@ -898,8 +898,9 @@ def train(args: Args, stop: threading.Event, setup: "Setup | None" = None) -> di
         evaluation_due = step == 0 or finished or due(args.eval_freq, step, args.batch_size)
         if evaluation_due and not evaluated and not stopping:
             evaluate_and_log(setup, args, progress, writer)
-        checkpoint_due = step > first_step and due(args.checkpoint_freq, step, args.batch_size)
-        if accelerator.is_main_process and (finished or stopping or checkpoint_due):
+        checkpoint_due = finished or stopping or due(args.checkpoint_freq, step, args.batch_size)
+        news = step > first_step or finished and not evaluated
+        if accelerator.is_main_process and checkpoint_due and news:
             progress.wall_seconds = time.perf_counter() - started
             save_checkpoint(setup, args, generator, rng, progress)
         if finished or stopping:
