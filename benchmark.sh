@@ -16,7 +16,7 @@ suites
   noise        noise levels from 0 to 0.4, on rewards and on advantages
   robust       symmetric loss with and without layer normalisation, and with and without an ensemble of reward models
   evidence     a million steps: what explains SPPO; our variant sppo-p; PPO with known flips corrected; also takes --envs imdb
-  speed        steps per second, as ratios to Stable-Baselines3's; one run at a time
+  speed        steps per second, as ratios to Stable-Baselines3's; one run at a time, on the CPU unless --device cuda
 
 options
   --seeds N          seeds 10000, 10001, ...: N of them (default: as in the paper: continuous 30, Atari 5; other suites 3, 5 or 8)

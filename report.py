@@ -592,7 +592,8 @@ def kind_of(run: Series | dict) -> str:
 
 
 def family_of(run: Series | dict) -> str | None:
-    """Methods of one family are in one table: a2c, ppo, or whatever another script says."""
+    """Methods of one family are in one table: a2c, ppo, or whatever another script says. None if an
+    unfinished run does not say it."""
     for family in ("a2c", "ppo"):
         if family in f"{run['algo']} {run['script']}":
             return family
@@ -745,6 +746,7 @@ def make_cells(runs: DataFrame, unfinished: list[dict]) -> DataFrame:
         first = group.iloc[0]
         cell = make_cell(group, len(seeds[first["kind"]]))
         task = (first["env_id"], first["noise"] or "none")
+        # A run of an unknown family may be a rival of any method
         cell["begun"] = (first["family"], *task) in begun or (None, *task) in begun
         rows.append(cell)
     cells = DataFrame(rows)

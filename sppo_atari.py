@@ -709,8 +709,8 @@ def has_bfloat16(device):
 
 
 def keep_freed_memory():
-    """Tells glibc to keep freed memory. By default it goes back to the system, and on its return
-    each 4 KiB cost a page fault: a quarter of the time of an update on a CPU."""
+    """Tells glibc to keep freed memory. By default it goes back to the system, and each 4 KiB
+    costs a page fault when needed again: a quarter of the time of an update on a CPU."""
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX of malloc.h

@@ -899,8 +899,9 @@ def train(args: Args, stop: threading.Event, setup: "Setup | None" = None) -> di
         if evaluation_due and not evaluated and not stopping:
             evaluate_and_log(setup, args, progress, writer)
         checkpoint_due = finished or stopping or due(args.checkpoint_freq, step, args.batch_size)
-        news = step > first_step or finished and not evaluated
-        if accelerator.is_main_process and checkpoint_due and news:
+        # At the first step only the last evaluation can be new, if the interrupted run lacked it
+        changed = step > first_step or finished and not evaluated
+        if accelerator.is_main_process and checkpoint_due and changed:
             progress.wall_seconds = time.perf_counter() - started
             save_checkpoint(setup, args, generator, rng, progress)
         if finished or stopping:
@@ -1470,8 +1471,8 @@ def has_bfloat16(device):
 
 
 def keep_freed_memory():
-    """Tells glibc to keep freed memory. By default it goes back to the system, and on its return
-    each 4 KiB cost a page fault: a quarter of the time of an update on a CPU."""
+    """Tells glibc to keep freed memory. By default it goes back to the system, and each 4 KiB
+    costs a page fault when needed again: a quarter of the time of an update on a CPU."""
     if platform.libc_ver()[0] == "glibc":
         libc = ctypes.CDLL(None)
         libc.mallopt(-4, 0)  # M_MMAP_MAX of malloc.h

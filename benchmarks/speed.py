@@ -191,10 +191,8 @@ def parts_of_an_atari_step(env_id: str, amp: str, steps: int) -> dict[str, list[
         return call
 
     minibatches_per_step = 16 / 1024
-    args = sppo_atari.Args(
-        env_id=env_id, amp=amp, total_timesteps=steps, eval_freq=0, checkpoint_freq=0
-    )
-    args = dataclasses.replace(args, device="cpu", compile=False)
+    args = sppo_atari.Args(env_id=env_id, amp=amp, total_timesteps=steps)
+    args = dataclasses.replace(args, eval_freq=0, checkpoint_freq=0, device="cpu", compile=False)
     games, agent = sppo_atari.AtariGames, sppo_atari.Agent
     with (
         tempfile.TemporaryDirectory() as runs_dir,
