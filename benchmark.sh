@@ -414,7 +414,7 @@ show() { # the live line, or in a log one line whenever a run has ended
 stop() { # runs save a checkpoint at the first signal, and end at once at a second
     stopping=yes
     for pid in "${pids[@]}"; do kill -TERM "$pid" 2>/dev/null || true; done
-    say "stopping: ${#pids[@]} runs are saving their checkpoints; interrupt again to kill them"
+    say "stopping ${#pids[@]} processes: training runs save a checkpoint first; interrupt again to kill them"
 }
 run() { # SLOTS THREADS INDEX...: that many at a time, until nothing is left to do
     local slots=$1 slot status i ended
