@@ -1069,6 +1069,28 @@ def difference_table(differences: DataFrame) -> str:
     return markdown([*header, "95 % interval", "p (Welch)", "95 % interval by seed"], rows)
 
 
+def chance_text(tested: DataFrame) -> str:
+    """How many differences have p < 0.05, and which remain significant after correction for
+    multiple comparisons (Benjamini and Hochberg 1995)."""
+    significant = tested["p"] < 0.05
+    corrected = stats.false_discovery_control(tested["p"])
+    remaining = tested[corrected < 0.05]
+    text = (
+        f"Of all {len(tested)} differences between two methods (differences.csv) "
+        f"{significant.sum()} have p < 0.05; chance alone would give about "
+        f"{0.05 * len(tested):.0f}. After correction for multiple comparisons (Benjamini and "
+        f"Hochberg, 5 %) there remain {len(remaining)}"
+    )
+    names = []
+    for _, row in remaining.iterrows():
+        quantity = QUANTITIES.get(row["quantity"], row["quantity"])
+        task = f"{row['env_id']}, {row['condition']}, {quantity}"
+        names.append(f"{row['method']} minus {row['minus']} ({task})")
+    if 0 < len(names) <= 30:  # more are hard to read
+        text += ": " + "; ".join(names)
+    return text + "."
+
+
 def interval_text(low: float, high: float) -> str:
     """Both ends, with two digits of the interval's length, or of its ends if they are equal; empty
     for nan."""
@@ -1418,6 +1440,9 @@ def write_section(
         shown = compared[~compared["quantity"].isin(logged)]
         if len(shown):
             page += ["### Differences", difference_table(shown)]
+            tested = differences[~differences["quantity"].isin(logged)].dropna(subset=["p"])
+            if len(tested):
+                page.append(chance_text(tested))
     if len(aggregates):
         page += ["### Over all tasks", aggregate_table(aggregates)]
         page.append(draw_aggregates(aggregates, out, f"aggregates-{kind}-{family}"))

@@ -241,6 +241,23 @@ def test_paired_differences_by_seed(grid):
     assert shown[4:] == ["13.3 ± 14.8", "-37 to 64", "0.441", "-23 to 49"]
 
 
+def test_significant_differences_are_corrected_for_their_number(grid):
+    """By Benjamini and Hochberg's rule: of m sorted p-values, those up to the largest that is at
+    most 5 % times its rank / m."""
+    p = [0.001, 0.012, 0.03, 0.035, 0.2, 0.9]
+    tested = pd.read_csv(grid / "report" / "differences.csv").iloc[: len(p)].assign(p=p[::-1])
+    ranks = range(1, len(p) + 1)
+    last = max(rank for rank in ranks if p[rank - 1] <= 0.05 * rank / len(p))
+    assert last == 2  # the plain rule would have four
+    text = report.chance_text(tested)
+    assert "Of all 6 differences" in text and " 4 have p < 0.05" in text
+    assert " about 0. " in text and "there remain 2: " in text
+    for _, row in tested.iloc[-last:].iterrows():
+        assert f"{row['method']} minus {row['minus']} ({row['env_id']}, " in text
+    assert text.count(" minus ") == last
+    assert "Of all 12 differences" in (grid / "report" / "report.md").read_text()
+
+
 def test_corrected_rewards_are_compared_with_all_others(tmp_path):
     """Whether their names come before or after in the alphabet."""
     rows = {"dppo": {}, "corrected": {"correct_flips": True}, "norm": {"max_grad_norm": 0.1}}
