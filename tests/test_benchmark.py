@@ -33,7 +33,6 @@ STEPS = 16384
 KILLED, BROKEN = (
     f"InvertedDoublePendulum-v4__{row}__10000" for row in ("dppo__none", "sppo__normal")
 )
-ONE_WORKER = pytest.mark.xdist_group("history")  # so that the runs of `history` run only once
 
 
 def benchmark(*arguments, env=ENVIRON, **options):
@@ -363,7 +362,6 @@ def history(tmp_path_factory):
     return dict(locals())
 
 
-@ONE_WORKER
 @pytest.mark.slow
 def test_a_killed_run_is_reported_and_does_not_stop_the_others(history):
     assert history["first"].returncode == 1
@@ -372,7 +370,6 @@ def test_a_killed_run_is_reported_and_does_not_stop_the_others(history):
     assert len(history["before"]) == 7 and KILLED not in history["before"]
 
 
-@ONE_WORKER
 @pytest.mark.slow
 def test_started_again_every_run_finishes_once_and_the_others_are_untouched(history):
     assert history["second"].returncode == 0, history["second"].stderr
@@ -391,14 +388,12 @@ def test_started_again_every_run_finishes_once_and_the_others_are_untouched(hist
         assert json.loads((runs / name / "summary.json").read_text())["resume"] is None
 
 
-@ONE_WORKER
 @pytest.mark.slow
 def test_a_finished_benchmark_has_nothing_to_do(history):
     assert history["third"].returncode == 0 and "8 of 8 done" in history["third"].stderr
     assert summaries(history["runs"]) == history["after"]
 
 
-@ONE_WORKER
 @pytest.mark.slow
 def test_a_second_start_in_the_same_folder_refuses(history):
     for result in history["meanwhile"]:
@@ -407,7 +402,6 @@ def test_a_second_start_in_the_same_folder_refuses(history):
         assert re.fullmatch(message, result.stderr)
 
 
-@ONE_WORKER
 @pytest.mark.slow
 def test_a_run_killed_before_its_first_checkpoint_begins_anew(history):
     assert [
@@ -415,7 +409,6 @@ def test_a_run_killed_before_its_first_checkpoint_begins_anew(history):
     ] == [BROKEN.split(".")[0]]
 
 
-@ONE_WORKER
 @pytest.mark.slow
 def test_runs_of_other_settings_are_not_taken_for_finished(history):
     result = benchmark(*TINY, 4096, "--runs-dir", history["runs"])
@@ -424,14 +417,12 @@ def test_runs_of_other_settings_are_not_taken_for_finished(history):
     assert summaries(history["runs"]) == history["after"]
 
 
-@ONE_WORKER
 @pytest.mark.slow
 def test_another_device_is_not_another_setting(history):
     result = benchmark(*TINY, STEPS, "--runs-dir", history["runs"], "--device", "cpu")
     assert result.returncode == 0 and "8 of 8 done" in result.stderr
 
 
-@ONE_WORKER
 @pytest.mark.slow
 def test_an_interrupted_run_is_not_continued_on_another_device(history):
     """Its checkpoint knows the device, and `--resume` takes no other flag."""
@@ -457,7 +448,6 @@ def repaired(history, tmp_path_factory):
     return dict(locals())
 
 
-@ONE_WORKER
 @pytest.mark.slow
 def test_a_damaged_summary_is_no_finished_run(repaired, history):
     """With a checkpoint the run is resumed, without it is begun anew."""
@@ -476,7 +466,6 @@ def test_a_damaged_summary_is_no_finished_run(repaired, history):
     }
 
 
-@ONE_WORKER
 @pytest.mark.slow
 def test_a_damaged_checkpoint_is_reported_in_the_words_of_the_script(repaired):
     runs, lost, result = repaired["runs"], repaired["lost"], repaired["result"]
@@ -749,7 +738,6 @@ PartitionName=main Nodes=ALL Default=YES State=UP
     not (shutil.which("slurmctld") and shutil.which("slurmd")),
     reason="no Slurm here: apt install slurm-wlm",
 )
-@ONE_WORKER
 @pytest.mark.slow
 def test_slurm_runs_what_is_not_finished(history, tmp_path):
     """A Slurm of one node, whose arrays are too short for all runs at once."""
