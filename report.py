@@ -1074,12 +1074,12 @@ def chance_text(tested: DataFrame) -> str:
     multiple comparisons (Benjamini and Hochberg 1995)."""
     significant = tested["p"] < 0.05
     corrected = stats.false_discovery_control(tested["p"])
-    remaining = tested[corrected < 0.05]
+    remaining = tested[corrected <= 0.05]
     text = (
-        f"Of all {len(tested)} differences between two methods (differences.csv) "
-        f"{significant.sum()} have p < 0.05; chance alone would give about "
-        f"{0.05 * len(tested):.0f}. After correction for multiple comparisons (Benjamini and "
-        f"Hochberg, 5 %) there remain {len(remaining)}"
+        f"All pairs of methods were compared in each measure (logged quantities left out): "
+        f"{len(tested)} differences, of which {significant.sum()} have p < 0.05; chance alone "
+        f"would give {0.05 * len(tested):.1f}. After correction for multiple comparisons "
+        f"(Benjamini and Hochberg, 5 %) {len(remaining)} are significant"
     )
     names = []
     for _, row in remaining.iterrows():
