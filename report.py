@@ -1079,7 +1079,7 @@ def chance_text(tested: DataFrame) -> str:
         f"All pairs of methods were compared in each measure (logged quantities left out): "
         f"{len(tested)} differences, of which {significant.sum()} have p < 0.05; chance alone "
         f"would give {0.05 * len(tested):.1f}. After correction for multiple comparisons "
-        f"(Benjamini and Hochberg, 5 %) {len(remaining)} are significant"
+        f"(Benjamini and Hochberg, 5 %), significant: {len(remaining)}"
     )
     names = []
     for _, row in remaining.iterrows():

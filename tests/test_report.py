@@ -251,7 +251,7 @@ def test_significant_differences_are_corrected_for_their_number(grid):
     assert last == 2  # the plain rule would have four
     text = report.chance_text(tested)
     assert ": 6 differences, of which 4 have p < 0.05; chance alone would give 0.3. " in text
-    assert " 2 are significant: " in text
+    assert "5 %), significant: 2: " in text
     for _, row in tested.iloc[-last:].iterrows():
         assert f"{row['method']} minus {row['minus']} ({row['env_id']}, " in text
     assert text.count(" minus ") == last
