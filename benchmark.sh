@@ -384,6 +384,7 @@ move_away() { # PATH NAME
     mkdir -p "$runs/logs/broken"
     mv "$1" "$runs/logs/broken/$2.$(date +%s)"
 }
+said() { grep -E '^(│ )?[[:alpha:]]' "$runs/logs/$1.log" | grep -v helptext | tail -n 1; } # NAME: its last words, also in tyro's box
 start() { # SLOT INDEX GPU
     local name=${names[$2]} command=${commands[$2]} folder=$runs/${names[$2]}
     echo "$command" >"$runs/logs/$name.sh"
@@ -430,13 +431,15 @@ run() { # SLOTS THREADS INDEX...: that many at a time, until nothing is left to 
                     finished=$((finished + 1))
                 elif [[ ! $stopping ]]; then
                     failed+=("${running[slot]}: $( ((status > 128)) && echo "killed by signal $((status - 128))" ||
-                        echo "exit status $status, $(tail -n 1 "$runs/logs/${running[slot]}.log")")")
+                        echo "exit status $status, $(said "${running[slot]}")")")
+                    # A script that refuses its flags makes no folder; the other runs have the same flags
+                    ((status != 2)) || [[ -d $runs/${running[slot]} ]] || refused=yes
                 fi
                 unset "pids[slot]" "running[slot]"
                 ended=yes
             fi
             while (($#)) && is_done "${names[$1]}"; do shift; done
-            if [[ ! ${pids[slot]:-} && ! $stopping ]] && (($#)); then
+            if [[ ! ${pids[slot]:-} && ! $stopping$refused ]] && (($#)); then
                 i=$1
                 shift # first, since a signal may come at any time
                 start "$slot" "$i" "${here[slot % (${#here[@]} ? ${#here[@]} : 1)]:-}"
@@ -447,7 +450,7 @@ run() { # SLOTS THREADS INDEX...: that many at a time, until nothing is left to 
         sleep 0.5 || true
     done
 }
-pids=() running=() failed=() here=() finished=0 stopping='' before=0 began=$SECONDS
+pids=() running=() failed=() here=() finished=0 stopping='' refused='' before=0 began=$SECONDS
 for name in "${names[@]}"; do
     percent "$name"
     before=$((before + share)) finished=$((finished + share / 100))
@@ -462,5 +465,6 @@ show end
 [[ ! -t 2 ]] || say ''
 for what in "${failed[@]}"; do say "failed: $what ($runs/logs/${what%%:*}.log)"; done
 [[ ! $stopping ]] || { say "stopped; run the same command to continue"; exit 130; }
+[[ ! $refused ]] || say "wrong input, so nothing more was started; correct it, and run the command again"
 ((${#failed[@]} == 0)) || exit 1
 if [[ $suite = speed ]]; then cat "$runs"/*/speed.md; else say "all done; tables and figures: python report.py $runs"; fi

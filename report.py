@@ -129,7 +129,7 @@ NUMBERS = [
     "wall_s",
 ]
 EVALUATION = ["step", "return_mean", "return_std", "length_mean", "episodes"]
-AGAIN = "delete the run's folder and run it again"
+AGAIN = "delete the run's summary.json and --resume it, or delete its folder and run it again"
 
 TASK = ["kind", "family", "condition", "env_id"]  # cells of one row of a table
 LABELS = ["base", "noise", "level", "order", "symmetric", "compared", "alpha_k"]
@@ -1368,6 +1368,11 @@ def write_report(args: Args, out: Path) -> None:
     """Reads all runs and writes report.md, CSV files and figures into `out`. Raises Refusal."""
     np.random.seed(0)  # rliable ignores its random_state and uses NumPy's global generator
     finished, unfinished = read_runs(list(args.runs), args.logged)
+    logged = set().union(*finished["logged"])
+    for tag in args.logged:
+        # Those of the default are not in every script's runs
+        if tag not in logged and tag not in Args.logged:
+            raise Refusal(f"--logged {tag}: no finished run logged it; TensorBoard lists the names")
     if args.keep:
         keep_runs(finished, args.keep)
     runs = label_methods(finished)

@@ -1555,7 +1555,7 @@ def saved_args(folder: Path, **given) -> Args:
     with usable(path):
         saved = json.loads(path.read_text())["args"]
         names = {field.name for field in fields(Args)}
-        require(saved.keys() == names, "a run of another script")
+        require(saved.keys() == names, "a run of another script, or of another version of it")
         for field in fields(Args):
             if isinstance(saved[field.name], list):
                 saved[field.name] = tuple(saved[field.name])

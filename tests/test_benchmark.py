@@ -477,6 +477,25 @@ def test_a_damaged_checkpoint_is_reported_in_the_words_of_the_script(repaired):
 
 
 @pytest.mark.parametrize(
+    "flags, said",
+    [
+        (["--learning-rate", "-1"], "error: --learning-rate -1.0: must be between"),
+        (["--no-such-flag", "3"], "Unrecognized options: --no-such-flag, 3"),
+        (["--num-envs", "many"], "Error parsing --num-envs: invalid literal for int()"),
+    ],
+)
+def test_the_first_refused_flag_ends_it(flags, said, tmp_path):
+    """And says why. Nothing is left that a second start would take for a run."""
+    arguments = ["quick", "--envs", "Pendulum-v1", "--seeds", 1, "--jobs", 1]
+    result = benchmark(*arguments, "--runs-dir", tmp_path / "runs", "--", *flags)
+    assert result.returncode == 1 and "0 of 16 done, 0 running, 1 failed" in result.stderr
+    (failed,) = re.findall("failed: (.*)", result.stderr)
+    assert failed.startswith("Pendulum-v1__a2c__none__10000: exit status 2, ") and said in failed
+    assert "wrong input, so nothing more was started" in result.stderr
+    assert [path.name for path in (tmp_path / "runs").iterdir()] == ["logs"]
+
+
+@pytest.mark.parametrize(
     "summary, done",
     [
         ('{"sps": 1.0, "finished": true}', True),

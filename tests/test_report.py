@@ -582,6 +582,17 @@ def test_a_report_replaces_no_runs(grid, tmp_path):
     assert len(list((out / "kept").glob("*/summary.json"))) == 18
 
 
+def test_a_logged_quantity_that_no_run_has_is_refused(tmp_path):
+    """But not those of the default, which A2C's runs do not have."""
+    make_run(tmp_path / "runs", "a", "sa2c_continuous", 1.0, logged={"losses/entropy": (1.0, 2.0)})
+    arguments = {"runs": (tmp_path / "runs",), "reps": 50}
+    report.main(report.Args(**arguments, out=tmp_path / "default"))
+    misspelt = report.Args(**arguments, out=tmp_path / "misspelt", logged=("losses/entrpy",))
+    with pytest.raises(report.Refusal, match="--logged losses/entrpy: no finished run logged it"):
+        report.main(misspelt)
+    assert not (tmp_path / "misspelt").exists()
+
+
 def test_any_logged_quantity(tmp_path):
     for seed, values in enumerate(((0.1, 0.2), (0.3, 0.4))):
         logged = {"losses/advantage_sign_flips": values, "losses/entropy": (1.0, 2.0)}
