@@ -346,21 +346,29 @@ for i in "${!names[@]}"; do # the command of a run is beside its log; where a fi
     fi
 done
 
-# Slurm: job arrays of the largest size allowed; each job is this script with --only
+# Slurm: job arrays of the largest size allowed, those for GPUs apart; each job is this script with --only
+submit() { # GPUS THREADS NAME...
+    local resources=(--ntasks=1 --cpus-per-task="$2") threads=$2 first list
+    (($1 == 0)) || resources+=(--gpus-per-task="$1")
+    shift 2
+    for ((first = 1; first <= $#; first += array_size)); do
+        list=$(mktemp "$runs/logs/slurm-XXXXXX")
+        printf '%s\n' "${@:first:array_size}" >"$list"
+        sbatch --job-name="$suite" --array="1-$(wc -l <"$list")${jobs:+%$jobs}" --requeue "${resources[@]}" \
+            --signal=B:TERM@120 --open-mode=append --output="$runs/logs/slurm-%A_%a.log" --wrap "exec env \
+            OMP_NUM_THREADS=$threads ./benchmark.sh $suite --only \$(sed -n \${SLURM_ARRAY_TASK_ID}p $list) ${arguments[*]}"
+    done
+}
 if [[ $slurm ]]; then
     command -v sbatch >/dev/null || die "--slurm: no sbatch here"
-    todo=()
-    for name in "${names[@]}"; do is_done "$name" || todo+=("$name"); done
-    size=$(scontrol show config | awk '$1 == "MaxArraySize" { print $3 - 1 }')
-    resources=(--cpus-per-task="${OMP_NUM_THREADS:=1}")
-    if on_gpu "${commands[@]}"; then OMP_NUM_THREADS=4 resources=(--gpus-per-task=1 --cpus-per-task=4); fi
-    for ((first = 0; first < ${#todo[@]}; first += size)); do
-        list=$(mktemp "$runs/logs/slurm-XXXXXX")
-        printf '%s\n' "${todo[@]:first:size}" >"$list"
-        sbatch --job-name="$suite" --array="1-$(wc -l <"$list")${jobs:+%$jobs}" --requeue --ntasks=1 "${resources[@]}" \
-            --signal=B:TERM@120 --open-mode=append --output="$runs/logs/slurm-%A_%a.log" --wrap "exec env \
-            OMP_NUM_THREADS=$OMP_NUM_THREADS ./benchmark.sh $suite --only \$(sed -n \${SLURM_ARRAY_TASK_ID}p $list) ${arguments[*]}"
+    array_size=$(scontrol show config | awk '$1 == "MaxArraySize" { print $3 - 1 }')
+    for_cpu=() for_gpu=()
+    for i in "${!names[@]}"; do
+        if is_done "${names[i]}"; then continue; fi
+        if on_gpu "${commands[i]}"; then for_gpu+=("${names[i]}"); else for_cpu+=("${names[i]}"); fi
     done
+    submit 0 "${OMP_NUM_THREADS:-1}" "${for_cpu[@]}"
+    submit 1 4 "${for_gpu[@]}"
     exit
 fi
 

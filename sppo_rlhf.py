@@ -275,8 +275,9 @@ class ActorCritic(nn.Module):
             config=config,
             dtype=dtype if self.lora else torch.float32,
             quantization_config=quantization,
-            # on a CPU in bfloat16, updates are faster without fused attention
-            attn_implementation="eager" if device.type == "cpu" else None,
+            # Fused kernels may return NaN for padding on the left, which attends to nothing, and
+            # on a CPU, in bfloat16, they make updates slower
+            attn_implementation="eager",
         )
         self.policy = load_model()
         if self.lora:

@@ -727,6 +727,27 @@ def test_a_job_of_slurm_is_the_same_run_with_the_same_flags(stub, tmp_path):
     assert " ".join(flags) in listed[2]
 
 
+def test_slurm_gives_gpus_to_those_runs_that_can_use_one(stub, tmp_path):
+    """Two arrays: games with a GPU each, continuous control without."""
+    submitted = tmp_path / "submitted"
+    for name, text in (
+        ("sbatch", f'#!/bin/sh\necho "$@" | head -n 1 >>{submitted}\n'),
+        ("scontrol", "#!/bin/sh\necho MaxArraySize = 1001\n"),
+    ):
+        (tmp_path / "bin" / name).write_text(text)
+        (tmp_path / "bin" / name).chmod(0o755)
+    arguments = ["noise", "--envs", "Hopper-v4", "Breakout", "--seeds", 1]
+    result = benchmark(*arguments, "--runs-dir", tmp_path / "runs", "--slurm", env=stub)
+    assert result.returncode == 0, result.stderr
+    for_cpu, for_gpu = submitted.read_text().splitlines()
+    assert "--cpus-per-task=1 " in for_cpu and "--gpus-per-task" not in for_cpu
+    assert "--cpus-per-task=4 --gpus-per-task=1 " in for_gpu
+    listed = commands(*arguments)
+    for line, script in ((for_cpu, "continuous"), (for_gpu, "atari")):
+        number = sum(script in command[1] for command in listed)
+        assert f" --array=1-{number} " in line and number > 0
+
+
 def slurm_conf(folder: Path) -> str:
     user, host = os.popen("id -un").read().strip(), os.popen("hostname -s").read().strip()
     for name in ("state", "spool"):
