@@ -869,6 +869,7 @@ def test_a_run_killed_before_its_first_checkpoint_logs_its_beginning_once(
         with pytest.raises(ZeroDivisionError):
             run()
     folder = tmp_path / "a" / "run"
+    time.sleep(1)  # TensorBoard sorts its files by the second, and then by a number, as a text
     resume(folder)
     events = EventAccumulator(str(folder)).Reload()
     assert [event.step for event in events.Scalars("eval/return_mean")] == [0, 16, 32]
