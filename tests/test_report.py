@@ -258,6 +258,19 @@ def test_significant_differences_are_corrected_for_their_number(grid):
     assert ": 12 differences, " in (grid / "report" / "report.md").read_text()
 
 
+def test_logged_quantities_are_not_counted_among_the_differences(tmp_path):
+    """Two methods are compared in two measures; their entropies, too, but these do not count."""
+    for beta in (0.0, 20.0):
+        for seed in range(3):
+            flags = {"logged": {"losses/entropy": (beta, 1.0 + beta)}, "beta": beta}
+            name, score = f"{beta}-{seed}", beta + seed
+            make_run(tmp_path / "runs", name, "sppo_continuous", score, seed, **flags)
+    out = tmp_path / "report"
+    report.main(report.Args((tmp_path / "runs",), out=out, reps=50, logged=("losses/entropy",)))
+    assert "losses/entropy" in set(pd.read_csv(out / "differences.csv")["quantity"])
+    assert ": 2 differences, " in (out / "report.md").read_text()
+
+
 def test_corrected_rewards_are_compared_with_all_others(tmp_path):
     """Whether their names come before or after in the alphabet."""
     rows = {"dppo": {}, "corrected": {"correct_flips": True}, "norm": {"max_grad_norm": 0.1}}
