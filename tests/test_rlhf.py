@@ -190,6 +190,21 @@ def test_padding_changes_nothing(models, name, lora_r):
         torch.testing.assert_close(log_prob, expected, atol=1e-5, rtol=0)
 
 
+@pytest.mark.parametrize("lora_r", [0, 2])
+def test_no_fused_attention_kernel_runs(models, monkeypatch, lora_r):
+    """They may return NaN for padding on the left."""
+
+    def fused(*args, **kwargs):
+        raise AssertionError("fused attention")
+
+    monkeypatch.setattr(torch.nn.functional, "scaled_dot_product_attention", fused)
+    actor = actor_critic(models["gpt2"], lora_r=lora_r)
+    ids, mask, _ = ragged()
+    actor.value(ids, mask, 5)
+    actor.policy_log_prob(ids, mask, 5)
+    actor.reference_log_prob(ids, mask, 5)
+
+
 @pytest.mark.parametrize("top_k", [0, 1, 5])
 def test_a_rollout_samples_each_token_from_the_likeliest_k(models, top_k):
     """Against a slow loop on one text at a time, without a cache."""
