@@ -28,7 +28,7 @@ options
   --dry-run          print the commands, and run nothing
   --only NAME        only the run of this name
   --slurm            submit the runs as a Slurm job array (SBATCH_PARTITION, SBATCH_TIMELIMIT ... are sbatch's own)
-  -- FLAGS           flags for the scripts; they override those of every run, for example: -- --learning-rate 0.001
+  -- FLAGS           flags for every run, for example: -- --learning-rate 0.001; not those in which rows differ
 
 Rerun it to continue: finished runs are skipped, interrupted ones resumed. Ctrl-C saves all of them first. On
 CPUs each run gets one thread, unless OMP_NUM_THREADS says otherwise. Then: python report.py runs/SUITE
@@ -102,7 +102,12 @@ kind_of() { # of script, by the name of environment, game or task
 add() { # SCRIPT ENVIRONMENT ROW NOISE[:LEVEL] SEED FLAG...: a run
     local script=$1 env=$2 row=$3 noise=$4 seed=$5 total=$steps
     shift 5
-    local name=${env}__${row}__${noise/:/-}__$seed which=(--env-id "$env") flags=("$@")
+    local name=${env}__${row}__${noise/:/-}__$seed which=(--env-id "$env") flags=("$@") word
+    for word in "${extra[@]%%=*}"; do # the same flag for all rows would make them alike, under different names
+        word=${word//_/-}
+        [[ $word != --* || " --alpha --beta ${*/#--no-/--} " != *" ${word/#--no-/--} "* ]] ||
+            die "-- $word: rows differ in it; change the rows, in benchmark.sh"
+    done
     case $env in toy | imdb | tldr) which=(--task "$env") ;; esac
     case $noise in *:*) flags+=(--noise "${noise%:*}" --noise-level "${noise#*:}") ;; none) ;; *) flags+=(--noise "$noise") ;; esac
     if [[ ! $total ]]; then

@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The symmetric-rl-loss authors
+# SPDX-License-Identifier: MIT
 # /// script
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.11", "gymnasium[mujoco,box2d]>=1.2.3", "mujoco>=3.1.6", "numpy>=2.0",
@@ -75,7 +77,7 @@ class Args:
     run_name: str | None = None  # default: environment, algorithm, noise, seed and time
     resume: str | None = None  # folder of an interrupted run to continue; takes no other flag
     evaluate: str | None = None  # folder of a run to evaluate, without training it
-    checkpoint_freq: int | None = None  # steps per checkpoint; default: run / 20; 0: at the end
+    checkpoint_freq: int | None = None  # steps per checkpoint; default: total / 20; 0: at the end
     log_freq: int = 1000  # steps between entries in the log
     track: bool = False  # log to Weights & Biases as well (pip install wandb)
 
@@ -109,7 +111,7 @@ class Args:
     correct_flips: bool = False  # make flipped rewards unbiased, given the noise level
 
     # Evaluation
-    eval_freq: int | None = None  # steps between evaluations; default: run / 20; 0: at the end
+    eval_freq: int | None = None  # steps between evaluations; default: total / 20; 0: at the end
     eval_episodes: int = 10  # episodes per evaluation: greedy actions, raw rewards without noise
     eval_max_steps: int = 100_000  # steps after which an evaluation episode is truncated
     capture_video: bool = False  # record the first episode of each evaluation (pip install moviepy)
@@ -308,7 +310,7 @@ class Agent(nn.Module):
     def value(self, obs):
         return self.critic(obs).squeeze(-1)
 
-    def exploration_noise(self, shape, generator):
+    def sampling_noise(self, shape, generator):
         """Noise for `act`, an array (*shape, action_dim) or (*shape, action_dim, bins)."""
         noise = torch.empty(*shape, *self.output_shape)
         if self.gaussian:
@@ -514,6 +516,7 @@ def train(args: Args, stop: threading.Event) -> dict | None:
                 }
                 evaluations.append(evaluation)
                 save_progress(args.run_dir / "progress.csv", evaluations)
+                tqdm.write(f"step {global_step:,}: return {scores.mean():.1f}")
                 writer.add_scalar("eval/return_mean", evaluation["return_mean"], global_step)
         checkpoint_due = global_step > first_step and due(args.checkpoint_freq, global_step, T * N)
         if finished or stopping or checkpoint_due:
@@ -536,13 +539,14 @@ def train(args: Args, stop: threading.Event) -> dict | None:
 
         # Rollout
         iteration_started = time.perf_counter()
-        # Checkpoints hold no simulator state. Not before the loop, since `reset` updates the
-        # statistics of observations, which an evaluation that is still due needs as they were saved
+        # Checkpoints hold no simulator state, so a resumed run begins new episodes. `reset` is here
+        # and not before the loop because it updates the statistics of observations, and an
+        # evaluation that is still due needs them as they were saved
         if global_step == first_step:
             obs[T] = envs.reset(args.seed + global_step)
         obs[0] = obs[T]
         act = agent.numpy_actor()
-        action_noise = agent.exploration_noise((T, N), generator)
+        action_noise = agent.sampling_noise((T, N), generator)
         for t in range(T):
             action[t] = act(obs[t], action_noise[t])
             transition = envs.step(agent.to_env(action[t]))
@@ -696,7 +700,7 @@ class CheckedEnv(gym.Wrapper):
 
 def numpy_mlp(network):
     """A network from `mlp` as a function of NumPy arrays, which takes a third of PyTorch's time for
-    a single observation. On a CPU it shares the network's weights, so that updates reach it."""
+    a single observation."""
     layers = []
     for layer in network:
         layers.append((layer, [p.detach().cpu().numpy() for p in layer.parameters()]))
@@ -746,8 +750,8 @@ def compiled(agent, args, obs, action):
         gradient_fn(agent, args, b_obs, b_action, *torch.zeros(2, n, device=device))
         return gradient_fn
     except Exception as error:  # any exception is possible here
-        warning = f"torch.compile failed, continuing with --no-compile: {error!r}"
-        print(warning[:300], file=sys.stderr)
+        warning = f"torch.compile failed, continuing with --no-compile: {error!r:.200}"
+        tqdm.write(warning, file=sys.stderr)
         return gradient_and_metrics
 
 
@@ -1008,8 +1012,8 @@ def make_run_dir(args: Args) -> None:
 
 
 def fail(message, status):
-    line = " ".join(str(message).splitlines())
-    print(f"error: {line}", file=sys.stderr)
+    # print would write into the progress bar, which is still there
+    tqdm.write(" ".join(f"error: {message}".splitlines()), file=sys.stderr)
     sys.exit(status)
 
 
@@ -1043,7 +1047,7 @@ def main() -> None:
     except UsageError as error:
         fail(error, 2)
     except (RunError, OSError, torch.OutOfMemoryError) as error:
-        fail(f"{error}; to continue: {resume}", 1)
+        fail(f"{error}; to continue from the last checkpoint: {resume}", 1)
     if summary is None:
         print(f"interrupted; to continue: {resume}", file=sys.stderr)
         sys.exit(130)

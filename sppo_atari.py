@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The symmetric-rl-loss authors
+# SPDX-License-Identifier: MIT
 # /// script
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.11", "gymnasium[mujoco,box2d]>=1.2.3", "ale-py>=0.11.1", "numpy>=2.0",
@@ -67,7 +69,7 @@ from typeguard import check_type
 @dataclass
 class Args:
     # Run
-    env_id: str = "Breakout"  # a game: Breakout, BreakoutNoFrameskip-v4, ALE/Breakout-v5, breakout
+    env_id: str = "Breakout"  # a game; ALE/Breakout-v5 is the same, without v5's sticky actions
     total_timesteps: int = 5_000_000  # steps (4 frames each) summed over games, in whole rollouts
     seed: int = 1  # of all random numbers (the authors' runs: 10000, 10001, ...)
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU, where there is one
@@ -77,12 +79,12 @@ class Args:
     run_name: str | None = None  # default: game, algorithm, noise, seed and time
     resume: str | None = None  # folder of an interrupted run to continue; takes no other flag
     evaluate: str | None = None  # folder of a run to evaluate, without training it
-    checkpoint_freq: int | None = None  # steps per checkpoint; default: run / 20; 0: at the end
+    checkpoint_freq: int | None = None  # steps per checkpoint; default: total / 20; 0: at the end
     log_freq: int = 1000  # steps between entries in the log
     track: bool = False  # log to Weights & Biases as well (pip install wandb)
 
     # Algorithm
-    repeat_action_probability: float = 0.0  # sticky actions: probability of a repeat
+    repeat_action_probability: float = 0.0  # sticky actions: probability of a repeat; v5: 0.25
     num_envs: int = 8  # games played in parallel
     num_steps: int = 128  # steps of each game per rollout
     num_minibatches: int = 4  # minibatches per epoch
@@ -110,7 +112,7 @@ class Args:
     correct_flips: bool = False  # make flipped rewards unbiased, given the noise level
 
     # Evaluation
-    eval_freq: int | None = None  # steps between evaluations; default: run / 20; 0: at the end
+    eval_freq: int | None = None  # steps between evaluations; default: total / 20; 0: at the end
     eval_episodes: int = 10  # games per evaluation: sampled actions, raw scores without noise
     capture_video: bool = False  # record the first game of each evaluation (pip install moviepy)
 
@@ -501,6 +503,7 @@ def train(args: Args, stop: threading.Event) -> dict | None:
                 }
                 evaluations.append(evaluation)
                 save_progress(args.run_dir / "progress.csv", evaluations)
+                tqdm.write(f"step {global_step:,}: return {scores.mean():.1f}")
                 writer.add_scalar("eval/return_mean", evaluation["return_mean"], global_step)
         checkpoint_due = global_step > first_step and due(args.checkpoint_freq, global_step, T * N)
         if finished or stopping or checkpoint_due:
@@ -696,8 +699,8 @@ def compiled(agent, args, obs):
             gradient_fn(agent, args, clip_coef, mb_obs, mb_action, *zeros)
         return agent_fn, gradient_fn
     except Exception as error:  # any exception is possible here
-        warning = f"torch.compile failed, continuing with --no-compile: {error!r}"
-        print(warning[:300], file=sys.stderr)
+        warning = f"torch.compile failed, continuing with --no-compile: {error!r:.200}"
+        tqdm.write(warning, file=sys.stderr)
         return agent, gradient_and_metrics
 
 
@@ -971,8 +974,8 @@ def make_run_dir(args: Args) -> None:
 
 
 def fail(message, status):
-    line = " ".join(str(message).splitlines())
-    print(f"error: {line}", file=sys.stderr)
+    # print would write into the progress bar, which is still there
+    tqdm.write(" ".join(f"error: {message}".splitlines()), file=sys.stderr)
     sys.exit(status)
 
 
@@ -1006,7 +1009,7 @@ def main() -> None:
     except UsageError as error:
         fail(error, 2)
     except (RunError, OSError, torch.OutOfMemoryError) as error:
-        fail(f"{error}; to continue: {resume}", 1)
+        fail(f"{error}; to continue from the last checkpoint: {resume}", 1)
     if summary is None:
         print(f"interrupted; to continue: {resume}", file=sys.stderr)
         sys.exit(130)

@@ -1,3 +1,5 @@
+# SPDX-FileCopyrightText: 2026 The symmetric-rl-loss authors
+# SPDX-License-Identifier: MIT
 # /// script
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.11", "transformers>=5.0", "datasets>=4.0", "accelerate>=1.10",
@@ -96,17 +98,17 @@ class Args:
     run_name: str | None = None  # folder of this run; default: task, algorithm, noise, seed, time
     resume: str | None = None  # folder of an interrupted run to continue; takes no other flag
     evaluate: str | None = None  # folder of a run to evaluate, without training it
-    checkpoint_freq: int | None = None  # texts between checkpoints; default: run / 10; 0: at end
+    checkpoint_freq: int | None = None  # texts between checkpoints; default: total / 10; 0: at end
     track: bool = False  # log to Weights & Biases as well (pip install wandb)
 
     # Models and data
     policy_model: str | None = None  # folder or hub name of a causal language model
-    tokenizer: str | None = None  # folder or hub name; default: the policy's, see TOKENIZERS
+    tokenizer: str | None = None  # folder or hub name; default: the policy's (imdb, tldr: gpt2)
     reward_model: tuple[str, ...] = ()  # classifiers or LoRA adapters; or functions, FILE.py:NAME
     reward_label: int = 1  # label whose probability is the reward; unused with a single output
     reward_aggregate: Literal["mean", "min", "mean-std"] = "mean"  # over several reward models
     dataset: str | None = None  # JSONL(.gz) or hub name:split; column text (tldr: prompt, label)
-    eval_dataset: str | None = None  # held-out data; default: EVAL_DATASETS, or 10% of the dataset
+    eval_dataset: str | None = None  # held-out data; default: the task's, or 10% of --dataset
     prompt_length: int = 16  # maximum tokens of a prompt, cut left (toy, imdb: half of a text)
     response_length: int = 32  # maximum tokens of a response
     top_k: int = 0  # sample among the k most likely tokens; 0: among all
@@ -144,7 +146,7 @@ class Args:
     correct_flips: bool = False  # make flipped rewards unbiased, given the noise level
 
     # Evaluation
-    eval_freq: int | None = None  # texts between evaluations; default: run / 10; 0: first and last
+    eval_freq: int | None = None  # texts per evaluation; default: total / 10; 0: first and last
     eval_episodes: int = 128  # held-out prompts in an evaluation; rewards are clean
     eval_greedy: bool = False  # greedy decoding in evaluations; else sampled as in training
     eval_reward_model: tuple[str, ...] = ()  # held-out reward models, never trained against
@@ -900,8 +902,8 @@ def train(args: Args, stop: threading.Event, setup: "Setup | None" = None) -> di
         if evaluation_due and not evaluated and not stopping:
             evaluate_and_log(setup, args, progress, writer)
         checkpoint_due = finished or stopping or due(args.checkpoint_freq, step, args.batch_size)
-        # At the first step only the last evaluation can be new, if the interrupted run lacked it
-        changed = step > first_step or finished and not evaluated
+        # A run resumed at its end has something new only if it lacked its last evaluation
+        changed = step > first_step or (finished and not evaluated)
         if accelerator.is_main_process and checkpoint_due and changed:
             progress.wall_seconds = time.perf_counter() - started
             save_checkpoint(setup, args, generator, rng, progress)
@@ -1007,6 +1009,7 @@ def evaluate_and_log(setup, args, progress, writer):
     if not writer:
         return
     save_progress(args.run_dir / "progress.csv", progress.evaluations)
+    tqdm.write(f"step {row['step']:,}: reward {row['return_mean']:.3f}")
     samples_jsonl = "".join(json.dumps(sample) + "\n" for sample in progress.samples)
     save(args.run_dir / "samples.jsonl", samples_jsonl)
     for name, value in row.items():
@@ -1194,6 +1197,7 @@ def load(args):
     torch.manual_seed(args.seed)  # initial weights of LoRA
     with loading(args.policy_model):
         actor_critic = ActorCritic(args, device, dtype)
+    # `float32_logits` applies the model's last layer itself, and nothing that may come after it
     ids = tokenizer.encode("It was", return_tensors="pt").to(device)
     with torch.no_grad(), actor_critic.autocast():
         output = actor_critic.policy(ids, output_hidden_states=True)
@@ -1663,8 +1667,8 @@ def make_run_dir(args: Args) -> None:
 
 
 def fail(message, status):
-    line = " ".join(str(message).splitlines())
-    print(f"error: {line}", file=sys.stderr)
+    # print would write into the progress bar, which is still there
+    tqdm.write(" ".join(f"error: {message}".splitlines()), file=sys.stderr)
     sys.exit(status)
 
 
@@ -1706,7 +1710,7 @@ def main() -> None:
     except UsageError as error:
         fail(error, 2)
     except (RunError, OSError, torch.OutOfMemoryError) as error:
-        fail(f"{error}; to continue: {resume}", 1)
+        fail(f"{error}; to continue from the last checkpoint: {resume}", 1)
     setup.accelerator.wait_for_everyone()  # the first process may still be writing
     setup.accelerator.end_training()
     if summary is None:

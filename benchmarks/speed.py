@@ -142,10 +142,10 @@ def parts_of_a_step(env_id: str) -> dict[str, float]:
     generator = torch.Generator()
     obs = envs.reset(seed=0)
     act = agent.numpy_actor()
-    noise = agent.exploration_noise((1,), generator)
+    noise = agent.sampling_noise((1,), generator)
     action = agent.to_env(act(obs, noise))
     rollout = (args.num_steps, 1)
-    draw_noise = microseconds(lambda: agent.exploration_noise(rollout, generator), calls=50)
+    draw_noise = microseconds(lambda: agent.sampling_noise(rollout, generator), calls=50)
     acting = draw_noise / args.num_steps
     acting += microseconds(lambda: agent.to_env(act(obs, noise)), calls=10_000)
     env_alone = microseconds(lambda: envs.envs[0].unwrapped.step(action[0]))
@@ -155,7 +155,7 @@ def parts_of_a_step(env_id: str) -> dict[str, float]:
     n = 64
     updates_per_step = 10 / n  # every sample is in ten minibatches of 64
     b_obs = torch.randn(n, len(obs[0]))
-    b_action = torch.from_numpy(act(b_obs.numpy(), agent.exploration_noise((n,), generator)))
+    b_action = torch.from_numpy(act(b_obs.numpy(), agent.sampling_noise((n,), generator)))
     with torch.no_grad():
         minibatch = (b_obs, b_action, agent.policy(b_obs).log_prob(b_action), *torch.randn(2, n))
     compiled = script.compiled(agent, args, obs[None], act(obs)[None])

@@ -885,7 +885,9 @@ def try_env(case, fault, evaluation):
     if fault == "endless with SIGTERM":
         check_interrupted(outcome, case.work)
     else:
-        check_failed(outcome, case.run, "Faulty-v0", r"step \d", "to continue: ")
+        check_failed(
+            outcome, case.run, "Faulty-v0", r"step \d", "to continue from the last checkpoint: "
+        )
     state = check_checkpoint(case.run)
     expect(state, "no checkpoint")
     case.done += "; continued without the fault"
@@ -946,7 +948,7 @@ def try_full_disk(case, reference, at_start):
         case.done = f"disk full after rename {n} of {reference.renames}"
         hook = at_rename(n, "after", lambda: fill(runs))
         outcome = case.call(to_argv(case.flags), hook)
-        check_failed(outcome, case.run, "to continue: ")
+        check_failed(outcome, case.run, "to continue from the last checkpoint: ")
         expect((case.run / "checkpoint.pt").exists(), "no checkpoint")
         (runs / "filler").unlink()
         case.done += "; continued with space"
@@ -960,7 +962,9 @@ def try_file_limit(case, reference):
     case.done = f"files limited to 20,000 bytes after rename {n} of {reference.renames}"
     limits = (20_000, resource.RLIM_INFINITY)
     hook = at_rename(n, "after", lambda: resource.setrlimit(resource.RLIMIT_FSIZE, limits))
-    check_failed(case.call(to_argv(case.flags), hook), case.run, "to continue: ")
+    check_failed(
+        case.call(to_argv(case.flags), hook), case.run, "to continue from the last checkpoint: "
+    )
     case.done += "; continued without a limit"
     finish(case, reference)
 
@@ -1018,7 +1022,7 @@ def try_infinite_weights(case, reference, last):
             optimizer.param_groups[0]["params"][0].data.fill_(math.inf)
 
     outcome = case.call(to_argv(case.flags), lambda: register_optimizer_step_post_hook(spoil))
-    check_failed(outcome, case.run, "not finite", "to continue: ")
+    check_failed(outcome, case.run, "not finite", "to continue from the last checkpoint: ")
     expect((case.run / "checkpoint.pt").exists(), "no checkpoint")
     case.done += "; continued"
     finish(case, reference)

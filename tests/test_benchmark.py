@@ -208,23 +208,22 @@ def test_options(tmp_path):
 
 
 def test_flags_after_two_dashes_are_those_of_every_run_and_win():
-    flags = ["--max-grad-norm", "7", "--hidden-sizes", "8", "8", "--no-norm-adv", "--z", "-2"]
+    flags = ["--eval-freq", "7", "--hidden-sizes", "8", "8", "--no-norm-adv", "--z", "-2"]
     plain = commands("quick", "--seeds", 1)
     changed = [
         shlex.split(line)
         for line in benchmark("quick", "--seeds", 1, "--dry-run", "--", *flags).stdout.splitlines()
     ][1:]
-    own = {tyro.cli(SCRIPTS[c[1]].Args, args=c[2:]).max_grad_norm for c in plain if "sppo" in c[1]}
-    assert len(own) == 2  # a row has its own, of which the flag is to win
+    assert all("--eval-freq" in command for command in plain)  # over which the flag is to win
     assert len(changed) == len(plain)
     for before, after in zip(plain, changed):
         old = vars(tyro.cli(SCRIPTS[before[1]].Args, args=before[2:]))
         if "sa2c" in after[1]:
             after = [word for word in after if word != "--no-norm-adv"]
         new = vars(tyro.cli(SCRIPTS[after[1]].Args, args=after[2:]))
-        assert new["max_grad_norm"] == 7 and new["hidden_sizes"] == (8, 8) and new["z"] == -2
+        assert new["eval_freq"] == 7 and new["hidden_sizes"] == (8, 8) and new["z"] == -2
         assert new.get("norm_adv", False) is False
-        for name in old.keys() - {"max_grad_norm", "hidden_sizes", "norm_adv", "z"}:
+        for name in old.keys() - {"eval_freq", "hidden_sizes", "norm_adv", "z"}:
             assert new[name] == old[name]
 
 
@@ -255,6 +254,11 @@ def test_flags_after_two_dashes_are_those_of_every_run_and_win():
         (["quick", "--", "--seed", "1"], "-- --seed: set by benchmark.sh"),
         (["quick", "--", "--run_name=x"], "-- --run_name=x: set by benchmark.sh"),
         (["quick", "--", "--bins", "7", "--device", "cpu"], "-- --device: set by benchmark.sh"),
+        (["continuous", "--", "--alpha", "1"], "-- --alpha: rows differ in it"),
+        (["atari", "--", "--beta=2"], "-- --beta: rows differ in it"),
+        (["quick", "--", "--vf_coef", "1"], "-- --vf-coef: rows differ in it"),
+        (["atari", "--", "--bins", "7", "--norm-adv"], "-- --norm-adv: rows differ in it"),
+        (["sweep", "--", "--update-epochs", "3"], "-- --update-epochs: rows differ in it"),
         (["speed", "--", "--bins", "7"], "speed: takes"),
         (["sweep", "--envs", "Pong"], "sweep: Pong"),
         (["noise", "--envs", "imdb"], "noise: imdb"),

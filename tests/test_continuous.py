@@ -136,11 +136,11 @@ def test_the_numpy_actor_has_the_present_weights(policy):
 @pytest.mark.parametrize("policy", ["categorical", "gaussian"])
 def test_noise_of_a_rollout_is_drawn_anew_for_each_step(policy):
     agent, _ = make_agent(policy)
-    noise = agent.exploration_noise((40, 3), torch.Generator().manual_seed(0))
+    noise = agent.sampling_noise((40, 3), torch.Generator().manual_seed(0))
     per_sample = (6,) if policy == "gaussian" else (6, 11)
     assert noise.shape == (40, 3, *per_sample)
     assert len(np.unique(noise)) == noise.size
-    again = agent.exploration_noise((40, 3), torch.Generator().manual_seed(0))
+    again = agent.sampling_noise((40, 3), torch.Generator().manual_seed(0))
     assert np.array_equal(noise, again)
 
 

@@ -339,7 +339,7 @@ def test_discrete_actions(changed, tmp_path):
     env = script.make_env("Acrobot-v1")
     agent = script.Agent(env, script.with_defaults(args))
     action = agent.numpy_actor()(
-        np.zeros((200, 6)), agent.exploration_noise((200,), torch.Generator())
+        np.zeros((200, 6)), agent.sampling_noise((200,), torch.Generator())
     )
     assert set(agent.to_env(action)) == {0, 1, 2}
     assert all(env.action_space.contains(a) for a in agent.to_env(action))

@@ -657,6 +657,13 @@ def test_evaluation_by_hand(run, toy):
     assert row["perplexity"] == pytest.approx(np.exp(-np.mean(log_probs)), rel=1e-4)
 
 
+def test_every_evaluation_is_printed(run, capsys):
+    _, folder = run()
+    printed = capsys.readouterr().out.splitlines()
+    for row, line in zip(progress(folder), printed, strict=True):
+        assert line == f"step {row['step']:,.0f}: reward {row['return_mean']:.3f}"
+
+
 def test_equal_seeds_give_equal_runs_and_others_do_not(run):
     a, b, c = (run(name=name, seed=seed)[1] for name, seed in (("a", 1), ("b", 1), ("c", 2)))
     assert torch.equal(weights(a), weights(b))
@@ -950,8 +957,11 @@ def test_a_lack_of_memory_is_one_line_and_the_run_can_continue(run, monkeypatch,
         patch.setattr(rlhf, "update", failing_update)
         rlhf.main()
     assert exit_.value.code == 1
-    message = "error: CUDA out of memory. Tried to allocate 2 GiB.; to continue: "
-    assert message in capsys.readouterr().err
+    reason, _, advice = capsys.readouterr().err.partition(
+        "; to continue from the last checkpoint: "
+    )
+    assert reason.endswith("error: CUDA out of memory. Tried to allocate 2 GiB.")
+    assert advice
     assert resume(folder)["finished"]
 
 
@@ -1039,6 +1049,7 @@ def test_a_reward_function_that_is_not_there_is_a_usage_error(run, tmp_path):
 
 def test_evaluate_repeats_the_last_evaluation(run, monkeypatch, capsys):
     _, folder = run()
+    capsys.readouterr()  # its evaluations
     before = sorted(path.name for path in folder.iterdir())
     arguments = ["--evaluate", str(folder), "--eval-episodes", "4", "--device", "cpu"]
     monkeypatch.setattr(sys, "argv", ["sppo_rlhf.py", *arguments])

@@ -2,6 +2,7 @@
 
 import copy
 import hashlib
+import io
 import json
 import math
 import os
@@ -842,10 +843,44 @@ def test_a_lack_of_memory_is_one_line_and_the_run_can_continue(setting, a_run, m
 
     with monkeypatch.context() as patch:
         patch.setattr(setting.script, "gradient_and_metrics", failing_gradient)
-        status, out, err = run_main(setting, patch, capsys, "--resume", folder)
-    assert (status, out) == (1, "")
-    assert err.startswith("error: CUDA out of memory. Tried to allocate 2 GiB.; to continue: ")
+        status, _, err = run_main(setting, patch, capsys, "--resume", folder)
+    assert status == 1
+    reason, _, advice = err.partition("; to continue from the last checkpoint: ")
+    assert reason == "error: CUDA out of memory. Tried to allocate 2 GiB."
+    assert shlex.split(advice)[2:] == ["--resume", str(folder)]
     assert setting.resume(folder)["finished"]
+
+
+@of_each
+def test_on_a_terminal_an_error_does_not_continue_the_progress_bar(setting, a_run, monkeypatch):
+    class Terminal(io.StringIO):
+        def isatty(self):
+            return True
+
+    def failing_gradient(*arguments):
+        raise torch.OutOfMemoryError("CUDA out of memory.")
+
+    folder = a_run(finished=False)
+    terminal = Terminal()
+    monkeypatch.setattr(sys, "stderr", terminal)
+    monkeypatch.setattr(sys, "argv", [setting.script.__file__, "--resume", str(folder)])
+    monkeypatch.setattr(signal, "signal", lambda *_: None)
+    monkeypatch.setattr(setting.script, "gradient_and_metrics", failing_gradient)
+    with pytest.raises(SystemExit):
+        setting.script.main()
+    bar, _, _ = terminal.getvalue().partition("error: ")
+    assert "steps/s" in bar
+    assert bar.endswith("\r") and bar.rstrip("\r").endswith(" " * 20)  # cleared, and from column 0
+
+
+@of_each
+def test_every_evaluation_is_printed(setting, tmp_path, capsys):
+    _, folder = setting.run(tmp_path, eval_freq=64)
+    printed = capsys.readouterr().out.splitlines()
+    rows = progress(folder)
+    assert len(rows) > 1
+    for row, line in zip(rows, printed, strict=True):
+        assert line == f"step {int(row['step']):,}: return {float(row['return_mean']):.1f}"
 
 
 @of_each
@@ -863,9 +898,9 @@ def test_a_full_disk_is_one_line_and_the_run_can_continue(
 
     with monkeypatch.context() as patch:
         patch.setattr(torch, "save", failing_save)
-        status, out, err = run_main(setting, patch, capsys, "--resume", folder)
-    assert (status, out) == (1, "")
-    message, _, advice = err.rstrip("\n").partition("; to continue: ")
+        status, _, err = run_main(setting, patch, capsys, "--resume", folder)
+    assert status == 1
+    message, _, advice = err.rstrip("\n").partition("; to continue from the last checkpoint: ")
     assert message.startswith("error: ")
     assert str(error.args[-1]) in message
     assert shlex.split(advice)[2:] == ["--resume", str(folder)]
