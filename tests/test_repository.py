@@ -55,6 +55,14 @@ def test_a_script_has_the_projects_pins(name):
 
 
 @pytest.mark.parametrize("name", SCRIPTS)
+def test_a_copied_script_carries_the_licence(name):
+    holder = re.search(r"(?m)^Copyright \(c\) (.*)$", (ROOT / "LICENSE").read_text()).group(1)
+    text = (ROOT / name).read_text()
+    assert text.startswith(f"# SPDX-FileCopyrightText: {holder}\n")
+    assert f"\n# SPDX-License-Identifier: {PROJECT['license']}\n" in text
+
+
+@pytest.mark.parametrize("name", SCRIPTS)
 def test_a_script_imports_nothing_from_here(name):
     ours = [*ROOT.glob("*.py"), *ROOT.glob("tests/*.py"), *ROOT.glob("results/*.py")]
     assert len(ours) > 5
