@@ -68,7 +68,7 @@ from typeguard import check_type
 @dataclass
 class Args:
     # Run
-    env_id: str = "Breakout"  # a game; ALE/Breakout-v5 is the same, without v5's sticky actions
+    env_id: str = "Breakout"  # a game, also as ALE/Breakout-v5, but without v5's sticky actions
     total_timesteps: int = 5_000_000  # steps (4 frames each) summed over games, in whole rollouts
     seed: int = 1  # of all random numbers (the authors' runs: 10000, 10001, ...)
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU, where there is one
