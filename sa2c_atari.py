@@ -78,7 +78,7 @@ class Args:
     run_name: str | None = None  # default: game, algorithm, noise, seed and time
     resume: str | None = None  # folder of an interrupted run to continue; takes no other flag
     evaluate: str | None = None  # folder of a run to evaluate, without training it
-    checkpoint_freq: int | None = None  # steps per checkpoint; default: total / 20; 0: at the end
+    checkpoint_freq: int | None = None  # steps between checkpoints; default: total / 20; 0: at end
     log_freq: int = 1000  # steps between entries in the log
     track: bool = False  # log to Weights & Biases as well (pip install wandb)
 
@@ -558,7 +558,7 @@ def train(args: Args, stop: threading.Event) -> dict | None:
                 f" norm was {grad_norm:g}; lower --learning-rate or --beta in a new run"
             )
 
-        # Logging: means over all updates since the last entry
+        # Logging, of all updates since the last entry
         finished = global_step >= args.total_timesteps
         stopping = stop.is_set()
         if finished or stopping or due(args.log_freq, global_step, T * N):

@@ -80,7 +80,7 @@ class Args:
     run_name: str | None = None  # default: environment, algorithm, noise, seed and time
     resume: str | None = None  # folder of an interrupted run to continue; takes no other flag
     evaluate: str | None = None  # folder of a run to evaluate, without training it
-    checkpoint_freq: int | None = None  # steps per checkpoint; default: total / 20; 0: at the end
+    checkpoint_freq: int | None = None  # steps between checkpoints; default: total / 20; 0: at end
     log_freq: int = 1000  # steps between entries in the log
     track: bool = False  # log to Weights & Biases as well (pip install wandb)
 
@@ -595,7 +595,7 @@ def train(args: Args, stop: threading.Event) -> dict | None:
         global_step += T * N
         progress_bar.update(T * N)
 
-        # Advantages. The agent has not changed: values and log-probabilities are one batch each
+        # Advantages. The agent has not changed since the rollout: one pass gives all values
         all_obs = torch.from_numpy(obs).to(device)  # including obs[T], for bootstrapping
         b_obs = all_obs[:T].flatten(0, 1)
         b_action = torch.from_numpy(action).to(device).flatten(0, 1)
@@ -638,7 +638,7 @@ def train(args: Args, stop: threading.Event) -> dict | None:
                 f" norm was {grad_norm:g}; lower --learning-rate or --beta in a new run"
             )
 
-        # Logging: means over all updates since the last entry
+        # Logging, of all updates since the last entry
         finished = global_step >= args.total_timesteps
         stopping = stop.is_set()
         if finished or stopping or due(args.log_freq, global_step, T * N):
