@@ -65,6 +65,8 @@ SYMMETRIC = ["sa2c", "sppo"]
 SWEPT = ["learning_rate", "clip_coef", "update_epochs"]
 COMPARED = [
     *SWEPT,
+    "adam_eps",
+    "rmsprop_eps",
     "max_grad_norm",
     "vf_coef",
     "ent_coef",
@@ -115,6 +117,8 @@ NUMBERS = [
     "noise_level",
     *WEIGHTS,
     *SWEPT,
+    "adam_eps",
+    "rmsprop_eps",
     "max_grad_norm",
     "vf_coef",
     "ent_coef",
