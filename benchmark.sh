@@ -1,7 +1,7 @@
 #!/usr/bin/env bash
 # Runs the scripts of this repository across environments, noise and seeds: one command per run, printed by --dry-run.
 set -euo pipefail
-cd "$(dirname "${BASH_SOURCE[0]}")"
+CDPATH='' cd "$(dirname "${BASH_SOURCE[0]}")"
 
 usage() {
     cat <<'END'
@@ -103,6 +103,7 @@ add() { # SCRIPT ENVIRONMENT ROW NOISE[:LEVEL] SEED FLAG...: a run
     local script=$1 env=$2 row=$3 noise=$4 seed=$5 total=$steps
     shift 5
     local name=${env}__${row}__${noise/:/-}__$seed which=(--env-id "$env") flags=("$@") word
+    [[ $noise != *:* ]] || set -- "$@" --noise-level
     for word in "${extra[@]%%=*}"; do # the same flag for all rows would make them alike, under different names
         word=${word//_/-}
         [[ $word != --* || " --alpha --beta ${*/#--no-/--} " != *" ${word/#--no-/--} "* ]] ||
@@ -342,8 +343,14 @@ is_done() { # NAME: whether its summary is there and whole; cheap, since it is a
 }
 device_of() { if [[ $1 =~ " --device "([a-z]+) ]]; then echo "${BASH_REMATCH[1]}"; else echo auto; fi; } # COMMAND
 for i in "${!names[@]}"; do # the command of a run is beside its log; where a finished run ran makes no difference
-    [[ -d $runs/${names[i]} && -f $runs/logs/${names[i]}.sh ]] || continue
-    old=$(<"$runs/logs/${names[i]}.sh") new=${commands[i]}
+    old='' new=${commands[i]}
+    if [[ -s $runs/logs/${names[i]}.sh ]]; then # empty if the disk was full
+        old=$(<"$runs/logs/${names[i]}.sh")
+    elif [[ -f $runs/${names[i]}/args.json ]]; then # of copies, and of runs that were started by hand
+        old=$(python -c 'import json, sys; print("python", *json.load(sys.stdin)["command"])' \
+            <"$runs/${names[i]}/args.json" 2>/dev/null) || true # a damaged one is what the script complains about
+    fi
+    [[ -d $runs/${names[i]} && $old ]] || continue
     [[ ${old// --@(device|runs-dir|out) +([^ ])/} = "${new// --@(device|runs-dir|out) +([^ ])/}" ]] ||
         die "$runs/${names[i]} was started by another command ($old): choose another --runs-dir"
     if [[ -f $runs/${names[i]}/checkpoint.pt && $(device_of "$old") != "$(device_of "$new")" ]] && ! is_done "${names[i]}"; then
@@ -400,7 +407,7 @@ move_away() { # PATH NAME
 said() { grep -E '^(│ )?[[:alpha:]]' "$runs/logs/$1.log" | grep -v helptext | tail -n 1; } # NAME: its last words, also in tyro's box
 start() { # SLOT INDEX GPU
     local name=${names[$2]} command=${commands[$2]} folder=$runs/${names[$2]}
-    echo "$command" >"$runs/logs/$name.sh"
+    echo "$command" >"$runs/logs/$name.sh" || { failed+=("$name: its command cannot be written"); return; }
     if [[ -d $folder ]] && ! is_locked "$folder"; then
         if [[ ! -f $folder/checkpoint.pt ]]; then # killed before its first checkpoint: begins anew
             move_away "$folder" "$name"

@@ -254,7 +254,7 @@ def find_runs(folders: list[Path]) -> list[Path]:
     paths = []
     for folder in folders:
         if is_run(folder):
-            paths.append(folder)
+            paths.append(folder.resolve())  # "." has no name
             continue
         inside = sorted(path for path in folder.glob("*") if is_run(path))
         if not inside:
@@ -386,7 +386,13 @@ def read_logged(path: Path, tags: tuple[str, ...]) -> dict[str, DataFrame]:
 
 def keep_runs(runs: DataFrame, folder: Path) -> None:
     """Copies runs, without checkpoints and with logged.csv in place of TensorBoard's files: the
-    tags that were read, as means over blocks of a hundredth of the run."""
+    tags that were read, as means over blocks of a hundredth of the run. Tags that `folder` has from
+    an earlier time stay. Raises Refusal if it has another run of the same name."""
+    for _, run in runs.iterrows():
+        kept = folder / run["name"] / "summary.json"
+        summary = run["path"] / "summary.json"
+        if kept.exists() and kept.read_bytes() != summary.read_bytes():
+            raise Refusal(f"--keep {kept.parent}: another run of this name; choose another folder")
     for _, run in runs.iterrows():
         target = folder / run["name"]
         target.mkdir(parents=True, exist_ok=True)
@@ -394,6 +400,9 @@ def keep_runs(runs: DataFrame, folder: Path) -> None:
             if (run["path"] / name).exists():  # other libraries leave a summary only
                 shutil.copy(run["path"] / name, target)
         parts = []
+        if (target / "logged.csv").exists():
+            before = read_csv(target / "logged.csv")
+            parts.append(before[~before["tag"].isin(list(run["logged"]))])
         for tag, values in run["logged"].items():
             blocks = values.groupby((values["step"] - 1) * 100 // run["total_timesteps"])
             means = blocks.agg({"step": "last", "value": "mean"})
@@ -409,8 +418,8 @@ def select_seeds(
     """Those of `runs` and `unfinished` with the first `count` seeds of their kind of task."""
     rank = runs.groupby("kind")["seed"].rank("dense")
     selected = runs[rank <= count]
-    seeds = set(selected["seed"])
-    return selected, [run for run in unfinished if run["seed"] in seeds]
+    seeds = selected.groupby("kind")["seed"].agg(set)
+    return selected, [run for run in unfinished if run["seed"] in seeds.get(kind_of(run), ())]
 
 
 # ---- Checks
@@ -460,7 +469,9 @@ def check_numbers(path: Path, curve: DataFrame) -> None:
         raise Refusal(f"{path}: no rows; {AGAIN}")
     for column, values in curve.items():
         if not pd.api.types.is_numeric_dtype(values):
-            wrong = values[pd.to_numeric(values, errors="coerce").isna()]
+            # Pandas reads integers that are too long for it as text
+            numbers = pd.to_numeric(values, errors="coerce")
+            wrong = values[~(numbers.abs() < 2.0**63)]
             raise Refusal(f"{path}: {column} is {wrong.iloc[0]!r}, not a number; {AGAIN}")
     for column in EVALUATION:
         if not np.isfinite(curve[column]).all():
@@ -526,10 +537,15 @@ def check_comparable(runs: DataFrame) -> None:
 
 def check_cells(runs: DataFrame) -> None:
     """Raises Refusal if runs of one cell differ in a setting, or have the same seed."""
-    cell = ["script", "env_id", "condition", "method"]
+    cell = [*TASK, "method"]
     for _, group in runs.groupby(cell):
-        for key in [*WEIGHTS, *COMPARED]:
+        for key in ["script", "policy", "level", *WEIGHTS, *COMPARED]:
             check_same(group, key, ", too little for two names")
+        recorded = group["recorded"]
+        # A commit names the version of a script, unless it was changed or there is no repository
+        if any(record.get("script_status") or not record.get("commit") for record in recorded):
+            sums = [record.get("script_sha256") for record in recorded]
+            check_same(group.assign(script_sha256=sums), "script_sha256", "")
     key = [*cell, "seed"]
     twice = runs[runs.duplicated(key, keep=False)]
     if len(twice):
@@ -599,7 +615,7 @@ def family_of(run: Series | dict) -> str | None:
     """Methods of one family are in one table: a2c, ppo, or whatever another script says. None if an
     unfinished run does not say it."""
     for family in ("a2c", "ppo"):
-        if family in f"{run['algo']} {run['script']}":
+        if family in f"{run['algo']} {run['script']}".lower():
             return family
     return run["algo"]
 
@@ -826,8 +842,8 @@ def find_best(cells: DataFrame) -> list[int]:
 
 def welch(x, y) -> tuple[float, float, float]:
     """Welch's t-test: two-sided p-value, and the ends of the 95 % interval of the difference of
-    means; nan with fewer than two scores, or scores that are all equal."""
-    if min(len(x), len(y)) < 2 or np.ptp([*x, *y]) == 0:
+    means; nan with fewer than two scores, or if neither `x` nor `y` varies."""
+    if min(len(x), len(y)) < 2 or np.ptp(x) == np.ptp(y) == 0:
         return math.nan, math.nan, math.nan
     with warnings.catch_warnings():
         # SciPy warns where one of them has no variance, such as a share that is 1 in every run
@@ -1377,9 +1393,9 @@ def write_report(args: Args, out: Path) -> None:
         # Those of the default are not in every script's runs
         if tag not in logged and tag not in Args.logged:
             raise Refusal(f"--logged {tag}: no finished run logged it; TensorBoard lists the names")
+    runs = label_methods(finished)
     if args.keep:
         keep_runs(finished, args.keep)
-    runs = label_methods(finished)
     if args.seeds is not None:
         runs, unfinished = select_seeds(runs, unfinished, args.seeds)
     cells = make_cells(runs, unfinished)
@@ -1503,8 +1519,9 @@ def main(args: Args) -> None:
         raise Refusal(f"--keep {args.keep}: inside --out, which is replaced; choose another")
     if out.exists() and any(out.iterdir()):
         is_report = (out / "report.md").exists()
-        folders = [path for path in out.iterdir() if path.is_dir()]
-        if folders or not is_report:  # a report has no folders: these are somebody's runs
+        ours = (".md", ".csv", ".png", ".svg")
+        others = [path for path in out.iterdir() if path.suffix not in ours]
+        if others or not is_report:  # these are somebody's runs, or other files
             raise Refusal(f"--out {out}: a folder that is not a report; choose another")
     out.parent.mkdir(parents=True, exist_ok=True)
     with tempfile.TemporaryDirectory(dir=out.parent) as scratch:

@@ -90,24 +90,84 @@ def test_suites_have_the_papers_numbers():
     assert steps["HumanoidStandup-v4__sppo__none__10000"] == "10000000"
 
 
-@pytest.mark.parametrize("suite, env", [("quick", "InvertedDoublePendulum-v4"), ("atari", "Pong")])
+@pytest.mark.parametrize("suite", SUITES)
+def test_seeds_are_the_outer_loop(suite):
+    seeds = [int(command[command.index("--seed") + 1]) for command in commands(suite)]
+    assert seeds == sorted(seeds) and len(set(seeds)) > 1
+
+
+LISTS = [[suite] for suite in SUITES]
+LISTS += [["evidence", "--envs", "Breakout", "imdb"], ["atari", "--envs", "Pong"]]
+
+
+@pytest.mark.parametrize("arguments", LISTS, ids=" ".join)
+def test_a_run_is_what_its_name_says(arguments):
+    for command in commands(*arguments, "--seeds", 1):
+        script = SCRIPTS[command[1]]
+        if script is sppo_rlhf:
+            args = script.with_defaults(script.parse_args(command[2:]))
+        else:
+            args = script.with_defaults(tyro.cli(script.Args, args=command[2:]))
+        env, row, noise, _ = args.run_name.split("__")
+        algo, *rest = row.split("-")
+        settings = vars(args)
+        level = {"none": 0.0, "normal": 0.05}.get(args.noise, 0.1)
+        assert env == (args.task if script is sppo_rlhf else args.env_id)
+        assert args.algo == algo
+        assert settings.get("layer_norm", False) == ("layer-norm" in row)
+        assert (len(settings.get("reward_model", ())) > 1) == ("ensemble" in row)
+        assert settings.get("divide_by_p_old", True) == (rest != ["p"])
+        assert args.correct_flips == (rest == ["corrected"])
+        assert (args.alpha == (0.5 if args.beta else 1)) == (rest != ["k"])
+        if env == "Swimmer-v4" and algo.endswith("a2c"):
+            assert args.gamma == 0.9999
+        assert noise in (args.noise, f"{args.noise}-{args.noise_level:g}")
+        assert args.noise_level == level or noise != args.noise
+        if arguments == ["sweep"]:
+            swept = f"lr{args.learning_rate:g}-clip{args.clip_coef:g}-epochs{args.update_epochs}"
+            assert row == f"{algo}-{swept}"
+
+
+@pytest.mark.parametrize(
+    "suite, steps, seeds",
+    [("quick", 200_000, 3), ("sweep", 1_000_000, 5), ("evidence", 1_000_000, 8)],
+)
+def test_suites_are_as_long_as_documented(suite, steps, seeds):
+    listed = commands(suite)
+    lengths = {command[command.index("--total-timesteps") + 1] for command in listed}
+    assert lengths == {str(steps)}
+    first = {command[command.index("--seed") + 1] for command in listed}
+    assert first == {str(10000 + i) for i in range(seeds)}
+
+
+@pytest.mark.parametrize(
+    "suite, env",
+    [
+        ("quick", "InvertedDoublePendulum-v4"),
+        ("atari", "Pong"),
+        ("evidence", "Hopper-v4"),
+        ("evidence", "Breakout"),
+    ],
+)
 def test_rows_are_the_symmetric_method_and_its_single_factors(suite, env, tmp_path):
     """k = alpha + beta |Z| of the symmetric row; the others differ from the baseline in one factor
     1 / k."""
     rows = {}
     for command in commands(suite, "--envs", env, "--seeds", 1):
-        if "--noise" not in command and "sppo" in command[1]:
+        if "--noise" in command and "sppo" in command[1]:
             args = resolved(command, tmp_path)
             rows[args.run_name.split("__")[1]] = vars(args)
     symmetric = rows["sppo"]
     k = symmetric["alpha"] - symmetric["beta"] * symmetric["z"]
-    d = "d" if suite == "quick" else ""
+    d = "" if env in ("Pong", "Breakout") else "d"
     plain = rows[f"{d}ppo"]
     assert plain["alpha"] == 1 and plain["beta"] == 0
     factors = {
         f"{d}ppo-norm": ["max_grad_norm"],
         f"{d}ppo-coef": ["vf_coef"] if d else ["vf_coef", "ent_coef"],
     }
+    if env == "Breakout":
+        del factors["ppo-norm"]
     for row, names in factors.items():
         for name in plain.keys() - {"run_name"}:
             if name in names:
@@ -116,8 +176,7 @@ def test_rows_are_the_symmetric_method_and_its_single_factors(suite, env, tmp_pa
                 assert rows[row][name] == plain[name]
     if suite == "quick":
         assert rows["dppo-k"]["alpha"] == k and rows["dppo-k"]["beta"] == 0
-        assert rows["ppo"]["policy"] == "gaussian"
-    else:
+    if suite == "atari":
         changed = {name for name in plain if rows["ppo-authors"][name] != plain[name]}
         assert changed == {"norm_adv", "run_name"} and plain["norm_adv"]
 
@@ -168,8 +227,10 @@ def test_rows_of_language_models_divide_what_k_divides(task):
     settings = vars(sppo_rlhf.TASKS[task]) | {"alpha": 0.5}
     k = settings["alpha"] - settings["beta"] * settings["z"]
     found = {}
+    noises = set()
     for command in commands("rlhf", "--envs", task, "--seeds", 1):
         args = vars(sppo_rlhf.parse_args(command[2:]))
+        noises.add(args["noise"])
         for name in ("max_grad_norm", "vf_coef", "ce_coef"):
             if args[name] != settings[name]:
                 assert args["beta"] == 0
@@ -180,6 +241,7 @@ def test_rows_of_language_models_divide_what_k_divides(task):
         if settings[name]
     }
     assert found == pytest.approx(expected, rel=1e-5)
+    assert noises == {"none", "adv_flip" if task == "tldr" else "flip"}
 
 
 def test_options(tmp_path):
@@ -259,6 +321,7 @@ def test_flags_after_two_dashes_are_those_of_every_run_and_win():
         (["quick", "--", "--vf_coef", "1"], "-- --vf-coef: rows differ in it"),
         (["atari", "--", "--bins", "7", "--norm-adv"], "-- --norm-adv: rows differ in it"),
         (["sweep", "--", "--update-epochs", "3"], "-- --update-epochs: rows differ in it"),
+        (["noise", "--", "--noise-level", "0.3"], "-- --noise-level: rows differ in it"),
         (["speed", "--", "--bins", "7"], "speed: takes"),
         (["sweep", "--envs", "Pong"], "sweep: Pong"),
         (["noise", "--envs", "imdb"], "noise: imdb"),
@@ -300,6 +363,34 @@ def test_a_copied_script_is_run_like_the_original(suite, tmp_path):
     listed = subprocess.check_output(command, env=env, text=True)
     originals = benchmark(*arguments, env=env).stdout
     assert listed == re.sub(r"(sa2c|sppo)_\w+.py", r"\1_mine.py", originals)
+
+
+@pytest.mark.parametrize("log", [None, ""], ids=["no log", "empty log"])
+def test_a_copied_run_of_other_flags_is_refused(log, tmp_path):
+    """Without the command beside its log, the one in its args.json counts."""
+    name = "Hopper-v4__sppo__none__10000"
+    arguments = ["quick", "--only", name, "--runs-dir", tmp_path]
+    (command,) = commands(*arguments)
+    (tmp_path / name).mkdir()
+    (tmp_path / name / "args.json").write_text(json.dumps({"command": command[1:]}))
+    (tmp_path / name / "summary.json").write_text(json.dumps({"finished": True}))
+    if log is not None:
+        (tmp_path / "logs").mkdir()
+        (tmp_path / "logs" / f"{name}.sh").write_text(log)
+    assert benchmark(*arguments).returncode == 0
+    other = benchmark(*arguments, "--steps", 5000)
+    assert other.returncode == 2
+    assert f"{name} was started by another command (python sppo_continuous.py" in other.stderr
+
+
+def test_a_run_whose_command_cannot_be_written_has_failed(tmp_path):
+    """As on a full disk: the benchmark goes on, and says so at the end."""
+    name = "Hopper-v4__sppo__none__10000"
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / f"{name}.sh").symlink_to(tmp_path / "none" / "here")
+    result = benchmark("quick", "--only", name, "--runs-dir", tmp_path)
+    assert result.returncode == 1
+    assert f"failed: {name}: its command cannot be written" in result.stderr
 
 
 def test_shellcheck():

@@ -228,6 +228,10 @@ def test_welch_with_a_sample_that_has_no_variance():
     assert (low, high) == pytest.approx((0.8 - half, 0.8 + half))
 
 
+def test_welch_says_nothing_of_two_samples_without_variance():
+    assert np.isnan(report.welch([1000.0, 1000.0], [999.5, 999.5])).all()
+
+
 def test_paired_differences_by_seed(grid):
     """SPPO [55, 65, 100] minus DPPO [50, 60, 70], seed by seed: 5, 5, 30."""
     differences = differences_in(grid, "return")
@@ -365,6 +369,26 @@ def test_a_benchmark_that_was_broken_off_compares_on_the_seeds_that_all_have(gri
     assert [TASKS[1], "3 of 4 seeds", "3 of 4 seeds", "3 of 4 seeds"] in lines(tmp_path / "report")
 
 
+def test_seeds_are_counted_by_kind_of_task(tmp_path):
+    """Continuous control has the seeds 0 to 2, Atari 2 to 4, and one run of seed 2 has begun."""
+    for seed in range(3):
+        make_run(tmp_path / "runs", f"c{seed}", "sppo_continuous", seed, seed)
+        make_run(tmp_path / "runs", f"a{seed}", "sppo_atari", seed, 2 + seed, env_id="Pong")
+    begun = make_run(tmp_path / "runs", "begun", "sppo_continuous", 1.0, 2, beta=0.0)
+    (begun / "summary.json").unlink()
+    runs, unfinished = report.read_runs([tmp_path / "runs"], ())
+    selected, still = report.select_seeds(report.label_methods(runs), unfinished, 2)
+    assert sorted(selected["name"]) == ["a0", "a1", "c0", "c1"] and still == []
+
+
+def test_an_unfinished_run_is_a_missing_seed(tmp_path):
+    for seed in range(3):
+        make_run(tmp_path / "runs", str(seed), "sppo_continuous", 1.0 + seed, seed)
+    (tmp_path / "runs" / "2" / "summary.json").unlink()
+    report.main(report.Args(runs=(tmp_path / "runs",), out=tmp_path / "report", reps=50))
+    assert ["Hopper-v4", "2 of 3 seeds"] in lines(tmp_path / "report")
+
+
 def test_an_unfinished_rival_keeps_the_others_from_being_bold(tmp_path):
     """Its first seed has begun, so that it has no cell yet."""
     runs = make_grid(tmp_path / "runs", rows=["dppo", "sppo"])
@@ -413,6 +437,31 @@ def test_atari_is_normalised_by_a_human(tmp_path):
     values = aggregates.set_index("method")["value"]
     assert values["PPO"] == pytest.approx(0.5) and values["SPPO"] == pytest.approx(1.5)
     assert values["SPPO > PPO"] == 1 and not left_out
+
+
+def aggregates_of(runs: Path):
+    labelled = report.label_methods(report.read_runs([runs], ())[0])
+    return report.make_aggregates(report.make_cells(labelled, []), reps=50)[0]
+
+
+def test_a_game_without_a_human_score_leaves_no_statistic_over_games(tmp_path):
+    for game in ("Breakout", "Adventure"):
+        for seed in (0, 1):
+            make_run(tmp_path, f"{game}{seed}", "sppo_atari", 1.0 + seed, seed, env_id=game)
+        assert len(aggregates_of(tmp_path)) == (game == "Breakout")
+
+
+def test_one_seed_gives_no_statistics_over_tasks(tmp_path):
+    for task in TASKS:
+        make_run(tmp_path, task, "sppo_continuous", len(task), 0, env_id=task)
+    assert aggregates_of(tmp_path).empty
+
+
+def test_scores_of_incomplete_cells_do_not_count_in_normalisation(tmp_path):
+    make_grid(tmp_path)
+    before = aggregates_of(tmp_path)["value"]
+    make_run(tmp_path, "a", "sppo_continuous", 1e6, 0, env_id=TASKS[0], layer_norm=True)
+    pd.testing.assert_series_equal(aggregates_of(tmp_path)["value"], before)
 
 
 def test_human_scores_cover_the_games_of_the_benchmark():
@@ -662,6 +711,51 @@ def test_what_is_kept_of_kept_runs_is_the_same(tmp_path):
         kept.append((tmp_path / copy / "0" / "logged.csv").read_text())
     assert kept[0] == kept[1]
     assert ",18432,0.9" in kept[0]
+
+
+def test_a_quantity_kept_earlier_stays(tmp_path):
+    logged = {"losses/entropy": (0.5, 0.6), "losses/grad_norm": (1.0, 2.0)}
+    make_run(tmp_path / "runs", "a", "sppo_continuous", 1.0, logged=logged)
+    for tag, quantities in (("losses/entropy", 1), ("losses/grad_norm", 2)):
+        flags = {"out": tmp_path / "report", "reps": 50, "keep": tmp_path / "kept"}
+        report.main(report.Args(runs=(tmp_path / "runs",), logged=(tag,), **flags))
+        kept = pd.read_csv(tmp_path / "kept" / "a" / "logged.csv")
+        assert kept["tag"].nunique() == quantities and len(kept) == 2 * quantities
+
+
+def test_another_run_of_the_same_name_is_not_kept_in_its_place(tmp_path):
+    for folder, score in (("x", 1.0), ("y", 2.0)):
+        make_run(tmp_path / folder, "run", "sppo_continuous", score)
+    flags = {"out": tmp_path / "report", "reps": 50, "keep": tmp_path / "kept"}
+    report.main(report.Args(runs=(tmp_path / "x",), **flags))
+    before = (tmp_path / "kept" / "run" / "summary.json").read_bytes()
+    with pytest.raises(report.Refusal, match="kept/run: another run of this name"):
+        report.main(report.Args(runs=(tmp_path / "y",), **flags))
+    assert (tmp_path / "kept" / "run" / "summary.json").read_bytes() == before
+
+
+def test_refused_runs_are_not_kept(tmp_path):
+    for seed in (0, 1):
+        make_run(tmp_path / "runs", str(seed), "sppo_continuous", 1.0, seed, gamma=0.9 + seed / 20)
+    with pytest.raises(report.Refusal, match="gamma"):
+        flags = {"out": tmp_path / "report", "reps": 50, "keep": tmp_path / "kept"}
+        report.main(report.Args(runs=(tmp_path / "runs",), **flags))
+    assert not (tmp_path / "kept").exists()
+
+
+def test_the_last_value_of_a_step_logged_twice_counts(tmp_path):
+    """As after resuming."""
+    with SummaryWriter(tmp_path) as writer:
+        for value in (1.0, 2.0):
+            writer.add_scalar("losses/entropy", value, 10)
+    found = report.read_logged(tmp_path, ("losses/entropy",))
+    assert found["losses/entropy"].to_numpy().tolist() == [[10, 2]]
+
+
+def test_the_working_directory_is_a_run_with_a_name(tmp_path, monkeypatch):
+    monkeypatch.chdir(make_run(tmp_path / "runs", "a", "sppo_continuous", 1.0))
+    runs, _ = report.read_runs([Path(".")], ())
+    assert list(runs["name"]) == ["a"]
 
 
 def test_kept_curves_are_means_of_blocks(tmp_path, pictures):
@@ -937,6 +1031,14 @@ def test_what_is_wrong_is_said_and_the_old_report_stays(spoil, message, tmp_path
             "progress.csv: return_mean is 'high', not a number",
         ),
         (
+            lambda a: edit_rows(a, lambda rows: [rows[0], f"2048,1,1,{10**23},10", rows[2]]),
+            f"progress.csv: length_mean is '{10**23}', not a number",
+        ),
+        (
+            lambda a: edit_rows(a, lambda rows: [*rows[:2], "4096,1.0,7,9,10"]),
+            "progress.csv: last return_std is 7.0, in summary.json 1.0",
+        ),
+        (
             lambda a: edit_rows(a, lambda rows: [rows[0], "2048,1", rows[2]]),
             "progress.csv: not every return_std is a finite number",
         ),
@@ -1079,6 +1181,31 @@ def test_a_changed_script_is_said(tmp_path):
     assert "- commit: abc, but sppo_continuous.py was changed (1 runs)" in text
 
 
+def test_runs_before_and_after_an_edit_of_a_script_are_not_one_cell(tmp_path):
+    """Unless both versions are committed: then the report lists the commits."""
+    for seed in (0, 1):
+        folder = make_run(tmp_path / "runs", str(seed), "sppo_continuous", 1.0, seed)
+        version = {"script_sha256": str(seed), "script_status": ""}
+        edit(folder / "args.json", lambda s, version=version: s.update(version))
+    report.label_methods(report.read_runs([tmp_path / "runs"], ())[0])
+    changed = {"script_status": " M sppo_continuous.py"}
+    no_repository = {"script_status": None, "commit": None}
+    for version in (changed, no_repository):
+        edit(folder / "args.json", lambda s, version=version: s.update(version))
+        with pytest.raises(report.Refusal, match="0 and 1 differ in script_sha256"):
+            report.label_methods(report.read_runs([tmp_path / "runs"], ())[0])
+
+
+def test_two_scripts_share_no_cell(tmp_path):
+    """PPO.py is called as our Gaussian PPO is."""
+    make_run(tmp_path / "runs", "ours", "sppo_continuous", 1.0, policy="gaussian")
+    folder = make_run(tmp_path / "runs", "theirs", "sppo_continuous", 2.0, 1, policy="gaussian")
+    edit(folder / "args.json", lambda s: s.update(command=["PPO.py"]))
+    edit(folder / "summary.json", lambda s: s.update(script="PPO.py"))
+    with pytest.raises(report.Refusal, match="ours and theirs differ in script"):
+        report.label_methods(report.read_runs([tmp_path / "runs"], ())[0])
+
+
 def test_runs_of_another_library(tmp_path):
     """Stable-Baselines3, as recorded by our yardstick: a summary, no arguments, no curve."""
     runs = tmp_path / "runs"
@@ -1202,8 +1329,11 @@ def test_two_runs_of_one_name(tmp_path):
         report.read_runs([tmp_path / "x", tmp_path / "y"], ())
 
 
-def test_a_folder_that_is_no_report_is_not_replaced(grid, tmp_path):
+@pytest.mark.parametrize("has_report", [False, True])
+def test_a_folder_with_other_files_is_not_replaced(has_report, grid, tmp_path):
     (tmp_path / "thesis.tex").write_text("years of work")
+    if has_report:
+        (tmp_path / "report.md").write_text("# My own report")
     with pytest.raises(ValueError, match="not a report"):
         report.main(report.Args(runs=(grid / "runs",), out=tmp_path))
     assert (tmp_path / "thesis.tex").read_text() == "years of work"
