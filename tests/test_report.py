@@ -1206,6 +1206,11 @@ def test_two_scripts_share_no_cell(tmp_path):
         report.label_methods(report.read_runs([tmp_path / "runs"], ())[0])
 
 
+@pytest.mark.parametrize("algo", ["ppo", "PPO", "MaskablePPO"])
+def test_the_family_of_another_scripts_algorithm(algo):
+    assert report.family_of({"algo": algo, "script": "theirs.py"}) == "ppo"
+
+
 def test_runs_of_another_library(tmp_path):
     """Stable-Baselines3, as recorded by our yardstick: a summary, no arguments, no curve."""
     runs = tmp_path / "runs"
