@@ -352,7 +352,8 @@ def evaluate(agent, env, training_envs, args, seed, stop):
     lengths = np.zeros(args.eval_episodes)
     act = agent.numpy_actor()
     for episode in range(args.eval_episodes):
-        obs, _ = env.reset(seed=seed + episode)
+        # With seed + episode, runs with neighbouring seeds would share most initial states
+        obs, _ = env.reset(seed=seed if episode == 0 else None)
         ended = False
         while not ended:
             if stop.is_set():
@@ -472,9 +473,8 @@ def train(args: Args, stop: threading.Event) -> dict | None:
     checkpoint is damaged, OSError if a file can't be written."""
     started = time.perf_counter()
     torch.set_num_threads(1)  # the networks are too small to gain from more
-    torch.manual_seed(args.seed)
+    generator = torch.manual_seed(args.seed)  # initial weights, actions, minibatches, adv_flip
     device = torch.device("cuda" if args.device == "cuda" else "cpu")
-    generator = torch.Generator().manual_seed(args.seed)  # actions, minibatches, adv_flip
     # Noise on rewards. With the seed alone it would repeat environment 0's random numbers
     rng = np.random.default_rng([args.seed, 1])
     envs = NormalizedEnvs(args.env_id, args.num_envs, args.gamma)

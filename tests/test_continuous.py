@@ -326,7 +326,7 @@ def test_evaluation_is_a_plain_greedy_episode_on_raw_rewards(setting, tmp_path):
     stats = {name: tensor.numpy() for name, tensor in state["obs_stats"].items()}
     returns = []
     for episode in range(2):
-        obs, _ = env.reset(seed=1 + SMALL["total_timesteps"] + episode)
+        obs, _ = env.reset(seed=1 + SMALL["total_timesteps"] if episode == 0 else None)
         score, ended = 0.0, False
         while not ended:
             z = (obs - stats["mean"]) / np.sqrt(stats["m2"] / stats["count"] + 1e-8)
@@ -339,6 +339,47 @@ def test_evaluation_is_a_plain_greedy_episode_on_raw_rewards(setting, tmp_path):
         returns.append(score)
     assert summary["final_return_mean"] == pytest.approx(np.mean(returns), rel=1e-6)
     assert summary["final_return_std"] == pytest.approx(np.std(returns), rel=1e-6)
+
+
+def test_runs_with_neighbouring_seeds_share_no_initial_state_of_an_evaluation(setting):
+    agent, env = make_agent(env_id=SMALL["env_id"])
+    args = script.Args(eval_episodes=10)
+    shown = []
+
+    class Envs:
+        def normalize_obs(self, obs):
+            shown.append(obs)
+            return obs
+
+    class FirstStepOnly:
+        def reset(self, seed):
+            return env.reset(seed=seed)
+
+        def step(self, action):
+            return env.observation_space.sample(), 0.0, True, False, {}
+
+    for seed in (5, 6, 5):
+        setting.script.evaluate(agent, FirstStepOnly(), Envs(), args, seed, threading.Event())
+    first, neighbour, again = np.array(shown).reshape(3, 10, -1)
+    assert len(np.unique(np.concatenate([first, neighbour]), axis=0)) == 20
+    assert np.array_equal(first, again)
+
+
+def test_actions_and_initial_weights_have_different_random_numbers(setting, tmp_path, monkeypatch):
+    drawn = []
+    sampling_noise = setting.script.Agent.sampling_noise
+
+    def recorded(self, shape, generator):
+        drawn.append(sampling_noise(self, shape, generator))
+        return drawn[-1]
+
+    monkeypatch.setattr(setting.script.Agent, "sampling_noise", recorded)
+    setting.run(tmp_path, seed=5)
+    agent, _ = make_agent(env_id=SMALL["env_id"])
+    weights_generator = torch.Generator().manual_seed(5)
+    same = sampling_noise(agent, (SMALL["num_steps"], SMALL["num_envs"]), weights_generator)
+    assert drawn[0].shape == same.shape
+    assert not np.isin(drawn[0], same).any()
 
 
 # ---- Normalisation
