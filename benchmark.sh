@@ -296,6 +296,8 @@ if on_gpu "${commands[@]}"; then
     list=${CUDA_VISIBLE_DEVICES-$(nvidia-smi --query-gpu=index --format=csv,noheader 2>&1 | grep -x '[0-9]\+' || true)}
     [[ $list = -1 ]] || IFS=, read -ra gpus <<<"${list//$'\n'/,}" # -1 or empty: none, or hidden on purpose
 fi
+[[ ${OMP_NUM_THREADS:-1} =~ ^[1-9][0-9]*$ ]] ||
+    die "OMP_NUM_THREADS is '$OMP_NUM_THREADS': needs one whole number of at least 1; or unset it"
 cores=$(env -u OMP_NUM_THREADS -u OMP_THREAD_LIMIT nproc)
 on_cpu=() on_gpus=()
 for i in "${!commands[@]}"; do

@@ -268,6 +268,11 @@ def test_options(tmp_path):
     assert commands("quick", *only) == [c for c in commands("quick") if c[-1] == only[1]]
     threads = benchmark("quick", "--dry-run", env=ENVIRON | {"OMP_NUM_THREADS": "3"})
     assert threads.stdout.startswith("export OMP_NUM_THREADS=3\n")
+    for wrong in ("0", "two", "4,2"):
+        refused = benchmark("quick", "--dry-run", env=ENVIRON | {"OMP_NUM_THREADS": wrong})
+        assert refused.returncode == 2 and not refused.stdout
+        (line,) = refused.stderr.splitlines()
+        assert f"'{wrong}'" in line
 
 
 def test_flags_after_two_dashes_are_those_of_every_run_and_win():
