@@ -402,9 +402,10 @@ percent() { # NAME: sets `share`, by the run's evaluations
     fi
 }
 is_locked() { [[ -f $1/lock ]] && ! flock -n "$1/lock" true; } # by a run that was started by hand
-move_away() { # PATH NAME
-    mkdir -p "$runs/logs/broken"
-    mv "$1" "$runs/logs/broken/$2.$(date +%s)"
+move_away() { # PATH NAME: status 1 if it cannot
+    mkdir -p "$runs/logs/broken" && mv "$1" "$runs/logs/broken/$2.$(date +%s)" && return
+    failed+=("${2%.summary.json}: $1 cannot be moved to $runs/logs/broken")
+    return 1
 }
 said() { grep -E '^(│ )?[[:alpha:]]' "$runs/logs/$1.log" | grep -v helptext | tail -n 1; } # NAME: its last words, also in tyro's box
 start() { # SLOT INDEX GPU
@@ -412,9 +413,9 @@ start() { # SLOT INDEX GPU
     echo "$command" >"$runs/logs/$name.sh" || { failed+=("$name: its command cannot be written"); return; }
     if [[ -d $folder ]] && ! is_locked "$folder"; then
         if [[ ! -f $folder/checkpoint.pt ]]; then # killed before its first checkpoint: begins anew
-            move_away "$folder" "$name"
+            move_away "$folder" "$name" || return 0
         elif [[ -f $folder/summary.json ]]; then # damaged, or the run would be done
-            move_away "$folder/summary.json" "$name.summary.json"
+            move_away "$folder/summary.json" "$name.summary.json" || return 0
         fi
     fi
     [[ ! -f $folder/checkpoint.pt ]] || command="${command%% --*} --resume $folder"

@@ -399,6 +399,22 @@ def test_a_run_whose_command_cannot_be_written_has_failed(tmp_path):
     assert f"failed: {name}: its command cannot be written" in result.stderr
 
 
+@pytest.mark.parametrize("left", ["args.json", "checkpoint.pt"])
+def test_a_run_whose_remains_cannot_be_moved_has_failed(left, tmp_path):
+    """Killed before its first checkpoint, or with a damaged summary: both stay where they are."""
+    name = "Hopper-v4__sppo__none__10000"
+    (tmp_path / "logs").mkdir()
+    (tmp_path / "logs" / "broken").touch()
+    folder = tmp_path / name
+    folder.mkdir()
+    (folder / left).touch()
+    (folder / "summary.json").write_text("{")
+    result = benchmark("quick", "--only", name, "--runs-dir", tmp_path)
+    assert result.returncode == 1
+    assert re.search(f"failed: {name}: .* cannot be moved to {tmp_path}/logs/broken", result.stderr)
+    assert sorted(path.name for path in folder.iterdir()) == [left, "summary.json"]
+
+
 def test_shellcheck():
     for script in ("benchmark.sh", ".ci/run"):
         subprocess.run(["shellcheck", ROOT / script], check=True, env=ENVIRON)
