@@ -1209,12 +1209,13 @@ def save(figure, out: Path, name: str) -> str:
     return f"![{file}]({file}.png)"
 
 
-def panels(count: int):
-    """A figure with `count` panels, at most five in a row."""
+def panels(count: int, height: float = 3.2, **options):
+    """A figure with `count` panels of `height` inches, at most five in a row. `options` are those
+    of plt.subplots."""
     rows = math.ceil(count / 5)
     columns = math.ceil(count / rows)
-    size = (max(7, 4 * columns), 3.2 * rows + 0.6)
-    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, layout="constrained")
+    options |= {"figsize": (max(7, 4 * columns), height * rows + 0.6)}
+    figure, axes = plt.subplots(rows, columns, squeeze=False, layout="constrained", **options)
     for ax in axes.flat[count:]:
         ax.remove()
     return figure, list(axes.flat[:count])
@@ -1273,6 +1274,42 @@ def draw_mean_curve(ax, curves: list[Series], method: str, color: str) -> None:
     ax.fill_between(smooth.index, *interval[method], color=color, alpha=0.12, lw=0)
 
 
+def draw_intervals(ax, rows: DataFrame, labels: list[str], conditions: list[str]) -> None:
+    """Values with their intervals: `labels` from top to bottom, and below each other the
+    conditions. `rows` have columns label, condition, value, low and high."""
+    heights = {label: -i for i, label in enumerate(labels)}
+    for i, condition in enumerate(conditions):
+        group = rows[rows["condition"] == condition]
+        value = group["value"].to_numpy()
+        error = abs(group[["low", "high"]].to_numpy().T - value)
+        y = group["label"].map(heights) - 0.7 * i / len(conditions)
+        marker = MARKERS[i % len(MARKERS)]
+        # black, since methods have colors
+        ax.errorbar(value, y, xerr=error, fmt=marker, ms=4, color="black", label=condition)
+    ax.set_yticks(list(heights.values()), labels)
+
+
+def draw_differences(differences: DataFrame, out: Path, name: str) -> str:
+    """Differences in the last evaluation and their 95 % intervals (Welch), a panel per environment.
+    Returns the Markdown that shows it, or nothing if there is no interval."""
+    shown = differences[differences["quantity"] == "return"].dropna(subset="low")
+    if shown.empty:
+        return ""
+    rows = shown.rename(columns={"difference": "value"})
+    rows["label"] = rows["method"] + " minus " + rows["minus"]
+    labels = list(rows["label"].unique())
+    conditions = list(rows["condition"].unique())
+    height = 0.6 + 0.2 * len(labels) * len(conditions)
+    figure, axes = panels(rows["env_id"].nunique(), max(2.5, height), sharey=True)
+    for ax, (env_id, of_task) in zip(axes, rows.groupby("env_id")):
+        draw_intervals(ax, of_task, labels, conditions)
+        ax.axvline(0, color="grey", lw=0.8, zorder=0)
+        ax.set(title=env_id, xlabel="difference in the last evaluation")
+    handles = axes[0].get_legend_handles_labels()
+    figure.legend(*handles, loc="outside lower center", ncols=5, frameon=False)
+    return save(figure, out, name)
+
+
 def draw_aggregates(aggregates: DataFrame, out: Path, name: str) -> str:
     """Interquartile means, and probabilities of improvement if there are any, a marker per
     noise."""
@@ -1282,16 +1319,8 @@ def draw_aggregates(aggregates: DataFrame, out: Path, name: str) -> str:
     figure, axes = plt.subplots(1, len(sides), figsize=size, squeeze=False, layout="constrained")
     conditions = list(aggregates["condition"].unique())
     for ax, (statistic, side) in zip(axes[0], sides):
-        names = list(side["method"].unique())[::-1]
-        for i, (condition, group) in enumerate(side.groupby("condition", sort=False)):
-            below = 0.7 * i / len(conditions)
-            y = [names.index(method) - below for method in group["method"]]
-            value = group["value"].to_numpy()
-            error = abs(group[["low", "high"]].to_numpy().T - value)
-            marker = MARKERS[conditions.index(condition) % len(MARKERS)]
-            # black, since methods have colors
-            ax.errorbar(value, y, xerr=error, fmt=marker, ms=4, color="black", label=condition)
-        ax.set_yticks(range(len(names)), names)
+        labels = list(side["method"].unique())
+        draw_intervals(ax, side.rename(columns={"method": "label"}), labels, conditions)
         if statistic == "iqm":
             ax.set_xlabel("interquartile mean of normalised scores")
         else:
@@ -1464,7 +1493,8 @@ def write_section(
         compared = differences[differences["compared"]]
         shown = compared[~compared["quantity"].isin(logged)]
         if len(shown):
-            page += ["### Differences", difference_table(shown)]
+            picture = draw_differences(shown, out, f"differences-{kind}-{family}")
+            page += ["### Differences", picture, difference_table(shown)]
             tested = differences[~differences["quantity"].isin(logged)].dropna(subset=["p"])
             if len(tested):
                 page.append(chance_text(tested))

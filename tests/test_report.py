@@ -318,7 +318,11 @@ def test_statistics_over_all_tasks(grid):
 
 def test_figures_are_there_and_shown(grid):
     text = (grid / "report" / "report.md").read_text()
-    for name in ("curves-continuous-ppo-clean", "aggregates-continuous-ppo"):
+    for name in (
+        "curves-continuous-ppo-clean",
+        "differences-continuous-ppo",
+        "aggregates-continuous-ppo",
+    ):
         assert (grid / "report" / f"{name}.png").stat().st_size > 10_000
         assert "<svg" in (grid / "report" / f"{name}.svg").read_text()
         assert f"({name}.png)" in text
@@ -1276,7 +1280,8 @@ def make_levels(runs: Path) -> None:
 def test_a_method_has_one_color_in_all_pictures_and_no_panel_is_empty(tmp_path, pictures):
     make_levels(tmp_path / "runs")
     report.main(report.Args(runs=(tmp_path / "runs",), out=tmp_path / "report", reps=50))
-    assert len(pictures) == 6  # clean, three noises, across their levels, over all tasks
+    # clean, three noises, across their levels, differences, over all tasks
+    assert len(pictures) == 7
     colors = {}
     for figure in pictures.values():
         for ax in figure.axes:
@@ -1291,6 +1296,31 @@ def test_a_method_has_one_color_in_all_pictures_and_no_panel_is_empty(tmp_path, 
     assert colors["SPPO"] == {report.COLORS["SPPO"]}
     panels = [ax.get_title() for ax in pictures["noise-continuous-ppo"].axes]
     assert sorted(panels) == sorted(TASKS)
+
+
+def test_the_picture_of_differences_shows_all_of_the_last_evaluation(tmp_path, pictures):
+    make_levels(tmp_path / "runs")
+    report.main(report.Args(runs=(tmp_path / "runs",), out=tmp_path / "report", reps=50))
+    axes = pictures["differences-continuous-ppo"].axes
+    labels = [label.get_text() for label in axes[0].get_yticklabels()]
+    assert len(set(labels)) == len(labels)
+    drawn = []
+    for ax in axes:
+        for container in ax.containers:
+            line, _, (intervals,) = container
+            for x, y, segment in zip(*line.get_data(), intervals.get_segments()):
+                label = labels[math.floor(-y)]  # conditions are below each other, by less than 1
+                low, high = segment[:, 0]
+                drawn.append([ax.get_title(), container.get_label(), label, x, low, high])
+    differences = pd.read_csv(tmp_path / "report" / "differences.csv").dropna(subset="low")
+    table = differences[differences["compared"] & (differences["quantity"] == "return")]
+    names = table["method"] + " minus " + table["minus"]
+    columns = [table["env_id"], table["condition"], names]
+    columns += [table[name].round(3) for name in ("difference", "low", "high")]
+    expected = [list(row) for row in zip(*columns)]
+    assert len(expected) > 10
+    found = [row[:3] + [round(value, 3) for value in row[3:]] for row in drawn]
+    assert sorted(found) == sorted(expected)
 
 
 def test_aggregates_of_baselines_alone_have_no_empty_side(tmp_path, pictures):
