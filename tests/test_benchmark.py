@@ -413,6 +413,7 @@ def test_a_run_whose_remains_cannot_be_moved_has_failed(left, tmp_path):
     assert result.returncode == 1
     assert re.search(f"failed: {name}: .* cannot be moved to {tmp_path}/logs/broken", result.stderr)
     assert sorted(path.name for path in folder.iterdir()) == [left, "summary.json"]
+    assert not (tmp_path / "logs" / f"{name}.log").exists()  # was not started
 
 
 def test_shellcheck():
