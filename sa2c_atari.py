@@ -2,9 +2,8 @@
 # SPDX-License-Identifier: MIT
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.11", "gymnasium[mujoco,box2d]>=1.2.3", "ale-py>=0.11.1", "numpy>=2.0",
-#   "tyro>=1.0", "typeguard>=4.3", "filelock>=3.16", "safetensors>=0.4.5", "tensorboard>=2.19",
-#   "tqdm>=4.66.5"]
+# dependencies = ["torch>=2.11", "gymnasium>=1.2.3", "ale-py>=0.11.1", "numpy>=2.0",
+#   "tyro>=1.0", "filelock>=3.24", "safetensors>=0.4.5", "tensorboard>=2.19", "tqdm>=4.66.5"]
 # ///
 """Symmetric A2C (SA2C) for Atari games in one file.
 
@@ -21,64 +20,59 @@ A its advantage, and Z < 0 a constant that stands for log 0:
     reverse A2C loss  Lr = -mean( A Z (1 - p) )
     symmetric loss    alpha L + beta Lr
 
-What SA2C adds to A2C is the block `if beta:` in `symmetric_policy_loss`. The gradient
-of the symmetric loss is -mean( A (alpha + beta |Z| p) grad log p ): likely actions
-gain weight over unlikely ones.
+SA2C differs from A2C in two lines, those with `reverse_loss = ` and `beta * reverse_loss`. The
+gradient of the symmetric loss is -mean( A (alpha + beta |Z| p) grad log p ): likely actions gain
+weight over unlikely ones.
 """
 
+import csv
 import ctypes
-import difflib
 import hashlib
 import json
 import math
 import os
 import platform
-import re
-import shlex
 import shutil
-import signal
 import subprocess
 import sys
-import threading
 import time
-import zipfile
 from collections import deque
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
-from importlib import import_module, metadata, util
+from dataclasses import dataclass
+from importlib import import_module
 from pathlib import Path
 from typing import Literal
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # torch's idle threads leave cores to the games
 
+import ale_py
+import gymnasium as gym
 import numpy as np
 import safetensors.torch
 import torch
 import tyro
-from ale_py import Action, roms
 from ale_py.vector_env import AtariVectorEnv
 from filelock import FileLock, Timeout
 from torch import nn
 from torch.distributions import Categorical
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
-from typeguard import check_type
+
+gym.register_envs(ale_py)
 
 
 @dataclass
 class Args:
     # Run
-    env_id: str = "Breakout"  # a game, also as ALE/Breakout-v5, but without v5's sticky actions
+    env_id: str = "Breakout"  # a game: the NAME of Gymnasium's ALE/NAME-v5
     total_timesteps: int = 5_000_000  # steps (4 frames each) summed over games, in whole rollouts
     seed: int = 1  # of all random numbers (the authors' runs: 10000, 10001, ...)
+    exp_name: str | None = None  # name of the method in reports; default: the algorithm
+    run_name: str | None = None  # folder of the run; default: main settings and a hash of all
+    runs_dir: str = "runs"  # folder of all runs
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU, where there is one
     amp: Literal["auto", "off"] = "auto"  # auto: bfloat16 where the hardware has it; off: float32
     compile: bool = torch.cuda.is_available()  # compile for the GPU; a CPU gains nothing by it
-    runs_dir: str = "runs"  # folder of all runs
-    run_name: str | None = None  # default: game, algorithm, noise, seed and time
-    resume: str | None = None  # folder of an interrupted run to continue; takes no other flag
-    evaluate: str | None = None  # folder of a run to evaluate, without training it
-    checkpoint_freq: int | None = None  # steps between checkpoints; default: total / 20; 0: at end
     log_freq: int = 1000  # steps between entries in the log
     track: bool = False  # log to Weights & Biases as well (pip install wandb)
 
@@ -102,20 +96,57 @@ class Args:
     z: float = -1.0  # Z, which stands for log 0
     noise: Literal["none", "flip", "normal", "uniform", "adv_flip"] = "none"  # adv_flip: advantages
     noise_level: float | None = None  # flip probability (default 0.1) or scale (default 0.05)
-    correct_flips: bool = False  # make flipped rewards unbiased, given the noise level
 
     # Evaluation
-    eval_freq: int | None = None  # steps between evaluations; default: total / 20; 0: at the end
+    evaluate: str | None = None  # folder of a run: play its agent instead of training
+    eval_freq: int | None = None  # steps between evaluations and checkpoints; default: total / 20
     eval_episodes: int = 10  # games per evaluation: sampled actions, raw scores without noise
     capture_video: bool = False  # record the first game of each evaluation (pip install moviepy)
 
-    @property
-    def algo(self) -> str:
-        return "sa2c" if self.beta else "a2c"
+    def __post_init__(self):
+        if self.alpha is None:
+            self.alpha = 0.5 if self.beta else 1.0
+        if self.noise_level is None:
+            levels = {"none": 0.0, "normal": 0.05, "uniform": 0.05}
+            self.noise_level = levels.get(self.noise, 0.1)
+        if self.eval_freq is None:
+            self.eval_freq = max(1, self.total_timesteps // 20)
+        if self.exp_name is None:
+            self.exp_name = "sa2c" if self.beta else "a2c"
+        self.check()
+        if self.run_name is None:  # the same command has the same folder, so it continues there
+            digest = hashlib.sha256(json.dumps(self.identity()).encode()).hexdigest()[:8]
+            self.run_name = f"{self.env_id}__{self.exp_name}__{self.noise}__{self.seed}__{digest}"
+
+    def check(self):
+        """Refuses what would run, but mean something else than it says. tyro prints the message."""
+        for name in "total_timesteps num_envs num_steps log_freq eval_freq eval_episodes".split():
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1")
+        if not 0 <= self.noise_level <= 1:
+            raise ValueError("noise_level must be between 0 and 1")
+        if min(self.alpha, self.beta) < 0:
+            raise ValueError("alpha and beta must not be negative")
+        if self.z >= 0:
+            raise ValueError("z stands for log 0, so it must be negative")
+        if self.noise == "none" and self.noise_level:
+            raise ValueError("noise_level needs a kind of noise")
+        gym.spec(f"ALE/{self.env_id}-v5")  # raises now if there is no such game
+        if self.capture_video:
+            import_module("moviepy")  # raises now, not at the first evaluation
+
+    def identity(self) -> dict:
+        """What makes two runs the same: the script, and the arguments that may change results."""
+        identity = {"script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
+        others = ["run_name", "runs_dir", "device", "compile", "track", "evaluate", "capture_video"]
+        for name, value in vars(self).items():
+            if name not in others:
+                identity[name] = value
+        return json.loads(json.dumps(identity))
 
     @property
     def run_dir(self) -> Path:
-        return Path(self.resume or Path(self.runs_dir) / self.run_name)
+        return Path(self.runs_dir) / self.run_name.replace("/", "-")
 
 
 class AtariGames:
@@ -130,7 +161,7 @@ class AtariGames:
 
     def __init__(self, args, num_games, max_frames=108_000):
         self.envs = AtariVectorEnv(
-            rom_name(args.env_id),
+            gym.spec(f"ALE/{args.env_id}-v5").kwargs["game"],
             num_games,
             num_threads=min(num_games, torch.get_num_threads()),
             autoreset_mode="SameStep",
@@ -138,9 +169,10 @@ class AtariGames:
             repeat_action_probability=args.repeat_action_probability,
             max_num_frames_per_episode=max_frames,
         )
+        fire = ale_py.Action.FIRE
         actions = self.envs.ale.get_action_set()
         self.num_actions = len(actions)
-        self.fire = actions.index(Action.FIRE) if Action.FIRE in actions else None
+        self.fire = actions.index(fire) if fire in actions else None
         self.life_lost = np.zeros(num_games, bool)
         self.score = np.zeros(num_games)
         self.length = np.zeros(num_games)
@@ -148,7 +180,9 @@ class AtariGames:
 
     def reset(self, seed):
         """Starts all games. Returns images (num_games, 4, 84, 84), uint8."""
-        images, info = self.envs.reset(seed=seed)
+        # With seed + i, runs with neighbouring seeds would share games' seeds
+        seeds = np.random.default_rng(seed).integers(2**31, size=len(self.score))
+        images, info = self.envs.reset(seed=seeds)
         self.lives = info["lives"]
         return images
 
@@ -195,17 +229,10 @@ def perturb_reward(reward, noise, level, rng):
     return reward
 
 
-def correct_flips(reward, level):
-    """Unbiased rewards, given flips r -> 1 - r with probability `level` < 1/2: the mean of a noisy
-    reward is (1 - 2 level) r + level. After Wang et al., AAAI 2020, "Reinforcement Learning with
-    Perturbed Rewards"."""
-    return (reward - level) / (1 - 2 * level)
-
-
 def perturb_advantage(advantage, level, generator):
     """Advantages of any shape, the sign of each flipped with probability `level`."""
-    uniform = torch.rand(advantage.shape, generator=generator, device=generator.device)
-    flipped = uniform.to(advantage.device) < level
+    uniform = torch.rand(advantage.shape, generator=generator)
+    flipped = (uniform < level).to(advantage.device)
     return torch.where(flipped, -advantage, advantage)
 
 
@@ -258,50 +285,48 @@ class Agent(nn.Module):
             return self.actor(x), self.critic(x).squeeze(-1)
 
 
-def sample(logits, generator):
-    """Actions (...) from logits (..., num_actions): Gumbel-max, faster than Categorical.sample."""
-    exponential = torch.empty_like(logits).exponential_(generator=generator)
-    return (logits - exponential.log()).argmax(-1)
+def sampling_noise(shape, generator):
+    """Gumbel-max trick: the arg max of logits + noise is a sample, faster than Categorical's."""
+    exponential = torch.empty(shape).exponential_(generator=generator)
+    return -exponential.log()
 
 
 @torch.no_grad()
-def evaluate(agent, args, seed, video, stop):
-    """Raw scores and lengths in steps, (eval_episodes,) each, of whole games played in parallel
-    with sampled actions. `video`: path of a video of the first game, or None. Returns
-    None if `stop` came first."""
+def evaluate(agent, args, seed, video):
+    """Raw scores and lengths in steps (eval_episodes,) of whole games, played in parallel with
+    sampled actions. `video`: path for a video of the first game, if `args.capture_video`."""
     device = agent.conv.weight.device
-    generator = torch.Generator(device).manual_seed(seed)
+    generator = torch.Generator().manual_seed(seed)
     games = AtariGames(args, args.eval_episodes)
     images = games.reset(seed)
     results = {}
     frames = []
     while len(results) < args.eval_episodes:
-        if stop.is_set():
-            return None
-        if video and 0 not in results:
+        if args.capture_video and 0 not in results:
             grey = images[0, -1, :, :, None]
             frames.append(grey.repeat(3, axis=-1))
         logits, _ = agent(torch.from_numpy(images).to(device))
-        images, *_ = games.step(sample(logits, generator).cpu().numpy())
+        noise = sampling_noise(logits.shape, generator).to(device)
+        images, *_ = games.step((logits + noise).argmax(-1).cpu().numpy())
         results = games.ended | results  # the first game of each
-    if video:  # enlarged, in real time: 15 steps a second
+    if args.capture_video:  # enlarged, in real time: 15 steps a second
         video.parent.mkdir(exist_ok=True)
         clip = import_module("moviepy").ImageSequenceClip(frames, fps=15).resized(4)
         clip.write_videofile(str(video), logger=None)
-    scores, lengths = zip(*(results[i] for i in range(args.eval_episodes)))
-    return np.array(scores), np.array(lengths)
+    games_in_order = [results[i] for i in range(args.eval_episodes)]
+    scores, lengths = np.array(games_in_order).T
+    return scores, lengths
 
 
-def symmetric_policy_loss(log_prob, advantage, alpha, beta, z):
-    """alpha * A2C loss + beta * reverse A2C loss, a scalar to minimise (arXiv 2405.17618).
+def symmetric_policy_losses(log_prob, advantage, z):
+    """A2C loss L and reverse A2C loss Lr, scalars to minimise as alpha L + beta Lr.
 
-    Tensors (batch,): `log_prob`: log pi(a|s) of the joint action taken; `advantage`: its advantage.
-    Numbers: `alpha`, `beta` >= 0; `z` < 0.
+    Tensors (batch,): `log_prob`: log pi(a|s) of the action taken; `advantage`: its advantage.
+    Number: `z` < 0.
     """
-    objective = alpha * advantage * log_prob
-    if beta:  # all that symmetric A2C adds to A2C
-        objective = objective + beta * advantage * z * (1 - log_prob.exp())
-    return -objective.mean()
+    policy_loss = -(advantage * log_prob).mean()
+    reverse_loss = -(advantage * z * (1 - log_prob.exp())).mean()  # all that SA2C adds to A2C
+    return policy_loss, reverse_loss
 
 
 def compute_gae(reward, value, final_value, terminated, truncated, gamma, gae_lambda):
@@ -361,85 +386,79 @@ def gradient_and_metrics(agent, args, obs, action, advantage, returns, mask):
     logits, value = agent(obs)
     policy = Categorical(logits=logits, validate_args=False)
     log_prob = policy.log_prob(action)
-    symmetric_loss = symmetric_policy_loss(log_prob, weighted, args.alpha, args.beta, args.z)
+    policy_loss, reverse_loss = symmetric_policy_losses(log_prob, weighted, args.z)
     value_loss = (value - returns).square().mean()
     entropy = (weight * policy.entropy()).mean()
-    loss = symmetric_loss + args.vf_coef * value_loss - args.ent_coef * entropy
+    loss = args.alpha * policy_loss + args.beta * reverse_loss
+    loss = loss + args.vf_coef * value_loss - args.ent_coef * entropy
     # Instead of backward() and clip_grad_norm_, so that torch.compile makes a single graph
     gradients = torch.autograd.grad(loss, list(agent.parameters()))
     gradient = torch.cat([g.flatten() for g in gradients])
     grad_norm = gradient.norm()
     scale = (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1)
-    with torch.no_grad():
-        # For logging: the two losses of symmetric_policy_loss, without alpha and beta
-        p = log_prob.exp()
-        reverse_weight = args.beta * abs(args.z) * p  # added to alpha as the weight of grad log p
-        sign_flips = weight * ((normalized > 0) != (advantage > 0))
-        metrics = {
-            "policy_loss": -(weighted * log_prob).mean(),
-            "reverse_loss": (args.z * weighted * p).mean(),  # the part with a gradient
-            "value_loss": value_loss.detach(),
-            "entropy": entropy.detach(),
-            "grad_norm": grad_norm,  # before clipping
-            "clipped_gradients": (grad_norm > args.max_grad_norm).float(),
-            "advantage_sign_flips": sign_flips.mean(),  # due to normalisation
-            "probability": (weight * p).mean(),
-            "reverse_share": (weight * reverse_weight / (args.alpha + reverse_weight)).mean(),
-        }
+    sign_flips = weight * ((normalized > 0) != (advantage > 0))
+    p = log_prob.detach().exp()
+    reverse_weight = args.beta * abs(args.z) * p  # what Lr adds to alpha
+    metrics = {
+        "policy_loss": policy_loss.detach(),
+        "reverse_loss": reverse_loss.detach(),
+        "value_loss": value_loss.detach(),
+        "entropy": entropy.detach(),
+        "grad_norm": grad_norm,  # before clipping
+        "clipped_gradients": (grad_norm > args.max_grad_norm).float(),
+        "advantage_sign_flips": sign_flips.mean(),
+        "reverse_share": (weight * reverse_weight / (args.alpha + reverse_weight)).mean(),
+    }
     return scale * gradient, metrics
 
 
-def train(args: Args, stop: threading.Event) -> dict | None:
-    """Trains with arguments from `prepare`. Returns the content of summary.json, or None if
-    interrupted through `stop`. Raises RunError if the run can't continue, UsageError if its
-    checkpoint is damaged, OSError if a file can't be written."""
-    started = time.perf_counter()
+def train(args: Args):
     keep_freed_memory()
-    torch.manual_seed(args.seed)
-    cuda = args.device != "cpu" and torch.cuda.is_available()
-    device = torch.device("cuda" if cuda else "cpu")
+    generator = torch.manual_seed(args.seed)  # initial weights, actions, adv_flip
+    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    if args.device != "auto":
+        device = torch.device(args.device)
     torch.backends.cudnn.allow_tf32 = args.amp == "auto"  # --amp off: full float32
-    generator = torch.Generator(device).manual_seed(args.seed)  # actions, adv_flip
-    # Noise on rewards, with random numbers of its own
-    rng = np.random.default_rng([args.seed, 1])
+    rng = np.random.default_rng([args.seed, 1])  # reward noise
     envs = AtariGames(args, args.num_envs)
     bfloat16 = args.amp == "auto" and has_bfloat16(device)
     agent = Agent(envs.num_actions, args.layer_norm, bfloat16).to(device)
     parameters = flatten_parameters(agent)
     optimizer = RMSpropTF([parameters], args.learning_rate, alpha=0.99, eps=args.rmsprop_eps)
+
     global_step = 0
+    seconds = 0.0  # without start-up, evaluations and checkpoints
     evaluations = []  # rows of progress.csv
-    train_seconds = 0.0
+    history = []  # what was logged since the last evaluation, a dict per entry
+    continued_at = []  # steps at which the run was continued, with new games
     checkpoint_path = args.run_dir / "checkpoint.pt"
-    if checkpoint_path.is_file():
-        with usable(checkpoint_path):
-            checkpoint = load_checkpoint(checkpoint_path)
-            agent.load_state_dict(checkpoint["agent"])
-            optimizer.load_state_dict(checkpoint["optimizer"])
-            for state in optimizer.state.values():  # unlike Adam, RMSprop doesn't check sizes
-                require(state["square_avg"].shape == parameters.shape, "optimizer of another size")
-            envs.recent_episodes.extend(checkpoint["finished_episodes"])
-            saved_device = torch.device(checkpoint["device"])
-            if saved_device.type == device.type:  # else the run moved to or from a GPU
-                generator.set_state(checkpoint["generator"])
-            rng.bit_generator.state = checkpoint["rng"]
-            # `+=` so that a value of the wrong type raises here, inside `usable`
-            global_step += checkpoint["global_step"]
-            evaluations += map(dict, checkpoint["evaluations"])
-            train_seconds += checkpoint["train_seconds"]
-            started -= checkpoint["wall_seconds"]
+    if checkpoint_path.exists():
+        checkpoint = torch.load(checkpoint_path, weights_only=True, map_location="cpu")
+        agent.load_state_dict(checkpoint["agent"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        envs.recent_episodes.extend(checkpoint["recent_episodes"])
+        generator.set_state(checkpoint["generator"])
+        rng.bit_generator.state = checkpoint["rng"]
+        global_step = checkpoint["global_step"]
+        seconds = checkpoint["seconds"]
+        evaluations = checkpoint["evaluations"]
+        history = checkpoint["history"]
+        continued_at = [*checkpoint["continued_at"], global_step]
     if args.track:
-        with usable("--track"):
-            start_tracking(args)
+        import wandb
+
+        wandb.init(
+            project="symmetric-rl",
+            name=args.run_name,
+            dir=args.run_dir,
+            resume="auto",  # one id per `dir`, also when the run is continued
+            config=vars(args),
+            sync_tensorboard=True,
+        )
     writer = SummaryWriter(args.run_dir, purge_step=global_step + 1)
-    writer.add_text("hyperparameters", f"```\n{json.dumps(vars(args), indent=2)}\n```")
-    progress_bar = tqdm(
-        total=args.total_timesteps, initial=global_step, unit=" steps", disable=None
-    )
 
     T, N = args.num_steps, args.num_envs
-    images_shape = (T + 1, N, 84, 84, 4)
-    obs = torch.zeros(images_shape, dtype=torch.uint8, device=device)
+    obs = torch.zeros((T + 1, N, 84, 84, 4), dtype=torch.uint8, device=device)
     obs = obs.permute(0, 1, 4, 2, 3)  # channels last in memory
     value = torch.zeros(T + 1, N, device=device)
     action = torch.zeros(T, N, dtype=torch.int64, device=device)
@@ -448,68 +467,28 @@ def train(args: Args, stop: threading.Event) -> dict | None:
     truncated = np.zeros((T, N), bool)
     overridden = np.zeros((T, N), bool)  # FIRE replaced the agent's action
     final_value = np.zeros((T, N))  # of truncated games' final images
-    # Checkpoints hold no emulator state: a resumed run begins new games, too
-    obs[T] = torch.from_numpy(envs.reset(args.seed + global_step))
+    obs[T] = torch.from_numpy(envs.reset([args.seed, global_step]))
+    progress_bar = tqdm(
+        total=args.total_timesteps, initial=global_step, unit=" steps", disable=None
+    )
     agent_fn = agent
     gradient_fn = gradient_and_metrics
     if args.compile:
         agent_fn, gradient_fn = compiled(agent, args, obs)
+
     metrics = []  # of all updates since the last entry in the log
-    all_advantages = []  # of all rollouts since that entry
+    all_advantages = []
     all_returns = []
-
-    first_step = global_step
-    stopping = False
-    while True:
-        # Evaluation (also one that an interrupted run did not finish) and checkpoint
-        finished = global_step >= args.total_timesteps
-        evaluated = evaluations and evaluations[-1]["step"] == global_step
-        evaluation_due = finished or due(args.eval_freq, global_step, T * N)
-        if global_step > 0 and evaluation_due and not evaluated:
-            video = None
-            if args.capture_video:
-                video = args.run_dir / "video" / f"step-{global_step}.mp4"
-            result = evaluate(agent, args, args.seed + global_step, video, stop)
-            if result is None:
-                stopping = True
-            else:
-                scores, lengths = result
-                evaluation = {
-                    "step": global_step,
-                    "return_mean": scores.mean().item(),
-                    "return_std": scores.std().item(),
-                    "length_mean": lengths.mean().item(),
-                    "episodes": len(scores),
-                }
-                evaluations.append(evaluation)
-                save_progress(args.run_dir / "progress.csv", evaluations)
-                tqdm.write(f"step {global_step:,}: return {scores.mean():.1f}")
-                writer.add_scalar("eval/return_mean", evaluation["return_mean"], global_step)
-        checkpoint_due = global_step > first_step and due(args.checkpoint_freq, global_step, T * N)
-        if finished or stopping or checkpoint_due:
-            checkpoint = {
-                "agent": agent.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "finished_episodes": list(envs.recent_episodes),
-                "generator": generator.get_state(),
-                "device": device.type,
-                "rng": rng.bit_generator.state,
-                "global_step": global_step,
-                "evaluations": evaluations,
-                "train_seconds": train_seconds,
-                "wall_seconds": time.perf_counter() - started,
-            }
-            save(checkpoint_path, checkpoint)
-        if finished or stopping:
-            break
-
+    saved = time.perf_counter()
+    while global_step < args.total_timesteps:
         # Rollout
-        iteration_started = time.perf_counter()
+        started = time.perf_counter()
         obs[0] = obs[T]
+        action_noise = sampling_noise((T, N, envs.num_actions), generator).to(device)
         with torch.no_grad(), agent.autocast():  # uncompiled, casts most weights only once
             for t in range(T):
                 logits, value[t] = agent_fn(obs[t])
-                action[t] = sample(logits, generator)
+                action[t] = (logits + action_noise[t]).argmax(-1)
                 step = envs.step(action[t].cpu().numpy())
                 images, reward[t], terminated[t], truncated[t], overridden[t], final_images = step
                 obs[t + 1] = torch.from_numpy(images)
@@ -524,8 +503,6 @@ def train(args: Args, stop: threading.Event) -> dict | None:
         b_obs = obs[:T].flatten(0, 1)
         b_action = action.flatten()
         noisy_reward = perturb_reward(reward, args.noise, args.noise_level, rng)
-        if args.correct_flips:
-            noisy_reward = correct_flips(noisy_reward, args.noise_level)
         advantage, returns = compute_gae(
             noisy_reward,
             value.cpu().numpy(),
@@ -535,12 +512,9 @@ def train(args: Args, stop: threading.Event) -> dict | None:
             args.gamma,
             args.gae_lambda,
         )
-        # For logging, without the steps on which FIRE replaced the action
-        all_advantages.append(advantage[~overridden])
-        all_returns.append(returns[~overridden])
-        b_advantage = torch.tensor(advantage, dtype=torch.float32, device=device).flatten()
-        b_returns = torch.tensor(returns, dtype=torch.float32, device=device).flatten()
-        b_mask = torch.tensor(~overridden, dtype=torch.float32, device=device).flatten()
+        b_advantage = torch.from_numpy(advantage).float().to(device).flatten()
+        b_returns = torch.from_numpy(returns).float().to(device).flatten()
+        b_mask = torch.from_numpy(~overridden).float().to(device).flatten()
 
         # Update
         if args.noise == "adv_flip":
@@ -551,84 +525,101 @@ def train(args: Args, stop: threading.Event) -> dict | None:
         optimizer.step()
         # CUDA graphs overwrite their outputs
         metrics.append({name: x.clone() for name, x in new_metrics.items()})
+        all_advantages.append(advantage[~overridden])
+        all_returns.append(returns[~overridden])
         if not parameters.isfinite().all():
-            grad_norm = metrics[-1]["grad_norm"]
-            raise RunError(
-                f"weights not finite after the update at step {global_step}, where the gradient's"
-                f" norm was {grad_norm:g}; lower --learning-rate or --beta in a new run"
-            )
+            sys.exit(f"error: weights not finite at step {global_step}; lower the learning rate")
 
-        # Logging, of all updates since the last entry
+        # Log
         finished = global_step >= args.total_timesteps
-        stopping = stop.is_set()
-        if finished or stopping or due(args.log_freq, global_step, T * N):
+        evaluation_due = finished or global_step % args.eval_freq < T * N
+        if evaluation_due or global_step % args.log_freq < T * N:
             scalars = {}
             for name in metrics[0]:
-                scalars[f"losses/{name}"] = torch.stack([m[name] for m in metrics]).mean()
+                scalars[f"losses/{name}"] = torch.stack([m[name] for m in metrics]).mean().item()
+            # advantage = return - value
             residual = np.concatenate(all_advantages)
-            variance = np.var(np.concatenate(all_returns))
-            if variance > 0:
-                scalars["losses/explained_variance"] = 1 - np.var(residual) / variance
-            scalars["losses/advantage_largest"] = np.abs(residual).max(initial=0)
-            seconds = train_seconds + time.perf_counter() - iteration_started
-            scalars["charts/SPS"] = global_step / seconds
-            scalars["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
+            unexplained = residual.var() / max(np.concatenate(all_returns).var(), 1e-8)
+            scalars["losses/explained_variance"] = 1 - unexplained.item()
             if envs.recent_episodes:  # means of the last 100
-                episodic_return, episodic_length = np.mean(envs.recent_episodes, axis=0)
+                episodic_return, episodic_length = np.mean(envs.recent_episodes, axis=0).tolist()
                 scalars["charts/episodic_return"] = episodic_return
                 scalars["charts/episodic_length"] = episodic_length
                 progress_bar.set_postfix_str(f"return {episodic_return:.1f}")
+            history.append(scalars)
             for name, scalar in scalars.items():
                 writer.add_scalar(name, scalar, global_step)
+            elapsed = seconds + time.perf_counter() - started
+            writer.add_scalar("charts/SPS", global_step / elapsed, global_step)
             metrics = []
             all_advantages = []
             all_returns = []
-        train_seconds += time.perf_counter() - iteration_started
+        seconds += time.perf_counter() - started
+
+        # Evaluation and checkpoint
+        if evaluation_due:
+            video = args.run_dir / "video" / f"step-{global_step}.mp4"
+            scores, lengths = evaluate(agent, args, args.seed + global_step, video)
+            evaluation = {
+                "step": global_step,
+                "return_mean": scores.mean().item(),
+                "return_std": scores.std().item(),
+                "length_mean": lengths.mean().item(),
+            }
+            for name in scalars:  # means since the last evaluation
+                logged = [entry[name] for entry in history if name in entry]
+                evaluation[name] = np.mean(logged).item()
+            history = []
+            evaluations.append(evaluation)
+            save_csv(args.run_dir / "progress.csv", evaluations)
+            writer.add_scalar("eval/return_mean", evaluation["return_mean"], global_step)
+            tqdm.write(f"step {global_step:,}: return {scores.mean():.1f}")
+            with whole(args.run_dir / "agent.safetensors") as path:
+                safetensors.torch.save_file(agent.state_dict(), path)
+        if evaluation_due or time.perf_counter() - saved > 600:
+            checkpoint = {
+                "agent": agent.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "recent_episodes": list(envs.recent_episodes),
+                "generator": generator.get_state(),
+                "rng": rng.bit_generator.state,
+                "global_step": global_step,
+                "seconds": seconds,
+                "evaluations": evaluations,
+                "history": history,
+                "continued_at": continued_at,
+            }
+            with whole(checkpoint_path) as path:
+                torch.save(checkpoint, path)
+            saved = time.perf_counter()
 
     writer.close()
-    if stopping:
-        return None
-    summary = {
-        "script": Path(__file__).name,
-        "algo": args.algo,
-        **vars(args),
-        "final_return_mean": evaluations[-1]["return_mean"],
-        "final_return_std": evaluations[-1]["return_std"],
-        "train_return_last100": np.mean(envs.recent_episodes, axis=0)[0]
-        if envs.recent_episodes
-        else None,
-        "sps": global_step / train_seconds,
-        "wall_s": time.perf_counter() - started,
-        "compile": gradient_fn is not gradient_and_metrics,  # False if compiling failed
-        "finished": True,
-    }
-    weights = safetensors.torch.save(agent.state_dict())
-    save(args.run_dir / "agent.safetensors", weights)
-    # Written last, since summary.json marks a run as finished
-    save(args.run_dir / "summary.json", json.dumps(summary, indent=2))
-    return summary
+    outcome = {"continued_at": continued_at, "sps": global_step / seconds, "finished": True}
+    # Written last, since it marks the run as finished
+    save_json(args.run_dir / "summary.json", evaluations[-1] | outcome)
 
 
-def evaluate_run(args: Args) -> None:
-    """Plays the policy of the run in the folder `args.evaluate`, and prints its score."""
-    run = evaluated_args(args, "seed", "eval_episodes", "capture_video")
+def play(args: Args):
+    """Prints the score of the latest agent of the run in the folder `args.evaluate`."""
+    if args != Args(
+        evaluate=args.evaluate,
+        seed=args.seed,
+        eval_episodes=args.eval_episodes,
+        capture_video=args.capture_video,
+    ):
+        sys.exit("error: --evaluate takes only --seed, --eval-episodes and --capture-video")
+    folder = Path(args.evaluate)
+    run = Args(**json.loads((folder / "args.json").read_text())["args"])
     agent = Agent(AtariGames(run, 1).num_actions, run.layer_norm)
-    with usable(run.run_dir / "checkpoint.pt"):
-        checkpoint = load_checkpoint(run.run_dir / "checkpoint.pt")
-        agent.load_state_dict(checkpoint["agent"])
-    video = None
-    if run.capture_video:
-        video = run.run_dir / "video" / f"evaluate-{run.seed}.mp4"
-    scores, _ = evaluate(agent, run, run.seed, video, threading.Event())
-    print_score(run, checkpoint["global_step"], scores)
+    agent.load_state_dict(safetensors.torch.load_file(folder / "agent.safetensors"))
+    run.eval_episodes = args.eval_episodes
+    run.capture_video = args.capture_video
+    video = folder / "video" / f"evaluate-{args.seed}.mp4"
+    scores, _ = evaluate(agent, run, args.seed, video)
+    print(f"{folder}: return {scores.mean():.1f} (standard deviation {scores.std():.1f})")
 
 
 # What follows is plumbing, not part of the algorithm.
-
-
-def due(every, step, stride):
-    """Whether a multiple of `every` lies in the last `stride` steps; never if `every` is 0."""
-    return every > 0 and step % every < stride
 
 
 def flatten_parameters(agent):
@@ -657,9 +648,8 @@ def compiled(agent, args, obs):
                 agent_fn(obs[0])
             gradient_fn(agent, args, b_obs, b_action, *zeros)
         return agent_fn, gradient_fn
-    except Exception as error:  # any exception is possible here
-        warning = f"torch.compile failed, continuing with --no-compile: {error!r:.200}"
-        tqdm.write(warning, file=sys.stderr)
+    except Exception as error:  # any exception is possible here, without a C++ compiler for one
+        tqdm.write(f"torch.compile failed, continuing without: {error!r:.200}", file=sys.stderr)
         return agent, gradient_and_metrics
 
 
@@ -679,299 +669,84 @@ def keep_freed_memory():
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
 
 
-def rom_name(env_id):
-    """A game's name in ale-py: ms_pacman for MsPacman, ALE/MsPacman-v5, ... Raises UsageError if
-    there is no such game."""
-    names = {}
-    two_player = ("combat", "joust", "maze_craze", "warlords")  # these crash the emulator
-    for name in roms.get_all_rom_ids():
-        if name not in two_player:
-            names[name.replace("_", "")] = name
-    game = re.sub(r"^ALE/|(NoFrameskip|Deterministic)?(-v\d)?$", "", env_id)
-    game = game.replace("_", "").lower()
-    if game not in names:
-        nearest = difflib.get_close_matches(game, names, n=4, cutoff=0.4)
-        near = ", ".join(names[name] for name in nearest) or "none"
-        raise UsageError(f"--env-id {env_id}: no such game; similar names: {near}")
-    return names[game]
-
-
-def start_tracking(args):
-    """Mirrors TensorBoard to Weights & Biases."""
-    import_module("wandb").init(
-        project="symmetric-rl",
-        id=args.run_name,
-        name=args.run_name,
-        config=vars(args),
-        resume="allow",
-        sync_tensorboard=True,
-    )
-
-
-def save_progress(path, evaluations):
-    """Writes progress.csv; `evaluations`: dicts, all with the same keys."""
-    lines = [",".join(evaluations[0])]
-    for row in evaluations:
-        lines.append(",".join(map(str, row.values())))
-    save(path, "\n".join(lines) + "\n")
-
-
-def save(path, content):
-    """Writes text, bytes or, with torch.save, any object atomically: a temporary file, then a
-    rename. Raises OSError."""
+@contextmanager
+def whole(path):
+    """Yields the path of a temporary file that then replaces `path`: no file is half written."""
     temporary = path.with_name(path.name + ".tmp")
-    if isinstance(content, str):
-        temporary.write_text(content)
-    elif isinstance(content, bytes):
-        temporary.write_bytes(content)
-    else:
-        try:
-            torch.save(content, temporary)
-        except RuntimeError as error:  # what PyTorch raises if the disk is full
-            raise OSError(f"{temporary}: {error!r}") from error
+    yield temporary
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
-@contextmanager
-def usable(what):
-    """Turns any exception into a UsageError that names `what`: a run's file, or a flag."""
-    try:
-        yield
-    except Exception as error:  # files and environments may raise anything
-        raise UsageError(f"{what}: cannot be used: {error!r:.300}") from error
+def save_csv(path, rows):
+    with whole(path) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[-1])  # the first row may have fewer columns
+        writer.writeheader()
+        writer.writerows(rows)
 
 
-def load_checkpoint(path):
-    """Loads a checkpoint, after a test of its checksums, which torch.load ignores."""
-    require(zipfile.ZipFile(path).testzip() is None, "damaged")
-    return torch.load(path, map_location="cpu", weights_only=True)
+def save_json(path, content):
+    with whole(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2))
 
 
-def git(*command):
-    """What git prints in the script's folder; None without git or a repository."""
-    folder = Path(__file__).resolve().parent
-    if not shutil.which("git"):
-        return None
-    done = subprocess.run(["git", "-C", folder, *command], capture_output=True, text=True)
-    return None if done.returncode else done.stdout.strip()
-
-
-def describe_machine():
-    """Command, script, commit, versions and hardware, to reproduce a run."""
+def provenance():
+    """What one needs to repeat a run, besides its arguments."""
     script = Path(__file__).resolve()
-    versions = {package.name: package.version for package in metadata.distributions()}
-    versions["python"] = platform.python_version()
+    commit = None
+    if shutil.which("git"):
+        command = ["git", "-C", script.parent, "describe", "--always", "--dirty", "--abbrev=40"]
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     return {
+        "script": script.name,
         "command": sys.argv,
-        "script_sha256": hashlib.sha256(script.read_bytes()).hexdigest(),
-        "script_status": git("status", "--short", "--", script),  # "" if unchanged since the commit
-        "commit": git("describe", "--always", "--dirty", "--abbrev=40"),
-        "versions": versions,
-        "hardware": {
-            "platform": platform.platform(),
-            "cpu": torch.backends.cpu.get_cpu_capability(),
-            "cores": os.cpu_count(),
-            "gpu": torch.cuda.is_available() and torch.cuda.get_device_name(),
-        },
+        "commit": commit,
+        "versions": {"torch": torch.__version__, "gymnasium": gym.__version__},
+        "platform": platform.platform(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
 
 
-class UsageError(ValueError):
-    """Wrong input; the message says what is wrong and what to do."""
+def begin(args: Args) -> bool:
+    """Writes args.json or, if it is there, checks that it is of the same run. Returns whether the
+    run has still to be finished."""
+    path = args.run_dir / "args.json"
+    if not path.exists():
+        begun = {"args": vars(args), "identity": args.identity(), **provenance(), "continued": []}
+        save_json(path, begun)
+        return True
+    begun = json.loads(path.read_text())
+    for name, value in args.identity().items():
+        before = begun["identity"].get(name)
+        if before != value:
+            sys.exit(f"error: {args.run_dir} was begun with {name} {before}, not {value}")
+    if (args.run_dir / "summary.json").exists():
+        return False
+    begun["continued"].append(provenance())
+    save_json(path, begun)
+    return True
 
 
-class RunError(RuntimeError):
-    """A run that can't continue; the message says why."""
-
-
-def require(condition, message):
-    if not condition:
-        raise UsageError(message)
-
-
-def require_range(args, names, low, high):
-    """Raises UsageError unless all arguments in `names` are between `low` and `high`."""
-    for name in names.split():
-        value = getattr(args, name)
-        flag = f"--{name.replace('_', '-')} {value}"
-        inside = low <= value <= high and value is not True  # `true` in args.json counts as 1
-        require(inside, f"{flag}: must be between {low:g} and {high:g}")
-
-
-def resumed_args(args: Args) -> Args:
-    """The arguments of the interrupted run that `args.resume` names."""
-    require(
-        replace(args, resume=None) == Args(),
-        "--resume reuses the flags in the args.json of the run: leave out all others",
-    )
-    folder = Path(args.resume)
-    begun = os.path.isfile(folder / "args.json")
-    finished = os.path.isfile(folder / "summary.json")
-    require(begun and not finished, f"--resume {folder}: not the folder of an interrupted run")
-    return saved_args(folder, resume=args.resume)
-
-
-def saved_args(folder: Path, **given) -> Args:
-    """The arguments in a run's args.json, overridden by `given`, and checked like flags."""
-    path = folder / "args.json"
-    with usable(path):
-        saved = json.loads(path.read_text())["args"]
-        names = {field.name for field in fields(Args)}
-        require(saved.keys() == names, "a run of another script, or of another version of it")
-        for field in fields(Args):
-            if isinstance(saved[field.name], list):
-                saved[field.name] = tuple(saved[field.name])
-            check_type(saved[field.name], field.type)
-        args = Args(**saved | given)
-        check(args)
-    return args
-
-
-def evaluated_args(args: Args, *names: str) -> Args:
-    """The arguments of the run in `args.evaluate`, overridden by the flags in `names`."""
-    given = {name: getattr(args, name) for name in names}
-    flags = ", ".join(f"--{name.replace('_', '-')}" for name in names)
-    require(args == Args(evaluate=args.evaluate, **given), f"--evaluate takes only {flags}")
-    check(with_defaults(args))
-    # `resume` makes that folder the `run_dir`, wherever it was during training
-    settings = {"resume": args.evaluate, "device": "cpu"} | given
-    return saved_args(Path(args.evaluate), **settings)
-
-
-def print_score(run, global_step, scores):
-    """Prints the mean and its standard error."""
-    # std(ddof=1) / sqrt(n), and 0 for a single episode
-    error = scores.std() / max(1, len(scores) - 1) ** 0.5
-    score = f"{scores.mean():.1f} ± {error:.1f} (mean and standard error of {len(scores)} episodes)"
-    print(f"{run.run_dir}, {run.env_id} {run.algo} after {global_step:,} steps: return {score}")
-
-
-def with_defaults(args: Args) -> Args:
-    """A copy with the defaults that depend on other arguments filled in."""
-    args = replace(args)
-    args.env_id = rom_name(args.env_id).title().replace("_", "")  # one name for all spellings
-    if args.alpha is None:
-        args.alpha = 0.5 if args.beta else 1.0
-    if args.noise_level is None:
-        levels = {"none": 0.0, "normal": 0.05, "uniform": 0.05}
-        args.noise_level = levels.get(args.noise, 0.1)
-    twentieth = max(1, args.total_timesteps // 20)
-    if args.eval_freq is None:
-        args.eval_freq = twentieth
-    if args.checkpoint_freq is None:
-        args.checkpoint_freq = twentieth
-    if args.run_name is None:
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        name = f"{args.env_id}__{args.algo}__{args.noise}__{args.seed}__{stamp}"
-        args.run_name = f"{Path(__file__).stem}__{name}".replace("/", "-")
-    return args
-
-
-def check(args: Args) -> None:
-    """Raises UsageError for an argument that is out of range or contradicts another."""
-    rom_name(args.env_id)  # raises UsageError if there is no such game
-    require_range(args, "num_steps log_freq", 1, 1e12)
-    require_range(args, "num_envs eval_episodes", 1, 1000)
-    require_range(args, "total_timesteps", 1, 1e9)  # seed + step must be a valid emulator seed
-    require_range(args, "seed", 0, 1e9)
-    require_range(args, "eval_freq checkpoint_freq", 0, 1e18)
-    require_range(args, "alpha beta vf_coef ent_coef", 0, 1e9)
-    require_range(args, "learning_rate rmsprop_eps max_grad_norm", 1e-30, 1e12)
-    require_range(args, "gamma gae_lambda noise_level repeat_action_probability", 0, 1)
-    require_range(args, "z", -1e9, -1e-9)  # negative, since it stands for log 0
-    batch_size = args.num_envs * args.num_steps
-    require(batch_size <= 1_000_000, "--num-envs, --num-steps: more than 1,000,000 steps a rollout")
-    require(batch_size > 1 or not args.norm_adv, "--norm-adv: needs --num-steps 2 or more")
-    require(
-        args.noise != "none" or not args.noise_level, "--noise-level: choose a kind with --noise"
-    )
-    if args.correct_flips:
-        flips = args.noise == "flip" and args.noise_level < 0.5
-        require(flips, "--correct-flips: needs --noise flip and a --noise-level below 0.5")
-    require(
-        args.device != "cuda" or torch.cuda.is_available(), "--device cuda: no GPU here; use cpu"
-    )
-    plain = Path(args.run_name).name == args.run_name and args.run_name.isprintable()
-    require(
-        plain and args.run_name not in ("", ".."),
-        f"--run-name {args.run_name!r}: give the plain name of a folder",
-    )
-    require(args.runs_dir.isprintable(), f"--runs-dir {args.runs_dir!r}: not a printable name")
-    require(
-        not args.capture_video or util.find_spec("moviepy"), "--capture-video: pip install moviepy"
-    )
-
-
-def prepare(args: Args) -> Args:
-    """Completes and checks arguments, and makes the run's folder. Raises UsageError."""
-    if args.resume is not None:
-        args = resumed_args(args)
-    args = with_defaults(args)
-    check(args)
-    require(not args.track or util.find_spec("wandb"), "--track: pip install wandb")
-    if not args.resume:
-        make_run_dir(args)
-    return args
-
-
-def make_run_dir(args: Args) -> None:
-    content = {"args": vars(args)} | describe_machine()
-    try:
-        args.run_dir.mkdir(parents=True)
-    except OSError as error:
-        advice = "try another --run-name or --runs-dir"
-        raise UsageError(f"{args.run_dir}: {error.strerror}; {advice}") from error
-    try:
-        save(args.run_dir / "args.json", json.dumps(content, indent=2))
-    except OSError as error:
-        shutil.rmtree(args.run_dir)
-        raise UsageError(f"{args.run_dir}: {error.strerror}") from error
-
-
-def fail(message, status):
-    # print would write into the progress bar, which is still there
-    tqdm.write(" ".join(f"error: {message}".splitlines()), file=sys.stderr)
-    sys.exit(status)
-
-
-def main() -> None:
-    try:
-        args = tyro.cli(Args)
-        if args.evaluate is not None:
-            evaluate_run(args)
-            return
-        args = prepare(args)
-    except UsageError as error:
-        fail(error, 2)
-    except (RunError, OSError) as error:  # from --evaluate
-        fail(error, 1)
-    stop = threading.Event()
-
-    def request_stop(signum, frame):
-        stop.set()
-        signal.signal(signum, signal.SIG_DFL)  # a second signal kills
-
-    signal.signal(signal.SIGINT, request_stop)
-    signal.signal(signal.SIGTERM, request_stop)
-    # No traceback from TensorBoard's thread: `writer` raises its error in the main thread
-    threading.excepthook = lambda details: None
-    resume = shlex.join(["python", sys.argv[0], "--resume", str(args.run_dir)])
+def main():
+    args = tyro.cli(Args)
+    if args.evaluate:
+        play(args)
+        return
+    args.run_dir.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(args.run_dir / "lock", blocking=False):
-            summary = train(args, stop)
+            if begin(args):
+                train(args)
     except Timeout:
-        fail(f"{args.run_dir}: another process is at work on this run", 2)
-    except UsageError as error:
-        fail(error, 2)
-    except (RunError, OSError, torch.OutOfMemoryError) as error:
-        fail(f"{error}; to continue from the last checkpoint: {resume}", 1)
-    if summary is None:
-        print(f"interrupted; to continue: {resume}", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(f"error: another process is at work on this run, or delete {args.run_dir}/lock")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command continues")
+    summary = json.loads((args.run_dir / "summary.json").read_text())
     print(
-        f"{args.env_id} {args.algo}: return {summary['final_return_mean']:.1f} "
-        f"(standard deviation {summary['final_return_std']:.1f}), "
-        f"{summary['sps']:,.0f} steps/s, {args.run_dir}"
+        f"{args.run_dir}: return {summary['return_mean']:.1f} (standard deviation "
+        f"{summary['return_std']:.1f}), {summary['sps']:,.0f} steps/s"
     )
 
 

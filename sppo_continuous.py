@@ -3,8 +3,7 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.11", "gymnasium[mujoco,box2d]>=1.2.3", "mujoco>=3.1.6", "numpy>=2.0",
-#   "tyro>=1.0", "typeguard>=4.3", "filelock>=3.16", "safetensors>=0.4.5", "tensorboard>=2.19",
-#   "tqdm>=4.66.5"]
+#   "tyro>=1.0", "filelock>=3.24", "safetensors>=0.4.5", "tensorboard>=2.19", "tqdm>=4.66.5"]
 # ///
 """Symmetric PPO (SPPO) for continuous control in one file.
 
@@ -23,34 +22,29 @@ constant that stands for log 0:
     reverse PPO loss  Lr = -mean( m A Z (1 - p) / p_old ),  m = 1 where L has a gradient, else 0
     symmetric loss    alpha L + beta Lr
 
-What SPPO adds to PPO is the block `if beta:` in `symmetric_policy_loss`. The gradient of Lr is |Z|
-times that of L, so SPPO's policy gradient is (alpha + beta |Z|) times PPO's. Actor and critic are
-separate, and Adam ignores a constant factor: by default the factor acts only through the gradient
-clipping that actor and critic share, and through Adam's epsilon.
+SPPO differs from PPO in two lines, those with `reverse_loss = ` and `beta * reverse_loss`. The
+gradient of Lr is |Z| times that of L, so SPPO's policy gradient is (alpha + beta |Z|) times PPO's.
+Actor and critic are separate, and Adam ignores a constant factor: by default the factor acts only
+through the gradient clipping that actor and critic share, and through Adam's epsilon.
 
 Lr needs probabilities, so each action dimension is discretised into bins; the probability of an
 action is the product over its dimensions.
 """
 
+import csv
 import hashlib
 import json
 import math
 import os
 import platform
-import shlex
 import shutil
-import signal
 import subprocess
 import sys
-import threading
 import time
-import traceback
 import warnings
-import zipfile
 from collections import deque
 from contextlib import contextmanager
-from dataclasses import dataclass, fields, replace
-from importlib import import_module, metadata, util
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
 
@@ -65,7 +59,6 @@ from torch import nn
 from torch.distributions import Categorical, Independent, Normal
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
-from typeguard import check_type
 
 
 @dataclass
@@ -74,14 +67,11 @@ class Args:
     env_id: str = "Hopper-v4"  # Gymnasium id; needs vector observations and bounded vector actions
     total_timesteps: int = 1_000_000  # environment steps, rounded up to whole rollouts
     seed: int = 1  # of all random numbers (the authors' runs: 10000, 10001, ...)
-    device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the CPU, since the networks are small
-    compile: bool = True  # compile the gradient, given a C++ compiler: slower start, faster run
+    exp_name: str | None = None  # name of the method in reports; default: the algorithm
+    run_name: str | None = None  # folder of the run; default: main settings and a hash of all
     runs_dir: str = "runs"  # folder of all runs
-    run_name: str | None = None  # default: environment, algorithm, noise, seed and time
-    resume: str | None = None  # folder of an interrupted run to continue; takes no other flag
-    evaluate: str | None = None  # folder of a run to evaluate, without training it
-    checkpoint_freq: int | None = None  # steps between checkpoints; default: total / 20; 0: at end
-    log_freq: int = 1000  # steps between entries in the log
+    device: Literal["cpu", "cuda"] = "cpu"  # the networks are too small to gain from a GPU
+    compile: bool = True  # compile the gradient (needs a C++ compiler): slower start, faster run
     track: bool = False  # log to Weights & Biases as well (pip install wandb)
 
     # Algorithm
@@ -112,42 +102,77 @@ class Args:
     alpha: float | None = None  # weight of the PPO loss; default: 0.5, or 1 if beta is 0
     beta: float | None = None  # weight of the reverse loss; default: 20, or 0 if Gaussian
     z: float = -1.0  # Z, which stands for log 0
-    divide_by_p_old: bool = True  # as in the paper; without the division: our bounded variant
-    noise: Literal["none", "flip", "normal", "uniform", "adv_flip"] = "none"  # adv_flip: advantages
+    noise: Literal["none", "normal", "uniform", "adv_flip"] = "none"  # adv_flip: on advantages
     noise_level: float | None = None  # flip probability (default 0.1) or scale (default 0.05)
-    correct_flips: bool = False  # make flipped rewards unbiased, given the noise level
 
     # Evaluation
-    eval_freq: int | None = None  # steps between evaluations; default: total / 20; 0: at the end
+    evaluate: str | None = None  # folder of a run: play its agent instead of training
+    eval_freq: int | None = None  # steps between evaluations and checkpoints; default: total / 20
     eval_episodes: int = 10  # episodes per evaluation: greedy actions, raw rewards without noise
-    eval_max_steps: int = 100_000  # steps after which an evaluation episode is truncated
     capture_video: bool = False  # record the first episode of each evaluation (pip install moviepy)
 
-    @property
-    def algo(self) -> str:
-        if self.policy == "gaussian":
-            return "ppo"
-        return "sppo" if self.beta else "dppo"
+    def __post_init__(self):
+        if self.beta is None:
+            self.beta = 0.0 if self.policy == "gaussian" else 20.0
+        if self.alpha is None:
+            self.alpha = 0.5 if self.beta else 1.0
+        if self.noise_level is None:
+            self.noise_level = {"none": 0.0, "adv_flip": 0.1}.get(self.noise, 0.05)
+        if self.eval_freq is None:
+            self.eval_freq = max(1, self.total_timesteps // 20)
+        if self.exp_name is None:
+            self.exp_name = "ppo" if self.policy == "gaussian" else "sppo" if self.beta else "dppo"
+        self.check()
+        if self.run_name is None:  # the same command has the same folder, so it continues there
+            digest = hashlib.sha256(json.dumps(self.identity()).encode()).hexdigest()[:8]
+            self.run_name = f"{self.env_id}__{self.exp_name}__{self.noise}__{self.seed}__{digest}"
 
-    @property
-    def render_mode(self) -> str | None:
-        return "rgb_array" if self.capture_video else None
+    def check(self):
+        """Refuses what would run, but mean something else than it says. tyro prints the message."""
+        positive = ["total_timesteps", "num_envs", "num_steps", "num_minibatches"]
+        for name in [*positive, "update_epochs", "eval_freq", "eval_episodes"]:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1")
+        if not 0 <= self.noise_level <= 1:
+            raise ValueError("noise_level must be between 0 and 1")
+        if min(self.alpha, self.beta) < 0:
+            raise ValueError("alpha and beta must not be negative")
+        batch_size = self.num_envs * self.num_steps
+        if batch_size % self.num_minibatches or batch_size == self.num_minibatches:
+            raise ValueError(f"num_minibatches must divide {batch_size} steps into 2 or more each")
+        if self.policy == "gaussian" and self.beta:
+            raise ValueError("beta needs probabilities, not a Gaussian's densities")
+        if self.z >= 0:
+            raise ValueError("z stands for log 0, so it must be negative")
+        if self.noise == "none" and self.noise_level:
+            raise ValueError("noise_level needs a kind of noise")
+
+    def identity(self) -> dict:
+        """What makes two runs the same: the script, and the arguments that may change results."""
+        identity = {"script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
+        others = ["run_name", "runs_dir", "device", "compile", "track", "evaluate", "capture_video"]
+        for name, value in vars(self).items():
+            if name not in others:
+                identity[name] = value
+        return json.loads(json.dumps(identity))
 
     @property
     def run_dir(self) -> Path:
-        return Path(self.resume or Path(self.runs_dir) / self.run_name)
+        return Path(self.runs_dir) / self.run_name.replace("/", "-")
 
 
-def make_env(env_id, render_mode=None):
+def make_env(args, video_folder=None):
     # Gymnasium warns that the paper's environments (MuJoCo v4) have newer versions
     warnings.filterwarnings("ignore", message=".*is out of date.*")
     # Some environments do not accept `render_mode`
-    options = {"render_mode": render_mode} if render_mode else {}
-    env = gym.make(env_id, **options)
-    renderer = getattr(env.unwrapped, "mujoco_renderer", None)
-    if renderer is not None and renderer.model.ncam > 0:
-        renderer.camera_id = 0  # follows the robot; Gymnasium's default camera does not
-    return CheckedEnv(env)
+    options = {"render_mode": "rgb_array"} if video_folder else {}
+    env = gym.make(args.env_id, **options)
+    for space in (env.observation_space, env.action_space):
+        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+            sys.exit(f"error: {args.env_id}: needs one-dimensional Box spaces, not {space}")
+    if video_folder:
+        env = RecordVideo(env, video_folder, lambda episode: episode % args.eval_episodes == 0)
+    return env
 
 
 class RunningStats:
@@ -183,14 +208,14 @@ class NormalizedEnvs:
     VecNormalize.
     """
 
-    def __init__(self, env_id, num_envs, gamma):
-        self.envs = [make_env(env_id) for _ in range(num_envs)]
-        self.gamma = gamma
+    def __init__(self, args):
+        self.envs = [make_env(args) for _ in range(args.num_envs)]
+        self.gamma = args.gamma
         self.obs_stats = RunningStats(self.envs[0].observation_space.shape)
         self.return_stats = RunningStats(())
-        self.episode_return = np.zeros(num_envs)
-        self.episode_length = np.zeros(num_envs)
-        self.discounted_return = np.zeros(num_envs)
+        self.episode_return = np.zeros(args.num_envs)
+        self.episode_length = np.zeros(args.num_envs)
+        self.discounted_return = np.zeros(args.num_envs)
         self.recent_episodes = deque(maxlen=100)  # (raw return, length) of the last episodes
 
     def normalize_obs(self, obs):
@@ -199,8 +224,10 @@ class NormalizedEnvs:
 
     def reset(self, seed):
         """Resets all environments. Returns normalised observations (num_envs, obs_dim)."""
-        first_obs = [env.reset(seed=seed + i)[0] for i, env in enumerate(self.envs)]
-        self.obs = np.stack(first_obs).astype(float)
+        # With seed + i, runs with neighbouring seeds would share environments' seeds
+        seeds = np.random.default_rng(seed).integers(2**31, size=len(self.envs)).tolist()
+        first_obs = [env.reset(seed=s)[0] for env, s in zip(self.envs, seeds)]
+        self.obs = np.array(first_obs, float)
         self.obs_stats.update(self.obs)
         return self.normalize_obs(self.obs)
 
@@ -210,9 +237,10 @@ class NormalizedEnvs:
         Returns normalised observations (num_envs, obs_dim) and rewards (num_envs,), terminated,
         truncated, and {index: normalised final observation} of truncated episodes.
         """
-        reward = np.zeros(len(self.envs))
-        terminated = np.zeros(len(self.envs), bool)
-        truncated = np.zeros(len(self.envs), bool)
+        num_envs = len(self.envs)
+        reward = np.zeros(num_envs)
+        terminated = np.zeros(num_envs, bool)
+        truncated = np.zeros(num_envs, bool)
         for i, env in enumerate(self.envs):
             transition = env.step(action[i])
             self.obs[i], reward[i], terminated[i], truncated[i], _ = transition
@@ -238,11 +266,7 @@ class NormalizedEnvs:
 
 
 def perturb_reward(reward, noise, level, rng):
-    """Rewards of any shape with noise: flip replaces r by 1 - r with probability `level`, normal
-    adds N(0, level^2), uniform adds U(-level, level); other kinds leave rewards unchanged."""
-    if noise == "flip":
-        flipped = rng.random(reward.shape) < level
-        return np.where(flipped, 1 - reward, reward)
+    """Rewards of any shape with noise: normal adds N(0, level^2), uniform adds U(-level, level)."""
     if noise == "normal":
         return reward + rng.normal(0, level, reward.shape)
     if noise == "uniform":
@@ -250,17 +274,10 @@ def perturb_reward(reward, noise, level, rng):
     return reward
 
 
-def correct_flips(reward, level):
-    """Unbiased rewards, given flips r -> 1 - r with probability `level` < 1/2: the mean of a noisy
-    reward is (1 - 2 level) r + level. After Wang et al., AAAI 2020, "Reinforcement Learning with
-    Perturbed Rewards"."""
-    return (reward - level) / (1 - 2 * level)
-
-
 def perturb_advantage(advantage, level, generator):
     """Advantages of any shape, the sign of each flipped with probability `level`."""
-    uniform = torch.rand(advantage.shape, generator=generator, device=generator.device)
-    flipped = uniform.to(advantage.device) < level
+    uniform = torch.rand(advantage.shape, generator=generator)
+    flipped = (uniform < level).to(advantage.device)
     return torch.where(flipped, -advantage, advantage)
 
 
@@ -274,12 +291,11 @@ def mlp(in_dim, out_dim, out_gain, args):
         layers.append(nn.Tanh() if args.activation == "tanh" else nn.ReLU())
         in_dim = width
     layers.append(nn.Linear(in_dim, out_dim))
-    if args.ortho_init:
-        for layer in layers:
-            if isinstance(layer, nn.Linear):
-                gain = out_gain if layer is layers[-1] else math.sqrt(2)
-                nn.init.orthogonal_(layer.weight, gain)
-                nn.init.zeros_(layer.bias)
+    for layer in layers:
+        if args.ortho_init and isinstance(layer, nn.Linear):
+            gain = out_gain if layer is layers[-1] else math.sqrt(2)
+            nn.init.orthogonal_(layer.weight, gain)
+            nn.init.zeros_(layer.bias)
     return nn.Sequential(*layers)
 
 
@@ -298,16 +314,12 @@ class Agent(nn.Module):
         if self.gaussian:
             self.output_shape = space.shape
             self.log_std = nn.Parameter(torch.full(space.shape, args.log_std_init))
-        output_size = math.prod(self.output_shape)
-        self.actor = mlp(obs_dim, output_size, 0.01, args)
+        self.actor = mlp(obs_dim, math.prod(self.output_shape), 0.01, args)
         self.critic = mlp(obs_dim, 1, 1.0, args)
-
-    def output(self, obs):
-        return self.actor(obs).view(-1, *self.output_shape)
 
     def policy(self, obs):
         """Distribution of the joint action: log-probabilities are summed over its dimensions."""
-        output = self.output(obs)
+        output = self.actor(obs).view(-1, *self.output_shape)
         if self.gaussian:
             distribution = Normal(output, self.log_std.exp(), validate_args=False)
         else:
@@ -327,12 +339,28 @@ class Agent(nn.Module):
         return noise.detach().numpy()
 
     def numpy_actor(self):
-        """The actor as a function of NumPy arrays, `act(obs, noise)`. It returns actions (batch,
-        action_dim), bin indices or Gaussian values: sampled with noise, greedy without it."""
-        network = numpy_mlp(self.actor)
+        """The actor as a function of NumPy arrays, which takes a third of PyTorch's time for a
+        single observation: `act(obs, noise)` returns actions (batch, action_dim), bin indices or
+        Gaussian values, sampled with noise, greedy without it."""
+        layers = []
+        for layer in self.actor:
+            layers.append((layer, [p.detach().cpu().numpy() for p in layer.parameters()]))
 
         def act(obs, noise=0.0):
-            output = network(obs).reshape(-1, *self.output_shape) + noise
+            x = obs
+            for layer, parameters in layers:
+                if isinstance(layer, nn.Tanh):
+                    x = np.tanh(x)
+                elif isinstance(layer, nn.ReLU):
+                    x = np.maximum(x, 0)
+                elif isinstance(layer, nn.Linear):
+                    weight, bias = parameters
+                    x = x @ weight.T + bias
+                else:  # nn.LayerNorm
+                    weight, bias = parameters
+                    deviation = np.sqrt(x.var(-1, keepdims=True) + layer.eps)
+                    x = (x - x.mean(-1, keepdims=True)) / deviation * weight + bias
+            output = x.reshape(-1, *self.output_shape) + noise
             return output if self.gaussian else output.argmax(-1)
 
         return act
@@ -341,60 +369,45 @@ class Agent(nn.Module):
         """Converts actions from `act` to the environment's, (batch, action_dim)."""
         if self.gaussian:  # the first and the last bin are the bounds
             return action.clip(self.bin_values[:, 0], self.bin_values[:, -1])
-        dimensions = np.arange(len(self.bin_values))
-        return self.bin_values[dimensions, action]
+        return self.bin_values[np.arange(len(self.bin_values)), action]
 
 
-def evaluate(agent, env, training_envs, args, seed, stop):
-    """Raw returns and lengths (eval_episodes,) of greedy episodes; None if `stop` came first.
-    Observations are normalised by the training statistics, which are not updated."""
-    returns = np.zeros(args.eval_episodes)
-    lengths = np.zeros(args.eval_episodes)
+def evaluate(agent, env, normalize_obs, episodes, seed):
+    """Raw returns and lengths (episodes,) of greedy episodes."""
     act = agent.numpy_actor()
-    for episode in range(args.eval_episodes):
+    returns = np.zeros(episodes)
+    lengths = np.zeros(episodes)
+    for episode in range(episodes):
         # With seed + episode, runs with neighbouring seeds would share most initial states
         obs, _ = env.reset(seed=seed if episode == 0 else None)
         ended = False
         while not ended:
-            if stop.is_set():
-                return None
-            action = act(training_envs.normalize_obs(obs))
-            obs, reward, terminated, truncated, _ = env.step(agent.to_env(action)[0])
+            action = agent.to_env(act(normalize_obs(obs)))[0]
+            obs, reward, terminated, truncated, _ = env.step(action)
             returns[episode] += reward
             lengths[episode] += 1
-            ended = terminated or truncated or lengths[episode] == args.eval_max_steps
+            # Not all environments have a time limit
+            ended = terminated or truncated or lengths[episode] == 100_000
     return returns, lengths
 
 
-def symmetric_policy_loss(
-    log_prob, old_log_prob, advantage, clip_coef, alpha, beta, z, divide_by_p_old=True
-):
-    """alpha * PPO loss + beta * reverse PPO loss, a scalar to minimise (arXiv 2405.17618).
+def symmetric_policy_losses(log_prob, old_log_prob, advantage, clip_coef, z):
+    """PPO loss L and reverse PPO loss Lr, scalars to minimise as alpha L + beta Lr.
 
-    Tensors (batch,): `log_prob`, `old_log_prob`: log pi(a|s) of the joint action taken, under the
+    Tensors (batch,): `log_prob`, `old_log_prob`: log pi(a|s) of the action taken, under the
     current policy and under the one that sampled it; `advantage`: its advantage. Numbers:
-    `clip_coef`: PPO's epsilon; `alpha`, `beta` >= 0; `z` < 0.
+    `clip_coef`: PPO's epsilon; `z` < 0.
 
-    (1 - p) / p_old is computed as 1 / p_old - r. The term 1 / p_old has no gradient, but is huge
-    for unlikely actions, and inf in float32 where log p_old < -88. Judge this loss by its gradient,
-    not its value.
-
-    If `divide_by_p_old` is false (our variant, not in the paper), the reverse loss is bounded and
-    gives likely actions more weight: where m is 1, the gradient of the symmetric loss is
-    alpha + beta |z| p_old times PPO's, instead of alpha + beta |z| times.
+    (1 - p) / p_old = 1 / p_old - r; its first term is constant, huge for unlikely actions, and left
+    out of the returned Lr, which therefore has the paper's gradient but not its value.
     """
     ratio = (log_prob - old_log_prob).exp()
     surrogate = advantage * ratio
     clipped = advantage * ratio.clamp(1 - clip_coef, 1 + clip_coef)
     unclipped = surrogate <= clipped  # m: where PPO's gradient flows
-    objective = alpha * torch.where(unclipped, surrogate, clipped)
-    if beta:  # all that symmetric PPO adds to PPO
-        if divide_by_p_old:
-            reverse = advantage * z * ((-old_log_prob).exp() - ratio)
-        else:
-            reverse = advantage * z * (1 - log_prob.exp())
-        objective = objective + beta * torch.where(unclipped, reverse, 0.0)
-    return -objective.mean()
+    policy_loss = -torch.where(unclipped, surrogate, clipped).mean()
+    reverse_loss = torch.where(unclipped, z * surrogate, 0.0).mean()  # all that SPPO adds to PPO
+    return policy_loss, reverse_loss
 
 
 def compute_gae(reward, value, final_value, terminated, truncated, gamma, gae_lambda):
@@ -424,163 +437,96 @@ def gradient_and_metrics(agent, args, obs, action, old_log_prob, advantage, retu
         normalized = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
     policy = agent.policy(obs)
     log_prob = policy.log_prob(action)
-    symmetric_loss = symmetric_policy_loss(
-        log_prob,
-        old_log_prob,
-        normalized,
-        args.clip_coef,
-        args.alpha,
-        args.beta,
-        args.z,
-        args.divide_by_p_old,
+    policy_loss, reverse_loss = symmetric_policy_losses(
+        log_prob, old_log_prob, normalized, args.clip_coef, args.z
     )
     value_loss = (agent.value(obs) - returns).square().mean()
     entropy = policy.entropy().mean()
-    loss = symmetric_loss + args.vf_coef * value_loss - args.ent_coef * entropy
+    loss = args.alpha * policy_loss + args.beta * reverse_loss
+    loss = loss + args.vf_coef * value_loss - args.ent_coef * entropy
     # Instead of backward() and clip_grad_norm_, so that torch.compile makes a single graph
     gradients = torch.autograd.grad(loss, list(agent.parameters()))
     gradient = torch.cat([g.flatten() for g in gradients])
     grad_norm = gradient.norm()
     scale = (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1)
-    with torch.no_grad():
-        # For logging: the two losses of symmetric_policy_loss, without alpha and beta
-        log_ratio = log_prob - old_log_prob
-        ratio = log_ratio.exp()
-        surrogate = normalized * ratio
-        clipped = normalized * ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-        # The part of the reverse loss that has a gradient: m A Z r or, undivided, m A Z p
-        reverse = args.z * torch.where(surrogate <= clipped, surrogate, 0.0)
-        if not args.divide_by_p_old:
-            reverse = reverse * old_log_prob.exp()
-        sign_flips = (normalized > 0) != (advantage > 0)
-        metrics = {
-            "policy_loss": -torch.minimum(surrogate, clipped).mean(),
-            "reverse_loss": reverse.mean(),
-            "value_loss": value_loss.detach(),
-            "entropy": entropy.detach(),
-            "grad_norm": grad_norm,  # before clipping
-            "clipped_gradients": (grad_norm > args.max_grad_norm).float(),
-            "advantage_sign_flips": sign_flips.float().mean(),  # due to normalisation
-            "approx_kl": (ratio - 1 - log_ratio).mean(),  # joschu.net/blog/kl-approx.html
-            "clipfrac": ((ratio - 1).abs() > args.clip_coef).float().mean(),
-        }
+    log_ratio = (log_prob - old_log_prob).detach()
+    metrics = {
+        "policy_loss": policy_loss.detach(),
+        "reverse_loss": reverse_loss.detach(),
+        "value_loss": value_loss.detach(),
+        "entropy": entropy.detach(),
+        "grad_norm": grad_norm,  # before clipping
+        "clipped_gradients": (grad_norm > args.max_grad_norm).float(),
+        "advantage_sign_flips": ((normalized > 0) != (advantage > 0)).float().mean(),
+        "approx_kl": (log_ratio.exp() - 1 - log_ratio).mean(),  # joschu.net/blog/kl-approx.html
+        "clipfrac": ((log_ratio.exp() - 1).abs() > args.clip_coef).float().mean(),
+    }
     return scale * gradient, metrics
 
 
-def train(args: Args, stop: threading.Event) -> dict | None:
-    """Trains with arguments from `prepare`. Returns the content of summary.json, or None if
-    interrupted through `stop`. Raises RunError if the run can't continue, UsageError if its
-    checkpoint is damaged, OSError if a file can't be written."""
-    started = time.perf_counter()
+def train(args: Args):
     torch.set_num_threads(1)  # the networks are too small to gain from more
     generator = torch.manual_seed(args.seed)  # initial weights, actions, minibatches, adv_flip
-    device = torch.device("cuda" if args.device == "cuda" else "cpu")
-    # Noise on rewards. With the seed alone it would repeat environment 0's random numbers
-    rng = np.random.default_rng([args.seed, 1])
-    envs = NormalizedEnvs(args.env_id, args.num_envs, args.gamma)
-    eval_env = make_env(args.env_id, args.render_mode)
-    if args.capture_video:
-        folder = args.run_dir / "video"
-        eval_env = RecordVideo(eval_env, folder, lambda episode: episode % args.eval_episodes == 0)
-    agent = Agent(eval_env, args).to(device)
+    rng = np.random.default_rng([args.seed, 1])  # reward noise
+    envs = NormalizedEnvs(args)
+    eval_env = make_env(args, args.run_dir / "video" if args.capture_video else None)
+    agent = Agent(eval_env, args).to(args.device)
     parameters = flatten_parameters(agent)
     optimizer = torch.optim.Adam([parameters], lr=args.learning_rate, eps=args.adam_eps, fused=True)
+
     global_step = 0
+    seconds = 0.0  # without start-up, evaluations and checkpoints
     evaluations = []  # rows of progress.csv
-    train_seconds = 0.0
+    history = []  # what was logged since the last evaluation, a dict per entry
+    continued_at = []  # steps at which the run was continued, with new episodes
     checkpoint_path = args.run_dir / "checkpoint.pt"
-    if checkpoint_path.is_file():
-        with usable(checkpoint_path):
-            checkpoint = load_checkpoint(checkpoint_path)
-            agent.load_state_dict(checkpoint["agent"])
-            optimizer.load_state_dict(checkpoint["optimizer"])
-            envs.obs_stats.load_state_dict(checkpoint["obs_stats"])
-            envs.return_stats.load_state_dict(checkpoint["return_stats"])
-            envs.recent_episodes.extend(checkpoint["finished_episodes"])
-            generator.set_state(checkpoint["generator"])
-            rng.bit_generator.state = checkpoint["rng"]
-            # `+=` so that a value of the wrong type raises here, inside `usable`
-            global_step += checkpoint["global_step"]
-            evaluations += map(dict, checkpoint["evaluations"])
-            train_seconds += checkpoint["train_seconds"]
-            started -= checkpoint["wall_seconds"]
+    if checkpoint_path.exists():
+        checkpoint = torch.load(checkpoint_path, weights_only=True, map_location="cpu")
+        agent.load_state_dict(checkpoint["agent"])
+        optimizer.load_state_dict(checkpoint["optimizer"])
+        envs.obs_stats.load_state_dict(checkpoint["obs_stats"])
+        envs.return_stats.load_state_dict(checkpoint["return_stats"])
+        envs.recent_episodes.extend(checkpoint["recent_episodes"])
+        generator.set_state(checkpoint["generator"])
+        rng.bit_generator.state = checkpoint["rng"]
+        global_step = checkpoint["global_step"]
+        seconds = checkpoint["seconds"]
+        evaluations = checkpoint["evaluations"]
+        history = checkpoint["history"]
+        continued_at = [*checkpoint["continued_at"], global_step]
     if args.track:
-        with usable("--track"):
-            start_tracking(args)
+        import wandb
+
+        wandb.init(
+            project="symmetric-rl",
+            name=args.run_name,
+            dir=args.run_dir,
+            resume="auto",  # one id per `dir`, also when the run is continued
+            config=vars(args),
+            sync_tensorboard=True,
+        )
     writer = SummaryWriter(args.run_dir, purge_step=global_step + 1)
-    writer.add_text("hyperparameters", f"```\n{json.dumps(vars(args), indent=2)}\n```")
-    progress_bar = tqdm(
-        total=args.total_timesteps, initial=global_step, unit=" steps", disable=None
-    )
 
     T, N = args.num_steps, args.num_envs
-    obs_dim = eval_env.observation_space.shape[0]
-    action_dim = eval_env.action_space.shape[0]
     action_dtype = np.float32 if agent.gaussian else np.int64
-    obs = np.zeros((T + 1, N, obs_dim), np.float32)
-    action = np.zeros((T, N, action_dim), action_dtype)
+    obs = np.zeros((T + 1, N, *eval_env.observation_space.shape), np.float32)
+    action = np.zeros((T, N, *eval_env.action_space.shape), action_dtype)
     reward = np.zeros((T, N))
     terminated = np.zeros((T, N), bool)
     truncated = np.zeros((T, N), bool)
     final_value = np.zeros((T, N))  # of truncated episodes' final observations
+    obs[T] = envs.reset([args.seed, global_step])
+    progress_bar = tqdm(
+        total=args.total_timesteps, initial=global_step, unit=" steps", disable=None
+    )
     gradient_fn = gradient_and_metrics
     if args.compile:
         gradient_fn = compiled(agent, args, obs, action)
-    metrics = []  # of all minibatches since the last entry in the log
-    all_advantages = []  # of all rollouts since that entry
-    all_returns = []
 
-    first_step = global_step
-    stopping = False
-    while True:
-        # Evaluation (also one that an interrupted run did not finish) and checkpoint
-        finished = global_step >= args.total_timesteps
-        evaluated = evaluations and evaluations[-1]["step"] == global_step
-        evaluation_due = finished or due(args.eval_freq, global_step, T * N)
-        if global_step > 0 and evaluation_due and not evaluated:
-            eval_env.name_prefix = f"step-{global_step}"  # of the video, if any
-            result = evaluate(agent, eval_env, envs, args, args.seed + global_step, stop)
-            if result is None:
-                stopping = True
-            else:
-                scores, lengths = result
-                evaluation = {
-                    "step": global_step,
-                    "return_mean": scores.mean().item(),
-                    "return_std": scores.std().item(),
-                    "length_mean": lengths.mean().item(),
-                    "episodes": len(scores),
-                }
-                evaluations.append(evaluation)
-                save_progress(args.run_dir / "progress.csv", evaluations)
-                tqdm.write(f"step {global_step:,}: return {scores.mean():.1f}")
-                writer.add_scalar("eval/return_mean", evaluation["return_mean"], global_step)
-        checkpoint_due = global_step > first_step and due(args.checkpoint_freq, global_step, T * N)
-        if finished or stopping or checkpoint_due:
-            checkpoint = {
-                "agent": agent.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "obs_stats": envs.obs_stats.state_dict(),
-                "return_stats": envs.return_stats.state_dict(),
-                "finished_episodes": list(envs.recent_episodes),
-                "generator": generator.get_state(),
-                "rng": rng.bit_generator.state,
-                "global_step": global_step,
-                "evaluations": evaluations,
-                "train_seconds": train_seconds,
-                "wall_seconds": time.perf_counter() - started,
-            }
-            save(checkpoint_path, checkpoint)
-        if finished or stopping:
-            break
-
+    saved = time.perf_counter()
+    while global_step < args.total_timesteps:
         # Rollout
-        iteration_started = time.perf_counter()
-        # Checkpoints hold no simulator state, so a resumed run begins new episodes. `reset` is here
-        # and not before the loop because it updates the statistics of observations, and an
-        # evaluation that is still due needs them as they were saved
-        if global_step == first_step:
-            obs[T] = envs.reset(args.seed + global_step)
+        started = time.perf_counter()
         obs[0] = obs[T]
         act = agent.numpy_actor()
         action_noise = agent.sampling_noise((T, N), generator)
@@ -590,190 +536,141 @@ def train(args: Args, stop: threading.Event) -> dict | None:
             obs[t + 1], reward[t], terminated[t], truncated[t], final_obs = transition
             for i, last_obs in final_obs.items():
                 with torch.no_grad():
-                    last_value = agent.value(torch.from_numpy(last_obs).to(device))
+                    last_value = agent.value(torch.from_numpy(last_obs).to(args.device))
                 final_value[t, i] = last_value.item()
         global_step += T * N
         progress_bar.update(T * N)
 
         # Advantages. The agent has not changed since the rollout: one pass gives all values
-        all_obs = torch.from_numpy(obs).to(device)  # including obs[T], for bootstrapping
+        all_obs = torch.from_numpy(obs).to(args.device)  # including obs[T], for bootstrapping
         b_obs = all_obs[:T].flatten(0, 1)
-        b_action = torch.from_numpy(action).to(device).flatten(0, 1)
+        b_action = torch.from_numpy(action).to(args.device).flatten(0, 1)
         with torch.no_grad():
             value = agent.value(all_obs).cpu().numpy()
-            old_log_prob = agent.policy(b_obs).log_prob(b_action)
+            b_log_prob = agent.policy(b_obs).log_prob(b_action)
         noisy_reward = perturb_reward(reward, args.noise, args.noise_level, rng)
-        if args.correct_flips:
-            noisy_reward = correct_flips(noisy_reward, args.noise_level)
         advantage, returns = compute_gae(
             noisy_reward, value, final_value, terminated, truncated, args.gamma, args.gae_lambda
         )
-        all_advantages.append(advantage)
-        all_returns.append(returns)
-        b_advantage = torch.tensor(advantage, dtype=torch.float32, device=device).flatten()
-        b_returns = torch.tensor(returns, dtype=torch.float32, device=device).flatten()
+        b_advantage = torch.from_numpy(advantage).float().to(args.device).flatten()
+        b_returns = torch.from_numpy(returns).float().to(args.device).flatten()
 
         # Update
+        metrics = []
         for _ in range(args.update_epochs):
             epoch_advantage = b_advantage
             if args.noise == "adv_flip":
                 epoch_advantage = perturb_advantage(b_advantage, args.noise_level, generator)
-            order = torch.randperm(T * N, generator=generator).to(device)
+            order = torch.randperm(T * N, generator=generator).to(args.device)
             for mb_inds in order.view(args.num_minibatches, -1):
                 parameters.grad, mb_metrics = gradient_fn(
                     agent,
                     args,
                     b_obs[mb_inds],
                     b_action[mb_inds],
-                    old_log_prob[mb_inds],
+                    b_log_prob[mb_inds],
                     epoch_advantage[mb_inds],
                     b_returns[mb_inds],
                 )
                 optimizer.step()
                 metrics.append(mb_metrics)
         if not parameters.isfinite().all():
-            grad_norm = metrics[-1]["grad_norm"]
-            raise RunError(
-                f"weights not finite after the update at step {global_step}, where the gradient's"
-                f" norm was {grad_norm:g}; lower --learning-rate or --beta in a new run"
-            )
+            sys.exit(f"error: weights not finite at step {global_step}; lower the learning rate")
 
-        # Logging, of all updates since the last entry
+        # Log
+        scalars = {}
+        for name in metrics[0]:
+            scalars[f"losses/{name}"] = torch.stack([m[name] for m in metrics]).mean().item()
+        unexplained = advantage.var() / max(returns.var(), 1e-8)  # advantage = return - value
+        scalars["losses/explained_variance"] = 1 - unexplained.item()
+        if envs.recent_episodes:  # means of the last 100
+            episodic_return, episodic_length = np.mean(envs.recent_episodes, axis=0).tolist()
+            scalars["charts/episodic_return"] = episodic_return
+            scalars["charts/episodic_length"] = episodic_length
+            progress_bar.set_postfix_str(f"return {episodic_return:.1f}")
+        history.append(scalars)
+        for name, scalar in scalars.items():
+            writer.add_scalar(name, scalar, global_step)
+        seconds += time.perf_counter() - started
+        writer.add_scalar("charts/SPS", global_step / seconds, global_step)
+
+        # Evaluation and checkpoint
         finished = global_step >= args.total_timesteps
-        stopping = stop.is_set()
-        if finished or stopping or due(args.log_freq, global_step, T * N):
-            scalars = {}
-            for name in metrics[0]:
-                scalars[f"losses/{name}"] = torch.stack([m[name] for m in metrics]).mean()
-            variance = np.var(all_returns)
-            if variance > 0:  # advantage = return - value
-                scalars["losses/explained_variance"] = 1 - np.var(all_advantages) / variance
-            scalars["losses/advantage_largest"] = np.abs(all_advantages).max()
-            seconds = train_seconds + time.perf_counter() - iteration_started
-            scalars["charts/SPS"] = global_step / seconds
-            scalars["charts/learning_rate"] = optimizer.param_groups[0]["lr"]
-            if envs.recent_episodes:  # means of the last 100
-                episodic_return, episodic_length = np.mean(envs.recent_episodes, axis=0)
-                scalars["charts/episodic_return"] = episodic_return
-                scalars["charts/episodic_length"] = episodic_length
-                progress_bar.set_postfix_str(f"return {episodic_return:.1f}")
-            for name, scalar in scalars.items():
-                writer.add_scalar(name, scalar, global_step)
-            metrics = []
-            all_advantages = []
-            all_returns = []
-        train_seconds += time.perf_counter() - iteration_started
+        evaluation_due = finished or global_step % args.eval_freq < T * N
+        if evaluation_due:
+            eval_env.name_prefix = f"step-{global_step}"  # of the video, if any
+            scores, lengths = evaluate(
+                agent, eval_env, envs.normalize_obs, args.eval_episodes, args.seed + global_step
+            )
+            evaluation = {
+                "step": global_step,
+                "return_mean": scores.mean().item(),
+                "return_std": scores.std().item(),
+                "length_mean": lengths.mean().item(),
+            }
+            for name in scalars:  # means since the last evaluation
+                logged = [entry[name] for entry in history if name in entry]
+                evaluation[name] = np.mean(logged).item()
+            history = []
+            evaluations.append(evaluation)
+            save_csv(args.run_dir / "progress.csv", evaluations)
+            writer.add_scalar("eval/return_mean", evaluation["return_mean"], global_step)
+            tqdm.write(f"step {global_step:,}: return {scores.mean():.1f}")
+            save_agent(args.run_dir / "agent.safetensors", agent, envs.obs_stats)
+        if evaluation_due or time.perf_counter() - saved > 600:
+            checkpoint = {
+                "agent": agent.state_dict(),
+                "optimizer": optimizer.state_dict(),
+                "obs_stats": envs.obs_stats.state_dict(),
+                "return_stats": envs.return_stats.state_dict(),
+                "recent_episodes": list(envs.recent_episodes),
+                "generator": generator.get_state(),
+                "rng": rng.bit_generator.state,
+                "global_step": global_step,
+                "seconds": seconds,
+                "evaluations": evaluations,
+                "history": history,
+                "continued_at": continued_at,
+            }
+            with whole(checkpoint_path) as path:
+                torch.save(checkpoint, path)
+            saved = time.perf_counter()
 
     writer.close()
     eval_env.close()
-    if stopping:
-        return None
-    summary = {
-        "script": Path(__file__).name,
-        "algo": args.algo,
-        **vars(args),
-        "final_return_mean": evaluations[-1]["return_mean"],
-        "final_return_std": evaluations[-1]["return_std"],
-        "train_return_last100": np.mean(envs.recent_episodes, axis=0)[0]
-        if envs.recent_episodes
-        else None,
-        "sps": global_step / train_seconds,
-        "wall_s": time.perf_counter() - started,
-        "compile": gradient_fn is not gradient_and_metrics,  # False if compiling failed
-        "finished": True,
-    }
-    # To use the agent elsewhere: its weights and the statistics that normalise observations
-    tensors = agent.state_dict()
-    tensors["obs_mean"] = torch.from_numpy(envs.obs_stats.mean)
-    tensors["obs_std"] = torch.from_numpy(envs.obs_stats.std)
-    save(args.run_dir / "agent.safetensors", safetensors.torch.save(tensors))
-    # Written last, since summary.json marks a run as finished
-    save(args.run_dir / "summary.json", json.dumps(summary, indent=2))
-    return summary
+    outcome = {"continued_at": continued_at, "sps": global_step / seconds, "finished": True}
+    # Written last, since it marks the run as finished
+    save_json(args.run_dir / "summary.json", evaluations[-1] | outcome)
 
 
-def evaluate_run(args: Args) -> None:
-    """Plays the policy of the run in the folder `args.evaluate`, and prints its score."""
-    run = evaluated_args(args, "seed", "eval_episodes", "eval_max_steps", "capture_video")
-    check_env(run)
-    env = make_env(run.env_id, run.render_mode)
-    if run.capture_video:
-        name = f"evaluate-{run.seed}"
-        env = RecordVideo(env, run.run_dir / "video", lambda i: i == 0, name_prefix=name)
+def play(args: Args):
+    """Prints the score of the latest agent of the run in the folder `args.evaluate`."""
+    if args != Args(
+        evaluate=args.evaluate,
+        seed=args.seed,
+        eval_episodes=args.eval_episodes,
+        capture_video=args.capture_video,
+    ):
+        sys.exit("error: --evaluate takes only --seed, --eval-episodes and --capture-video")
+    folder = Path(args.evaluate)
+    run = Args(**json.loads((folder / "args.json").read_text())["args"])
+    env = make_env(run, folder / "video" if args.capture_video else None)
+    env.name_prefix = f"evaluate-{args.seed}"  # of the video, if any
     agent = Agent(env, run)
-    envs = NormalizedEnvs(run.env_id, 1, run.gamma)
-    with usable(run.run_dir / "checkpoint.pt"):
-        checkpoint = load_checkpoint(run.run_dir / "checkpoint.pt")
-        agent.load_state_dict(checkpoint["agent"])
-        envs.obs_stats.load_state_dict(checkpoint["obs_stats"])
-    returns, _ = evaluate(agent, env, envs, run, run.seed, threading.Event())
+    tensors = safetensors.torch.load_file(folder / "agent.safetensors")
+    mean = tensors.pop("obs_mean").numpy()
+    std = tensors.pop("obs_std").numpy()
+    agent.load_state_dict(tensors)
+
+    def normalize_obs(obs):
+        return ((obs - mean) / std).clip(-10, 10).astype(np.float32)
+
+    scores, _ = evaluate(agent, env, normalize_obs, args.eval_episodes, args.seed)
     env.close()
-    print_score(run, checkpoint["global_step"], returns)
+    print(f"{folder}: return {scores.mean():.1f} (standard deviation {scores.std():.1f})")
 
 
 # What follows is plumbing, not part of the algorithm.
-
-
-class CheckedEnv(gym.Wrapper):
-    """Raises a RunError that names environment, step and line if the environment's code fails
-    (even by `sys.exit`) or returns values that are huge or not finite."""
-
-    steps = 0  # since this process started, not since the run did
-
-    def reset(self, **options):
-        try:
-            obs, info = self.env.reset(**options)
-            if not abs(float(np.sum(obs))) < 1e100:  # False for NaN, too
-                raise ValueError(f"first observation {obs}: not finite, or huge")
-        except (Exception, SystemExit) as error:
-            raise self.failure(error) from error
-        return obs, info
-
-    def step(self, action):
-        self.steps += 1
-        try:
-            transition = self.env.step(action)
-            obs, reward, *_ = transition
-            if not (abs(reward) < 1e100 and abs(float(np.sum(obs))) < 1e100):
-                raise ValueError(f"observation {obs}, reward {reward}: not finite, or huge")
-        except (Exception, SystemExit) as error:
-            raise self.failure(error) from error
-        return transition
-
-    def failure(self, error):
-        frame = traceback.extract_tb(error.__traceback__)[-1]
-        where = f"{Path(frame.filename).name}:{frame.lineno}"
-        return RunError(f"{self.env.spec.id}, its step {self.steps}: {error!r:.300} in {where}")
-
-
-def numpy_mlp(network):
-    """A network from `mlp` as a function of NumPy arrays, which takes a third of PyTorch's time for
-    a single observation."""
-    layers = []
-    for layer in network:
-        layers.append((layer, [p.detach().cpu().numpy() for p in layer.parameters()]))
-
-    def forward(x):
-        for layer, parameters in layers:
-            if isinstance(layer, nn.Tanh):
-                x = np.tanh(x)
-            elif isinstance(layer, nn.ReLU):
-                x = np.maximum(x, 0)
-            elif isinstance(layer, nn.Linear):
-                weight, bias = parameters
-                x = x @ weight.T + bias
-            else:  # nn.LayerNorm
-                weight, bias = parameters
-                variance = x.var(-1, keepdims=True) + layer.eps
-                x = (x - x.mean(-1, keepdims=True)) / np.sqrt(variance) * weight + bias
-        return x
-
-    return forward
-
-
-def due(every, step, stride):
-    """Whether a multiple of `every` lies in the last `stride` steps; never if `every` is 0."""
-    return every > 0 and step % every < stride
 
 
 def flatten_parameters(agent):
@@ -787,328 +684,109 @@ def flatten_parameters(agent):
 def compiled(agent, args, obs, action):
     """Compiles `gradient_and_metrics` by a call on a minibatch of zeros, before training is timed.
     Returns it uncompiled if that fails. `obs` (T + 1, N, obs_dim), `action` (T, N, action_dim)."""
-    device = next(agent.parameters()).device
     n = args.num_steps * args.num_envs // args.num_minibatches
-    mb_obs = torch.zeros(n, obs.shape[-1], device=device)
-    mb_action = torch.from_numpy(action[0, 0]).repeat(n, 1).to(device)
+    mb_obs = torch.zeros(n, obs.shape[-1], device=args.device)
+    mb_action = torch.from_numpy(action[0, 0]).repeat(n, 1).to(args.device)
     # cpp_wrapper makes a call cheaper; it has not been tried on a GPU
-    gradient_fn = torch.compile(gradient_and_metrics, options={"cpp_wrapper": device.type == "cpu"})
+    cpp_wrapper = args.device == "cpu"
+    gradient_fn = torch.compile(gradient_and_metrics, options={"cpp_wrapper": cpp_wrapper})
     try:
         torch._dynamo.config.trace_autograd_ops = True  # one graph for the gradient and the loss
-        gradient_fn(agent, args, mb_obs, mb_action, *torch.zeros(3, n, device=device))
+        gradient_fn(agent, args, mb_obs, mb_action, *torch.zeros(3, n, device=args.device))
         return gradient_fn
-    except Exception as error:  # any exception is possible here
-        warning = f"torch.compile failed, continuing with --no-compile: {error!r:.200}"
-        tqdm.write(warning, file=sys.stderr)
+    except Exception as error:  # any exception is possible here, without a C++ compiler for one
+        tqdm.write(f"torch.compile failed, continuing without: {error!r:.200}", file=sys.stderr)
         return gradient_and_metrics
 
 
-def start_tracking(args):
-    """Mirrors TensorBoard to Weights & Biases."""
-    import_module("wandb").init(
-        project="symmetric-rl",
-        id=args.run_name,
-        name=args.run_name,
-        config=vars(args),
-        resume="allow",
-        sync_tensorboard=True,
-    )
-
-
-def save_progress(path, evaluations):
-    """Writes progress.csv; `evaluations`: dicts, all with the same keys."""
-    lines = [",".join(evaluations[0])]
-    for row in evaluations:
-        lines.append(",".join(map(str, row.values())))
-    save(path, "\n".join(lines) + "\n")
-
-
-def save(path, content):
-    """Writes text, bytes or, with torch.save, any object atomically: a temporary file, then a
-    rename. Raises OSError."""
-    temporary = path.with_name(path.name + ".tmp")
-    if isinstance(content, str):
-        temporary.write_text(content)
-    elif isinstance(content, bytes):
-        temporary.write_bytes(content)
-    else:
-        try:
-            torch.save(content, temporary)
-        except RuntimeError as error:  # what PyTorch raises if the disk is full
-            raise OSError(f"{temporary}: {error!r}") from error
-    os.replace(temporary, path)
+def save_agent(path, agent, obs_stats):
+    """To use the agent elsewhere: its weights and the statistics that normalise observations."""
+    tensors = agent.state_dict()
+    tensors["obs_mean"] = torch.from_numpy(obs_stats.mean)
+    tensors["obs_std"] = torch.from_numpy(obs_stats.std)
+    with whole(path) as temporary:
+        safetensors.torch.save_file(tensors, temporary)
 
 
 @contextmanager
-def usable(what):
-    """Turns any exception into a UsageError that names `what`: a run's file, or a flag."""
-    try:
-        yield
-    except Exception as error:  # files and environments may raise anything
-        raise UsageError(f"{what}: cannot be used: {error!r:.300}") from error
+def whole(path):
+    """Yields the path of a temporary file that then replaces `path`: no file is half written."""
+    temporary = path.with_name(path.name + ".tmp")
+    yield temporary
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
 
 
-def load_checkpoint(path):
-    """Loads a checkpoint, after a test of its checksums, which torch.load ignores."""
-    require(zipfile.ZipFile(path).testzip() is None, "damaged")
-    return torch.load(path, map_location="cpu", weights_only=True)
+def save_csv(path, rows):
+    with whole(path) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[-1])  # the first row may have fewer columns
+        writer.writeheader()
+        writer.writerows(rows)
 
 
-def git(*command):
-    """What git prints in the script's folder; None without git or a repository."""
-    folder = Path(__file__).resolve().parent
-    if not shutil.which("git"):
-        return None
-    done = subprocess.run(["git", "-C", folder, *command], capture_output=True, text=True)
-    return None if done.returncode else done.stdout.strip()
+def save_json(path, content):
+    with whole(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2))
 
 
-def describe_machine():
-    """Command, script, commit, versions and hardware, to reproduce a run."""
+def provenance():
+    """What one needs to repeat a run, besides its arguments."""
     script = Path(__file__).resolve()
-    versions = {package.name: package.version for package in metadata.distributions()}
-    versions["python"] = platform.python_version()
+    commit = None
+    if shutil.which("git"):
+        command = ["git", "-C", script.parent, "describe", "--always", "--dirty", "--abbrev=40"]
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
     return {
+        "script": script.name,
         "command": sys.argv,
-        "script_sha256": hashlib.sha256(script.read_bytes()).hexdigest(),
-        "script_status": git("status", "--short", "--", script),  # "" if unchanged since the commit
-        "commit": git("describe", "--always", "--dirty", "--abbrev=40"),
-        "versions": versions,
-        "hardware": {
-            "platform": platform.platform(),
-            "cpu": torch.backends.cpu.get_cpu_capability(),
-            "cores": os.cpu_count(),
-            "gpu": torch.cuda.is_available() and torch.cuda.get_device_name(),
-        },
+        "commit": commit,
+        "versions": {"torch": torch.__version__, "gymnasium": gym.__version__},
+        "platform": platform.platform(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
 
 
-class UsageError(ValueError):
-    """Wrong input; the message says what is wrong and what to do."""
+def begin(args: Args) -> bool:
+    """Writes args.json or, if it is there, checks that it is of the same run. Returns whether the
+    run has still to be finished."""
+    path = args.run_dir / "args.json"
+    if not path.exists():
+        begun = {"args": vars(args), "identity": args.identity(), **provenance(), "continued": []}
+        save_json(path, begun)
+        return True
+    begun = json.loads(path.read_text())
+    for name, value in args.identity().items():
+        before = begun["identity"].get(name)
+        if before != value:
+            sys.exit(f"error: {args.run_dir} was begun with {name} {before}, not {value}")
+    if (args.run_dir / "summary.json").exists():
+        return False
+    begun["continued"].append(provenance())
+    save_json(path, begun)
+    return True
 
 
-class RunError(RuntimeError):
-    """A run that can't continue; the message says why."""
-
-
-def require(condition, message):
-    if not condition:
-        raise UsageError(message)
-
-
-def require_range(args, names, low, high):
-    """Raises UsageError unless all arguments in `names` are between `low` and `high`."""
-    for name in names.split():
-        value = getattr(args, name)
-        flag = f"--{name.replace('_', '-')} {value}"
-        inside = low <= value <= high and value is not True  # `true` in args.json counts as 1
-        require(inside, f"{flag}: must be between {low:g} and {high:g}")
-
-
-def resumed_args(args: Args) -> Args:
-    """The arguments of the interrupted run that `args.resume` names."""
-    require(
-        replace(args, resume=None) == Args(),
-        "--resume reuses the flags in the args.json of the run: leave out all others",
-    )
-    folder = Path(args.resume)
-    begun = os.path.isfile(folder / "args.json")
-    finished = os.path.isfile(folder / "summary.json")
-    require(begun and not finished, f"--resume {folder}: not the folder of an interrupted run")
-    return saved_args(folder, resume=args.resume)
-
-
-def saved_args(folder: Path, **given) -> Args:
-    """The arguments in a run's args.json, overridden by `given`, and checked like flags."""
-    path = folder / "args.json"
-    with usable(path):
-        saved = json.loads(path.read_text())["args"]
-        names = {field.name for field in fields(Args)}
-        require(saved.keys() == names, "a run of another script, or of another version of it")
-        for field in fields(Args):
-            if isinstance(saved[field.name], list):
-                saved[field.name] = tuple(saved[field.name])
-            check_type(saved[field.name], field.type)
-        args = Args(**saved | given)
-        check(args)
-    return args
-
-
-def evaluated_args(args: Args, *names: str) -> Args:
-    """The arguments of the run in `args.evaluate`, overridden by the flags in `names`."""
-    given = {name: getattr(args, name) for name in names}
-    flags = ", ".join(f"--{name.replace('_', '-')}" for name in names)
-    require(args == Args(evaluate=args.evaluate, **given), f"--evaluate takes only {flags}")
-    check(with_defaults(args))
-    # `resume` makes that folder the `run_dir`, wherever it was during training
-    settings = {"resume": args.evaluate, "device": "cpu"} | given
-    return saved_args(Path(args.evaluate), **settings)
-
-
-def print_score(run, global_step, scores):
-    """Prints the mean and its standard error."""
-    # std(ddof=1) / sqrt(n), and 0 for a single episode
-    error = scores.std() / max(1, len(scores) - 1) ** 0.5
-    score = f"{scores.mean():.1f} ± {error:.1f} (mean and standard error of {len(scores)} episodes)"
-    print(f"{run.run_dir}, {run.env_id} {run.algo} after {global_step:,} steps: return {score}")
-
-
-def with_defaults(args: Args) -> Args:
-    """A copy with the defaults that depend on other arguments filled in."""
-    args = replace(args)
-    gaussian = args.policy == "gaussian"
-    if args.beta is None:
-        args.beta = 0.0 if gaussian else 20.0
-    if args.alpha is None:
-        args.alpha = 0.5 if args.beta else 1.0
-    if args.noise_level is None:
-        levels = {"none": 0.0, "normal": 0.05, "uniform": 0.05}
-        args.noise_level = levels.get(args.noise, 0.1)
-    twentieth = max(1, args.total_timesteps // 20)
-    if args.eval_freq is None:
-        args.eval_freq = twentieth
-    if args.checkpoint_freq is None:
-        args.checkpoint_freq = twentieth
-    if args.run_name is None:
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        name = f"{args.env_id}__{args.algo}__{args.noise}__{args.seed}__{stamp}"
-        args.run_name = f"{Path(__file__).stem}__{name}".replace("/", "-").replace(":", "-")
-    return args
-
-
-def check(args: Args) -> None:
-    """Raises UsageError for an argument that is out of range or contradicts another."""
-    require_range(args, "total_timesteps num_steps num_minibatches", 1, 1e12)
-    require_range(args, "eval_max_steps log_freq", 1, 1e12)
-    require_range(args, "num_envs eval_episodes", 1, 10_000)
-    require_range(args, "update_epochs", 1, 1000)
-    require_range(args, "bins", 2, 1000)
-    require_range(args, "log_std_init", -20, 20)
-    require_range(args, "seed eval_freq checkpoint_freq", 0, 1e18)
-    require_range(args, "alpha beta vf_coef ent_coef", 0, 1e9)
-    require_range(args, "learning_rate adam_eps clip_coef max_grad_norm", 1e-30, 1e12)
-    require_range(args, "gamma gae_lambda noise_level", 0, 1)
-    require_range(args, "z", -1e9, -1e-9)  # negative, since it stands for log 0
-    batch_size = args.num_envs * args.num_steps
-    require(
-        batch_size <= 10_000_000, "--num-envs, --num-steps: more than 10,000,000 steps a rollout"
-    )
-    require(
-        batch_size % args.num_minibatches == 0 and batch_size > args.num_minibatches,
-        f"--num-minibatches {args.num_minibatches}: must divide {batch_size}"
-        " (environments x steps) into minibatches of 2 or more",
-    )
-    for size in args.hidden_sizes:
-        require(1 <= size <= 10_000, f"--hidden-sizes {size}: must be between 1 and 10000")
-    require(
-        args.policy == "categorical" or args.beta == 0,
-        "--beta: needs probabilities, not a Gaussian's densities; use --policy categorical",
-    )
-    require(
-        args.noise != "none" or not args.noise_level, "--noise-level: choose a kind with --noise"
-    )
-    if args.correct_flips:
-        flips = args.noise == "flip" and args.noise_level < 0.5
-        require(flips, "--correct-flips: needs --noise flip and a --noise-level below 0.5")
-    require(
-        args.device != "cuda" or torch.cuda.is_available(), "--device cuda: no GPU here; use cpu"
-    )
-    plain = Path(args.run_name).name == args.run_name and args.run_name.isprintable()
-    require(
-        plain and args.run_name not in ("", ".."),
-        f"--run-name {args.run_name!r}: give the plain name of a folder",
-    )
-    require(args.runs_dir.isprintable(), f"--runs-dir {args.runs_dir!r}: not a printable name")
-    require(
-        not args.capture_video or util.find_spec("moviepy"), "--capture-video: pip install moviepy"
-    )
-
-
-def check_env(args: Args) -> None:
-    """Raises UsageError unless the environment can be made, reset and, for videos, rendered."""
-    with usable(f"--env-id {args.env_id}"):
-        env = make_env(args.env_id, args.render_mode)
-    for space in (env.observation_space, env.action_space):
-        vector = isinstance(space, gym.spaces.Box) and len(space.shape) == 1
-        require(vector, f"--env-id {args.env_id}: needs one-dimensional Box spaces, not {space}")
-    require(env.action_space.is_bounded(), f"--env-id {args.env_id}: unbounded actions")
-    with usable(f"--env-id {args.env_id}"):
-        env.reset()
-        if args.capture_video:
-            env.render()  # without a display, MuJoCo needs MUJOCO_GL=egl
-
-
-def prepare(args: Args) -> Args:
-    """Completes and checks arguments, and makes the run's folder. Raises UsageError."""
-    if args.resume is not None:
-        args = resumed_args(args)
-    args = with_defaults(args)
-    check(args)
-    require(not args.track or util.find_spec("wandb"), "--track: pip install wandb")
-    check_env(args)
-    if not args.resume:
-        make_run_dir(args)
-    return args
-
-
-def make_run_dir(args: Args) -> None:
-    content = {"args": vars(args)} | describe_machine()
-    try:
-        args.run_dir.mkdir(parents=True)
-    except OSError as error:
-        advice = "try another --run-name or --runs-dir"
-        raise UsageError(f"{args.run_dir}: {error.strerror}; {advice}") from error
-    try:
-        save(args.run_dir / "args.json", json.dumps(content, indent=2))
-    except OSError as error:
-        shutil.rmtree(args.run_dir)
-        raise UsageError(f"{args.run_dir}: {error.strerror}") from error
-
-
-def fail(message, status):
-    # print would write into the progress bar, which is still there
-    tqdm.write(" ".join(f"error: {message}".splitlines()), file=sys.stderr)
-    sys.exit(status)
-
-
-def main() -> None:
-    try:
-        args = tyro.cli(Args)
-        if args.evaluate is not None:
-            evaluate_run(args)
-            return
-        args = prepare(args)
-    except UsageError as error:
-        fail(error, 2)
-    except (RunError, OSError) as error:  # from --evaluate
-        fail(error, 1)
-    stop = threading.Event()
-
-    def request_stop(signum, frame):
-        stop.set()
-        signal.signal(signum, signal.SIG_DFL)  # a second signal kills
-
-    signal.signal(signal.SIGINT, request_stop)
-    signal.signal(signal.SIGTERM, request_stop)
-    # No traceback from TensorBoard's thread: `writer` raises its error in the main thread
-    threading.excepthook = lambda details: None
-    resume = shlex.join(["python", sys.argv[0], "--resume", str(args.run_dir)])
+def main():
+    args = tyro.cli(Args)
+    if args.evaluate:
+        play(args)
+        return
+    make_env(args).close()  # before a folder is made
+    args.run_dir.mkdir(parents=True, exist_ok=True)
     try:
         with FileLock(args.run_dir / "lock", blocking=False):
-            summary = train(args, stop)
+            if begin(args):
+                train(args)
     except Timeout:
-        fail(f"{args.run_dir}: another process is at work on this run", 2)
-    except UsageError as error:
-        fail(error, 2)
-    except (RunError, OSError, torch.OutOfMemoryError) as error:
-        fail(f"{error}; to continue from the last checkpoint: {resume}", 1)
-    if summary is None:
-        print(f"interrupted; to continue: {resume}", file=sys.stderr)
-        sys.exit(130)
+        sys.exit(f"error: another process is at work on this run, or delete {args.run_dir}/lock")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command continues")
+    summary = json.loads((args.run_dir / "summary.json").read_text())
     print(
-        f"{args.env_id} {args.algo}: return {summary['final_return_mean']:.1f} "
-        f"(standard deviation {summary['final_return_std']:.1f}), "
-        f"{summary['sps']:,.0f} steps/s, {args.run_dir}"
+        f"{args.run_dir}: return {summary['return_mean']:.1f} (standard deviation "
+        f"{summary['return_std']:.1f}), {summary['sps']:,.0f} steps/s"
     )
 
 

@@ -3,8 +3,8 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.11", "transformers>=5.0", "datasets>=4.0", "accelerate>=1.10",
-#   "peft>=0.18", "rouge-score>=0.1.2", "numpy>=2.0", "tyro>=1.0", "typeguard>=4.3",
-#   "filelock>=3.16", "tensorboard>=2.19", "tqdm>=4.66.5"]
+#   "peft>=0.18", "rouge-score>=0.1.2", "numpy>=2.0", "tyro>=1.0",
+#   "filelock>=3.24", "tensorboard>=2.19", "tqdm>=4.66.5"]
 # ///
 """Symmetric PPO (SPPO) for language models (RLHF) in one file.
 
@@ -24,10 +24,10 @@ constant that stands for log 0:
     reverse PPO loss  Lr = -mean( m A Z (1 - p) / p_old ),  m = 1 where L has a gradient, else 0
     symmetric loss    alpha L + beta Lr
 
-What SPPO adds to PPO is the block `if beta:` in `symmetric_policy_loss`. The gradient of Lr is |Z|
-times that of L, so SPPO's policy gradient is (alpha + beta |Z|) times PPO's: with the authors'
-weights 0.9 (imdb) and 0.7 (tldr) times. That changes its weight relative to the supervised loss,
-and its share of the clipped gradient; policy and critic have no trained weights in common.
+SPPO differs from PPO in two lines, those with `reverse_loss = ` and `beta * reverse_loss`. The
+gradient of Lr is |Z| times that of L, so SPPO's policy gradient is (alpha + beta |Z|) times PPO's:
+with the authors' weights 0.9 (imdb) and 0.7 (tldr) times. That changes its weight relative to the
+supervised loss, and its share of the clipped gradient; policy and critic share no trained weights.
 
 A reward model scores prompt and response; that reward is given at the last token. Every token pays
 a KL penalty, `kl_coef` times log(pi / reference policy); the reference policy is the frozen
@@ -36,27 +36,23 @@ too). Dropout is off. Steps and frequencies count texts, that is a prompt and it
 """
 
 import argparse
+import csv
 import ctypes
 import hashlib
 import json
-import logging
 import math
 import os
 import platform
 import random
 import runpy
-import shlex
 import shutil
-import signal
 import subprocess
 import sys
-import threading
 import time
-import zipfile
+from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, fields, replace
+from dataclasses import dataclass, field
 from functools import partial
-from importlib import import_module, metadata, util
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -81,33 +77,42 @@ from transformers import (
     AutoTokenizer,
 )
 from transformers.utils.peft_utils import find_adapter_config_file
-from typeguard import check_type
+
+TOY = "runs/toy"  # folder of the toy's models and data
+# Tokenizers of hub models that come without one, and held-out splits of datasets
+TOKENIZERS = {
+    "rajkumarrrk/gpt2-fine-tuned-on-imdb-positive-reviews": "gpt2",
+    "CarperAI/openai_summarize_tldr_sft": "gpt2",
+}
+EVAL_DATASETS = {
+    f"{TOY}/train.jsonl": f"{TOY}/test.jsonl",
+    "stanfordnlp/imdb:train": "stanfordnlp/imdb:test",
+    "CarperAI/openai_summarize_tldr:train": "CarperAI/openai_summarize_tldr:valid",
+}
 
 
 @dataclass
 class Args:
-    """Defaults are for the toy task; TASKS has the defaults of the other tasks."""
+    """Defaults are for the toy task; below are those of the other tasks."""
 
     # Run
     task: Literal["toy", "imdb", "tldr"] = "toy"  # toy: offline; imdb: reviews; tldr: summaries
     total_timesteps: int = 40 * 112  # texts sampled in all, rounded up to whole batches
     seed: int = 1  # of all random numbers (the authors' runs: 42 to 46)
+    exp_name: str | None = None  # name of the method in reports; default: the algorithm
+    run_name: str | None = None  # folder of the run; default: main settings and a hash of all
+    runs_dir: str = "runs"  # folder of all runs
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU, where there is one
     amp: Literal["auto", "off"] = "auto"  # auto: bfloat16 where the hardware has it; off: float32
-    runs_dir: str = "runs"  # folder of all runs
-    run_name: str | None = None  # folder of this run; default: task, algorithm, noise, seed, time
-    resume: str | None = None  # folder of an interrupted run to continue; takes no other flag
-    evaluate: str | None = None  # folder of a run to evaluate, without training it
-    checkpoint_freq: int | None = None  # texts between checkpoints; default: total / 10; 0: at end
     track: bool = False  # log to Weights & Biases as well (pip install wandb)
 
     # Models and data
-    policy_model: str | None = None  # folder or hub name of a causal language model
+    policy_model: str = f"{TOY}/policy"  # folder or hub name of a causal language model
     tokenizer: str | None = None  # folder or hub name; default: the policy's (imdb, tldr: gpt2)
-    reward_model: tuple[str, ...] = ()  # classifiers or LoRA adapters; or functions, FILE.py:NAME
+    reward_model: tuple[str, ...] = (f"{TOY}/reward",)  # classifiers, adapters or FILE.py:FUNCTION
     reward_label: int = 1  # label whose probability is the reward; unused with a single output
     reward_aggregate: Literal["mean", "min", "mean-std"] = "mean"  # over several reward models
-    dataset: str | None = None  # JSONL(.gz) or hub name:split; column text (tldr: prompt, label)
+    dataset: str = f"{TOY}/train.jsonl"  # JSONL(.gz) or hub name:split; text (tldr: prompt, label)
     eval_dataset: str | None = None  # held-out data; default: the task's, or 10% of --dataset
     prompt_length: int = 16  # maximum tokens of a prompt, cut left (toy, imdb: half of a text)
     response_length: int = 32  # maximum tokens of a response
@@ -138,26 +143,70 @@ class Args:
     alpha: float | None = None  # weight of the PPO loss; default: 0.5, or 1 if beta is 0
     beta: float = 0.4  # weight of the reverse loss; 0: PPO
     z: float = -1.0  # Z, which stands for log 0
-    divide_by_p_old: bool = True  # as in the paper; without the division: our bounded variant
 
     # Noise
     noise: Literal["none", "flip", "normal", "uniform", "adv_flip"] = "none"  # noise in training
     noise_level: float | None = None  # flip probability (default 0.1) or scale (default 0.05)
-    correct_flips: bool = False  # make flipped rewards unbiased, given the noise level
 
     # Evaluation
-    eval_freq: int | None = None  # texts per evaluation; default: total / 10; 0: first and last
+    evaluate: str | None = None  # folder of a run: play its policy instead of training
+    eval_freq: int | None = None  # texts between evaluations and checkpoints; default: total / 10
     eval_episodes: int = 128  # held-out prompts in an evaluation; rewards are clean
     eval_greedy: bool = False  # greedy decoding in evaluations; else sampled as in training
     eval_reward_model: tuple[str, ...] = ()  # held-out reward models, never trained against
 
-    @property
-    def algo(self) -> str:
-        return "sppo" if self.beta else "ppo"
+    def __post_init__(self):
+        self.eval_dataset = self.eval_dataset or EVAL_DATASETS.get(self.dataset)
+        if self.alpha is None:
+            self.alpha = 0.5 if self.beta else 1.0
+        if self.noise_level is None:
+            levels = {"none": 0.0, "normal": 0.05, "uniform": 0.05}
+            self.noise_level = levels.get(self.noise, 0.1)
+        if self.eval_freq is None:
+            self.eval_freq = max(1, self.total_timesteps // 10)
+        if self.exp_name is None:
+            self.exp_name = "sppo" if self.beta else "ppo"
+        self.check()
+        if self.run_name is None:  # the same command has the same folder, so it continues there
+            digest = hashlib.sha256(json.dumps(self.identity()).encode()).hexdigest()[:8]
+            self.run_name = f"{self.task}__{self.exp_name}__{self.noise}__{self.seed}__{digest}"
+
+    def check(self):
+        """Refuses what would run, but mean something else than it says. tyro prints the message."""
+        positive = ["total_timesteps", "num_minibatches", "update_epochs"]
+        for name in [*positive, "eval_freq", "eval_episodes"]:
+            if getattr(self, name) < 1:
+                raise ValueError(f"{name} must be at least 1")
+        if not 0 <= self.noise_level <= 1:
+            raise ValueError("noise_level must be between 0 and 1")
+        if min(self.alpha, self.beta) < 0:
+            raise ValueError("alpha and beta must not be negative")
+        processes = int(os.environ.get("WORLD_SIZE", 1))
+        if self.batch_size % (self.num_minibatches * processes):
+            raise ValueError("num_minibatches times processes must divide batch_size")
+        if self.eval_episodes % processes:
+            raise ValueError("the number of processes must divide eval_episodes")
+        if self.z >= 0:
+            raise ValueError("z stands for log 0, so it must be negative")
+        if self.noise == "none" and self.noise_level:
+            raise ValueError("noise_level needs a kind of noise")
+        if self.load_in_4bit and not self.lora_r:
+            raise ValueError("load_in_4bit needs LoRA, so lora_r > 0")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device cuda: there is no GPU")
+
+    def identity(self) -> dict:
+        """What makes two runs the same: the script, and the arguments that may change results."""
+        identity = {"script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
+        others = ["run_name", "runs_dir", "device", "track", "evaluate"]
+        for name, value in vars(self).items():
+            if name not in others:
+                identity[name] = value
+        return json.loads(json.dumps(identity))
 
     @property
     def run_dir(self) -> Path:
-        return Path(self.resume or Path(self.runs_dir) / self.run_name)
+        return Path(self.runs_dir) / self.run_name.replace("/", "-")
 
     @property
     def inference_batch_size(self):
@@ -165,54 +214,49 @@ class Args:
 
 
 # The authors' settings, except that their base model for tldr is 4-bit. The toy's are ours.
-TASKS = {
-    "toy": Args(),
-    "imdb": Args(
-        task="imdb",
-        policy_model="rajkumarrrk/gpt2-fine-tuned-on-imdb-positive-reviews",
-        reward_model=("lvwerra/distilbert-imdb",),
-        dataset="stanfordnlp/imdb:train",
-        total_timesteps=60 * 112,
-        prompt_length=64,
-        response_length=48,
-        top_k=50,
-        stop_at_eos=False,
-        learning_rate=5e-6,
-        ce_coef=0.1,
-        kl_coef=0.001,
-    ),
-    "tldr": Args(
-        task="tldr",
-        policy_model="CarperAI/openai_summarize_tldr_sft",
-        # The authors enclose its texts in <|startoftext|> and <|endoftext|>; we do not
-        reward_model=("jdchang/tldr_rm_adapter",),
-        dataset="CarperAI/openai_summarize_tldr:train",
-        total_timesteps=200 * 64,
-        prompt_length=500,
-        response_length=50,
-        lora_r=8,
-        batch_size=64,
-        update_epochs=4,
-        micro_batch_size=4,
-        learning_rate=5e-6,
-        weight_decay=0.01,
-        gamma=1.0,
-        vf_coef=0.1,
-        ce_coef=0.1,
-        kl_coef=0.002,
-        beta=0.2,
-        eval_greedy=True,
-    ),
-}
-# Tokenizers of hub models that come without one, and held-out splits of hub datasets.
-TOKENIZERS = {
-    "rajkumarrrk/gpt2-fine-tuned-on-imdb-positive-reviews": "gpt2",
-    "CarperAI/openai_summarize_tldr_sft": "gpt2",
-}
-EVAL_DATASETS = {
-    "stanfordnlp/imdb:train": "stanfordnlp/imdb:test",
-    "CarperAI/openai_summarize_tldr:train": "CarperAI/openai_summarize_tldr:valid",
-}
+
+
+@dataclass
+class ImdbArgs(Args):
+    task: str = "imdb"
+    policy_model: str = "rajkumarrrk/gpt2-fine-tuned-on-imdb-positive-reviews"
+    reward_model: tuple[str, ...] = ("lvwerra/distilbert-imdb",)
+    dataset: str = "stanfordnlp/imdb:train"
+    total_timesteps: int = 60 * 112
+    prompt_length: int = 64
+    response_length: int = 48
+    top_k: int = 50
+    stop_at_eos: bool = False
+    learning_rate: float = 5e-6
+    ce_coef: float = 0.1
+    kl_coef: float = 0.001
+
+
+@dataclass
+class TldrArgs(Args):
+    task: str = "tldr"
+    policy_model: str = "CarperAI/openai_summarize_tldr_sft"
+    # The authors enclose its texts in <|startoftext|> and <|endoftext|>; we do not
+    reward_model: tuple[str, ...] = ("jdchang/tldr_rm_adapter",)
+    dataset: str = "CarperAI/openai_summarize_tldr:train"
+    total_timesteps: int = 200 * 64
+    prompt_length: int = 500
+    response_length: int = 50
+    lora_r: int = 8
+    batch_size: int = 64
+    update_epochs: int = 4
+    micro_batch_size: int = 4
+    learning_rate: float = 5e-6
+    weight_decay: float = 0.01
+    gamma: float = 1.0
+    vf_coef: float = 0.1
+    ce_coef: float = 0.1
+    kl_coef: float = 0.002
+    beta: float = 0.2
+    eval_greedy: bool = True
+
+
+TASKS = {"toy": Args, "imdb": ImdbArgs, "tldr": TldrArgs}
 
 
 # Noise
@@ -231,17 +275,10 @@ def perturb_reward(reward, noise, level, rng):
     return reward
 
 
-def correct_flips(reward, level):
-    """Unbiased rewards, given flips r -> 1 - r with probability `level` < 1/2: the mean of a noisy
-    reward is (1 - 2 level) r + level. After Wang et al., AAAI 2020, "Reinforcement Learning with
-    Perturbed Rewards"."""
-    return (reward - level) / (1 - 2 * level)
-
-
 def perturb_advantage(advantage, level, generator):
     """Advantages of any shape, the sign of each flipped with probability `level`."""
-    uniform = torch.rand(advantage.shape, generator=generator, device=generator.device)
-    flipped = uniform.to(advantage.device) < level
+    uniform = torch.rand(advantage.shape, generator=generator)
+    flipped = (uniform < level).to(advantage.device)
     return torch.where(flipped, -advantage, advantage)
 
 
@@ -344,7 +381,7 @@ class ActorCritic(nn.Module):
         with torch.autocast(hidden.device.type, enabled=False):
             return self.value_head(hidden.float()).squeeze(-1)
 
-    def generate(self, ids, mask, uniform, top_k, eos, pad, stop_at_eos):
+    def generate(self, ids, mask, uniform, top_k, tokenizer, stop_at_eos):
         """Samples responses to prompts that are padded on the left. Returns ids and mask of prompts
         and responses, (batch, prompt tokens + length). `uniform` (batch, length), as
         in `sample_token`, is an argument so that samples do not depend on how batches are split."""
@@ -363,12 +400,12 @@ class ActorCritic(nn.Module):
             cache = output.past_key_values
             logits = float32_logits(self.policy, output.last_hidden_state[:, -1])
             if not stop_at_eos:
-                logits[:, eos] = -math.inf
+                logits[:, tokenizer.eos_token_id] = -math.inf
             new_ids = sample_token(logits, uniform[:, t : t + 1], top_k)
-            new_ids = torch.where(alive, new_ids, pad)
+            new_ids = torch.where(alive, new_ids, tokenizer.pad_token_id)
             ids = torch.cat([ids, new_ids], 1)
             mask = torch.cat([mask, alive], 1)
-            alive = alive & (new_ids != eos)
+            alive = alive & (new_ids != tokenizer.eos_token_id)
         return ids, mask
 
 
@@ -395,16 +432,19 @@ def predicting_states(transformer, ids, mask, length):
 def float32_logits(model, hidden):
     """Logits in float32: the 8 significant bits of bfloat16 are too few for ratios near 1."""
     head = model.get_output_embeddings()
+    weight = head.weight.float()
     bias = None if head.bias is None else head.bias.float()
     with torch.autocast(hidden.device.type, enabled=False):
-        return F.linear(hidden.float(), head.weight.float(), bias)
+        return F.linear(hidden.float(), weight, bias)
 
 
 def token_log_prob(model, ids, mask, length):
     """Log-probabilities (batch, length), float32, of the last `length` tokens."""
-    logits = float32_logits(model, predicting_states(model.base_model, ids, mask, length))
+    hidden = predicting_states(model.base_model, ids, mask, length)
+    logits = float32_logits(model, hidden)
     tokens = ids[:, -length:]
-    loss = F.cross_entropy(logits.flatten(0, 1), tokens.flatten(), reduction="none")
+    flat_logits = logits.flatten(0, 1)
+    loss = F.cross_entropy(flat_logits, tokens.flatten(), reduction="none")
     return -loss.view_as(tokens)
 
 
@@ -412,10 +452,14 @@ def sample_token(logits, uniform, top_k):
     """Inverse-CDF sampling: tokens (batch, 1) from `logits` (batch, vocabulary), among the `top_k`
     most likely ones (0: among all), given `uniform` (batch, 1) in [0, 1)."""
     vocabulary = logits.shape[-1]
-    top = logits.topk(min(top_k or vocabulary, vocabulary))
-    cumulative = top.values.softmax(-1, dtype=torch.float64).cumsum(-1)
-    rank = (cumulative <= uniform * cumulative[:, -1:]).sum(-1, keepdim=True)
-    return top.indices.gather(1, rank)
+    if 0 < top_k < vocabulary:
+        least = logits.topk(top_k).values[:, -1:]
+        excluded = logits < least
+        logits = logits.masked_fill(excluded, -math.inf)
+    probability = logits.softmax(-1, dtype=torch.float64)
+    cumulative = probability.cumsum(-1)
+    total = cumulative[:, -1:]  # 1, but for rounding
+    return torch.searchsorted(cumulative, uniform * total, right=True)
 
 
 class RewardModel:
@@ -426,25 +470,19 @@ class RewardModel:
     def __init__(self, name, label, device, dtype):
         self.label = label
         base = name
-        with loading(name):
-            if find_adapter_config_file(name):
-                base = peft.PeftConfig.from_pretrained(name).base_model_name_or_path
-                self.model = peft.AutoPeftModelForSequenceClassification.from_pretrained(
-                    name, num_labels=1, dtype=dtype
-                )
-            else:
-                self.model = load_pretrained(AutoModelForSequenceClassification, name, dtype=dtype)
-            self.model.to(device)
+        if find_adapter_config_file(name):
+            base = peft.PeftConfig.from_pretrained(name).base_model_name_or_path
+            self.model = peft.AutoPeftModelForSequenceClassification.from_pretrained(
+                name, num_labels=1, dtype=dtype
+            )
+        else:
+            self.model = load_pretrained(AutoModelForSequenceClassification, name, dtype=dtype)
+        self.model.to(device)
         config = self.model.config
-        require(
-            config.num_labels == 1 or label < config.num_labels,
-            f"--reward-label {label}: {name} has {config.id2label}",
-        )
         tokenizer = load_tokenizer(base)
         config.pad_token_id = tokenizer.pad_token_id
-        positions = getattr(config, "max_position_embeddings", -1)  # XLNet has no limit and says -1
-        if positions > 0:
-            tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
+        positions = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
+        tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
         self.tokenizer = tokenizer
 
     @torch.no_grad()
@@ -459,31 +497,19 @@ class RewardModel:
         return logits.softmax(-1)[:, self.label]
 
 
-class RewardFunction:
-    """A Python function as a reward model: it takes a list of texts and returns one score for each.
-    `name`: the file and the function in it, FILE.py:NAME."""
-
-    def __init__(self, name, device):
-        self.name = name
-        self.device = device
-        path, _, function = name.rpartition(":")
-        with loading(name):
-            self.function = runpy.run_path(path)[function]
-
-    def __call__(self, texts):
-        """Scores (texts,). Raises RunError if the function fails."""
-        try:
-            scores = torch.tensor(self.function(texts), dtype=torch.float32, device=self.device)
-            require(scores.shape == (len(texts),), f"{len(texts)} texts, scores {scores.shape}")
-        except Exception as error:  # any exception is possible in a user's function
-            raise RunError(f"{self.name}: {error!r:.300}") from error
-        return scores
-
-
 def load_reward_model(name, label, device, dtype):
-    if ".py:" in name:
-        return RewardFunction(name, device)
-    return RewardModel(name, label, device, dtype)
+    """A function from texts to scores (texts,): a model, or a Python function FILE.py:NAME that
+    takes a list of texts and returns one score for each."""
+    if ".py:" not in name:
+        return RewardModel(name, label, device, dtype)
+    path, _, function_name = name.rpartition(":")
+    function = runpy.run_path(path)[function_name]
+
+    def reward_model(texts):
+        scores = torch.tensor(function(texts), dtype=torch.float32, device=device)
+        return scores.view(len(texts))
+
+    return reward_model
 
 
 def aggregate(scores, how):
@@ -508,39 +534,35 @@ def masked_mean(x, mask):
     return masked_sum(x, mask) / mask.sum()
 
 
-def symmetric_policy_loss(
-    log_prob, old_log_prob, advantage, mask, clip_coef, alpha, beta, z, divide_by_p_old=True
-):
-    """alpha * PPO loss + beta * reverse PPO loss, a scalar to minimise (arXiv 2405.17618).
+def symmetric_policy_losses(log_prob, old_log_prob, advantage, mask, clip_coef, z):
+    """PPO loss L and reverse PPO loss Lr, scalars to minimise as alpha L + beta Lr.
 
     Tensors (batch, tokens): `log_prob`, `old_log_prob`: log pi of each token, now and when it was
-    sampled; `advantage`; `mask`: true at sampled tokens, over which the mean is taken.
-    Numbers: `clip_coef`: PPO's epsilon; `alpha`, `beta` >= 0; `z` < 0.
+    sampled; `advantage`; `mask`: true at sampled tokens, over which the means are taken. Numbers:
+    `clip_coef`: PPO's epsilon; `z` < 0.
 
-    (1 - p) / p_old is written 1 / p_old - r: the first term has no gradient but may be huge. Judge
-    this loss by its gradient, not its value. If `divide_by_p_old` is false (our variant, not in the
-    paper), the reverse loss is bounded and gives likely tokens more weight.
+    (1 - p) / p_old = 1 / p_old - r; its first term is constant, huge for unlikely tokens, and left
+    out of the returned Lr, which therefore has the paper's gradient but not its value.
     """
     ratio = torch.where(mask, log_prob - old_log_prob, 0.0).exp()
     surrogate = advantage * ratio
     clipped = advantage * ratio.clamp(1 - clip_coef, 1 + clip_coef)
     unclipped = surrogate <= clipped  # m: where PPO's gradient flows
-    objective = alpha * torch.where(unclipped, surrogate, clipped)
-    if beta:  # all that symmetric PPO adds to PPO
-        if divide_by_p_old:
-            reverse = advantage * z * ((-old_log_prob).exp() - ratio)
-        else:
-            reverse = advantage * z * (1 - log_prob.exp())
-        objective = objective + beta * torch.where(unclipped, reverse, 0.0)
-    return -masked_mean(objective, mask)
+    objective = torch.where(unclipped, surrogate, clipped)
+    reverse = torch.where(unclipped, z * surrogate, 0.0)
+    policy_loss = -masked_mean(objective, mask)
+    reverse_loss = masked_mean(reverse, mask)  # all that SPPO adds to PPO
+    return policy_loss, reverse_loss
 
 
 def clipped_value_loss(value, old_value, returns, mask, clip_coef):
     """PPO's clipped value loss: half the mean over tokens of the larger of two squared errors, one
     of the value, one of the value with its change clipped."""
     clipped = old_value + (value - old_value).clamp(-clip_coef, clip_coef)
-    error = torch.maximum((value - returns).square(), (clipped - returns).square())
-    return 0.5 * masked_mean(error, mask)
+    error = (value - returns).square()
+    clipped_error = (clipped - returns).square()
+    larger = torch.maximum(error, clipped_error)
+    return 0.5 * masked_mean(larger, mask)
 
 
 class Rollout(NamedTuple):
@@ -573,39 +595,24 @@ def loss_and_metrics(model, args, batch, response_tokens, completion_tokens):
     length = mask.shape[1]
     sft = (rollout.sft_ids, rollout.sft_mask) if args.ce_coef else ()
     log_prob, value, sft_log_prob = model(rollout.ids, rollout.mask, length, *sft)
-    policy_loss = symmetric_policy_loss(
-        log_prob,
-        rollout.log_prob,
-        batch.advantage,
-        mask,
-        args.clip_coef,
-        args.alpha,
-        args.beta,
-        args.z,
-        args.divide_by_p_old,
+    policy_loss, reverse_loss = symmetric_policy_losses(
+        log_prob, rollout.log_prob, batch.advantage, mask, args.clip_coef, args.z
     )
     value_loss = clipped_value_loss(value, rollout.value, batch.returns, mask, args.clip_coef)
-    # policy_loss and value_loss are means over these texts' tokens; mask.sum() makes them sums
-    loss = mask.sum() * (policy_loss + args.vf_coef * value_loss) / response_tokens
-
-    with torch.no_grad():
-        # For logging: the two losses of symmetric_policy_loss, without alpha and beta
-        log_ratio = log_prob - rollout.log_prob
-        ratio = log_ratio.exp()
-        surrogate = batch.advantage * ratio
-        clipped = batch.advantage * ratio.clamp(1 - args.clip_coef, 1 + args.clip_coef)
-        # The part of the reverse loss that has a gradient: m A Z r or, undivided, m A Z p
-        reverse = torch.where(surrogate <= clipped, args.z * surrogate, 0.0)
-        if not args.divide_by_p_old:
-            reverse = reverse * rollout.log_prob.exp()
-        sums = {
-            "policy_loss": -masked_sum(torch.minimum(surrogate, clipped), mask),
-            "reverse_loss": masked_sum(reverse, mask),
-            "value_loss": value_loss * mask.sum(),
-            "clipfrac": masked_sum((ratio - 1).abs() > args.clip_coef, mask),
-            "approx_kl": masked_sum(ratio - 1 - log_ratio, mask),  # joschu.net/blog/kl-approx.html
-        }
-        metrics = {name: total / response_tokens for name, total in sums.items()}
+    loss = args.alpha * policy_loss + args.beta * reverse_loss + args.vf_coef * value_loss
+    log_ratio = (log_prob - rollout.log_prob).detach()
+    clipped = ((log_ratio.exp() - 1).abs() > args.clip_coef).float()
+    means = {
+        "policy_loss": policy_loss.detach(),
+        "reverse_loss": reverse_loss.detach(),
+        "value_loss": value_loss.detach(),
+        "clipfrac": masked_mean(clipped, mask),
+        # joschu.net/blog/kl-approx.html
+        "approx_kl": masked_mean(log_ratio.exp() - 1 - log_ratio, mask),
+    }
+    share = mask.sum() / response_tokens  # up to here, means over this micro batch's tokens
+    loss = share * loss
+    metrics = {name: share * mean for name, mean in means.items()}
     if args.ce_coef:
         sft_loss = -masked_sum(sft_log_prob, rollout.sft_mask[:, -length:]) / completion_tokens
         loss = loss + args.ce_coef * sft_loss
@@ -644,8 +651,10 @@ def token_advantages(reward, log_prob, reference_log_prob, value, mask, args):
 
 def normalize(advantage, mask):
     """Advantages with mean 0 and standard deviation 1 where `mask` is true."""
-    centred = advantage - masked_mean(advantage, mask)
-    variance = masked_sum(centred.square(), mask) / (mask.sum() - 1).clamp(min=1)
+    mean = masked_mean(advantage, mask)
+    centred = advantage - mean
+    degrees_of_freedom = (mask.sum() - 1).clamp(min=1)
+    variance = masked_sum(centred.square(), mask) / degrees_of_freedom
     return centred / (variance.sqrt() + 1e-8)
 
 
@@ -663,7 +672,6 @@ def collect_rollout(setup, args, sft_ids, sft_mask, uniform, top_k, reward_model
     """Samples responses to the prompts of texts (B, P + T) and scores them; each process does its
     share. Returns the rollout of all processes, on the CPU. `uniform` (B, T) as in `generate`."""
     actor_critic = setup.actor_critic
-    tokenizer = setup.tokenizer
     device = setup.accelerator.device
     length = args.response_length
     parts = []
@@ -676,21 +684,17 @@ def collect_rollout(setup, args, sft_ids, sft_mask, uniform, top_k, reward_model
                 part_sft_mask[:, :-length],
                 uniform[rows].to(device),
                 top_k,
-                tokenizer.eos_token_id,
-                tokenizer.pad_token_id,
+                setup.tokenizer,
                 args.stop_at_eos,
             )
             # Computed as in the update, not by `generate`, so that ratios start at 1.
             log_prob = actor_critic.policy_log_prob(ids, mask, length)
             reference_log_prob = actor_critic.reference_log_prob(ids, mask, length)
             value = actor_critic.value(ids, mask, length)
-        texts = decode(tokenizer, ids, mask)
+        texts = decode(setup.tokenizer, ids, mask)
         scores = torch.stack([reward_model(texts) for reward_model in reward_models], 1)
         if not scores.isfinite().all():
-            raise RunError(
-                f"{' '.join(args.reward_model + args.eval_reward_model)}: scores that are not"
-                f" finite, with the means {scores.mean(0).tolist()}"
-            )
+            raise ValueError(f"scores that are not finite, with the means {scores.mean(0)}")
         part = Rollout(
             ids=ids,
             mask=mask,
@@ -756,7 +760,7 @@ def update(setup, args, batch, generator):
             setup.optimizer.zero_grad()
             metrics["advantage_sign_flips"] = masked_mean((raw > 0) != (advantage > 0), mask)
             history.append(metrics)
-    return {name: np.mean([float(m[name]) for m in history]) for name in history[0]}
+    return {name: np.mean([float(m[name]) for m in history]).item() for name in history[0]}
 
 
 # Evaluation
@@ -767,12 +771,12 @@ def evaluate(setup, args, step):
     """Returns a row for progress.csv, and up to eight samples.
 
     The row has the reward, and what it may have cost: the KL divergence from the reference policy
-    in nats per text (an estimate, biased where sampling is filtered), perplexities and distinct-n.
+    in nats per text (an estimate, biased where sampling is filtered) and perplexities.
     """
     T = args.response_length
     sft_ids, sft_mask = tokenize(setup.eval_data, setup.tokenizer, args)
-    generator = torch.Generator().manual_seed(args.seed + step)
-    uniform = torch.rand(args.eval_episodes, T, generator=generator)
+    rng = np.random.default_rng([args.seed, step, 2])
+    uniform = torch.from_numpy(rng.random((args.eval_episodes, T)))
     top_k = 1 if args.eval_greedy else args.top_k
     rollout = collect_rollout(setup, args, sft_ids, sft_mask, uniform, top_k, setup.reward_models)
     mask = rollout.response_mask
@@ -788,16 +792,13 @@ def evaluate(setup, args, step):
         "return_mean": reward.mean().item(),
         "return_std": reward.std(correction=0).item(),
         "length_mean": mask.sum().item() / args.eval_episodes,
-        "episodes": args.eval_episodes,
         "kl": masked_sum(log_ratio, mask).item() / args.eval_episodes,
         # Responses under the reference policy, then reference completions under the policy
         "perplexity": perplexity(rollout.reference_log_prob, mask),
         "perplexity_real": perplexity(sft_log_prob, sft_mask[:, -T:]),
-        "distinct_1": distinct_n(responses, 1),
-        "distinct_2": distinct_n(responses, 2),
     }
     for name, score in zip(args.eval_reward_model, rollout.scores[:, first_heldout:].mean(0)):
-        row[f"heldout_{Path(name).name}"] = score.item()
+        row[f"heldout_{name}"] = score.item()
     if args.task == "toy":
         row["sentiment"] = sum(map(toy_sentiment, responses)) / len(responses)
     if args.task == "tldr":
@@ -811,32 +812,22 @@ def evaluate(setup, args, step):
 
 
 def completion_log_prob(setup, args, sft_ids, sft_mask):
-    """Log-probabilities (texts, T) of reference completions under the policy."""
+    """Log-probabilities (texts, T) of reference completions under the policy; each process does its
+    share."""
     device = setup.accelerator.device
     parts = []
-    size = args.inference_batch_size
-    for ids, mask in zip(sft_ids.split(size), sft_mask.split(size)):
+    for rows in process_rows(setup.accelerator, len(sft_ids), args.inference_batch_size):
+        ids = sft_ids[rows].to(device)
+        mask = sft_mask[rows].to(device)
         with setup.actor_critic.autocast():
-            log_prob = setup.actor_critic.policy_log_prob(
-                ids.to(device), mask.to(device), args.response_length
-            )
-        parts.append(log_prob.cpu())
-    return torch.cat(parts)
+            parts.append(setup.actor_critic.policy_log_prob(ids, mask, args.response_length))
+    return setup.accelerator.gather(torch.cat(parts)).cpu()
 
 
 def perplexity(log_prob, mask):
     """Perplexity per token, over tokens where `mask` is true."""
-    return (-masked_mean(log_prob, mask)).exp().item()
-
-
-def distinct_n(texts, n):
-    """Share of distinct n-grams among all n-grams of words (Li et al., arXiv 1510.03055)."""
-    ngrams = []
-    for text in texts:
-        words = text.split()
-        for i in range(len(words) - n + 1):
-            ngrams.append(tuple(words[i : i + n]))
-    return len(set(ngrams)) / max(1, len(ngrams))
+    mean = masked_mean(log_prob, mask)
+    return (-mean).exp().item()
 
 
 def rouge(references, responses):
@@ -844,7 +835,10 @@ def rouge(references, responses):
     names = ["rouge1", "rouge2", "rougeL"]
     scorer = RougeScorer(names, use_stemmer=True)
     scores = [scorer.score(*pair) for pair in zip(references, responses)]
-    return {name: float(np.mean([score[name].fmeasure for score in scores])) for name in names}
+    means = {}
+    for name in names:
+        means[name] = np.mean([score[name].fmeasure for score in scores]).item()
+    return means
 
 
 # Training
@@ -855,63 +849,53 @@ class Progress:
     """What a checkpoint holds besides weights, optimizer and random number generators."""
 
     global_step: int = 0
-    evaluations: list[dict] = field(default_factory=list)
+    seconds: float = 0.0  # without start-up, evaluations and checkpoints
+    evaluations: list[dict] = field(default_factory=list)  # rows of progress.csv
     samples: list[dict] = field(default_factory=list)
-    recent_rewards: list[float] = field(default_factory=list)  # of the last 100 texts
-    train_seconds: float = 0.0  # without start-up and evaluation
-    wall_seconds: float = 0.0
+    history: list[dict] = field(default_factory=list)  # what was logged since the last evaluation
+    continued_at: list[int] = field(default_factory=list)  # steps at which the run was continued
 
 
-def train(args: Args, stop: threading.Event, setup: "Setup | None" = None) -> dict | None:
-    """A run, with arguments from `prepare`. Returns the content of summary.json, or None if `stop`
-    came first. `setup`: what `load` returned, if it has been called already. Raises RunError if the
-    run can't continue, UsageError if its checkpoint is damaged, OSError if a file can't be
-    written."""
-    setup = setup or load(args)
+def train(args: Args):
+    setup = load(args)
     accelerator = setup.accelerator
-    generator = torch.Generator().manual_seed(args.seed)  # prompts, sampling, minibatches, adv_flip
-    rng = np.random.default_rng(args.seed)  # reward noise
+    rng = np.random.default_rng([args.seed, 1])  # reward noise
+    # Prompts, sampling, minibatches, adv_flip; LoRA's initial weights start from args.seed
+    generator = torch.Generator().manual_seed(rng.integers(2**31).item())
     progress = Progress()
-    if (args.run_dir / "checkpoint.pt").is_file():
+    if (args.run_dir / "checkpoint.pt").exists():
         progress = restore(setup, args, generator, rng)
-    first_step = progress.global_step
+        progress.continued_at.append(progress.global_step)
     writer = None  # in all processes but the first
     if accelerator.is_main_process:
         if args.track:
-            with usable("--track"):
-                start_tracking(args)
-        # TensorBoard hides what was logged after the checkpoint or, if there is none, everything
-        purge_step = first_step + 1 if first_step else 0
+            import wandb
+
+            wandb.init(
+                project="symmetric-rl",
+                name=args.run_name,
+                dir=args.run_dir,
+                resume="auto",  # one id per `dir`, also when the run is continued
+                config=vars(args),
+                sync_tensorboard=True,
+            )
+        # TensorBoard hides what was logged after the checkpoint; without one, everything
+        purge_step = progress.global_step + 1 if progress.global_step else 0
         writer = SummaryWriter(args.run_dir, purge_step=purge_step)
         writer.add_text("hyperparameters", f"```\n{json.dumps(vars(args), indent=2)}\n```")
     progress_bar = tqdm(
         total=args.total_timesteps,
-        initial=first_step,
+        initial=progress.global_step,
         unit=" texts",
         disable=None if writer else True,
     )
-    started = setup.started - progress.wall_seconds  # as if never interrupted
-    stopping = False
+    if not progress.evaluations:
+        evaluate_and_log(setup, args, progress, writer)  # the initial policy
 
-    while True:
-        # Evaluation (also one that an interrupted run did not finish) and checkpoint
-        step = progress.global_step
-        finished = step >= args.total_timesteps
-        evaluated = progress.evaluations and progress.evaluations[-1]["step"] == step
-        evaluation_due = step == 0 or finished or due(args.eval_freq, step, args.batch_size)
-        if evaluation_due and not evaluated and not stopping:
-            evaluate_and_log(setup, args, progress, writer)
-        checkpoint_due = finished or stopping or due(args.checkpoint_freq, step, args.batch_size)
-        # A run resumed at its end has something new only if it lacked its last evaluation
-        changed = step > first_step or (finished and not evaluated)
-        if accelerator.is_main_process and checkpoint_due and changed:
-            progress.wall_seconds = time.perf_counter() - started
-            save_checkpoint(setup, args, generator, rng, progress)
-        if finished or stopping:
-            break
-
+    saved = time.perf_counter()
+    while progress.global_step < args.total_timesteps:
         # Rollout; random numbers are drawn for the global batch, then sharded
-        iteration_started = time.perf_counter()
+        started = time.perf_counter()
         rows = torch.randperm(len(setup.train_data), generator=generator)[: args.batch_size]
         sft_ids, sft_mask = tokenize(setup.train_data.select(rows.tolist()), setup.tokenizer, args)
         uniform = torch.rand(args.batch_size, args.response_length, generator=generator)
@@ -919,14 +903,11 @@ def train(args: Args, stop: threading.Event, setup: "Setup | None" = None) -> di
         rollout = collect_rollout(
             setup, args, sft_ids, sft_mask, uniform, args.top_k, reward_models
         )
-        step += args.batch_size
-        progress.global_step = step
+        progress.global_step += args.batch_size
 
         # Advantages
         reward = aggregate(rollout.scores, args.reward_aggregate)
         noisy_reward = perturb_reward(reward.numpy(), args.noise, args.noise_level, rng)
-        if args.correct_flips:
-            noisy_reward = correct_flips(noisy_reward, args.noise_level)
         advantage, returns = token_advantages(
             torch.as_tensor(noisy_reward, dtype=reward.dtype),
             rollout.log_prob,
@@ -937,64 +918,57 @@ def train(args: Args, stop: threading.Event, setup: "Setup | None" = None) -> di
         )
 
         # Update
-        batch = Batch(rollout, advantage, returns)
-        metrics = update(setup, args, batch, generator)
-        for name, parameter in trained_parameters(setup).items():
-            if not parameter.isfinite().all():
-                raise RunError(
-                    f"weights not finite ({name}) after step {step}, gradient norm "
-                    f"{metrics['grad_norm']:g}; lower --learning-rate or --beta in a new run"
-                )
-        progress.train_seconds += time.perf_counter() - iteration_started
-        progress.recent_rewards = [*progress.recent_rewards, *reward.tolist()][-100:]
+        metrics = update(setup, args, Batch(rollout, advantage, returns), generator)
+        step = progress.global_step
+        if not math.isfinite(metrics["grad_norm"]):
+            sys.exit(f"error: gradient not finite at step {step}; lower the learning rate")
 
-        # Logging
+        # Log
         scalars = {f"losses/{name}": metric for name, metric in metrics.items()}
-        scalars |= rollout_metrics(rollout, reward, advantage, returns)
-        scalars["charts/SPS"] = step / progress.train_seconds
+        for name, scalar in rollout_metrics(rollout, reward, advantage, returns).items():
+            scalars[name] = scalar.item()
+        progress.history.append(scalars)
+        progress.seconds += time.perf_counter() - started
         if writer:
             for name, scalar in scalars.items():
                 writer.add_scalar(name, scalar, step)
+            writer.add_scalar("charts/SPS", step / progress.seconds, step)
         progress_bar.set_postfix_str(f"reward {reward.mean():.3f}, KL {scalars['charts/kl']:.1f}")
         progress_bar.update(args.batch_size)
 
-        if stop.is_set():
-            accelerator.set_trigger()
-        stopping = accelerator.check_trigger()  # in any process
+        # Evaluation and checkpoint
+        finished = step >= args.total_timesteps
+        evaluation_due = finished or step % args.eval_freq < args.batch_size
+        if evaluation_due:
+            evaluate_and_log(setup, args, progress, writer)
+        checkpoint_due = evaluation_due or time.perf_counter() - saved > 600
+        if accelerator.is_main_process and checkpoint_due:
+            save_checkpoint(setup, args, generator, rng, progress)
+            saved = time.perf_counter()
 
-    if writer:
-        writer.close()
-    if stopping:
-        return None
-    last = progress.evaluations[-1]
-    summary = {
-        "script": Path(__file__).name,
-        "algo": args.algo,
-        "env_id": args.task,
-        **vars(args),
-        "first_return_mean": progress.evaluations[0]["return_mean"],
-        "final_return_mean": last["return_mean"],
-        "final_return_std": last["return_std"],
-        "train_return_last100": np.mean(progress.recent_rewards),
-        "sps": progress.global_step / progress.train_seconds,
-        "wall_s": progress.wall_seconds,
-        "finished": True,
-    }
     if writer:  # only the first process has one
+        writer.close()
         save_policy(setup, args.run_dir)
-        # Written last, since summary.json marks a run as finished
-        save(args.run_dir / "summary.json", json.dumps(summary, indent=2))
-    return summary
+        outcome = {
+            "continued_at": progress.continued_at,
+            "sps": progress.global_step / progress.seconds,
+            "finished": True,
+        }
+        # Written last, since it marks the run as finished
+        save_json(args.run_dir / "summary.json", progress.evaluations[-1] | outcome)
+    accelerator.wait_for_everyone()  # the first process may still be writing
+    accelerator.end_training()
 
 
 def rollout_metrics(rollout, reward, advantage, returns):
-    """What TensorBoard shows of a batch; entropy and KL are estimates from its samples."""
+    """What to log of a batch; entropy and KL are estimates from its samples."""
     mask = rollout.response_mask
+    log_ratio = rollout.log_prob - rollout.reference_log_prob
+    unexplained = advantage[mask].var() / returns[mask].var()  # advantage = return - value
     return {
         "losses/entropy": -masked_mean(rollout.log_prob, mask),
-        "losses/explained_variance": 1 - advantage[mask].var() / returns[mask].var(),
-        "losses/advantage_largest": advantage.abs().max(),
-        "charts/kl": masked_sum(rollout.log_prob - rollout.reference_log_prob, mask) / len(mask),
+        "losses/explained_variance": 1 - unexplained,
+        "charts/kl": masked_sum(log_ratio, mask) / len(mask),
         "charts/episodic_return": reward.mean(),
         "charts/episodic_length": mask.sum() / len(mask),
     }
@@ -1003,40 +977,52 @@ def rollout_metrics(rollout, reward, advantage, returns):
 def evaluate_and_log(setup, args, progress, writer):
     """Appends an evaluation to `progress`; the first process writes progress.csv, samples.jsonl and
     TensorBoard."""
-    row, samples = evaluate(setup, args, progress.global_step)
+    step = progress.global_step
+    row, samples = evaluate(setup, args, step)
+    if progress.history:  # means since the last evaluation
+        for name in progress.history[-1]:
+            row[name] = np.mean([scalars[name] for scalars in progress.history]).item()
+    progress.history = []
     progress.evaluations.append(row)
     progress.samples += samples
     if not writer:
         return
-    save_progress(args.run_dir / "progress.csv", progress.evaluations)
-    tqdm.write(f"step {row['step']:,}: reward {row['return_mean']:.3f}")
-    samples_jsonl = "".join(json.dumps(sample) + "\n" for sample in progress.samples)
-    save(args.run_dir / "samples.jsonl", samples_jsonl)
-    for name, value in row.items():
-        writer.add_scalar(f"eval/{name}", value, row["step"])
+    save_csv(args.run_dir / "progress.csv", progress.evaluations)
+    with whole(args.run_dir / "samples.jsonl") as path:
+        path.write_text("".join(json.dumps(sample) + "\n" for sample in progress.samples))
+    writer.add_scalar("eval/return_mean", row["return_mean"], step)
+    tqdm.write(f"step {step:,}: reward {row['return_mean']:.3f}")
 
 
-def evaluate_run(args: Args) -> None:
+def play(args: Args):
     """Evaluates the policy of the run in the folder `args.evaluate`; prints samples and scores."""
-    run = evaluated_args(args, "seed", "device", "eval_episodes")
+    if args != type(args)(
+        task=args.task,
+        evaluate=args.evaluate,
+        seed=args.seed,
+        device=args.device,
+        eval_episodes=args.eval_episodes,
+    ):
+        sys.exit("error: --evaluate takes only --seed, --device and --eval-episodes")
+    folder = Path(args.evaluate)
+    saved = json.loads((folder / "args.json").read_text())["args"]
+    saved["runs_dir"] = str(folder.parent)
+    saved["run_name"] = folder.name
+    saved["seed"] = args.seed
+    saved["device"] = args.device
+    saved["eval_episodes"] = args.eval_episodes
+    run = Args(**saved)
     setup = load(run)
     progress = restore(setup, run, torch.Generator(), np.random.default_rng())
     row, samples = evaluate(setup, run, progress.global_step)
     for sample in samples:
-        setup.accelerator.print(
-            f"{sample['reward']:.3f}", f"{sample['prompt']} [{sample['response'].strip()}]"
-        )
-    row["return_standard_error"] = row["return_std"] / max(1, run.eval_episodes - 1) ** 0.5
+        score = f"{sample['reward']:.3f}"
+        setup.accelerator.print(score, f"{sample['prompt']} [{sample['response'].strip()}]")
     for name, value in row.items():
         setup.accelerator.print(f"{name}: {value:.4g}")
 
 
 # What follows is plumbing, not part of the algorithm.
-
-
-def due(every, step, stride):
-    """Whether a multiple of `every` lies in the last `stride` steps; never if `every` is 0."""
-    return every > 0 and step % every < stride
 
 
 # The toy task: film reviews from a grammar, and a policy and a noisy reward model trained on them.
@@ -1163,31 +1149,30 @@ def train_toy_model(model, data, steps, learning_rate, tokenizer, folder):
 class Setup:
     """Models and data of a run, from `load`."""
 
-    started: float  # time.perf_counter()
     accelerator: Accelerator
     actor_critic: ActorCritic
     model: nn.Module  # `actor_critic`, wrapped in DDP if there are several processes
     optimizer: torch.optim.Optimizer
     tokenizer: transformers.PreTrainedTokenizerBase
     # Those of --reward-model, then those of --eval-reward-model, used in evaluations only
-    reward_models: list[RewardModel | RewardFunction]
+    reward_models: list[Callable]
     train_data: datasets.Dataset
     eval_data: datasets.Dataset
 
 
 def load(args):
-    """Loads models and data and makes the run's folder. Raises UsageError: what is wrong."""
-    started = time.perf_counter()
+    """Loads models and data. Raises whatever is wrong with them."""
     cpu = args.device == "cpu" or not torch.cuda.is_available()
     accelerator = Accelerator(cpu=cpu, mixed_precision="no")  # see ActorCritic.autocast
-    accelerator.wait_for_everyone()  # until the first has made the toy
+    if args.task == "toy":
+        with accelerator.main_process_first():
+            make_toy(Path(TOY))
     device = accelerator.device
     bfloat16 = args.amp == "auto" and has_bfloat16(device)
     dtype = torch.bfloat16 if bfloat16 else torch.float32
     if cpu:
         keep_freed_memory()
-    tokenizer = load_tokenizer(args.tokenizer)
-    require(tokenizer.eos_token, f"{args.tokenizer}: this tokenizer has no end-of-text token")
+    tokenizer = load_tokenizer(args.tokenizer or args.policy_model)
     train_data, eval_data = load_data(args)
     reward_dtype = dtype if args.lora_r else torch.float32  # with LoRA, models are large
     reward_models = [
@@ -1195,22 +1180,14 @@ def load(args):
         for name in args.reward_model + args.eval_reward_model
     ]
     torch.manual_seed(args.seed)  # initial weights of LoRA
-    with loading(args.policy_model):
-        actor_critic = ActorCritic(args, device, dtype)
+    actor_critic = ActorCritic(args, device, dtype)
     # `float32_logits` applies the model's last layer itself, and nothing that may come after it
     ids = tokenizer.encode("It was", return_tensors="pt").to(device)
     with torch.no_grad(), actor_critic.autocast():
         output = actor_critic.policy(ids, output_hidden_states=True)
         logits = float32_logits(actor_critic.policy, output.hidden_states[-1])
-    require(
-        (logits - output.logits).abs().max() < 0.02 * logits.abs().max(),
-        f"--policy-model {args.policy_model}: scales or caps its logits, which is not supported",
-    )
-    positions = getattr(actor_critic.policy.config, "max_position_embeddings", math.inf)
-    require(
-        args.prompt_length + args.response_length <= positions,
-        f"--prompt-length, --response-length: {args.policy_model} has only {positions} positions",
-    )
+    if (logits - output.logits).abs().max() > 0.02 * logits.abs().max():
+        raise ValueError(f"{args.policy_model} scales or caps its logits: not supported")
     optimizer = torch.optim.AdamW(
         [parameter for parameter in actor_critic.parameters() if parameter.requires_grad],
         lr=args.learning_rate,
@@ -1219,10 +1196,7 @@ def load(args):
         fused=True,
     )
     model, optimizer = accelerator.prepare(actor_critic, optimizer)
-    if accelerator.is_main_process and not args.resume:
-        make_run_dir(args)
     return Setup(
-        started=started,
         accelerator=accelerator,
         actor_critic=actor_critic,
         model=model,
@@ -1234,73 +1208,48 @@ def load(args):
     )
 
 
-@contextmanager
-def loading(name):
-    """Turns any error while loading `name` into a UsageError of one line."""
-    try:
-        yield
-    except Exception as error:  # a network, a hub or a parser may fail in any way
-        raise UsageError(
-            f"{name}: cannot be loaded from disk or from the hub: {error!r:.300}"
-        ) from error
-
-
 def load_pretrained(auto_class, name, **options):
     """Loads a model. Refuses a checkpoint without all its weights, which transformers would fill in
     at random."""
     model, info = auto_class.from_pretrained(name, output_loading_info=True, **options)
     missing = sorted(info["missing_keys"])
-    require(not missing, f"the checkpoint lacks {missing}, which {type(model).__name__} needs")
+    if missing:
+        raise ValueError(f"{name} lacks {missing}, which {type(model).__name__} needs")
     return model
 
 
 def load_tokenizer(name):
     """The tokenizer of a model. It pads on the right, which shifts no positions, and with the
     end-of-text token if it has no padding token (masks tell the two apart)."""
-    with loading(name):
-        tokenizer = AutoTokenizer.from_pretrained(
-            TOKENIZERS.get(name, name), truncation_side="left", padding_side="right"
-        )
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    # AutoTokenizer makes an empty tokenizer for a folder that has none
-    require(
-        tokenizer.tokenize("word"),
-        f"{name}: no tokenizer there; for a policy, give one with --tokenizer",
+    tokenizer = AutoTokenizer.from_pretrained(
+        TOKENIZERS.get(name, name), truncation_side="left", padding_side="right"
     )
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    if not tokenizer.tokenize("word"):  # what AutoTokenizer makes for a folder without one
+        raise ValueError(f"{name} has no tokenizer; for a policy, give one with --tokenizer")
     return tokenizer
 
 
 def load_data(args):
-    """Training data, and `eval_episodes` held-out rows. Raises UsageError: what is wrong."""
-    train_data = load_dataset(args.dataset, args.task)
+    """Training data, and `eval_episodes` held-out rows."""
+    train_data = load_dataset(args.dataset)
     if args.eval_dataset:
-        eval_data = load_dataset(args.eval_dataset, args.task)
+        eval_data = load_dataset(args.eval_dataset)
     else:
         parts = train_data.train_test_split(test_size=0.1, seed=0)
         train_data = parts["train"]
         eval_data = parts["test"]
-    require(
-        args.batch_size <= len(train_data),
-        f"--batch-size {args.batch_size}: more than the {len(train_data)} training texts",
-    )
-    require(
-        args.eval_episodes <= len(eval_data),
-        f"--eval-episodes {args.eval_episodes}: more than the {len(eval_data)} held-out texts",
-    )
+    if args.batch_size > len(train_data):
+        raise ValueError(f"batch_size is more than the {len(train_data)} training texts")
     return train_data, eval_data.shuffle(seed=0).select(range(args.eval_episodes))
 
 
-def load_dataset(name, task):
-    with loading(name):
-        if Path(name).is_file():
-            data = datasets.load_dataset("json", data_files=name, split="train")
-        else:
-            hub_name, _, split = name.partition(":")
-            data = datasets.load_dataset(hub_name, split=split or "train")
-    columns = {"prompt", "label"} if task == "tldr" else {"text"}
-    missing = sorted(columns - set(data.column_names))
-    require(not missing, f"{name}: lacks {missing}; it has {data.column_names}")
-    return data
+def load_dataset(name):
+    """`name`: a JSONL file, or a hub name with a split, NAME:SPLIT."""
+    if Path(name).is_file():
+        return datasets.load_dataset("json", data_files=name, split="train")
+    hub_name, _, split = name.partition(":")
+    return datasets.load_dataset(hub_name, split=split or "train")
 
 
 def tokenize(rows, tokenizer, args):
@@ -1345,37 +1294,6 @@ def decode(tokenizer, ids, mask):
 # Saving
 
 
-def save(path, content):
-    """Writes text, bytes or, with torch.save, any object atomically: a temporary file, then a
-    rename. Raises OSError."""
-    temporary = path.with_name(path.name + ".tmp")
-    if isinstance(content, str):
-        temporary.write_text(content)
-    elif isinstance(content, bytes):
-        temporary.write_bytes(content)
-    else:
-        try:
-            torch.save(content, temporary)
-        except RuntimeError as error:  # what PyTorch raises if the disk is full
-            raise OSError(f"{temporary}: {error!r}") from error
-    os.replace(temporary, path)
-
-
-@contextmanager
-def usable(what):
-    """Turns any exception into a UsageError that names `what`: a run's file, or a flag."""
-    try:
-        yield
-    except Exception as error:  # files and environments may raise anything
-        raise UsageError(f"{what}: cannot be used: {error!r:.300}") from error
-
-
-def load_checkpoint(path):
-    """Loads a checkpoint, after a test of its checksums, which torch.load ignores."""
-    require(zipfile.ZipFile(path).testzip() is None, "damaged")
-    return torch.load(path, map_location="cpu", weights_only=True)
-
-
 def trained_parameters(setup):
     return {
         name: parameter.detach()
@@ -1385,27 +1303,25 @@ def trained_parameters(setup):
 
 
 def save_checkpoint(setup, args, generator, rng, progress):
-    content = {
+    checkpoint = {
         "agent": trained_parameters(setup),
         "optimizer": setup.optimizer.state_dict(),
         "generator": generator.get_state(),
         "rng": rng.bit_generator.state,
         "progress": vars(progress),
     }
-    save(args.run_dir / "checkpoint.pt", content)
+    with whole(args.run_dir / "checkpoint.pt") as path:
+        torch.save(checkpoint, path)
 
 
 def restore(setup, args, generator, rng):
     path = args.run_dir / "checkpoint.pt"
-    with usable(path):
-        content = load_checkpoint(path)
-        same_names = content["agent"].keys() == trained_parameters(setup).keys()
-        require(same_names, "weights of another model")
-        setup.actor_critic.load_state_dict(content["agent"], strict=False)  # others are frozen
-        setup.optimizer.load_state_dict(content["optimizer"])
-        generator.set_state(content["generator"])
-        rng.bit_generator.state = content["rng"]
-        return Progress(**content["progress"])
+    checkpoint = torch.load(path, weights_only=True, map_location="cpu")
+    setup.actor_critic.load_state_dict(checkpoint["agent"], strict=False)  # others are frozen
+    setup.optimizer.load_state_dict(checkpoint["optimizer"])
+    generator.set_state(checkpoint["generator"])
+    rng.bit_generator.state = checkpoint["rng"]
+    return Progress(**checkpoint["progress"])
 
 
 def save_policy(setup, run_dir):
@@ -1417,55 +1333,6 @@ def save_policy(setup, run_dir):
     setup.tokenizer.save_pretrained(temporary)
     shutil.rmtree(folder, ignore_errors=True)  # left by a run killed just before its summary
     temporary.rename(folder)
-
-
-def start_tracking(args):
-    """Mirrors TensorBoard to Weights & Biases."""
-    import_module("wandb").init(
-        project="symmetric-rl",
-        id=args.run_name,
-        name=args.run_name,
-        config=vars(args),
-        resume="allow",
-        sync_tensorboard=True,
-    )
-
-
-def save_progress(path, evaluations):
-    """Writes progress.csv; `evaluations`: dicts, all with the same keys."""
-    lines = [",".join(evaluations[0])]
-    for row in evaluations:
-        lines.append(",".join(map(str, row.values())))
-    save(path, "\n".join(lines) + "\n")
-
-
-def git(*command):
-    """What git prints in the script's folder; None without git or a repository."""
-    folder = Path(__file__).resolve().parent
-    if not shutil.which("git"):
-        return None
-    done = subprocess.run(["git", "-C", folder, *command], capture_output=True, text=True)
-    return None if done.returncode else done.stdout.strip()
-
-
-def describe_machine():
-    """Command, script, commit, versions and hardware, to reproduce a run."""
-    script = Path(__file__).resolve()
-    versions = {package.name: package.version for package in metadata.distributions()}
-    versions["python"] = platform.python_version()
-    return {
-        "command": sys.argv,
-        "script_sha256": hashlib.sha256(script.read_bytes()).hexdigest(),
-        "script_status": git("status", "--short", "--", script),  # "" if unchanged since the commit
-        "commit": git("describe", "--always", "--dirty", "--abbrev=40"),
-        "versions": versions,
-        "hardware": {
-            "platform": platform.platform(),
-            "cpu": torch.backends.cpu.get_cpu_capability(),
-            "cores": os.cpu_count(),
-            "gpu": torch.cuda.is_available() and torch.cuda.get_device_name(),
-        },
-    }
 
 
 def has_bfloat16(device):
@@ -1484,241 +1351,100 @@ def keep_freed_memory():
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
 
 
-# Arguments
+@contextmanager
+def whole(path):
+    """Yields the path of a temporary file that then replaces `path`: no file is half written."""
+    temporary = path.with_name(path.name + ".tmp")
+    yield temporary
+    with open(temporary, "rb") as file:
+        os.fsync(file.fileno())
+    os.replace(temporary, path)
 
 
-class UsageError(ValueError):
-    """Wrong input; the message says what is wrong and what to do."""
+def save_csv(path, rows):
+    with whole(path) as temporary, open(temporary, "w", newline="") as file:
+        writer = csv.DictWriter(file, rows[-1])  # the first row may have fewer columns
+        writer.writeheader()
+        writer.writerows(rows)
 
 
-class RunError(RuntimeError):
-    """A run that can't continue; the message says why."""
+def save_json(path, content):
+    with whole(path) as temporary:
+        temporary.write_text(json.dumps(content, indent=2))
 
 
-def require(condition, message):
-    if not condition:
-        raise UsageError(message)
+def provenance():
+    """What one needs to repeat a run, besides its arguments."""
+    script = Path(__file__).resolve()
+    commit = None
+    if shutil.which("git"):
+        command = ["git", "-C", script.parent, "describe", "--always", "--dirty", "--abbrev=40"]
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+    return {
+        "script": script.name,
+        "command": sys.argv,
+        "commit": commit,
+        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "platform": platform.platform(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+    }
 
 
-def require_range(args, names, low, high):
-    """Raises UsageError unless all arguments in `names` are between `low` and `high`."""
-    for name in names.split():
-        value = getattr(args, name)
-        flag = f"--{name.replace('_', '-')} {value}"
-        inside = low <= value <= high and value is not True  # `true` in args.json counts as 1
-        require(inside, f"{flag}: must be between {low:g} and {high:g}")
+def begin(args: Args) -> bool:
+    """Writes args.json or, if it is there, checks that it is of the same run. Returns whether the
+    run has still to be finished."""
+    path = args.run_dir / "args.json"
+    if not path.exists():
+        begun = {"args": vars(args), "identity": args.identity(), **provenance(), "continued": []}
+        save_json(path, begun)
+        return True
+    begun = json.loads(path.read_text())
+    for name, value in args.identity().items():
+        before = begun["identity"].get(name)
+        if before != value:
+            sys.exit(f"error: {args.run_dir} was begun with {name} {before}, not {value}")
+    if (args.run_dir / "summary.json").exists():
+        return False
+    begun["continued"].append(provenance())
+    save_json(path, begun)
+    return True
 
 
-def parse_args(argv: list[str] | None = None) -> Args:
+def parse_args(argv=None):
     """Parses flags with the defaults of the chosen --task, which --help then shows."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--task", choices=TASKS, default="toy")
     known, _ = parser.parse_known_args(argv)
-    return tyro.cli(Args, args=argv, default=TASKS[known.task])
+    task_args = TASKS[known.task]
+    return tyro.cli(task_args, args=argv)
 
 
-def prepare(args: Args) -> Args:
-    """Checks arguments, fills in defaults that depend on others, makes the toy. Raises UsageError:
-    what is wrong, what to do."""
-    if args.resume is not None:
-        args = resumed_args(args)
-    args = with_defaults(args)
-    check(args)
-    parts = int(os.environ.get("WORLD_SIZE", 1)) * args.num_minibatches
-    require(
-        args.batch_size % parts == 0,
-        f"--batch-size: must be a multiple of {parts}, minibatches times processes",
-    )
-    require(not args.track or util.find_spec("wandb"), "--track: pip install wandb")
-    require(
-        args.resume or not os.path.exists(args.run_dir),
-        f"{args.run_dir}: File exists; try another --run-name or --runs-dir",
-    )
-    # Only the first process makes the toy; there is no Accelerator yet to ask which it is
-    if args.task == "toy" and os.environ.get("RANK", "0") == "0":
-        with usable(args.runs_dir):
-            make_toy(Path(args.runs_dir) / "toy")
-    return args
-
-
-def resumed_args(args: Args) -> Args:
-    """The arguments of the interrupted run that `args.resume` names."""
-    require(
-        replace(args, resume=None) == Args(),
-        "--resume reuses the flags in the args.json of the run: leave out all others",
-    )
-    folder = Path(args.resume)
-    begun = os.path.isfile(folder / "args.json")
-    finished = os.path.isfile(folder / "summary.json")
-    require(begun and not finished, f"--resume {folder}: not the folder of an interrupted run")
-    return saved_args(folder, resume=args.resume)
-
-
-def saved_args(folder: Path, **given) -> Args:
-    """The arguments in a run's args.json, overridden by `given`, and checked like flags."""
-    path = folder / "args.json"
-    with usable(path):
-        saved = json.loads(path.read_text())["args"]
-        names = {field.name for field in fields(Args)}
-        require(saved.keys() == names, "a run of another script, or of another version of it")
-        for field in fields(Args):
-            if isinstance(saved[field.name], list):
-                saved[field.name] = tuple(saved[field.name])
-            check_type(saved[field.name], field.type)
-        args = Args(**saved | given)
-        check(args)
-    return args
-
-
-def evaluated_args(args: Args, *names: str) -> Args:
-    """The arguments of the run in `args.evaluate`, overridden by the flags in `names`."""
-    given = {name: getattr(args, name) for name in names}
-    flags = ", ".join(f"--{name.replace('_', '-')}" for name in names)
-    require(args == Args(evaluate=args.evaluate, **given), f"--evaluate takes only {flags}")
-    check(with_defaults(args))
-    # `resume` makes that folder the `run_dir`, wherever it was during training
-    settings = {"resume": args.evaluate, "device": "cpu"} | given
-    return saved_args(Path(args.evaluate), **settings)
-
-
-def with_defaults(args: Args) -> Args:
-    """A copy with the defaults that depend on other arguments filled in."""
-    args = replace(args)
-    if args.task == "toy":
-        toy = Path(args.runs_dir) / "toy"
-        args.policy_model = args.policy_model or str(toy / "policy")
-        args.reward_model = args.reward_model or (str(toy / "reward"),)
-        if args.dataset is None:
-            args.dataset = str(toy / "train.jsonl")
-            args.eval_dataset = args.eval_dataset or str(toy / "test.jsonl")
-    args.tokenizer = args.tokenizer or args.policy_model
-    args.eval_dataset = args.eval_dataset or EVAL_DATASETS.get(args.dataset)
-    if args.alpha is None:
-        args.alpha = 0.5 if args.beta else 1.0
-    if args.noise_level is None:
-        levels = {"none": 0.0, "normal": 0.05, "uniform": 0.05}
-        args.noise_level = levels.get(args.noise, 0.1)
-    tenth = max(1, args.total_timesteps // 10)
-    if args.eval_freq is None:
-        args.eval_freq = tenth
-    if args.checkpoint_freq is None:
-        args.checkpoint_freq = tenth
-    if args.run_name is None:
-        stamp = time.strftime("%Y%m%d-%H%M%S")
-        name = f"{args.task}__{args.algo}__{args.noise}__{args.seed}__{stamp}"
-        args.run_name = f"{Path(__file__).stem}__{name}"
-    return args
-
-
-def check(args: Args) -> None:
-    """Raises UsageError for an argument that is out of range or contradicts another."""
-    require_range(args, "total_timesteps", 1, 1e12)
-    require_range(args, "prompt_length response_length batch_size num_minibatches", 1, 1e6)
-    require_range(args, "eval_episodes lora_alpha", 1, 1e6)
-    require_range(args, "update_epochs", 1, 1000)
-    if args.micro_batch_size is not None:
-        require_range(args, "micro_batch_size", 1, 1e6)
-    require_range(args, "seed reward_label eval_freq checkpoint_freq", 0, 1e18)
-    require_range(args, "top_k lora_r", 0, 1e6)
-    require_range(args, "alpha beta vf_coef ce_coef kl_coef weight_decay", 0, 1e9)
-    require_range(args, "learning_rate adam_eps clip_coef max_grad_norm", 1e-30, 1e12)
-    require_range(args, "gamma gae_lambda noise_level", 0, 1)
-    require_range(args, "z", -1e9, -1e-9)  # negative, since it stands for log 0
-    require(
-        args.noise != "none" or not args.noise_level, "--noise-level: choose a kind with --noise"
-    )
-    processes = int(os.environ.get("WORLD_SIZE", 1))
-    require(
-        args.eval_episodes % processes == 0,
-        f"--eval-episodes: must be a multiple of {processes}, the number of processes",
-    )
-    if args.correct_flips:
-        flips = args.noise == "flip" and args.noise_level < 0.5
-        require(flips, "--correct-flips: needs --noise flip and a --noise-level below 0.5")
-    cuda = torch.cuda.is_available()
-    require(args.device != "cuda" or cuda, "--device cuda: no GPU here; use cpu")
-    plain = Path(args.run_name).name == args.run_name and args.run_name.isprintable()
-    require(
-        plain and args.run_name not in ("", ".."),
-        f"--run-name {args.run_name!r}: give the plain name of a folder",
-    )
-    require(args.runs_dir.isprintable(), f"--runs-dir {args.runs_dir!r}: not a printable name")
-    heldout = [Path(name).name for name in args.eval_reward_model]
-    require(len(set(heldout)) == len(heldout), "--eval-reward-model: two models with the same name")
-    if args.load_in_4bit:
-        require(
-            args.lora_r > 0 and cuda and util.find_spec("bitsandbytes"),
-            "--load-in-4bit: needs --lora-r > 0, a GPU and bitsandbytes (pip install bitsandbytes)",
-        )
-
-
-def make_run_dir(args: Args) -> None:
-    content = {"args": vars(args)} | describe_machine()
-    try:
-        args.run_dir.mkdir(parents=True)
-    except OSError as error:
-        advice = "try another --run-name or --runs-dir"
-        raise UsageError(f"{args.run_dir}: {error.strerror}; {advice}") from error
-    try:
-        save(args.run_dir / "args.json", json.dumps(content, indent=2))
-    except OSError as error:
-        shutil.rmtree(args.run_dir)
-        raise UsageError(f"{args.run_dir}: {error.strerror}") from error
-
-
-def fail(message, status):
-    # print would write into the progress bar, which is still there
-    tqdm.write(" ".join(f"error: {message}".splitlines()), file=sys.stderr)
-    sys.exit(status)
-
-
-def main() -> None:
+def main():
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    logging.getLogger("huggingface_hub").setLevel(logging.ERROR)
+    args = parse_args()
+    if args.evaluate:
+        play(args)
+        return
+    if os.environ.get("RANK", "0") != "0":  # only the first process writes files
+        if not (args.run_dir / "summary.json").exists():
+            train(args)
+        return
+    args.run_dir.mkdir(parents=True, exist_ok=True)
     try:
-        args = parse_args()
-        if args.evaluate is not None:
-            evaluate_run(args)
-            return
-        args = prepare(args)
-        setup = load(args)
-    except UsageError as error:
-        fail(error, 2)
-    except RunError as error:  # from --evaluate
-        fail(error, 1)
-    stop = threading.Event()
-
-    def request_stop(signum, frame):
-        stop.set()
-        signal.signal(signum, signal.SIG_DFL)  # a second signal kills
-
-    signal.signal(signal.SIGINT, request_stop)
-    signal.signal(signal.SIGTERM, request_stop)
-    # No traceback from TensorBoard's thread: `writer` raises its error in the main thread
-    threading.excepthook = lambda details: None
-    resume = shlex.join(["python", sys.argv[0], "--resume", str(args.run_dir)])
-    lock = nullcontext()
-    if setup.accelerator.is_main_process:
-        lock = FileLock(args.run_dir / "lock", blocking=False)
-    try:
-        with lock:
-            summary = train(args, stop, setup)
+        with FileLock(args.run_dir / "lock", blocking=False):
+            if begin(args):
+                train(args)
     except Timeout:
-        fail(f"{args.run_dir}: another process is at work on this run", 2)
-    except UsageError as error:
-        fail(error, 2)
-    except (RunError, OSError, torch.OutOfMemoryError) as error:
-        fail(f"{error}; to continue from the last checkpoint: {resume}", 1)
-    setup.accelerator.wait_for_everyone()  # the first process may still be writing
-    setup.accelerator.end_training()
-    if summary is None:
-        setup.accelerator.print(f"interrupted; to continue: {resume}", file=sys.stderr)
-        sys.exit(130)
-    setup.accelerator.print(
-        f"{args.task} {args.algo}: reward {summary['first_return_mean']:.3f} -> "
-        f"{summary['final_return_mean']:.3f}, {summary['sps']:.1f} texts/s, {args.run_dir}"
+        sys.exit(f"error: another process is at work on this run, or delete {args.run_dir}/lock")
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command continues")
+    summary = json.loads((args.run_dir / "summary.json").read_text())
+    print(
+        f"{args.run_dir}: reward {summary['return_mean']:.3f} (standard deviation "
+        f"{summary['return_std']:.3f}), {summary['sps']:.1f} texts/s"
     )
 
 

@@ -11,9 +11,10 @@ of our baselines and without a reverse loss: a yardstick.
 For continuous control all follow Stable-Baselines3's defaults, with VecNormalize; A2C takes eight
 steps in four environments. For Atari the settings are those of its own benchmark, with its usual
 wrappers. SBX has no A2C. Scores are taken as in our scripts: raw rewards, and greedy actions and
-the statistics of the training, or sampled actions in whole games. Writes runs/NAME/summary.json
-with the keys that our own runs have; `sps` is without start-up and evaluation."""
+the statistics of the training, or sampled actions in whole games. Writes args.json, progress.csv
+and summary.json like our scripts, for report.py; `sps` is without start-up and evaluation."""
 
+import csv
 import json
 import sys
 import time
@@ -25,7 +26,6 @@ from typing import Literal
 
 import ale_py
 import gymnasium as gym
-import numpy as np
 import torch
 import tyro
 from stable_baselines3 import A2C, PPO
@@ -34,8 +34,6 @@ from stable_baselines3.common.evaluation import evaluate_policy
 from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.sb2_compat.rmsprop_tf_like import RMSpropTFLike
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNormalize
-
-PACKAGES = {"sb3": "stable-baselines3", "sbx": "sbx-rl"}
 
 
 @dataclass
@@ -48,54 +46,84 @@ class Args:
     total_timesteps: int = 1_000_000
     eval_episodes: int = 10
     device: Literal["cpu", "cuda"] = "cpu"
+    exp_name: str | None = None  # default: library-algorithm
     runs_dir: str = "runs"
     run_name: str | None = None
 
 
-def atari_envs(args: Args, num_envs: int, **wrapper):
-    return VecFrameStack(
-        make_atari_env(f"{args.env_id}NoFrameskip-v4", num_envs, args.seed, wrapper_kwargs=wrapper),
-        4,
+def atari_envs(args, num_envs, **wrapper):
+    env_id = f"{args.env_id}NoFrameskip-v4"
+    return VecFrameStack(make_atari_env(env_id, num_envs, args.seed, wrapper_kwargs=wrapper), 4)
+
+
+def make_model(args):
+    common = {"seed": args.seed, "device": args.device}
+    if args.atari and args.algo == "ppo":
+        return PPO(
+            "CnnPolicy",
+            atari_envs(args, 8),
+            n_steps=128,
+            n_epochs=4,
+            batch_size=256,
+            ent_coef=0.01,
+            learning_rate=lambda left: 2.5e-4 * left,
+            clip_range=lambda left: 0.1 * left,
+            **common,
+        )
+    if args.atari:
+        optimizer = {"optimizer_class": RMSpropTFLike, "optimizer_kwargs": {"eps": 1e-5}}
+        envs = atari_envs(args, 16)
+        return A2C(
+            "CnnPolicy", envs, ent_coef=0.01, policy_kwargs=optimizer, vf_coef=0.25, **common
+        )
+    torch.set_num_threads(1)
+    count = 1 if args.algo == "ppo" else 4
+    envs = VecNormalize(DummyVecEnv([lambda: Monitor(gym.make(args.env_id))] * count))
+    if args.library == "sbx":
+        import sbx  # with JAX, which takes seconds
+
+        return sbx.PPO("MlpPolicy", envs, **common)
+    if args.algo == "ppo":
+        return PPO("MlpPolicy", envs, **common)
+    return A2C("MlpPolicy", envs, n_steps=8, **common)
+
+
+def evaluate(args, model):
+    """The row of progress.csv."""
+    if args.atari:
+        envs = atari_envs(args, 1, clip_reward=False)
+    else:
+        envs = model.get_env()
+        envs.training = False
+        envs.norm_reward = False
+    envs.seed(args.seed + model.num_timesteps)
+    episodes = evaluate_policy(
+        model,
+        envs,
+        args.eval_episodes,
+        deterministic=not args.atari,
+        return_episode_rewards=True,
     )
+    returns, lengths = map(torch.tensor, episodes)
+    return {
+        "step": model.num_timesteps,
+        "return_mean": returns.double().mean().item(),
+        "return_std": returns.double().std(correction=0).item(),
+        "length_mean": lengths.double().mean().item(),
+    }
 
 
-def main(args: Args) -> None:
+def main(args: Args):
     if args.library == "sbx" and (args.atari or args.algo != "ppo"):
         sys.exit("error: --library sbx: only PPO in continuous control")
+    args.exp_name = args.exp_name or f"{args.library}-{args.algo}"
+    args.run_name = args.run_name or f"{args.env_id}__{args.exp_name}__none__{args.seed}"
+    folder = Path(args.runs_dir, args.run_name)
+    if (folder / "summary.json").exists():
+        sys.exit(f"error: {folder}: a finished run; choose another --run-name")
     warnings.filterwarnings("ignore", message=".*is out of date.*")
     gym.register_envs(ale_py)
-    wall_started = time.perf_counter()
-    run_dir = Path(args.runs_dir) / (
-        args.run_name or f"{args.env_id}__{args.library}-{args.algo}__none__{args.seed}"
-    )
-    if (run_dir / "summary.json").exists():
-        sys.exit(f"error: {run_dir}: a finished run; choose another --run-name")
-    run_dir.mkdir(parents=True, exist_ok=True)
-    seed_and_device = {"seed": args.seed, "device": args.device}
-    if args.atari and args.algo == "ppo":
-        settings = dict(n_steps=128, n_epochs=4, batch_size=256, ent_coef=0.01)
-        settings |= dict(
-            learning_rate=lambda left: 2.5e-4 * left, clip_range=lambda left: 0.1 * left
-        )
-        model = PPO("CnnPolicy", atari_envs(args, 8), **settings, **seed_and_device)
-    elif args.atari:
-        settings = dict(ent_coef=0.01, vf_coef=0.25)
-        settings |= dict(
-            policy_kwargs=dict(optimizer_class=RMSpropTFLike, optimizer_kwargs=dict(eps=1e-5))
-        )
-        model = A2C("CnnPolicy", atari_envs(args, 16), **settings, **seed_and_device)
-    else:
-        torch.set_num_threads(1)
-        count = 1 if args.algo == "ppo" else 4
-        envs = VecNormalize(DummyVecEnv([lambda: Monitor(gym.make(args.env_id))] * count))
-        if args.library == "sbx":
-            import sbx  # with JAX, which takes seconds
-
-            model = sbx.PPO("MlpPolicy", envs, **seed_and_device)
-        elif args.algo == "ppo":
-            model = PPO("MlpPolicy", envs, **seed_and_device)
-        else:
-            model = A2C("MlpPolicy", envs, n_steps=8, **seed_and_device)
+    model = make_model(args)
     if args.library == "sbx":
         if args.total_timesteps <= model.n_steps:
             sys.exit(f"error: --total-timesteps: more than {model.n_steps}, the first rollout")
@@ -103,33 +131,25 @@ def main(args: Args) -> None:
     first_step = model.num_timesteps
     started = time.perf_counter()
     model.learn(args.total_timesteps - first_step, reset_num_timesteps=False)
-    train_s = time.perf_counter() - started
+    seconds = time.perf_counter() - started
 
-    train_returns = [episode["r"] for episode in model.ep_info_buffer]
-    if args.atari:
-        envs = atari_envs(args, 1, clip_reward=False)
-    else:
-        envs.training = envs.norm_reward = False
-    envs.seed(args.seed + model.num_timesteps)
-    returns, _ = evaluate_policy(
-        model, envs, args.eval_episodes, deterministic=not args.atari, return_episode_rewards=True
-    )
-    summary = vars(args) | {
-        "script": PACKAGES[args.library],
-        "version": version(PACKAGES[args.library]),
-        "noise": "none",
-        "noise_level": 0.0,
-        "alpha": 1.0,
-        "beta": 0.0,
-        "z": -1.0,
-        "final_return_mean": np.mean(returns),
-        "final_return_std": np.std(returns),
-        "train_return_last100": np.mean(train_returns) if train_returns else None,
-        "sps": (model.num_timesteps - first_step) / train_s,
-        "wall_s": time.perf_counter() - wall_started,
-        "finished": True,
+    row = evaluate(args, model)
+    package = {"sb3": "stable-baselines3", "sbx": "sbx-rl"}[args.library]
+    content = {
+        "args": vars(args) | {"noise": "none", "noise_level": 0.0},
+        "script": "sb3.py",
+        "versions": {package: version(package), "torch": torch.__version__},
     }
-    (run_dir / "summary.json").write_text(json.dumps(summary, indent=2))
+    sps = (model.num_timesteps - first_step) / seconds
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "args.json").write_text(json.dumps(content, indent=2))
+    with open(folder / "progress.csv", "w", newline="") as file:
+        writer = csv.DictWriter(file, row)
+        writer.writeheader()
+        writer.writerow(row)
+    summary = row | {"continued_at": [], "sps": sps, "finished": True}
+    (folder / "summary.json").write_text(json.dumps(summary, indent=2))
+    print(f"{folder}: return {row['return_mean']:.1f}, {sps:,.0f} steps/s")
 
 
 if __name__ == "__main__":

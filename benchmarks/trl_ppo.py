@@ -7,7 +7,6 @@ Prompts of 64 tokens, 48 new ones, 112 texts an update, 5 epochs of 4 minibatche
 checkpointing of activations. TRL's reward model must have the policy's tokenizer, and one output.
 Writes runs/NAME/summary.json with texts a second, start-up not counted."""
 
-import json
 import math
 import sys
 import tempfile
@@ -51,8 +50,8 @@ class Clock(TrainerCallback):
         self.seconds = time.perf_counter() - self.started
 
 
-def main(args: Args) -> None:
-    run_dir = Path(args.runs_dir) / args.run_name
+def main(args: Args):
+    run_dir = Path(args.runs_dir, args.run_name)
     if (run_dir / "summary.json").exists():
         sys.exit(f"error: {run_dir}: a finished run; choose another --run-name")
     run_dir.mkdir(parents=True, exist_ok=True)
@@ -103,7 +102,7 @@ def main(args: Args) -> None:
         ).train()
     texts = math.ceil(args.total_timesteps / 112) * 112  # whole updates
     sps = texts / clock.seconds
-    sppo_rlhf.save(run_dir / "summary.json", json.dumps(vars(args) | {"script": "trl", "sps": sps}))
+    sppo_rlhf.save_json(run_dir / "summary.json", {"sps": sps, "finished": True})
     print(f"TRL: {sps:.2f} texts/s")
 
 

@@ -4,11 +4,12 @@
     python docs/figures.py --out FOLDER
 
 Losses and gradients come from the scripts' own functions, by automatic differentiation; shares over
-training from the runs in results/evidence/kept.
+training from the runs in results/evidence.
 """
 
 import argparse
 import csv
+import gzip
 import sys
 from pathlib import Path
 
@@ -19,11 +20,12 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
-from sa2c_continuous import symmetric_policy_loss as symmetric_a2c_loss  # noqa: E402
-from sppo_continuous import symmetric_policy_loss as symmetric_ppo_loss  # noqa: E402
+from sa2c_continuous import symmetric_policy_losses as a2c_losses  # noqa: E402
+from sppo_continuous import symmetric_policy_losses as ppo_losses  # noqa: E402
 
 ALPHA, BETA, Z = 0.5, 1.0, -1.0  # k = 1.5, as on Atari; with k = 20.5 nothing else could be seen
 P_OLD = 0.3
+VARIANT = "SPPO without / p_old (ours)"
 CLIP = 0.2
 PROBABILITIES = torch.linspace(0.002, 0.998, 499, dtype=torch.float64)
 
@@ -35,7 +37,7 @@ COLORS = {
     "DPPO, max_grad_norm / k": "tab:olive",
     "DPPO, vf_coef / k": "tab:green",
     "SPPO": "tab:red",
-    "SPPO without / p_old (ours)": "tab:orange",
+    VARIANT: "tab:orange",
 }
 ROWS = {  # as benchmark.sh names them
     "ppo": "PPO",
@@ -43,21 +45,24 @@ ROWS = {  # as benchmark.sh names them
     "dppo-norm": "DPPO, max_grad_norm / k",
     "dppo-coef": "DPPO, vf_coef / k",
     "sppo": "SPPO",
-    "sppo-p": "SPPO without / p_old (ours)",
+    "sppo-p": VARIANT,
 }
 
 
 def policy_loss(method, log_prob, old_log_prob, advantage):
     """The loss of `method`, a scalar, on tensors (batch,)."""
-    alpha, beta = ALPHA, BETA
-    if method in ("A2C", "PPO"):
-        alpha, beta = 1.0, 0.0
     if method.endswith("A2C"):
-        return symmetric_a2c_loss(log_prob, advantage, alpha, beta, Z)
-    divide_by_p_old = method != "SPPO without / p_old (ours)"
-    return symmetric_ppo_loss(
-        log_prob, old_log_prob, advantage, CLIP, alpha, beta, Z, divide_by_p_old
-    )
+        plain_loss, reverse_loss = a2c_losses(log_prob, advantage, Z)
+    else:
+        plain_loss, reverse_loss = ppo_losses(log_prob, old_log_prob, advantage, CLIP, Z)
+    if method in ("A2C", "PPO"):
+        return plain_loss
+    if method == VARIANT:
+        ratio = (log_prob - old_log_prob).exp()
+        unclipped = advantage * ratio <= advantage * ratio.clamp(1 - CLIP, 1 + CLIP)
+        reverse = advantage * Z * (1 - log_prob.exp())
+        reverse_loss = -torch.where(unclipped, reverse, 0.0).mean()
+    return ALPHA * plain_loss + BETA * reverse_loss
 
 
 def loss_and_weight(method, p, p_old, advantage):
@@ -78,7 +83,7 @@ def loss_and_weight(method, p, p_old, advantage):
 def draw_losses(folder):
     """Loss against p, less its value at p = P_OLD, since a constant has no gradient."""
     figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
-    families = [["A2C", "SA2C"], ["PPO", "SPPO", "SPPO without / p_old (ours)"]]
+    families = [["A2C", "SA2C"], ["PPO", "SPPO", VARIANT]]
     p_old = torch.full_like(PROBABILITIES, P_OLD)
     start = (PROBABILITIES - P_OLD).abs().argmin()
     for ax, methods in zip(axes, families):
@@ -108,13 +113,13 @@ def draw_weights(folder):
     figure, axes = plt.subplots(1, 3, figsize=(11, 3.6))
     p = PROBABILITIES
     p_old = torch.full_like(p, P_OLD)
-    for method in ("PPO", "SPPO", "SPPO without / p_old (ours)"):
+    for method in ("PPO", "SPPO", VARIANT):
         for advantage in (1.0, -1.0):
             _, weight = loss_and_weight(method, p, p_old, advantage)
             line = "-" if advantage > 0 else "--"
             axes[1].plot(p, weight, line, color=COLORS[method])
     # All methods again before a rollout's first update, where p is p_old
-    for method in ("A2C", "SA2C", "PPO", "SPPO", "SPPO without / p_old (ours)"):
+    for method in ("A2C", "SA2C", "PPO", "SPPO", VARIANT):
         _, weight = loss_and_weight(method, p, p, 1.0)
         # Some lines lie on one another: draw the later ones dashed
         line = "-" if method in ("A2C", "SA2C", "SPPO") else (0, (3, 3))
@@ -133,36 +138,32 @@ def draw_weights(folder):
     save(figure, folder / "gradient-weights.png")
 
 
-def logged(run, quantity):
-    """Means of a logged quantity of a kept run over each twentieth of the run: steps (20,) at the
-    ends of the twentieths, and means (20,)."""
-    steps = []
-    values = []
-    with (run / "logged.csv").open() as file:
+def logged(quantity):
+    """Means of a logged quantity since the evaluation before, of each packed run: {name: (steps,
+    means)}, tensors (20,)."""
+    rows = {}
+    with gzip.open(ROOT / "results/evidence/progress.csv.gz", "rt", newline="") as file:
         for row in csv.DictReader(file):
-            if row["tag"] == quantity:
-                steps.append(int(row["step"]))
-                values.append(float(row["value"]))
-    ends = [part[-1] for part in torch.tensor(steps).tensor_split(20)]
-    means = [part.mean() for part in torch.tensor(values).tensor_split(20)]
-    return torch.stack(ends), torch.stack(means)
+            values = (int(row["step"]), float(row[quantity]))
+            rows.setdefault(row["run_name"], []).append(values)
+    return {name: torch.tensor(values).T for name, values in rows.items()}
 
 
 def draw_logged(quantity, label, path):
-    """A logged quantity over training, one line per method: the mean over the kept seeds."""
-    runs = sorted((ROOT / "results/evidence/kept").iterdir())
-    envs = sorted({run.name.split("__")[0] for run in runs})
+    """A logged quantity over training, one line per method: the mean over the packed seeds."""
+    runs = logged(quantity)
+    envs = sorted({name.split("__")[0] for name in runs})
     panels = [(env, noise) for env in envs for noise in ("none", "normal")]
     figure, axes = plt.subplots(1, len(panels), figsize=(2.9 * len(panels), 3.4), sharey=True)
     for ax, (env, noise) in zip(axes, panels):
         for row, method in ROWS.items():
-            matching = [run for run in runs if run.name.startswith(f"{env}__{row}__{noise}__")]
-            if not matching:
-                continue
             curves = []
-            for run in matching:
-                steps, means = logged(run, quantity)
-                curves.append(means)
+            for name, curve in runs.items():
+                if name.startswith(f"{env}__{row}__{noise}__"):
+                    steps, means = curve
+                    curves.append(means)
+            if not curves:
+                continue
             mean = torch.stack(curves).mean(0)
             ax.plot(steps, mean, color=COLORS[method], lw=1.2, label=method)
         ax.set_title(f"{env}, {'clean' if noise == 'none' else 'noisy'}", fontsize=9)

@@ -2,32 +2,21 @@
 
 import csv
 import importlib.machinery
+import json
 import sys
-import threading
 import types
 from dataclasses import dataclass
 
 import numpy as np
+import pytest
 import torch
 from ale_py import Action
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import sa2c_atari
 import sa2c_continuous
 import sppo_atari
 import sppo_continuous
-
-
-class StopAfter(threading.Event):
-    """An event that is set at the `updates`-th call of `is_set` by `train`, one an update."""
-
-    def __init__(self, updates: int):
-        super().__init__()
-        self.left = updates
-
-    def is_set(self) -> bool:
-        if sys._getframe(1).f_code.co_name == "train":  # evaluations ask, too
-            self.left -= 1
-        return self.left <= 0
 
 
 @dataclass
@@ -61,15 +50,37 @@ class Setting:
     def __str__(self):
         return self.script.__name__
 
-    def run(self, runs_dir, stop=None, **flags):
-        """Trains with `flags` over `small`. Returns (what `train` returned, the run's folder)."""
-        flags = self.small | {"runs_dir": str(runs_dir), "run_name": "run"} | flags
-        args = self.script.prepare(self.script.Args(**flags))
-        return self.script.train(args, stop or threading.Event()), args.run_dir
+    def args(self, runs_dir, **flags):
+        """Arguments of a run with `flags` over `small`."""
+        return self.script.Args(
+            **self.small | {"runs_dir": str(runs_dir), "run_name": "run"} | flags
+        )
 
-    def resume(self, folder):
-        args = self.script.prepare(self.script.Args(resume=str(folder)))
-        return self.script.train(args, threading.Event())
+    def run(self, runs_dir, **flags):
+        """Trains as the same command would: begins, continues, or finds the run finished. Returns
+        (summary.json, the run's folder)."""
+        args = self.args(runs_dir, **flags)
+        args.run_dir.mkdir(parents=True, exist_ok=True)
+        if self.script.begin(args):
+            self.script.train(args)
+        return json.loads((args.run_dir / "summary.json").read_text()), args.run_dir
+
+    def interrupt(self, runs_dir, rollouts, **flags):
+        """Ends a run like a kill would, after a number of rollouts, in the middle of an update.
+        Returns its folder."""
+        calls = []
+
+        def compute_gae(*args):
+            calls.append(args)
+            if len(calls) > rollouts:
+                raise KeyboardInterrupt
+            return original(*args)
+
+        original = self.script.compute_gae
+        with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+            patch.setattr(self.script, "compute_gae", compute_gae)
+            self.run(runs_dir, **flags)
+        return self.args(runs_dir, **flags).run_dir
 
     def record_actions(self, monkeypatch) -> list:
         """The actions of all steps from here on, a list that goes on growing."""
@@ -84,8 +95,9 @@ class Setting:
         return actions
 
 
-SMALL = {"total_timesteps": 256, "eval_episodes": 1, "eval_freq": 0, "log_freq": 1}
+SMALL = {"total_timesteps": 256, "eval_episodes": 1, "eval_freq": 256}
 SMALL |= {"compile": False, "device": "cpu"}
+A2C = {"log_freq": 1}
 PPO = {"num_minibatches": 4, "update_epochs": 2}
 CONTINUOUS = {"env_id": "InvertedDoublePendulum-v4", "num_envs": 1, "num_steps": 64}
 ATARI = {"env_id": "Breakout", "num_envs": 2, "num_steps": 32, "amp": "off"}
@@ -93,11 +105,11 @@ SPPO_CONTINUOUS, SA2C_CONTINUOUS = (
     Setting(
         script, "NormalizedEnvs", SMALL | CONTINUOUS | more, video_env="LunarLanderContinuous-v3"
     )
-    for script, more in ((sppo_continuous, PPO), (sa2c_continuous, {}))
+    for script, more in ((sppo_continuous, PPO), (sa2c_continuous, A2C))
 )
 SPPO_ATARI, SA2C_ATARI = (
     Setting(script, "AtariGames", SMALL | ATARI | more, "Pong")
-    for script, more in ((sppo_atari, PPO), (sa2c_atari, {}))
+    for script, more in ((sppo_atari, PPO), (sa2c_atari, A2C))
 )
 SETTINGS = [SPPO_CONTINUOUS, SPPO_ATARI, SA2C_CONTINUOUS, SA2C_ATARI]
 # Both algorithms and both kinds of environments, for text that all four scripts share
@@ -157,6 +169,27 @@ def weights(folder):
 def progress(folder):
     with (folder / "progress.csv").open() as file:
         return [{name: float(x) for name, x in row.items()} for row in csv.DictReader(file)]
+
+
+def scalars(folder):
+    """{tag: [(step, value), ...]} of TensorBoard's events, without those of measured speed."""
+    events = EventAccumulator(str(folder)).Reload()
+    logged = {}
+    for tag in set(events.Tags()["scalars"]) - {"charts/SPS"}:
+        logged[tag] = [(event.step, event.value) for event in events.Scalars(tag)]
+    return logged
+
+
+def words(flags):
+    """Flags as they are typed. Those that are None are left out."""
+    typed = []
+    for name, value in flags.items():
+        flag = name.replace("_", "-")
+        if isinstance(value, bool):
+            typed.append(f"--{flag}" if value else f"--no-{flag}")
+        elif value is not None:
+            typed += [f"--{flag}", str(value)]
+    return typed
 
 
 def fake_wandb(monkeypatch, init):

@@ -1,17 +1,13 @@
-"""README.md and docs/: commands, links, worked examples, and the glossary of metrics."""
+"""README.md and docs/: links, flags, commands, worked examples, and the list of metrics."""
 
-import ast
 import dataclasses
 import importlib
 import json
-import os
 import re
 import runpy
 import shlex
 import shutil
 import subprocess
-import sys
-import threading
 from pathlib import Path
 
 import gymnasium as gym
@@ -19,230 +15,133 @@ import numpy as np
 import pytest
 import torch
 import tyro
-from helpers import PPO, SETTINGS, SMALL, SPPO_CONTINUOUS, progress
+from helpers import ATARI, PPO, SETTINGS, SMALL, SPPO_CONTINUOUS, progress
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
-import report
-import sppo_continuous
 import sppo_rlhf
 
 ROOT = Path(__file__).resolve().parent.parent
-DOCS = sorted(ROOT.glob("docs/*.md"))
-PAGES = [ROOT / "README.md", *DOCS]
-NAMES = [str(page.relative_to(ROOT)) for page in PAGES]
+PAGES = {
+    str(page.relative_to(ROOT)): page.read_text()
+    for page in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+}
+EXAMPLES = PAGES["docs/copy-and-modify.md"]
 SCRIPTS = {path.name: importlib.import_module(path.stem) for path in sorted(ROOT.glob("s*_*.py"))}
-EXAMPLES = (ROOT / "docs" / "copy-and-modify.md").read_text()
 
 
-@pytest.mark.parametrize("page", DOCS, ids=lambda page: page.name)
-def test_a_page_is_short(page):
-    lines = page.read_text().splitlines()
-    assert len(lines) < 300
+# ---- Links and names
 
 
-# ---- Links
-
-
-def anchors(page):
+def anchors(text):
     """What GitHub calls a page's headings in links."""
-    found = set()
-    for heading in re.findall(r"(?m)^#+ (.+)$", page.read_text()):
-        plain = re.sub(r"[^\w\s-]", "", heading.lower())
-        found.add(plain.strip().replace(" ", "-"))
-    return found
+    headings = re.findall(r"(?m)^#+ (.+)$", text)
+    plain = [re.sub(r"[^\w\s-]", "", heading.lower()) for heading in headings]
+    return {heading.strip().replace(" ", "-") for heading in plain}
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_links_lead_somewhere(name):
-    page = ROOT / name
+@pytest.mark.parametrize("page", [*PAGES, *(str(p) for p in ROOT.glob("results/**/*.md"))])
+def test_links_lead_somewhere(page):
+    page = ROOT / page
     for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
-        if link.startswith(("http://", "https://")):
-            continue
         file, _, anchor = link.partition("#")
+        if file.startswith("http"):
+            continue
         target = page.parent / file if file else page
-        assert target.exists(), f"{name}: {link}"
-        if anchor:
-            assert anchor in anchors(target), f"{name}: {link}"
+        assert target.exists(), link
+        assert not anchor or anchor in anchors(target.read_text()), link
 
 
-@pytest.mark.parametrize("name", NAMES)
-def test_the_functions_that_a_page_names_exist(name):
-    for file, function in re.findall(r"`([\w/]+\.py):(\w+)`", (ROOT / name).read_text()):
-        if not (ROOT / file).exists():
-            continue  # an example's own file
-        nodes = ast.parse((ROOT / file).read_text()).body
-        assert function in {getattr(node, "name", None) for node in nodes}, f"{file}:{function}"
-
-
-@pytest.mark.parametrize("name", NAMES)
-def test_the_flags_that_a_page_names_exist(name):
-    fields = {
-        field.name for script in SCRIPTS.values() for field in dataclasses.fields(script.Args)
-    }
-    flags = {"--" + field.replace("_", "-") for field in fields}
+@pytest.mark.parametrize("text", PAGES.values(), ids=PAGES)
+def test_the_functions_and_flags_that_a_page_names_exist(text):
+    for file, function in re.findall(r"`([\w/]+\.py):(\w+)`", text):
+        if (ROOT / file).exists():  # else an example's own file
+            assert re.search(rf"(?m)^(def|class) {function}\b", (ROOT / file).read_text())
+    flags = {"--help"}
+    for script in SCRIPTS.values():
+        flags |= {"--" + field.name.replace("_", "-") for field in dataclasses.fields(script.Args)}
     flags |= {flag.replace("--", "--no-", 1) for flag in flags}
-    flags |= {"--" + field.name for field in dataclasses.fields(report.Args)} | {"--help"}
-    flags |= set(re.findall(r"--[a-z][a-z-]+", (ROOT / "benchmark.sh").read_text().split("END")[1]))
-    flags |= {"--nproc-per-node", "--num_processes"}  # of torchrun and accelerate
-    text = re.sub(r"(?ms)^```.*?^```", "", (ROOT / name).read_text())
-    named = set(re.findall(r"`[^`\n]*`", text))
-    named = {flag for code in named for flag in re.findall(r"(?<![\w-])--[a-z][\w-]*", code)}
-    assert named <= flags
+    for other in ("benchmark.sh", "report.py"):
+        flags |= set(re.findall(r"--[a-z][a-z-]+", (ROOT / other).read_text()))
+    flags |= {"--divide-by-p-old", "--no-divide-by-p-old", "--correct-flips"}  # at 8ec68c6
+    flags |= {"--gpus"}  # Slurm's
+    code = re.findall(r"`[^`\n]*`", re.sub(r"(?ms)^```.*?^```", "", text))
+    assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", " ".join(code))) <= flags
 
 
 # ---- Commands
 
-NOT_OURS = {"pip", "pytest", "cp", "patch", "tensorboard", "mkdir", "git", "if", "fi", "pre-commit"}
-NOT_OURS |= {"uv", "export", "diff"}
+NOT_OURS = "pip pytest cp patch tensorboard git pre-commit uv diff parallel srun sbatch".split()
+NOT_OURS += "mkdir if fi export for done echo split".split()
 
 
-def code_blocks(text, *languages):
-    return re.findall(rf"(?ms)^```(?:{'|'.join(languages)})\n(.+?)^```$", text)
+def code_blocks(text, language):
+    return re.findall(rf"(?ms)^```{language}\n(.+?)^```$", text)
 
 
 def commands(text):
-    """Commands, lists of words, in a page's shell blocks; in a console block after `$ `."""
-    lines = []
-    for block in code_blocks(text, "sh", "bash"):
-        lines += block.replace("\\\n", " ").splitlines()
-    for block in code_blocks(text, "console"):
-        block = block.replace("\\\n", " ")
-        lines += [line[2:] for line in block.splitlines() if line.startswith("$ ")]
-    found = []
-    for line in lines:
-        line = re.sub(r"\$\w+", "1", line)  # variables of a loop, or of Slurm
-        for part in line.split("&&"):
-            words = shlex.split(part, comments=True)
-            while words and (words[0] in ("exec", "env") or re.match(r"\w+=", words[0])):
-                words = words[1:]
-            if words:
-                found.append(words)
-    return found
+    """Commands, lists of words, in a page's shell blocks."""
+    block = "".join(code_blocks(text, "sh")).replace("\\\n", " ")
+    block = re.sub(r"\$\w+", "1", block)  # variables of Slurm
+    found = [
+        shlex.split(line, comments=True)
+        for line in re.split(r"\n|&&|(?m:^)(?:exec|\w+=\S*) ", block)
+    ]
+    return [words for words in found if words]
 
 
-def script_arguments(words):
-    """(script, arguments) of a command that starts one of this repository, or (None, None)."""
-    for i, word in enumerate(words):
-        if word in SCRIPTS and words[0] in ("python", "uv", "accelerate", "torchrun"):
-            return word, words[i + 1 :]
-    return None, None
+def parse(words):
+    """(script, Args) of a command that starts one of ours. Exits if a flag is wrong."""
+    name = next(word for word in words if word in SCRIPTS)
+    arguments = words[words.index(name) + 1 :]
+    if name == "sppo_rlhf.py":
+        return sppo_rlhf, sppo_rlhf.parse_args(arguments)
+    return SCRIPTS[name], tyro.cli(SCRIPTS[name].Args, args=arguments)
 
 
-def parse(script, arguments):
-    if script == "sppo_rlhf.py":
-        return sppo_rlhf.parse_args(arguments)
-    return tyro.cli(SCRIPTS[script].Args, args=arguments)
+COMMANDS = {shlex.join(words): words for text in PAGES.values() for words in commands(text)}
 
 
-ALL_COMMANDS = {}  # by the text
-for name in NAMES:
-    for words in commands((ROOT / name).read_text()):
-        ALL_COMMANDS[shlex.join(words)] = words
-ELSEWHERE = {"--device", "--load-in-4bit", "--track"}  # where this machine lacks something
-
-
-@pytest.mark.parametrize("words", ALL_COMMANDS.values(), ids=ALL_COMMANDS.keys())
+@pytest.mark.parametrize("words", COMMANDS.values(), ids=COMMANDS)
 def test_a_command_is_valid(words):
-    script, arguments = script_arguments(words)
     if words[0] == "./benchmark.sh":
-        dry = [words[0], words[1], "--dry-run", *words[2:]]
+        end = next((i for i, word in enumerate(words) if word[0] in "|>"), None)
+        dry = [*words[:2], "--dry-run", *words[2:end]]
         done = subprocess.run(dry, cwd=ROOT, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert "python " in done.stdout
-    elif script and "--help" not in arguments:
-        args = parse(script, arguments)  # exits if a flag is wrong
-        if not args.resume and not args.evaluate and not ELSEWHERE & set(arguments):
-            SCRIPTS[script].check(SCRIPTS[script].with_defaults(args))
-    elif words[:2] == ["python", "report.py"]:
-        tyro.cli(report.Args, args=words[2:])
-    elif words[0] == "python" and not script:
-        file = words[1]
-        assert (ROOT / file).exists() or f"python {file}" in EXAMPLES
+    elif words[0] in ("python", "accelerate", "torchrun"):
+        if set(words) & set(SCRIPTS):
+            parse(words)
+        else:  # another program, or an example's script
+            assert (ROOT / words[1]).exists() or f"python {words[1]}" in EXAMPLES
     else:
-        assert script or words[0] in NOT_OURS, "a command that this test does not know"
-
-
-def test_what_is_checked_can_fail():
-    assert commands("```sh\nexec python a.py \\\n  --x 1 # c\n```\n") == [
-        ["python", "a.py", "--x", "1"]
-    ]
-    assert commands("```console\n$ OMP_NUM_THREADS=1 python a.py && pytest\noutput\n```\n") == [
-        ["python", "a.py"],
-        ["pytest"],
-    ]
-    for line in (
-        "python sppo_continuous.py --no-such-flag",
-        "./benchmark.sh no-such-suite",
-        "python no_such_file.py",
-        "no-such-command",
-    ):
-        with pytest.raises((AssertionError, SystemExit)):
-            test_a_command_is_valid(line.split())
-
-
-def trains_here(words):
-    """Whether a command trains, with nothing that only its reader has."""
-    script, arguments = script_arguments(words)
-    if words[0] != "python" or script is None:
-        return False
-    absent = {"--resume", "--evaluate", "--capture-video", "--help", "--task", "--policy-model"}
-    if ":" in " ".join(arguments):  # a file of an example, which has a test of its own
-        return False
-    return not (absent | ELSEWHERE) & set(arguments)
+        is_assignment = "=" in words[0]
+        assert is_assignment or words[0] in NOT_OURS, "a command that this test does not know"
 
 
 def train(script, args, folder, **flags):
     """A run with `flags` over `args`. Returns its folder."""
     flags |= {"runs_dir": str(folder), "run_name": "run", "device": "cpu"}
-    args = script.prepare(dataclasses.replace(args, **flags))
-    assert script.train(args, threading.Event())["finished"]
+    args = dataclasses.replace(args, **flags)
+    args.run_dir.mkdir(parents=True)
+    script.begin(args)
+    script.train(args)
     return args.run_dir
-
-
-RUNNABLE = {text: words for text, words in ALL_COMMANDS.items() if trains_here(words)}
-
-
-@pytest.mark.slow
-@pytest.mark.parametrize("words", RUNNABLE.values(), ids=RUNNABLE.keys())
-def test_a_command_trains(words, tmp_path, toy):
-    """With the steps of one rollout, and a short evaluation."""
-    script, arguments = script_arguments(words)
-    args = parse(script, arguments)
-    if script == "sppo_rlhf.py":
-        (tmp_path / "toy").symlink_to(toy)
-        short = {"total_timesteps": 1, "eval_episodes": 8}
-    elif "atari" in script:
-        short = {"total_timesteps": 1, "num_envs": 2, "num_steps": 16, "eval_episodes": 1}
-    else:
-        short = {"total_timesteps": 1, "eval_episodes": 1, "eval_max_steps": 50, "compile": False}
-    folder = train(SCRIPTS[script], args, tmp_path, **short)
-    assert progress(folder)
 
 
 def test_python_blocks_of_usage_run(tmp_path, monkeypatch):
     """In a folder with a finished run of the name that they use."""
-    page = (ROOT / "docs" / "usage.md").read_text()
-    blocks = [block for block in code_blocks(page, "python") if not block.startswith("# ")]
-    assert blocks
     monkeypatch.chdir(tmp_path)
-    folder = SPPO_CONTINUOUS.run("runs", run_name="hopper", env_id="Hopper-v4")[1]
-    assert (folder / "agent.safetensors").exists()
-    for block in blocks:
-        exec(block, {})
-
-
-def test_the_suites_are_as_large_as_the_page_says():
-    page = sections((ROOT / "docs" / "benchmark.md").read_text())["Suites"]
-    suites = re.findall(r"(?m)^\| `(\w+)` \|.*\| ([\d,]+) \|$", page)
-    assert len(suites) == 9
-    for suite, runs in suites:
-        dry = ["./benchmark.sh", suite, "--dry-run"]
-        output = subprocess.run(dry, cwd=ROOT, capture_output=True, text=True, check=True).stdout
-        commands = [line for line in output.splitlines() if line.startswith("python ")]
-        assert len(commands) == int(runs.replace(",", "")), suite
+    SPPO_CONTINUOUS.run("runs", run_name="hopper", env_id="Hopper-v4")
+    (block,) = code_blocks(PAGES["docs/usage.md"], "python")
+    exec(block, {})
 
 
 # ---- Worked examples
+
+SHORT = SMALL | {"num_steps": 128} | PPO
+SHORT_LM = {"total_timesteps": 8, "batch_size": 8, "num_minibatches": 2, "update_epochs": 1}
+SHORT_LM |= {"eval_episodes": 8}
 
 
 def sections(text):
@@ -251,200 +150,100 @@ def sections(text):
     return dict(zip(parts[1::2], parts[2::2]))
 
 
-def example(heading):
-    """(diff, python blocks by file name, commands) of a worked example."""
-    text = sections(EXAMPLES)[heading]
-    files = {}
-    for block in code_blocks(text, "python"):
-        files[re.match(r"# (\w+\.py)\n", block).group(1)] = block
-    diffs = code_blocks(text, "diff")
-    return diffs[0] if diffs else None, files, commands(text)
+SECTIONS = sections(EXAMPLES)
 
 
-DIFFS = [heading for heading in sections(EXAMPLES) if example(heading)[0]]
-BROKEN = (
-    "The diff of this example in docs/copy-and-modify.md no longer fits the script. Make its change"
-    " by hand in a copy of the script, and replace the block by the output of"
-    " `diff -U1 sppo_continuous.py COPY`, with sppo_continuous.py as the name in its first lines."
-)
-
-
-def apply_diff(diff, folder):
-    """Applies a diff to a copy of its script in `folder`. Returns the copy."""
+def changed(heading, folder, monkeypatch):
+    """An example's copy of a script, with its diff, in `folder`: as a module, and its first command
+    on it, parsed."""
+    (diff,) = code_blocks(SECTIONS[heading], "diff")
     script = re.match(r"--- (\w+\.py)\n\+\+\+ \1\n", diff).group(1)
-    copy = folder / script
-    shutil.copy(ROOT / script, copy)
-    environment = os.environ | {"GIT_CEILING_DIRECTORIES": str(folder.parent)}
+    words = commands(SECTIONS[heading])[0]
+    monkeypatch.syspath_prepend(folder)
+    path = shutil.copy(ROOT / script, folder / words[1])
     command = ["git", "apply", "-p0", "--unidiff-zero", "-"]
-    done = subprocess.run(
-        command, cwd=folder, input=diff, env=environment, capture_output=True, text=True
-    )
-    assert done.returncode == 0, f"{BROKEN}\n{done.stderr}"
-    assert copy.read_bytes() != (ROOT / script).read_bytes()
-    return copy
+    diff = diff.replace(script, words[1])
+    done = subprocess.run(command, cwd=folder, input=diff, capture_output=True, text=True)
+    assert done.returncode == 0, f"see the end of docs/copy-and-modify.md\n{done.stderr}"
+    assert path.read_text() != (ROOT / script).read_text()
+    module = importlib.import_module(path.stem)
+    return module, tyro.cli(module.Args, args=words[2:])
 
 
-def load(path, monkeypatch):
-    """A script as a module."""
-    specification = importlib.util.spec_from_file_location(path.stem, path)
-    module = importlib.util.module_from_spec(specification)
-    monkeypatch.setitem(sys.modules, path.stem, module)  # dataclasses look it up
-    specification.loader.exec_module(module)
-    return module
-
-
-def changed_script(heading, folder):
-    """A copy of the script with the example's diff, named as in the example's first command."""
-    diff, _, lines = example(heading)
-    copy = apply_diff(diff, folder)
-    name = next(words[1] for words in lines if words[1] not in SCRIPTS)
-    return copy.rename(folder / name)
-
-
-@pytest.fixture
-def changed(tmp_path, monkeypatch):
-    """The script of an example as a module, and its example's first command on it, parsed."""
-
-    def changed_(heading):
-        path = changed_script(heading, tmp_path)
-        words = next(words for words in example(heading)[2] if words[1] == path.name)
-        module = load(path, monkeypatch)
-        return module, tyro.cli(module.Args, args=words[2:])
-
-    return changed_
-
-
-SHORT = SMALL | {"num_steps": 128, "eval_max_steps": 200} | PPO
-
-
-@pytest.mark.parametrize("heading", DIFFS)
-def test_an_example_changes_at_most_15_lines(heading, tmp_path):
-    diff = example(heading)[0]
-    changes = [line for line in diff.splitlines()[2:] if line[0] in "+-"]
-    assert 1 <= len(changes) <= 15
-    apply_diff(diff, tmp_path)
-
-
-def test_a_diff_that_does_not_fit_is_reported(tmp_path):
-    diff = example("Discrete actions")[0].replace("obs_dim =", "obs_dim  =")
-    with pytest.raises(AssertionError, match="no longer fits"):
-        apply_diff(diff, tmp_path)
-
-
-def test_discrete_actions(changed, tmp_path):
-    script, args = changed("Discrete actions")
-    assert args.env_id == "CartPole-v1"
+def test_discrete_actions(tmp_path, monkeypatch):
+    script, args = changed("Discrete actions", tmp_path, monkeypatch)
     folder = train(script, args, tmp_path, **SHORT)
     assert 5 < progress(folder)[-1]["return_mean"] <= 500
-    env = script.make_env("Acrobot-v1")
-    agent = script.Agent(env, script.with_defaults(args))
-    action = agent.numpy_actor()(
-        np.zeros((200, 6)), agent.sampling_noise((200,), torch.Generator())
-    )
-    assert set(agent.to_env(action)) == {0, 1, 2}
-    assert all(env.action_space.contains(a) for a in agent.to_env(action))
-    for env_id in ("Pendulum-v1", "Taxi-v3"):  # actions, or observations, of another kind
-        with pytest.raises(script.UsageError, match="--env-id"):
-            script.prepare(dataclasses.replace(args, env_id=env_id, runs_dir=str(tmp_path)))
-
-
-@pytest.mark.slow
-def test_discrete_actions_solve_cartpole(tmp_path):
-    path = changed_script("Discrete actions", tmp_path)
-    words = next(words for words in example("Discrete actions")[2] if words[1] == path.name)
-    command = [sys.executable, *words[1:], "--run-name", "run"]
-    subprocess.run(command, cwd=tmp_path, check=True)
-    rows = progress(tmp_path / "runs" / "run")
-    assert max(row["return_mean"] for row in rows if row["step"] <= 50_000) == 500
-
-
-def write_files(heading, folder, monkeypatch):
-    """Writes an example's own files into `folder`, which becomes the working directory."""
-    monkeypatch.chdir(folder)
-    monkeypatch.syspath_prepend(folder)
-    files = example(heading)[1]
-    for name, text in files.items():
-        (folder / name).write_text(text)
-    return files
+    env = gym.make("Acrobot-v1")
+    agent = script.Agent(env, args)
+    noise = agent.sampling_noise((200,), torch.Generator())
+    action = agent.to_env(agent.numpy_actor()(np.zeros((200, 6)), noise))
+    assert set(action) == {0, 1, 2}
+    assert all(env.action_space.contains(a) for a in action)
 
 
 def test_your_own_environment(tmp_path, monkeypatch):
-    write_files("Your own environment", tmp_path, monkeypatch)
-    lines = example("Your own environment")[2]
-    words = next(words for words in lines if words[1] == "sppo_continuous.py")
-    args = tyro.cli(sppo_continuous.Args, args=words[2:])
-    assert args.env_id.startswith("target:")
-    folder = train(sppo_continuous, args, tmp_path, **SHORT)
-    row = progress(folder)[-1]
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("target.py").write_text(*code_blocks(SECTIONS["Your own environment"], "python"))
+    script, args = parse(commands(SECTIONS["Your own environment"])[0])
+    row = progress(train(script, args, tmp_path, **SHORT))[-1]
     assert row["length_mean"] == 20
     assert -40 < row["return_mean"] < 0
-    gym.registry.pop("Target-v0")
-    sys.modules.pop("target")
 
 
-def test_observations_in_a_dictionary(changed, tmp_path, monkeypatch):
-    class Pair(gym.Env):
-        observation_space = gym.spaces.Dict(
-            {"a": gym.spaces.Box(-1, 1, (2,)), "b": gym.spaces.Box(-1, 1, (1,))}
-        )
-        action_space = gym.spaces.Box(-1, 1, (1,))
-
-        def reset(self, *, seed=None, options=None):
-            super().reset(seed=seed)
-            return self.observation_space.sample(), {}
-
-        def step(self, action):
-            return self.observation_space.sample(), 1.0, False, False, {}
-
-    gym.register("Pair-v0", Pair, max_episode_steps=10)
-    script, args = changed("Your own environment")
-    args = dataclasses.replace(args, env_id="Pair-v0")
-    folder = train(script, args, tmp_path, **SHORT)
-    assert progress(folder)[-1]["return_mean"] == 10
-    assert script.make_env("LunarLanderContinuous-v3", "rgb_array").render_mode == "rgb_array"
-    with pytest.raises(sppo_continuous.UsageError, match="Box"):
-        train(sppo_continuous, sppo_continuous.Args(env_id="Pair-v0"), tmp_path / "unchanged")
-    gym.registry.pop("Pair-v0")
-
-
-def test_your_own_noise(changed, tmp_path):
-    script, args = changed("Your own noise")
-    noisy = script.perturb_reward(np.full((100, 100), 2.0), "lost", 0.3, np.random.default_rng(0))
+def test_your_own_noise(tmp_path, monkeypatch):
+    script, args = changed("Your own noise", tmp_path, monkeypatch)
+    rng = np.random.default_rng(0)
+    noisy = script.perturb_reward(np.full((100, 100), 2.0), "lost", 0.3, rng)
     assert set(np.unique(noisy)) == {0, 2}
     assert (noisy == 0).mean() == pytest.approx(0.3, abs=0.02)
-    with pytest.raises(SystemExit):
-        tyro.cli(sppo_continuous.Args, args=["--noise", "lost"])
-    folder = train(script, args, tmp_path, **SHORT)
-    recorded = json.loads((folder / "args.json").read_text())["args"]
-    assert recorded["noise"] == "lost"
-    assert recorded["noise_level"] == 0.5
-
-
-def test_your_own_loss_has_the_gradient_of_the_variant(changed, tmp_path):
-    script, args = changed("Your own loss")
-    torch.manual_seed(0)
-    old_log_prob = torch.rand(1000, dtype=torch.float64).log()
-    log_prob = (old_log_prob + 0.3 * torch.randn(1000)).requires_grad_()
-    advantage = torch.randn(1000, dtype=torch.float64)
-
-    def gradient(loss, *options):
-        value = loss(log_prob, old_log_prob, advantage, 0.2, 0.5, 3.0, -2.0, *options)
-        return torch.autograd.grad(value, log_prob)[0]
-
-    ours = gradient(script.symmetric_policy_loss)
-    variant = gradient(sppo_continuous.symmetric_policy_loss, False)
-    torch.testing.assert_close(ours, variant)
-    assert (ours - gradient(sppo_continuous.symmetric_policy_loss)).abs().max() > 1e-4
     train(script, args, tmp_path, **SHORT)
 
 
+def test_the_variant_has_the_gradient_of_its_formula(tmp_path, monkeypatch):
+    script, args = changed("Your own loss", tmp_path, monkeypatch)
+    torch.manual_seed(0)
+    log_p_old = torch.rand(1000, dtype=torch.float64).log()
+    log_p = (log_p_old + 0.3 * torch.randn(1000)).requires_grad_()
+    A = torch.randn(1000, dtype=torch.float64)
+    alpha, beta, z, eps = 0.5, 3.0, -2.0, 0.2
+    p = log_p.exp()
+    r = (log_p - log_p_old).exp()
+    m = torch.where(A > 0, r < 1 + eps, r > 1 - eps)
+    ppo_loss = -torch.minimum(A * r, A * r.clamp(1 - eps, 1 + eps)).mean()
+    reverse_loss = -(m * A * z * (1 - p)).mean()
+    (expected,) = torch.autograd.grad(alpha * ppo_loss + beta * reverse_loss, log_p)
+    losses = script.symmetric_policy_losses(log_p, log_p_old, A, eps, z)
+    (gradient,) = torch.autograd.grad(alpha * losses[0] + beta * losses[1], log_p)
+    torch.testing.assert_close(gradient, expected)
+    weight = m * (alpha + beta * abs(z) * log_p_old.exp()) * r
+    torch.testing.assert_close(gradient, (-A * weight / 1000).detach())
+    train(script, args, tmp_path, **SHORT)
+
+
+def test_unbiased_rewards_under_flips(tmp_path, monkeypatch):
+    script, args = changed("Unbiased rewards under flips", tmp_path, monkeypatch)
+    perturbed, used = [], []
+    perturb_reward, compute_gae = script.perturb_reward, script.compute_gae
+    monkeypatch.setattr(
+        script, "perturb_reward", lambda *a: perturbed.append(perturb_reward(*a)) or perturbed[-1]
+    )
+    monkeypatch.setattr(script, "compute_gae", lambda *a: used.append(a[0]) or compute_gae(*a))
+    train(script, args, tmp_path, **SMALL | ATARI | PPO)
+    assert len(used) == 4
+    assert any((reward == 1).any() for reward in perturbed)
+    for reward, noisy in zip(used, perturbed):
+        np.testing.assert_allclose(reward, (noisy - 0.1) / 0.8)
+
+
 def test_a_function_as_reward(toy, tmp_path, monkeypatch):
-    heading = "A Python function as the reward of a language model"
-    write_files(heading, tmp_path, monkeypatch)
-    words = next(words for words in example(heading)[2] if words[1] == "sppo_rlhf.py")
-    args = sppo_rlhf.parse_args(words[2:])
-    (tmp_path / "toy").symlink_to(toy)
-    folder = train(sppo_rlhf, args, tmp_path, total_timesteps=112, eval_episodes=16)
+    monkeypatch.chdir(tmp_path)
+    text = SECTIONS["A Python function as the reward of a language model"]
+    Path("variety.py").write_text(*code_blocks(text, "python"))
+    script, args = parse(commands(text)[0])
+    Path("runs").symlink_to(toy.parent)
+    folder = train(script, args, "here", **SHORT_LM)
     variety = runpy.run_path(tmp_path / "variety.py")["variety"]
     assert variety(["a b a b", ""]) == [0.5, 0]
     samples = [json.loads(line) for line in (folder / "samples.jsonl").open()]
@@ -452,76 +251,61 @@ def test_a_function_as_reward(toy, tmp_path, monkeypatch):
     assert [sample["reward"] for sample in samples] == pytest.approx(variety(texts))
 
 
-def test_a_new_metric(changed, tmp_path):
-    script, args = changed("A new metric")
+def test_a_new_metric(tmp_path, monkeypatch):
+    script, args = changed("A new metric", tmp_path, monkeypatch)
     flags = SHORT | {"total_timesteps": 128, "eval_episodes": 4}
-    folder = train(script, args, tmp_path, **flags)
-    scalars = tags(folder)
-    assert scalars["losses/probability"] == pytest.approx(1 / 11, rel=0.1)
-    (row,) = progress(folder)
+    (row,) = progress(train(script, args, tmp_path, **flags))
+    assert row["losses/probability"] == pytest.approx(1 / 11, rel=0.1)
     assert row["return_worst"] < row["return_mean"]
 
 
 # ---- Metrics
 
 
-def tags(folder):
-    """{tag: last value} of the scalars in TensorBoard's files."""
-    events = EventAccumulator(str(folder), size_guidance={"scalars": 0}).Reload()
-    return {tag: events.Scalars(tag)[-1].value for tag in events.Tags()["scalars"]}
-
-
-def glossary():
-    """{metric: where it is logged} by the table in docs/usage.md."""
-    text = sections((ROOT / "docs" / "usage.md").read_text())["Metrics"]
-    rows = re.findall(r"(?m)^\| `([^`]+)` \| ([^|]+) \|", text)
-    found = {}
-    for metric, where in rows:
-        assert metric not in found
-        found[metric] = where.strip()
-    assert set(found.values()) == {"all", "control", "PPO", "A2C", "LM", "LM, options"}
+def metrics(*kinds):
+    """Names of the metrics of `kinds` of scripts, in the list of docs/usage.md."""
+    text = sections(PAGES["docs/usage.md"])["Metrics"]
+    found = set()
+    for names, kind in re.findall(r"(?m)^- ((?:`[^`]+`(?:, )?)+)(?: \((.+?)\))?: ", text):
+        if kind in ("", *kinds):
+            found |= set(re.findall(r"`([^`]+)`", names))
     return found
 
 
+def logged(folder):
+    """Tags in TensorBoard, and columns of progress.csv less those that every script has."""
+    tags = EventAccumulator(str(folder)).Reload().Tags()["scalars"]
+    columns = (folder / "progress.csv").read_text().splitlines()[0].split(",")
+    return set(tags), set(columns) - {"step", "return_mean", "return_std", "length_mean"}
+
+
+NOT_IN_CSV = {"charts/SPS", "eval/return_mean"}
+
+
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
-def test_the_glossary_is_complete_for_control(setting, tmp_path):
-    longer = (
-        {"total_timesteps": 2048, "num_envs": 4} if setting.atari else {}
-    )  # to the end of a game
-    folder = setting.run(tmp_path, **longer)[1]
-    here = {"all", "control", "PPO" if setting.ppo else "A2C"}
-    expected = {metric for metric, where in glossary().items() if where in here}
-    assert set(tags(folder)) == expected
+def test_the_list_of_metrics_is_complete_for_control(setting, tmp_path):
+    longer = {}
+    if setting.atari:  # a whole game
+        longer = {"total_timesteps": 2048, "eval_freq": 2048, "num_envs": 4}
+    expected = metrics("PPO" if setting.ppo else "A2C")
+    tags, columns = logged(setting.run(tmp_path, **longer)[1])
+    assert tags == expected
+    assert columns == expected - NOT_IN_CSV
 
 
-def test_the_glossary_is_complete_for_language_models(toy, tmp_path):
+def test_the_list_of_metrics_is_complete_for_language_models(toy, tmp_path, monkeypatch):
     """Two runs: the toy with all that is optional, and summaries, by a model with LoRA."""
-    small = {"total_timesteps": 8, "batch_size": 8, "num_minibatches": 2, "update_epochs": 1}
-    small |= {"eval_episodes": 8}
-    (tmp_path / "toy").symlink_to(toy)
-    heldout = (str(toy / "reward"),)
-    args = sppo_rlhf.Args(ce_coef=0.1, eval_reward_model=heldout)
-    logged = set(tags(train(sppo_rlhf, args, tmp_path, **small)))
-
-    posts = tmp_path / "posts.jsonl"
+    monkeypatch.chdir(tmp_path)
+    Path("runs").symlink_to(toy.parent)
+    reward = ("runs/toy/reward",)
+    args = sppo_rlhf.Args(ce_coef=0.1, eval_reward_model=reward)
+    toy_tags, toy_columns = logged(train(sppo_rlhf, args, "a", **SHORT_LM))
     row = {"prompt": "the plot was dull . TL;DR:", "label": "it was dull ."}
-    posts.write_text((json.dumps(row) + "\n") * 40)
-    tldr = dataclasses.replace(
-        sppo_rlhf.TASKS["tldr"],
-        policy_model=str(toy / "policy"),
-        reward_model=(str(toy / "reward"),),
-        dataset=str(posts),
-        eval_dataset=str(posts),
-        prompt_length=10,
-        response_length=10,
-    )
-    logged |= set(tags(train(sppo_rlhf, tldr, tmp_path / "tldr", **small)))
-
-    expected = set()
-    for metric, where in glossary().items():
-        if where in ("all", "PPO", "LM", "LM, options"):
-            expected.add(metric.replace("NAME", "reward"))
-    assert logged == expected
-    columns = {metric.removeprefix("eval/") for metric in expected if metric.startswith("eval/")}
-    rows = progress(tmp_path / "run") + progress(tmp_path / "tldr" / "run")
-    assert set().union(*rows) == columns
+    Path("posts.jsonl").write_text((json.dumps(row) + "\n") * 40)
+    data = {"dataset": "posts.jsonl", "eval_dataset": "posts.jsonl", "response_length": 10}
+    args = sppo_rlhf.TldrArgs(policy_model="runs/toy/policy", reward_model=reward, **data)
+    tags, columns = logged(train(sppo_rlhf, args, "b", **SHORT_LM, prompt_length=10))
+    expected = metrics("PPO", "LM")
+    csv = {name.replace("NAME", *reward) for name in metrics("LM, csv") - metrics()}
+    assert tags | toy_tags == expected
+    assert columns | toy_columns == csv | expected - NOT_IN_CSV

@@ -1,10 +1,8 @@
-"""docs/symmetric-loss.md, its figures and its notebook: are they right, can they be remade?"""
+"""docs/symmetric-loss.md, its figures and its notebook: are they right, can they be made again?"""
 
-import ast
-import importlib.util
+import importlib
 import inspect
 import re
-import shlex
 import subprocess
 import sys
 from pathlib import Path
@@ -14,7 +12,6 @@ import nbformat
 import numpy as np
 import pytest
 import torch
-from helpers import progress
 from nbclient import NotebookClient
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -23,64 +20,18 @@ PAGE = (DOCS / "symmetric-loss.md").read_text()
 NOTEBOOK = DOCS / "symmetric_loss.ipynb"
 
 
-def code_blocks(language):
-    return re.findall(rf"(?ms)^```{language}\n(.+?)^```$", PAGE)
-
-
-def load_figures():
-    """docs/figures.py as a module."""
-    spec = importlib.util.spec_from_file_location("figures", DOCS / "figures.py")
-    module = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(module)
-    return module
-
-
-# ---- The page
-
-
-def test_the_functions_that_the_page_names_exist():
-    named = set(re.findall(r"`([\w/]+\.py):(\w+)`", PAGE))
-    assert len(named) > 8
-    for file, name in named:
-        nodes = ast.parse((ROOT / file).read_text()).body
-        definitions = {node.name for node in nodes if hasattr(node, "name")}
-        assert name in definitions, f"{file}:{name}"
-
-
 def test_quoted_code_is_in_the_function_that_it_is_from():
     quotes = re.findall(r"(?ms)^```python\n# (\w+)\.py:(\w+)\n(.+?)^```$", PAGE)
-    assert len(quotes) == 3
+    assert len(quotes) == 4
     for script, function, lines in quotes:
         source = inspect.getsource(getattr(importlib.import_module(script), function))
         assert lines in source, lines
 
 
 def test_python_blocks_run():
-    blocks = [block for block in code_blocks("python") if not block.startswith("# s")]
-    assert blocks
-    for block in blocks:
-        exec(block, {})
-
-
-@pytest.mark.slow
-def test_without_clipping_and_epsilon_the_three_commands_are_the_same_run(tmp_path):
-    (block,) = [block for block in code_blocks("sh") if "--max-grad-norm" in block]
-    commands = block.replace("12288", "4096").strip().splitlines()
-    assert len(commands) == 3
-    evaluations = []
-    for i, command in enumerate(commands):
-        program, *arguments = shlex.split(command)
-        assert program == "python"
-        run = [sys.executable, *arguments, "--no-compile", "--eval-episodes", "2"]
-        run += ["--runs-dir", str(tmp_path), "--run-name", str(i)]
-        subprocess.run(run, cwd=ROOT, check=True)
-        evaluations.append([row["return_mean"] for row in progress(tmp_path / str(i))])
-    assert len(evaluations[0]) == 2
-    assert evaluations[1] == pytest.approx(evaluations[0], rel=1e-4)
-    assert evaluations[2] == pytest.approx(evaluations[0], rel=1e-4)
-
-
-# ---- The figures
+    (block,) = re.findall(r"(?ms)^```python\n(import.+?)^```$", PAGE)
+    assert "assert_close" in block
+    exec(block, {})
 
 
 @pytest.mark.parametrize(
@@ -93,9 +44,10 @@ def test_without_clipping_and_epsilon_the_three_commands_are_the_same_run(tmp_pa
         ("SPPO without / p_old (ours)", 0.5, 0.4),
     ],
 )
-def test_the_figures_weights_are_the_closed_forms(method, scale, slope):
+def test_the_figures_weights_are_the_closed_forms(method, scale, slope, monkeypatch):
     """At p = 0.44 and p_old = 0.4; below and above the clip range where PPO clips."""
-    figures = load_figures()
+    monkeypatch.syspath_prepend(DOCS)
+    figures = importlib.import_module("figures")
     p = torch.tensor([0.2, 0.44, 0.8], dtype=torch.float64)
     p_old = torch.full_like(p, 0.4)
     for advantage, clipped in ((2.0, 2), (-2.0, 0)):
@@ -115,54 +67,32 @@ def test_one_command_makes_all_figures_again(tmp_path):
     assert made == {path.name for path in (DOCS / "figures").iterdir()}
     assert made == set(re.findall(r"\]\(figures/([^)]+)\)", PAGE))
     for name in made:
-        assert (tmp_path / name).stat().st_size < 100_000
         new = plt.imread(tmp_path / name)
         committed = plt.imread(DOCS / "figures" / name)
-        assert new.shape == committed.shape
-        # another machine may round a line to the pixel beside
+        # Another machine may round a line to the pixel beside
         assert np.abs(new - committed).mean() < 0.001, name
-        corners = new[[0, 0, -1, -1], [0, -1, 0, -1]]
-        assert (corners == 1).all(), f"{name}: not on white"
-
-
-# ---- The notebook
-
-
-def code_cells(notebook):
-    return [cell for cell in notebook.cells if cell.cell_type == "code"]
 
 
 def images(notebook):
-    outputs = [output for cell in code_cells(notebook) for output in cell.outputs]
+    outputs = [output for cell in notebook.cells for output in cell.get("outputs", [])]
+    kinds = {output.get("name", output.output_type) for output in outputs}
+    assert kinds == {"stdout", "display_data"}  # neither errors nor warnings
     return sum("image/png" in output.get("data", {}) for output in outputs)
 
 
 def test_the_notebook_is_committed_as_executed():
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    nbformat.validate(notebook)
-    cells = code_cells(notebook)
-    counts = [cell.execution_count for cell in cells]
-    assert counts == list(range(1, len(cells) + 1))
-    outputs = [output for cell in cells for output in cell.outputs]
-    assert all(output.output_type != "error" for output in outputs)
-    assert all(output.get("name") != "stderr" for output in outputs)
-    assert images(notebook) >= 6
-    text = NOTEBOOK.read_text()
-    assert len(text) < 400_000
-    assert not re.search(r"/(tmp|home|root|work|usr)/", text), "a path of some machine"
+    counts = [cell.execution_count for cell in notebook.cells if cell.cell_type == "code"]
+    assert counts == list(range(1, len(counts) + 1))
+    assert images(notebook) == 6
+    assert not re.search(r"/(tmp|home|root|work|usr)/", NOTEBOOK.read_text())
 
 
 @pytest.mark.slow
 def test_the_notebook_runs(tmp_path, monkeypatch):
-    """Its cells hold the assertions; here is only that there are some."""
+    """Its cells hold the assertions."""
     monkeypatch.setenv("PYTHONPATH", str(ROOT))
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    committed_images = images(notebook)
-    source = "\n".join(cell.source for cell in code_cells(notebook))
-    checks = re.findall(r"(?m)^ *(?:assert |torch\.testing\.assert_close)", source)
-    assert len(checks) >= 12
-    for cell in code_cells(notebook):
-        cell.outputs = []
     where = {"metadata": {"path": str(tmp_path)}}
     NotebookClient(notebook, timeout=600, resources=where).execute()  # raises if a cell fails
-    assert images(notebook) == committed_images
+    assert images(notebook) == 6

@@ -1,0 +1,120 @@
+"""Runs the commands on standard input, one a line, several at a time.
+
+    ./benchmark.sh quick --dry-run | python benchmarks/run.py --jobs 2 --runs-dir runs/quick
+
+The same list again continues: finished runs are skipped, interrupted ones go on. A command with
+`--device auto` or `--device cuda` waits for a GPU, of those in CUDA_VISIBLE_DEVICES if set; others,
+or all where there is none, run on the CPU. The cores are divided among the jobs, unless
+OMP_NUM_THREADS is set. If a command fails, the others go on, and the exit status is 1.
+"""
+
+import hashlib
+import json
+import os
+import re
+import shlex
+import signal
+import subprocess
+import sys
+import time
+from dataclasses import dataclass
+from pathlib import Path
+
+import tyro
+from tqdm import tqdm
+
+# In a container or a job of a cluster, fewer than the machine has
+CORES = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+
+
+@dataclass
+class Args:
+    jobs: int = CORES  # commands at a time on the CPU
+    jobs_per_gpu: int = 1  # commands at a time on each GPU
+    runs_dir: Path = Path("runs")  # folder of the runs, for their logs
+
+
+def unfinished(commands, runs_dir):
+    """Those without a finished run of this very command, by the script as it is now."""
+    finished = set()
+    for summary in runs_dir.glob("*/summary.json"):
+        begun = json.loads(summary.with_name("args.json").read_text())
+        for process in [begun, *begun["continued"]]:
+            finished.add((begun["identity"]["script_sha256"], *process["command"]))
+    for command in commands:
+        script, *flags = shlex.split(command)[1:]  # without "python"
+        digest = hashlib.sha256(Path(script).read_bytes()).hexdigest()
+        if (digest, script, *flags) not in finished:
+            yield command
+
+
+def visible_gpus():
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
+    if listed is not None:
+        return [gpu for gpu in listed.split(",") if gpu not in ("", "-1")]
+    import torch  # slow, so only for lists that can use a GPU
+
+    return [str(i) for i in range(torch.cuda.device_count())]
+
+
+def start(command, gpu, threads, runs_dir):
+    """Returns the process and its log, which is named after the command's main flags."""
+    named = re.findall(r"--(?:env-id|task|seed|noise|exp-name) ([^ /]+)", command)
+    digest = hashlib.sha256(command.encode()).hexdigest()[:8]
+    log = runs_dir / "logs" / f"{'__'.join([*named, digest])}.log"
+    variables = {"OMP_NUM_THREADS": str(threads)} | os.environ | {"CUDA_VISIBLE_DEVICES": gpu}
+    with open(log, "a") as file:
+        print("$", command, file=file, flush=True)
+        options = {"stdout": file, "stderr": subprocess.STDOUT, "env": variables}
+        return subprocess.Popen(shlex.split(command), **options), log
+
+
+def main():
+    args = tyro.cli(Args)
+    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as after Ctrl-C
+    (args.runs_dir / "logs").mkdir(parents=True, exist_ok=True)
+    commands = [line.strip() for line in sys.stdin if line.strip()]
+    left = list(unfinished(commands, args.runs_dir))
+    for_gpu = [command for command in left if re.search("--device (auto|cuda)", command)]
+    gpus = visible_gpus() * args.jobs_per_gpu if for_gpu else []
+    for_cpu = [command for command in left if not gpus or command not in for_gpu]
+    pools = [(for_gpu if gpus else [], gpus), (for_cpu, [""] * args.jobs)]
+    jobs = sum(min(len(waiting), len(free)) for waiting, free in pools)
+    done = len(commands) - len(left)
+    # The time left is by the mean of all runs so far; a line a second, in files one a minute
+    bar = tqdm(total=len(commands), initial=done, unit="run", smoothing=0, miniters=0)
+    bar.mininterval = 1 if sys.stderr.isatty() else 60
+    running = []
+    failed = 0
+    try:
+        while bar.n < len(commands):
+            for waiting, free in pools:
+                while waiting and free:
+                    gpu = free.pop(0)
+                    command = waiting.pop(0)
+                    threads = max(1, CORES // jobs)
+                    process, log = start(command, gpu, threads, args.runs_dir)
+                    running.append((process, log, gpu, free))
+            for job in [job for job in running if job[0].poll() is not None]:
+                running.remove(job)
+                process, log, gpu, free = job
+                free.append(gpu)
+                last_line = log.read_text(errors="replace").rstrip().rsplit("\n", 1)[-1]
+                tqdm.write(f"failed, see {log}" if process.returncode else last_line)
+                failed += process.returncode != 0
+                bar.update()
+            bar.update(0)
+            time.sleep(0.1)
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command continues")
+    finally:
+        bar.close()
+        for process, *_ in running:
+            process.terminate()
+            process.wait()
+    if failed:
+        sys.exit(f"{failed} of {len(commands)} failed")
+
+
+if __name__ == "__main__":
+    main()

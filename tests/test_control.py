@@ -1,0 +1,500 @@
+"""What the four control scripts share: advantages, noise, gradients, `train`, learning."""
+
+import shutil
+from types import SimpleNamespace
+
+import gymnasium as gym
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    SA2C_ATARI,
+    SETTINGS,
+    SPPO_ATARI,
+    SPPO_CONTINUOUS,
+    Signals,
+    checkpoint,
+    progress,
+    weights,
+)
+from scipy import stats
+from torch.distributions import Categorical
+
+# Episodes of a pendulum that falls, mostly, within 4 to 10 steps
+DOUBLE_PENDULUM = "gymnasium.envs.mujoco.inverted_double_pendulum_v4:InvertedDoublePendulumEnv"
+gym.register("EightSteps-v0", DOUBLE_PENDULUM, max_episode_steps=8)
+
+
+@pytest.fixture(scope="module", params=SETTINGS, ids=str)
+def setting(request):
+    return request.param
+
+
+# ---- Advantages and noise
+
+
+@pytest.mark.parametrize("lam", [0.0, 0.9, 1.0])
+def test_gae_is_the_brute_force_sum(setting, lam):
+    rng = np.random.default_rng(1)
+    T, N, gamma = 40, 3, 0.97
+    reward, final_value = rng.normal(size=(2, T, N))
+    value = rng.normal(size=(T + 1, N))
+    terminated, truncated = rng.random((2, T, N)) < 0.15
+    assert (terminated & truncated).any()  # a step can be both: then the episode has terminated
+    advantage, returns = setting.script.compute_gae(
+        reward, value, final_value, terminated, truncated, gamma, lam
+    )
+    for n in range(N):
+        for t in range(T):
+            expected, weight = 0.0, 1.0
+            for step in range(t, T):
+                bootstrap = value[step + 1, n]
+                if truncated[step, n]:
+                    bootstrap = final_value[step, n]
+                if terminated[step, n]:
+                    bootstrap = 0.0
+                expected += weight * (reward[step, n] + gamma * bootstrap - value[step, n])
+                weight *= gamma * lam
+                if terminated[step, n] or truncated[step, n]:
+                    break
+            assert advantage[t, n] == pytest.approx(expected)
+    np.testing.assert_allclose(returns, advantage + value[:-1])
+
+
+def test_reward_noise_has_its_distribution(setting):
+    reward = np.full((100, 200), 3.0)
+
+    def noise(kind):
+        noisy = setting.script.perturb_reward(reward, kind, 0.05, np.random.default_rng(0))
+        return (noisy - reward).flatten()
+
+    assert stats.kstest(noise("normal"), "norm", (0, 0.05)).pvalue > 1e-3
+    assert stats.kstest(noise("uniform"), "uniform", (-0.05, 0.1)).pvalue > 1e-3
+    assert not noise("none").any()
+    assert not noise("adv_flip").any()
+
+
+def test_an_advantage_flips_with_its_probability(setting):
+    advantage = torch.randn(300, 300)
+    noisy = setting.script.perturb_advantage(advantage, 0.1, torch.Generator().manual_seed(0))
+    assert torch.equal(noisy.abs(), advantage.abs())
+    assert (noisy != advantage).float().mean().item() == pytest.approx(0.1, abs=0.005)
+
+
+# ---- Gradients
+
+
+def make_agent(setting, policy="categorical"):
+    """An agent for Hopper or Breakout whose outputs vary."""
+    torch.manual_seed(0)
+    if setting.atari:
+        agent = setting.script.Agent(4)
+        torch.nn.init.normal_(agent.actor.weight, std=0.1)
+    else:
+        args = setting.script.Args(policy=policy)
+        agent = setting.script.Agent(setting.script.make_env(args), args)
+        torch.nn.init.normal_(agent.actor[-1].weight, std=0.3)
+    return agent
+
+
+def log_prob_entropy_value(setting, agent, obs, action):
+    """Of a categorical policy, (batch,) each."""
+    if setting.atari:
+        logits, value = agent(obs)
+        policy = Categorical(logits=logits)
+        return policy.log_prob(action), policy.entropy(), value
+    policy = Categorical(logits=agent.actor(obs).view(*action.shape, 11))
+    value = agent.critic(obs).squeeze(-1)
+    return policy.log_prob(action).sum(-1), policy.entropy().sum(-1), value
+
+
+def some_minibatch(setting, agent, n=48):
+    """Arguments of `gradient_and_metrics` for a categorical policy, in PPO on Atari those after the
+    clip range, a mask last."""
+    if setting.atari:
+        obs, action = torch.randint(256, (n, 4, 84, 84)).byte(), torch.randint(4, (n,))
+    else:
+        obs, action = torch.randn(n, 11), torch.randint(11, (n, 3))
+    with torch.no_grad():
+        log_prob, _, _ = log_prob_entropy_value(setting, agent, obs, action)
+    old_log_prob = [log_prob + 0.3 * torch.randn(n)] if setting.ppo else []
+    mask = [(torch.rand(n) < 0.7).float()] if setting.atari else []
+    return [obs, action, *old_log_prob, 0.5 + torch.randn(n), torch.randn(n), *mask]
+
+
+def gradient_and_metrics(setting, agent, args, minibatch, function=None):
+    function = function or setting.script.gradient_and_metrics
+    clip_coef = [torch.tensor(0.2)] if setting.ppo and setting.atari else []
+    return function(agent, args, *clip_coef, *minibatch)
+
+
+@pytest.mark.parametrize(("max_grad_norm", "norm_adv"), [(0.2, True), (1e6, False)])
+def test_gradient_and_metrics_are_those_of_alpha_l_plus_beta_lr(setting, max_grad_norm, norm_adv):
+    """With backward() and clip_grad_norm_, and metrics by their definitions; steps on which FIRE
+    replaced the agent's action are left out, but for the critic."""
+    agent = make_agent(setting)
+    flags = dict(alpha=2.0, beta=3.0, z=-2.0, ent_coef=0.3, vf_coef=0.7)
+    args = setting.script.Args(max_grad_norm=max_grad_norm, norm_adv=norm_adv, **flags)
+    minibatch = some_minibatch(setting, agent)
+    gradient, metrics = gradient_and_metrics(setting, agent, args, minibatch)
+
+    own = torch.ones(48, dtype=bool)
+    if setting.atari:
+        own = minibatch.pop() == 1
+        assert 0 < own.sum() < 48
+    obs, action, *old_log_prob, advantage, returns = minibatch
+    log_prob, entropy, value = log_prob_entropy_value(setting, agent, obs, action)
+    log_prob, entropy, raw_advantage = log_prob[own], entropy[own].mean(), advantage[own]
+    advantage = raw_advantage
+    if norm_adv:
+        advantage = (raw_advantage - raw_advantage.mean()) / raw_advantage.std()
+    if setting.ppo:
+        log_ratio = log_prob - old_log_prob[0][own]
+        ratio = log_ratio.exp()
+        policy_loss = -torch.min(advantage * ratio, advantage * ratio.clamp(0.8, 1.2)).mean()
+        outside = ((ratio > 1.2) & (advantage > 0)) | ((ratio < 0.8) & (advantage < 0))
+        reverse_loss = -2 * (~outside * advantage * ratio).mean()
+        expected = {
+            "approx_kl": (ratio - 1 - log_ratio).mean(),
+            "clipfrac": ((ratio < 0.8) | (ratio > 1.2)).float().mean(),
+        }
+        assert 0 < expected["clipfrac"] < 1
+    else:
+        p = log_prob.exp()
+        policy_loss = -(advantage * log_prob).mean()
+        reverse_loss = -(advantage * -2 * (1 - p)).mean()
+        expected = {"reverse_share": (6 * p / (2 + 6 * p)).mean()}
+    value_loss = torch.nn.functional.mse_loss(value, returns)
+    (2.0 * policy_loss + 3.0 * reverse_loss + 0.7 * value_loss - 0.3 * entropy).backward()
+    norm = torch.nn.utils.clip_grad_norm_(agent.parameters(), max_grad_norm)
+    assert norm > 0.3
+    plain = torch.cat([parameter.grad.flatten() for parameter in agent.parameters()])
+    torch.testing.assert_close(gradient, plain, rtol=1e-3, atol=1e-5)
+
+    expected |= {
+        "policy_loss": policy_loss,
+        "reverse_loss": reverse_loss,
+        "value_loss": value_loss,
+        "entropy": entropy,
+        "grad_norm": norm,
+        "clipped_gradients": torch.tensor(float(max_grad_norm == 0.2)),
+        "advantage_sign_flips": ((raw_advantage > 0) != (advantage > 0)).float().mean(),
+    }
+    assert (expected["advantage_sign_flips"] > 0) == norm_adv
+    assert metrics.keys() == expected.keys()
+    for name, metric in expected.items():
+        torch.testing.assert_close(metrics[name], metric.detach(), rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("setting", [SPPO_ATARI, SA2C_ATARI], ids=str)
+@pytest.mark.parametrize("norm_adv", [True, False])
+@pytest.mark.parametrize("own_steps", [0, 1])
+def test_one_step_of_the_agents_own_is_enough_or_none(setting, own_steps, norm_adv):
+    """The mean over one step is its own value, and the advantage minus its mean is 0."""
+    agent = make_agent(setting)
+    args = setting.script.Args(alpha=1.0, beta=0.0, norm_adv=norm_adv)
+    *minibatch, mask = some_minibatch(setting, agent, n=8)
+    obs, action, *old_log_prob, advantage, _ = minibatch
+    mask[:] = torch.arange(8) < own_steps
+    gradient, metrics = gradient_and_metrics(setting, agent, args, [*minibatch, mask])
+    assert gradient.isfinite().all() and gradient.any()  # of the value loss, if of nothing else
+    log_prob, entropy, _ = log_prob_entropy_value(setting, agent, obs, action)
+    policy_loss = -advantage * log_prob
+    if setting.ppo:
+        ratio = (log_prob - old_log_prob[0]).exp()
+        policy_loss = -torch.min(advantage * ratio, advantage * ratio.clamp(0.8, 1.2))
+    expected = 0.0 if norm_adv else policy_loss[:own_steps].sum().item()
+    assert metrics["policy_loss"].item() == pytest.approx(expected, abs=1e-5)
+    expected = entropy[:own_steps].sum().item()
+    assert metrics["entropy"].item() == pytest.approx(expected, abs=1e-5)
+
+
+COMPILERS = [compiler for compiler in ("c++", "g++", "clang++") if shutil.which(compiler)]
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not COMPILERS, reason="--compile needs a C++ compiler")
+def test_compiled_functions_compute_the_same(setting):
+    agent = make_agent(setting)
+    minibatch = some_minibatch(setting, agent)
+    flags = {"num_minibatches": 1} if setting.ppo else {}
+    args = setting.script.Args(num_envs=2, num_steps=24, **flags)
+    obs, action = (tensor.unflatten(0, (24, 2)) for tensor in minibatch[:2])
+    if setting.atari:
+        agent_fn, gradient_fn = setting.script.compiled(agent, args, obs)
+        assert agent_fn is not agent
+        torch.testing.assert_close(agent_fn(obs[0]), agent(obs[0]), rtol=1e-4, atol=1e-5)
+    else:
+        obs = torch.cat([obs, obs[:1]])  # those after the last step, too
+        gradient_fn = setting.script.compiled(agent, args, obs.numpy(), action.numpy())
+    assert gradient_fn is not setting.script.gradient_and_metrics
+    expected = gradient_and_metrics(setting, agent, args, minibatch)
+    result = gradient_and_metrics(setting, agent, args, minibatch, gradient_fn)
+    torch.testing.assert_close(result, expected, rtol=1e-3, atol=1e-5)
+
+
+@pytest.mark.slow
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+def test_a_gpu_computes_the_same_gradient(setting, tmp_path, monkeypatch):
+    """And runs: where it can, compiled and in bfloat16."""
+    flags = {"amp": "auto"} if setting.atari else {}
+    summary, _ = setting.run(tmp_path, device="cuda", compile=setting.atari, **flags)
+    assert summary["finished"]
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    agent = make_agent(setting)
+    args = setting.script.Args()
+    minibatch = some_minibatch(setting, agent)
+    expected, _ = gradient_and_metrics(setting, agent, args, minibatch)
+    agent.to("cuda")
+    on_gpu = [tensor.to("cuda") for tensor in minibatch]
+    gradient, _ = gradient_and_metrics(setting, agent, args, on_gpu)
+    torch.testing.assert_close(gradient.cpu(), expected, rtol=1e-3, atol=1e-5)
+
+
+# ---- What `train` does
+
+
+@pytest.fixture(scope="module")
+def recorded(setting, tmp_path_factory):
+    """A run of four rollouts of 32 steps in two environments, in which episodes end in all ways
+    that there are. Lists of what the script's functions were given, and gave."""
+    script = setting.script
+    run = SimpleNamespace(steps=[], gae=[], batches=[], minibatches=[])
+    compute_gae, gradient_and_metrics = script.compute_gae, script.gradient_and_metrics
+    options = {"max_frames": 200} if setting.atari else {}
+
+    class Agent(script.Agent):
+        def __init__(self, *arguments):
+            super().__init__(*arguments)
+            run.agent = self
+
+    class Envs(getattr(script, setting.envs)):
+        def __init__(self, *arguments):
+            super().__init__(*arguments, **options)
+
+        def reset(self, seed):
+            self.shown = super().reset(seed)
+            return self.shown
+
+        def step(self, action):
+            outcome = super().step(action)
+            if len(action) == 2:  # not in an evaluation, of one game
+                run.steps.append((self.shown, action.copy(), outcome))
+            self.shown = outcome[0]
+            return outcome
+
+    def value(obs):
+        obs = torch.from_numpy(np.array(obs))
+        return run.agent(obs)[1] if setting.atari else run.agent.value(obs)
+
+    def recording_gae(*arguments):
+        obs, action, results = zip(*run.steps[-32:])
+        if not setting.atari:
+            action = np.rint(np.multiply(action, 5)).astype(int) + 5  # of 11 bins
+        batch = [torch.tensor(np.concatenate(x)) for x in (obs, action)]
+        final_values = {}
+        with torch.no_grad():
+            log_prob, _, _ = log_prob_entropy_value(setting, run.agent, *batch)
+            values = np.array([value(one) for one in [*obs, results[-1][0]]])
+            for t, result in enumerate(results):
+                for i, last_obs in result[-1].items():
+                    final_values[t, i] = value(last_obs[None]).item()
+        advantage, returns = compute_gae(*arguments)
+        batch = [*batch, log_prob] if setting.ppo else batch
+        batch += [advantage.flatten(), returns.flatten()]
+        if setting.atari:
+            batch.append(~np.concatenate([result[4] for result in results]))
+        copies = [np.copy(array) for array in arguments]
+        run.gae.append((copies, values, final_values))
+        run.batches.append(batch)
+        return advantage, returns
+
+    def recording_gradient(agent, args, *minibatch):
+        tensors = minibatch[1:] if setting.ppo and setting.atari else minibatch  # no clip range
+        run.minibatches.append([tensor.clone() for tensor in tensors])
+        return gradient_and_metrics(agent, args, *minibatch)
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(script, "Agent", Agent)
+        patch.setattr(script, setting.envs, Envs)
+        patch.setattr(script, "compute_gae", recording_gae)
+        patch.setattr(script, "gradient_and_metrics", recording_gradient)
+        flags = {"num_envs": 2, "num_steps": 32, "gamma": 0.9, "gae_lambda": 0.7}
+        flags |= {"noise": "normal", "noise_level": 0.5, "seed": 3}  # in which all that happens
+        if not setting.atari:
+            flags |= {"env_id": "EightSteps-v0"}
+        setting.run(tmp_path_factory.mktemp("run"), **flags)
+    return run
+
+
+def outcomes(run, i):
+    """The i-th part of what `step` returned, (rollouts, steps, environments)."""
+    return np.array([outcome[i] for _, _, outcome in run.steps]).reshape(4, 32, 2)
+
+
+def test_gae_gets_rewards_with_noise_and_the_critics_values(recorded):
+    """Rewards were normalised or clipped before. Episodes that were cut off bootstrap from their
+    last observation."""
+    noise = []
+    cut_off = 0
+    for rollout, (arguments, values, final_values) in enumerate(recorded.gae):
+        reward, value, final_value, terminated, truncated, *rest = arguments
+        noise.append(reward - outcomes(recorded, 1)[rollout])
+        np.testing.assert_allclose(value, values, atol=1e-5)
+        np.testing.assert_array_equal(terminated, outcomes(recorded, 2)[rollout])
+        np.testing.assert_array_equal(truncated, outcomes(recorded, 3)[rollout])
+        assert final_values.keys() == set(zip(*np.nonzero(truncated & ~terminated)))
+        cut_off += len(final_values)
+        for index, expected in final_values.items():
+            assert final_value[index] == pytest.approx(expected, abs=1e-5)
+        assert rest == [0.9, 0.7]  # gamma and lambda
+    assert stats.kstest(np.ravel(noise), "norm", (0, 0.5)).pvalue > 1e-3
+    assert len(np.unique(noise)) == 256
+    assert outcomes(recorded, 1).any()
+    assert outcomes(recorded, 2).sum() >= 4
+    assert cut_off >= 4
+
+
+def test_an_epoch_trains_on_every_step_once(setting, recorded):
+    """Each observation goes with its action, the probability of that when it was sampled, its
+    advantage and return, and on Atari with whether the action was the agent's."""
+    epochs = setting.small["update_epochs"] if setting.ppo else 1
+    trained = [np.concatenate(tensors) for tensors in zip(*recorded.minibatches)]
+    first_advantages = []
+    for i in range(4 * epochs):
+        minibatch = [array[64 * i : 64 * (i + 1)] for array in trained]
+        batch = recorded.batches[i // epochs]
+        which = -3 if setting.atari else -2  # advantages, all different
+        first_advantages.append(minibatch[which][0])
+        order, expected_order = np.argsort(minibatch[which]), np.argsort(batch[which])
+        for array, expected in zip(minibatch, batch, strict=True):
+            expected = np.array(expected)[expected_order]
+            np.testing.assert_allclose(array[order], expected, rtol=1e-4, atol=1e-5)
+    if setting.ppo:  # in another order in each epoch
+        assert len(set(first_advantages)) > 4
+    if setting.atari:
+        assert sum((~batch[-1]).sum() for batch in recorded.batches) >= 4
+
+
+def test_advantages_flip_anew_in_each_epoch(setting, tmp_path, monkeypatch):
+    """Before they are normalised."""
+    compute_gae = setting.script.compute_gae
+    gradient_and_metrics = setting.script.gradient_and_metrics
+    clean = []
+    trained = []
+
+    def recording_gae(*arguments):
+        advantage, returns = compute_gae(*arguments)
+        clean.append(advantage.astype(np.float32).flatten())
+        return advantage, returns
+
+    def recording_gradient(agent, args, *minibatch):
+        trained.append(minibatch[-3 if setting.atari else -2].numpy().copy())
+        return gradient_and_metrics(agent, args, *minibatch)
+
+    monkeypatch.setattr(setting.script, "compute_gae", recording_gae)
+    monkeypatch.setattr(setting.script, "gradient_and_metrics", recording_gradient)
+    setting.run(tmp_path, total_timesteps=128, noise="adv_flip", noise_level=0.4, norm_adv=True)
+    epochs = setting.small["update_epochs"] if setting.ppo else 1
+    flips = []
+    for i, noisy in enumerate(np.concatenate(trained).reshape(2 * epochs, 64)):
+        advantage = clean[i // epochs]
+        advantage = advantage[np.argsort(abs(advantage))]
+        noisy = noisy[np.argsort(abs(noisy))]
+        np.testing.assert_array_equal(abs(noisy), abs(advantage))
+        flips.append(noisy != advantage)
+    assert 0.3 < np.mean(flips) < 0.5
+    assert len(np.unique(flips, axis=0)) == 2 * epochs
+
+
+def test_sppo_is_dppo_with_another_weight_of_the_policy_loss(tmp_path):
+    """0.5 + 20 |Z|. With actor and critic apart, and Adam, only clipping sees the weight."""
+    returns = {}
+    final = {}
+    for alpha, beta in ((0.5, 20.0), (20.5, 0.0), (1.0, 0.0)):
+        flags = {"alpha": alpha, "beta": beta, "total_timesteps": 1024, "eval_freq": 256}
+        _, folder = SPPO_CONTINUOUS.run(tmp_path / str(alpha), **flags)
+        returns[alpha] = [row["return_mean"] for row in progress(folder)]
+        final[alpha] = weights(folder)
+    assert returns[20.5] == pytest.approx(returns[0.5], rel=1e-6)
+    torch.testing.assert_close(final[20.5], final[0.5], rtol=0, atol=1e-5)
+    assert (final[1.0] - final[0.5]).abs().max() > 1e-3
+
+
+# ---- Continuing
+
+
+def test_a_continued_run_has_all_that_was_learned(setting, tmp_path, monkeypatch):
+    """Scores, the optimiser's averages, statistics, and no noise twice."""
+    perturb_reward = setting.script.perturb_reward
+    noise = []
+
+    def recording_noise(reward, *rest):
+        noisy = perturb_reward(reward, *rest)
+        noise.append(noisy - reward)
+        return noisy
+
+    monkeypatch.setattr(setting.script, "perturb_reward", recording_noise)
+    if setting.atari:
+        monkeypatch.setattr(setting.script, "AtariVectorEnv", Signals)
+    flags = {"eval_freq": 128, "noise": "normal"}
+    folder = setting.interrupt(tmp_path, rollouts=2, **flags)
+    before = checkpoint(folder)
+    del noise[-1]  # of the update that was lost
+    summary, _ = setting.run(tmp_path, **flags)
+    after = checkpoint(folder)
+    assert summary["continued_at"] == [128]
+    assert np.size(noise) == len(np.unique(noise)) == 256
+    episodes = before["recent_episodes"]
+    assert len(after["recent_episodes"]) > len(episodes) > 0
+    assert after["recent_episodes"][: len(episodes)] == episodes
+    state = after["optimizer"]["state"][0]
+    if "step" in state:
+        assert state["step"] == 4 * (8 if setting.ppo else 1)
+    else:  # RMSprop's average of squares, which starts at 1, where gradients are 0
+        assert state["square_avg"].min().item() == pytest.approx(0.99**4, abs=1e-4)
+    if not setting.atari:
+        assert after["obs_stats"]["count"] == 256 + 2  # each step, and two first observations
+        assert after["return_stats"]["count"] == 256
+
+
+# ---- Learning
+
+PENDULUM = {"env_id": "InvertedPendulum-v4", "eval_episodes": 5}
+SIGNALS = {"eval_episodes": 20, "ent_coef": 0.0}
+LEARNING = {
+    "sppo_continuous": PENDULUM
+    | {"total_timesteps": 24_576, "num_steps": 2048}
+    | {"num_minibatches": 32, "update_epochs": 10},
+    "sa2c_continuous": PENDULUM | {"total_timesteps": 40_000, "num_envs": 4, "num_steps": 8},
+    "sppo_atari": SIGNALS
+    | {"total_timesteps": 4096, "num_envs": 8, "num_steps": 16}
+    | {"learning_rate": 1e-3, "num_minibatches": 4, "update_epochs": 3},
+    # RMSprop's average of squares falls from 1 slowly: large steps. Rewards follow at once: gamma 0
+    "sa2c_atari": SIGNALS
+    | {"total_timesteps": 8000, "num_envs": 16, "num_steps": 5}
+    | {"learning_rate": 0.1, "gamma": 0.0},
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("flags", [{}, {"alpha": 1.0, "beta": 0.0}], ids=["symmetric", "plain"])
+def test_it_learns(setting, tmp_path, monkeypatch, flags):
+    """A pendulum that random play balances for about 6 steps, or signals, by chance 6.7 points."""
+    monkeypatch.setattr(setting.script, "AtariVectorEnv", Signals, raising=False)
+    summary, _ = setting.run(tmp_path, **LEARNING[str(setting)], **flags)
+    assert summary["return_mean"] > (15 if setting.atari else 300)
+
+
+@pytest.mark.slow
+def test_it_does_not_learn_from_negated_advantages(setting, tmp_path, monkeypatch):
+    compute_gae = setting.script.compute_gae
+
+    def negated(*arguments):
+        advantage, returns = compute_gae(*arguments)
+        return -advantage, returns
+
+    monkeypatch.setattr(setting.script, "AtariVectorEnv", Signals, raising=False)
+    monkeypatch.setattr(setting.script, "compute_gae", negated)
+    summary, _ = setting.run(tmp_path, **LEARNING[str(setting)])
+    assert summary["return_mean"] < (5 if setting.atari else 60)
