@@ -45,13 +45,22 @@ def load(folder):
     return contents
 
 
+def wait_for(condition, process):
+    while not condition() and process.poll() is None:
+        time.sleep(0.01)
+
+
 def start(command, folder):
     """Starts a run, and waits until it trains. Returns the process and the time then."""
     begun = len(list(folder.glob("events*")))
     process = subprocess.Popen(command, cwd=ROOT)
-    while len(list(folder.glob("events*"))) == begun and process.poll() is None:
-        time.sleep(0.01)
+    wait_for(lambda: len(list(folder.glob("events*"))) > begun, process)
     return process, time.perf_counter()
+
+
+def kill(process):
+    process.kill()
+    process.wait()
 
 
 @pytest.mark.slow
@@ -64,12 +73,15 @@ def test_a_run_survives_kills_at_random_times(script, tmp_path, request):
     process, started = start([*command, "whole"], runs / "whole")
     assert process.wait() == 0
     seconds = time.perf_counter() - started
-    for _ in range(3):
+    for _ in range(2):
         process, _ = start([*command, "killed"], runs / "killed")
-        time.sleep(random.uniform(0, seconds / 2))
-        process.kill()
-        process.wait()
+        time.sleep(random.uniform(0, seconds / 3))
+        kill(process)
         load(runs / "killed")
+    process, _ = start([*command, "killed"], runs / "killed")
+    wait_for((runs / "killed" / "checkpoint.pt").exists, process)  # so that one is continued
+    kill(process)
+    load(runs / "killed")
     process, _ = start([*command, "killed"], runs / "killed")
     assert process.wait() == 0
     whole, killed = load(runs / "whole"), load(runs / "killed")
