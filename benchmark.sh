@@ -74,7 +74,7 @@ add() { # SCRIPT METHOD FLAG...: prints the command of a run
         */*-v[0-9]*) total=2000000 ;;
     esac
     set -- "$which" "$env" --seed "$seed" "$@" ${total:+--total-timesteps "$total"}
-    [[ $suite != quick || ! $total ]] || set -- "$@" --eval-freq $(((total + 9) / 10))
+    case $suite/$total in quick/?* | sweep/?*) set -- "$@" --eval-freq $(((total + 9) / 10)) ;; esac
     set -- "$@" --exp-name "$method" --runs-dir "$runs" "${extra[@]}"
     echo "python $script.py$(printf ' %q' "$@")"
 }
