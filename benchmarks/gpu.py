@@ -17,6 +17,7 @@ import subprocess
 import sys
 import tempfile
 import time
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import suppress
 from dataclasses import dataclass
 from importlib import import_module
@@ -43,72 +44,76 @@ class Args:
 
 
 def make_steps(args):
-    """{name: command} of all steps, the most informative ones first."""
-    steps = {}
-
-    def add(name, *words):
-        steps[name] = [sys.executable, str(Path(__file__).resolve()), *map(str, words)]
-
+    """[(steps, how many of them run side by side)], where steps are {name: command}. The most
+    informative ones come first."""
     device = args.device
     common = ["--device", device, "--eval-episodes", 1]
     once = [*common, "--eval-freq", 10**9]  # evaluated at the end only
     compilation = ["--no-compile"] if args.quick else ["--compile"]
-    add("machine", "machine")
-    add("toy", "toy")
-    for script in SCRIPTS[:4]:
-        steps_in_all = 1 if args.quick else 4096  # in whole rollouts
-        add(script, "train", script, *once, "--total-timesteps", steps_in_all, *compilation)
-    for amp in ("auto", "off"):
-        texts = 1 if args.quick else 672  # in whole batches of 112
-        flags = [*once, "--total-timesteps", texts, "--amp", amp]
-        add(f"sppo_rlhf, --amp {amp}", "train", "sppo_rlhf", *flags)
 
+    timed = {"machine": step("machine"), "toy": step("toy")}
+    for script in SCRIPTS[:4]:
+        flags = ["--total-timesteps", 1 if args.quick else 8_192]  # in whole rollouts
+        timed[script] = step("train", script, *once, *flags, *compilation)
+    flags = ["--total-timesteps", 1 if args.quick else 672]  # in whole batches of 112
+    timed["sppo_rlhf"] = step("train", "sppo_rlhf", *once, *flags)
+
+    checks = {}
     for script in SCRIPTS:
         modes = ["float32"]
         modes += [] if script.endswith("continuous") else ["bfloat16"]
         modes += [] if script == "sppo_rlhf" or args.quick else ["compiled"]
-        add(f"{script}, first gradient", "gradient", script, device, *modes)
-
+        checks[f"{script}, first gradient"] = step("gradient", script, device, *modes)
     often = [*common, "--eval-freq", 1]  # a checkpoint after each update
     atari = ["sppo_atari", *often, "--num-steps", 16, "--total-timesteps", 512, "--no-compile"]
-    add("sppo_atari, killed", "kill", device, *atari)
+    checks["sppo_atari, killed"] = step("kill", device, *atari)
     if device == "cuda":
-        add("sppo_atari, killed, continued on the CPU", "kill", "cpu", *atari)
-    add("sppo_rlhf, killed", "kill", device, "sppo_rlhf", *often, "--total-timesteps", 336)
+        checks["sppo_atari, killed, continued on the CPU"] = step("kill", "cpu", *atari)
+    texts = ["sppo_rlhf", *often, "--total-timesteps", 336]
+    checks["sppo_rlhf, killed"] = step("kill", device, *texts)
 
-    for amp in ("auto", "off"):
-        for flag in compilation if args.quick else ("--compile", "--no-compile"):
-            for games in (8,) if args.quick else (8, 32, 128):
-                flags = ["--num-envs", games, "--amp", amp, flag]
-                flags += ["--total-timesteps", 1024 if args.quick else 32_768]
-                name = f"sppo_atari {' '.join(map(str, flags))}"
-                add(name, "train", "sppo_atari", *once, *flags)
-    return steps
+    variants = ["--num-envs 32", "--num-envs 128", "--no-compile", "--amp off"]
+    speeds = {}
+    for variant in variants[-1:] if args.quick else variants:
+        flags = ["--total-timesteps", 1 if args.quick else 32_768, *compilation, *variant.split()]
+        speeds[f"sppo_atari {variant}"] = step("train", "sppo_atari", *once, *flags)
+    return [(timed, 1), (checks, max(1, os.cpu_count() // 4)), (speeds, 1)]
 
 
-def run_steps(steps, args):
-    """Runs the steps in turn, prints a table of their results and writes them to `args.out`."""
+def step(*words):
+    return [sys.executable, str(Path(__file__).resolve()), *map(str, words)]
+
+
+def run_steps(groups, args):
+    """Runs groups of steps, prints a table of their results and writes them to `args.out`."""
     deadline = time.monotonic() + 60 * args.minutes
+
+    def run(command):
+        seconds = min(args.step_seconds, deadline - time.monotonic())
+        result = {"error": "skipped: no time left"}
+        if seconds > 1:
+            result = run_step(command, seconds, Path(folder))
+        return result | {"command": command}
+
     results = {}
     print("| step | result |\n|---|---|", flush=True)
     with tempfile.TemporaryDirectory() as folder:
-        for name, command in steps.items():
-            left = deadline - time.monotonic()
-            result = {"error": "skipped: no time left"}
-            if left > 1:
-                result = run_step(command, min(args.step_seconds, left), Path(folder))
-            results[name] = result | {"command": command}
-            Path(args.out).write_text(json.dumps(results, indent=2))
-            short = {k: v for k, v in result.items() if isinstance(v, (str, int, float))}
-            print(f"| {name} | {json.dumps(short)[1:-1]} |", flush=True)
+        for steps, workers in groups:
+            with ThreadPoolExecutor(workers) as pool:
+                for name, result in zip(steps, pool.map(run, steps.values())):
+                    results[name] = result
+                    Path(args.out).write_text(json.dumps(results, indent=2))
+                    short = {k: v for k, v in result.items() if isinstance(v, (str, int, float))}
+                    print(f"| {name} | {json.dumps(short)[1:-1]} |", flush=True)
     return results
 
 
 def run_step(command, seconds, folder):
     """What the command prints in its last line, a JSON object, and its seconds; or its error."""
     started = time.monotonic()
+    output = Path(tempfile.mkdtemp(dir=folder))
     # Files: a pipe stays open as long as any process that the step has left behind
-    with open(folder / "stdout", "w") as stdout, open(folder / "stderr", "w") as stderr:
+    with open(output / "stdout", "w") as stdout, open(output / "stderr", "w") as stderr:
         streams = {"stdout": stdout, "stderr": stderr}
         process = subprocess.Popen(command, cwd=folder, start_new_session=True, **streams)
         try:
@@ -121,13 +126,13 @@ def run_step(command, seconds, folder):
                 os.killpg(process.pid, signal.SIGKILL)
             process.wait()
     result = {"seconds": round(time.monotonic() - started, 1)}
-    lines = (folder / "stderr").read_text(errors="replace").splitlines()
+    lines = (output / "stderr").read_text(errors="replace").splitlines()
     if error:
         return result | {"error": error, "last_lines": lines[-12:]}
     warnings = [line for line in lines if line.startswith("torch.compile failed")]
     if warnings:  # the scripts go on without
         result["warning"] = warnings[0]
-    return result | json.loads((folder / "stdout").read_text().splitlines()[-1])
+    return result | json.loads((output / "stdout").read_text().splitlines()[-1])
 
 
 # The steps, in processes of their own, in a folder that they share
@@ -176,6 +181,9 @@ def gradient(script, device, *modes):
     function = getattr(module, name)
 
     def compare(model, args, *inputs):
+        for parameter in model.parameters():
+            if parameter.ndim == 1:  # biases begin at 0: for black pixels ReLU then has two slopes
+                parameter.data += 0.01 * torch.randn_like(parameter)
         expected = flat_gradient(function, model, args, inputs)
         model = copy.deepcopy(model).to(device)
         inputs = pytree.tree_map_only(torch.Tensor, lambda x: x.to(device), inputs)

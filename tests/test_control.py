@@ -124,7 +124,9 @@ def some_minibatch(setting, agent, n=48):
 
 def gradient_and_metrics(setting, agent, args, minibatch, function=None):
     function = function or setting.script.gradient_and_metrics
-    clip_coef = [torch.tensor(0.2)] if setting.ppo and setting.atari else []
+    clip_coef = (
+        [torch.tensor(0.2, device=minibatch[0].device)] if setting.ppo and setting.atari else []
+    )
     return function(agent, args, *clip_coef, *minibatch)
 
 

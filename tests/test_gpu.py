@@ -21,7 +21,7 @@ def test_a_step_that_fails_or_hangs_does_not_take_the_rest_with_it(tmp_path):
         "works": [*PYTHON, "print('a line'); print('{\"per_second\": 5}')"],
     }
     args = gpu.Args(out=str(tmp_path / "gpu.json"), step_seconds=3)
-    results = gpu.run_steps(steps, args)
+    results = gpu.run_steps([(steps, 2)], args)
     assert results["fails"]["error"] == "exit status 1"
     assert results["fails"]["last_lines"][-1] == "ValueError: no such device"
     assert results["hangs"]["error"] == "no end within 3 seconds"
