@@ -129,7 +129,8 @@ def read_run(path: Path) -> tuple[dict, DataFrame]:
     if "identity" not in recorded:
         raise Refusal(f"{path}: a run of an earlier version of the scripts")
     run = dict.fromkeys([*SCORES, *PROVENANCE])
-    where = {name: recorded.get(name) for name in ("versions", "hardware")}
+    hardware = [recorded.get(name) for name in ("platform", "cpu", "gpu")]
+    where = {"versions": recorded.get("versions"), "hardware": hardware}
     for name, value in (recorded["args"] | where).items():
         run[name] = json.dumps(value) if isinstance(value, (list, dict)) else value
     if "task" in run:
@@ -577,8 +578,7 @@ def main(args: Args) -> None:
     page = ["# Report", HOW_TO_READ, *pooled_text(runs, pairs)]
     chosen = [f"{a} minus {b}" for a, b in pairs]
     shown = differences[differences["methods"].isin(chosen)]
-    shown = shown[shown["measure"] == "last evaluation"]
-    shown = shown.sort_values("env_id")
+    shown = shown[shown["measure"] == "last evaluation"].sort_values("env_id")
     page += draw_differences(shown, out / "differences.png")
     page += middle_table(runs)
     page += draw_curves(runs, progress, out / "curves.png")

@@ -46,6 +46,9 @@ def make_run(runs: Path, method: str, score: float, seed: int = 1, task=HOPPER, 
         "command": ["sppo_continuous.py", "--seed", str(seed)],
         "commit": "12e4567",
         "versions": {"torch": "2.13.0"},
+        "platform": "Linux-6.1",
+        "cpu": "AVX512",
+        "gpu": None,
     }
     (folder / "args.json").write_text(json.dumps(recorded))
     progress = {
@@ -346,6 +349,7 @@ def test_a_pack_has_what_it_takes_to_repeat_a_run(grid, tmp_path):
     run = packed.loc[f"{LANDER}__sppo__none__2__abc"]
     assert run["command"] == "sppo_continuous.py --seed 2"
     assert [run["commit"], run["script_sha256"], run["vf_coef"]] == ["12e4567", "abc", 0.5]
+    assert json.loads(run["hardware"]) == ["Linux-6.1", "AVX512", None]
     assert [run["return_mean"], run["training"], run["seed"]] == [112, 56, 2]
     progress = pd.read_csv(tmp_path / "pack/progress.csv.gz")
     assert len(progress) == 12 * len(packed) == 144
