@@ -104,25 +104,28 @@ def print_settings(cells):
 
 
 def draw(runs):
+    labels = runs["method"].str.upper() + ", " + runs["rewards"]
     grid = sns.relplot(
-        runs.assign(method=runs["method"].str.upper()),
+        runs.assign(method=labels).rename(columns={"clip_coef": "clip range"}),
         kind="line",
         x="learning_rate",
         y="score",
-        hue="clip_coef",
-        style="rewards",
+        hue="clip range",
         col="method",
+        col_order=["DPPO, clean", "SPPO, clean", "DPPO, noisy", "SPPO, noisy"],
         row="task",
         palette="viridis",
-        errorbar=None,
+        errorbar="se",
+        err_style="bars",
         marker="o",
-        height=2.6,
-        aspect=1.5,
+        height=2.4,
         facet_kws={"sharey": "row"},
     )
-    grid.set(xscale="log")
-    grid.set_titles("{row_name}, {col_name}")
-    grid.set_axis_labels("learning rate", "mean of last five evaluations")
+    grid.set(xscale="log", xticks=RATES, xticklabels=RATES)
+    grid.set_titles("{col_name}")
+    for task, axes in zip(grid.row_names, grid.axes):
+        axes[0].set_ylabel(f"{task}\nlast five evaluations")
+    grid.set_xlabels("learning rate")
     grid.savefig(HERE / "sweep.png", dpi=80)
 
 
