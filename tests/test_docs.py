@@ -26,6 +26,11 @@ PAGES = {
     for page in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
 }
 EXAMPLES = PAGES["docs/copy-and-modify.md"]
+SCRIPT_PAGES = {
+    "docs/control.md": ["sppo_continuous.py", "sa2c_continuous.py"],
+    "docs/atari.md": ["sppo_atari.py", "sa2c_atari.py"],
+    "docs/language-models.md": ["sppo_rlhf.py"],
+}
 SCRIPTS = {path.name: importlib.import_module(path.stem) for path in sorted(ROOT.glob("s*_*.py"))}
 
 
@@ -51,11 +56,34 @@ def test_links_lead_somewhere(page):
         assert not anchor or anchor in anchors(target.read_text()), link
 
 
+def is_defined(function, file):
+    return re.search(rf"(?m)^(def|class) {function}\b", (ROOT / file).read_text())
+
+
+@pytest.mark.parametrize("page", SCRIPT_PAGES)
+def test_a_detail_names_functions_of_its_script(page):
+    """Details are numbered through, and name functions in parentheses."""
+    text = PAGES[page]
+    files = SCRIPT_PAGES[page]
+    parts = re.split(r"(?m)^## (?=\w+\.py$)", text)
+    named = [part.splitlines()[0] for part in parts[1:]] or files
+    assert named == files
+    for file, part in zip(files, parts[-len(files) :]):
+        details = re.findall(r"(?m)^(\d+)\. \*\*", part)
+        assert len(details) > 1
+        functions = re.findall(r"\(`([A-Za-z]\w+)`(?:, `([A-Za-z]\w+)`)?\)", part)
+        names = {name for pair in functions for name in pair} - {""}
+        assert len(names) > 1
+        assert [name for name in names if not is_defined(name, file)] == []
+    details = re.findall(r"(?m)^(\d+)\. \*\*", text)
+    assert details == [str(i) for i in range(1, len(details) + 1)]
+
+
 @pytest.mark.parametrize("text", PAGES.values(), ids=PAGES)
 def test_the_functions_and_flags_that_a_page_names_exist(text):
     for file, function in re.findall(r"`([\w/]+\.py):(\w+)`", text):
         if (ROOT / file).exists():  # else an example's own file
-            assert re.search(rf"(?m)^(def|class) {function}\b", (ROOT / file).read_text())
+            assert is_defined(function, file)
     flags = {"--help"}
     for script in SCRIPTS.values():
         flags |= {"--" + field.name.replace("_", "-") for field in dataclasses.fields(script.Args)}
@@ -262,9 +290,9 @@ def test_a_new_metric(tmp_path, monkeypatch):
 # ---- Metrics
 
 
-def metrics(*kinds):
-    """Names of the metrics of `kinds` of scripts, in the list of docs/usage.md."""
-    text = sections(PAGES["docs/usage.md"])["Metrics"]
+def metrics(*kinds, page="docs/usage.md"):
+    """Names of the metrics of `kinds` of scripts, and of all scripts, in the list of a page."""
+    text = sections(PAGES[page])["Metrics"]
     found = set()
     for names, kind in re.findall(r"(?m)^- ((?:`[^`]+`(?:, )?)+)(?: \((.+?)\))?: ", text):
         if kind in ("", *kinds):
@@ -305,7 +333,9 @@ def test_the_list_of_metrics_is_complete_for_language_models(toy, tmp_path, monk
     data = {"dataset": "posts.jsonl", "eval_dataset": "posts.jsonl", "response_length": 10}
     args = sppo_rlhf.TldrArgs(policy_model="runs/toy/policy", reward_model=reward, **data)
     tags, columns = logged(train(sppo_rlhf, args, "b", **SHORT_LM, prompt_length=10))
-    expected = metrics("PPO", "LM")
-    csv = {name.replace("NAME", *reward) for name in metrics("LM, csv") - metrics()}
+    own = metrics(page="docs/language-models.md")
+    expected = metrics("PPO") | own
+    names = metrics("csv", page="docs/language-models.md") - own
+    csv = {name.replace("NAME", *reward) for name in names}
     assert tags | toy_tags == expected
     assert columns | toy_columns == csv | expected - NOT_IN_CSV
