@@ -1,15 +1,13 @@
-"""Draws the figures of docs/symmetric-loss.md.
+"""Draws the figures of docs/symmetric-loss.md and README.md.
 
     python docs/figures.py                # into docs/figures/
     python docs/figures.py --out FOLDER
 
-Losses and gradients come from the scripts' own functions, by automatic differentiation; shares over
-training from the runs in results/evidence.
+Losses and gradients come from the scripts' own functions, by automatic differentiation. A method
+has the same colour as in the pictures of report.py.
 """
 
 import argparse
-import csv
-import gzip
 import sys
 from pathlib import Path
 
@@ -20,6 +18,7 @@ import torch
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT))
 
+from report import COLORS as REPORT_COLORS  # noqa: E402
 from sa2c_continuous import symmetric_policy_losses as a2c_losses  # noqa: E402
 from sppo_continuous import symmetric_policy_losses as ppo_losses  # noqa: E402
 
@@ -29,24 +28,8 @@ VARIANT = "SPPO without / p_old (ours)"
 CLIP = 0.2
 PROBABILITIES = torch.linspace(0.002, 0.998, 499, dtype=torch.float64)
 
-COLORS = {
-    "A2C": "tab:gray",
-    "SA2C": "tab:purple",
-    "PPO": "tab:blue",
-    "DPPO": "tab:cyan",
-    "DPPO, max_grad_norm / k": "tab:olive",
-    "DPPO, vf_coef / k": "tab:green",
-    "SPPO": "tab:red",
-    VARIANT: "tab:orange",
-}
-ROWS = {  # as benchmark.sh names them
-    "ppo": "PPO",
-    "dppo": "DPPO",
-    "dppo-norm": "DPPO, max_grad_norm / k",
-    "dppo-coef": "DPPO, vf_coef / k",
-    "sppo": "SPPO",
-    "sppo-p": VARIANT,
-}
+COLORS = {method: REPORT_COLORS[method.lower()] for method in ("A2C", "SA2C", "PPO", "SPPO")}
+COLORS |= {VARIANT: "tab:brown", "reverse": "black", "generalised": "tab:gray"}
 
 
 def policy_loss(method, log_prob, old_log_prob, advantage):
@@ -81,99 +64,65 @@ def loss_and_weight(method, p, p_old, advantage):
 
 
 def draw_losses(folder):
-    """Loss against p, less its value at p = P_OLD, since a constant has no gradient."""
-    figure, axes = plt.subplots(1, 2, figsize=(9, 3.6), sharey=True)
-    families = [["A2C", "SA2C"], ["PPO", "SPPO", VARIANT]]
-    p_old = torch.full_like(PROBABILITIES, P_OLD)
-    start = (PROBABILITIES - P_OLD).abs().argmin()
-    for ax, methods in zip(axes, families):
-        for method in methods:
-            for advantage in (1.0, -1.0):
-                loss, _ = loss_and_weight(method, PROBABILITIES, p_old, advantage)
-                ax.plot(
-                    PROBABILITIES,
-                    loss - loss[start],
-                    color=COLORS[method],
-                    linestyle="-" if advantage > 0 else "--",
-                    label=method if advantage > 0 else None,
-                )
-        ax.axvline(P_OLD, color="black", lw=0.6, ls=":")
+    """Losses against p: of a label, left, and of an action with advantage 1 or -1, right."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6))
+    p = PROBABILITIES
+    p_old = torch.full_like(p, P_OLD)
+    for method, label in (("A2C", "cross entropy (A2C)"), ("SA2C", "symmetric (SA2C)")):
+        loss, _ = loss_and_weight(method, p, p_old, 1.0)
+        left.plot(p, loss, color=COLORS[method], label=label)
+    left.plot(p, 2 * (1 - p.sqrt()), color=COLORS["generalised"], label="generalised, q = 0.5")
+    left.plot(p, 1 - p, color=COLORS["reverse"], label="reverse")
+    left.set_title("a label, or an action with A = 1", fontsize=10)
+    left.set_ylim(-0.1, 4)
+    left.set_ylabel("loss")
+
+    start = (p - P_OLD).abs().argmin()
+    for method in ("PPO", "SPPO"):
+        for advantage in (1.0, -1.0):
+            loss, _ = loss_and_weight(method, p, p_old, advantage)
+            line = "-" if advantage > 0 else "--"
+            label = f"{method}, A = {advantage:.0f}"
+            right.plot(p, loss - loss[start], line, color=COLORS[method], label=label)
+    right.axvline(P_OLD, color="black", lw=0.6)
+    right.set_title(f"p_old = {P_OLD} (vertical line), clip range {CLIP}", fontsize=10)
+    right.set_ylim(-1.3, 2)
+    right.set_ylabel(f"loss, less the loss at p = {P_OLD}")
+    for ax in (left, right):
         ax.set_xlabel("p, probability of the action taken")
-        ax.set_ylim(-2, 2)
-        ax.legend(fontsize=8, loc="lower right")
+        ax.legend(fontsize=8, loc="upper right" if ax is left else "lower right")
         ax.grid(alpha=0.3)
-    axes[0].set_title("A = 1 solid, A = -1 dashed", fontsize=10)
-    axes[1].set_title(f"p_old = {P_OLD}, clip range {CLIP}", fontsize=10)
-    axes[0].set_ylabel(f"loss, less the loss at p = {P_OLD}")
     save(figure, folder / "losses.png")
 
 
 def draw_weights(folder):
-    """The factor of each sample in the policy gradient against p."""
-    figure, axes = plt.subplots(1, 3, figsize=(11, 3.6))
+    """How much a sample counts in the policy gradient, against p and against r = p / p_old."""
+    figure, axes = plt.subplots(1, 3, figsize=(10, 3.3), sharey=True)
     p = PROBABILITIES
-    p_old = torch.full_like(p, P_OLD)
-    for method in ("PPO", "SPPO", VARIANT):
-        for advantage in (1.0, -1.0):
-            _, weight = loss_and_weight(method, p, p_old, advantage)
-            line = "-" if advantage > 0 else "--"
-            axes[1].plot(p, weight, line, color=COLORS[method])
-    # All methods again before a rollout's first update, where p is p_old
-    for method in ("A2C", "SA2C", "PPO", "SPPO", VARIANT):
-        _, weight = loss_and_weight(method, p, p, 1.0)
-        # Some lines lie on one another: draw the later ones dashed
-        line = "-" if method in ("A2C", "SA2C", "SPPO") else (0, (3, 3))
-        axes[0].plot(p, weight, color=COLORS[method], linestyle=line, label=method)
-        axes[2].plot(p, weight * (1 - p), color=COLORS[method], linestyle=line)
-    axes[0].set_title("weight of A grad log p, p = p_old", fontsize=10)
-    axes[1].set_title(f"p_old = {P_OLD}; A = 1 solid, A = -1 dashed", fontsize=10)
-    axes[2].set_title("in the logit of the action, p = p_old", fontsize=10)
-    axes[1].axvline(P_OLD, color="black", lw=0.6, ls=":")
-    axes[1].set_xlim(0, 0.6)
-    axes[1].set_ylim(-0.1, 2.5)
-    for ax in axes:
+    # Before a rollout's first update, where p is p_old
+    for ax, methods in zip(axes, (["A2C", "SA2C"], ["PPO", "SPPO", VARIANT])):
+        for method in methods:
+            _, weight = loss_and_weight(method, p, p, 1.0)
+            ax.plot(p, weight, color=COLORS[method], label=method)
         ax.set_xlabel("p, probability of the action taken")
+    ratio = torch.linspace(0.5, 1.5, 501, dtype=torch.float64)
+    p_old = torch.full_like(ratio, P_OLD)
+    for method in ("PPO", "SPPO"):
+        for advantage in (1.0, -1.0):
+            _, weight = loss_and_weight(method, ratio * p_old, p_old, advantage)
+            label = f"{method}, A {'>' if advantage > 0 else '<'} 0"
+            line = "-" if advantage > 0 else "--"
+            axes[2].plot(ratio, weight, line, color=COLORS[method], label=label)
+    axes[0].set_ylabel("weight in the policy gradient")
+    axes[0].set_title("A2C and SA2C", fontsize=10)
+    axes[1].set_title("PPO and SPPO, first update (r = 1)", fontsize=10)
+    axes[2].set_title(f"PPO and SPPO, clip range {CLIP}", fontsize=10)
+    axes[2].set_xlabel("r = p / p_old")
+    axes[0].set_ylim(-0.1, 2.5)
+    for ax in axes:
+        ax.legend(fontsize=8, loc="upper left")
         ax.grid(alpha=0.3)
-    figure.legend(loc="outside lower center", ncols=5, fontsize=8)
     save(figure, folder / "gradient-weights.png")
-
-
-def logged(quantity):
-    """Means of a logged quantity since the evaluation before, of each packed run: {name: (steps,
-    means)}, tensors (20,)."""
-    rows = {}
-    with gzip.open(ROOT / "results/evidence/progress.csv.gz", "rt", newline="") as file:
-        for row in csv.DictReader(file):
-            values = (int(row["step"]), float(row[quantity]))
-            rows.setdefault(row["run_name"], []).append(values)
-    return {name: torch.tensor(values).T for name, values in rows.items()}
-
-
-def draw_logged(quantity, label, path):
-    """A logged quantity over training, one line per method: the mean over the packed seeds."""
-    runs = logged(quantity)
-    envs = sorted({name.split("__")[0] for name in runs})
-    panels = [(env, noise) for env in envs for noise in ("none", "normal")]
-    figure, axes = plt.subplots(1, len(panels), figsize=(2.9 * len(panels), 3.4), sharey=True)
-    for ax, (env, noise) in zip(axes, panels):
-        for row, method in ROWS.items():
-            curves = []
-            for name, curve in runs.items():
-                if name.startswith(f"{env}__{row}__{noise}__"):
-                    steps, means = curve
-                    curves.append(means)
-            if not curves:
-                continue
-            mean = torch.stack(curves).mean(0)
-            ax.plot(steps, mean, color=COLORS[method], lw=1.2, label=method)
-        ax.set_title(f"{env}, {'clean' if noise == 'none' else 'noisy'}", fontsize=9)
-        ax.set_xticks([0, 500_000, 1_000_000], ["0", "0.5M", "1M"])
-        ax.set_xlabel("steps")
-        ax.grid(alpha=0.3)
-    axes[0].set_ylabel(label)
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside lower center", ncols=6, fontsize=8)
-    save(figure, path)
 
 
 def save(figure, path):
@@ -192,16 +141,6 @@ def main():
     plt.rcParams["figure.constrained_layout.use"] = True
     draw_losses(folder)
     draw_weights(folder)
-    draw_logged(
-        "losses/clipped_gradients",
-        "share of clipped updates",
-        folder / "clipped-updates.png",
-    )
-    draw_logged(
-        "losses/advantage_sign_flips",
-        "share of advantages",
-        folder / "sign-flips.png",
-    )
 
 
 if __name__ == "__main__":
