@@ -57,6 +57,23 @@ def test_the_worked_example_is_right():
         assert [f"{float(cell):.2f}" for cell in row.strip("|").split("|")] == expected
 
 
+def test_the_reverse_a2c_loss_lowers_the_best_actions_logit():
+    """In the page's example, whose probabilities and pays it names in one sentence."""
+    (numbers,) = re.findall(r"with probabilities ([\d., ]+) pay ([\d., ]+), it", PAGE)
+    prob, pays = (torch.tensor([float(x) for x in text.split(",")]) for text in numbers)
+    advantage = pays - prob @ pays
+    logits = prob.log().requires_grad_()
+    gradients = 0
+    for action in range(3):  # by its probability, hence the expectation
+        losses = sa2c_continuous.symmetric_policy_losses(
+            logits.log_softmax(-1)[action, None], advantage[action, None], -1.0
+        )
+        both = [torch.autograd.grad(-loss, logits, retain_graph=True)[0] for loss in losses]
+        gradients = gradients + prob[action] * torch.stack(both)
+    assert gradients[0, 2] > 0  # A2C raises it
+    assert gradients[1, 2] < -0.001
+
+
 def test_the_shares_over_training_are_those_of_the_packed_runs():
     """Of clipped updates and of changed signs: means over seeds and time, for each method on each
     task, with each kind of rewards."""
