@@ -1,8 +1,8 @@
 """Tables of means in README.md, docs/ and results/ show what the packed runs in results/ give.
 
-Such a table follows a comment `<!-- SUITE [SUITE ...]: LABELS -->`. A value is the one of all its
-labels together: the comment's, those at the beginning of its row, and its column's heading. Labels
-are tasks, kinds of reward, methods (also "A minus B") and measures, separated by ", "."""
+Such a table follows a comment `<!-- SUITE [SUITE ...]: LABELS -->`. A value has the comment's
+labels, those that begin its row, and its column's heading: tasks, kinds of reward, methods (also
+"A minus B") and measures, separated by ", "."""
 
 import re
 from functools import cache
@@ -16,45 +16,29 @@ from scipy import stats
 import report
 
 ROOT = Path(__file__).resolve().parent.parent
-PAGES = {
-    str(path.relative_to(ROOT)): path.read_text()
-    for path in [ROOT / "README.md", *ROOT.glob("docs/*.md"), *sorted(ROOT.glob("results/*.md"))]
-}
+PATHS = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("results/*.md"))]
+PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in PATHS}
 TABLE = re.compile(r"(?m)(?:^<!-- ([\w. -]+): (.+) -->\n\n?)?((?:^ *\|.*\n)+)")
 NUMBER = r"([+-]?[\d,]*\.?\d+)"
 VALUE = re.compile(rf"{NUMBER}(?: ± {NUMBER}| \({NUMBER} to {NUMBER}\))?")
 WORDS = {"", "task", "rewards", "method", "measure"}  # headings above labels
 
-METHODS = {
-    "Gaussian PPO": ["ppo"],
-    "DPPO, max-grad-norm / k": ["dppo-norm"],
-    "DPPO, vf-coef / k": ["dppo-coef"],
-    "PPO, max-grad-norm / k": ["ppo-norm"],
-    "PPO, vf-coef / k": ["ppo-coef"],
-    "PPO, vf-coef / k, ent-coef / k": ["ppo-coef"],
-    "PPO, ce-coef / k": ["ppo-ce"],
-    "PPO, corrected rewards": ["ppo-corrected"],
-    "PPO, epsilon 1e-8": ["ppo-eps"],
-    "PPO, ce-coef / k, epsilon 1e-8": ["ppo-ce-eps"],
-    "SPPO, epsilon 1e-8": ["sppo-eps"],
-    "SPPO, k 20.5": ["sppo-k20.5"],
-    "PPO, 1.5M": ["ppo-small"],
-    "SPPO, 1.5M": ["sppo-small"],
-    "our variant": ["sppo-p"],
-    "Gaussian A2C": ["a2c"],
-    "A2C, alpha 0.5": ["a2c-half"],
-    "DA2C, alpha 0.5": ["da2c-half"],
-    "beta 0": ["da2c-half"],
-    "Stable-Baselines3": ["sb3-ppo", "sb3-a2c"],
-} | {f"beta {beta}": [f"sa2c-alpha0.5-beta{beta}"] for beta in ("0.5", "2", "5", "20")}
+# Methods with a name of their own on pages, and their --exp-name
+METHODS = """\
+Gaussian PPO: ppo; DPPO, max-grad-norm / k: dppo-norm; DPPO, vf-coef / k: dppo-coef; \
+PPO, max-grad-norm / k: ppo-norm; PPO, vf-coef / k: ppo-coef; PPO, ce-coef / k: ppo-ce; \
+PPO, vf-coef / k, ent-coef / k: ppo-coef; PPO, corrected rewards: ppo-corrected; \
+PPO, epsilon 1e-8: ppo-eps; PPO, ce-coef / k, epsilon 1e-8: ppo-ce-eps; our variant: sppo-p; \
+SPPO, epsilon 1e-8: sppo-eps; SPPO, k 20.5: sppo-k20.5; PPO, 1.5M: ppo-small; \
+SPPO, 1.5M: sppo-small; Gaussian A2C: a2c; A2C, alpha 0.5: a2c-half; DA2C, alpha 0.5: da2c-half; \
+beta 0: da2c-half; beta 0.5: sa2c-alpha0.5-beta0.5; beta 2: sa2c-alpha0.5-beta2; \
+beta 5: sa2c-alpha0.5-beta5; beta 20: sa2c-alpha0.5-beta20; Stable-Baselines3: sb3-ppo sb3-a2c"""
+METHODS = {label: names.split() for label, names in re.findall(r"(.+?): (.+?)(?:; |$)", METHODS)}
 NOISY = ["flip", "normal", "uniform", "adv_flip"]
-REWARDS = {
-    "clean": [(1, ["none"])],
-    "noisy": [(1, NOISY)],
-    "flipped": [(1, NOISY)],
-    "cost of noise": [(1, ["none"]), (-1, NOISY)],
-}
+REWARDS = {"clean": [(1, ["none"])], "noisy": [(1, NOISY)], "flipped": [(1, NOISY)]}
+REWARDS["cost of noise"] = [(1, ["none"]), (-1, NOISY)]
 MEASURES = {"last evaluation": "return_mean", "last five evaluations": "last5"}
+MEASURES |= {name: name for name in ("return_mean", "last5", "training")}
 MEASURES |= {"reward": "return_mean", "KL": "kl"}
 
 
@@ -64,22 +48,20 @@ def read(suites):
     logged. And what labels mean: {label: (column, [(sign, values that the column may have)])}."""
     runs, progress = report.read_folders(tuple(ROOT / "results" / name for name in suites.split()))
     runs = runs[runs["finished"]].copy()
-    evaluations = progress.groupby("run_name")
-    measures = {name: name for name in ("return_mean", "last5", "training")} | MEASURES
+    labels = {label: ("measure", column) for label, column in MEASURES.items()}
     for name in progress.columns.difference(report.EVALUATION):
-        values = evaluations[name].mean() if "/" in name else evaluations[name].last()
-        runs[name] = runs["run_name"].map(values)
-        measures[name] = name
-    labels = {label: ("measure", column) for label, column in measures.items()}
+        of_run = progress.groupby("run_name")[name]
+        runs[name] = runs["run_name"].map(of_run.mean() if "/" in name else of_run.last())
+        labels[name] = ("measure", name)
     for task in runs["env_id"].unique():
         for label in (task, task.partition("-")[0].removesuffix("Continuous")):
             labels[label] = ("env_id", [(1, [task])])
-    methods = METHODS | {name: [name] for name in runs["exp_name"].unique()}
-    methods |= {name.upper(): [name] for name in runs["exp_name"].unique()}
-    for (a, first), (b, second) in product(methods.items(), repeat=2):
-        labels[f"{a} minus {b}"] = ("exp_name", [(1, first), (-1, second)])
-    for label, names in methods.items():
-        labels[label] = ("exp_name", [(1, names)])
+    names = runs["exp_name"].unique()
+    methods = METHODS | {name: [name] for name in names} | {name.upper(): [name] for name in names}
+    for a, first in methods.items():
+        labels[a] = ("exp_name", [(1, first)])
+        for b, second in methods.items():
+            labels[f"{a} minus {b}"] = ("exp_name", [(1, first), (-1, second)])
     return runs, labels | {label: ("noise", groups) for label, groups in REWARDS.items()}
 
 
@@ -87,17 +69,18 @@ def split(text, labels):
     """The labels in a cell; a label may have ", " in it."""
     parts = text.split(", ")
     for end in range(len(parts), 0, -1):
-        if ", ".join(parts[:end]) in labels:
-            rest = ", ".join(parts[end:])
-            return [", ".join(parts[:end]), *(split(rest, labels) if rest else [])]
+        if (label := ", ".join(parts[:end])) in labels:
+            return [label, *(split(", ".join(parts[end:]), labels) if parts[end:] else [])]
     raise AssertionError(f"unknown label: {text}")
 
 
 def value_of(suites, texts):
-    """Mean, its standard error, its 95 % interval, and seeds: of runs, or of a difference
-    between two or four groups of runs, by Welch's test."""
+    """Mean, its standard error and 95 % interval: of runs, or of a difference between two or four
+    groups of runs, by Welch's test."""
     runs, labels = read(suites)
-    chosen = dict(labels[label] for text in texts for label in split(text, labels))
+    found = {label: labels[label] for text in texts for label in split(text, labels)}
+    chosen = dict(found.values())
+    assert len(chosen) == len(found), f"{texts}: two labels of a kind"
     measure = chosen.pop("measure")
     mean, variances, freedom = 0, [], []
     for groups in product(*chosen.values()):
@@ -107,21 +90,17 @@ def value_of(suites, texts):
         for column in ("env_id", "exp_name", "noise", "noise_level"):
             assert group[column].nunique() == 1, f"{texts}: which {column}?"
         assert not group["seed"].duplicated().any()
-        scores = group[measure].to_numpy(float)
+        scores = group[measure]
         mean += np.prod([sign for sign, _ in groups]) * scores.mean()
-        variances.append(scores.var(ddof=1) / len(scores) if len(scores) > 1 else np.nan)
+        variances.append(scores.sem() ** 2)  # nan of one run
         freedom.append(len(scores) - 1)
     error = np.sqrt(sum(variances))
-    half = np.nan
-    if error > 0:
+    with np.errstate(invalid="ignore"):  # if scores do not vary
         half = error * stats.t.ppf(0.975, error**4 / sum(np.square(variances) / freedom))
-    return mean, error, mean - half, mean + half, len(scores)
+    return mean, error, mean - half, mean + half
 
 
 def check(cell, suites, texts, heading):
-    if heading == "seeds":
-        assert int(cell) == value_of(suites, [*texts, "last evaluation"])[-1], texts
-        return
     found = VALUE.fullmatch(cell.replace("**", ""))
     assert found, f"not a value: {cell}"
     for shown, value in zip(found.groups(), value_of(suites, [*texts, heading])):
@@ -138,8 +117,7 @@ MARKED = [table for table in TABLES if table[1]]
 def test_a_table_shows_what_packed_runs_give(page, suites, common, table):
     lines = [re.split(r"(?<!\\)\|", line.strip()[1:-1]) for line in table.splitlines()]
     headings, _, *rows = [[cell.strip() for cell in line] for line in lines]
-    first = [heading in WORDS for heading in [*headings, "end"]].index(False)
-    assert first < len(headings)
+    first = [heading in WORDS for heading in headings].index(False)
     for row in rows:
         texts = [common, *filter(None, row[:first])]
         for heading, cell in zip(headings[first:], row[first:], strict=True):
