@@ -69,11 +69,9 @@ def test_a_detail_names_functions_of_its_script(page):
     named = [part.splitlines()[0] for part in parts[1:]] or files
     assert named == files
     for file, part in zip(files, parts[-len(files) :]):
-        details = re.findall(r"(?m)^(\d+)\. \*\*", part)
-        assert len(details) > 1
-        functions = re.findall(r"\(`([A-Za-z]\w+)`(?:, `([A-Za-z]\w+)`)?\)", part)
-        names = {name for pair in functions for name in pair} - {""}
-        assert len(names) > 1
+        details = re.findall(r"(?m)^\d+\. \*\*(?:.+\n)+?(?=\d+\. |\n)", part)
+        names = re.findall(r"\(`([A-Za-z]\w+)`\)", " ".join(details))
+        assert len(details) > 1 and names
         assert [name for name in names if not is_defined(name, file)] == []
     details = re.findall(r"(?m)^(\d+)\. \*\*", text)
     assert details == [str(i) for i in range(1, len(details) + 1)]
