@@ -22,7 +22,6 @@ TABLE = re.compile(r"(?m)(?:^<!-- ([\w. -]+): (.+) -->\n\n?)?((?:^ *\|.*\n)+)")
 NUMBER = r"([+-]?[\d,]*\.?\d+)"
 VALUE = re.compile(rf"{NUMBER}(?: ± {NUMBER}| \({NUMBER} to {NUMBER}\))?")
 WORDS = {"", "task", "rewards", "method", "measure"}  # headings above labels
-
 # Methods with a name of their own on pages, and their --exp-name
 METHODS = """\
 Gaussian PPO: ppo; DPPO, max-grad-norm / k: dppo-norm; DPPO, vf-coef / k: dppo-coef; \
