@@ -142,7 +142,7 @@ list() { # METHODS SEEDS ENVIRONMENT...: seed by seed, so that half a list compa
     for seed in $(seq 10000 $last); do
         for env in ${envs:-"$@"}; do
             case $env in
-                Humanoid-v4) die "$env: has settings of its own, see docs/usage.md" ;;
+                Humanoid-v4) die "$env: has settings of its own, see docs/control.md" ;;
                 *-v[0-9]*) kind=continuous noisy=normal ;;
                 tldr) kind=rlhf noisy=adv_flip ;; # its rewards have no known scale
                 toy | imdb) kind=rlhf noisy=flip ;;
