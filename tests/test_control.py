@@ -256,6 +256,20 @@ def test_a_gpu_computes_the_same_gradient(setting, tmp_path, monkeypatch):
 # ---- What `train` does
 
 
+def test_no_two_generators_of_a_run_have_the_same_seed(setting, tmp_path, monkeypatch):
+    """Else noise on rewards would repeat the numbers that environments start from."""
+    states = []
+    default_rng = np.random.default_rng
+
+    def recorder(seed):
+        states.append(tuple(np.random.SeedSequence(seed).generate_state(4)))
+        return default_rng(seed)
+
+    monkeypatch.setattr(np.random, "default_rng", recorder)
+    setting.run(tmp_path, noise="normal")
+    assert len(set(states)) == len(states) >= 2
+
+
 @pytest.fixture(scope="module")
 def recorded(setting, tmp_path_factory):
     """A run of four rollouts of 32 steps in two environments, in which episodes end in all ways
