@@ -1,5 +1,4 @@
-"""benchmark.sh: its lists of commands. benchmarks/run.py: where runs go, what is skipped, and what
-happens to those that are killed or fail."""
+"""benchmark.sh: its lists of commands. benchmarks/run.py: where and whether runs start."""
 
 import hashlib
 import json
@@ -33,8 +32,9 @@ def sh(*command, **options):
 
 def listed(arguments):
     """Commands of a list, as words after `python`."""
-    lines = sh("./benchmark.sh", *arguments.split(), "--dry-run").stdout.splitlines()
-    return [shlex.split(line)[1:] for line in lines]
+    suite, *options = shlex.split(arguments)
+    result = sh("./benchmark.sh", suite, "--dry-run", *options)
+    return [shlex.split(line)[1:] for line in result.stdout.splitlines()]
 
 
 def parse(words):
@@ -42,9 +42,6 @@ def parse(words):
     if words[0] == "sppo_rlhf.py":
         return sppo_rlhf.parse_args(words[1:])
     return tyro.cli(SCRIPTS[words[0]].Args, args=words[1:])
-
-
-# Lists
 
 
 M = 1_000_000
@@ -60,14 +57,9 @@ def test_a_suite_has_its_size_and_its_commands_are_valid(suite, per_seed, seeds,
     assert numbers == sorted([*range(10000, 10000 + seeds)] * per_seed)
     assert sum("--noise" in words for words in commands) == len(commands) / 2
     # Of many, each environment and each method, but not each of both
-    sample = commands[: per_seed : 5 if per_seed > 100 else 1]
-    runs = [parse(words) for words in sample]
-    assert len({args.run_name for args in runs}) == len(sample)
+    runs = [parse(words) for words in commands[: per_seed : 5 if per_seed > 100 else 1]]
+    assert len({args.run_name for args in runs}) == len(runs)
     assert {args.total_timesteps for args in runs} == steps
-    if suite == "sweep":
-        for args in runs:
-            swept = f"lr{args.learning_rate:g}-clip{args.clip_coef:g}"
-            assert args.exp_name == f"{'sppo' if args.beta else 'dppo'}-{swept}"
 
 
 FACTORS = {"norm": ["max_grad_norm"], "coef": ["vf_coef", "ent_coef"], "ce": ["ce_coef"]}
@@ -86,46 +78,32 @@ def test_methods_between_ppo_and_sppo_differ_from_ppo_in_one_factor(name):
     baseline = "dppo" if "dppo" in found else "ppo"
     assert {"sppo", f"{baseline}-coef"} <= found.keys()
     for method, args in found.items():
-        changed = {key: value for key, value in args.items() if value != found[baseline][key]}
+        changed = {key for key in args if args[key] != found[baseline][key]}
+        changed -= {"exp_name", "run_name"}
         if method in ("sppo", baseline):
-            assert changed.keys() - {"exp_name", "run_name"} <= {"alpha", "beta"}
+            assert changed <= {"alpha", "beta"}
         elif method.startswith(f"{baseline}-"):
-            names = [key for key in FACTORS[method.split("-")[1]] if found[baseline].get(key)]
-            assert sorted(changed) == sorted([*names, "exp_name", "run_name"])
-            for key in set(names) - {"norm_adv"}:
+            names = FACTORS[method.split("-")[1]]
+            assert changed == {key for key in names if found[baseline].get(key)}
+            for key in changed - {"norm_adv"}:
                 factor = k if method == "dppo-k" else 1 / k
                 assert args[key] == pytest.approx(found[baseline][key] * factor, rel=1e-5)
 
 
 def test_options_and_flags_for_every_command():
-    options = "--envs Swimmer-v4 Pong --seeds 2 --steps 5000 --device cpu --dry-run --runs-dir"
-    result = sh("./benchmark.sh", "quick", *options.split(), "a b", "--", "--z", "-2")
-    runs = [parse(shlex.split(line)[1:]) for line in result.stdout.splitlines()]
+    options = "--envs Swimmer-v4 Pong --seeds 2 --steps 5000 --device cpu --runs-dir 'a b'"
+    runs = [parse(words) for words in listed(f"quick {options} -- --z -2")]
     assert len(runs) == (8 + 7) * 2 * 2
     for args in runs:
         assert (args.total_timesteps, args.eval_freq, args.z) == (5000, 500, -2)
         assert (args.device, args.runs_dir) == ("cpu", "a b")
-        is_a2c = args.env_id == "Swimmer-v4" and "a2c" in args.exp_name
-        assert args.gamma == (0.9999 if is_a2c else 0.99)
-
-
-REFUSED = {"fast": "fast: no such suite", "quick --seeds many": "--seeds: give a positive whole"}
-REFUSED |= {"quick --envs Humanoid-v4": "Humanoid-v4: has settings of its own"}
-REFUSED |= {"quick -- --vf_coef=1": "-- --vf-coef: rows", "atari -- --norm-adv": "-- --norm-adv: "}
-
-
-@pytest.mark.parametrize("arguments", REFUSED)
-def test_what_would_mean_something_else_is_refused(arguments):
-    result = sh("./benchmark.sh", *arguments.split())
-    assert result.returncode == 2 and result.stdout == ""
-    assert re.fullmatch(f"benchmark.sh: {REFUSED[arguments]}.*\n", result.stderr)
+    refused = sh("./benchmark.sh", "quick", "--dry-run", "--", "--vf_coef=1")
+    assert refused.returncode == 2 and "--vf-coef: rows differ in it" in refused.stderr
 
 
 def test_shellcheck():
     assert sh("shellcheck", "benchmark.sh", ".ci/run").stdout == ""
 
-
-# The runner, on scripts that only note where they run
 
 STUB = """import json, os, sys, time
 began = time.time()
@@ -138,17 +116,17 @@ with open(f"{began}-{os.getpid()}.json", "w") as file:
 
 @pytest.fixture
 def stubs(tmp_path):
-    """A folder of them, and of a torch that sees three GPUs."""
+    """A folder of scripts that only note where they run, and of a torch that sees three GPUs."""
     for script in SCRIPTS:
         (tmp_path / script).write_text(STUB)
     (tmp_path / "torch.py").write_text("class cuda:\n    device_count = lambda: 3")
     return tmp_path
 
 
-def run(commands, folder, *flags, runner=(sys.executable, ROOT / "benchmarks/run.py"), **variables):
+def run(commands, folder, *flags, **variables):
     lines = "\n".join(shlex.join(["python", *words]) for words in commands)
     env = ENVIRON | {"PYTHONPATH": str(folder)} | variables
-    return sh(*runner, *flags, cwd=folder, env=env, input=lines)
+    return sh(sys.executable, ROOT / "benchmarks/run.py", *flags, cwd=folder, env=env, input=lines)
 
 
 def records(folder):
@@ -162,8 +140,8 @@ VISIBLE = [("2,3", 1, "23"), ("2,3", 2, "23"), ("-1", 1, ""), (None, 1, "012")]
 def test_games_go_to_gpus_and_control_to_the_cpu(visible, per_gpu, gpus, stubs):
     commands = listed("evidence --envs Hopper-v4 Pong --seeds 1")
     variables = {"CUDA_VISIBLE_DEVICES": visible} if visible else {}
-    result = run(commands, stubs, "--jobs", 2, "--jobs-per-gpu", per_gpu, **variables)
-    assert result.returncode == 0, result.stderr
+    flags = ["--jobs", 2, "--jobs-per-gpu", per_gpu]
+    assert run(commands, stubs, *flags, **variables).returncode == 0
     found = records(stubs)
     assert sorted(argv for _, _, argv, *_ in found) == sorted(commands)
     assert {gpu for _, _, argv, gpu, _ in found if "Pong" not in argv} == {""}
@@ -182,7 +160,6 @@ def test_a_failed_run_is_named_and_the_others_go_on(stubs):
     result = run(commands, stubs, "--jobs", 1)
     assert result.returncode == 1 and result.stderr.endswith("1 of 2 failed\n")
     log = stubs / re.search(r"failed, see (runs/logs/Pong__1__\w+\.log)", result.stdout)[1]
-    assert log.read_text().startswith("$ python sppo_atari.py --env-id Pong --seed 1\n")
     assert log.read_text().endswith("ValueError: no\n")
     assert len(records(stubs)) == 1
 
@@ -203,52 +180,37 @@ def test_a_finished_run_is_skipped_unless_its_command_or_script_has_changed(stub
     assert len(records(stubs)) == 3
 
 
-@pytest.mark.skipif(not shutil.which("parallel"), reason="no GNU parallel here")
-def test_gnu_parallel_does_the_same_runs(stubs):
-    commands = listed("evidence --seeds 1")
-    run(commands, stubs, runner=["parallel", "-j", 5])
-    assert sorted(record[2] for record in records(stubs)) == sorted(commands)
-
-
-# Real runs
-
 TINY = "evidence --envs InvertedDoublePendulum-v4 --seeds 1 --jobs 2 --steps 8192 --runs-dir"
 FLAGS = "-- --no-compile --eval-freq 2048 --eval-episodes 1"
 
 
-def wait_for(condition, *arguments):
+def wait_for(condition):
     started = time.monotonic()
-    while not (result := condition(*arguments)):
+    while not condition():
         assert time.monotonic() - started < 600
         time.sleep(0.05)
-    return result
-
-
-def unfinished(runs):
-    """Folders of runs that can be continued."""
-    begun = {path.parent for path in runs.glob("*/checkpoint.pt")}
-    return begun - {path.parent for path in runs.glob("*/summary.json")}
 
 
 def summaries(runs):
     return {path.parent: path.read_text() for path in runs.glob("*/summary.json")}
 
 
+def unfinished(runs):
+    return {path.parent for path in runs.glob("*/checkpoint.pt")} - summaries(runs).keys()
+
+
 @pytest.mark.slow
 def test_a_suite_killed_three_times_continues_and_has_then_nothing_to_do(tmp_path):
-    command = ["./benchmark.sh", *TINY.split(), str(tmp_path), *FLAGS.split()]
-    cut = set()
     # What a shell starts in the background, pytest for one, ignores Ctrl-C, and passes it on
-    options = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_DFL)}
-    options |= {"cwd": ROOT, "env": ENVIRON, "start_new_session": True}
+    command = f"env --default-signal=INT ./benchmark.sh {TINY} {tmp_path} {FLAGS}".split()
+    cut = set()
     for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
-        process = subprocess.Popen(command, **options)
-        before = cut.copy()
-        wait_for(lambda before=before: unfinished(tmp_path) - before)
+        process = subprocess.Popen(command, cwd=ROOT, env=ENVIRON, start_new_session=True)
+        wait_for(lambda: unfinished(tmp_path) - cut)
         os.killpg(process.pid, signum)
         assert process.wait(60) != 0
         wait_for(lambda: sh("pgrep", "-f", f"runs-dir {tmp_path}").returncode)
-        cut |= unfinished(tmp_path)
+        cut.update(unfinished(tmp_path))
     done = summaries(tmp_path)
     last = sh(*command)
     assert last.returncode == 0 and "10/10" in last.stderr, last.stdout
@@ -263,39 +225,31 @@ def test_a_suite_killed_three_times_continues_and_has_then_nothing_to_do(tmp_pat
 
 @pytest.mark.skipif(not shutil.which("slurmctld"), reason="no Slurm here: apt install slurm-wlm")
 @pytest.mark.slow
-def test_the_documented_lines_run_on_slurm_and_survive_a_requeue(tmp_path):
+def test_the_documented_lines_run_on_slurm_and_survive_a_requeue(tmp_path, monkeypatch):
     """On one node, whose arrays are too short for all runs at once."""
+    monkeypatch.setitem(ENVIRON, "SLURM_CONF", str(tmp_path / "slurm.conf"))
     runs = tmp_path / "runs"
-    page = (ROOT / "docs" / "benchmark.md").read_text()
+    page = (ROOT / "docs/benchmark.md").read_text()
     lines = re.search(r"With Slurm.*?```sh\n(.*?)```", page, re.DOTALL)[1]
     lines = lines.replace("continuous --dry-run", f"{TINY} {runs} --dry-run {FLAGS}")
     lines = lines.replace("runs/continuous", str(runs)).replace("-l 1000", "-l 6")
-    host = sh("hostname", "-s").stdout.strip()
-    names = {"host": host, "user": sh("id", "-un").stdout.strip(), "folder": tmp_path}
-    conf = (ROOT / "tests" / "slurm.conf").read_text().format(**names)
-    (tmp_path / "slurm.conf").write_text(conf)
+    host, user = sh("bash", "-c", "hostname -s; id -un").stdout.split()
+    conf = (ROOT / "tests/slurm.conf").read_text()
+    (tmp_path / "slurm.conf").write_text(conf.format(host=host, user=user, folder=tmp_path))
     (tmp_path / "state").mkdir()
     (tmp_path / "spool").mkdir()
-    env = ENVIRON | {"SLURM_CONF": str(tmp_path / "slurm.conf")}
-
-    def ask(*command):
-        return sh(*command, env=env).stdout
-
-    quiet = {"env": env, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
-    daemons = [
-        subprocess.Popen(words, **quiet) for words in (["slurmctld", "-D"], ["slurmd", "-D"])
-    ]
+    quiet = {"env": ENVIRON, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
+    daemons = [subprocess.Popen([name, "-D"], **quiet) for name in ("slurmctld", "slurmd")]
     try:
-        wait_for(lambda: "idle" in ask("sinfo"))
-        assert ask("bash", "-euc", lines).count("Submitted batch job") == 2
-        wait_for(unfinished, runs)
-        for job in ask("squeue", "-h", "-t", "R", "-o", "%i").split():
-            ask("scontrol", "requeue", job)
-        wait_for(lambda: not ask("squeue", "-h"))
+        wait_for(lambda: "idle" in sh("sinfo").stdout)
+        assert sh("bash", "-euc", lines).stdout.count("Submitted batch job") == 2
+        wait_for(lambda: unfinished(runs))
+        for job in sh("squeue", "-h", "-t", "R", "-o", "%i").stdout.split():
+            sh("scontrol", "requeue", job)
+        wait_for(lambda: not sh("squeue", "-h").stdout)
     finally:
         for daemon in daemons:
             daemon.terminate()
             daemon.wait()
-    logs = [log.read_text() for log in runs.glob("logs/*.log")]
-    assert len(logs) == len(summaries(runs)) == 10, logs
+    assert len(list(runs.glob("logs/*.log"))) == len(summaries(runs)) == 10
     assert any(json.loads(text)["continued_at"] for text in summaries(runs).values())
