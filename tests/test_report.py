@@ -122,20 +122,17 @@ def test_tables_have_means_and_standard_errors(page):
     assert rows[1] == [HOPPER, "0.500 ± 0.000", "0.500 ± 0.000"]
 
 
-def test_a_cell_says_how_many_seeds_it_lacks(tmp_path):
+def test_what_lacks_seeds_or_tasks_says_so(tmp_path):
     runs = make_grid(tmp_path / "runs")
     shutil.rmtree(next(runs.glob("Hopper*sppo*__0__*")))
-    rows = table_after(write_report(runs, out=tmp_path / "out"), "Last evaluation (seeds: 3):")
-    assert rows[1] == [HOPPER, "12.0 ± 1.2", "16.5 ± 1.5 (seeds: 2)"]
-
-
-def test_the_last_five_evaluations_need_ten(tmp_path):
-    folder = make_run(tmp_path / "runs", "dppo", 5)
-    table = pd.read_csv(folder / "progress.csv")
-    for count, expected in {10: table["return_mean"][5:10].mean(), 9: None}.items():
-        table[:count].to_csv(folder / "progress.csv", index=False)
-        row, _ = report.read_run(folder)
-        assert row["last5"] == (expected and pytest.approx(expected))
+    for seed in range(3):
+        make_run(runs, "ppo", 12 + seed, seed)
+    page = write_report(runs, out=tmp_path / "out")
+    rows = table_after(page, "Last evaluation (seeds: 3):")
+    assert rows[1][2:] == ["12.0 ± 1.2", "16.5 ± 1.5 (seeds: 2)"]
+    rows = table_after(page, "Interquartile mean")
+    assert rows[1] == ["ppo", ""]
+    assert rows[2][1]
 
 
 def test_noise_and_its_levels_have_tables_of_their_own(tmp_path):
@@ -162,12 +159,6 @@ def test_language_models_have_tables_of_their_columns(tmp_path):
     assert "sppo against ppo" in page  # there is no dppo
 
 
-def test_other_logged_quantities_on_request(grid, tmp_path):
-    page = write_report(grid / "runs", out=tmp_path / "out", logged=("charts/episodic_return",))
-    rows = table_after(page, "`charts/episodic_return`, mean over the run")
-    assert rows[1][1].startswith("3.00 ±")
-
-
 def test_runs_that_have_not_finished_are_named_and_not_used(tmp_path):
     runs = make_grid(tmp_path / "runs")
     begun = make_run(runs, "sppo", 1e6, seed=3, finished=False, vf_coef=9)
@@ -176,12 +167,6 @@ def test_runs_that_have_not_finished_are_named_and_not_used(tmp_path):
     page = write_report(runs, out=tmp_path / "out")
     assert f"**Begun, not finished: 2 ({begun.name}, {early.name}).**" in page
     assert table_after(page, "Last evaluation (seeds: 3):")[1][2] == "15.0 ± 1.7"
-
-
-def test_variants_follow_their_method():
-    methods = ["mine", "sppo-p", "sppo", "a2c", "dppo-norm", "dppo", "dppo"]
-    ordered = ["a2c", "dppo", "dppo-norm", "sppo", "sppo-p", "mine"]
-    assert report.in_order(methods) == ordered
 
 
 # ---- Statistics
@@ -225,10 +210,6 @@ def test_strata_are_drawn_by_themselves():
     value, *interval = report.bootstrap(cells, report.relative_difference)
     assert value == 1.5
     assert np.isnan(interval).all()
-    strata = [np.full(4, 0.0), np.full(4, 1.0)]
-    value, *interval = report.bootstrap([strata], report.interquartile_mean)
-    assert value == 0.5
-    assert np.isnan(interval).all()
 
 
 def test_one_seed_has_no_interval(tmp_path):
@@ -263,15 +244,6 @@ def test_interquartile_means_are_of_normalised_scores(page):
     assert rows[2][1].startswith(f"{middle:.2f} (")
 
 
-def test_a_method_that_lacks_a_task_has_no_interquartile_mean(tmp_path):
-    runs = make_grid(tmp_path / "runs")
-    for seed in range(3):
-        make_run(runs, "ppo", 12 + seed, seed)
-    rows = table_after(write_report(runs, out=tmp_path / "out"), "Interquartile mean")
-    assert rows[1] == ["ppo", ""]
-    assert rows[2][1]
-
-
 def test_differences_are_welchs_and_corrected(grid):
     runs = report.label_runs(*report.read_folders((grid / "runs",)), ())
     found = report.make_differences(runs, [("sppo", "dppo")])
@@ -289,12 +261,13 @@ def test_differences_are_welchs_and_corrected(grid):
     assert found["corrected"].to_numpy() == pytest.approx(by_hand.to_numpy())
 
 
-def test_a_pair_that_was_asked_for_comes_first(grid, tmp_path):
-    page = write_report(grid / "runs", out=tmp_path / "out", compare=("dppo", "sppo"))
-    assert "dppo against sppo" in page
-    assert "sppo against dppo" not in page
-    assert "dppo minus sppo" in page
-    assert "sppo minus dppo" not in page
+def test_pairs_and_logged_quantities_on_request(grid, tmp_path):
+    asked = {"compare": ("dppo", "sppo"), "logged": ("charts/episodic_return",)}
+    page = write_report(grid / "runs", out=tmp_path / "out", **asked)
+    assert "dppo against sppo" in page and "dppo minus sppo" in page
+    assert "sppo against dppo" not in page and "sppo minus dppo" not in page
+    rows = table_after(page, "`charts/episodic_return`, mean over the run")
+    assert rows[1][1].startswith("3.00 ±")
 
 
 def test_equal_scores_have_no_test():
@@ -410,10 +383,7 @@ def test_a_cell_with_two_settings_is_refused(tmp_path, changes, why):
     "options, why",
     [
         ({"compare": ("sppo",)}, "--compare sppo: not pairs"),
-        (
-            {"compare": ("sppo", "ppo")},
-            "--compare sppo ppo: no task has both; .* dppo, sppo",
-        ),
+        ({"compare": ("sppo", "ppo")}, "--compare sppo ppo: no task has both; .* dppo, sppo"),
         ({"logged": ("losses/entropie",)}, "--logged losses/entropie: no run has logged it"),
     ],
 )
@@ -430,19 +400,11 @@ def test_a_folder_that_is_no_report_is_not_written_to(grid, tmp_path):
 
 
 def test_folders_without_finished_runs_are_refused(grid, tmp_path):
-    empty = tmp_path / "empty"
-    empty.mkdir()
     begun = make_run(tmp_path / "runs", "sppo", 1, finished=False)
-    old = make_run(tmp_path / "runs", "dppo", 1)
-    recorded = json.loads((old / "args.json").read_text())
-    del recorded["identity"]
-    (old / "args.json").write_text(json.dumps(recorded))
     refused = {
         (): "none of 0 runs",
-        (empty,): "empty: no runs in it",
         (tmp_path / "none",): "none: no runs in it",
         (begun,): "none of 1 runs has finished",
-        (old,): "a run of an earlier version of the scripts",
         (grid / "runs", grid / "runs"): "2 runs of this name",
     }
     for folders, why in refused.items():
