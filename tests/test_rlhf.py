@@ -838,7 +838,7 @@ def test_two_processes_do_what_one_does(run, summaries, tmp_path, task):
         values = value if isinstance(value, tuple) else [str(value)]
         command += [f"--{name.replace('_', '-')}", *values]
     alone = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=alone)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=alone)
     output = done.stdout + done.stderr
     assert done.returncode == 0, output[-3000:]
     two = tmp_path / "two"
