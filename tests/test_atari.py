@@ -1,7 +1,7 @@
 """What is particular to Atari: games, evaluations, network, schedules, random numbers.
 
 Text that both scripts share, which `test_repository.py` guards, is tested on `sppo_atari.py` alone
-where testing it twice would take long. Advantages and noise: see test_continuous.py."""
+where testing it twice would take long. Advantages and noise: see test_control.py."""
 
 import ale_py
 import cv2

@@ -446,16 +446,6 @@ def test_on_a_gpu_a_run_is_compiled_and_continued(setting, launch, tmp_path):
     assert checkpoint(tmp_path / "run")["continued_at"] == [128]
 
 
-@pytest.mark.parametrize("setting", CONTINUOUS, ids=str, indirect=True)
-def test_an_evaluation_ends_without_the_environments_help(setting):
-    endless = SimpleNamespace(
-        reset=lambda seed: (np.zeros(2), {}), step=lambda _: (np.zeros(2), 0.5, False, False, {})
-    )
-    agent = SimpleNamespace(numpy_actor=lambda: lambda obs: [0], to_env=lambda action: action)
-    returns, lengths = setting.script.evaluate(agent, endless, lambda obs: obs, 1, seed=0)
-    assert (returns.tolist(), lengths.tolist()) == ([50_000.0], [100_000.0])
-
-
 def test_evaluate_plays_the_latest_agent_of_a_run(setting, launch, tmp_path):
     """Of an unfinished and of a finished one: with the seed of an evaluation, its very score."""
     flags = {"eval_freq": 64, "eval_episodes": 3, "total_timesteps": 128}
