@@ -436,9 +436,10 @@ def test_advantages_flip_anew_in_each_epoch(setting, tmp_path, monkeypatch):
         clean.append(advantage.astype(np.float32).flatten())
         return advantage, returns
 
-    def checked_flips(advantage, *rest):
+    def checked_flips(advantage, level, generator):
+        assert level == 0.4
         np.testing.assert_array_equal(advantage, clean[-1])  # not those that flipped before
-        return perturb_advantage(advantage, *rest)
+        return perturb_advantage(advantage, level, generator)
 
     def recording_gradient(agent, args, *minibatch):
         trained.append(minibatch[-3 if setting.atari else -2].numpy().copy())
