@@ -430,9 +430,13 @@ def seeds(setting, monkeypatch):
     return seen
 
 
-def test_evaluations_of_a_run_play_different_games(setting, tmp_path, seeds):
+def test_evaluations_of_a_run_play_different_games(setting, tmp_path, seeds, monkeypatch):
+    """And sample anew: actions of a policy that is almost uniform."""
+    actions = setting.record_actions(monkeypatch)
     setting.run(tmp_path, eval_freq=64, eval_episodes=3)
     assert len(seeds) == len(set(seeds)) == 2 + 4 * 3
+    first, second, *_ = np.reshape([action for action in actions if len(action) == 3], (4, 30))
+    assert (first == second).mean() < 0.7
 
 
 def test_runs_with_neighbouring_seeds_share_no_games(setting, tmp_path, seeds):

@@ -314,7 +314,6 @@ def test_gaussian_actions_reach_the_environment_within_its_bounds(setting, tmp_p
     actions = setting.record_actions(monkeypatch)
     setting.run(tmp_path, policy="gaussian")
     actions = np.concatenate(actions)
-    assert np.array_equal(np.unique(torch.cat(trained).clip(-1, 1)), np.unique(actions))
     assert torch.cat(trained).abs().max() > 1.5
     assert abs(actions).max() == 1
     assert 0.5 < (abs(actions) < 1).mean() < 0.9  # a standard normal: 0.68

@@ -34,7 +34,7 @@ def setting(request):
 
 A2C = {"learning_rate": 7e-4, "rmsprop_eps": 1e-5, "gae_lambda": 1.0, "norm_adv": False}
 PPO = {"adam_eps": 1e-5, "gae_lambda": 0.95, "norm_adv": True}
-AUTHORS = {  # in their public code
+AUTHORS = {  # in their public code, which has no SA2C: its beta is ours
     "sppo_continuous": PPO
     | {"num_envs": 1, "num_steps": 2048, "num_minibatches": 32, "update_epochs": 10}
     | {"learning_rate": 3e-4, "clip_coef": 0.2, "vf_coef": 0.5, "ent_coef": 0.0, "beta": 20.0},
@@ -47,14 +47,12 @@ AUTHORS = {  # in their public code
 
 
 def test_defaults_are_the_authors_settings(setting):
-    """But for SA2C's weights, which are ours."""
     args = vars(setting.script.Args())
     common = {"gamma": 0.99, "max_grad_norm": 0.5, "alpha": 0.5, "z": -1.0, "noise_level": 0.0}
     for name, value in (common | AUTHORS[str(setting)]).items():
         assert args[name] == value, name
     assert setting.script.Args(beta=0.0).alpha == 1.0  # the baseline's loss is not halved
     levels = {"normal": 0.05, "uniform": 0.05, "adv_flip": 0.1}
-    levels |= {"flip": 0.1} if setting.atari else {}
     for noise, level in levels.items():
         assert setting.script.Args(noise=noise).noise_level == level
 
