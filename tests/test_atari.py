@@ -433,8 +433,12 @@ def seeds(setting, monkeypatch):
     return seen
 
 
-def test_evaluations_of_a_run_play_different_games(setting, tmp_path, seeds):
+def test_evaluations_of_a_run_play_different_games(setting, tmp_path, seeds, monkeypatch):
+    """And sample anew: actions of a policy that is almost uniform."""
+    actions = setting.record_actions(monkeypatch)
     _, folder = setting.run(tmp_path, eval_freq=64, eval_episodes=3)
+    first, second, *_ = np.reshape([action for action in actions if len(action) == 3], (4, 30))
+    assert (first == second).mean() < 0.7
     setting.script.evaluate_run(setting.script.Args(evaluate=str(folder)))  # with the run's seed
     assert len(seeds) == len(set(seeds)) == 2 + 4 * 3 + 10
 

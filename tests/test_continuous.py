@@ -335,9 +335,19 @@ def test_actions_answer_the_latest_observation_by_the_latest_weights(
 
 
 def test_gaussian_actions_reach_the_environment_within_its_bounds(setting, tmp_path, monkeypatch):
+    """And train as they were sampled, with the density of that."""
+    gradient_and_metrics = setting.script.gradient_and_metrics
+    trained = []
+
+    def recording_gradient(agent, args, obs, action, *rest):
+        trained.append(action.clone())
+        return gradient_and_metrics(agent, args, obs, action, *rest)
+
+    monkeypatch.setattr(setting.script, "gradient_and_metrics", recording_gradient)
     actions = setting.record_actions(monkeypatch)
     setting.run(tmp_path, policy="gaussian")
     actions = np.concatenate(actions)
+    assert torch.cat(trained).abs().max() > 1.5
     assert abs(actions).max() == 1
     assert 0.5 < (abs(actions) < 1).mean() < 0.9  # a standard normal: 0.68
     assert len(np.unique(actions[abs(actions) < 1])) > 100  # not cut to integers

@@ -30,6 +30,33 @@ def setting(request):
     return request.param
 
 
+# ---- Settings
+
+A2C = {"learning_rate": 7e-4, "rmsprop_eps": 1e-5, "gae_lambda": 1.0, "norm_adv": False}
+PPO = {"adam_eps": 1e-5, "gae_lambda": 0.95, "norm_adv": True}
+AUTHORS = {  # in their public code, which has no SA2C: its beta is ours
+    "sppo_continuous": PPO
+    | {"num_envs": 1, "num_steps": 2048, "num_minibatches": 32, "update_epochs": 10}
+    | {"learning_rate": 3e-4, "clip_coef": 0.2, "vf_coef": 0.5, "ent_coef": 0.0, "beta": 20.0},
+    "sa2c_continuous": A2C | {"num_envs": 4, "num_steps": 8, "vf_coef": 0.5, "ent_coef": 0.0},
+    "sppo_atari": PPO
+    | {"num_envs": 8, "num_steps": 128, "num_minibatches": 4, "update_epochs": 4}
+    | {"learning_rate": 2.5e-4, "clip_coef": 0.1, "vf_coef": 0.5, "ent_coef": 0.01, "beta": 1.0},
+    "sa2c_atari": A2C | {"num_envs": 16, "num_steps": 5, "vf_coef": 0.25, "ent_coef": 0.01},
+}
+
+
+def test_defaults_are_the_authors_settings(setting):
+    args = vars(setting.script.Args())
+    common = {"gamma": 0.99, "max_grad_norm": 0.5, "alpha": 0.5, "z": -1.0, "noise_level": 0.0}
+    for name, value in (common | AUTHORS[str(setting)]).items():
+        assert args[name] == value, name
+    assert setting.script.Args(beta=0.0).alpha == 1.0  # the baseline's loss is not halved
+    levels = {"normal": 0.05, "uniform": 0.05, "adv_flip": 0.1}
+    for noise, level in levels.items():
+        assert setting.script.Args(noise=noise).noise_level == level
+
+
 # ---- Advantages and noise
 
 
@@ -407,9 +434,10 @@ def test_advantages_flip_anew_in_each_epoch(setting, tmp_path, monkeypatch):
         clean.append(advantage.astype(np.float32).flatten())
         return advantage, returns
 
-    def checked_flips(advantage, *rest):
+    def checked_flips(advantage, level, generator):
+        assert level == 0.4
         np.testing.assert_array_equal(advantage, clean[-1])  # not those that flipped before
-        return perturb_advantage(advantage, *rest)
+        return perturb_advantage(advantage, level, generator)
 
     def recording_gradient(agent, args, *minibatch):
         trained.append(minibatch[-3 if setting.atari else -2].numpy().copy())
