@@ -958,6 +958,7 @@ def train(args: Args):
         # Written last, since it marks the run as finished
         save_json(args.run_dir / "summary.json", progress.evaluations[-1] | outcome)
     accelerator.wait_for_everyone()  # the first process may still be writing
+    del setup  # if DDP is freed after its process group, PyTorch may deadlock (its issue 56297)
     accelerator.end_training()
 
 

@@ -9,6 +9,7 @@ import shutil
 import subprocess
 import sys
 import time
+import weakref
 from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -838,7 +839,7 @@ def test_two_processes_do_what_one_does(run, summaries, tmp_path, task):
         values = value if isinstance(value, tuple) else [str(value)]
         command += [f"--{name.replace('_', '-')}", *values]
     alone = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(command, capture_output=True, text=True, timeout=600, env=alone)
+    done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=alone)
     output = done.stdout + done.stderr
     assert done.returncode == 0, output[-3000:]
     two = tmp_path / "two"
@@ -847,6 +848,24 @@ def test_two_processes_do_what_one_does(run, summaries, tmp_path, task):
     before, after = ([x["response"] for x in read_samples(folder)] for folder in (one, two))
     assert before == after
     torch.testing.assert_close(weights(two), weights(one), rtol=0, atol=2e-5)
+
+
+def test_ddp_is_freed_before_its_process_group(run, monkeypatch):
+    """Else a process may never end: DDP's destructor, which holds the GIL, would wait for a thread
+    of the process group that waits for the GIL."""
+    setups = []
+    alive = []
+    load = rlhf.load
+
+    def recording_load(args):
+        setup = load(args)
+        setups.append(weakref.ref(setup))
+        return setup
+
+    monkeypatch.setattr(rlhf, "load", recording_load)
+    monkeypatch.setattr(Accelerator, "end_training", lambda _: alive.append(setups[0]()))
+    run(total_timesteps=8)
+    assert alive == [None]
 
 
 @pytest.mark.slow
