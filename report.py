@@ -4,10 +4,9 @@
     python report.py results/evidence --compare sppo dppo ppo dppo   # packed runs; chosen pairs
     python report.py runs/quick --pack results/quick                 # pack them, for git
 
-A method is what runs call `--exp-name`. A cell is a method on one task with one kind of reward:
-clean, or a kind and level of noise. Its runs may differ in their seed and in where and how fast
-they ran, otherwise there is no report. Packed runs are two files: runs.csv.gz, a row for each run
-with its arguments and scores, and progress.csv.gz, a row for each evaluation."""
+A cell is a method (`--exp-name`) on one task with one kind of reward: clean, or a kind and level of
+noise. Its runs may differ in seed and in where and how fast they ran. Packed runs are two files:
+runs.csv.gz, a row for each run, and progress.csv.gz, a row for each evaluation."""
 
 import json
 import math
@@ -50,10 +49,14 @@ MEASURES = {  # columns of runs
 # A symmetric method and what it is compared with: the first of them that is there
 BASELINES = {"sppo": ["dppo", "ppo"], "sa2c": ["da2c", "a2c"]}
 
-# Methods in the order of tables; other methods get OTHER_COLORS, in alphabetical order
-COLORS = {"a2c": "goldenrod", "da2c": "darkgreen", "sa2c": "navy"}
-COLORS |= {"ppo": "tab:orange", "dppo": "tab:green", "sppo": "tab:blue"}
-OTHER_COLORS = "tab:red tab:purple tab:brown tab:pink tab:gray tab:olive tab:cyan black".split()
+# Methods in the order of tables, then variants; others get OTHER_COLORS, in alphabetical order
+COLORS = """\
+a2c goldenrod, da2c darkgreen, sa2c navy, ppo tab:orange, dppo tab:green, sppo tab:blue, \
+dppo-coef tab:red, ppo-coef tab:red, dppo-norm tab:purple, ppo-norm tab:purple, ppo-ce tab:pink, \
+ppo-ce-eps deeppink, ppo-eps tab:gray, sppo-eps tab:cyan, ppo-corrected tab:olive, \
+sppo-p tab:brown, sb3-ppo black, sb3-a2c black"""
+COLORS = dict(item.split() for item in COLORS.split(", "))
+OTHER_COLORS = "violet lime teal crimson tan indigo gold slategray".split()
 
 # What may differ between the runs of a cell, besides what follows from it
 FREE = "seed run_name runs_dir device compile track capture_video evaluate micro_batch_size".split()
@@ -71,7 +74,8 @@ class Args:
     folders: tyro.conf.Positional[tuple[Path, ...]]
     # Folder for report.md and its figures; an earlier report there is replaced
     out: Path = Path("report")
-    # Pairs of methods, such as: sppo dppo sppo ppo; default: symmetric ones and their baselines
+    # Pairs of methods, such as: sppo dppo sppo ppo; default: symmetric ones and their baselines.
+    # If given, curves are of these methods only
     compare: tuple[str, ...] = ()
     # Logged quantities to make tables of, as means over the evaluations of a run
     logged: tuple[str, ...] = ("losses/clipped_gradients", "losses/advantage_sign_flips")
@@ -87,8 +91,7 @@ class Refusal(ValueError):
 
 
 def read_folders(folders: tuple[Path, ...]) -> tuple[DataFrame, DataFrame]:
-    """All runs in `folders`, a row each, and their evaluations. Raises Refusal if a folder has
-    none, if two runs have the same name, or if none has finished."""
+    """All runs, a row each, and evaluations. Raises Refusal: none, none finished, a name twice."""
     rows = []
     progress = []
     for folder in folders:
@@ -123,8 +126,7 @@ def read_csv(path: Path) -> DataFrame:
 
 
 def read_run(path: Path) -> tuple[dict, DataFrame]:
-    """A run's arguments, SCORES and PROVENANCE; and its evaluations, a row each. Raises Refusal if
-    an earlier version of the scripts has written it."""
+    """A run's arguments, SCORES, PROVENANCE; its evaluations. Raises Refusal if it is too old."""
     recorded = json.loads((path / "args.json").read_text())
     if "identity" not in recorded:
         raise Refusal(f"{path}: a run of an earlier version of the scripts")
@@ -157,8 +159,7 @@ def read_run(path: Path) -> tuple[dict, DataFrame]:
 
 
 def pack(runs: DataFrame, progress: DataFrame, folder: Path) -> None:
-    """Writes both tables into `folder`; equal runs give equal bytes. Raises Refusal if it has runs
-    that are not among these."""
+    """Writes both tables; equal runs give equal bytes. Raises Refusal if others are there."""
     packed = folder / "runs.csv.gz"
     if packed.exists():
         lost = set(read_csv(packed)["run_name"]) - set(runs["run_name"])
@@ -181,9 +182,8 @@ def pack(runs: DataFrame, progress: DataFrame, folder: Path) -> None:
 
 
 def label_runs(runs: DataFrame, progress: DataFrame, logged: tuple) -> DataFrame:
-    """Finished runs with `reward`, the kind of reward they learned from, and what `extra_columns`
-    names: logged quantities as means over the evaluations of a run, others from the last one.
-    Raises Refusal where a cell mixes settings."""
+    """Finished runs with `reward`, the kind they learned from, and `extra_columns`: logged ones as
+    means over a run, others from the last evaluation. Raises Refusal if a cell mixes settings."""
     finished = runs[runs["finished"]].copy()
     clean = finished["noise"] == "none"
     finished["noise_level"] = finished["noise_level"].mask(clean, 0.0)
@@ -347,11 +347,9 @@ def make_differences(runs: DataFrame, pairs: list[tuple]) -> DataFrame:
 
 
 def markdown(table: DataFrame) -> str:
-    lines = []
     rule = ["---"] * len(table.columns)
-    for row in [table.columns, rule, *table.to_numpy()]:
-        lines.append(f"| {' | '.join(row)} |")
-    return "\n".join(lines)
+    rows = [table.columns, rule, *table.to_numpy()]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def number(value: float, error: float = math.nan) -> str:
@@ -428,8 +426,7 @@ def pooled_text(runs: DataFrame, pairs: list[tuple]) -> list[str]:
 
 
 def pool(cells: dict, a: str, b: str) -> list[str]:
-    """How many `cells` both methods have, a's relative difference from b, and how often it beats b,
-    as texts; nothing if there is no cell."""
+    """Cells that both have, a's relative difference from b, how often it beats b: texts, if any."""
     both = []
     positive = []  # a share of a score that may be negative means nothing
     runs = 0
@@ -520,13 +517,16 @@ def draw_curves(runs: DataFrame, progress: DataFrame, file: Path) -> list[str]:
     methods = in_order(labelled["exp_name"])
     others = [name for name in methods if name not in COLORS]
     palette = COLORS | dict(zip(others, cycle(OTHER_COLORS)))
-    size = {"height": 3, "aspect": 1.3, "sharex": False, "sharey": False}
+    height = 4.5 if labelled["env_id"].nunique() == 1 else 3
+    size = {"height": height, "aspect": 1.3, "sharex": False, "sharey": False}
     grid = sns.FacetGrid(labelled, row="reward", col="env_id", **size)
     hue = {"hue": "exp_name", "hue_order": methods, "palette": palette}
     grid.map_dataframe(sns.lineplot, "step", "return_mean", errorbar="se", **hue)
     grid.add_legend()
     grid.set_titles("{col_name}, {row_name}")
-    grid.set_axis_labels("steps", "return of evaluations")
+    texts = set(runs["script"]) == {"sppo_rlhf.py"}
+    labels = ["texts", "reward"] if texts else ["steps", "return of evaluations"]
+    grid.set_axis_labels(*labels)
     grid.savefig(file, dpi=80)
     plt.close(grid.figure)
     title = "Evaluations, mean and, shaded, standard error over seeds:"
@@ -571,7 +571,6 @@ def main(args: Args) -> None:
     differences = make_differences(runs, pairs)
     if args.pack:
         pack(everything, progress, args.pack)
-
     out.mkdir(parents=True, exist_ok=True)
     for picture in ("curves.png", "differences.png"):
         (out / picture).unlink(missing_ok=True)  # of an earlier report
@@ -581,7 +580,8 @@ def main(args: Args) -> None:
     shown = shown[shown["measure"] == "last evaluation"].sort_values("env_id")
     page += draw_differences(shown, out / "differences.png")
     page += middle_table(runs)
-    page += draw_curves(runs, progress, out / "curves.png")
+    drawn = runs[runs["exp_name"].isin(args.compare or runs["exp_name"])]
+    page += draw_curves(drawn, progress, out / "curves.png")
     for reward, part in runs.groupby("reward", sort=False):
         page.append(f"## Scores, {reward}")
         for measure in [*MEASURES, *extra_columns(progress, args.logged)]:

@@ -3,21 +3,22 @@
     python docs/figures.py                # into docs/figures/
     python docs/figures.py --out FOLDER
 
-Losses and gradients come from the scripts' own functions, by automatic differentiation. A method
-has the same colour as in the pictures of report.py.
+Losses and gradients come from the scripts' own functions, by automatic differentiation; the runs
+are the notebook's. A method has the same colour as in the pictures of report.py.
 """
 
 import argparse
+import base64
+import json
 import sys
 from pathlib import Path
 
 import matplotlib
 import matplotlib.pyplot as plt
-import pandas as pd
-import seaborn as sns
 import torch
 
 ROOT = Path(__file__).resolve().parent.parent
+NOTEBOOK = ROOT / "docs/symmetric_loss.ipynb"
 sys.path.insert(0, str(ROOT))
 
 from report import COLORS as REPORT_COLORS  # noqa: E402
@@ -31,8 +32,7 @@ CLIP = 0.2
 PROBABILITIES = torch.linspace(0.002, 0.998, 499, dtype=torch.float64)
 
 COLORS = {method: REPORT_COLORS[method.lower()] for method in ("A2C", "SA2C", "PPO", "SPPO")}
-LABELS = {"ppo": "PPO (Gaussian)", "dppo": "DPPO", "sppo": "SPPO"}
-COLORS |= {VARIANT: "tab:brown", "reverse": "black", "generalised": "tab:gray"}
+COLORS |= {VARIANT: REPORT_COLORS["sppo-p"], "reverse": "black", "generalised": "tab:gray"}
 
 
 def policy_loss(method, log_prob, old_log_prob, advantage):
@@ -128,27 +128,14 @@ def draw_weights(folder):
     save(figure, folder / "gradient-weights.png")
 
 
-def draw_learning_curves(folder):
-    """Evaluations of three methods that train on noisy rewards: mean and standard error."""
-    suite = ROOT / "results/evidence"
-    runs = pd.read_csv(suite / "runs.csv.gz")
-    runs = runs[(runs["noise"] == "normal") & runs["exp_name"].isin(LABELS)]
-    progress = pd.read_csv(suite / "progress.csv.gz")[["run_name", "step", "return_mean"]]
-    points = runs[["run_name", "env_id", "exp_name"]].merge(progress)
-    points["million steps"] = points["step"] / 1e6
-    points["method"] = points["exp_name"].map(LABELS)
-    tasks = points["env_id"].unique()
-    figure, axes = plt.subplots(1, len(tasks), figsize=(10, 2.8))
-    palette = {label: REPORT_COLORS[name] for name, label in LABELS.items()}
-    for ax, task in zip(axes, tasks):
-        shown = points[points["env_id"] == task]
-        options = {"hue": "method", "hue_order": LABELS.values(), "palette": palette, "ax": ax}
-        sns.lineplot(shown, x="million steps", y="return_mean", errorbar="se", **options)
-        ax.set_title(task, fontsize=10)
-        ax.set_ylabel("return of evaluations" if ax is axes[0] else "")
-        ax.legend(fontsize=8, loc="lower right")
-        ax.grid(alpha=0.3)
-    save(figure, folder / "learning-curves.png")
+def copy_same_run(folder):
+    """The notebook's picture of SPPO, of DPPO with alpha k, which lies on it, and of DPPO."""
+    for cell in json.loads(NOTEBOOK.read_text())["cells"]:
+        if "plot_runs(default)" in "".join(cell["source"]):
+            (image,) = [o["data"]["image/png"] for o in cell["outputs"] if "data" in o]
+    path = folder / "same-run.png"
+    path.write_bytes(base64.b64decode(image))
+    print(path)
 
 
 def save(figure, path):
@@ -167,7 +154,7 @@ def main():
     plt.rcParams["figure.constrained_layout.use"] = True
     draw_losses(folder)
     draw_weights(folder)
-    draw_learning_curves(folder)
+    copy_same_run(folder)
 
 
 if __name__ == "__main__":

@@ -77,6 +77,13 @@ def test_a_detail_names_functions_of_its_script(page):
     assert details == [str(i) for i in range(1, len(details) + 1)]
 
 
+def test_readme_quotes_the_two_lines_of_the_script():
+    (block,) = code_blocks(PAGES["README.md"], "python")
+    name, *lines = block.splitlines()
+    assert len(lines) == 2
+    assert set(lines) <= set((ROOT / name.removeprefix("# ")).read_text().splitlines())
+
+
 @pytest.mark.parametrize("text", PAGES.values(), ids=PAGES)
 def test_the_functions_and_flags_that_a_page_names_exist(text):
     for file, function in re.findall(r"`([\w/]+\.py):(\w+)`", text):

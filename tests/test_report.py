@@ -309,6 +309,20 @@ def test_figures_show_every_method_in_its_own_colour(tmp_path, monkeypatch):
     assert labels == ["sppo minus dppo, clean"]
 
 
+def test_curves_of_chosen_methods_only_and_in_texts_for_language_models(tmp_path, monkeypatch):
+    kept = []
+    monkeypatch.setattr(report.plt, "close", kept.append)
+    runs = make_grid(tmp_path / "runs")
+    make_run(runs, "mine", 3)
+    for path in runs.glob("*/args.json"):
+        path.write_text(path.read_text().replace("sppo_continuous.py", "sppo_rlhf.py"))
+    write_report(runs, out=tmp_path / "out", figures=True, compare=("sppo", "dppo"))
+    _, curves = kept
+    assert [text.get_text() for text in curves.legends[0].get_texts()] == ["dppo", "sppo"]
+    assert curves.axes[0].get_xlabel() == "texts"
+    assert curves.axes[0].get_ylabel() == "reward"
+
+
 # ---- Packing
 
 

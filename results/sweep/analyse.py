@@ -104,28 +104,29 @@ def print_settings(cells):
 
 
 def draw(runs):
-    labels = runs["method"].str.upper() + ", " + runs["rewards"]
+    """A row for each task and kind of rewards, a column for each clip range."""
+    runs = runs.assign(cell=runs["task"].str.partition("-")[0] + ", " + runs["rewards"])
     grid = sns.relplot(
-        runs.assign(method=labels).rename(columns={"clip_coef": "clip range"}),
+        runs.rename(columns={"clip_coef": "clip range"}),
         kind="line",
         x="learning_rate",
         y="score",
-        hue="clip range",
-        col="method",
-        col_order=["DPPO, clean", "SPPO, clean", "DPPO, noisy", "SPPO, noisy"],
-        row="task",
-        palette="viridis",
+        hue="method",
+        palette={"dppo": "tab:green", "sppo": "tab:blue"},  # as in report.py
+        col="clip range",
+        row="cell",
         errorbar="se",
         err_style="bars",
         marker="o",
-        height=2.4,
+        height=2,
+        aspect=1.3,
         facet_kws={"sharey": "row"},
     )
     grid.set(xscale="log", xticks=RATES, xticklabels=RATES)
-    grid.set_titles("{col_name}")
-    for task, axes in zip(grid.row_names, grid.axes):
-        axes[0].set_ylabel(f"{task}\nlast five evaluations")
+    grid.set_titles("clip range {col_name}")
     grid.set_xlabels("learning rate")
+    for cell, axes in zip(grid.row_names, grid.axes):
+        axes[0].set_ylabel(cell.replace("Continuous", ""))
     grid.savefig(HERE / "sweep.png", dpi=80)
 
 
