@@ -12,6 +12,7 @@ from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import tyro
@@ -369,3 +370,35 @@ def test_the_list_of_metrics_is_complete_for_language_models(toy, tmp_path, monk
     csv = {name.replace("NAME", *reward) for name in names}
     assert tags | toy_tags == expected
     assert columns | toy_columns == csv | expected - NOT_IN_CSV
+
+
+def packed(suite, method, metric, **settings):
+    """A metric in all evaluations of a suite's runs of the methods that begin with `method`."""
+    folder = ROOT / "results" / suite
+    runs = pd.read_csv(folder / "runs.csv.gz")
+    for name, value in settings.items():
+        runs = runs[runs[name] == value]
+    names = runs["run_name"][runs["exp_name"].str.split("-lr").str[0] == method]
+    progress = pd.read_csv(folder / "progress.csv.gz")
+    progress = progress[progress["run_name"].isin(names)]
+    return progress.get(f"losses/{metric}", pd.Series(dtype=float)).dropna()
+
+
+def test_what_is_normal_is_what_packed_runs_have():
+    text = sections(PAGES["docs/usage.md"])["What is normal"]
+    rows = re.findall(r"(?m)^\| `(\w+)` \|(.+)\|$", text)
+    assert len(rows) == 6
+    default = {"learning_rate": 3e-4, "clip_coef": 0.2}
+    columns = [("sweep", "dppo", default), ("sweep", "sppo", default)]
+    for suite in ("evidence-breakout", "evidence-imdb"):
+        columns += [(suite, "ppo", {}), (suite, "sppo", {})]
+    for metric, cells in rows:
+        for cell, (suite, method, settings) in zip(cells.split("|"), columns, strict=True):
+            values = packed(suite, method, metric, **settings)
+            low, high = values.quantile([0.05, 0.95])
+            assert cell.strip() == (f"{low:.2g} to {high:.2g}" if len(values) else "")
+    rates = {rate: default | {"learning_rate": rate} for rate in (0.001, 0.0001)}
+    for metric in ("approx_kl", "clipfrac"):
+        for settings in rates.values():
+            both = [packed("sweep", method, metric, **settings) for method in ("dppo", "sppo")]
+            assert f"{pd.concat(both).median():.2g}" in text
