@@ -41,11 +41,13 @@ def policy_loss(method, log_prob, old_log_prob, advantage):
         plain_loss, reverse_loss = a2c_losses(log_prob, advantage, Z)
     else:
         plain_loss, reverse_loss = ppo_losses(log_prob, old_log_prob, advantage, CLIP, Z)
+        ratio = (log_prob - old_log_prob).exp()
+        unclipped = advantage * ratio <= advantage * ratio.clamp(1 - CLIP, 1 + CLIP)
+        constant = advantage * Z / old_log_prob.exp()  # the scripts leave it out
+        reverse_loss = reverse_loss - torch.where(unclipped, constant, 0.0).mean()
     if method in ("A2C", "PPO"):
         return plain_loss
     if method == VARIANT:
-        ratio = (log_prob - old_log_prob).exp()
-        unclipped = advantage * ratio <= advantage * ratio.clamp(1 - CLIP, 1 + CLIP)
         reverse = advantage * Z * (1 - log_prob.exp())
         reverse_loss = -torch.where(unclipped, reverse, 0.0).mean()
     return ALPHA * plain_loss + BETA * reverse_loss
@@ -89,11 +91,11 @@ def draw_losses(folder):
             right.plot(p, loss - loss[start], line, color=COLORS[method], label=label)
     right.axvline(P_OLD, color="black", lw=0.6)
     right.set_title(f"p_old = {P_OLD} (vertical line), clip range {CLIP}", fontsize=10)
-    right.set_ylim(-1.3, 2)
+    right.set_ylim(-3.2, 2.8)
     right.set_ylabel(f"loss, less the loss at p = {P_OLD}")
     for ax in (left, right):
         ax.set_xlabel("p, probability of the action taken")
-        ax.legend(fontsize=8, loc="upper right" if ax is left else "lower right")
+        ax.legend(fontsize=8, loc="upper right" if ax is left else "lower left")
         ax.grid(alpha=0.3)
     save(figure, folder / "losses.png")
 

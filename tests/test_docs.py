@@ -12,6 +12,7 @@ from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 import tyro
@@ -306,6 +307,38 @@ def test_a_new_metric(tmp_path, monkeypatch):
     assert row["return_worst"] < row["return_mean"]
 
 
+def test_the_numbers_for_sppo_elsewhere():
+    text = SECTIONS["The symmetric loss elsewhere"]
+    rows = re.findall(r"(?m)^\| `(\w+\.py.*?)` \| (.+?) ?\|$", text)
+    assert len(rows) == 4
+    for command, cells in rows:
+        _, args = parse(command.split())
+        k = args.alpha + args.beta * abs(args.z)
+        names = ["vf_coef", "ent_coef", "max_grad_norm", "adam_eps", "ce_coef"]
+        weights = [getattr(args, name) if hasattr(args, name) else None for name in names]
+        divided = ["" if weight is None else f"{weight / k:.4g}" for weight in weights]
+        assert [cell.strip() for cell in cells.split("|")] == [f"{k:g}", *divided]
+
+
+def test_the_loss_in_cleanrls_ppo():
+    """Its gradient is k times that of CleanRL's; the other losses count as before."""
+    *_, block = code_blocks(SECTIONS["The symmetric loss elsewhere"], "python")
+    torch.manual_seed(0)
+    A, old, v_loss, entropy_loss = torch.randn(4, 100, dtype=torch.float64)
+    new = (old + 0.3 * torch.randn(100)).requires_grad_()
+    names = {"newlogprob": new, "b_logprobs": old, "mb_advantages": A, "mb_inds": slice(None)}
+    names |= {"v_loss": v_loss.mean(), "entropy_loss": entropy_loss.mean()}
+    names["args"] = SPPO_CONTINUOUS.script.Args(ent_coef=0.1)
+    names["symmetric_policy_losses"] = SPPO_CONTINUOUS.script.symmetric_policy_losses
+    exec(block, names)
+    ratio = (new - old).exp()
+    pg_loss = torch.max(-A * ratio, -A * ratio.clamp(0.8, 1.2)).mean()
+    others = 0.5 * v_loss.mean() - 0.1 * entropy_loss.mean()
+    torch.testing.assert_close(names["loss"] - names["pg_loss"], others)
+    (expected,) = torch.autograd.grad(20.5 * pg_loss + others, new)
+    torch.testing.assert_close(torch.autograd.grad(names["loss"], new)[0], expected)
+
+
 # ---- Metrics
 
 
@@ -358,3 +391,35 @@ def test_the_list_of_metrics_is_complete_for_language_models(toy, tmp_path, monk
     csv = {name.replace("NAME", *reward) for name in names}
     assert tags | toy_tags == expected
     assert columns | toy_columns == csv | expected - NOT_IN_CSV
+
+
+def packed(suite, method, metric, **settings):
+    """A metric in all evaluations of a suite's runs of the methods that begin with `method`."""
+    folder = ROOT / "results" / suite
+    runs = pd.read_csv(folder / "runs.csv.gz")
+    for name, value in settings.items():
+        runs = runs[runs[name] == value]
+    names = runs["run_name"][runs["exp_name"].str.split("-lr").str[0] == method]
+    progress = pd.read_csv(folder / "progress.csv.gz")
+    progress = progress[progress["run_name"].isin(names)]
+    return progress.get(f"losses/{metric}", pd.Series(dtype=float)).dropna()
+
+
+def test_what_is_normal_is_what_packed_runs_have():
+    text = sections(PAGES["docs/usage.md"])["What is normal"]
+    rows = re.findall(r"(?m)^\| `(\w+)` \|(.+)\|$", text)
+    assert len(rows) == 6
+    default = {"learning_rate": 3e-4, "clip_coef": 0.2}
+    columns = [("sweep", "dppo", default), ("sweep", "sppo", default)]
+    for suite in ("evidence-breakout", "evidence-imdb"):
+        columns += [(suite, "ppo", {}), (suite, "sppo", {})]
+    for metric, cells in rows:
+        for cell, (suite, method, settings) in zip(cells.split("|"), columns, strict=True):
+            values = packed(suite, method, metric, **settings)
+            low, high = values.quantile([0.05, 0.95])
+            assert cell.strip() == (f"{low:.2g} to {high:.2g}" if len(values) else "")
+    rates = {rate: default | {"learning_rate": rate} for rate in (0.001, 0.0001)}
+    for metric in ("approx_kl", "clipfrac"):
+        for settings in rates.values():
+            both = [packed("sweep", method, metric, **settings) for method in ("dppo", "sppo")]
+            assert f"{pd.concat(both).median():.2g}" in text

@@ -59,8 +59,10 @@ def test_the_reverse_a2c_loss_lowers_the_best_actions_logit():
     logits = prob.log().requires_grad_()
     losses = sa2c_continuous.symmetric_policy_losses(logits.log_softmax(-1), weighted, -1.0)
     a2c, reverse = (torch.autograd.grad(-loss, logits, retain_graph=True)[0] for loss in losses)
-    assert a2c[2] > 0
     assert reverse[2] < -0.001
+    (quoted,) = re.findall(r"still raises it, by ([\d.]+) .+ A2C by ([\d.]+)\.", PAGE)
+    sa2c = 0.5 * a2c + 0.5 * reverse
+    assert quoted == (f"{sa2c[2]:.3f}", f"{a2c[2]:.3f}")
 
 
 def test_shares_of_training_are_those_of_the_packed_runs():
@@ -136,30 +138,59 @@ def bandit_for_sa2c():
 
 RIGHT = {
     "a2c_losses": sa2c_continuous.symmetric_policy_losses,
+    "a2c_weight": lambda p, alpha, beta, z: alpha + beta * abs(z) * p,
     "ppo_losses": sppo_continuous.symmetric_policy_losses,
+    "ppo_weight": lambda p, p_old, alpha, beta, z: (alpha + beta * abs(z)) * p / p_old,
+    "k": 20.5,
     "climbs": lambda prob, advantage: (advantage * prob.square()).sum() / 2,
+    "climbs_divided": torch.dot,
     "bandit": bandit_for_sa2c,
+    "same_without_clipping": True,
+    "same_if_all_are_clipped": True,
 }
 
 
-def grade(**answers):
-    """Runs the student's copy, but for its heavy cells, with a student's `answers`."""
+def grade(heavy=False, **answers):
+    """Runs the student's copy, by default without its heavy cells, with a student's `answers`."""
     namespace = {}
     plt.switch_backend("agg")
     for cell in code_cells(EXERCISE):
         tags = cell.metadata.get("tags", [])
-        if "heavy" not in tags:
+        if heavy or "heavy" not in tags:
             exec(cell.source, namespace)
         if "student" in tags:
             namespace.update(answers)
     plt.close("all")
 
 
-def test_the_grader_passes_right_answers_and_asks_for_each():
+def test_the_grader_passes_right_answers():
     grade(**RIGHT)
-    for name in RIGHT:
-        with pytest.raises(NotImplementedError):
-            grade(**{other: RIGHT[other] for other in RIGHT if other != name})
+
+
+@pytest.mark.slow
+def test_the_grader_checks_predictions_of_runs(monkeypatch):
+    """All but the last are right."""
+    monkeypatch.setattr(sppo_continuous, "symmetric_policy_losses", RIGHT["ppo_losses"])
+    with pytest.raises(AssertionError, match="^3: your prediction, with every gradient clipped"):
+        grade(heavy=True, **RIGHT | {"same_if_all_are_clipped": False})
+
+
+CLAIMS = {
+    "a2c_losses": "1a: L is",
+    "a2c_weight": "1b: w is",
+    "ppo_losses": "2a: the slopes",
+    "ppo_weight": "2b: w is",
+    "k": "3: k is",
+    "climbs": "4a: what",
+    "climbs_divided": "4b: what",
+    "bandit": "7: a bandit",
+}
+
+
+@pytest.mark.parametrize("name", CLAIMS)
+def test_the_grader_asks_for_each_answer(name):
+    with pytest.raises(AssertionError, match="^" + CLAIMS[name]):
+        grade(**{other: RIGHT[other] for other in RIGHT if other != name})
 
 
 def wrong_sign(log_prob, advantage, z):
@@ -171,10 +202,26 @@ def no_mask(log_prob, old_log_prob, advantage, clip_coef, z):
     return policy_loss, z * (advantage * (log_prob - old_log_prob).exp()).mean()
 
 
-WRONG = {"a2c_losses": wrong_sign, "ppo_losses": no_mask, "climbs": torch.dot}
+def not_divided(log_prob, old_log_prob, advantage, clip_coef, z):
+    policy_loss, _ = RIGHT["ppo_losses"](log_prob, old_log_prob, advantage, clip_coef, z)
+    return policy_loss, RIGHT["a2c_losses"](log_prob, advantage, z)[1]
 
 
-@pytest.mark.parametrize("name", WRONG)
-def test_the_grader_fails_a_wrong_answer(name):
-    with pytest.raises(AssertionError):
-        grade(**RIGHT | {name: WRONG[name]})
+WRONG = [
+    ("a2c_losses", wrong_sign, "1a: Lr is"),
+    ("a2c_weight", lambda p, alpha, beta, z: alpha + beta * p, "1b"),
+    ("a2c_weight", lambda p, alpha, beta, z: alpha + beta * abs(z), "1b"),
+    ("ppo_losses", no_mask, "2a: .* r = 1.5 and A = 1"),
+    ("ppo_losses", not_divided, "2a: .* r = 1.1"),
+    ("ppo_weight", lambda p, p_old, alpha, beta, z: alpha + beta * abs(z) * p, "2b"),
+    ("k", 20.0, "3: k is"),
+    ("climbs", torch.dot, "4a"),
+    ("climbs_divided", RIGHT["climbs"], "4b"),
+    ("bandit", lambda: bandit_for_sa2c() | {"beta": 0.01}, "7: SA2C's pay"),
+]
+
+
+@pytest.mark.parametrize(("name", "answer", "message"), WRONG)
+def test_the_grader_fails_a_wrong_answer(name, answer, message):
+    with pytest.raises(AssertionError, match="^" + message):
+        grade(**RIGHT | {name: answer})

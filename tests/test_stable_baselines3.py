@@ -1,4 +1,9 @@
-"""A2C and PPO, our scripts with beta 0, take the updates of Stable-Baselines3."""
+"""Our scripts take the updates of Stable-Baselines3: A2C and PPO, which are ours with beta 0, and
+SA2C and SPPO as docs/copy-and-modify.md makes them of these."""
+
+import re
+import runpy
+from pathlib import Path
 
 import gymnasium as gym
 import numpy as np
@@ -6,12 +11,15 @@ import pytest
 import torch
 from helpers import SA2C_ATARI, SA2C_CONTINUOUS, SPPO_ATARI, SPPO_CONTINUOUS, checkpoint
 from stable_baselines3 import A2C, PPO
+from stable_baselines3.common import policies
 from stable_baselines3.common.buffers import RolloutBufferSamples
 from stable_baselines3.common.logger import configure
 from stable_baselines3.common.sb2_compat.rmsprop_tf_like import RMSpropTFLike
 from stable_baselines3.common.vec_env import DummyVecEnv
 
 T, N = 5, 2
+ROOT = Path(__file__).resolve().parent.parent
+PAGE = (ROOT / "docs/copy-and-modify.md").read_text()
 
 
 class AtariSpaces(gym.Env):
@@ -32,9 +40,9 @@ class ContinuousSpaces(AtariSpaces):
 
 
 def run_recorded(setting, tmp_path, monkeypatch, **flags):
-    """A run without a reverse loss, of an environment in which all actions are the agent's.
-    Returns the tensors of each call of `gradient_and_metrics` (without Atari's mask), the weights
-    at the beginning and at the end (dicts by name), and the clip fractions."""
+    """A run, by default without a reverse loss, in which all actions are the agent's. Returns the
+    tensors of each call of `gradient_and_metrics` (without Atari's mask), the weights at the
+    beginning and at the end (dicts by name), and the clip fractions."""
     original = setting.script.gradient_and_metrics
     batches = []
     first_weights = []
@@ -53,11 +61,10 @@ def run_recorded(setting, tmp_path, monkeypatch, **flags):
         return gradient, metrics
 
     monkeypatch.setattr(setting.script, "gradient_and_metrics", gradient_and_metrics)
-    if setting.atari:
-        flags |= {"env_id": "Pong"}
-    else:
-        flags |= {"env_id": "Hopper-v4", "policy": "gaussian"}
-    _, folder = setting.run(tmp_path, num_envs=N, alpha=1.0, beta=0.0, **flags)
+    plain = {"num_envs": N, "alpha": 1.0, "beta": 0.0, "env_id": "Pong"}
+    if not setting.atari:
+        plain |= {"env_id": "Hopper-v4", "policy": "gaussian"}
+    _, folder = setting.run(tmp_path, **plain | flags)
     after = checkpoint(folder)["agent"]
     return batches, dict(zip(after, first_weights)), after, clip_fractions
 
@@ -68,13 +75,19 @@ def sb3_model(setting, algorithm, weights, **settings):
     spaces = AtariSpaces if setting.atari else ContinuousSpaces
     envs = DummyVecEnv([spaces] * N)
     model = algorithm(policy, envs, n_steps=T, device="cpu", **settings)
+    return model, take_weights(model, weights, setting.atari)
+
+
+def take_weights(model, weights, atari=False):
+    """Gives Stable-Baselines3's model our weights. Returns its parameters in our order."""
     model.set_logger(configure(None, []))
     policy = model.policy
-    if setting.atari:
+    if atari:
         extractor, parameters = policy.features_extractor, []
         modules = extractor.cnn, extractor.linear, policy.action_net, policy.value_net
     else:
-        extractor, parameters = policy.mlp_extractor, [policy.log_std]
+        extractor = policy.mlp_extractor
+        parameters = [policy.log_std] if hasattr(policy, "log_std") else []
         modules = extractor.policy_net, policy.action_net, extractor.value_net, policy.value_net
     for module in modules:
         parameters.extend(module.parameters())
@@ -82,7 +95,7 @@ def sb3_model(setting, algorithm, weights, **settings):
     with torch.no_grad():
         for parameter, weight in zip(parameters, weights.values()):
             parameter.copy_(weight)
-    return model, parameters
+    return parameters
 
 
 def check_same_update(theirs, before, after):
@@ -105,41 +118,94 @@ def test_a2c_takes_stable_baselines3s_updates(setting, tmp_path, monkeypatch):
     )
     assert len(batches) == 3
     model, theirs = sb3_model(setting, A2C, before, **settings)
-    buffer = model.rollout_buffer
-    for batch in batches:
-        buffer.reset()
-        for name, tensor in zip(["observations", "actions", "advantages", "returns"], batch):
-            array = getattr(buffer, name)
-            array[...] = tensor.numpy().reshape(array.shape)
-        buffer.full = True
-        model.train()
+    train_a2c(model, batches)
     check_same_update(theirs, before, after)
 
 
+def train_a2c(model, batches):
+    buffer = model.rollout_buffer
+    for batch in batches:
+        buffer.reset()
+        with torch.no_grad():
+            _, log_prob, _ = model.policy.evaluate_actions(*batch[:2])
+        for name, tensor in zip(
+            ["observations", "actions", "advantages", "returns", "log_probs"], [*batch, log_prob]
+        ):
+            array = tensor.numpy().reshape(getattr(buffer, name).shape)
+            setattr(buffer, name, array)
+        buffer.full = True
+        model.train()
+
+
 @pytest.mark.filterwarnings("ignore:You have specified a mini-batch size:UserWarning")
-@pytest.mark.parametrize("setting", [SPPO_CONTINUOUS, SPPO_ATARI], ids=str)
-def test_ppo_takes_stable_baselines3s_updates(setting, tmp_path, monkeypatch):
-    """From the same weights and the same minibatches: a rollout of two epochs of four."""
+@pytest.mark.parametrize(("setting", "k"), [(SPPO_CONTINUOUS, 1), (SPPO_ATARI, 1), (SPPO_ATARI, 3)])
+def test_ppo_takes_stable_baselines3s_updates(setting, k, tmp_path, monkeypatch):
+    """From the same weights and the same minibatches: a rollout of two epochs of four. SPPO is PPO
+    with settings divided by k."""
     flags = {"learning_rate": 0.01, "adam_eps": 0.01}  # so that ratios are clipped, epsilon matters
     settings = {"ent_coef": 0.0}
     if setting.atari:
         flags |= {"learning_rate": 0.002, "anneal_lr": False, "anneal_clip": False}
         flags |= {"seed": 2}  # no ratio on a bound, where their minimum halves the gradient
-        settings = {"ent_coef": 0.01, "clip_range": 0.1}
+        flags |= {"alpha": 1.0, "beta": k - 1.0}
+        settings = {"ent_coef": 0.01 / k, "clip_range": 0.1}
     batches, before, after, clip_fractions = run_recorded(
         setting, tmp_path, monkeypatch, num_steps=4 * T, total_timesteps=4 * T * N, **flags
     )
     assert len(batches) == 8 and max(clip_fractions) > 0
-    optimizer = {"optimizer_kwargs": {"eps": 0.01}}
+    optimizer = {"optimizer_kwargs": {"eps": 0.01 / k}}
     settings |= {"learning_rate": flags["learning_rate"], "policy_kwargs": optimizer}
-    model, theirs = sb3_model(setting, PPO, before, n_epochs=1, **settings)
+    settings |= {"vf_coef": 0.5 / k, "max_grad_norm": 0.5 / k}
+    model, theirs = sb3_model(setting, PPO, before, **settings)
+    train_ppo(model, batches)
+    check_same_update(theirs, before, after)
+
+
+def train_ppo(model, batches):
     samples = []
     for batch in batches:
         obs, action, old_log_prob, advantage, returns = batch[-5:]  # Atari: after the clip range
         samples.append(RolloutBufferSamples(obs, action, None, old_log_prob, advantage, returns))
-    monkeypatch.setattr(model.rollout_buffer, "get", lambda batch_size: samples)
+    model.rollout_buffer.get = lambda batch_size: samples
+    model.n_epochs = 1
     model.train()
-    check_same_update(theirs, before, after)
+
+
+@pytest.mark.parametrize("setting", [SPPO_CONTINUOUS, SA2C_CONTINUOUS], ids=str)
+def test_the_pages_models_take_our_symmetric_updates(setting, tmp_path, monkeypatch):
+    """In float64: a whole rollout of PPO with all defaults, ten of A2C."""
+    monkeypatch.syspath_prepend(tmp_path)
+    for name, block in re.findall(r"(?ms)^```python\n# (\w+_sb3\.py)\n(.+?)^```$", PAGE):
+        (tmp_path / name).write_text(block)
+    for algorithm in (A2C, PPO):
+        monkeypatch.setattr(algorithm, "learn", lambda *_: None)
+    file = tmp_path / f"{setting.symmetric_algo}_sb3.py"
+    model = runpy.run_path(str(file), run_name="__main__")["model"]
+
+    flags = {"env_id": "LunarLanderContinuous-v3", "policy": "categorical", "alpha": None}
+    flags |= {"beta": None, "num_envs": 4, "num_steps": 8, "total_timesteps": 320}
+    if setting.ppo:
+        flags |= {"num_envs": 1, "num_steps": 2048, "num_minibatches": 32, "update_epochs": 10}
+    batches, before, _, _ = run_recorded(setting, tmp_path, monkeypatch, **flags)
+    batches = [[x.double() for x in batch] for batch in batches]
+    assert len(batches) == (320 if setting.ppo else 10)
+
+    script, args = setting.script, setting.args(tmp_path, **flags)
+    agent = script.Agent(script.make_env(args), args)
+    agent.load_state_dict(before)
+    parameters = script.flatten_parameters(agent.double())
+    optimizer = setting.optimizer([parameters], lr=args.learning_rate, eps=1e-5)
+    for batch in batches:
+        parameters.grad, _ = script.gradient_and_metrics(agent, args, *batch)
+        optimizer.step()
+
+    model.policy.double()
+    monkeypatch.setattr(policies, "preprocess_obs", lambda obs, *_, **__: obs)  # not to float32
+    theirs = take_weights(model, before)
+    (train_ppo if setting.ppo else train_a2c)(model, batches)
+    differences = [(x - y).abs().max().item() for x, y in zip(theirs, agent.parameters())]
+    # Clipping adds 1e-6 to the norm, which is not divided by k
+    assert max(differences) < (2e-7 if setting.ppo else 1e-15)
 
 
 def test_rmsprop_is_tensorflows():
