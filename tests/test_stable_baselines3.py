@@ -193,7 +193,8 @@ def test_the_pages_models_take_our_symmetric_updates(setting, tmp_path, monkeypa
     script, args = setting.script, setting.args(tmp_path, **flags)
     agent = script.Agent(script.make_env(args), args)
     agent.load_state_dict(before)
-    parameters = script.flatten_parameters(agent.double())
+    parameters = torch.nn.utils.parameters_to_vector(agent.double().parameters()).detach()
+    torch.nn.utils.vector_to_parameters(parameters, agent.parameters())
     optimizer = setting.optimizer([parameters], lr=args.learning_rate, eps=1e-5)
     for batch in batches:
         parameters.grad, _ = script.gradient_and_metrics(agent, args, *batch)
