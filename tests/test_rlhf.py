@@ -354,7 +354,7 @@ def test_a_text_is_a_prompt_and_its_continuation_a_post_one_and_its_summary(toy)
     eos = tokenizer.eos_token_id
     texts = ["the plot was superb and the cast was dull . i loved it .", "the", ""]
     args = rlhf.Args(prompt_length=4, response_length=5)
-    ids, mask = rlhf.tokenize([{"text": text} for text in texts], tokenizer, args)
+    ids, mask = rlhf.tokenize({"text": texts}, tokenizer, args)
     long, short, _ = tokenizer(texts)["input_ids"]
     half = len(long) // 2
     assert ids[0].tolist() == long[half - 4 : half + 5]
@@ -362,10 +362,10 @@ def test_a_text_is_a_prompt_and_its_continuation_a_post_one_and_its_summary(toy)
     assert ids[2][mask[2]].tolist() == [eos, eos]
     assert mask[1].tolist() == [False] * 3 + [True] * 3 + [False] * 3
 
-    row = {"prompt": "the plot was dull", "label": " was not dull"}
+    rows = {"prompt": ["the plot was dull"], "label": [" was not dull"]}
     args = rlhf.TldrArgs(prompt_length=3, response_length=9)
-    ids, mask = rlhf.tokenize([row], tokenizer, args)
-    prompt, label = tokenizer(list(row.values()))["input_ids"]
+    ids, mask = rlhf.tokenize(rows, tokenizer, args)
+    prompt, label = tokenizer([*rows["prompt"], *rows["label"]])["input_ids"]
     assert ids[0][mask[0]].tolist() == [*prompt[-3:], *label, eos]
 
 
