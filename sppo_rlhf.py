@@ -285,14 +285,27 @@ def perturb_advantage(advantage, level, generator):
 # Models
 
 
+class Tokens(NamedTuple):
+    """Texts of B rows, at most N tokens long. Prompts are padded on the left, what continues them
+    on the right."""
+
+    ids: Tensor  # (B, N)
+    mask: Tensor  # (B, N), false at padding
+
+
+def join(*parts):
+    """Texts that follow each other, in one row each."""
+    return Tokens(*(torch.cat(tensors, 1) for tensors in zip(*parts)))
+
+
 class ActorCritic(nn.Module):
     """Policy, critic and reference policy, that is the frozen initial policy.
 
     Without LoRA these are three models. With LoRA they are one model with two adapters, "policy"
     and "critic"; with both disabled it is the reference policy.
 
-    Throughout, `ids` and `mask` (batch, tokens) are texts; `mask` is false at padding, which may be
-    on both sides. Results are for the last `length` tokens, the response: (batch, length), float32.
+    Throughout, prompts, responses and reference completions are `Tokens`. Results are for the T
+    tokens of a response or completion: (B, T), float32.
     """
 
     def __init__(self, args, device, dtype):
@@ -349,51 +362,48 @@ class ActorCritic(nn.Module):
         device = self.value_head.weight.device.type
         return torch.autocast(device, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
-    def forward(self, ids, mask, length, sft_ids=None, sft_mask=None):
-        """Log-probabilities and values of responses and, given `sft_ids`, log-probabilities of
-        reference completions. Gradients flow only here, so it is called through DDP's wrapper."""
-        sft_log_prob = None
+    def forward(self, prompt, *continuations):
+        """Log-probabilities of continuations, and values of the first of them, the response.
+        Gradients flow only here, so it is called through DDP's wrapper."""
         with self.autocast():
-            log_prob = self.policy_log_prob(ids, mask, length)
-            value = self.value(ids, mask, length)
-            if sft_ids is not None:
-                sft_log_prob = self.policy_log_prob(sft_ids, sft_mask, length)
-        return log_prob, value, sft_log_prob
+            log_probs = self.policy_log_probs(prompt, *continuations)
+            value = self.value(prompt, continuations[0])
+        return log_probs, value
 
-    def policy_log_prob(self, ids, mask, length):
+    def policy_log_probs(self, prompt, *continuations):
         self.activate_adapter("policy")
-        return token_log_prob(self.policy, ids, mask, length)
+        return token_log_probs(self.policy, prompt, *continuations)
 
-    def reference_log_prob(self, ids, mask, length):
+    def reference_log_prob(self, prompt, response):
         if not self.lora:
-            return token_log_prob(self.reference, ids, mask, length)
+            return token_log_probs(self.reference, prompt, response)[0]
         self.policy.disable_adapters()
-        log_prob = token_log_prob(self.policy, ids, mask, length)
+        (log_prob,) = token_log_probs(self.policy, prompt, response)
         self.policy.enable_adapters()
         return log_prob
 
-    def value(self, ids, mask, length):
-        """Values of the texts before each of the last `length` tokens."""
+    def value(self, prompt, response):
+        """Values of the texts before each token of the response."""
         self.activate_adapter("critic")
         # transformers' base_model: all but the head, with the adapters
         critic = self.policy.base_model if self.lora else self.critic
-        hidden = predicting_states(critic, ids, mask, length)
+        hidden = predicting_states(critic, prompt, response)
         with torch.autocast(hidden.device.type, enabled=False):
             return self.value_head(hidden.float()).squeeze(-1)
 
-    def generate(self, ids, mask, uniform, top_k, tokenizer, stop_at_eos):
-        """Samples responses to prompts that are padded on the left. Returns ids and mask of prompts
-        and responses, (batch, prompt tokens + length). `uniform` (batch, length), as
-        in `sample_token`, is an argument so that samples do not depend on how batches are split."""
+    def generate(self, prompt, uniform, top_k, tokenizer, stop_at_eos):
+        """Samples responses of at most T tokens. `uniform` (B, T), as in `sample_token`, is an
+        argument so that samples do not depend on how batches are split."""
         self.activate_adapter("policy")
         cache = None
-        new_ids = ids
+        new_ids, mask = text = prompt
         alive = torch.ones_like(mask[:, :1])
+        position_ids = (mask.cumsum(1) - 1).clamp(min=0)  # padding does not count
         for t in range(uniform.shape[1]):
             output = self.policy.base_model(
                 input_ids=new_ids,
-                attention_mask=mask.long(),
-                position_ids=position_ids(mask)[:, -new_ids.shape[1] :],
+                attention_mask=text.mask,
+                position_ids=position_ids,
                 past_key_values=cache,
                 use_cache=True,
             )
@@ -403,30 +413,32 @@ class ActorCritic(nn.Module):
                 logits[:, tokenizer.eos_token_id] = -math.inf
             new_ids = sample_token(logits, uniform[:, t : t + 1], top_k)
             new_ids = torch.where(alive, new_ids, tokenizer.pad_token_id)
-            ids = torch.cat([ids, new_ids], 1)
-            mask = torch.cat([mask, alive], 1)
+            text = join(text, Tokens(new_ids, alive))
             alive = alive & (new_ids != tokenizer.eos_token_id)
-        return ids, mask
+            position_ids = position_ids[:, -1:] + 1
+        return Tokens(*(tensor[:, mask.shape[1] :] for tensor in text))
 
 
-def position_ids(mask):
-    """Position of each token in its text, not counting padding on the left."""
-    return (mask.cumsum(1) - 1).clamp(min=0)
-
-
-def predicting_states(transformer, ids, mask, length):
-    """Final hidden states (batch, length, hidden size) that predict the last `length` tokens:
-    those of the tokens just before them."""
-    first_column = int(mask.any(0).int().argmax())  # before it, there is only padding
-    ids = ids[:, first_column:-1]
-    mask = mask[:, first_column:-1]
+def predicting_states(transformer, prompt, *continuations):
+    """Final hidden states (B, T of each continuation, hidden size) that predict the tokens of
+    continuations: those of the tokens just before them. All continuations share one pass, in which
+    each sees the prompt and itself."""
+    parts = [prompt, *continuations]
+    ids, mask = join(*parts)
+    widths = [part.ids.shape[1] for part in parts]
+    blocks = torch.block_diag(*[torch.ones(width, width) for width in widths])
+    blocks[:, : widths[0]] = 1  # everything sees the prompt
+    visible = blocks.tril().bool().to(ids.device) & mask[:, None]
+    attention_mask = torch.where(visible, 0, -1e30)  # -inf: NaN where nothing is visible
     output = transformer(
         input_ids=ids,
-        attention_mask=mask.long(),
-        position_ids=position_ids(mask),
+        attention_mask=attention_mask[:, None].to(transformer.dtype),
+        position_ids=(visible.sum(-1) - 1).clamp(min=0),  # padding does not count
         use_cache=False,
     )
-    return output.last_hidden_state[:, -length:]
+    of_prompt, *others = output.last_hidden_state.split(widths, 1)
+    states = [torch.cat([of_prompt[:, -1:], own[:, :-1]], 1) for own in others]
+    return torch.cat(states, 1)
 
 
 def float32_logits(model, hidden):
@@ -440,13 +452,14 @@ def float32_logits(model, hidden):
         return F.linear(hidden.flatten(0, -2).float(), weight, bias)
 
 
-def token_log_prob(model, ids, mask, length):
-    """Log-probabilities (batch, length), float32, of the last `length` tokens."""
-    hidden = predicting_states(model.base_model, ids, mask, length)
+def token_log_probs(model, prompt, *continuations):
+    """Log-probabilities of the tokens of each continuation, a tuple of (B, T), float32."""
+    hidden = predicting_states(model.base_model, prompt, *continuations)
     logits = float32_logits(model, hidden)
-    tokens = ids[:, -length:]
+    tokens = join(*continuations).ids
     loss = F.cross_entropy(logits, tokens.flatten(), reduction="none")
-    return -loss.view_as(tokens)
+    log_prob = -loss.view_as(tokens)
+    return log_prob.chunk(len(continuations), 1)
 
 
 def sample_token(logits, uniform, top_k):
@@ -567,17 +580,16 @@ def clipped_value_loss(value, old_value, returns, mask, clip_coef):
 
 
 class Rollout(NamedTuple):
-    """Prompts and responses of B texts, at most P and T tokens long."""
+    """Prompts with responses of at most T tokens, on which everything else is, and references."""
 
-    ids: Tensor  # (B, P + T), prompts padded on the left, responses on the right
-    mask: Tensor  # (B, P + T), false at padding
-    response_mask: Tensor  # (B, T), the last columns of `mask`
+    prompt: Tokens
+    response: Tokens
+    completion: Tokens  # the reference completion
     log_prob: Tensor  # (B, T), of sampled tokens under the policy that sampled them, before top-k
+    completion_log_prob: Tensor  # (B, T), under the same policy
     reference_log_prob: Tensor  # (B, T), of sampled tokens under the reference policy
     value: Tensor  # (B, T), of the text before each token
     scores: Tensor  # (B, reward models)
-    sft_ids: Tensor  # (B, P + T), the same prompts with reference completions
-    sft_mask: Tensor  # (B, P + T)
 
 
 class Batch(NamedTuple):
@@ -592,10 +604,11 @@ def loss_and_metrics(model, args, batch, response_tokens, completion_tokens):
     """Loss and metrics of a micro batch: sums over its tokens, divided by the number of tokens in
     the minibatch, so that results of all micro batches and processes add up to the minibatch's."""
     rollout = batch.rollout
-    mask = rollout.response_mask
-    length = mask.shape[1]
-    sft = (rollout.sft_ids, rollout.sft_mask) if args.ce_coef else ()
-    log_prob, value, sft_log_prob = model(rollout.ids, rollout.mask, length, *sft)
+    mask = rollout.response.mask
+    continuations = [rollout.response]
+    if args.ce_coef:
+        continuations.append(rollout.completion)
+    (log_prob, *sft_log_prob), value = model(rollout.prompt, *continuations)
     policy_loss, reverse_loss = symmetric_policy_losses(
         log_prob, rollout.log_prob, batch.advantage, mask, args.clip_coef, args.z
     )
@@ -615,7 +628,7 @@ def loss_and_metrics(model, args, batch, response_tokens, completion_tokens):
     loss = share * loss
     metrics = {name: share * mean for name, mean in means.items()}
     if args.ce_coef:
-        sft_loss = -masked_sum(sft_log_prob, rollout.sft_mask[:, -length:]) / completion_tokens
+        sft_loss = -masked_sum(sft_log_prob[0], rollout.completion.mask) / completion_tokens
         loss = loss + args.ce_coef * sft_loss
         metrics["sft_loss"] = sft_loss.detach()
     return loss, metrics
@@ -669,43 +682,38 @@ def process_rows(accelerator, count, size):
 
 
 @torch.no_grad()
-def collect_rollout(setup, args, sft_ids, sft_mask, uniform, top_k, reward_models):
-    """Samples responses to the prompts of texts (B, P + T) and scores them; each process does its
-    share. Returns the rollout of all processes, on the CPU. `uniform` (B, T) as in `generate`."""
+def collect_rollout(setup, args, prompts, completions, uniform, top_k, reward_models):
+    """Samples responses to prompts and scores them; each process does its share. Returns the
+    rollout of all processes, on the CPU. `uniform` (B, T) as in `generate`."""
     actor_critic = setup.actor_critic
     device = setup.accelerator.device
-    length = args.response_length
     parts = []
     for rows in process_rows(setup.accelerator, len(uniform), args.inference_batch_size):
-        part_sft_ids = sft_ids[rows].to(device)
-        part_sft_mask = sft_mask[rows].to(device)
+        texts = slice_tensors((prompts, completions, uniform), rows)
+        prompt, completion, part_uniform = send_to_device(texts, device)
         with actor_critic.autocast():
-            ids, mask = actor_critic.generate(
-                part_sft_ids[:, :-length],  # the prompts, without completions
-                part_sft_mask[:, :-length],
-                uniform[rows].to(device),
-                top_k,
-                setup.tokenizer,
-                args.stop_at_eos,
+            response = actor_critic.generate(
+                prompt, part_uniform, top_k, setup.tokenizer, args.stop_at_eos
             )
             # Computed as in the update, not by `generate`, so that ratios start at 1.
-            log_prob = actor_critic.policy_log_prob(ids, mask, length)
-            reference_log_prob = actor_critic.reference_log_prob(ids, mask, length)
-            value = actor_critic.value(ids, mask, length)
-        texts = decode(setup.tokenizer, ids, mask)
+            log_prob, completion_log_prob = actor_critic.policy_log_probs(
+                prompt, response, completion
+            )
+            reference_log_prob = actor_critic.reference_log_prob(prompt, response)
+            value = actor_critic.value(prompt, response)
+        texts = decode(setup.tokenizer, join(prompt, response))
         scores = torch.stack([reward_model(texts) for reward_model in reward_models], 1)
         if not scores.isfinite().all():
             raise ValueError(f"scores that are not finite, with the means {scores.mean(0)}")
         part = Rollout(
-            ids=ids,
-            mask=mask,
-            response_mask=mask[:, -length:],
+            prompt=prompt,
+            response=response,
+            completion=completion,
             log_prob=log_prob,
+            completion_log_prob=completion_log_prob,
             reference_log_prob=reference_log_prob,
             value=value,
             scores=scores,
-            sft_ids=part_sft_ids,
-            sft_mask=part_sft_mask,
         )
         parts.append(part)
     rollout = setup.accelerator.gather(concatenate(parts))
@@ -715,17 +723,27 @@ def collect_rollout(setup, args, sft_ids, sft_mask, uniform, top_k, reward_model
 # Update
 
 
+def take(batch, rows):
+    """Rows of a batch, without what is padding in all their prompts. Columns are dropped on the
+    CPU: their number would have to wait for a GPU."""
+    batch = slice_tensors(batch, rows)
+    ids, mask = batch.rollout.prompt
+    used = mask.any(0)
+    prompt = Tokens(ids[:, used], mask[:, used])
+    return batch._replace(rollout=batch.rollout._replace(prompt=prompt))
+
+
 def accumulate_gradient(setup, args, minibatch):
     """Computes the gradient of a minibatch, in micro batches on all processes. Returns metrics,
     means over the tokens of the minibatch."""
     accelerator = setup.accelerator
-    size, length = minibatch.advantage.shape
-    response_tokens = minibatch.rollout.response_mask.sum()
-    completion_tokens = minibatch.rollout.sft_mask[:, -length:].sum()
+    size = len(minibatch.advantage)
+    response_tokens = minibatch.rollout.response.mask.sum()
+    completion_tokens = minibatch.rollout.completion.mask.sum()
     micro_batches = process_rows(accelerator, size, args.micro_batch_size or size)
     totals = {}
     for rows in micro_batches:
-        micro_batch = send_to_device(slice_tensors(minibatch, rows), accelerator.device)
+        micro_batch = send_to_device(take(minibatch, rows), accelerator.device)
         is_last = rows is micro_batches[-1]  # DDP averages gradients in that backward pass only
         with nullcontext() if is_last else accelerator.no_sync(setup.model):
             loss, metrics = loss_and_metrics(
@@ -745,7 +763,7 @@ def update(setup, args, batch, generator):
         order = torch.randperm(args.batch_size, generator=generator)
         for rows in order.split(args.batch_size // args.num_minibatches):
             minibatch = slice_tensors(batch, rows)
-            mask = minibatch.rollout.response_mask
+            mask = minibatch.rollout.response.mask
             raw = minibatch.advantage
             if args.noise == "adv_flip":
                 raw = perturb_advantage(raw, args.noise_level, generator)
@@ -774,19 +792,19 @@ def evaluate(setup, args, step):
     The row has the reward, and what it may have cost: the KL divergence from the reference policy
     in nats per text (an estimate, biased where sampling is filtered) and perplexities.
     """
-    T = args.response_length
-    sft_ids, sft_mask = tokenize(setup.eval_data[:], setup.tokenizer, args)
+    prompts, completions = tokenize(setup.eval_data[:], setup.tokenizer, args)
     rng = np.random.default_rng([args.seed, step, 2])
-    uniform = torch.from_numpy(rng.random((args.eval_episodes, T)))
+    uniform = torch.from_numpy(rng.random((args.eval_episodes, args.response_length)))
     top_k = 1 if args.eval_greedy else args.top_k
-    rollout = collect_rollout(setup, args, sft_ids, sft_mask, uniform, top_k, setup.reward_models)
-    mask = rollout.response_mask
+    rollout = collect_rollout(
+        setup, args, prompts, completions, uniform, top_k, setup.reward_models
+    )
+    mask = rollout.response.mask
     first_heldout = len(args.reward_model)  # a column of `scores`
     reward = aggregate(rollout.scores[:, :first_heldout], args.reward_aggregate)
     log_ratio = rollout.log_prob - rollout.reference_log_prob
-    sft_log_prob = completion_log_prob(setup, args, sft_ids, sft_mask)
-    prompts = decode(setup.tokenizer, sft_ids[:8, :-T], sft_mask[:8, :-T])
-    responses = decode(setup.tokenizer, rollout.ids[:, -T:], mask)
+    prompt_texts = decode(setup.tokenizer, prompts)
+    responses = decode(setup.tokenizer, rollout.response)
 
     row = {
         "step": step,
@@ -796,7 +814,7 @@ def evaluate(setup, args, step):
         "kl": masked_sum(log_ratio, mask).item() / args.eval_episodes,
         # Responses under the reference policy, then reference completions under the policy
         "perplexity": perplexity(rollout.reference_log_prob, mask),
-        "perplexity_real": perplexity(sft_log_prob, sft_mask[:, -T:]),
+        "perplexity_real": perplexity(rollout.completion_log_prob, rollout.completion.mask),
     }
     for name, score in zip(args.eval_reward_model, rollout.scores[:, first_heldout:].mean(0)):
         row[f"heldout_{name}"] = score.item()
@@ -807,22 +825,9 @@ def evaluate(setup, args, step):
 
     samples = [
         {"step": step, "prompt": prompt, "response": response, "reward": score}
-        for prompt, response, score in zip(prompts, responses, reward.tolist())
+        for prompt, response, score in zip(prompt_texts, responses, reward.tolist())
     ]
-    return row, samples
-
-
-def completion_log_prob(setup, args, sft_ids, sft_mask):
-    """Log-probabilities (texts, T) of reference completions under the policy; each process does its
-    share."""
-    device = setup.accelerator.device
-    parts = []
-    for rows in process_rows(setup.accelerator, len(sft_ids), args.inference_batch_size):
-        ids = sft_ids[rows].to(device)
-        mask = sft_mask[rows].to(device)
-        with setup.actor_critic.autocast():
-            parts.append(setup.actor_critic.policy_log_prob(ids, mask, args.response_length))
-    return setup.accelerator.gather(torch.cat(parts)).cpu()
+    return row, samples[:8]
 
 
 def perplexity(log_prob, mask):
@@ -898,11 +903,11 @@ def train(args: Args):
         # Rollout; random numbers are drawn for the global batch, then sharded
         started = time.perf_counter()
         rows = torch.randperm(len(setup.train_data), generator=generator)[: args.batch_size]
-        sft_ids, sft_mask = tokenize(setup.train_data[rows.tolist()], setup.tokenizer, args)
+        prompts, completions = tokenize(setup.train_data[rows.tolist()], setup.tokenizer, args)
         uniform = torch.rand(args.batch_size, args.response_length, generator=generator)
         reward_models = setup.reward_models[: len(args.reward_model)]
         rollout = collect_rollout(
-            setup, args, sft_ids, sft_mask, uniform, args.top_k, reward_models
+            setup, args, prompts, completions, uniform, args.top_k, reward_models
         )
         progress.global_step += args.batch_size
 
@@ -914,7 +919,7 @@ def train(args: Args):
             rollout.log_prob,
             rollout.reference_log_prob,
             rollout.value,
-            rollout.response_mask,
+            rollout.response.mask,
             args,
         )
 
@@ -963,7 +968,7 @@ def train(args: Args):
 
 def rollout_metrics(rollout, reward, advantage, returns):
     """What to log of a batch; entropy and KL are estimates from its samples."""
-    mask = rollout.response_mask
+    mask = rollout.response.mask
     log_ratio = rollout.log_prob - rollout.reference_log_prob
     unexplained = advantage[mask].var() / returns[mask].var()  # advantage = return - value
     return {
@@ -1182,13 +1187,7 @@ def load(args):
     ]
     torch.manual_seed(args.seed)  # initial weights of LoRA
     actor_critic = ActorCritic(args, device, dtype)
-    # `float32_logits` applies the model's last layer itself, and nothing that may come after it
-    ids = tokenizer.encode("It was", return_tensors="pt").to(device)
-    with torch.no_grad(), actor_critic.autocast():
-        output = actor_critic.policy(ids, output_hidden_states=True)
-        logits = float32_logits(actor_critic.policy, output.hidden_states[-1])
-    if (logits - output.logits[0]).abs().max() > 0.02 * logits.abs().max():
-        raise ValueError(f"{args.policy_model} scales or caps its logits: not supported")
+    check_policy(actor_critic.policy, args, *tokenize(eval_data[:], tokenizer, args))
     optimizer = torch.optim.AdamW(
         [parameter for parameter in actor_critic.parameters() if parameter.requires_grad],
         lr=args.learning_rate,
@@ -1207,6 +1206,25 @@ def load(args):
         train_data=train_data,
         eval_data=eval_data,
     )
+
+
+@torch.no_grad()
+def check_policy(policy, args, prompts, completions):
+    """Refuses a policy whose own logits differ from those that `token_log_probs` uses, on the
+    longest prompt with its completion, packed twice."""
+    row = prompts.mask.sum(1).argmax()
+    texts = [ids[row, mask[row]].to(policy.device) for ids, mask in (prompts, completions)]
+    prompt, completion = [Tokens(ids[None], ids[None] >= 0) for ids in texts]
+    logits = policy(join(prompt, completion).ids).logits
+    expected = logits[0, -1 - len(texts[1]) : -1]
+    states = predicting_states(policy.base_model, prompt, completion, completion)
+    difference = float32_logits(policy, states) - expected.repeat(2, 1)
+    tolerance = 0.02 if policy.dtype == torch.bfloat16 else 0.001
+    if difference.abs().max() > tolerance * expected.abs().max():
+        raise ValueError(
+            f"{args.policy_model} scales or caps its logits, or its attention depends on more than "
+            "positions and a mask (ALiBi, sliding windows): not supported"
+        )
 
 
 def load_pretrained(auto_class, name, **options):
@@ -1254,8 +1272,8 @@ def load_dataset(name):
 
 
 def tokenize(rows, tokenizer, args):
-    """Prompts with reference completions, ids and mask (texts, tokens): prompts padded on the left;
-    completions, the last `response_length` columns, on the right. `rows`: column -> texts."""
+    """Prompts, and reference completions, which are padded to `response_length`. `rows`: column ->
+    texts."""
     if args.task == "tldr":
         prompts = tokenizer(rows["prompt"])["input_ids"]
         completions = tokenizer(rows["label"], add_special_tokens=False)["input_ids"]
@@ -1266,24 +1284,19 @@ def tokenize(rows, tokenizer, args):
     end = [tokenizer.eos_token_id]
     prompts = [ids[-args.prompt_length :] or end for ids in prompts]
     completions = [(ids + end)[: args.response_length] for ids in completions]
+    length = args.response_length
     left = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
     right = tokenizer.pad(
-        {"input_ids": completions},
-        padding_side="right",
-        padding="max_length",
-        max_length=args.response_length,
-        return_tensors="pt",
+        {"input_ids": completions}, padding="max_length", max_length=length, return_tensors="pt"
     )
-    ids = torch.cat([left["input_ids"], right["input_ids"]], 1)
-    mask = torch.cat([left["attention_mask"], right["attention_mask"]], 1)
-    return ids, mask.bool()
+    return tuple(Tokens(x["input_ids"], x["attention_mask"].bool()) for x in (left, right))
 
 
-def decode(tokenizer, ids, mask):
-    """Texts of the tokens where `mask` is true, without special ones."""
+def decode(tokenizer, tokens):
+    """Texts of tokens, without special ones."""
     return [
-        tokenizer.decode(row[row_mask], skip_special_tokens=True)
-        for row, row_mask in zip(ids, mask)
+        tokenizer.decode(ids[mask], skip_special_tokens=True)
+        for ids, mask in zip(*send_to_device(tokens, "cpu"))
     ]
 
 

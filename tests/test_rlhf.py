@@ -9,7 +9,6 @@ import shutil
 import subprocess
 import sys
 import time
-from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -164,8 +163,8 @@ def reward_model(name, label=1):
 
 
 def ragged(seed=0, lengths=((3, 5), (7, 2), (1, 1), (5, 5)), tokens=5):
-    """Texts, prompts padded on the left and responses on the right: ids, mask, and for each text
-    its tokens without padding and the length of its prompt."""
+    """Prompts, responses, and for each text its tokens without padding and the length of its
+    prompt."""
     generator = torch.Generator().manual_seed(seed)
     width = max(prompt for prompt, _ in lengths)
     ids = torch.ones(len(lengths), width + tokens, dtype=torch.long)
@@ -176,10 +175,11 @@ def ragged(seed=0, lengths=((3, 5), (7, 2), (1, 1), (5, 5)), tokens=5):
         ids[row, width - prompt : width + response] = text
         mask[row, width - prompt : width + response] = True
         texts.append((text, prompt))
-    return ids, mask, texts
+    prompts = rlhf.Tokens(ids[:, :width], mask[:, :width])
+    return prompts, rlhf.Tokens(ids[:, width:], mask[:, width:]), texts
 
 
-def collect(actor, ids, mask, uniform, top_k, eos, stop_at_eos):
+def collect(actor, prompts, uniform, top_k, eos, stop_at_eos):
     """The rollout from prompts; padding is 1, every reward 0."""
     length = uniform.shape[1]
     setup = SimpleNamespace(
@@ -188,9 +188,10 @@ def collect(actor, ids, mask, uniform, top_k, eos, stop_at_eos):
         tokenizer=SimpleNamespace(eos_token_id=eos, pad_token_id=1, decode=lambda *_, **__: ""),
     )
     args = rlhf.Args(response_length=length, stop_at_eos=stop_at_eos)
-    texts = F.pad(ids, (0, length)), F.pad(mask, (0, length))
+    ids = torch.full_like(uniform, 3, dtype=torch.long)
+    completions = rlhf.Tokens(ids, ids > 0)
     no_reward = [lambda texts: torch.zeros(len(texts))]
-    return rlhf.collect_rollout(setup, args, *texts, uniform, top_k, no_reward)
+    return rlhf.collect_rollout(setup, args, prompts, completions, uniform, top_k, no_reward)
 
 
 # Tokens
@@ -198,25 +199,30 @@ def collect(actor, ids, mask, uniform, top_k, eos, stop_at_eos):
 
 @pytest.mark.parametrize("lora_r", [0, 2])
 @pytest.mark.parametrize("name", ["gpt2", "gptj"])
-def test_padding_changes_nothing(models, monkeypatch, name, lora_r):
+def test_padding_and_other_continuations_change_nothing(models, monkeypatch, name, lora_r):
     """Against a plain forward pass on each text. No fused attention kernel runs: those may return
     NaN for padding on the left."""
     actor = actor_critic(models[name], lora_r)
-    ids, mask, texts = ragged()
+    prompts, responses, texts = ragged()
+    _, completions, _ = ragged(1, lengths=((3, 2), (7, 5), (1, 4), (5, 1)))
     with monkeypatch.context() as patch:
         patch.delattr(F, "scaled_dot_product_attention")
-        log_prob = actor.policy_log_prob(ids, mask, 5)
-        torch.testing.assert_close(actor.reference_log_prob(ids, mask, 5), log_prob)
-        value = actor.value(ids, mask, 5)
+        log_probs = actor.policy_log_probs(prompts, responses, completions)
+        reference_log_prob = actor.reference_log_prob(prompts, responses)
+        torch.testing.assert_close(reference_log_prob, log_probs[0])
+        value = actor.value(prompts, responses)
     plain = AutoModelForCausalLM.from_pretrained(models[name]).eval()
     for row, (text, prompt) in enumerate(texts):
-        output = plain(text[None], output_hidden_states=True)
-        response = len(text) - prompt
-        expected = output.logits[0].log_softmax(-1)[range(prompt - 1, len(text) - 1), text[prompt:]]
-        torch.testing.assert_close(log_prob[row, :response], expected, atol=1e-5, rtol=0)
-        states = output.hidden_states[-1][0, prompt - 1 : -1]
-        expected = actor.value_head(states)[:, 0]
-        torch.testing.assert_close(value[row, :response], expected, atol=1e-4, rtol=0)
+        for tokens, log_prob in zip((responses, completions), log_probs):
+            own = tokens.ids[row][tokens.mask[row]]
+            text = torch.cat([text[:prompt], own])
+            output = plain(text[None], output_hidden_states=True)
+            expected = output.logits[0, prompt - 1 : -1].log_softmax(-1)
+            expected = expected.gather(1, own[:, None])[:, 0]
+            torch.testing.assert_close(log_prob[row, : len(own)], expected, atol=1e-5, rtol=0)
+            if tokens is responses:
+                expected = actor.value_head(output.hidden_states[-1][0, prompt - 1 : -1])[:, 0]
+                torch.testing.assert_close(value[row, : len(own)], expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("top_k", [0, 1, 3, 100])
@@ -240,35 +246,34 @@ def test_a_rollout_samples_token_by_token(models, top_k):
     """Against a slow loop on one text at a time, without a cache."""
     actor = actor_critic(models["gpt2"])
     plain = AutoModelForCausalLM.from_pretrained(models["gpt2"]).eval()
-    ids, mask, texts = ragged(lengths=((3, 0), (7, 0), (1, 0)), tokens=0)
+    prompts, _, texts = ragged(lengths=((3, 0), (7, 0), (1, 0)), tokens=0)
     uniform = torch.rand(3, 6, generator=torch.Generator().manual_seed(1))
     eos = 3
-    rollout = collect(actor, ids, mask, uniform, top_k, eos, False)
-    assert torch.equal(rollout.ids[:, :7], ids)
+    rollout = collect(actor, prompts, uniform, top_k, eos, False)
     for row, (text, _) in enumerate(texts):
         for t in range(6):
             logits = plain(text[None]).logits[0, -1]
             allowed = logits.clone()
             allowed[eos] = -torch.inf
             token = rlhf.sample_token(allowed[None], uniform[row, t].view(1, 1), top_k)[0]
-            assert rollout.ids[row, 7 + t] == token
+            assert rollout.response.ids[row, t] == token
             expected = logits.log_softmax(-1)[token]  # of all tokens, not only of the likeliest k
             torch.testing.assert_close(rollout.log_prob[row, t, None], expected, atol=1e-5, rtol=0)
             text = torch.cat([text, token])
-    assert rollout.response_mask.all()
+    assert rollout.response.mask.all()
     torch.testing.assert_close(rollout.reference_log_prob, rollout.log_prob)
-    torch.testing.assert_close(rollout.value, actor.value(rollout.ids, rollout.mask, 6))
+    torch.testing.assert_close(rollout.value, actor.value(prompts, rollout.response))
 
 
 def test_a_response_ends_with_its_end_of_text(models):
     actor = actor_critic(models["gpt2"])
-    ids, mask, _ = ragged(lengths=((3, 0), (7, 0)) * 4, tokens=0)
+    prompts, _, _ = ragged(lengths=((3, 0), (7, 0)) * 4, tokens=0)
     uniform = torch.rand(8, 20, generator=torch.Generator().manual_seed(1))
-    endless = collect(actor, ids, mask, uniform, 0, 50, True)
-    eos = endless.ids[0, 7 + 4].item()  # declared to be the end of text, it comes in the middle
-    rollout = collect(actor, ids, mask, uniform, 0, eos, True)
+    endless = collect(actor, prompts, uniform, 0, 50, True)
+    eos = endless.response.ids[0, 4].item()  # declared to be the end of text, it comes in the middle
+    rollout = collect(actor, prompts, uniform, 0, eos, True)
     lengths = set()
-    for tokens, sampled in zip(rollout.ids[:, 7:].tolist(), rollout.response_mask.tolist()):
+    for tokens, sampled in zip(*(x.tolist() for x in rollout.response)):
         length = tokens.index(eos) + 1 if eos in tokens else 20
         lengths.add(length)
         assert sampled == [True] * length + [False] * (20 - length)
@@ -280,45 +285,48 @@ def test_a_response_ends_with_its_end_of_text(models):
 def test_the_ratio_begins_at_one_however_a_batch_is_split(models, dtype):
     """Dropout is off, too, for which the configuration asks."""
     actor = actor_critic(models["gpt2"], dtype=dtype)
-    ids, mask, _ = ragged(lengths=((3, 0), (7, 0), (1, 0), (2, 0)), tokens=0)
+    prompts, _, _ = ragged(lengths=((3, 0), (7, 0), (1, 0), (2, 0)), tokens=0)
     uniform = torch.rand(4, 9, generator=torch.Generator().manual_seed(1))
-    rollout = collect(actor, ids, mask, uniform, 5, 3, True)
+    rollout = collect(actor, prompts, uniform, 5, 3, True)
+    batch = rlhf.Batch(rollout, rollout.value, rollout.value)
     for rows in ([0, 1, 2, 3], [0, 3], [2]):
-        log_prob, value, _ = actor(rollout.ids[rows], rollout.mask[rows], 9)
-        sampled = rollout.response_mask[rows]
-        for new, old in ((log_prob, rollout.log_prob), (value, rollout.value)):
-            torch.testing.assert_close(new[sampled], old[rows][sampled], atol=1e-5, rtol=0)
+        part = rlhf.take(batch, rows).rollout
+        for others in ([], [part.completion]):
+            (log_prob, *_), value = actor(part.prompt, part.response, *others)
+            sampled = part.response.mask
+            for new, old in ((log_prob, part.log_prob), (value, part.value)):
+                torch.testing.assert_close(new[sampled], old[sampled], atol=1e-5, rtol=0)
 
 
 def test_in_bfloat16_the_last_layers_are_in_float32(models):
     actor = actor_critic(models["gpt2"])
-    ids, mask, _ = ragged()
+    prompts, responses, _ = ragged()
     with torch.autocast("cpu", torch.bfloat16):
-        log_prob = actor.policy_log_prob(ids, mask, 5)
-        value = actor.value(ids, mask, 5)
-        policy_states = rlhf.predicting_states(actor.policy.base_model, ids, mask, 5)
-        critic_states = rlhf.predicting_states(actor.critic, ids, mask, 5)
+        (log_prob,) = actor.policy_log_probs(prompts, responses)
+        value = actor.value(prompts, responses)
+        policy_states = rlhf.predicting_states(actor.policy.base_model, prompts, responses)
+        critic_states = rlhf.predicting_states(actor.critic, prompts, responses)
     expected = actor.policy.lm_head(policy_states.float()).log_softmax(-1)
-    expected = expected.gather(-1, ids[:, -5:, None])[..., 0]
+    expected = expected.gather(-1, responses.ids[..., None])[..., 0]
     torch.testing.assert_close(log_prob, expected, atol=1e-5, rtol=0)
-    assert not torch.equal(log_prob, actor.policy_log_prob(ids, mask, 5))
+    assert not torch.equal(log_prob, actor.policy_log_probs(prompts, responses)[0])
     torch.testing.assert_close(value, actor.value_head(critic_states.float())[..., 0])
 
 
 def test_lora_roles_are_adapters_on_one_frozen_model(models):
     actor = actor_critic(models["gptj"], lora_r=2)
     plain = actor_critic(models["gptj"])
-    ids, mask, _ = ragged()
+    texts = ragged()[:2]
     for name, parameter in actor.named_parameters():
         assert parameter.requires_grad == ("lora_" in name or "value_head" in name)
         if "lora_B.policy" in name:
             nn.init.normal_(parameter)
-    initial = plain.policy_log_prob(ids, mask, 5)
-    torch.testing.assert_close(actor.reference_log_prob(ids, mask, 5), initial)
-    torch.testing.assert_close(actor.value(ids, mask, 5), plain.value(ids, mask, 5))
-    assert (actor.policy_log_prob(ids, mask, 5) - initial).abs().max() > 0.1
+    (initial,) = plain.policy_log_probs(*texts)
+    torch.testing.assert_close(actor.reference_log_prob(*texts), initial)
+    torch.testing.assert_close(actor.value(*texts), plain.value(*texts))
+    assert (actor.policy_log_probs(*texts)[0] - initial).abs().max() > 0.1
 
-    log_prob, value, _ = actor(ids, mask, 5)
+    (log_prob,), value = actor(*texts)
     for loss, expected in ((log_prob, {"policy"}), (value, {"critic", "value_head"})):
         actor.zero_grad()
         loss.sum().backward()
@@ -354,19 +362,21 @@ def test_a_text_is_a_prompt_and_its_continuation_a_post_one_and_its_summary(toy)
     eos = tokenizer.eos_token_id
     texts = ["the plot was superb and the cast was dull . i loved it .", "the", ""]
     args = rlhf.Args(prompt_length=4, response_length=5)
-    ids, mask = rlhf.tokenize({"text": texts}, tokenizer, args)
+    prompts, completions = rlhf.tokenize({"text": texts}, tokenizer, args)
     long, short, _ = tokenizer(texts)["input_ids"]
     half = len(long) // 2
-    assert ids[0].tolist() == long[half - 4 : half + 5]
-    assert ids[1][mask[1]].tolist() == [eos, *short, eos]
-    assert ids[2][mask[2]].tolist() == [eos, eos]
-    assert mask[1].tolist() == [False] * 3 + [True] * 3 + [False] * 3
+    assert prompts.ids[0].tolist() == long[half - 4 : half]
+    assert completions.ids[0].tolist() == long[half : half + 5]
+    text = rlhf.join(prompts, completions)
+    assert text.ids[1][text.mask[1]].tolist() == [eos, *short, eos]
+    assert text.ids[2][text.mask[2]].tolist() == [eos, eos]
+    assert text.mask[1].tolist() == [False] * 3 + [True] * 3 + [False] * 3
 
     rows = {"prompt": ["the plot was dull"], "label": [" was not dull"]}
     args = rlhf.TldrArgs(prompt_length=3, response_length=9)
-    ids, mask = rlhf.tokenize(rows, tokenizer, args)
-    prompt, label = tokenizer([*rows["prompt"], *rows["label"]])["input_ids"]
-    assert ids[0][mask[0]].tolist() == [*prompt[-3:], *label, eos]
+    text = rlhf.join(*rlhf.tokenize(rows, tokenizer, args))
+    prompt, label = (tokenizer(texts[0])["input_ids"] for texts in rows.values())
+    assert text.ids[text.mask].tolist() == [*prompt[-3:], *label, eos]
 
 
 # Reward models
@@ -501,13 +511,13 @@ def test_the_loss_is_the_sum_of_its_parts_and_a_share_of_the_minibatch():
     """Texts with half of a minibatch's sampled tokens, and a quarter of its reference tokens."""
     new, old, advantage, mask = random_tokens()
     sft_mask = mask.flip(1)
-    unused = dict.fromkeys(("ids", "reference_log_prob", "scores", "sft_ids"))
-    masks = {"mask": mask, "response_mask": mask, "sft_mask": sft_mask}
-    rollout = rlhf.Rollout(log_prob=old, value=new + 1, **masks, **unused)
+    unused = dict.fromkeys(("prompt", "completion_log_prob", "reference_log_prob", "scores"))
+    texts = {"response": rlhf.Tokens(None, mask), "completion": rlhf.Tokens(None, sft_mask)}
+    rollout = rlhf.Rollout(log_prob=old, value=new + 1, **texts, **unused)
     batch = rlhf.Batch(rollout, advantage, returns=new + 2)
     args = rlhf.Args(alpha=0.6, beta=0.5, z=-2.0, vf_coef=0.3, ce_coef=0.7)
     loss, metrics = rlhf.loss_and_metrics(
-        lambda *_: (new, new + 1, old), args, batch, 2 * mask.sum(), 4 * sft_mask.sum()
+        lambda *_: ((new, old), new + 1), args, batch, 2 * mask.sum(), 4 * sft_mask.sum()
     )
     policy_loss, reverse_loss = rlhf.symmetric_policy_losses(new, old, advantage, mask, 0.2, -2.0)
     sft_loss = -old[sft_mask].mean()
@@ -529,7 +539,8 @@ def test_the_loss_is_the_sum_of_its_parts_and_a_share_of_the_minibatch():
 
 def test_kl_and_entropy_are_estimated_from_sampled_tokens():
     log_prob, reference, advantage, mask = random_tokens()
-    rollout = SimpleNamespace(response_mask=mask, log_prob=log_prob, reference_log_prob=reference)
+    response = rlhf.Tokens(None, mask)
+    rollout = SimpleNamespace(response=response, log_prob=log_prob, reference_log_prob=reference)
     metrics = rlhf.rollout_metrics(rollout, advantage, advantage, advantage)
     divergence = (log_prob - reference)[mask].sum().item()
     assert metrics["charts/kl"].item() == pytest.approx(divergence / len(mask))
@@ -581,11 +592,12 @@ def test_the_saved_policy_is_a_folder_like_any_other(run):
     folder = run(learning_rate=1e-2)
     tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
     ids = tokenizer("the plot was superb", return_tensors="pt")["input_ids"]
-    mask = torch.ones_like(ids, dtype=torch.bool)
+    text = rlhf.Tokens(ids, torch.ones_like(ids, dtype=torch.bool))
+    texts = [rlhf.Tokens(*(x[:, part] for x in text)) for part in (slice(1), slice(1, None))]
     actor = actor_critic(f"{rlhf.TOY}/policy")
-    initial = actor.policy_log_prob(ids, mask, ids.shape[1] - 1)
+    (initial,) = actor.policy_log_probs(*texts)
     actor.load_state_dict(checkpoint(folder)["agent"], strict=False)
-    trained = actor.policy_log_prob(ids, mask, ids.shape[1] - 1)
+    (trained,) = actor.policy_log_probs(*texts)
     assert (trained - initial).abs().max() > 0.01
     loaded = AutoModelForCausalLM.from_pretrained(folder / "policy").eval()
     log_prob = loaded(ids).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
@@ -741,7 +753,7 @@ def test_advantages_are_normalised_after_flips_drawn_anew_each_epoch(run, monkey
     run(noise="adv_flip" if level else "none", noise_level=level, response_length=40)
     lengths = set()
     for (_, _, minibatch), _ in gradients:
-        advantage = minibatch.advantage[minibatch.rollout.response_mask]
+        advantage = minibatch.advantage[minibatch.rollout.response.mask]
         lengths.add(len(advantage))
         assert advantage.mean().item() == pytest.approx(0, abs=1e-5)
         assert advantage.std().item() == pytest.approx(1, abs=1e-3)
@@ -777,7 +789,7 @@ def test_micro_batches_add_up_to_the_minibatch(run, monkeypatch):
     results = []
 
     def recording(setup, args, minibatch):
-        assert len(minibatch.rollout.response_mask.sum(1).unique()) > 1
+        assert len(minibatch.rollout.response.mask.sum(1).unique()) > 1
         for size in (None, 1, 3):
             setup.optimizer.zero_grad()
             metrics = accumulate_gradient(setup, replace(args, micro_batch_size=size), minibatch)
@@ -860,33 +872,6 @@ def test_the_toy_learns_reward_and_true_sentiment(tmp_path, monkeypatch):
     assert last["return_mean"] - first["return_mean"] > 0.2
     assert last["sentiment"] - first["sentiment"] > 0.2
     assert 0 < last["kl"] < 20
-
-
-def test_each_process_scores_its_share_of_reference_completions():
-    """As the second of two."""
-    ids, mask, _ = ragged()
-    scored = []
-
-    @contextmanager
-    def second_half(rows):
-        yield rows[len(rows) // 2 :]
-
-    def policy_log_prob(ids, mask, length):
-        scored.append(ids)
-        return torch.zeros(len(ids), length)
-
-    actor = SimpleNamespace(autocast=nullcontext, policy_log_prob=policy_log_prob)
-    accelerator = SimpleNamespace(
-        device=CPU,
-        num_processes=2,
-        process_index=1,
-        split_between_processes=second_half,
-        gather=lambda own: torch.cat([own, own]),
-    )
-    setup = SimpleNamespace(accelerator=accelerator, actor_critic=actor)
-    log_prob = rlhf.completion_log_prob(setup, rlhf.Args(response_length=5), ids, mask)
-    assert torch.equal(torch.cat(scored), ids[2:])
-    assert log_prob.shape == (4, 5)
 
 
 def test_adapters_and_samples_do_not_share_random_numbers(run, monkeypatch, summaries):
