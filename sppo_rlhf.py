@@ -675,10 +675,10 @@ def normalize(advantage, mask):
 # Rollout
 
 
-def process_rows(accelerator, count, size):
-    """Indices of this process's share of `count` rows, split into parts of at most `size`."""
+def process_rows(accelerator, count):
+    """Indices of this process's share of `count` rows."""
     with accelerator.split_between_processes(torch.arange(count)) as rows:
-        return rows.split(size)
+        return rows
 
 
 @torch.no_grad()
@@ -688,7 +688,8 @@ def collect_rollout(setup, args, prompts, completions, uniform, top_k, reward_mo
     actor_critic = setup.actor_critic
     device = setup.accelerator.device
     parts = []
-    for rows in process_rows(setup.accelerator, len(uniform), args.inference_batch_size):
+    own_rows = process_rows(setup.accelerator, len(uniform))
+    for rows in own_rows.split(args.inference_batch_size):
         texts = slice_tensors((prompts, completions, uniform), rows)
         prompt, completion, part_uniform = send_to_device(texts, device)
         with actor_critic.autocast():
@@ -740,7 +741,10 @@ def accumulate_gradient(setup, args, minibatch):
     size = len(minibatch.advantage)
     response_tokens = minibatch.rollout.response.mask.sum()
     completion_tokens = minibatch.rollout.completion.mask.sum()
-    micro_batches = process_rows(accelerator, size, args.micro_batch_size or size)
+    own_rows = process_rows(accelerator, size)
+    lengths = minibatch.rollout.prompt.mask[own_rows].sum(1)
+    by_length = own_rows[lengths.argsort()]  # texts of equal length need the least padding
+    micro_batches = by_length.split(args.micro_batch_size or size)
     totals = {}
     for rows in micro_batches:
         micro_batch = send_to_device(take(minibatch, rows), accelerator.device)
