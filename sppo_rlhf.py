@@ -282,7 +282,7 @@ def perturb_advantage(advantage, level, generator):
     return torch.where(flipped, -advantage, advantage)
 
 
-# Models
+# Texts
 
 
 class Tokens(NamedTuple):
@@ -293,9 +293,359 @@ class Tokens(NamedTuple):
     mask: Tensor  # (B, N), false at padding
 
 
-def join(*parts):
-    """Texts that follow each other, in one row each."""
-    return Tokens(*(torch.cat(tensors, 1) for tensors in zip(*parts)))
+class Rollout(NamedTuple):
+    """Prompts, responses of at most T tokens, and reference completions, with what is known of
+    them."""
+
+    prompt: Tokens
+    response: Tokens
+    completion: Tokens  # the reference completion
+    log_prob: Tensor  # (B, T), of sampled tokens under the policy that sampled them, before top-k
+    completion_log_prob: Tensor  # (B, T), under the same policy
+    reference_log_prob: Tensor  # (B, T), of sampled tokens under the reference policy
+    value: Tensor  # (B, T), of the text before each token
+    scores: Tensor  # (B, reward models)
+
+
+class Batch(NamedTuple):
+    """What an update learns from."""
+
+    rollout: Rollout
+    advantage: Tensor  # (B, T)
+    returns: Tensor  # (B, T)
+
+
+# Losses
+
+
+def masked_mean(x, mask, count=None):
+    """Sum of `x` where `mask` is true, both of any shape, divided by `count`: by default, by the
+    number of its terms."""
+    if count is None:
+        count = mask.sum()
+    return torch.where(mask, x, 0).sum() / count
+
+
+def symmetric_policy_losses(log_prob, old_log_prob, advantage, mask, clip_coef, z, count=None):
+    """PPO loss L and reverse PPO loss Lr, scalars to minimise as alpha L + beta Lr.
+
+    Tensors (batch, tokens): `log_prob`, `old_log_prob`: log pi of each token, now and when it was
+    sampled; `advantage`; `mask`: true at sampled tokens, over which the means are taken. Numbers:
+    `clip_coef`: PPO's epsilon; `z` < 0; `count`: tokens of the minibatch that these are a part of.
+
+    (1 - p) / p_old = 1 / p_old - r; its first term is constant, huge for unlikely tokens, and left
+    out of the returned Lr, which therefore has the paper's gradient but not its value.
+    """
+    ratio = torch.where(mask, log_prob - old_log_prob, 0.0).exp()
+    surrogate = advantage * ratio
+    clipped = advantage * ratio.clamp(1 - clip_coef, 1 + clip_coef)
+    unclipped = surrogate <= clipped  # m: where PPO's gradient flows
+    objective = torch.where(unclipped, surrogate, clipped)
+    reverse = torch.where(unclipped, z * surrogate, 0.0)
+    policy_loss = -masked_mean(objective, mask, count)
+    reverse_loss = masked_mean(reverse, mask, count)  # all that SPPO adds to PPO
+    return policy_loss, reverse_loss
+
+
+def clipped_value_loss(value, old_value, returns, mask, clip_coef, count=None):
+    """PPO's clipped value loss: half the mean over tokens of the larger of two squared errors, one
+    of the value, one of the value with its change clipped."""
+    clipped = old_value + (value - old_value).clamp(-clip_coef, clip_coef)
+    error = (value - returns).square()
+    clipped_error = (clipped - returns).square()
+    larger = torch.maximum(error, clipped_error)
+    return 0.5 * masked_mean(larger, mask, count)
+
+
+def loss_and_metrics(model, args, batch, response_tokens, completion_tokens):
+    """Loss and metrics of a micro batch: sums over its tokens, divided by the number of tokens in
+    the minibatch, so that results of all micro batches and processes add up to the minibatch's."""
+    rollout = batch.rollout
+    mask = rollout.response.mask
+    continuations = [rollout.response]
+    if args.ce_coef:
+        continuations.append(rollout.completion)
+    log_probs, value = model(rollout.prompt, *continuations)
+    log_prob = log_probs[0]
+    policy_loss, reverse_loss = symmetric_policy_losses(
+        log_prob, rollout.log_prob, batch.advantage, mask, args.clip_coef, args.z, response_tokens
+    )
+    value_loss = clipped_value_loss(
+        value, rollout.value, batch.returns, mask, args.clip_coef, response_tokens
+    )
+    loss = args.alpha * policy_loss + args.beta * reverse_loss + args.vf_coef * value_loss
+    log_ratio = (log_prob - rollout.log_prob).detach()
+    clipped = ((log_ratio.exp() - 1).abs() > args.clip_coef).float()
+    metrics = {
+        "policy_loss": policy_loss.detach(),
+        "reverse_loss": reverse_loss.detach(),
+        "value_loss": value_loss.detach(),
+        "clipfrac": masked_mean(clipped, mask, response_tokens),
+        # joschu.net/blog/kl-approx.html
+        "approx_kl": masked_mean(log_ratio.exp() - 1 - log_ratio, mask, response_tokens),
+    }
+    if args.ce_coef:
+        completion = rollout.completion
+        sft_loss = -masked_mean(log_probs[1], completion.mask, completion_tokens)
+        loss = loss + args.ce_coef * sft_loss
+        metrics["sft_loss"] = sft_loss.detach()
+    return loss, metrics
+
+
+# Advantages
+
+
+def token_advantages(reward, log_prob, reference_log_prob, value, mask, args):
+    """Advantages and returns (batch, tokens): generalised advantage estimation over sampled tokens
+    (Schulman et al., arXiv 1506.02438), zero elsewhere.
+
+    `reward` (batch,) is given at the last token of a text; every token pays the KL penalty. All
+    else is (batch, tokens), `mask` true at sampled tokens. A text that reaches the maximum length
+    ends there: nothing is bootstrapped.
+    """
+    batch_size, length = mask.shape
+    last = mask.sum(1) - 1
+    token_reward = -args.kl_coef * (log_prob - reference_log_prob)
+    token_reward[torch.arange(batch_size), last] += reward
+    advantage = torch.zeros_like(value)
+    next_value = torch.zeros_like(reward)
+    next_advantage = torch.zeros_like(reward)
+    for t in reversed(range(length)):
+        sampled = mask[:, t]
+        delta = token_reward[:, t] + args.gamma * next_value - value[:, t]
+        estimate = delta + args.gamma * args.gae_lambda * next_advantage
+        advantage[:, t] = torch.where(sampled, estimate, 0)
+        next_advantage = advantage[:, t]
+        next_value = torch.where(sampled, value[:, t], 0)
+    returns = torch.where(mask, advantage + value, 0)
+    return advantage, returns
+
+
+def normalize(advantage, mask):
+    """Advantages with mean 0 and standard deviation 1 where `mask` is true."""
+    mean = masked_mean(advantage, mask)
+    centred = advantage - mean
+    degrees_of_freedom = (mask.sum() - 1).clamp(min=1)
+    variance = masked_mean(centred.square(), mask, degrees_of_freedom)
+    return centred / (variance.sqrt() + 1e-8)
+
+
+# Training
+
+
+def take(batch, rows):
+    """Rows of a batch, without what is padding in all their prompts. Columns are dropped on the
+    CPU: their number would have to wait for a GPU."""
+    batch = slice_tensors(batch, rows)
+    ids, mask = batch.rollout.prompt
+    used = mask.any(0)
+    prompt = Tokens(ids[:, used], mask[:, used])
+    return batch._replace(rollout=batch.rollout._replace(prompt=prompt))
+
+
+def accumulate_gradient(setup, args, minibatch):
+    """Computes the gradient of a minibatch, in micro batches on all processes. Returns metrics,
+    means over the tokens of the minibatch."""
+    accelerator = setup.accelerator
+    size = len(minibatch.advantage)
+    response_tokens = minibatch.rollout.response.mask.sum()
+    completion_tokens = minibatch.rollout.completion.mask.sum()
+    own_rows = process_rows(accelerator, size)
+    lengths = minibatch.rollout.prompt.mask[own_rows].sum(1)
+    by_length = own_rows[lengths.argsort()]  # texts of equal length need the least padding
+    micro_batches = by_length.split(args.micro_batch_size or size)
+    totals = {}
+    for rows in micro_batches:
+        micro_batch = send_to_device(take(minibatch, rows), accelerator.device)
+        is_last = rows is micro_batches[-1]  # DDP averages gradients in that backward pass only
+        with nullcontext() if is_last else accelerator.no_sync(setup.model):
+            loss, metrics = loss_and_metrics(
+                setup.model, args, micro_batch, response_tokens, completion_tokens
+            )
+            # The loss is already divided by the tokens of all processes: undo DDP's averaging.
+            accelerator.backward(loss * accelerator.num_processes)
+        for name, metric in metrics.items():
+            totals[name] = totals.get(name, 0) + metric
+    return accelerator.reduce(totals, "sum")
+
+
+def update(setup, args, batch, generator):
+    """`update_epochs` passes over the batch. Returns metrics, means over minibatches."""
+    history = []
+    for _ in range(args.update_epochs):
+        order = torch.randperm(args.batch_size, generator=generator)
+        for rows in order.split(args.batch_size // args.num_minibatches):
+            minibatch = slice_tensors(batch, rows)
+            mask = minibatch.rollout.response.mask
+            raw = minibatch.advantage
+            if args.noise == "adv_flip":
+                raw = perturb_advantage(raw, args.noise_level, generator)
+            advantage = normalize(raw, mask) if args.norm_adv else raw
+            minibatch = minibatch._replace(advantage=advantage)
+
+            metrics = accumulate_gradient(setup, args, minibatch)
+            metrics["grad_norm"] = setup.accelerator.clip_grad_norm_(
+                setup.model.parameters(), args.max_grad_norm
+            )
+            metrics["clipped_gradients"] = metrics["grad_norm"] > args.max_grad_norm
+            setup.optimizer.step()
+            setup.optimizer.zero_grad()
+            metrics["advantage_sign_flips"] = masked_mean((raw > 0) != (advantage > 0), mask)
+            history.append(metrics)
+    return {name: np.mean([float(m[name]) for m in history]).item() for name in history[0]}
+
+
+@dataclass
+class Progress:
+    """What a checkpoint holds besides weights, optimizer and random number generators."""
+
+    global_step: int = 0
+    seconds: float = 0.0  # without start-up, evaluations and checkpoints
+    evaluations: list[dict] = field(default_factory=list)  # rows of progress.csv
+    samples: list[dict] = field(default_factory=list)
+    history: list[dict] = field(default_factory=list)  # what was logged since the last evaluation
+    continued_at: list[int] = field(default_factory=list)  # steps at which the run was continued
+
+
+def train(args: Args):
+    setup = load(args)
+    accelerator = setup.accelerator
+    rng = np.random.default_rng([args.seed, 1])  # reward noise
+    # Prompts, sampling, minibatches, adv_flip; LoRA's initial weights start from args.seed
+    generator = torch.Generator().manual_seed(rng.integers(2**31).item())
+    progress = Progress()
+    if (args.run_dir / "checkpoint.pt").exists():
+        progress = restore(setup, args, generator, rng)
+        progress.continued_at.append(progress.global_step)
+    writer = None  # in all processes but the first
+    if accelerator.is_main_process:
+        if args.track:
+            import wandb
+
+            wandb.init(
+                project="symmetric-rl",
+                name=args.run_name,
+                dir=args.run_dir,
+                resume="auto",  # one id per `dir`, also when the run is continued
+                config=vars(args),
+                sync_tensorboard=True,
+            )
+        # TensorBoard hides what was logged after the checkpoint; without one, everything
+        purge_step = progress.global_step + 1 if progress.global_step else 0
+        writer = SummaryWriter(args.run_dir, purge_step=purge_step)
+        writer.add_text("hyperparameters", f"```\n{json.dumps(vars(args), indent=2)}\n```")
+    progress_bar = tqdm(
+        total=args.total_timesteps,
+        initial=progress.global_step,
+        unit=" texts",
+        disable=None if writer else True,
+    )
+    if not progress.evaluations:
+        evaluate_and_log(setup, args, progress, writer)  # the initial policy
+
+    saved = time.perf_counter()
+    while progress.global_step < args.total_timesteps:
+        # Rollout; random numbers are drawn for the global batch, then sharded
+        started = time.perf_counter()
+        rows = torch.randperm(len(setup.train_data), generator=generator)[: args.batch_size]
+        prompts, completions = tokenize(setup.train_data[rows.tolist()], setup.tokenizer, args)
+        uniform = torch.rand(args.batch_size, args.response_length, generator=generator)
+        reward_models = setup.reward_models[: len(args.reward_model)]
+        rollout = collect_rollout(
+            setup, args, prompts, completions, uniform, args.top_k, reward_models
+        )
+        progress.global_step += args.batch_size
+
+        # Advantages
+        reward = aggregate(rollout.scores, args.reward_aggregate)
+        noisy_reward = perturb_reward(reward.numpy(), args.noise, args.noise_level, rng)
+        advantage, returns = token_advantages(
+            torch.as_tensor(noisy_reward, dtype=reward.dtype),
+            rollout.log_prob,
+            rollout.reference_log_prob,
+            rollout.value,
+            rollout.response.mask,
+            args,
+        )
+
+        # Update
+        metrics = update(setup, args, Batch(rollout, advantage, returns), generator)
+        step = progress.global_step
+        if not math.isfinite(metrics["grad_norm"]):
+            sys.exit(f"error: gradient not finite at step {step}; lower the learning rate")
+
+        # Log
+        scalars = {f"losses/{name}": metric for name, metric in metrics.items()}
+        for name, scalar in rollout_metrics(rollout, reward, advantage, returns).items():
+            scalars[name] = scalar.item()
+        progress.history.append(scalars)
+        progress.seconds += time.perf_counter() - started
+        if writer:
+            for name, scalar in scalars.items():
+                writer.add_scalar(name, scalar, step)
+            writer.add_scalar("charts/SPS", step / progress.seconds, step)
+        progress_bar.set_postfix_str(f"reward {reward.mean():.3f}, KL {scalars['charts/kl']:.1f}")
+        progress_bar.update(args.batch_size)
+
+        # Evaluation and checkpoint
+        finished = step >= args.total_timesteps
+        evaluation_due = finished or step % args.eval_freq < args.batch_size
+        if evaluation_due:
+            evaluate_and_log(setup, args, progress, writer)
+        checkpoint_due = evaluation_due or time.perf_counter() - saved > 600
+        if accelerator.is_main_process and checkpoint_due:
+            save_checkpoint(setup, args, generator, rng, progress)
+            saved = time.perf_counter()
+
+    if writer:  # only the first process has one
+        writer.close()
+        save_policy(setup, args.run_dir)
+        outcome = {
+            "continued_at": progress.continued_at,
+            "sps": progress.global_step / progress.seconds,
+            "finished": True,
+        }
+        # Written last, since it marks the run as finished
+        save_json(args.run_dir / "summary.json", progress.evaluations[-1] | outcome)
+    accelerator.wait_for_everyone()  # the first process may still be writing
+    accelerator.end_training()
+
+
+def rollout_metrics(rollout, reward, advantage, returns):
+    """What to log of a batch; entropy and KL are estimates from its samples."""
+    mask = rollout.response.mask
+    log_ratio = rollout.log_prob - rollout.reference_log_prob
+    unexplained = advantage[mask].var() / returns[mask].var()  # advantage = return - value
+    return {
+        "losses/entropy": -masked_mean(rollout.log_prob, mask),
+        "losses/explained_variance": 1 - unexplained,
+        "charts/kl": masked_mean(log_ratio, mask, len(mask)),
+        "charts/episodic_return": reward.mean(),
+        "charts/episodic_length": mask.sum() / len(mask),
+    }
+
+
+def evaluate_and_log(setup, args, progress, writer):
+    """Appends an evaluation to `progress`; the first process writes progress.csv, samples.jsonl and
+    TensorBoard."""
+    step = progress.global_step
+    row, samples = evaluate(setup, args, step)
+    if progress.history:  # means since the last evaluation
+        for name in progress.history[-1]:
+            row[name] = np.mean([scalars[name] for scalars in progress.history]).item()
+    progress.history = []
+    progress.evaluations.append(row)
+    progress.samples += samples
+    if not writer:
+        return
+    save_csv(args.run_dir / "progress.csv", progress.evaluations)
+    with whole(args.run_dir / "samples.jsonl") as path:
+        path.write_text("".join(json.dumps(sample) + "\n" for sample in progress.samples))
+    writer.add_scalar("eval/return_mean", row["return_mean"], step)
+    tqdm.write(f"step {step:,}: reward {row['return_mean']:.3f}")
+
+
+# Models
 
 
 class ActorCritic(nn.Module):
@@ -535,144 +885,41 @@ def aggregate(scores, how):
     return scores.mean(1)
 
 
-# Losses
-
-
-def masked_sum(x, mask):
-    """Sum of `x` where `mask` is true, both of any shape."""
-    return torch.where(mask, x, 0).sum()
-
-
-def masked_mean(x, mask):
-    """Mean of `x` where `mask` is true, both of any shape."""
-    return masked_sum(x, mask) / mask.sum()
-
-
-def symmetric_policy_losses(log_prob, old_log_prob, advantage, mask, clip_coef, z):
-    """PPO loss L and reverse PPO loss Lr, scalars to minimise as alpha L + beta Lr.
-
-    Tensors (batch, tokens): `log_prob`, `old_log_prob`: log pi of each token, now and when it was
-    sampled; `advantage`; `mask`: true at sampled tokens, over which the means are taken. Numbers:
-    `clip_coef`: PPO's epsilon; `z` < 0.
-
-    (1 - p) / p_old = 1 / p_old - r; its first term is constant, huge for unlikely tokens, and left
-    out of the returned Lr, which therefore has the paper's gradient but not its value.
-    """
-    ratio = torch.where(mask, log_prob - old_log_prob, 0.0).exp()
-    surrogate = advantage * ratio
-    clipped = advantage * ratio.clamp(1 - clip_coef, 1 + clip_coef)
-    unclipped = surrogate <= clipped  # m: where PPO's gradient flows
-    objective = torch.where(unclipped, surrogate, clipped)
-    reverse = torch.where(unclipped, z * surrogate, 0.0)
-    policy_loss = -masked_mean(objective, mask)
-    reverse_loss = masked_mean(reverse, mask)  # all that SPPO adds to PPO
-    return policy_loss, reverse_loss
-
-
-def clipped_value_loss(value, old_value, returns, mask, clip_coef):
-    """PPO's clipped value loss: half the mean over tokens of the larger of two squared errors, one
-    of the value, one of the value with its change clipped."""
-    clipped = old_value + (value - old_value).clamp(-clip_coef, clip_coef)
-    error = (value - returns).square()
-    clipped_error = (clipped - returns).square()
-    larger = torch.maximum(error, clipped_error)
-    return 0.5 * masked_mean(larger, mask)
-
-
-class Rollout(NamedTuple):
-    """Prompts with responses of at most T tokens, on which everything else is, and references."""
-
-    prompt: Tokens
-    response: Tokens
-    completion: Tokens  # the reference completion
-    log_prob: Tensor  # (B, T), of sampled tokens under the policy that sampled them, before top-k
-    completion_log_prob: Tensor  # (B, T), under the same policy
-    reference_log_prob: Tensor  # (B, T), of sampled tokens under the reference policy
-    value: Tensor  # (B, T), of the text before each token
-    scores: Tensor  # (B, reward models)
-
-
-class Batch(NamedTuple):
-    """What an update learns from."""
-
-    rollout: Rollout
-    advantage: Tensor  # (B, T)
-    returns: Tensor  # (B, T)
-
-
-def loss_and_metrics(model, args, batch, response_tokens, completion_tokens):
-    """Loss and metrics of a micro batch: sums over its tokens, divided by the number of tokens in
-    the minibatch, so that results of all micro batches and processes add up to the minibatch's."""
-    rollout = batch.rollout
-    mask = rollout.response.mask
-    continuations = [rollout.response]
-    if args.ce_coef:
-        continuations.append(rollout.completion)
-    (log_prob, *sft_log_prob), value = model(rollout.prompt, *continuations)
-    policy_loss, reverse_loss = symmetric_policy_losses(
-        log_prob, rollout.log_prob, batch.advantage, mask, args.clip_coef, args.z
-    )
-    value_loss = clipped_value_loss(value, rollout.value, batch.returns, mask, args.clip_coef)
-    loss = args.alpha * policy_loss + args.beta * reverse_loss + args.vf_coef * value_loss
-    log_ratio = (log_prob - rollout.log_prob).detach()
-    clipped = ((log_ratio.exp() - 1).abs() > args.clip_coef).float()
-    means = {
-        "policy_loss": policy_loss.detach(),
-        "reverse_loss": reverse_loss.detach(),
-        "value_loss": value_loss.detach(),
-        "clipfrac": masked_mean(clipped, mask),
-        # joschu.net/blog/kl-approx.html
-        "approx_kl": masked_mean(log_ratio.exp() - 1 - log_ratio, mask),
-    }
-    share = mask.sum() / response_tokens  # up to here, means over this micro batch's tokens
-    loss = share * loss
-    metrics = {name: share * mean for name, mean in means.items()}
-    if args.ce_coef:
-        sft_loss = -masked_sum(sft_log_prob[0], rollout.completion.mask) / completion_tokens
-        loss = loss + args.ce_coef * sft_loss
-        metrics["sft_loss"] = sft_loss.detach()
-    return loss, metrics
-
-
-# Advantages
-
-
-def token_advantages(reward, log_prob, reference_log_prob, value, mask, args):
-    """Advantages and returns (batch, tokens): generalised advantage estimation over sampled tokens
-    (Schulman et al., arXiv 1506.02438), zero elsewhere.
-
-    `reward` (batch,) is given at the last token of a text; every token pays the KL penalty. All
-    else is (batch, tokens), `mask` true at sampled tokens. A text that reaches the maximum length
-    ends there: nothing is bootstrapped.
-    """
-    batch_size, length = mask.shape
-    last = mask.sum(1) - 1
-    token_reward = -args.kl_coef * (log_prob - reference_log_prob)
-    token_reward[torch.arange(batch_size), last] += reward
-    advantage = torch.zeros_like(value)
-    next_value = torch.zeros_like(reward)
-    next_advantage = torch.zeros_like(reward)
-    for t in reversed(range(length)):
-        sampled = mask[:, t]
-        delta = token_reward[:, t] + args.gamma * next_value - value[:, t]
-        estimate = delta + args.gamma * args.gae_lambda * next_advantage
-        advantage[:, t] = torch.where(sampled, estimate, 0)
-        next_advantage = advantage[:, t]
-        next_value = torch.where(sampled, value[:, t], 0)
-    returns = torch.where(mask, advantage + value, 0)
-    return advantage, returns
-
-
-def normalize(advantage, mask):
-    """Advantages with mean 0 and standard deviation 1 where `mask` is true."""
-    mean = masked_mean(advantage, mask)
-    centred = advantage - mean
-    degrees_of_freedom = (mask.sum() - 1).clamp(min=1)
-    variance = masked_sum(centred.square(), mask) / degrees_of_freedom
-    return centred / (variance.sqrt() + 1e-8)
-
-
 # Rollout
+
+
+def tokenize(rows, tokenizer, args):
+    """Prompts, and reference completions, which are padded to `response_length`. `rows`: column ->
+    texts."""
+    if args.task == "tldr":
+        prompts = tokenizer(rows["prompt"])["input_ids"]
+        completions = tokenizer(rows["label"], add_special_tokens=False)["input_ids"]
+    else:
+        texts = tokenizer(rows["text"])["input_ids"]
+        prompts = [ids[: len(ids) // 2] for ids in texts]
+        completions = [ids[len(ids) // 2 :] for ids in texts]
+    end = [tokenizer.eos_token_id]
+    prompts = [ids[-args.prompt_length :] or end for ids in prompts]
+    completions = [(ids + end)[: args.response_length] for ids in completions]
+    length = args.response_length
+    left = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
+    right = tokenizer.pad(
+        {"input_ids": completions}, padding="max_length", max_length=length, return_tensors="pt"
+    )
+    return tuple(Tokens(x["input_ids"], x["attention_mask"].bool()) for x in (left, right))
+
+
+def join(*parts):
+    """Texts that follow each other, in one row each."""
+    return Tokens(*(torch.cat(tensors, 1) for tensors in zip(*parts)))
+
+
+def decode(tokenizer, tokens):
+    """Texts of tokens, without special ones."""
+    return [
+        tokenizer.decode(ids[mask], skip_special_tokens=True)
+        for ids, mask in zip(*send_to_device(tokens, "cpu"))
+    ]
 
 
 def process_rows(accelerator, count):
@@ -721,71 +968,6 @@ def collect_rollout(setup, args, prompts, completions, uniform, top_k, reward_mo
     return send_to_device(rollout, "cpu")
 
 
-# Update
-
-
-def take(batch, rows):
-    """Rows of a batch, without what is padding in all their prompts. Columns are dropped on the
-    CPU: their number would have to wait for a GPU."""
-    batch = slice_tensors(batch, rows)
-    ids, mask = batch.rollout.prompt
-    used = mask.any(0)
-    prompt = Tokens(ids[:, used], mask[:, used])
-    return batch._replace(rollout=batch.rollout._replace(prompt=prompt))
-
-
-def accumulate_gradient(setup, args, minibatch):
-    """Computes the gradient of a minibatch, in micro batches on all processes. Returns metrics,
-    means over the tokens of the minibatch."""
-    accelerator = setup.accelerator
-    size = len(minibatch.advantage)
-    response_tokens = minibatch.rollout.response.mask.sum()
-    completion_tokens = minibatch.rollout.completion.mask.sum()
-    own_rows = process_rows(accelerator, size)
-    lengths = minibatch.rollout.prompt.mask[own_rows].sum(1)
-    by_length = own_rows[lengths.argsort()]  # texts of equal length need the least padding
-    micro_batches = by_length.split(args.micro_batch_size or size)
-    totals = {}
-    for rows in micro_batches:
-        micro_batch = send_to_device(take(minibatch, rows), accelerator.device)
-        is_last = rows is micro_batches[-1]  # DDP averages gradients in that backward pass only
-        with nullcontext() if is_last else accelerator.no_sync(setup.model):
-            loss, metrics = loss_and_metrics(
-                setup.model, args, micro_batch, response_tokens, completion_tokens
-            )
-            # The loss is already divided by the tokens of all processes: undo DDP's averaging.
-            accelerator.backward(loss * accelerator.num_processes)
-        for name, metric in metrics.items():
-            totals[name] = totals.get(name, 0) + metric
-    return accelerator.reduce(totals, "sum")
-
-
-def update(setup, args, batch, generator):
-    """`update_epochs` passes over the batch. Returns metrics, means over minibatches."""
-    history = []
-    for _ in range(args.update_epochs):
-        order = torch.randperm(args.batch_size, generator=generator)
-        for rows in order.split(args.batch_size // args.num_minibatches):
-            minibatch = slice_tensors(batch, rows)
-            mask = minibatch.rollout.response.mask
-            raw = minibatch.advantage
-            if args.noise == "adv_flip":
-                raw = perturb_advantage(raw, args.noise_level, generator)
-            advantage = normalize(raw, mask) if args.norm_adv else raw
-            minibatch = minibatch._replace(advantage=advantage)
-
-            metrics = accumulate_gradient(setup, args, minibatch)
-            metrics["grad_norm"] = setup.accelerator.clip_grad_norm_(
-                setup.model.parameters(), args.max_grad_norm
-            )
-            metrics["clipped_gradients"] = metrics["grad_norm"] > args.max_grad_norm
-            setup.optimizer.step()
-            setup.optimizer.zero_grad()
-            metrics["advantage_sign_flips"] = masked_mean((raw > 0) != (advantage > 0), mask)
-            history.append(metrics)
-    return {name: np.mean([float(m[name]) for m in history]).item() for name in history[0]}
-
-
 # Evaluation
 
 
@@ -815,7 +997,7 @@ def evaluate(setup, args, step):
         "return_mean": reward.mean().item(),
         "return_std": reward.std(correction=0).item(),
         "length_mean": mask.sum().item() / args.eval_episodes,
-        "kl": masked_sum(log_ratio, mask).item() / args.eval_episodes,
+        "kl": masked_mean(log_ratio, mask, args.eval_episodes).item(),
         # Responses under the reference policy, then reference completions under the policy
         "perplexity": perplexity(rollout.reference_log_prob, mask),
         "perplexity_real": perplexity(rollout.completion_log_prob, rollout.completion.mask),
@@ -851,159 +1033,6 @@ def rouge(references, responses):
     return means
 
 
-# Training
-
-
-@dataclass
-class Progress:
-    """What a checkpoint holds besides weights, optimizer and random number generators."""
-
-    global_step: int = 0
-    seconds: float = 0.0  # without start-up, evaluations and checkpoints
-    evaluations: list[dict] = field(default_factory=list)  # rows of progress.csv
-    samples: list[dict] = field(default_factory=list)
-    history: list[dict] = field(default_factory=list)  # what was logged since the last evaluation
-    continued_at: list[int] = field(default_factory=list)  # steps at which the run was continued
-
-
-def train(args: Args):
-    setup = load(args)
-    accelerator = setup.accelerator
-    rng = np.random.default_rng([args.seed, 1])  # reward noise
-    # Prompts, sampling, minibatches, adv_flip; LoRA's initial weights start from args.seed
-    generator = torch.Generator().manual_seed(rng.integers(2**31).item())
-    progress = Progress()
-    if (args.run_dir / "checkpoint.pt").exists():
-        progress = restore(setup, args, generator, rng)
-        progress.continued_at.append(progress.global_step)
-    writer = None  # in all processes but the first
-    if accelerator.is_main_process:
-        if args.track:
-            import wandb
-
-            wandb.init(
-                project="symmetric-rl",
-                name=args.run_name,
-                dir=args.run_dir,
-                resume="auto",  # one id per `dir`, also when the run is continued
-                config=vars(args),
-                sync_tensorboard=True,
-            )
-        # TensorBoard hides what was logged after the checkpoint; without one, everything
-        purge_step = progress.global_step + 1 if progress.global_step else 0
-        writer = SummaryWriter(args.run_dir, purge_step=purge_step)
-        writer.add_text("hyperparameters", f"```\n{json.dumps(vars(args), indent=2)}\n```")
-    progress_bar = tqdm(
-        total=args.total_timesteps,
-        initial=progress.global_step,
-        unit=" texts",
-        disable=None if writer else True,
-    )
-    if not progress.evaluations:
-        evaluate_and_log(setup, args, progress, writer)  # the initial policy
-
-    saved = time.perf_counter()
-    while progress.global_step < args.total_timesteps:
-        # Rollout; random numbers are drawn for the global batch, then sharded
-        started = time.perf_counter()
-        rows = torch.randperm(len(setup.train_data), generator=generator)[: args.batch_size]
-        prompts, completions = tokenize(setup.train_data[rows.tolist()], setup.tokenizer, args)
-        uniform = torch.rand(args.batch_size, args.response_length, generator=generator)
-        reward_models = setup.reward_models[: len(args.reward_model)]
-        rollout = collect_rollout(
-            setup, args, prompts, completions, uniform, args.top_k, reward_models
-        )
-        progress.global_step += args.batch_size
-
-        # Advantages
-        reward = aggregate(rollout.scores, args.reward_aggregate)
-        noisy_reward = perturb_reward(reward.numpy(), args.noise, args.noise_level, rng)
-        advantage, returns = token_advantages(
-            torch.as_tensor(noisy_reward, dtype=reward.dtype),
-            rollout.log_prob,
-            rollout.reference_log_prob,
-            rollout.value,
-            rollout.response.mask,
-            args,
-        )
-
-        # Update
-        metrics = update(setup, args, Batch(rollout, advantage, returns), generator)
-        step = progress.global_step
-        if not math.isfinite(metrics["grad_norm"]):
-            sys.exit(f"error: gradient not finite at step {step}; lower the learning rate")
-
-        # Log
-        scalars = {f"losses/{name}": metric for name, metric in metrics.items()}
-        for name, scalar in rollout_metrics(rollout, reward, advantage, returns).items():
-            scalars[name] = scalar.item()
-        progress.history.append(scalars)
-        progress.seconds += time.perf_counter() - started
-        if writer:
-            for name, scalar in scalars.items():
-                writer.add_scalar(name, scalar, step)
-            writer.add_scalar("charts/SPS", step / progress.seconds, step)
-        progress_bar.set_postfix_str(f"reward {reward.mean():.3f}, KL {scalars['charts/kl']:.1f}")
-        progress_bar.update(args.batch_size)
-
-        # Evaluation and checkpoint
-        finished = step >= args.total_timesteps
-        evaluation_due = finished or step % args.eval_freq < args.batch_size
-        if evaluation_due:
-            evaluate_and_log(setup, args, progress, writer)
-        checkpoint_due = evaluation_due or time.perf_counter() - saved > 600
-        if accelerator.is_main_process and checkpoint_due:
-            save_checkpoint(setup, args, generator, rng, progress)
-            saved = time.perf_counter()
-
-    if writer:  # only the first process has one
-        writer.close()
-        save_policy(setup, args.run_dir)
-        outcome = {
-            "continued_at": progress.continued_at,
-            "sps": progress.global_step / progress.seconds,
-            "finished": True,
-        }
-        # Written last, since it marks the run as finished
-        save_json(args.run_dir / "summary.json", progress.evaluations[-1] | outcome)
-    accelerator.wait_for_everyone()  # the first process may still be writing
-    accelerator.end_training()
-
-
-def rollout_metrics(rollout, reward, advantage, returns):
-    """What to log of a batch; entropy and KL are estimates from its samples."""
-    mask = rollout.response.mask
-    log_ratio = rollout.log_prob - rollout.reference_log_prob
-    unexplained = advantage[mask].var() / returns[mask].var()  # advantage = return - value
-    return {
-        "losses/entropy": -masked_mean(rollout.log_prob, mask),
-        "losses/explained_variance": 1 - unexplained,
-        "charts/kl": masked_sum(log_ratio, mask) / len(mask),
-        "charts/episodic_return": reward.mean(),
-        "charts/episodic_length": mask.sum() / len(mask),
-    }
-
-
-def evaluate_and_log(setup, args, progress, writer):
-    """Appends an evaluation to `progress`; the first process writes progress.csv, samples.jsonl and
-    TensorBoard."""
-    step = progress.global_step
-    row, samples = evaluate(setup, args, step)
-    if progress.history:  # means since the last evaluation
-        for name in progress.history[-1]:
-            row[name] = np.mean([scalars[name] for scalars in progress.history]).item()
-    progress.history = []
-    progress.evaluations.append(row)
-    progress.samples += samples
-    if not writer:
-        return
-    save_csv(args.run_dir / "progress.csv", progress.evaluations)
-    with whole(args.run_dir / "samples.jsonl") as path:
-        path.write_text("".join(json.dumps(sample) + "\n" for sample in progress.samples))
-    writer.add_scalar("eval/return_mean", row["return_mean"], step)
-    tqdm.write(f"step {step:,}: reward {row['return_mean']:.3f}")
-
-
 def play(args: Args):
     """Evaluates the policy of the run in the folder `args.evaluate`; prints samples and scores."""
     if args != type(args)(
@@ -1033,123 +1062,6 @@ def play(args: Args):
 
 
 # What follows is plumbing, not part of the algorithm.
-
-
-# The toy task: film reviews from a grammar, and a policy and a noisy reward model trained on them.
-
-ASPECTS = "plot acting music script ending cast pacing dialogue camera humour".split()
-GOOD = "superb moving clever funny brilliant charming gripping warm".split()
-BAD = "dull clumsy weak tedious awful silly flat noisy".split()
-TOY_POSITIONS = 64
-TOY_HELD_OUT = 256
-
-
-def toy_review(rng):
-    """Five judgements, each positive or negative with equal probability; "not" negates a word."""
-    clauses = []
-    for aspect in rng.sample(ASPECTS, 5):
-        negation = "not " if rng.random() < 0.25 else ""
-        words = rng.choice((GOOD, BAD))
-        clauses.append(f"the {aspect} was {negation}{rng.choice(words)}")
-    return "{} and {} . {} but {} . {} .".format(*clauses)
-
-
-def toy_sentiment(text):
-    """True sentiment by the grammar: share of positive judgements, 0.5 where there are none."""
-    signs = []
-    negated = False
-    for word in text.split():
-        if word in GOOD or word in BAD:
-            signs.append((word in GOOD) != negated)
-        negated = word == "not"
-    return sum(signs) / len(signs) if signs else 0.5
-
-
-def toy_labels(texts, rng):
-    """1 for positive texts, 0 for negative ones; a tenth of the labels are wrong."""
-    coins = [rng.random() for _ in texts]
-    labels = []
-    for text, coin in zip(texts, coins):
-        sentiment = toy_sentiment(text)
-        is_positive = coin > 0.5 if sentiment == 0.5 else sentiment > 0.5
-        is_wrong = rng.random() < 0.1
-        labels.append(int(is_positive != is_wrong))
-    return labels
-
-
-def make_toy(folder):
-    """Makes train.jsonl, test.jsonl, policy/ and reward/ in `folder`, unless it exists. The seed is
-    fixed, so that runs with different seeds have the same models."""
-    if folder.exists():
-        return
-    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    rng = random.Random(1)
-    reviews = [toy_review(rng) for _ in range(4000)]
-    splits = {"train": reviews[:-TOY_HELD_OUT], "test": reviews[-TOY_HELD_OUT:]}
-    for name, texts in splits.items():
-        data = datasets.Dataset.from_dict({"text": texts})
-        data.to_json(temporary / f"{name}.jsonl")
-    # The reward model must be able to score texts that are not finished.
-    truncated = [" ".join(review.split()[: rng.randint(1, 45)]) for review in reviews]
-    labels = toy_labels(truncated, rng)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        make_toy_models(reviews, truncated, labels, temporary)
-    try:
-        temporary.rename(folder)
-    except OSError:  # another run was faster
-        shutil.rmtree(temporary)
-
-
-def make_toy_models(reviews, truncated, labels, folder):
-    gpt2 = transformers.GPT2Tokenizer(pad_token="<|pad|>")
-    gpt2 = gpt2.train_new_from_iterator(reviews, 400, show_progress=False)
-    bert = transformers.BertTokenizer()
-    bert = bert.train_new_from_iterator(reviews, 400, show_progress=False)
-    reward_config = transformers.BertConfig(
-        vocab_size=len(bert),
-        max_position_embeddings=TOY_POSITIONS,
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=128,
-        id2label={0: "NEGATIVE", 1: "POSITIVE"},
-    )
-    policy_config = transformers.GPT2Config(
-        vocab_size=len(gpt2),
-        n_positions=TOY_POSITIONS,
-        n_embd=64,
-        n_layer=2,
-        n_head=2,
-        bos_token_id=gpt2.eos_token_id,
-        eos_token_id=gpt2.eos_token_id,
-    )
-    reward_model = AutoModelForSequenceClassification.from_config(reward_config)
-    policy = AutoModelForCausalLM.from_config(policy_config)
-
-    ended = [review + gpt2.eos_token for review in reviews]
-    policy_data = gpt2(ended, padding=True, return_tensors="pt")
-    is_padding = policy_data["attention_mask"] == 0
-    policy_data["labels"] = policy_data["input_ids"].masked_fill(is_padding, -100)
-    train_toy_model(policy, policy_data, 400, 3e-3, gpt2, folder / "policy")
-
-    reward_data = bert(truncated, padding=True, return_tensors="pt")
-    reward_data["labels"] = torch.tensor(labels)
-    train_toy_model(reward_model, reward_data, 1200, 1e-3, bert, folder / "reward")
-
-
-def train_toy_model(model, data, steps, learning_rate, tokenizer, folder):
-    """Supervised training on all but the held-out rows of `data`; saves model and tokenizer."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
-    title = f"making the toy's {folder.name} model"
-    for _ in tqdm(range(steps), title, disable=None, leave=False):
-        rows = torch.randint(len(data["labels"]) - TOY_HELD_OUT, (32,))
-        batch = {name: tensor[rows] for name, tensor in data.items()}
-        model(**batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 # Loading
@@ -1273,35 +1185,6 @@ def load_dataset(name):
         return datasets.load_dataset("json", data_files=name, split="train")
     hub_name, _, split = name.partition(":")
     return datasets.load_dataset(hub_name, split=split or "train")
-
-
-def tokenize(rows, tokenizer, args):
-    """Prompts, and reference completions, which are padded to `response_length`. `rows`: column ->
-    texts."""
-    if args.task == "tldr":
-        prompts = tokenizer(rows["prompt"])["input_ids"]
-        completions = tokenizer(rows["label"], add_special_tokens=False)["input_ids"]
-    else:
-        texts = tokenizer(rows["text"])["input_ids"]
-        prompts = [ids[: len(ids) // 2] for ids in texts]
-        completions = [ids[len(ids) // 2 :] for ids in texts]
-    end = [tokenizer.eos_token_id]
-    prompts = [ids[-args.prompt_length :] or end for ids in prompts]
-    completions = [(ids + end)[: args.response_length] for ids in completions]
-    length = args.response_length
-    left = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
-    right = tokenizer.pad(
-        {"input_ids": completions}, padding="max_length", max_length=length, return_tensors="pt"
-    )
-    return tuple(Tokens(x["input_ids"], x["attention_mask"].bool()) for x in (left, right))
-
-
-def decode(tokenizer, tokens):
-    """Texts of tokens, without special ones."""
-    return [
-        tokenizer.decode(ids[mask], skip_special_tokens=True)
-        for ids, mask in zip(*send_to_device(tokens, "cpu"))
-    ]
 
 
 # Saving
@@ -1459,6 +1342,123 @@ def main():
         f"{args.run_dir}: reward {summary['return_mean']:.3f} (standard deviation "
         f"{summary['return_std']:.3f}), {summary['sps']:.1f} texts/s"
     )
+
+
+# The toy task: film reviews from a grammar, and a policy and a noisy reward model trained on them.
+
+ASPECTS = "plot acting music script ending cast pacing dialogue camera humour".split()
+GOOD = "superb moving clever funny brilliant charming gripping warm".split()
+BAD = "dull clumsy weak tedious awful silly flat noisy".split()
+TOY_POSITIONS = 64
+TOY_HELD_OUT = 256
+
+
+def toy_review(rng):
+    """Five judgements, each positive or negative with equal probability; "not" negates a word."""
+    clauses = []
+    for aspect in rng.sample(ASPECTS, 5):
+        negation = "not " if rng.random() < 0.25 else ""
+        words = rng.choice((GOOD, BAD))
+        clauses.append(f"the {aspect} was {negation}{rng.choice(words)}")
+    return "{} and {} . {} but {} . {} .".format(*clauses)
+
+
+def toy_sentiment(text):
+    """True sentiment by the grammar: share of positive judgements, 0.5 where there are none."""
+    signs = []
+    negated = False
+    for word in text.split():
+        if word in GOOD or word in BAD:
+            signs.append((word in GOOD) != negated)
+        negated = word == "not"
+    return sum(signs) / len(signs) if signs else 0.5
+
+
+def toy_labels(texts, rng):
+    """1 for positive texts, 0 for negative ones; a tenth of the labels are wrong."""
+    coins = [rng.random() for _ in texts]
+    labels = []
+    for text, coin in zip(texts, coins):
+        sentiment = toy_sentiment(text)
+        is_positive = coin > 0.5 if sentiment == 0.5 else sentiment > 0.5
+        is_wrong = rng.random() < 0.1
+        labels.append(int(is_positive != is_wrong))
+    return labels
+
+
+def make_toy(folder):
+    """Makes train.jsonl, test.jsonl, policy/ and reward/ in `folder`, unless it exists. The seed is
+    fixed, so that runs with different seeds have the same models."""
+    if folder.exists():
+        return
+    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    rng = random.Random(1)
+    reviews = [toy_review(rng) for _ in range(4000)]
+    splits = {"train": reviews[:-TOY_HELD_OUT], "test": reviews[-TOY_HELD_OUT:]}
+    for name, texts in splits.items():
+        data = datasets.Dataset.from_dict({"text": texts})
+        data.to_json(temporary / f"{name}.jsonl")
+    # The reward model must be able to score texts that are not finished.
+    truncated = [" ".join(review.split()[: rng.randint(1, 45)]) for review in reviews]
+    labels = toy_labels(truncated, rng)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        make_toy_models(reviews, truncated, labels, temporary)
+    try:
+        temporary.rename(folder)
+    except OSError:  # another run was faster
+        shutil.rmtree(temporary)
+
+
+def make_toy_models(reviews, truncated, labels, folder):
+    gpt2 = transformers.GPT2Tokenizer(pad_token="<|pad|>")
+    gpt2 = gpt2.train_new_from_iterator(reviews, 400, show_progress=False)
+    bert = transformers.BertTokenizer()
+    bert = bert.train_new_from_iterator(reviews, 400, show_progress=False)
+    reward_config = transformers.BertConfig(
+        vocab_size=len(bert),
+        max_position_embeddings=TOY_POSITIONS,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=128,
+        id2label={0: "NEGATIVE", 1: "POSITIVE"},
+    )
+    policy_config = transformers.GPT2Config(
+        vocab_size=len(gpt2),
+        n_positions=TOY_POSITIONS,
+        n_embd=64,
+        n_layer=2,
+        n_head=2,
+        bos_token_id=gpt2.eos_token_id,
+        eos_token_id=gpt2.eos_token_id,
+    )
+    reward_model = AutoModelForSequenceClassification.from_config(reward_config)
+    policy = AutoModelForCausalLM.from_config(policy_config)
+
+    ended = [review + gpt2.eos_token for review in reviews]
+    policy_data = gpt2(ended, padding=True, return_tensors="pt")
+    is_padding = policy_data["attention_mask"] == 0
+    policy_data["labels"] = policy_data["input_ids"].masked_fill(is_padding, -100)
+    train_toy_model(policy, policy_data, 400, 3e-3, gpt2, folder / "policy")
+
+    reward_data = bert(truncated, padding=True, return_tensors="pt")
+    reward_data["labels"] = torch.tensor(labels)
+    train_toy_model(reward_model, reward_data, 1200, 1e-3, bert, folder / "reward")
+
+
+def train_toy_model(model, data, steps, learning_rate, tokenizer, folder):
+    """Supervised training on all but the held-out rows of `data`; saves model and tokenizer."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
+    title = f"making the toy's {folder.name} model"
+    for _ in tqdm(range(steps), title, disable=None, leave=False):
+        rows = torch.randint(len(data["labels"]) - TOY_HELD_OUT, (32,))
+        batch = {name: tensor[rows] for name, tensor in data.items()}
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 if __name__ == "__main__":
