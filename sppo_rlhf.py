@@ -173,10 +173,14 @@ class Args:
 
     def check(self):
         """Refuses what would run, but mean something else than it says. tyro prints the message."""
-        positive = ["total_timesteps", "num_minibatches", "update_epochs"]
+        positive = ["total_timesteps", "batch_size", "num_minibatches", "update_epochs"]
+        positive += ["micro_batch_size", "prompt_length", "response_length"]
         for name in [*positive, "eval_freq", "eval_episodes"]:
-            if getattr(self, name) < 1:
+            value = getattr(self, name)
+            if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1")
+        if min(self.seed, self.top_k, self.lora_r) < 0:
+            raise ValueError("seed, top_k and lora_r must not be negative")
         if not 0 <= self.noise_level <= 1:
             raise ValueError("noise_level must be between 0 and 1")
         if min(self.alpha, self.beta) < 0:
@@ -192,6 +196,12 @@ class Args:
             raise ValueError("noise_level needs a kind of noise")
         if self.load_in_4bit and not self.lora_r:
             raise ValueError("load_in_4bit needs LoRA, so lora_r > 0")
+        if (Path(self.policy_model) / "adapter_config.json").exists():
+            raise ValueError(
+                "policy_model is an adapter; to begin with it, merge it into its model: "
+                "peft.AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload()"
+                ".save_pretrained(NEW_FOLDER)"
+            )
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device cuda: there is no GPU")
 
@@ -207,10 +217,6 @@ class Args:
     @property
     def run_dir(self) -> Path:
         return Path(self.runs_dir) / self.run_name.replace("/", "-")
-
-    @property
-    def inference_batch_size(self):
-        return 8 * (self.micro_batch_size or 16)  # inference takes less memory than training
 
 
 # The authors' settings, except that their base model for tldr is 4-bit. The toy's are ours.
@@ -294,15 +300,12 @@ class Tokens(NamedTuple):
 
 
 class Rollout(NamedTuple):
-    """Prompts, responses of at most T tokens, and reference completions, with what is known of
-    them."""
+    """Responses of at most T tokens, and what was computed for them."""
 
-    prompt: Tokens
     response: Tokens
-    completion: Tokens  # the reference completion
     log_prob: Tensor  # (B, T), of sampled tokens under the policy that sampled them, before top-k
-    completion_log_prob: Tensor  # (B, T), under the same policy
     reference_log_prob: Tensor  # (B, T), of sampled tokens under the reference policy
+    completion_log_prob: Tensor  # (B, T), of reference completions under the policy
     value: Tensor  # (B, T), of the text before each token
     scores: Tensor  # (B, reward models)
 
@@ -310,6 +313,8 @@ class Rollout(NamedTuple):
 class Batch(NamedTuple):
     """What an update learns from."""
 
+    prompt: Tokens
+    completion: Tokens  # the reference completion
     rollout: Rollout
     advantage: Tensor  # (B, T)
     returns: Tensor  # (B, T)
@@ -364,8 +369,8 @@ def loss_and_metrics(model, args, batch, response_tokens, completion_tokens):
     mask = rollout.response.mask
     continuations = [rollout.response]
     if args.ce_coef:
-        continuations.append(rollout.completion)
-    log_probs, value = model(rollout.prompt, *continuations)
+        continuations.append(batch.completion)
+    log_probs, value = model(batch.prompt, *continuations)
     log_prob = log_probs[0]
     policy_loss, reverse_loss = symmetric_policy_losses(
         log_prob, rollout.log_prob, batch.advantage, mask, args.clip_coef, args.z, response_tokens
@@ -374,21 +379,20 @@ def loss_and_metrics(model, args, batch, response_tokens, completion_tokens):
         value, rollout.value, batch.returns, mask, args.clip_coef, response_tokens
     )
     loss = args.alpha * policy_loss + args.beta * reverse_loss + args.vf_coef * value_loss
-    log_ratio = (log_prob - rollout.log_prob).detach()
+    log_ratio = log_prob.detach() - rollout.log_prob
     clipped = ((log_ratio.exp() - 1).abs() > args.clip_coef).float()
     metrics = {
-        "policy_loss": policy_loss.detach(),
-        "reverse_loss": reverse_loss.detach(),
-        "value_loss": value_loss.detach(),
+        "policy_loss": policy_loss,
+        "reverse_loss": reverse_loss,
+        "value_loss": value_loss,
         "clipfrac": masked_mean(clipped, mask, response_tokens),
         # joschu.net/blog/kl-approx.html
         "approx_kl": masked_mean(log_ratio.exp() - 1 - log_ratio, mask, response_tokens),
     }
     if args.ce_coef:
-        completion = rollout.completion
-        sft_loss = -masked_mean(log_probs[1], completion.mask, completion_tokens)
+        sft_loss = -masked_mean(log_probs[1], batch.completion.mask, completion_tokens)
         loss = loss + args.ce_coef * sft_loss
-        metrics["sft_loss"] = sft_loss.detach()
+        metrics["sft_loss"] = sft_loss
     return loss, metrics
 
 
@@ -437,10 +441,9 @@ def take(batch, rows):
     """Rows of a batch, without what is padding in all their prompts. Columns are dropped on the
     CPU: their number would have to wait for a GPU."""
     batch = slice_tensors(batch, rows)
-    ids, mask = batch.rollout.prompt
-    used = mask.any(0)
-    prompt = Tokens(ids[:, used], mask[:, used])
-    return batch._replace(rollout=batch.rollout._replace(prompt=prompt))
+    used = batch.prompt.mask.any(0)
+    prompt = Tokens(*(tensor[:, used] for tensor in batch.prompt))
+    return batch._replace(prompt=prompt)
 
 
 def accumulate_gradient(setup, args, minibatch):
@@ -449,9 +452,9 @@ def accumulate_gradient(setup, args, minibatch):
     accelerator = setup.accelerator
     size = len(minibatch.advantage)
     response_tokens = minibatch.rollout.response.mask.sum()
-    completion_tokens = minibatch.rollout.completion.mask.sum()
+    completion_tokens = minibatch.completion.mask.sum()
     own_rows = process_rows(accelerator, size)
-    lengths = minibatch.rollout.prompt.mask[own_rows].sum(1)
+    lengths = minibatch.prompt.mask[own_rows].sum(1)
     by_length = own_rows[lengths.argsort()]  # texts of equal length need the least padding
     micro_batches = by_length.split(args.micro_batch_size or size)
     totals = {}
@@ -465,7 +468,7 @@ def accumulate_gradient(setup, args, minibatch):
             # The loss is already divided by the tokens of all processes: undo DDP's averaging.
             accelerator.backward(loss * accelerator.num_processes)
         for name, metric in metrics.items():
-            totals[name] = totals.get(name, 0) + metric
+            totals[name] = totals.get(name, 0) + metric.detach()
     return accelerator.reduce(totals, "sum")
 
 
@@ -569,7 +572,8 @@ def train(args: Args):
         )
 
         # Update
-        metrics = update(setup, args, Batch(rollout, advantage, returns), generator)
+        batch = Batch(prompts, completions, rollout, advantage, returns)
+        metrics = update(setup, args, batch, generator)
         step = progress.global_step
         if not math.isfinite(metrics["grad_norm"]):
             sys.exit(f"error: gradient not finite at step {step}; lower the learning rate")
@@ -746,13 +750,14 @@ class ActorCritic(nn.Module):
         argument so that samples do not depend on how batches are split."""
         self.activate_adapter("policy")
         cache = None
-        new_ids, mask = text = prompt
+        new_ids, mask = prompt
+        response = []
         alive = torch.ones_like(mask[:, :1])
         position_ids = (mask.cumsum(1) - 1).clamp(min=0)  # padding does not count
         for t in range(uniform.shape[1]):
             output = self.policy.base_model(
                 input_ids=new_ids,
-                attention_mask=text.mask,
+                attention_mask=mask,
                 position_ids=position_ids,
                 past_key_values=cache,
                 use_cache=True,
@@ -763,10 +768,11 @@ class ActorCritic(nn.Module):
                 logits[:, tokenizer.eos_token_id] = -math.inf
             new_ids = sample_token(logits, uniform[:, t : t + 1], top_k)
             new_ids = torch.where(alive, new_ids, tokenizer.pad_token_id)
-            text = join(text, Tokens(new_ids, alive))
+            response.append(Tokens(new_ids, alive))
+            mask = torch.cat([mask, alive], 1)
             alive = alive & (new_ids != tokenizer.eos_token_id)
             position_ids = position_ids[:, -1:] + 1
-        return Tokens(*(tensor[:, mask.shape[1] :] for tensor in text))
+        return join(*response)
 
 
 def predicting_states(transformer, prompt, *continuations):
@@ -776,9 +782,9 @@ def predicting_states(transformer, prompt, *continuations):
     parts = [prompt, *continuations]
     ids, mask = join(*parts)
     widths = [part.ids.shape[1] for part in parts]
-    blocks = torch.block_diag(*[torch.ones(width, width) for width in widths])
+    blocks = torch.block_diag(*[torch.ones(n, n, device=ids.device) for n in widths])
     blocks[:, : widths[0]] = 1  # everything sees the prompt
-    visible = blocks.tril().bool().to(ids.device) & mask[:, None]
+    visible = blocks.tril().bool() & mask[:, None]
     attention_mask = torch.where(visible, 0, -1e30)  # -inf: NaN where nothing is visible
     output = transformer(
         input_ids=ids,
@@ -807,9 +813,8 @@ def token_log_probs(model, prompt, *continuations):
     hidden = predicting_states(model.base_model, prompt, *continuations)
     logits = float32_logits(model, hidden)
     tokens = join(*continuations).ids
-    loss = F.cross_entropy(logits, tokens.flatten(), reduction="none")
-    log_prob = -loss.view_as(tokens)
-    return log_prob.chunk(len(continuations), 1)
+    log_prob = -F.cross_entropy(logits, tokens.flatten(), reduction="none")
+    return log_prob.view_as(tokens).chunk(len(continuations), 1)
 
 
 def sample_token(logits, uniform, top_k):
@@ -835,10 +840,12 @@ class RewardModel:
         self.label = label
         base = name
         if find_adapter_config_file(name):
-            base = peft.PeftConfig.from_pretrained(name).base_model_name_or_path
             self.model = peft.AutoPeftModelForSequenceClassification.from_pretrained(
                 name, num_labels=1, dtype=dtype
             )
+            base = self.model.active_peft_config.base_model_name_or_path
+            saved = peft.load_peft_weights(name, device="cpu")
+            refuse_missing(peft.get_peft_model_state_dict(self.model).keys() - saved.keys(), name)
         else:
             self.model = load_pretrained(AutoModelForSequenceClassification, name, dtype=dtype)
         self.model.to(device)
@@ -936,7 +943,8 @@ def collect_rollout(setup, args, prompts, completions, uniform, top_k, reward_mo
     device = setup.accelerator.device
     parts = []
     own_rows = process_rows(setup.accelerator, len(uniform))
-    for rows in own_rows.split(args.inference_batch_size):
+    size = 8 * (args.micro_batch_size or 16)  # inference takes less memory than training
+    for rows in own_rows.split(size):
         texts = slice_tensors((prompts, completions, uniform), rows)
         prompt, completion, part_uniform = send_to_device(texts, device)
         with actor_critic.autocast():
@@ -953,16 +961,7 @@ def collect_rollout(setup, args, prompts, completions, uniform, top_k, reward_mo
         scores = torch.stack([reward_model(texts) for reward_model in reward_models], 1)
         if not scores.isfinite().all():
             raise ValueError(f"scores that are not finite, with the means {scores.mean(0)}")
-        part = Rollout(
-            prompt=prompt,
-            response=response,
-            completion=completion,
-            log_prob=log_prob,
-            completion_log_prob=completion_log_prob,
-            reference_log_prob=reference_log_prob,
-            value=value,
-            scores=scores,
-        )
+        part = Rollout(response, log_prob, reference_log_prob, completion_log_prob, value, scores)
         parts.append(part)
     rollout = setup.accelerator.gather(concatenate(parts))
     return send_to_device(rollout, "cpu")
@@ -1000,7 +999,7 @@ def evaluate(setup, args, step):
         "kl": masked_mean(log_ratio, mask, args.eval_episodes).item(),
         # Responses under the reference policy, then reference completions under the policy
         "perplexity": perplexity(rollout.reference_log_prob, mask),
-        "perplexity_real": perplexity(rollout.completion_log_prob, rollout.completion.mask),
+        "perplexity_real": perplexity(rollout.completion_log_prob, completions.mask),
     }
     for name, score in zip(args.eval_reward_model, rollout.scores[:, first_heldout:].mean(0)):
         row[f"heldout_{name}"] = score.item()
@@ -1018,17 +1017,15 @@ def evaluate(setup, args, step):
 
 def perplexity(log_prob, mask):
     """Perplexity per token, over tokens where `mask` is true."""
-    mean = masked_mean(log_prob, mask)
-    return (-mean).exp().item()
+    return (-masked_mean(log_prob, mask)).exp().item()
 
 
 def rouge(references, responses):
     """Mean F-measures of ROUGE-1, ROUGE-2 and ROUGE-L."""
-    names = ["rouge1", "rouge2", "rougeL"]
-    scorer = RougeScorer(names, use_stemmer=True)
+    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
     scores = [scorer.score(*pair) for pair in zip(references, responses)]
     means = {}
-    for name in names:
+    for name in scores[0]:
         means[name] = np.mean([score[name].fmeasure for score in scores]).item()
     return means
 
@@ -1113,14 +1110,14 @@ def load(args):
     )
     model, optimizer = accelerator.prepare(actor_critic, optimizer)
     return Setup(
-        accelerator=accelerator,
-        actor_critic=actor_critic,
-        model=model,
-        optimizer=optimizer,
-        tokenizer=tokenizer,
-        reward_models=reward_models,
-        train_data=train_data,
-        eval_data=eval_data,
+        accelerator,
+        actor_critic,
+        model,
+        optimizer,
+        tokenizer,
+        reward_models,
+        train_data,
+        eval_data,
     )
 
 
@@ -1129,28 +1126,36 @@ def check_policy(policy, args, prompts, completions):
     """Refuses a policy whose own logits differ from those that `token_log_probs` uses, on the
     longest prompt with its completion, packed twice."""
     row = prompts.mask.sum(1).argmax()
-    texts = [ids[row, mask[row]].to(policy.device) for ids, mask in (prompts, completions)]
-    prompt, completion = [Tokens(ids[None], ids[None] >= 0) for ids in texts]
-    logits = policy(join(prompt, completion).ids).logits
-    expected = logits[0, -1 - len(texts[1]) : -1]
-    states = predicting_states(policy.base_model, prompt, completion, completion)
-    difference = float32_logits(policy, states) - expected.repeat(2, 1)
+    prompt = prompts.ids[row, None].to(policy.device)
+    completion = completions.ids[row, None].to(policy.device)
+    logits = policy(torch.cat([prompt, completion], 1)).logits
+    expected = logits[0, prompt.shape[1] - 1 : -1].repeat(2, 1)
+    texts = [Tokens(ids, ids >= 0) for ids in (prompt, completion, completion)]
+    refusal = ValueError(
+        f"{args.policy_model} scales or caps its logits, or its attention needs more than a mask "
+        "and positions (ALiBi, sliding windows): not supported"
+    )
+    try:
+        states = predicting_states(policy.base_model, *texts)
+    except ValueError as error:  # some models unpack a mask of two dimensions
+        raise refusal from error
+    difference = float32_logits(policy, states) - expected
     tolerance = 0.02 if policy.dtype == torch.bfloat16 else 0.001
     if difference.abs().max() > tolerance * expected.abs().max():
-        raise ValueError(
-            f"{args.policy_model} scales or caps its logits, or its attention depends on more than "
-            "positions and a mask (ALiBi, sliding windows): not supported"
-        )
+        raise refusal
 
 
 def load_pretrained(auto_class, name, **options):
-    """Loads a model. Refuses a checkpoint without all its weights, which transformers would fill in
-    at random."""
+    """Loads a model, with all its weights."""
     model, info = auto_class.from_pretrained(name, output_loading_info=True, **options)
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise ValueError(f"{name} lacks {missing}, which {type(model).__name__} needs")
+    refuse_missing(info["missing_keys"], name)
     return model
+
+
+def refuse_missing(names, source):
+    """Refuses a checkpoint without weights of these `names`, which would stay as they were made."""
+    if names:
+        raise ValueError(f"{source} lacks {sorted(names)}")
 
 
 def load_tokenizer(name):
@@ -1213,6 +1218,7 @@ def save_checkpoint(setup, args, generator, rng, progress):
 def restore(setup, args, generator, rng):
     path = args.run_dir / "checkpoint.pt"
     checkpoint = torch.load(path, weights_only=True, map_location="cpu")
+    refuse_missing(trained_parameters(setup).keys() - checkpoint["agent"].keys(), path)
     setup.actor_critic.load_state_dict(checkpoint["agent"], strict=False)  # others are frozen
     setup.optimizer.load_state_dict(checkpoint["optimizer"])
     generator.set_state(checkpoint["generator"])

@@ -5,6 +5,7 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -17,6 +18,7 @@ import datasets
 import numpy as np
 import peft
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from accelerate import Accelerator
@@ -149,9 +151,9 @@ def read_samples(folder):
     return [json.loads(line) for line in (folder / "samples.jsonl").open()]
 
 
-def actor_critic(model, lora_r=0, dtype=torch.float32):
+def actor_critic(model, lora_r=0, dtype=torch.float32, **flags):
     """An ActorCritic with a value head that is not zero."""
-    args = rlhf.Args(policy_model=str(model), lora_r=lora_r)
+    args = rlhf.Args(policy_model=str(model), lora_r=lora_r, **flags)
     actor = rlhf.ActorCritic(args, CPU, dtype)
     torch.manual_seed(0)
     nn.init.normal_(actor.value_head.weight)
@@ -270,7 +272,9 @@ def test_a_response_ends_with_its_end_of_text(models):
     prompts, _, _ = ragged(lengths=((3, 0), (7, 0)) * 4, tokens=0)
     uniform = torch.rand(8, 20, generator=torch.Generator().manual_seed(1))
     endless = collect(actor, prompts, uniform, 0, 50, True)
-    eos = endless.response.ids[0, 4].item()  # declared to be the end of text, it comes in the middle
+    eos = endless.response.ids[
+        0, 4
+    ].item()  # declared to be the end of text, it comes in the middle
     rollout = collect(actor, prompts, uniform, 0, eos, True)
     lengths = set()
     for tokens, sampled in zip(*(x.tolist() for x in rollout.response)):
@@ -288,13 +292,14 @@ def test_the_ratio_begins_at_one_however_a_batch_is_split(models, dtype):
     prompts, _, _ = ragged(lengths=((3, 0), (7, 0), (1, 0), (2, 0)), tokens=0)
     uniform = torch.rand(4, 9, generator=torch.Generator().manual_seed(1))
     rollout = collect(actor, prompts, uniform, 5, 3, True)
-    batch = rlhf.Batch(rollout, rollout.value, rollout.value)
+    batch = rlhf.Batch(prompts, rollout.response, rollout, rollout.value, rollout.value)
     for rows in ([0, 1, 2, 3], [0, 3], [2]):
-        part = rlhf.take(batch, rows).rollout
+        part = rlhf.take(batch, rows)
         for others in ([], [part.completion]):
-            (log_prob, *_), value = actor(part.prompt, part.response, *others)
-            sampled = part.response.mask
-            for new, old in ((log_prob, part.log_prob), (value, part.value)):
+            response, old_log_prob, *_, old_value, _ = part.rollout
+            (log_prob, *_), value = actor(part.prompt, response, *others)
+            for new, old in ((log_prob, old_log_prob), (value, old_value)):
+                sampled = response.mask
                 torch.testing.assert_close(new[sampled], old[sampled], atol=1e-5, rtol=0)
 
 
@@ -326,6 +331,10 @@ def test_lora_roles_are_adapters_on_one_frozen_model(models):
     torch.testing.assert_close(actor.value(*texts), plain.value(*texts))
     assert (actor.policy_log_probs(*texts)[0] - initial).abs().max() > 0.1
 
+    silent = actor_critic(models["gptj"], lora_r=2, lora_alpha=0)
+    silent.load_state_dict(actor.state_dict())
+    torch.testing.assert_close(silent.policy_log_probs(*texts)[0], initial)
+
     (log_prob,), value = actor(*texts)
     for loss, expected in ((log_prob, {"policy"}), (value, {"critic", "value_head"})):
         actor.zero_grad()
@@ -342,19 +351,49 @@ def test_checkpoints_without_all_weights_are_refused(run):
     policy, reward = f"{rlhf.TOY}/policy", f"{rlhf.TOY}/reward"
     with pytest.raises(ValueError, match=r"policy lacks \['score.weight'\]"):
         run(reward_model=(policy,))
-    with pytest.raises(ValueError, match="which BertLMHeadModel needs"):
+    with pytest.raises(ValueError, match="reward lacks"):
         run(name="other", policy_model=reward, tokenizer=policy)
 
 
-def test_policies_that_scale_their_logits_are_refused(run, toy, tmp_path):
+@pytest.mark.parametrize(("kind", "flags"), {
+    "Granite": {"logits_scaling": 8},
+    "Mistral": {"sliding_window": 4},
+    "Bloom": {"n_head": 2},  # ALiBi
+    "Mpt": {"d_model": 16, "n_heads": 2, "n_layers": 2, "expansion_ratio": 1},  # ALiBi, too
+}.items())  # fmt: skip
+def test_policies_with_other_logits_or_attention_are_refused(run, toy, tmp_path, kind, flags):
     tokenizer = AutoTokenizer.from_pretrained(toy / "policy")
     shape = {"vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 16}
-    shape |= {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
-    config = transformers.GraniteConfig(**shape, logits_scaling=8)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "scaled")
-    tokenizer.save_pretrained(tmp_path / "scaled")
-    with pytest.raises(ValueError, match="scaled scales or caps its logits"):
-        run(policy_model=str(tmp_path / "scaled"))
+    shape |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    shape |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
+    config = getattr(transformers, f"{kind}Config")(**shape | flags)
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(tmp_path / kind)
+    tokenizer.save_pretrained(tmp_path / kind)
+    with pytest.raises(ValueError, match=f"{kind} scales or caps its logits, or its attention"):
+        run(policy_model=str(tmp_path / kind))
+
+
+def test_checkpoints_with_other_names_are_refused(run, models, tmp_path):
+    """Of a run, and of an adapter: none of their weights would be restored."""
+    folder = tmp_path / "run"
+    interrupt(run, 2)
+    renamed = checkpoint(folder)
+    renamed["agent"] = {f"module.{name}": w for name, w in renamed["agent"].items()}
+    torch.save(renamed, folder / "checkpoint.pt")
+    with pytest.raises(ValueError, match=r"checkpoint.pt lacks \['critic"):
+        run()
+    for part in ("lora_A", "score"):
+        adapter = tmp_path / part
+        shutil.copytree(models["adapter"], adapter)
+        file = adapter / "adapter_model.safetensors"
+        saved = safetensors.torch.load_file(file)
+        renamed = {name.replace(part, "other"): weight for name, weight in saved.items()}
+        safetensors.torch.save_file(renamed, file)
+        with pytest.raises(ValueError, match=f"lacks .*{part}"):
+            reward_model(adapter)
 
 
 def test_a_text_is_a_prompt_and_its_continuation_a_post_one_and_its_summary(toy):
@@ -511,10 +550,10 @@ def test_the_loss_is_the_sum_of_its_parts_and_a_share_of_the_minibatch():
     """Texts with half of a minibatch's sampled tokens, and a quarter of its reference tokens."""
     new, old, advantage, mask = random_tokens()
     sft_mask = mask.flip(1)
-    unused = dict.fromkeys(("prompt", "completion_log_prob", "reference_log_prob", "scores"))
-    texts = {"response": rlhf.Tokens(None, mask), "completion": rlhf.Tokens(None, sft_mask)}
-    rollout = rlhf.Rollout(log_prob=old, value=new + 1, **texts, **unused)
-    batch = rlhf.Batch(rollout, advantage, returns=new + 2)
+    unused = dict.fromkeys(("completion_log_prob", "reference_log_prob", "scores"))
+    response, completion = rlhf.Tokens(None, mask), rlhf.Tokens(None, sft_mask)
+    rollout = rlhf.Rollout(response, log_prob=old, value=new + 1, **unused)
+    batch = rlhf.Batch(None, completion, rollout, advantage, returns=new + 2)
     args = rlhf.Args(alpha=0.6, beta=0.5, z=-2.0, vf_coef=0.3, ce_coef=0.7)
     loss, metrics = rlhf.loss_and_metrics(
         lambda *_: ((new, old), new + 1), args, batch, 2 * mask.sum(), 4 * sft_mask.sum()
@@ -609,12 +648,12 @@ def test_an_evaluation_by_hand(run, toy, models):
     perplexities, of the initial policy."""
     ensemble = (str(models["classifier"]), f"{rlhf.TOY}/reward")
     heldout = f"{__file__}:text_lengths"
-    flags = {"reward_model": ensemble, "reward_aggregate": "min", "eval_reward_model": (heldout,)}
+    flags = {"reward_model": ensemble, "eval_reward_model": (heldout,)}
     folder = run(eval_greedy=True, **flags)
     row = progress(folder)[0]
     samples = read_samples(folder)[:4]
     texts = [sample["prompt"] + sample["response"] for sample in samples]
-    rewards = torch.minimum(*(reward_model(name)(texts) for name in ensemble))
+    rewards = torch.stack([reward_model(name)(texts) for name in ensemble]).mean(0)
     assert [sample["reward"] for sample in samples] == pytest.approx(rewards.tolist(), abs=1e-5)
     assert row["return_mean"] == pytest.approx(rewards.mean().item(), abs=1e-5)
     assert row["return_std"] == pytest.approx(rewards.std(correction=0).item(), abs=1e-4)
@@ -666,6 +705,39 @@ def test_the_same_command_continues_to_the_bit(run, monkeypatch, summaries, upda
     assert summary["continued_at"] == ([step] if step else [])
 
 
+def test_the_optimizer_gets_its_settings(run, monkeypatch):
+    """Where gradients are clipped to nothing, weights only decay, in four steps."""
+    loads = record(monkeypatch, "load")
+    flags = {"learning_rate": 0.1, "weight_decay": 0.2, "adam_eps": 0.3, "max_grad_norm": 0.0}
+    run(total_timesteps=8, **flags)
+    ((_, setup),) = loads
+    assert setup.optimizer.param_groups[0]["eps"] == 0.3
+    initial = AutoModelForCausalLM.from_pretrained(f"{rlhf.TOY}/policy").state_dict()
+    for name, parameter in setup.actor_critic.policy.named_parameters():
+        torch.testing.assert_close(parameter.detach(), 0.98**4 * initial[name])
+
+
+def test_seeds_and_evaluations_have_random_numbers_of_their_own(run):
+    one, two = (run(name=str(seed), seed=seed, learning_rate=0.0) for seed in (1, 2))
+    for name in ("return_mean", "charts/episodic_return"):
+        values = [row[name] for folder in (one, two) for row in progress(folder)[1:]]
+        assert len(set(values)) == 4
+
+
+def test_a_checkpoint_is_whole_or_not_there(run, monkeypatch):
+    interrupt(run, 3)
+
+    def save_half(_, path):
+        Path(path).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", save_half)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    monkeypatch.undo()
+    assert json.loads((run() / "summary.json").read_text())["continued_at"] == [16]
+
+
 def test_a_gradient_that_is_not_finite_ends_the_run(run, tmp_path):
     with pytest.raises(SystemExit, match="gradient not finite at step 8; lower the learning rate"):
         run(learning_rate=1e38)
@@ -694,7 +766,7 @@ def test_the_default_name_tells_runs_by_all_that_may_change_results(tmp_path, mo
     assert name.startswith("toy__sppo__none__1__")
     elsewhere = {"runs_dir": "elsewhere", "track": True, "evaluate": "a", "device": "cpu"}
     assert rlhf.Args(**elsewhere).run_name == name
-    for flags in ({"learning_rate": 1.0}, {"eval_freq": 3}, {"reward_model": ("a", "b")}):
+    for flags in ({"learning_rate": 1.0}, {"amp": "off"}, {"reward_model": ("a", "b")}):
         assert rlhf.Args(**flags).run_name != name
     edited = tmp_path / "edited.py"
     edited.write_text(Path(rlhf.__file__).read_text() + "\n")
@@ -827,6 +899,20 @@ def test_summaries_with_lora(run, models, summaries):
         assert torch.equal(weight, state["policy." + name.replace("default", "policy")])
 
 
+def test_an_adapter_is_no_policy_until_it_is_merged(run, summaries, tmp_path, capsys):
+    """The refusal's advice works."""
+    flags = summaries | {"total_timesteps": 8}
+    adapter = run(**flags) / "policy"
+    with pytest.raises(SystemExit):
+        rlhf.parse_args(["--policy-model", str(adapter)])
+    message = " ".join(capsys.readouterr().err.replace("│", "").split())
+    (advice,) = re.findall(r"merge it into its model: (.*\)) ", message)
+    code = advice.replace("NEW_FOLDER", "new").replace("FOLDER", "adapter").replace(" ", "")
+    exec(code, {"peft": peft, "new": str(tmp_path / "new"), "adapter": adapter})
+    flags |= {"policy_model": str(tmp_path / "new"), "tokenizer": summaries["policy_model"]}
+    assert run(name="other", **flags).exists()
+
+
 def test_held_out_reward_models_do_not_change_the_training(run, models, summaries):
     """Loading a LoRA adapter draws random numbers, as the policy's own initial weights do."""
     heldout = (str(models["adapter"]), str(models["classifier"]))
@@ -923,6 +1009,23 @@ def test_defaults_depend_on_the_task_and_on_other_flags():
     assert rlhf.ImdbArgs().eval_dataset == "stanfordnlp/imdb:test"
 
 
+def test_the_authors_settings():
+    names = "batch_size num_minibatches update_epochs prompt_length response_length top_k lora_r"
+    names += " learning_rate weight_decay adam_eps gamma gae_lambda clip_coef vf_coef ce_coef"
+    names += " kl_coef max_grad_norm alpha beta z"
+    imdb = [112, 4, 5, 64, 48, 50, 0, 5e-6, 1e-6, 1e-5, 0.99, 0.95, 0.2, 0.5, 0.1, 0.001, 1]
+    tldr = [64, 4, 4, 500, 50, 0, 8, 5e-6, 0.01, 1e-5, 1, 0.95, 0.2, 0.1, 0.1, 0.002, 1]
+    for args, values in (
+        (rlhf.ImdbArgs(), [*imdb, 0.5, 0.4, -1]),
+        (rlhf.TldrArgs(), [*tldr, 0.5, 0.2, -1]),
+    ):
+        assert {name: getattr(args, name) for name in names.split()} == dict(
+            zip(names.split(), values)
+        )
+    assert (rlhf.ImdbArgs().total_timesteps, rlhf.TldrArgs().total_timesteps) == (6720, 12800)
+    assert rlhf.TldrArgs().lora_alpha == 64
+
+
 def test_help_shows_the_defaults_of_the_task(capsys):
     rewards = {"toy": "toy/reward", "imdb": "distilbert-imdb", "tldr": "jdchang/tldr_rm_adapter"}
     for task, reward in rewards.items():
@@ -935,6 +1038,11 @@ def test_help_shows_the_defaults_of_the_task(capsys):
     "--num-minibatches 16": "num_minibatches times processes must divide batch_size",
     "--eval-episodes 7": "the number of processes must divide eval_episodes",
     "--z 1": "z stands for log 0",
+    "--prompt-length 0": "prompt_length must be at least 1",
+    "--micro-batch-size 0": "micro_batch_size must be at least 1",
+    "--batch-size 0": "batch_size must be at least 1",
+    "--lora-r -1": "seed, top_k and lora_r must not be negative",
+    "--seed -1": "seed, top_k and lora_r must not be negative",
     "--noise flip --noise-level 1.5": "noise_level must be between 0 and 1",
     "--load-in-4bit": "load_in_4bit needs LoRA",
     "--device cuda": "there is no GPU",
