@@ -135,13 +135,14 @@ sweep_continuous() {
     done
 }
 
-
 list() { # METHODS SEEDS ENVIRONMENT...: seed by seed, so that half a list compares all methods
     local methods=$1 last=$((9999 + ${seeds:-$2})) seed env kind noise noisy
     shift 2
     for seed in $(seq 10000 $last); do
         for env in ${envs:-"$@"}; do
+            env=${env%NoFrameskip-v4} # the same game, with another name
             case $env in
+                ALE/*) die "$env: give the game, such as Breakout (sticky actions: see its --help)" ;;
                 Humanoid-v4) die "$env: has settings of its own, see docs/control.md" ;;
                 *-v[0-9]*) kind=continuous noisy=normal ;;
                 tldr) kind=rlhf noisy=adv_flip ;; # its rewards have no known scale

@@ -39,7 +39,8 @@ import time
 from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib import import_module
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -72,7 +73,7 @@ class Args:
     runs_dir: str = "runs"  # folder of all runs
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU, where there is one
     amp: Literal["auto", "off"] = "auto"  # auto: bfloat16 where the hardware has it; off: float32
-    compile: bool = torch.cuda.is_available()  # compile for the GPU; a CPU gains nothing by it
+    compile: bool = True  # compile on a GPU; a CPU gains nothing by it, and never does
     log_freq: int = 1000  # steps between entries in the log
     track: bool = False  # log to Weights & Biases as well (pip install wandb)
 
@@ -111,6 +112,7 @@ class Args:
             self.noise_level = levels.get(self.noise, 0.1)
         if self.eval_freq is None:
             self.eval_freq = max(1, self.total_timesteps // 20)
+        self.env_id = self.env_id.removesuffix("NoFrameskip-v4")  # the same, with another name
         if self.exp_name is None:
             self.exp_name = "sa2c" if self.beta else "a2c"
         self.check()
@@ -125,24 +127,35 @@ class Args:
                 raise ValueError(f"{name} must be at least 1")
         if not 0 <= self.noise_level <= 1:
             raise ValueError("noise_level must be between 0 and 1")
-        if min(self.alpha, self.beta) < 0:
-            raise ValueError("alpha and beta must not be negative")
+        if min(self.seed, self.alpha, self.beta) < 0:
+            raise ValueError("seed, alpha and beta must not be negative")
+        if self.norm_adv and self.num_envs * self.num_steps == 1:
+            raise ValueError("norm_adv needs more than one step in a rollout")
         if self.z >= 0:
             raise ValueError("z stands for log 0, so it must be negative")
         if self.noise == "none" and self.noise_level:
             raise ValueError("noise_level needs a kind of noise")
-        gym.spec(f"ALE/{self.env_id}-v5")  # raises now if there is no such game
-        if self.capture_video:
-            import_module("moviepy")  # raises now, not at the first evaluation
+        if "-v" in self.env_id:
+            game = self.env_id.removeprefix("ALE/").split("-")[0]
+            sticky = f"--env-id {game} --repeat-action-probability 0.25"
+            raise ValueError(
+                f"give the game: --env-id {game}, or {sticky} (sticky actions, as in v5)"
+            )
+        try:
+            gym.spec(f"ALE/{self.env_id}-v5")
+        except gym.error.NameNotFound as error:  # it suggests similar names
+            raise ValueError(str(error)) from None
+        if self.capture_video and not find_spec("moviepy"):
+            raise ValueError("capture_video needs moviepy: pip install moviepy")
 
     def identity(self) -> dict:
         """What makes two runs the same: the script, and the arguments that may change results."""
         identity = {"script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
-        others = ["run_name", "runs_dir", "device", "compile", "track", "evaluate", "capture_video"]
+        others = "run_name runs_dir device compile track evaluate capture_video".split()
         for name, value in vars(self).items():
             if name not in others:
                 identity[name] = value
-        return json.loads(json.dumps(identity))
+        return json.loads(json.dumps(identity))  # as in args.json, where tuples become lists
 
     @property
     def run_dir(self) -> Path:
@@ -271,7 +284,8 @@ class Agent(nn.Module):
 
     def autocast(self, enabled=True):
         enabled = enabled and self.dtype == torch.bfloat16
-        return torch.autocast(self.conv.weight.device.type, torch.bfloat16, enabled=enabled)
+        device = next(self.parameters()).device
+        return torch.autocast(device.type, torch.bfloat16, enabled=enabled)
 
     def forward(self, images):
         """Logits (batch, num_actions) and values (batch,) of images (batch, 4, 84, 84), uint8."""
@@ -285,8 +299,8 @@ class Agent(nn.Module):
             return self.actor(x), self.critic(x).squeeze(-1)
 
 
-def sampling_noise(shape, generator):
-    """Gumbel-max trick: the arg max of logits + noise is a sample, faster than Categorical's."""
+def sample_gumbel(shape, generator):
+    """Gumbel-max trick: the arg max of logits + these is a sample, faster than Categorical's."""
     exponential = torch.empty(shape).exponential_(generator=generator)
     return -exponential.log()
 
@@ -295,10 +309,11 @@ def sampling_noise(shape, generator):
 def evaluate(agent, args, seed, video):
     """Raw scores and lengths in steps (eval_episodes,) of whole games, played in parallel with
     sampled actions. `video`: path for a video of the first game, if `args.capture_video`."""
-    device = agent.conv.weight.device
-    generator = torch.Generator().manual_seed(seed)
+    device = next(agent.parameters()).device
+    rng = np.random.default_rng([seed, 0, 2])  # training has [seed, step] and [seed, 1]
+    generator = torch.Generator().manual_seed(rng.integers(2**31).item())
     games = AtariGames(args, args.eval_episodes)
-    images = games.reset(seed)
+    images = games.reset(rng.integers(2**31))
     results = {}
     frames = []
     while len(results) < args.eval_episodes:
@@ -306,12 +321,14 @@ def evaluate(agent, args, seed, video):
             grey = images[0, -1, :, :, None]
             frames.append(grey.repeat(3, axis=-1))
         logits, _ = agent(torch.from_numpy(images).to(device))
-        noise = sampling_noise(logits.shape, generator).to(device)
-        images, *_ = games.step((logits + noise).argmax(-1).cpu().numpy())
+        gumbel = sample_gumbel(logits.shape, generator).to(device)
+        images, *_ = games.step((logits + gumbel).argmax(-1).cpu().numpy())
         results = games.ended | results  # the first game of each
     if args.capture_video:  # enlarged, in real time: 15 steps a second
         video.parent.mkdir(exist_ok=True)
-        clip = import_module("moviepy").ImageSequenceClip(frames, fps=15).resized(4)
+        from moviepy import ImageSequenceClip
+
+        clip = ImageSequenceClip(frames, fps=15).resized(4)
         clip.write_videofile(str(video), logger=None)
     games_in_order = [results[i] for i in range(args.eval_episodes)]
     scores, lengths = np.array(games_in_order).T
@@ -423,7 +440,9 @@ def train(args: Args):
     envs = AtariGames(args, args.num_envs)
     bfloat16 = args.amp == "auto" and has_bfloat16(device)
     agent = Agent(envs.num_actions, args.layer_norm, bfloat16).to(device)
-    parameters = flatten_parameters(agent)
+    # All parameters become views of one vector, so that the optimizer updates a single tensor
+    parameters = nn.utils.parameters_to_vector(agent.parameters()).detach()
+    nn.utils.vector_to_parameters(parameters, agent.parameters())
     optimizer = RMSpropTF([parameters], args.learning_rate, alpha=0.99, eps=args.rmsprop_eps)
 
     global_step = 0
@@ -473,7 +492,7 @@ def train(args: Args):
     )
     agent_fn = agent
     gradient_fn = gradient_and_metrics
-    if args.compile:
+    if args.compile and device.type == "cuda":
         agent_fn, gradient_fn = compiled(agent, args, obs)
 
     metrics = []  # of all updates since the last entry in the log
@@ -484,11 +503,11 @@ def train(args: Args):
         # Rollout
         started = time.perf_counter()
         obs[0] = obs[T]
-        action_noise = sampling_noise((T, N, envs.num_actions), generator).to(device)
+        gumbel = sample_gumbel((T, N, envs.num_actions), generator).to(device)
         with torch.no_grad(), agent.autocast():  # uncompiled, casts most weights only once
             for t in range(T):
                 logits, value[t] = agent_fn(obs[t])
-                action[t] = (logits + action_noise[t]).argmax(-1)
+                action[t] = (logits + gumbel[t]).argmax(-1)
                 step = envs.step(action[t].cpu().numpy())
                 images, reward[t], terminated[t], truncated[t], overridden[t], final_images = step
                 obs[t + 1] = torch.from_numpy(images)
@@ -499,7 +518,7 @@ def train(args: Args):
         global_step += T * N
         progress_bar.update(T * N)
 
-        # Advantages
+        # Advantages. `b_` names are of the whole batch (T * N, ...)
         b_obs = obs[:T].flatten(0, 1)
         b_action = action.flatten()
         noisy_reward = perturb_reward(reward, args.noise, args.noise_level, rng)
@@ -519,9 +538,10 @@ def train(args: Args):
         # Update
         if args.noise == "adv_flip":
             b_advantage = perturb_advantage(b_advantage, args.noise_level, generator)
-        parameters.grad, new_metrics = gradient_fn(
+        gradient, new_metrics = gradient_fn(
             agent, args, b_obs, b_action, b_advantage, b_returns, b_mask
         )
+        parameters.grad = gradient
         optimizer.step()
         # CUDA graphs overwrite their outputs
         metrics.append({name: x.clone() for name, x in new_metrics.items()})
@@ -574,7 +594,7 @@ def train(args: Args):
             save_csv(args.run_dir / "progress.csv", evaluations)
             writer.add_scalar("eval/return_mean", evaluation["return_mean"], global_step)
             tqdm.write(f"step {global_step:,}: return {scores.mean():.1f}")
-            with whole(args.run_dir / "agent.safetensors") as path:
+            with atomic_write(args.run_dir / "agent.safetensors") as path:
                 safetensors.torch.save_file(agent.state_dict(), path)
         if evaluation_due or time.perf_counter() - saved > 600:
             checkpoint = {
@@ -589,7 +609,7 @@ def train(args: Args):
                 "history": history,
                 "continued_at": continued_at,
             }
-            with whole(checkpoint_path) as path:
+            with atomic_write(checkpoint_path) as path:
                 torch.save(checkpoint, path)
             saved = time.perf_counter()
 
@@ -599,35 +619,24 @@ def train(args: Args):
     save_json(args.run_dir / "summary.json", evaluations[-1] | outcome)
 
 
-def play(args: Args):
+def evaluate_run(args: Args):
     """Prints the score of the latest agent of the run in the folder `args.evaluate`."""
-    if args != Args(
-        evaluate=args.evaluate,
-        seed=args.seed,
-        eval_episodes=args.eval_episodes,
-        capture_video=args.capture_video,
-    ):
+    chosen = {name: getattr(args, name) for name in "seed eval_episodes capture_video".split()}
+    if args != Args(evaluate=args.evaluate, **chosen):
         sys.exit("error: --evaluate takes only --seed, --eval-episodes and --capture-video")
     folder = Path(args.evaluate)
-    run = Args(**json.loads((folder / "args.json").read_text())["args"])
+    if not (folder / "agent.safetensors").exists():
+        sys.exit(f"error: --evaluate {args.evaluate!r}: not the folder of a run with an agent")
+    saved = json.loads((folder / "args.json").read_text())["args"]
+    run = Args(**saved | chosen)
     agent = Agent(AtariGames(run, 1).num_actions, run.layer_norm)
     agent.load_state_dict(safetensors.torch.load_file(folder / "agent.safetensors"))
-    run.eval_episodes = args.eval_episodes
-    run.capture_video = args.capture_video
-    video = folder / "video" / f"evaluate-{args.seed}.mp4"
-    scores, _ = evaluate(agent, run, args.seed, video)
+    video = folder / "video" / f"evaluate-{run.seed}.mp4"
+    scores, _ = evaluate(agent, run, run.seed, video)
     print(f"{folder}: return {scores.mean():.1f} (standard deviation {scores.std():.1f})")
 
 
 # What follows is plumbing, not part of the algorithm.
-
-
-def flatten_parameters(agent):
-    """Makes all parameters views of one vector, and returns it: the optimizer then updates one
-    tensor instead of a dozen small ones."""
-    parameters = nn.utils.parameters_to_vector(agent.parameters()).detach()
-    nn.utils.vector_to_parameters(parameters, agent.parameters())
-    return parameters
 
 
 def compiled(agent, args, obs):
@@ -670,7 +679,7 @@ def keep_freed_memory():
 
 
 @contextmanager
-def whole(path):
+def atomic_write(path):
     """Yields the path of a temporary file that then replaces `path`: no file is half written."""
     temporary = path.with_name(path.name + ".tmp")
     yield temporary
@@ -680,29 +689,30 @@ def whole(path):
 
 
 def save_csv(path, rows):
-    with whole(path) as temporary, open(temporary, "w", newline="") as file:
+    with atomic_write(path) as temporary, open(temporary, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[-1])  # the first row may have fewer columns
         writer.writeheader()
         writer.writerows(rows)
 
 
 def save_json(path, content):
-    with whole(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2))
 
 
 def provenance():
     """What one needs to repeat a run, besides its arguments."""
     script = Path(__file__).resolve()
+    packages = "torch gymnasium ale-py numpy".split()
     commit = None
     if shutil.which("git"):
         command = ["git", "-C", script.parent, "describe", "--always", "--dirty", "--abbrev=40"]
-        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
     return {
         "script": script.name,
         "command": sys.argv,
         "commit": commit,
-        "versions": {"torch": torch.__version__, "gymnasium": gym.__version__},
+        "versions": {name: version(name) for name in packages},
         "platform": platform.platform(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -710,10 +720,12 @@ def provenance():
 
 
 def begin(args: Args) -> bool:
-    """Writes args.json or, if it is there, checks that it is of the same run. Returns whether the
-    run has still to be finished."""
+    """Writes args.json and a copy of the script or, if they are there, checks that they are of the
+    same run. Returns whether the run has still to be finished."""
     path = args.run_dir / "args.json"
     if not path.exists():
+        with atomic_write(args.run_dir / Path(__file__).name) as copy:
+            shutil.copyfile(__file__, copy)
         begun = {"args": vars(args), "identity": args.identity(), **provenance(), "continued": []}
         save_json(path, begun)
         return True
@@ -721,7 +733,8 @@ def begin(args: Args) -> bool:
     for name, value in args.identity().items():
         before = begun["identity"].get(name)
         if before != value:
-            sys.exit(f"error: {args.run_dir} was begun with {name} {before}, not {value}")
+            difference = f"{name} {before!s:.20}, not {value!s:.20}"  # shortens hashes
+            sys.exit(f"error: {args.run_dir} was begun with {difference}; give another --run-name")
     if (args.run_dir / "summary.json").exists():
         return False
     begun["continued"].append(provenance())
@@ -731,8 +744,8 @@ def begin(args: Args) -> bool:
 
 def main():
     args = tyro.cli(Args)
-    if args.evaluate:
-        play(args)
+    if args.evaluate is not None:
+        evaluate_run(args)
         return
     args.run_dir.mkdir(parents=True, exist_ok=True)
     try:

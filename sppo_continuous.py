@@ -45,6 +45,8 @@ import warnings
 from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass
+from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
 
@@ -129,14 +131,14 @@ class Args:
 
     def check(self):
         """Refuses what would run, but mean something else than it says. tyro prints the message."""
-        positive = ["total_timesteps", "num_envs", "num_steps", "num_minibatches"]
-        for name in [*positive, "update_epochs", "eval_freq", "eval_episodes"]:
+        positive = "total_timesteps num_envs num_steps num_minibatches update_epochs"
+        for name in f"{positive} eval_freq eval_episodes".split():
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1")
         if not 0 <= self.noise_level <= 1:
             raise ValueError("noise_level must be between 0 and 1")
-        if min(self.alpha, self.beta) < 0:
-            raise ValueError("alpha and beta must not be negative")
+        if min(self.seed, self.alpha, self.beta) < 0:
+            raise ValueError("seed, alpha and beta must not be negative")
         batch_size = self.num_envs * self.num_steps
         if batch_size % self.num_minibatches or batch_size == self.num_minibatches:
             raise ValueError(f"num_minibatches must divide {batch_size} steps into 2 or more each")
@@ -146,32 +148,39 @@ class Args:
             raise ValueError("z stands for log 0, so it must be negative")
         if self.noise == "none" and self.noise_level:
             raise ValueError("noise_level needs a kind of noise")
+        if self.bins < 2:
+            raise ValueError("bins must be at least 2")
+        if self.capture_video and not find_spec("moviepy"):
+            raise ValueError("capture_video needs moviepy: pip install moviepy")
 
     def identity(self) -> dict:
         """What makes two runs the same: the script, and the arguments that may change results."""
         identity = {"script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
-        others = ["run_name", "runs_dir", "device", "compile", "track", "evaluate", "capture_video"]
+        others = "run_name runs_dir device compile track evaluate capture_video".split()
         for name, value in vars(self).items():
             if name not in others:
                 identity[name] = value
-        return json.loads(json.dumps(identity))
+        return json.loads(json.dumps(identity))  # as in args.json, where tuples become lists
 
     @property
     def run_dir(self) -> Path:
         return Path(self.runs_dir) / self.run_name.replace("/", "-")
 
 
-def make_env(args, video_folder=None):
+def make_env(args, run_dir=None):
     # Gymnasium warns that the paper's environments (MuJoCo v4) have newer versions
     warnings.filterwarnings("ignore", message=".*is out of date.*")
     # Some environments do not accept `render_mode`
-    options = {"render_mode": "rgb_array"} if video_folder else {}
+    video = run_dir and args.capture_video
+    options = {"render_mode": "rgb_array"} if video else {}
     env = gym.make(args.env_id, **options)
     for space in (env.observation_space, env.action_space):
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
             sys.exit(f"error: {args.env_id}: needs one-dimensional Box spaces, not {space}")
-    if video_folder:
-        env = RecordVideo(env, video_folder, lambda episode: episode % args.eval_episodes == 0)
+    if args.policy == "categorical" and not env.action_space.is_bounded():
+        sys.exit(f"error: {args.env_id}: bins need bounded actions; try --policy gaussian")
+    if video:
+        env = RecordVideo(env, run_dir / "video", lambda episode: episode % args.eval_episodes == 0)
     return env
 
 
@@ -191,6 +200,10 @@ class RunningStats:
             self.mean += delta / self.count
             self.m2 += delta * (value - self.mean)
         self.std = np.sqrt(self.m2 / self.count + 1e-8)
+
+    def normalize(self, obs):
+        standardized = (obs - self.mean) / self.std
+        return standardized.clip(-10, 10).astype(np.float32)
 
     def state_dict(self):
         return {name: torch.as_tensor(value) for name, value in vars(self).items()}
@@ -213,14 +226,9 @@ class NormalizedEnvs:
         self.gamma = args.gamma
         self.obs_stats = RunningStats(self.envs[0].observation_space.shape)
         self.return_stats = RunningStats(())
-        self.episode_return = np.zeros(args.num_envs)
-        self.episode_length = np.zeros(args.num_envs)
         self.discounted_return = np.zeros(args.num_envs)
-        self.recent_episodes = deque(maxlen=100)  # (raw return, length) of the last episodes
-
-    def normalize_obs(self, obs):
-        standardized = (obs - self.obs_stats.mean) / self.obs_stats.std
-        return standardized.clip(-10, 10).astype(np.float32)
+        self.episodes = np.zeros((args.num_envs, 2))  # raw return and length so far
+        self.recent_episodes = deque(maxlen=100)  # the same of the last ones that ended
 
     def reset(self, seed):
         """Resets all environments. Returns normalised observations (num_envs, obs_dim)."""
@@ -229,7 +237,7 @@ class NormalizedEnvs:
         first_obs = [env.reset(seed=s)[0] for env, s in zip(self.envs, seeds)]
         self.obs = np.array(first_obs, float)
         self.obs_stats.update(self.obs)
-        return self.normalize_obs(self.obs)
+        return self.obs_stats.normalize(self.obs)
 
     def step(self, action):
         """Steps all environments by `action` (num_envs, action_dim).
@@ -244,25 +252,23 @@ class NormalizedEnvs:
         for i, env in enumerate(self.envs):
             transition = env.step(action[i])
             self.obs[i], reward[i], terminated[i], truncated[i], _ = transition
-        self.episode_return += reward
-        self.episode_length += 1
+        self.episodes[:, 0] += reward
+        self.episodes[:, 1] += 1
         self.discounted_return = self.gamma * self.discounted_return + reward
         self.return_stats.update(self.discounted_return)
 
         final_obs = {}
         for i in np.flatnonzero(terminated | truncated):
             if not terminated[i]:
-                final_obs[i] = self.normalize_obs(self.obs[i])
-            episode = (self.episode_return[i].item(), self.episode_length[i].item())
-            self.recent_episodes.append(episode)
-            self.episode_return[i] = 0
-            self.episode_length[i] = 0
+                final_obs[i] = self.obs_stats.normalize(self.obs[i])
+            self.recent_episodes.append(self.episodes[i].tolist())
+            self.episodes[i] = 0
             self.discounted_return[i] = 0
             self.obs[i], _ = self.envs[i].reset()
 
         self.obs_stats.update(self.obs)
         reward = (reward / self.return_stats.std).clip(-10, 10)
-        return self.normalize_obs(self.obs), reward, terminated, truncated, final_obs
+        return self.obs_stats.normalize(self.obs), reward, terminated, truncated, final_obs
 
 
 def perturb_reward(reward, noise, level, rng):
@@ -308,12 +314,13 @@ class Agent(nn.Module):
         space = env.action_space
         obs_dim = env.observation_space.shape[0]
         self.gaussian = args.policy == "gaussian"
-        # (action_dim, bins)
-        self.bin_values = np.linspace(space.low, space.high, args.bins, axis=1)
-        self.output_shape = self.bin_values.shape
         if self.gaussian:
+            self.low, self.high = space.low, space.high
             self.output_shape = space.shape
             self.log_std = nn.Parameter(torch.full(space.shape, args.log_std_init))
+        else:
+            self.bin_values = np.linspace(space.low, space.high, args.bins, axis=1)
+            self.output_shape = self.bin_values.shape  # (action_dim, bins)
         self.actor = mlp(obs_dim, math.prod(self.output_shape), 0.01, args)
         self.critic = mlp(obs_dim, 1, 1.0, args)
 
@@ -329,52 +336,36 @@ class Agent(nn.Module):
     def value(self, obs):
         return self.critic(obs).squeeze(-1)
 
-    def sampling_noise(self, shape, generator):
-        """Noise for `act`, an array (*shape, action_dim) or (*shape, action_dim, bins)."""
-        noise = torch.empty(*shape, *self.output_shape)
+    def exploration(self, shape, generator):
+        """What `act` adds to sample: arrays (*shape, action_dim) or (*shape, action_dim, bins)."""
+        draws = torch.empty(*shape, *self.output_shape)
         if self.gaussian:
-            noise = self.log_std.exp().cpu() * noise.normal_(generator=generator)
-        else:  # Gumbel-max trick: the arg max of logits + noise is a sample
-            noise = -noise.exponential_(generator=generator).log()
-        return noise.detach().numpy()
+            draws = self.log_std.exp().cpu() * draws.normal_(generator=generator)
+        else:  # Gumbel-max trick: the arg max of logits + Gumbel draws is a sample
+            draws = -draws.exponential_(generator=generator).log()
+        return draws.detach().numpy()
 
-    def numpy_actor(self):
-        """The actor as a function of NumPy arrays, which takes a third of PyTorch's time for a
-        single observation: `act(obs, noise)` returns actions (batch, action_dim), bin indices or
-        Gaussian values, sampled with noise, greedy without it."""
-        layers = []
-        for layer in self.actor:
-            layers.append((layer, [p.detach().cpu().numpy() for p in layer.parameters()]))
+    def actor_fn(self):
+        """The actor as a function of NumPy arrays: `act(obs, exploration)` returns actions (batch,
+        action_dim), bin indices or Gaussian values; without exploration, greedy ones."""
+        forward = numpy_fn(self.actor)
 
-        def act(obs, noise=0.0):
-            x = obs
-            for layer, parameters in layers:
-                if isinstance(layer, nn.Tanh):
-                    x = np.tanh(x)
-                elif isinstance(layer, nn.ReLU):
-                    x = np.maximum(x, 0)
-                elif isinstance(layer, nn.Linear):
-                    weight, bias = parameters
-                    x = x @ weight.T + bias
-                else:  # nn.LayerNorm
-                    weight, bias = parameters
-                    deviation = np.sqrt(x.var(-1, keepdims=True) + layer.eps)
-                    x = (x - x.mean(-1, keepdims=True)) / deviation * weight + bias
-            output = x.reshape(-1, *self.output_shape) + noise
+        def act(obs, exploration=0.0):
+            output = forward(obs).reshape(-1, *self.output_shape) + exploration
             return output if self.gaussian else output.argmax(-1)
 
         return act
 
     def to_env(self, action):
         """Converts actions from `act` to the environment's, (batch, action_dim)."""
-        if self.gaussian:  # the first and the last bin are the bounds
-            return action.clip(self.bin_values[:, 0], self.bin_values[:, -1])
+        if self.gaussian:
+            return action.clip(self.low, self.high)
         return self.bin_values[np.arange(len(self.bin_values)), action]
 
 
-def evaluate(agent, env, normalize_obs, episodes, seed):
+def evaluate(agent, env, obs_stats, episodes, seed):
     """Raw returns and lengths (episodes,) of greedy episodes."""
-    act = agent.numpy_actor()
+    act = agent.actor_fn()
     returns = np.zeros(episodes)
     lengths = np.zeros(episodes)
     for episode in range(episodes):
@@ -382,7 +373,7 @@ def evaluate(agent, env, normalize_obs, episodes, seed):
         obs, _ = env.reset(seed=seed if episode == 0 else None)
         ended = False
         while not ended:
-            action = agent.to_env(act(normalize_obs(obs)))[0]
+            action = agent.to_env(act(obs_stats.normalize(obs[None])))[0]
             obs, reward, terminated, truncated, _ = env.step(action)
             returns[episode] += reward
             lengths[episode] += 1
@@ -469,9 +460,11 @@ def train(args: Args):
     generator = torch.manual_seed(args.seed)  # initial weights, actions, minibatches, adv_flip
     rng = np.random.default_rng([args.seed, 1])  # reward noise
     envs = NormalizedEnvs(args)
-    eval_env = make_env(args, args.run_dir / "video" if args.capture_video else None)
+    eval_env = make_env(args, args.run_dir)
     agent = Agent(eval_env, args).to(args.device)
-    parameters = flatten_parameters(agent)
+    # All parameters become views of one vector, so that the optimizer updates a single tensor
+    parameters = nn.utils.parameters_to_vector(agent.parameters()).detach()
+    nn.utils.vector_to_parameters(parameters, agent.parameters())
     optimizer = torch.optim.Adam([parameters], lr=args.learning_rate, eps=args.adam_eps, fused=True)
 
     global_step = 0
@@ -528,20 +521,20 @@ def train(args: Args):
         # Rollout
         started = time.perf_counter()
         obs[0] = obs[T]
-        act = agent.numpy_actor()
-        action_noise = agent.sampling_noise((T, N), generator)
+        act = agent.actor_fn()
+        exploration = agent.exploration((T, N), generator)
         for t in range(T):
-            action[t] = act(obs[t], action_noise[t])
+            action[t] = act(obs[t], exploration[t])
             transition = envs.step(agent.to_env(action[t]))
             obs[t + 1], reward[t], terminated[t], truncated[t], final_obs = transition
             for i, last_obs in final_obs.items():
-                with torch.no_grad():
-                    last_value = agent.value(torch.from_numpy(last_obs).to(args.device))
+                last_value = agent.value(torch.from_numpy(last_obs[None]).to(args.device))
                 final_value[t, i] = last_value.item()
         global_step += T * N
         progress_bar.update(T * N)
 
-        # Advantages. The agent has not changed since the rollout: one pass gives all values
+        # Advantages. The agent has not changed since the rollout: one pass gives all values. `b_`
+        # names are of the whole batch (T * N, ...)
         all_obs = torch.from_numpy(obs).to(args.device)  # including obs[T], for bootstrapping
         b_obs = all_obs[:T].flatten(0, 1)
         b_action = torch.from_numpy(action).to(args.device).flatten(0, 1)
@@ -561,17 +554,12 @@ def train(args: Args):
             epoch_advantage = b_advantage
             if args.noise == "adv_flip":
                 epoch_advantage = perturb_advantage(b_advantage, args.noise_level, generator)
+            batch = [b_obs, b_action, b_log_prob, epoch_advantage, b_returns]
             order = torch.randperm(T * N, generator=generator).to(args.device)
-            for mb_inds in order.view(args.num_minibatches, -1):
-                parameters.grad, mb_metrics = gradient_fn(
-                    agent,
-                    args,
-                    b_obs[mb_inds],
-                    b_action[mb_inds],
-                    b_log_prob[mb_inds],
-                    epoch_advantage[mb_inds],
-                    b_returns[mb_inds],
-                )
+            for mb_inds in order.view(args.num_minibatches, -1):  # `mb_`: of a minibatch
+                minibatch = [tensor[mb_inds] for tensor in batch]
+                gradient, mb_metrics = gradient_fn(agent, args, *minibatch)
+                parameters.grad = gradient
                 optimizer.step()
                 metrics.append(mb_metrics)
         if not parameters.isfinite().all():
@@ -600,7 +588,7 @@ def train(args: Args):
         if evaluation_due:
             eval_env.name_prefix = f"step-{global_step}"  # of the video, if any
             scores, lengths = evaluate(
-                agent, eval_env, envs.normalize_obs, args.eval_episodes, args.seed + global_step
+                agent, eval_env, envs.obs_stats, args.eval_episodes, args.seed + global_step
             )
             evaluation = {
                 "step": global_step,
@@ -616,7 +604,11 @@ def train(args: Args):
             save_csv(args.run_dir / "progress.csv", evaluations)
             writer.add_scalar("eval/return_mean", evaluation["return_mean"], global_step)
             tqdm.write(f"step {global_step:,}: return {scores.mean():.1f}")
-            save_agent(args.run_dir / "agent.safetensors", agent, envs.obs_stats)
+            tensors = agent.state_dict()
+            tensors["obs_mean"] = torch.from_numpy(envs.obs_stats.mean)
+            tensors["obs_std"] = torch.from_numpy(envs.obs_stats.std)
+            with atomic_write(args.run_dir / "agent.safetensors") as path:
+                safetensors.torch.save_file(tensors, path)
         if evaluation_due or time.perf_counter() - saved > 600:
             checkpoint = {
                 "agent": agent.state_dict(),
@@ -632,7 +624,7 @@ def train(args: Args):
                 "history": history,
                 "continued_at": continued_at,
             }
-            with whole(checkpoint_path) as path:
+            with atomic_write(checkpoint_path) as path:
                 torch.save(checkpoint, path)
             saved = time.perf_counter()
 
@@ -643,42 +635,30 @@ def train(args: Args):
     save_json(args.run_dir / "summary.json", evaluations[-1] | outcome)
 
 
-def play(args: Args):
+def evaluate_run(args: Args):
     """Prints the score of the latest agent of the run in the folder `args.evaluate`."""
-    if args != Args(
-        evaluate=args.evaluate,
-        seed=args.seed,
-        eval_episodes=args.eval_episodes,
-        capture_video=args.capture_video,
-    ):
+    chosen = {name: getattr(args, name) for name in "seed eval_episodes capture_video".split()}
+    if args != Args(evaluate=args.evaluate, **chosen):
         sys.exit("error: --evaluate takes only --seed, --eval-episodes and --capture-video")
     folder = Path(args.evaluate)
-    run = Args(**json.loads((folder / "args.json").read_text())["args"])
-    env = make_env(run, folder / "video" if args.capture_video else None)
-    env.name_prefix = f"evaluate-{args.seed}"  # of the video, if any
+    if not (folder / "agent.safetensors").exists():
+        sys.exit(f"error: --evaluate {args.evaluate!r}: not the folder of a run with an agent")
+    saved = json.loads((folder / "args.json").read_text())["args"]
+    run = Args(**saved | chosen)
+    env = make_env(run, folder)
+    env.name_prefix = f"evaluate-{run.seed}"  # of the video, if any
     agent = Agent(env, run)
     tensors = safetensors.torch.load_file(folder / "agent.safetensors")
-    mean = tensors.pop("obs_mean").numpy()
-    std = tensors.pop("obs_std").numpy()
+    obs_stats = RunningStats(())
+    obs_stats.mean = tensors.pop("obs_mean").numpy()
+    obs_stats.std = tensors.pop("obs_std").numpy()
     agent.load_state_dict(tensors)
-
-    def normalize_obs(obs):
-        return ((obs - mean) / std).clip(-10, 10).astype(np.float32)
-
-    scores, _ = evaluate(agent, env, normalize_obs, args.eval_episodes, args.seed)
+    scores, _ = evaluate(agent, env, obs_stats, run.eval_episodes, run.seed)
     env.close()
     print(f"{folder}: return {scores.mean():.1f} (standard deviation {scores.std():.1f})")
 
 
 # What follows is plumbing, not part of the algorithm.
-
-
-def flatten_parameters(agent):
-    """Makes all parameters views of one vector, and returns it: the optimizer then updates one
-    tensor instead of a dozen small ones."""
-    parameters = nn.utils.parameters_to_vector(agent.parameters()).detach()
-    nn.utils.vector_to_parameters(parameters, agent.parameters())
-    return parameters
 
 
 def compiled(agent, args, obs, action):
@@ -688,8 +668,8 @@ def compiled(agent, args, obs, action):
     mb_obs = torch.zeros(n, obs.shape[-1], device=args.device)
     mb_action = torch.from_numpy(action[0, 0]).repeat(n, 1).to(args.device)
     # cpp_wrapper makes a call cheaper; it has not been tried on a GPU
-    cpp_wrapper = args.device == "cpu"
-    gradient_fn = torch.compile(gradient_and_metrics, options={"cpp_wrapper": cpp_wrapper})
+    options = {"cpp_wrapper": args.device == "cpu"}
+    gradient_fn = torch.compile(gradient_and_metrics, options=options)
     try:
         torch._dynamo.config.trace_autograd_ops = True  # one graph for the gradient and the loss
         gradient_fn(agent, args, mb_obs, mb_action, *torch.zeros(3, n, device=args.device))
@@ -699,17 +679,37 @@ def compiled(agent, args, obs, action):
         return gradient_and_metrics
 
 
-def save_agent(path, agent, obs_stats):
-    """To use the agent elsewhere: its weights and the statistics that normalise observations."""
-    tensors = agent.state_dict()
-    tensors["obs_mean"] = torch.from_numpy(obs_stats.mean)
-    tensors["obs_std"] = torch.from_numpy(obs_stats.std)
-    with whole(path) as temporary:
-        safetensors.torch.save_file(tensors, temporary)
+def numpy_fn(network):
+    """`network`, as it is now, as a function of NumPy arrays (batch, inputs). Linear, Tanh and ReLU
+    in a Sequential are computed in NumPy, which for a single observation takes a third of
+    PyTorch's time; any other network in PyTorch."""
+
+    @torch.no_grad()
+    def in_torch(x):
+        device = next(network.parameters()).device
+        return network(torch.from_numpy(x).to(device)).cpu().numpy()
+
+    layers = []
+    for layer in network if type(network) is nn.Sequential else [network]:
+        parameters = [p.detach().cpu().numpy() for p in layer.parameters()]
+        if type(layer) not in (nn.Linear, nn.Tanh, nn.ReLU) or len(parameters) == 1:  # no bias
+            return in_torch
+        layers.append((type(layer), parameters))
+
+    def in_numpy(x):
+        for kind, parameters in layers:
+            if kind is nn.Linear:
+                weight, bias = parameters
+                x = x @ weight.T + bias
+            else:
+                x = np.tanh(x) if kind is nn.Tanh else np.maximum(x, 0)
+        return x
+
+    return in_numpy
 
 
 @contextmanager
-def whole(path):
+def atomic_write(path):
     """Yields the path of a temporary file that then replaces `path`: no file is half written."""
     temporary = path.with_name(path.name + ".tmp")
     yield temporary
@@ -719,29 +719,30 @@ def whole(path):
 
 
 def save_csv(path, rows):
-    with whole(path) as temporary, open(temporary, "w", newline="") as file:
+    with atomic_write(path) as temporary, open(temporary, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[-1])  # the first row may have fewer columns
         writer.writeheader()
         writer.writerows(rows)
 
 
 def save_json(path, content):
-    with whole(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2))
 
 
 def provenance():
     """What one needs to repeat a run, besides its arguments."""
     script = Path(__file__).resolve()
+    packages = "torch gymnasium mujoco numpy".split()
     commit = None
     if shutil.which("git"):
         command = ["git", "-C", script.parent, "describe", "--always", "--dirty", "--abbrev=40"]
-        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
     return {
         "script": script.name,
         "command": sys.argv,
         "commit": commit,
-        "versions": {"torch": torch.__version__, "gymnasium": gym.__version__},
+        "versions": {name: version(name) for name in packages},
         "platform": platform.platform(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -749,10 +750,12 @@ def provenance():
 
 
 def begin(args: Args) -> bool:
-    """Writes args.json or, if it is there, checks that it is of the same run. Returns whether the
-    run has still to be finished."""
+    """Writes args.json and a copy of the script or, if they are there, checks that they are of the
+    same run. Returns whether the run has still to be finished."""
     path = args.run_dir / "args.json"
     if not path.exists():
+        with atomic_write(args.run_dir / Path(__file__).name) as copy:
+            shutil.copyfile(__file__, copy)
         begun = {"args": vars(args), "identity": args.identity(), **provenance(), "continued": []}
         save_json(path, begun)
         return True
@@ -760,7 +763,8 @@ def begin(args: Args) -> bool:
     for name, value in args.identity().items():
         before = begun["identity"].get(name)
         if before != value:
-            sys.exit(f"error: {args.run_dir} was begun with {name} {before}, not {value}")
+            difference = f"{name} {before!s:.20}, not {value!s:.20}"  # shortens hashes
+            sys.exit(f"error: {args.run_dir} was begun with {difference}; give another --run-name")
     if (args.run_dir / "summary.json").exists():
         return False
     begun["continued"].append(provenance())
@@ -770,8 +774,8 @@ def begin(args: Args) -> bool:
 
 def main():
     args = tyro.cli(Args)
-    if args.evaluate:
-        play(args)
+    if args.evaluate is not None:
+        evaluate_run(args)
         return
     make_env(args).close()  # before a folder is made
     args.run_dir.mkdir(parents=True, exist_ok=True)

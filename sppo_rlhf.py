@@ -53,6 +53,7 @@ from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
+from importlib.metadata import version
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -179,12 +180,10 @@ class Args:
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1")
-        if min(self.seed, self.top_k, self.lora_r) < 0:
-            raise ValueError("seed, top_k and lora_r must not be negative")
         if not 0 <= self.noise_level <= 1:
             raise ValueError("noise_level must be between 0 and 1")
-        if min(self.alpha, self.beta) < 0:
-            raise ValueError("alpha and beta must not be negative")
+        if min(self.seed, self.top_k, self.lora_r, self.alpha, self.beta) < 0:
+            raise ValueError("seed, top_k, lora_r, alpha and beta must not be negative")
         processes = int(os.environ.get("WORLD_SIZE", 1))
         if self.batch_size % (self.num_minibatches * processes):
             raise ValueError("num_minibatches times processes must divide batch_size")
@@ -212,7 +211,7 @@ class Args:
         for name, value in vars(self).items():
             if name not in others:
                 identity[name] = value
-        return json.loads(json.dumps(identity))
+        return json.loads(json.dumps(identity))  # as in args.json, where tuples become lists
 
     @property
     def run_dir(self) -> Path:
@@ -643,7 +642,7 @@ def evaluate_and_log(setup, args, progress, writer):
     if not writer:
         return
     save_csv(args.run_dir / "progress.csv", progress.evaluations)
-    with whole(args.run_dir / "samples.jsonl") as path:
+    with atomic_write(args.run_dir / "samples.jsonl") as path:
         path.write_text("".join(json.dumps(sample) + "\n" for sample in progress.samples))
     writer.add_scalar("eval/return_mean", row["return_mean"], step)
     tqdm.write(f"step {step:,}: reward {row['return_mean']:.3f}")
@@ -1030,7 +1029,7 @@ def rouge(references, responses):
     return means
 
 
-def play(args: Args):
+def evaluate_run(args: Args):
     """Evaluates the policy of the run in the folder `args.evaluate`; prints samples and scores."""
     if args != type(args)(
         task=args.task,
@@ -1211,7 +1210,7 @@ def save_checkpoint(setup, args, generator, rng, progress):
         "rng": rng.bit_generator.state,
         "progress": vars(progress),
     }
-    with whole(args.run_dir / "checkpoint.pt") as path:
+    with atomic_write(args.run_dir / "checkpoint.pt") as path:
         torch.save(checkpoint, path)
 
 
@@ -1254,7 +1253,7 @@ def keep_freed_memory():
 
 
 @contextmanager
-def whole(path):
+def atomic_write(path):
     """Yields the path of a temporary file that then replaces `path`: no file is half written."""
     temporary = path.with_name(path.name + ".tmp")
     yield temporary
@@ -1264,29 +1263,30 @@ def whole(path):
 
 
 def save_csv(path, rows):
-    with whole(path) as temporary, open(temporary, "w", newline="") as file:
+    with atomic_write(path) as temporary, open(temporary, "w", newline="") as file:
         writer = csv.DictWriter(file, rows[-1])  # the first row may have fewer columns
         writer.writeheader()
         writer.writerows(rows)
 
 
 def save_json(path, content):
-    with whole(path) as temporary:
+    with atomic_write(path) as temporary:
         temporary.write_text(json.dumps(content, indent=2))
 
 
 def provenance():
     """What one needs to repeat a run, besides its arguments."""
     script = Path(__file__).resolve()
+    packages = "torch transformers peft accelerate numpy".split()
     commit = None
     if shutil.which("git"):
         command = ["git", "-C", script.parent, "describe", "--always", "--dirty", "--abbrev=40"]
-        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip()
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
     return {
         "script": script.name,
         "command": sys.argv,
         "commit": commit,
-        "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
+        "versions": {name: version(name) for name in packages},
         "platform": platform.platform(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -1294,10 +1294,12 @@ def provenance():
 
 
 def begin(args: Args) -> bool:
-    """Writes args.json or, if it is there, checks that it is of the same run. Returns whether the
-    run has still to be finished."""
+    """Writes args.json and a copy of the script or, if they are there, checks that they are of the
+    same run. Returns whether the run has still to be finished."""
     path = args.run_dir / "args.json"
     if not path.exists():
+        with atomic_write(args.run_dir / Path(__file__).name) as copy:
+            shutil.copyfile(__file__, copy)
         begun = {"args": vars(args), "identity": args.identity(), **provenance(), "continued": []}
         save_json(path, begun)
         return True
@@ -1305,7 +1307,8 @@ def begin(args: Args) -> bool:
     for name, value in args.identity().items():
         before = begun["identity"].get(name)
         if before != value:
-            sys.exit(f"error: {args.run_dir} was begun with {name} {before}, not {value}")
+            difference = f"{name} {before!s:.20}, not {value!s:.20}"  # shortens hashes
+            sys.exit(f"error: {args.run_dir} was begun with {difference}; give another --run-name")
     if (args.run_dir / "summary.json").exists():
         return False
     begun["continued"].append(provenance())
@@ -1327,8 +1330,8 @@ def main():
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     args = parse_args()
-    if args.evaluate:
-        play(args)
+    if args.evaluate is not None:
+        evaluate_run(args)
         return
     if os.environ.get("RANK", "0") != "0":  # only the first process writes files
         if not (args.run_dir / "summary.json").exists():

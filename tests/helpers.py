@@ -154,8 +154,8 @@ def act(agent, obs, generator=None):
     """Actions of a continuous agent, tensors in and out: sampled, or greedy without a generator."""
     noise = 0.0
     if generator is not None:
-        noise = agent.sampling_noise(obs.shape[:-1], generator)
-    return torch.from_numpy(agent.numpy_actor()(obs.numpy(), noise))
+        noise = agent.exploration(obs.shape[:-1], generator)
+    return torch.from_numpy(agent.actor_fn()(obs.numpy(), noise))
 
 
 def checkpoint(folder):

@@ -1,7 +1,7 @@
 """What is particular to Atari: games, evaluations, network, schedules, random numbers.
 
 Text that both scripts share, which `test_repository.py` guards, is tested on `sppo_atari.py` alone
-where testing it twice would take long. Advantages and noise: see test_continuous.py."""
+where testing it twice would take long. Advantages and noise: see test_control.py."""
 
 import ale_py
 import cv2
@@ -199,8 +199,11 @@ def test_evaluation_scores_whole_games_as_a_plain_emulator_does(monkeypatch):
     agent, args = script.Agent(4), script.Args(eval_episodes=2)
     nn.init.normal_(agent.actor.weight, std=0.1)
     recorded = SPPO_ATARI.record_actions(monkeypatch)
+    reset = script.AtariGames.reset
+    seeds = []
+    monkeypatch.setattr(script.AtariGames, "reset", lambda *a: (seeds.append(a[1]), reset(*a))[1])
     scores, lengths = script.evaluate(agent, args, 7, None)
-    _, plain, _ = begin_games("Breakout", 2, seed=7)
+    _, plain, _ = begin_games("Breakout", 2, seed=seeds[0])
     for i, one in enumerate(plain):
         for action in recorded:
             if one.step(action[i])[3]:
@@ -325,7 +328,7 @@ def test_the_network_is_as_the_flags_say(setting, tmp_path, monkeypatch, amp, ca
 def test_samples_follow_the_softmax(setting):
     torch.manual_seed(0)
     logits = torch.randn(1, 6).expand(60_000, 6)
-    noise = setting.script.sampling_noise(logits.shape, torch.Generator().manual_seed(0))
+    noise = setting.script.sample_gumbel(logits.shape, torch.Generator().manual_seed(0))
     action = (logits + noise).argmax(-1)
     frequency = nn.functional.one_hot(action, 6).float().mean(0)
     assert (frequency - logits[0].softmax(-1)).abs().max() < 5 * (0.25 / 60_000) ** 0.5
@@ -399,7 +402,7 @@ def test_overridden_steps_are_not_in_the_explained_variance(setting, tmp_path, m
 @pytest.mark.usefixtures("quick_games")
 def test_actions_and_weights_have_different_random_numbers(setting, tmp_path, monkeypatch):
     states = []
-    original, sampling_noise = setting.script.Agent, setting.script.sampling_noise
+    original, sample_gumbel = setting.script.Agent, setting.script.sample_gumbel
 
     def agent(*options):
         states.append(torch.get_rng_state())
@@ -407,10 +410,10 @@ def test_actions_and_weights_have_different_random_numbers(setting, tmp_path, mo
 
     def recording_noise(shape, generator):
         states.append(generator.get_state())
-        return sampling_noise(shape, generator)
+        return sample_gumbel(shape, generator)
 
     monkeypatch.setattr(setting.script, "Agent", agent)
-    monkeypatch.setattr(setting.script, "sampling_noise", recording_noise)
+    monkeypatch.setattr(setting.script, "sample_gumbel", recording_noise)
     setting.run(tmp_path)
     assert not torch.equal(states[0], states[1])
 
@@ -431,8 +434,9 @@ def seeds(setting, monkeypatch):
 
 
 def test_evaluations_of_a_run_play_different_games(setting, tmp_path, seeds):
-    setting.run(tmp_path, eval_freq=64, eval_episodes=3)
-    assert len(seeds) == len(set(seeds)) == 2 + 4 * 3
+    _, folder = setting.run(tmp_path, eval_freq=64, eval_episodes=3)
+    setting.script.evaluate_run(setting.script.Args(evaluate=str(folder)))  # with the run's seed
+    assert len(seeds) == len(set(seeds)) == 2 + 4 * 3 + 10
 
 
 def test_runs_with_neighbouring_seeds_share_no_games(setting, tmp_path, seeds):

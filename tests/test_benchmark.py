@@ -60,6 +60,17 @@ def test_a_suite_has_its_size_and_its_commands_are_valid(suite, per_seed, seeds,
     runs = [parse(words) for words in commands[: per_seed : 5 if per_seed > 100 else 1]]
     assert len({args.run_name for args in runs}) == len(runs)
     assert {args.total_timesteps for args in runs} == steps
+    for args in runs if suite == "sweep" else []:
+        name = f"lr{args.learning_rate:g}-clip{args.clip_coef:g}"
+        assert args.exp_name == f"{'sppo' if args.beta else 'dppo'}-{name}"
+
+
+def test_tasks_have_the_papers_steps():
+    ppos = {"Walker2d-v4": 5 * M, "HumanoidStandup-v4": 10 * M}
+    for script, *words in listed("continuous --seeds 1"):
+        flags = dict(zip(words[::2], words[1::2]))
+        steps = ppos.get(flags["--env-id"], 2 * M) if "sppo" in script else 2 * M
+        assert flags["--total-timesteps"] == str(steps)
 
 
 FACTORS = {"norm": ["max_grad_norm"], "coef": ["vf_coef", "ent_coef"], "ce": ["ce_coef"]}
@@ -97,6 +108,8 @@ def test_options_and_flags_for_every_command():
     for args in runs:
         assert (args.total_timesteps, args.eval_freq, args.z) == (5000, 500, -2)
         assert (args.device, args.runs_dir) == ("cpu", "a b")
+        swimmer = args.env_id == "Swimmer-v4" and "a2c" in args.exp_name
+        assert args.gamma == (0.9999 if swimmer else 0.99)
     refused = sh("./benchmark.sh", "quick", "--dry-run", "--", "--vf_coef=1")
     assert refused.returncode == 2 and "--vf-coef: rows differ in it" in refused.stderr
 

@@ -4,6 +4,7 @@ Text that both scripts share, which `test_repository.py` guards, is tested on `s
 alone where testing it twice would take long."""
 
 import itertools
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import gymnasium as gym
@@ -13,6 +14,7 @@ import safetensors.torch
 import torch
 from helpers import SA2C_CONTINUOUS, SPPO_CONTINUOUS, act, checkpoint
 from scipy import stats
+from torch import nn
 
 import sppo_continuous as script
 
@@ -92,26 +94,55 @@ def test_actions_reach_the_environment_within_its_bounds():
     np.testing.assert_allclose(agent.to_env(action[None]), np.clip(action, -0.4, 0.4)[None])
 
 
-@pytest.mark.parametrize("policy", ["categorical", "gaussian"])
-@pytest.mark.parametrize("layer_norm", [False, True])
-@pytest.mark.parametrize("activation", ["tanh", "relu"])
-@pytest.mark.parametrize("hidden_sizes", [(), (32, 16)])
-def test_the_numpy_actor_is_the_torch_actor(hidden_sizes, activation, layer_norm, policy):
-    """Also after an optimiser has changed the weights in place."""
-    flags = dict(hidden_sizes=hidden_sizes, activation=activation, layer_norm=layer_norm)
-    agent = make_agent(policy, **flags)
-    parameters = script.flatten_parameters(agent)
+class Residual(nn.Module):
+    """What a copied script may have in place of a layer."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.inner = nn.Sequential(nn.Linear(width, width), nn.Tanh())
+
+    def forward(self, x):
+        return x + self.inner(x)
+
+
+shared_layer = nn.Tanh()
+ACTORS = {
+    "linear": nn.Sequential(nn.Linear(11, 33)),
+    "tanh": nn.Sequential(nn.Linear(11, 64), nn.Tanh(), nn.Linear(64, 33)),
+    "relu": nn.Sequential(
+        nn.Linear(11, 64), nn.ReLU(), nn.Linear(64, 8), nn.Tanh(), nn.Linear(8, 33)
+    ),
+    "twice": nn.Sequential(nn.Linear(11, 64), shared_layer, nn.Linear(64, 33), shared_layer),
+    "silu": nn.Sequential(nn.Linear(11, 64), nn.SiLU(), nn.Linear(64, 33)),
+    "norm": nn.Sequential(nn.Linear(11, 64), nn.LayerNorm(64), nn.Tanh(), nn.Linear(64, 33)),
+    "no bias": nn.Sequential(nn.Linear(11, 64, bias=False), nn.Tanh(), nn.Linear(64, 33)),
+    "nested": nn.Sequential(nn.Sequential(nn.Linear(11, 64), nn.Tanh()), nn.Linear(64, 33)),
+    "residual": nn.Sequential(nn.Linear(11, 33), Residual(33)),
+}
+
+
+IN_NUMPY = {"linear", "tanh", "relu", "twice"}
+
+
+@pytest.mark.parametrize("name", ACTORS)
+def test_any_network_acts_as_it_is_plain_ones_in_numpy(name, monkeypatch):
+    """Also after an optimiser has changed the weights in place, and without a gradient."""
+    agent = make_agent()
+    agent.actor = ACTORS[name]
+    parameters = nn.utils.parameters_to_vector(agent.parameters()).detach()
+    nn.utils.vector_to_parameters(parameters, agent.parameters())
     for _ in range(2):
         parameters.normal_(std=0.5)
-        noise = agent.sampling_noise((50,), torch.Generator().manual_seed(0))
+        exploration = agent.exploration((50,), torch.Generator().manual_seed(0))
         obs = torch.randn(50, 11)
         with torch.no_grad():
-            output = agent.actor(obs).view(noise.shape) + noise
-        action = agent.numpy_actor()(obs.numpy(), noise)
-        if policy == "gaussian":
-            np.testing.assert_allclose(action, output, rtol=1e-3, atol=1e-5)
-        else:
-            assert (action == output.argmax(-1).numpy()).mean() > 0.99  # but for rounding
+            expected = (agent.actor(obs).view(50, 3, 11).numpy() + exploration).argmax(-1)
+        action = agent.actor_fn()(obs.numpy(), exploration)
+        assert (action == expected).mean() > 0.99  # but for rounding
+    act = agent.actor_fn()
+    monkeypatch.setattr(nn.Linear, "forward", lambda *_: 1 / 0)
+    with nullcontext() if name in IN_NUMPY else pytest.raises(ZeroDivisionError):
+        act(obs.numpy())
 
 
 def test_networks_are_as_the_flags_say():
@@ -247,24 +278,19 @@ def test_neighbouring_seeds_share_no_initial_state_of_an_evaluation(setting):
             return first_obs[-1]
 
     for seed in (5, 6, 5):
-        setting.script.evaluate(agent, Recorder(env), np.float32, 10, seed)
+        setting.script.evaluate(agent, Recorder(env), setting.script.RunningStats(()), 10, seed)
     first, neighbour, again = np.array([obs for obs, _ in first_obs]).reshape(3, 10, -1)
     assert len(np.unique(np.concatenate([first, neighbour]), axis=0)) == 20
     assert np.array_equal(first, again)
 
 
-def test_an_endless_episode_is_cut_off_in_an_evaluation(setting):
-    class Endless:
-        def reset(self, seed):
-            return 0, {}
-
-        def step(self, action):
-            return 0, 2.0, False, False, {}
-
-    agent = SimpleNamespace(numpy_actor=lambda: abs, to_env=lambda action: [action])
-    scores, lengths = setting.script.evaluate(agent, Endless(), abs, 1, 0)
-    assert scores.tolist() == [200_000]
-    assert lengths.tolist() == [100_000]
+def test_an_endless_episode_is_cut_off_in_an_evaluation():
+    obs = np.zeros(11, np.float32)
+    env = SimpleNamespace(reset=lambda seed: (obs, {}), step=lambda _: (obs, 0.5, False, False, {}))
+    scores, lengths = script.evaluate(
+        make_agent(hidden_sizes=()), env, script.RunningStats(11), 1, 0
+    )
+    assert (scores.tolist(), lengths.tolist()) == ([50_000], [100_000])
 
 
 # ---- What `train` does
@@ -273,38 +299,38 @@ def test_an_endless_episode_is_cut_off_in_an_evaluation(setting):
 def test_actions_answer_the_latest_observation_by_the_latest_weights(
     setting, tmp_path, monkeypatch
 ):
-    """And each has noise of its own."""
-    original = setting.script.Agent.numpy_actor
+    """And each is sampled by itself."""
+    original = setting.script.Agent.actor_fn
     shown = []
     largest_logits = []
-    all_noise = []
+    explored = []
 
-    def numpy_actor(agent):
+    def actor_fn(agent):
         act = original(agent)
 
-        def checked_act(obs, noise=0.0):
-            action = act(obs, noise)
+        def checked_act(obs, exploration=0.0):
+            action = act(obs, exploration)
             with torch.no_grad():
                 logits = agent.actor(torch.tensor(obs)).view(-1, 1, 11).numpy()
-            np.testing.assert_array_equal(action, (logits + noise).argmax(-1))
-            if np.ndim(noise):  # not in an evaluation
+            np.testing.assert_array_equal(action, (logits + exploration).argmax(-1))
+            if np.ndim(exploration):  # not in an evaluation
                 np.testing.assert_array_equal(obs, shown[-1])
-                all_noise.append(noise)
+                explored.append(exploration)
                 largest_logits.append(abs(logits).max())
             return action
 
         return checked_act
 
-    class NormalizedEnvs(setting.script.NormalizedEnvs):
-        def normalize_obs(self, obs):
-            shown.append(super().normalize_obs(obs))
+    class RunningStats(setting.script.RunningStats):
+        def normalize(self, obs):
+            shown.append(super().normalize(obs))
             return shown[-1]
 
-    monkeypatch.setattr(setting.script.Agent, "numpy_actor", numpy_actor)
-    monkeypatch.setattr(setting.script, "NormalizedEnvs", NormalizedEnvs)
+    monkeypatch.setattr(setting.script.Agent, "actor_fn", actor_fn)
+    monkeypatch.setattr(setting.script, "RunningStats", RunningStats)
     setting.run(tmp_path, num_envs=2, learning_rate=0.01)
-    assert len(all_noise) == 128
-    assert len(np.unique(all_noise)) == np.size(all_noise)
+    assert len(explored) == 128
+    assert len(np.unique(explored)) == np.size(explored)
     assert max(largest_logits) > 5 * max(largest_logits[:64])  # the weights have changed
 
 
@@ -321,17 +347,17 @@ def test_gaussian_actions_reach_the_environment_within_its_bounds(setting, tmp_p
 
 
 def test_actions_and_weights_have_different_random_numbers(setting, tmp_path, monkeypatch):
-    sampling_noise = setting.script.Agent.sampling_noise
+    exploration = setting.script.Agent.exploration
     drawn = []
 
     def recorded(self, *arguments):
-        drawn.append(sampling_noise(self, *arguments))
+        drawn.append(exploration(self, *arguments))
         return drawn[-1]
 
-    monkeypatch.setattr(setting.script.Agent, "sampling_noise", recorded)
+    monkeypatch.setattr(setting.script.Agent, "exploration", recorded)
     setting.run(tmp_path, seed=5)
     agent = make_agent(env_id=setting.small["env_id"])
-    same = sampling_noise(agent, (64, 1), torch.Generator().manual_seed(5))
+    same = exploration(agent, (64, 1), torch.Generator().manual_seed(5))
     assert drawn[0].shape == same.shape
     assert not np.isin(drawn[0], same).any()
 

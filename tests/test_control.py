@@ -257,7 +257,8 @@ def test_a_gpu_computes_the_same_gradient(setting, tmp_path, monkeypatch):
 
 
 def test_no_two_generators_of_a_run_have_the_same_seed(setting, tmp_path, monkeypatch):
-    """Else noise on rewards would repeat the numbers that environments start from."""
+    """Else noise on rewards would repeat the numbers that environments start from, or those of
+    another run."""
     states = []
     default_rng = np.random.default_rng
 
@@ -266,8 +267,9 @@ def test_no_two_generators_of_a_run_have_the_same_seed(setting, tmp_path, monkey
         return default_rng(seed)
 
     monkeypatch.setattr(np.random, "default_rng", recorder)
-    setting.run(tmp_path, noise="normal")
-    assert len(set(states)) == len(states) >= 2
+    for seed in (1, 2):
+        setting.run(tmp_path / str(seed), seed=seed, noise="normal", total_timesteps=64)
+    assert len(set(states)) == len(states) >= 4
 
 
 @pytest.fixture(scope="module")
@@ -396,6 +398,7 @@ def test_advantages_flip_anew_in_each_epoch(setting, tmp_path, monkeypatch):
     """Before they are normalised."""
     compute_gae = setting.script.compute_gae
     gradient_and_metrics = setting.script.gradient_and_metrics
+    perturb_advantage = setting.script.perturb_advantage
     clean = []
     trained = []
 
@@ -404,11 +407,16 @@ def test_advantages_flip_anew_in_each_epoch(setting, tmp_path, monkeypatch):
         clean.append(advantage.astype(np.float32).flatten())
         return advantage, returns
 
+    def checked_flips(advantage, *rest):
+        np.testing.assert_array_equal(advantage, clean[-1])  # not those that flipped before
+        return perturb_advantage(advantage, *rest)
+
     def recording_gradient(agent, args, *minibatch):
         trained.append(minibatch[-3 if setting.atari else -2].numpy().copy())
         return gradient_and_metrics(agent, args, *minibatch)
 
     monkeypatch.setattr(setting.script, "compute_gae", recording_gae)
+    monkeypatch.setattr(setting.script, "perturb_advantage", checked_flips)
     monkeypatch.setattr(setting.script, "gradient_and_metrics", recording_gradient)
     setting.run(tmp_path, total_timesteps=128, noise="adv_flip", noise_level=0.4, norm_adv=True)
     epochs = setting.small["update_epochs"] if setting.ppo else 1
@@ -476,8 +484,9 @@ def test_a_continued_run_has_all_that_was_learned(setting, tmp_path, monkeypatch
 
 # ---- Learning
 
-PENDULUM = {"env_id": "InvertedPendulum-v4", "eval_episodes": 5}
-SIGNALS = {"eval_episodes": 20, "ent_coef": 0.0}
+AT_THE_END = {"eval_freq": 10**6}
+PENDULUM = AT_THE_END | {"env_id": "InvertedPendulum-v4", "eval_episodes": 5}
+SIGNALS = AT_THE_END | {"eval_episodes": 20, "ent_coef": 0.0}
 LEARNING = {
     "sppo_continuous": PENDULUM
     | {"total_timesteps": 24_576, "num_steps": 2048}

@@ -202,8 +202,8 @@ def test_discrete_actions(tmp_path, monkeypatch):
     assert 5 < progress(folder)[-1]["return_mean"] <= 500
     env = gym.make("Acrobot-v1")
     agent = script.Agent(env, args)
-    noise = agent.sampling_noise((200,), torch.Generator())
-    action = agent.to_env(agent.numpy_actor()(np.zeros((200, 6)), noise))
+    noise = agent.exploration((200,), torch.Generator())
+    action = agent.to_env(agent.actor_fn()(np.zeros((200, 6)), noise))
     assert set(action) == {0, 1, 2}
     assert all(env.action_space.contains(a) for a in action)
 
@@ -216,6 +216,20 @@ def test_your_own_environment(tmp_path, monkeypatch):
     row = progress(train(script, args, tmp_path, **SHORT))[-1]
     assert row["length_mean"] == 20
     assert -40 < row["return_mean"] < 0
+
+
+def test_your_own_reward(tmp_path, monkeypatch):
+    """The learner's is shaped, reported returns are not."""
+    script, args = changed("Your own reward", tmp_path, monkeypatch)
+    shaped, plain = script.NormalizedEnvs(args), SPPO_CONTINUOUS.script.NormalizedEnvs(args)
+    action = np.array([[0.5, -1.0, 0.25]])
+    for envs in (shaped, plain):
+        envs.reset(0)
+        envs.step(action)
+    cost = plain.discounted_return - shaped.discounted_return
+    np.testing.assert_allclose(cost, 0.1 * np.square(action).sum())
+    np.testing.assert_array_equal(shaped.episodes, plain.episodes)
+    train(script, args, tmp_path, **SHORT)
 
 
 def test_your_own_noise(tmp_path, monkeypatch):

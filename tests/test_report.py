@@ -28,8 +28,9 @@ SCORES = {  # {(task, method): last evaluations, a seed each}
 
 
 def make_run(runs: Path, method: str, score: float, seed: int = 1, task=HOPPER, **changes) -> Path:
-    """A folder as a script leaves it, with twelve evaluations that end with `score`. `changes`:
-    arguments, or `finished`, `columns` (more of progress.csv), `digest` (of the script)."""
+    """A folder as a script leaves it, with twelve evaluations: a very good one, and others that
+    rise to `score`. `changes`: arguments, or `finished`, `columns` (more of progress.csv), `digest`
+    (of the script)."""
     finished = changes.pop("finished", True)
     columns = changes.pop("columns", {})
     digest = changes.pop("digest", "abc")
@@ -51,13 +52,15 @@ def make_run(runs: Path, method: str, score: float, seed: int = 1, task=HOPPER, 
         "gpu": None,
     }
     (folder / "args.json").write_text(json.dumps(recorded))
+    curve = np.linspace(0, score, 12)
+    curve[0] = 2 * score
     progress = {
         "step": range(100, 1300, 100),
-        "return_mean": np.linspace(0, score, 12),
+        "return_mean": curve,
         "return_std": 1.0,
         "length_mean": 9.0,
         "losses/clipped_gradients": np.linspace(0, 1, 12),
-        "charts/episodic_return": np.linspace(0, score / 2, 12),
+        "charts/episodic_return": curve / 2,
     }
     table = pd.DataFrame(progress | columns)
     table.to_csv(folder / "progress.csv", index=False)
@@ -114,7 +117,7 @@ def test_tables_have_means_and_standard_errors(page):
     assert rows[0] == ["", "dppo", "sppo"]
     assert rows[1] == [HOPPER, "12.0 ± 1.2", f"15.0 ± {error:.1f}"]
     assert rows[2] == [LANDER, "110 ± 6", "107 ± 4"]
-    # of twelve evaluations from 0 to the score the last five are 7/11 to 11/11 of it
+    # of twelve evaluations that rise to the score the last five are 7/11 to 11/11 of it
     rows = table_after(page, "Mean of the last five evaluations (seeds: 3):")
     assert rows[1][1].startswith(f"{12 * 9 / 11:.2f} ±")
     assert table_after(page, "Training (seeds: 3):")[2][1] == "55.0 ± 2.9"
@@ -133,6 +136,7 @@ def test_what_lacks_seeds_or_tasks_says_so(tmp_path):
     rows = table_after(page, "Interquartile mean")
     assert rows[1] == ["ppo", ""]
     assert rows[2][1]
+    assert "sppo against dppo" in page and "sppo against ppo" not in page  # dppo explains more
 
 
 def test_noise_and_its_levels_have_tables_of_their_own(tmp_path):
@@ -267,7 +271,7 @@ def test_pairs_and_logged_quantities_on_request(grid, tmp_path):
     assert "dppo against sppo" in page and "dppo minus sppo" in page
     assert "sppo against dppo" not in page and "sppo minus dppo" not in page
     rows = table_after(page, "`charts/episodic_return`, mean over the run")
-    assert rows[1][1].startswith("3.00 ±")
+    assert rows[1][1].startswith("4.00 ±")
 
 
 def test_equal_scores_have_no_test():
@@ -296,6 +300,12 @@ def test_figures_show_every_method_in_its_own_colour(tmp_path, monkeypatch):
     assert len(set(colors.values())) == 5
     assert [ax.get_title() for ax in curves.axes] == [f"{HOPPER}, clean", f"{LANDER}, clean"]
     assert [ax.get_title() for ax in differences.axes] == [HOPPER, LANDER]
+    test = stats.ttest_ind(*(SCORES[HOPPER, name] for name in ("sppo", "dppo")), equal_var=False)
+    bar = differences.axes[0].collections[0].get_segments()[0]
+    assert bar[:, 0] == pytest.approx(test.confidence_interval())
+    band = curves.axes[0].collections[0].get_paths()[0].vertices  # of dppo
+    ends = band[band[:, 0] == 1200, 1]
+    assert (ends.min(), ends.max()) == pytest.approx((12 - 2 / 3**0.5, 12 + 2 / 3**0.5))
     labels = [label.get_text() for label in differences.axes[0].get_yticklabels()]
     assert labels == ["sppo minus dppo, clean"]
 
@@ -326,7 +336,7 @@ def test_a_pack_has_what_it_takes_to_repeat_a_run(grid, tmp_path):
     assert [run["return_mean"], run["training"], run["seed"]] == [112, 56, 2]
     progress = pd.read_csv(tmp_path / "pack/progress.csv.gz")
     assert len(progress) == 12 * len(packed) == 144
-    assert progress["charts/episodic_return"].max() == 60
+    assert progress["charts/episodic_return"].max() == 120
 
 
 def test_a_pack_grows_but_loses_no_runs(grid, tmp_path):

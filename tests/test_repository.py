@@ -93,11 +93,14 @@ def definitions(script):
 # Each script has its own
 OWN = {"Args", "Args.__post_init__", "Args.check", "gradient_and_metrics", "compiled", "train"}
 SAME = [
-    (SCRIPTS, "Args.run_dir perturb_advantage whole save_csv save_json begin"),
-    (CONTROL, "Args.identity compute_gae flatten_parameters provenance"),
-    (CONTINUOUS, "make_env RunningStats NormalizedEnvs perturb_reward mlp Agent evaluate play"),
-    (CONTINUOUS, "save_agent main"),
-    (ATARI, "AtariGames Agent sampling_noise evaluate play main"),
+    (SCRIPTS, "Args.run_dir perturb_advantage atomic_write save_csv save_json begin"),
+    (CONTROL, "Args.identity compute_gae"),
+    (
+        CONTINUOUS,
+        "make_env RunningStats NormalizedEnvs perturb_reward mlp Agent evaluate evaluate_run",
+    ),
+    (CONTINUOUS, "numpy_fn provenance main"),
+    (ATARI, "AtariGames Agent sample_gumbel evaluate evaluate_run provenance main"),
     ([*ATARI, "sppo_rlhf"], "perturb_reward has_bfloat16 keep_freed_memory"),
     (["sppo_continuous", "sppo_atari"], "symmetric_policy_losses"),
     (["sa2c_continuous", "sa2c_atari"], "symmetric_policy_losses"),
@@ -123,7 +126,7 @@ def test_no_other_name_is_in_two_control_scripts(script):
 def test_language_models_differ_in_what_they_record_and_print_only():
     def common(script):
         parts = definitions(script)
-        provenance = re.sub(r'(?m)^        "versions": .*$', "", parts["provenance"])
+        provenance = re.sub(r"(?m)^    packages = .*$", "", parts["provenance"])
         lock = parts["main"].partition("    args.run_dir.mkdir")[2].partition("    summary =")[0]
         assert "FileLock" in lock
         return provenance.split(), lock
@@ -148,7 +151,7 @@ def test_a_script_is_short_and_the_algorithm_comes_first(script):
     assert max(map(len, lines)) <= 100
     order = list(definitions(script))
     for name in ("perturb_reward", "symmetric_policy_losses", "train"):
-        assert order.index(name) < order.index("whole")
+        assert order.index(name) < order.index("atomic_write")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
