@@ -454,7 +454,7 @@ def accumulate_gradient(setup, args, minibatch):
     completion_tokens = minibatch.completion.mask.sum()
     own_rows = process_rows(accelerator, size)
     lengths = minibatch.prompt.mask[own_rows].sum(1)
-    by_length = own_rows[lengths.argsort()]  # texts of equal length need the least padding
+    by_length = own_rows[lengths.argsort()]  # least padding
     micro_batches = by_length.split(args.micro_batch_size or size)
     totals = {}
     for rows in micro_batches:
@@ -686,7 +686,9 @@ class ActorCritic(nn.Module):
         )
         self.policy = load_model()
         if self.lora:
-            adapter = peft.LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha)
+            adapter = peft.LoraConfig(
+                r=args.lora_r, lora_alpha=args.lora_alpha, task_type="CAUSAL_LM"
+            )
             self.policy.requires_grad_(False)
             self.policy.add_adapter(adapter, "policy")
             self.policy.add_adapter(adapter, "critic")
@@ -822,8 +824,7 @@ def sample_token(logits, uniform, top_k):
     vocabulary = logits.shape[-1]
     if 0 < top_k < vocabulary:
         least = logits.topk(top_k).values[:, -1:]
-        excluded = logits < least
-        logits = logits.masked_fill(excluded, -math.inf)
+        logits = logits.masked_fill(logits < least, -math.inf)
     probability = logits.softmax(-1, dtype=torch.float64)
     cumulative = probability.cumsum(-1)
     total = cumulative[:, -1:]  # 1, but for rounding
@@ -921,11 +922,8 @@ def join(*parts):
 
 
 def decode(tokenizer, tokens):
-    """Texts of tokens, without special ones."""
-    return [
-        tokenizer.decode(ids[mask], skip_special_tokens=True)
-        for ids, mask in zip(*send_to_device(tokens, "cpu"))
-    ]
+    """Texts without special tokens, of which padding is one."""
+    return tokenizer.batch_decode(tokens.ids, skip_special_tokens=True)
 
 
 def process_rows(accelerator, count):
