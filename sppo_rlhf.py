@@ -303,8 +303,8 @@ class Rollout(NamedTuple):
 
     response: Tokens
     log_prob: Tensor  # (B, T), of sampled tokens under the policy that sampled them, before top-k
+    completion_log_prob: Tensor  # (B, T), of reference completions under that policy
     reference_log_prob: Tensor  # (B, T), of sampled tokens under the reference policy
-    completion_log_prob: Tensor  # (B, T), of reference completions under the policy
     value: Tensor  # (B, T), of the text before each token
     scores: Tensor  # (B, reward models)
 
@@ -366,10 +366,8 @@ def loss_and_metrics(model, args, batch, response_tokens, completion_tokens):
     the minibatch, so that results of all micro batches and processes add up to the minibatch's."""
     rollout = batch.rollout
     mask = rollout.response.mask
-    continuations = [rollout.response]
-    if args.ce_coef:
-        continuations.append(batch.completion)
-    log_probs, value = model(batch.prompt, *continuations)
+    completion = [batch.completion] if args.ce_coef else []
+    log_probs, value = model(batch.prompt, rollout.response, *completion)
     log_prob = log_probs[0]
     policy_loss, reverse_loss = symmetric_policy_losses(
         log_prob, rollout.log_prob, batch.advantage, mask, args.clip_coef, args.z, response_tokens
@@ -717,17 +715,19 @@ class ActorCritic(nn.Module):
         device = self.value_head.weight.device.type
         return torch.autocast(device, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
-    def forward(self, prompt, *continuations):
-        """Log-probabilities of continuations, and values of the first of them, the response.
-        Gradients flow only here, so it is called through DDP's wrapper."""
+    def forward(self, prompt, response, *completion):
+        """Log-probabilities of the response and, if given, of the reference completion, a tuple;
+        and values of the texts before each token of the response. Gradients flow only here, so it
+        is called through DDP's wrapper."""
         with self.autocast():
-            log_probs = self.policy_log_probs(prompt, *continuations)
-            value = self.value(prompt, continuations[0])
+            self.activate_adapter("policy")
+            log_probs = token_log_probs(self.policy, prompt, response, *completion)
+            self.activate_adapter("critic")
+            # transformers' base_model: all but the head, with the adapters
+            critic = self.policy.base_model if self.lora else self.critic
+            hidden = predicting_states(critic, prompt, response)
+        value = self.value_head(hidden.float()).squeeze(-1)
         return log_probs, value
-
-    def policy_log_probs(self, prompt, *continuations):
-        self.activate_adapter("policy")
-        return token_log_probs(self.policy, prompt, *continuations)
 
     def reference_log_prob(self, prompt, response):
         if not self.lora:
@@ -736,15 +736,6 @@ class ActorCritic(nn.Module):
         (log_prob,) = token_log_probs(self.policy, prompt, response)
         self.policy.enable_adapters()
         return log_prob
-
-    def value(self, prompt, response):
-        """Values of the texts before each token of the response."""
-        self.activate_adapter("critic")
-        # transformers' base_model: all but the head, with the adapters
-        critic = self.policy.base_model if self.lora else self.critic
-        hidden = predicting_states(critic, prompt, response)
-        with torch.autocast(hidden.device.type, enabled=False):
-            return self.value_head(hidden.float()).squeeze(-1)
 
     def generate(self, prompt, uniform, top_k, tokenizer, stop_at_eos):
         """Samples responses of at most T tokens. `uniform` (B, T), as in `sample_token`, is an
@@ -948,18 +939,14 @@ def collect_rollout(setup, args, prompts, completions, uniform, top_k, reward_mo
             response = actor_critic.generate(
                 prompt, part_uniform, top_k, setup.tokenizer, args.stop_at_eos
             )
-            # Computed as in the update, not by `generate`, so that ratios start at 1.
-            log_prob, completion_log_prob = actor_critic.policy_log_probs(
-                prompt, response, completion
-            )
             reference_log_prob = actor_critic.reference_log_prob(prompt, response)
-            value = actor_critic.value(prompt, response)
+        # Computed as in the update, not by `generate`, so that ratios start at 1
+        log_probs, value = actor_critic(prompt, response, completion)
         texts = decode(setup.tokenizer, join(prompt, response))
         scores = torch.stack([reward_model(texts) for reward_model in reward_models], 1)
         if not scores.isfinite().all():
             raise ValueError(f"scores that are not finite, with the means {scores.mean(0)}")
-        part = Rollout(response, log_prob, reference_log_prob, completion_log_prob, value, scores)
-        parts.append(part)
+        parts.append(Rollout(response, *log_probs, reference_log_prob, value, scores))
     rollout = setup.accelerator.gather(concatenate(parts))
     return send_to_device(rollout, "cpu")
 

@@ -211,10 +211,9 @@ def test_padding_and_other_continuations_change_nothing(models, monkeypatch, nam
     _, completions, _ = ragged(1, lengths=((3, 2), (7, 5), (1, 4), (5, 1)))
     with monkeypatch.context() as patch:
         patch.delattr(F, "scaled_dot_product_attention")
-        log_probs = actor.policy_log_probs(prompts, responses, completions)
+        log_probs, value = actor(prompts, responses, completions)
         reference_log_prob = actor.reference_log_prob(prompts, responses)
         torch.testing.assert_close(reference_log_prob, log_probs[0])
-        value = actor.value(prompts, responses)
     plain = AutoModelForCausalLM.from_pretrained(models[name]).eval()
     for row, (text, prompt) in enumerate(texts):
         for tokens, log_prob in zip((responses, completions), log_probs):
@@ -266,7 +265,7 @@ def test_a_rollout_samples_token_by_token(models, top_k):
             text = torch.cat([text, token])
     assert rollout.response.mask.all()
     torch.testing.assert_close(rollout.reference_log_prob, rollout.log_prob)
-    torch.testing.assert_close(rollout.value, actor.value(prompts, rollout.response))
+    torch.testing.assert_close(rollout.value, actor(prompts, rollout.response)[1])
 
 
 def test_a_response_ends_with_its_end_of_text(models):
@@ -306,17 +305,16 @@ def test_the_ratio_begins_at_one_however_a_batch_is_split(models, dtype):
 
 
 def test_in_bfloat16_the_last_layers_are_in_float32(models):
-    actor = actor_critic(models["gpt2"])
-    prompts, responses, _ = ragged()
-    with torch.autocast("cpu", torch.bfloat16):
-        (log_prob,) = actor.policy_log_probs(prompts, responses)
-        value = actor.value(prompts, responses)
-        policy_states = rlhf.predicting_states(actor.policy.base_model, prompts, responses)
-        critic_states = rlhf.predicting_states(actor.critic, prompts, responses)
+    actor = actor_critic(models["gpt2"], dtype=torch.bfloat16)
+    texts = ragged()[:2]
+    (log_prob,), value = actor(*texts)
+    with actor.autocast():
+        policy_states = rlhf.predicting_states(actor.policy.base_model, *texts)
+        critic_states = rlhf.predicting_states(actor.critic, *texts)
     expected = actor.policy.lm_head(policy_states.float()).log_softmax(-1)
-    expected = expected.gather(-1, responses.ids[..., None])[..., 0]
+    expected = expected.gather(-1, texts[1].ids[..., None])[..., 0]
     torch.testing.assert_close(log_prob, expected, atol=1e-5, rtol=0)
-    assert not torch.equal(log_prob, actor.policy_log_probs(prompts, responses)[0])
+    assert not torch.equal(log_prob, actor_critic(models["gpt2"])(*texts)[0][0])
     torch.testing.assert_close(value, actor.value_head(critic_states.float())[..., 0])
 
 
@@ -328,16 +326,16 @@ def test_lora_roles_are_adapters_on_one_frozen_model(models):
         assert parameter.requires_grad == ("lora_" in name or "value_head" in name)
         if "lora_B.policy" in name:
             nn.init.normal_(parameter)
-    (initial,) = plain.policy_log_probs(*texts)
+    (log_prob,), value = actor(*texts)
+    (initial,), plain_value = plain(*texts)
     torch.testing.assert_close(actor.reference_log_prob(*texts), initial)
-    torch.testing.assert_close(actor.value(*texts), plain.value(*texts))
-    assert (actor.policy_log_probs(*texts)[0] - initial).abs().max() > 0.1
+    torch.testing.assert_close(value, plain_value)
+    assert (log_prob - initial).abs().max() > 0.1
 
     silent = actor_critic(models["gptj"], lora_r=2, lora_alpha=0)
     silent.load_state_dict(actor.state_dict())
-    torch.testing.assert_close(silent.policy_log_probs(*texts)[0], initial)
+    torch.testing.assert_close(silent(*texts)[0][0], initial)
 
-    (log_prob,), value = actor(*texts)
     for loss, expected in ((log_prob, {"policy"}), (value, {"critic", "value_head"})):
         actor.zero_grad()
         loss.sum().backward()
@@ -635,9 +633,9 @@ def test_the_saved_policy_is_a_folder_like_any_other(run):
     text = rlhf.Tokens(ids, torch.ones_like(ids, dtype=torch.bool))
     texts = [rlhf.Tokens(*(x[:, part] for x in text)) for part in (slice(1), slice(1, None))]
     actor = actor_critic(f"{rlhf.TOY}/policy")
-    (initial,) = actor.policy_log_probs(*texts)
+    (initial,), _ = actor(*texts)
     actor.load_state_dict(checkpoint(folder)["agent"], strict=False)
-    (trained,) = actor.policy_log_probs(*texts)
+    (trained,), _ = actor(*texts)
     assert (trained - initial).abs().max() > 0.01
     loaded = AutoModelForCausalLM.from_pretrained(folder / "policy").eval()
     log_prob = loaded(ids).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
