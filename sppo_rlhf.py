@@ -1124,7 +1124,8 @@ def check_policy(policy, args, prompts, completions):
     except ValueError as error:  # some models unpack a mask of two dimensions
         raise refusal from error
     difference = float32_logits(policy, states) - expected
-    tolerance = 0.02 if policy.dtype == torch.bfloat16 else 0.001
+    # Rounding to bfloat16 makes 0.02 of 28 layers
+    tolerance = 0.1 if policy.dtype == torch.bfloat16 else 0.001
     if difference.abs().max() > tolerance * expected.abs().max():
         raise refusal
 

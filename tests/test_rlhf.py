@@ -336,6 +336,7 @@ def test_lora_roles_are_adapters_on_one_frozen_model(models):
     silent.load_state_dict(actor.state_dict())
     torch.testing.assert_close(silent(*texts)[0][0], initial)
 
+    (log_prob,), value = actor(*texts)
     for loss, expected in ((log_prob, {"policy"}), (value, {"critic", "value_head"})):
         actor.zero_grad()
         loss.sum().backward()
