@@ -603,7 +603,9 @@ def test_without_held_out_data_a_tenth_is_held_out(tmp_path):
 def test_a_run_leaves_what_it_promises(run):
     """In progress.csv, means of what was logged since the evaluation before."""
     folder = run(noise="uniform", ce_coef=0.1)
-    files = "args.json checkpoint.pt events policy progress.csv samples.jsonl summary.json"
+    files = (
+        "args.json checkpoint.pt events policy progress.csv samples.jsonl sppo_rlhf.py summary.json"
+    )
     assert sorted(path.name.split(".out")[0] for path in folder.iterdir()) == files.split()
     assert json.loads((folder / "args.json").read_text())["args"]["noise_level"] == 0.05
     rows = progress(folder)
