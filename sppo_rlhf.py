@@ -174,14 +174,16 @@ class Args:
 
     def check(self):
         """Refuses what would run, but mean something else than it says. tyro prints the message."""
-        positive = ["total_timesteps", "num_minibatches", "update_epochs"]
+        positive = ["total_timesteps", "batch_size", "num_minibatches", "update_epochs"]
+        positive += ["micro_batch_size", "prompt_length", "response_length"]
         for name in [*positive, "eval_freq", "eval_episodes"]:
-            if getattr(self, name) < 1:
+            value = getattr(self, name)
+            if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1")
         if not 0 <= self.noise_level <= 1:
             raise ValueError("noise_level must be between 0 and 1")
-        if min(self.seed, self.alpha, self.beta) < 0:
-            raise ValueError("seed, alpha and beta must not be negative")
+        if min(self.seed, self.top_k, self.lora_r, self.alpha, self.beta) < 0:
+            raise ValueError("seed, top_k, lora_r, alpha and beta must not be negative")
         processes = int(os.environ.get("WORLD_SIZE", 1))
         if self.batch_size % (self.num_minibatches * processes):
             raise ValueError("num_minibatches times processes must divide batch_size")
@@ -193,6 +195,12 @@ class Args:
             raise ValueError("noise_level needs a kind of noise")
         if self.load_in_4bit and not self.lora_r:
             raise ValueError("load_in_4bit needs LoRA, so lora_r > 0")
+        if (Path(self.policy_model) / "adapter_config.json").exists():
+            raise ValueError(
+                "policy_model is an adapter; to begin with it, merge it into its model: "
+                "peft.AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload()"
+                ".save_pretrained(NEW_FOLDER)"
+            )
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device cuda: there is no GPU")
 
@@ -208,10 +216,6 @@ class Args:
     @property
     def run_dir(self) -> Path:
         return Path(self.runs_dir) / self.run_name.replace("/", "-")
-
-    @property
-    def inference_batch_size(self):
-        return 8 * (self.micro_batch_size or 16)  # inference takes less memory than training
 
 
 # The authors' settings, except that their base model for tldr is 4-bit. The toy's are ours.
@@ -283,264 +287,55 @@ def perturb_advantage(advantage, level, generator):
     return torch.where(flipped, -advantage, advantage)
 
 
-# Models
+# Texts
 
 
-class ActorCritic(nn.Module):
-    """Policy, critic and reference policy, that is the frozen initial policy.
+class Tokens(NamedTuple):
+    """Texts of B rows, at most N tokens long. Prompts are padded on the left, what continues them
+    on the right."""
 
-    Without LoRA these are three models. With LoRA they are one model with two adapters, "policy"
-    and "critic"; with both disabled it is the reference policy.
-
-    Throughout, `ids` and `mask` (batch, tokens) are texts; `mask` is false at padding, which may be
-    on both sides. Results are for the last `length` tokens, the response: (batch, length), float32.
-    """
-
-    def __init__(self, args, device, dtype):
-        super().__init__()
-        self.dtype = dtype
-        self.lora = args.lora_r > 0
-        config = AutoConfig.from_pretrained(args.policy_model)
-        if getattr(config, "activation_function", None) == "gelu_new":
-            config.activation_function = "gelu_pytorch_tanh"  # the same function, in one kernel
-        quantization = None
-        if args.load_in_4bit:
-            quantization = transformers.BitsAndBytesConfig(
-                load_in_4bit=True, bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_type="nf4"
-            )
-        load_model = partial(
-            load_pretrained,
-            AutoModelForCausalLM,
-            args.policy_model,
-            config=config,
-            dtype=dtype if self.lora else torch.float32,
-            quantization_config=quantization,
-            # Fused kernels may return NaN for padding on the left, which attends to nothing, and
-            # on a CPU, in bfloat16, they make updates slower
-            attn_implementation="eager",
-        )
-        self.policy = load_model()
-        if self.lora:
-            adapter = peft.LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha)
-            self.policy.requires_grad_(False)
-            self.policy.add_adapter(adapter, "policy")
-            self.policy.add_adapter(adapter, "critic")
-            self.adapter_parameters = [
-                parameter for name, parameter in self.policy.named_parameters() if "lora_" in name
-            ]
-            for parameter in self.adapter_parameters:  # bfloat16 would round small updates away
-                parameter.data = parameter.data.float()
-            self.activate_adapter("policy")
-        else:
-            self.critic = load_model().base_model
-            self.reference = load_model().requires_grad_(False)
-        self.value_head = nn.Linear(config.hidden_size, 1)
-        nn.init.zeros_(self.value_head.weight)
-        nn.init.zeros_(self.value_head.bias)
-        self.eval()  # disables dropout, for good
-        self.to(device)
-
-    def activate_adapter(self, name):
-        if self.lora:
-            self.policy.set_adapter(name)
-            for parameter in self.adapter_parameters:
-                parameter.requires_grad_(True)  # peft has frozen the other adapter
-
-    def autocast(self):
-        device = self.value_head.weight.device.type
-        return torch.autocast(device, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
-
-    def forward(self, ids, mask, length, sft_ids=None, sft_mask=None):
-        """Log-probabilities and values of responses and, given `sft_ids`, log-probabilities of
-        reference completions. Gradients flow only here, so it is called through DDP's wrapper."""
-        sft_log_prob = None
-        with self.autocast():
-            log_prob = self.policy_log_prob(ids, mask, length)
-            value = self.value(ids, mask, length)
-            if sft_ids is not None:
-                sft_log_prob = self.policy_log_prob(sft_ids, sft_mask, length)
-        return log_prob, value, sft_log_prob
-
-    def policy_log_prob(self, ids, mask, length):
-        self.activate_adapter("policy")
-        return token_log_prob(self.policy, ids, mask, length)
-
-    def reference_log_prob(self, ids, mask, length):
-        if not self.lora:
-            return token_log_prob(self.reference, ids, mask, length)
-        self.policy.disable_adapters()
-        log_prob = token_log_prob(self.policy, ids, mask, length)
-        self.policy.enable_adapters()
-        return log_prob
-
-    def value(self, ids, mask, length):
-        """Values of the texts before each of the last `length` tokens."""
-        self.activate_adapter("critic")
-        # transformers' base_model: all but the head, with the adapters
-        critic = self.policy.base_model if self.lora else self.critic
-        hidden = predicting_states(critic, ids, mask, length)
-        with torch.autocast(hidden.device.type, enabled=False):
-            return self.value_head(hidden.float()).squeeze(-1)
-
-    def generate(self, ids, mask, uniform, top_k, tokenizer, stop_at_eos):
-        """Samples responses to prompts that are padded on the left. Returns ids and mask of prompts
-        and responses, (batch, prompt tokens + length). `uniform` (batch, length), as
-        in `sample_token`, is an argument so that samples do not depend on how batches are split."""
-        self.activate_adapter("policy")
-        cache = None
-        new_ids = ids
-        alive = torch.ones_like(mask[:, :1])
-        for t in range(uniform.shape[1]):
-            output = self.policy.base_model(
-                input_ids=new_ids,
-                attention_mask=mask.long(),
-                position_ids=position_ids(mask)[:, -new_ids.shape[1] :],
-                past_key_values=cache,
-                use_cache=True,
-            )
-            cache = output.past_key_values
-            logits = float32_logits(self.policy, output.last_hidden_state[:, -1])
-            if not stop_at_eos:
-                logits[:, tokenizer.eos_token_id] = -math.inf
-            new_ids = sample_token(logits, uniform[:, t : t + 1], top_k)
-            new_ids = torch.where(alive, new_ids, tokenizer.pad_token_id)
-            ids = torch.cat([ids, new_ids], 1)
-            mask = torch.cat([mask, alive], 1)
-            alive = alive & (new_ids != tokenizer.eos_token_id)
-        return ids, mask
+    ids: Tensor  # (B, N)
+    mask: Tensor  # (B, N), false at padding
 
 
-def position_ids(mask):
-    """Position of each token in its text, not counting padding on the left."""
-    return (mask.cumsum(1) - 1).clamp(min=0)
+class Rollout(NamedTuple):
+    """Responses of at most T tokens, and what was computed for them."""
+
+    response: Tokens
+    log_prob: Tensor  # (B, T), of sampled tokens under the policy that sampled them, before top-k
+    completion_log_prob: Tensor  # (B, T), of reference completions under that policy
+    reference_log_prob: Tensor  # (B, T), of sampled tokens under the reference policy
+    value: Tensor  # (B, T), of the text before each token
+    scores: Tensor  # (B, reward models)
 
 
-def predicting_states(transformer, ids, mask, length):
-    """Final hidden states (batch, length, hidden size) that predict the last `length` tokens:
-    those of the tokens just before them."""
-    first_column = int(mask.any(0).int().argmax())  # before it, there is only padding
-    ids = ids[:, first_column:-1]
-    mask = mask[:, first_column:-1]
-    output = transformer(
-        input_ids=ids,
-        attention_mask=mask.long(),
-        position_ids=position_ids(mask),
-        use_cache=False,
-    )
-    return output.last_hidden_state[:, -length:]
+class Batch(NamedTuple):
+    """What an update learns from."""
 
-
-def float32_logits(model, hidden):
-    """Logits in float32: the 8 significant bits of bfloat16 are too few for ratios near 1."""
-    head = model.get_output_embeddings()
-    weight = head.weight.float()
-    bias = None if head.bias is None else head.bias.float()
-    with torch.autocast(hidden.device.type, enabled=False):
-        return F.linear(hidden.float(), weight, bias)
-
-
-def token_log_prob(model, ids, mask, length):
-    """Log-probabilities (batch, length), float32, of the last `length` tokens."""
-    hidden = predicting_states(model.base_model, ids, mask, length)
-    logits = float32_logits(model, hidden)
-    tokens = ids[:, -length:]
-    flat_logits = logits.flatten(0, 1)
-    loss = F.cross_entropy(flat_logits, tokens.flatten(), reduction="none")
-    return -loss.view_as(tokens)
-
-
-def sample_token(logits, uniform, top_k):
-    """Inverse-CDF sampling: tokens (batch, 1) from `logits` (batch, vocabulary), among the `top_k`
-    most likely ones (0: among all), given `uniform` (batch, 1) in [0, 1)."""
-    vocabulary = logits.shape[-1]
-    if 0 < top_k < vocabulary:
-        least = logits.topk(top_k).values[:, -1:]
-        excluded = logits < least
-        logits = logits.masked_fill(excluded, -math.inf)
-    probability = logits.softmax(-1, dtype=torch.float64)
-    cumulative = probability.cumsum(-1)
-    total = cumulative[:, -1:]  # 1, but for rounding
-    return torch.searchsorted(cumulative, uniform * total, right=True)
-
-
-class RewardModel:
-    """Text in, score out, with a tokenizer of its own. `name`: a classifier, or a LoRA adapter with
-    a single output; `label`: the label whose probability is the score, unless the model has a
-    single output."""
-
-    def __init__(self, name, label, device, dtype):
-        self.label = label
-        base = name
-        if find_adapter_config_file(name):
-            base = peft.PeftConfig.from_pretrained(name).base_model_name_or_path
-            self.model = peft.AutoPeftModelForSequenceClassification.from_pretrained(
-                name, num_labels=1, dtype=dtype
-            )
-        else:
-            self.model = load_pretrained(AutoModelForSequenceClassification, name, dtype=dtype)
-        self.model.to(device)
-        config = self.model.config
-        tokenizer = load_tokenizer(base)
-        config.pad_token_id = tokenizer.pad_token_id
-        positions = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
-        tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
-        self.tokenizer = tokenizer
-
-    @torch.no_grad()
-    def __call__(self, texts):
-        """Scores (texts,). Texts that are too long are truncated on the left."""
-        inputs = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
-        logits = self.model(**inputs.to(self.model.device)).logits.float()
-        if logits.shape[1] == 1:
-            return logits[:, 0]
-        if self.model.config.problem_type == "multi_label_classification":
-            return logits.sigmoid()[:, self.label]
-        return logits.softmax(-1)[:, self.label]
-
-
-def load_reward_model(name, label, device, dtype):
-    """A function from texts to scores (texts,): a model, or a Python function FILE.py:NAME that
-    takes a list of texts and returns one score for each."""
-    if ".py:" not in name:
-        return RewardModel(name, label, device, dtype)
-    path, _, function_name = name.rpartition(":")
-    function = runpy.run_path(path)[function_name]
-
-    def reward_model(texts):
-        scores = torch.tensor(function(texts), dtype=torch.float32, device=device)
-        return scores.view(len(texts))
-
-    return reward_model
-
-
-def aggregate(scores, how):
-    """Rewards (texts,) from the scores (texts, models) of an ensemble: mean, min or mean-std."""
-    if how == "min":
-        return scores.amin(1)
-    if how == "mean-std":
-        return scores.mean(1) - scores.std(1, correction=0)
-    return scores.mean(1)
+    prompt: Tokens
+    completion: Tokens  # the reference completion
+    rollout: Rollout
+    advantage: Tensor  # (B, T)
+    returns: Tensor  # (B, T)
 
 
 # Losses
 
 
-def masked_sum(x, mask):
-    """Sum of `x` where `mask` is true, both of any shape."""
-    return torch.where(mask, x, 0).sum()
+def masked_mean(x, mask, count=None):
+    """Sum of `x` where `mask` is true, both of any shape, divided by `count`: by default, by the
+    number of its terms."""
+    if count is None:
+        count = mask.sum()
+    return torch.where(mask, x, 0).sum() / count
 
 
-def masked_mean(x, mask):
-    """Mean of `x` where `mask` is true, both of any shape."""
-    return masked_sum(x, mask) / mask.sum()
-
-
-def symmetric_policy_losses(log_prob, old_log_prob, advantage, mask, clip_coef, z):
+def symmetric_policy_losses(log_prob, old_log_prob, advantage, mask, clip_coef, z, count=None):
     """PPO loss L and reverse PPO loss Lr, scalars to minimise as alpha L + beta Lr.
 
     Tensors (batch, tokens): `log_prob`, `old_log_prob`: log pi of each token, now and when it was
     sampled; `advantage`; `mask`: true at sampled tokens, over which the means are taken. Numbers:
-    `clip_coef`: PPO's epsilon; `z` < 0.
+    `clip_coef`: PPO's epsilon; `z` < 0; `count`: tokens of the minibatch that these are a part of.
 
     (1 - p) / p_old = 1 / p_old - r; its first term is constant, huge for unlikely tokens, and left
     out of the returned Lr, which therefore has the paper's gradient but not its value.
@@ -551,73 +346,50 @@ def symmetric_policy_losses(log_prob, old_log_prob, advantage, mask, clip_coef, 
     unclipped = surrogate <= clipped  # m: where PPO's gradient flows
     objective = torch.where(unclipped, surrogate, clipped)
     reverse = torch.where(unclipped, z * surrogate, 0.0)
-    policy_loss = -masked_mean(objective, mask)
-    reverse_loss = masked_mean(reverse, mask)  # all that SPPO adds to PPO
+    policy_loss = -masked_mean(objective, mask, count)
+    reverse_loss = masked_mean(reverse, mask, count)  # all that SPPO adds to PPO
     return policy_loss, reverse_loss
 
 
-def clipped_value_loss(value, old_value, returns, mask, clip_coef):
+def clipped_value_loss(value, old_value, returns, mask, clip_coef, count=None):
     """PPO's clipped value loss: half the mean over tokens of the larger of two squared errors, one
     of the value, one of the value with its change clipped."""
     clipped = old_value + (value - old_value).clamp(-clip_coef, clip_coef)
     error = (value - returns).square()
     clipped_error = (clipped - returns).square()
     larger = torch.maximum(error, clipped_error)
-    return 0.5 * masked_mean(larger, mask)
-
-
-class Rollout(NamedTuple):
-    """Prompts and responses of B texts, at most P and T tokens long."""
-
-    ids: Tensor  # (B, P + T), prompts padded on the left, responses on the right
-    mask: Tensor  # (B, P + T), false at padding
-    response_mask: Tensor  # (B, T), the last columns of `mask`
-    log_prob: Tensor  # (B, T), of sampled tokens under the policy that sampled them, before top-k
-    reference_log_prob: Tensor  # (B, T), of sampled tokens under the reference policy
-    value: Tensor  # (B, T), of the text before each token
-    scores: Tensor  # (B, reward models)
-    sft_ids: Tensor  # (B, P + T), the same prompts with reference completions
-    sft_mask: Tensor  # (B, P + T)
-
-
-class Batch(NamedTuple):
-    """What an update learns from."""
-
-    rollout: Rollout
-    advantage: Tensor  # (B, T)
-    returns: Tensor  # (B, T)
+    return 0.5 * masked_mean(larger, mask, count)
 
 
 def loss_and_metrics(model, args, batch, response_tokens, completion_tokens):
     """Loss and metrics of a micro batch: sums over its tokens, divided by the number of tokens in
     the minibatch, so that results of all micro batches and processes add up to the minibatch's."""
     rollout = batch.rollout
-    mask = rollout.response_mask
-    length = mask.shape[1]
-    sft = (rollout.sft_ids, rollout.sft_mask) if args.ce_coef else ()
-    log_prob, value, sft_log_prob = model(rollout.ids, rollout.mask, length, *sft)
+    mask = rollout.response.mask
+    completion = [batch.completion] if args.ce_coef else []
+    log_probs, value = model(batch.prompt, rollout.response, *completion)
+    log_prob = log_probs[0]
     policy_loss, reverse_loss = symmetric_policy_losses(
-        log_prob, rollout.log_prob, batch.advantage, mask, args.clip_coef, args.z
+        log_prob, rollout.log_prob, batch.advantage, mask, args.clip_coef, args.z, response_tokens
     )
-    value_loss = clipped_value_loss(value, rollout.value, batch.returns, mask, args.clip_coef)
+    value_loss = clipped_value_loss(
+        value, rollout.value, batch.returns, mask, args.clip_coef, response_tokens
+    )
     loss = args.alpha * policy_loss + args.beta * reverse_loss + args.vf_coef * value_loss
-    log_ratio = (log_prob - rollout.log_prob).detach()
+    log_ratio = log_prob.detach() - rollout.log_prob
     clipped = ((log_ratio.exp() - 1).abs() > args.clip_coef).float()
-    means = {
-        "policy_loss": policy_loss.detach(),
-        "reverse_loss": reverse_loss.detach(),
-        "value_loss": value_loss.detach(),
-        "clipfrac": masked_mean(clipped, mask),
+    metrics = {
+        "policy_loss": policy_loss,
+        "reverse_loss": reverse_loss,
+        "value_loss": value_loss,
+        "clipfrac": masked_mean(clipped, mask, response_tokens),
         # joschu.net/blog/kl-approx.html
-        "approx_kl": masked_mean(log_ratio.exp() - 1 - log_ratio, mask),
+        "approx_kl": masked_mean(log_ratio.exp() - 1 - log_ratio, mask, response_tokens),
     }
-    share = mask.sum() / response_tokens  # up to here, means over this micro batch's tokens
-    loss = share * loss
-    metrics = {name: share * mean for name, mean in means.items()}
     if args.ce_coef:
-        sft_loss = -masked_sum(sft_log_prob, rollout.sft_mask[:, -length:]) / completion_tokens
+        sft_loss = -masked_mean(log_probs[1], batch.completion.mask, completion_tokens)
         loss = loss + args.ce_coef * sft_loss
-        metrics["sft_loss"] = sft_loss.detach()
+        metrics["sft_loss"] = sft_loss
     return loss, metrics
 
 
@@ -655,77 +427,36 @@ def normalize(advantage, mask):
     mean = masked_mean(advantage, mask)
     centred = advantage - mean
     degrees_of_freedom = (mask.sum() - 1).clamp(min=1)
-    variance = masked_sum(centred.square(), mask) / degrees_of_freedom
+    variance = masked_mean(centred.square(), mask, degrees_of_freedom)
     return centred / (variance.sqrt() + 1e-8)
 
 
-# Rollout
+# Training
 
 
-def process_rows(accelerator, count, size):
-    """Indices of this process's share of `count` rows, split into parts of at most `size`."""
-    with accelerator.split_between_processes(torch.arange(count)) as rows:
-        return rows.split(size)
-
-
-@torch.no_grad()
-def collect_rollout(setup, args, sft_ids, sft_mask, uniform, top_k, reward_models):
-    """Samples responses to the prompts of texts (B, P + T) and scores them; each process does its
-    share. Returns the rollout of all processes, on the CPU. `uniform` (B, T) as in `generate`."""
-    actor_critic = setup.actor_critic
-    device = setup.accelerator.device
-    length = args.response_length
-    parts = []
-    for rows in process_rows(setup.accelerator, len(uniform), args.inference_batch_size):
-        part_sft_ids = sft_ids[rows].to(device)
-        part_sft_mask = sft_mask[rows].to(device)
-        with actor_critic.autocast():
-            ids, mask = actor_critic.generate(
-                part_sft_ids[:, :-length],  # the prompts, without completions
-                part_sft_mask[:, :-length],
-                uniform[rows].to(device),
-                top_k,
-                setup.tokenizer,
-                args.stop_at_eos,
-            )
-            # Computed as in the update, not by `generate`, so that ratios start at 1.
-            log_prob = actor_critic.policy_log_prob(ids, mask, length)
-            reference_log_prob = actor_critic.reference_log_prob(ids, mask, length)
-            value = actor_critic.value(ids, mask, length)
-        texts = decode(setup.tokenizer, ids, mask)
-        scores = torch.stack([reward_model(texts) for reward_model in reward_models], 1)
-        if not scores.isfinite().all():
-            raise ValueError(f"scores that are not finite, with the means {scores.mean(0)}")
-        part = Rollout(
-            ids=ids,
-            mask=mask,
-            response_mask=mask[:, -length:],
-            log_prob=log_prob,
-            reference_log_prob=reference_log_prob,
-            value=value,
-            scores=scores,
-            sft_ids=part_sft_ids,
-            sft_mask=part_sft_mask,
-        )
-        parts.append(part)
-    rollout = setup.accelerator.gather(concatenate(parts))
-    return send_to_device(rollout, "cpu")
-
-
-# Update
+def take(batch, rows):
+    """Rows of a batch, without what is padding in all their prompts. Columns are dropped on the
+    CPU: their number would have to wait for a GPU."""
+    batch = slice_tensors(batch, rows)
+    used = batch.prompt.mask.any(0)
+    prompt = Tokens(*(tensor[:, used] for tensor in batch.prompt))
+    return batch._replace(prompt=prompt)
 
 
 def accumulate_gradient(setup, args, minibatch):
     """Computes the gradient of a minibatch, in micro batches on all processes. Returns metrics,
     means over the tokens of the minibatch."""
     accelerator = setup.accelerator
-    size, length = minibatch.advantage.shape
-    response_tokens = minibatch.rollout.response_mask.sum()
-    completion_tokens = minibatch.rollout.sft_mask[:, -length:].sum()
-    micro_batches = process_rows(accelerator, size, args.micro_batch_size or size)
+    size = len(minibatch.advantage)
+    response_tokens = minibatch.rollout.response.mask.sum()
+    completion_tokens = minibatch.completion.mask.sum()
+    own_rows = process_rows(accelerator, size)
+    lengths = minibatch.prompt.mask[own_rows].sum(1)
+    by_length = own_rows[lengths.argsort()]  # least padding
+    micro_batches = by_length.split(args.micro_batch_size or size)
     totals = {}
     for rows in micro_batches:
-        micro_batch = send_to_device(slice_tensors(minibatch, rows), accelerator.device)
+        micro_batch = send_to_device(take(minibatch, rows), accelerator.device)
         is_last = rows is micro_batches[-1]  # DDP averages gradients in that backward pass only
         with nullcontext() if is_last else accelerator.no_sync(setup.model):
             loss, metrics = loss_and_metrics(
@@ -734,7 +465,7 @@ def accumulate_gradient(setup, args, minibatch):
             # The loss is already divided by the tokens of all processes: undo DDP's averaging.
             accelerator.backward(loss * accelerator.num_processes)
         for name, metric in metrics.items():
-            totals[name] = totals.get(name, 0) + metric
+            totals[name] = totals.get(name, 0) + metric.detach()
     return accelerator.reduce(totals, "sum")
 
 
@@ -745,7 +476,7 @@ def update(setup, args, batch, generator):
         order = torch.randperm(args.batch_size, generator=generator)
         for rows in order.split(args.batch_size // args.num_minibatches):
             minibatch = slice_tensors(batch, rows)
-            mask = minibatch.rollout.response_mask
+            mask = minibatch.rollout.response.mask
             raw = minibatch.advantage
             if args.noise == "adv_flip":
                 raw = perturb_advantage(raw, args.noise_level, generator)
@@ -762,87 +493,6 @@ def update(setup, args, batch, generator):
             metrics["advantage_sign_flips"] = masked_mean((raw > 0) != (advantage > 0), mask)
             history.append(metrics)
     return {name: np.mean([float(m[name]) for m in history]).item() for name in history[0]}
-
-
-# Evaluation
-
-
-@torch.no_grad()
-def evaluate(setup, args, step):
-    """Returns a row for progress.csv, and up to eight samples.
-
-    The row has the reward, and what it may have cost: the KL divergence from the reference policy
-    in nats per text (an estimate, biased where sampling is filtered) and perplexities.
-    """
-    T = args.response_length
-    sft_ids, sft_mask = tokenize(setup.eval_data, setup.tokenizer, args)
-    rng = np.random.default_rng([args.seed, step, 2])
-    uniform = torch.from_numpy(rng.random((args.eval_episodes, T)))
-    top_k = 1 if args.eval_greedy else args.top_k
-    rollout = collect_rollout(setup, args, sft_ids, sft_mask, uniform, top_k, setup.reward_models)
-    mask = rollout.response_mask
-    first_heldout = len(args.reward_model)  # a column of `scores`
-    reward = aggregate(rollout.scores[:, :first_heldout], args.reward_aggregate)
-    log_ratio = rollout.log_prob - rollout.reference_log_prob
-    sft_log_prob = completion_log_prob(setup, args, sft_ids, sft_mask)
-    prompts = decode(setup.tokenizer, sft_ids[:8, :-T], sft_mask[:8, :-T])
-    responses = decode(setup.tokenizer, rollout.ids[:, -T:], mask)
-
-    row = {
-        "step": step,
-        "return_mean": reward.mean().item(),
-        "return_std": reward.std(correction=0).item(),
-        "length_mean": mask.sum().item() / args.eval_episodes,
-        "kl": masked_sum(log_ratio, mask).item() / args.eval_episodes,
-        # Responses under the reference policy, then reference completions under the policy
-        "perplexity": perplexity(rollout.reference_log_prob, mask),
-        "perplexity_real": perplexity(sft_log_prob, sft_mask[:, -T:]),
-    }
-    for name, score in zip(args.eval_reward_model, rollout.scores[:, first_heldout:].mean(0)):
-        row[f"heldout_{name}"] = score.item()
-    if args.task == "toy":
-        row["sentiment"] = sum(map(toy_sentiment, responses)) / len(responses)
-    if args.task == "tldr":
-        row |= rouge(setup.eval_data["label"], responses)
-
-    samples = [
-        {"step": step, "prompt": prompt, "response": response, "reward": score}
-        for prompt, response, score in zip(prompts, responses, reward.tolist())
-    ]
-    return row, samples
-
-
-def completion_log_prob(setup, args, sft_ids, sft_mask):
-    """Log-probabilities (texts, T) of reference completions under the policy; each process does its
-    share."""
-    device = setup.accelerator.device
-    parts = []
-    for rows in process_rows(setup.accelerator, len(sft_ids), args.inference_batch_size):
-        ids = sft_ids[rows].to(device)
-        mask = sft_mask[rows].to(device)
-        with setup.actor_critic.autocast():
-            parts.append(setup.actor_critic.policy_log_prob(ids, mask, args.response_length))
-    return setup.accelerator.gather(torch.cat(parts)).cpu()
-
-
-def perplexity(log_prob, mask):
-    """Perplexity per token, over tokens where `mask` is true."""
-    mean = masked_mean(log_prob, mask)
-    return (-mean).exp().item()
-
-
-def rouge(references, responses):
-    """Mean F-measures of ROUGE-1, ROUGE-2 and ROUGE-L."""
-    names = ["rouge1", "rouge2", "rougeL"]
-    scorer = RougeScorer(names, use_stemmer=True)
-    scores = [scorer.score(*pair) for pair in zip(references, responses)]
-    means = {}
-    for name in names:
-        means[name] = np.mean([score[name].fmeasure for score in scores]).item()
-    return means
-
-
-# Training
 
 
 @dataclass
@@ -898,11 +548,11 @@ def train(args: Args):
         # Rollout; random numbers are drawn for the global batch, then sharded
         started = time.perf_counter()
         rows = torch.randperm(len(setup.train_data), generator=generator)[: args.batch_size]
-        sft_ids, sft_mask = tokenize(setup.train_data.select(rows.tolist()), setup.tokenizer, args)
+        prompts, completions = tokenize(setup.train_data[rows.tolist()], setup.tokenizer, args)
         uniform = torch.rand(args.batch_size, args.response_length, generator=generator)
         reward_models = setup.reward_models[: len(args.reward_model)]
         rollout = collect_rollout(
-            setup, args, sft_ids, sft_mask, uniform, args.top_k, reward_models
+            setup, args, prompts, completions, uniform, args.top_k, reward_models
         )
         progress.global_step += args.batch_size
 
@@ -914,12 +564,13 @@ def train(args: Args):
             rollout.log_prob,
             rollout.reference_log_prob,
             rollout.value,
-            rollout.response_mask,
+            rollout.response.mask,
             args,
         )
 
         # Update
-        metrics = update(setup, args, Batch(rollout, advantage, returns), generator)
+        batch = Batch(prompts, completions, rollout, advantage, returns)
+        metrics = update(setup, args, batch, generator)
         step = progress.global_step
         if not math.isfinite(metrics["grad_norm"]):
             sys.exit(f"error: gradient not finite at step {step}; lower the learning rate")
@@ -964,13 +615,13 @@ def train(args: Args):
 
 def rollout_metrics(rollout, reward, advantage, returns):
     """What to log of a batch; entropy and KL are estimates from its samples."""
-    mask = rollout.response_mask
+    mask = rollout.response.mask
     log_ratio = rollout.log_prob - rollout.reference_log_prob
     unexplained = advantage[mask].var() / returns[mask].var()  # advantage = return - value
     return {
         "losses/entropy": -masked_mean(rollout.log_prob, mask),
         "losses/explained_variance": 1 - unexplained,
-        "charts/kl": masked_sum(log_ratio, mask) / len(mask),
+        "charts/kl": masked_mean(log_ratio, mask, len(mask)),
         "charts/episodic_return": reward.mean(),
         "charts/episodic_length": mask.sum() / len(mask),
     }
@@ -994,6 +645,374 @@ def evaluate_and_log(setup, args, progress, writer):
         path.write_text("".join(json.dumps(sample) + "\n" for sample in progress.samples))
     writer.add_scalar("eval/return_mean", row["return_mean"], step)
     tqdm.write(f"step {step:,}: reward {row['return_mean']:.3f}")
+
+
+# Models
+
+
+class ActorCritic(nn.Module):
+    """Policy, critic and reference policy, that is the frozen initial policy.
+
+    Without LoRA these are three models. With LoRA they are one model with two adapters, "policy"
+    and "critic"; with both disabled it is the reference policy.
+
+    Throughout, prompts, responses and reference completions are `Tokens`. Results are for the T
+    tokens of a response or completion: (B, T), float32.
+    """
+
+    def __init__(self, args, device, dtype):
+        super().__init__()
+        self.dtype = dtype
+        self.lora = args.lora_r > 0
+        config = AutoConfig.from_pretrained(args.policy_model)
+        if getattr(config, "activation_function", None) == "gelu_new":
+            config.activation_function = "gelu_pytorch_tanh"  # the same function, in one kernel
+        quantization = None
+        if args.load_in_4bit:
+            quantization = transformers.BitsAndBytesConfig(
+                load_in_4bit=True, bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_type="nf4"
+            )
+        load_model = partial(
+            load_pretrained,
+            AutoModelForCausalLM,
+            args.policy_model,
+            config=config,
+            dtype=dtype if self.lora else torch.float32,
+            quantization_config=quantization,
+            # Fused kernels may return NaN for padding on the left, which attends to nothing, and
+            # on a CPU, in bfloat16, they make updates slower
+            attn_implementation="eager",
+        )
+        self.policy = load_model()
+        if self.lora:
+            adapter = peft.LoraConfig(
+                r=args.lora_r, lora_alpha=args.lora_alpha, task_type="CAUSAL_LM"
+            )
+            self.policy.requires_grad_(False)
+            self.policy.add_adapter(adapter, "policy")
+            self.policy.add_adapter(adapter, "critic")
+            self.adapter_parameters = [
+                parameter for name, parameter in self.policy.named_parameters() if "lora_" in name
+            ]
+            for parameter in self.adapter_parameters:  # bfloat16 would round small updates away
+                parameter.data = parameter.data.float()
+            self.activate_adapter("policy")
+        else:
+            self.critic = load_model().base_model
+            self.reference = load_model().requires_grad_(False)
+        self.value_head = nn.Linear(config.hidden_size, 1)
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+        self.eval()  # disables dropout, for good
+        self.to(device)
+
+    def activate_adapter(self, name):
+        if self.lora:
+            self.policy.set_adapter(name)
+            for parameter in self.adapter_parameters:
+                parameter.requires_grad_(True)  # peft has frozen the other adapter
+
+    def autocast(self):
+        device = self.value_head.weight.device.type
+        return torch.autocast(device, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+
+    def forward(self, prompt, response, *completion):
+        """Log-probabilities of the response and, if given, of the reference completion, a tuple;
+        and values of the texts before each token of the response. Gradients flow only here, so it
+        is called through DDP's wrapper."""
+        with self.autocast():
+            self.activate_adapter("policy")
+            log_probs = token_log_probs(self.policy, prompt, response, *completion)
+            self.activate_adapter("critic")
+            # transformers' base_model: all but the head, with the adapters
+            critic = self.policy.base_model if self.lora else self.critic
+            hidden = predicting_states(critic, prompt, response)
+        value = self.value_head(hidden.float()).squeeze(-1)
+        return log_probs, value
+
+    def reference_log_prob(self, prompt, response):
+        if not self.lora:
+            return token_log_probs(self.reference, prompt, response)[0]
+        self.policy.disable_adapters()
+        (log_prob,) = token_log_probs(self.policy, prompt, response)
+        self.policy.enable_adapters()
+        return log_prob
+
+    def generate(self, prompt, uniform, top_k, tokenizer, stop_at_eos):
+        """Samples responses of at most T tokens. `uniform` (B, T), as in `sample_token`, is an
+        argument so that samples do not depend on how batches are split."""
+        self.activate_adapter("policy")
+        cache = None
+        new_ids, mask = prompt
+        response = []
+        alive = torch.ones_like(mask[:, :1])
+        position_ids = (mask.cumsum(1) - 1).clamp(min=0)  # padding does not count
+        for t in range(uniform.shape[1]):
+            output = self.policy.base_model(
+                input_ids=new_ids,
+                attention_mask=mask,
+                position_ids=position_ids,
+                past_key_values=cache,
+                use_cache=True,
+            )
+            cache = output.past_key_values
+            logits = float32_logits(self.policy, output.last_hidden_state[:, -1])
+            if not stop_at_eos:
+                logits[:, tokenizer.eos_token_id] = -math.inf
+            new_ids = sample_token(logits, uniform[:, t : t + 1], top_k)
+            new_ids = torch.where(alive, new_ids, tokenizer.pad_token_id)
+            response.append(Tokens(new_ids, alive))
+            mask = torch.cat([mask, alive], 1)
+            alive = alive & (new_ids != tokenizer.eos_token_id)
+            position_ids = position_ids[:, -1:] + 1
+        return join(*response)
+
+
+def predicting_states(transformer, prompt, *continuations):
+    """Final hidden states (B, T of each continuation, hidden size) that predict the tokens of
+    continuations: those of the tokens just before them. All continuations share one pass, in which
+    each sees the prompt and itself."""
+    parts = [prompt, *continuations]
+    ids, mask = join(*parts)
+    widths = [part.ids.shape[1] for part in parts]
+    blocks = torch.block_diag(*[torch.ones(n, n, device=ids.device) for n in widths])
+    blocks[:, : widths[0]] = 1  # everything sees the prompt
+    visible = blocks.tril().bool() & mask[:, None]
+    attention_mask = torch.where(visible, 0, -1e30)  # -inf: NaN where nothing is visible
+    output = transformer(
+        input_ids=ids,
+        attention_mask=attention_mask[:, None].to(transformer.dtype),
+        position_ids=(visible.sum(-1) - 1).clamp(min=0),  # padding does not count
+        use_cache=False,
+    )
+    of_prompt, *others = output.last_hidden_state.split(widths, 1)
+    states = [torch.cat([of_prompt[:, -1:], own[:, :-1]], 1) for own in others]
+    return torch.cat(states, 1)
+
+
+def float32_logits(model, hidden):
+    """Logits (tokens, vocabulary) in float32: the 8 significant bits of bfloat16 are too few for
+    ratios near 1. Flat, since a slice of a tensor of three dimensions would become a batched
+    product, at half the speed."""
+    head = model.get_output_embeddings()
+    weight = head.weight.float()
+    bias = None if head.bias is None else head.bias.float()
+    with torch.autocast(hidden.device.type, enabled=False):
+        return F.linear(hidden.flatten(0, -2).float(), weight, bias)
+
+
+def token_log_probs(model, prompt, *continuations):
+    """Log-probabilities of the tokens of each continuation, a tuple of (B, T), float32."""
+    hidden = predicting_states(model.base_model, prompt, *continuations)
+    logits = float32_logits(model, hidden)
+    tokens = join(*continuations).ids
+    log_prob = -F.cross_entropy(logits, tokens.flatten(), reduction="none")
+    return log_prob.view_as(tokens).chunk(len(continuations), 1)
+
+
+def sample_token(logits, uniform, top_k):
+    """Inverse-CDF sampling: tokens (batch, 1) from `logits` (batch, vocabulary), among the `top_k`
+    most likely ones (0: among all), given `uniform` (batch, 1) in [0, 1)."""
+    vocabulary = logits.shape[-1]
+    if 0 < top_k < vocabulary:
+        least = logits.topk(top_k).values[:, -1:]
+        logits = logits.masked_fill(logits < least, -math.inf)
+    probability = logits.softmax(-1, dtype=torch.float64)
+    cumulative = probability.cumsum(-1)
+    total = cumulative[:, -1:]  # 1, but for rounding
+    return torch.searchsorted(cumulative, uniform * total, right=True)
+
+
+class RewardModel:
+    """Text in, score out, with a tokenizer of its own. `name`: a classifier, or a LoRA adapter with
+    a single output; `label`: the label whose probability is the score, unless the model has a
+    single output."""
+
+    def __init__(self, name, label, device, dtype):
+        self.label = label
+        base = name
+        if find_adapter_config_file(name):
+            self.model = peft.AutoPeftModelForSequenceClassification.from_pretrained(
+                name, num_labels=1, dtype=dtype
+            )
+            base = self.model.active_peft_config.base_model_name_or_path
+            saved = peft.load_peft_weights(name, device="cpu")
+            refuse_missing(peft.get_peft_model_state_dict(self.model).keys() - saved.keys(), name)
+        else:
+            self.model = load_pretrained(AutoModelForSequenceClassification, name, dtype=dtype)
+        self.model.to(device)
+        config = self.model.config
+        tokenizer = load_tokenizer(base)
+        config.pad_token_id = tokenizer.pad_token_id
+        positions = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
+        tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
+        self.tokenizer = tokenizer
+
+    @torch.no_grad()
+    def __call__(self, texts):
+        """Scores (texts,). Texts that are too long are truncated on the left."""
+        inputs = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+        logits = self.model(**inputs.to(self.model.device)).logits.float()
+        if logits.shape[1] == 1:
+            return logits[:, 0]
+        if self.model.config.problem_type == "multi_label_classification":
+            return logits.sigmoid()[:, self.label]
+        return logits.softmax(-1)[:, self.label]
+
+
+def load_reward_model(name, label, device, dtype):
+    """A function from texts to scores (texts,): a model, or a Python function FILE.py:NAME that
+    takes a list of texts and returns one score for each."""
+    if ".py:" not in name:
+        return RewardModel(name, label, device, dtype)
+    path, _, function_name = name.rpartition(":")
+    function = runpy.run_path(path)[function_name]
+
+    def reward_model(texts):
+        scores = torch.tensor(function(texts), dtype=torch.float32, device=device)
+        return scores.view(len(texts))
+
+    return reward_model
+
+
+def aggregate(scores, how):
+    """Rewards (texts,) from the scores (texts, models) of an ensemble: mean, min or mean-std."""
+    if how == "min":
+        return scores.amin(1)
+    if how == "mean-std":
+        return scores.mean(1) - scores.std(1, correction=0)
+    return scores.mean(1)
+
+
+# Rollout
+
+
+def tokenize(rows, tokenizer, args):
+    """Prompts, and reference completions, which are padded to `response_length`. `rows`: column ->
+    texts."""
+    if args.task == "tldr":
+        prompts = tokenizer(rows["prompt"])["input_ids"]
+        completions = tokenizer(rows["label"], add_special_tokens=False)["input_ids"]
+    else:
+        texts = tokenizer(rows["text"])["input_ids"]
+        prompts = [ids[: len(ids) // 2] for ids in texts]
+        completions = [ids[len(ids) // 2 :] for ids in texts]
+    end = [tokenizer.eos_token_id]
+    prompts = [ids[-args.prompt_length :] or end for ids in prompts]
+    completions = [(ids + end)[: args.response_length] for ids in completions]
+    length = args.response_length
+    left = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
+    right = tokenizer.pad(
+        {"input_ids": completions}, padding="max_length", max_length=length, return_tensors="pt"
+    )
+    return tuple(Tokens(x["input_ids"], x["attention_mask"].bool()) for x in (left, right))
+
+
+def join(*parts):
+    """Texts that follow each other, in one row each."""
+    return Tokens(*(torch.cat(tensors, 1) for tensors in zip(*parts)))
+
+
+def decode(tokenizer, tokens):
+    """Texts without special tokens, of which padding is one."""
+    return tokenizer.batch_decode(tokens.ids, skip_special_tokens=True)
+
+
+def process_rows(accelerator, count):
+    """Indices of this process's share of `count` rows."""
+    with accelerator.split_between_processes(torch.arange(count)) as rows:
+        return rows
+
+
+@torch.no_grad()
+def collect_rollout(setup, args, prompts, completions, uniform, top_k, reward_models):
+    """Samples responses to prompts and scores them; each process does its share. Returns the
+    rollout of all processes, on the CPU. `uniform` (B, T) as in `generate`."""
+    actor_critic = setup.actor_critic
+    device = setup.accelerator.device
+    parts = []
+    own_rows = process_rows(setup.accelerator, len(uniform))
+    size = 8 * (args.micro_batch_size or 16)  # inference takes less memory than training
+    for rows in own_rows.split(size):
+        texts = slice_tensors((prompts, completions, uniform), rows)
+        prompt, completion, part_uniform = send_to_device(texts, device)
+        with actor_critic.autocast():
+            response = actor_critic.generate(
+                prompt, part_uniform, top_k, setup.tokenizer, args.stop_at_eos
+            )
+            reference_log_prob = actor_critic.reference_log_prob(prompt, response)
+        # Computed as in the update, not by `generate`, so that ratios start at 1
+        log_probs, value = actor_critic(prompt, response, completion)
+        texts = decode(setup.tokenizer, join(prompt, response))
+        scores = torch.stack([reward_model(texts) for reward_model in reward_models], 1)
+        if not scores.isfinite().all():
+            raise ValueError(f"scores that are not finite, with the means {scores.mean(0)}")
+        parts.append(Rollout(response, *log_probs, reference_log_prob, value, scores))
+    rollout = setup.accelerator.gather(concatenate(parts))
+    return send_to_device(rollout, "cpu")
+
+
+# Evaluation
+
+
+@torch.no_grad()
+def evaluate(setup, args, step):
+    """Returns a row for progress.csv, and up to eight samples.
+
+    The row has the reward, and what it may have cost: the KL divergence from the reference policy
+    in nats per text (an estimate, biased where sampling is filtered) and perplexities.
+    """
+    prompts, completions = tokenize(setup.eval_data[:], setup.tokenizer, args)
+    rng = np.random.default_rng([args.seed, step, 2])
+    uniform = torch.from_numpy(rng.random((args.eval_episodes, args.response_length)))
+    top_k = 1 if args.eval_greedy else args.top_k
+    rollout = collect_rollout(
+        setup, args, prompts, completions, uniform, top_k, setup.reward_models
+    )
+    mask = rollout.response.mask
+    first_heldout = len(args.reward_model)  # a column of `scores`
+    reward = aggregate(rollout.scores[:, :first_heldout], args.reward_aggregate)
+    log_ratio = rollout.log_prob - rollout.reference_log_prob
+    prompt_texts = decode(setup.tokenizer, prompts)
+    responses = decode(setup.tokenizer, rollout.response)
+
+    row = {
+        "step": step,
+        "return_mean": reward.mean().item(),
+        "return_std": reward.std(correction=0).item(),
+        "length_mean": mask.sum().item() / args.eval_episodes,
+        "kl": masked_mean(log_ratio, mask, args.eval_episodes).item(),
+        # Responses under the reference policy, then reference completions under the policy
+        "perplexity": perplexity(rollout.reference_log_prob, mask),
+        "perplexity_real": perplexity(rollout.completion_log_prob, completions.mask),
+    }
+    for name, score in zip(args.eval_reward_model, rollout.scores[:, first_heldout:].mean(0)):
+        row[f"heldout_{name}"] = score.item()
+    if args.task == "toy":
+        row["sentiment"] = sum(map(toy_sentiment, responses)) / len(responses)
+    if args.task == "tldr":
+        row |= rouge(setup.eval_data["label"], responses)
+
+    samples = [
+        {"step": step, "prompt": prompt, "response": response, "reward": score}
+        for prompt, response, score in zip(prompt_texts, responses, reward.tolist())
+    ]
+    return row, samples[:8]
+
+
+def perplexity(log_prob, mask):
+    """Perplexity per token, over tokens where `mask` is true."""
+    return (-masked_mean(log_prob, mask)).exp().item()
+
+
+def rouge(references, responses):
+    """Mean F-measures of ROUGE-1, ROUGE-2 and ROUGE-L."""
+    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+    scores = [scorer.score(*pair) for pair in zip(references, responses)]
+    means = {}
+    for name in scores[0]:
+        means[name] = np.mean([score[name].fmeasure for score in scores]).item()
+    return means
 
 
 def evaluate_run(args: Args):
@@ -1025,123 +1044,6 @@ def evaluate_run(args: Args):
 
 
 # What follows is plumbing, not part of the algorithm.
-
-
-# The toy task: film reviews from a grammar, and a policy and a noisy reward model trained on them.
-
-ASPECTS = "plot acting music script ending cast pacing dialogue camera humour".split()
-GOOD = "superb moving clever funny brilliant charming gripping warm".split()
-BAD = "dull clumsy weak tedious awful silly flat noisy".split()
-TOY_POSITIONS = 64
-TOY_HELD_OUT = 256
-
-
-def toy_review(rng):
-    """Five judgements, each positive or negative with equal probability; "not" negates a word."""
-    clauses = []
-    for aspect in rng.sample(ASPECTS, 5):
-        negation = "not " if rng.random() < 0.25 else ""
-        words = rng.choice((GOOD, BAD))
-        clauses.append(f"the {aspect} was {negation}{rng.choice(words)}")
-    return "{} and {} . {} but {} . {} .".format(*clauses)
-
-
-def toy_sentiment(text):
-    """True sentiment by the grammar: share of positive judgements, 0.5 where there are none."""
-    signs = []
-    negated = False
-    for word in text.split():
-        if word in GOOD or word in BAD:
-            signs.append((word in GOOD) != negated)
-        negated = word == "not"
-    return sum(signs) / len(signs) if signs else 0.5
-
-
-def toy_labels(texts, rng):
-    """1 for positive texts, 0 for negative ones; a tenth of the labels are wrong."""
-    coins = [rng.random() for _ in texts]
-    labels = []
-    for text, coin in zip(texts, coins):
-        sentiment = toy_sentiment(text)
-        is_positive = coin > 0.5 if sentiment == 0.5 else sentiment > 0.5
-        is_wrong = rng.random() < 0.1
-        labels.append(int(is_positive != is_wrong))
-    return labels
-
-
-def make_toy(folder):
-    """Makes train.jsonl, test.jsonl, policy/ and reward/ in `folder`, unless it exists. The seed is
-    fixed, so that runs with different seeds have the same models."""
-    if folder.exists():
-        return
-    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
-    rng = random.Random(1)
-    reviews = [toy_review(rng) for _ in range(4000)]
-    splits = {"train": reviews[:-TOY_HELD_OUT], "test": reviews[-TOY_HELD_OUT:]}
-    for name, texts in splits.items():
-        data = datasets.Dataset.from_dict({"text": texts})
-        data.to_json(temporary / f"{name}.jsonl")
-    # The reward model must be able to score texts that are not finished.
-    truncated = [" ".join(review.split()[: rng.randint(1, 45)]) for review in reviews]
-    labels = toy_labels(truncated, rng)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        make_toy_models(reviews, truncated, labels, temporary)
-    try:
-        temporary.rename(folder)
-    except OSError:  # another run was faster
-        shutil.rmtree(temporary)
-
-
-def make_toy_models(reviews, truncated, labels, folder):
-    gpt2 = transformers.GPT2Tokenizer(pad_token="<|pad|>")
-    gpt2 = gpt2.train_new_from_iterator(reviews, 400, show_progress=False)
-    bert = transformers.BertTokenizer()
-    bert = bert.train_new_from_iterator(reviews, 400, show_progress=False)
-    reward_config = transformers.BertConfig(
-        vocab_size=len(bert),
-        max_position_embeddings=TOY_POSITIONS,
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=128,
-        id2label={0: "NEGATIVE", 1: "POSITIVE"},
-    )
-    policy_config = transformers.GPT2Config(
-        vocab_size=len(gpt2),
-        n_positions=TOY_POSITIONS,
-        n_embd=64,
-        n_layer=2,
-        n_head=2,
-        bos_token_id=gpt2.eos_token_id,
-        eos_token_id=gpt2.eos_token_id,
-    )
-    reward_model = AutoModelForSequenceClassification.from_config(reward_config)
-    policy = AutoModelForCausalLM.from_config(policy_config)
-
-    ended = [review + gpt2.eos_token for review in reviews]
-    policy_data = gpt2(ended, padding=True, return_tensors="pt")
-    is_padding = policy_data["attention_mask"] == 0
-    policy_data["labels"] = policy_data["input_ids"].masked_fill(is_padding, -100)
-    train_toy_model(policy, policy_data, 400, 3e-3, gpt2, folder / "policy")
-
-    reward_data = bert(truncated, padding=True, return_tensors="pt")
-    reward_data["labels"] = torch.tensor(labels)
-    train_toy_model(reward_model, reward_data, 1200, 1e-3, bert, folder / "reward")
-
-
-def train_toy_model(model, data, steps, learning_rate, tokenizer, folder):
-    """Supervised training on all but the held-out rows of `data`; saves model and tokenizer."""
-    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
-    title = f"making the toy's {folder.name} model"
-    for _ in tqdm(range(steps), title, disable=None, leave=False):
-        rows = torch.randint(len(data["labels"]) - TOY_HELD_OUT, (32,))
-        batch = {name: tensor[rows] for name, tensor in data.items()}
-        model(**batch).loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-    model.save_pretrained(folder)
-    tokenizer.save_pretrained(folder)
 
 
 # Loading
@@ -1183,13 +1085,7 @@ def load(args):
     ]
     torch.manual_seed(args.seed)  # initial weights of LoRA
     actor_critic = ActorCritic(args, device, dtype)
-    # `float32_logits` applies the model's last layer itself, and nothing that may come after it
-    ids = tokenizer.encode("It was", return_tensors="pt").to(device)
-    with torch.no_grad(), actor_critic.autocast():
-        output = actor_critic.policy(ids, output_hidden_states=True)
-        logits = float32_logits(actor_critic.policy, output.hidden_states[-1])
-    if (logits - output.logits).abs().max() > 0.02 * logits.abs().max():
-        raise ValueError(f"{args.policy_model} scales or caps its logits: not supported")
+    check_policy(actor_critic.policy, args, *tokenize(eval_data[:], tokenizer, args))
     optimizer = torch.optim.AdamW(
         [parameter for parameter in actor_critic.parameters() if parameter.requires_grad],
         lr=args.learning_rate,
@@ -1199,25 +1095,53 @@ def load(args):
     )
     model, optimizer = accelerator.prepare(actor_critic, optimizer)
     return Setup(
-        accelerator=accelerator,
-        actor_critic=actor_critic,
-        model=model,
-        optimizer=optimizer,
-        tokenizer=tokenizer,
-        reward_models=reward_models,
-        train_data=train_data,
-        eval_data=eval_data,
+        accelerator,
+        actor_critic,
+        model,
+        optimizer,
+        tokenizer,
+        reward_models,
+        train_data,
+        eval_data,
     )
 
 
+@torch.no_grad()
+def check_policy(policy, args, prompts, completions):
+    """Refuses a policy whose own logits differ from those that `token_log_probs` uses, on the
+    longest prompt with its completion, packed twice."""
+    row = prompts.mask.sum(1).argmax()
+    prompt = prompts.ids[row, None].to(policy.device)
+    completion = completions.ids[row, None].to(policy.device)
+    logits = policy(torch.cat([prompt, completion], 1)).logits
+    expected = logits[0, prompt.shape[1] - 1 : -1].repeat(2, 1)
+    texts = [Tokens(ids, ids >= 0) for ids in (prompt, completion, completion)]
+    refusal = ValueError(
+        f"{args.policy_model} scales or caps its logits, or its attention needs more than a mask "
+        "and positions (ALiBi, sliding windows): not supported"
+    )
+    try:
+        states = predicting_states(policy.base_model, *texts)
+    except ValueError as error:  # some models unpack a mask of two dimensions
+        raise refusal from error
+    difference = float32_logits(policy, states) - expected
+    # Rounding to bfloat16 makes 0.02 of 28 layers
+    tolerance = 0.1 if policy.dtype == torch.bfloat16 else 0.001
+    if difference.abs().max() > tolerance * expected.abs().max():
+        raise refusal
+
+
 def load_pretrained(auto_class, name, **options):
-    """Loads a model. Refuses a checkpoint without all its weights, which transformers would fill in
-    at random."""
+    """Loads a model, with all its weights."""
     model, info = auto_class.from_pretrained(name, output_loading_info=True, **options)
-    missing = sorted(info["missing_keys"])
-    if missing:
-        raise ValueError(f"{name} lacks {missing}, which {type(model).__name__} needs")
+    refuse_missing(info["missing_keys"], name)
     return model
+
+
+def refuse_missing(names, source):
+    """Refuses a checkpoint without weights of these `names`, which would stay as they were made."""
+    if names:
+        raise ValueError(f"{source} lacks {sorted(names)}")
 
 
 def load_tokenizer(name):
@@ -1254,45 +1178,6 @@ def load_dataset(name):
     return datasets.load_dataset(hub_name, split=split or "train")
 
 
-def tokenize(rows, tokenizer, args):
-    """Prompts with reference completions, ids and mask (texts, tokens): prompts padded on the left;
-    completions, the last `response_length` columns, on the right."""
-    prompts = []
-    completions = []
-    for row in rows:
-        if args.task == "tldr":
-            prompt = tokenizer.encode(row["prompt"], verbose=False)
-            completion = tokenizer.encode(row["label"], verbose=False, add_special_tokens=False)
-        else:
-            ids = tokenizer.encode(row["text"], verbose=False)
-            half = len(ids) // 2
-            prompt = ids[:half]
-            completion = ids[half:]
-        prompt = prompt[-args.prompt_length :] or [tokenizer.eos_token_id]
-        completion = [*completion, tokenizer.eos_token_id][: args.response_length]
-        prompts.append(prompt)
-        completions.append(completion)
-    left = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
-    right = tokenizer.pad(
-        {"input_ids": completions},
-        padding_side="right",
-        padding="max_length",
-        max_length=args.response_length,
-        return_tensors="pt",
-    )
-    ids = torch.cat([left["input_ids"], right["input_ids"]], 1)
-    mask = torch.cat([left["attention_mask"], right["attention_mask"]], 1)
-    return ids, mask.bool()
-
-
-def decode(tokenizer, ids, mask):
-    """Texts of the tokens where `mask` is true, without special ones."""
-    return [
-        tokenizer.decode(row[row_mask], skip_special_tokens=True)
-        for row, row_mask in zip(ids, mask)
-    ]
-
-
 # Saving
 
 
@@ -1319,6 +1204,7 @@ def save_checkpoint(setup, args, generator, rng, progress):
 def restore(setup, args, generator, rng):
     path = args.run_dir / "checkpoint.pt"
     checkpoint = torch.load(path, weights_only=True, map_location="cpu")
+    refuse_missing(trained_parameters(setup).keys() - checkpoint["agent"].keys(), path)
     setup.actor_critic.load_state_dict(checkpoint["agent"], strict=False)  # others are frozen
     setup.optimizer.load_state_dict(checkpoint["optimizer"])
     generator.set_state(checkpoint["generator"])
@@ -1452,6 +1338,123 @@ def main():
         f"{args.run_dir}: reward {summary['return_mean']:.3f} (standard deviation "
         f"{summary['return_std']:.3f}), {summary['sps']:.1f} texts/s"
     )
+
+
+# The toy task: film reviews from a grammar, and a policy and a noisy reward model trained on them.
+
+ASPECTS = "plot acting music script ending cast pacing dialogue camera humour".split()
+GOOD = "superb moving clever funny brilliant charming gripping warm".split()
+BAD = "dull clumsy weak tedious awful silly flat noisy".split()
+TOY_POSITIONS = 64
+TOY_HELD_OUT = 256
+
+
+def toy_review(rng):
+    """Five judgements, each positive or negative with equal probability; "not" negates a word."""
+    clauses = []
+    for aspect in rng.sample(ASPECTS, 5):
+        negation = "not " if rng.random() < 0.25 else ""
+        words = rng.choice((GOOD, BAD))
+        clauses.append(f"the {aspect} was {negation}{rng.choice(words)}")
+    return "{} and {} . {} but {} . {} .".format(*clauses)
+
+
+def toy_sentiment(text):
+    """True sentiment by the grammar: share of positive judgements, 0.5 where there are none."""
+    signs = []
+    negated = False
+    for word in text.split():
+        if word in GOOD or word in BAD:
+            signs.append((word in GOOD) != negated)
+        negated = word == "not"
+    return sum(signs) / len(signs) if signs else 0.5
+
+
+def toy_labels(texts, rng):
+    """1 for positive texts, 0 for negative ones; a tenth of the labels are wrong."""
+    coins = [rng.random() for _ in texts]
+    labels = []
+    for text, coin in zip(texts, coins):
+        sentiment = toy_sentiment(text)
+        is_positive = coin > 0.5 if sentiment == 0.5 else sentiment > 0.5
+        is_wrong = rng.random() < 0.1
+        labels.append(int(is_positive != is_wrong))
+    return labels
+
+
+def make_toy(folder):
+    """Makes train.jsonl, test.jsonl, policy/ and reward/ in `folder`, unless it exists. The seed is
+    fixed, so that runs with different seeds have the same models."""
+    if folder.exists():
+        return
+    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    rng = random.Random(1)
+    reviews = [toy_review(rng) for _ in range(4000)]
+    splits = {"train": reviews[:-TOY_HELD_OUT], "test": reviews[-TOY_HELD_OUT:]}
+    for name, texts in splits.items():
+        data = datasets.Dataset.from_dict({"text": texts})
+        data.to_json(temporary / f"{name}.jsonl")
+    # The reward model must be able to score texts that are not finished.
+    truncated = [" ".join(review.split()[: rng.randint(1, 45)]) for review in reviews]
+    labels = toy_labels(truncated, rng)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(1)
+        make_toy_models(reviews, truncated, labels, temporary)
+    try:
+        temporary.rename(folder)
+    except OSError:  # another run was faster
+        shutil.rmtree(temporary)
+
+
+def make_toy_models(reviews, truncated, labels, folder):
+    gpt2 = transformers.GPT2Tokenizer(pad_token="<|pad|>")
+    gpt2 = gpt2.train_new_from_iterator(reviews, 400, show_progress=False)
+    bert = transformers.BertTokenizer()
+    bert = bert.train_new_from_iterator(reviews, 400, show_progress=False)
+    reward_config = transformers.BertConfig(
+        vocab_size=len(bert),
+        max_position_embeddings=TOY_POSITIONS,
+        hidden_size=64,
+        num_hidden_layers=2,
+        num_attention_heads=2,
+        intermediate_size=128,
+        id2label={0: "NEGATIVE", 1: "POSITIVE"},
+    )
+    policy_config = transformers.GPT2Config(
+        vocab_size=len(gpt2),
+        n_positions=TOY_POSITIONS,
+        n_embd=64,
+        n_layer=2,
+        n_head=2,
+        bos_token_id=gpt2.eos_token_id,
+        eos_token_id=gpt2.eos_token_id,
+    )
+    reward_model = AutoModelForSequenceClassification.from_config(reward_config)
+    policy = AutoModelForCausalLM.from_config(policy_config)
+
+    ended = [review + gpt2.eos_token for review in reviews]
+    policy_data = gpt2(ended, padding=True, return_tensors="pt")
+    is_padding = policy_data["attention_mask"] == 0
+    policy_data["labels"] = policy_data["input_ids"].masked_fill(is_padding, -100)
+    train_toy_model(policy, policy_data, 400, 3e-3, gpt2, folder / "policy")
+
+    reward_data = bert(truncated, padding=True, return_tensors="pt")
+    reward_data["labels"] = torch.tensor(labels)
+    train_toy_model(reward_model, reward_data, 1200, 1e-3, bert, folder / "reward")
+
+
+def train_toy_model(model, data, steps, learning_rate, tokenizer, folder):
+    """Supervised training on all but the held-out rows of `data`; saves model and tokenizer."""
+    optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
+    title = f"making the toy's {folder.name} model"
+    for _ in tqdm(range(steps), title, disable=None, leave=False):
+        rows = torch.randint(len(data["labels"]) - TOY_HELD_OUT, (32,))
+        batch = {name: tensor[rows] for name, tensor in data.items()}
+        model(**batch).loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
 
 
 if __name__ == "__main__":

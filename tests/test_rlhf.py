@@ -5,12 +5,12 @@ import json
 import math
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
 import time
 import weakref
-from contextlib import contextmanager, nullcontext
 from dataclasses import replace
 from pathlib import Path
 from types import SimpleNamespace
@@ -19,6 +19,7 @@ import datasets
 import numpy as np
 import peft
 import pytest
+import safetensors.torch
 import torch
 import transformers
 from accelerate import Accelerator
@@ -151,9 +152,9 @@ def read_samples(folder):
     return [json.loads(line) for line in (folder / "samples.jsonl").open()]
 
 
-def actor_critic(model, lora_r=0, dtype=torch.float32):
+def actor_critic(model, lora_r=0, dtype=torch.float32, **flags):
     """An ActorCritic with a value head that is not zero."""
-    args = rlhf.Args(policy_model=str(model), lora_r=lora_r)
+    args = rlhf.Args(policy_model=str(model), lora_r=lora_r, **flags)
     actor = rlhf.ActorCritic(args, CPU, dtype)
     torch.manual_seed(0)
     nn.init.normal_(actor.value_head.weight)
@@ -165,8 +166,8 @@ def reward_model(name, label=1):
 
 
 def ragged(seed=0, lengths=((3, 5), (7, 2), (1, 1), (5, 5)), tokens=5):
-    """Texts, prompts padded on the left and responses on the right: ids, mask, and for each text
-    its tokens without padding and the length of its prompt."""
+    """Prompts, responses, and for each text its tokens without padding and the length of its
+    prompt."""
     generator = torch.Generator().manual_seed(seed)
     width = max(prompt for prompt, _ in lengths)
     ids = torch.ones(len(lengths), width + tokens, dtype=torch.long)
@@ -177,21 +178,25 @@ def ragged(seed=0, lengths=((3, 5), (7, 2), (1, 1), (5, 5)), tokens=5):
         ids[row, width - prompt : width + response] = text
         mask[row, width - prompt : width + response] = True
         texts.append((text, prompt))
-    return ids, mask, texts
+    prompts = rlhf.Tokens(ids[:, :width], mask[:, :width])
+    return prompts, rlhf.Tokens(ids[:, width:], mask[:, width:]), texts
 
 
-def collect(actor, ids, mask, uniform, top_k, eos, stop_at_eos):
+def collect(actor, prompts, uniform, top_k, eos, stop_at_eos):
     """The rollout from prompts; padding is 1, every reward 0."""
     length = uniform.shape[1]
     setup = SimpleNamespace(
         accelerator=Accelerator(cpu=True),
         actor_critic=actor,
-        tokenizer=SimpleNamespace(eos_token_id=eos, pad_token_id=1, decode=lambda *_, **__: ""),
+        tokenizer=SimpleNamespace(
+            eos_token_id=eos, pad_token_id=1, batch_decode=lambda *_, **__: ""
+        ),
     )
     args = rlhf.Args(response_length=length, stop_at_eos=stop_at_eos)
-    texts = F.pad(ids, (0, length)), F.pad(mask, (0, length))
-    no_reward = [lambda texts: torch.zeros(len(texts))]
-    return rlhf.collect_rollout(setup, args, *texts, uniform, top_k, no_reward)
+    ids = torch.full_like(uniform, 3, dtype=torch.long)
+    completions = rlhf.Tokens(ids, ids > 0)
+    no_reward = [lambda _: torch.zeros(len(uniform))]
+    return rlhf.collect_rollout(setup, args, prompts, completions, uniform, top_k, no_reward)
 
 
 # Tokens
@@ -199,25 +204,29 @@ def collect(actor, ids, mask, uniform, top_k, eos, stop_at_eos):
 
 @pytest.mark.parametrize("lora_r", [0, 2])
 @pytest.mark.parametrize("name", ["gpt2", "gptj"])
-def test_padding_changes_nothing(models, monkeypatch, name, lora_r):
+def test_padding_and_other_continuations_change_nothing(models, monkeypatch, name, lora_r):
     """Against a plain forward pass on each text. No fused attention kernel runs: those may return
     NaN for padding on the left."""
     actor = actor_critic(models[name], lora_r)
-    ids, mask, texts = ragged()
+    prompts, responses, texts = ragged()
+    _, completions, _ = ragged(1, lengths=((3, 2), (7, 5), (1, 4), (5, 1)))
     with monkeypatch.context() as patch:
         patch.delattr(F, "scaled_dot_product_attention")
-        log_prob = actor.policy_log_prob(ids, mask, 5)
-        torch.testing.assert_close(actor.reference_log_prob(ids, mask, 5), log_prob)
-        value = actor.value(ids, mask, 5)
+        log_probs, value = actor(prompts, responses, completions)
+        reference_log_prob = actor.reference_log_prob(prompts, responses)
+        torch.testing.assert_close(reference_log_prob, log_probs[0])
     plain = AutoModelForCausalLM.from_pretrained(models[name]).eval()
     for row, (text, prompt) in enumerate(texts):
-        output = plain(text[None], output_hidden_states=True)
-        response = len(text) - prompt
-        expected = output.logits[0].log_softmax(-1)[range(prompt - 1, len(text) - 1), text[prompt:]]
-        torch.testing.assert_close(log_prob[row, :response], expected, atol=1e-5, rtol=0)
-        states = output.hidden_states[-1][0, prompt - 1 : -1]
-        expected = actor.value_head(states)[:, 0]
-        torch.testing.assert_close(value[row, :response], expected, atol=1e-4, rtol=0)
+        for tokens, log_prob in zip((responses, completions), log_probs):
+            own = tokens.ids[row][tokens.mask[row]]
+            text = torch.cat([text[:prompt], own])
+            output = plain(text[None], output_hidden_states=True)
+            expected = output.logits[0, prompt - 1 : -1].log_softmax(-1)
+            expected = expected.gather(1, own[:, None])[:, 0]
+            torch.testing.assert_close(log_prob[row, : len(own)], expected, atol=1e-5, rtol=0)
+            if tokens is responses:
+                expected = actor.value_head(output.hidden_states[-1][0, prompt - 1 : -1])[:, 0]
+                torch.testing.assert_close(value[row, : len(own)], expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("top_k", [0, 1, 3, 100])
@@ -241,35 +250,36 @@ def test_a_rollout_samples_token_by_token(models, top_k):
     """Against a slow loop on one text at a time, without a cache."""
     actor = actor_critic(models["gpt2"])
     plain = AutoModelForCausalLM.from_pretrained(models["gpt2"]).eval()
-    ids, mask, texts = ragged(lengths=((3, 0), (7, 0), (1, 0)), tokens=0)
+    prompts, _, texts = ragged(lengths=((3, 0), (7, 0), (1, 0)), tokens=0)
     uniform = torch.rand(3, 6, generator=torch.Generator().manual_seed(1))
     eos = 3
-    rollout = collect(actor, ids, mask, uniform, top_k, eos, False)
-    assert torch.equal(rollout.ids[:, :7], ids)
+    rollout = collect(actor, prompts, uniform, top_k, eos, False)
     for row, (text, _) in enumerate(texts):
         for t in range(6):
             logits = plain(text[None]).logits[0, -1]
             allowed = logits.clone()
             allowed[eos] = -torch.inf
             token = rlhf.sample_token(allowed[None], uniform[row, t].view(1, 1), top_k)[0]
-            assert rollout.ids[row, 7 + t] == token
+            assert rollout.response.ids[row, t] == token
             expected = logits.log_softmax(-1)[token]  # of all tokens, not only of the likeliest k
             torch.testing.assert_close(rollout.log_prob[row, t, None], expected, atol=1e-5, rtol=0)
             text = torch.cat([text, token])
-    assert rollout.response_mask.all()
+    assert rollout.response.mask.all()
     torch.testing.assert_close(rollout.reference_log_prob, rollout.log_prob)
-    torch.testing.assert_close(rollout.value, actor.value(rollout.ids, rollout.mask, 6))
+    torch.testing.assert_close(rollout.value, actor(prompts, rollout.response)[1])
 
 
 def test_a_response_ends_with_its_end_of_text(models):
     actor = actor_critic(models["gpt2"])
-    ids, mask, _ = ragged(lengths=((3, 0), (7, 0)) * 4, tokens=0)
+    prompts, _, _ = ragged(lengths=((3, 0), (7, 0)) * 4, tokens=0)
     uniform = torch.rand(8, 20, generator=torch.Generator().manual_seed(1))
-    endless = collect(actor, ids, mask, uniform, 0, 50, True)
-    eos = endless.ids[0, 7 + 4].item()  # declared to be the end of text, it comes in the middle
-    rollout = collect(actor, ids, mask, uniform, 0, eos, True)
+    endless = collect(actor, prompts, uniform, 0, 50, True)
+    eos = endless.response.ids[
+        0, 4
+    ].item()  # declared to be the end of text, it comes in the middle
+    rollout = collect(actor, prompts, uniform, 0, eos, True)
     lengths = set()
-    for tokens, sampled in zip(rollout.ids[:, 7:].tolist(), rollout.response_mask.tolist()):
+    for tokens, sampled in zip(*(x.tolist() for x in rollout.response)):
         length = tokens.index(eos) + 1 if eos in tokens else 20
         lengths.add(length)
         assert sampled == [True] * length + [False] * (20 - length)
@@ -281,45 +291,53 @@ def test_a_response_ends_with_its_end_of_text(models):
 def test_the_ratio_begins_at_one_however_a_batch_is_split(models, dtype):
     """Dropout is off, too, for which the configuration asks."""
     actor = actor_critic(models["gpt2"], dtype=dtype)
-    ids, mask, _ = ragged(lengths=((3, 0), (7, 0), (1, 0), (2, 0)), tokens=0)
+    prompts, _, _ = ragged(lengths=((3, 0), (7, 0), (1, 0), (2, 0)), tokens=0)
     uniform = torch.rand(4, 9, generator=torch.Generator().manual_seed(1))
-    rollout = collect(actor, ids, mask, uniform, 5, 3, True)
+    rollout = collect(actor, prompts, uniform, 5, 3, True)
+    batch = rlhf.Batch(prompts, rollout.response, rollout, rollout.value, rollout.value)
     for rows in ([0, 1, 2, 3], [0, 3], [2]):
-        log_prob, value, _ = actor(rollout.ids[rows], rollout.mask[rows], 9)
-        sampled = rollout.response_mask[rows]
-        for new, old in ((log_prob, rollout.log_prob), (value, rollout.value)):
-            torch.testing.assert_close(new[sampled], old[rows][sampled], atol=1e-5, rtol=0)
+        part = rlhf.take(batch, rows)
+        for others in ([], [part.completion]):
+            response, old_log_prob, *_, old_value, _ = part.rollout
+            (log_prob, *_), value = actor(part.prompt, response, *others)
+            for new, old in ((log_prob, old_log_prob), (value, old_value)):
+                sampled = response.mask
+                torch.testing.assert_close(new[sampled], old[sampled], atol=1e-5, rtol=0)
 
 
 def test_in_bfloat16_the_last_layers_are_in_float32(models):
-    actor = actor_critic(models["gpt2"])
-    ids, mask, _ = ragged()
-    with torch.autocast("cpu", torch.bfloat16):
-        log_prob = actor.policy_log_prob(ids, mask, 5)
-        value = actor.value(ids, mask, 5)
-        policy_states = rlhf.predicting_states(actor.policy.base_model, ids, mask, 5)
-        critic_states = rlhf.predicting_states(actor.critic, ids, mask, 5)
+    actor = actor_critic(models["gpt2"], dtype=torch.bfloat16)
+    texts = ragged()[:2]
+    (log_prob,), value = actor(*texts)
+    with actor.autocast():
+        policy_states = rlhf.predicting_states(actor.policy.base_model, *texts)
+        critic_states = rlhf.predicting_states(actor.critic, *texts)
     expected = actor.policy.lm_head(policy_states.float()).log_softmax(-1)
-    expected = expected.gather(-1, ids[:, -5:, None])[..., 0]
+    expected = expected.gather(-1, texts[1].ids[..., None])[..., 0]
     torch.testing.assert_close(log_prob, expected, atol=1e-5, rtol=0)
-    assert not torch.equal(log_prob, actor.policy_log_prob(ids, mask, 5))
+    assert not torch.equal(log_prob, actor_critic(models["gpt2"])(*texts)[0][0])
     torch.testing.assert_close(value, actor.value_head(critic_states.float())[..., 0])
 
 
 def test_lora_roles_are_adapters_on_one_frozen_model(models):
     actor = actor_critic(models["gptj"], lora_r=2)
     plain = actor_critic(models["gptj"])
-    ids, mask, _ = ragged()
+    texts = ragged()[:2]
     for name, parameter in actor.named_parameters():
         assert parameter.requires_grad == ("lora_" in name or "value_head" in name)
         if "lora_B.policy" in name:
             nn.init.normal_(parameter)
-    initial = plain.policy_log_prob(ids, mask, 5)
-    torch.testing.assert_close(actor.reference_log_prob(ids, mask, 5), initial)
-    torch.testing.assert_close(actor.value(ids, mask, 5), plain.value(ids, mask, 5))
-    assert (actor.policy_log_prob(ids, mask, 5) - initial).abs().max() > 0.1
+    (log_prob,), value = actor(*texts)
+    (initial,), plain_value = plain(*texts)
+    torch.testing.assert_close(actor.reference_log_prob(*texts), initial)
+    torch.testing.assert_close(value, plain_value)
+    assert (log_prob - initial).abs().max() > 0.1
 
-    log_prob, value, _ = actor(ids, mask, 5)
+    silent = actor_critic(models["gptj"], lora_r=2, lora_alpha=0)
+    silent.load_state_dict(actor.state_dict())
+    torch.testing.assert_close(silent(*texts)[0][0], initial)
+
+    (log_prob,), value = actor(*texts)
     for loss, expected in ((log_prob, {"policy"}), (value, {"critic", "value_head"})):
         actor.zero_grad()
         loss.sum().backward()
@@ -335,19 +353,48 @@ def test_checkpoints_without_all_weights_are_refused(run):
     policy, reward = f"{rlhf.TOY}/policy", f"{rlhf.TOY}/reward"
     with pytest.raises(ValueError, match=r"policy lacks \['score.weight'\]"):
         run(reward_model=(policy,))
-    with pytest.raises(ValueError, match="which BertLMHeadModel needs"):
+    with pytest.raises(ValueError, match="reward lacks"):
         run(name="other", policy_model=reward, tokenizer=policy)
 
 
-def test_policies_that_scale_their_logits_are_refused(run, toy, tmp_path):
+@pytest.mark.parametrize(("kind", "flags"), {
+    "Granite": {"logits_scaling": 8},
+    "Mistral": {"sliding_window": 4},
+    "Bloom": {"n_head": 2},  # ALiBi
+    "Mpt": {"d_model": 16, "n_heads": 2, "n_layers": 2, "expansion_ratio": 1},  # ALiBi, too
+}.items())  # fmt: skip
+def test_policies_with_other_logits_or_attention_are_refused(run, toy, tmp_path, kind, flags):
     tokenizer = AutoTokenizer.from_pretrained(toy / "policy")
     shape = {"vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 16}
-    shape |= {"num_hidden_layers": 1, "num_attention_heads": 2, "num_key_value_heads": 2}
-    config = transformers.GraniteConfig(**shape, logits_scaling=8)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "scaled")
-    tokenizer.save_pretrained(tmp_path / "scaled")
-    with pytest.raises(ValueError, match="scaled scales or caps its logits"):
-        run(policy_model=str(tmp_path / "scaled"))
+    shape |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    shape |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
+    config = getattr(transformers, f"{kind}Config")(**shape | flags)
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(tmp_path / kind)
+    tokenizer.save_pretrained(tmp_path / kind)
+    with pytest.raises(ValueError, match=f"{kind} scales or caps its logits, or its attention"):
+        run(policy_model=str(tmp_path / kind))
+
+
+def test_checkpoints_with_other_names_are_refused(run, models, tmp_path):
+    """Of a run, and of an adapter: none of their weights would be restored."""
+    folder = tmp_path / "run"
+    interrupt(run, 2)
+    renamed = checkpoint(folder)
+    renamed["agent"] = {f"module.{name}": w for name, w in renamed["agent"].items()}
+    torch.save(renamed, folder / "checkpoint.pt")
+    with pytest.raises(ValueError, match=r"checkpoint.pt lacks \['critic"):
+        run()
+    adapter = tmp_path / "adapter"
+    shutil.copytree(models["adapter"], adapter)
+    file = adapter / "adapter_model.safetensors"
+    saved = safetensors.torch.load_file(file)
+    renamed = {name.replace("lora_A", "lora_C"): weight for name, weight in saved.items()}
+    safetensors.torch.save_file(renamed, file)
+    with pytest.raises(ValueError, match="adapter lacks .*lora_A"):
+        reward_model(adapter)
 
 
 def test_a_text_is_a_prompt_and_its_continuation_a_post_one_and_its_summary(toy):
@@ -355,19 +402,21 @@ def test_a_text_is_a_prompt_and_its_continuation_a_post_one_and_its_summary(toy)
     eos = tokenizer.eos_token_id
     texts = ["the plot was superb and the cast was dull . i loved it .", "the", ""]
     args = rlhf.Args(prompt_length=4, response_length=5)
-    ids, mask = rlhf.tokenize([{"text": text} for text in texts], tokenizer, args)
+    prompts, completions = rlhf.tokenize({"text": texts}, tokenizer, args)
     long, short, _ = tokenizer(texts)["input_ids"]
     half = len(long) // 2
-    assert ids[0].tolist() == long[half - 4 : half + 5]
-    assert ids[1][mask[1]].tolist() == [eos, *short, eos]
-    assert ids[2][mask[2]].tolist() == [eos, eos]
-    assert mask[1].tolist() == [False] * 3 + [True] * 3 + [False] * 3
+    assert prompts.ids[0].tolist() == long[half - 4 : half]
+    assert completions.ids[0].tolist() == long[half : half + 5]
+    text = rlhf.join(prompts, completions)
+    assert text.ids[1][text.mask[1]].tolist() == [eos, *short, eos]
+    assert text.ids[2][text.mask[2]].tolist() == [eos, eos]
+    assert text.mask[1].tolist() == [False] * 3 + [True] * 3 + [False] * 3
 
-    row = {"prompt": "the plot was dull", "label": " was not dull"}
+    rows = {"prompt": ["the plot was dull"], "label": [" was not dull"]}
     args = rlhf.TldrArgs(prompt_length=3, response_length=9)
-    ids, mask = rlhf.tokenize([row], tokenizer, args)
-    prompt, label = tokenizer(list(row.values()))["input_ids"]
-    assert ids[0][mask[0]].tolist() == [*prompt[-3:], *label, eos]
+    text = rlhf.join(*rlhf.tokenize(rows, tokenizer, args))
+    prompt, label = (tokenizer(texts[0])["input_ids"] for texts in rows.values())
+    assert text.ids[text.mask].tolist() == [*prompt[-3:], *label, eos]
 
 
 # Reward models
@@ -502,13 +551,13 @@ def test_the_loss_is_the_sum_of_its_parts_and_a_share_of_the_minibatch():
     """Texts with half of a minibatch's sampled tokens, and a quarter of its reference tokens."""
     new, old, advantage, mask = random_tokens()
     sft_mask = mask.flip(1)
-    unused = dict.fromkeys(("ids", "reference_log_prob", "scores", "sft_ids"))
-    masks = {"mask": mask, "response_mask": mask, "sft_mask": sft_mask}
-    rollout = rlhf.Rollout(log_prob=old, value=new + 1, **masks, **unused)
-    batch = rlhf.Batch(rollout, advantage, returns=new + 2)
+    unused = dict.fromkeys(("completion_log_prob", "reference_log_prob", "scores"))
+    response, completion = rlhf.Tokens(None, mask), rlhf.Tokens(None, sft_mask)
+    rollout = rlhf.Rollout(response, log_prob=old, value=new + 1, **unused)
+    batch = rlhf.Batch(None, completion, rollout, advantage, returns=new + 2)
     args = rlhf.Args(alpha=0.6, beta=0.5, z=-2.0, vf_coef=0.3, ce_coef=0.7)
     loss, metrics = rlhf.loss_and_metrics(
-        lambda *_: (new, new + 1, old), args, batch, 2 * mask.sum(), 4 * sft_mask.sum()
+        lambda *_: ((new, old), new + 1), args, batch, 2 * mask.sum(), 4 * sft_mask.sum()
     )
     policy_loss, reverse_loss = rlhf.symmetric_policy_losses(new, old, advantage, mask, 0.2, -2.0)
     sft_loss = -old[sft_mask].mean()
@@ -530,7 +579,8 @@ def test_the_loss_is_the_sum_of_its_parts_and_a_share_of_the_minibatch():
 
 def test_kl_and_entropy_are_estimated_from_sampled_tokens():
     log_prob, reference, advantage, mask = random_tokens()
-    rollout = SimpleNamespace(response_mask=mask, log_prob=log_prob, reference_log_prob=reference)
+    response = rlhf.Tokens(None, mask)
+    rollout = SimpleNamespace(response=response, log_prob=log_prob, reference_log_prob=reference)
     metrics = rlhf.rollout_metrics(rollout, advantage, advantage, advantage)
     divergence = (log_prob - reference)[mask].sum().item()
     assert metrics["charts/kl"].item() == pytest.approx(divergence / len(mask))
@@ -554,7 +604,9 @@ def test_without_held_out_data_a_tenth_is_held_out(tmp_path):
 def test_a_run_leaves_what_it_promises(run):
     """In progress.csv, means of what was logged since the evaluation before."""
     folder = run(noise="uniform", ce_coef=0.1)
-    files = "args.json checkpoint.pt events policy progress.csv samples.jsonl summary.json"
+    files = (
+        "args.json checkpoint.pt events policy progress.csv samples.jsonl sppo_rlhf.py summary.json"
+    )
     assert sorted(path.name.split(".out")[0] for path in folder.iterdir()) == files.split()
     assert json.loads((folder / "args.json").read_text())["args"]["noise_level"] == 0.05
     rows = progress(folder)
@@ -582,11 +634,12 @@ def test_the_saved_policy_is_a_folder_like_any_other(run):
     folder = run(learning_rate=1e-2)
     tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
     ids = tokenizer("the plot was superb", return_tensors="pt")["input_ids"]
-    mask = torch.ones_like(ids, dtype=torch.bool)
+    text = rlhf.Tokens(ids, torch.ones_like(ids, dtype=torch.bool))
+    texts = [rlhf.Tokens(*(x[:, part] for x in text)) for part in (slice(1), slice(1, None))]
     actor = actor_critic(f"{rlhf.TOY}/policy")
-    initial = actor.policy_log_prob(ids, mask, ids.shape[1] - 1)
+    (initial,), _ = actor(*texts)
     actor.load_state_dict(checkpoint(folder)["agent"], strict=False)
-    trained = actor.policy_log_prob(ids, mask, ids.shape[1] - 1)
+    (trained,), _ = actor(*texts)
     assert (trained - initial).abs().max() > 0.01
     loaded = AutoModelForCausalLM.from_pretrained(folder / "policy").eval()
     log_prob = loaded(ids).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
@@ -598,12 +651,12 @@ def test_an_evaluation_by_hand(run, toy, models):
     perplexities, of the initial policy."""
     ensemble = (str(models["classifier"]), f"{rlhf.TOY}/reward")
     heldout = f"{__file__}:text_lengths"
-    flags = {"reward_model": ensemble, "reward_aggregate": "min", "eval_reward_model": (heldout,)}
+    flags = {"reward_model": ensemble, "eval_reward_model": (heldout,)}
     folder = run(eval_greedy=True, **flags)
     row = progress(folder)[0]
     samples = read_samples(folder)[:4]
     texts = [sample["prompt"] + sample["response"] for sample in samples]
-    rewards = torch.minimum(*(reward_model(name)(texts) for name in ensemble))
+    rewards = torch.stack([reward_model(name)(texts) for name in ensemble]).mean(0)
     assert [sample["reward"] for sample in samples] == pytest.approx(rewards.tolist(), abs=1e-5)
     assert row["return_mean"] == pytest.approx(rewards.mean().item(), abs=1e-5)
     assert row["return_std"] == pytest.approx(rewards.std(correction=0).item(), abs=1e-4)
@@ -655,6 +708,39 @@ def test_the_same_command_continues_to_the_bit(run, monkeypatch, summaries, upda
     assert summary["continued_at"] == ([step] if step else [])
 
 
+def test_the_optimizer_gets_its_settings(run, monkeypatch):
+    """Where gradients are clipped to nothing, weights only decay, in four steps."""
+    loads = record(monkeypatch, "load")
+    flags = {"learning_rate": 0.1, "weight_decay": 0.2, "adam_eps": 0.3, "max_grad_norm": 0.0}
+    run(total_timesteps=8, **flags)
+    ((_, setup),) = loads
+    assert setup.optimizer.param_groups[0]["eps"] == 0.3
+    initial = AutoModelForCausalLM.from_pretrained(f"{rlhf.TOY}/policy").state_dict()
+    for name, parameter in setup.actor_critic.policy.named_parameters():
+        torch.testing.assert_close(parameter.detach(), 0.98**4 * initial[name])
+
+
+def test_seeds_and_evaluations_have_random_numbers_of_their_own(run):
+    one, two = (run(name=str(seed), seed=seed, learning_rate=0.0) for seed in (1, 2))
+    for name in ("return_mean", "charts/episodic_return"):
+        values = [row[name] for folder in (one, two) for row in progress(folder)[1:]]
+        assert len(set(values)) == 4
+
+
+def test_a_checkpoint_is_whole_or_not_there(run, monkeypatch):
+    interrupt(run, 3)
+
+    def save_half(_, path):
+        Path(path).write_bytes(b"half")
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(torch, "save", save_half)
+    with pytest.raises(KeyboardInterrupt):
+        run()
+    monkeypatch.undo()
+    assert json.loads((run() / "summary.json").read_text())["continued_at"] == [16]
+
+
 def test_a_gradient_that_is_not_finite_ends_the_run(run, tmp_path):
     with pytest.raises(SystemExit, match="gradient not finite at step 8; lower the learning rate"):
         run(learning_rate=1e38)
@@ -683,7 +769,7 @@ def test_the_default_name_tells_runs_by_all_that_may_change_results(tmp_path, mo
     assert name.startswith("toy__sppo__none__1__")
     elsewhere = {"runs_dir": "elsewhere", "track": True, "evaluate": "a", "device": "cpu"}
     assert rlhf.Args(**elsewhere).run_name == name
-    for flags in ({"learning_rate": 1.0}, {"eval_freq": 3}, {"reward_model": ("a", "b")}):
+    for flags in ({"learning_rate": 1.0}, {"amp": "off"}, {"reward_model": ("a", "b")}):
         assert rlhf.Args(**flags).run_name != name
     edited = tmp_path / "edited.py"
     edited.write_text(Path(rlhf.__file__).read_text() + "\n")
@@ -742,7 +828,7 @@ def test_advantages_are_normalised_after_flips_drawn_anew_each_epoch(run, monkey
     run(noise="adv_flip" if level else "none", noise_level=level, response_length=40)
     lengths = set()
     for (_, _, minibatch), _ in gradients:
-        advantage = minibatch.advantage[minibatch.rollout.response_mask]
+        advantage = minibatch.advantage[minibatch.rollout.response.mask]
         lengths.add(len(advantage))
         assert advantage.mean().item() == pytest.approx(0, abs=1e-5)
         assert advantage.std().item() == pytest.approx(1, abs=1e-3)
@@ -778,7 +864,7 @@ def test_micro_batches_add_up_to_the_minibatch(run, monkeypatch):
     results = []
 
     def recording(setup, args, minibatch):
-        assert len(minibatch.rollout.response_mask.sum(1).unique()) > 1
+        assert len(minibatch.rollout.response.mask.sum(1).unique()) > 1
         for size in (None, 1, 3):
             setup.optimizer.zero_grad()
             metrics = accumulate_gradient(setup, replace(args, micro_batch_size=size), minibatch)
@@ -814,6 +900,20 @@ def test_summaries_with_lora(run, models, summaries):
     assert len(saved) == sum(".policy." in name for name in state)
     for name, weight in saved.items():
         assert torch.equal(weight, state["policy." + name.replace("default", "policy")])
+
+
+def test_an_adapter_is_no_policy_until_it_is_merged(run, summaries, tmp_path, capsys):
+    """The refusal's advice works."""
+    flags = summaries | {"total_timesteps": 8}
+    adapter = run(**flags) / "policy"
+    with pytest.raises(SystemExit):
+        rlhf.parse_args(["--policy-model", str(adapter)])
+    message = " ".join(capsys.readouterr().err.replace("│", "").split())
+    (advice,) = re.findall(r"merge it into its model: (.*\)) ", message)
+    code = advice.replace("NEW_FOLDER", "new").replace("FOLDER", "adapter").replace(" ", "")
+    exec(code, {"peft": peft, "new": str(tmp_path / "new"), "adapter": adapter})
+    flags |= {"policy_model": str(tmp_path / "new"), "tokenizer": summaries["policy_model"]}
+    assert run(name="other", **flags).exists()
 
 
 def test_held_out_reward_models_do_not_change_the_training(run, models, summaries):
@@ -881,33 +981,6 @@ def test_the_toy_learns_reward_and_true_sentiment(tmp_path, monkeypatch):
     assert 0 < last["kl"] < 20
 
 
-def test_each_process_scores_its_share_of_reference_completions():
-    """As the second of two."""
-    ids, mask, _ = ragged()
-    scored = []
-
-    @contextmanager
-    def second_half(rows):
-        yield rows[len(rows) // 2 :]
-
-    def policy_log_prob(ids, mask, length):
-        scored.append(ids)
-        return torch.zeros(len(ids), length)
-
-    actor = SimpleNamespace(autocast=nullcontext, policy_log_prob=policy_log_prob)
-    accelerator = SimpleNamespace(
-        device=CPU,
-        num_processes=2,
-        process_index=1,
-        split_between_processes=second_half,
-        gather=lambda own: torch.cat([own, own]),
-    )
-    setup = SimpleNamespace(accelerator=accelerator, actor_critic=actor)
-    log_prob = rlhf.completion_log_prob(setup, rlhf.Args(response_length=5), ids, mask)
-    assert torch.equal(torch.cat(scored), ids[2:])
-    assert log_prob.shape == (4, 5)
-
-
 def test_adapters_and_samples_do_not_share_random_numbers(run, monkeypatch, summaries):
     """They are drawn from one stream, or from streams with seeds of their own."""
     seeds = []
@@ -957,6 +1030,23 @@ def test_defaults_depend_on_the_task_and_on_other_flags():
     assert rlhf.ImdbArgs().eval_dataset == "stanfordnlp/imdb:test"
 
 
+def test_the_authors_settings():
+    names = "batch_size num_minibatches update_epochs prompt_length response_length top_k lora_r"
+    names += " learning_rate weight_decay adam_eps gamma gae_lambda clip_coef vf_coef ce_coef"
+    names += " kl_coef max_grad_norm alpha beta z"
+    imdb = [112, 4, 5, 64, 48, 50, 0, 5e-6, 1e-6, 1e-5, 0.99, 0.95, 0.2, 0.5, 0.1, 0.001, 1]
+    tldr = [64, 4, 4, 500, 50, 0, 8, 5e-6, 0.01, 1e-5, 1, 0.95, 0.2, 0.1, 0.1, 0.002, 1]
+    for args, values in (
+        (rlhf.ImdbArgs(), [*imdb, 0.5, 0.4, -1]),
+        (rlhf.TldrArgs(), [*tldr, 0.5, 0.2, -1]),
+    ):
+        assert {name: getattr(args, name) for name in names.split()} == dict(
+            zip(names.split(), values)
+        )
+    assert (rlhf.ImdbArgs().total_timesteps, rlhf.TldrArgs().total_timesteps) == (6720, 12800)
+    assert rlhf.TldrArgs().lora_alpha == 64
+
+
 def test_help_shows_the_defaults_of_the_task(capsys):
     rewards = {"toy": "toy/reward", "imdb": "distilbert-imdb", "tldr": "jdchang/tldr_rm_adapter"}
     for task, reward in rewards.items():
@@ -969,6 +1059,11 @@ def test_help_shows_the_defaults_of_the_task(capsys):
     "--num-minibatches 16": "num_minibatches times processes must divide batch_size",
     "--eval-episodes 7": "the number of processes must divide eval_episodes",
     "--z 1": "z stands for log 0",
+    "--prompt-length 0": "prompt_length must be at least 1",
+    "--micro-batch-size 0": "micro_batch_size must be at least 1",
+    "--batch-size 0": "batch_size must be at least 1",
+    "--lora-r -1": "seed, top_k, lora_r, alpha and beta must not be negative",
+    "--seed -1": "seed, top_k, lora_r, alpha and beta must not be negative",
     "--noise flip --noise-level 1.5": "noise_level must be between 0 and 1",
     "--load-in-4bit": "load_in_4bit needs LoRA",
     "--device cuda": "there is no GPU",
