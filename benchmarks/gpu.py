@@ -472,12 +472,12 @@ def compare_graphs(name, function, inputs, use, compilation):
     for way, make in ways.items():
         try:
             called = make()
-            for _ in range(3):
+            for _ in range(1 if compilation == "eager" else 3):
                 actual = use(called).clone()
             expected = actual if expected is None else expected
             difference = (actual - expected).abs().max().item()
             taken = []
-            for _ in range(10 if compilation == "eager" else 200):
+            for _ in range(2 if compilation == "eager" else 200):
                 started = time.perf_counter()
                 use(called)
                 taken.append(1000 * (time.perf_counter() - started))
