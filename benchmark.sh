@@ -20,7 +20,7 @@ options
   --seeds N        seeds 10000, 10001, ...: N of them
   --envs E ...     environments, games or language tasks instead of the suite's own
   --steps N        steps of each run
-  --jobs N         runs at a time: on the CPU (default: one a core), and on each GPU (default: one)
+  --jobs N         runs at a time: on the CPU (default: one a core), and on each GPU (see the docs)
   --device D       of games and language models: auto, cpu or cuda; control stays on the CPU
   --runs-dir DIR   folder of the runs (default: runs/SUITE)
   --dry-run        print the commands, one a line, and run nothing

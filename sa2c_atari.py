@@ -173,10 +173,15 @@ class AtariGames:
     """
 
     def __init__(self, args, num_games, max_frames=108_000):
+        num_threads = torch.get_num_threads()
+        on_gpu = args.device != "cpu" and torch.cuda.is_available()
+        if on_gpu and hasattr(os, "sched_getaffinity"):  # where torch leaves all cores to the games
+            cores = len(os.sched_getaffinity(0))
+            num_threads = int(os.environ.get("OMP_NUM_THREADS", cores))
         self.envs = AtariVectorEnv(
             gym.spec(f"ALE/{args.env_id}-v5").kwargs["game"],
             num_games,
-            num_threads=min(num_games, torch.get_num_threads()),
+            num_threads=min(num_games, num_threads),
             autoreset_mode="SameStep",
             reward_clipping=False,  # done by `step`, which also counts lives
             repeat_action_probability=args.repeat_action_probability,

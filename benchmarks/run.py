@@ -2,10 +2,8 @@
 
     ./benchmark.sh quick --dry-run | python benchmarks/run.py --jobs 2 --runs-dir runs/quick
 
-The same list again continues: finished runs are skipped, interrupted ones go on. A command with
-`--device auto` or `--device cuda` waits for a GPU, of those in CUDA_VISIBLE_DEVICES if set; others,
-or all where there is none, run on the CPU. The cores are divided among the jobs, unless
-OMP_NUM_THREADS is set. If a command fails, the others go on, and the exit status is 1.
+The same list again continues. The cores are divided among the jobs, unless OMP_NUM_THREADS is set.
+docs/benchmark.md says what runs on GPUs, and how many at a time.
 """
 
 import hashlib
@@ -30,7 +28,7 @@ CORES = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_coun
 @dataclass
 class Args:
     jobs: int = CORES  # commands at a time on the CPU
-    jobs_per_gpu: int = 1  # commands at a time on each GPU
+    jobs_per_gpu: int | None = None  # commands at a time on each GPU; default: four games a core
     runs_dir: Path = Path("runs")  # folder of the runs, for their logs
 
 
@@ -57,6 +55,19 @@ def visible_gpus():
     return [str(i) for i in range(torch.cuda.device_count())]
 
 
+def jobs_per_gpu(commands, cores):
+    """Four games for each of a GPU's cores, at most eight runs; language models run alone."""
+    most_games = 0
+    for command in commands:
+        script = Path(shlex.split(command)[1])
+        default = re.search(r"num_envs: int = (\d+)", script.read_text())
+        if not default:
+            return 1
+        flag = re.search(r"--num-envs[ =](\d+)", command)
+        most_games = max(most_games, int((flag or default)[1]))
+    return min(8, max(1, 4 * cores // most_games))
+
+
 def start(command, gpu, threads, runs_dir):
     """Returns the process and its log, which is named after the command's main flags."""
     named = re.findall(r"--(?:env-id|task|seed|noise|exp-name) ([^ /]+)", command)
@@ -65,8 +76,7 @@ def start(command, gpu, threads, runs_dir):
     variables = {"OMP_NUM_THREADS": str(threads)} | os.environ | {"CUDA_VISIBLE_DEVICES": gpu}
     with open(log, "a") as file:
         print("$", command, file=file, flush=True)
-        options = {"stdout": file, "stderr": subprocess.STDOUT, "env": variables}
-        return subprocess.Popen(shlex.split(command), **options), log
+        return subprocess.Popen(shlex.split(command), stdout=file, stderr=file, env=variables), log
 
 
 def main():
@@ -76,11 +86,13 @@ def main():
     commands = [line.strip() for line in sys.stdin if line.strip()]
     left = list(unfinished(commands, args.runs_dir))
     for_gpu = [command for command in left if re.search("--device (auto|cuda)", command)]
-    gpus = visible_gpus() * args.jobs_per_gpu if for_gpu else []
+    gpus = visible_gpus() if for_gpu else []
+    if gpus:
+        gpus *= args.jobs_per_gpu or jobs_per_gpu(for_gpu, CORES // len(gpus))
     for_cpu = [command for command in left if not gpus or command not in for_gpu]
     pools = [(for_gpu if gpus else [], gpus), (for_cpu, [""] * args.jobs)]
-    jobs = sum(min(len(waiting), len(free)) for waiting, free in pools)
     done = len(commands) - len(left)
+    jobs = sum(min(len(waiting), len(free)) for waiting, free in pools)
     # The time left is by the mean of all runs so far; a line a second, in files one a minute
     bar = tqdm(total=len(commands), initial=done, unit="run", smoothing=0, miniters=0)
     bar.mininterval = 1 if sys.stderr.isatty() else 60
@@ -91,9 +103,7 @@ def main():
             for waiting, free in pools:
                 while waiting and free:
                     gpu = free.pop(0)
-                    command = waiting.pop(0)
-                    threads = max(1, CORES // jobs)
-                    process, log = start(command, gpu, threads, args.runs_dir)
+                    process, log = start(waiting.pop(0), gpu, max(1, CORES // jobs), args.runs_dir)
                     running.append((process, log, gpu, free))
             for job in [job for job in running if job[0].poll() is not None]:
                 running.remove(job)

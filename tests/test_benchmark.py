@@ -19,6 +19,9 @@ from helpers import SETTINGS
 import sppo_rlhf
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import run as benchmark_run  # noqa: E402
+
 SCRIPTS = {f"{setting.script.__name__}.py": setting.script for setting in SETTINGS}
 ENVIRON = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 for variable in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"):
@@ -170,6 +173,54 @@ def test_games_go_to_gpus_and_control_to_the_cpu(visible, per_gpu, gpus, stubs):
         assert at_once <= (per_gpu if gpu else 2)
     jobs = 2 + min(5, len(gpus) * per_gpu)
     assert {record[4] for record in found} == {str(max(1, len(os.sched_getaffinity(0)) // jobs))}
+
+
+# Cores, GPUs, a list, and how many of its commands run at a time on all GPUs
+DEFAULTS = [
+    (16, "0", "evidence --envs Breakout", 8),  # PPO, with 8 games
+    (16, "0", "atari --envs Breakout", 4),  # also A2C, with 16
+    (16, "0", "atari --envs Breakout -- --num-envs 32", 2),
+    (16, "0", "atari --envs Breakout -- --num-envs 128", 1),
+    (16, "0,1,2,3", "evidence --envs Breakout", 8),
+    (64, "0", "evidence --envs Breakout", 8),
+    (64, "0,1,2,3", "atari --envs Breakout", 16),
+    (64, "0,1,2,3", "evidence --envs Breakout", 32),
+    (64, "0,1,2,3", "evidence --envs Breakout imdb", 4),
+]
+
+
+@pytest.mark.parametrize("cores, gpus, arguments, jobs", DEFAULTS)
+def test_runs_on_a_gpu_follow_from_cores_and_games(
+    cores, gpus, arguments, jobs, tmp_path, monkeypatch
+):
+    suite, options = arguments.split(" ", 1)
+    commands = listed(f"{suite} --seeds 8 {options}")
+    started = []  # on which GPU
+    at_once = []
+
+    class Process:
+        returncode = 0
+
+        def __init__(self, command, env, **options):
+            started.append(env["CUDA_VISIBLE_DEVICES"])
+            assert env["OMP_NUM_THREADS"] == str(cores // jobs)
+
+        def poll(self):
+            at_once.append(started.copy())
+            return 0
+
+    monkeypatch.chdir(ROOT)
+    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    monkeypatch.setattr(benchmark_run, "CORES", cores)
+    monkeypatch.setattr(benchmark_run.subprocess, "Popen", Process)
+    monkeypatch.setattr(benchmark_run.time, "sleep", lambda seconds: None)
+    monkeypatch.setattr(sys, "stdin", [shlex.join(["python", *words]) for words in commands])
+    monkeypatch.setattr(sys, "argv", ["run.py", "--runs-dir", str(tmp_path)])
+    benchmark_run.main()
+    assert len(started) == len(commands)
+    each = [at_once[0].count(gpu) for gpu in gpus.split(",")]
+    assert sum(each) == len(at_once[0]) == jobs and min(each) == max(each)
 
 
 def test_a_failed_run_is_named_and_the_others_go_on(stubs):

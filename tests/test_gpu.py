@@ -1,10 +1,16 @@
-"""benchmarks/gpu.py, rehearsed on the CPU."""
+"""What concerns a GPU, without one: benchmarks/gpu.py rehearsed, and the threads that games get."""
 
 import json
+import os
 import sys
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
+import torch
+
+import sa2c_atari
+import sppo_atari
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import gpu  # noqa: E402
@@ -29,12 +35,78 @@ def test_a_step_that_fails_or_hangs_does_not_take_the_rest_with_it(tmp_path):
     assert json.loads((tmp_path / "gpu.json").read_text()) == results
 
 
+def test_speed_is_a_median_after_the_burn_in_and_resets_are_what_they_take_longer():
+    updates = [(60.0 * i, 4, 4 * i) for i in range(gpu.BURN_IN)]  # not counted
+    start = 60.0 * gpu.BURN_IN
+    for i, seconds in enumerate([0, 2, 1, 4]):
+        start += seconds
+        updates.append((start, 4, 4 * (gpu.BURN_IN + i)))
+    steps = [(9.0, True)] * 4 * gpu.BURN_IN + [
+        (0.1, False),
+        (0.1, False),
+        (0.3, False),
+        (0.8, True),
+    ] * 3
+    found = gpu.after_burn_in(updates, steps)
+    assert found["per_second"] == 2 and found["updates"] == 3
+    assert found["emulator_ms"] == 100
+    assert found["emulator_share"] == pytest.approx(3 * 1.3 / 7, abs=1e-3)
+    assert found["reset_share"] == pytest.approx(3 * 0.7 / 7, abs=1e-3)
+
+
+def test_kernels_are_the_innermost_operators_that_do_something():
+    x, weight, bias = torch.rand(4, 3), torch.rand(2, 3), torch.rand(2)
+    with torch.profiler.profile() as profiler:
+        y = torch.nn.functional.linear(x, weight, bias)  # one, addmm
+        y = y.view(2, 4).softmax(-1)  # one
+        y.transpose(0, 1).contiguous()  # one, a copy
+    assert gpu.count_kernels(profiler.events())["operators"] == 3
+
+
+# OMP_NUM_THREADS, a GPU or none, --device, and threads for 8 and for 128 games on 16 cores
+THREADS = [
+    (None, True, "auto", [8, 16]),
+    ("1", True, "auto", [1, 1]),
+    ("4", True, "cuda", [4, 4]),
+    (None, True, "cpu", [3, 3]),
+    ("4", False, "auto", [3, 3]),  # PyTorch's own number, whatever that makes of it
+]
+
+
+@pytest.mark.parametrize("script", [sppo_atari, sa2c_atari])
+@pytest.mark.parametrize("variable, gpu, device, expected", THREADS)
+def test_on_a_gpu_games_get_all_cores_of_the_process(
+    variable, gpu, device, expected, script, monkeypatch
+):
+    found = []
+
+    def vector_env(game, num_games, num_threads, **others):
+        found.append(num_threads)
+        return SimpleNamespace(ale=SimpleNamespace(get_action_set=list))
+
+    monkeypatch.setattr(script, "AtariVectorEnv", vector_env)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(16)))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if variable:
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    for num_games in (8, 128):
+        script.AtariGames(script.Args(device=device), num_games)
+    assert found == expected
+
+
 @pytest.mark.slow
-def test_every_step_succeeds_on_a_cpu(tmp_path):
-    args = gpu.Args("cpu", quick=True, minutes=20, step_seconds=400, out=str(tmp_path / "gpu.json"))
+@pytest.mark.parametrize("suite", ["checks", "atari", "language"])
+def test_every_step_succeeds_on_a_cpu(suite, tmp_path):
+    out = str(tmp_path / "gpu.json")
+    args = gpu.Args(suite, "cpu", quick=True, minutes=20, step_seconds=400, out=out)
     for name, result in gpu.run_steps(gpu.make_steps(args), args).items():
         assert "error" not in result, (name, result)
+        assert "failed" not in json.dumps(result), (name, result)
         if "gradient" in name:
             assert result["float32"] < 1e-3 and result.get("bfloat16", 0) < 0.2
         if "killed" in name:
             assert result["continued_at"] > 0
+        if "kernels" in name:
+            assert result["operators per token"] > 100
