@@ -30,7 +30,6 @@ The same command again continues: finished runs are skipped. Then: python report
 END
 }
 die() { echo "benchmark.sh: $1" >&2; exit 2; }
-
 value() { [[ ${2:--} != -* ]] || die "$1: give a value"; echo "$2"; }
 number() { [[ ${2:-} =~ ^[1-9][0-9]*$ ]] || die "$1: give a positive whole number"; echo "$2"; }
 
