@@ -425,7 +425,8 @@ def minibatch(device, compilation):
     function = module.gradient_and_metrics
 
     def measure(agent, args, *inputs):
-        parameters = module.flatten_parameters(agent)
+        parameters = torch.nn.utils.parameters_to_vector(agent.parameters()).detach()
+        torch.nn.utils.vector_to_parameters(parameters, agent.parameters())
         optimizer = torch.optim.Adam([parameters], lr=0.0, fused=True)  # so that weights stay
         size = inputs[-1].shape[0]
         batch = [torch.cat([x] * 4) if x.ndim else x for x in inputs]
