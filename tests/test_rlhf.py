@@ -727,17 +727,16 @@ def test_seeds_and_evaluations_have_random_numbers_of_their_own(run):
         assert len(set(values)) == 4
 
 
-def test_a_checkpoint_is_whole_or_not_there(run, monkeypatch):
+def test_a_checkpoint_is_whole_or_not_there(run):
     interrupt(run, 3)
 
     def save_half(_, path):
         Path(path).write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(torch, "save", save_half)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(torch, "save", save_half)
         run()
-    monkeypatch.undo()
     assert json.loads((run() / "summary.json").read_text())["continued_at"] == [16]
 
 
