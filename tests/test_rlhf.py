@@ -727,17 +727,16 @@ def test_seeds_and_evaluations_have_random_numbers_of_their_own(run):
         assert len(set(values)) == 4
 
 
-def test_a_checkpoint_is_whole_or_not_there(run, monkeypatch):
+def test_a_checkpoint_is_whole_or_not_there(run):
     interrupt(run, 3)
 
     def save_half(_, path):
         Path(path).write_bytes(b"half")
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(torch, "save", save_half)
-    with pytest.raises(KeyboardInterrupt):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+        patch.setattr(torch, "save", save_half)
         run()
-    monkeypatch.undo()
     assert json.loads((run() / "summary.json").read_text())["continued_at"] == [16]
 
 
@@ -1031,20 +1030,15 @@ def test_defaults_depend_on_the_task_and_on_other_flags():
 
 
 def test_the_authors_settings():
-    names = "batch_size num_minibatches update_epochs prompt_length response_length top_k lora_r"
-    names += " learning_rate weight_decay adam_eps gamma gae_lambda clip_coef vf_coef ce_coef"
-    names += " kl_coef max_grad_norm alpha beta z"
-    imdb = [112, 4, 5, 64, 48, 50, 0, 5e-6, 1e-6, 1e-5, 0.99, 0.95, 0.2, 0.5, 0.1, 0.001, 1]
-    tldr = [64, 4, 4, 500, 50, 0, 8, 5e-6, 0.01, 1e-5, 1, 0.95, 0.2, 0.1, 0.1, 0.002, 1]
-    for args, values in (
-        (rlhf.ImdbArgs(), [*imdb, 0.5, 0.4, -1]),
-        (rlhf.TldrArgs(), [*tldr, 0.5, 0.2, -1]),
-    ):
-        assert {name: getattr(args, name) for name in names.split()} == dict(
-            zip(names.split(), values)
-        )
-    assert (rlhf.ImdbArgs().total_timesteps, rlhf.TldrArgs().total_timesteps) == (6720, 12800)
-    assert rlhf.TldrArgs().lora_alpha == 64
+    names = "total_timesteps batch_size num_minibatches update_epochs prompt_length response_length"
+    names += " top_k lora_r lora_alpha learning_rate weight_decay adam_eps gamma gae_lambda"
+    names += " clip_coef vf_coef ce_coef kl_coef max_grad_norm alpha beta z"
+    imdb = [6720, 112, 4, 5, 64, 48, 50, 0, 64, 5e-6, 1e-6, 1e-5, 0.99, 0.95]
+    imdb += [0.2, 0.5, 0.1, 0.001, 1, 0.5, 0.4, -1]
+    tldr = [12800, 64, 4, 4, 500, 50, 0, 8, 64, 5e-6, 0.01, 1e-5, 1, 0.95]
+    tldr += [0.2, 0.1, 0.1, 0.002, 1, 0.5, 0.2, -1]
+    for args, values in ((rlhf.ImdbArgs(), imdb), (rlhf.TldrArgs(), tldr)):
+        assert [getattr(args, name) for name in names.split()] == values
 
 
 def test_help_shows_the_defaults_of_the_task(capsys):
