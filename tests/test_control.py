@@ -7,14 +7,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from helpers import (
-    SA2C_ATARI,
-    SETTINGS,
-    SPPO_ATARI,
-    Signals,
-    checkpoint,
-    record,
-)
+from helpers import SA2C_ATARI, SETTINGS, SPPO_ATARI, Signals, checkpoint, record
 from scipy import stats
 from torch.distributions import Categorical
 

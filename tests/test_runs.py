@@ -237,10 +237,8 @@ def test_a_finished_run_is_not_trained_again(setting, launch, tmp_path, monkeypa
     end, again, _ = launch(run_name=None)
     assert (end, again) == (0, first.splitlines()[-1] + "\n")
     refusal = f"error: {folder} was begun with"
-    assert (
-        launch(run_name=folder.name, seed=2)[0]
-        == f"{refusal} seed 1, not 2; give another --run-name"
-    )
+    end, _, _ = launch(run_name=folder.name, seed=2)
+    assert end == f"{refusal} seed 1, not 2; give another --run-name"
     edited = tmp_path / "edited.py"
     edited.write_text("# another script")
     monkeypatch.setattr(setting.script, "__file__", str(edited))
@@ -394,11 +392,7 @@ BAD = [
     (CONTINUOUS, {"bins": 1}, "bins must be at least 2"),
     (A2C, {"norm_adv": True, "num_envs": 1, "num_steps": 1}, "norm_adv needs more than one step"),
     (ATARI, {"env_id": "Brekout"}, "Did you mean: `Breakout`?"),
-    (
-        ATARI,
-        {"env_id": "ALE/Breakout-v5"},
-        "give the game: --env-id Breakout, or --env-id Breakout",
-    ),
+    (ATARI, {"env_id": "ALE/Breakout-v5"}, "the game: --env-id Breakout, or --env-id Breakout"),
 ]
 
 
