@@ -1,9 +1,8 @@
 """Small runs of the scripts, and what they leave."""
 
+import copy
 import csv
-import importlib.machinery
 import json
-import sys
 import types
 from dataclasses import dataclass
 
@@ -123,7 +122,7 @@ class Signals:
 
     def __init__(self, _, num_games, **__):
         self.ale = self
-        self.rng = np.random.default_rng(0)
+        self.rng = np.random.Generator(np.random.PCG64(0))
         self.images = np.zeros((num_games, 4, 84, 84), np.uint8)
         self.time = np.zeros(num_games, int)
 
@@ -150,12 +149,19 @@ class Signals:
         return self.show(), reward, over, no, {"lives": np.zeros(len(over), int)}
 
 
-def act(agent, obs, generator=None):
-    """Actions of a continuous agent, tensors in and out: sampled, or greedy without a generator."""
-    noise = 0.0
-    if generator is not None:
-        noise = agent.exploration(obs.shape[:-1], generator)
-    return torch.from_numpy(agent.actor_fn()(obs.numpy(), noise))
+def record(monkeypatch, module, name):
+    """Arguments, arrays and tensors copied, and result of each call of a function from here on, a
+    list that goes on growing."""
+    calls = []
+    function = getattr(module, name)
+
+    def recording(*args):
+        copies = [copy.deepcopy(x) if isinstance(x, np.ndarray | torch.Tensor) else x for x in args]
+        calls.append((copies, function(*args)))
+        return calls[-1][1]
+
+    monkeypatch.setattr(module, name, recording)
+    return calls
 
 
 def checkpoint(folder):
@@ -190,11 +196,3 @@ def words(flags):
         elif value is not None:
             typed += [f"--{flag}", str(value)]
     return typed
-
-
-def fake_wandb(monkeypatch, init):
-    """Puts a module with this function `init` in place of Weights & Biases."""
-    wandb = types.ModuleType("wandb")
-    wandb.__spec__ = importlib.machinery.ModuleSpec("wandb", None)
-    wandb.init = init
-    monkeypatch.setitem(sys.modules, "wandb", wandb)

@@ -1,4 +1,4 @@
-"""What is particular to continuous control: policies, normalisation, evaluations, random numbers.
+"""What is particular to continuous control: policies, normalisation, evaluations.
 
 Text that both scripts share, which `test_repository.py` guards, is tested on `sppo_continuous.py`
 alone where testing it twice would take long."""
@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from helpers import SA2C_CONTINUOUS, SPPO_CONTINUOUS, act, checkpoint
+from helpers import SA2C_CONTINUOUS, SPPO_CONTINUOUS, checkpoint, record
 from scipy import stats
 from torch import nn
 
@@ -34,6 +34,14 @@ def make_agent(policy="categorical", env_id="Hopper-v4", **flags):
     agent = script.Agent(script.make_env(args), args)
     torch.nn.init.normal_(agent.actor[-1].weight, std=0.3)
     return agent
+
+
+def act(agent, obs, generator=None):
+    """Actions, tensors in and out: sampled, or greedy without a generator."""
+    noise = 0.0
+    if generator is not None:
+        noise = agent.exploration(obs.shape[:-1], generator)
+    return torch.from_numpy(agent.actor_fn()(obs.numpy(), noise))
 
 
 def test_a_categorical_policy_is_the_distribution_of_joint_actions():
@@ -267,23 +275,6 @@ def test_an_evaluation_is_greedy_with_the_statistics_of_the_training_and_clean(s
     assert checkpoint(folder)["obs_stats"]["count"] == 256 + 1  # with the first observation
 
 
-def test_neighbouring_seeds_share_no_initial_state_of_an_evaluation(setting):
-    agent = make_agent(env_id=setting.small["env_id"])
-    env = gym.make(setting.small["env_id"])
-    first_obs = []
-
-    class Recorder(gym.Wrapper):
-        def reset(self, **options):
-            first_obs.append(self.env.reset(**options))
-            return first_obs[-1]
-
-    for seed in (5, 6, 5):
-        setting.script.evaluate(agent, Recorder(env), setting.script.RunningStats(()), 10, seed)
-    first, neighbour, again = np.array([obs for obs, _ in first_obs]).reshape(3, 10, -1)
-    assert len(np.unique(np.concatenate([first, neighbour]), axis=0)) == 20
-    assert np.array_equal(first, again)
-
-
 def test_an_endless_episode_is_cut_off_in_an_evaluation():
     obs = np.zeros(11, np.float32)
     env = SimpleNamespace(reset=lambda seed: (obs, {}), step=lambda _: (obs, 0.5, False, False, {}))
@@ -336,107 +327,12 @@ def test_actions_answer_the_latest_observation_by_the_latest_weights(
 
 def test_gaussian_actions_reach_the_environment_within_its_bounds(setting, tmp_path, monkeypatch):
     """And train as they were sampled, with the density of that."""
-    gradient_and_metrics = setting.script.gradient_and_metrics
-    trained = []
-
-    def recording_gradient(agent, args, obs, action, *rest):
-        trained.append(action.clone())
-        return gradient_and_metrics(agent, args, obs, action, *rest)
-
-    monkeypatch.setattr(setting.script, "gradient_and_metrics", recording_gradient)
+    gradients = record(monkeypatch, setting.script, "gradient_and_metrics")
     actions = setting.record_actions(monkeypatch)
     setting.run(tmp_path, policy="gaussian")
     actions = np.concatenate(actions)
-    assert torch.cat(trained).abs().max() > 1.5
+    trained = torch.cat([action for (_, _, _, action, *_), _ in gradients])
+    assert trained.abs().max() > 1.5
     assert abs(actions).max() == 1
     assert 0.5 < (abs(actions) < 1).mean() < 0.9  # a standard normal: 0.68
     assert len(np.unique(actions[abs(actions) < 1])) > 100  # not cut to integers
-
-
-# ---- Random numbers, also of continued runs
-
-
-def test_actions_and_weights_have_different_random_numbers(setting, tmp_path, monkeypatch):
-    exploration = setting.script.Agent.exploration
-    drawn = []
-
-    def recorded(self, *arguments):
-        drawn.append(exploration(self, *arguments))
-        return drawn[-1]
-
-    monkeypatch.setattr(setting.script.Agent, "exploration", recorded)
-    setting.run(tmp_path, seed=5)
-    agent = make_agent(env_id=setting.small["env_id"])
-    same = exploration(agent, (64, 1), torch.Generator().manual_seed(5))
-    assert drawn[0].shape == same.shape
-    assert not np.isin(drawn[0], same).any()
-
-
-class Dice(gym.Env):
-    """Draws a number in each step."""
-
-    observation_space = gym.spaces.Box(0, 1, (1,))
-    action_space = gym.spaces.Box(-1, 1, (1,))
-    draws: list = []  # of all environments
-
-    def reset(self, seed=None, options=None):
-        super().reset(seed=seed)
-        return np.zeros(1, np.float32), {}
-
-    def step(self, action):
-        self.draws.append(self.np_random.random())
-        return np.zeros(1, np.float32), 0.0, False, False, {}
-
-
-gym.register("Dice-v0", Dice, max_episode_steps=5)
-
-
-def test_reward_noise_does_not_repeat_the_environments_random_numbers(
-    setting, tmp_path, monkeypatch
-):
-    """Rewards are 0, and the noise is uniform between -1 and 1: 2 u - 1."""
-    noise = []
-    compute_gae = setting.script.compute_gae
-
-    def recording_gae(reward, *rest):
-        noise.extend(reward.flatten())
-        return compute_gae(reward, *rest)
-
-    monkeypatch.setattr(setting.script, "compute_gae", recording_gae)
-    monkeypatch.setattr(Dice, "draws", [])
-    setting.run(tmp_path, env_id="Dice-v0", noise="uniform", noise_level=1.0)
-    assert len(noise) == len(set(noise)) == 256
-    distance = abs((np.array(noise) + 1) / 2 - np.array(Dice.draws)[:, None])
-    assert distance.min() > 1e-9
-
-
-def record_seeded_resets(setting, monkeypatch):
-    """First observations of environments, and of evaluations, a list that goes on growing."""
-    first_obs = []
-    make_env = setting.script.make_env
-
-    class Recorder(gym.Wrapper):
-        def reset(self, **options):
-            obs, info = self.env.reset(**options)
-            if options.get("seed") is not None:
-                first_obs.append(tuple(obs))
-            return obs, info
-
-    monkeypatch.setattr(setting.script, "make_env", lambda *rest: Recorder(make_env(*rest)))
-    return first_obs
-
-
-def test_runs_with_neighbouring_seeds_share_no_environments(setting, tmp_path, monkeypatch):
-    first_obs = record_seeded_resets(setting, monkeypatch)
-    for seed in (10_000, 10_001):
-        setting.run(tmp_path / str(seed), seed=seed, num_envs=4)
-    assert len(first_obs) == 2 * (4 + 1)
-    assert len(set(first_obs)) == len(first_obs)
-
-
-def test_a_continued_run_begins_elsewhere_than_its_last_evaluation(setting, tmp_path, monkeypatch):
-    first_obs = record_seeded_resets(setting, monkeypatch)
-    setting.interrupt(tmp_path, rollouts=2, eval_freq=128)
-    setting.run(tmp_path, eval_freq=128)
-    assert len(first_obs) == 4  # of a training and an evaluation, twice
-    assert len(set(first_obs)) == 4

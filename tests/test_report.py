@@ -257,15 +257,6 @@ def test_differences_are_welchs_and_corrected(grid):
     assert found["corrected"].to_numpy() == pytest.approx(by_hand.to_numpy())
 
 
-def test_pairs_and_logged_quantities_on_request(grid, tmp_path):
-    asked = {"compare": ("dppo", "sppo"), "logged": ("charts/episodic_return",)}
-    page = write_report(grid / "runs", out=tmp_path / "out", **asked)
-    assert "dppo against sppo" in page and "dppo minus sppo" in page
-    assert "sppo against dppo" not in page and "sppo minus dppo" not in page
-    rows = table_after(page, "`charts/episodic_return`, mean over the run")
-    assert rows[1][1].startswith("4.00 ±")
-
-
 def test_a_symmetric_method_is_compared_with_the_baseline_that_has_its_bins(tmp_path):
     for method in report.COLORS:
         make_run(tmp_path, method, 1)

@@ -95,11 +95,8 @@ OWN = {"Args", "Args.__post_init__", "Args.check", "gradient_and_metrics", "comp
 SAME = [
     (SCRIPTS, "Args.run_dir perturb_advantage atomic_write save_csv save_json begin"),
     (CONTROL, "Args.identity compute_gae"),
-    (
-        CONTINUOUS,
-        "make_env RunningStats NormalizedEnvs perturb_reward mlp Agent evaluate evaluate_run",
-    ),
-    (CONTINUOUS, "numpy_fn provenance main"),
+    (CONTINUOUS, "make_env RunningStats NormalizedEnvs perturb_reward mlp Agent numpy_fn"),
+    (CONTINUOUS, "evaluate evaluate_run provenance main"),
     (ATARI, "AtariGames Agent sample_gumbel evaluate evaluate_run provenance main"),
     ([*ATARI, "sppo_rlhf"], "perturb_reward has_bfloat16 keep_freed_memory"),
     (["sppo_continuous", "sppo_atari"], "symmetric_policy_losses"),

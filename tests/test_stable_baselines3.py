@@ -207,19 +207,3 @@ def test_the_pages_models_take_our_symmetric_updates(setting, tmp_path, monkeypa
     differences = [(x - y).abs().max().item() for x, y in zip(theirs, agent.parameters())]
     # Clipping adds 1e-6 to the norm, which is not divided by k
     assert max(differences) < (2e-7 if setting.ppo else 1e-15)
-
-
-def test_rmsprop_is_tensorflows():
-    """ms = decay ms + (1 - decay) g^2, from ms = 1; var -= lr g / sqrt(ms + eps)."""
-    rng = np.random.default_rng(0)
-    variable = rng.normal(size=50)
-    mean_square = np.ones(50)
-    parameter = torch.tensor(variable, requires_grad=True)
-    optimizer = SA2C_ATARI.script.RMSpropTF([parameter], lr=0.01, alpha=0.9, eps=1e-3)
-    for scale in (10.0, 1.0, 1e-3, 0.0, 1e-3):
-        gradient = scale * rng.normal(size=50)
-        mean_square = 0.9 * mean_square + 0.1 * gradient**2
-        variable = variable - 0.01 * gradient / np.sqrt(mean_square + 1e-3)
-        parameter.grad = torch.tensor(gradient)
-        optimizer.step()
-        torch.testing.assert_close(parameter.detach(), torch.tensor(variable), rtol=1e-12, atol=0)
