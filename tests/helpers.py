@@ -173,8 +173,10 @@ def weights(folder):
 
 
 def progress(folder):
+    """The rows of progress.csv; what has not been logged yet is nan."""
     with (folder / "progress.csv").open() as file:
-        return [{name: float(x) for name, x in row.items()} for row in csv.DictReader(file)]
+        rows = list(csv.DictReader(file))
+    return [{name: float(x or "nan") for name, x in row.items()} for row in rows]
 
 
 def scalars(folder):

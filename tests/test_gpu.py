@@ -41,13 +41,8 @@ def test_speed_is_a_median_after_the_burn_in_and_resets_are_what_they_take_longe
     for i, seconds in enumerate([0, 2, 1, 4]):
         start += seconds
         updates.append((start, 4, 4 * (gpu.BURN_IN + i)))
-    steps = [(9.0, True)] * 4 * gpu.BURN_IN + [
-        (0.1, False),
-        (0.1, False),
-        (0.3, False),
-        (0.8, True),
-    ] * 3
-    found = gpu.after_burn_in(updates, steps)
+    update = [(0.1, False), (0.1, False), (0.3, False), (0.8, True)]
+    found = gpu.after_burn_in(updates, [(9.0, True)] * 4 * gpu.BURN_IN + 3 * update)
     assert found["per_second"] == 2 and found["updates"] == 3
     assert found["emulator_ms"] == 100
     assert found["emulator_share"] == pytest.approx(3 * 1.3 / 7, abs=1e-3)
