@@ -94,7 +94,7 @@ def test_the_functions_and_flags_that_a_page_names_exist(text):
     for script in SCRIPTS.values():
         flags |= {"--" + field.name.replace("_", "-") for field in dataclasses.fields(script.Args)}
     flags |= {flag.replace("--", "--no-", 1) for flag in flags}
-    for other in ("benchmark.sh", "report.py"):
+    for other in ("benchmark.sh", "report.py", "benchmarks/gpu.py"):
         flags |= set(re.findall(r"--[a-z][a-z-]+", (ROOT / other).read_text()))
     flags |= {"--divide-by-p-old", "--no-divide-by-p-old", "--correct-flips"}  # at 8ec68c6
     flags |= {"--gpus"}  # Slurm's
