@@ -7,7 +7,17 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from helpers import SA2C_ATARI, SETTINGS, SPPO_ATARI, Signals, checkpoint, record
+from helpers import (
+    SA2C_ATARI,
+    SETTINGS,
+    SPPO_ATARI,
+    SPPO_CONTINUOUS,
+    Signals,
+    checkpoint,
+    progress,
+    record,
+    weights,
+)
 from scipy import stats
 from torch.distributions import Categorical
 
@@ -467,6 +477,20 @@ def test_advantages_flip_anew_in_each_epoch(setting, tmp_path, monkeypatch):
         flips.append(noisy != advantage)
     assert 0.3 < np.mean(flips) < 0.5
     assert len(np.unique(flips, axis=0)) == 2 * epochs
+
+
+def test_sppo_is_dppo_with_another_weight_of_the_policy_loss(tmp_path):
+    """0.5 + 20 |Z|. With actor and critic apart, and Adam, only clipping sees the weight."""
+    returns = {}
+    final = {}
+    for alpha, beta in ((0.5, 20.0), (20.5, 0.0), (1.0, 0.0)):
+        flags = {"alpha": alpha, "beta": beta, "total_timesteps": 1024, "eval_freq": 256}
+        _, folder = SPPO_CONTINUOUS.run(tmp_path / str(alpha), **flags)
+        returns[alpha] = [row["return_mean"] for row in progress(folder)]
+        final[alpha] = weights(folder)
+    assert returns[20.5] == pytest.approx(returns[0.5], rel=1e-6)
+    torch.testing.assert_close(final[20.5], final[0.5], rtol=0, atol=1e-5)
+    assert (final[1.0] - final[0.5]).abs().max() > 1e-3
 
 
 # ---- Continuing

@@ -69,6 +69,19 @@ def test_sppo_losses_are_those_of_the_paper(script, z):
 
 
 @ppo_scripts
+@pytest.mark.parametrize("dims", [1, 3, 17])
+def test_sppos_gradient_is_a_multiple_of_ppos(script, dims):
+    logits, old_logits, action, advantage = random_batch(dims)
+    loss, reverse_loss = script.symmetric_policy_losses(
+        log_prob_of(action, logits), log_prob_of(action, old_logits), advantage, CLIP, -2.0
+    )
+    (ppo,) = torch.autograd.grad(loss, logits, retain_graph=True)
+    (sppo,) = torch.autograd.grad(0.5 * loss + 20.0 * reverse_loss, logits)
+    assert ppo.abs().max() > 1e-4
+    torch.testing.assert_close(sppo, (0.5 + 20.0 * 2.0) * ppo, rtol=0, atol=1e-12)
+
+
+@ppo_scripts
 def test_unlikely_actions_do_not_overflow(script):
     """1 / p_old is infinite in float32 from log p_old = -89 on."""
     log_prob = torch.tensor([-200.1, -199.8], requires_grad=True)
