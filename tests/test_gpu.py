@@ -18,7 +18,8 @@ import gpu  # noqa: E402
 PYTHON = [sys.executable, "-c"]
 
 
-def test_a_step_that_fails_or_hangs_does_not_take_the_rest_with_it(tmp_path):
+def test_a_step_that_fails_or_hangs_does_not_take_the_rest_with_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
     # a process that the step leaves behind holds what it writes to open
     child = "import subprocess, time; subprocess.Popen(['sleep', '60']); time.sleep(60)"
     steps = {
@@ -26,41 +27,37 @@ def test_a_step_that_fails_or_hangs_does_not_take_the_rest_with_it(tmp_path):
         "hangs": [*PYTHON, child],
         "works": [*PYTHON, "print('a line'); print('{\"per_second\": 5}')"],
     }
-    args = gpu.Args(out=str(tmp_path / "gpu.json"), step_seconds=3)
+    args = gpu.Args(step_seconds=3)
     results = gpu.run_steps([(steps, 2)], args)
-    assert results["fails"]["error"] == "exit status 1"
+    assert results["fails"]["error"].startswith("exit status 1 ")
     assert results["fails"]["last_lines"][-1] == "ValueError: no such device"
-    assert results["hangs"]["error"] == "no end within 3 seconds"
+    assert results["hangs"]["error"].startswith("exit status 124")
+    assert results["hangs"]["seconds"] < 30
     assert results["works"]["per_second"] == 5
-    assert json.loads((tmp_path / "gpu.json").read_text()) == results
+    assert json.loads(Path("gpu-checks.json").read_text()) == results
 
 
 def test_speed_is_a_median_after_the_burn_in_and_resets_are_what_they_take_longer():
-    updates = [(60.0 * i, 4, 4 * i) for i in range(gpu.BURN_IN)]  # not counted
-    start = 60.0 * gpu.BURN_IN
-    for i, seconds in enumerate([0, 2, 1, 4]):
-        start += seconds
-        updates.append((start, 4, 4 * (gpu.BURN_IN + i)))
-    steps = [(9.0, True)] * 4 * gpu.BURN_IN + [
-        (0.1, False),
-        (0.1, False),
-        (0.3, False),
-        (0.8, True),
-    ] * 3
-    found = gpu.after_burn_in(updates, steps)
-    assert found["per_second"] == 2 and found["updates"] == 3
-    assert found["emulator_ms"] == 100
-    assert found["emulator_share"] == pytest.approx(3 * 1.3 / 7, abs=1e-3)
-    assert found["reset_share"] == pytest.approx(3 * 0.7 / 7, abs=1e-3)
+    times = [60.0 * i for i in range(gpu.BURN_IN)]  # not counted
+    times += [600.0, 602.0, 603.0, 607.0]
+    steps = [(60.0 * i, 9.0, True) for i in range(gpu.BURN_IN)]
+    steps += [(601.0, 0.1, False), (602.5, 0.3, False), (603.0, 0.1, False), (605.0, 0.8, True)]
+    steps += [(608.0, 9.0, True)]  # an evaluation
+    found = gpu.after_burn_in([(time, 4) for time in times], steps)
+    assert found["per_second"] == 2
+    assert found["reset_share"] == pytest.approx(0.7 / 7, abs=1e-3)
 
 
-def test_kernels_are_the_innermost_operators_that_do_something():
+def test_kernels_are_the_operators_that_do_something():
     x, weight, bias = torch.rand(4, 3), torch.rand(2, 3), torch.rand(2)
-    with torch.profiler.profile() as profiler:
+
+    def compute():
         y = torch.nn.functional.linear(x, weight, bias)  # one, addmm
         y = y.view(2, 4).softmax(-1)  # one
-        y.transpose(0, 1).contiguous()  # one, a copy
-    assert gpu.count_kernels(profiler.events())["operators"] == 3
+        return y.transpose(0, 1).contiguous()  # one, a copy
+
+    y, counts = gpu.count_kernels(compute)
+    assert y.shape == (4, 2) and counts["operators"] == 3
 
 
 # OMP_NUM_THREADS, a GPU or none, --device, and threads for 8 and for 128 games on 16 cores
@@ -98,14 +95,11 @@ def test_on_a_gpu_games_get_all_cores_of_the_process(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("suite", ["checks", "atari", "language"])
-def test_every_step_succeeds_on_a_cpu(suite, tmp_path):
-    out = str(tmp_path / "gpu.json")
-    args = gpu.Args(suite, "cpu", quick=True, minutes=20, step_seconds=400, out=out)
+def test_every_step_succeeds_on_a_cpu(suite, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = gpu.Args(suite, "cpu", quick=True, minutes=20, step_seconds=400)
     for name, result in gpu.run_steps(gpu.make_steps(args), args).items():
         assert "error" not in result, (name, result)
-        assert "failed" not in json.dumps(result), (name, result)
-        if "gradient" in name:
-            assert result["float32"] < 1e-3 and result.get("bfloat16", 0) < 0.2
         if "killed" in name:
             assert result["continued_at"] > 0
         if "kernels" in name:
