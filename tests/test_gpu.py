@@ -15,47 +15,42 @@ import sppo_atari
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
 import gpu  # noqa: E402
 
-PYTHON = [sys.executable, "-c"]
 
-
-def test_a_step_that_fails_or_hangs_does_not_take_the_rest_with_it(tmp_path):
-    # a process that the step leaves behind holds what it writes to open
-    child = "import subprocess, time; subprocess.Popen(['sleep', '60']); time.sleep(60)"
-    steps = {
-        "fails": [*PYTHON, "print(1); raise ValueError('no such device')"],
-        "hangs": [*PYTHON, child],
-        "works": [*PYTHON, "print('a line'); print('{\"per_second\": 5}')"],
+def test_a_step_that_fails_or_hangs_does_not_take_the_rest_with_it(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    programs = {
+        "fails": "print(1); raise ValueError('no such device')",
+        # a process that it leaves behind holds open what it writes to
+        "hangs": "import os; os.system('sleep 60 & sleep 60')",
+        "works": "print('a line'); print('{\"per_second\": 5}')",
     }
-    args = gpu.Args(out=str(tmp_path / "gpu.json"), step_seconds=3)
+    steps = {name: [sys.executable, "-c", program] for name, program in programs.items()}
+    args = gpu.Args(step_seconds=3)
     results = gpu.run_steps([(steps, 2)], args)
-    assert results["fails"]["error"] == "exit status 1"
     assert results["fails"]["last_lines"][-1] == "ValueError: no such device"
-    assert results["hangs"]["error"] == "no end within 3 seconds"
+    assert "124" in results["hangs"]["error"]
+    assert results["hangs"]["seconds"] < 30
     assert results["works"]["per_second"] == 5
-    assert json.loads((tmp_path / "gpu.json").read_text()) == results
+    assert json.loads(Path("gpu-checks.json").read_text()) == results
 
 
 def test_speed_is_a_median_after_the_burn_in_and_resets_are_what_they_take_longer():
-    updates = [(60.0 * i, 4, 4 * i) for i in range(gpu.BURN_IN)]  # not counted
-    start = 60.0 * gpu.BURN_IN
-    for i, seconds in enumerate([0, 2, 1, 4]):
-        start += seconds
-        updates.append((start, 4, 4 * (gpu.BURN_IN + i)))
-    update = [(0.1, False), (0.1, False), (0.3, False), (0.8, True)]
-    found = gpu.after_burn_in(updates, [(9.0, True)] * 4 * gpu.BURN_IN + 3 * update)
-    assert found["per_second"] == 2 and found["updates"] == 3
-    assert found["emulator_ms"] == 100
-    assert found["emulator_share"] == pytest.approx(3 * 1.3 / 7, abs=1e-3)
-    assert found["reset_share"] == pytest.approx(3 * 0.7 / 7, abs=1e-3)
+    times = [60.0 * i for i in range(gpu.BURN_IN)]  # not counted
+    times += [600.0, 602.0, 603.0, 607.0]
+    steps = [(time, 9.0, True) for time in [*times[: gpu.BURN_IN], 608.0]]  # not counted either
+    steps += [(601.0, 0.1, False), (602.5, 0.3, False), (603.0, 0.1, False), (605.0, 0.8, True)]
+    found = gpu.after_burn_in([(time, 4) for time in times], steps)
+    assert found["per_second"] == 2
+    assert found["reset_share"] == pytest.approx(0.7 / 7, abs=1e-3)
 
 
-def test_kernels_are_the_innermost_operators_that_do_something():
-    x, weight, bias = torch.rand(4, 3), torch.rand(2, 3), torch.rand(2)
-    with torch.profiler.profile() as profiler:
-        y = torch.nn.functional.linear(x, weight, bias)  # one, addmm
-        y = y.view(2, 4).softmax(-1)  # one
-        y.transpose(0, 1).contiguous()  # one, a copy
-    assert gpu.count_kernels(profiler.events())["operators"] == 3
+def test_kernels_are_the_operators_that_do_something():
+    def compute(x):
+        x = x @ x.T
+        return x.view(2, 8).softmax(-1).T.contiguous()  # product, softmax, copy
+
+    _, counts = gpu.count_kernels(compute, torch.rand(4, 3))
+    assert counts["operators"] == 3
 
 
 # OMP_NUM_THREADS, a GPU or none, --device, and threads for 8 and for 128 games on 16 cores
@@ -70,9 +65,7 @@ THREADS = [
 
 @pytest.mark.parametrize("script", [sppo_atari, sa2c_atari])
 @pytest.mark.parametrize("variable, gpu, device, expected", THREADS)
-def test_on_a_gpu_games_get_all_cores_of_the_process(
-    variable, gpu, device, expected, script, monkeypatch
-):
+def test_on_a_gpu_games_get_all_cores(variable, gpu, device, expected, script, monkeypatch):
     found = []
 
     def vector_env(game, num_games, num_threads, **others):
@@ -93,15 +86,8 @@ def test_on_a_gpu_games_get_all_cores_of_the_process(
 
 @pytest.mark.slow
 @pytest.mark.parametrize("suite", ["checks", "atari", "language"])
-def test_every_step_succeeds_on_a_cpu(suite, tmp_path):
-    out = str(tmp_path / "gpu.json")
-    args = gpu.Args(suite, "cpu", quick=True, minutes=20, step_seconds=400, out=out)
+def test_every_step_succeeds_on_a_cpu(suite, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    args = gpu.Args(suite, "cpu", quick=True, minutes=20, step_seconds=400)
     for name, result in gpu.run_steps(gpu.make_steps(args), args).items():
         assert "error" not in result, (name, result)
-        assert "failed" not in json.dumps(result), (name, result)
-        if "gradient" in name:
-            assert result["float32"] < 1e-3 and result.get("bfloat16", 0) < 0.2
-        if "killed" in name:
-            assert result["continued_at"] > 0
-        if "kernels" in name:
-            assert result["operators per token"] > 100
