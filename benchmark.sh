@@ -21,7 +21,7 @@ options
   --envs E ...     environments, games or language tasks instead of the suite's own
   --steps N        steps of each run
   --jobs N         runs at a time: on the CPU (default: one a core), and on each GPU (see the docs)
-  --device D       of games and language models: auto, cpu or cuda; control stays on the CPU
+  --device D       of games and language models: auto, cpu or cuda; the others stay on the CPU
   --runs-dir DIR   folder of the runs (default: runs/SUITE)
   --dry-run        print the commands, one a line, and run nothing
   -- FLAGS         flags for every command, for example: -- --learning-rate 0.001
@@ -78,8 +78,8 @@ add() { # SCRIPT METHOD FLAG...: prints the command of a run
     echo "python $script.py$(printf ' %q' "$@")"
 }
 
-# k = alpha + beta |Z| is 20.5 in control, 1.5 on Atari, 0.9 for imdb and toy, 0.7 for tldr. "norm",
-# "coef" and "ce" are PPO with one of the settings that k changes divided by k, and nothing else.
+# k = alpha + beta |Z| is 20.5 in continuous control, 1.5 on Atari, 0.9 for imdb and toy, 0.7 for
+# tldr. "norm", "coef" and "ce" are PPO with one setting that k changes divided by k, nothing else.
 evidence_continuous() {
     add sppo_continuous ppo --policy gaussian
     add sppo_continuous dppo --beta 0
