@@ -207,7 +207,7 @@ class Args:
     def identity(self) -> dict:
         """What makes two runs the same: the script, and the arguments that may change results."""
         identity = {"script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
-        others = ["run_name", "runs_dir", "device", "track", "evaluate"]
+        others = "run_name runs_dir device track evaluate".split()
         for name, value in vars(self).items():
             if name not in others:
                 identity[name] = value
@@ -1017,22 +1017,15 @@ def rouge(references, responses):
 
 def evaluate_run(args: Args):
     """Evaluates the policy of the run in the folder `args.evaluate`; prints samples and scores."""
-    if args != type(args)(
-        task=args.task,
-        evaluate=args.evaluate,
-        seed=args.seed,
-        device=args.device,
-        eval_episodes=args.eval_episodes,
-    ):
+    chosen = {name: getattr(args, name) for name in "seed device eval_episodes".split()}
+    if args != type(args)(task=args.task, evaluate=args.evaluate, **chosen):
         sys.exit("error: --evaluate takes only --seed, --device and --eval-episodes")
     folder = Path(args.evaluate)
+    if not (folder / "checkpoint.pt").exists():
+        sys.exit(f"error: --evaluate {args.evaluate!r}: not the folder of a run with a checkpoint")
     saved = json.loads((folder / "args.json").read_text())["args"]
-    saved["runs_dir"] = str(folder.parent)
-    saved["run_name"] = folder.name
-    saved["seed"] = args.seed
-    saved["device"] = args.device
-    saved["eval_episodes"] = args.eval_episodes
-    run = Args(**saved)
+    place = {"runs_dir": str(folder.parent), "run_name": folder.name}
+    run = Args(**saved | chosen | place)
     setup = load(run)
     progress = restore(setup, run, torch.Generator(), np.random.default_rng())
     row, samples = evaluate(setup, run, progress.global_step)

@@ -1025,3 +1025,8 @@ def test_flags_that_would_mean_something_else_are_refused(flags, message, monkey
         rlhf.parse_args(flags.split())
     assert exit_.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_a_folder_without_a_run_is_not_evaluated():
+    with pytest.raises(SystemExit, match="--evaluate '': not the folder of a run"):
+        rlhf.evaluate_run(rlhf.Args(evaluate=""))
