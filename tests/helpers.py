@@ -11,11 +11,15 @@ import pytest
 import torch
 from ale_py import Action
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tensorboard.summary.writer import event_file_writer
 
 import sa2c_atari
 import sa2c_continuous
 import sppo_atari
 import sppo_continuous
+
+# Event files of the same second are read in the order of a count, as text: 10 before 9
+event_file_writer._global_uid = event_file_writer.AtomicCounter(10**6)
 
 
 @dataclass
