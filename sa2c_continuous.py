@@ -720,7 +720,7 @@ def save_json(path, content):
 def provenance():
     """What one needs to repeat a run, besides its arguments."""
     script = Path(__file__).resolve()
-    packages = "torch gymnasium mujoco numpy".split()
+    packages = "gymnasium mujoco numpy".split()
     commit = None
     if shutil.which("git"):
         command = ["git", "-C", script.parent, "describe", "--always", "--dirty", "--abbrev=40"]
@@ -729,7 +729,7 @@ def provenance():
         "script": script.name,
         "command": sys.argv,
         "commit": commit,
-        "versions": {name: version(name) for name in packages},
+        "versions": {"torch": torch.__version__} | {name: version(name) for name in packages},
         "platform": platform.platform(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

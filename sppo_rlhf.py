@@ -174,9 +174,8 @@ class Args:
 
     def check(self):
         """Refuses what would run, but mean something else than it says. tyro prints the message."""
-        positive = ["total_timesteps", "batch_size", "num_minibatches", "update_epochs"]
-        positive += ["micro_batch_size", "prompt_length", "response_length"]
-        for name in [*positive, "eval_freq", "eval_episodes"]:
+        positive = "total_timesteps batch_size num_minibatches update_epochs micro_batch_size"
+        for name in f"{positive} prompt_length response_length eval_freq eval_episodes".split():
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1")
@@ -1257,7 +1256,7 @@ def save_json(path, content):
 def provenance():
     """What one needs to repeat a run, besides its arguments."""
     script = Path(__file__).resolve()
-    packages = "torch transformers peft accelerate numpy".split()
+    packages = "transformers peft accelerate numpy".split()
     commit = None
     if shutil.which("git"):
         command = ["git", "-C", script.parent, "describe", "--always", "--dirty", "--abbrev=40"]
@@ -1266,7 +1265,7 @@ def provenance():
         "script": script.name,
         "command": sys.argv,
         "commit": commit,
-        "versions": {name: version(name) for name in packages},
+        "versions": {"torch": torch.__version__} | {name: version(name) for name in packages},
         "platform": platform.platform(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
