@@ -177,10 +177,11 @@ def test_the_grader_checks_predictions_of_runs(monkeypatch):
 
 CLAIMS = {
     "a2c_losses": "1a: L is",
-    "a2c_weight": "1b: w is",
-    "ppo_losses": "2a: the slopes",
-    "ppo_weight": "2b: w is",
+    "a2c_weight": "1b .needs 1a.: w is",
+    "ppo_losses": "2a: the slope of L ",
+    "ppo_weight": "2b .needs 2a.: w is",
     "k": "3: k is",
+    "same_if_all_are_clipped": "3: both predictions",
     "climbs": "4a: what",
     "climbs_divided": "4b: what",
     "bandit": "7: a bandit",
@@ -207,16 +208,34 @@ def not_divided(log_prob, old_log_prob, advantage, clip_coef, z):
     return policy_loss, RIGHT["a2c_losses"](log_prob, advantage, z)[1]
 
 
+def summed(log_prob, *others):
+    return [len(log_prob) * loss for loss in RIGHT["ppo_losses"](log_prob, *others)]
+
+
+def transcribed(prob, advantage):
+    return (advantage * prob.detach() * prob).sum()
+
+
+def bandit_of_one_step():
+    """The learning rates, not the loss, make the difference."""
+    arms = torch.linspace(0, 1, 10)
+    flips = dict(flip_rate=0.0, batch_size=64, steps=1, beta=1000.0)
+    return dict(pays=arms, start=torch.zeros(10), **flips)
+
+
 WRONG = [
     ("a2c_losses", wrong_sign, "1a: Lr is"),
     ("a2c_weight", lambda p, alpha, beta, z: alpha + beta * p, "1b"),
     ("a2c_weight", lambda p, alpha, beta, z: alpha + beta * abs(z), "1b"),
     ("ppo_losses", no_mask, "2a: .* r = 1.5 and A = 1"),
     ("ppo_losses", not_divided, "2a: .* r = 1.1"),
+    ("ppo_losses", summed, "2a: .* means over the batch"),
     ("ppo_weight", lambda p, p_old, alpha, beta, z: alpha + beta * abs(z) * p, "2b"),
     ("k", 20.0, "3: k is"),
     ("climbs", torch.dot, "4a"),
+    ("climbs", transcribed, "4a"),
     ("climbs_divided", RIGHT["climbs"], "4b"),
+    ("bandit", bandit_of_one_step, "7: .* best learning rate"),
     ("bandit", lambda: bandit_for_sa2c() | {"beta": 0.01}, "7: SA2C's pay"),
 ]
 
