@@ -5,6 +5,8 @@ labels, those that begin its row, and its column's heading: tasks, kinds of rewa
 "A minus B") and measures, separated by ", "."""
 
 import re
+import runpy
+import subprocess
 from functools import cache
 from itertools import product
 from pathlib import Path
@@ -128,3 +130,35 @@ def test_a_table_shows_what_packed_runs_give(page, suites, common, table):
 def test_every_table_of_means_is_checked(page):
     unmarked = [table for name, suites, _, table in TABLES if name == page and not suites]
     assert [line for table in unmarked for line in table.splitlines() if "±" in line] == []
+
+
+@pytest.mark.parametrize("suite", ["noise"])
+def test_documented_lines_list_the_packed_runs(suite):
+    """Whose commands are in runs.csv.gz, without "python"."""
+    page = (ROOT / "docs/benchmark.md").read_text()
+    run = f"python benchmarks/run.py --runs-dir runs/{suite}"
+    (lines,) = [lines for lines in re.findall(r"(?s)```sh\n(.+?)```", page) if run in lines]
+    listed = subprocess.check_output(["bash", "-c", lines.replace(run, "cat")], cwd=ROOT, text=True)
+    commands = report.read_csv(ROOT / "results" / suite / "runs.csv.gz")["command"]
+    assert set("python " + commands) == {" ".join(line.split()) for line in listed.splitlines()}
+
+
+@pytest.mark.parametrize("suite", ["noise", "sweep"])
+def test_a_page_shows_the_measures_of_its_analysis(suite, capsys):
+    analysis = runpy.run_path(str(ROOT / "results" / suite / "analyse.py"))
+    scores = analysis["scores_of"](analysis["read"]())
+    analysis["print_measures"](scores)
+    page = (ROOT / "results" / suite / "README.md").read_text()
+    assert capsys.readouterr().out.strip() in page
+
+
+def test_areas_under_the_curves_of_noise():
+    """Means over tasks and levels, as in the predictions."""
+    runs = report.read_csv(ROOT / "results/noise/runs.csv.gz")
+    runs["level"] = runs["noise_level"].where(runs["noise"] == "normal", 0.0)
+    runs["score"] = runs["last5"] + 200.0 * (runs["env_id"] == "LunarLanderContinuous-v3")
+    means = runs.groupby(["exp_name", "level", "env_id"])["score"].mean()
+    relative = means / means["dppo", 0.0]
+    page = (ROOT / "results/noise/README.md").read_text()
+    for name, method in (("Gaussian PPO", "ppo"), ("DPPO", "dppo"), ("SPPO", "sppo")):
+        assert f"\n| {name} | {relative[method].mean():.2f} (" in page
