@@ -52,8 +52,8 @@ def interval(samples):
 
 
 def estimate(samples):
-    low, high = interval(samples)
-    return f"{samples[0]:.2f} ({low:.2f} to {high:.2f})"
+    value, low, high = np.round([samples[0], *interval(samples)], 2) + 0.0  # no -0.00
+    return f"{value:.2f} ({low:.2f} to {high:.2f})"
 
 
 def print_table(title, relative):
