@@ -5,8 +5,7 @@ JAX) and of TRL's PPO, in one run.
     python benchmarks/speed.py                             # sppo_continuous.py
     python benchmarks/speed.py --script sa2c_continuous
     python benchmarks/speed.py --script sppo_atari --env-id Breakout --total-timesteps 20480
-    python benchmarks/speed.py --script sppo_rlhf --total-timesteps 336 --policy-model DIR \\
-        --dataset FILE
+    python benchmarks/speed.py --script sppo_rlhf --total-timesteps 336
 
 Or of two versions of one script, here the committed one and the one at work:
 
@@ -18,12 +17,14 @@ statistics: PPO in one environment, with 2048 steps between updates, 10 epochs o
 64; A2C in four, with 8 steps of each between updates. Atari, on all cores: PPO with 8 games, 128
 steps between updates, 4 epochs of 4 minibatches of 256; A2C with 16 games and 5 steps. RLHF, on all
 cores: 112 texts an update, prompts of 64 tokens and 48 new ones, sampled among all, 5 epochs of 4
-minibatches of 28, a critic, the policy with a random head as reward model, no cross entropy on
-reference texts; a step is a text. The programs take turns, so that a slow spell of the machine hits
-them all; a ratio is the median of those in each turn. Start-up and evaluation are not counted.
+minibatches of 28, a critic, no cross entropy on reference texts; a step is a text. Policy and
+reward model are untrained GPT-2s of 4 layers of 256, the texts random words. The programs take
+turns, so that a slow spell of the machine hits them all; a ratio is the median of those in each
+turn. Start-up and evaluation are not counted.
 """
 
 import json
+import random
 import shlex
 import subprocess
 import sys
@@ -47,8 +48,6 @@ class Args:
     flags: str = ""  # more flags for the script: --flags="--beta 0"
     against_flags: str = ""  # more flags for its other version: --against-flags="--x 1"
     env_id: str = "HalfCheetah-v4"
-    policy_model: str | None = None  # for sppo_rlhf: a folder
-    dataset: str | None = None  # for sppo_rlhf: JSONL, texts of 130 tokens or more
     total_timesteps: int = 200_000
     repeats: int = 3
     device: Literal["cpu", "cuda"] = "cpu"  # of all that take part
@@ -60,9 +59,10 @@ def programs(args, scratch):
     common = ["--total-timesteps", str(args.total_timesteps), "--device", args.device]
     peers = {}
     if args.script == "sppo_rlhf":
-        save_reward_model(args.policy_model, scratch / "reward")
-        common += ["--policy-model", args.policy_model, "--reward-model", str(scratch / "reward")]
-        common += ["--dataset", args.dataset]
+        save_models_and_texts(scratch)
+        common += ["--policy-model", str(scratch / "policy")]
+        common += ["--reward-model", str(scratch / "reward")]
+        common += ["--dataset", str(scratch / "texts.jsonl")]
         trl = [ROOT / "benchmarks" / "trl_ppo.py"]
         peers = {"TRL, float32": trl, "TRL, bfloat16": [*trl, "--amp", "auto"]}
         ours += ["--task", "imdb", "--top-k", "0", "--ce-coef", "0", "--eval-episodes", "1"]
@@ -100,15 +100,31 @@ def programs(args, scratch):
     return commands
 
 
-def save_reward_model(policy, folder):
-    """The policy with a head for scores, random, and its tokenizer, as TRL's reward model must have
-    it."""
+def save_models_and_texts(scratch):
+    """Two untrained GPT-2s with one tokenizer, as TRL must have it, and 500 texts of 200 words."""
     import transformers
+    from tokenizers import Tokenizer, models, pre_tokenizers
 
+    random.seed(0)
     torch.manual_seed(0)
-    classifier = transformers.AutoModelForSequenceClassification
-    classifier.from_pretrained(policy, num_labels=1).save_pretrained(folder)
-    transformers.AutoTokenizer.from_pretrained(policy).save_pretrained(folder)
+    words = [f"w{i}" for i in range(8000)]
+    with open(scratch / "texts.jsonl", "w") as file:
+        for _ in range(500):
+            print(json.dumps({"text": " ".join(random.choices(words, k=200))}), file=file)
+
+    vocabulary = {word: i for i, word in enumerate(words)}
+    tokenizer = Tokenizer(models.WordLevel(vocabulary, unk_token="w0"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"unk_token": "w0", "eos_token": "w1", "pad_token": "w1"}
+    tokenizer = transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)
+
+    size = {"vocab_size": len(words), "n_positions": 128, "n_embd": 256, "n_layer": 4, "n_head": 4}
+    ends = {"bos_token_id": 1, "eos_token_id": 1, "pad_token_id": 1}
+    config = transformers.GPT2Config(**size, **ends, num_labels=1)
+    transformers.GPT2LMHeadModel(config).save_pretrained(scratch / "policy")
+    transformers.GPT2ForSequenceClassification(config).save_pretrained(scratch / "reward")
+    for name in ("policy", "reward"):
+        tokenizer.save_pretrained(scratch / name)
 
 
 def steps_per_second(program):
