@@ -497,9 +497,7 @@ def provenance_text(runs: DataFrame, unfinished: list[str]) -> list[str]:
     columns = ["script", "total_timesteps", "commit", "script_sha256", "versions"]
     origin = runs[columns].map(str)
     origin = origin.replace(["nan", "None"], "not recorded")
-    rows = []
-    for values, count in origin.value_counts().items():
-        rows.append([str(count), *values])
+    rows = [[str(count), *values] for values, count in origin.value_counts().items()]
     names = ["runs", "script", "steps", "commit", "SHA-256 of the script", "versions"]
     return [*page, markdown(DataFrame(rows, columns=names))]
 
@@ -517,13 +515,14 @@ def draw_curves(runs: DataFrame, progress: DataFrame, file: Path) -> list[str]:
     methods = in_order(labelled["exp_name"])
     others = [name for name in methods if name not in COLORS]
     palette = COLORS | dict(zip(others, cycle(OTHER_COLORS)))
-    height = 4.5 if labelled["env_id"].nunique() == 1 else 3
-    size = {"height": height, "aspect": 1.3, "sharex": False, "sharey": False}
-    grid = sns.FacetGrid(labelled, row="reward", col="env_id", **size)
+    labelled["panel"] = labelled["env_id"] + ", " + labelled["reward"]
+    tasks = labelled["env_id"].nunique()
+    size = {"height": 4.5 if tasks == 1 else 3, "aspect": 1.3, "col_wrap": tasks}
+    grid = sns.FacetGrid(labelled, col="panel", sharex=False, sharey=False, **size)
     hue = {"hue": "exp_name", "hue_order": methods, "palette": palette}
     grid.map_dataframe(sns.lineplot, "step", "return_mean", errorbar="se", **hue)
     grid.add_legend()
-    grid.set_titles("{col_name}, {row_name}")
+    grid.set_titles("{col_name}")
     texts = set(runs["script"]) == {"sppo_rlhf.py"}
     labels = ["texts", "reward"] if texts else ["steps", "return of evaluations"]
     grid.set_axis_labels(*labels)

@@ -305,12 +305,15 @@ def test_curves_of_chosen_methods_only_and_in_texts_for_language_models(tmp_path
     monkeypatch.setattr(report.plt, "close", kept.append)
     runs = make_grid(tmp_path / "runs")
     make_run(runs, "mine", 3)
+    make_run(runs, "sppo", 3, noise="normal")
     for path in runs.glob("*/args.json"):
         path.write_text(path.read_text().replace("sppo_continuous.py", "sppo_rlhf.py"))
     write_report(runs, out=tmp_path / "out", figures=True, compare=("sppo", "dppo"))
     _, curves = kept
     assert [text.get_text() for text in curves.legends[0].get_texts()] == ["dppo", "sppo"]
-    assert curves.axes[0].get_xlabel() == "texts"
+    panels = [f"{HOPPER}, clean", f"{LANDER}, clean", f"{HOPPER}, normal 0.05"]
+    assert [ax.get_title() for ax in curves.axes] == panels  # none that are empty
+    assert curves.axes[2].get_xlabel() == "texts"
     assert curves.axes[0].get_ylabel() == "reward"
 
 
