@@ -122,13 +122,18 @@ class Args:
 
     def check(self):
         """Refuses what would run, but mean something else than it says. tyro prints the message."""
-        for name in "total_timesteps num_envs num_steps log_freq eval_freq eval_episodes".split():
+        counts = ("num_envs", "num_steps", "log_freq")
+        for name in (*counts, "total_timesteps", "eval_freq", "eval_episodes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1")
-        if not 0 <= self.noise_level <= 1:
-            raise ValueError("noise_level must be between 0 and 1")
-        if min(self.seed, self.alpha, self.beta) < 0:
-            raise ValueError("seed, alpha and beta must not be negative")
+        if self.noise.endswith("flip") and self.noise_level > 1:
+            raise ValueError("noise_level is the probability of a flip, so at most 1")
+        if not 0 <= self.gamma <= 1:
+            raise ValueError("gamma must be between 0 and 1")
+        if self.max_grad_norm <= 0:
+            raise ValueError("max_grad_norm must be positive; 1e9 turns clipping off")
+        if min(self.seed, self.alpha, self.beta, self.noise_level) < 0:
+            raise ValueError("seed, alpha, beta and noise_level must not be negative")
         if self.norm_adv and self.num_envs * self.num_steps == 1:
             raise ValueError("norm_adv needs more than one step in a rollout")
         if self.z >= 0:
@@ -145,21 +150,20 @@ class Args:
             gym.spec(f"ALE/{self.env_id}-v5")
         except gym.error.NameNotFound as error:  # it suggests similar names
             raise ValueError(str(error)) from None
-        if self.capture_video and not find_spec("moviepy"):
-            raise ValueError("capture_video needs moviepy: pip install moviepy")
+        for name, package in (("track", "wandb"), ("capture_video", "moviepy")):
+            if getattr(self, name) and not find_spec(package):
+                raise ValueError(f"{name} needs {package}: pip install {package}")
 
     def identity(self) -> dict:
         """What makes two runs the same: the script, and the arguments that may change results."""
-        identity = {"script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
+        script = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
         others = "run_name runs_dir device compile track evaluate capture_video".split()
-        for name, value in vars(self).items():
-            if name not in others:
-                identity[name] = value
-        return json.loads(json.dumps(identity))  # as in args.json, where tuples become lists
+        kept = {name: value for name, value in vars(self).items() if name not in others}
+        return json.loads(json.dumps({"script_sha256": script} | kept))  # tuples become lists
 
     @property
     def run_dir(self) -> Path:
-        return Path(self.runs_dir) / self.run_name.replace("/", "-")
+        return Path(self.runs_dir) / self.run_name.replace("/", "-").replace(":", "-")
 
 
 class AtariGames:
@@ -308,36 +312,6 @@ def sample_gumbel(shape, generator):
     """Gumbel-max trick: the arg max of logits + these is a sample, faster than Categorical's."""
     exponential = torch.empty(shape).exponential_(generator=generator)
     return -exponential.log()
-
-
-@torch.no_grad()
-def evaluate(agent, args, seed, video):
-    """Raw scores and lengths in steps (eval_episodes,) of whole games, played in parallel with
-    sampled actions. `video`: path for a video of the first game, if `args.capture_video`."""
-    device = next(agent.parameters()).device
-    rng = np.random.default_rng([seed, 0, 2])  # training has [seed, step] and [seed, 1]
-    generator = torch.Generator().manual_seed(rng.integers(2**31).item())
-    games = AtariGames(args, args.eval_episodes)
-    images = games.reset(rng.integers(2**31))
-    results = {}
-    frames = []
-    while len(results) < args.eval_episodes:
-        if args.capture_video and 0 not in results:
-            grey = images[0, -1, :, :, None]
-            frames.append(grey.repeat(3, axis=-1))
-        logits, _ = agent(torch.from_numpy(images).to(device))
-        gumbel = sample_gumbel(logits.shape, generator).to(device)
-        images, *_ = games.step((logits + gumbel).argmax(-1).cpu().numpy())
-        results = games.ended | results  # the first game of each
-    if args.capture_video:  # enlarged, in real time: 15 steps a second
-        video.parent.mkdir(exist_ok=True)
-        from moviepy import ImageSequenceClip
-
-        clip = ImageSequenceClip(frames, fps=15).resized(4)
-        clip.write_videofile(str(video), logger=None)
-    games_in_order = [results[i] for i in range(args.eval_episodes)]
-    scores, lengths = np.array(games_in_order).T
-    return scores, lengths
 
 
 def symmetric_policy_losses(log_prob, advantage, z):
@@ -492,9 +466,7 @@ def train(args: Args):
     overridden = np.zeros((T, N), bool)  # FIRE replaced the agent's action
     final_value = np.zeros((T, N))  # of truncated games' final images
     obs[T] = torch.from_numpy(envs.reset([args.seed, global_step]))
-    progress_bar = tqdm(
-        total=args.total_timesteps, initial=global_step, unit=" steps", disable=None
-    )
+    bar = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps", disable=None)
     agent_fn = agent
     gradient_fn = gradient_and_metrics
     if args.compile and device.type == "cuda":
@@ -521,7 +493,7 @@ def train(args: Args):
                     final_value[t, i] = last_value.item()
             _, value[T] = agent_fn(obs[T])
         global_step += T * N
-        progress_bar.update(T * N)
+        bar.update(T * N)
 
         # Advantages. `b_` names are of the whole batch (T * N, ...)
         b_obs = obs[:T].flatten(0, 1)
@@ -557,7 +529,7 @@ def train(args: Args):
 
         # Log
         finished = global_step >= args.total_timesteps
-        evaluation_due = finished or global_step % args.eval_freq < T * N
+        evaluation_due = finished or global_step % args.eval_freq < T * N  # passed a multiple
         if evaluation_due or global_step % args.log_freq < T * N:
             scalars = {}
             for name in metrics[0]:
@@ -570,7 +542,7 @@ def train(args: Args):
                 episodic_return, episodic_length = np.mean(envs.recent_episodes, axis=0).tolist()
                 scalars["charts/episodic_return"] = episodic_return
                 scalars["charts/episodic_length"] = episodic_length
-                progress_bar.set_postfix_str(f"return {episodic_return:.1f}")
+                bar.set_postfix_str(f"return {episodic_return:.1f}")
             history.append(scalars)
             for name, scalar in scalars.items():
                 writer.add_scalar(name, scalar, global_step)
@@ -624,6 +596,36 @@ def train(args: Args):
     save_json(args.run_dir / "summary.json", evaluations[-1] | outcome)
 
 
+@torch.no_grad()
+def evaluate(agent, args, seed, video):
+    """Raw scores and lengths in steps (eval_episodes,) of whole games, played in parallel with
+    sampled actions. `video`: path for a video of the first game, if `args.capture_video`."""
+    device = next(agent.parameters()).device
+    rng = np.random.default_rng([seed, 0, 2])  # training has [seed, step] and [seed, 1]
+    generator = torch.Generator().manual_seed(rng.integers(2**31).item())
+    games = AtariGames(args, args.eval_episodes)
+    images = games.reset(rng.integers(2**31))
+    results = {}
+    frames = []
+    while len(results) < args.eval_episodes:
+        if args.capture_video and 0 not in results:
+            grey = images[0, -1, :, :, None]
+            frames.append(grey.repeat(3, axis=-1))
+        logits, _ = agent(torch.from_numpy(images).to(device))
+        gumbel = sample_gumbel(logits.shape, generator).to(device)
+        images, *_ = games.step((logits + gumbel).argmax(-1).cpu().numpy())
+        results = games.ended | results  # the first game of each
+    if args.capture_video:  # enlarged, in real time: 15 steps a second
+        video.parent.mkdir(exist_ok=True)
+        from moviepy import ImageSequenceClip
+
+        clip = ImageSequenceClip(frames, fps=15).resized(4)
+        clip.write_videofile(str(video), logger=None)
+    games_in_order = [results[i] for i in range(args.eval_episodes)]
+    scores, lengths = np.array(games_in_order).T
+    return scores, lengths
+
+
 def evaluate_run(args: Args):
     """Prints the score of the latest agent of the run in the folder `args.evaluate`."""
     chosen = {name: getattr(args, name) for name in "seed eval_episodes capture_video".split()}
@@ -632,8 +634,10 @@ def evaluate_run(args: Args):
     folder = Path(args.evaluate)
     if not (folder / "agent.safetensors").exists():
         sys.exit(f"error: --evaluate {args.evaluate!r}: not the folder of a run with an agent")
-    saved = json.loads((folder / "args.json").read_text())["args"]
-    run = Args(**saved | chosen)
+    begun = json.loads((folder / "args.json").read_text())
+    if begun["identity"]["script_sha256"] != args.identity()["script_sha256"]:
+        print(f"warning: edited since; the run's is {folder}/{begun['script']}", file=sys.stderr)
+    run = Args(**begun["args"] | chosen)
     agent = Agent(AtariGames(run, 1).num_actions, run.layer_norm)
     agent.load_state_dict(safetensors.torch.load_file(folder / "agent.safetensors"))
     video = folder / "video" / f"evaluate-{run.seed}.mp4"
@@ -688,7 +692,7 @@ def atomic_write(path):
     """Yields the path of a temporary file that then replaces `path`: no file is half written."""
     temporary = path.with_name(path.name + ".tmp")
     yield temporary
-    with open(temporary, "rb") as file:
+    with open(temporary, "rb+") as file:  # Windows syncs only what can be written
         os.fsync(file.fileno())
     os.replace(temporary, path)
 
@@ -762,10 +766,8 @@ def main():
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command continues")
     summary = json.loads((args.run_dir / "summary.json").read_text())
-    print(
-        f"{args.run_dir}: return {summary['return_mean']:.1f} (standard deviation "
-        f"{summary['return_std']:.1f}), {summary['sps']:,.0f} steps/s"
-    )
+    score = f"return {summary['return_mean']:.1f} (standard deviation {summary['return_std']:.1f})"
+    print(f"{args.run_dir}: {score}, {summary['sps']:,.0f} steps/s")
 
 
 if __name__ == "__main__":

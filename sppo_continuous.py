@@ -2,7 +2,8 @@
 # SPDX-License-Identifier: MIT
 # /// script
 # requires-python = ">=3.10"
-# dependencies = ["torch>=2.11", "gymnasium[mujoco,box2d]>=1.2.3", "mujoco>=3.1.6", "numpy>=2.0",
+# dependencies = ["torch>=2.11", "gymnasium[mujoco]>=1.2.3", "mujoco>=3.1.6", "numpy>=2.0",
+#   "gymnasium[box2d]>=1.2.3; python_version < '3.14' and platform_machine != 'aarch64'",
 #   "tyro>=1.0", "filelock>=3.24", "safetensors>=0.4.5", "tensorboard>=2.19", "tqdm>=4.66.5"]
 # ///
 """Symmetric PPO (SPPO) for continuous control in one file.
@@ -131,14 +132,18 @@ class Args:
 
     def check(self):
         """Refuses what would run, but mean something else than it says. tyro prints the message."""
-        positive = "total_timesteps num_envs num_steps num_minibatches update_epochs"
-        for name in f"{positive} eval_freq eval_episodes".split():
+        counts = ("num_envs", "num_steps", "num_minibatches", "update_epochs")
+        for name in (*counts, "total_timesteps", "eval_freq", "eval_episodes"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1")
-        if not 0 <= self.noise_level <= 1:
-            raise ValueError("noise_level must be between 0 and 1")
-        if min(self.seed, self.alpha, self.beta) < 0:
-            raise ValueError("seed, alpha and beta must not be negative")
+        if self.noise.endswith("flip") and self.noise_level > 1:
+            raise ValueError("noise_level is the probability of a flip, so at most 1")
+        if not 0 <= self.gamma <= 1:
+            raise ValueError("gamma must be between 0 and 1")
+        if self.max_grad_norm <= 0:
+            raise ValueError("max_grad_norm must be positive; 1e9 turns clipping off")
+        if min(self.seed, self.alpha, self.beta, self.noise_level, self.clip_coef) < 0:
+            raise ValueError("seed, alpha, beta, noise_level and clip_coef must not be negative")
         batch_size = self.num_envs * self.num_steps
         if batch_size % self.num_minibatches or batch_size == self.num_minibatches:
             raise ValueError(f"num_minibatches must divide {batch_size} steps into 2 or more each")
@@ -150,28 +155,27 @@ class Args:
             raise ValueError("noise_level needs a kind of noise")
         if self.bins < 2:
             raise ValueError("bins must be at least 2")
-        if self.capture_video and not find_spec("moviepy"):
-            raise ValueError("capture_video needs moviepy: pip install moviepy")
+        for name, package in (("track", "wandb"), ("capture_video", "moviepy")):
+            if getattr(self, name) and not find_spec(package):
+                raise ValueError(f"{name} needs {package}: pip install {package}")
 
     def identity(self) -> dict:
         """What makes two runs the same: the script, and the arguments that may change results."""
-        identity = {"script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
+        script = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
         others = "run_name runs_dir device compile track evaluate capture_video".split()
-        for name, value in vars(self).items():
-            if name not in others:
-                identity[name] = value
-        return json.loads(json.dumps(identity))  # as in args.json, where tuples become lists
+        kept = {name: value for name, value in vars(self).items() if name not in others}
+        return json.loads(json.dumps({"script_sha256": script} | kept))  # tuples become lists
 
     @property
     def run_dir(self) -> Path:
-        return Path(self.runs_dir) / self.run_name.replace("/", "-")
+        return Path(self.runs_dir) / self.run_name.replace("/", "-").replace(":", "-")
 
 
 def make_env(args, run_dir=None):
     # Gymnasium warns that the paper's environments (MuJoCo v4) have newer versions
     warnings.filterwarnings("ignore", message=".*is out of date.*")
     # Some environments do not accept `render_mode`
-    video = run_dir and args.capture_video
+    video = args.capture_video and run_dir is not None
     options = {"render_mode": "rgb_array"} if video else {}
     env = gym.make(args.env_id, **options)
     for space in (env.observation_space, env.action_space):
@@ -227,8 +231,9 @@ class NormalizedEnvs:
         self.obs_stats = RunningStats(self.envs[0].observation_space.shape)
         self.return_stats = RunningStats(())
         self.discounted_return = np.zeros(args.num_envs)
-        self.episodes = np.zeros((args.num_envs, 2))  # raw return and length so far
-        self.recent_episodes = deque(maxlen=100)  # the same of the last ones that ended
+        self.episode_return = np.zeros(args.num_envs)  # so far, of raw rewards
+        self.episode_length = np.zeros(args.num_envs)
+        self.recent_episodes = deque(maxlen=100)  # (return, length) of the last ones that ended
 
     def reset(self, seed):
         """Resets all environments. Returns normalised observations (num_envs, obs_dim)."""
@@ -252,8 +257,8 @@ class NormalizedEnvs:
         for i, env in enumerate(self.envs):
             transition = env.step(action[i])
             self.obs[i], reward[i], terminated[i], truncated[i], _ = transition
-        self.episodes[:, 0] += reward
-        self.episodes[:, 1] += 1
+        self.episode_return += reward
+        self.episode_length += 1
         self.discounted_return = self.gamma * self.discounted_return + reward
         self.return_stats.update(self.discounted_return)
 
@@ -261,8 +266,10 @@ class NormalizedEnvs:
         for i in np.flatnonzero(terminated | truncated):
             if not terminated[i]:
                 final_obs[i] = self.obs_stats.normalize(self.obs[i])
-            self.recent_episodes.append(self.episodes[i].tolist())
-            self.episodes[i] = 0
+            episode = (self.episode_return[i].item(), self.episode_length[i].item())
+            self.recent_episodes.append(episode)
+            self.episode_return[i] = 0
+            self.episode_length[i] = 0
             self.discounted_return[i] = 0
             self.obs[i], _ = self.envs[i].reset()
 
@@ -361,25 +368,6 @@ class Agent(nn.Module):
         if self.gaussian:
             return action.clip(self.low, self.high)
         return self.bin_values[np.arange(len(self.bin_values)), action]
-
-
-def evaluate(agent, env, obs_stats, episodes, seed):
-    """Raw returns and lengths (episodes,) of greedy episodes."""
-    act = agent.actor_fn()
-    returns = np.zeros(episodes)
-    lengths = np.zeros(episodes)
-    for episode in range(episodes):
-        # With seed + episode, runs with neighbouring seeds would share most initial states
-        obs, _ = env.reset(seed=seed if episode == 0 else None)
-        ended = False
-        while not ended:
-            action = agent.to_env(act(obs_stats.normalize(obs[None])))[0]
-            obs, reward, terminated, truncated, _ = env.step(action)
-            returns[episode] += reward
-            lengths[episode] += 1
-            # Not all environments have a time limit
-            ended = terminated or truncated or lengths[episode] == 100_000
-    return returns, lengths
 
 
 def symmetric_policy_losses(log_prob, old_log_prob, advantage, clip_coef, z):
@@ -509,12 +497,8 @@ def train(args: Args):
     truncated = np.zeros((T, N), bool)
     final_value = np.zeros((T, N))  # of truncated episodes' final observations
     obs[T] = envs.reset([args.seed, global_step])
-    progress_bar = tqdm(
-        total=args.total_timesteps, initial=global_step, unit=" steps", disable=None
-    )
-    gradient_fn = gradient_and_metrics
-    if args.compile:
-        gradient_fn = compiled(agent, args, obs, action)
+    bar = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps", disable=None)
+    gradient_fn = compiled(agent, args, eval_env) if args.compile else gradient_and_metrics
 
     saved = time.perf_counter()
     while global_step < args.total_timesteps:
@@ -528,10 +512,11 @@ def train(args: Args):
             transition = envs.step(agent.to_env(action[t]))
             obs[t + 1], reward[t], terminated[t], truncated[t], final_obs = transition
             for i, last_obs in final_obs.items():
-                last_value = agent.value(torch.from_numpy(last_obs[None]).to(args.device))
+                with torch.no_grad():
+                    last_value = agent.value(torch.from_numpy(last_obs[None]).to(args.device))
                 final_value[t, i] = last_value.item()
         global_step += T * N
-        progress_bar.update(T * N)
+        bar.update(T * N)
 
         # Advantages. The agent has not changed since the rollout: one pass gives all values. `b_`
         # names are of the whole batch (T * N, ...)
@@ -575,7 +560,7 @@ def train(args: Args):
             episodic_return, episodic_length = np.mean(envs.recent_episodes, axis=0).tolist()
             scalars["charts/episodic_return"] = episodic_return
             scalars["charts/episodic_length"] = episodic_length
-            progress_bar.set_postfix_str(f"return {episodic_return:.1f}")
+            bar.set_postfix_str(f"return {episodic_return:.1f}")
         history.append(scalars)
         for name, scalar in scalars.items():
             writer.add_scalar(name, scalar, global_step)
@@ -584,12 +569,11 @@ def train(args: Args):
 
         # Evaluation and checkpoint
         finished = global_step >= args.total_timesteps
-        evaluation_due = finished or global_step % args.eval_freq < T * N
+        evaluation_due = finished or global_step % args.eval_freq < T * N  # passed a multiple
         if evaluation_due:
             eval_env.name_prefix = f"step-{global_step}"  # of the video, if any
-            scores, lengths = evaluate(
-                agent, eval_env, envs.obs_stats, args.eval_episodes, args.seed + global_step
-            )
+            seed = args.seed + global_step
+            scores, lengths = evaluate(agent, eval_env, envs.obs_stats, args.eval_episodes, seed)
             evaluation = {
                 "step": global_step,
                 "return_mean": scores.mean().item(),
@@ -635,6 +619,25 @@ def train(args: Args):
     save_json(args.run_dir / "summary.json", evaluations[-1] | outcome)
 
 
+def evaluate(agent, env, obs_stats, episodes, seed):
+    """Raw returns and lengths (episodes,) of greedy episodes."""
+    act = agent.actor_fn()
+    returns = np.zeros(episodes)
+    lengths = np.zeros(episodes)
+    for episode in range(episodes):
+        # With seed + episode, runs with neighbouring seeds would share most initial states
+        obs, _ = env.reset(seed=seed if episode == 0 else None)
+        ended = False
+        while not ended:
+            action = agent.to_env(act(obs_stats.normalize(obs[None])))[0]
+            obs, reward, terminated, truncated, _ = env.step(action)
+            returns[episode] += reward
+            lengths[episode] += 1
+            # Not all environments have a time limit
+            ended = terminated or truncated or lengths[episode] == 100_000
+    return returns, lengths
+
+
 def evaluate_run(args: Args):
     """Prints the score of the latest agent of the run in the folder `args.evaluate`."""
     chosen = {name: getattr(args, name) for name in "seed eval_episodes capture_video".split()}
@@ -643,15 +646,16 @@ def evaluate_run(args: Args):
     folder = Path(args.evaluate)
     if not (folder / "agent.safetensors").exists():
         sys.exit(f"error: --evaluate {args.evaluate!r}: not the folder of a run with an agent")
-    saved = json.loads((folder / "args.json").read_text())["args"]
-    run = Args(**saved | chosen)
+    begun = json.loads((folder / "args.json").read_text())
+    if begun["identity"]["script_sha256"] != args.identity()["script_sha256"]:
+        print(f"warning: edited since; the run's is {folder}/{begun['script']}", file=sys.stderr)
+    run = Args(**begun["args"] | chosen)
     env = make_env(run, folder)
     env.name_prefix = f"evaluate-{run.seed}"  # of the video, if any
     agent = Agent(env, run)
     tensors = safetensors.torch.load_file(folder / "agent.safetensors")
-    obs_stats = RunningStats(())
-    obs_stats.mean = tensors.pop("obs_mean").numpy()
-    obs_stats.std = tensors.pop("obs_std").numpy()
+    obs_stats = RunningStats(env.observation_space.shape)
+    obs_stats.load_state_dict({"mean": tensors.pop("obs_mean"), "std": tensors.pop("obs_std")})
     agent.load_state_dict(tensors)
     scores, _ = evaluate(agent, env, obs_stats, run.eval_episodes, run.seed)
     env.close()
@@ -661,17 +665,17 @@ def evaluate_run(args: Args):
 # What follows is plumbing, not part of the algorithm.
 
 
-def compiled(agent, args, obs, action):
+def compiled(agent, args, env):
     """Compiles `gradient_and_metrics` by a call on a minibatch of zeros, before training is timed.
-    Returns it uncompiled if that fails. `obs` (T + 1, N, obs_dim), `action` (T, N, action_dim)."""
-    n = args.num_steps * args.num_envs // args.num_minibatches
-    mb_obs = torch.zeros(n, obs.shape[-1], device=args.device)
-    mb_action = torch.from_numpy(action[0, 0]).repeat(n, 1).to(args.device)
-    # cpp_wrapper makes a call cheaper; it has not been tried on a GPU
-    options = {"cpp_wrapper": args.device == "cpu"}
-    gradient_fn = torch.compile(gradient_and_metrics, options=options)
+    Returns it uncompiled if that fails. `env` tells the shapes of observations and actions."""
+    n = args.num_envs * args.num_steps // args.num_minibatches
+    action_dtype = torch.float32 if agent.gaussian else torch.int64
+    with torch.device(args.device):
+        mb_obs = torch.zeros(n, *env.observation_space.shape)
+        mb_action = torch.zeros(n, *env.action_space.shape, dtype=action_dtype)
     try:
         torch._dynamo.config.trace_autograd_ops = True  # one graph for the gradient and the loss
+        gradient_fn = torch.compile(gradient_and_metrics)
         gradient_fn(agent, args, mb_obs, mb_action, *torch.zeros(3, n, device=args.device))
         return gradient_fn
     except Exception as error:  # any exception is possible here, without a C++ compiler for one
@@ -680,9 +684,9 @@ def compiled(agent, args, obs, action):
 
 
 def numpy_fn(network):
-    """`network`, as it is now, as a function of NumPy arrays (batch, inputs). Linear, Tanh and ReLU
-    in a Sequential are computed in NumPy, which for a single observation takes a third of
-    PyTorch's time; any other network in PyTorch."""
+    """`network` as a function of NumPy arrays (batch, inputs), to be made anew after an update.
+    Linear, Tanh and ReLU in a Sequential are computed in NumPy, which for a single observation
+    takes a third of PyTorch's time; any other network in PyTorch."""
 
     @torch.no_grad()
     def in_torch(x):
@@ -713,7 +717,7 @@ def atomic_write(path):
     """Yields the path of a temporary file that then replaces `path`: no file is half written."""
     temporary = path.with_name(path.name + ".tmp")
     yield temporary
-    with open(temporary, "rb") as file:
+    with open(temporary, "rb+") as file:  # Windows syncs only what can be written
         os.fsync(file.fileno())
     os.replace(temporary, path)
 
@@ -733,7 +737,7 @@ def save_json(path, content):
 def provenance():
     """What one needs to repeat a run, besides its arguments."""
     script = Path(__file__).resolve()
-    packages = "gymnasium mujoco numpy".split()
+    packages = [name for name in ("gymnasium", "mujoco", "numpy") if find_spec(name)]
     commit = None
     if shutil.which("git"):
         command = ["git", "-C", script.parent, "describe", "--always", "--dirty", "--abbrev=40"]
@@ -788,10 +792,8 @@ def main():
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command continues")
     summary = json.loads((args.run_dir / "summary.json").read_text())
-    print(
-        f"{args.run_dir}: return {summary['return_mean']:.1f} (standard deviation "
-        f"{summary['return_std']:.1f}), {summary['sps']:,.0f} steps/s"
-    )
+    score = f"return {summary['return_mean']:.1f} (standard deviation {summary['return_std']:.1f})"
+    print(f"{args.run_dir}: {score}, {summary['sps']:,.0f} steps/s")
 
 
 if __name__ == "__main__":

@@ -54,6 +54,7 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import version
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, NamedTuple
 
@@ -174,15 +175,22 @@ class Args:
 
     def check(self):
         """Refuses what would run, but mean something else than it says. tyro prints the message."""
-        positive = "total_timesteps batch_size num_minibatches update_epochs micro_batch_size"
-        for name in f"{positive} prompt_length response_length eval_freq eval_episodes".split():
+        sizes = ("batch_size", "num_minibatches", "micro_batch_size", "update_epochs")
+        lengths = ("prompt_length", "response_length")
+        for name in (*sizes, *lengths, "total_timesteps", "eval_freq", "eval_episodes"):
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1")
-        if not 0 <= self.noise_level <= 1:
-            raise ValueError("noise_level must be between 0 and 1")
-        if min(self.seed, self.top_k, self.lora_r, self.alpha, self.beta) < 0:
-            raise ValueError("seed, top_k, lora_r, alpha and beta must not be negative")
+        if self.noise.endswith("flip") and self.noise_level > 1:
+            raise ValueError("noise_level is the probability of a flip, so at most 1")
+        if not 0 <= self.gamma <= 1:
+            raise ValueError("gamma must be between 0 and 1")
+        if self.max_grad_norm <= 0:
+            raise ValueError("max_grad_norm must be positive; 1e9 turns clipping off")
+        if min(self.seed, self.alpha, self.beta, self.noise_level, self.clip_coef) < 0:
+            raise ValueError("seed, alpha, beta, noise_level and clip_coef must not be negative")
+        if min(self.top_k, self.lora_r) < 0:
+            raise ValueError("top_k and lora_r must not be negative")
         processes = int(os.environ.get("WORLD_SIZE", 1))
         if self.batch_size % (self.num_minibatches * processes):
             raise ValueError("num_minibatches times processes must divide batch_size")
@@ -192,6 +200,8 @@ class Args:
             raise ValueError("z stands for log 0, so it must be negative")
         if self.noise == "none" and self.noise_level:
             raise ValueError("noise_level needs a kind of noise")
+        if self.track and not find_spec("wandb"):
+            raise ValueError("track needs wandb: pip install wandb")
         if self.load_in_4bit and not self.lora_r:
             raise ValueError("load_in_4bit needs LoRA, so lora_r > 0")
         if (Path(self.policy_model) / "adapter_config.json").exists():
@@ -205,16 +215,14 @@ class Args:
 
     def identity(self) -> dict:
         """What makes two runs the same: the script, and the arguments that may change results."""
-        identity = {"script_sha256": hashlib.sha256(Path(__file__).read_bytes()).hexdigest()}
+        script = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
         others = "run_name runs_dir device track evaluate".split()
-        for name, value in vars(self).items():
-            if name not in others:
-                identity[name] = value
-        return json.loads(json.dumps(identity))  # as in args.json, where tuples become lists
+        kept = {name: value for name, value in vars(self).items() if name not in others}
+        return json.loads(json.dumps({"script_sha256": script} | kept))  # tuples become lists
 
     @property
     def run_dir(self) -> Path:
-        return Path(self.runs_dir) / self.run_name.replace("/", "-")
+        return Path(self.runs_dir) / self.run_name.replace("/", "-").replace(":", "-")
 
 
 # The authors' settings, except that their base model for tldr is 4-bit. The toy's are ours.
@@ -589,7 +597,7 @@ def train(args: Args):
 
         # Evaluation and checkpoint
         finished = step >= args.total_timesteps
-        evaluation_due = finished or step % args.eval_freq < args.batch_size
+        evaluation_due = finished or step % args.eval_freq < args.batch_size  # passed a multiple
         if evaluation_due:
             evaluate_and_log(setup, args, progress, writer)
         checkpoint_due = evaluation_due or time.perf_counter() - saved > 600
@@ -1022,9 +1030,11 @@ def evaluate_run(args: Args):
     folder = Path(args.evaluate)
     if not (folder / "checkpoint.pt").exists():
         sys.exit(f"error: --evaluate {args.evaluate!r}: not the folder of a run with a checkpoint")
-    saved = json.loads((folder / "args.json").read_text())["args"]
+    begun = json.loads((folder / "args.json").read_text())
+    if begun["identity"]["script_sha256"] != args.identity()["script_sha256"]:
+        print(f"warning: edited since; the run's is {folder}/{begun['script']}", file=sys.stderr)
     place = {"runs_dir": str(folder.parent), "run_name": folder.name}
-    run = Args(**saved | chosen | place)
+    run = Args(**begun["args"] | chosen | place)
     setup = load(run)
     progress = restore(setup, run, torch.Generator(), np.random.default_rng())
     row, samples = evaluate(setup, run, progress.global_step)
@@ -1236,7 +1246,7 @@ def atomic_write(path):
     """Yields the path of a temporary file that then replaces `path`: no file is half written."""
     temporary = path.with_name(path.name + ".tmp")
     yield temporary
-    with open(temporary, "rb") as file:
+    with open(temporary, "rb+") as file:  # Windows syncs only what can be written
         os.fsync(file.fileno())
     os.replace(temporary, path)
 

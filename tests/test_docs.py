@@ -236,7 +236,7 @@ def test_your_own_reward(tmp_path, monkeypatch):
         envs.step(action)
     cost = plain.discounted_return - shaped.discounted_return
     np.testing.assert_allclose(cost, 0.1 * np.square(action).sum())
-    np.testing.assert_array_equal(shaped.episodes, plain.episodes)
+    np.testing.assert_array_equal(shaped.episode_return, plain.episode_return)
     train(script, args, tmp_path, **SHORT)
 
 

@@ -43,7 +43,7 @@ def test_a_script_has_the_projects_bounds(script):
     metadata = tomllib.loads(re.sub(r"(?m)^# ?", "", block))
     bounds = PROJECT["dependencies"] + (EXTRAS["rlhf"] if script == "sppo_rlhf" else [])
     if script in ATARI:  # they need neither MuJoCo nor Box2D
-        bounds = [text.replace("[mujoco,box2d]", "") for text in bounds]
+        bounds = [text.replace("[mujoco]", "") for text in bounds]
     assert metadata["requires-python"] == PROJECT["requires-python"]
     assert set(metadata["dependencies"]) <= set(bounds)
     needed = {Requirement(text).name.replace("-", "_") for text in metadata["dependencies"]}

@@ -683,7 +683,7 @@ def test_the_same_command_continues_to_the_bit(run, monkeypatch, summaries, upda
 def test_the_optimizer_gets_its_settings(run, monkeypatch):
     """Where gradients are clipped to nothing, weights only decay, in four steps."""
     loads = record(monkeypatch, rlhf, "load")
-    flags = {"learning_rate": 0.1, "weight_decay": 0.2, "adam_eps": 0.3, "max_grad_norm": 0.0}
+    flags = {"learning_rate": 0.1, "weight_decay": 0.2, "adam_eps": 0.3, "max_grad_norm": 1e-30}
     run(total_timesteps=8, **flags)
     ((_, setup),) = loads
     assert setup.optimizer.param_groups[0]["eps"] == 0.3
@@ -736,6 +736,7 @@ def test_a_command_finds_its_run_again(run, tmp_path, monkeypatch, capsys):
 
 
 def test_the_default_name_tells_runs_by_all_that_may_change_results(tmp_path, monkeypatch):
+    monkeypatch.setattr(rlhf, "find_spec", lambda name: True)
     name = rlhf.Args().run_name
     assert name.startswith("toy__sppo__none__1__")
     elsewhere = {"runs_dir": "elsewhere", "track": True, "evaluate": "a", "device": "cpu"}
@@ -766,6 +767,12 @@ def test_evaluate_repeats_the_last_evaluation(run, tmp_path, monkeypatch, capsys
         assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
     with pytest.raises(SystemExit, match="--evaluate takes only"):
         call_main(monkeypatch, *words, "--beta", "3")
+    edited = tmp_path / "edited.py"
+    edited.write_text(Path(rlhf.__file__).read_text() + "\n")
+    monkeypatch.setattr(rlhf, "__file__", str(edited))
+    call_main(monkeypatch, *words)
+    copy = folder / "sppo_rlhf.py"
+    assert f"warning: edited since; the run's is {copy}\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("heldout", [False, True])
@@ -1011,15 +1018,19 @@ def test_help_shows_the_defaults_of_the_task(capsys):
     "--prompt-length 0": "prompt_length must be at least 1",
     "--micro-batch-size 0": "micro_batch_size must be at least 1",
     "--batch-size 0": "batch_size must be at least 1",
-    "--lora-r -1": "seed, top_k, lora_r, alpha and beta must not be negative",
-    "--seed -1": "seed, top_k, lora_r, alpha and beta must not be negative",
-    "--noise flip --noise-level 1.5": "noise_level must be between 0 and 1",
+    "--lora-r -1": "top_k and lora_r must not be negative",
+    "--seed -1": "must not be negative",
+    "--noise flip --noise-level 1.5": "noise_level is the probability of a flip, so at most 1",
+    "--gamma -1": "gamma must be between 0 and 1",
+    "--max-grad-norm 0": "max_grad_norm must be positive; 1e9 turns clipping off",
+    "--track": "track needs wandb: pip install wandb",
     "--load-in-4bit": "load_in_4bit needs LoRA",
     "--device cuda": "there is no GPU",
 }.items())  # fmt: skip
 def test_flags_that_would_mean_something_else_are_refused(flags, message, monkeypatch, capsys):
     """By each of two processes."""
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    monkeypatch.setattr(rlhf, "find_spec", lambda name: None)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit) as exit_:
         rlhf.parse_args(flags.split())

@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import sys
-from importlib.metadata import version
+from importlib.metadata import PackageNotFoundError, version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -95,7 +95,11 @@ def test_a_run_leaves_what_it_promises(setting, launch, tmp_path, monkeypatch):
         named.append(Path(target).name)
         replace(source, target)
 
-    monkeypatch.setattr(os, "fsync", lambda file: synced.add(os.fstat(file).st_ino))
+    def fsync(file):
+        os.write(file, b"")  # Windows, too, refuses files that are open for reading only
+        synced.add(os.fstat(file).st_ino)
+
+    monkeypatch.setattr(os, "fsync", fsync)
     monkeypatch.setattr(os, "replace", recording_replace)
     end, out, _ = launch(eval_freq=128, seed=7, noise="uniform")
     evaluation = ["progress.csv", "agent.safetensors", "checkpoint.pt"]
@@ -185,6 +189,7 @@ def test_scores_are_logged_once_an_episode_has_ended(setting, tmp_path):
 @of_each
 def test_a_tracked_run_tells_weights_and_biases_its_arguments(setting, tmp_path, monkeypatch):
     calls = []
+    monkeypatch.setattr(setting.script, "find_spec", lambda name: True)
     wandb = SimpleNamespace(init=lambda **arguments: calls.append(arguments))
     monkeypatch.setitem(sys.modules, "wandb", wandb)
     _, folder = setting.run(tmp_path, track=True, total_timesteps=64)
@@ -209,6 +214,7 @@ def test_only_what_may_change_results_changes_the_folder(setting, tmp_path, monk
     def name(**flags):
         return setting.args("runs", run_name=None, **flags).run_name
 
+    monkeypatch.setattr(setting.script, "find_spec", lambda name: True)  # all is installed
     plain = name()
     assert plain.startswith(f"{setting.small['env_id']}__{setting.symmetric_algo}__none__1__")
     for flags in ({"gamma": 0.9}, {"beta": 0.0}, {"eval_freq": 64}, {"num_steps": 16}, {"seed": 2}):
@@ -376,13 +382,22 @@ def test_a_run_has_one_process_at_a_time(setting, launch, tmp_path, monkeypatch)
 
 BAD = [
     (SETTINGS, {"z": 0.0}, "z stands for log 0"),
-    (SETTINGS, {"alpha": -1.0}, "alpha and beta must not be negative"),
-    (SETTINGS, {"seed": -1}, "seed, alpha and beta must not be negative"),
+    (SETTINGS, {"alpha": -1.0}, "seed, alpha, beta"),
+    (SETTINGS, {"seed": -1}, "must not be negative"),
+    (SETTINGS, {"noise": "normal", "noise_level": -1.0}, "must not be negative"),
+    (PPO, {"clip_coef": -0.1}, "clip_coef must not be negative"),
+    (SETTINGS, {"gamma": 1.01}, "gamma must be between 0 and 1"),
+    (SETTINGS, {"max_grad_norm": 0.0}, "max_grad_norm must be positive; 1e9 turns clipping off"),
     (SETTINGS, {"noise_level": 0.1}, "noise_level needs a kind of noise"),
-    (SETTINGS, {"noise": "adv_flip", "noise_level": 1.5}, "must be between 0 and 1"),
+    (
+        SETTINGS,
+        {"noise": "adv_flip", "noise_level": 1.5},
+        "noise_level is the probability of a flip",
+    ),
     (SETTINGS, {"evaluate": "x", "gamma": 0.9}, "--evaluate takes only --seed"),
     (SETTINGS, {"evaluate": ""}, "--evaluate '': not the folder of a run with an agent"),
     (SETTINGS, {"capture_video": True}, "capture_video needs moviepy: pip install moviepy"),
+    (SETTINGS, {"track": True}, "track needs wandb: pip install wandb"),
     (PPO, {"num_minibatches": 5}, "must divide 64 steps"),
     (CONTINUOUS, {"policy": "gaussian", "beta": 1.0}, "beta needs probabilities"),
     (CONTINUOUS, {"noise": "flip"}, "invalid choice 'flip'"),
@@ -404,7 +419,7 @@ BAD = [
 def test_bad_input_is_named_and_begins_nothing(
     setting, flags, message, launch, tmp_path, monkeypatch
 ):
-    monkeypatch.setattr(setting.script, "find_spec", lambda name: None)  # moviepy is not installed
+    monkeypatch.setattr(setting.script, "find_spec", lambda name: None)  # nothing is installed
     try:
         end, _, err = launch(**flags)
     except gym.error.Error as error:  # a traceback, whose last line says enough
@@ -439,9 +454,12 @@ def test_weights_that_are_not_finite_spare_the_files(setting, launch, tmp_path, 
     assert [row["step"] for row in progress(folder)] == [64]
 
 
-def test_without_git_and_a_compiler_it_says_so_and_runs(setting, launch, tmp_path, monkeypatch):
+@pytest.mark.parametrize("compile", [lambda *_: 1 / 0, lambda *_: lambda *_: 1 / 0])
+def test_without_git_and_a_compiler_it_says_so_and_runs(
+    setting, launch, tmp_path, monkeypatch, compile
+):
     """On Atari nothing is compiled for a CPU."""
-    monkeypatch.setattr(torch, "compile", lambda *_, **__: lambda *_: 1 / 0)
+    monkeypatch.setattr(torch, "compile", compile)
     monkeypatch.setattr(shutil, "which", lambda command: None)
     end, _, err = launch(compile=True, total_timesteps=64)
     assert end == 0
@@ -492,3 +510,38 @@ def test_evaluate_plays_the_latest_agent_of_a_run(setting, launch, tmp_path):
         score = f"{row['return_mean']:.1f} (standard deviation {row['return_std']:.1f})"
         assert (end, out.splitlines()[-1]) == (0, f"{folder}: return {score}")
         assert files(folder) == before
+
+
+@of_each
+def test_evaluate_warns_of_an_edited_script(setting, launch, tmp_path, monkeypatch):
+    launch()
+    assert launch(evaluate=tmp_path / "run")[2] == ""
+    edited = tmp_path / "edited.py"
+    edited.write_text(Path(setting.script.__file__).read_text() + "# an edit\n")
+    monkeypatch.setattr(setting.script, "__file__", str(edited))
+    end, _, err = launch(evaluate=tmp_path / "run")
+    copy = tmp_path / "run" / f"{setting}.py"
+    assert (end, err) == (0, f"warning: edited since; the run's is {copy}\n")
+
+
+def test_noise_is_a_scale_but_for_flips(setting):
+    assert setting.args("runs", noise="normal", noise_level=2.0).noise_level == 2
+
+
+def test_a_folders_name_is_valid_on_all_systems(setting):
+    """Windows refuses these; with a colon, Gymnasium imports a module first."""
+    folder = setting.args("runs", run_name="module:namespace/Task-v0__1").run_dir
+    assert folder.parent.name == "runs"
+    assert not set(folder.name) & set('<>:"/|?*')
+
+
+@pytest.mark.parametrize("setting", [SPPO_CONTINUOUS], ids=str, indirect=True)
+def test_an_environment_of_ones_own_needs_no_mujoco(setting, monkeypatch):
+    def version(name):
+        if name == "mujoco":
+            raise PackageNotFoundError(name)
+        return "1"
+
+    monkeypatch.setattr(setting.script, "find_spec", lambda name: name != "mujoco" or None)
+    monkeypatch.setattr(setting.script, "version", version)
+    assert set(setting.script.provenance()["versions"]) == {"torch", "gymnasium", "numpy"}
