@@ -164,3 +164,28 @@ def test_areas_under_the_curves_of_noise():
     page = (ROOT / "results/noise/README.md").read_text()
     for name, method in (("Gaussian PPO", "ppo"), ("DPPO", "dppo"), ("SPPO", "sppo")):
         assert f"\n| {name} | {relative[method].mean():.2f} (" in page
+
+
+def test_intervals_by_t_of_noise_are_welchs():
+    """On one task, of seeds' means over two levels."""
+    analysis = runpy.run_path(str(ROOT / "results/noise/analyse.py"))
+    scores = analysis["scores_of"](analysis["read"]())
+    clean = scores["Hopper-v4", 0, "dppo"].mean()
+    a, b = (
+        np.mean([scores["Hopper-v4", level, method] for level in (0.1, 0.2)], axis=0) / clean
+        for method in ("sppo", "ppo")
+    )
+    expected = stats.ttest_ind(a, b, equal_var=False)
+    low, high = expected.confidence_interval()
+    found = analysis["welch"](scores, "sppo", "ppo", [0.1, 0.2], ["Hopper-v4"])
+    assert found == pytest.approx((a.mean() - b.mean(), low, high, expected.pvalue))
+
+
+@pytest.mark.parametrize(
+    ("page", "game", "digits"),
+    [("authors/README", "WizardOfWor", 0), ("atari", "Breakout", 1), ("atari", "Pong", 1)],
+)
+def test_a_page_shows_a_random_agents_score(page, game, digits):
+    score = report.read_csv(ROOT / "results/authors/random.csv").query("game == @game")["score"]
+    shown = f"{score.mean():.{digits}f} ± {score.sem():.{digits}f}"
+    assert shown in PAGES[f"results/{page}.md"]
