@@ -46,7 +46,7 @@ import warnings
 from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import version
+from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal
@@ -174,9 +174,8 @@ class Args:
 def make_env(args, run_dir=None):
     # Gymnasium warns that the paper's environments (MuJoCo v4) have newer versions
     warnings.filterwarnings("ignore", message=".*is out of date.*")
-    # Some environments do not accept `render_mode`
     video = args.capture_video and run_dir is not None
-    options = {"render_mode": "rgb_array"} if video else {}
+    options = {"render_mode": "rgb_array"} if video else {}  # some environments do not accept it
     env = gym.make(args.env_id, **options)
     for space in (env.observation_space, env.action_space):
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
@@ -737,16 +736,17 @@ def save_json(path, content):
 def provenance():
     """What one needs to repeat a run, besides its arguments."""
     script = Path(__file__).resolve()
-    packages = [name for name in ("gymnasium", "mujoco", "numpy") if find_spec(name)]
+    packages = "gymnasium mujoco numpy".split()  # MuJoCo may be missing
     commit = None
     if shutil.which("git"):
         command = ["git", "-C", script.parent, "describe", "--always", "--dirty", "--abbrev=40"]
         commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    versions = {d.name: d.version for d in distributions() if d.name in packages}
     return {
         "script": script.name,
         "command": sys.argv,
         "commit": commit,
-        "versions": {"torch": torch.__version__} | {name: version(name) for name in packages},
+        "versions": {"torch": torch.__version__} | versions,
         "platform": platform.platform(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

@@ -53,7 +53,7 @@ from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import version
+from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -1271,11 +1271,12 @@ def provenance():
     if shutil.which("git"):
         command = ["git", "-C", script.parent, "describe", "--always", "--dirty", "--abbrev=40"]
         commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    versions = {d.name: d.version for d in distributions() if d.name in packages}
     return {
         "script": script.name,
         "command": sys.argv,
         "commit": commit,
-        "versions": {"torch": torch.__version__} | {name: version(name) for name in packages},
+        "versions": {"torch": torch.__version__} | versions,
         "platform": platform.platform(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

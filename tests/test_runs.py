@@ -6,7 +6,7 @@ import json
 import os
 import shutil
 import sys
-from importlib.metadata import PackageNotFoundError, version
+from importlib.metadata import distributions, version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -537,11 +537,6 @@ def test_a_folders_name_is_valid_on_all_systems(setting):
 
 @pytest.mark.parametrize("setting", [SPPO_CONTINUOUS], ids=str, indirect=True)
 def test_an_environment_of_ones_own_needs_no_mujoco(setting, monkeypatch):
-    def version(name):
-        if name == "mujoco":
-            raise PackageNotFoundError(name)
-        return "1"
-
-    monkeypatch.setattr(setting.script, "find_spec", lambda name: name != "mujoco" or None)
-    monkeypatch.setattr(setting.script, "version", version)
+    others = [found for found in distributions() if found.name != "mujoco"]
+    monkeypatch.setattr(setting.script, "distributions", lambda: others)
     assert set(setting.script.provenance()["versions"]) == {"torch", "gymnasium", "numpy"}
