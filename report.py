@@ -129,7 +129,7 @@ def read_run(path: Path) -> tuple[dict, DataFrame]:
     """A run's arguments, SCORES, PROVENANCE; its evaluations. Raises Refusal if it is too old."""
     recorded = json.loads((path / "args.json").read_text())
     if "identity" not in recorded:
-        raise Refusal(f"{path}: a run of an earlier version of the scripts")
+        raise Refusal(f"{path}: a run of an earlier version of the scripts; leave it out")
     run = dict.fromkeys([*SCORES, *PROVENANCE])
     hardware = [recorded.get(name) for name in ("platform", "cpu", "gpu")]
     where = {"versions": recorded.get("versions"), "hardware": hardware}

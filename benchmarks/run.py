@@ -3,8 +3,7 @@
     ./benchmark.sh quick --dry-run | python benchmarks/run.py --jobs 2 --runs-dir runs/quick
 
 The same list again continues. The cores are divided among the jobs, unless OMP_NUM_THREADS is set.
-docs/benchmark.md says what runs on GPUs, and how many at a time.
-"""
+docs/benchmark.md says what runs on GPUs, and how many at a time."""
 
 import hashlib
 import json
@@ -35,10 +34,11 @@ class Args:
 def unfinished(commands, runs_dir):
     """Those without a finished run of this very command, by the script as it is now."""
     finished = set()
-    for summary in runs_dir.glob("*/summary.json"):
-        begun = json.loads(summary.with_name("args.json").read_text())
-        for process in [begun, *begun["continued"]]:
-            finished.add((begun["identity"]["script_sha256"], *process["command"]))
+    for path in runs_dir.glob("*/args.json"):
+        begun = json.loads(path.read_text())
+        if path.with_name("summary.json").exists() and "identity" in begun:  # else of old scripts
+            for process in [begun, *begun["continued"]]:
+                finished.add((begun["identity"]["script_sha256"], *process["command"]))
     for command in commands:
         script, *flags = shlex.split(command)[1:]  # without "python"
         digest = hashlib.sha256(Path(script).read_bytes()).hexdigest()

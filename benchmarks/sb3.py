@@ -12,10 +12,15 @@ For continuous control all follow Stable-Baselines3's defaults, with VecNormaliz
 steps in four environments. For Atari the settings are those of its own benchmark, with its usual
 wrappers. SBX has no A2C. Scores are taken as in our scripts: raw rewards, and greedy actions and
 the statistics of the training, or sampled actions in whole games. Writes args.json, progress.csv
-and summary.json like our scripts, for report.py; `sps` is without start-up and evaluation."""
+and summary.json like our scripts, for report.py and run.py; `sps` is without start-up and
+evaluation."""
 
 import csv
+import hashlib
 import json
+import platform
+import shutil
+import subprocess
 import sys
 import time
 import warnings
@@ -113,6 +118,27 @@ def evaluate(args, model):
     }
 
 
+def provenance(args):
+    """The rest of args.json, by the names that our scripts give it."""
+    script = Path(__file__).resolve()
+    package = {"sb3": "stable-baselines3", "sbx": "sbx-rl"}[args.library]
+    commit = None
+    if shutil.which("git"):
+        command = ["git", "-C", script.parent, "describe", "--always", "--dirty", "--abbrev=40"]
+        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
+    return {
+        "identity": {"script_sha256": hashlib.sha256(script.read_bytes()).hexdigest()},
+        "script": script.name,
+        "command": sys.argv,
+        "commit": commit,
+        "versions": {package: version(package), "torch": torch.__version__},
+        "platform": platform.platform(),
+        "cpu": torch.backends.cpu.get_cpu_capability(),
+        "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
+        "continued": [],
+    }
+
+
 def main(args: Args):
     if args.library == "sbx" and (args.atari or args.algo != "ppo"):
         sys.exit("error: --library sbx: only PPO in continuous control")
@@ -121,6 +147,7 @@ def main(args: Args):
     folder = Path(args.runs_dir, args.run_name)
     if (folder / "summary.json").exists():
         sys.exit(f"error: {folder}: a finished run; choose another --run-name")
+    begun = {"args": vars(args) | {"noise": "none", "noise_level": 0.0}, **provenance(args)}
     warnings.filterwarnings("ignore", message=".*is out of date.*")
     gym.register_envs(ale_py)
     model = make_model(args)
@@ -134,15 +161,9 @@ def main(args: Args):
     seconds = time.perf_counter() - started
 
     row = evaluate(args, model)
-    package = {"sb3": "stable-baselines3", "sbx": "sbx-rl"}[args.library]
-    content = {
-        "args": vars(args) | {"noise": "none", "noise_level": 0.0},
-        "script": "sb3.py",
-        "versions": {package: version(package), "torch": torch.__version__},
-    }
     sps = (model.num_timesteps - first_step) / seconds
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "args.json").write_text(json.dumps(content, indent=2))
+    (folder / "args.json").write_text(json.dumps(begun, indent=2))
     with open(folder / "progress.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, row)
         writer.writeheader()

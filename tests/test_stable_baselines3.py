@@ -1,8 +1,11 @@
 """Our scripts take the updates of Stable-Baselines3: A2C and PPO, which are ours with beta 0, and
-SA2C and SPPO as docs/copy-and-modify.md makes them of these."""
+SA2C and SPPO as docs/copy-and-modify.md makes them of these. benchmarks/sb3.py's runs are read like
+ours."""
 
 import re
 import runpy
+import shlex
+import sys
 from pathlib import Path
 
 import gymnasium as gym
@@ -17,8 +20,13 @@ from stable_baselines3.common.logger import configure
 from stable_baselines3.common.sb2_compat.rmsprop_tf_like import RMSpropTFLike
 from stable_baselines3.common.vec_env import DummyVecEnv
 
+import report
+
 T, N = 5, 2
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "benchmarks"))
+import run as benchmark_run  # noqa: E402
+
 PAGE = (ROOT / "docs/copy-and-modify.md").read_text()
 
 
@@ -207,3 +215,31 @@ def test_the_pages_models_take_our_symmetric_updates(setting, tmp_path, monkeypa
     differences = [(x - y).abs().max().item() for x, y in zip(theirs, agent.parameters())]
     # Clipping adds 1e-6 to the norm, which is not divided by k
     assert max(differences) < (2e-7 if setting.ppo else 1e-15)
+
+
+def test_its_runs_and_ours_share_a_folder(tmp_path, monkeypatch):
+    """A report compares them, and a list that has both is done."""
+    runs = tmp_path / "runs"
+    common = ["--env-id", "InvertedDoublePendulum-v4", "--total-timesteps", "64"]
+    common += ["--eval-episodes", "1", "--runs-dir", str(runs)]
+    ours = ["sa2c_continuous.py", "--policy", "gaussian", "--no-compile", *common]
+    theirs = ["benchmarks/sb3.py", "--algo", "a2c", *common]
+    monkeypatch.chdir(ROOT)
+    for command in (ours, theirs):
+        monkeypatch.setattr(sys, "argv", command)
+        runpy.run_path(command[0], run_name="__main__")
+    (runs / "another").mkdir()
+    (runs / "another/summary.json").write_text("{}")
+    old = runs / "of an earlier sb3.py"
+    old.mkdir()
+    (old / "args.json").write_text("{}")
+    (old / "summary.json").write_text("{}")
+
+    commands = [shlex.join(["python", *words]) for words in (ours, theirs, [*theirs, "--seed=2"])]
+    assert list(benchmark_run.unfinished(commands, runs)) == commands[2:]
+    (old / "args.json").unlink()  # report.py refuses it
+    args = report.Args(folders=(runs,), out=tmp_path / "report", compare=("a2c", "sb3-a2c"))
+    report.main(args)
+    page = (args.out / "report.md").read_text()
+    assert "Over 1 cell, 2 runs, a2c's last evaluation differs from sb3-a2c's by " in page
+    assert len(re.findall(r"(?m)^\| 1 \| (?:sa2c_continuous|sb3).py \| 64 \|", page)) == 2
