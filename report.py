@@ -182,8 +182,9 @@ def pack(runs: DataFrame, progress: DataFrame, folder: Path) -> None:
 
 
 def label_runs(runs: DataFrame, progress: DataFrame, logged: tuple) -> DataFrame:
-    """Finished runs with `reward`, the kind they learned from, and `extra_columns`: logged ones as
-    means over a run, others from the last evaluation. Raises Refusal if a cell mixes settings."""
+    """Finished runs with `reward`, the kind they learned from, their `lowest` return, and
+    `extra_columns`: logged ones as means over a run, others from the last evaluation. Raises
+    Refusal if a cell mixes settings."""
     finished = runs[runs["finished"]].copy()
     clean = finished["noise"] == "none"
     finished["noise_level"] = finished["noise_level"].mask(clean, 0.0)
@@ -193,6 +194,8 @@ def label_runs(runs: DataFrame, progress: DataFrame, logged: tuple) -> DataFrame
     for cell, group in finished.groupby(CELL):
         check_cell(" ".join(cell), group)
     evaluations = progress.groupby("run_name")
+    lowest = finished["run_name"].map(evaluations["return_mean"].min())
+    finished["lowest"] = np.fmin(lowest, finished["training"].astype(float))
     for name in extra_columns(progress, logged):
         column = evaluations[name]
         values = column.mean() if name in logged else column.last()
@@ -289,6 +292,11 @@ def bootstrap(cells: list, statistic) -> tuple[float, float, float]:
     if fewest < 2 or low == high:
         return value, math.nan, math.nan
     return value, low, high
+
+
+def difference(a, b):
+    """Of the means of `a` and `b`, arrays (..., runs): (...,)."""
+    return a.mean(-1) - b.mean(-1)
 
 
 def relative_difference(a, b):
@@ -406,44 +414,57 @@ def pooled_text(runs: DataFrame, pairs: list[tuple]) -> list[str]:
     parts = dict(list(runs.groupby("reward", sort=False)))
     if len(parts) > 1:
         parts = {"all": runs} | parts
+    signed = set(runs.loc[runs["lowest"] <= 0, "env_id"])
     sentences = []
     rows = []
     for a, b in pairs:
         of_pair = []
         for reward, part in parts.items():
             for measure, title in MEASURES.items():
-                found = pool(cells_of(part, measure), a, b)
+                found = pool(cells_of(part, measure), a, b, signed)
                 if found:
                     of_pair.append([f"{a} against {b}", reward, title, *found])
         rows += of_pair
-        *_, count, share, chance = of_pair[0]
-        differs = f"{a}'s last evaluation differs from {b}'s by {share}; " if share else ""
+        *_, count, by, chance = of_pair[0]
+        differs = f"{a}'s last evaluation differs from {b}'s by {by}"
         wins = f"a run of {a} beats one of {b} with probability {chance}"
-        sentences.append(f"- Over {count}, {differs}{wins}.")
+        sentences.append(f"- Over {count}, {differs}; {wins}.")
+    page = ["## Over all tasks", "\n".join(sentences)]
+    if signed:
+        note = "In {}, differences are in points, whatever the rewards: returns there can be 0 or "
+        note += "less, as some here are, and percentages of such returns mean nothing."
+        page.append(note.format(", ".join(sorted(signed))))
     columns = ["", "rewards", "measure", "of", "difference", "probability"]
-    table = markdown(DataFrame(rows, columns=columns))
-    return ["## Over all tasks", "\n".join(sentences), table]
+    return [*page, markdown(DataFrame(rows, columns=columns))]
 
 
-def pool(cells: dict, a: str, b: str) -> list[str]:
-    """Cells that both have, a's relative difference from b, how often it beats b: texts, if any."""
+def pool(cells: dict, a: str, b: str, signed: set) -> list[str]:
+    """Cells that both have, a's difference from b, how often it beats b: texts, if any. The
+    difference is relative, but absolute on `signed` tasks, whose returns can be 0 or less: in all
+    their cells, since by its own scores a cell would drop out where noise has ruined the task."""
     both = []
-    positive = []  # a share of a score that may be negative means nothing
+    groups = {}  # by signed task, the others under ""
     runs = 0
-    for cell in cells.values():
+    for (_, task), cell in cells.items():
         if a in cell and b in cell:
             both.append((cell[a], cell[b]))
             runs += len(cell[a]) + len(cell[b])
-            if min(cell[b]) > 0:
-                positive.append(both[-1])
+            group = task if task in signed else ""
+            groups.setdefault(group, []).append(both[-1])
     if not both:
         return []
-    share = estimate(*bootstrap(positive, relative_difference), "+.1%")
-    if share and len(positive) < len(both):
-        share += f", in {len(positive)} of them, where {b} always scores above zero"
+    texts = []
+    for task, group in sorted(groups.items()):
+        if task:
+            value, low, high = bootstrap(group, difference)
+            ends = "" if math.isnan(low) else f" ({interval(low, high)})"
+            texts.append(f"{number(value)}{ends} in {task}")
+        else:
+            share = estimate(*bootstrap(group, relative_difference), "+.1%")
+            texts.append(f"{share} in {len(group)} of them" if len(groups) > 1 else share)
     chance = estimate(*bootstrap(both, win_rate), ".2f")
     cells = "cell" if len(both) == 1 else "cells"
-    return [f"{len(both)} {cells}, {runs} runs", share, chance]
+    return [f"{len(both)} {cells}, {runs} runs", ", ".join(texts), chance]
 
 
 def middle_table(runs: DataFrame) -> list[str]:

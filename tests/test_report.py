@@ -217,14 +217,24 @@ def test_one_seed_has_no_interval(tmp_path):
     assert not (tmp_path / "out/differences.png").exists()
 
 
-def test_no_share_of_what_may_be_negative(tmp_path):
+@pytest.mark.parametrize("measure, when", [("return_mean", 0), ("charts/episodic_return", 11)])
+def test_tasks_whose_returns_can_be_negative_have_no_percentage(measure, when, page, tmp_path):
+    """Whatever the rewards, though only one return, in another method's noisy run, shows it."""
     runs = make_grid(tmp_path / "runs")
-    for seed, score in enumerate([-300, 100, 900]):
-        for method in ("dppo", "sppo"):
-            make_run(runs, method, score, seed, "Pong")
+    for noise in ("none", "normal"):
+        for method, score in {"dppo": 10, "sppo": 20}.items():
+            for seed in range(2):
+                make_run(runs, method, score + seed, seed, "Pong", noise=noise)
+    curve = [9.0] * 12
+    curve[when] = -1.0
+    make_run(runs, "ppo", 9, 0, "Pong", noise="normal", columns={measure: curve})
+    pooled = table_after(page, "## Over all tasks")[1]
     page = write_report(runs, out=tmp_path / "out")
-    assert "Over 3 cells, 18 runs" in page
-    assert ", in 2 of them, where dppo always scores above zero" in page
+    rows = {tuple(row[1:3]): row[3:] for row in table_after(page, "## Over all tasks")}
+    clean, noisy = (rows[reward, "last evaluation"][1] for reward in ("clean", "normal 0.05"))
+    assert clean.startswith(f"{pooled[4]} in 2 of them, 10.0 (")
+    assert re.fullmatch(r"10\.0 \([\d.]+ to [\d.]+\) in Pong", noisy)
+    assert "In Pong, differences are in points, whatever the rewards: returns there can" in page
 
 
 def test_interquartile_means_are_of_normalised_scores(page):

@@ -133,6 +133,20 @@ def test_every_table_of_means_is_checked(page):
     assert [line for table in unmarked for line in table.splitlines() if "±" in line] == []
 
 
+def test_pooled_percentages_are_those_of_the_report():
+    """Of the suite evidence: "1.7 % (-7.4 to 13.4)" on a page."""
+    runs = report.label_runs(*report.read_folders((ROOT / "results/evidence",)), ())
+    pairs = [("sppo", "dppo"), ("ppo", "dppo"), ("sppo-p", "dppo")]
+    pairs += [("sppo", "dppo-coef"), ("sppo", "dppo-norm")]
+    pooled = "\n\n".join(report.pooled_text(runs, pairs))
+    assert pooled in (ROOT / "results/evidence/report.md").read_text()
+    pages = PAGES["README.md"] + PAGES["docs/reproduction.md"] + PAGES["results/control.md"]
+    shown = re.findall(rf"{NUMBER} % \((?:95 % interval )?{NUMBER} to {NUMBER}\)", pages)
+    assert len(shown) == 9
+    for numbers in shown:
+        assert "{:+}% ({:+}% to {:+}%)".format(*map(float, numbers)) in pooled
+
+
 @pytest.mark.parametrize(("suite", "count"), [("noise", 225), ("authors", 21)])
 def test_documented_lines_list_the_packed_runs(suite, count):
     """Whose commands are in runs.csv.gz, without "python"."""
