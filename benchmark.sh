@@ -11,7 +11,7 @@ usage: ./benchmark.sh SUITE [options] [-- FLAGS]
 suites
   quick        three tasks of continuous control, 200,000 steps: an hour on two cores
   continuous   the paper's nine tasks of continuous control, 30 seeds
-  atari        22 games, 5 seeds; of the paper's games we know WizardOfWor only
+  atari        22 games, 5 seeds; the first twelve are the paper's, by public reviews of it
   rlhf         language models: imdb and tldr, 5 seeds (offline: --envs toy)
   evidence     three tasks, a million steps, 8 seeds: what explains SPPO; also Breakout and imdb
   sweep        learning rate x clip range, DPPO and SPPO, two tasks, 200,000 steps, 5 seeds
@@ -157,9 +157,9 @@ others=(Ant-v4 HumanoidStandup-v4 Walker2d-v4 HalfCheetah-v4 Swimmer-v4 BipedalW
 case $suite in
     quick) commands=$(list methods 3 "${three[@]}") ;;
     continuous) commands=$(list methods 30 "${three[@]}" "${others[@]}") ;;
-    atari) commands=$(list methods 5 Alien Amidar Assault Asterix BeamRider Boxing Breakout \
-        Centipede CrazyClimber DemonAttack Freeway Frostbite Gopher Krull KungFuMaster MsPacman \
-        Pong Qbert RoadRunner Seaquest SpaceInvaders WizardOfWor) ;;
+    atari) commands=$(list methods 5 Alien Centipede CrazyClimber Gopher Gravitar MsPacman \
+        NameThisGame Qbert StarGunner UpNDown VideoPinball WizardOfWor Assault Asterix BeamRider \
+        Breakout DemonAttack Frostbite Pong RoadRunner Seaquest SpaceInvaders) ;;
     rlhf) commands=$(list methods 5 imdb tldr) ;;
     evidence) commands=$(list evidence 8 "${three[@]}") ;;
     sweep) commands=$(list sweep 5 Hopper-v4 LunarLanderContinuous-v3) ;;

@@ -12,6 +12,8 @@ import sys
 import time
 from pathlib import Path
 
+import ale_py
+import gymnasium as gym
 import pytest
 import tyro
 from helpers import SETTINGS
@@ -79,6 +81,18 @@ def test_tasks_have_the_papers_steps():
         flags = dict(zip(words[::2], words[1::2]))
         steps = ppos.get(flags["--env-id"], 2 * M) if "sppo" in script else 2 * M
         assert flags["--total-timesteps"] == str(steps)
+
+
+def test_the_papers_games_come_first_and_all_exist():
+    """As far as public reviews name them."""
+    papers = "Alien Centipede CrazyClimber Gopher Gravitar MsPacman NameThisGame Qbert StarGunner "
+    papers += "UpNDown VideoPinball WizardOfWor"
+    games = [words[words.index("--env-id") + 1] for words in listed("atari --seeds 1")]
+    games = list(dict.fromkeys(games))
+    assert games[:12] == papers.split()
+    assert len(games) == 22
+    gym.register_envs(ale_py)
+    assert {f"ALE/{game}-v5" for game in games} <= gym.registry.keys()
 
 
 FACTORS = {"norm": ["max_grad_norm"], "coef": ["vf_coef", "ent_coef"], "ce": ["ce_coef"]}
