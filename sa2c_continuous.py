@@ -621,8 +621,7 @@ def evaluate(agent, env, obs_stats, episodes, seed):
             obs, reward, terminated, truncated, _ = env.step(action)
             returns[episode] += reward
             lengths[episode] += 1
-            # Not all environments have a time limit
-            ended = terminated or truncated or lengths[episode] == 100_000
+            ended = terminated or truncated or lengths[episode] == 100_000  # without a time limit
     return returns, lengths
 
 
@@ -663,7 +662,8 @@ def compiled(agent, args, env):
         b_action = torch.zeros(n, *env.action_space.shape, dtype=action_dtype)
     try:
         torch._dynamo.config.trace_autograd_ops = True  # one graph for the gradient and the loss
-        gradient_fn = torch.compile(gradient_and_metrics)
+        options = {"cpp_wrapper": args.device == "cpu"}  # cheaper calls; not tried on a GPU
+        gradient_fn = torch.compile(gradient_and_metrics, options=options)
         gradient_fn(agent, args, b_obs, b_action, *torch.zeros(2, n, device=args.device))
         return gradient_fn
     except Exception as error:  # any exception is possible here, without a C++ compiler for one

@@ -454,7 +454,7 @@ def test_weights_that_are_not_finite_spare_the_files(setting, launch, tmp_path, 
     assert [row["step"] for row in progress(folder)] == [64]
 
 
-@pytest.mark.parametrize("compile", [lambda *_: 1 / 0, lambda *_: lambda *_: 1 / 0])
+@pytest.mark.parametrize("compile", [lambda *_, **__: 1 / 0, lambda *_, **__: lambda *_: 1 / 0])
 def test_without_git_and_a_compiler_it_says_so_and_runs(
     setting, launch, tmp_path, monkeypatch, compile
 ):
