@@ -602,6 +602,19 @@ def test_a_run_leaves_what_it_promises(run):
     assert scores == pytest.approx([row["return_mean"] for row in rows])
 
 
+def test_sppo_is_ppo_with_another_weight_to_the_last_bit(run):
+    """alpha L + beta Lr has the gradient of (alpha + beta) L; doubling alpha rounds nothing."""
+
+    def trained(name, **weights):
+        folder = run(name, learning_rate=1e-2, noise="adv_flip", **weights)
+        assert progress(folder)[-1]["losses/clipfrac"] > 0.1  # the mask counts
+        return (folder / "policy/model.safetensors").read_bytes(), read_samples(folder)
+
+    sppo = trained("sppo", alpha=0.5, beta=0.5)
+    assert trained("ppo", beta=0.0) == sppo
+    assert trained("half", alpha=0.5, beta=0.0) != sppo
+
+
 def test_the_saved_policy_is_a_folder_like_any_other(run):
     folder = run(learning_rate=1e-2)
     tokenizer = AutoTokenizer.from_pretrained(folder / "policy")
