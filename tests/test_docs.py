@@ -104,7 +104,7 @@ def test_the_functions_and_flags_that_a_page_names_exist(text):
 
 # ---- Commands
 
-NOT_OURS = "pip pytest cp patch tensorboard git pre-commit uv diff parallel srun sbatch".split()
+NOT_OURS = "pip pytest cp cmp patch tensorboard git pre-commit uv diff parallel srun sbatch".split()
 NOT_OURS += "mkdir if fi export for done echo split { }".split()
 
 
