@@ -159,6 +159,34 @@ def test_documented_lines_list_the_packed_runs(suite, count):
     assert set("python " + commands) <= {" ".join(line.split()) for line in listed.splitlines()}
 
 
+def test_pairs_of_sppo_and_ppo_are_equal_to_the_last_bit():
+    """But for one: where alpha and beta are 0.5 and 0.4, their sum rounds."""
+    folder = ROOT / "results/identity"
+    runs = report.read_csv(folder / "runs.csv.gz").set_index("run_name")
+    runs["sha256"] = report.read_csv(folder / "sha256.csv").set_index("run_name")["sha256"]
+    listed = subprocess.check_output(["bash", str(folder / "pairs.sh")], text=True)
+    assert set("python " + runs["command"]) == set(listed.splitlines())
+    progress = dict(list(report.read_csv(folder / "progress.csv.gz").groupby("run_name")))
+    for (_, _, k), pair in runs.groupby(["env_id", "noise", runs["alpha"] + runs["beta"]]):
+        first, second = (progress[name].drop(columns="run_name") for name in pair.index)
+        assert len(first) == len(second) >= 4
+        same_rows = np.array_equal(first, second, equal_nan=True)
+        assert [same_rows, pair["sha256"].nunique() == 1] == [k != 0.9, k != 0.9]
+    assert runs["sha256"].nunique() == len(runs) / 2 + 1
+
+
+def test_how_far_rounding_parts_two_runs_of_one_algorithm():
+    runs = report.read_csv(ROOT / "results/quick/runs.csv.gz")
+    runs = runs.query("env_id == 'InvertedDoublePendulum-v4' and script == 'sppo_continuous.py'")
+    scores = runs.pivot(index=["noise", "seed"], columns="exp_name", values="return_mean")
+    rounding = (scores["dppo-k"] - scores["sppo"]).abs()
+    method = (scores["dppo"] - scores["sppo"]).abs()
+    assert (rounding > 0).all() and len(rounding) == 10
+    shown = f"by {rounding.mean():.0f} on average, up to {rounding.max():,.0f} (SPPO and DPPO: "
+    assert shown + f"{method.mean():.0f})" in PAGES["results/control.md"]
+    assert f"up to {rounding.max():,.0f} points" in PAGES["docs/symmetric-loss.md"]
+
+
 @pytest.mark.parametrize("suite", ["noise", "sweep"])
 def test_a_page_shows_the_measures_of_its_analysis(suite, capsys):
     analysis = runpy.run_path(str(ROOT / "results" / suite / "analyse.py"))
