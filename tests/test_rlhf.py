@@ -1032,7 +1032,7 @@ def test_help_shows_the_defaults_of_the_task(capsys):
     "--micro-batch-size 0": "micro_batch_size must be at least 1",
     "--batch-size 0": "batch_size must be at least 1",
     "--lora-r -1": "top_k and lora_r must not be negative",
-    "--seed -1": "must not be negative",
+    "--seed -1": "seed, alpha, beta, noise_level",
     "--noise flip --noise-level 1.5": "noise_level is the probability of a flip, so at most 1",
     "--gamma -1": "gamma must be between 0 and 1",
     "--max-grad-norm 0": "max_grad_norm must be positive; 1e9 turns clipping off",
