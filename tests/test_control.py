@@ -479,8 +479,10 @@ def test_advantages_flip_anew_in_each_epoch(setting, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("setting", [SPPO_CONTINUOUS, SPPO_ATARI], ids=str)
-def test_sppo_is_ppo_with_another_weight_to_the_last_bit(setting, tmp_path):
-    """alpha L + beta Lr has the gradient of (alpha + beta) L; doubling alpha rounds nothing."""
+def test_sppo_is_ppo_with_another_weight_to_the_last_bit(setting, tmp_path, monkeypatch):
+    """alpha L + beta Lr has the gradient of (alpha + beta) L. That sum does not round if alpha is
+    beta, nor with the authors' weights, where the number of samples is a power of two."""
+    monkeypatch.setattr(setting.script, "AtariVectorEnv", Signals, raising=False)
     short = {"noise": "adv_flip", "learning_rate": 0.01, "clip_coef": 0.05}
 
     def trained(name, **weights):
@@ -490,7 +492,9 @@ def test_sppo_is_ppo_with_another_weight_to_the_last_bit(setting, tmp_path):
 
     sppo = trained("sppo", alpha=8.0, beta=8.0)
     assert trained("ppo", alpha=16.0, beta=0.0) == sppo
-    assert trained("half", alpha=8.0, beta=0.0) != sppo
+    authors = trained("authors")
+    k = 0.5 + setting.script.Args().beta
+    assert trained("authors-k", alpha=k, beta=0.0) == authors != sppo
 
 
 # ---- Continuing
