@@ -646,7 +646,7 @@ def evaluate_run(args: Args):
         sys.exit(f"error: --evaluate {args.evaluate!r}: not the folder of a run with an agent")
     begun = json.loads((folder / "args.json").read_text())
     if begun["identity"]["script_sha256"] != args.identity()["script_sha256"]:
-        print(f"warning: edited since; the run's is {folder}/{begun['script']}", file=sys.stderr)
+        print(f"warning: edited; the run's copy is {folder}/{begun['script']}", file=sys.stderr)
     run = Args(**begun["args"] | chosen)
     env = make_env(run, folder)
     env.name_prefix = f"evaluate-{run.seed}"  # of the video, if any

@@ -1032,7 +1032,7 @@ def evaluate_run(args: Args):
         sys.exit(f"error: --evaluate {args.evaluate!r}: not the folder of a run with a checkpoint")
     begun = json.loads((folder / "args.json").read_text())
     if begun["identity"]["script_sha256"] != args.identity()["script_sha256"]:
-        print(f"warning: edited since; the run's is {folder}/{begun['script']}", file=sys.stderr)
+        print(f"warning: edited; the run's copy is {folder}/{begun['script']}", file=sys.stderr)
     place = {"runs_dir": str(folder.parent), "run_name": folder.name}
     run = Args(**begun["args"] | chosen | place)
     setup = load(run)

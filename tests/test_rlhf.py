@@ -785,7 +785,7 @@ def test_evaluate_repeats_the_last_evaluation(run, tmp_path, monkeypatch, capsys
     monkeypatch.setattr(rlhf, "__file__", str(edited))
     call_main(monkeypatch, *words)
     copy = folder / "sppo_rlhf.py"
-    assert f"warning: edited since; the run's is {copy}\n" in capsys.readouterr().err
+    assert f"warning: edited; the run's copy is {copy}\n" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize("heldout", [False, True])

@@ -521,7 +521,7 @@ def test_evaluate_warns_of_an_edited_script(setting, launch, tmp_path, monkeypat
     monkeypatch.setattr(setting.script, "__file__", str(edited))
     end, _, err = launch(evaluate=tmp_path / "run")
     copy = tmp_path / "run" / f"{setting}.py"
-    assert (end, err) == (0, f"warning: edited since; the run's is {copy}\n")
+    assert (end, err) == (0, f"warning: edited; the run's copy is {copy}\n")
 
 
 def test_noise_is_a_scale_but_for_flips(setting):
