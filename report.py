@@ -1,4 +1,4 @@
-"""Turns runs into tables, statistics and two figures, in the folder report/.
+"""Turns runs into tables, statistics and figures, in the folder report/.
 
     python report.py runs/quick                                      # all runs in a folder
     python report.py results/evidence --compare sppo dppo ppo dppo   # packed runs; chosen pairs
@@ -58,6 +58,19 @@ sppo-p tab:brown, sb3-ppo black, sb3-a2c black"""
 COLORS = dict(item.split() for item in COLORS.split(", "))
 OTHER_COLORS = "violet lime teal crimson tan indigo gold slategray".split()
 
+# What figures call our variants of a method and kinds of rewards; others by their own names
+VARIANTS = {
+    "coef": "value loss / k",
+    "norm": "max-grad-norm / k",
+    "ce": "supervised loss / k",
+    "p": "without / $p_\\mathrm{old}$",
+    "half": "alpha 0.5",
+    "eps": "epsilon 1e-8",
+    "ce-eps": "supervised loss / k, epsilon 1e-8",
+}
+REWARDS = {"normal": "Gaussian noise", "uniform": "uniform noise", "flip": "flipped rewards"}
+REWARDS["adv_flip"] = "flipped advantages"
+
 # What may differ between the runs of a cell, besides what follows from it
 FREE = "seed run_name runs_dir device compile track capture_video evaluate micro_batch_size".split()
 PROVENANCE = ["commit", "script_sha256", "command", "versions", "hardware"]
@@ -66,6 +79,7 @@ EVALUATION = ["run_name", "step", "return_mean", "return_std", "length_mean"]
 CELL = ["reward", "env_id", "exp_name"]
 DIFFERENCE = ["env_id", "reward", "measure", "methods", "difference", "low", "high", "p"]
 SAMPLES = 10_000  # of a bootstrap interval
+DPI = 160
 
 
 @dataclass
@@ -526,6 +540,18 @@ def provenance_text(runs: DataFrame, unfinished: list[str]) -> list[str]:
 # ---- Figures
 
 
+def name_in_figures(method: str) -> str:
+    base, _, variant = method.partition("-")
+    if base not in COLORS:
+        return method
+    return f"{base.upper()} ({VARIANTS.get(variant, variant)})" if variant else base.upper()
+
+
+def reward_in_figures(reward: str) -> str:
+    kind, _, level = reward.partition(" ")
+    return f"{REWARDS.get(kind, kind)} {level}".strip()
+
+
 def draw_curves(runs: DataFrame, progress: DataFrame, file: Path) -> list[str]:
     """A panel for each task and reward. Returns the Markdown, nothing if there is no curve."""
     points = progress.dropna(subset="return_mean")
@@ -535,22 +561,26 @@ def draw_curves(runs: DataFrame, progress: DataFrame, file: Path) -> list[str]:
         return []
     methods = in_order(labelled["exp_name"])
     others = [name for name in methods if name not in COLORS]
-    palette = COLORS | dict(zip(others, cycle(OTHER_COLORS)))
-    labelled["panel"] = labelled["env_id"] + ", " + labelled["reward"]
+    colors = COLORS | dict(zip(others, cycle(OTHER_COLORS)))
+    palette = {name_in_figures(name): colors[name] for name in methods}
+    labels = ["million steps", "return of evaluations"]
+    if set(runs["script"]) == {"sppo_rlhf.py"}:
+        labels = ["texts", "reward"]
+    else:
+        labelled["step"] /= 1e6
+    labelled["panel"] = labelled["env_id"] + "\n" + labelled["reward"].map(reward_in_figures)
+    labelled["method"] = labelled["exp_name"].map(name_in_figures)
     tasks = labelled["env_id"].nunique()
     size = {"height": 4.5 if tasks == 1 else 3, "aspect": 1.3, "col_wrap": tasks}
     grid = sns.FacetGrid(labelled, col="panel", sharex=False, sharey=False, **size)
-    hue = {"hue": "exp_name", "hue_order": methods, "palette": palette}
+    hue = {"hue": "method", "hue_order": list(palette), "palette": palette}
     grid.map_dataframe(sns.lineplot, "step", "return_mean", errorbar="se", **hue)
     grid.add_legend()
     grid.set_titles("{col_name}")
-    texts = set(runs["script"]) == {"sppo_rlhf.py"}
-    labels = ["texts", "reward"] if texts else ["steps", "return of evaluations"]
     grid.set_axis_labels(*labels)
-    grid.savefig(file, dpi=80)
+    grid.savefig(file, dpi=DPI)
     plt.close(grid.figure)
-    title = "Evaluations, mean and, shaded, standard error over seeds:"
-    return ["## Learning curves", title, f"![Learning curves]({file.name})"]
+    return [f"![Learning curves]({file.name})"]
 
 
 def draw_differences(differences: DataFrame, file: Path) -> list[str]:
@@ -559,19 +589,22 @@ def draw_differences(differences: DataFrame, file: Path) -> list[str]:
         return []
     error = differences["high"] - differences["difference"]
     shown = differences.assign(none=0, error=error)
-    shown["label"] = shown["methods"] + ", " + shown["reward"]
+    methods = shown["methods"].str.split(" minus ").map(lambda pair: map(name_in_figures, pair))
+    shown["label"] = methods.str.join(" minus ") + ", " + shown["reward"].map(reward_in_figures)
     labels = sorted(shown["label"].unique())
     shown["height"] = shown["label"].map(labels.index)
     height = 1.2 + 0.3 * len(labels)
     grid = sns.FacetGrid(shown, col="env_id", sharex=False, height=height, aspect=4 / height)
     columns = ["difference", "height", "none", "error"]  # x, y, and the errors of y and x
-    grid.map(plt.errorbar, *columns, fmt="o", capsize=3)
+    grid.map(plt.errorbar, *columns, fmt="o", capsize=3, color="black")
     grid.refline(x=0)
     grid.set(yticks=range(len(labels)), yticklabels=labels)
     grid.set(ylim=(len(labels) - 0.5, -0.5))
+    for ax in grid.axes.flat:
+        ax.locator_params(axis="x", nbins=5)
     grid.set_titles("{col_name}")
     grid.set_axis_labels("difference in the last evaluation", "")
-    grid.savefig(file, dpi=80)
+    grid.savefig(file, dpi=DPI)
     plt.close(grid.figure)
     return [f"![Differences in the last evaluation, with 95 % intervals]({file.name})"]
 
@@ -592,7 +625,7 @@ def main(args: Args) -> None:
     if args.pack:
         pack(everything, progress, args.pack)
     out.mkdir(parents=True, exist_ok=True)
-    for picture in ("curves.png", "differences.png"):
+    for picture in ("curves.png", "differences.png", "variants.png"):
         (out / picture).unlink(missing_ok=True)  # of an earlier report
     page = ["# Report", HOW_TO_READ, *pooled_text(runs, pairs)]
     chosen = [f"{a} minus {b}" for a, b in pairs]
@@ -601,7 +634,11 @@ def main(args: Args) -> None:
     page += draw_differences(shown, out / "differences.png")
     page += middle_table(runs)
     drawn = runs[runs["exp_name"].isin(args.compare or runs["exp_name"])]
-    page += draw_curves(drawn, progress, out / "curves.png")
+    variants = drawn["exp_name"].str.contains("-")
+    page += ["## Learning curves", "Evaluations, mean and, shaded, standard error over seeds:"]
+    page += draw_curves(drawn[~variants], progress, out / "curves.png")
+    if variants.any():  # with which a picture is too full to show the main methods
+        page += draw_curves(drawn, progress, out / "variants.png")
     for reward, part in runs.groupby("reward", sort=False):
         page.append(f"## Scores, {reward}")
         for measure in [*MEASURES, *extra_columns(progress, args.logged)]:

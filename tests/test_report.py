@@ -290,24 +290,26 @@ def test_figures_show_every_method_in_its_own_colour(tmp_path, monkeypatch):
     for method in ("sppo-p", "dppo-coef", "mine"):
         make_run(runs, method, 3)
     write_report(runs, out=tmp_path / "out", figures=True)
-    differences, curves = kept
+    differences, plain, curves = kept
+    assert [text.get_text() for text in plain.legends[0].get_texts()] == ["DPPO", "SPPO", "mine"]
     legend = curves.legends[0]
     colors = {}
     for text, line in zip(legend.get_texts(), legend.get_lines()):
         colors[text.get_text()] = line.get_color()
-    assert list(colors) == ["dppo", "dppo-coef", "sppo", "sppo-p", "mine"]
-    assert colors["sppo"] == "tab:blue"
+    variants = ["DPPO", "DPPO (value loss / k)", "SPPO", r"SPPO (without / $p_\mathrm{old}$)"]
+    assert list(colors) == [*variants, "mine"]
+    assert colors["SPPO"] == "tab:blue"
     assert len(set(colors.values())) == 5
-    assert [ax.get_title() for ax in curves.axes] == [f"{HOPPER}, clean", f"{LANDER}, clean"]
+    assert [ax.get_title() for ax in curves.axes] == [f"{HOPPER}\nclean", f"{LANDER}\nclean"]
     assert [ax.get_title() for ax in differences.axes] == [HOPPER, LANDER]
     test = stats.ttest_ind(*(SCORES[HOPPER, name] for name in ("sppo", "dppo")), equal_var=False)
     bar = differences.axes[0].collections[0].get_segments()[0]
     assert bar[:, 0] == pytest.approx(test.confidence_interval())
     band = curves.axes[0].collections[0].get_paths()[0].vertices  # of dppo
-    ends = band[band[:, 0] == 1200, 1]
+    ends = band[band[:, 0] == 0.0012, 1]  # million steps
     assert (ends.min(), ends.max()) == pytest.approx((12 - 2 / 3**0.5, 12 + 2 / 3**0.5))
     labels = [label.get_text() for label in differences.axes[0].get_yticklabels()]
-    assert labels == ["sppo minus dppo, clean"]
+    assert labels == ["SPPO minus DPPO, clean"]
 
 
 def test_curves_of_chosen_methods_only_and_in_texts_for_language_models(tmp_path, monkeypatch):
@@ -320,8 +322,8 @@ def test_curves_of_chosen_methods_only_and_in_texts_for_language_models(tmp_path
         path.write_text(path.read_text().replace("sppo_continuous.py", "sppo_rlhf.py"))
     write_report(runs, out=tmp_path / "out", figures=True, compare=("sppo", "dppo"))
     _, curves = kept
-    assert [text.get_text() for text in curves.legends[0].get_texts()] == ["dppo", "sppo"]
-    panels = [f"{HOPPER}, clean", f"{LANDER}, clean", f"{HOPPER}, normal 0.05"]
+    assert [text.get_text() for text in curves.legends[0].get_texts()] == ["DPPO", "SPPO"]
+    panels = [f"{HOPPER}\nclean", f"{LANDER}\nclean", f"{HOPPER}\nGaussian noise 0.05"]
     assert [ax.get_title() for ax in curves.axes] == panels  # none that are empty
     assert curves.axes[2].get_xlabel() == "texts"
     assert curves.axes[0].get_ylabel() == "reward"
