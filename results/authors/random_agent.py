@@ -54,7 +54,7 @@ def draw(random_mean, random_error):
         ax.set_xlabel("million steps")
         ax.legend()
     axes[0].set_ylabel("return of evaluations")
-    figure.savefig(HERE / "evaluations.png", dpi=80)
+    figure.savefig(HERE / "evaluations.png", dpi=160)
 
 
 if __name__ == "__main__":

@@ -161,7 +161,7 @@ def draw(scores):
             ax.grid(alpha=0.3)
     axes[0].set_ylabel("score (clean DPPO: 1 by definition)")
     axes[0].legend()
-    figure.savefig(HERE / "noise.png", dpi=80)
+    figure.savefig(HERE / "noise.png", dpi=160)
 
 
 if __name__ == "__main__":

@@ -106,28 +106,29 @@ def print_settings(cells):
 def draw(runs):
     """A row for each task and kind of rewards, a column for each clip range."""
     runs = runs.assign(cell=runs["task"].str.partition("-")[0] + ", " + runs["rewards"])
+    runs["method"] = runs["method"].str.upper()
     grid = sns.relplot(
         runs.rename(columns={"clip_coef": "clip range"}),
         kind="line",
         x="learning_rate",
         y="score",
         hue="method",
-        palette={"dppo": "tab:green", "sppo": "tab:blue"},  # as in report.py
+        palette={"DPPO": "tab:green", "SPPO": "tab:blue"},  # as in report.py
         col="clip range",
         row="cell",
         errorbar="se",
         err_style="bars",
         marker="o",
-        height=2,
-        aspect=1.3,
+        height=1.8,
+        aspect=1.5,
         facet_kws={"sharey": "row"},
     )
     grid.set(xscale="log", xticks=RATES, xticklabels=RATES)
     grid.set_titles("clip range {col_name}")
     grid.set_xlabels("learning rate")
     for cell, axes in zip(grid.row_names, grid.axes):
-        axes[0].set_ylabel(cell.replace("Continuous", ""))
-    grid.savefig(HERE / "sweep.png", dpi=80)
+        axes[0].set_ylabel(cell.replace("Continuous", "") + "\nscore")
+    grid.savefig(HERE / "sweep.png", dpi=160)
 
 
 if __name__ == "__main__":
