@@ -78,6 +78,15 @@ def test_a_detail_names_functions_of_its_script(page):
     assert details == [str(i) for i in range(1, len(details) + 1)]
 
 
+@pytest.mark.parametrize("page", ["docs/control.md", "docs/atari.md"])
+def test_the_table_of_details_has_each_once(page):
+    rows = re.findall(r"(?m)^\| (\d[\d, –]*)(?:: .+?)? \|(?: ✓? ?\|)+$", PAGES[page])
+    ranges = [part.split("–") for row in rows for part in row.split(", ")]
+    numbers = [i for ends in ranges for i in range(int(ends[0]), int(ends[-1]) + 1)]
+    details = re.findall(r"(?m)^(\d+)\. \*\*", PAGES[page])
+    assert sorted(numbers) == [int(number) for number in details]
+
+
 def test_readme_quotes_the_two_lines_of_the_script():
     (block,) = code_blocks(PAGES["README.md"], "python")
     name, *lines = block.splitlines()
