@@ -1,4 +1,4 @@
-"""README.md and docs/: links, flags, commands, worked examples, and the list of metrics."""
+"""README.md, CONTRIBUTING.md, docs/: links, flags, commands, worked examples, list of metrics."""
 
 import dataclasses
 import importlib
@@ -24,7 +24,7 @@ import sppo_rlhf
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = {
     str(page.relative_to(ROOT)): page.read_text()
-    for page in [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md"))]
+    for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
 }
 EXAMPLES = PAGES["docs/copy-and-modify.md"]
 SCRIPT_PAGES = {
@@ -207,7 +207,7 @@ def changed(heading, folder, monkeypatch):
     command = ["git", "apply", "-p0", "--unidiff-zero", "-"]
     diff = diff.replace(script, words[1])
     done = subprocess.run(command, cwd=folder, input=diff, capture_output=True, text=True)
-    assert done.returncode == 0, f"see the end of docs/copy-and-modify.md\n{done.stderr}"
+    assert done.returncode == 0, f"see CONTRIBUTING.md\n{done.stderr}"
     assert path.read_text() != (ROOT / script).read_text()
     module = importlib.import_module(path.stem)
     return module, tyro.cli(module.Args, args=words[2:])
