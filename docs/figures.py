@@ -16,6 +16,7 @@ from pathlib import Path
 import matplotlib
 import matplotlib.pyplot as plt
 import torch
+from matplotlib.colors import to_rgb
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "docs/symmetric_loss.ipynb"
@@ -27,12 +28,13 @@ from sppo_continuous import symmetric_policy_losses as ppo_losses  # noqa: E402
 
 ALPHA, BETA, Z = 0.5, 1.0, -1.0  # k = 1.5, as on Atari; with k = 20.5 nothing else could be seen
 P_OLD = 0.3
+P_OLD_TEXT = r"$p_\mathrm{old}$"
 VARIANT = "SPPO without / p_old (ours)"
 CLIP = 0.2
 PROBABILITIES = torch.linspace(0.002, 0.998, 499, dtype=torch.float64)
 
 COLORS = {method: REPORT_COLORS[method.lower()] for method in ("A2C", "SA2C", "PPO", "SPPO")}
-COLORS |= {VARIANT: REPORT_COLORS["sppo-p"], "reverse": "black", "generalised": "tab:gray"}
+COLORS |= {VARIANT: REPORT_COLORS["sppo-p"], "reverse": "black"}
 
 
 def policy_loss(method, log_prob, old_log_prob, advantage):
@@ -41,13 +43,11 @@ def policy_loss(method, log_prob, old_log_prob, advantage):
         plain_loss, reverse_loss = a2c_losses(log_prob, advantage, Z)
     else:
         plain_loss, reverse_loss = ppo_losses(log_prob, old_log_prob, advantage, CLIP, Z)
-        ratio = (log_prob - old_log_prob).exp()
-        unclipped = advantage * ratio <= advantage * ratio.clamp(1 - CLIP, 1 + CLIP)
-        constant = advantage * Z / old_log_prob.exp()  # the scripts leave it out
-        reverse_loss = reverse_loss - torch.where(unclipped, constant, 0.0).mean()
     if method in ("A2C", "PPO"):
         return plain_loss
     if method == VARIANT:
+        ratio = (log_prob - old_log_prob).exp()
+        unclipped = advantage * ratio <= advantage * ratio.clamp(1 - CLIP, 1 + CLIP)
         reverse = advantage * Z * (1 - log_prob.exp())
         reverse_loss = -torch.where(unclipped, reverse, 0.0).mean()
     return ALPHA * plain_loss + BETA * reverse_loss
@@ -68,64 +68,123 @@ def loss_and_weight(method, p, p_old, advantage):
     return losses, weights
 
 
-def draw_losses(folder):
-    """Losses against p: of a label, left, and of an action with advantage 1 or -1, right."""
-    figure, (left, right) = plt.subplots(1, 2, figsize=(9, 3.6))
-    p = PROBABILITIES
-    p_old = torch.full_like(p, P_OLD)
-    for method, label in (("A2C", "cross entropy (A2C)"), ("SA2C", "symmetric (SA2C)")):
-        loss, _ = loss_and_weight(method, p, p_old, 1.0)
-        left.plot(p, loss, color=COLORS[method], label=label)
-    left.plot(p, 2 * (1 - p.sqrt()), color=COLORS["generalised"], label="generalised, q = 0.5")
-    left.plot(p, 1 - p, color=COLORS["reverse"], label="reverse")
-    left.set_title("a label, or an action with A = 1", fontsize=10)
-    left.set_ylim(-0.1, 4)
-    left.set_ylabel("loss")
+def parts(low, high, edge):
+    """Points from `low` to `edge`, and from there to `high`, where a curve may jump."""
+    left = torch.linspace(low, edge * (1 - 1e-9), 150, dtype=torch.float64)
+    right = torch.linspace(edge * (1 + 1e-9), high, 150, dtype=torch.float64)
+    return left, right
 
-    start = (p - P_OLD).abs().argmin()
+
+def plot_with_jump(ax, x, y, closed, open_style=None, **style):
+    """The curves x[0], y[0] and x[1], y[1]. The one with the number `closed` owns the point between
+    them, and the other has an open end."""
+    for i in (0, 1):
+        ls = open_style if open_style and i != closed else style.get("ls", "-")
+        ax.plot(x[i], y[i], **style | {"ls": ls})
+    ends = [(x[0][-1], y[0][-1]), (x[1][0], y[1][0])]
+    if abs(ends[0][1] - ends[1][1]) > 1e-3:
+        for i, end in enumerate(ends):
+            face = style["color"] if i == closed else "white"
+            marker = dict(marker="o", ms=6, mec=style["color"], mfc=face, mew=1.5, zorder=5)
+            ax.plot(*end, **marker)
+
+
+def label(ax, x, y, text, method, **style):
+    """`text` beside the method's curve, in a darker shade of its colour."""
+    shade = [0.75 * part for part in to_rgb(COLORS[method])]
+    ax.text(x, y, text, color=shade, **style)
+
+
+def mark_clip_range(ax, low, high, y):
+    ax.axvspan(low, high, color="0.93", lw=0)
+    name((low + high) / 2, y, "clip range", ax)
+
+
+def name(x, y, text, ax):
+    """Grey `text` on the grey of the clip range."""
+    box = dict(facecolor="0.93", edgecolor="none", pad=1.5)
+    ax.text(x, y, text, color="0.3", ha="center", va="center", size=9.5, bbox=box)
+
+
+def draw_losses(folder):
+    """Losses against p: of an action with advantage 1, left, or with 1 and -1, right."""
+    figure, (left, right) = plt.subplots(1, 2, figsize=(8.8, 4))
+    p = PROBABILITIES
+    for method in ("A2C", "SA2C"):
+        loss, _ = loss_and_weight(method, p, p, 1.0)
+        left.plot(p, loss, color=COLORS[method])
+    left.plot(p, -Z * (1 - p), color=COLORS["reverse"])
+    label(left, 0.10, 2.75, "A2C: cross entropy", "A2C")
+    label(left, 0.42, 1.15, "SA2C: half of A2C's\n+ reverse loss", "SA2C")
+    label(left, 0.06, 0.45, "reverse loss", "reverse")
+    left.set_title("A2C and SA2C, $A = 1$")
+    left.set_ylim(-0.1, 4)
+
     for method in ("PPO", "SPPO"):
         for advantage in (1.0, -1.0):
-            loss, _ = loss_and_weight(method, p, p_old, advantage)
-            line = "-" if advantage > 0 else "--"
-            label = f"{method}, A = {advantage:.0f}"
-            right.plot(p, loss - loss[start], line, color=COLORS[method], label=label)
-    right.axvline(P_OLD, color="black", lw=0.6)
-    right.set_title(f"p_old = {P_OLD} (vertical line), clip range {CLIP}", fontsize=10)
-    right.set_ylim(-3.2, 2.8)
-    right.set_ylabel(f"loss, less the loss at p = {P_OLD}")
+            edge = P_OLD * (1 + CLIP * advantage)
+            x = parts(0.002, 0.6, edge)
+            y = [
+                loss_and_weight(method, part, torch.full_like(part, P_OLD), advantage)[0]
+                for part in x
+            ]
+            style = dict(color=COLORS[method], ls="-" if advantage > 0 else "--")
+            plot_with_jump(right, x, y, 0 if advantage > 0 else 1, **style)
+    right.axvline(P_OLD, color="0.35", lw=0.8, ls=":")
+    mark_clip_range(right, P_OLD * (1 - CLIP), P_OLD * (1 + CLIP), -2.45)
+    name(P_OLD, 3.25, P_OLD_TEXT, right)
+    label(right, 0.6, -0.46, "SPPO, $A = 1$", "SPPO", ha="right")
+    label(right, 0.6, -1.58, "PPO, $A = 1$", "PPO", ha="right")
+    label(right, 0.375, 2.85, "SPPO, $A = -1$", "SPPO")
+    label(right, 0.6, 1.05, "PPO, $A = -1$", "PPO", ha="right")
+    right.set_title(f"PPO and SPPO, {P_OLD_TEXT} = {P_OLD}")
+    right.set_ylim(-2.8, 3.6)
     for ax in (left, right):
-        ax.set_xlabel("p, probability of the action taken")
-        ax.legend(fontsize=8, loc="upper right" if ax is left else "lower left")
+        ax.set_xlabel("$p$, probability of the action taken")
+        ax.set_ylabel("policy loss of one sample")
         ax.grid(alpha=0.3)
     save(figure, folder / "losses.png")
 
 
 def draw_weights(folder):
     """How much a sample counts in the policy gradient, against p and against r = p / p_old."""
-    figure, axes = plt.subplots(1, 3, figsize=(10, 3.3), sharey=True)
+    figure, axes = plt.subplots(2, 2, figsize=(8.8, 6.4), sharey=True)
     p = PROBABILITIES
     # Before a rollout's first update, where p is p_old
-    for ax, methods in zip(axes, (["A2C", "SA2C"], ["PPO", "SPPO", VARIANT])):
+    for ax, methods in zip(axes[0], (["A2C", "SA2C"], ["PPO", "SPPO", VARIANT])):
         for method in methods:
             _, weight = loss_and_weight(method, p, p, 1.0)
-            ax.plot(p, weight, color=COLORS[method], label=method)
-        ax.set_xlabel("p, probability of the action taken")
-    ratio = torch.linspace(0.5, 1.5, 501, dtype=torch.float64)
-    p_old = torch.full_like(ratio, P_OLD)
-    for method in ("PPO", "SPPO"):
-        for advantage in (1.0, -1.0):
-            _, weight = loss_and_weight(method, ratio * p_old, p_old, advantage)
-            label = f"{method}, A {'>' if advantage > 0 else '<'} 0"
-            line = "-" if advantage > 0 else "--"
-            axes[2].plot(ratio, weight, line, color=COLORS[method], label=label)
-    axes[0].set_ylabel("weight in the policy gradient")
-    axes[0].set_title("A2C and SA2C", fontsize=10)
-    axes[1].set_title("PPO and SPPO, first update (r = 1)", fontsize=10)
-    axes[2].set_title(f"PPO and SPPO, clip range {CLIP}", fontsize=10)
-    axes[2].set_xlabel("r = p / p_old")
-    axes[0].set_ylim(-0.1, 2.5)
-    for ax in axes:
-        ax.legend(fontsize=8, loc="upper left")
+            ax.plot(p, weight, color=COLORS[method])
+        ax.set_xlabel("$p$, probability of the action taken")
+    label(axes[0, 0], 0.02, 1.06, "A2C", "A2C")
+    label(axes[0, 0], 0.75, 1.38, "SA2C", "SA2C", ha="right")
+    label(axes[0, 1], 0.02, 1.56, "SPPO", "SPPO")
+    label(axes[0, 1], 0.02, 1.06, "PPO", "PPO")
+    label(axes[0, 1], 0.28, 0.6, f"ours, without the\ndivision by {P_OLD_TEXT}", VARIANT, va="top")
+
+    for ax, advantage in zip(axes[1], (1.0, -1.0)):
+        for method, zero in (("SPPO", "-"), ("PPO", (0, (5, 5)))):  # both can be seen at 0
+            x = parts(0.5, 1.5, 1 + CLIP * advantage)
+            y = []
+            for ratio in x:
+                p_old = torch.full_like(ratio, P_OLD)
+                y.append(loss_and_weight(method, ratio * p_old, p_old, advantage)[1])
+            plot_with_jump(ax, x, y, 0 if advantage > 0 else 1, zero, color=COLORS[method])
+        mark_clip_range(ax, 1 - CLIP, 1 + CLIP, 2.35)
+        ax.set_xlabel(f"$r$ = $p$ / {P_OLD_TEXT}")
+        ax.set_title(f"PPO and SPPO, $A {'>' if advantage > 0 else '<'} 0$")
+    label(axes[1, 0], 0.52, 1.05, "SPPO", "SPPO")
+    label(axes[1, 0], 0.58, 0.36, "PPO", "PPO")
+    label(axes[1, 1], 1.37, 2.18, "SPPO", "SPPO", ha="right")
+    label(axes[1, 1], 1.3, 1.08, "PPO", "PPO")
+    axes[1, 0].text(1.35, 0.1, "both", ha="center")
+    axes[1, 1].text(0.65, 0.1, "both", ha="center")
+    axes[0, 0].set_title("A2C and SA2C")
+    axes[0, 1].set_title("PPO and SPPO, first update of a rollout ($r = 1$)")
+    axes[0, 0].set_ylim(-0.12, 2.5)
+    for ax in axes[:, 0]:
+        ax.set_ylabel("weight $w$ in the policy gradient")
+    for ax in axes.flat:
         ax.grid(alpha=0.3)
     save(figure, folder / "gradient-weights.png")
 
@@ -141,8 +200,9 @@ def copy_same_run(folder):
 
 
 def save(figure, path):
-    """A small picture on white, which can be read on a dark page as well."""
-    figure.savefig(path, dpi=90, facecolor="white", metadata={"Software": None})
+    """A picture on white, which can be read on a dark page as well, about twice as wide in pixels
+    as GitHub shows it."""
+    figure.savefig(path, dpi=170, facecolor="white", metadata={"Software": None})
     plt.close(figure)
     print(path)
 
@@ -153,7 +213,8 @@ def main():
     folder = parser.parse_args().out
     folder.mkdir(parents=True, exist_ok=True)
     matplotlib.use("agg")
-    plt.rcParams["figure.constrained_layout.use"] = True
+    plt.rcParams |= {"figure.constrained_layout.use": True, "lines.linewidth": 2}
+    plt.rcParams |= {"axes.titlesize": 11, "axes.labelsize": 11, "font.size": 10.5}
     draw_losses(folder)
     draw_weights(folder)
     copy_same_run(folder)
