@@ -116,6 +116,14 @@ def test_the_notebook_is_committed_as_executed_and_the_students_copy_as_empty():
     assert not any(cell.outputs or cell.execution_count for cell in code_cells(EXERCISE))
 
 
+def test_the_handout_ends_before_the_answers():
+    """To which the page comes, in these words."""
+    handout = (DOCS / "handout.md").read_text()
+    for answer in (r"\alpha+\beta", r"Z\,(1-p)", r"\pi(b)^2", "linear in $A$", "times PPO's"):
+        assert answer in PAGE and answer not in handout
+    assert "[the handout](handout.md)" in EXERCISE.read_text()
+
+
 @pytest.mark.slow
 def test_the_notebook_runs(tmp_path, monkeypatch):
     """Its cells hold the assertions."""
