@@ -2,6 +2,7 @@
 
     python docs/figures.py                # into docs/figures/
     python docs/figures.py --out FOLDER
+    MUJOCO_GL=egl python docs/figures.py --agents RUN RUN RUN    # their agents at play, agents.gif
 
 Losses and gradients come from the scripts' own functions, by automatic differentiation; the runs
 are the notebook's. A method has the same colour as in the pictures of report.py.
@@ -13,10 +14,13 @@ import json
 import sys
 from pathlib import Path
 
+import gymnasium as gym
 import matplotlib
 import matplotlib.pyplot as plt
+import safetensors.torch
 import torch
 from matplotlib.colors import to_rgb
+from PIL import Image
 
 ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "docs/symmetric_loss.ipynb"
@@ -24,6 +28,7 @@ sys.path.insert(0, str(ROOT))
 
 from report import COLORS as REPORT_COLORS  # noqa: E402
 from sa2c_continuous import symmetric_policy_losses as a2c_losses  # noqa: E402
+from sppo_continuous import Agent, Args  # noqa: E402
 from sppo_continuous import symmetric_policy_losses as ppo_losses  # noqa: E402
 
 ALPHA, BETA, Z = 0.5, 1.0, -1.0  # k = 1.5, as on Atari; with k = 20.5 nothing else could be seen
@@ -32,6 +37,11 @@ P_OLD_TEXT = r"$p_\mathrm{old}$"
 VARIANT = "SPPO without / p_old (ours)"
 CLIP = 0.2
 PROBABILITIES = torch.linspace(0.002, 0.998, 499, dtype=torch.float64)
+
+# Of the moving picture; sizes in pixels
+SIDE, GAP = 260, 4
+SECONDS = 5
+FRAMES_PER_SECOND = 20
 
 COLORS = {method: REPORT_COLORS[method.lower()] for method in ("A2C", "SA2C", "PPO", "SPPO")}
 COLORS |= {VARIANT: REPORT_COLORS["sppo-p"], "reverse": "black"}
@@ -199,6 +209,49 @@ def copy_same_run(folder):
     print(path)
 
 
+def play(run):
+    """Square pictures, FRAMES_PER_SECOND, of the agent of a run of sppo_continuous.py at play."""
+    args = Args(**json.loads((run / "args.json").read_text())["args"])
+    # Gymnasium's own camera stays where the episode begins
+    camera = {"camera_name": "track"} if args.env_id.startswith("Hopper") else {}
+    env = gym.make(args.env_id, render_mode="rgb_array", **camera)
+    agent = Agent(env, args)
+    tensors = safetensors.torch.load_file(run / "agent.safetensors")
+    mean = tensors.pop("obs_mean").numpy()
+    std = tensors.pop("obs_std").numpy()
+    agent.load_state_dict(tensors)
+    act = agent.actor_fn()
+    every = max(1, round(env.metadata["render_fps"] / FRAMES_PER_SECOND))
+    pictures = []
+    obs, _ = env.reset(seed=1)
+    for step in range(SECONDS * FRAMES_PER_SECOND * every):
+        if step % every == 0:
+            picture = Image.fromarray(env.render())
+            margin = (picture.width - picture.height) // 2
+            square = picture.crop((margin, 0, picture.width - margin, picture.height))
+            pictures.append(square.resize((SIDE, SIDE), Image.Resampling.LANCZOS))
+        action = agent.to_env(act(((obs - mean) / std).clip(-10, 10).astype("float32")))[0]
+        obs, _, terminated, truncated, _ = env.step(action)
+        if terminated or truncated:
+            obs, _ = env.reset()
+    env.close()
+    return pictures
+
+
+def draw_agents(runs, folder):
+    """The agents of runs at play, side by side, in one moving picture."""
+    pages = []
+    for pictures in zip(*map(play, runs)):
+        page = Image.new("RGB", (len(runs) * (SIDE + GAP) - GAP, SIDE), "white")
+        for i, picture in enumerate(pictures):
+            page.paste(picture, (i * (SIDE + GAP), 0))
+        pages.append(page.quantize(64, dither=Image.Dither.NONE))
+    path = folder / "agents.gif"
+    duration = 1000 // FRAMES_PER_SECOND
+    pages[0].save(path, save_all=True, append_images=pages[1:], duration=duration, loop=0)
+    print(path)
+
+
 def save(figure, path):
     """A picture on white, which can be read on a dark page as well, about twice as wide in pixels
     as GitHub shows it."""
@@ -210,8 +263,13 @@ def save(figure, path):
 def main():
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--out", type=Path, default=ROOT / "docs/figures", help="folder")
-    folder = parser.parse_args().out
+    parser.add_argument("--agents", type=Path, nargs="+", metavar="RUN", help="only agents.gif")
+    args = parser.parse_args()
+    folder = args.out
     folder.mkdir(parents=True, exist_ok=True)
+    if args.agents:
+        draw_agents(args.agents, folder)
+        return
     matplotlib.use("agg")
     plt.rcParams |= {"figure.constrained_layout.use": True, "lines.linewidth": 2}
     plt.rcParams |= {"axes.titlesize": 11, "axes.labelsize": 11, "font.size": 10.5}

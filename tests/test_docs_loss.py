@@ -13,7 +13,9 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+from helpers import SPPO_CONTINUOUS
 from nbclient import NotebookClient
+from PIL import Image
 
 import sa2c_continuous
 import sppo_continuous
@@ -91,14 +93,31 @@ def test_one_command_makes_all_figures_again(tmp_path):
     command = [sys.executable, "docs/figures.py", "--out", str(tmp_path)]
     subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
     made = {path.name for path in tmp_path.iterdir()}
-    assert made == {path.name for path in (DOCS / "figures").iterdir()}
-    readme = (ROOT / "README.md").read_text()
-    assert made == set(re.findall(r"\]\((?:docs/)?figures/([^)]+)\)", PAGE + readme))
+    assert made == {path.name for path in (DOCS / "figures").glob("*.png")}
+    assert made == set(re.findall(r"\]\(figures/([^)]+)\)", PAGE))
     for name in made:
         new = plt.imread(tmp_path / name)
         committed = plt.imread(DOCS / "figures" / name)
         # Another machine may round a line to the pixel beside
         assert np.abs(new - committed).mean() < 0.001, name
+
+
+def test_agents_of_runs_play_side_by_side(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(DOCS)
+    figures = importlib.import_module("figures")
+    monkeypatch.setattr(figures, "SECONDS", 1)
+    lander = {"env_id": "LunarLanderContinuous-v3"}  # MuJoCo needs more to render
+    runs = [SPPO_CONTINUOUS.run(tmp_path / str(i), seed=i, **lander)[1] for i in (1, 2)]
+    figures.draw_agents(runs, tmp_path)
+    with Image.open(tmp_path / "agents.gif") as film:
+        assert film.n_frames == figures.FRAMES_PER_SECOND
+        assert film.size == (2 * figures.SIDE + figures.GAP, figures.SIDE)
+        first = np.array(film.convert("RGB"))
+        film.seek(10)
+        later = np.array(film.convert("RGB"))
+    left = slice(figures.SIDE)
+    assert (first[:, left] != later[:, left]).any()
+    assert (later[:, left] != later[:, -figures.SIDE :]).any()
 
 
 def code_cells(path):
