@@ -177,6 +177,9 @@ def make_env(args, run_dir=None):
     if args.policy == "categorical" and not env.action_space.is_bounded():
         sys.exit(f"error: {args.env_id}: bins need bounded actions; try --policy gaussian")
     if video:
+        renderer = getattr(env.unwrapped, "mujoco_renderer", None)
+        if renderer and renderer.camera_id == -1 and renderer.model.ncam:
+            renderer.camera_id = 0  # it follows the agent; Gymnasium 1.4's default does not
         env = RecordVideo(env, run_dir / "video", lambda episode: episode % args.eval_episodes == 0)
     return env
 

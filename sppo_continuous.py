@@ -23,13 +23,10 @@ constant that stands for log 0:
     reverse PPO loss  Lr = -mean( m A Z (1 - p) / p_old ),  m = 1 where L has a gradient, else 0
     symmetric loss    alpha L + beta Lr
 
-SPPO differs from PPO in two lines, those with `reverse_loss = ` and `beta * reverse_loss`. The
-gradient of Lr is |Z| times that of L, so SPPO's policy gradient is (alpha + beta |Z|) times PPO's.
-Actor and critic are separate, and Adam ignores a constant factor: by default the factor acts only
-through the gradient clipping that actor and critic share, and through Adam's epsilon.
-
-Lr needs probabilities, so each action dimension is discretised into bins; the probability of an
-action is the product over its dimensions.
+SPPO differs from PPO in two lines, those with `reverse_loss = ` and `beta * reverse_loss`. Its
+policy gradient is (alpha + beta |Z|) times PPO's. By default the factor acts only through Adam's
+epsilon and the gradient clipping, which actor and critic share. Lr needs probabilities, so each
+action dimension is discretised into bins, and p is the product over the dimensions.
 """
 
 import csv
@@ -183,6 +180,9 @@ def make_env(args, run_dir=None):
     if args.policy == "categorical" and not env.action_space.is_bounded():
         sys.exit(f"error: {args.env_id}: bins need bounded actions; try --policy gaussian")
     if video:
+        renderer = getattr(env.unwrapped, "mujoco_renderer", None)
+        if renderer and renderer.camera_id == -1 and renderer.model.ncam:
+            renderer.camera_id = 0  # it follows the agent; Gymnasium 1.4's default does not
         env = RecordVideo(env, run_dir / "video", lambda episode: episode % args.eval_episodes == 0)
     return env
 

@@ -24,6 +24,14 @@ def setting(request):
     return request.param
 
 
+@pytest.mark.parametrize(("env_id", "follows"), [("Hopper-v4", True), ("Reacher-v4", False)])
+def test_videos_follow_agents_that_move_away(env_id, follows, tmp_path):
+    """With the only camera of their model; a model without one is filmed from where it begins."""
+    env = script.make_env(script.Args(env_id=env_id, capture_video=True), tmp_path)
+    assert env.unwrapped.model.ncam == follows
+    assert env.unwrapped.mujoco_renderer.camera_id == (0 if follows else -1)
+
+
 # ---- Policies
 
 
