@@ -142,17 +142,24 @@ def test_pooled_percentages_are_those_of_the_report():
     assert pooled in (ROOT / "results/evidence/report.md").read_text()
     pages = PAGES["README.md"] + PAGES["docs/reproduction.md"] + PAGES["results/control.md"]
     shown = re.findall(rf"{NUMBER} % \((?:95 % interval )?{NUMBER} to {NUMBER}\)", pages)
-    assert len(shown) == 9
+    assert len(shown) == 8
     for numbers in shown:
         assert "{:+}% ({:+}% to {:+}%)".format(*map(float, numbers)) in pooled
 
 
-@pytest.mark.parametrize(("suite", "count"), [("noise", 225), ("authors", 21)])
-def test_documented_lines_list_the_packed_runs(suite, count):
+@pytest.mark.parametrize(
+    ("suite", "page", "count"),
+    [
+        ("noise", "docs/benchmark.md", 225),
+        ("authors", "docs/benchmark.md", 21),
+        ("k-ends", "results/k-ends/README.md", 144),
+    ],
+)
+def test_documented_lines_list_the_packed_runs(suite, page, count):
     """Whose commands are in runs.csv.gz, without "python"."""
-    page = (ROOT / "docs/benchmark.md").read_text()
     run = f"python benchmarks/run.py --runs-dir runs/{suite}"
-    (lines,) = [lines for lines in re.findall(r"(?s)```sh\n(.+?)```", page) if run in lines]
+    blocks = re.findall(r"(?s)```sh\n(.+?)```", PAGES[page])
+    (lines,) = [lines for lines in blocks if run in lines]
     listed = subprocess.check_output(["bash", "-c", lines.replace(run, "cat")], cwd=ROOT, text=True)
     commands = report.read_csv(ROOT / "results" / suite / "runs.csv.gz")["command"]
     assert len(set(commands)) == count
@@ -187,13 +194,32 @@ def test_how_far_rounding_parts_two_runs_of_one_algorithm():
     assert f"up to {rounding.max():,.0f} points" in PAGES["docs/symmetric-loss.md"]
 
 
-@pytest.mark.parametrize("suite", ["noise", "sweep"])
+@pytest.mark.parametrize("suite", ["noise", "sweep", "k-ends"])
 def test_a_page_shows_the_measures_of_its_analysis(suite, capsys):
     analysis = runpy.run_path(str(ROOT / "results" / suite / "analyse.py"))
-    scores = analysis["scores_of"](analysis["read"]())
-    analysis["print_measures"](scores)
+    arguments = []
+    if "scores_of" in analysis:
+        arguments = [analysis["scores_of"](analysis["read"]())]
+    analysis["print_measures"](*arguments)
     page = (ROOT / "results" / suite / "README.md").read_text()
     assert capsys.readouterr().out.strip() in page
+
+
+def test_differences_from_k_1_are_by_seed():
+    """Paired t-tests, on a seed's mean over the six tasks and kinds of rewards."""
+    runs = report.read_csv(ROOT / "results/k-ends/runs.csv.gz")
+    runs["score"] = runs["last5"] + 200.0 * (runs["env_id"] == "LunarLanderContinuous-v3")
+    cells = runs.groupby(["env_id", "noise"])
+    runs["score"] /= cells["exp_name"].transform(
+        lambda names: runs.loc[names.index[names == "k1"], "score"].mean()
+    )
+    of_seeds = runs.pivot_table(index="seed", columns="exp_name", values="score")
+    page = (ROOT / "results/k-ends/README.md").read_text()
+    for end in ("k0.2", "k100"):
+        test = stats.ttest_rel(of_seeds[end], of_seeds["k1"])
+        low, high = test.confidence_interval()
+        mean = (of_seeds[end] - of_seeds["k1"]).mean()
+        assert f"| {mean:.3f} ({low:.3f} to {high:.3f}) |" in page.replace("-0.000", "0.000")
 
 
 def test_areas_under_the_curves_of_noise():
