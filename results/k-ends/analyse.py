@@ -97,7 +97,7 @@ def draw():
     figure, axes = plt.subplots(1, 4, figsize=(10, 2.9), sharey=True, layout="constrained")
     panels = {"all three tasks": slice(None)}
     for i, task in enumerate(FLOOR):
-        panels[task.partition("-")[0]] = slice(i, i + 1)
+        panels[task.partition("-")[0].removesuffix("Continuous")] = slice(i, i + 1)
     for ax, (title, tasks) in zip(axes, panels.items()):
         low, sppo, high, _ = effects("last5", tasks).values()
         ax.axhline(1, color="gray", lw=0.8)
