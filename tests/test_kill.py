@@ -18,14 +18,14 @@ CONTINUOUS += " --total-timesteps 4096 --eval-freq 512 --no-compile"
 ATARI = "--num-envs 8 --num-steps 8 --eval-episodes 1 --amp off --device cpu --no-compile"
 ATARI += " --total-timesteps 512 --eval-freq 64"
 PPO = "--num-minibatches 2 --update-epochs 2"
-RLHF = "--total-timesteps 64 --batch-size 8 --num-minibatches 2 --update-epochs 2 --eval-freq 8"
+RLHF = "--total-timesteps 512 --batch-size 8 --num-minibatches 2 --update-epochs 2 --eval-freq 64"
 RLHF += " --prompt-length 8 --response-length 10 --eval-episodes 4 --amp off --device cpu"
 RUNS = {
     "sppo_continuous": (f"{CONTINUOUS} {PPO}", range(512, 4097, 512)),
     "sa2c_continuous": (CONTINUOUS, range(512, 4097, 512)),
     "sppo_atari": (f"{ATARI} {PPO}", range(64, 513, 64)),
     "sa2c_atari": (ATARI, range(64, 513, 64)),
-    "sppo_rlhf": (RLHF, range(0, 65, 8)),
+    "sppo_rlhf": (RLHF, range(0, 513, 64)),
 }
 
 
