@@ -197,8 +197,8 @@ class RunningStats:
         for value in batch:
             self.count += 1
             delta = value - self.mean
-            self.mean += delta / self.count
-            self.m2 += delta * (value - self.mean)
+            self.mean = self.mean + delta / self.count
+            self.m2 = self.m2 + delta * (value - self.mean)
         self.std = np.sqrt(self.m2 / self.count + 1e-8)
 
     def normalize(self, obs):
@@ -259,7 +259,7 @@ class NormalizedEnvs:
         self.return_stats.update(self.discounted_return)
 
         final_obs = {}
-        for i in np.flatnonzero(terminated | truncated):
+        for i in (terminated | truncated).nonzero()[0]:
             if not terminated[i]:
                 final_obs[i] = self.obs_stats.normalize(self.obs[i])
             episode = (self.episode_return[i].item(), self.episode_length[i].item())
@@ -682,11 +682,11 @@ def numpy_fn(network):
     @torch.no_grad()
     def in_torch(x):
         device = next(network.parameters()).device
-        return network(torch.from_numpy(x).to(device)).cpu().numpy()
+        return network(torch.from_numpy(x).to(device)).numpy(force=True)
 
     layers = []
     for layer in network if type(network) is nn.Sequential else [network]:
-        parameters = [p.detach().cpu().numpy() for p in layer.parameters()]
+        parameters = [p.numpy(force=True) for p in layer.parameters()]
         if type(layer) not in (nn.Linear, nn.Tanh, nn.ReLU) or len(parameters) == 1:  # no bias
             return in_torch
         layers.append((type(layer), parameters))
@@ -695,7 +695,7 @@ def numpy_fn(network):
         for kind, parameters in layers:
             if kind is nn.Linear:
                 weight, bias = parameters
-                x = x @ weight.T + bias
+                x = x.dot(weight.T) + bias
             else:
                 x = np.tanh(x) if kind is nn.Tanh else np.maximum(x, 0)
         return x
