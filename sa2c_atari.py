@@ -75,6 +75,7 @@ class Args:
     amp: Literal["auto", "off"] = "auto"  # auto: bfloat16 where the hardware has it; off: float32
     compile: bool = True  # compile on a GPU; a CPU gains nothing by it, and never does
     log_freq: int = 1000  # steps between entries in the log
+    checkpoint_freq: int = 31_250  # steps of each game between checkpoints; all begin anew
     track: bool = False  # log to Weights & Biases as well (pip install wandb)
 
     # Algorithm
@@ -100,7 +101,7 @@ class Args:
 
     # Evaluation
     evaluate: str | None = None  # folder of a run: play its agent instead of training
-    eval_freq: int | None = None  # steps between evaluations and checkpoints; default: total / 20
+    eval_freq: int | None = None  # steps between evaluations; default: total / 20
     eval_episodes: int = 10  # games per evaluation: sampled actions, raw scores without noise
     capture_video: bool = False  # record the first game of each evaluation (pip install moviepy)
 
@@ -123,7 +124,7 @@ class Args:
     def check(self):
         """Refuses what would run, but mean something else than it says. tyro prints the message."""
         counts = ("num_envs", "num_steps", "log_freq")
-        for name in (*counts, "total_timesteps", "eval_freq", "eval_episodes"):
+        for name in (*counts, "total_timesteps", "eval_freq", "eval_episodes", "checkpoint_freq"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1")
         if self.noise.endswith("flip") and self.noise_level > 1:
@@ -195,17 +196,18 @@ class AtariGames:
         actions = self.envs.ale.get_action_set()
         self.num_actions = len(actions)
         self.fire = actions.index(fire) if fire in actions else None
-        self.life_lost = np.zeros(num_games, bool)
-        self.score = np.zeros(num_games)
-        self.length = np.zeros(num_games)
+        self.num_games = num_games
         self.recent_episodes = deque(maxlen=100)  # (raw score, steps) of the last games
 
     def reset(self, seed):
         """Starts all games. Returns images (num_games, 4, 84, 84), uint8."""
         # With seed + i, runs with neighbouring seeds would share games' seeds
-        seeds = np.random.default_rng(seed).integers(2**31, size=len(self.score))
+        seeds = np.random.default_rng(seed).integers(2**31, size=self.num_games)
         images, info = self.envs.reset(seed=seeds)
         self.lives = info["lives"]
+        self.life_lost = np.zeros(self.num_games, bool)
+        self.score = np.zeros(self.num_games)
+        self.length = np.zeros(self.num_games)
         return images
 
     def step(self, action):
@@ -428,7 +430,6 @@ def train(args: Args):
     seconds = 0.0  # without start-up, evaluations and checkpoints
     evaluations = []  # rows of progress.csv
     history = []  # what was logged since the last evaluation, a dict per entry
-    continued_at = []  # steps at which the run was continued, with new games
     checkpoint_path = args.run_dir / "checkpoint.pt"
     if checkpoint_path.exists():
         checkpoint = torch.load(checkpoint_path, weights_only=True, map_location="cpu")
@@ -441,7 +442,6 @@ def train(args: Args):
         seconds = checkpoint["seconds"]
         evaluations = checkpoint["evaluations"]
         history = checkpoint["history"]
-        continued_at = [*checkpoint["continued_at"], global_step]
     if args.track:
         import wandb
 
@@ -475,7 +475,6 @@ def train(args: Args):
     metrics = []  # of all updates since the last entry in the log
     all_advantages = []
     all_returns = []
-    saved = time.perf_counter()
     while global_step < args.total_timesteps:
         # Rollout
         started = time.perf_counter()
@@ -530,7 +529,8 @@ def train(args: Args):
         # Log
         finished = global_step >= args.total_timesteps
         evaluation_due = finished or global_step % args.eval_freq < T * N  # passed a multiple
-        if evaluation_due or global_step % args.log_freq < T * N:
+        checkpoint_due = finished or global_step % (args.checkpoint_freq * N) < T * N
+        if evaluation_due or checkpoint_due or global_step % args.log_freq < T * N:
             scalars = {}
             for name in metrics[0]:
                 scalars[f"losses/{name}"] = torch.stack([m[name] for m in metrics]).mean().item()
@@ -573,7 +573,7 @@ def train(args: Args):
             tqdm.write(f"step {global_step:,}: return {scores.mean():.1f}")
             with atomic_write(args.run_dir / "agent.safetensors") as path:
                 safetensors.torch.save_file(agent.state_dict(), path)
-        if evaluation_due or time.perf_counter() - saved > 600:
+        if checkpoint_due:
             checkpoint = {
                 "agent": agent.state_dict(),
                 "optimizer": optimizer.state_dict(),
@@ -584,14 +584,13 @@ def train(args: Args):
                 "seconds": seconds,
                 "evaluations": evaluations,
                 "history": history,
-                "continued_at": continued_at,
             }
             with atomic_write(checkpoint_path) as path:
                 torch.save(checkpoint, path)
-            saved = time.perf_counter()
+            obs[T] = torch.from_numpy(envs.reset([args.seed, global_step]))  # as when continued
 
     writer.close()
-    outcome = {"continued_at": continued_at, "sps": global_step / seconds, "finished": True}
+    outcome = {"sps": global_step / seconds, "finished": True}
     # Written last, since it marks the run as finished
     save_json(args.run_dir / "summary.json", evaluations[-1] | outcome)
 
@@ -720,6 +719,7 @@ def provenance():
     return {
         "script": script.name,
         "command": sys.argv,
+        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
         "commit": commit,
         "versions": {"torch": torch.__version__} | {name: version(name) for name in packages},
         "platform": platform.platform(),

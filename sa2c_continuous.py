@@ -73,6 +73,7 @@ class Args:
     device: Literal["cpu", "cuda"] = "cpu"  # the networks are too small to gain from a GPU
     compile: bool = True  # compile the gradient (needs a C++ compiler): slower start, faster run
     log_freq: int = 1000  # steps between entries in the log
+    checkpoint_freq: int = 100_000  # steps of each environment between checkpoints; all begin anew
     track: bool = False  # log to Weights & Biases as well (pip install wandb)
 
     # Algorithm
@@ -105,7 +106,7 @@ class Args:
 
     # Evaluation
     evaluate: str | None = None  # folder of a run: play its agent instead of training
-    eval_freq: int | None = None  # steps between evaluations and checkpoints; default: total / 20
+    eval_freq: int | None = None  # steps between evaluations; default: total / 20
     eval_episodes: int = 10  # episodes per evaluation: greedy actions, raw rewards without noise
     capture_video: bool = False  # record the first episode of each evaluation (pip install moviepy)
 
@@ -128,7 +129,7 @@ class Args:
     def check(self):
         """Refuses what would run, but mean something else than it says. tyro prints the message."""
         counts = ("num_envs", "num_steps", "log_freq")
-        for name in (*counts, "total_timesteps", "eval_freq", "eval_episodes"):
+        for name in (*counts, "total_timesteps", "eval_freq", "eval_episodes", "checkpoint_freq"):
             if getattr(self, name) < 1:
                 raise ValueError(f"{name} must be at least 1")
         if self.noise.endswith("flip") and self.noise_level > 1:
@@ -166,8 +167,8 @@ class Args:
 
 
 def make_env(args, run_dir=None):
-    # Gymnasium warns that the paper's environments (MuJoCo v4) have newer versions
-    warnings.filterwarnings("ignore", message=".*is out of date.*")
+    # Gymnasium warns that the paper's environments (MuJoCo v4) have newer versions, and of videos
+    warnings.filterwarnings("ignore", message=".*(is out of date|Overwriting existing videos).*")
     video = args.capture_video and run_dir is not None
     options = {"render_mode": "rgb_array"} if video else {}  # some environments do not accept it
     env = gym.make(args.env_id, **options)
@@ -180,7 +181,7 @@ def make_env(args, run_dir=None):
         renderer = getattr(env.unwrapped, "mujoco_renderer", None)
         if renderer and renderer.camera_id == -1 and renderer.model.ncam:
             renderer.camera_id = 0  # it follows the agent; Gymnasium 1.4's default does not
-        env = RecordVideo(env, run_dir / "video", lambda episode: episode % args.eval_episodes == 0)
+        env = RecordVideo(env, run_dir / "video", lambda episode: episode == 0)
     return env
 
 
@@ -222,17 +223,20 @@ class NormalizedEnvs:
     """
 
     def __init__(self, args):
+        self.args = args
         self.envs = [make_env(args) for _ in range(args.num_envs)]
-        self.gamma = args.gamma
         self.obs_stats = RunningStats(self.envs[0].observation_space.shape)
         self.return_stats = RunningStats(())
-        self.discounted_return = np.zeros(args.num_envs)
-        self.episode_return = np.zeros(args.num_envs)  # so far, of raw rewards
-        self.episode_length = np.zeros(args.num_envs)
         self.recent_episodes = deque(maxlen=100)  # (return, length) of the last ones that ended
 
     def reset(self, seed):
-        """Resets all environments. Returns normalised observations (num_envs, obs_dim)."""
+        """Begins all episodes. Returns normalised observations (num_envs, obs_dim)."""
+        for i, env in enumerate(self.envs):  # made anew: BipedalWalker keeps traces of its past
+            env.close()
+            self.envs[i] = make_env(self.args)
+        self.discounted_return = np.zeros(len(self.envs))
+        self.episode_return = np.zeros(len(self.envs))  # so far, of raw rewards
+        self.episode_length = np.zeros(len(self.envs))
         # With seed + i, runs with neighbouring seeds would share environments' seeds
         seeds = np.random.default_rng(seed).integers(2**31, size=len(self.envs)).tolist()
         first_obs = [env.reset(seed=s)[0] for env, s in zip(self.envs, seeds)]
@@ -255,7 +259,7 @@ class NormalizedEnvs:
             self.obs[i], reward[i], terminated[i], truncated[i], _ = transition
         self.episode_return += reward
         self.episode_length += 1
-        self.discounted_return = self.gamma * self.discounted_return + reward
+        self.discounted_return = self.args.gamma * self.discounted_return + reward
         self.return_stats.update(self.discounted_return)
 
         final_obs = {}
@@ -434,8 +438,8 @@ def train(args: Args):
     generator = torch.manual_seed(args.seed)  # initial weights, actions, adv_flip
     rng = np.random.default_rng([args.seed, 1])  # reward noise
     envs = NormalizedEnvs(args)
-    eval_env = make_env(args, args.run_dir)
-    agent = Agent(eval_env, args).to(args.device)
+    env = envs.envs[0]  # tells the spaces
+    agent = Agent(env, args).to(args.device)
     # All parameters become views of one vector, so that the optimizer updates a single tensor
     parameters = nn.utils.parameters_to_vector(agent.parameters()).detach()
     nn.utils.vector_to_parameters(parameters, agent.parameters())
@@ -447,7 +451,6 @@ def train(args: Args):
     seconds = 0.0  # without start-up, evaluations and checkpoints
     evaluations = []  # rows of progress.csv
     history = []  # what was logged since the last evaluation, a dict per entry
-    continued_at = []  # steps at which the run was continued, with new episodes
     checkpoint_path = args.run_dir / "checkpoint.pt"
     if checkpoint_path.exists():
         checkpoint = torch.load(checkpoint_path, weights_only=True, map_location="cpu")
@@ -462,7 +465,6 @@ def train(args: Args):
         seconds = checkpoint["seconds"]
         evaluations = checkpoint["evaluations"]
         history = checkpoint["history"]
-        continued_at = [*checkpoint["continued_at"], global_step]
     if args.track:
         import wandb
 
@@ -478,20 +480,19 @@ def train(args: Args):
 
     T, N = args.num_steps, args.num_envs
     action_dtype = np.float32 if agent.gaussian else np.int64
-    obs = np.zeros((T + 1, N, *eval_env.observation_space.shape), np.float32)
-    action = np.zeros((T, N, *eval_env.action_space.shape), action_dtype)
+    obs = np.zeros((T + 1, N, *env.observation_space.shape), np.float32)
+    action = np.zeros((T, N, *env.action_space.shape), action_dtype)
     reward = np.zeros((T, N))
     terminated = np.zeros((T, N), bool)
     truncated = np.zeros((T, N), bool)
     final_value = np.zeros((T, N))  # of truncated episodes' final observations
     obs[T] = envs.reset([args.seed, global_step])
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps", disable=None)
-    gradient_fn = compiled(agent, args, eval_env) if args.compile else gradient_and_metrics
+    gradient_fn = compiled(agent, args, env) if args.compile else gradient_and_metrics
 
     metrics = []  # of all updates since the last entry in the log
     all_advantages = []
     all_returns = []
-    saved = time.perf_counter()
     while global_step < args.total_timesteps:
         # Rollout
         started = time.perf_counter()
@@ -538,7 +539,8 @@ def train(args: Args):
         # Log
         finished = global_step >= args.total_timesteps
         evaluation_due = finished or global_step % args.eval_freq < T * N  # passed a multiple
-        if evaluation_due or global_step % args.log_freq < T * N:
+        checkpoint_due = finished or global_step % (args.checkpoint_freq * N) < T * N
+        if evaluation_due or checkpoint_due or global_step % args.log_freq < T * N:
             scalars = {}
             for name in metrics[0]:
                 scalars[f"losses/{name}"] = torch.stack([m[name] for m in metrics]).mean().item()
@@ -562,6 +564,7 @@ def train(args: Args):
 
         # Evaluation and checkpoint
         if evaluation_due:
+            eval_env = make_env(args, args.run_dir)  # anew, as in training
             eval_env.name_prefix = f"step-{global_step}"  # of the video, if any
             seed = args.seed + global_step
             scores, lengths = evaluate(agent, eval_env, envs.obs_stats, args.eval_episodes, seed)
@@ -584,7 +587,7 @@ def train(args: Args):
             tensors["obs_std"] = torch.from_numpy(envs.obs_stats.std)
             with atomic_write(args.run_dir / "agent.safetensors") as path:
                 safetensors.torch.save_file(tensors, path)
-        if evaluation_due or time.perf_counter() - saved > 600:
+        if checkpoint_due:
             checkpoint = {
                 "agent": agent.state_dict(),
                 "optimizer": optimizer.state_dict(),
@@ -597,21 +600,19 @@ def train(args: Args):
                 "seconds": seconds,
                 "evaluations": evaluations,
                 "history": history,
-                "continued_at": continued_at,
             }
             with atomic_write(checkpoint_path) as path:
                 torch.save(checkpoint, path)
-            saved = time.perf_counter()
+            obs[T] = envs.reset([args.seed, global_step])  # as when the run is continued
 
     writer.close()
-    eval_env.close()
-    outcome = {"continued_at": continued_at, "sps": global_step / seconds, "finished": True}
+    outcome = {"sps": global_step / seconds, "finished": True}
     # Written last, since it marks the run as finished
     save_json(args.run_dir / "summary.json", evaluations[-1] | outcome)
 
 
 def evaluate(agent, env, obs_stats, episodes, seed):
-    """Raw returns and lengths (episodes,) of greedy episodes."""
+    """Raw returns and lengths (episodes,) of greedy episodes in `env`, which is then closed."""
     act = agent.actor_fn()
     returns = np.zeros(episodes)
     lengths = np.zeros(episodes)
@@ -625,6 +626,7 @@ def evaluate(agent, env, obs_stats, episodes, seed):
             returns[episode] += reward
             lengths[episode] += 1
             ended = terminated or truncated or lengths[episode] == 100_000  # without a time limit
+    env.close()
     return returns, lengths
 
 
@@ -648,7 +650,6 @@ def evaluate_run(args: Args):
     obs_stats.load_state_dict({"mean": tensors.pop("obs_mean"), "std": tensors.pop("obs_std")})
     agent.load_state_dict(tensors)
     scores, _ = evaluate(agent, env, obs_stats, run.eval_episodes, run.seed)
-    env.close()
     print(f"{folder}: return {scores.mean():.1f} (standard deviation {scores.std():.1f})")
 
 
@@ -737,6 +738,7 @@ def provenance():
     return {
         "script": script.name,
         "command": sys.argv,
+        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
         "commit": commit,
         "versions": {"torch": torch.__version__} | versions,
         "platform": platform.platform(),

@@ -511,7 +511,6 @@ class Progress:
     evaluations: list[dict] = field(default_factory=list)  # rows of progress.csv
     samples: list[dict] = field(default_factory=list)
     history: list[dict] = field(default_factory=list)  # what was logged since the last evaluation
-    continued_at: list[int] = field(default_factory=list)  # steps at which the run was continued
 
 
 def train(args: Args):
@@ -523,7 +522,6 @@ def train(args: Args):
     progress = Progress()
     if (args.run_dir / "checkpoint.pt").exists():
         progress = restore(setup, args, generator, rng)
-        progress.continued_at.append(progress.global_step)
     writer = None  # in all processes but the first
     if accelerator.is_main_process:
         if args.track:
@@ -608,11 +606,7 @@ def train(args: Args):
     if writer:  # only the first process has one
         writer.close()
         save_policy(setup, args.run_dir)
-        outcome = {
-            "continued_at": progress.continued_at,
-            "sps": progress.global_step / progress.seconds,
-            "finished": True,
-        }
+        outcome = {"sps": progress.global_step / progress.seconds, "finished": True}
         # Written last, since it marks the run as finished
         save_json(args.run_dir / "summary.json", progress.evaluations[-1] | outcome)
     accelerator.wait_for_everyone()  # the first process may still be writing
@@ -1275,6 +1269,7 @@ def provenance():
     return {
         "script": script.name,
         "command": sys.argv,
+        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
         "commit": commit,
         "versions": {"torch": torch.__version__} | versions,
         "platform": platform.platform(),

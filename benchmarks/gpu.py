@@ -291,6 +291,8 @@ def kill(script, device, other, steps):
     folder = Path("runs", str(os.getpid()))
     command = [sys.executable, ROOT / f"{script}.py", "--run-name", folder.name]
     command += ["--eval-freq", "1", "--eval-episodes", "1"]
+    if script != "sppo_rlhf":  # where each evaluation is followed by a checkpoint
+        command += ["--checkpoint-freq", "1"]
     command += ["--total-timesteps", steps, "--device"]
     process = subprocess.Popen([*command, device])
     while process.poll() is None and not (folder / "checkpoint.pt").exists():
@@ -298,8 +300,8 @@ def kill(script, device, other, steps):
     process.kill()
     process.wait()
     subprocess.run([*command, other], check=True)
-    summary = json.loads((folder / "summary.json").read_text())
-    report({"continued_at": summary["continued_at"][0]})
+    begun = json.loads((folder / "args.json").read_text())
+    report({"continued": len(begun["continued"])})
 
 
 def train(script, *flags):

@@ -168,7 +168,7 @@ def main(args: Args):
         writer = csv.DictWriter(file, row)
         writer.writeheader()
         writer.writerow(row)
-    summary = row | {"continued_at": [], "sps": sps, "finished": True}
+    summary = row | {"sps": sps, "finished": True}
     (folder / "summary.json").write_text(json.dumps(summary, indent=2))
     print(f"{folder}: return {row['return_mean']:.1f}, {sps:,.0f} steps/s")
 

@@ -115,6 +115,8 @@ SPPO_ATARI, SA2C_ATARI = (
     for script, more in ((sppo_atari, PPO), (sa2c_atari, A2C))
 )
 SETTINGS = [SPPO_CONTINUOUS, SPPO_ATARI, SA2C_CONTINUOUS, SA2C_ATARI]
+# An evaluation and a checkpoint after each rollout
+EACH = {"eval_freq": 1, "checkpoint_freq": 1}
 # Both algorithms and both kinds of environments, for text that all four scripts share
 ONE_OF_EACH = [SPPO_CONTINUOUS, SA2C_ATARI]
 
@@ -126,9 +128,7 @@ class Signals:
 
     def __init__(self, _, num_games, **__):
         self.ale = self
-        self.rng = np.random.Generator(np.random.PCG64(0))
-        self.images = np.zeros((num_games, 4, 84, 84), np.uint8)
-        self.time = np.zeros(num_games, int)
+        self.num_games = num_games
 
     def get_action_set(self):
         return [Action.NOOP, Action.RIGHT, Action.LEFT]
@@ -142,7 +142,10 @@ class Signals:
         return self.images.copy()
 
     def reset(self, seed):
-        return self.show(), {"lives": np.zeros(len(self.images), int)}
+        self.rng = np.random.Generator(np.random.PCG64(seed))
+        self.images = np.zeros((self.num_games, 4, 84, 84), np.uint8)
+        self.time = np.zeros(self.num_games, int)
+        return self.show(), {"lives": np.zeros(self.num_games, int)}
 
     def step(self, action):
         reward = 2 * (action == self.signal)

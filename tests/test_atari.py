@@ -315,7 +315,7 @@ def test_learning_rate_and_clip_range_fall_linearly_on_request(
 
     monkeypatch.setattr(torch.optim.Adam, "step", step)
     gradients = record(monkeypatch, script, "gradient_and_metrics")
-    flags = {"anneal_lr": anneal_lr, "anneal_clip": anneal_clip, "eval_freq": 128}
+    flags = {"anneal_lr": anneal_lr, "anneal_clip": anneal_clip, "checkpoint_freq": 64}
     flags |= {"update_epochs": 1, "num_minibatches": 2}
     SPPO_ATARI.interrupt(tmp_path, rollouts=2, **flags)
     SPPO_ATARI.run(tmp_path, **flags)

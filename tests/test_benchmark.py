@@ -264,7 +264,7 @@ def test_a_finished_run_is_skipped_unless_its_command_or_script_has_changed(stub
 
 
 TINY = "evidence --envs InvertedDoublePendulum-v4 --seeds 1 --jobs 2 --steps 8192 --runs-dir"
-FLAGS = "-- --no-compile --eval-freq 2048 --eval-episodes 1"
+FLAGS = "-- --no-compile --eval-freq 2048 --eval-episodes 1 --checkpoint-freq 2048"
 
 
 def wait_for(condition):
@@ -299,7 +299,7 @@ def test_a_suite_killed_three_times_continues_and_has_then_nothing_to_do(tmp_pat
     assert last.returncode == 0 and "10/10" in last.stderr, last.stdout
     assert len(summaries(tmp_path)) == 10 and done.items() <= summaries(tmp_path).items()
     for folder in cut:
-        assert json.loads((folder / "summary.json").read_text())["continued_at"]
+        assert json.loads((folder / "args.json").read_text())["continued"]
     starts = [log.read_text().count("$ ") for log in tmp_path.glob("logs/*.log")]
     assert len(starts) == 10 and sum(starts) <= 10 + 3 * 2
     assert sh(*command).returncode == 0
@@ -335,4 +335,5 @@ def test_the_documented_lines_run_on_slurm_and_survive_a_requeue(tmp_path, monke
             daemon.terminate()
             daemon.wait()
     assert len(list(runs.glob("logs/*.log"))) == len(summaries(runs)) == 10
-    assert any(json.loads(text)["continued_at"] for text in summaries(runs).values())
+    begun = [json.loads(path.read_text()) for path in runs.glob("*/args.json")]
+    assert any(run["continued"] for run in begun)

@@ -8,12 +8,12 @@ import numpy as np
 import pytest
 import torch
 from helpers import (
+    EACH,
     SA2C_ATARI,
     SETTINGS,
     SPPO_ATARI,
     SPPO_CONTINUOUS,
     Signals,
-    checkpoint,
     progress,
     record,
 )
@@ -283,7 +283,7 @@ def test_a_gpu_computes_the_same_gradient(setting, tmp_path, monkeypatch):
 
 
 def test_no_seed_comes_twice(setting, tmp_path, monkeypatch):
-    """In runs with neighbouring seeds, one of them continued, and evaluations: else noise would
+    """In runs with neighbouring seeds, after each checkpoint, and evaluations: else noise would
     repeat the numbers that environments start from, or those of another run."""
     seeds = []
     default_rng, SeedSequence = np.random.default_rng, np.random.SeedSequence
@@ -304,15 +304,13 @@ def test_no_seed_comes_twice(setting, tmp_path, monkeypatch):
     monkeypatch.setattr(np.random, "default_rng", recording_rng)
     monkeypatch.setattr(np.random, "SeedSequence", recording_sequence)
     monkeypatch.setattr(setting.script, "AtariVectorEnv", Games, raising=False)
-    flags = {"noise": "normal", "num_envs": 2, "eval_episodes": 3, "eval_freq": 64}
-    setting.interrupt(tmp_path / "1", rollouts=1, **flags)
+    flags = {"noise": "normal", "num_envs": 2, "eval_episodes": 3, **EACH}
     _, folder = setting.run(tmp_path / "1", **flags)
     setting.run(tmp_path / "2", seed=2, **flags)
     if setting.atari:  # games of an evaluation with the run's seed, too
         setting.script.evaluate_run(setting.script.Args(evaluate=str(folder)))
     assert len(seeds) > (40 if setting.atari else 15)
-    # That of the noise, whose generator a continued run makes again and sets to where it was
-    assert len(seeds) == len(set(seeds)) + 1
+    assert len(seeds) == len(set(seeds))
 
 
 def test_actions_and_weights_have_different_random_numbers(setting, tmp_path, monkeypatch):
@@ -494,36 +492,6 @@ def test_sppo_is_ppo_with_another_weight_to_the_last_bit(setting, tmp_path, monk
     authors = trained("authors")
     k = 0.5 + setting.script.Args().beta
     assert trained("authors-k", alpha=k, beta=0.0) == authors != sppo
-
-
-# ---- Continuing
-
-
-def test_a_continued_run_has_all_that_was_learned(setting, tmp_path, monkeypatch):
-    """Scores, the optimiser's averages, statistics, and no noise twice."""
-    calls = record(monkeypatch, setting.script, "perturb_reward")
-    if setting.atari:
-        monkeypatch.setattr(setting.script, "AtariVectorEnv", Signals)
-    flags = {"eval_freq": 128, "noise": "normal"}
-    folder = setting.interrupt(tmp_path, rollouts=2, **flags)
-    before = checkpoint(folder)
-    del calls[-1]  # of the update that was lost
-    summary, _ = setting.run(tmp_path, **flags)
-    after = checkpoint(folder)
-    assert summary["continued_at"] == [128]
-    noise = [noisy - arguments[0] for arguments, noisy in calls]
-    assert np.size(noise) == len(np.unique(noise)) == 256
-    episodes = before["recent_episodes"]
-    assert len(after["recent_episodes"]) > len(episodes) > 0
-    assert after["recent_episodes"][: len(episodes)] == episodes
-    state = after["optimizer"]["state"][0]
-    if "step" in state:
-        assert state["step"] == 4 * (8 if setting.ppo else 1)
-    else:  # RMSprop's average of squares, which starts at 1, where gradients are 0
-        assert state["square_avg"].min().item() == pytest.approx(0.99**4, abs=1e-4)
-    if not setting.atari:
-        assert after["obs_stats"]["count"] == 256 + 2  # each step, and two first observations
-        assert after["return_stats"]["count"] == 256
 
 
 # ---- Learning

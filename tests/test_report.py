@@ -64,7 +64,7 @@ def make_run(runs: Path, method: str, score: float, seed: int = 1, task=HOPPER, 
     table = pd.DataFrame(progress | columns)
     table.to_csv(folder / "progress.csv", index=False)
     if finished:
-        summary = table.iloc[-1].to_dict() | {"sps": 1000.0, "continued_at": [], "finished": True}
+        summary = table.iloc[-1].to_dict() | {"sps": 1000.0, "finished": True}
         (folder / "summary.json").write_text(json.dumps(summary))
     return folder
 
