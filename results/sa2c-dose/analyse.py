@@ -1,0 +1,113 @@
+"""Measures and figure of SA2C by dose.
+
+python results/sa2c-dose/analyse.py
+"""
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+HERE = Path(__file__).parent
+FLOOR = {"Hopper-v4": 0, "HalfCheetah-v4": -300, "InvertedDoublePendulum-v4": 0}
+REWARDS = {"none": "clean", "normal": "noisy rewards", "adv_flip": "flipped advantages"}
+COLORS = {"none": "black", "normal": "tab:blue", "adv_flip": "tab:orange"}
+ALPHA = 0.5
+BETAS = np.array([0, 0.5, 2, 20])
+DOSES = np.log(1 + BETAS / ALPHA) / np.log(1 + BETAS[-1] / ALPHA)
+MEASURES = {"training": "training", "last5": "last five evaluations"}
+
+
+def relative_scores(measure):
+    """Scores (tasks, rewards, betas, seeds) above the task's floor, relative to clean beta 0."""
+    runs = pd.read_csv(HERE / "runs.csv.gz").query("finished").sort_values("seed")
+    groups = runs.groupby(["env_id", "noise", "beta"])[measure]
+    cells = []
+    for task, floor in FLOOR.items():
+        for noise in REWARDS:
+            for beta in BETAS:
+                cells.append(groups.get_group((task, noise, beta)) - floor)
+    scores = np.reshape(cells, (len(FLOOR), len(REWARDS), len(BETAS), -1))
+    baseline = scores[:, :1, :1].mean(axis=-1, keepdims=True)
+    return scores / baseline
+
+
+def slopes(scores):
+    """Slopes over the dose (tasks, rewards, seeds), by least squares."""
+    centred = DOSES - DOSES.mean()
+    return np.einsum("trbs,b->trs", scores, centred) / (centred @ centred)
+
+
+def paired(values):
+    """Mean of seeds' values, and its 95 % interval by t."""
+    test = stats.ttest_1samp(values, 0)
+    return values.mean(), *test.confidence_interval()
+
+
+def effects(measure, tasks=slice(None)):
+    """{name: (estimate, low, high)}: slopes, averaged over `tasks`, and interactions with noise."""
+    by_seed = slopes(relative_scores(measure)[tasks]).mean(axis=0)
+    clean, normal, adv_flip = by_seed
+    return {
+        "slope, clean": paired(clean),
+        "slope, normal": paired(normal),
+        "slope, adv_flip": paired(adv_flip),
+        "normal minus clean": paired(normal - clean),
+        "adv_flip minus clean": paired(adv_flip - clean),
+    }
+
+
+def estimate(value, low, high):
+    value, low, high = np.round([value, low, high], 3) + 0.0  # no -0.000
+    return f"{value:.3f} ({low:.3f} to {high:.3f})"
+
+
+def print_measures():
+    for measure, title in MEASURES.items():
+        print(f"{title}:")
+        panels = {"all tasks": slice(None), "without InvertedDoublePendulum": slice(0, 2)}
+        for i, task in enumerate(FLOOR):
+            panels[task] = slice(i, i + 1)
+        for name, tasks in panels.items():
+            found = effects(measure, tasks)
+            print(f"| {name} | {' | '.join(estimate(*values) for values in found.values())} |")
+
+
+def print_smallest_dose():
+    """Beta 0.5 minus 0 in each cell: Welch's intervals, corrected for the nine (Bonferroni)."""
+    scores = relative_scores("training")
+    for i, task in enumerate(FLOOR):
+        for j, noise in enumerate(REWARDS):
+            plain, small, *_ = scores[i, j]
+            test = stats.ttest_ind(small, plain, equal_var=False)
+            interval = test.confidence_interval(1 - 0.05 / 9)
+            print(f"{task}, {noise}: {estimate(small.mean() - plain.mean(), *interval)}")
+
+
+def draw():
+    """Training score against dose: over all tasks, then each; a line for each kind of rewards."""
+    scores = relative_scores("training")
+    figure, axes = plt.subplots(1, 4, figsize=(10, 2.9), sharey=True, layout="constrained")
+    panels = {"all three tasks": scores.mean(axis=0)}
+    for task, values in zip(FLOOR, scores):
+        panels[task.partition("-")[0]] = values
+    for ax, (title, values) in zip(axes, panels.items()):
+        for (noise, label), cells in zip(REWARDS.items(), values):
+            half = stats.sem(cells, axis=1) * stats.t.ppf(0.975, cells.shape[1] - 1)
+            mean = cells.mean(axis=1)
+            ax.errorbar(DOSES, mean, half, marker="o", color=COLORS[noise], label=label)
+        ax.set_xticks(DOSES, [f"{beta:g}" for beta in BETAS])
+        ax.set_title(title)
+        ax.set_xlabel("beta (alpha 0.5)")
+    axes[0].set_ylabel("training score relative\nto clean A2C on bins")
+    axes[0].legend()
+    figure.savefig(HERE / "dose.png", dpi=170)
+
+
+if __name__ == "__main__":
+    plt.switch_backend("agg")
+    print_measures()
+    print_smallest_dose()
+    draw()
