@@ -1170,7 +1170,7 @@ def refuse_missing(names, source):
 def check_models(args):
     """Refuses models that lack weights, before a folder is made. Makes those of the toy. On the
     device "meta" weights have names, but no memory."""
-    if args.task == "toy":
+    if args.dataset == Args.dataset:
         make_toy(Path(TOY))
     load_pretrained(AutoModelForCausalLM, args.policy_model, device_map="meta")
     for name in args.reward_model + args.eval_reward_model:
