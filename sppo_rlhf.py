@@ -1437,9 +1437,8 @@ def make_toy(folder):
     # The reward model must be able to score texts that are not finished.
     truncated = [" ".join(review.split()[: rng.randint(1, 45)]) for review in reviews]
     labels = toy_labels(truncated, rng)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        make_toy_models(reviews, truncated, labels, temporary)
+    torch.manual_seed(1)
+    make_toy_models(reviews, truncated, labels, temporary)
     try:
         temporary.rename(folder)
     except OSError:  # another run was faster

@@ -510,6 +510,14 @@ def test_a_function_gets_what_trl_gives_it(run, tmp_path):
     assert progress(folder)[-1]["charts/episodic_return"] == 1
 
 
+def test_trls_own_reward_functions_run(tmp_path):
+    own = "from trl.rewards import get_repetition_penalty_reward\n"
+    (tmp_path / "own.py").write_text(f"{own}penalty = get_repetition_penalty_reward(2)")
+    reward = rlhf.function_reward(f"{tmp_path}/own.py:penalty", ["label"], CPU)
+    inputs = dict.fromkeys(["texts", "prompts", "completions", "label"], ["", ""])
+    assert reward(completion_ids=[[1, 2, 3, 4], [5] * 5], **inputs).tolist() == [0, -0.75]
+
+
 @pytest.mark.parametrize(("parameters", "reason"), {
     "completions, trainer_state, **kwargs": "missing a required argument: 'trainer_state'",
     "prompts, completions": "got an unexpected keyword argument 'completion_ids'",
