@@ -36,9 +36,11 @@ too). Dropout is off. Steps and frequencies count texts, that is a prompt and it
 """
 
 import argparse
+import asyncio
 import csv
 import ctypes
 import hashlib
+import inspect
 import json
 import math
 import os
@@ -49,7 +51,6 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Callable
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
@@ -114,9 +115,9 @@ class Args:
     reward_model: tuple[str, ...] = (f"{TOY}/reward",)  # classifiers, adapters or FILE.py:FUNCTION
     reward_label: int = 1  # label whose probability is the reward; unused with a single output
     reward_aggregate: Literal["mean", "min", "mean-std"] = "mean"  # over several reward models
-    dataset: str = f"{TOY}/train.jsonl"  # JSONL(.gz) or hub name:split; text (tldr: prompt, label)
+    dataset: str = f"{TOY}/train.jsonl"  # JSONL(.gz) or hub name:split; text, or prompt and label
     eval_dataset: str | None = None  # held-out data; default: the task's, or 10% of --dataset
-    prompt_length: int = 16  # maximum tokens of a prompt, cut left (toy, imdb: half of a text)
+    prompt_length: int = 16  # maximum tokens of a prompt (or of the first half of a text), cut left
     response_length: int = 32  # maximum tokens of a response
     top_k: int = 0  # sample among the k most likely tokens; 0: among all
     stop_at_eos: bool = True  # the end-of-text token ends a response; else it is never sampled
@@ -175,9 +176,9 @@ class Args:
 
     def check(self):
         """Refuses what would run, but mean something else than it says. tyro prints the message."""
-        sizes = ("batch_size", "num_minibatches", "micro_batch_size", "update_epochs")
-        lengths = ("prompt_length", "response_length")
-        for name in (*sizes, *lengths, "total_timesteps", "eval_freq", "eval_episodes"):
+        counts = "batch_size num_minibatches micro_batch_size update_epochs prompt_length"
+        counts += " response_length total_timesteps eval_freq eval_episodes"
+        for name in counts.split():
             value = getattr(self, name)
             if value is not None and value < 1:
                 raise ValueError(f"{name} must be at least 1")
@@ -187,10 +188,9 @@ class Args:
             raise ValueError("gamma must be between 0 and 1")
         if self.max_grad_norm <= 0:
             raise ValueError("max_grad_norm must be positive; 1e9 turns clipping off")
-        if min(self.seed, self.alpha, self.beta, self.noise_level, self.clip_coef) < 0:
-            raise ValueError("seed, alpha, beta, noise_level and clip_coef must not be negative")
-        if min(self.top_k, self.lora_r) < 0:
-            raise ValueError("top_k and lora_r must not be negative")
+        for name in "seed alpha beta noise_level clip_coef top_k lora_r".split():
+            if getattr(self, name) < 0:
+                raise ValueError(f"{name} must not be negative")
         processes = int(os.environ.get("WORLD_SIZE", 1))
         if self.batch_size % (self.num_minibatches * processes):
             raise ValueError("num_minibatches times processes must divide batch_size")
@@ -499,7 +499,12 @@ def update(setup, args, batch, generator):
             setup.optimizer.zero_grad()
             metrics["advantage_sign_flips"] = masked_mean((raw > 0) != (advantage > 0), mask)
             history.append(metrics)
-    return {name: np.mean([float(m[name]) for m in history]).item() for name in history[0]}
+    return means(history)
+
+
+def means(rows):
+    """Means of numbers by their names; all `rows` have the same ones."""
+    return {name: np.mean([float(row[name]) for row in rows]).item() for name in rows[0]}
 
 
 @dataclass
@@ -553,11 +558,11 @@ def train(args: Args):
         # Rollout; random numbers are drawn for the global batch, then sharded
         started = time.perf_counter()
         rows = torch.randperm(len(setup.train_data), generator=generator)[: args.batch_size]
-        prompts, completions = tokenize(setup.train_data[rows.tolist()], setup.tokenizer, args)
+        data = setup.train_data.select(rows.tolist())
         uniform = torch.rand(args.batch_size, args.response_length, generator=generator)
         reward_models = setup.reward_models[: len(args.reward_model)]
-        rollout = collect_rollout(
-            setup, args, prompts, completions, uniform, args.top_k, reward_models
+        prompts, completions, rollout = collect_rollout(
+            setup, args, data, uniform, args.top_k, reward_models
         )
         progress.global_step += args.batch_size
 
@@ -634,8 +639,7 @@ def evaluate_and_log(setup, args, progress, writer):
     step = progress.global_step
     row, samples = evaluate(setup, args, step)
     if progress.history:  # means since the last evaluation
-        for name in progress.history[-1]:
-            row[name] = np.mean([scalars[name] for scalars in progress.history]).item()
+        row |= means(progress.history)
     progress.history = []
     progress.evaluations.append(row)
     progress.samples += samples
@@ -824,54 +828,64 @@ def sample_token(logits, uniform, top_k):
     return torch.searchsorted(cumulative, uniform * total, right=True)
 
 
-class RewardModel:
-    """Text in, score out, with a tokenizer of its own. `name`: a classifier, or a LoRA adapter with
-    a single output; `label`: the label whose probability is the score, unless the model has a
-    single output."""
+def load_classifier(name, device, dtype):
+    """A classifier, or a LoRA adapter with a single output on its base, with all its weights."""
+    options = {"dtype": dtype, "device_map": device}
+    if not find_adapter_config_file(name):
+        return load_pretrained(AutoModelForSequenceClassification, name, **options)
+    model = peft.AutoPeftModelForSequenceClassification.from_pretrained(
+        name, num_labels=1, low_cpu_mem_usage=True, **options
+    )
+    saved = peft.load_peft_weights(name, device="cpu")
+    refuse_missing(peft.get_peft_model_state_dict(model).keys() - saved.keys(), name)
+    return model.to(device)
 
-    def __init__(self, name, label, device, dtype):
-        self.label = label
-        base = name
-        if find_adapter_config_file(name):
-            self.model = peft.AutoPeftModelForSequenceClassification.from_pretrained(
-                name, num_labels=1, dtype=dtype
-            )
-            base = self.model.active_peft_config.base_model_name_or_path
-            saved = peft.load_peft_weights(name, device="cpu")
-            refuse_missing(peft.get_peft_model_state_dict(self.model).keys() - saved.keys(), name)
-        else:
-            self.model = load_pretrained(AutoModelForSequenceClassification, name, dtype=dtype)
-        self.model.to(device)
-        config = self.model.config
-        tokenizer = load_tokenizer(base)
-        config.pad_token_id = tokenizer.pad_token_id
-        positions = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
-        tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
-        self.tokenizer = tokenizer
+
+def classifier_reward(name, label, device, dtype):
+    """A reward model, a function from texts to scores (texts,), with its own tokenizer. Scores are
+    the classifier's single output, else the probability of `label`."""
+    model = load_classifier(name, device, dtype)
+    config = model.config
+    tokenizer = load_tokenizer(config.name_or_path)  # an adapter has that of its base
+    config.pad_token_id = tokenizer.pad_token_id
+    positions = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
 
     @torch.no_grad()
-    def __call__(self, texts):
-        """Scores (texts,). Texts that are too long are truncated on the left."""
-        inputs = self.tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
-        logits = self.model(**inputs.to(self.model.device)).logits.float()
+    def reward_model(texts, **_):
+        """Texts that are too long are truncated on the left."""
+        inputs = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+        logits = model(**inputs.to(device)).logits.float()
         if logits.shape[1] == 1:
             return logits[:, 0]
-        if self.model.config.problem_type == "multi_label_classification":
-            return logits.sigmoid()[:, self.label]
-        return logits.softmax(-1)[:, self.label]
+        if config.problem_type == "multi_label_classification":
+            return logits.sigmoid()[:, label]
+        return logits.softmax(-1)[:, label]
+
+    return reward_model
 
 
-def load_reward_model(name, label, device, dtype):
-    """A function from texts to scores (texts,): a model, or a Python function FILE.py:NAME that
-    takes a list of texts and returns one score for each."""
-    if ".py:" not in name:
-        return RewardModel(name, label, device, dtype)
+def function_reward(name, columns, device):
+    """A reward model, as above, from the Python function FILE.py:NAME. It gets `texts`, prompts and
+    responses together, if it has that parameter; else what TRL gives reward functions, but for its
+    trainer: `prompts` and `completions`, without special tokens; `completion_ids`, with the end of
+    text; and the dataset's `columns`. Exits if it takes others."""
     path, _, function_name = name.rpartition(":")
     function = runpy.run_path(path)[function_name]
+    signature = inspect.signature(function)
+    takes_texts = "texts" in signature.parameters
+    keywords = ["prompts", "completions", "completion_ids", *columns]
+    try:
+        signature.bind(**dict.fromkeys(["texts"] if takes_texts else keywords))
+    except TypeError as error:
+        sys.exit(f"error: {name}: {error}; it gets texts, or else {', '.join(keywords)}")
 
-    def reward_model(texts):
-        scores = torch.tensor(function(texts), dtype=torch.float32, device=device)
-        return scores.view(len(texts))
+    def reward_model(texts, **inputs):
+        scores = function(texts=texts) if takes_texts else function(**inputs)
+        if inspect.iscoroutine(scores):
+            scores = asyncio.run(scores)
+        scores = [math.nan if score is None else score for score in scores]
+        return torch.tensor(scores, dtype=torch.float32, device=device).view(len(texts))
 
     return reward_model
 
@@ -890,8 +904,8 @@ def aggregate(scores, how):
 
 def tokenize(rows, tokenizer, args):
     """Prompts, and reference completions, which are padded to `response_length`. `rows`: column ->
-    texts."""
-    if args.task == "tldr":
+    texts; `prompt` and `label`, or `text`, whose first half is the prompt."""
+    if "prompt" in rows:
         prompts = tokenizer(rows["prompt"])["input_ids"]
         completions = tokenizer(rows["label"], add_special_tokens=False)["input_ids"]
     else:
@@ -899,7 +913,7 @@ def tokenize(rows, tokenizer, args):
         prompts = [ids[: len(ids) // 2] for ids in texts]
         completions = [ids[len(ids) // 2 :] for ids in texts]
     end = [tokenizer.eos_token_id]
-    prompts = [ids[-args.prompt_length :] or end for ids in prompts]
+    prompts = [cut_left(ids, args.prompt_length, tokenizer.bos_token_id) or end for ids in prompts]
     completions = [(ids + end)[: args.response_length] for ids in completions]
     length = args.response_length
     left = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
@@ -907,6 +921,17 @@ def tokenize(rows, tokenizer, args):
         {"input_ids": completions}, padding="max_length", max_length=length, return_tensors="pt"
     )
     return tuple(Tokens(x["input_ids"], x["attention_mask"].bool()) for x in (left, right))
+
+
+def cut_left(ids, length, bos):
+    """The last `length` of the tokens `ids`. A start token `bos` stays, and stays the only one: a
+    chat template may write it, too."""
+    if ids[:2] == [bos, bos]:
+        ids = ids[1:]
+    kept = ids[-length:]
+    if ids[:1] == [bos]:
+        kept[0] = bos
+    return kept
 
 
 def join(*parts):
@@ -926,31 +951,36 @@ def process_rows(accelerator, count):
 
 
 @torch.no_grad()
-def collect_rollout(setup, args, prompts, completions, uniform, top_k, reward_models):
-    """Samples responses to prompts and scores them; each process does its share. Returns the
-    rollout of all processes, on the CPU. `uniform` (B, T) as in `generate`."""
-    actor_critic = setup.actor_critic
-    device = setup.accelerator.device
+def collect_rollout(setup, args, data, uniform, top_k, reward_models):
+    """Samples responses to the prompts in B rows of `data`, and scores them; each process does its
+    share. Returns prompts, reference completions, and the rollout of all processes, on the CPU.
+    `uniform` (B, T) as in `generate`."""
+    accelerator = setup.accelerator
+    actor = setup.actor_critic
+    tokenizer = setup.tokenizer
+    prompts, completions = tokenize(data[:], tokenizer, args)
     parts = []
-    own_rows = process_rows(setup.accelerator, len(uniform))
     size = 8 * (args.micro_batch_size or 16)  # inference takes less memory than training
-    for rows in own_rows.split(size):
+    for rows in process_rows(accelerator, len(uniform)).split(size):
         texts = slice_tensors((prompts, completions, uniform), rows)
-        prompt, completion, part_uniform = send_to_device(texts, device)
-        with actor_critic.autocast():
-            response = actor_critic.generate(
-                prompt, part_uniform, top_k, setup.tokenizer, args.stop_at_eos
-            )
-            reference_log_prob = actor_critic.reference_log_prob(prompt, response)
+        prompt, completion, part_uniform = send_to_device(texts, accelerator.device)
+        with actor.autocast():
+            response = actor.generate(prompt, part_uniform, top_k, tokenizer, args.stop_at_eos)
+            reference_log_prob = actor.reference_log_prob(prompt, response)
         # Computed as in the update, not by `generate`, so that ratios start at 1
-        log_probs, value = actor_critic(prompt, response, completion)
-        texts = decode(setup.tokenizer, join(prompt, response))
-        scores = torch.stack([reward_model(texts) for reward_model in reward_models], 1)
+        log_probs, value = actor(prompt, response, completion)
+        inputs = data[rows.tolist()] | {
+            "texts": decode(tokenizer, join(prompt, response)),
+            "prompts": decode(tokenizer, prompt),
+            "completions": decode(tokenizer, response),
+            "completion_ids": [ids[mask].tolist() for ids, mask in zip(*response)],
+        }
+        scores = torch.stack([reward_model(**inputs) for reward_model in reward_models], 1)
         if not scores.isfinite().all():
-            raise ValueError(f"scores that are not finite, with the means {scores.mean(0)}")
+            raise ValueError(f"scores that are None or not finite, with the means {scores.mean(0)}")
         parts.append(Rollout(response, *log_probs, reference_log_prob, value, scores))
-    rollout = setup.accelerator.gather(concatenate(parts))
-    return send_to_device(rollout, "cpu")
+    rollout = accelerator.gather(concatenate(parts))
+    return prompts, completions, send_to_device(rollout, "cpu")
 
 
 # Evaluation
@@ -963,12 +993,11 @@ def evaluate(setup, args, step):
     The row has the reward, and what it may have cost: the KL divergence from the reference policy
     in nats per text (an estimate, biased where sampling is filtered) and perplexities.
     """
-    prompts, completions = tokenize(setup.eval_data[:], setup.tokenizer, args)
     rng = np.random.default_rng([args.seed, step, 2])
     uniform = torch.from_numpy(rng.random((args.eval_episodes, args.response_length)))
     top_k = 1 if args.eval_greedy else args.top_k
-    rollout = collect_rollout(
-        setup, args, prompts, completions, uniform, top_k, setup.reward_models
+    prompts, completions, rollout = collect_rollout(
+        setup, args, setup.eval_data, uniform, top_k, setup.reward_models
     )
     mask = rollout.response.mask
     first_heldout = len(args.reward_model)  # a column of `scores`
@@ -989,10 +1018,12 @@ def evaluate(setup, args, step):
     }
     for name, score in zip(args.eval_reward_model, rollout.scores[:, first_heldout:].mean(0)):
         row[f"heldout_{name}"] = score.item()
-    if args.task == "toy":
+    if args.dataset == Args.dataset:
         row["sentiment"] = sum(map(toy_sentiment, responses)) / len(responses)
     if args.task == "tldr":
-        row |= rouge(setup.eval_data["label"], responses)
+        scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
+        scores = [scorer.score(*pair) for pair in zip(setup.eval_data["label"], responses)]
+        row |= means([{name: f.fmeasure for name, f in score.items()} for score in scores])
 
     samples = [
         {"step": step, "prompt": prompt, "response": response, "reward": score}
@@ -1004,16 +1035,6 @@ def evaluate(setup, args, step):
 def perplexity(log_prob, mask):
     """Perplexity per token, over tokens where `mask` is true."""
     return (-masked_mean(log_prob, mask)).exp().item()
-
-
-def rouge(references, responses):
-    """Mean F-measures of ROUGE-1, ROUGE-2 and ROUGE-L."""
-    scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
-    scores = [scorer.score(*pair) for pair in zip(references, responses)]
-    means = {}
-    for name in scores[0]:
-        means[name] = np.mean([score[name].fmeasure for score in scores]).item()
-    return means
 
 
 def evaluate_run(args: Args):
@@ -1055,7 +1076,7 @@ class Setup:
     optimizer: torch.optim.Optimizer
     tokenizer: transformers.PreTrainedTokenizerBase
     # Those of --reward-model, then those of --eval-reward-model, used in evaluations only
-    reward_models: list[Callable]
+    reward_models: list
     train_data: datasets.Dataset
     eval_data: datasets.Dataset
 
@@ -1064,9 +1085,6 @@ def load(args):
     """Loads models and data. Raises whatever is wrong with them."""
     cpu = args.device == "cpu" or not torch.cuda.is_available()
     accelerator = Accelerator(cpu=cpu, mixed_precision="no")  # see ActorCritic.autocast
-    if args.task == "toy":
-        with accelerator.main_process_first():
-            make_toy(Path(TOY))
     device = accelerator.device
     bfloat16 = args.amp == "auto" and has_bfloat16(device)
     dtype = torch.bfloat16 if bfloat16 else torch.float32
@@ -1075,10 +1093,13 @@ def load(args):
     tokenizer = load_tokenizer(args.tokenizer or args.policy_model)
     train_data, eval_data = load_data(args)
     reward_dtype = dtype if args.lora_r else torch.float32  # with LoRA, models are large
-    reward_models = [
-        load_reward_model(name, args.reward_label, device, reward_dtype)
-        for name in args.reward_model + args.eval_reward_model
-    ]
+    reward_models = []
+    for name in args.reward_model + args.eval_reward_model:
+        if ".py:" in name:
+            reward_model = function_reward(name, train_data.column_names, device)
+        else:
+            reward_model = classifier_reward(name, args.reward_label, device, reward_dtype)
+        reward_models.append(reward_model)
     torch.manual_seed(args.seed)  # initial weights of LoRA
     actor_critic = ActorCritic(args, device, dtype)
     check_policy(actor_critic.policy, args, *tokenize(eval_data[:], tokenizer, args))
@@ -1091,14 +1112,14 @@ def load(args):
     )
     model, optimizer = accelerator.prepare(actor_critic, optimizer)
     return Setup(
-        accelerator,
-        actor_critic,
-        model,
-        optimizer,
-        tokenizer,
-        reward_models,
-        train_data,
-        eval_data,
+        accelerator=accelerator,
+        actor_critic=actor_critic,
+        model=model,
+        optimizer=optimizer,
+        tokenizer=tokenizer,
+        reward_models=reward_models,
+        train_data=train_data,
+        eval_data=eval_data,
     )
 
 
@@ -1137,7 +1158,21 @@ def load_pretrained(auto_class, name, **options):
 def refuse_missing(names, source):
     """Refuses a checkpoint without weights of these `names`, which would stay as they were made."""
     if names:
-        raise ValueError(f"{source} lacks {sorted(names)}")
+        sys.exit(f"error: {source} lacks {len(names)} weights, such as {min(names)}")
+
+
+def check_models(args):
+    """Refuses models that lack weights, before a folder is made. Makes those of the toy. On the
+    device "meta" weights have names, but no memory."""
+    if args.dataset == Args.dataset:
+        make_toy(Path(TOY))
+    load_pretrained(AutoModelForCausalLM, args.policy_model, device_map="meta")
+    for name in args.reward_model + args.eval_reward_model:
+        if ".py:" in name:
+            continue
+        is_unbounded = load_classifier(name, "meta", torch.float32).config.num_labels == 1
+        if args.noise == "flip" and is_unbounded and name in args.reward_model:
+            sys.exit(f"error: {name} has one unbounded output, of which 1 - r, flip, is no noise")
 
 
 def load_tokenizer(name):
@@ -1318,8 +1353,11 @@ def main():
     if args.evaluate is not None:
         evaluate_run(args)
         return
+    finished = (args.run_dir / "summary.json").exists()
+    if not finished:
+        check_models(args)
     if os.environ.get("RANK", "0") != "0":  # only the first process writes files
-        if not (args.run_dir / "summary.json").exists():
+        if not finished:
             train(args)
         return
     args.run_dir.mkdir(parents=True, exist_ok=True)
@@ -1388,16 +1426,14 @@ def make_toy(folder):
     temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
     rng = random.Random(1)
     reviews = [toy_review(rng) for _ in range(4000)]
-    splits = {"train": reviews[:-TOY_HELD_OUT], "test": reviews[-TOY_HELD_OUT:]}
-    for name, texts in splits.items():
+    for name, texts in ("train", reviews[:-TOY_HELD_OUT]), ("test", reviews[-TOY_HELD_OUT:]):
         data = datasets.Dataset.from_dict({"text": texts})
         data.to_json(temporary / f"{name}.jsonl")
     # The reward model must be able to score texts that are not finished.
     truncated = [" ".join(review.split()[: rng.randint(1, 45)]) for review in reviews]
     labels = toy_labels(truncated, rng)
-    with torch.random.fork_rng(devices=[]):
-        torch.manual_seed(1)
-        make_toy_models(reviews, truncated, labels, temporary)
+    torch.manual_seed(1)
+    make_toy_models(reviews, truncated, labels, temporary)
     try:
         temporary.rename(folder)
     except OSError:  # another run was faster
@@ -1444,8 +1480,7 @@ def make_toy_models(reviews, truncated, labels, folder):
 def train_toy_model(model, data, steps, learning_rate, tokenizer, folder):
     """Supervised training on all but the held-out rows of `data`; saves model and tokenizer."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
-    title = f"making the toy's {folder.name} model"
-    for _ in tqdm(range(steps), title, disable=None, leave=False):
+    for _ in tqdm(range(steps), f"making the toy's {folder.name} model", disable=None, leave=False):
         rows = torch.randint(len(data["labels"]) - TOY_HELD_OUT, (32,))
         batch = {name: tensor[rows] for name, tensor in data.items()}
         model(**batch).loss.backward()

@@ -285,6 +285,10 @@ def test_unbiased_rewards_under_flips(tmp_path, monkeypatch):
         np.testing.assert_allclose(reward, (noisy - 0.1) / 0.8)
 
 
+def read_lines(path):
+    return [json.loads(line) for line in Path(path).open()]
+
+
 def test_a_function_as_reward(toy, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     text = SECTIONS["A Python function as the reward of a language model"]
@@ -294,9 +298,29 @@ def test_a_function_as_reward(toy, tmp_path, monkeypatch):
     folder = train(script, args, "here", **SHORT_LM)
     variety = runpy.run_path(tmp_path / "variety.py")["variety"]
     assert variety(["a b a b", ""]) == [0.5, 0]
-    samples = [json.loads(line) for line in (folder / "samples.jsonl").open()]
+    samples = read_lines(folder / "samples.jsonl")
     texts = [sample["prompt"] + sample["response"] for sample in samples]
     assert [sample["reward"] for sample in samples] == pytest.approx(variety(texts))
+
+
+def test_a_reward_that_knows_the_answer(tmp_path, monkeypatch):
+    """It runs with all that TRL 1.12 passes to it, too."""
+    monkeypatch.chdir(tmp_path)
+    text = SECTIONS["A reward that knows the answer"]
+    Path("correct.py").write_text(*code_blocks(text, "python"))
+    making, training = commands(text)
+    runpy.run_path(ROOT / making[1])["make"](Path(making[2]), steps=50)
+    script, args = parse(training)
+    folder = train(script, args, "here", **SHORT_LM)
+    sums = {row["prompt"]: row["label"] for row in read_lines("sums/test.jsonl")}
+    assert len(sums) == 512
+    correct = runpy.run_path("correct.py")["correct"]
+    for sample in read_lines(folder / "samples.jsonl"):
+        completions, label = [sample["response"]], [sums[sample["prompt"]]]
+        trl = dict.fromkeys(["trainer_state", "log_extra", "log_metric"])
+        trl |= {"prompts": [sample["prompt"]], "completion_ids": [[]]}
+        assert [sample["reward"]] == correct(completions=completions, label=label, **trl)
+    assert correct(completions=["42", "4"], label=["42", "42"]) == [1, 0]
 
 
 def test_a_new_metric(tmp_path, monkeypatch):

@@ -153,6 +153,7 @@ def test_pooled_percentages_are_those_of_the_report():
         ("noise", "docs/benchmark.md", 225),
         ("authors", "docs/benchmark.md", 21),
         ("k-ends", "results/k-ends/README.md", 144),
+        ("rlhf-sums", "results/rlhf-sums/README.md", 12),
     ],
 )
 def test_documented_lines_list_the_packed_runs(suite, page, count):

@@ -25,6 +25,7 @@ from accelerate import Accelerator
 from helpers import checkpoint, progress, record, weights
 from rouge_score.rouge_scorer import RougeScorer
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from tokenizers.processors import TemplateProcessing
 from torch import nn
 from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -44,6 +45,22 @@ def text_lengths(texts):  # a reward model, FILE.py:NAME
 
 def infinite_scores(texts):
     return [math.inf for _ in texts]
+
+
+def no_scores(completions, **kwargs):
+    return [None for _ in completions]
+
+
+async def agreement(prompts, completions, completion_ids, number, **kwargs):
+    """1 where what TRL's reward functions get belongs together, else 0."""
+    tokenizer = AutoTokenizer.from_pretrained("runs/toy/policy")
+    scores = []
+    for prompt, completion, ids, n in zip(prompts, completions, completion_ids, number):
+        ends = [i for i, token in enumerate(ids) if token == tokenizer.eos_token_id]
+        whole = ends == [len(ids) - 1] or (len(ids) == 10 and not ends)
+        same = tokenizer.decode(ids, skip_special_tokens=True) == completion
+        scores.append(float(same and whole and prompt.endswith(f" {n}")))
+    return scores
 
 
 # Models and runs
@@ -141,7 +158,7 @@ def actor_critic(model, lora_r=0, dtype=torch.float32, **flags):
 
 
 def reward_model(name, label=1):
-    return rlhf.load_reward_model(str(name), label, CPU, torch.float32)
+    return rlhf.classifier_reward(str(name), label, CPU, torch.float32)
 
 
 def ragged(seed=0, lengths=((3, 5), (7, 2), (1, 1), (5, 5)), tokens=5):
@@ -174,8 +191,11 @@ def collect(actor, prompts, uniform, top_k, eos, stop_at_eos):
     args = rlhf.Args(response_length=length, stop_at_eos=stop_at_eos)
     ids = torch.full_like(uniform, 3, dtype=torch.long)
     completions = rlhf.Tokens(ids, ids > 0)
-    no_reward = [lambda _: torch.zeros(len(uniform))]
-    return rlhf.collect_rollout(setup, args, prompts, completions, uniform, top_k, no_reward)
+    data = datasets.Dataset.from_dict({"text": [""] * len(uniform)})
+    no_reward = [lambda **_: torch.zeros(len(uniform))]
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(rlhf, "tokenize", lambda *_: (prompts, completions))
+        return rlhf.collect_rollout(setup, args, data, uniform, top_k, no_reward)[2]
 
 
 # Tokens
@@ -325,13 +345,34 @@ def test_lora_roles_are_adapters_on_one_frozen_model(models):
         assert (parameter.dtype == torch.float32) == parameter.requires_grad
 
 
-def test_checkpoints_without_all_weights_are_refused(run):
-    """A language model has no head for scores, and a classifier none for tokens."""
+def test_models_that_do_not_fit_are_refused_before_a_folder_is_made(
+    toy, models, tmp_path, monkeypatch
+):
+    """A language model has no head for scores, and a classifier none for tokens. An adapter may
+    have other names. 1 - r means nothing for a score without bounds."""
+    monkeypatch.chdir(toy.parent.parent)
+    adapter = tmp_path / "adapter"
+    shutil.copytree(models["adapter"], adapter)
+    file = adapter / "adapter_model.safetensors"
+    saved = safetensors.torch.load_file(file)
+    renamed = {name.replace("lora_A", "lora_C"): weight for name, weight in saved.items()}
+    safetensors.torch.save_file(renamed, file)
     policy, reward = f"{rlhf.TOY}/policy", f"{rlhf.TOY}/reward"
-    with pytest.raises(ValueError, match=r"policy lacks \['score.weight'\]"):
-        run(reward_model=(policy,))
-    with pytest.raises(ValueError, match="reward lacks"):
-        run(name="other", policy_model=reward, tokenizer=policy)
+    refusals = [
+        (["--reward-model", policy], "policy lacks 1 weights, such as score.weight$"),
+        (["--policy-model", reward, "--tokenizer", policy], r"reward lacks \d+ weights, such as"),
+        (["--eval-reward-model", adapter], "adapter lacks 4 weights, such as .*lora_A.weight$"),
+    ]
+    for name in ("classifier", "adapter"):
+        words = ["--noise", "flip", "--reward-model", reward, models[name]]
+        refusals.append((words, f"{name} has one unbounded output"))
+    for words, message in refusals:
+        with pytest.raises(SystemExit, match=message):
+            call_main(monkeypatch, *words, "--runs-dir", tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+    words = ["--noise", "flip", "--eval-reward-model", models["classifier"], "--eval-episodes", 4]
+    words += ["--reward-model", f"{__file__}:text_lengths", "--total-timesteps", 1]
+    call_main(monkeypatch, *words, "--batch-size", 4, "--runs-dir", tmp_path / "runs")
 
 
 @pytest.mark.parametrize(("kind", "flags"), {
@@ -355,23 +396,15 @@ def test_policies_with_other_logits_or_attention_are_refused(run, toy, tmp_path,
         run(policy_model=str(tmp_path / kind))
 
 
-def test_checkpoints_with_other_names_are_refused(run, models, tmp_path):
-    """Of a run, and of an adapter: none of their weights would be restored."""
+def test_a_checkpoint_with_other_names_is_refused(run, tmp_path):
+    """None of its weights would be restored."""
     folder = tmp_path / "run"
     interrupt(run, 2)
     renamed = checkpoint(folder)
     renamed["agent"] = {f"module.{name}": w for name, w in renamed["agent"].items()}
     torch.save(renamed, folder / "checkpoint.pt")
-    with pytest.raises(ValueError, match=r"checkpoint.pt lacks \['critic"):
+    with pytest.raises(SystemExit, match=r"^error: .*checkpoint.pt lacks \d+ weights"):
         run()
-    adapter = tmp_path / "adapter"
-    shutil.copytree(models["adapter"], adapter)
-    file = adapter / "adapter_model.safetensors"
-    saved = safetensors.torch.load_file(file)
-    renamed = {name.replace("lora_A", "lora_C"): weight for name, weight in saved.items()}
-    safetensors.torch.save_file(renamed, file)
-    with pytest.raises(ValueError, match="adapter lacks .*lora_A"):
-        reward_model(adapter)
 
 
 def test_a_text_is_a_prompt_and_its_continuation_a_post_one_and_its_summary(toy):
@@ -390,10 +423,33 @@ def test_a_text_is_a_prompt_and_its_continuation_a_post_one_and_its_summary(toy)
     assert text.mask[1].tolist() == [False] * 3 + [True] * 3 + [False] * 3
 
     rows = {"prompt": ["the plot was dull"], "label": [" was not dull"]}
-    args = rlhf.TldrArgs(prompt_length=3, response_length=9)
+    args = rlhf.Args(prompt_length=3, response_length=9)
     text = rlhf.join(*rlhf.tokenize(rows, tokenizer, args))
     prompt, label = (tokenizer(texts[0])["input_ids"] for texts in rows.values())
     assert text.ids[text.mask].tolist() == [*prompt[-3:], *label, eos]
+
+
+def test_a_start_token_stays_and_stays_the_only_one(toy):
+    """Of tokenizers like Llama's. A chat template may have written it into the text."""
+    tokenizer = AutoTokenizer.from_pretrained(toy / "policy")
+    plain = tokenizer("the plot was superb and the cast was dull .")["input_ids"]
+    tokenizer.add_special_tokens({"bos_token": "<s>"})
+    bos = tokenizer.bos_token_id
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single="<s> $A", special_tokens=[("<s>", bos)]
+    )
+    text = "the plot was superb and the cast was dull ."
+    prompts = [text, f"<s>{text}", "the", "<s>the"]
+    args = rlhf.Args(prompt_length=4, response_length=30)
+    rows = {"prompt": prompts, "label": [text] * 4}
+    prompt, completion = rlhf.tokenize(rows, tokenizer, args)
+    kept = [ids[mask].tolist() for ids, mask in zip(*prompt)]
+    assert kept == [[bos, *plain[-3:]]] * 2 + [[bos, plain[0]]] * 2
+    assert bos not in completion.ids
+
+    texts = rlhf.tokenize({"text": prompts[:2]}, tokenizer, replace(args, prompt_length=40))
+    for ids, mask in zip(*rlhf.join(*texts)):
+        assert ids[mask].tolist() == [bos, *plain, tokenizer.eos_token_id]
 
 
 # Reward models
@@ -438,6 +494,39 @@ def test_a_text_that_is_too_long_loses_its_beginning(toy):
     end = score([" ".join(words[-62:])])
     assert torch.equal(score([" ".join(words)]), end)
     assert not torch.equal(score([" ".join(words[:62])]), end)
+
+
+def test_a_function_gets_what_trl_gives_it(run, tmp_path):
+    """Of its own row, in training and in evaluations, whatever the split. It may be async."""
+    rows = {"prompt": [f"the plot was superb {i}" for i in range(40)], "number": list(range(40))}
+    data = datasets.Dataset.from_dict(rows | {"label": [" and moving"] * 40})
+    path = str(tmp_path / "data.jsonl")
+    data.to_json(path)
+    function = f"{__file__}:agreement"
+    flags = {"reward_model": (function,), "eval_reward_model": (function,)}
+    folder = run(dataset=path, prompt_length=20, micro_batch_size=1, batch_size=16, **flags)
+    for row in progress(folder):
+        assert (row["return_mean"], row[f"heldout_{function}"]) == (1, 1)
+    assert progress(folder)[-1]["charts/episodic_return"] == 1
+
+
+def test_trls_own_reward_functions_run(tmp_path):
+    own = "from trl.rewards import get_repetition_penalty_reward\n"
+    (tmp_path / "own.py").write_text(f"{own}penalty = get_repetition_penalty_reward(2)")
+    reward = rlhf.function_reward(f"{tmp_path}/own.py:penalty", ["label"], CPU)
+    inputs = dict.fromkeys(["texts", "prompts", "completions", "label"], ["", ""])
+    assert reward(completion_ids=[[1, 2, 3, 4], [5] * 5], **inputs).tolist() == [0, -0.75]
+
+
+@pytest.mark.parametrize(("parameters", "reason"), {
+    "completions, trainer_state, **kwargs": "missing a required argument: 'trainer_state'",
+    "prompts, completions": "got an unexpected keyword argument 'completion_ids'",
+    "texts, label": "missing a required argument: 'label'",
+}.items())  # fmt: skip
+def test_a_function_that_needs_something_else_is_refused(tmp_path, parameters, reason):
+    (tmp_path / "own.py").write_text(f"def reward({parameters}): ...")
+    with pytest.raises(SystemExit, match=f"^error: .*own.py:reward: {reason}; it gets"):
+        rlhf.function_reward(f"{tmp_path}/own.py:reward", ["label"], CPU)
 
 
 def test_an_ensemble():
@@ -792,11 +881,12 @@ def test_evaluate_repeats_the_last_evaluation(run, tmp_path, monkeypatch, capsys
 @pytest.mark.parametrize("heldout", [False, True])
 def test_scores_that_are_not_finite_are_refused(run, heldout):
     """Whatever becomes of them: the smaller of two may be finite, held-out ones give no reward."""
-    finite, infinite = f"{__file__}:text_lengths", f"{__file__}:infinite_scores"
+    finite = f"{__file__}:text_lengths"
+    infinite = f"{__file__}:{'no_scores' if heldout else 'infinite_scores'}"
     flags = {"reward_model": (finite, infinite), "reward_aggregate": "min"}
     if heldout:
         flags = {"reward_model": (finite,), "eval_reward_model": (infinite,)}
-    with pytest.raises(ValueError, match="not finite"):
+    with pytest.raises(ValueError, match="None or not finite"):
         run(**flags)
 
 
@@ -1032,8 +1122,8 @@ def test_help_shows_the_defaults_of_the_task(capsys):
     "--prompt-length 0": "prompt_length must be at least 1",
     "--micro-batch-size 0": "micro_batch_size must be at least 1",
     "--batch-size 0": "batch_size must be at least 1",
-    "--lora-r -1": "top_k and lora_r must not be negative",
-    "--seed -1": "seed, alpha, beta, noise_level",
+    "--lora-r -1": "lora_r must not be negative",
+    "--seed -1": "seed must not be negative",
     "--noise flip --noise-level 1.5": "noise_level is the probability of a flip, so at most 1",
     "--gamma -1": "gamma must be between 0 and 1",
     "--max-grad-norm 0": "max_grad_norm must be positive; 1e9 turns clipping off",
