@@ -3,8 +3,7 @@
 # /// script
 # requires-python = ">=3.10"
 # dependencies = ["torch>=2.11", "transformers>=5.0", "datasets>=4.0", "accelerate>=1.10",
-#   "peft>=0.18", "rouge-score>=0.1.2", "numpy>=2.0", "tyro>=1.0",
-#   "filelock>=3.24", "tensorboard>=2.19", "tqdm>=4.66.5"]
+#   "peft>=0.18", "numpy>=2.0", "tyro>=1.0", "filelock>=3.24", "tensorboard>=2.19", "tqdm>=4.66.5"]
 # ///
 """Symmetric PPO (SPPO) for language models (RLHF) in one file.
 
@@ -68,7 +67,6 @@ import tyro
 from accelerate import Accelerator
 from accelerate.utils import concatenate, send_to_device, slice_tensors
 from filelock import FileLock, Timeout
-from rouge_score.rouge_scorer import RougeScorer
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
@@ -112,9 +110,8 @@ class Args:
     # Models and data
     policy_model: str = f"{TOY}/policy"  # folder or hub name of a causal language model
     tokenizer: str | None = None  # folder or hub name; default: the policy's (imdb, tldr: gpt2)
-    reward_model: tuple[str, ...] = (f"{TOY}/reward",)  # classifiers, adapters or FILE.py:FUNCTION
+    reward_model: tuple[str, ...] = (f"{TOY}/reward",)  # classifiers or FILE.py:NAME; the mean
     reward_label: int = 1  # label whose probability is the reward; unused with a single output
-    reward_aggregate: Literal["mean", "min", "mean-std"] = "mean"  # over several reward models
     dataset: str = f"{TOY}/train.jsonl"  # JSONL(.gz) or hub name:split; text, or prompt and label
     eval_dataset: str | None = None  # held-out data; default: the task's, or 10% of --dataset
     prompt_length: int = 16  # maximum tokens of a prompt (or of the first half of a text), cut left
@@ -553,7 +550,6 @@ def train(args: Args):
     if not progress.evaluations:
         evaluate_and_log(setup, args, progress, writer)  # the initial policy
 
-    saved = time.perf_counter()
     while progress.global_step < args.total_timesteps:
         # Rollout; random numbers are drawn for the global batch, then sharded
         started = time.perf_counter()
@@ -567,7 +563,7 @@ def train(args: Args):
         progress.global_step += args.batch_size
 
         # Advantages
-        reward = aggregate(rollout.scores, args.reward_aggregate)
+        reward = rollout.scores.mean(1)
         noisy_reward = perturb_reward(reward.numpy(), args.noise, args.noise_level, rng)
         advantage, returns = token_advantages(
             torch.as_tensor(noisy_reward, dtype=reward.dtype),
@@ -603,10 +599,8 @@ def train(args: Args):
         evaluation_due = finished or step % args.eval_freq < args.batch_size  # passed a multiple
         if evaluation_due:
             evaluate_and_log(setup, args, progress, writer)
-        checkpoint_due = evaluation_due or time.perf_counter() - saved > 600
-        if accelerator.is_main_process and checkpoint_due:
-            save_checkpoint(setup, args, generator, rng, progress)
-            saved = time.perf_counter()
+            if writer:
+                save_checkpoint(setup, args, generator, rng, progress)
 
     if writer:  # only the first process has one
         writer.close()
@@ -884,19 +878,9 @@ def function_reward(name, columns, device):
         scores = function(texts=texts) if takes_texts else function(**inputs)
         if inspect.iscoroutine(scores):
             scores = asyncio.run(scores)
-        scores = [math.nan if score is None else score for score in scores]
         return torch.tensor(scores, dtype=torch.float32, device=device).view(len(texts))
 
     return reward_model
-
-
-def aggregate(scores, how):
-    """Rewards (texts,) from the scores (texts, models) of an ensemble: mean, min or mean-std."""
-    if how == "min":
-        return scores.amin(1)
-    if how == "mean-std":
-        return scores.mean(1) - scores.std(1, correction=0)
-    return scores.mean(1)
 
 
 # Rollout
@@ -977,7 +961,7 @@ def collect_rollout(setup, args, data, uniform, top_k, reward_models):
         }
         scores = torch.stack([reward_model(**inputs) for reward_model in reward_models], 1)
         if not scores.isfinite().all():
-            raise ValueError(f"scores that are None or not finite, with the means {scores.mean(0)}")
+            raise ValueError(f"scores that are not finite, with the means {scores.mean(0)}")
         parts.append(Rollout(response, *log_probs, reference_log_prob, value, scores))
     rollout = accelerator.gather(concatenate(parts))
     return prompts, completions, send_to_device(rollout, "cpu")
@@ -1001,7 +985,7 @@ def evaluate(setup, args, step):
     )
     mask = rollout.response.mask
     first_heldout = len(args.reward_model)  # a column of `scores`
-    reward = aggregate(rollout.scores[:, :first_heldout], args.reward_aggregate)
+    reward = rollout.scores[:, :first_heldout].mean(1)
     log_ratio = rollout.log_prob - rollout.reference_log_prob
     prompt_texts = decode(setup.tokenizer, prompts)
     responses = decode(setup.tokenizer, rollout.response)
@@ -1020,10 +1004,6 @@ def evaluate(setup, args, step):
         row[f"heldout_{name}"] = score.item()
     if args.dataset == Args.dataset:
         row["sentiment"] = sum(map(toy_sentiment, responses)) / len(responses)
-    if args.task == "tldr":
-        scorer = RougeScorer(["rouge1", "rouge2", "rougeL"], use_stemmer=True)
-        scores = [scorer.score(*pair) for pair in zip(setup.eval_data["label"], responses)]
-        row |= means([{name: f.fmeasure for name, f in score.items()} for score in scores])
 
     samples = [
         {"step": step, "prompt": prompt, "response": response, "reward": score}

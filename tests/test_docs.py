@@ -323,6 +323,15 @@ def test_a_reward_that_knows_the_answer(tmp_path, monkeypatch):
     assert correct(completions=["42", "4"], label=["42", "42"]) == [1, 0]
 
 
+def test_rouge(tmp_path):
+    """Precision 1, recall 1/2."""
+    (block,) = code_blocks(PAGES["docs/language-models.md"], "python")
+    (tmp_path / "rouge.py").write_text(block)
+    rouge_l = runpy.run_path(tmp_path / "rouge.py")["rouge_l"]
+    scores = rouge_l(completions=["the plot", "dull"], label=["the plot was dull"] * 2)
+    assert scores == pytest.approx([2 / 3, 2 / 5])
+
+
 def test_a_new_metric(tmp_path, monkeypatch):
     script, args = changed("A new metric", tmp_path, monkeypatch)
     flags = SHORT | {"total_timesteps": 128, "eval_episodes": 4}
