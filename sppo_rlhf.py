@@ -1145,7 +1145,8 @@ def check_models(args):
     """Refuses models that lack weights, before a folder is made. Makes those of the toy. On the
     device "meta" weights have names, but no memory."""
     if args.dataset == Args.dataset:
-        make_toy(Path(TOY))
+        with FileLock(f"{TOY}.lock"):  # other processes wait, and then find it
+            make_toy(Path(TOY))
     load_pretrained(AutoModelForCausalLM, args.policy_model, device_map="meta")
     for name in args.reward_model + args.eval_reward_model:
         if ".py:" in name:
@@ -1403,7 +1404,7 @@ def make_toy(folder):
     fixed, so that runs with different seeds have the same models."""
     if folder.exists():
         return
-    temporary = folder.with_name(f"{folder.name}.{os.getpid()}.tmp")
+    temporary = folder.with_name(f"{folder.name}.tmp")
     rng = random.Random(1)
     reviews = [toy_review(rng) for _ in range(4000)]
     for name, texts in ("train", reviews[:-TOY_HELD_OUT]), ("test", reviews[-TOY_HELD_OUT:]):
@@ -1414,10 +1415,7 @@ def make_toy(folder):
     labels = toy_labels(truncated, rng)
     torch.manual_seed(1)
     make_toy_models(reviews, truncated, labels, temporary)
-    try:
-        temporary.rename(folder)
-    except OSError:  # another run was faster
-        shutil.rmtree(temporary)
+    temporary.rename(folder)
 
 
 def make_toy_models(reviews, truncated, labels, folder):

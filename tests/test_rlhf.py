@@ -8,6 +8,7 @@ import re
 import shutil
 import subprocess
 import sys
+import threading
 import time
 import weakref
 from dataclasses import replace
@@ -22,6 +23,7 @@ import safetensors.torch
 import torch
 import transformers
 from accelerate import Accelerator
+from filelock import FileLock
 from helpers import checkpoint, progress, record, weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tokenizers.processors import TemplateProcessing
@@ -1038,6 +1040,18 @@ def test_the_toy_learns_reward_and_true_sentiment(tmp_path, monkeypatch):
     assert last["return_mean"] - first["return_mean"] > 0.2
     assert last["sentiment"] - first["sentiment"] > 0.2
     assert 0 < last["kl"] < 20
+
+
+def test_one_process_makes_the_toy_and_others_wait(toy, monkeypatch):
+    monkeypatch.chdir(toy.parent.parent)
+    calls = record(monkeypatch, rlhf, "make_toy")
+    other = threading.Thread(target=rlhf.check_models, args=(rlhf.Args(),))
+    with FileLock(f"{rlhf.TOY}.lock"):
+        other.start()
+        other.join(0.5)
+        assert other.is_alive() and not calls
+    other.join()
+    assert len(calls) == 1
 
 
 def test_adapters_and_samples_do_not_share_random_numbers(run, monkeypatch, summaries):
