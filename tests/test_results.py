@@ -142,7 +142,7 @@ def test_pooled_percentages_are_those_of_the_report():
     assert pooled in (ROOT / "results/evidence/report.md").read_text()
     pages = PAGES["README.md"] + PAGES["docs/reproduction.md"] + PAGES["results/control.md"]
     shown = re.findall(rf"{NUMBER} % \((?:95 % interval )?{NUMBER} to {NUMBER}\)", pages)
-    assert len(shown) == 8
+    assert len(shown) == 5
     for numbers in shown:
         assert "{:+}% ({:+}% to {:+}%)".format(*map(float, numbers)) in pooled
 
@@ -252,7 +252,7 @@ def test_intervals_by_t_of_noise_are_welchs():
 
 @pytest.mark.parametrize(
     ("page", "game", "digits"),
-    [("authors/README", "WizardOfWor", 0), ("atari", "Breakout", 1), ("atari", "Pong", 1)],
+    [("authors/README", "WizardOfWor", 0), ("atari", "Breakout", 1)],
 )
 def test_a_page_shows_a_random_agents_score(page, game, digits):
     score = report.read_csv(ROOT / "results/authors/random.csv").query("game == @game")["score"]
