@@ -2,7 +2,14 @@
 
     python docs/figures.py                # into docs/figures/
     python docs/figures.py --out FOLDER
-    MUJOCO_GL=egl python docs/figures.py --agents RUN RUN RUN    # their agents at play, agents.gif
+    MUJOCO_GL=egl python docs/figures.py --agents runs/hopper runs/lander runs/breakout
+
+The last makes agents.gif of the agents at play that these commands trained, at fdbdd6e:
+
+    python sppo_continuous.py --seed 10007 --total-timesteps 500000 --run-name hopper
+    python sppo_continuous.py --env-id LunarLanderContinuous-v3 --total-timesteps 500000 \
+        --run-name lander
+    python sa2c_atari.py --rmsprop-eps 1e-10 --total-timesteps 500000 --run-name breakout
 
 Losses and gradients come from the scripts' own functions, by automatic differentiation; the runs
 are the notebook's. A method has the same colour as in the pictures of report.py.
@@ -17,8 +24,10 @@ from pathlib import Path
 import gymnasium as gym
 import matplotlib
 import matplotlib.pyplot as plt
+import numpy as np
 import safetensors.torch
 import torch
+from ale_py.vector_env import AtariVectorEnv
 from matplotlib.colors import to_rgb
 from PIL import Image
 
@@ -26,6 +35,7 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "docs/symmetric_loss.ipynb"
 sys.path.insert(0, str(ROOT))
 
+import sa2c_atari  # noqa: E402
 from report import COLORS as REPORT_COLORS  # noqa: E402
 from sa2c_continuous import symmetric_policy_losses as a2c_losses  # noqa: E402
 from sppo_continuous import Agent, Args  # noqa: E402
@@ -42,6 +52,7 @@ PROBABILITIES = torch.linspace(0.002, 0.998, 499, dtype=torch.float64)
 SIDE, GAP = 260, 4
 SECONDS = 5
 FRAMES_PER_SECOND = 20
+SKIPPED = 250  # steps of a game, whose beginning is slow
 
 COLORS = {method: REPORT_COLORS[method.lower()] for method in ("A2C", "SA2C", "PPO", "SPPO")}
 COLORS |= {VARIANT: REPORT_COLORS["sppo-p"], "reverse": "black"}
@@ -210,8 +221,12 @@ def copy_same_run(folder):
 
 
 def play(run):
-    """Square pictures, FRAMES_PER_SECOND, of the agent of a run of sppo_continuous.py at play."""
-    args = Args(**json.loads((run / "args.json").read_text())["args"])
+    """Square pictures, FRAMES_PER_SECOND, of the agent of a run of sppo_continuous.py or
+    sa2c_atari.py at play."""
+    begun = json.loads((run / "args.json").read_text())
+    if begun["script"] == "sa2c_atari.py":
+        return play_game(run, sa2c_atari.Args(**begun["args"]))
+    args = Args(**begun["args"])
     # Gymnasium's own camera stays where the episode begins
     camera = {"camera_name": "track"} if args.env_id.startswith("Hopper") else {}
     env = gym.make(args.env_id, render_mode="rgb_array", **camera)
@@ -236,6 +251,42 @@ def play(run):
             obs, _ = env.reset()
     env.close()
     return pictures
+
+
+def play_game(run, args):
+    """As `play`. The agent sees small grey images, so the same game runs once more in colour."""
+    games = sa2c_atari.AtariGames(args, 1)
+    screen = AtariVectorEnv(
+        gym.spec(f"ALE/{args.env_id}-v5").kwargs["game"],
+        1,
+        autoreset_mode="SameStep",
+        repeat_action_probability=args.repeat_action_probability,
+        grayscale=False,
+        stack_num=1,
+        img_height=SIDE,
+        img_width=SIDE,
+    )
+    agent = sa2c_atari.Agent(games.num_actions)
+    agent.load_state_dict(safetensors.torch.load_file(run / "agent.safetensors"))
+    generator = torch.Generator().manual_seed(1)
+    pictures = []
+    step_games = games.envs.step
+
+    def step_both(action):
+        colours = screen.step(action)[0]
+        pictures.append(Image.fromarray(colours[0, 0]))
+        return step_games(action)
+
+    games.envs.step = step_both
+    images = games.reset(seed=1)
+    screen.reset(seed=np.random.default_rng(1).integers(2**31, size=1))  # as `games.reset` does
+    number = SECONDS * FRAMES_PER_SECOND
+    for _ in range(SKIPPED + number):
+        with torch.no_grad():
+            logits, _ = agent(torch.from_numpy(images))
+        noisy = logits + sa2c_atari.sample_gumbel(logits.shape, generator)
+        images, *_ = games.step(noisy.argmax(-1).numpy())
+    return pictures[-number:]
 
 
 def draw_agents(runs, folder):

@@ -13,7 +13,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
-from helpers import SPPO_CONTINUOUS
+from helpers import SA2C_ATARI, SPPO_CONTINUOUS, record
 from nbclient import NotebookClient
 from PIL import Image
 
@@ -107,7 +107,8 @@ def test_agents_of_runs_play_side_by_side(tmp_path, monkeypatch):
     figures = importlib.import_module("figures")
     monkeypatch.setattr(figures, "SECONDS", 1)
     lander = {"env_id": "LunarLanderContinuous-v3"}  # MuJoCo needs more to render
-    runs = [SPPO_CONTINUOUS.run(tmp_path / str(i), seed=i, **lander)[1] for i in (1, 2)]
+    runs = [SPPO_CONTINUOUS.run(tmp_path / "lander", **lander)[1]]
+    runs.append(SA2C_ATARI.run(tmp_path / "game")[1])
     figures.draw_agents(runs, tmp_path)
     with Image.open(tmp_path / "agents.gif") as film:
         assert film.n_frames == figures.FRAMES_PER_SECOND
@@ -118,6 +119,18 @@ def test_agents_of_runs_play_side_by_side(tmp_path, monkeypatch):
     left = slice(figures.SIDE)
     assert (first[:, left] != later[:, left]).any()
     assert (later[:, left] != later[:, -figures.SIDE :]).any()
+
+
+def test_a_film_shows_the_game_that_the_agent_plays(tmp_path, monkeypatch):
+    monkeypatch.syspath_prepend(DOCS)
+    figures = importlib.import_module("figures")
+    monkeypatch.setattr(figures, "SKIPPED", 300)  # long enough for a life to be lost
+    seen = record(monkeypatch, figures.sa2c_atari.AtariGames, "step")
+    pictures = figures.play(SA2C_ATARI.run(tmp_path)[1])
+    film = np.array([picture.convert("L").resize((84, 84)) for picture in pictures], float)
+    game = np.array([images[0, -1] for _, (images, *_) in seen[-len(film) :]], float)
+    error = np.abs(film - game).mean()
+    assert error < 0.8 * np.abs(film[:-5] - game[5:]).mean()
 
 
 def code_cells(path):
