@@ -9,7 +9,8 @@ The last makes agents.gif of the agents at play that these commands trained, at 
     python sppo_continuous.py --seed 10007 --total-timesteps 500000 --run-name hopper
     python sppo_continuous.py --env-id LunarLanderContinuous-v3 --total-timesteps 500000 \
         --run-name lander
-    python sa2c_atari.py --rmsprop-eps 1e-10 --total-timesteps 500000 --run-name breakout
+    python sa2c_atari.py --rmsprop-eps 1e-10 --total-timesteps 800000 --eval-freq 100000 \
+        --eval-episodes 5 --run-name breakout
 
 Losses and gradients come from the scripts' own functions, by automatic differentiation; the runs
 are the notebook's. A method has the same colour as in the pictures of report.py.
@@ -52,7 +53,7 @@ PROBABILITIES = torch.linspace(0.002, 0.998, 499, dtype=torch.float64)
 SIDE, GAP = 260, 4
 SECONDS = 5
 FRAMES_PER_SECOND = 20
-SKIPPED = 250  # steps of a game, whose beginning is slow
+SKIPPED = 950  # steps of a game, whose beginning is slow
 
 COLORS = {method: REPORT_COLORS[method.lower()] for method in ("A2C", "SA2C", "PPO", "SPPO")}
 COLORS |= {VARIANT: REPORT_COLORS["sppo-p"], "reverse": "black"}
@@ -296,7 +297,7 @@ def draw_agents(runs, folder):
         page = Image.new("RGB", (len(runs) * (SIDE + GAP) - GAP, SIDE), "white")
         for i, picture in enumerate(pictures):
             page.paste(picture, (i * (SIDE + GAP), 0))
-        pages.append(page.quantize(64, dither=Image.Dither.NONE))
+        pages.append(page.quantize(96, dither=Image.Dither.NONE))
     path = folder / "agents.gif"
     duration = 1000 // FRAMES_PER_SECOND
     pages[0].save(path, save_all=True, append_images=pages[1:], duration=duration, loop=0)
