@@ -596,8 +596,7 @@ def train(args: Args):
 
         # Evaluation and checkpoint
         finished = step >= args.total_timesteps
-        evaluation_due = finished or step % args.eval_freq < args.batch_size  # passed a multiple
-        if evaluation_due:
+        if finished or step % args.eval_freq < args.batch_size:  # passed a multiple
             evaluate_and_log(setup, args, progress, writer)
             if writer:
                 save_checkpoint(setup, args, generator, rng, progress)
@@ -733,7 +732,7 @@ class ActorCritic(nn.Module):
         if not self.lora:
             return token_log_probs(self.reference, prompt, response)[0]
         self.policy.disable_adapters()
-        (log_prob,) = token_log_probs(self.policy, prompt, response)
+        [log_prob] = token_log_probs(self.policy, prompt, response)
         self.policy.enable_adapters()
         return log_prob
 
@@ -878,6 +877,7 @@ def function_reward(name, columns, device):
         scores = function(texts=texts) if takes_texts else function(**inputs)
         if inspect.iscoroutine(scores):
             scores = asyncio.run(scores)
+        scores = [math.nan if score is None else score for score in scores]
         return torch.tensor(scores, dtype=torch.float32, device=device).view(len(texts))
 
     return reward_model
@@ -961,7 +961,7 @@ def collect_rollout(setup, args, data, uniform, top_k, reward_models):
         }
         scores = torch.stack([reward_model(**inputs) for reward_model in reward_models], 1)
         if not scores.isfinite().all():
-            raise ValueError(f"scores that are not finite, with the means {scores.mean(0)}")
+            raise ValueError(f"scores that are None or not finite, with the means {scores.mean(0)}")
         parts.append(Rollout(response, *log_probs, reference_log_prob, value, scores))
     rollout = accelerator.gather(concatenate(parts))
     return prompts, completions, send_to_device(rollout, "cpu")
@@ -1404,7 +1404,7 @@ def make_toy(folder):
     fixed, so that runs with different seeds have the same models."""
     if folder.exists():
         return
-    temporary = folder.with_name(f"{folder.name}.tmp")
+    temporary = Path(f"{folder}.tmp")
     rng = random.Random(1)
     reviews = [toy_review(rng) for _ in range(4000)]
     for name, texts in ("train", reviews[:-TOY_HELD_OUT]), ("test", reviews[-TOY_HELD_OUT:]):
@@ -1459,7 +1459,7 @@ def train_toy_model(model, data, steps, learning_rate, tokenizer, folder):
     """Supervised training on all but the held-out rows of `data`; saves model and tokenizer."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
     for _ in tqdm(range(steps), f"making the toy's {folder.name} model", disable=None, leave=False):
-        rows = torch.randint(len(data["labels"]) - TOY_HELD_OUT, (32,))
+        rows = torch.randint(len(data["labels"]) - TOY_HELD_OUT, [32])
         batch = {name: tensor[rows] for name, tensor in data.items()}
         model(**batch).loss.backward()
         optimizer.step()

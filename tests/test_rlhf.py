@@ -53,7 +53,7 @@ def infinite_scores(texts):
 
 
 def no_scores(completions, **kwargs):
-    return [math.nan for _ in completions]
+    return [None for _ in completions]
 
 
 async def agreement(prompts, completions, completion_ids, number, **kwargs):
@@ -887,7 +887,7 @@ def test_scores_that_are_not_finite_are_refused(run, heldout):
     flags = {"reward_model": (finite, infinite)}
     if heldout:
         flags = {"reward_model": (finite,), "eval_reward_model": (infinite,)}
-    with pytest.raises(ValueError, match="scores that are not finite"):
+    with pytest.raises(ValueError, match="None or not finite"):
         run(**flags)
 
 
