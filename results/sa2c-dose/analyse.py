@@ -17,7 +17,6 @@ COLORS = {"none": "black", "normal": "tab:blue", "adv_flip": "tab:orange"}
 ALPHA = 0.5
 BETAS = np.array([0, 0.5, 2, 20])
 DOSES = np.log(1 + BETAS / ALPHA) / np.log(1 + BETAS[-1] / ALPHA)
-MEASURES = {"training": "training", "last5": "last five evaluations"}
 
 
 def relative_scores(measure):
@@ -51,11 +50,11 @@ def effects(measure, tasks=slice(None)):
     by_seed = slopes(relative_scores(measure)[tasks]).mean(axis=0)
     clean, normal, adv_flip = by_seed
     return {
-        "slope, clean": paired(clean),
-        "slope, normal": paired(normal),
-        "slope, adv_flip": paired(adv_flip),
-        "normal minus clean": paired(normal - clean),
-        "adv_flip minus clean": paired(adv_flip - clean),
+        "slope: clean": paired(clean),
+        "slope: noisy rewards": paired(normal),
+        "slope: flipped advantages": paired(adv_flip),
+        "noisy minus clean": paired(normal - clean),
+        "flipped minus clean": paired(adv_flip - clean),
     }
 
 
@@ -65,14 +64,23 @@ def estimate(value, low, high):
 
 
 def print_measures():
-    for measure, title in MEASURES.items():
-        print(f"{title}:")
-        panels = {"all tasks": slice(None), "without InvertedDoublePendulum": slice(0, 2)}
-        for i, task in enumerate(FLOOR):
-            panels[task] = slice(i, i + 1)
-        for name, tasks in panels.items():
-            found = effects(measure, tasks)
-            print(f"| {name} | {' | '.join(estimate(*values) for values in found.values())} |")
+    panels = {"all three tasks": slice(None), "without InvertedDoublePendulum": slice(0, 2)}
+    for i, task in enumerate(FLOOR):
+        panels[task.partition("-")[0]] = slice(i, i + 1)
+    rows = {f"training, {name}": effects("training", tasks) for name, tasks in panels.items()}
+    rows["last five evaluations, all three tasks"] = effects("last5")
+    print(f"| | {' | '.join(effects('training'))} |\n|{'---|' * 6}")
+    for name, found in rows.items():
+        print(f"| {name} | {' | '.join(estimate(*values) for values in found.values())} |")
+
+
+def print_power():
+    """What the slopes and interactions in training detect with 80 % power, by t."""
+    degrees = relative_scores("training").shape[-1] - 1
+    half_width, power = stats.t.ppf([0.975, 0.8], degrees)
+    for name, (_, low, high) in effects("training").items():
+        standard_error = (high - low) / 2 / half_width
+        print(f"{name} detects {standard_error * (half_width + power):.2f}")
 
 
 def print_smallest_dose():
@@ -94,10 +102,11 @@ def draw():
     for task, values in zip(FLOOR, scores):
         panels[task.partition("-")[0]] = values
     for ax, (title, values) in zip(axes, panels.items()):
-        for (noise, label), cells in zip(REWARDS.items(), values):
+        for shift, (noise, label), cells in zip([-0.02, 0, 0.02], REWARDS.items(), values):
             half = stats.sem(cells, axis=1) * stats.t.ppf(0.975, cells.shape[1] - 1)
             mean = cells.mean(axis=1)
-            ax.errorbar(DOSES, mean, half, marker="o", color=COLORS[noise], label=label)
+            x = DOSES + shift  # so that intervals stand side by side
+            ax.errorbar(x, mean, half, marker="o", color=COLORS[noise], label=label)
         ax.set_xticks(DOSES, [f"{beta:g}" for beta in BETAS])
         ax.set_title(title)
         ax.set_xlabel("beta (alpha 0.5)")
@@ -109,5 +118,6 @@ def draw():
 if __name__ == "__main__":
     plt.switch_backend("agg")
     print_measures()
+    print_power()
     print_smallest_dose()
     draw()
