@@ -153,6 +153,7 @@ def test_pooled_percentages_are_those_of_the_report():
         ("noise", "docs/benchmark.md", 225),
         ("authors", "docs/benchmark.md", 21),
         ("k-ends", "results/k-ends/README.md", 144),
+        ("sa2c-dose", "results/sa2c-dose/README.md", 432),
         ("rlhf-sums", "results/rlhf-sums/README.md", 12),
     ],
 )
@@ -195,7 +196,7 @@ def test_how_far_rounding_parts_two_runs_of_one_algorithm():
     assert f"up to {rounding.max():,.0f} points" in PAGES["docs/symmetric-loss.md"]
 
 
-@pytest.mark.parametrize("suite", ["noise", "sweep", "k-ends"])
+@pytest.mark.parametrize("suite", ["noise", "sweep", "k-ends", "sa2c-dose"])
 def test_a_page_shows_the_measures_of_its_analysis(suite, capsys):
     analysis = runpy.run_path(str(ROOT / "results" / suite / "analyse.py"))
     arguments = []
@@ -221,6 +222,35 @@ def test_differences_from_k_1_are_by_seed():
         low, high = test.confidence_interval()
         mean = (of_seeds[end] - of_seeds["k1"]).mean()
         assert f"| {mean:.3f} ({low:.3f} to {high:.3f}) |" in page.replace("-0.000", "0.000")
+
+
+def test_slopes_over_the_dose_are_by_seed():
+    """Fitted to a seed's scores over all tasks at once, each from its own level."""
+    runs = report.read_csv(ROOT / "results/sa2c-dose/runs.csv.gz")
+    runs["score"] = runs["training"] + 300.0 * (runs["env_id"] == "HalfCheetah-v4")
+    baseline = runs.query("noise == 'none' and beta == 0").groupby("env_id")["score"].mean()
+    runs["score"] /= runs["env_id"].map(baseline)
+    runs["dose"] = np.log(1 + 2 * runs["beta"]) / np.log(41)
+    cells = runs.groupby(["noise", "seed", "dose"])["score"].mean().reset_index()
+    fits = cells.groupby(["noise", "seed"])[["dose", "score"]].apply(
+        lambda cell: stats.linregress(cell["dose"], cell["score"]).slope
+    )
+    clean, noisy, flipped = (fits[noise] for noise in ("none", "normal", "adv_flip"))
+    row = "| training, all three tasks |"
+    for slopes in (clean, noisy, flipped, noisy - clean, flipped - clean):
+        low, high = stats.ttest_1samp(slopes, 0).confidence_interval()
+        row += f" {slopes.mean():.3f} ({low:.3f} to {high:.3f}) |"
+    assert row in (ROOT / "results/sa2c-dose/README.md").read_text()
+
+
+def test_mean_cosines_between_gradients():
+    cosines = report.read_csv(ROOT / "results/sa2c-dose/cosines.csv")
+    means = cosines.groupby(cosines["run_name"].str.split("-").str[0]).mean(numeric_only=True)
+    page = (ROOT / "results/sa2c-dose/README.md").read_text()
+    for beta in ("0.5", "2", "20"):
+        tasks = ("Hopper", "HalfCheetah", "InvertedDoublePendulum")
+        shown = [f"{means.loc[task, f'beta{beta}']:.3f}" for task in tasks]
+        assert f"| {beta} | {' | '.join(shown)} |" in page
 
 
 def test_areas_under_the_curves_of_noise():

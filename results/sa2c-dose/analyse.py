@@ -19,8 +19,9 @@ BETAS = np.array([0, 0.5, 2, 20])
 DOSES = np.log(1 + BETAS / ALPHA) / np.log(1 + BETAS[-1] / ALPHA)
 
 
-def relative_scores(measure):
-    """Scores (tasks, rewards, betas, seeds) above the task's floor, relative to clean beta 0."""
+def relative_scores(measure, same_rewards=False):
+    """Scores (tasks, rewards, betas, seeds) above the task's floor, relative to beta 0 with clean
+    rewards, as registered, or with the same rewards."""
     runs = pd.read_csv(HERE / "runs.csv.gz").query("finished").sort_values("seed")
     groups = runs.groupby(["env_id", "noise", "beta"])[measure]
     cells = []
@@ -29,8 +30,8 @@ def relative_scores(measure):
             for beta in BETAS:
                 cells.append(groups.get_group((task, noise, beta)) - floor)
     scores = np.reshape(cells, (len(FLOOR), len(REWARDS), len(BETAS), -1))
-    baseline = scores[:, :1, :1].mean(axis=-1, keepdims=True)
-    return scores / baseline
+    baseline = scores[:, :, :1].mean(axis=-1, keepdims=True)
+    return scores / (baseline if same_rewards else baseline[:, :1])
 
 
 def slopes(scores):
@@ -45,9 +46,9 @@ def paired(values):
     return values.mean(), *test.confidence_interval()
 
 
-def effects(measure, tasks=slice(None)):
+def effects(measure, tasks=slice(None), same_rewards=False):
     """{name: (estimate, low, high)}: slopes, averaged over `tasks`, and interactions with noise."""
-    by_seed = slopes(relative_scores(measure)[tasks]).mean(axis=0)
+    by_seed = slopes(relative_scores(measure, same_rewards)[tasks]).mean(axis=0)
     clean, normal, adv_flip = by_seed
     return {
         "slope: clean": paired(clean),
@@ -64,11 +65,12 @@ def estimate(value, low, high):
 
 
 def print_measures():
-    panels = {"all three tasks": slice(None), "without InvertedDoublePendulum": slice(0, 2)}
-    for i, task in enumerate(FLOOR):
-        panels[task.partition("-")[0]] = slice(i, i + 1)
-    rows = {f"training, {name}": effects("training", tasks) for name, tasks in panels.items()}
-    rows["last five evaluations, all three tasks"] = effects("last5")
+    rows = {
+        "training, all three tasks": effects("training"),
+        "training, without InvertedDoublePendulum": effects("training", slice(0, 2)),
+        "last five evaluations": effects("last5"),
+        "training, relative to the same rewards": effects("training", same_rewards=True),
+    }
     print(f"| | {' | '.join(effects('training'))} |\n|{'---|' * 6}")
     for name, found in rows.items():
         print(f"| {name} | {' | '.join(estimate(*values) for values in found.values())} |")
@@ -97,7 +99,7 @@ def print_smallest_dose():
 def draw():
     """Training score against dose: over all tasks, then each; a line for each kind of rewards."""
     scores = relative_scores("training")
-    figure, axes = plt.subplots(1, 4, figsize=(10, 2.9), sharey=True, layout="constrained")
+    figure, axes = plt.subplots(1, 4, figsize=(10, 3.2), sharey=True, layout="constrained")
     panels = {"all three tasks": scores.mean(axis=0)}
     for task, values in zip(FLOOR, scores):
         panels[task.partition("-")[0]] = values
@@ -111,7 +113,8 @@ def draw():
         ax.set_title(title)
         ax.set_xlabel("beta (alpha 0.5)")
     axes[0].set_ylabel("training score relative\nto clean A2C on bins")
-    axes[0].legend()
+    handles, labels = axes[0].get_legend_handles_labels()
+    figure.legend(handles, labels, loc="outside upper center", ncols=3)
     figure.savefig(HERE / "dose.png", dpi=170)
 
 
