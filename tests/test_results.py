@@ -33,8 +33,7 @@ PPO, vf-coef / k, ent-coef / k: ppo-coef; PPO, corrected rewards: ppo-corrected;
 PPO, epsilon 1e-8: ppo-eps; PPO, ce-coef / k, epsilon 1e-8: ppo-ce-eps; our variant: sppo-p; \
 SPPO, epsilon 1e-8: sppo-eps; SPPO, k 20.5: sppo-k20.5; PPO, 1.5M: ppo-small; \
 SPPO, 1.5M: sppo-small; Gaussian A2C: a2c; A2C, alpha 0.5: a2c-half; DA2C, alpha 0.5: da2c-half; \
-beta 0: da2c-half; beta 0.5: sa2c-alpha0.5-beta0.5; beta 2: sa2c-alpha0.5-beta2; \
-beta 5: sa2c-alpha0.5-beta5; beta 20: sa2c-alpha0.5-beta20; Stable-Baselines3: sb3-ppo sb3-a2c"""
+Stable-Baselines3: sb3-ppo sb3-a2c"""
 METHODS = {label: names.split() for label, names in re.findall(r"(.+?): (.+?)(?:; |$)", METHODS)}
 NOISY = ["flip", "normal", "uniform", "adv_flip"]
 REWARDS = {"clean": [(1, ["none"])], "noisy": [(1, NOISY)], "flipped": [(1, NOISY)]}
