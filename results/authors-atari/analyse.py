@@ -1,0 +1,86 @@
+"""Measures and figure of the authors' comparison on Atari, taken in two steps.
+
+python results/authors-atari/analyse.py
+"""
+
+from pathlib import Path
+
+import matplotlib.pyplot as plt
+import numpy as np
+import pandas as pd
+from scipy import stats
+
+HERE = Path(__file__).parent
+METHODS = {  # --exp-name: label
+    "ppo-authors": "PPO, not\nnormalised",
+    "ppo": "PPO,\nnormalised",
+    "sppo": "SPPO,\nnormalised",
+}
+STEPS = {
+    "normalisation": ("ppo", "ppo-authors"),
+    "loss": ("sppo", "ppo"),
+    "both": ("sppo", "ppo-authors"),
+}
+QUOTED = 103588 / 86764  # SPPO's mean over PPO's in the review 9oq0iY2Jxx on OpenReview
+MEASURES = {
+    "training": "training",
+    "last5": "last five evaluations",
+    "return_mean": "last evaluation",
+}
+
+
+def relative_scores(measure):
+    """Scores (seeds x methods), relative to PPO's mean without normalisation."""
+    runs = pd.read_csv(HERE / "runs.csv.gz").query("finished")
+    table = runs.pivot(index="seed", columns="exp_name", values=measure)
+    return table / table["ppo-authors"].mean()
+
+
+def welch(a, b):
+    """Difference of the means of two groups of seeds, and its 95 % interval."""
+    test = stats.ttest_ind(a, b, equal_var=False)
+    return a.mean() - b.mean(), *test.confidence_interval()
+
+
+def estimate(value, low, high):
+    value, low, high = np.round([value, low, high], 2) + 0.0  # no -0.00
+    return f"{value:.2f} ({low:.2f} to {high:.2f})"
+
+
+def print_measures():
+    print(f"| | {' | '.join(STEPS)} |\n|---|---|---|---|")
+    for measure, title in MEASURES.items():
+        scores = relative_scores(measure)
+        cells = [estimate(*welch(scores[a], scores[b])) for a, b in STEPS.values()]
+        print(f"| {title} | {' | '.join(cells)} |")
+
+
+def print_power():
+    """Differences in training that are detected with 80 % power, by t."""
+    scores = relative_scores("training")
+    half_width, power = stats.t.ppf([0.975, 0.8], 2 * len(scores) - 2)
+    for name, (a, b) in STEPS.items():
+        error = np.sqrt(scores[a].sem() ** 2 + scores[b].sem() ** 2)
+        print(f"{name} detects {error * (half_width + power):.2f}")
+
+
+def draw():
+    """Each seed's training score, and the means, from the authors' PPO to SPPO."""
+    scores = relative_scores("training")[list(METHODS)]
+    x = np.arange(len(METHODS))
+    figure, ax = plt.subplots(figsize=(5, 3.2), layout="constrained")
+    ax.plot(x, scores.T, "o", color="tab:blue", alpha=0.4)
+    half = scores.sem() * stats.t.ppf(0.975, len(scores) - 1)
+    ax.errorbar(x, scores.mean(), half, marker="s", color="tab:blue", label="here, training")
+    ax.plot([0, 2], [1, QUOTED], "x--", color="gray", label="quoted from the paper")
+    ax.set_xticks(x, METHODS.values())
+    ax.set_ylabel("score relative to\nPPO, not normalised")
+    ax.legend()
+    figure.savefig(HERE / "steps.png", dpi=170)
+
+
+if __name__ == "__main__":
+    plt.switch_backend("agg")
+    print_measures()
+    print_power()
+    draw()
