@@ -16,10 +16,11 @@ METHODS = {  # --exp-name: label
     "ppo": "PPO,\nnormalised",
     "sppo": "SPPO,\nnormalised",
 }
-STEPS = {
-    "normalisation": ("ppo", "ppo-authors"),
-    "loss": ("sppo", "ppo"),
-    "both": ("sppo", "ppo-authors"),
+STEPS = {  # weights of the methods' means
+    "normalisation": {"ppo": 1, "ppo-authors": -1},
+    "loss": {"sppo": 1, "ppo": -1},
+    "both": {"sppo": 1, "ppo-authors": -1},
+    "normalisation minus loss": {"ppo": 2, "ppo-authors": -1, "sppo": -1},
 }
 QUOTED = 103588 / 86764  # SPPO's mean over PPO's in the review 9oq0iY2Jxx on OpenReview
 MEASURES = {
@@ -36,32 +37,35 @@ def relative_scores(measure):
     return table / table["ppo-authors"].mean()
 
 
-def welch(a, b):
-    """Difference of the means of two groups of seeds, and its 95 % interval."""
-    test = stats.ttest_ind(a, b, equal_var=False)
-    return a.mean() - b.mean(), *test.confidence_interval()
+def contrast(scores, weights):
+    """Weighted sum of methods' means, and its standard error and degrees of freedom by Welch and
+    Satterthwaite."""
+    value = sum(weight * scores[method].mean() for method, weight in weights.items())
+    variances = [(weight * scores[method].sem()) ** 2 for method, weight in weights.items()]
+    freedom = sum(variances) ** 2 / np.sum(np.square(variances) / (len(scores) - 1))
+    return value, np.sqrt(sum(variances)), freedom
 
 
-def estimate(value, low, high):
-    value, low, high = np.round([value, low, high], 2) + 0.0  # no -0.00
+def estimate(value, error, freedom):
+    half = error * stats.t.ppf(0.975, freedom)
+    value, low, high = np.round([value, value - half, value + half], 2) + 0.0  # no -0.00
     return f"{value:.2f} ({low:.2f} to {high:.2f})"
 
 
 def print_measures():
-    print(f"| | {' | '.join(STEPS)} |\n|---|---|---|---|")
+    print(f"| | {' | '.join(STEPS)} |\n|---|---|---|---|---|")
     for measure, title in MEASURES.items():
         scores = relative_scores(measure)
-        cells = [estimate(*welch(scores[a], scores[b])) for a, b in STEPS.values()]
+        cells = [estimate(*contrast(scores, weights)) for weights in STEPS.values()]
         print(f"| {title} | {' | '.join(cells)} |")
 
 
 def print_power():
     """Differences in training that are detected with 80 % power, by t."""
     scores = relative_scores("training")
-    half_width, power = stats.t.ppf([0.975, 0.8], 2 * len(scores) - 2)
-    for name, (a, b) in STEPS.items():
-        error = np.sqrt(scores[a].sem() ** 2 + scores[b].sem() ** 2)
-        print(f"{name} detects {error * (half_width + power):.2f}")
+    for name, weights in STEPS.items():
+        _, error, freedom = contrast(scores, weights)
+        print(f"{name} detects {error * stats.t.ppf([0.975, 0.8], freedom).sum():.2f}")
 
 
 def draw():
@@ -72,7 +76,7 @@ def draw():
     ax.plot(x, scores.T, "o", color="tab:blue", alpha=0.4)
     half = scores.sem() * stats.t.ppf(0.975, len(scores) - 1)
     ax.errorbar(x, scores.mean(), half, marker="s", color="tab:blue", label="here, training")
-    ax.plot([0, 2], [1, QUOTED], "x--", color="gray", label="quoted from the paper")
+    ax.plot([0, 2], [1, QUOTED], "kx", label="quoted from the paper")
     ax.set_xticks(x, METHODS.values())
     ax.set_ylabel("score relative to\nPPO, not normalised")
     ax.legend()

@@ -12,7 +12,7 @@ import pandas as pd
 
 HERE = Path(__file__).parent
 PLAYED = HERE / "random.csv"
-GAMES = ["WizardOfWor", "Breakout", "Pong"]
+GAMES = ["WizardOfWor", "Breakout", "Pong", "CrazyClimber"]
 METHODS = {"ppo": "PPO", "dppo": "DPPO", "sppo": "SPPO"}
 COLORS = {"ppo": "tab:orange", "dppo": "tab:green", "sppo": "tab:blue"}  # as in report.py
 
