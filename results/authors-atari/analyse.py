@@ -76,7 +76,7 @@ def draw():
     ax.plot(x, scores.T, "o", color="tab:blue", alpha=0.4)
     half = scores.sem() * stats.t.ppf(0.975, len(scores) - 1)
     ax.errorbar(x, scores.mean(), half, marker="s", color="tab:blue", label="here, training")
-    ax.plot([0, 2], [1, QUOTED], "kx", label="quoted from the paper")
+    ax.plot([0, 2], [1, QUOTED], "kx", markersize=9, zorder=3, label="quoted from the paper")
     ax.set_xticks(x, METHODS.values())
     ax.set_ylabel("score relative to\nPPO, not normalised")
     ax.legend()
