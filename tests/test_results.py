@@ -33,7 +33,7 @@ PPO, vf-coef / k, ent-coef / k: ppo-coef; PPO, corrected rewards: ppo-corrected;
 PPO, epsilon 1e-8: ppo-eps; PPO, ce-coef / k, epsilon 1e-8: ppo-ce-eps; our variant: sppo-p; \
 SPPO, epsilon 1e-8: sppo-eps; SPPO, k 20.5: sppo-k20.5; PPO, 1.5M: ppo-small; \
 SPPO, 1.5M: sppo-small; Gaussian A2C: a2c; A2C, alpha 0.5: a2c-half; DA2C, alpha 0.5: da2c-half; \
-Stable-Baselines3: sb3-ppo sb3-a2c"""
+Stable-Baselines3: sb3-ppo sb3-a2c; the authors' PPO: ppo-authors"""
 METHODS = {label: names.split() for label, names in re.findall(r"(.+?): (.+?)(?:; |$)", METHODS)}
 NOISY = ["flip", "normal", "uniform", "adv_flip"]
 REWARDS = {"clean": [(1, ["none"])], "noisy": [(1, NOISY)], "flipped": [(1, NOISY)]}
@@ -154,6 +154,7 @@ def test_pooled_percentages_are_those_of_the_report():
         ("k-ends", "results/k-ends/README.md", 144),
         ("sa2c-dose", "results/sa2c-dose/README.md", 432),
         ("rlhf-sums", "results/rlhf-sums/README.md", 12),
+        ("authors-atari", "results/authors-atari/README.md", 24),
     ],
 )
 def test_documented_lines_list_the_packed_runs(suite, page, count):
@@ -195,7 +196,7 @@ def test_how_far_rounding_parts_two_runs_of_one_algorithm():
     assert f"up to {rounding.max():,.0f} points" in PAGES["docs/symmetric-loss.md"]
 
 
-@pytest.mark.parametrize("suite", ["noise", "sweep", "k-ends", "sa2c-dose"])
+@pytest.mark.parametrize("suite", ["noise", "sweep", "k-ends", "sa2c-dose", "authors-atari"])
 def test_a_page_shows_the_measures_of_its_analysis(suite, capsys):
     analysis = runpy.run_path(str(ROOT / "results" / suite / "analyse.py"))
     arguments = []
@@ -242,6 +243,26 @@ def test_slopes_over_the_dose_are_by_seed():
     assert row in (ROOT / "results/sa2c-dose/README.md").read_text()
 
 
+def test_steps_from_the_authors_ppo_to_sppo_are_relative_to_it():
+    """Welch's differences in points, divided by its mean; and the difference of the two steps."""
+    base = "the authors' PPO"
+    methods = (base, "PPO", "SPPO")
+    pairs = (f"PPO minus {base}", "SPPO minus PPO", f"SPPO minus {base}")
+    for measure in ("training", "last evaluation"):
+        texts = ["CrazyClimber", "clean", measure]
+        scale = value_of("authors-atari", [*texts, base])[0]
+        values = {}
+        for name in (*methods, *pairs):
+            values[name] = np.divide(value_of("authors-atari", [*texts, name]), scale)
+        cells = [values[pair][[0, 2, 3]] for pair in pairs]
+        errors = np.array([1, 2, 1]) * [values[method][1] for method in methods]
+        half = np.sqrt(sum(errors**2))
+        half *= stats.t.ppf(0.975, sum(errors**2) ** 2 / sum(errors**4 / 7))  # of eight seeds
+        cells.append(cells[0][0] - cells[1][0] + np.array([0, -half, half]))
+        row = " | ".join("{:.2f} ({:.2f} to {:.2f})".format(*cell) for cell in cells)
+        assert f"| {measure} | {row} |" in PAGES["results/authors-atari/README.md"]
+
+
 def test_mean_cosines_between_gradients():
     cosines = report.read_csv(ROOT / "results/sa2c-dose/cosines.csv")
     means = cosines.groupby(cosines["run_name"].str.split("-").str[0]).mean(numeric_only=True)
@@ -281,9 +302,13 @@ def test_intervals_by_t_of_noise_are_welchs():
 
 @pytest.mark.parametrize(
     ("page", "game", "digits"),
-    [("authors/README", "WizardOfWor", 0), ("atari", "Breakout", 1)],
+    [
+        ("authors/README", "WizardOfWor", 0),
+        ("atari", "Breakout", 1),
+        ("authors-atari/README", "CrazyClimber", 0),
+    ],
 )
 def test_a_page_shows_a_random_agents_score(page, game, digits):
     score = report.read_csv(ROOT / "results/authors/random.csv").query("game == @game")["score"]
-    shown = f"{score.mean():.{digits}f} ± {score.sem():.{digits}f}"
+    shown = f"{score.mean():,.{digits}f} ± {score.sem():.{digits}f}"
     assert shown in PAGES[f"results/{page}.md"]

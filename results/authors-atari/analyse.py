@@ -25,7 +25,6 @@ STEPS = {  # weights of the methods' means
 QUOTED = 103588 / 86764  # SPPO's mean over PPO's in the review 9oq0iY2Jxx on OpenReview
 MEASURES = {
     "training": "training",
-    "last5": "last five evaluations",
     "return_mean": "last evaluation",
 }
 
