@@ -261,6 +261,9 @@ def test_steps_from_the_authors_ppo_to_sppo_are_relative_to_it():
         cells.append(cells[0][0] - cells[1][0] + np.array([0, -half, half]))
         row = " | ".join("{:.2f} ({:.2f} to {:.2f})".format(*cell) for cell in cells)
         assert f"| {measure} | {row} |" in PAGES["results/authors-atari/README.md"]
+        if measure == "training":
+            ours, symmetric = (values[method][0] * scale for method in ("PPO", "SPPO"))
+            assert f"SPPO scores {symmetric:,.0f}, PPO {ours:,.0f} (" in PAGES["README.md"]
 
 
 def test_mean_cosines_between_gradients():
