@@ -1,10 +1,13 @@
 # SPDX-FileCopyrightText: 2026 The symmetric-rl-loss authors
 # SPDX-License-Identifier: MIT
 # /// script
-# requires-python = ">=3.10"
+# requires-python = ">=3.10,<3.15"
 # dependencies = ["torch>=2.11", "gymnasium[mujoco]>=1.2.3", "mujoco>=3.1.6", "numpy>=2.0",
 #   "gymnasium[box2d]>=1.2.3; python_version < '3.14' and platform_machine != 'aarch64'",
 #   "tyro>=1.0", "filelock>=3.24", "safetensors>=0.4.5", "tensorboard>=2.19", "tqdm>=4.66.5"]
+# [tool.uv]  # the versions of requirements.lock
+# exclude-newer = "2026-11-17T00:00:00Z"
+# constraint-dependencies = ["torch==2.13.0"]
 # ///
 """Symmetric A2C (SA2C) for continuous control in one file.
 

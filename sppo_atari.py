@@ -1,9 +1,12 @@
 # SPDX-FileCopyrightText: 2026 The symmetric-rl-loss authors
 # SPDX-License-Identifier: MIT
 # /// script
-# requires-python = ">=3.10"
+# requires-python = ">=3.10,<3.15"
 # dependencies = ["torch>=2.11", "gymnasium>=1.2.3", "ale-py>=0.11.1", "numpy>=2.0",
 #   "tyro>=1.0", "filelock>=3.24", "safetensors>=0.4.5", "tensorboard>=2.19", "tqdm>=4.66.5"]
+# [tool.uv]  # the versions of requirements.lock
+# exclude-newer = "2026-11-17T00:00:00Z"
+# constraint-dependencies = ["torch==2.13.0"]
 # ///
 """Symmetric PPO (SPPO) for Atari games in one file.
 

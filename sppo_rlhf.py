@@ -1,9 +1,12 @@
 # SPDX-FileCopyrightText: 2026 The symmetric-rl-loss authors
 # SPDX-License-Identifier: MIT
 # /// script
-# requires-python = ">=3.10"
+# requires-python = ">=3.10,<3.15"
 # dependencies = ["torch>=2.11", "transformers>=5.0", "datasets>=4.0", "accelerate>=1.10",
 #   "peft>=0.18", "numpy>=2.0", "tyro>=1.0", "filelock>=3.24", "tensorboard>=2.19", "tqdm>=4.66.5"]
+# [tool.uv]  # the versions of requirements.lock
+# exclude-newer = "2026-11-17T00:00:00Z"
+# constraint-dependencies = ["torch==2.13.0"]
 # ///
 """Symmetric PPO (SPPO) for language models (RLHF) in one file.
 
@@ -45,6 +48,7 @@ import math
 import os
 import platform
 import random
+import re
 import runpy
 import shutil
 import subprocess
@@ -67,6 +71,7 @@ import tyro
 from accelerate import Accelerator
 from accelerate.utils import concatenate, send_to_device, slice_tensors
 from filelock import FileLock, Timeout
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
@@ -77,7 +82,6 @@ from transformers import (
     AutoModelForSequenceClassification,
     AutoTokenizer,
 )
-from transformers.utils.peft_utils import find_adapter_config_file
 
 TOY = "runs/toy"  # folder of the toy's models and data
 # Tokenizers of hub models that come without one, and held-out splits of datasets
@@ -121,6 +125,7 @@ class Args:
     lora_r: int = 0  # rank of LoRA adapters, for policy and critic on one model; 0: no LoRA
     lora_alpha: int = 64  # LoRA's alpha: adapters are scaled by alpha / rank
     load_in_4bit: bool = False  # with LoRA: 4-bit base model (needs a GPU and bitsandbytes)
+    lora_targets: tyro.conf.Suppress[tuple[str, ...]] = ()  # no flag: what has adapters
 
     # Algorithm
     batch_size: int = 112  # texts sampled for an update, over all processes
@@ -213,7 +218,7 @@ class Args:
     def identity(self) -> dict:
         """What makes two runs the same: the script, and the arguments that may change results."""
         script = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-        others = "run_name runs_dir device track evaluate".split()
+        others = "run_name runs_dir device track evaluate lora_targets".split()
         kept = {name: value for name, value in vars(self).items() if name not in others}
         return json.loads(json.dumps({"script_sha256": script} | kept))  # tuples become lists
 
@@ -683,17 +688,13 @@ class ActorCritic(nn.Module):
         )
         self.policy = load_model()
         if self.lora:
-            adapter = peft.LoraConfig(
-                r=args.lora_r, lora_alpha=args.lora_alpha, task_type="CAUSAL_LM"
-            )
-            self.policy.requires_grad_(False)
-            self.policy.add_adapter(adapter, "policy")
-            self.policy.add_adapter(adapter, "critic")
+            adapted = add_adapters(self.policy, args)
+            self.set_adapter = adapted.set_adapter
+            self.disable_adapter = adapted.disable_adapter
+            self.save_adapter = partial(adapted.save_pretrained, selected_adapters=["policy"])
             self.adapter_parameters = [
                 parameter for name, parameter in self.policy.named_parameters() if "lora_" in name
             ]
-            for parameter in self.adapter_parameters:  # bfloat16 would round small updates away
-                parameter.data = parameter.data.float()
             self.activate_adapter("policy")
         else:
             self.critic = load_model().base_model
@@ -706,7 +707,7 @@ class ActorCritic(nn.Module):
 
     def activate_adapter(self, name):
         if self.lora:
-            self.policy.set_adapter(name)
+            self.set_adapter(name)
             for parameter in self.adapter_parameters:
                 parameter.requires_grad_(True)  # peft has frozen the other adapter
 
@@ -731,10 +732,8 @@ class ActorCritic(nn.Module):
     def reference_log_prob(self, prompt, response):
         if not self.lora:
             return token_log_probs(self.reference, prompt, response)[0]
-        self.policy.disable_adapters()
-        [log_prob] = token_log_probs(self.policy, prompt, response)
-        self.policy.enable_adapters()
-        return log_prob
+        with self.disable_adapter():
+            return token_log_probs(self.policy, prompt, response)[0]
 
     def generate(self, prompt, uniform, top_k, tokenizer, stop_at_eos):
         """Samples responses of at most T tokens. `uniform` (B, T), as in `sample_token`, is an
@@ -764,6 +763,20 @@ class ActorCritic(nn.Module):
             alive = alive & (new_ids != tokenizer.eos_token_id)
             position_ids = position_ids[:, -1:] + 1
         return join(*response)
+
+
+def add_adapters(policy, args):
+    """Puts the LoRA adapters "policy" and "critic" on a language model, in place, and freezes the
+    rest. They are in float32: bfloat16 would round small updates away. Targets are peft's default
+    for the family of models, all linear layers where it has none. Returns a `PeftModel`."""
+    defaults = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    targets = defaults.get(policy.config.model_type, "all-linear")
+    config = peft.LoraConfig(
+        r=args.lora_r, lora_alpha=args.lora_alpha, target_modules=targets, task_type="CAUSAL_LM"
+    )
+    adapted = peft.get_peft_model(policy, config, "policy")
+    adapted.add_adapter("critic", config)
+    return adapted
 
 
 def predicting_states(transformer, prompt, *continuations):
@@ -824,7 +837,9 @@ def sample_token(logits, uniform, top_k):
 def load_classifier(name, device, dtype):
     """A classifier, or a LoRA adapter with a single output on its base, with all its weights."""
     options = {"dtype": dtype, "device_map": device}
-    if not find_adapter_config_file(name):
+    try:
+        peft.PeftConfig.from_pretrained(name)
+    except ValueError:  # not an adapter
         return load_pretrained(AutoModelForSequenceClassification, name, **options)
     model = peft.AutoPeftModelForSequenceClassification.from_pretrained(
         name, num_labels=1, low_cpu_mem_usage=True, **options
@@ -1142,12 +1157,17 @@ def refuse_missing(names, source):
 
 
 def check_models(args):
-    """Refuses models that lack weights, before a folder is made. Makes those of the toy. On the
-    device "meta" weights have names, but no memory."""
+    """Refuses models that lack weights, before a folder is made. Makes those of the toy. Notes the
+    targets of LoRA. On the device "meta" weights have names, but no memory."""
     if args.dataset == Args.dataset:
         with FileLock(f"{TOY}.lock"):  # other processes wait, and then find it
             make_toy(Path(TOY))
-    load_pretrained(AutoModelForCausalLM, args.policy_model, device_map="meta")
+    policy = load_pretrained(AutoModelForCausalLM, args.policy_model, device_map="meta")
+    if args.lora_r:  # for args.json, since targets differ between versions of peft
+        add_adapters(policy, args)
+        weights = [name for name, _ in policy.named_parameters() if "lora_A.policy" in name]
+        layers = {re.sub(r"\.\d+\.", ".*.", name.partition(".lora_A")[0]) for name in weights}
+        args.lora_targets = tuple(sorted(layers))
     for name in args.reward_model + args.eval_reward_model:
         if ".py:" in name:
             continue
@@ -1216,7 +1236,9 @@ def save_checkpoint(setup, args, generator, rng, progress):
 def restore(setup, args, generator, rng):
     path = args.run_dir / "checkpoint.pt"
     checkpoint = torch.load(path, weights_only=True, map_location="cpu")
-    refuse_missing(trained_parameters(setup).keys() - checkpoint["agent"].keys(), path)
+    others = trained_parameters(setup).keys() ^ checkpoint["agent"].keys()
+    if others:
+        sys.exit(f"error: {path} has {len(others)} more or fewer weights, such as {min(others)}")
     setup.actor_critic.load_state_dict(checkpoint["agent"], strict=False)  # others are frozen
     setup.optimizer.load_state_dict(checkpoint["optimizer"])
     generator.set_state(checkpoint["generator"])
@@ -1228,11 +1250,15 @@ def save_policy(setup, run_dir):
     """Writes policy/, the trained policy or its adapter, which `from_pretrained` loads."""
     folder = run_dir / "policy"
     temporary = run_dir / "policy.tmp"
-    setup.actor_critic.activate_adapter("policy")  # the active adapter is the one saved
-    setup.actor_critic.policy.save_pretrained(temporary)
-    setup.tokenizer.save_pretrained(temporary)
+    actor = setup.actor_critic
+    if actor.lora:
+        actor.save_adapter(temporary)  # in a folder of its name
+    else:
+        actor.policy.save_pretrained(temporary / "policy")
+    setup.tokenizer.save_pretrained(temporary / "policy")
     shutil.rmtree(folder, ignore_errors=True)  # left by a run killed just before its summary
-    temporary.rename(folder)
+    (temporary / "policy").rename(folder)
+    shutil.rmtree(temporary)
 
 
 def has_bfloat16(device):

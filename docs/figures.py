@@ -306,10 +306,22 @@ def draw_agents(runs, folder):
 
 def save(figure, path):
     """A picture on white, which can be read on a dark page as well, about twice as wide in pixels
-    as GitHub shows it."""
-    figure.savefig(path, dpi=170, facecolor="white", metadata={"Software": None})
+    as GitHub shows it. Its metadata say what it shows, since pixels differ between versions."""
+    metadata = {"Software": None, "Description": json.dumps(content(figure))}
+    figure.savefig(path, dpi=170, facecolor="white", metadata=metadata)
     plt.close(figure)
     print(path)
+
+
+def content(figure):
+    """Texts and, of each line, every 25th point, for each panel of a figure."""
+    panels = []
+    for ax in figure.axes:
+        texts = [ax.get_title(), ax.get_xlabel(), ax.get_ylabel()]
+        texts += [text.get_text() for text in ax.texts]
+        lines = [line.get_xydata()[::25].round(4).tolist() for line in ax.lines]
+        panels.append({"texts": texts, "lines": lines})
+    return panels
 
 
 def main():

@@ -144,6 +144,20 @@ def summaries(models, tmp_path):
     return flags | models | {"lora_r": 4}
 
 
+def make_policy(kind, folder, toy, **shape):
+    """A policy of the family `kind` that has learnt nothing, with the toy's tokenizer."""
+    tokenizer = AutoTokenizer.from_pretrained(toy / "policy")
+    shape |= {"vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 16}
+    shape |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    shape |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
+    config = getattr(transformers, f"{kind}Config")(**shape)
+    model = AutoModelForCausalLM.from_config(config)
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.3)
+    model.save_pretrained(folder)
+    tokenizer.save_pretrained(folder)
+
+
 def call_main(monkeypatch, *words):
     monkeypatch.setattr(sys, "argv", ["sppo_rlhf.py", *map(str, words)])
     rlhf.main()
@@ -387,16 +401,7 @@ def test_models_that_do_not_fit_are_refused_before_a_folder_is_made(
     "Mpt": {"d_model": 16, "n_heads": 2, "n_layers": 2, "expansion_ratio": 1},  # ALiBi, too
 }.items())  # fmt: skip
 def test_policies_with_other_logits_or_attention_are_refused(run, toy, tmp_path, kind, flags):
-    tokenizer = AutoTokenizer.from_pretrained(toy / "policy")
-    shape = {"vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 16}
-    shape |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
-    shape |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
-    config = getattr(transformers, f"{kind}Config")(**shape | flags)
-    model = AutoModelForCausalLM.from_config(config)
-    for parameter in model.parameters():
-        nn.init.normal_(parameter, std=0.3)
-    model.save_pretrained(tmp_path / kind)
-    tokenizer.save_pretrained(tmp_path / kind)
+    make_policy(kind, tmp_path / kind, toy, **flags)
     with pytest.raises(ValueError, match=f"{kind} scales or caps its logits, or its attention"):
         run(policy_model=str(tmp_path / kind))
 
@@ -408,7 +413,7 @@ def test_a_checkpoint_with_other_names_is_refused(run, tmp_path):
     renamed = checkpoint(folder)
     renamed["agent"] = {f"module.{name}": w for name, w in renamed["agent"].items()}
     torch.save(renamed, folder / "checkpoint.pt")
-    with pytest.raises(SystemExit, match=r"^error: .*checkpoint.pt lacks \d+ weights"):
+    with pytest.raises(SystemExit, match=r"^error: .*checkpoint.pt has \d+ more or fewer weights"):
         run()
 
 
@@ -961,6 +966,36 @@ def test_summaries_with_lora(run, models, summaries):
     assert len(saved) == sum(".policy." in name for name in state)
     for name, weight in saved.items():
         assert torch.equal(weight, state["policy." + name.replace("default", "policy")])
+
+
+@pytest.mark.parametrize(("kind", "layers"), {
+    "Llama": "self_attn.q_proj self_attn.v_proj",  # peft's default
+    "Phi3": "mlp.down_proj mlp.gate_up_proj self_attn.o_proj self_attn.qkv_proj",  # it has none
+    "Qwen3Moe": None,  # none either, and experts are no layers
+}.items())  # fmt: skip
+def test_the_adapter_of_any_family_is_merged_into_its_model(
+    run, toy, tmp_path, monkeypatch, kind, layers
+):
+    """What was trained is what is saved, and args.json says where it is."""
+    make_policy(kind, tmp_path / kind, toy, moe_intermediate_size=16, num_experts=8)
+    words = ["--policy-model", tmp_path / kind, "--lora-r", 2, "--learning-rate", 0.1]
+    words += ["--total-timesteps", 8, "--batch-size", 8, "--eval-episodes", 4]
+    call_main(monkeypatch, *words, "--runs-dir", tmp_path, "--run-name", "run")
+    folder = tmp_path / "run"
+    args = json.loads((folder / "args.json").read_text())["args"]
+    if layers:
+        assert args["lora_targets"] == [f"model.layers.*.{layer}" for layer in layers.split()]
+    trained = rlhf.ActorCritic(rlhf.Args(**args), CPU, torch.float32)
+    trained.load_state_dict(checkpoint(folder)["agent"], strict=False)
+    trained.activate_adapter("policy")
+    ids = torch.arange(12).view(2, 6)
+    expected = trained.policy(ids).logits
+    saved = peft.AutoPeftModelForCausalLM.from_pretrained(folder / "policy")
+    torch.testing.assert_close(saved.eval()(ids).logits, expected)
+    merged = saved.merge_and_unload()(ids).logits
+    torch.testing.assert_close(merged, expected, rtol=1e-4, atol=1e-4)
+    with trained.disable_adapter():
+        assert (trained.policy(ids).logits - expected).abs().max() > 0.01
 
 
 def test_an_adapter_is_no_policy_until_it_is_merged(run, summaries, tmp_path, capsys):
