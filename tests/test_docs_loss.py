@@ -62,6 +62,38 @@ def test_the_reverse_a2c_loss_lowers_the_best_actions_logit():
     assert quoted == (f"{sa2c[2]:.3f}", f"{a2c[2]:.3f}")
 
 
+def test_without_the_mask_clipped_samples_are_pushed_on():
+    """By beta |Z| / k of an unclipped sample's gradient, of which the page gives an example."""
+    advantage = torch.tensor([1.0, -1.0] * 3, dtype=torch.float64)
+    ratio = torch.tensor([1.5, 0.5, 0.5, 1.5, 1.1, 1.1], dtype=torch.float64)
+    m = torch.tensor([0, 0, 1, 1, 1, 1], dtype=torch.float64)  # the first two have moved enough
+    old_log_prob = torch.linspace(-3, -1, 6, dtype=torch.float64)
+    ((alpha, beta, quoted),) = re.findall(
+        r"clipped sample .+ \$\\alpha=([\d.]+)\$ and \$\\beta=(\d+)\$, (\d+) %", PAGE
+    )
+    alpha, beta, z = float(alpha), float(beta), -1.0
+    k = alpha + beta * abs(z)
+    assert quoted == f"{100 * beta * abs(z) / k:.0f}"
+
+    def weights(r, masked):
+        """Factor in each sample's gradient, -A grad r."""
+        log_prob = (old_log_prob + r.log()).requires_grad_()
+        p, p_old = log_prob.exp(), old_log_prob.exp()
+        arguments = (log_prob, old_log_prob, advantage, 0.2, z)
+        policy_loss, reverse_loss = sppo_continuous.symmetric_policy_losses(*arguments)
+        if not masked:
+            reverse_loss = -(advantage * z * (1 - p) / p_old).mean()
+        loss = alpha * policy_loss + beta * reverse_loss
+        (gradient,) = torch.autograd.grad(6 * loss, log_prob)
+        return gradient / (-advantage * r)  # grad r = r grad log p
+
+    torch.testing.assert_close(weights(ratio, masked=True), k * m)
+    torch.testing.assert_close(weights(ratio, masked=False), alpha * m + beta * abs(z))
+    first = torch.ones_like(ratio)  # the first minibatch after a rollout
+    for masked in (True, False):
+        torch.testing.assert_close(weights(first, masked), k * first)
+
+
 def test_shares_of_training_are_those_of_the_packed_runs():
     """The least and the most of all methods on all tasks with all rewards, in percent."""
     progress = pd.read_csv(ROOT / "results/evidence/progress.csv.gz")
