@@ -3,7 +3,9 @@
 import importlib
 import inspect
 import json
+import os
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -61,6 +63,38 @@ def test_the_reverse_a2c_loss_lowers_the_best_actions_logit():
     (quoted,) = re.findall(r"still raises it, by ([\d.]+) .+ A2C by ([\d.]+)\.", PAGE)
     sa2c = 0.5 * a2c + 0.5 * reverse
     assert quoted == (f"{sa2c[2]:.3f}", f"{a2c[2]:.3f}")
+
+
+def test_without_the_mask_clipped_samples_are_pushed_on():
+    """By beta |Z| / k of an unclipped sample's gradient, of which the page gives an example."""
+    advantage = torch.tensor([1.0, -1.0] * 3, dtype=torch.float64)
+    ratio = torch.tensor([1.5, 0.5, 0.5, 1.5, 1.1, 1.1], dtype=torch.float64)
+    m = torch.tensor([0, 0, 1, 1, 1, 1], dtype=torch.float64)  # the first two have moved enough
+    old_log_prob = torch.linspace(-3, -1, 6, dtype=torch.float64)
+    ((alpha, beta, quoted),) = re.findall(
+        r"clipped sample .+ \$\\alpha=([\d.]+)\$ and \$\\beta=(\d+)\$, (\d+) %", PAGE
+    )
+    alpha, beta, z = float(alpha), float(beta), -1.0
+    k = alpha + beta * abs(z)
+    assert quoted == f"{100 * beta * abs(z) / k:.0f}"
+
+    def weights(r, masked):
+        """Factor in each sample's gradient, -A grad r."""
+        log_prob = (old_log_prob + r.log()).requires_grad_()
+        p, p_old = log_prob.exp(), old_log_prob.exp()
+        arguments = (log_prob, old_log_prob, advantage, 0.2, z)
+        policy_loss, reverse_loss = sppo_continuous.symmetric_policy_losses(*arguments)
+        if not masked:
+            reverse_loss = -(advantage * z * (1 - p) / p_old).mean()
+        loss = alpha * policy_loss + beta * reverse_loss
+        (gradient,) = torch.autograd.grad(6 * loss, log_prob)
+        return gradient / (-advantage * r)  # grad r = r grad log p
+
+    torch.testing.assert_close(weights(ratio, masked=True), k * m)
+    torch.testing.assert_close(weights(ratio, masked=False), alpha * m + beta * abs(z))
+    first = torch.ones_like(ratio)  # the first minibatch after a rollout
+    for masked in (True, False):
+        torch.testing.assert_close(weights(first, masked), k * first)
 
 
 def test_shares_of_training_are_those_of_the_packed_runs():
@@ -166,12 +200,72 @@ def test_the_handout_ends_before_the_answers():
 
 
 @pytest.mark.slow
-def test_the_notebook_runs(tmp_path, monkeypatch):
+def test_the_notebook_runs():
     """Its cells hold the assertions."""
-    monkeypatch.setenv("PYTHONPATH", str(ROOT))
     notebook = nbformat.read(NOTEBOOK, as_version=4)
-    where = {"metadata": {"path": str(tmp_path)}}
+    where = {"metadata": {"path": str(DOCS)}}
     NotebookClient(notebook, timeout=600, resources=where).execute()  # raises if a cell fails
+
+
+@pytest.fixture
+def clone(tmp_path):
+    """A repository with what the notebooks need, and the front page."""
+    folder = tmp_path / "clone"
+    (folder / "docs").mkdir(parents=True)
+    files = "README.md pyproject.toml sa2c_continuous.py sppo_continuous.py docs/handout.md"
+    for file in [*files.split(), *(f"docs/{path.name}" for path in (NOTEBOOK, EXERCISE))]:
+        shutil.copy(ROOT / file, folder / file)
+    for command in ("init -q", "add .", "-c user.name=a -c user.email=a@b commit -qm all"):
+        subprocess.run(["git", *command.split()], cwd=folder, check=True)
+    return folder
+
+
+def start(notebook, folder, address=""):
+    """Runs the first code cell in `folder`, with a pip that only prints. Returns what is printed,
+    last where the scripts then are, and the errors."""
+    fake = folder / "fake"
+    fake.mkdir(parents=True)
+    (fake / "pip.py").write_text("import sys; print(*sys.argv[1:])")
+    cell = code_cells(notebook)[0].source.replace('REPOSITORY = ""', f"REPOSITORY = {address!r}")
+    cell += "\nfrom importlib.util import find_spec\nprint(find_spec('sppo_continuous').origin)"
+    environment = os.environ | {"PYTHONPATH": str(fake)}
+    command = [sys.executable, "-c", cell]
+    done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
+    return done.stdout.splitlines(), done.stderr
+
+
+@pytest.mark.parametrize("notebook", [NOTEBOOK, EXERCISE], ids=lambda path: path.stem)
+def test_a_notebook_starts_in_an_empty_folder(notebook, clone, tmp_path):
+    empty = tmp_path / "empty"
+    printed, errors = start(notebook, empty, clone.as_uri())
+    fetched = empty / "symmetric-rl-loss"
+    assert printed == [f"install --quiet {fetched}[report]", f"{fetched}/sppo_continuous.py"], (
+        errors
+    )
+    shutil.rmtree(empty / "fake")
+    assert start(notebook, empty)[0] == printed[1:]  # a second time nothing is fetched
+    assert start(notebook, clone / "docs")[0] == [f"{clone}/sppo_continuous.py"]
+
+
+@pytest.mark.parametrize("notebook", [NOTEBOOK, EXERCISE], ids=lambda path: path.stem)
+def test_a_notebook_without_files_and_address_says_what_to_do(notebook, tmp_path):
+    printed, errors = start(notebook, tmp_path / "empty")
+    assert not printed
+    assert "Open it in the folder docs/ of a clone, or put the repository's address" in errors
+
+
+def test_what_a_lecturer_hands_out_starts_and_keeps_the_front_page_back(clone, tmp_path):
+    (command,) = re.findall(r"(?ms)^```sh\n(.+?)^```$", (DOCS / "teaching.md").read_text())
+    subprocess.run(command, shell=True, cwd=clone, check=True)
+    (archive,) = clone.glob("*.zip")
+    shutil.unpack_archive(archive, tmp_path / "student")
+    (folder,) = (tmp_path / "student").iterdir()
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    scripts = {"sa2c_continuous.py", "sppo_continuous.py", "pyproject.toml"}
+    assert files == scripts | {"docs/handout.md", "docs/symmetric_loss_exercise.ipynb"}
+    handout = (folder / "docs/handout.md").read_text()
+    assert set(re.findall(r"\]\(([^h:)]\S*)\)", handout)) == {EXERCISE.name}
+    assert start(EXERCISE, folder / "docs")[0] == [f"{folder}/sppo_continuous.py"]
 
 
 def bandit_for_sa2c():
@@ -194,36 +288,42 @@ RIGHT = {
 }
 
 
-def grade(heavy=False, **answers):
-    """Runs the student's copy, by default without its heavy cells, with a student's `answers`."""
+def failures(*kinds, **answers):
+    """The claims that fail in the student's copy, with a student's `answers`, where a failure does
+    not keep the student from going on. Heavy cells, the open task and the slow plot run only if
+    `kinds` has them.
+    """
     namespace = {}
+    failed = []
     plt.switch_backend("agg")
     for cell in code_cells(EXERCISE):
         tags = cell.metadata.get("tags", [])
-        if heavy or "heavy" not in tags:
-            exec(cell.source, namespace)
+        if {"heavy", "open", "plot"}.intersection(tags).issubset(kinds):
+            try:
+                exec(cell.source, namespace)
+            except AssertionError as error:
+                failed.append(str(error))
         if "student" in tags:
             namespace.update(answers)
     plt.close("all")
+    return failed
+
+
+def check(failed, expected):
+    """Each failure begins as expected."""
+    assert [text[: len(start)] for text, start in zip(failed, expected)] == expected
+    assert len(failed) == len(expected), failed
 
 
 def test_the_grader_passes_right_answers():
-    grade(**RIGHT)
-
-
-@pytest.mark.slow
-def test_the_grader_checks_predictions_of_runs(monkeypatch):
-    """All but the last are right."""
-    monkeypatch.setattr(sppo_continuous, "symmetric_policy_losses", RIGHT["ppo_losses"])
-    with pytest.raises(AssertionError, match="^3: your prediction, with every gradient clipped"):
-        grade(heavy=True, **RIGHT | {"same_if_all_are_clipped": False})
+    assert failures("open", "plot", **RIGHT) == []
 
 
 CLAIMS = {
     "a2c_losses": "1a: L is",
-    "a2c_weight": "1b .needs 1a.: w is",
+    "a2c_weight": "1b: w is",
     "ppo_losses": "2a: the slope of L ",
-    "ppo_weight": "2b .needs 2a.: w is",
+    "ppo_weight": "2b: w is",
     "k": "3: k is",
     "same_if_all_are_clipped": "3: both predictions",
     "climbs": "4a: what",
@@ -234,12 +334,17 @@ CLAIMS = {
 
 @pytest.mark.parametrize("name", CLAIMS)
 def test_the_grader_asks_for_each_answer(name):
-    with pytest.raises(AssertionError, match="^" + CLAIMS[name]):
-        grade(**{other: RIGHT[other] for other in RIGHT if other != name})
+    """And only for this one: no other claim needs it."""
+    others = {other: RIGHT[other] for other in RIGHT if other != name}
+    check(failures(*["open"] * (name == "bandit"), **others), [CLAIMS[name]])
 
 
 def wrong_sign(log_prob, advantage, z):
     return RIGHT["a2c_losses"](log_prob, advantage, -z)
+
+
+def wrong_sign_in_ppo(log_prob, old_log_prob, advantage, clip_coef, z):
+    return RIGHT["ppo_losses"](log_prob, old_log_prob, advantage, clip_coef, -z)
 
 
 def no_mask(log_prob, old_log_prob, advantage, clip_coef, z):
@@ -267,24 +372,70 @@ def bandit_of_one_step():
     return dict(pays=arms, start=torch.zeros(10), **flips)
 
 
+def bandit_of_part_5():
+    return dict(pays=torch.linspace(0, 1, 10), start=torch.zeros(10)) | dict(
+        flip_rate=0.2, batch_size=8, steps=400, beta=0.5
+    )
+
+
 WRONG = [
-    ("a2c_losses", wrong_sign, "1a: Lr is"),
-    ("a2c_weight", lambda p, alpha, beta, z: alpha + beta * p, "1b"),
-    ("a2c_weight", lambda p, alpha, beta, z: alpha + beta * abs(z), "1b"),
-    ("ppo_losses", no_mask, "2a: .* r = 1.5 and A = 1"),
-    ("ppo_losses", not_divided, "2a: .* r = 1.1"),
-    ("ppo_losses", summed, "2a: .* means over the batch"),
-    ("ppo_weight", lambda p, p_old, alpha, beta, z: alpha + beta * abs(z) * p, "2b"),
-    ("k", 20.0, "3: k is"),
-    ("climbs", torch.dot, "4a"),
-    ("climbs", transcribed, "4a"),
-    ("climbs_divided", RIGHT["climbs"], "4b"),
-    ("bandit", bandit_of_one_step, "7: .* best learning rate"),
-    ("bandit", lambda: bandit_for_sa2c() | {"beta": 0.01}, "7: SA2C's pay"),
+    ({"a2c_losses": wrong_sign}, ["1a: Lr is"]),
+    ({"a2c_weight": lambda p, alpha, beta, z: alpha + beta * p}, ["1b"]),
+    ({"a2c_weight": lambda p, alpha, beta, z: alpha + beta * abs(z)}, ["1b"]),
+    ({"ppo_losses": no_mask}, ["2a: the slope of Lr in p, for r = 1.5 and A = 1"]),
+    ({"ppo_losses": not_divided}, ["2a: the slope of Lr in p, for r = 1.1"]),
+    ({"ppo_losses": summed}, ["2a: L and Lr are means over the batch"]),
+    ({"ppo_weight": lambda p, p_old, alpha, beta, z: alpha + beta * abs(z) * p}, ["2b"]),
+    ({"k": 20.0}, ["3: k is"]),
+    ({"climbs": torch.dot}, ["4a"]),
+    ({"climbs": transcribed}, ["4a"]),
+    ({"climbs_divided": RIGHT["climbs"]}, ["4b"]),
+    ({"bandit": bandit_of_one_step}, ["7: A2C's best learning rate"]),
+    ({"bandit": lambda: bandit_for_sa2c() | {"beta": 0.01}}, ["7: SA2C's pay"]),
+    # One mistake in two answers: each is graded by the scripts' losses, not by the other
+    (
+        {"a2c_losses": wrong_sign, "a2c_weight": lambda p, alpha, beta, z: alpha + beta * z * p},
+        ["1a: Lr is", "1b"],
+    ),
+    (
+        {
+            "ppo_losses": wrong_sign_in_ppo,
+            "ppo_weight": lambda p, p_old, alpha, beta, z: (alpha + beta * z) * p / p_old,
+            "k": -19.5,
+        },
+        ["2a: the slope of Lr in p, for r = 1.1", "2b", "3: k is"],
+    ),
+    (
+        {
+            "a2c_losses": wrong_sign,
+            "climbs": lambda prob, advantage: -RIGHT["climbs"](prob, advantage),
+        },
+        ["1a: Lr is", "4a"],
+    ),
+    pytest.param(
+        {"a2c_losses": wrong_sign, "bandit": bandit_of_part_5},
+        ["1a: Lr is", "7: SA2C's pay"],
+        marks=pytest.mark.slow,
+    ),
 ]
 
 
-@pytest.mark.parametrize(("name", "answer", "message"), WRONG)
-def test_the_grader_fails_a_wrong_answer(name, answer, message):
-    with pytest.raises(AssertionError, match="^" + message):
-        grade(**RIGHT | {name: answer})
+@pytest.mark.parametrize(("answers", "expected"), WRONG)
+def test_the_grader_fails_a_wrong_answer(answers, expected):
+    check(failures(*["open"] * ("bandit" in answers), **RIGHT | answers), expected)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("without_clipping", [True, False])
+def test_the_grader_checks_predictions_of_runs(without_clipping):
+    """Whatever is wrong with the student's loss and k, which once made wrong predictions hold."""
+    answers = {"ppo_losses": no_mask, "k": 20.0, "same_if_all_are_clipped": False}
+    failed = failures("heavy", **RIGHT | answers | {"same_without_clipping": without_clipping})
+    wrong = "with every gradient clipped" if without_clipping else "without clipping"
+    loss = "3 (needs 2a): SPPO with your loss is the same run"
+    check(failed, ["2a", "3: k is", loss, f"3: your prediction, {wrong}"])
+
+
+@pytest.mark.slow
+def test_the_grader_passes_right_predictions_of_runs():
+    assert failures("heavy", **RIGHT) == []
