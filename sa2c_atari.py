@@ -457,6 +457,7 @@ def train(args: Args):
             sync_tensorboard=True,
         )
     writer = SummaryWriter(args.run_dir, purge_step=global_step + 1)
+    writer.add_text("hyperparameters", f"```\n{json.dumps(vars(args), indent=2)}\n```")
 
     T, N = args.num_steps, args.num_envs
     obs = torch.zeros((T + 1, N, 84, 84, 4), dtype=torch.uint8, device=device)
@@ -645,6 +646,8 @@ def evaluate_run(args: Args):
     video = folder / "video" / f"evaluate-{run.seed}.mp4"
     scores, _ = evaluate(agent, run, run.seed, video)
     print(f"{folder}: return {scores.mean():.1f} (standard deviation {scores.std():.1f})")
+    if run.capture_video:
+        print(f"video: {video}")
 
 
 # What follows is plumbing, not part of the algorithm.

@@ -175,9 +175,14 @@ class Args:
 def make_env(args, run_dir=None):
     # Gymnasium warns that the paper's environments (MuJoCo v4) have newer versions, and of videos
     warnings.filterwarnings("ignore", message=".*(is out of date|Overwriting existing videos).*")
+    if args.capture_video and sys.platform == "linux" and "DISPLAY" not in os.environ:
+        os.environ.setdefault("MUJOCO_GL", "egl")  # before MuJoCo is imported; needs no display
     video = args.capture_video and run_dir is not None
     options = {"render_mode": "rgb_array"} if video else {}  # some environments do not accept it
-    env = gym.make(args.env_id, **options)
+    try:
+        env = gym.make(args.env_id, **options)
+    except gym.error.UnregisteredEnv as error:  # it suggests similar names
+        sys.exit(f"error: {error}")
     for space in (env.observation_space, env.action_space):
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
             sys.exit(f"error: {args.env_id}: needs one-dimensional Box spaces, not {space}")
@@ -491,6 +496,7 @@ def train(args: Args):
             sync_tensorboard=True,
         )
     writer = SummaryWriter(args.run_dir, purge_step=global_step + 1)
+    writer.add_text("hyperparameters", f"```\n{json.dumps(vars(args), indent=2)}\n```")
 
     T, N = args.num_steps, args.num_envs
     action_dtype = np.float32 if agent.gaussian else np.int64
@@ -660,6 +666,8 @@ def evaluate_run(args: Args):
     agent.load_state_dict(tensors)
     scores, _ = evaluate(agent, env, obs_stats, run.eval_episodes, run.seed)
     print(f"{folder}: return {scores.mean():.1f} (standard deviation {scores.std():.1f})")
+    if run.capture_video:
+        print(f"video: {folder}/video/{env.name_prefix}-episode-0.mp4")
 
 
 # What follows is plumbing, not part of the algorithm.

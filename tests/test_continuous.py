@@ -4,6 +4,8 @@ Text that both scripts share, which `test_repository.py` guards, is tested on `s
 alone where testing it twice would take long."""
 
 import itertools
+import os
+import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
 
@@ -30,6 +32,19 @@ def test_videos_follow_agents_that_move_away(env_id, follows, tmp_path):
     env = script.make_env(script.Args(env_id=env_id, capture_video=True), tmp_path)
     assert env.unwrapped.model.ncam == follows
     assert env.unwrapped.mujoco_renderer.camera_id == (0 if follows else -1)
+
+
+def test_videos_need_no_display_on_linux(setting, monkeypatch):
+    """Unless MUJOCO_GL says otherwise."""
+    monkeypatch.setattr(sys, "platform", "linux")
+    monkeypatch.delenv("DISPLAY", raising=False)
+    args = setting.script.Args(capture_video=True)
+    for chosen, expected in (("osmesa", "osmesa"), (None, "egl")):
+        monkeypatch.setenv("MUJOCO_GL", chosen or "")
+        if not chosen:
+            monkeypatch.delenv("MUJOCO_GL")
+        setting.script.make_env(args).close()
+        assert os.environ["MUJOCO_GL"] == expected
 
 
 # ---- Policies
