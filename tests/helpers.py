@@ -31,6 +31,7 @@ class Setting:
     envs: str  # name of the class whose `step` takes the actions of the training
     small: dict
     video_env: str  # an environment that can be rendered without a display
+    advantages: str = "compute_gae"  # name of the function that is called after each rollout
 
     @property
     def ppo(self) -> bool:
@@ -73,15 +74,15 @@ class Setting:
         Returns its folder."""
         calls = []
 
-        def compute_gae(*args):
+        def advantages(*args):
             calls.append(args)
             if len(calls) > rollouts:
                 raise KeyboardInterrupt
             return original(*args)
 
-        original = self.script.compute_gae
+        original = getattr(self.script, self.advantages)
         with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(self.script, "compute_gae", compute_gae)
+            patch.setattr(self.script, self.advantages, advantages)
             self.run(runs_dir, **flags)
         return self.args(runs_dir, **flags).run_dir
 

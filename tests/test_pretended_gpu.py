@@ -1,0 +1,140 @@
+"""All scripts on a pretended GPU, uncompiled: nothing is on the wrong device, mistakes are caught,
+and what waits for the GPU is counted."""
+
+import importlib.util
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from accelerate.state import AcceleratorState
+from helpers import SETTINGS, Setting, Signals
+from pretended_gpu import WrongDevice, pretend
+
+import sppo_rlhf
+
+# One rollout: eight steps or four texts
+SMALL = {"eval_freq": 1, "eval_episodes": 1, "device": "cuda", "noise": "adv_flip"}
+STEPS = {"total_timesteps": 8, "num_steps": 8, "num_envs": 1, "checkpoint_freq": 1}
+TEXTS = {"total_timesteps": 4, "batch_size": 4, "micro_batch_size": 1}
+TEXTS |= {"prompt_length": 8, "response_length": 4}
+PPO = {"num_minibatches": 2, "update_epochs": 1}
+
+CONTROL = [
+    replace(setting, small=setting.small | SMALL | STEPS | (PPO if setting.ppo else {}))
+    for setting in SETTINGS
+]
+SPPO_CONTINUOUS, SPPO_ATARI, SA2C_CONTINUOUS, SA2C_ATARI = CONTROL
+CONTINUOUS = [SPPO_CONTINUOUS, SA2C_CONTINUOUS]
+ATARI = [SPPO_ATARI, SA2C_ATARI]
+SPPO_RLHF = Setting(sppo_rlhf, "", SMALL | TEXTS | PPO, "", "token_advantages")
+FUNCTION = {"reward_model": (f"{Path(__file__).with_name('test_rlhf.py')}:text_lengths",)}
+
+
+@pytest.fixture
+def gpu(toy, monkeypatch):
+    monkeypatch.chdir(toy.parent.parent)
+    for setting in (*CONTROL, SPPO_RLHF):
+        monkeypatch.setattr(setting.script, "distributions", list, raising=False)  # slow
+    for setting in ATARI:
+        monkeypatch.setattr(setting.script, "AtariVectorEnv", Signals)
+    AcceleratorState._reset_state(True)  # else it keeps the device of the test before
+    with pretend() as gpu:
+        yield gpu
+    AcceleratorState._reset_state(True)
+
+
+GAUSSIAN = {"policy": "gaussian", "layer_norm": True, "noise": "normal"}
+BFLOAT16 = {"amp": "auto", "layer_norm": True}
+RUNS = [
+    (SPPO_CONTINUOUS, {}),
+    (SPPO_CONTINUOUS, GAUSSIAN),
+    (SA2C_CONTINUOUS, {"noise": "uniform"}),
+    (SA2C_CONTINUOUS, GAUSSIAN),
+    (SPPO_ATARI, BFLOAT16),
+    (SPPO_ATARI, {"noise": "flip"}),
+    (SPPO_ATARI, {"noise": "normal"}),
+    (SA2C_ATARI, BFLOAT16),
+    (SA2C_ATARI, {"noise": "uniform"}),
+    (SPPO_RLHF, {"noise": "flip"}),
+    (SPPO_RLHF, {"lora_r": 2, "ce_coef": 0.1} | FUNCTION),
+]
+
+
+@pytest.mark.parametrize(("setting", "flags"), RUNS, ids=str)
+def test_a_run_is_begun_continued_and_evaluated(setting, flags, tmp_path, gpu, capsys):
+    flags = flags | {"total_timesteps": 2 * setting.small["total_timesteps"]}
+    folder = setting.interrupt(tmp_path, 1, **flags)
+    setting.run(tmp_path, **flags)
+    assert gpu.waits
+    device = {"device": "cuda"} if setting is SPPO_RLHF else {}  # others are evaluated on the CPU
+    args = setting.script.Args(evaluate=str(folder), eval_episodes=1, **device)
+    setting.script.evaluate_run(args)
+    assert "return" in capsys.readouterr().out
+
+
+# Scripts, what is right there, and what is wrong
+MISTAKES = [
+    # The CPU's generator for what is on the GPU
+    (CONTROL, ".shape, generator=generator)", ".shape, generator=generator, device='cuda')"),
+    ([SPPO_RLHF], "_length, generator=generator)", "_length, generator=generator, device='cuda')"),
+    # An index left on the CPU
+    (CONTINUOUS, "torch.from_numpy(action).to(args.device)", "torch.from_numpy(action)"),
+    (ATARI, "dtype=torch.int64, device=device)", "dtype=torch.int64)"),
+    ([SPPO_RLHF], "(take(minibatch, rows), accelerator.device)", "(take(minibatch, rows), 'cpu')"),
+    # A mask left there
+    (CONTINUOUS, "(uniform < level).to(advantage.device)", "uniform < level"),
+    (ATARI, "(~overridden).float().to(device)", "(~overridden).float()"),
+    ([SPPO_RLHF], "torch.ones(n, n, device=ids.device)", "torch.ones(n, n)"),
+    # numpy() on the GPU
+    (CONTINUOUS, "agent.value(all_obs).cpu().numpy()", "agent.value(all_obs).numpy()"),
+    (ATARI, "action[t].cpu().numpy()", "action[t].numpy()"),
+    ([SPPO_RLHF], '(rollout, "cpu")', '(rollout, "cpu")._replace(scores=rollout.scores)'),
+]
+MISTAKES = [(setting, *texts) for settings, *texts in MISTAKES for setting in settings]
+
+
+@pytest.mark.parametrize(("setting", "right", "wrong"), MISTAKES, ids=str)
+def test_a_mistake_is_caught(setting, right, wrong, tmp_path, gpu):
+    source = Path(setting.script.__file__).read_text()
+    assert source.count(right) == 1
+    path = tmp_path / "mistaken.py"
+    path.write_text(source.replace(right, wrong))
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    script.AtariVectorEnv = Signals
+    reward = FUNCTION if setting is SPPO_RLHF else {}
+    args = replace(setting, script=script).args(tmp_path, **reward)
+    with pytest.raises(WrongDevice):
+        script.train(args)
+
+
+# What is doubled, and how many waits that adds: units by waits of each. Each step of a game waits
+# for the action and for the image; each epoch for the order and the flips; each of A2C's rollouts
+# for what is logged and saved, too; each micro batch for all its tensors; each minibatch of
+# language models for what is logged; each text for its tokens.
+RLHF_WAITS = {"response_length": 4 * 0, "micro_batch_size": -2 * 13, "num_minibatches": 2 * 7}
+RLHF_WAITS |= {"batch_size": 4 * 13 + 4 * 2}
+WAITS = [
+    (SPPO_CONTINUOUS, {"num_steps": 8 * 0, "num_minibatches": 2 * 0, "update_epochs": 2}),
+    (SPPO_ATARI, {"num_steps": 8 * 2, "num_minibatches": 2 * 0, "update_epochs": 2}),
+    (SA2C_CONTINUOUS, {"num_steps": 8 * 0, "total_timesteps": 21}),
+    (SA2C_ATARI, {"num_steps": 8 * 2, "total_timesteps": 8 * 2 + 16}),
+    (SPPO_RLHF, RLHF_WAITS),
+]
+
+
+@pytest.mark.parametrize(("setting", "expected"), WAITS, ids=str)
+def test_what_waits_for_the_gpu(setting, expected, tmp_path, gpu):
+    def count(**flags):
+        gpu.waits.clear()
+        setting.run(tmp_path / "".join(flags), **{"eval_freq": 100} | flags)
+        return Counter(gpu.waits)
+
+    before = count()
+    for name, waits in expected.items():
+        after = count(**{name: 2 * setting.small[name]})
+        after.subtract(before)
+        added = {line: times for line, times in after.items() if times}
+        assert sum(added.values()) == waits, (name, added)
