@@ -846,7 +846,7 @@ def load_classifier(name, device, dtype):
     )
     saved = peft.load_peft_weights(name, device="cpu")
     refuse_missing(peft.get_peft_model_state_dict(model).keys() - saved.keys(), name)
-    return model.to(device)
+    return model.to(device, dtype)  # its own weights may be saved in another
 
 
 def classifier_reward(name, label, device, dtype):
@@ -968,11 +968,12 @@ def collect_rollout(setup, args, data, uniform, top_k, reward_models):
             reference_log_prob = actor.reference_log_prob(prompt, response)
         # Computed as in the update, not by `generate`, so that ratios start at 1
         log_probs, value = actor(prompt, response, completion)
+        ids, sampled = send_to_device(response, "cpu")
         inputs = data[rows.tolist()] | {
             "texts": decode(tokenizer, join(prompt, response)),
             "prompts": decode(tokenizer, prompt),
             "completions": decode(tokenizer, response),
-            "completion_ids": [ids[mask].tolist() for ids, mask in zip(*response)],
+            "completion_ids": [row[kept].tolist() for row, kept in zip(ids, sampled)],
         }
         scores = torch.stack([reward_model(**inputs) for reward_model in reward_models], 1)
         if not scores.isfinite().all():

@@ -113,9 +113,9 @@ def test_a_mistake_is_caught(setting, right, wrong, tmp_path, gpu):
 # What is doubled, and how many waits that adds: units by waits of each. Each step of a game waits
 # for the action and for the image; each epoch for the order and the flips; each of A2C's rollouts
 # for what is logged and saved, too; each micro batch for all its tensors; each minibatch of
-# language models for what is logged; each text for its tokens.
+# language models for what is logged.
 RLHF_WAITS = {"response_length": 4 * 0, "micro_batch_size": -2 * 13, "num_minibatches": 2 * 7}
-RLHF_WAITS |= {"batch_size": 4 * 13 + 4 * 2}
+RLHF_WAITS |= {"batch_size": 4 * 13}
 WAITS = [
     (SPPO_CONTINUOUS, {"num_steps": 8 * 0, "num_minibatches": 2 * 0, "update_epochs": 2}),
     (SPPO_ATARI, {"num_steps": 8 * 2, "num_minibatches": 2 * 0, "update_epochs": 2}),

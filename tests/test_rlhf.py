@@ -492,9 +492,12 @@ def test_a_single_output_is_the_score(models, name):
         model = peft.PeftModel.from_pretrained(model, models["adapter"])
     tokenizer = AutoTokenizer.from_pretrained(base)
     texts = ["the plot was superb .", "the plot was superb but the cast was dull ."]
-    for text, score in zip(texts, reward_model(models[name])(texts)):
+    scores = reward_model(models[name])(texts)
+    for text, score in zip(texts, scores):
         expected = model.eval()(**tokenizer(text, return_tensors="pt")).logits[0, 0]
         assert score.item() == pytest.approx(expected.item(), abs=1e-5)
+    rounded = rlhf.classifier_reward(str(models[name]), 1, CPU, torch.bfloat16)
+    torch.testing.assert_close(rounded(texts), scores, rtol=0.1, atol=0.1)
 
 
 def test_a_text_that_is_too_long_loses_its_beginning(toy):
