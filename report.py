@@ -12,7 +12,6 @@ import json
 import math
 import shlex
 import sys
-import warnings
 from collections import Counter
 from dataclasses import dataclass
 from itertools import combinations, cycle, permutations
@@ -34,11 +33,12 @@ plt.switch_backend("agg")
 
 HOW_TO_READ = """\
 "Last evaluation" is its mean return, "training" the mean return of the last training episodes.
-Intervals are 95 %. Those over several tasks are stratified bootstrap intervals: the runs of each
-cell (a method, a task and a kind of reward) are drawn with replacement, which makes them too narrow
-with a handful of seeds. A difference in percent is the first method's mean over the second's, minus
-one, the probability that a run of the first beats one of the second (Mann-Whitney's U over n m,
-ties half), both averaged over the cells."""
+Intervals are 95 %: how other seeds on the same tasks might come out. A cell is a method, a task and
+a kind of reward. A difference in percent is the ratio of two methods' means, averaged over cells as
+a logarithm, so that A against B and B against A agree; its interval is Welch's. The probability
+that a run of the first beats one of the second is Mann-Whitney's U over n m (ties count half), also
+averaged over cells; its interval, and that of an interquartile mean, is from the bootstrap, which
+draws the runs of each cell with replacement, one fewer than there are."""
 
 MEASURES = {  # columns of runs
     "return_mean": "last evaluation",
@@ -285,8 +285,9 @@ def pairs_of(runs: DataFrame, compare: tuple) -> list[tuple]:
 
 def bootstrap(cells: list, statistic) -> tuple[float, float, float]:
     """Mean over `cells` of `statistic(*cell)`, and its 95 % interval. A cell has arrays of scores
-    (runs,), each resampled by itself; `statistic` gets (SAMPLES, runs), too. The interval is nan if
-    an array has one score or all samples are equal, and all is nan if there is no cell."""
+    (runs,), each resampled by itself; `statistic` gets (SAMPLES, runs - 1), too: as many as there
+    are would vary too little, by this factor. The interval is nan if an array has one score or all
+    samples are equal, and all is nan if there is no cell."""
     if not cells:
         return math.nan, math.nan, math.nan
     rng = np.random.default_rng(0)
@@ -297,7 +298,7 @@ def bootstrap(cells: list, statistic) -> tuple[float, float, float]:
         drawn = []
         for scores in cell:
             fewest = min(fewest, len(scores))
-            drawn.append(rng.choice(scores, (SAMPLES, len(scores))))
+            drawn.append(rng.choice(scores, (SAMPLES, max(1, len(scores) - 1))))
         values.append(statistic(*cell))
         samples.append(statistic(*drawn))
     value = np.mean(values)
@@ -306,16 +307,6 @@ def bootstrap(cells: list, statistic) -> tuple[float, float, float]:
     if fewest < 2 or low == high:
         return value, math.nan, math.nan
     return value, low, high
-
-
-def difference(a, b):
-    """Of the means of `a` and `b`, arrays (..., runs): (...,)."""
-    return a.mean(-1) - b.mean(-1)
-
-
-def relative_difference(a, b):
-    """Of the means of `a` and `b`, arrays (..., runs): (...,)."""
-    return a.mean(-1) / b.mean(-1) - 1
 
 
 def win_rate(a, b):
@@ -331,34 +322,61 @@ def interquartile_mean(*scores):
     return stats.trim_mean(together, 0.25, axis=-1)
 
 
-def welch(x, y) -> dict[str, float]:
-    """Difference of the means of scores (runs,), the ends of its 95 % interval, and two-sided p by
-    Welch's t-test; nothing with fewer than two scores, or if neither varies."""
-    if min(len(x), len(y)) < 2:
-        return {}
-    if np.ptp(x) == np.ptp(y) == 0:
-        return {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # if one of them does not vary
-        test = stats.ttest_ind(x, y, equal_var=False)
-    found = {"difference": x.mean() - y.mean(), "p": test.pvalue}
-    found["low"], found["high"] = test.confidence_interval()
-    return found
+def mean_and_variance(scores):
+    """The mean of `scores` (..., runs), and its variance, 0 of a single score: (...,) each."""
+    runs = scores.shape[-1]
+    variance = scores.var(-1, ddof=min(1, runs - 1)) / runs
+    return scores.mean(-1), variance
+
+
+def log_mean_and_variance(scores):
+    """The logarithm of the mean of positive `scores` (..., runs), and its variance: (...,) each.
+    That of a sample's mean is too low on average, exactly by what is added here if the mean is
+    lognormal. Its variance is too small where the mean is too large: hence `1 +`."""
+    mean, variance = mean_and_variance(scores)
+    relative = variance / mean**2
+    return np.log(mean) + np.log1p(relative) / 2, relative * (1 + relative)
+
+
+def pooled_difference(cells: list, moments):
+    """Mean over `cells`, pairs of scores (..., runs), of the difference in a value, its 95 %
+    interval and two-sided p by Welch and Satterthwaite: (...,) each. `moments` gives the value and
+    its variance. No interval and p of a single score, or if none varies; all is nan of no cell."""
+    if not cells:
+        return math.nan, math.nan, math.nan, math.nan
+    differences = []
+    variances = []
+    freedom = []
+    for a, b in cells:
+        value_a, variance_a = moments(a)
+        value_b, variance_b = moments(b)
+        differences.append(value_a - value_b)
+        variances += [variance_a, variance_b]
+        freedom += [a.shape[-1] - 1, b.shape[-1] - 1]
+    value = np.mean(differences, axis=0)
+    variances = np.stack(variances, axis=-1)
+    total = variances.sum(axis=-1)
+    if min(freedom) < 1 or not np.all(total):
+        return value, math.nan, math.nan, math.nan
+    degrees = total**2 / (variances**2 / freedom).sum(axis=-1)
+    error = np.sqrt(total) / len(cells)
+    half = error * stats.t.ppf(0.975, degrees)
+    p = 2 * stats.t.sf(np.abs(value) / error, degrees)
+    return value, value - half, value + half, p
 
 
 def make_differences(runs: DataFrame, pairs: list[tuple]) -> DataFrame:
-    """Every method minus every other one of its task and reward, in each of MEASURES, as `welch`
-    returns it, and with p `corrected` for their number (Benjamini and Hochberg); by p."""
+    """Every method minus every other one of its task and reward, in each of MEASURES, with the p
+    of Welch's test, also `corrected` for their number (Benjamini and Hochberg); by p."""
     rows = []
     for measure, title in MEASURES.items():
         for (reward, env_id), cell in cells_of(runs, measure).items():
             for b, a in combinations(in_order(cell), 2):
                 if (b, a) in pairs:
                     a, b = b, a
-                found = welch(cell[a], cell[b])
-                if found:
-                    place = {"env_id": env_id, "reward": reward, "measure": title}
-                    rows.append(place | {"methods": f"{a} minus {b}"} | found)
+                found = pooled_difference([(cell[a], cell[b])], mean_and_variance)
+                if not math.isnan(found[-1]):
+                    rows.append([env_id, reward, title, f"{a} minus {b}", *found])
     differences = DataFrame(rows, columns=DIFFERENCE).sort_values("p", ignore_index=True)
     if rows:
         differences["corrected"] = stats.false_discovery_control(differences["p"])
@@ -437,48 +455,53 @@ def pooled_text(runs: DataFrame, pairs: list[tuple]) -> list[str]:
             for measure, title in MEASURES.items():
                 found = pool(cells_of(part, measure), a, b, signed)
                 if found:
-                    of_pair.append([f"{a} against {b}", reward, title, *found])
+                    place = {"": f"{a} against {b}", "rewards": reward, "measure": title}
+                    of_pair.append(place | found)
         rows += of_pair
-        *_, count, by, chance = of_pair[0]
-        differs = f"{a}'s last evaluation differs from {b}'s by {by}"
-        wins = f"a run of {a} beats one of {b} with probability {chance}"
-        sentences.append(f"- Over {count}, {differs}; {wins}.")
+        total = of_pair[0]
+        wins = f"a run of {a} beats one of {b} with probability {total['probability']}"
+        sentence = f"- Over {total['of']}, {wins}"
+        if total["percent"]:
+            sentence += f"; {a}'s last evaluation differs from {b}'s by {total['percent']}"
+            sentence += f" on tasks with positive returns ({total['tasks']})"
+        sentences.append(f"{sentence}.")
     page = ["## Over all tasks", "\n".join(sentences)]
     if signed:
         note = "In {}, differences are in points, whatever the rewards: returns there can be 0 or "
         note += "less, as some here are, and percentages of such returns mean nothing."
         page.append(note.format(", ".join(sorted(signed))))
-    columns = ["", "rewards", "measure", "of", "difference", "probability"]
-    return [*page, markdown(DataFrame(rows, columns=columns))]
+    return [*page, markdown(DataFrame(rows))]
 
 
-def pool(cells: dict, a: str, b: str, signed: set) -> list[str]:
-    """Cells that both have, a's difference from b, how often it beats b: texts, if any. The
-    difference is relative, but absolute on `signed` tasks, whose returns can be 0 or less: in all
-    their cells, since by its own scores a cell would drop out where noise has ruined the task."""
-    both = []
-    groups = {}  # by signed task, the others under ""
-    runs = 0
+def pool(cells: dict, a: str, b: str, signed: set) -> dict[str, str]:
+    """What a table says of the cells that both have: how often a beats b, and their difference, in
+    percent and, on `signed` tasks, whose returns can be 0 or less, in points: in all their cells,
+    since by its own scores a cell would drop out where noise has ruined the task."""
+    groups = {}  # by task
     for (_, task), cell in cells.items():
         if a in cell and b in cell:
-            both.append((cell[a], cell[b]))
-            runs += len(cell[a]) + len(cell[b])
-            group = task if task in signed else ""
-            groups.setdefault(group, []).append(both[-1])
-    if not both:
-        return []
-    texts = []
+            groups.setdefault(task, []).append((cell[a], cell[b]))
+    if not groups:
+        return {}
+    both = sum(groups.values(), [])
+    positive = []
+    points = []
     for task, group in sorted(groups.items()):
-        if task:
-            value, low, high = bootstrap(group, difference)
+        if task in signed:
+            value, low, high, _ = pooled_difference(group, mean_and_variance)
             ends = "" if math.isnan(low) else f" ({interval(low, high)})"
-            texts.append(f"{number(value)}{ends} in {task}")
+            points.append(f"{number(value)}{ends} in {task}")
         else:
-            share = estimate(*bootstrap(group, relative_difference), "+.1%")
-            texts.append(f"{share} in {len(group)} of them" if len(groups) > 1 else share)
-    chance = estimate(*bootstrap(both, win_rate), ".2f")
-    cells = "cell" if len(both) == 1 else "cells"
-    return [f"{len(both)} {cells}, {runs} runs", ", ".join(texts), chance]
+            positive += group
+    logarithms = pooled_difference(positive, log_mean_and_variance)[:3]
+    runs = sum(len(a) + len(b) for a, b in both)
+    return {
+        "of": f"{len(both)} {'cell' if len(both) == 1 else 'cells'}, {runs} runs",
+        "probability": estimate(*bootstrap(both, win_rate), ".2f"),
+        "percent": estimate(*np.expm1(logarithms), "+.1%"),
+        "tasks": f"{len(groups) - len(points)} of {len(groups)}",
+        "points": ", ".join(points),
+    }
 
 
 def middle_table(runs: DataFrame) -> list[str]:

@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -144,7 +145,7 @@ def test_noise_and_its_levels_have_tables_of_their_own(tmp_path):
     page = write_report(runs, out=tmp_path / "out")
     sections = re.findall(r"## Scores, (.*)", page)
     assert sections == ["clean", "normal 0.05", "normal 0.1"]
-    assert "Over 6 cells, 36 runs, sppo's last evaluation" in page
+    assert "Over 6 cells, 36 runs, a run of sppo" in page
 
 
 def test_language_models_have_tables_of_their_columns(tmp_path):
@@ -175,20 +176,91 @@ def test_runs_that_have_not_finished_are_named_and_not_used(tmp_path):
 
 
 def test_what_is_pooled_over_tasks(page):
-    hopper = 15 / 12 - 1
-    lander = (99 + 110 + 112) / (100 + 110 + 120) - 1
+    """Logarithms of means, corrected for the variance that they have."""
+    logarithm = {}
+    for cell, scores in SCORES.items():
+        relative = stats.sem(scores) ** 2 / np.mean(scores) ** 2
+        logarithm[cell] = math.log(np.mean(scores)) + math.log(1 + relative) / 2
+    hopper, lander = (
+        logarithm[task, "sppo"] - logarithm[task, "dppo"] for task in (HOPPER, LANDER)
+    )
     wins = [7.5 / 9, 3.5 / 9]  # of the pairs of runs; 12 ties 12, and 110 ties 110
-    share = f"{(hopper + lander) / 2:+.1%} ("
-    assert f"sppo's last evaluation differs from dppo's by {share}" in page
-    assert f"a run of sppo beats one of dppo with probability {np.mean(wins):.2f} (" in page
+    chance = f"a run of sppo beats one of dppo with probability {np.mean(wins):.2f} ("
+    assert f"- Over 2 cells, 12 runs, {chance}" in page
+    share = f"{math.exp((hopper + lander) / 2) - 1:+.1%} ("
+    assert f"; sppo's last evaluation differs from dppo's by {share}" in page
+    assert ") on tasks with positive returns (2 of 2).\n" in page
+    sppo, dppo = np.array(SCORES[LANDER, "sppo"]), np.array(SCORES[LANDER, "dppo"])
+    cells = [(sppo, dppo), (10.0 + sppo, dppo), (sppo / 2, dppo)]
+    percent, back = (
+        np.exp(report.pooled_difference(both, report.log_mean_and_variance)[:3])
+        for both in (cells, [(b, a) for a, b in cells])
+    )
+    assert percent == pytest.approx(1 / back[[0, 2, 1]], rel=1e-12)
 
 
-@pytest.mark.parametrize("statistic", [report.relative_difference, report.win_rate])
+def normal(rng, size, spread=0.3):
+    return rng.normal(1, spread, size)
+
+
+def lognormal(rng, size, spread=0.6):
+    sigma = math.sqrt(math.log(1 + spread**2))
+    return rng.lognormal(-(sigma**2) / 2, sigma, size)
+
+
+def failing(rng, size):
+    """One run in four scores a tenth of what the others do."""
+    scores = rng.normal(1, 0.1, size)
+    return np.where(rng.random(size) < 0.25, 0.1, scores) / (0.75 + 0.25 * 0.1)
+
+
+PAIRS = {
+    "normal": (normal, normal),
+    "lognormal": (lognormal, lognormal),
+    "failing": (failing, failing),
+    "unequal spreads": (lognormal, partial(lognormal, spread=0.2)),
+    "one side fails": (failing, partial(normal, spread=0.1)),
+}
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize(("seeds", "bias"), [(3, 1.5), (5, 1.0), (8, 1.0)])
+def test_methods_with_equal_means_differ_by_no_percentage(pair, seeds, bias):
+    """Over 3,000 data sets; 2.5 % of the intervals may lie on either side of 0."""
+    rng = np.random.default_rng(1)
+    cells = [[draw(rng, (3000, seeds)) for draw in PAIRS[pair]] for _ in range(18)]
+    value, low, high, p = report.pooled_difference(cells, report.log_mean_and_variance)
+    assert abs(100 * np.expm1(value).mean()) < bias
+    assert max((low > 0).mean(), (high < 0).mean()) <= 0.06
+    assert ((low > 0) | (high < 0) == (p < 0.05)).all()
+
+
+@pytest.mark.parametrize(
+    ("statistic", "pair"),
+    [*(("interquartile_mean", pair) for pair in PAIRS), ("win_rate", "one side fails")],
+)
+def test_bootstrap_intervals_hold_the_truth(statistic, pair, monkeypatch):
+    """At five seeds, in at least 90 % of the cases."""
+    monkeypatch.setattr(report, "SAMPLES", 100)
+    compute = getattr(report, statistic)
+    rng = np.random.default_rng(1)
+    truth = compute(*(draw(rng, 100_000) for draw in PAIRS[pair]))
+    held = []
+    for _ in range(100):
+        cells = [[draw(rng, 5) for draw in PAIRS[pair]] for _ in range(4)]
+        if statistic == "interquartile_mean":  # of all scores together
+            cells = [sum(cells, [])]
+        _, low, high = report.bootstrap(cells, compute)
+        held.append(low <= truth <= high)
+    assert np.mean(held) >= 0.9
+
+
+@pytest.mark.parametrize("statistic", [report.interquartile_mean, report.win_rate])
 def test_bootstrap_intervals_are_scipys(statistic):
     """Of two cells of equal scores, which would go up and down together if they were not drawn by
-    themselves, as would both methods."""
-    a = np.random.default_rng(2).normal(5, 1, 9)
-    cell = (a, a - 1)
+    themselves, as would both methods. Of 99 runs one more hardly counts."""
+    a = np.random.default_rng(2).normal(5, 1, 99)
+    cell = (a, a - 0.2)
     value, low, high = report.bootstrap([cell, cell], statistic)
 
     def mean(a, b, c, d, axis=-1):
@@ -196,22 +268,26 @@ def test_bootstrap_intervals_are_scipys(statistic):
 
     theirs = stats.bootstrap(cell * 2, mean, method="percentile", rng=0).confidence_interval
     assert low < value < high
-    assert (low, high) == pytest.approx((theirs.low, theirs.high), abs=0.02)
+    assert (low, high) == pytest.approx((theirs.low, theirs.high), abs=0.01)
 
 
 def test_strata_are_drawn_by_themselves():
     """Cells that do not vary have no interval, however far apart they are."""
     cells = [(np.full(3, 2.0), np.full(3, 1.0)), (np.full(4, 300.0), np.full(4, 100.0))]
-    value, *interval = report.bootstrap(cells, report.relative_difference)
-    assert value == 1.5
+    value, *interval = report.bootstrap(cells, report.interquartile_mean)
+    assert value == (1.5 + 200) / 2
     assert np.isnan(interval).all()
+    value, *others = report.pooled_difference(cells, report.mean_and_variance)
+    assert value == (1 + 200) / 2
+    assert np.isnan(others).all()
 
 
 def test_one_seed_has_no_interval(tmp_path):
     for method, score in {"dppo": 10, "sppo": 12}.items():
         make_run(tmp_path / "runs", method, score)
     page = write_report(tmp_path / "runs", out=tmp_path / "out", figures=True)
-    assert "by +20.0%; a run of sppo beats one of dppo with probability 1.00." in page
+    assert "by +20.0% on tasks" in page
+    assert "a run of sppo beats one of dppo with probability 1.00;" in page
     assert table_after(page, "Last evaluation (seeds: 1):")[1] == [HOPPER, "10.0", "12.0"]
     assert "## Differences" not in page
     assert not (tmp_path / "out/differences.png").exists()
@@ -231,9 +307,11 @@ def test_tasks_whose_returns_can_be_negative_have_no_percentage(measure, when, p
     pooled = table_after(page, "## Over all tasks")[1]
     page = write_report(runs, out=tmp_path / "out")
     rows = {tuple(row[1:3]): row[3:] for row in table_after(page, "## Over all tasks")}
-    clean, noisy = (rows[reward, "last evaluation"][1] for reward in ("clean", "normal 0.05"))
-    assert clean.startswith(f"{pooled[4]} in 2 of them, 10.0 (")
-    assert re.fullmatch(r"10\.0 \([\d.]+ to [\d.]+\) in Pong", noisy)
+    clean, noisy = (rows[reward, "last evaluation"][2:] for reward in ("clean", "normal 0.05"))
+    assert clean[:2] == [pooled[5], "2 of 3"]
+    assert noisy[:2] == ["", "0 of 1"]
+    for points in (clean[2], noisy[2]):
+        assert re.fullmatch(r"10\.0 \([\d.]+ to [\d.]+\) in Pong", points)
     assert "In Pong, differences are in points, whatever the rewards: returns there can" in page
 
 
@@ -275,9 +353,12 @@ def test_a_symmetric_method_is_compared_with_the_baseline_that_has_its_bins(tmp_
 
 
 def test_equal_scores_have_no_test():
-    assert report.welch(np.ones(3), np.ones(3)) == {}
+    def differ(a, b):
+        return report.pooled_difference([(a, b)], report.mean_and_variance)
+
+    assert np.isnan(differ(np.ones(3), np.full(3, 2.0))[1:]).all()
     with np.errstate(all="raise"):
-        assert report.welch(np.ones(3), np.array([1.0, 2.0, 3.0]))["difference"] == -1
+        assert differ(np.ones(3), np.array([1.0, 2.0, 3.0]))[0] == -1
 
 
 # ---- Figures
