@@ -12,6 +12,7 @@ import json
 import math
 import shlex
 import sys
+import zlib
 from collections import Counter
 from dataclasses import dataclass
 from itertools import combinations, cycle, permutations
@@ -104,31 +105,44 @@ class Refusal(ValueError):
 # ---- Reading and packing
 
 
-def read_folders(folders: tuple[Path, ...]) -> tuple[DataFrame, DataFrame]:
-    """All runs, a row each, and evaluations. Raises Refusal: none, none finished, a name twice."""
+def read_folders(folders: tuple[Path, ...]) -> tuple[DataFrame, DataFrame, list[str]]:
+    """All runs, a row each, their evaluations, and what is broken, a line for each run or pack left
+    out. Raises Refusal if there is no run, none has finished, or a name is there twice."""
     rows = []
     progress = []
+    broken = []
     for folder in folders:
-        if (folder / "runs.csv.gz").exists():
-            rows += read_csv(folder / "runs.csv.gz").to_dict("records")
-            progress.append(read_csv(folder / "progress.csv.gz"))
-            continue
+        read = read_run
         paths = [folder.resolve()]  # "." has no name
-        if not (folder / "args.json").exists():
+        if (folder / "runs.csv.gz").exists():
+            read = read_pack
+        elif not (folder / "args.json").exists():
             paths = sorted(path.parent for path in folder.glob("*/args.json"))
-        for path in paths:
-            row, evaluations = read_run(path)
-            rows.append(row)
-            progress.append(evaluations)
         if not paths:
             raise Refusal(f"{folder}: no runs in it; give folders of runs, such as runs/quick")
-    names = Counter(row["run_name"] for row in rows)
-    for name, count in names.items():
-        if count > 1:
-            raise Refusal(f"{name}: {count} runs of this name; leave one out")
+        for path in paths:
+            try:
+                found, evaluations = read(path)
+            except (OSError, EOFError, ValueError, LookupError, TypeError, zlib.error) as error:
+                why = error if isinstance(error, Refusal) else repr(error)
+                broken.append(f"{path.name}: {why}")
+                print(f"left out: {broken[-1]}", file=sys.stderr)
+                continue
+            rows += found
+            progress.append(evaluations)
     if not any(row["finished"] for row in rows):
         raise Refusal(f"none of {len(rows)} runs has finished")
-    return DataFrame(rows), pd.concat(progress, ignore_index=True)
+    name, count = Counter(row["run_name"] for row in rows).most_common(1)[0]
+    if count > 1:
+        raise Refusal(f"{name}: {count} runs of this name; leave one out")
+    return DataFrame(rows), pd.concat(progress, ignore_index=True), broken
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise Refusal(f"{path.name}: {error}") from error
 
 
 def read_csv(path: Path) -> DataFrame:
@@ -139,11 +153,17 @@ def read_csv(path: Path) -> DataFrame:
     return pd.read_csv(path, **options)
 
 
-def read_run(path: Path) -> tuple[dict, DataFrame]:
-    """A run's arguments, SCORES, PROVENANCE; its evaluations. Raises Refusal if it is too old."""
-    recorded = json.loads((path / "args.json").read_text())
+def read_pack(folder: Path) -> tuple[list[dict], DataFrame]:
+    runs = read_csv(folder / "runs.csv.gz")
+    return runs.to_dict("records"), read_csv(folder / "progress.csv.gz")
+
+
+def read_run(path: Path) -> tuple[list[dict], DataFrame]:
+    """A run's arguments, SCORES and PROVENANCE, in a list; its evaluations. Raises Refusal and what
+    else broken files may raise."""
+    recorded = read_json(path / "args.json")
     if "identity" not in recorded:
-        raise Refusal(f"{path}: a run of an earlier version of the scripts; leave it out")
+        raise Refusal("a run of an earlier version of the scripts")
     run = dict.fromkeys([*SCORES, *PROVENANCE])
     hardware = [recorded.get(name) for name in ("platform", "cpu", "gpu")]
     where = {"versions": recorded.get("versions"), "hardware": hardware}
@@ -158,18 +178,32 @@ def read_run(path: Path) -> tuple[dict, DataFrame]:
         "commit": recorded["commit"],
         "script_sha256": recorded["identity"].get("script_sha256"),
         "command": shlex.join(recorded["command"]),
+        "seed": int(run["seed"]),
+        "noise_level": float(run["noise_level"]),
     }
+    missing = {"env_id", "exp_name", "noise", "total_timesteps"} - run.keys()
+    if missing:
+        raise Refusal(f"args.json: no {min(missing)}")
     progress = DataFrame()
-    if (path / "progress.csv").exists():  # not before the first evaluation
-        progress = read_csv(path / "progress.csv").assign(run_name=path.name)
+    if run["finished"] or (path / "progress.csv").exists():  # not before the first evaluation
+        progress = read_csv(path / "progress.csv")
+        numbers = progress.astype(float)[EVALUATION[1:]]  # a loss may be nan
+        if progress.empty:
+            raise Refusal("progress.csv: no evaluation")
+        if not np.isfinite(numbers).all(axis=None):
+            raise Refusal("progress.csv: an evaluation that is not a number")
+        progress["run_name"] = path.name
     if run["finished"]:
+        summary = read_json(path / "summary.json")
+        run["sps"] = float(summary["sps"])
         last = progress.iloc[-1]
+        if last["step"] != summary["step"]:
+            raise Refusal(f"progress.csv: cut at step {last['step']} of {summary['step']}")
         run |= {"return_mean": last["return_mean"], "return_std": last["return_std"]}
         run["training"] = last.get("charts/episodic_return")
         if len(progress) >= 10:
             run["last5"] = progress["return_mean"].tail(5).mean()
-        run["sps"] = json.loads((path / "summary.json").read_text())["sps"]
-    return run, progress
+    return [run], progress
 
 
 def pack(runs: DataFrame, progress: DataFrame, folder: Path) -> None:
@@ -488,9 +522,8 @@ def pool(cells: dict, a: str, b: str, signed: set) -> dict[str, str]:
     points = []
     for task, group in sorted(groups.items()):
         if task in signed:
-            value, low, high, _ = pooled_difference(group, mean_and_variance)
-            ends = "" if math.isnan(low) else f" ({interval(low, high)})"
-            points.append(f"{number(value)}{ends} in {task}")
+            found = pooled_difference(group, mean_and_variance)[:3]
+            points.append(f"{estimate(*found, ',.2f')} in {task}")
         else:
             positive += group
     logarithms = pooled_difference(positive, log_mean_and_variance)[:3]
@@ -547,9 +580,12 @@ def difference_text(differences: DataFrame) -> list[str]:
     return ["## Differences", text, markdown(table)]
 
 
-def provenance_text(runs: DataFrame, unfinished: list[str]) -> list[str]:
-    """Paragraphs on what was run, and whether from one version of a script."""
+def provenance_text(runs: DataFrame, unfinished: list[str], broken: list[str]) -> list[str]:
+    """Paragraphs on what was run, what is left out, and whether it is one version of a script."""
     page = ["## What was run"]
+    if broken:
+        page.append(f"**Left out, since a file is broken: {len(broken)}**")
+        page.append("\n".join(f"- `{line}`" for line in broken))
     if unfinished:
         page.append(f"**Begun, not finished: {len(unfinished)} ({', '.join(unfinished)}).**")
     columns = ["script", "total_timesteps", "commit", "script_sha256", "versions"]
@@ -638,7 +674,7 @@ def main(args: Args) -> None:
     there = {path.name for path in out.glob("*")}
     if there and not there & {"report.md", "runs.csv.gz"}:
         raise Refusal(f"--out {out}: a folder that is not a report; choose another")
-    everything, progress = read_folders(args.folders)
+    everything, progress, broken = read_folders(args.folders)
     for name in args.logged:
         if name not in progress and name not in Args.logged:
             raise Refusal(f"--logged {name}: no run has logged it")
@@ -668,8 +704,8 @@ def main(args: Args) -> None:
             page += score_table(part, measure)
     page += difference_text(differences)
     unfinished = everything[~everything["finished"]]
-    page += provenance_text(runs, list(unfinished["run_name"]))
-    (out / "report.md").write_text("\n\n".join(page) + "\n")
+    page += provenance_text(runs, list(unfinished["run_name"]), broken)
+    (out / "report.md").write_text("\n\n".join(page) + "\n", encoding="utf-8")
     print(out / "report.md")
 
 
