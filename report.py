@@ -74,7 +74,7 @@ REWARDS["adv_flip"] = "flipped advantages"
 
 # What may differ between the runs of a cell, besides what follows from it
 FREE = "seed run_name runs_dir device compile track capture_video evaluate micro_batch_size".split()
-PROVENANCE = ["commit", "script_sha256", "command", "versions", "hardware"]
+PROVENANCE = ["commit", "script_sha256", "command", "started", "versions", "hardware"]
 SCORES = ["finished", "return_mean", "return_std", "last5", "training", "sps"]
 EVALUATION = ["run_name", "step", "return_mean", "return_std", "length_mean"]
 CELL = ["reward", "env_id", "exp_name"]
@@ -176,6 +176,7 @@ def read_run(path: Path) -> tuple[list[dict], DataFrame]:
         "script": recorded["script"],
         "finished": (path / "summary.json").exists(),
         "commit": recorded["commit"],
+        "started": recorded.get("started"),
         "script_sha256": recorded["identity"].get("script_sha256"),
         "command": shlex.join(recorded["command"]),
         "seed": int(run["seed"]),
@@ -218,7 +219,7 @@ def pack(runs: DataFrame, progress: DataFrame, folder: Path) -> None:
     settings = runs.columns.difference([*first, *PROVENANCE], sort=False)
     logged = progress.columns.difference(EVALUATION, sort=False)
     tables = {
-        "runs.csv.gz": runs[[*first, *settings, *PROVENANCE]],
+        "runs.csv.gz": runs.reindex(columns=[*first, *settings, *PROVENANCE]),
         "progress.csv.gz": progress[[*EVALUATION, *logged]],
     }
     options = {"index": False, "compression": {"method": "gzip", "mtime": 0}}
@@ -261,11 +262,16 @@ def extra_columns(progress: DataFrame, logged: tuple) -> list:
 
 
 def check_cell(cell: str, runs: DataFrame) -> None:
-    """Raises Refusal if `runs` of one cell differ in a setting, or have the same seed."""
+    """Raises Refusal if `runs` of one cell differ in a setting, or have the same seed. That a run
+    lacks a flag is no difference, if it is of another version of the script."""
     for name in runs.columns.difference([*FREE, *SCORES, *PROVENANCE]):
-        values = runs[name].unique()
-        if len(values) > 1:
-            several = ", ".join(map(str, values))
+        values = runs[name]
+        if values.nunique(dropna=False) == 1:
+            continue
+        lacking = runs.loc[values.isna(), "script_sha256"]
+        having = runs.loc[values.notna(), "script_sha256"]
+        if values.nunique() > 1 or lacking.isin(having).any():
+            several = ", ".join(map(str, values.unique()))
             raise Refusal(f"{cell}: runs differ in {name} ({several}); report them separately")
     twice = runs[runs["seed"].duplicated(keep=False)]
     if len(twice):
@@ -324,21 +330,16 @@ def bootstrap(cells: list, statistic) -> tuple[float, float, float]:
     samples are equal, and all is nan if there is no cell."""
     if not cells:
         return math.nan, math.nan, math.nan
+    value = np.mean([statistic(*cell) for cell in cells])
+    if min(len(scores) for cell in cells for scores in cell) < 2:
+        return value, math.nan, math.nan
     rng = np.random.default_rng(0)
-    fewest = math.inf
-    values = []
     samples = []
     for cell in cells:
-        drawn = []
-        for scores in cell:
-            fewest = min(fewest, len(scores))
-            drawn.append(rng.choice(scores, (SAMPLES, max(1, len(scores) - 1))))
-        values.append(statistic(*cell))
+        drawn = [rng.choice(scores, (SAMPLES, len(scores) - 1)) for scores in cell]
         samples.append(statistic(*drawn))
-    value = np.mean(values)
-    means = np.mean(samples, axis=0)
-    low, high = np.quantile(means, [0.025, 0.975])
-    if fewest < 2 or low == high:
+    low, high = np.quantile(np.mean(samples, axis=0), [0.025, 0.975])
+    if low == high:
         return value, math.nan, math.nan
     return value, low, high
 

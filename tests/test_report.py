@@ -46,6 +46,7 @@ def make_run(runs: Path, method: str, score: float, seed: int = 1, task=HOPPER, 
         "script": "sppo_continuous.py",
         "command": ["sppo_continuous.py", "--seed", str(seed)],
         "commit": "12e4567",
+        "started": f"2026-01-0{1 + seed} 12:00:00",
         "versions": {"torch": "2.13.0"},
         "platform": "Linux-6.1",
         "cpu": "AVX512",
@@ -495,7 +496,10 @@ def test_a_pack_has_what_it_takes_to_repeat_a_run(grid, tmp_path):
     write_report(grid / "runs", out=tmp_path / "out", pack=tmp_path / "pack")
     packed = report.read_csv(tmp_path / "pack/runs.csv.gz").set_index("run_name")
     run = packed.loc[f"{LANDER}__sppo__none__2__abc"]
-    assert run["command"] == "sppo_continuous.py --seed 2"
+    assert [run["command"], run["started"]] == [
+        "sppo_continuous.py --seed 2",
+        "2026-01-03 12:00:00",
+    ]
     assert [run["commit"], run["script_sha256"], run["vf_coef"]] == ["12e4567", "abc", 0.5]
     assert json.loads(run["hardware"]) == ["Linux-6.1", "AVX512", None]
     assert [run["return_mean"], run["training"], run["seed"]] == [112, 56, 2]
@@ -512,6 +516,22 @@ def test_a_pack_grows_but_loses_no_runs(grid, tmp_path):
         write_report(more, out=tmp_path / "out", pack=pack)
     write_report(pack, more, out=tmp_path / "out", pack=pack)
     assert len(pd.read_csv(pack / "runs.csv.gz")) == 13
+
+
+def test_a_pack_takes_runs_of_versions_with_and_without_a_flag(tmp_path):
+    """And adds to a pack of before."""
+    old = make_run(tmp_path / "runs", "sppo", 1, seed=1)
+    pack = tmp_path / "pack"
+    write_report(old, out=tmp_path / "out", pack=pack)
+    table = pd.read_csv(pack / "runs.csv.gz").drop(columns="started")
+    table.to_csv(pack / "runs.csv.gz", index=False)
+    write_report(pack, out=tmp_path / "out", pack=tmp_path / "again")
+    new = make_run(tmp_path / "runs", "sppo", 2, seed=2, digest="def", new_flag=1)
+    page = write_report(pack, new, out=tmp_path / "out", pack=pack)
+    assert table_after(page, "Last evaluation (seeds: 2):")[1] == [HOPPER, "1.50 ± 0.50"]
+    table = report.read_csv(pack / "runs.csv.gz").set_index("seed")
+    assert table.loc[1, ["started", "new_flag"]].isna().all()
+    assert table.loc[2, ["started", "new_flag"]].to_list() == ["2026-01-03 12:00:00", 1]
 
 
 def test_the_report_of_kept_runs_is_what_they_give(tmp_path):
@@ -542,7 +562,7 @@ def test_runs_of_a_cell_may_differ_in_where_they_ran(tmp_path):
     [
         ({"vf_coef": 0.1}, r"clean Hopper-v4 sppo: runs differ in vf_coef \(0.5, 0.1\)"),
         ({"hidden_sizes": [8]}, r"runs differ in hidden_sizes \(\[64, 64\], \[8\]\)"),
-        ({"new_flag": 1}, r"runs differ in new_flag \(nan, 1.0\)"),
+        ({"digest": "abc", "vf_coef": None}, r"runs differ in vf_coef \(0.5, nan\)"),
         ({"seed": 1}, "clean Hopper-v4 sppo: the same seed in Hopper.*abc and Hopper.*def"),
     ],
 )
