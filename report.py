@@ -15,7 +15,7 @@ import sys
 import zlib
 from collections import Counter
 from dataclasses import dataclass
-from itertools import combinations, cycle, permutations
+from itertools import combinations, permutations
 from pathlib import Path
 
 import numpy as np
@@ -36,7 +36,8 @@ HOW_TO_READ = """\
 "Last evaluation" is its mean return, "training" the mean return of the last training episodes.
 Intervals are 95 %: how other seeds on the same tasks might come out. A cell is a method, a task and
 a kind of reward. A difference in percent is the ratio of two methods' means, averaged over cells as
-a logarithm, so that A against B and B against A agree; its interval is Welch's. The probability
+a logarithm, so that A against B and B against A agree; its interval is Welch's. On tasks where any
+run had a return of 0 or less it is in points, since percentages would mean nothing. The probability
 that a run of the first beats one of the second is Mann-Whitney's U over n m (ties count half), also
 averaged over cells; its interval, and that of an interquartile mean, is from the bootstrap, which
 draws the runs of each cell with replacement, one fewer than there are."""
@@ -47,30 +48,24 @@ MEASURES = {  # columns of runs
     "training": "training",
 }
 
-# A symmetric method and what it is compared with: the first of them that is there
-BASELINES = {"sppo": ["dppo", "ppo"], "sa2c": ["da2c", "a2c"]}
+# What a method is compared with: the first of them that is there. A variant, such as sppo-p, is
+# compared with its method, sb3-ppo with ppo, another method with a symmetric one
+BASELINES = {
+    "sppo": "dppo ppo",
+    "sa2c": "da2c a2c",
+    "dppo": "ppo",
+    "da2c": "a2c",
+    "ppo": "",
+    "a2c": "",
+}
 
-# Methods in the order of tables, then variants; others get OTHER_COLORS, in alphabetical order
+# Methods in the order of tables, then variants; others follow, in alphabetical order
 COLORS = """\
 a2c goldenrod, da2c darkgreen, sa2c navy, ppo tab:orange, dppo tab:green, sppo tab:blue, \
-dppo-coef tab:red, ppo-coef tab:red, dppo-norm tab:purple, ppo-norm tab:purple, ppo-ce tab:pink, \
+dppo-coef tab:red, ppo-coef firebrick, dppo-norm tab:purple, ppo-norm indigo, ppo-ce tab:pink, \
 ppo-ce-eps deeppink, ppo-eps tab:gray, sppo-eps tab:cyan, ppo-corrected tab:olive, \
-sppo-p tab:brown, sb3-ppo black, sb3-a2c black"""
+sppo-p tab:brown, sb3-ppo black, sb3-a2c tan"""
 COLORS = dict(item.split() for item in COLORS.split(", "))
-OTHER_COLORS = "violet lime teal crimson tan indigo gold slategray".split()
-
-# What figures call our variants of a method and kinds of rewards; others by their own names
-VARIANTS = {
-    "coef": "value loss / k",
-    "norm": "max-grad-norm / k",
-    "ce": "supervised loss / k",
-    "p": "without / $p_\\mathrm{old}$",
-    "half": "alpha 0.5",
-    "eps": "epsilon 1e-8",
-    "ce-eps": "supervised loss / k, epsilon 1e-8",
-}
-REWARDS = {"normal": "Gaussian noise", "uniform": "uniform noise", "flip": "flipped rewards"}
-REWARDS["adv_flip"] = "flipped advantages"
 
 # What may differ between the runs of a cell, besides what follows from it
 FREE = "seed run_name runs_dir device compile track capture_video evaluate micro_batch_size".split()
@@ -89,8 +84,8 @@ class Args:
     folders: tyro.conf.Positional[tuple[Path, ...]]
     # Folder for report.md and its figures; an earlier report there is replaced
     out: Path = Path("report")
-    # Pairs of methods, such as: sppo dppo sppo ppo; default: symmetric ones and their baselines.
-    # If given, curves are of these methods only
+    # Pairs of methods, such as: sppo dppo sppo ppo; default: each method and a baseline. If given,
+    # curves are of these methods only
     compare: tuple[str, ...] = ()
     # Logged quantities to make tables of, as means over the evaluations of a run
     logged: tuple[str, ...] = ("losses/clipped_gradients", "losses/advantage_sign_flips")
@@ -112,17 +107,14 @@ def read_folders(folders: tuple[Path, ...]) -> tuple[DataFrame, DataFrame, list[
     progress = []
     broken = []
     for folder in folders:
-        read = read_run
-        paths = [folder.resolve()]  # "." has no name
-        if (folder / "runs.csv.gz").exists():
-            read = read_pack
-        elif not (folder / "args.json").exists():
-            paths = sorted(path.parent for path in folder.glob("*/args.json"))
+        paths = sorted(path.parent for path in folder.glob("*/args.json"))
+        if any((folder / name).exists() for name in ("args.json", "runs.csv.gz")):
+            paths = [folder.resolve()]  # "." has no name
         if not paths:
             raise Refusal(f"{folder}: no runs in it; give folders of runs, such as runs/quick")
         for path in paths:
             try:
-                found, evaluations = read(path)
+                found, evaluations = read_run(path)
             except (OSError, EOFError, ValueError, LookupError, TypeError, zlib.error) as error:
                 why = error if isinstance(error, Refusal) else repr(error)
                 broken.append(f"{path.name}: {why}")
@@ -153,14 +145,12 @@ def read_csv(path: Path) -> DataFrame:
     return pd.read_csv(path, **options)
 
 
-def read_pack(folder: Path) -> tuple[list[dict], DataFrame]:
-    runs = read_csv(folder / "runs.csv.gz")
-    return runs.to_dict("records"), read_csv(folder / "progress.csv.gz")
-
-
 def read_run(path: Path) -> tuple[list[dict], DataFrame]:
-    """A run's arguments, SCORES and PROVENANCE, in a list; its evaluations. Raises Refusal and what
-    else broken files may raise."""
+    """A run's arguments, SCORES and PROVENANCE, in a list, and its evaluations, or those of packed
+    runs. Raises Refusal and what else broken files may raise."""
+    if (path / "runs.csv.gz").exists():
+        runs = read_csv(path / "runs.csv.gz").to_dict("records")
+        return runs, read_csv(path / "progress.csv.gz")
     recorded = read_json(path / "args.json")
     if "identity" not in recorded:
         raise Refusal("a run of an earlier version of the scripts")
@@ -182,24 +172,20 @@ def read_run(path: Path) -> tuple[list[dict], DataFrame]:
         "seed": int(run["seed"]),
         "noise_level": float(run["noise_level"]),
     }
-    missing = {"env_id", "exp_name", "noise", "total_timesteps"} - run.keys()
-    if missing:
-        raise Refusal(f"args.json: no {min(missing)}")
     progress = DataFrame()
     if run["finished"] or (path / "progress.csv").exists():  # not before the first evaluation
         progress = read_csv(path / "progress.csv")
         numbers = progress.astype(float)[EVALUATION[1:]]  # a loss may be nan
-        if progress.empty:
-            raise Refusal("progress.csv: no evaluation")
         if not np.isfinite(numbers).all(axis=None):
             raise Refusal("progress.csv: an evaluation that is not a number")
         progress["run_name"] = path.name
     if run["finished"]:
         summary = read_json(path / "summary.json")
         run["sps"] = float(summary["sps"])
+        end = progress["step"].max()
+        if end != summary["step"]:
+            raise Refusal(f"progress.csv: cut at step {end} of {summary['step']}")
         last = progress.iloc[-1]
-        if last["step"] != summary["step"]:
-            raise Refusal(f"progress.csv: cut at step {last['step']} of {summary['step']}")
         run |= {"return_mean": last["return_mean"], "return_std": last["return_std"]}
         run["training"] = last.get("charts/episodic_return")
         if len(progress) >= 10:
@@ -242,6 +228,8 @@ def label_runs(runs: DataFrame, progress: DataFrame, logged: tuple) -> DataFrame
     finished["reward"] = noisy.mask(clean, "clean")
     for cell, group in finished.groupby(CELL):
         check_cell(" ".join(cell), group)
+    for (_, task), group in finished.groupby(CELL[:2]):
+        finished.loc[group.index, "noted_task"] = task + note_on(group)
     evaluations = progress.groupby("run_name")
     lowest = finished["run_name"].map(evaluations["return_mean"].min())
     finished["lowest"] = np.fmin(lowest, finished["training"].astype(float))
@@ -268,9 +256,9 @@ def check_cell(cell: str, runs: DataFrame) -> None:
         values = runs[name]
         if values.nunique(dropna=False) == 1:
             continue
-        lacking = runs.loc[values.isna(), "script_sha256"]
-        having = runs.loc[values.notna(), "script_sha256"]
-        if values.nunique() > 1 or lacking.isin(having).any():
+        versions = runs["script_sha256"]
+        lacking = versions[values.isna()]
+        if values.nunique() > 1 or lacking.isin(versions[values.notna()]).any():
             several = ", ".join(map(str, values.unique()))
             raise Refusal(f"{cell}: runs differ in {name} ({several}); report them separately")
     twice = runs[runs["seed"].duplicated(keep=False)]
@@ -314,10 +302,24 @@ def pairs_of(runs: DataFrame, compare: tuple) -> list[tuple]:
             there = ", ".join(in_order(runs["exp_name"]))
             raise Refusal(f"--compare {a} {b}: no task has both; there are {there}")
     if not chosen:
-        for a, baselines in BASELINES.items():
-            there = [(a, b) for b in baselines if (a, b) in together]
+        for method in in_order(runs["exp_name"]):
+            baselines = BASELINES.get(method, f"{method.replace('-', ' ', 1)} sppo sa2c")
+            there = [(method, other) for other in baselines.split() if (method, other) in together]
             chosen += there[:1]
     return chosen
+
+
+def note_on(runs: DataFrame) -> str:
+    """What a comparison of `runs` has to say, in brackets: several numbers of steps, several
+    versions of a script."""
+    notes = []
+    steps = sorted(runs["total_timesteps"].unique())
+    if len(steps) > 1:
+        notes.append(" and ".join(map("{:,}".format, steps)) + " steps")
+    versions = runs.groupby("script")["script_sha256"].nunique().max()
+    if versions > 1:
+        notes.append(f"{versions} versions of a script")
+    return f" ({', '.join(notes)})" if notes else ""
 
 
 # ---- Statistics
@@ -401,9 +403,10 @@ def pooled_difference(cells: list, moments):
 
 
 def make_differences(runs: DataFrame, pairs: list[tuple]) -> DataFrame:
-    """Every method minus every other one of its task and reward, in each of MEASURES, with the p
-    of Welch's test, also `corrected` for their number (Benjamini and Hochberg); by p."""
+    """Every method minus every other one of its task and reward, in each of MEASURES, by the p of
+    Welch's test."""
     rows = []
+    groups = runs.groupby(CELL)[["total_timesteps", "script", "script_sha256"]]
     for measure, title in MEASURES.items():
         for (reward, env_id), cell in cells_of(runs, measure).items():
             for b, a in combinations(in_order(cell), 2):
@@ -411,11 +414,10 @@ def make_differences(runs: DataFrame, pairs: list[tuple]) -> DataFrame:
                     a, b = b, a
                 found = pooled_difference([(cell[a], cell[b])], mean_and_variance)
                 if not math.isnan(found[-1]):
-                    rows.append([env_id, reward, title, f"{a} minus {b}", *found])
-    differences = DataFrame(rows, columns=DIFFERENCE).sort_values("p", ignore_index=True)
-    if rows:
-        differences["corrected"] = stats.false_discovery_control(differences["p"])
-    return differences
+                    both = [groups.get_group((reward, env_id, method)) for method in (a, b)]
+                    noted = reward + note_on(pd.concat(both))
+                    rows.append([env_id, noted, title, f"{a} minus {b}", *found])
+    return DataFrame(rows, columns=DIFFERENCE).sort_values("p", ignore_index=True)
 
 
 # ---- Tables
@@ -458,7 +460,7 @@ def score_table(runs: DataFrame, measure: str) -> list[str]:
     there = runs.dropna(subset=measure)
     if there.empty:
         return []
-    cells = there.groupby(["env_id", "exp_name"])[measure]
+    cells = there.groupby(["noted_task", "exp_name"])[measure]
     most = cells.size().max()
 
     def text_of(scores):
@@ -500,12 +502,7 @@ def pooled_text(runs: DataFrame, pairs: list[tuple]) -> list[str]:
             sentence += f"; {a}'s last evaluation differs from {b}'s by {total['percent']}"
             sentence += f" on tasks with positive returns ({total['tasks']})"
         sentences.append(f"{sentence}.")
-    page = ["## Over all tasks", "\n".join(sentences)]
-    if signed:
-        note = "In {}, differences are in points, whatever the rewards: returns there can be 0 or "
-        note += "less, as some here are, and percentages of such returns mean nothing."
-        page.append(note.format(", ".join(sorted(signed))))
-    return [*page, markdown(DataFrame(rows))]
+    return ["## Over all tasks", "\n".join(sentences), markdown(DataFrame(rows))]
 
 
 def pool(cells: dict, a: str, b: str, signed: set) -> dict[str, str]:
@@ -564,17 +561,21 @@ def difference_text(differences: DataFrame) -> list[str]:
     """Paragraphs: how many differences there are, how many of them may be chance; a table."""
     if differences.empty:
         return []
+    corrected = stats.false_discovery_control(differences["p"])
     rows = []
-    for row in differences.itertuples():
-        texts = [row.env_id, row.reward, row.measure, row.methods, number(row.difference)]
-        texts += [interval(row.low, row.high), f"{row.p:.3f}", f"{row.corrected:.3f}"]
+    for row, p in zip(differences.itertuples(), corrected):
+        texts = [row.env_id, row.reward, row.measure, row.methods]
+        texts.append(number(row.difference))
+        texts.append(interval(row.low, row.high))
+        texts += [f"{row.p:.3f}", f"{p:.3f}"]
         rows.append(texts)
     small = (differences["p"] < 0.05).sum()
-    remaining = (differences["corrected"] <= 0.05).sum()
+    remaining = (corrected <= 0.05).sum()
     text = (
         f"{len(rows)} differences between two methods, {small} of them with p < 0.05 (Welch's "
         f"t-test); chance alone would give {0.05 * len(rows):.1f}. After correction for their "
-        f"number (Benjamini and Hochberg, 5 %) {remaining} remain. The surest come first:"
+        f"number (Benjamini and Hochberg, 5 %) {remaining} remain. The surest come first; those "
+        "between all methods are in differences.csv:"
     )
     columns = ["", "rewards", "measure", "methods", "difference", "95 % interval", "p"]
     table = DataFrame(rows, columns=[*columns, "p, corrected"])
@@ -600,40 +601,35 @@ def provenance_text(runs: DataFrame, unfinished: list[str], broken: list[str]) -
 # ---- Figures
 
 
-def name_in_figures(method: str) -> str:
-    base, _, variant = method.partition("-")
-    if base not in COLORS:
-        return method
-    return f"{base.upper()} ({VARIANTS.get(variant, variant)})" if variant else base.upper()
-
-
-def reward_in_figures(reward: str) -> str:
-    kind, _, level = reward.partition(" ")
-    return f"{REWARDS.get(kind, kind)} {level}".strip()
-
-
 def draw_curves(runs: DataFrame, progress: DataFrame, file: Path) -> list[str]:
     """A panel for each task and reward. Returns the Markdown, nothing if there is no curve."""
     points = progress.dropna(subset="return_mean")
     points = points[points["run_name"].duplicated(keep=False)]
-    labelled = runs[["run_name", *CELL]].merge(points[EVALUATION[:3]])
+    labelled = runs[["run_name", "noted_task", *CELL]].merge(points[EVALUATION[:3]])
     if labelled.empty:
         return []
     methods = in_order(labelled["exp_name"])
     others = [name for name in methods if name not in COLORS]
-    colors = COLORS | dict(zip(others, cycle(OTHER_COLORS)))
-    palette = {name_in_figures(name): colors[name] for name in methods}
+    colors = COLORS | dict(zip(others, sns.husl_palette(len(others), h=0.2)))
     labels = ["million steps", "return of evaluations"]
     if set(runs["script"]) == {"sppo_rlhf.py"}:
         labels = ["texts", "reward"]
     else:
         labelled["step"] /= 1e6
-    labelled["panel"] = labelled["env_id"] + "\n" + labelled["reward"].map(reward_in_figures)
-    labelled["method"] = labelled["exp_name"].map(name_in_figures)
+    panels = labelled["noted_task"] + "\n" + labelled["reward"]
+    labelled["panel"] = panels.str.replace(" (", "\n(", regex=False)
     tasks = labelled["env_id"].nunique()
-    size = {"height": 4.5 if tasks == 1 else 3, "aspect": 1.3, "col_wrap": tasks}
+    size = {
+        "height": 4.5 if tasks == 1 else 2.5,
+        "aspect": 1.3,
+        "col_wrap": min(tasks, 4),
+    }
     grid = sns.FacetGrid(labelled, col="panel", sharex=False, sharey=False, **size)
-    hue = {"hue": "method", "hue_order": list(palette), "palette": palette}
+    hue = {
+        "hue": "exp_name",
+        "hue_order": methods,
+        "palette": colors,
+    }
     grid.map_dataframe(sns.lineplot, "step", "return_mean", errorbar="se", **hue)
     grid.add_legend()
     grid.set_titles("{col_name}")
@@ -649,12 +645,17 @@ def draw_differences(differences: DataFrame, file: Path) -> list[str]:
         return []
     error = differences["high"] - differences["difference"]
     shown = differences.assign(none=0, error=error)
-    methods = shown["methods"].str.split(" minus ").map(lambda pair: map(name_in_figures, pair))
-    shown["label"] = methods.str.join(" minus ") + ", " + shown["reward"].map(reward_in_figures)
-    labels = sorted(shown["label"].unique())
-    shown["height"] = shown["label"].map(labels.index)
+    rewards = shown["reward"].str.replace(" (", "\n(", regex=False)
+    names = shown["methods"] + ", " + rewards
+    labels = sorted(names.unique())
+    shown["height"] = names.map(labels.index)
     height = 1.2 + 0.3 * len(labels)
-    grid = sns.FacetGrid(shown, col="env_id", sharex=False, height=height, aspect=4 / height)
+    size = {
+        "height": height,
+        "aspect": 3 / height,
+        "col_wrap": min(shown["env_id"].nunique(), 4),
+    }
+    grid = sns.FacetGrid(shown, col="env_id", sharex=False, **size)
     columns = ["difference", "height", "none", "error"]  # x, y, and the errors of y and x
     grid.map(plt.errorbar, *columns, fmt="o", capsize=3, color="black")
     grid.refline(x=0)
@@ -687,10 +688,11 @@ def main(args: Args) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for picture in ("curves.png", "differences.png", "variants.png"):
         (out / picture).unlink(missing_ok=True)  # of an earlier report
-    page = ["# Report", HOW_TO_READ, *pooled_text(runs, pairs)]
+    differences.to_csv(out / "differences.csv", index=False)
     chosen = [f"{a} minus {b}" for a, b in pairs]
-    shown = differences[differences["methods"].isin(chosen)]
-    shown = shown[shown["measure"] == "last evaluation"].sort_values("env_id")
+    differences = differences[differences["methods"].isin(chosen)]
+    page = ["# Report", HOW_TO_READ, *pooled_text(runs, pairs)]
+    shown = differences[differences["measure"] == "last evaluation"].sort_values("env_id")
     page += draw_differences(shown, out / "differences.png")
     page += middle_table(runs)
     drawn = runs[runs["exp_name"].isin(args.compare or runs["exp_name"])]

@@ -187,12 +187,12 @@ BROKEN = [
     ("args.json", lambda text: "", "args.json: Expecting value"),
     ("args.json", lambda text: "[]", "of an earlier version"),
     ("args.json", lambda text: text.replace('"args"', '"flags"'), "KeyError('args')"),
-    ("args.json", lambda text: text.replace('"noise"', '"noises"'), "args.json: no noise"),
+    ("args.json", lambda text: text.replace('"seed"', '"seeds"'), "KeyError('seed')"),
     ("args.json", lambda text: text.replace("0.05", '"much"'), "string to float: 'much'"),
     ("progress.csv", lambda text: "".join(text.splitlines(True)[:6]), "cut at step 500 of 1200"),
     ("progress.csv", lambda text: text[:-40], "progress.csv"),
     ("progress.csv", lambda text: "", "EmptyDataError('No columns to parse"),
-    ("progress.csv", lambda text: text.splitlines(True)[0], "progress.csv: no evaluation"),
+    ("progress.csv", lambda text: text.splitlines(True)[0], "progress.csv: cut at step nan"),
     ("progress.csv", lambda text: text.replace("length_mean", "length"), "['length_mean'] not in"),
     ("progress.csv", with_first_return("high"), "could not convert string to float: 'high'"),
     ("progress.csv", with_first_return("nan"), "progress.csv: an evaluation that is not a number"),
@@ -378,7 +378,6 @@ def test_tasks_whose_returns_can_be_negative_have_no_percentage(measure, when, p
     assert noisy[:2] == ["", "0 of 1"]
     for points in (clean[2], noisy[2]):
         assert re.fullmatch(r"10\.00 \([\d.]+ to [\d.]+\) in Pong", points)
-    assert "In Pong, differences are in points, whatever the rewards: returns there can" in page
 
 
 def test_interquartile_means_are_of_normalised_scores(page):
@@ -408,14 +407,73 @@ def test_differences_are_welchs_and_corrected(grid):
     assert row["p"] == pytest.approx(test.pvalue)
     ranks = np.arange(1, 7)
     by_hand = np.minimum.accumulate((found["p"] * 6 / ranks)[::-1])[::-1]
-    assert found["corrected"].to_numpy() == pytest.approx(by_hand.to_numpy())
+    rows = table_after((grid / "report/report.md").read_text(), "## Differences")
+    assert [row[-1] for row in rows[1:]] == [f"{p:.3f}" for p in by_hand]
 
 
-def test_a_symmetric_method_is_compared_with_the_baseline_that_has_its_bins(tmp_path):
-    for method in report.COLORS:
+def test_a_method_is_compared_with_one_baseline(tmp_path):
+    """A symmetric one with what has its bins, a variant with its method."""
+    methods = "a2c da2c sa2c ppo dppo sppo dppo-norm ppo-ce-eps sb3-ppo mine"
+    for method in methods.split():
         make_run(tmp_path, method, 1)
     runs = report.label_runs(*report.read_folders((tmp_path,))[:2], ())
-    assert report.pairs_of(runs, ()) == [("sppo", "dppo"), ("sa2c", "da2c")]
+    pairs = dict(report.pairs_of(runs, ()))
+    assert pairs.pop("sa2c") == "da2c" and pairs.pop("da2c") == "a2c"
+    assert pairs.pop("sppo") == pairs.pop("dppo-norm") == "dppo"
+    assert pairs.pop("dppo") == pairs.pop("ppo-ce-eps") == pairs.pop("sb3-ppo") == "ppo"
+    assert pairs == {"mine": "sppo"}
+    runs = runs[~runs["exp_name"].isin(["dppo", "a2c", "da2c"])]
+    assert [pair for pair in report.pairs_of(runs, ()) if pair[0] in ("sppo", "sa2c")] == [
+        ("sppo", "ppo")
+    ]
+
+
+def test_a_page_shows_pairs_and_a_csv_the_rest(tmp_path):
+    runs = make_grid(tmp_path / "runs")
+    for method, scores in {"ppo": [9, 11, 14], "mine": [20, 21, 25]}.items():
+        for seed, score in enumerate(scores):
+            make_run(runs, method, score, seed)
+    out = tmp_path / "out"
+    shown = {}
+    for compare in [(), ("mine", "ppo")]:
+        page = write_report(runs, out=out, compare=compare)
+        shown[compare] = table_after(page, "## Differences")[1:]
+        assert f"{len(shown[compare])} differences between two methods" in page
+        assert len(pd.read_csv(out / "differences.csv")) == 3 * (6 + 1)
+    assert {row[3] for row in shown[()]} == {
+        "dppo minus ppo",
+        "sppo minus dppo",
+        "mine minus sppo",
+    }
+    p = pd.read_csv(out / "differences.csv").query("methods == 'mine minus ppo'")["p"]
+    corrected = stats.false_discovery_control(p)
+    assert [row[7] for row in shown["mine", "ppo"]] == [f"{value:.3f}" for value in corrected]
+
+
+def test_comparisons_of_different_steps_and_versions_say_so(tmp_path):
+    """A task's row, a difference, and both in the figures."""
+    runs = make_grid(tmp_path / "runs")
+    for seed, score in enumerate([9, 11, 14]):
+        make_run(runs, "ppo", score, seed, total_timesteps=4096)
+        make_run(runs, "mine", score + seed, seed, LANDER, digest=f"v{seed // 2}")
+    kept = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report.plt, "close", kept.append)
+        page = write_report(runs, out=tmp_path / "out", figures=True)
+    steps = "(1,200 and 4,096 steps)"
+    rows = table_after(page, "Last evaluation (seeds: 3):")
+    assert [row[0] for row in rows[1:]] == [
+        f"{HOPPER} {steps}",
+        f"{LANDER} (3 versions of a script)",
+    ]
+    differences = {(row[0], row[3]): row[1] for row in table_after(page, "## Differences")[1:]}
+    assert differences[HOPPER, "dppo minus ppo"] == f"clean {steps}"
+    assert differences[HOPPER, "sppo minus dppo"] == "clean"
+    assert differences[LANDER, "mine minus sppo"] == "clean (3 versions of a script)"
+    pairs, curves = kept
+    labels = [label.get_text() for label in pairs.axes[0].get_yticklabels()]
+    assert f"dppo minus ppo, clean\n{steps}" in labels and "sppo minus dppo, clean" in labels
+    assert curves.axes[0].get_title() == f"{HOPPER}\n{steps}\nclean"
 
 
 def test_equal_scores_have_no_test():
@@ -436,17 +494,23 @@ def test_figures_show_every_method_in_its_own_colour(tmp_path, monkeypatch):
     runs = make_grid(tmp_path / "runs")
     for method in ("sppo-p", "dppo-coef", "mine"):
         make_run(runs, method, 3)
+    make_run(runs, "yours", 3)
     write_report(runs, out=tmp_path / "out", figures=True)
     differences, plain, curves = kept
-    assert [text.get_text() for text in plain.legends[0].get_texts()] == ["DPPO", "SPPO", "mine"]
+    assert [text.get_text() for text in plain.legends[0].get_texts()] == [
+        "dppo",
+        "sppo",
+        "mine",
+        "yours",
+    ]
     legend = curves.legends[0]
     colors = {}
     for text, line in zip(legend.get_texts(), legend.get_lines()):
         colors[text.get_text()] = line.get_color()
-    variants = ["DPPO", "DPPO (value loss / k)", "SPPO", r"SPPO (without / $p_\mathrm{old}$)"]
-    assert list(colors) == [*variants, "mine"]
-    assert colors["SPPO"] == "tab:blue"
-    assert len(set(colors.values())) == 5
+    assert list(colors) == ["dppo", "dppo-coef", "sppo", "sppo-p", "mine", "yours"]
+    assert colors["sppo"] == "tab:blue"
+    assert len(set(colors.values())) == 6
+    assert len(set(report.COLORS.values())) == len(report.COLORS)
     assert [ax.get_title() for ax in curves.axes] == [f"{HOPPER}\nclean", f"{LANDER}\nclean"]
     assert [ax.get_title() for ax in differences.axes] == [HOPPER, LANDER]
     test = stats.ttest_ind(*(SCORES[HOPPER, name] for name in ("sppo", "dppo")), equal_var=False)
@@ -456,7 +520,21 @@ def test_figures_show_every_method_in_its_own_colour(tmp_path, monkeypatch):
     ends = band[band[:, 0] == 0.0012, 1]  # million steps
     assert (ends.min(), ends.max()) == pytest.approx((12 - 2 / 3**0.5, 12 + 2 / 3**0.5))
     labels = [label.get_text() for label in differences.axes[0].get_yticklabels()]
-    assert labels == ["SPPO minus DPPO, clean"]
+    assert labels == ["sppo minus dppo, clean"]
+
+
+def test_figures_have_at_most_four_panels_a_row(tmp_path, monkeypatch):
+    kept = []
+    monkeypatch.setattr(report.plt, "close", kept.append)
+    for task in "abcde":
+        for method in ("dppo", "sppo"):
+            for seed in (1, 2):
+                make_run(tmp_path / "runs", method, 9 + seed, seed, task)
+    write_report(tmp_path / "runs", out=tmp_path / "out", figures=True)
+    differences, curves = kept
+    for figure in (differences, curves):
+        assert len(figure.axes) == 5
+        assert {ax.get_gridspec().ncols for ax in figure.axes} == {4}
 
 
 def test_curves_of_chosen_methods_only_and_in_texts_for_language_models(tmp_path, monkeypatch):
@@ -469,8 +547,8 @@ def test_curves_of_chosen_methods_only_and_in_texts_for_language_models(tmp_path
         path.write_text(path.read_text().replace("sppo_continuous.py", "sppo_rlhf.py"))
     write_report(runs, out=tmp_path / "out", figures=True, compare=("sppo", "dppo"))
     _, curves = kept
-    assert [text.get_text() for text in curves.legends[0].get_texts()] == ["DPPO", "SPPO"]
-    panels = [f"{HOPPER}\nclean", f"{LANDER}\nclean", f"{HOPPER}\nGaussian noise 0.05"]
+    assert [text.get_text() for text in curves.legends[0].get_texts()] == ["dppo", "sppo"]
+    panels = [f"{HOPPER}\nclean", f"{LANDER}\nclean", f"{HOPPER}\nnormal 0.05"]
     assert [ax.get_title() for ax in curves.axes] == panels  # none that are empty
     assert curves.axes[2].get_xlabel() == "texts"
     assert curves.axes[0].get_ylabel() == "reward"
@@ -528,7 +606,8 @@ def test_a_pack_takes_runs_of_versions_with_and_without_a_flag(tmp_path):
     write_report(pack, out=tmp_path / "out", pack=tmp_path / "again")
     new = make_run(tmp_path / "runs", "sppo", 2, seed=2, digest="def", new_flag=1)
     page = write_report(pack, new, out=tmp_path / "out", pack=pack)
-    assert table_after(page, "Last evaluation (seeds: 2):")[1] == [HOPPER, "1.50 ± 0.50"]
+    rows = table_after(page, "Last evaluation (seeds: 2):")
+    assert rows[1] == [f"{HOPPER} (2 versions of a script)", "1.50 ± 0.50"]
     table = report.read_csv(pack / "runs.csv.gz").set_index("seed")
     assert table.loc[1, ["started", "new_flag"]].isna().all()
     assert table.loc[2, ["started", "new_flag"]].to_list() == ["2026-01-03 12:00:00", 1]
@@ -620,5 +699,10 @@ def test_an_earlier_report_is_replaced_and_other_files_stay(grid, tmp_path):
     (out / "README.md").write_text("mine")
     one = make_run(tmp_path / "runs", "sppo", 1)
     write_report(one, out=out, figures=True)
-    assert sorted(path.name for path in out.iterdir()) == ["README.md", "curves.png", "report.md"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "README.md",
+        "curves.png",
+        "differences.csv",
+        "report.md",
+    ]
     assert (out / "README.md").read_text() == "mine"
