@@ -12,10 +12,10 @@ import json
 import math
 import shlex
 import sys
-import warnings
+import zlib
 from collections import Counter
 from dataclasses import dataclass
-from itertools import combinations, cycle, permutations
+from itertools import combinations, permutations
 from pathlib import Path
 
 import numpy as np
@@ -34,11 +34,13 @@ plt.switch_backend("agg")
 
 HOW_TO_READ = """\
 "Last evaluation" is its mean return, "training" the mean return of the last training episodes.
-Intervals are 95 %. Those over several tasks are stratified bootstrap intervals: the runs of each
-cell (a method, a task and a kind of reward) are drawn with replacement, which makes them too narrow
-with a handful of seeds. A difference in percent is the first method's mean over the second's, minus
-one, the probability that a run of the first beats one of the second (Mann-Whitney's U over n m,
-ties half), both averaged over the cells."""
+Intervals are 95 %: how other seeds on the same tasks might come out. A cell is a method, a task and
+a kind of reward. A difference in percent is the ratio of two methods' means, averaged over cells as
+a logarithm, so that A against B and B against A agree; its interval is Welch's. On tasks where any
+run had a return of 0 or less it is in points, since percentages would mean nothing. The probability
+that a run of the first beats one of the second is Mann-Whitney's U over n m (ties count half), also
+averaged over cells; its interval, and that of an interquartile mean, is from the bootstrap, which
+draws the runs of each cell with replacement, one fewer than there are."""
 
 MEASURES = {  # columns of runs
     "return_mean": "last evaluation",
@@ -46,34 +48,28 @@ MEASURES = {  # columns of runs
     "training": "training",
 }
 
-# A symmetric method and what it is compared with: the first of them that is there
-BASELINES = {"sppo": ["dppo", "ppo"], "sa2c": ["da2c", "a2c"]}
+# What a method is compared with: the first of them that is there. A variant, such as sppo-p, is
+# compared with its method, sb3-ppo with ppo, another method with a symmetric one
+BASELINES = {
+    "sppo": "dppo ppo",
+    "sa2c": "da2c a2c",
+    "dppo": "ppo",
+    "da2c": "a2c",
+    "ppo": "",
+    "a2c": "",
+}
 
-# Methods in the order of tables, then variants; others get OTHER_COLORS, in alphabetical order
+# Methods in the order of tables, then variants; others follow, in alphabetical order
 COLORS = """\
 a2c goldenrod, da2c darkgreen, sa2c navy, ppo tab:orange, dppo tab:green, sppo tab:blue, \
-dppo-coef tab:red, ppo-coef tab:red, dppo-norm tab:purple, ppo-norm tab:purple, ppo-ce tab:pink, \
+dppo-coef tab:red, ppo-coef firebrick, dppo-norm tab:purple, ppo-norm indigo, ppo-ce tab:pink, \
 ppo-ce-eps deeppink, ppo-eps tab:gray, sppo-eps tab:cyan, ppo-corrected tab:olive, \
-sppo-p tab:brown, sb3-ppo black, sb3-a2c black"""
+sppo-p tab:brown, sb3-ppo black, sb3-a2c tan"""
 COLORS = dict(item.split() for item in COLORS.split(", "))
-OTHER_COLORS = "violet lime teal crimson tan indigo gold slategray".split()
-
-# What figures call our variants of a method and kinds of rewards; others by their own names
-VARIANTS = {
-    "coef": "value loss / k",
-    "norm": "max-grad-norm / k",
-    "ce": "supervised loss / k",
-    "p": "without / $p_\\mathrm{old}$",
-    "half": "alpha 0.5",
-    "eps": "epsilon 1e-8",
-    "ce-eps": "supervised loss / k, epsilon 1e-8",
-}
-REWARDS = {"normal": "Gaussian noise", "uniform": "uniform noise", "flip": "flipped rewards"}
-REWARDS["adv_flip"] = "flipped advantages"
 
 # What may differ between the runs of a cell, besides what follows from it
 FREE = "seed run_name runs_dir device compile track capture_video evaluate micro_batch_size".split()
-PROVENANCE = ["commit", "script_sha256", "command", "versions", "hardware"]
+PROVENANCE = ["commit", "script_sha256", "command", "started", "versions", "hardware"]
 SCORES = ["finished", "return_mean", "return_std", "last5", "training", "sps"]
 EVALUATION = ["run_name", "step", "return_mean", "return_std", "length_mean"]
 CELL = ["reward", "env_id", "exp_name"]
@@ -88,8 +84,8 @@ class Args:
     folders: tyro.conf.Positional[tuple[Path, ...]]
     # Folder for report.md and its figures; an earlier report there is replaced
     out: Path = Path("report")
-    # Pairs of methods, such as: sppo dppo sppo ppo; default: symmetric ones and their baselines.
-    # If given, curves are of these methods only
+    # Pairs of methods, such as: sppo dppo sppo ppo; default: each method and a baseline. If given,
+    # curves are of these methods only
     compare: tuple[str, ...] = ()
     # Logged quantities to make tables of, as means over the evaluations of a run
     logged: tuple[str, ...] = ("losses/clipped_gradients", "losses/advantage_sign_flips")
@@ -104,31 +100,41 @@ class Refusal(ValueError):
 # ---- Reading and packing
 
 
-def read_folders(folders: tuple[Path, ...]) -> tuple[DataFrame, DataFrame]:
-    """All runs, a row each, and evaluations. Raises Refusal: none, none finished, a name twice."""
+def read_folders(folders: tuple[Path, ...]) -> tuple[DataFrame, DataFrame, list[str]]:
+    """All runs, a row each, their evaluations, and what is broken, a line for each run or pack left
+    out. Raises Refusal if there is no run, none has finished, or a name is there twice."""
     rows = []
     progress = []
+    broken = []
     for folder in folders:
-        if (folder / "runs.csv.gz").exists():
-            rows += read_csv(folder / "runs.csv.gz").to_dict("records")
-            progress.append(read_csv(folder / "progress.csv.gz"))
-            continue
-        paths = [folder.resolve()]  # "." has no name
-        if not (folder / "args.json").exists():
-            paths = sorted(path.parent for path in folder.glob("*/args.json"))
-        for path in paths:
-            row, evaluations = read_run(path)
-            rows.append(row)
-            progress.append(evaluations)
+        paths = sorted(path.parent for path in folder.glob("*/args.json"))
+        if any((folder / name).exists() for name in ("args.json", "runs.csv.gz")):
+            paths = [folder.resolve()]  # "." has no name
         if not paths:
             raise Refusal(f"{folder}: no runs in it; give folders of runs, such as runs/quick")
-    names = Counter(row["run_name"] for row in rows)
-    for name, count in names.items():
-        if count > 1:
-            raise Refusal(f"{name}: {count} runs of this name; leave one out")
+        for path in paths:
+            try:
+                found, evaluations = read_run(path)
+            except (OSError, EOFError, ValueError, LookupError, TypeError, zlib.error) as error:
+                why = error if isinstance(error, Refusal) else repr(error)
+                broken.append(f"{path.name}: {why}")
+                print(f"left out: {broken[-1]}", file=sys.stderr)
+                continue
+            rows += found
+            progress.append(evaluations)
     if not any(row["finished"] for row in rows):
         raise Refusal(f"none of {len(rows)} runs has finished")
-    return DataFrame(rows), pd.concat(progress, ignore_index=True)
+    name, count = Counter(row["run_name"] for row in rows).most_common(1)[0]
+    if count > 1:
+        raise Refusal(f"{name}: {count} runs of this name; leave one out")
+    return DataFrame(rows), pd.concat(progress, ignore_index=True), broken
+
+
+def read_json(path: Path) -> dict:
+    try:
+        return json.loads(path.read_text())
+    except ValueError as error:
+        raise Refusal(f"{path.name}: {error}") from error
 
 
 def read_csv(path: Path) -> DataFrame:
@@ -139,11 +145,15 @@ def read_csv(path: Path) -> DataFrame:
     return pd.read_csv(path, **options)
 
 
-def read_run(path: Path) -> tuple[dict, DataFrame]:
-    """A run's arguments, SCORES, PROVENANCE; its evaluations. Raises Refusal if it is too old."""
-    recorded = json.loads((path / "args.json").read_text())
+def read_run(path: Path) -> tuple[list[dict], DataFrame]:
+    """A run's arguments, SCORES and PROVENANCE, in a list, and its evaluations, or those of packed
+    runs. Raises Refusal and what else broken files may raise."""
+    if (path / "runs.csv.gz").exists():
+        runs = read_csv(path / "runs.csv.gz").to_dict("records")
+        return runs, read_csv(path / "progress.csv.gz")
+    recorded = read_json(path / "args.json")
     if "identity" not in recorded:
-        raise Refusal(f"{path}: a run of an earlier version of the scripts; leave it out")
+        raise Refusal("a run of an earlier version of the scripts")
     run = dict.fromkeys([*SCORES, *PROVENANCE])
     hardware = [recorded.get(name) for name in ("platform", "cpu", "gpu")]
     where = {"versions": recorded.get("versions"), "hardware": hardware}
@@ -156,20 +166,31 @@ def read_run(path: Path) -> tuple[dict, DataFrame]:
         "script": recorded["script"],
         "finished": (path / "summary.json").exists(),
         "commit": recorded["commit"],
+        "started": recorded.get("started"),
         "script_sha256": recorded["identity"].get("script_sha256"),
         "command": shlex.join(recorded["command"]),
+        "seed": int(run["seed"]),
+        "noise_level": float(run["noise_level"]),
     }
     progress = DataFrame()
-    if (path / "progress.csv").exists():  # not before the first evaluation
-        progress = read_csv(path / "progress.csv").assign(run_name=path.name)
+    if run["finished"] or (path / "progress.csv").exists():  # not before the first evaluation
+        progress = read_csv(path / "progress.csv")
+        numbers = progress.astype(float)[EVALUATION[1:]]  # a loss may be nan
+        if not np.isfinite(numbers).all(axis=None):
+            raise Refusal("progress.csv: an evaluation that is not a number")
+        progress["run_name"] = path.name
     if run["finished"]:
+        summary = read_json(path / "summary.json")
+        run["sps"] = float(summary["sps"])
+        end = progress["step"].max()
+        if end != summary["step"]:
+            raise Refusal(f"progress.csv: cut at step {end} of {summary['step']}")
         last = progress.iloc[-1]
         run |= {"return_mean": last["return_mean"], "return_std": last["return_std"]}
         run["training"] = last.get("charts/episodic_return")
         if len(progress) >= 10:
             run["last5"] = progress["return_mean"].tail(5).mean()
-        run["sps"] = json.loads((path / "summary.json").read_text())["sps"]
-    return run, progress
+    return [run], progress
 
 
 def pack(runs: DataFrame, progress: DataFrame, folder: Path) -> None:
@@ -184,7 +205,7 @@ def pack(runs: DataFrame, progress: DataFrame, folder: Path) -> None:
     settings = runs.columns.difference([*first, *PROVENANCE], sort=False)
     logged = progress.columns.difference(EVALUATION, sort=False)
     tables = {
-        "runs.csv.gz": runs[[*first, *settings, *PROVENANCE]],
+        "runs.csv.gz": runs.reindex(columns=[*first, *settings, *PROVENANCE]),
         "progress.csv.gz": progress[[*EVALUATION, *logged]],
     }
     options = {"index": False, "compression": {"method": "gzip", "mtime": 0}}
@@ -207,6 +228,8 @@ def label_runs(runs: DataFrame, progress: DataFrame, logged: tuple) -> DataFrame
     finished["reward"] = noisy.mask(clean, "clean")
     for cell, group in finished.groupby(CELL):
         check_cell(" ".join(cell), group)
+    for (_, task), group in finished.groupby(CELL[:2]):
+        finished.loc[group.index, "noted_task"] = task + note_on(group)
     evaluations = progress.groupby("run_name")
     lowest = finished["run_name"].map(evaluations["return_mean"].min())
     finished["lowest"] = np.fmin(lowest, finished["training"].astype(float))
@@ -227,11 +250,16 @@ def extra_columns(progress: DataFrame, logged: tuple) -> list:
 
 
 def check_cell(cell: str, runs: DataFrame) -> None:
-    """Raises Refusal if `runs` of one cell differ in a setting, or have the same seed."""
+    """Raises Refusal if `runs` of one cell differ in a setting, or have the same seed. That a run
+    lacks a flag is no difference, if it is of another version of the script."""
     for name in runs.columns.difference([*FREE, *SCORES, *PROVENANCE]):
-        values = runs[name].unique()
-        if len(values) > 1:
-            several = ", ".join(map(str, values))
+        values = runs[name]
+        if values.nunique(dropna=False) == 1:
+            continue
+        versions = runs["script_sha256"]
+        lacking = versions[values.isna()]
+        if values.nunique() > 1 or lacking.isin(versions[values.notna()]).any():
+            several = ", ".join(map(str, values.unique()))
             raise Refusal(f"{cell}: runs differ in {name} ({several}); report them separately")
     twice = runs[runs["seed"].duplicated(keep=False)]
     if len(twice):
@@ -274,10 +302,24 @@ def pairs_of(runs: DataFrame, compare: tuple) -> list[tuple]:
             there = ", ".join(in_order(runs["exp_name"]))
             raise Refusal(f"--compare {a} {b}: no task has both; there are {there}")
     if not chosen:
-        for a, baselines in BASELINES.items():
-            there = [(a, b) for b in baselines if (a, b) in together]
+        for method in in_order(runs["exp_name"]):
+            baselines = BASELINES.get(method, f"{method.replace('-', ' ', 1)} sppo sa2c")
+            there = [(method, other) for other in baselines.split() if (method, other) in together]
             chosen += there[:1]
     return chosen
+
+
+def note_on(runs: DataFrame) -> str:
+    """What a comparison of `runs` has to say, in brackets: several numbers of steps, several
+    versions of a script."""
+    notes = []
+    steps = sorted(runs["total_timesteps"].unique())
+    if len(steps) > 1:
+        notes.append(" and ".join(map("{:,}".format, steps)) + " steps")
+    versions = runs.groupby("script")["script_sha256"].nunique().max()
+    if versions > 1:
+        notes.append(f"{versions} versions of a script")
+    return f" ({', '.join(notes)})" if notes else ""
 
 
 # ---- Statistics
@@ -285,44 +327,31 @@ def pairs_of(runs: DataFrame, compare: tuple) -> list[tuple]:
 
 def bootstrap(cells: list, statistic) -> tuple[float, float, float]:
     """Mean over `cells` of `statistic(*cell)`, and its 95 % interval. A cell has arrays of scores
-    (runs,), each resampled by itself; `statistic` gets (SAMPLES, runs), too. The interval is nan if
-    an array has one score or all samples are equal, and all is nan if there is no cell."""
+    (runs,), each resampled by itself; `statistic` gets (SAMPLES, runs - 1), too: as many as there
+    are would vary too little, by this factor. The interval is nan if an array has one score or all
+    samples are equal, and all is nan if there is no cell."""
     if not cells:
         return math.nan, math.nan, math.nan
+    value = np.mean([statistic(*cell) for cell in cells])
+    if min(len(scores) for cell in cells for scores in cell) < 2:
+        return value, math.nan, math.nan
     rng = np.random.default_rng(0)
-    fewest = math.inf
-    values = []
     samples = []
     for cell in cells:
-        drawn = []
-        for scores in cell:
-            fewest = min(fewest, len(scores))
-            drawn.append(rng.choice(scores, (SAMPLES, len(scores))))
-        values.append(statistic(*cell))
+        drawn = [rng.choice(scores, (SAMPLES, len(scores) - 1)) for scores in cell]
         samples.append(statistic(*drawn))
-    value = np.mean(values)
-    means = np.mean(samples, axis=0)
-    low, high = np.quantile(means, [0.025, 0.975])
-    if fewest < 2 or low == high:
+    low, high = np.quantile(np.mean(samples, axis=0), [0.025, 0.975])
+    if low == high:
         return value, math.nan, math.nan
     return value, low, high
 
 
-def difference(a, b):
-    """Of the means of `a` and `b`, arrays (..., runs): (...,)."""
-    return a.mean(-1) - b.mean(-1)
-
-
-def relative_difference(a, b):
-    """Of the means of `a` and `b`, arrays (..., runs): (...,)."""
-    return a.mean(-1) / b.mean(-1) - 1
-
-
 def win_rate(a, b):
     """Probability that a run of `a` beats one of `b`, arrays (..., runs), ties half: (...,)."""
-    test = stats.mannwhitneyu(a, b, axis=-1, method="asymptotic")
-    pairs = a.shape[-1] * b.shape[-1]
-    return test.statistic / pairs
+    a = a[..., :, None]
+    b = b[..., None, :]
+    wins = (a > b).mean(axis=(-2, -1))
+    return (wins + (a >= b).mean(axis=(-2, -1))) / 2
 
 
 def interquartile_mean(*scores):
@@ -331,38 +360,65 @@ def interquartile_mean(*scores):
     return stats.trim_mean(together, 0.25, axis=-1)
 
 
-def welch(x, y) -> dict[str, float]:
-    """Difference of the means of scores (runs,), the ends of its 95 % interval, and two-sided p by
-    Welch's t-test; nothing with fewer than two scores, or if neither varies."""
-    if min(len(x), len(y)) < 2:
-        return {}
-    if np.ptp(x) == np.ptp(y) == 0:
-        return {}
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore", RuntimeWarning)  # if one of them does not vary
-        test = stats.ttest_ind(x, y, equal_var=False)
-    found = {"difference": x.mean() - y.mean(), "p": test.pvalue}
-    found["low"], found["high"] = test.confidence_interval()
-    return found
+def mean_and_variance(scores):
+    """The mean of `scores` (..., runs), and its variance, 0 of a single score: (...,) each."""
+    runs = scores.shape[-1]
+    variance = scores.var(-1, ddof=min(1, runs - 1)) / runs
+    return scores.mean(-1), variance
+
+
+def log_mean_and_variance(scores):
+    """The logarithm of the mean of positive `scores` (..., runs), and its variance: (...,) each.
+    That of a sample's mean is too low on average, exactly by what is added here if the mean is
+    lognormal. Its variance is too small where the mean is too large: hence `1 +`."""
+    mean, variance = mean_and_variance(scores)
+    relative = variance / mean**2
+    return np.log(mean) + np.log1p(relative) / 2, relative * (1 + relative)
+
+
+def pooled_difference(cells: list, moments):
+    """Mean over `cells`, pairs of scores (..., runs), of the difference in a value, its 95 %
+    interval and two-sided p by Welch and Satterthwaite: (...,) each. `moments` gives the value and
+    its variance. No interval and p of a single score, or if none varies; all is nan of no cell."""
+    if not cells:
+        return math.nan, math.nan, math.nan, math.nan
+    differences = []
+    variances = []
+    freedom = []
+    for a, b in cells:
+        value_a, variance_a = moments(a)
+        value_b, variance_b = moments(b)
+        differences.append(value_a - value_b)
+        variances += [variance_a, variance_b]
+        freedom += [a.shape[-1] - 1, b.shape[-1] - 1]
+    value = np.mean(differences, axis=0)
+    variances = np.stack(variances, axis=-1)
+    total = variances.sum(axis=-1)
+    if min(freedom) < 1 or not np.all(total):
+        return value, math.nan, math.nan, math.nan
+    degrees = total**2 / (variances**2 / freedom).sum(axis=-1)
+    error = np.sqrt(total) / len(cells)
+    half = error * stats.t.ppf(0.975, degrees)
+    p = 2 * stats.t.sf(np.abs(value) / error, degrees)
+    return value, value - half, value + half, p
 
 
 def make_differences(runs: DataFrame, pairs: list[tuple]) -> DataFrame:
-    """Every method minus every other one of its task and reward, in each of MEASURES, as `welch`
-    returns it, and with p `corrected` for their number (Benjamini and Hochberg); by p."""
+    """Every method minus every other one of its task and reward, in each of MEASURES, by the p of
+    Welch's test."""
     rows = []
+    groups = runs.groupby(CELL)[["total_timesteps", "script", "script_sha256"]]
     for measure, title in MEASURES.items():
         for (reward, env_id), cell in cells_of(runs, measure).items():
             for b, a in combinations(in_order(cell), 2):
                 if (b, a) in pairs:
                     a, b = b, a
-                found = welch(cell[a], cell[b])
-                if found:
-                    place = {"env_id": env_id, "reward": reward, "measure": title}
-                    rows.append(place | {"methods": f"{a} minus {b}"} | found)
-    differences = DataFrame(rows, columns=DIFFERENCE).sort_values("p", ignore_index=True)
-    if rows:
-        differences["corrected"] = stats.false_discovery_control(differences["p"])
-    return differences
+                found = pooled_difference([(cell[a], cell[b])], mean_and_variance)
+                if not math.isnan(found[-1]):
+                    both = [groups.get_group((reward, env_id, method)) for method in (a, b)]
+                    noted = reward + note_on(pd.concat(both))
+                    rows.append([env_id, noted, title, f"{a} minus {b}", *found])
+    return DataFrame(rows, columns=DIFFERENCE).sort_values("p", ignore_index=True)
 
 
 # ---- Tables
@@ -405,7 +461,7 @@ def score_table(runs: DataFrame, measure: str) -> list[str]:
     there = runs.dropna(subset=measure)
     if there.empty:
         return []
-    cells = there.groupby(["env_id", "exp_name"])[measure]
+    cells = there.groupby(["noted_task", "exp_name"])[measure]
     most = cells.size().max()
 
     def text_of(scores):
@@ -437,48 +493,47 @@ def pooled_text(runs: DataFrame, pairs: list[tuple]) -> list[str]:
             for measure, title in MEASURES.items():
                 found = pool(cells_of(part, measure), a, b, signed)
                 if found:
-                    of_pair.append([f"{a} against {b}", reward, title, *found])
+                    place = {"": f"{a} against {b}", "rewards": reward, "measure": title}
+                    of_pair.append(place | found)
         rows += of_pair
-        *_, count, by, chance = of_pair[0]
-        differs = f"{a}'s last evaluation differs from {b}'s by {by}"
-        wins = f"a run of {a} beats one of {b} with probability {chance}"
-        sentences.append(f"- Over {count}, {differs}; {wins}.")
-    page = ["## Over all tasks", "\n".join(sentences)]
-    if signed:
-        note = "In {}, differences are in points, whatever the rewards: returns there can be 0 or "
-        note += "less, as some here are, and percentages of such returns mean nothing."
-        page.append(note.format(", ".join(sorted(signed))))
-    columns = ["", "rewards", "measure", "of", "difference", "probability"]
-    return [*page, markdown(DataFrame(rows, columns=columns))]
+        total = of_pair[0]
+        wins = f"a run of {a} beats one of {b} with probability {total['probability']}"
+        sentence = f"- Over {total['of']}, {wins}"
+        if total["percent"]:
+            sentence += f"; {a}'s last evaluation differs from {b}'s by {total['percent']}"
+            sentence += f" on tasks with positive returns ({total['tasks']})"
+        sentences.append(f"{sentence}.")
+    return ["## Over all tasks", "\n".join(sentences), markdown(DataFrame(rows))]
 
 
-def pool(cells: dict, a: str, b: str, signed: set) -> list[str]:
-    """Cells that both have, a's difference from b, how often it beats b: texts, if any. The
-    difference is relative, but absolute on `signed` tasks, whose returns can be 0 or less: in all
-    their cells, since by its own scores a cell would drop out where noise has ruined the task."""
-    both = []
-    groups = {}  # by signed task, the others under ""
-    runs = 0
+def pool(cells: dict, a: str, b: str, signed: set) -> dict[str, str]:
+    """What a table says of the cells that both have: how often a beats b, and their difference, in
+    percent and, on `signed` tasks, whose returns can be 0 or less, in points: in all their cells,
+    since by its own scores a cell would drop out where noise has ruined the task."""
+    groups = {}  # by task
     for (_, task), cell in cells.items():
         if a in cell and b in cell:
-            both.append((cell[a], cell[b]))
-            runs += len(cell[a]) + len(cell[b])
-            group = task if task in signed else ""
-            groups.setdefault(group, []).append(both[-1])
-    if not both:
-        return []
-    texts = []
+            groups.setdefault(task, []).append((cell[a], cell[b]))
+    if not groups:
+        return {}
+    both = sum(groups.values(), [])
+    positive = []
+    points = []
     for task, group in sorted(groups.items()):
-        if task:
-            value, low, high = bootstrap(group, difference)
-            ends = "" if math.isnan(low) else f" ({interval(low, high)})"
-            texts.append(f"{number(value)}{ends} in {task}")
+        if task in signed:
+            found = pooled_difference(group, mean_and_variance)[:3]
+            points.append(f"{estimate(*found, ',.2f')} in {task}")
         else:
-            share = estimate(*bootstrap(group, relative_difference), "+.1%")
-            texts.append(f"{share} in {len(group)} of them" if len(groups) > 1 else share)
-    chance = estimate(*bootstrap(both, win_rate), ".2f")
-    cells = "cell" if len(both) == 1 else "cells"
-    return [f"{len(both)} {cells}, {runs} runs", ", ".join(texts), chance]
+            positive += group
+    logarithms = pooled_difference(positive, log_mean_and_variance)[:3]
+    runs = sum(len(a) + len(b) for a, b in both)
+    return {
+        "of": f"{len(both)} {'cell' if len(both) == 1 else 'cells'}, {runs} runs",
+        "probability": estimate(*bootstrap(both, win_rate), ".2f"),
+        "percent": estimate(*np.expm1(logarithms), "+.1%"),
+        "tasks": f"{len(groups) - len(points)} of {len(groups)}",
+        "points": ", ".join(points),
+    }
 
 
 def middle_table(runs: DataFrame) -> list[str]:
@@ -507,26 +562,33 @@ def difference_text(differences: DataFrame) -> list[str]:
     """Paragraphs: how many differences there are, how many of them may be chance; a table."""
     if differences.empty:
         return []
+    corrected = stats.false_discovery_control(differences["p"])
     rows = []
-    for row in differences.itertuples():
-        texts = [row.env_id, row.reward, row.measure, row.methods, number(row.difference)]
-        texts += [interval(row.low, row.high), f"{row.p:.3f}", f"{row.corrected:.3f}"]
+    for row, p in zip(differences.itertuples(), corrected):
+        texts = [row.env_id, row.reward, row.measure, row.methods]
+        texts.append(number(row.difference))
+        texts.append(interval(row.low, row.high))
+        texts += [f"{row.p:.3f}", f"{p:.3f}"]
         rows.append(texts)
     small = (differences["p"] < 0.05).sum()
-    remaining = (differences["corrected"] <= 0.05).sum()
+    remaining = (corrected <= 0.05).sum()
     text = (
         f"{len(rows)} differences between two methods, {small} of them with p < 0.05 (Welch's "
         f"t-test); chance alone would give {0.05 * len(rows):.1f}. After correction for their "
-        f"number (Benjamini and Hochberg, 5 %) {remaining} remain. The surest come first:"
+        f"number (Benjamini and Hochberg, 5 %) {remaining} remain. The surest come first; those "
+        "between all methods are in differences.csv:"
     )
     columns = ["", "rewards", "measure", "methods", "difference", "95 % interval", "p"]
     table = DataFrame(rows, columns=[*columns, "p, corrected"])
     return ["## Differences", text, markdown(table)]
 
 
-def provenance_text(runs: DataFrame, unfinished: list[str]) -> list[str]:
-    """Paragraphs on what was run, and whether from one version of a script."""
+def provenance_text(runs: DataFrame, unfinished: list[str], broken: list[str]) -> list[str]:
+    """Paragraphs on what was run, what is left out, and whether it is one version of a script."""
     page = ["## What was run"]
+    if broken:
+        page.append(f"**Left out, since a file is broken: {len(broken)}**")
+        page.append("\n".join(f"- `{line}`" for line in broken))
     if unfinished:
         page.append(f"**Begun, not finished: {len(unfinished)} ({', '.join(unfinished)}).**")
     columns = ["script", "total_timesteps", "commit", "script_sha256", "versions"]
@@ -540,40 +602,35 @@ def provenance_text(runs: DataFrame, unfinished: list[str]) -> list[str]:
 # ---- Figures
 
 
-def name_in_figures(method: str) -> str:
-    base, _, variant = method.partition("-")
-    if base not in COLORS:
-        return method
-    return f"{base.upper()} ({VARIANTS.get(variant, variant)})" if variant else base.upper()
-
-
-def reward_in_figures(reward: str) -> str:
-    kind, _, level = reward.partition(" ")
-    return f"{REWARDS.get(kind, kind)} {level}".strip()
-
-
 def draw_curves(runs: DataFrame, progress: DataFrame, file: Path) -> list[str]:
     """A panel for each task and reward. Returns the Markdown, nothing if there is no curve."""
     points = progress.dropna(subset="return_mean")
     points = points[points["run_name"].duplicated(keep=False)]
-    labelled = runs[["run_name", *CELL]].merge(points[EVALUATION[:3]])
+    labelled = runs[["run_name", "noted_task", *CELL]].merge(points[EVALUATION[:3]])
     if labelled.empty:
         return []
     methods = in_order(labelled["exp_name"])
     others = [name for name in methods if name not in COLORS]
-    colors = COLORS | dict(zip(others, cycle(OTHER_COLORS)))
-    palette = {name_in_figures(name): colors[name] for name in methods}
+    colors = COLORS | dict(zip(others, sns.husl_palette(len(others), h=0.2)))
     labels = ["million steps", "return of evaluations"]
     if set(runs["script"]) == {"sppo_rlhf.py"}:
         labels = ["texts", "reward"]
     else:
         labelled["step"] /= 1e6
-    labelled["panel"] = labelled["env_id"] + "\n" + labelled["reward"].map(reward_in_figures)
-    labelled["method"] = labelled["exp_name"].map(name_in_figures)
+    panels = labelled["noted_task"] + "\n" + labelled["reward"]
+    labelled["panel"] = panels.str.replace(" (", "\n(", regex=False)
     tasks = labelled["env_id"].nunique()
-    size = {"height": 4.5 if tasks == 1 else 3, "aspect": 1.3, "col_wrap": tasks}
+    size = {
+        "height": 4.5 if tasks == 1 else 2.5,
+        "aspect": 1.3,
+        "col_wrap": min(tasks, 4),
+    }
     grid = sns.FacetGrid(labelled, col="panel", sharex=False, sharey=False, **size)
-    hue = {"hue": "method", "hue_order": list(palette), "palette": palette}
+    hue = {
+        "hue": "exp_name",
+        "hue_order": methods,
+        "palette": colors,
+    }
     grid.map_dataframe(sns.lineplot, "step", "return_mean", errorbar="se", **hue)
     grid.add_legend()
     grid.set_titles("{col_name}")
@@ -589,12 +646,17 @@ def draw_differences(differences: DataFrame, file: Path) -> list[str]:
         return []
     error = differences["high"] - differences["difference"]
     shown = differences.assign(none=0, error=error)
-    methods = shown["methods"].str.split(" minus ").map(lambda pair: map(name_in_figures, pair))
-    shown["label"] = methods.str.join(" minus ") + ", " + shown["reward"].map(reward_in_figures)
-    labels = sorted(shown["label"].unique())
-    shown["height"] = shown["label"].map(labels.index)
+    rewards = shown["reward"].str.replace(" (", "\n(", regex=False)
+    names = shown["methods"] + ", " + rewards
+    labels = sorted(names.unique())
+    shown["height"] = names.map(labels.index)
     height = 1.2 + 0.3 * len(labels)
-    grid = sns.FacetGrid(shown, col="env_id", sharex=False, height=height, aspect=4 / height)
+    size = {
+        "height": height,
+        "aspect": 3 / height,
+        "col_wrap": min(shown["env_id"].nunique(), 4),
+    }
+    grid = sns.FacetGrid(shown, col="env_id", sharex=False, **size)
     columns = ["difference", "height", "none", "error"]  # x, y, and the errors of y and x
     grid.map(plt.errorbar, *columns, fmt="o", capsize=3, color="black")
     grid.refline(x=0)
@@ -615,7 +677,7 @@ def main(args: Args) -> None:
     there = {path.name for path in out.glob("*")}
     if there and not there & {"report.md", "runs.csv.gz"}:
         raise Refusal(f"--out {out}: a folder that is not a report; choose another")
-    everything, progress = read_folders(args.folders)
+    everything, progress, broken = read_folders(args.folders)
     for name in args.logged:
         if name not in progress and name not in Args.logged:
             raise Refusal(f"--logged {name}: no run has logged it")
@@ -627,10 +689,11 @@ def main(args: Args) -> None:
     out.mkdir(parents=True, exist_ok=True)
     for picture in ("curves.png", "differences.png", "variants.png"):
         (out / picture).unlink(missing_ok=True)  # of an earlier report
-    page = ["# Report", HOW_TO_READ, *pooled_text(runs, pairs)]
+    differences.to_csv(out / "differences.csv", index=False)
     chosen = [f"{a} minus {b}" for a, b in pairs]
-    shown = differences[differences["methods"].isin(chosen)]
-    shown = shown[shown["measure"] == "last evaluation"].sort_values("env_id")
+    differences = differences[differences["methods"].isin(chosen)]
+    page = ["# Report", HOW_TO_READ, *pooled_text(runs, pairs)]
+    shown = differences[differences["measure"] == "last evaluation"].sort_values("env_id")
     page += draw_differences(shown, out / "differences.png")
     page += middle_table(runs)
     drawn = runs[runs["exp_name"].isin(args.compare or runs["exp_name"])]
@@ -645,8 +708,8 @@ def main(args: Args) -> None:
             page += score_table(part, measure)
     page += difference_text(differences)
     unfinished = everything[~everything["finished"]]
-    page += provenance_text(runs, list(unfinished["run_name"]))
-    (out / "report.md").write_text("\n\n".join(page) + "\n")
+    page += provenance_text(runs, list(unfinished["run_name"]), broken)
+    (out / "report.md").write_text("\n\n".join(page) + "\n", encoding="utf-8")
     print(out / "report.md")
 
 

@@ -32,13 +32,19 @@ class Args:
 
 
 def unfinished(commands, runs_dir):
-    """Those without a finished run of this very command, by the script as it is now."""
+    """Those without a finished run of this very command, by the script as it is now. A broken run
+    is named and counts as unfinished: the script itself says what to do about it."""
     finished = set()
     for path in runs_dir.glob("*/args.json"):
-        begun = json.loads(path.read_text())
-        if path.with_name("summary.json").exists() and "identity" in begun:  # else of old scripts
-            for process in [begun, *begun["continued"]]:
-                finished.add((begun["identity"]["script_sha256"], *process["command"]))
+        summary = path.with_name("summary.json")
+        try:
+            begun = json.loads(path.read_text())
+            if summary.exists() and "identity" in begun:  # else of old scripts
+                dict(json.loads(summary.read_text()))
+                for process in [begun, *begun["continued"]]:
+                    finished.add((begun["identity"]["script_sha256"], *process["command"]))
+        except (OSError, ValueError, LookupError, TypeError) as error:
+            print(f"{path.parent}: a broken run ({error!r})", file=sys.stderr)
     for command in commands:
         script, *flags = shlex.split(command)[1:]  # without "python"
         digest = hashlib.sha256(Path(script).read_bytes()).hexdigest()

@@ -255,12 +255,36 @@ def test_a_finished_run_is_skipped_unless_its_command_or_script_has_changed(stub
     (stubs / "runs" / "any" / "args.json").write_text(json.dumps(begun))
     run([command], stubs)
     assert len(records(stubs)) == 1  # begun only
-    (stubs / "runs" / "any" / "summary.json").touch()
+    (stubs / "runs" / "any" / "summary.json").write_text("{}")
     run([command, longer], stubs)
     assert [record[2] for record in records(stubs)] == [command, longer]
     (stubs / "sppo_continuous.py").write_text(STUB + "# edited")
     run([command], stubs)
     assert len(records(stubs)) == 3
+
+
+@pytest.mark.parametrize(
+    ("name", "text"),
+    [("args.json", '{"identity": '), ("args.json", ""), ("args.json", '{"identity": {}}')]
+    + [("summary.json", ""), ("summary.json", '{"sps": '), ("summary.json", "3")],
+)
+def test_a_broken_run_is_named_and_its_command_runs(name, text, tmp_path, monkeypatch, capsys):
+    monkeypatch.chdir(tmp_path)
+    Path("sppo_continuous.py").write_text(STUB)
+    begun = {"identity": {"script_sha256": hashlib.sha256(STUB.encode()).hexdigest()}}
+    begun["continued"] = []
+    for seed in ("1", "2"):
+        folder = tmp_path / "runs" / seed
+        folder.mkdir(parents=True)
+        command = {"command": ["sppo_continuous.py", "--seed", seed]}
+        (folder / "args.json").write_text(json.dumps(begun | command))
+        (folder / "summary.json").write_text("{}")
+    commands = [f"python sppo_continuous.py --seed {seed}" for seed in "12"]
+    assert list(benchmark_run.unfinished(commands, tmp_path / "runs")) == []
+    (tmp_path / "runs/1" / name).write_text(text)
+    assert list(benchmark_run.unfinished(commands, tmp_path / "runs")) == commands[:1]
+    (line,) = capsys.readouterr().err.splitlines()
+    assert line.startswith(f"{tmp_path}/runs/1: a broken run (")
 
 
 TINY = "evidence --envs InvertedDoublePendulum-v4 --seeds 1 --jobs 2 --steps 8192 --runs-dir"

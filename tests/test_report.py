@@ -6,6 +6,7 @@ import re
 import shutil
 import subprocess
 import sys
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -45,6 +46,7 @@ def make_run(runs: Path, method: str, score: float, seed: int = 1, task=HOPPER, 
         "script": "sppo_continuous.py",
         "command": ["sppo_continuous.py", "--seed", str(seed)],
         "commit": "12e4567",
+        "started": f"2026-01-0{1 + seed} 12:00:00",
         "versions": {"torch": "2.13.0"},
         "platform": "Linux-6.1",
         "cpu": "AVX512",
@@ -144,7 +146,7 @@ def test_noise_and_its_levels_have_tables_of_their_own(tmp_path):
     page = write_report(runs, out=tmp_path / "out")
     sections = re.findall(r"## Scores, (.*)", page)
     assert sections == ["clean", "normal 0.05", "normal 0.1"]
-    assert "Over 6 cells, 36 runs, sppo's last evaluation" in page
+    assert "Over 6 cells, 36 runs, a run of sppo" in page
 
 
 def test_language_models_have_tables_of_their_columns(tmp_path):
@@ -171,24 +173,160 @@ def test_runs_that_have_not_finished_are_named_and_not_used(tmp_path):
     assert table_after(page, "Last evaluation (seeds: 3):")[1][2] == "15.0 ± 1.7"
 
 
+def cut(text):
+    return text[: len(text) // 2]
+
+
+def with_first_return(value):
+    """Of progress.csv: a run of 2 * 9 = 18 points."""
+    return lambda text: text.replace(",18.0,", f",{value},")
+
+
+BROKEN = [
+    ("args.json", cut, "args.json: "),
+    ("args.json", lambda text: "", "args.json: Expecting value"),
+    ("args.json", lambda text: "[]", "of an earlier version"),
+    ("args.json", lambda text: text.replace('"args"', '"flags"'), "KeyError('args')"),
+    ("args.json", lambda text: text.replace('"seed"', '"seeds"'), "KeyError('seed')"),
+    ("args.json", lambda text: text.replace("0.05", '"much"'), "string to float: 'much'"),
+    ("progress.csv", lambda text: "".join(text.splitlines(True)[:6]), "cut at step 500 of 1200"),
+    ("progress.csv", lambda text: text[:-40], "progress.csv"),
+    ("progress.csv", lambda text: "", "EmptyDataError('No columns to parse"),
+    ("progress.csv", lambda text: text.splitlines(True)[0], "progress.csv: cut at step nan"),
+    ("progress.csv", lambda text: text.replace("length_mean", "length"), "['length_mean'] not in"),
+    ("progress.csv", with_first_return("high"), "could not convert string to float: 'high'"),
+    ("progress.csv", with_first_return("nan"), "progress.csv: an evaluation that is not a number"),
+    ("progress.csv", with_first_return("inf"), "progress.csv: an evaluation that is not a number"),
+    ("progress.csv", lambda text: None, "No such file or directory"),
+    ("summary.json", cut, "summary.json: "),
+    ("summary.json", lambda text: "", "summary.json: Expecting value"),
+    ("summary.json", lambda text: text.replace('"sps"', '"SPS"'), "KeyError('sps')"),
+    ("runs.csv.gz", None, "EOFError('Compressed file ended"),
+    ("progress.csv.gz", None, "EOFError('Compressed file ended"),
+]
+
+
+@pytest.mark.parametrize(("name", "edit", "why"), BROKEN)
+def test_a_broken_file_is_named_and_the_rest_goes_on(name, edit, why, grid, tmp_path, capsys):
+    folder = make_run(tmp_path, "sppo", 9)
+    if edit:
+        text = edit((folder / name).read_text())
+        (folder / name).unlink()
+        if text is not None:
+            (folder / name).write_text(text)
+    else:
+        report.pack(*report.read_folders((folder,))[:2], tmp_path / "pack")
+        folder = tmp_path / "pack"
+        packed = (folder / name).read_bytes()
+        (folder / name).write_bytes(packed[: len(packed) // 2])
+    runs, progress, broken = report.read_folders((folder, grid / "runs"))
+    assert len(runs) == 12 and len(progress) == 144
+    (line,) = broken
+    assert line.startswith(f"{folder.name}: ") and why in line
+    assert capsys.readouterr().err == f"left out: {line}\n"
+
+
+def test_a_report_lists_what_is_broken(tmp_path):
+    runs = make_grid(tmp_path / "runs")
+    broken = make_run(runs, "sppo", 1e6, seed=3)
+    (broken / "summary.json").write_text("{")
+    page = write_report(runs, out=tmp_path / "out")
+    shown = page.partition("## What was run")[2]
+    assert f"**Left out, since a file is broken: 1**\n\n- `{broken.name}: summary.json: " in shown
+    assert table_after(page, "Last evaluation (seeds: 3):")[1][2] == "15.0 ± 1.7"
+
+
 # ---- Statistics
 
 
 def test_what_is_pooled_over_tasks(page):
-    hopper = 15 / 12 - 1
-    lander = (99 + 110 + 112) / (100 + 110 + 120) - 1
+    """Logarithms of means, corrected for the variance that they have."""
+    logarithm = {}
+    for cell, scores in SCORES.items():
+        relative = stats.sem(scores) ** 2 / np.mean(scores) ** 2
+        logarithm[cell] = math.log(np.mean(scores)) + math.log(1 + relative) / 2
+    hopper, lander = (
+        logarithm[task, "sppo"] - logarithm[task, "dppo"] for task in (HOPPER, LANDER)
+    )
     wins = [7.5 / 9, 3.5 / 9]  # of the pairs of runs; 12 ties 12, and 110 ties 110
-    share = f"{(hopper + lander) / 2:+.1%} ("
-    assert f"sppo's last evaluation differs from dppo's by {share}" in page
-    assert f"a run of sppo beats one of dppo with probability {np.mean(wins):.2f} (" in page
+    chance = f"a run of sppo beats one of dppo with probability {np.mean(wins):.2f} ("
+    assert f"- Over 2 cells, 12 runs, {chance}" in page
+    share = f"{math.exp((hopper + lander) / 2) - 1:+.1%} ("
+    assert f"; sppo's last evaluation differs from dppo's by {share}" in page
+    assert ") on tasks with positive returns (2 of 2).\n" in page
+    sppo, dppo = np.array(SCORES[LANDER, "sppo"]), np.array(SCORES[LANDER, "dppo"])
+    cells = [(sppo, dppo), (10.0 + sppo, dppo), (sppo / 2, dppo)]
+    percent, back = (
+        np.exp(report.pooled_difference(both, report.log_mean_and_variance)[:3])
+        for both in (cells, [(b, a) for a, b in cells])
+    )
+    assert percent == pytest.approx(1 / back[[0, 2, 1]], rel=1e-12)
 
 
-@pytest.mark.parametrize("statistic", [report.relative_difference, report.win_rate])
+def normal(rng, size, spread=0.3):
+    return rng.normal(1, spread, size)
+
+
+def lognormal(rng, size, spread=0.6):
+    sigma = math.sqrt(math.log(1 + spread**2))
+    return rng.lognormal(-(sigma**2) / 2, sigma, size)
+
+
+def failing(rng, size):
+    """One run in four scores a tenth of what the others do."""
+    scores = rng.normal(1, 0.1, size)
+    return np.where(rng.random(size) < 0.25, 0.1, scores) / (0.75 + 0.25 * 0.1)
+
+
+PAIRS = {
+    "normal": (normal, normal),
+    "lognormal": (lognormal, lognormal),
+    "failing": (failing, failing),
+    "unequal spreads": (lognormal, partial(lognormal, spread=0.2)),
+    "one side fails": (failing, partial(normal, spread=0.1)),
+}
+
+
+@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize(("seeds", "bias"), [(3, 1.5), (5, 1.0), (8, 1.0)])
+def test_methods_with_equal_means_differ_by_no_percentage(pair, seeds, bias):
+    """Over 3,000 data sets; 2.5 % of the intervals may lie on either side of 0."""
+    rng = np.random.default_rng(1)
+    cells = [[draw(rng, (3000, seeds)) for draw in PAIRS[pair]] for _ in range(18)]
+    value, low, high, p = report.pooled_difference(cells, report.log_mean_and_variance)
+    assert abs(100 * np.expm1(value).mean()) < bias
+    outside = (low > 0).mean() + (high < 0).mean()
+    assert max((low > 0).mean(), (high < 0).mean()) <= 0.06
+    assert outside >= 0.005  # or it is too wide to be of use
+    assert ((low > 0) | (high < 0) == (p < 0.05)).all()
+
+
+@pytest.mark.parametrize(
+    ("statistic", "pair"),
+    [*(("interquartile_mean", pair) for pair in PAIRS), ("win_rate", "one side fails")],
+)
+def test_bootstrap_intervals_hold_the_truth(statistic, pair, monkeypatch):
+    """At five seeds, in at least 90 % of the cases."""
+    monkeypatch.setattr(report, "SAMPLES", 100)
+    compute = getattr(report, statistic)
+    rng = np.random.default_rng(1)
+    truth = compute(*(draw(rng, 100_000) for draw in PAIRS[pair]))
+    held = []
+    for _ in range(100):
+        cells = [[draw(rng, 5) for draw in PAIRS[pair]] for _ in range(4)]
+        if statistic == "interquartile_mean":  # of all scores together
+            cells = [sum(cells, [])]
+        _, low, high = report.bootstrap(cells, compute)
+        held.append(low <= truth <= high)
+    assert np.mean(held) >= 0.9
+
+
+@pytest.mark.parametrize("statistic", [report.interquartile_mean, report.win_rate])
 def test_bootstrap_intervals_are_scipys(statistic):
     """Of two cells of equal scores, which would go up and down together if they were not drawn by
-    themselves, as would both methods."""
-    a = np.random.default_rng(2).normal(5, 1, 9)
-    cell = (a, a - 1)
+    themselves, as would both methods. Of 99 runs one more hardly counts."""
+    a = np.random.default_rng(2).normal(5, 1, 99)
+    cell = (a, a - 0.2)
     value, low, high = report.bootstrap([cell, cell], statistic)
 
     def mean(a, b, c, d, axis=-1):
@@ -196,22 +334,26 @@ def test_bootstrap_intervals_are_scipys(statistic):
 
     theirs = stats.bootstrap(cell * 2, mean, method="percentile", rng=0).confidence_interval
     assert low < value < high
-    assert (low, high) == pytest.approx((theirs.low, theirs.high), abs=0.02)
+    assert (low, high) == pytest.approx((theirs.low, theirs.high), abs=0.01)
 
 
 def test_strata_are_drawn_by_themselves():
     """Cells that do not vary have no interval, however far apart they are."""
     cells = [(np.full(3, 2.0), np.full(3, 1.0)), (np.full(4, 300.0), np.full(4, 100.0))]
-    value, *interval = report.bootstrap(cells, report.relative_difference)
-    assert value == 1.5
+    value, *interval = report.bootstrap(cells, report.interquartile_mean)
+    assert value == (1.5 + 200) / 2
     assert np.isnan(interval).all()
+    value, *others = report.pooled_difference(cells, report.mean_and_variance)
+    assert value == (1 + 200) / 2
+    assert np.isnan(others).all()
 
 
 def test_one_seed_has_no_interval(tmp_path):
     for method, score in {"dppo": 10, "sppo": 12}.items():
         make_run(tmp_path / "runs", method, score)
     page = write_report(tmp_path / "runs", out=tmp_path / "out", figures=True)
-    assert "by +20.0%; a run of sppo beats one of dppo with probability 1.00." in page
+    assert "by +20.0% on tasks" in page
+    assert "a run of sppo beats one of dppo with probability 1.00;" in page
     assert table_after(page, "Last evaluation (seeds: 1):")[1] == [HOPPER, "10.0", "12.0"]
     assert "## Differences" not in page
     assert not (tmp_path / "out/differences.png").exists()
@@ -231,10 +373,11 @@ def test_tasks_whose_returns_can_be_negative_have_no_percentage(measure, when, p
     pooled = table_after(page, "## Over all tasks")[1]
     page = write_report(runs, out=tmp_path / "out")
     rows = {tuple(row[1:3]): row[3:] for row in table_after(page, "## Over all tasks")}
-    clean, noisy = (rows[reward, "last evaluation"][1] for reward in ("clean", "normal 0.05"))
-    assert clean.startswith(f"{pooled[4]} in 2 of them, 10.0 (")
-    assert re.fullmatch(r"10\.0 \([\d.]+ to [\d.]+\) in Pong", noisy)
-    assert "In Pong, differences are in points, whatever the rewards: returns there can" in page
+    clean, noisy = (rows[reward, "last evaluation"][2:] for reward in ("clean", "normal 0.05"))
+    assert clean[:2] == [pooled[5], "2 of 3"]
+    assert noisy[:2] == ["", "0 of 1"]
+    for points in (clean[2], noisy[2]):
+        assert re.fullmatch(r"10\.00 \([\d.]+ to [\d.]+\) in Pong", points)
 
 
 def test_interquartile_means_are_of_normalised_scores(page):
@@ -251,7 +394,7 @@ def test_interquartile_means_are_of_normalised_scores(page):
 
 
 def test_differences_are_welchs_and_corrected(grid):
-    runs = report.label_runs(*report.read_folders((grid / "runs",)), ())
+    runs = report.label_runs(*report.read_folders((grid / "runs",))[:2], ())
     found = report.make_differences(runs, [("sppo", "dppo")])
     assert len(found) == 6  # two tasks, three measures
     assert found["p"].is_monotonic_increasing
@@ -264,20 +407,82 @@ def test_differences_are_welchs_and_corrected(grid):
     assert row["p"] == pytest.approx(test.pvalue)
     ranks = np.arange(1, 7)
     by_hand = np.minimum.accumulate((found["p"] * 6 / ranks)[::-1])[::-1]
-    assert found["corrected"].to_numpy() == pytest.approx(by_hand.to_numpy())
+    rows = table_after((grid / "report/report.md").read_text(), "## Differences")
+    assert [row[-1] for row in rows[1:]] == [f"{p:.3f}" for p in by_hand]
 
 
-def test_a_symmetric_method_is_compared_with_the_baseline_that_has_its_bins(tmp_path):
-    for method in report.COLORS:
+def test_a_method_is_compared_with_one_baseline(tmp_path):
+    """A symmetric one with what has its bins, a variant with its method."""
+    methods = "a2c da2c sa2c ppo dppo sppo dppo-norm ppo-ce-eps sb3-ppo mine"
+    for method in methods.split():
         make_run(tmp_path, method, 1)
-    runs = report.label_runs(*report.read_folders((tmp_path,)), ())
-    assert report.pairs_of(runs, ()) == [("sppo", "dppo"), ("sa2c", "da2c")]
+    runs = report.label_runs(*report.read_folders((tmp_path,))[:2], ())
+    pairs = dict(report.pairs_of(runs, ()))
+    assert pairs.pop("sa2c") == "da2c" and pairs.pop("da2c") == "a2c"
+    assert pairs.pop("sppo") == pairs.pop("dppo-norm") == "dppo"
+    assert pairs.pop("dppo") == pairs.pop("ppo-ce-eps") == pairs.pop("sb3-ppo") == "ppo"
+    assert pairs == {"mine": "sppo"}
+    runs = runs[~runs["exp_name"].isin(["dppo", "a2c", "da2c"])]
+    assert [pair for pair in report.pairs_of(runs, ()) if pair[0] in ("sppo", "sa2c")] == [
+        ("sppo", "ppo")
+    ]
+
+
+def test_a_page_shows_pairs_and_a_csv_the_rest(tmp_path):
+    runs = make_grid(tmp_path / "runs")
+    for method, scores in {"ppo": [9, 11, 14], "mine": [20, 21, 25]}.items():
+        for seed, score in enumerate(scores):
+            make_run(runs, method, score, seed)
+    out = tmp_path / "out"
+    shown = {}
+    for compare in [(), ("mine", "ppo")]:
+        page = write_report(runs, out=out, compare=compare)
+        shown[compare] = table_after(page, "## Differences")[1:]
+        assert f"{len(shown[compare])} differences between two methods" in page
+        assert len(pd.read_csv(out / "differences.csv")) == 3 * (6 + 1)
+    assert {row[3] for row in shown[()]} == {
+        "dppo minus ppo",
+        "sppo minus dppo",
+        "mine minus sppo",
+    }
+    p = pd.read_csv(out / "differences.csv").query("methods == 'mine minus ppo'")["p"]
+    corrected = stats.false_discovery_control(p)
+    assert [row[7] for row in shown["mine", "ppo"]] == [f"{value:.3f}" for value in corrected]
+
+
+def test_comparisons_of_different_steps_and_versions_say_so(tmp_path):
+    """A task's row, a difference, and both in the figures."""
+    runs = make_grid(tmp_path / "runs")
+    for seed, score in enumerate([9, 11, 14]):
+        make_run(runs, "ppo", score, seed, total_timesteps=4096)
+        make_run(runs, "mine", score + seed, seed, LANDER, digest=f"v{seed // 2}")
+    kept = []
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(report.plt, "close", kept.append)
+        page = write_report(runs, out=tmp_path / "out", figures=True)
+    steps = "(1,200 and 4,096 steps)"
+    rows = table_after(page, "Last evaluation (seeds: 3):")
+    assert [row[0] for row in rows[1:]] == [
+        f"{HOPPER} {steps}",
+        f"{LANDER} (3 versions of a script)",
+    ]
+    differences = {(row[0], row[3]): row[1] for row in table_after(page, "## Differences")[1:]}
+    assert differences[HOPPER, "dppo minus ppo"] == f"clean {steps}"
+    assert differences[HOPPER, "sppo minus dppo"] == "clean"
+    assert differences[LANDER, "mine minus sppo"] == "clean (3 versions of a script)"
+    pairs, curves = kept
+    labels = [label.get_text() for label in pairs.axes[0].get_yticklabels()]
+    assert f"dppo minus ppo, clean\n{steps}" in labels and "sppo minus dppo, clean" in labels
+    assert curves.axes[0].get_title() == f"{HOPPER}\n{steps}\nclean"
 
 
 def test_equal_scores_have_no_test():
-    assert report.welch(np.ones(3), np.ones(3)) == {}
+    def differ(a, b):
+        return report.pooled_difference([(a, b)], report.mean_and_variance)
+
+    assert np.isnan(differ(np.ones(3), np.full(3, 2.0))[1:]).all()
     with np.errstate(all="raise"):
-        assert report.welch(np.ones(3), np.array([1.0, 2.0, 3.0]))["difference"] == -1
+        assert differ(np.ones(3), np.array([1.0, 2.0, 3.0]))[0] == -1
 
 
 # ---- Figures
@@ -289,17 +494,23 @@ def test_figures_show_every_method_in_its_own_colour(tmp_path, monkeypatch):
     runs = make_grid(tmp_path / "runs")
     for method in ("sppo-p", "dppo-coef", "mine"):
         make_run(runs, method, 3)
+    make_run(runs, "yours", 3)
     write_report(runs, out=tmp_path / "out", figures=True)
     differences, plain, curves = kept
-    assert [text.get_text() for text in plain.legends[0].get_texts()] == ["DPPO", "SPPO", "mine"]
+    assert [text.get_text() for text in plain.legends[0].get_texts()] == [
+        "dppo",
+        "sppo",
+        "mine",
+        "yours",
+    ]
     legend = curves.legends[0]
     colors = {}
     for text, line in zip(legend.get_texts(), legend.get_lines()):
         colors[text.get_text()] = line.get_color()
-    variants = ["DPPO", "DPPO (value loss / k)", "SPPO", r"SPPO (without / $p_\mathrm{old}$)"]
-    assert list(colors) == [*variants, "mine"]
-    assert colors["SPPO"] == "tab:blue"
-    assert len(set(colors.values())) == 5
+    assert list(colors) == ["dppo", "dppo-coef", "sppo", "sppo-p", "mine", "yours"]
+    assert colors["sppo"] == "tab:blue"
+    assert len(set(colors.values())) == 6
+    assert len(set(report.COLORS.values())) == len(report.COLORS)
     assert [ax.get_title() for ax in curves.axes] == [f"{HOPPER}\nclean", f"{LANDER}\nclean"]
     assert [ax.get_title() for ax in differences.axes] == [HOPPER, LANDER]
     test = stats.ttest_ind(*(SCORES[HOPPER, name] for name in ("sppo", "dppo")), equal_var=False)
@@ -309,7 +520,21 @@ def test_figures_show_every_method_in_its_own_colour(tmp_path, monkeypatch):
     ends = band[band[:, 0] == 0.0012, 1]  # million steps
     assert (ends.min(), ends.max()) == pytest.approx((12 - 2 / 3**0.5, 12 + 2 / 3**0.5))
     labels = [label.get_text() for label in differences.axes[0].get_yticklabels()]
-    assert labels == ["SPPO minus DPPO, clean"]
+    assert labels == ["sppo minus dppo, clean"]
+
+
+def test_figures_have_at_most_four_panels_a_row(tmp_path, monkeypatch):
+    kept = []
+    monkeypatch.setattr(report.plt, "close", kept.append)
+    for task in "abcde":
+        for method in ("dppo", "sppo"):
+            for seed in (1, 2):
+                make_run(tmp_path / "runs", method, 9 + seed, seed, task)
+    write_report(tmp_path / "runs", out=tmp_path / "out", figures=True)
+    differences, curves = kept
+    for figure in (differences, curves):
+        assert len(figure.axes) == 5
+        assert {ax.get_gridspec().ncols for ax in figure.axes} == {4}
 
 
 def test_curves_of_chosen_methods_only_and_in_texts_for_language_models(tmp_path, monkeypatch):
@@ -322,8 +547,8 @@ def test_curves_of_chosen_methods_only_and_in_texts_for_language_models(tmp_path
         path.write_text(path.read_text().replace("sppo_continuous.py", "sppo_rlhf.py"))
     write_report(runs, out=tmp_path / "out", figures=True, compare=("sppo", "dppo"))
     _, curves = kept
-    assert [text.get_text() for text in curves.legends[0].get_texts()] == ["DPPO", "SPPO"]
-    panels = [f"{HOPPER}\nclean", f"{LANDER}\nclean", f"{HOPPER}\nGaussian noise 0.05"]
+    assert [text.get_text() for text in curves.legends[0].get_texts()] == ["dppo", "sppo"]
+    panels = [f"{HOPPER}\nclean", f"{LANDER}\nclean", f"{HOPPER}\nnormal 0.05"]
     assert [ax.get_title() for ax in curves.axes] == panels  # none that are empty
     assert curves.axes[2].get_xlabel() == "texts"
     assert curves.axes[0].get_ylabel() == "reward"
@@ -349,7 +574,10 @@ def test_a_pack_has_what_it_takes_to_repeat_a_run(grid, tmp_path):
     write_report(grid / "runs", out=tmp_path / "out", pack=tmp_path / "pack")
     packed = report.read_csv(tmp_path / "pack/runs.csv.gz").set_index("run_name")
     run = packed.loc[f"{LANDER}__sppo__none__2__abc"]
-    assert run["command"] == "sppo_continuous.py --seed 2"
+    assert [run["command"], run["started"]] == [
+        "sppo_continuous.py --seed 2",
+        "2026-01-03 12:00:00",
+    ]
     assert [run["commit"], run["script_sha256"], run["vf_coef"]] == ["12e4567", "abc", 0.5]
     assert json.loads(run["hardware"]) == ["Linux-6.1", "AVX512", None]
     assert [run["return_mean"], run["training"], run["seed"]] == [112, 56, 2]
@@ -366,6 +594,23 @@ def test_a_pack_grows_but_loses_no_runs(grid, tmp_path):
         write_report(more, out=tmp_path / "out", pack=pack)
     write_report(pack, more, out=tmp_path / "out", pack=pack)
     assert len(pd.read_csv(pack / "runs.csv.gz")) == 13
+
+
+def test_a_pack_takes_runs_of_versions_with_and_without_a_flag(tmp_path):
+    """And adds to a pack of before."""
+    old = make_run(tmp_path / "runs", "sppo", 1, seed=1)
+    pack = tmp_path / "pack"
+    write_report(old, out=tmp_path / "out", pack=pack)
+    table = pd.read_csv(pack / "runs.csv.gz").drop(columns="started")
+    table.to_csv(pack / "runs.csv.gz", index=False)
+    write_report(pack, out=tmp_path / "out", pack=tmp_path / "again")
+    new = make_run(tmp_path / "runs", "sppo", 2, seed=2, digest="def", new_flag=1)
+    page = write_report(pack, new, out=tmp_path / "out", pack=pack)
+    rows = table_after(page, "Last evaluation (seeds: 2):")
+    assert rows[1] == [f"{HOPPER} (2 versions of a script)", "1.50 ± 0.50"]
+    table = report.read_csv(pack / "runs.csv.gz").set_index("seed")
+    assert table.loc[1, ["started", "new_flag"]].isna().all()
+    assert table.loc[2, ["started", "new_flag"]].to_list() == ["2026-01-03 12:00:00", 1]
 
 
 def test_the_report_of_kept_runs_is_what_they_give(tmp_path):
@@ -396,7 +641,7 @@ def test_runs_of_a_cell_may_differ_in_where_they_ran(tmp_path):
     [
         ({"vf_coef": 0.1}, r"clean Hopper-v4 sppo: runs differ in vf_coef \(0.5, 0.1\)"),
         ({"hidden_sizes": [8]}, r"runs differ in hidden_sizes \(\[64, 64\], \[8\]\)"),
-        ({"new_flag": 1}, r"runs differ in new_flag \(nan, 1.0\)"),
+        ({"digest": "abc", "vf_coef": None}, r"runs differ in vf_coef \(0.5, nan\)"),
         ({"seed": 1}, "clean Hopper-v4 sppo: the same seed in Hopper.*abc and Hopper.*def"),
     ],
 )
@@ -454,5 +699,10 @@ def test_an_earlier_report_is_replaced_and_other_files_stay(grid, tmp_path):
     (out / "README.md").write_text("mine")
     one = make_run(tmp_path / "runs", "sppo", 1)
     write_report(one, out=out, figures=True)
-    assert sorted(path.name for path in out.iterdir()) == ["README.md", "curves.png", "report.md"]
+    assert sorted(path.name for path in out.iterdir()) == [
+        "README.md",
+        "curves.png",
+        "differences.csv",
+        "report.md",
+    ]
     assert (out / "README.md").read_text() == "mine"
