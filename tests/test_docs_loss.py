@@ -212,7 +212,7 @@ def clone(tmp_path):
     """A repository with what the notebooks need, and the front page."""
     folder = tmp_path / "clone"
     (folder / "docs").mkdir(parents=True)
-    files = "README.md pyproject.toml sa2c_continuous.py sppo_continuous.py docs/handout.md"
+    files = "README.md pyproject.toml requirements.lock sa2c_continuous.py sppo_continuous.py docs/handout.md"
     for file in [*files.split(), *(f"docs/{path.name}" for path in (NOTEBOOK, EXERCISE))]:
         shutil.copy(ROOT / file, folder / file)
     for command in ("init -q", "add .", "-c user.name=a -c user.email=a@b commit -qm all"):
@@ -261,8 +261,8 @@ def test_what_a_lecturer_hands_out_starts_and_keeps_the_front_page_back(clone, t
     shutil.unpack_archive(archive, tmp_path / "student")
     (folder,) = (tmp_path / "student").iterdir()
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    scripts = {"sa2c_continuous.py", "sppo_continuous.py", "pyproject.toml"}
-    assert files == scripts | {"docs/handout.md", "docs/symmetric_loss_exercise.ipynb"}
+    installed = {"sa2c_continuous.py", "sppo_continuous.py", "pyproject.toml", "requirements.lock"}
+    assert files == installed | {"docs/handout.md", "docs/symmetric_loss_exercise.ipynb"}
     handout = (folder / "docs/handout.md").read_text()
     assert set(re.findall(r"\]\(([^h:)]\S*)\)", handout)) == {EXERCISE.name}
     assert start(EXERCISE, folder / "docs")[0] == [f"{folder}/sppo_continuous.py"]
