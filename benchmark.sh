@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Runs the scripts of this repository over environments, methods, noise and seeds: a list of
-# commands, printed by --dry-run, that benchmarks/run.py runs several at a time.
+# commands that benchmarks/run.py runs several at a time; --dry-run prints those that are left.
+[ "${BASH_VERSION:-}" ] || { echo "benchmark.sh needs bash: run ./benchmark.sh" >&2; exit 2; }
 set -e
 CDPATH='' cd "$(dirname "${BASH_SOURCE[0]}")"
 
@@ -23,7 +24,7 @@ options
   --jobs N         runs at a time: on the CPU (default: one a core), and on each GPU (see the docs)
   --device D       of games and language models: auto, cpu or cuda; the others stay on the CPU
   --runs-dir DIR   folder of the runs (default: runs/SUITE)
-  --dry-run        print the commands, one a line, and run nothing
+  --dry-run        print the commands that are left, one a line, and run nothing
   -- FLAGS         flags for every command, for example: -- --learning-rate 0.001
 
 The same command again continues: finished runs are skipped. Then: python report.py runs/SUITE
@@ -52,7 +53,7 @@ while (($#)); do
 done
 
 add() { # SCRIPT METHOD FLAG...: prints the command of a run
-    local script=$1 method=$2 which=--env-id total=$steps own flag
+    local script=$1 method=$2 which=--env-id total=$steps own flag word escaped="'\\''"
     shift 2
     [[ $noise = none ]] || set -- "$@" --noise "$noise"
     [[ $script/$env != sa2c*/Swimmer-v4 ]] || set -- "$@" --gamma 0.9999
@@ -75,7 +76,15 @@ add() { # SCRIPT METHOD FLAG...: prints the command of a run
     set -- "$which" "$env" --seed "$seed" "$@" ${total:+--total-timesteps "$total"}
     case $suite/$total in quick/?* | sweep/?*) set -- "$@" --eval-freq $(((total + 9) / 10)) ;; esac
     set -- "$@" --exp-name "$method" --runs-dir "$runs" "${extra[@]}"
-    echo "python $script.py$(printf ' %q' "$@")"
+    local line="python $script.py"
+    for word; do # in quotes that shells and Python read: printf %q knows some that only bash does
+        if [[ ! $word || $word = *[!A-Za-z0-9_./:=,+-]* ]]; then
+            word=${word//\'/$escaped}
+            word="'$word'"
+        fi
+        line+=" $word"
+    done
+    echo "$line"
 }
 
 # k = alpha + beta |Z| is 20.5 in continuous control, 1.5 on Atari, 0.9 for imdb and toy, 0.7 for
@@ -165,6 +174,10 @@ case $suite in
     sweep) commands=$(list sweep 5 Hopper-v4 LunarLanderContinuous-v3) ;;
     *) die "$suite: no such suite; see ./benchmark.sh --help" ;;
 esac
-if [[ $dry_run ]]; then echo "$commands"; exit; fi
+if [[ $dry_run ]]; then
+    left=$(python benchmarks/run.py --runs-dir "$runs" --dry-run <<<"$commands")
+    [[ ! $left ]] || echo "$left"
+    exit
+fi
 set -- --runs-dir "$runs" ${jobs:+--jobs "$jobs" --jobs-per-gpu "$jobs"}
 exec python benchmarks/run.py "$@" <<<"$commands"

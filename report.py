@@ -132,7 +132,7 @@ def read_folders(folders: tuple[Path, ...]) -> tuple[DataFrame, DataFrame, list[
 
 def read_json(path: Path) -> dict:
     try:
-        return json.loads(path.read_text())
+        return json.loads(path.read_bytes())
     except ValueError as error:
         raise Refusal(f"{path.name}: {error}") from error
 

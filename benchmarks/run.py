@@ -20,8 +20,18 @@ from pathlib import Path
 import tyro
 from tqdm import tqdm
 
-# In a container or a job of a cluster, fewer than the machine has
-CORES = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+
+def cores(quota=Path("/sys/fs/cgroup/cpu.max")):
+    """In a container or a job of a cluster, fewer than the machine has."""
+    count = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
+    try:
+        microseconds, period = map(int, quota.read_text().split())
+    except (OSError, ValueError):  # not in a container, or "max"
+        return count
+    return max(1, min(count, microseconds // period))
+
+
+CORES = cores()
 
 
 @dataclass
@@ -29,6 +39,7 @@ class Args:
     jobs: int = CORES  # commands at a time on the CPU
     jobs_per_gpu: int | None = None  # commands at a time on each GPU; default: four games a core
     runs_dir: Path = Path("runs")  # folder of the runs, for their logs
+    dry_run: bool = False  # print the commands that are left, and run nothing
 
 
 def unfinished(commands, runs_dir):
@@ -38,9 +49,9 @@ def unfinished(commands, runs_dir):
     for path in runs_dir.glob("*/args.json"):
         summary = path.with_name("summary.json")
         try:
-            begun = json.loads(path.read_text())
+            begun = json.loads(path.read_bytes())
             if summary.exists() and "identity" in begun:  # else of old scripts
-                dict(json.loads(summary.read_text()))
+                dict(json.loads(summary.read_bytes()))
                 for process in [begun, *begun["continued"]]:
                     finished.add((begun["identity"]["script_sha256"], *process["command"]))
         except (OSError, ValueError, LookupError, TypeError) as error:
@@ -66,7 +77,7 @@ def jobs_per_gpu(commands, cores):
     most_games = 0
     for command in commands:
         script = Path(shlex.split(command)[1])
-        default = re.search(r"num_envs: int = (\d+)", script.read_text())
+        default = re.search(r"num_envs: int = (\d+)", script.read_text(encoding="utf-8"))
         if not default:
             return 1
         flag = re.search(r"--num-envs[ =](\d+)", command)
@@ -88,9 +99,12 @@ def start(command, gpu, threads, runs_dir):
 def main():
     args = tyro.cli(Args)
     signal.signal(signal.SIGTERM, signal.default_int_handler)  # as after Ctrl-C
-    (args.runs_dir / "logs").mkdir(parents=True, exist_ok=True)
     commands = [line.strip() for line in sys.stdin if line.strip()]
     left = list(unfinished(commands, args.runs_dir))
+    if args.dry_run:
+        sys.stdout.writelines(f"{command}\n" for command in left)
+        return
+    (args.runs_dir / "logs").mkdir(parents=True, exist_ok=True)
     for_gpu = [command for command in left if re.search("--device (auto|cuda)", command)]
     gpus = visible_gpus() if for_gpu else []
     if gpus:

@@ -36,9 +36,9 @@ def sh(*command, **options):
 
 
 def listed(arguments):
-    """Commands of a list, as words after `python`."""
+    """Commands of a list, as words after `python`, of a folder without runs."""
     suite, *options = shlex.split(arguments)
-    result = sh("./benchmark.sh", suite, "--dry-run", *options)
+    result = sh("./benchmark.sh", suite, "--dry-run", "--runs-dir", "none", *options)
     return [shlex.split(line)[1:] for line in result.stdout.splitlines()]
 
 
@@ -140,6 +140,15 @@ def test_shellcheck():
     assert sh("shellcheck", "benchmark.sh", ".ci/run").stdout == ""
 
 
+@pytest.mark.parametrize("shell", ["dash", "zsh"])
+def test_another_shell_says_so_in_one_sentence(shell):
+    if not shutil.which(shell):
+        pytest.skip(f"no {shell} here")
+    result = sh(shell, "benchmark.sh", "quick", "--dry-run")
+    assert (result.returncode, result.stdout) == (2, "")
+    assert result.stderr == "benchmark.sh needs bash: run ./benchmark.sh\n"
+
+
 STUB = """import json, os, sys, time
 began = time.time()
 time.sleep(0.3)
@@ -158,6 +167,15 @@ def stubs(tmp_path):
     return tmp_path
 
 
+@pytest.fixture
+def copy(stubs):
+    """A folder with benchmark.sh, too."""
+    (stubs / "benchmarks").mkdir()
+    for name in ("benchmark.sh", "benchmarks/run.py"):
+        shutil.copy(ROOT / name, stubs / name)
+    return stubs
+
+
 def run(commands, folder, *flags, **variables):
     lines = "\n".join(shlex.join(["python", *words]) for words in commands)
     env = ENVIRON | {"PYTHONPATH": str(folder)} | variables
@@ -166,6 +184,58 @@ def run(commands, folder, *flags, **variables):
 
 def records(folder):
     return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+
+
+def test_words_that_need_quotes_arrive_in_any_locale(copy):
+    """printf %q would write ü as $'\\303\\274' in a locale without UTF-8, which only bash reads."""
+    runs, name = "runs/rün it's", "a & b $HOME \\ 'c' \"d\""
+    options = ["--envs", "Hopper-v4", "--seeds", 1, "--runs-dir", runs]
+    flags = ["--", "--track-name", name, ""]
+    for locale in ("C", "C.UTF-8"):
+        where = {"cwd": copy, "env": ENVIRON | {"LC_ALL": locale}}
+        done = sh("./benchmark.sh", "evidence", *options, *flags, **where)
+        assert done.returncode == 0, done.stderr
+        line = sh("./benchmark.sh", "evidence", "--dry-run", *options, *flags, **where).stdout
+        words = sh("dash", "-c", f"printf '%s\\n' {line.splitlines()[0]}").stdout.splitlines()
+        assert words[-4:] == [runs, *flags[1:]]
+    assert os.listdir(copy / "runs") == ["rün it's"]
+    given = [argv[argv.index("--runs-dir") + 1 :] for _, _, argv, *_ in records(copy)]
+    assert given == [[runs, *flags[1:]]] * 20
+
+
+def test_a_dry_run_lists_what_is_left_and_writes_nothing(copy):
+    def dry_run():
+        options = "--envs Hopper-v4 --seeds 1 --dry-run".split()
+        done = sh("./benchmark.sh", "evidence", *options, cwd=copy)
+        assert done.returncode == 0
+        return done.stdout.splitlines()
+
+    runs = copy / "runs/evidence"
+    commands = dry_run()
+    assert len(commands) == 10 and not runs.exists()
+    begun = {"identity": {"script_sha256": hashlib.sha256(STUB.encode()).hexdigest()}}
+    for left in (commands[1:8], []):
+        for command in set(commands) - set(left):
+            begun |= {"command": shlex.split(command)[1:], "continued": []}
+            folder = runs / hashlib.sha256(command.encode()).hexdigest()
+            folder.mkdir(parents=True, exist_ok=True)
+            (folder / "args.json").write_text(json.dumps(begun))
+            (folder / "summary.json").write_text("{}")
+        assert dry_run() == left
+    assert not records(copy) and not (runs / "logs").exists()
+
+
+# A container's cpu.max, and the cores then, of eight
+QUOTAS = [(None, 8), ("max 100000", 8), ("250000 100000", 2), ("50000 100000", 1)]
+QUOTAS += [("1600000 100000", 8)]
+
+
+@pytest.mark.parametrize("quota, cores", QUOTAS)
+def test_a_containers_quota_limits_the_cores(quota, cores, tmp_path, monkeypatch):
+    monkeypatch.setattr(os, "sched_getaffinity", lambda pid: set(range(8)))
+    if quota:
+        (tmp_path / "cpu.max").write_text(quota + "\n")
+    assert benchmark_run.cores(tmp_path / "cpu.max") == cores
 
 
 VISIBLE = [("2,3", 1, "23"), ("2,3", 2, "23"), ("-1", 1, ""), (None, 1, "012")]
@@ -186,7 +256,7 @@ def test_games_go_to_gpus_and_control_to_the_cpu(visible, per_gpu, gpus, stubs):
         at_once = max(sum(b <= began < e for b, e in times) for began, _ in times)
         assert at_once <= (per_gpu if gpu else 2)
     jobs = 2 + min(5, len(gpus) * per_gpu)
-    assert {record[4] for record in found} == {str(max(1, len(os.sched_getaffinity(0)) // jobs))}
+    assert {record[4] for record in found} == {str(max(1, benchmark_run.CORES // jobs))}
 
 
 # Cores, GPUs, a list, and how many of its commands run at a time on all GPUs

@@ -3,11 +3,13 @@
 import dataclasses
 import importlib
 import json
+import os
 import re
 import runpy
 import shlex
 import shutil
 import subprocess
+import sys
 from pathlib import Path
 
 import gymnasium as gym
@@ -106,7 +108,7 @@ def test_the_functions_and_flags_that_a_page_names_exist(text):
     for other in ("benchmark.sh", "report.py", "benchmarks/gpu.py"):
         flags |= set(re.findall(r"--[a-z][a-z-]+", (ROOT / other).read_text()))
     flags |= {"--divide-by-p-old", "--no-divide-by-p-old", "--correct-flips"}  # at 8ec68c6
-    flags |= {"--gpus"}  # Slurm's
+    flags |= {"--gpus", "--requeue", "--time"}  # Slurm's
     code = re.findall(r"`[^`\n]*`", re.sub(r"(?ms)^```.*?^```", "", text))
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", " ".join(code))) <= flags
 
@@ -114,7 +116,7 @@ def test_the_functions_and_flags_that_a_page_names_exist(text):
 # ---- Commands
 
 NOT_OURS = "pip pytest cp cmp patch tensorboard git pre-commit uv diff parallel srun sbatch".split()
-NOT_OURS += "mkdir cd source if fi export for done echo split { }".split()
+NOT_OURS += "mkdir cd source if fi export for done echo mktemp find { }".split()
 
 
 def code_blocks(text, language):
@@ -125,6 +127,7 @@ def commands(text):
     """Commands, lists of words, in a page's shell blocks."""
     block = "".join(code_blocks(text, "sh")).replace("\\\n", " ")
     block = re.sub(r"\$\w+", "1", block)  # variables of Slurm
+    block = re.sub(r"\w+=\$\((.*)\)", r"\1", block)
     found = [
         shlex.split(line, comments=True)
         for line in re.split(r"\n|&&|(?m:^)(?:exec|\w+=\S*) ", block)
@@ -141,6 +144,15 @@ def parse(words):
     return SCRIPTS[name], tyro.cli(SCRIPTS[name].Args, args=arguments)
 
 
+@pytest.mark.parametrize("text", PAGES.values(), ids=PAGES)
+def test_comments_do_no_harm_in_zsh(text):
+    """Typed into it, as in macOS's terminal, # is a word: an argument, or an unknown command, whose
+    arguments must be plain."""
+    for line in "".join(code_blocks(text, "sh")).splitlines():
+        if re.search(r"(^|\s)#(\s|$)", line):
+            assert re.fullmatch(r" *# [\w ,.:+/-]+", line)
+
+
 COMMANDS = {shlex.join(words): words for text in PAGES.values() for words in commands(text)}
 
 
@@ -148,8 +160,10 @@ COMMANDS = {shlex.join(words): words for text in PAGES.values() for words in com
 def test_a_command_is_valid(words):
     if words[0] == "./benchmark.sh":
         end = next((i for i, word in enumerate(words) if word[0] in "|>"), None)
-        dry = [*words[:2], "--dry-run", *words[2:end]]
-        done = subprocess.run(dry, cwd=ROOT, capture_output=True, text=True)
+        dry = [*words[:2], "--dry-run", "--runs-dir", "none", *words[2:end]]
+        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+        env = os.environ | {"PATH": path}
+        done = subprocess.run(dry, cwd=ROOT, env=env, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert "python " in done.stdout
     elif words[0] in ("python", "accelerate", "torchrun"):
