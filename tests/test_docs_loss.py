@@ -212,7 +212,8 @@ def clone(tmp_path):
     """A repository with what the notebooks need, and the front page."""
     folder = tmp_path / "clone"
     (folder / "docs").mkdir(parents=True)
-    files = "README.md pyproject.toml requirements.lock sa2c_continuous.py sppo_continuous.py docs/handout.md"
+    files = "README.md pyproject.toml requirements.lock sa2c_continuous.py sppo_continuous.py"
+    files += " docs/handout.md"
     for file in [*files.split(), *(f"docs/{path.name}" for path in (NOTEBOOK, EXERCISE))]:
         shutil.copy(ROOT / file, folder / file)
     for command in ("init -q", "add .", "-c user.name=a -c user.email=a@b commit -qm all"):
