@@ -121,7 +121,7 @@ class Args:
     prompt_length: int = 16  # maximum tokens of a prompt (or of the first half of a text), cut left
     response_length: int = 32  # maximum tokens of a response
     top_k: int = 0  # sample among the k most likely tokens; 0: among all
-    stop_at_eos: bool = True  # the end-of-text token ends a response; else it is never sampled
+    stop_at_eos: bool = True  # end-of-text tokens end a response; else they are never sampled
     lora_r: int = 0  # rank of LoRA adapters, for policy and critic on one model; 0: no LoRA
     lora_alpha: int = 64  # LoRA's alpha: adapters are scaled by alpha / rank
     load_in_4bit: bool = False  # with LoRA: 4-bit base model (needs a GPU and bitsandbytes)
@@ -739,6 +739,7 @@ class ActorCritic(nn.Module):
         """Samples responses of at most T tokens. `uniform` (B, T), as in `sample_token`, is an
         argument so that samples do not depend on how batches are split."""
         self.activate_adapter("policy")
+        ends = torch.tensor(end_tokens(self.policy, tokenizer), device=uniform.device)
         cache = None
         new_ids, mask = prompt
         response = []
@@ -755,14 +756,22 @@ class ActorCritic(nn.Module):
             cache = output.past_key_values
             logits = float32_logits(self.policy, output.last_hidden_state[:, -1])
             if not stop_at_eos:
-                logits[:, tokenizer.eos_token_id] = -math.inf
+                logits[:, ends] = -math.inf
             new_ids = sample_token(logits, uniform[:, t : t + 1], top_k)
             new_ids = torch.where(alive, new_ids, tokenizer.pad_token_id)
             response.append(Tokens(new_ids, alive))
             mask = torch.cat([mask, alive], 1)
-            alive = alive & (new_ids != tokenizer.eos_token_id)
+            alive = alive & ~torch.isin(new_ids, ends)
             position_ids = position_ids[:, -1:] + 1
         return join(*response)
+
+
+def end_tokens(policy, tokenizer):
+    """Ids of the tokens that end a response: the tokenizer's, and those that end it in `generate`
+    of transformers, since models for chats have several."""
+    ids = np.hstack([tokenizer.eos_token_id, policy.generation_config.eos_token_id])
+    vocabulary = len(policy.get_output_embeddings().weight)
+    return [i for i in ids if i is not None and i < vocabulary]
 
 
 def add_adapters(policy, args):
@@ -905,10 +914,10 @@ def tokenize(rows, tokenizer, args):
     """Prompts, and reference completions, which are padded to `response_length`. `rows`: column ->
     texts; `prompt` and `label`, or `text`, whose first half is the prompt."""
     if "prompt" in rows:
-        prompts = tokenizer(rows["prompt"])["input_ids"]
+        prompts = without_end(tokenizer, rows["prompt"])
         completions = tokenizer(rows["label"], add_special_tokens=False)["input_ids"]
     else:
-        texts = tokenizer(rows["text"])["input_ids"]
+        texts = without_end(tokenizer, rows["text"])
         prompts = [ids[: len(ids) // 2] for ids in texts]
         completions = [ids[len(ids) // 2 :] for ids in texts]
     end = [tokenizer.eos_token_id]
@@ -920,6 +929,15 @@ def tokenize(rows, tokenizer, args):
         {"input_ids": completions}, padding="max_length", max_length=length, return_tensors="pt"
     )
     return tuple(Tokens(x["input_ids"], x["attention_mask"].bool()) for x in (left, right))
+
+
+def without_end(tokenizer, texts):
+    """Tokens of texts, without the end token that some tokenizers append to every text."""
+    encoded = tokenizer(texts, return_special_tokens_mask=True)
+    for ids, added in zip(encoded["input_ids"], encoded["special_tokens_mask"]):
+        if added[-1:] == [1] and ids[-1] == tokenizer.eos_token_id:
+            ids.pop()
+    return encoded["input_ids"]
 
 
 def cut_left(ids, length, bos):
@@ -1158,8 +1176,9 @@ def refuse_missing(names, source):
 
 
 def check_models(args):
-    """Refuses models that lack weights, before a folder is made. Makes those of the toy. Notes the
-    targets of LoRA. On the device "meta" weights have names, but no memory."""
+    """Refuses models that lack weights or cannot read the data, before a folder is made. Makes
+    those of the toy. Notes the targets of LoRA. On the device "meta" weights have names, but no
+    memory."""
     if args.dataset == Args.dataset:
         with FileLock(f"{TOY}.lock"):  # other processes wait, and then find it
             make_toy(Path(TOY))
@@ -1169,10 +1188,15 @@ def check_models(args):
         weights = [name for name, _ in policy.named_parameters() if "lora_A.policy" in name]
         layers = {re.sub(r"\.\d+\.", ".*.", name.partition(".lora_A")[0]) for name in weights}
         args.lora_targets = tuple(sorted(layers))
+    rows = load_data(args)[1][:]
+    texts = rows["prompt"] + rows["label"] if "prompt" in rows else rows["text"]
+    check_tokenizer(args.tokenizer or args.policy_model, texts)
     for name in args.reward_model + args.eval_reward_model:
         if ".py:" in name:
             continue
-        is_unbounded = load_classifier(name, "meta", torch.float32).config.num_labels == 1
+        config = load_classifier(name, "meta", torch.float32).config
+        check_tokenizer(config.name_or_path, texts)
+        is_unbounded = config.num_labels == 1
         if args.noise == "flip" and is_unbounded and name in args.reward_model:
             sys.exit(f"error: {name} has one unbounded output, of which 1 - r, flip, is no noise")
 
@@ -1184,9 +1208,19 @@ def load_tokenizer(name):
         TOKENIZERS.get(name, name), truncation_side="left", padding_side="right"
     )
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    if not tokenizer.tokenize("word"):  # what AutoTokenizer makes for a folder without one
-        raise ValueError(f"{name} has no tokenizer; for a policy, give one with --tokenizer")
     return tokenizer
+
+
+def check_tokenizer(name, texts):
+    """Refuses a tokenizer to which `texts` are unknown, such as the empty one that AutoTokenizer
+    makes for a folder without its files."""
+    tokenizer = load_tokenizer(name)
+    known = tokenizer.batch_decode(tokenizer(texts)["input_ids"], skip_special_tokens=True)
+    if not "".join(known).strip():
+        sys.exit(
+            f"error: {name} has no tokenizer, or one that knows nothing of the data; for a policy, "
+            "--tokenizer names another"
+        )
 
 
 def load_data(args):

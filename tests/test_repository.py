@@ -169,7 +169,7 @@ def test_a_diff_of_the_pair_is_short(pair, limit):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_script_is_short_and_the_algorithm_comes_first(script):
     lines = source(script).splitlines()
-    assert len(lines) <= (830 if script in CONTROL else 1500)
+    assert len(lines) <= (830 if script in CONTROL else 1550)
     assert max(map(len, lines)) <= 100
     order = list(definitions(script))
     for name in ("perturb_reward", "symmetric_policy_losses", "train"):

@@ -20,6 +20,7 @@ import numpy as np
 import peft
 import pytest
 import safetensors.torch
+import tokenizers
 import torch
 import transformers
 from accelerate import Accelerator
@@ -276,7 +277,7 @@ def test_a_rollout_samples_token_by_token(models, top_k):
         for t in range(6):
             logits = plain(text[None]).logits[0, -1]
             allowed = logits.clone()
-            allowed[eos] = -torch.inf
+            allowed[[eos, plain.generation_config.eos_token_id]] = -torch.inf
             token = rlhf.sample_token(allowed[None], uniform[row, t].view(1, 1), top_k)[0]
             assert rollout.response.ids[row, t] == token
             expected = logits.log_softmax(-1)[token]  # of all tokens, not only of the likeliest k
@@ -301,6 +302,30 @@ def test_a_response_ends_with_its_end_of_text(models):
         assert sampled == [True] * length + [False] * (20 - length)
         assert tokens[length:] == [1] * (20 - length)
     assert len(lengths) > 1
+
+
+@pytest.mark.parametrize("others", [None, 7, "list"])
+def test_all_end_tokens_of_the_policy_end_a_response(models, others):
+    """As in transformers' own `generate`; one of them is out of the vocabulary. Without
+    --stop-at-eos none of them is sampled."""
+    actor = actor_critic(models["gpt2"])
+    prompts, _, _ = ragged(lengths=((3, 0), (7, 0)) * 4, tokens=0)
+    uniform = torch.rand(8, 20, generator=torch.Generator().manual_seed(1))
+    actor.policy.generation_config.eos_token_id = None
+    endless = collect(actor, prompts, uniform, 0, 50, True).response.ids
+    common = endless.flatten().bincount().argsort(descending=True)[:3].tolist()
+    eos = common[0]
+    ends = {None: [eos], 7: [eos, common[1]], "list": [eos, *common[1:], 10**6]}[others]
+    config = {None: None, 7: common[1], "list": ends[1:]}[others]
+    actor.policy.generation_config.eos_token_id = config
+    rollout = collect(actor, prompts, uniform, 0, eos, True)
+    for tokens, mask, free in zip(*rollout.response, endless):
+        first = next((i + 1 for i, token in enumerate(free) if token in ends), 20)
+        assert mask.sum() == first
+        assert torch.equal(tokens[:first], free[:first])
+    unending = collect(actor, prompts, uniform, 0, eos, False).response
+    assert unending.mask.all()
+    assert not np.isin(unending.ids, ends).any()
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
@@ -394,6 +419,49 @@ def test_models_that_do_not_fit_are_refused_before_a_folder_is_made(
     call_main(monkeypatch, *words, "--batch-size", 4, "--runs-dir", tmp_path / "runs")
 
 
+@pytest.mark.parametrize("kind", ["Bert", "T5", "GPT2"])
+def test_a_tokenizer_that_knows_nothing_of_the_data_is_refused(
+    toy, models, tmp_path, monkeypatch, kind
+):
+    """AutoTokenizer makes one for a folder without its files: with it every text is [UNK], "▁ <unk>
+    ▁ <unk>", or nothing. Of a policy and of each reward model, before a folder is made."""
+    monkeypatch.chdir(toy.parent.parent)
+    policy, reward = tmp_path / "policy", tmp_path / "reward"
+    shutil.copytree(models["gpt2"], policy, ignore=shutil.ignore_patterns("tokenizer*"))
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = getattr(transformers, f"{kind}Config")(vocab_size=300, pad_token_id=0, **shape)
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(reward)
+    refusals = [["--eval-reward-model", reward], ["--reward-model", f"{rlhf.TOY}/reward", reward]]
+    if kind == "GPT2":
+        refusals += [["--policy-model", policy]]
+    for words in refusals:
+        message = f"^error: {words[-1]} has no tokenizer, or one that knows nothing of the data"
+        with pytest.raises(SystemExit, match=message):
+            call_main(monkeypatch, *words, "--runs-dir", tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+
+
+def test_a_tokenizer_of_digits_is_a_tokenizer(toy, tmp_path, monkeypatch):
+    """It is refused where the data have none."""
+    monkeypatch.chdir(toy.parent.parent)
+    policy = tmp_path / "policy"
+    make_policy("Llama", policy, toy)
+    digits = {"[UNK]": 0, "[PAD]": 1} | {str(digit): 2 + digit for digit in range(10)}
+    words_ = tokenizers.Tokenizer(tokenizers.models.WordLevel(digits, unk_token="[UNK]"))
+    words_.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
+    special = {"unk_token": "[UNK]", "pad_token": "[PAD]", "eos_token": "[UNK]"}
+    transformers.PreTrainedTokenizerFast(tokenizer_object=words_, **special).save_pretrained(policy)
+    path = tmp_path / "sums.jsonl"
+    rows = [{"prompt": f"{i % 10} + 2 =", "label": str((i + 2) % 10)} for i in range(40)]
+    datasets.Dataset.from_list(rows).to_json(path)
+    words = ["--policy-model", policy, "--reward-model", f"{__file__}:text_lengths"]
+    words += ["--total-timesteps", 4, "--batch-size", 4, "--eval-episodes", 4]
+    with pytest.raises(SystemExit, match="knows nothing of the data"):
+        call_main(monkeypatch, *words, "--runs-dir", tmp_path / "runs")
+    assert not (tmp_path / "runs").exists()
+    call_main(monkeypatch, *words, "--dataset", path, "--runs-dir", tmp_path / "runs")
+
+
 @pytest.mark.parametrize(("kind", "flags"), {
     "Granite": {"logits_scaling": 8},
     "Mistral": {"sliding_window": 4},
@@ -460,6 +528,29 @@ def test_a_start_token_stays_and_stays_the_only_one(toy):
     texts = rlhf.tokenize({"text": prompts[:2]}, tokenizer, replace(args, prompt_length=40))
     for ids, mask in zip(*rlhf.join(*texts)):
         assert ids[mask].tolist() == [bos, *plain, tokenizer.eos_token_id]
+
+
+@pytest.mark.parametrize("template", ["$A <|endoftext|>", "<|endoftext|> $A <|endoftext|>"])
+def test_an_end_token_that_the_tokenizer_appends_does_not_end_a_prompt(toy, template):
+    """One that the text itself has, as after a turn of a chat, stays, and so does a start token
+    that is the same."""
+    tokenizer = AutoTokenizer.from_pretrained(toy / "policy")
+    end = tokenizer.eos_token_id
+    text = "the plot was superb and the cast was dull ."
+    plain = tokenizer(text)["input_ids"]
+    start = [end] if template.startswith("<") else []
+    tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
+        single=template, special_tokens=[("<|endoftext|>", end)]
+    )
+    assert tokenizer(text)["input_ids"] == [*start, *plain, end]
+    args = rlhf.Args(prompt_length=40, response_length=40)
+    rows = {"prompt": [text, f"{text}<|endoftext|>", ""], "label": [text] * 3}
+    prompt, completion = rlhf.tokenize(rows, tokenizer, args)
+    kept = [ids[mask].tolist() for ids, mask in zip(*prompt)]
+    assert kept == [[*start, *plain], [*start, *plain, end], [end]]
+    assert completion.ids[completion.mask].tolist() == [*plain, end] * 3
+    (ids,), (mask,) = rlhf.join(*rlhf.tokenize({"text": [text]}, tokenizer, args))
+    assert ids[mask].tolist() == [*start, *plain, end]
 
 
 # Reward models
