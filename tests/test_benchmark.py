@@ -7,6 +7,7 @@ import re
 import shlex
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -400,34 +401,104 @@ def test_a_suite_killed_three_times_continues_and_has_then_nothing_to_do(tmp_pat
     assert starts == [log.read_text().count("$ ") for log in tmp_path.glob("logs/*.log")]
 
 
-@pytest.mark.skipif(not shutil.which("slurmctld"), reason="no Slurm here: apt install slurm-wlm")
-@pytest.mark.slow
-def test_the_documented_lines_run_on_slurm_and_survive_a_requeue(tmp_path, monkeypatch):
-    """On one node, whose arrays are too short for all runs at once."""
-    monkeypatch.setitem(ENVIRON, "SLURM_CONF", str(tmp_path / "slurm.conf"))
-    runs = tmp_path / "runs"
+def documented(heading, *changes):
+    """Lines of docs/benchmark.md."""
     page = (ROOT / "docs/benchmark.md").read_text()
-    lines = re.search(r"With Slurm.*?```sh\n(.*?)```", page, re.DOTALL)[1]
-    lines = lines.replace("continuous --dry-run", f"{TINY} {runs} --dry-run {FLAGS}")
-    lines = lines.replace("runs/continuous", str(runs)).replace("-l 1000", "-l 6")
+    lines = re.search(rf"With {heading}.*?```sh\n(.*?)```", page, re.DOTALL)[1]
+    for before, after in changes:
+        assert before in lines
+        lines = lines.replace(before, after)
+    return lines
+
+
+@pytest.mark.skipif(not shutil.which("parallel"), reason="no GNU parallel here")
+def test_the_documented_line_runs_in_gnu_parallel(copy):
+    """Through a pretended ssh, whose shells know no virtual environment."""
+    bare = "env -i HOME=/tmp USER=me SHELL=/bin/bash PATH=/usr/bin:/bin bash -c"
+    (copy / "ssh").write_text(f'#!/bin/sh\nshift\n[ "$1" != -- ] || shift\nexec {bare} "$*"\n')
+    (copy / "ssh").chmod(0o755)
+    env = ENVIRON | {"PARALLEL_SSH": f"{copy}/ssh", "PARALLEL_HOME": str(copy / "home")}
+    suite = "evidence --envs Pong --seeds 1"
+    done = sh("bash", "-c", documented("GNU parallel", ("continuous", suite)), cwd=copy, env=env)
+    assert done.returncode == 0, done.stderr
+    expected = listed(f"{suite} --runs-dir runs/evidence")
+    assert sorted(record[2] for record in records(copy)) == sorted(expected)
+
+
+@pytest.fixture
+def slurm(tmp_path, monkeypatch):
+    """One node, whose arrays are short. Returns a function that submits the documented lines, with
+    changes, and returns the number of arrays."""
+    monkeypatch.setitem(ENVIRON, "SLURM_CONF", str(tmp_path / "slurm.conf"))
     host, user = sh("bash", "-c", "hostname -s; id -un").stdout.split()
     conf = (ROOT / "tests/slurm.conf").read_text()
-    (tmp_path / "slurm.conf").write_text(conf.format(host=host, user=user, folder=tmp_path))
+    with socket.create_server(("", 0)) as one, socket.create_server(("", 0)) as two:  # free ports
+        ports = {"controller": one.getsockname()[1], "node": two.getsockname()[1]}
+    conf = conf.format(host=host, user=user, folder=tmp_path, **ports)
+    (tmp_path / "slurm.conf").write_text(conf)
     (tmp_path / "state").mkdir()
     (tmp_path / "spool").mkdir()
     quiet = {"env": ENVIRON, "stdout": subprocess.DEVNULL, "stderr": subprocess.DEVNULL}
     daemons = [subprocess.Popen([name, "-D"], **quiet) for name in ("slurmctld", "slurmd")]
+
+    def submit(*changes, cwd=ROOT):
+        lines = documented("Slurm", ("-l 1000", "-l 6"), *changes)
+        done = sh("bash", "-euo", "pipefail", "-c", lines, cwd=cwd)
+        assert done.returncode == 0 and not done.stderr, done.stderr
+        return done.stdout.count("Submitted batch job")
+
     try:
         wait_for(lambda: "idle" in sh("sinfo").stdout)
-        assert sh("bash", "-euc", lines).stdout.count("Submitted batch job") == 2
-        wait_for(lambda: unfinished(runs))
-        for job in sh("squeue", "-h", "-t", "R", "-o", "%i").stdout.split():
-            sh("scontrol", "requeue", job)
-        wait_for(lambda: not sh("squeue", "-h").stdout)
+        yield submit
     finally:
+        sh("scancel", "--user", user)
+        wait_for(lambda: not sh("squeue", "-h").stdout)
         for daemon in daemons:
             daemon.terminate()
             daemon.wait()
-    assert len(list(runs.glob("logs/*.log"))) == len(summaries(runs)) == 10
+
+
+@pytest.mark.skipif(not shutil.which("slurmctld"), reason="no Slurm here: apt install slurm-wlm")
+@pytest.mark.slow
+def test_the_documented_lines_run_on_slurm_whatever_happens(slurm, copy, tmp_path):
+    def running():
+        return set(sh("pgrep", "-f", f"runs-dir {runs}").stdout.split())
+
+    # Two lists for the same runs wait, the second with fewer seeds: each run starts once
+    expected = []
+    for options, arrays in (("--envs Pong --seeds 2", 2), ("--envs Qbert --seeds 1", 1)):
+        command = f"evidence {options} --runs-dir runs/continuous"
+        held = [("continuous --dry-run", f"{command} --dry-run"), ("--requeue", "--requeue --hold")]
+        assert slurm(*held, cwd=copy) == arrays
+        expected += listed(command)
+    for job in set(sh("squeue", "-h", "-o", "%F").stdout.split()):
+        sh("scontrol", "release", job)
+    wait_for(lambda: not sh("squeue", "-h").stdout)
+    assert sorted(record[2] for record in records(copy)) == sorted(expected)
+
+    # Five runs are requeued, one hangs until its time is over: the same lines run what is left
+    runs = tmp_path / "real"
+    noisy = f"{TINY} {runs} --dry-run {FLAGS} | sed -n /--noise/p"
+    real = [("continuous --dry-run", noisy), ("runs/continuous", str(runs))]
+    assert slurm(*real) == 1
+    wait_for(lambda: unfinished(runs))
+    requeued = running()
+    for job in sh("squeue", "-h", "-t", "R", "-o", "%i").stdout.split():
+        sh("scontrol", "requeue", job)
+    wait_for(lambda: running() - requeued)
+    hung = min(running() - requeued)
+    os.kill(int(hung), signal.SIGSTOP)
+    job = re.search(rb"SLURM_JOB_ID=(\d+)", Path(f"/proc/{hung}/environ").read_bytes())[1].decode()
+    assert sh("scontrol", "update", f"JobId={job}", "TimeLimit=1").returncode == 0
+    wait_for(lambda: not sh("squeue", "-h").stdout)
+    logs = [log.read_text() for log in runs.glob("logs/*.log")]
+    assert len(logs) == 5 and sum("DUE TO TIME LIMIT" in log for log in logs) == 1
+    done = summaries(runs)
+    assert len(done) == 4
+    assert slurm(*real) == 1
+    wait_for(lambda: not sh("squeue", "-h").stdout)
+    assert len(summaries(runs)) == 5 and done.items() <= summaries(runs).items()
+    assert len(list(runs.glob("logs/*.log"))) == 6
     begun = [json.loads(path.read_text()) for path in runs.glob("*/args.json")]
     assert any(run["continued"] for run in begun)
+    assert slurm(*real) == 0
