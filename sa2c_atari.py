@@ -764,11 +764,15 @@ def main():
         return
     args.run_dir.mkdir(parents=True, exist_ok=True)
     try:
-        with FileLock(args.run_dir / "lock", blocking=False):
-            if begin(args):
-                train(args)
+        lock = FileLock(args.run_dir / "lock", blocking=False).acquire()
     except Timeout:
         sys.exit(f"error: another process is at work on this run, or delete {args.run_dir}/lock")
+    except OSError as error:
+        sys.exit(f"error: cannot lock {args.run_dir} ({error.strerror}); use another --runs-dir")
+    try:
+        with lock:
+            if begin(args):
+                train(args)
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command continues")
     summary = json.loads((args.run_dir / "summary.json").read_text())

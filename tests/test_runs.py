@@ -2,6 +2,8 @@
 
 import csv
 import dataclasses
+import errno
+import fcntl
 import json
 import os
 import shutil
@@ -377,6 +379,18 @@ def test_a_run_has_one_process_at_a_time(setting, launch, tmp_path, monkeypatch)
     assert files(folder) == before
     (folder / "lock").write_text("")  # as a killed process leaves it
     assert launch(**EACH)[0] == 0
+
+
+@of_each
+@pytest.mark.parametrize("kind", [errno.ENOLCK, errno.EOPNOTSUPP, errno.EIO])
+def test_a_folder_that_has_no_locks(setting, kind, launch, tmp_path, monkeypatch):
+    def flock(file, operation):
+        raise OSError(kind, os.strerror(kind))
+
+    monkeypatch.setattr(fcntl, "flock", flock)
+    end, _, _ = launch()
+    folder = tmp_path / "run"
+    assert end == f"error: cannot lock {folder} ({os.strerror(kind)}); use another --runs-dir"
 
 
 BAD = [
