@@ -4,7 +4,8 @@
     python docs/figures.py --out FOLDER
     MUJOCO_GL=egl python docs/figures.py --agents runs/hopper runs/lander runs/breakout
 
-The last makes agents.gif of the agents at play that these commands trained, at fdbdd6e:
+The last makes agents.gif of the agents at play that these commands trained, at fdbdd6e
+(Breakout) and beed2a4:
 
     python sppo_continuous.py --seed 10007 --total-timesteps 500000 --run-name hopper
     python sppo_continuous.py --env-id LunarLanderContinuous-v3 --total-timesteps 500000 \
@@ -223,8 +224,8 @@ def copy_same_run(folder):
 
 
 def play(run):
-    """Square pictures, FRAMES_PER_SECOND, of the end of an episode that the agent of a run of
-    sppo_continuous.py or sa2c_atari.py plays."""
+    """Square pictures, FRAMES_PER_SECOND, of SECONDS that the agent of a run of sppo_continuous.py
+    or sa2c_atari.py plays: the last ones of an episode's first 600 steps."""
     begun = json.loads((run / "args.json").read_text())
     if begun["script"] == "sa2c_atari.py":
         return play_game(run, sa2c_atari.Args(**begun["args"]))
@@ -243,7 +244,7 @@ def play(run):
     obs, _ = env.reset(seed=EPISODE)
     step = 0
     ended = False
-    while not ended:
+    while not ended and step < 600:  # later, Hopper leaves the floor
         if step % every == 0:
             picture = Image.fromarray(env.render())
             margin = (picture.width - picture.height) // 2
@@ -302,7 +303,7 @@ def draw_agents(runs, folder):
         page = Image.new("RGB", (len(runs) * (SIDE + GAP) - GAP, SIDE), "white")
         for i, picture in enumerate(pictures):
             page.paste(picture, (i * (SIDE + GAP), 0))
-        pages.append(page.quantize(96, dither=Image.Dither.NONE))
+        pages.append(page.quantize(128, Image.Quantize.MAXCOVERAGE, dither=Image.Dither.NONE))
     path = folder / "agents.gif"
     duration = 1000 // FRAMES_PER_SECOND
     pages[0].save(path, save_all=True, append_images=pages[1:], duration=duration, loop=0)
