@@ -33,14 +33,15 @@ except ImportError as error:
 plt.switch_backend("agg")
 
 HOW_TO_READ = """\
-"Last evaluation" is its mean return, "training" the mean return of the last training episodes.
-Intervals are 95 %: how other seeds on the same tasks might come out. A cell is a method, a task and
-a kind of reward. A difference in percent is the ratio of two methods' means, averaged over cells as
-a logarithm, so that A against B and B against A agree; its interval is Welch's. On tasks where any
-run had a return of 0 or less it is in points, since percentages would mean nothing. The probability
-that a run of the first beats one of the second is Mann-Whitney's U over n m (ties count half), also
-averaged over cells; its interval, and that of an interquartile mean, is from the bootstrap, which
-draws the runs of each cell with replacement, one fewer than there are."""
+"Last evaluation" is its mean return, "training" that of the last 100 training episodes, averaged
+since the evaluation before: it is about learning speed, too. Intervals are 95 %: how other seeds on
+the same tasks might come out. A cell is a method, a task and a kind of reward. A difference in
+percent is the ratio of two methods' means, averaged over cells as a logarithm, so that A against B
+and B against A agree; its interval is Welch's. On tasks where any run had a return of 0 or less it
+is in points, since percentages would mean nothing. The probability that a run of the first beats
+one of the second is Mann-Whitney's U over n m (ties count half), also averaged over cells; its
+interval, and that of an interquartile mean, is from the bootstrap, which draws the runs of each
+cell with replacement, one fewer than there are."""
 
 MEASURES = {  # columns of runs
     "return_mean": "last evaluation",

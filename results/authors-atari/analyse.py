@@ -25,6 +25,7 @@ STEPS = {  # weights of the methods' means
 QUOTED = 103588 / 86764  # SPPO's mean over PPO's in the review 9oq0iY2Jxx on OpenReview
 MEASURES = {
     "training": "training",
+    "last5": "last five evaluations",
     "return_mean": "last evaluation",
 }
 
@@ -32,6 +33,9 @@ MEASURES = {
 def relative_scores(measure):
     """Scores (seeds x methods), relative to PPO's mean without normalisation."""
     runs = pd.read_csv(HERE / "runs.csv.gz").query("finished")
+    progress = pd.read_csv(HERE / "progress.csv.gz")
+    evaluations = progress.groupby("run_name")["return_mean"]
+    runs["last5"] = runs["run_name"].map(evaluations.mean())  # of five, which are all there are
     table = runs.pivot(index="seed", columns="exp_name", values=measure)
     return table / table["ppo-authors"].mean()
 
@@ -60,11 +64,14 @@ def print_measures():
 
 
 def print_power():
-    """Differences in training that are detected with 80 % power, by t."""
-    scores = relative_scores("training")
-    for name, weights in STEPS.items():
-        _, error, freedom = contrast(scores, weights)
-        print(f"{name} detects {error * stats.t.ppf([0.975, 0.8], freedom).sum():.2f}")
+    """p, and what is detected with 80 % power, by t."""
+    for measure, title in MEASURES.items():
+        scores = relative_scores(measure)
+        for name, weights in STEPS.items():
+            value, error, freedom = contrast(scores, weights)
+            p = 2 * stats.t.sf(abs(value) / error, freedom)
+            detected = error * stats.t.ppf([0.975, 0.8], freedom).sum()
+            print(f"{title}, {name}: p {p:.3f}, detects {detected:.2f}")
 
 
 def draw():

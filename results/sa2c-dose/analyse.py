@@ -68,12 +68,25 @@ def print_measures():
     rows = {
         "training, all three tasks": effects("training"),
         "training, without InvertedDoublePendulum": effects("training", slice(0, 2)),
-        "last five evaluations": effects("last5"),
-        "training, relative to the same rewards": effects("training", same_rewards=True),
     }
+    for i, task in enumerate(FLOOR):
+        rows[f"training, {task.partition('-')[0]}"] = effects("training", slice(i, i + 1))
+    rows["last five evaluations"] = effects("last5")
+    rows["last evaluation"] = effects("return_mean")
+    rows["training, relative to the same rewards"] = effects("training", same_rewards=True)
     print(f"| | {' | '.join(effects('training'))} |\n|{'---|' * 6}")
     for name, found in rows.items():
         print(f"| {name} | {' | '.join(estimate(*values) for values in found.values())} |")
+
+
+def print_doses():
+    """Differences from beta 0 of each other beta, averaged over the tasks."""
+    print(f"\n| beta | {' | '.join(REWARDS.values())} |\n|{'---|' * 4}")
+    for i, beta in enumerate(BETAS[1:], start=1):
+        cells = []
+        for scores in relative_scores("return_mean").mean(axis=0):
+            cells.append(estimate(*paired(scores[i] - scores[0])))
+        print(f"| {beta:g} | {' | '.join(cells)} |")
 
 
 def print_power():
@@ -121,6 +134,7 @@ def draw():
 if __name__ == "__main__":
     plt.switch_backend("agg")
     print_measures()
+    print_doses()
     print_power()
     print_smallest_dose()
     draw()
