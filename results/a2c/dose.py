@@ -139,7 +139,7 @@ def draw():
         ax.set_xticks(DOSES, [f"{beta:g}" for beta in BETAS])
         ax.set_title(title)
         ax.set_xlabel("beta (alpha 0.5)")
-    axes[0].set_ylabel("training score relative\nto clean A2C on bins")
+    axes[0].set_ylabel("training score relative\nto clean DA2C")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=3)
     figure.savefig(HERE / "dose.png", dpi=170)
