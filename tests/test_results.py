@@ -236,6 +236,7 @@ def test_how_far_rounding_parts_two_runs_of_one_algorithm():
         ("control/k", "print_measures"),
         ("a2c/dose", "print_measures"),
         ("a2c/dose", "print_doses"),
+        ("a2c/dose", "print_interactions"),
         ("atari/crazyclimber", "print_measures"),
     ],
 )
@@ -396,3 +397,29 @@ def test_the_page_shows_a_random_agents_score(game, digits):
     score = report.read_csv(ROOT / "results/atari/random.csv").query("game == @game")["score"]
     shown = f"{score.mean():,.{digits}f} ± {score.sem():.{digits}f}"
     assert shown in PAGES["results/atari/README.md"]
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "methods", "shown"),
+    [
+        ("atari/breakout", ("clean", "last evaluation"), "sppo minus ppo", "(corrected p = 0.08)"),
+        ("atari/epsilon", ("clean", "training"), "sa2c minus a2c", "(corrected p = 0.12)"),
+        ("text/imdb-k20.5", ("flip 0.2", "last evaluation"), "sppo-eps minus ppo-eps", "p = 0.28)"),
+        (
+            "text/imdb-k20.5",
+            ("flip 0.2", "last evaluation"),
+            "ppo-ce-eps minus ppo-eps",
+            "corrected p = 0.045)",
+        ),
+    ],
+)
+def test_corrected_p_is_over_all_differences_of_a_suite(name, place, methods, shown):
+    """Between two methods, in all measures."""
+    runs = report.label_runs(*report.read_folders((pack(name),))[:2], ())
+    a, _, b = methods.partition(" minus ")
+    differences = report.make_differences(runs, [(a, b)])
+    differences["corrected"] = stats.false_discovery_control(differences["p"])
+    found = differences.set_index(["reward", "measure", "methods"]).loc[(*place, methods)]
+    digits = len(shown.partition(".")[2]) - 1
+    assert shown.endswith(f"p = {found['corrected']:.{digits}f})")
+    assert shown in PAGES[f"results/{name.partition('/')[0]}/README.md"]

@@ -24,6 +24,8 @@ from common import (
     short,
 )
 
+from report import log_mean_and_variance, pooled_difference
+
 HERE = Path(__file__).parent
 TASKS = ["Hopper-v4", "HalfCheetah-v4", "InvertedDoublePendulum-v4"]
 REWARDS = {"none": "clean", "normal": "noisy rewards", "adv_flip": "flipped advantages"}
@@ -103,6 +105,18 @@ def print_percent():
     print_table(rows, "beta 20 to 0", *REWARDS.values())
 
 
+def print_interactions():
+    """Of the same log ratios in training: noise minus clean."""
+    scores = scores_above("training")
+    clean = list(zip(scores[:, 0, 0], scores[:, 0, -1]))  # beta 0 to 20: its negative
+    texts = []
+    for noise in (1, 2):
+        noisy = list(zip(scores[:, noise, -1], scores[:, noise, 0]))
+        half_sum = pooled_difference(noisy + clean, log_mean_and_variance)
+        texts.append(estimate(*np.multiply(2, half_sum[:3])))
+    print("noisy minus clean is {}, flipped minus clean {}".format(*texts))
+
+
 def print_power():
     """What the slopes and interactions detect."""
     freedom = scores_above("training").shape[-1] - 1
@@ -150,6 +164,7 @@ if __name__ == "__main__":
     print_measures()
     print_doses()
     print_percent()
+    print_interactions()
     print_power()
     print_smallest_dose()
     draw()

@@ -101,7 +101,9 @@ def draw():
     ax.plot(x, scores.T, "o", color="tab:blue", alpha=0.4)
     half = scores.sem() * stats.t.ppf(0.975, len(scores) - 1)
     ax.errorbar(x, scores.mean(), half, marker="s", color="tab:blue", label="here")
-    ax.errorbar(2, ratio, error, fmt="kx", markersize=9, zorder=3, label="the paper's, from a review")
+    ax.errorbar(
+        2, ratio, error, fmt="kx", markersize=9, zorder=3, label="the paper's, from a review"
+    )
     ax.set_xticks(x, METHODS.values())
     ax.set_ylabel("mean of five evaluations,\nrelative to PPO, not normalised")
     ax.legend()
