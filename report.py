@@ -1,9 +1,8 @@
 """Turns runs into tables, statistics and figures, in the folder report/.
 
     python report.py runs/quick                        # all runs in a folder
-    python report.py runs/quick --compare sppo dppo    # chosen pairs
-    python report.py runs/quick --pack results/quick   # pack them, for git
-    python report.py results/quick                     # packed runs
+    python report.py runs/quick --pack packed/quick    # pack them, for git
+    python report.py packed/quick --compare sppo dppo # packed runs; chosen pairs
 
 A cell is a method (`--exp-name`) on one task with one kind of reward: clean, or a kind and level of
 noise. Its runs may differ in seed and in where and how fast they ran. Packed runs are two files:
@@ -213,13 +212,10 @@ def pack(runs: DataFrame, progress: DataFrame, place: Path) -> None:
     first = ["run_name", "exp_name", "script", "env_id", "noise", "noise_level", "seed", *SCORES]
     settings = runs.columns.difference([*first, *PROVENANCE], sort=False)
     logged = progress.columns.difference(EVALUATION, sort=False)
-    tables = {
-        packed: runs.reindex(columns=[*first, *settings, *PROVENANCE]),
-        evaluations: progress[[*EVALUATION, *logged]],
-    }
     options = {"index": False, "compression": {"method": "gzip", "mtime": 0}}
-    for file, table in tables.items():
-        table.to_csv(file, **options)
+    table = runs.reindex(columns=[*first, *settings, *PROVENANCE])
+    table.to_csv(packed, **options)
+    progress[[*EVALUATION, *logged]].to_csv(evaluations, **options)
 
 
 # ---- What is compared
