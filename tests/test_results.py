@@ -165,7 +165,7 @@ def test_pooled_percentages_are_those_of_the_report():
         ("control/k", 3),
         ("a2c/dose", 3),
         ("atari/crazyclimber", 3),
-        ("robustness/noise", 2),
+        ("robustness/noise", 3),
         ("robustness/sweep", 1),
     ],
 )
