@@ -154,7 +154,7 @@ def test_pooled_percentages_are_those_of_the_report():
     control, _, rest = PAGES["results/control/README.md"].partition("\n## The ends of k\n")
     assert "\n## Predictions\n" in rest
     shown = percentages(PAGES["README.md"] + PAGES["docs/reproduction.md"] + control)
-    assert len(shown) == 7
+    assert len(shown) == 8
     for numbers in shown:
         assert "{:+}% ({:+}% to {:+}%)".format(*numbers) in pooled
 
