@@ -1,12 +1,13 @@
 """Turns runs into tables, statistics and figures, in the folder report/.
 
-    python report.py runs/quick                                      # all runs in a folder
-    python report.py results/evidence --compare sppo dppo ppo dppo   # packed runs; chosen pairs
-    python report.py runs/quick --pack results/quick                 # pack them, for git
+    python report.py runs/quick                        # all runs in a folder
+    python report.py runs/quick --pack packed/quick    # pack them, for git
+    python report.py packed/quick --compare sppo dppo # packed runs; chosen pairs
 
 A cell is a method (`--exp-name`) on one task with one kind of reward: clean, or a kind and level of
 noise. Its runs may differ in seed and in where and how fast they ran. Packed runs are two files:
-runs.csv.gz, a row for each run, and progress.csv.gz, a row for each evaluation."""
+runs.csv.gz, a row for each run, and progress.csv.gz, a row for each evaluation. Several packs in a
+folder are named by a prefix: give NAME-runs.csv.gz, beside which is NAME-progress.csv.gz."""
 
 import json
 import math
@@ -33,14 +34,15 @@ except ImportError as error:
 plt.switch_backend("agg")
 
 HOW_TO_READ = """\
-"Last evaluation" is its mean return, "training" the mean return of the last training episodes.
-Intervals are 95 %: how other seeds on the same tasks might come out. A cell is a method, a task and
-a kind of reward. A difference in percent is the ratio of two methods' means, averaged over cells as
-a logarithm, so that A against B and B against A agree; its interval is Welch's. On tasks where any
-run had a return of 0 or less it is in points, since percentages would mean nothing. The probability
-that a run of the first beats one of the second is Mann-Whitney's U over n m (ties count half), also
-averaged over cells; its interval, and that of an interquartile mean, is from the bootstrap, which
-draws the runs of each cell with replacement, one fewer than there are."""
+"Last evaluation" is its mean return, "training" that of the last 100 training episodes, averaged
+since the evaluation before: it is about learning speed, too. Intervals are 95 %: how other seeds on
+the same tasks might come out. A cell is a method, a task and a kind of reward. A difference in
+percent is the ratio of two methods' means, averaged over cells as a logarithm, so that A against B
+and B against A agree; its interval is Welch's. On tasks where any run had a return of 0 or less it
+is in points, since percentages would mean nothing. The probability that a run of the first beats
+one of the second is Mann-Whitney's U over n m (ties count half), also averaged over cells; its
+interval, and that of an interquartile mean, is from the bootstrap, which draws the runs of each
+cell with replacement, one fewer than there are."""
 
 MEASURES = {  # columns of runs
     "return_mean": "last evaluation",
@@ -80,7 +82,7 @@ DPI = 160
 
 @dataclass
 class Args:
-    # Folders of runs, or of packed runs
+    # Folders of runs or of packed runs, or packed runs' NAME-runs.csv.gz
     folders: tyro.conf.Positional[tuple[Path, ...]]
     # Folder for report.md and its figures; an earlier report there is replaced
     out: Path = Path("report")
@@ -89,7 +91,7 @@ class Args:
     compare: tuple[str, ...] = ()
     # Logged quantities to make tables of, as means over the evaluations of a run
     logged: tuple[str, ...] = ("losses/clipped_gradients", "losses/advantage_sign_flips")
-    # Also pack the runs, into this folder
+    # Also pack the runs, into this folder or as this NAME-runs.csv.gz
     pack: Path | None = None
 
 
@@ -108,7 +110,7 @@ def read_folders(folders: tuple[Path, ...]) -> tuple[DataFrame, DataFrame, list[
     broken = []
     for folder in folders:
         paths = sorted(path.parent for path in folder.glob("*/args.json"))
-        if any((folder / name).exists() for name in ("args.json", "runs.csv.gz")):
+        if (folder / "args.json").exists() or tables_of(folder)[0].exists():
             paths = [folder.resolve()]  # "." has no name
         if not paths:
             raise Refusal(f"{folder}: no runs in it; give folders of runs, such as runs/quick")
@@ -145,12 +147,18 @@ def read_csv(path: Path) -> DataFrame:
     return pd.read_csv(path, **options)
 
 
+def tables_of(pack: Path) -> tuple[Path, Path]:
+    """Files of runs and of evaluations, of a folder or of a path to NAME-runs.csv.gz."""
+    runs = pack if pack.name.endswith("runs.csv.gz") else pack / "runs.csv.gz"
+    return runs, runs.with_name(runs.name.replace("runs.csv", "progress.csv"))
+
+
 def read_run(path: Path) -> tuple[list[dict], DataFrame]:
     """A run's arguments, SCORES and PROVENANCE, in a list, and its evaluations, or those of packed
     runs. Raises Refusal and what else broken files may raise."""
-    if (path / "runs.csv.gz").exists():
-        runs = read_csv(path / "runs.csv.gz").to_dict("records")
-        return runs, read_csv(path / "progress.csv.gz")
+    packed, evaluations = tables_of(path)
+    if packed.exists():
+        return read_csv(packed).to_dict("records"), read_csv(evaluations)
     recorded = read_json(path / "args.json")
     if "identity" not in recorded:
         raise Refusal("a run of an earlier version of the scripts")
@@ -193,24 +201,21 @@ def read_run(path: Path) -> tuple[list[dict], DataFrame]:
     return [run], progress
 
 
-def pack(runs: DataFrame, progress: DataFrame, folder: Path) -> None:
+def pack(runs: DataFrame, progress: DataFrame, place: Path) -> None:
     """Writes both tables; equal runs give equal bytes. Raises Refusal if others are there."""
-    packed = folder / "runs.csv.gz"
+    packed, evaluations = tables_of(place)
     if packed.exists():
         lost = set(read_csv(packed)["run_name"]) - set(runs["run_name"])
         if lost:
-            raise Refusal(f"--pack {folder}: it has other runs, such as {min(lost)}; give it, too")
-    folder.mkdir(parents=True, exist_ok=True)
+            raise Refusal(f"--pack {place}: it has other runs, such as {min(lost)}; give it, too")
+    packed.parent.mkdir(parents=True, exist_ok=True)
     first = ["run_name", "exp_name", "script", "env_id", "noise", "noise_level", "seed", *SCORES]
     settings = runs.columns.difference([*first, *PROVENANCE], sort=False)
     logged = progress.columns.difference(EVALUATION, sort=False)
-    tables = {
-        "runs.csv.gz": runs.reindex(columns=[*first, *settings, *PROVENANCE]),
-        "progress.csv.gz": progress[[*EVALUATION, *logged]],
-    }
     options = {"index": False, "compression": {"method": "gzip", "mtime": 0}}
-    for name, table in tables.items():
-        table.to_csv(folder / name, **options)
+    table = runs.reindex(columns=[*first, *settings, *PROVENANCE])
+    table.to_csv(packed, **options)
+    progress[[*EVALUATION, *logged]].to_csv(evaluations, **options)
 
 
 # ---- What is compared

@@ -442,12 +442,11 @@ def test_the_list_of_metrics_is_complete_for_language_models(toy, tmp_path, monk
 
 def packed(suite, method, metric, **settings):
     """A metric in all evaluations of a suite's runs of the methods that begin with `method`."""
-    folder = ROOT / "results" / suite
-    runs = pd.read_csv(folder / "runs.csv.gz")
+    runs = pd.read_csv(ROOT / f"results/{suite}-runs.csv.gz")
     for name, value in settings.items():
         runs = runs[runs[name] == value]
     names = runs["run_name"][runs["exp_name"].str.split("-lr").str[0] == method]
-    progress = pd.read_csv(folder / "progress.csv.gz")
+    progress = pd.read_csv(ROOT / f"results/{suite}-progress.csv.gz")
     progress = progress[progress["run_name"].isin(names)]
     return progress.get(f"losses/{metric}", pd.Series(dtype=float)).dropna()
 
@@ -459,11 +458,14 @@ def test_what_is_normal_is_what_packed_runs_have():
     default = {"learning_rate": 3e-4, "clip_coef": 0.2}
     for metric, cells in rows:
         for cell, method in zip(cells.split("|"), ("dppo", "sppo"), strict=True):
-            values = packed("sweep", method, metric, **default)
+            values = packed("robustness/sweep", method, metric, **default)
             low, high = values.quantile([0.05, 0.95])
             assert cell.strip() == f"{low:.2g} to {high:.2g}"
     rates = {rate: default | {"learning_rate": rate} for rate in (0.001, 0.0001)}
     for metric in ("approx_kl", "clipfrac"):
         for settings in rates.values():
-            both = [packed("sweep", method, metric, **settings) for method in ("dppo", "sppo")]
+            both = [
+                packed("robustness/sweep", method, metric, **settings)
+                for method in ("dppo", "sppo")
+            ]
             assert f"{pd.concat(both).median():.2g}" in text

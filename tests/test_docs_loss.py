@@ -99,7 +99,7 @@ def test_without_the_mask_clipped_samples_are_pushed_on():
 
 def test_shares_of_training_are_those_of_the_packed_runs():
     """The least and the most of all methods on all tasks with all rewards, in percent."""
-    progress = pd.read_csv(ROOT / "results/evidence/progress.csv.gz")
+    progress = pd.read_csv(ROOT / "results/control/three-tasks-progress.csv.gz")
     cell = progress["run_name"].str.rpartition("__")[0]
     names = ["losses/clipped_gradients", "losses/advantage_sign_flips"]
     shares = 100 * progress.groupby(cell)[names].mean()

@@ -613,13 +613,14 @@ def test_a_pack_takes_runs_of_versions_with_and_without_a_flag(tmp_path):
     assert table.loc[2, ["started", "new_flag"]].to_list() == ["2026-01-03 12:00:00", 1]
 
 
-def test_the_report_of_kept_runs_is_what_they_give(tmp_path):
-    kept = ROOT / "results/evidence-a2c-epsilon"
-    command = ["--compare", "sa2c", "a2c", "sa2c", "a2c-half", "a2c-half", "a2c"]
-    logged = ["--logged", "losses/clipped_gradients", "losses/reverse_share"]
-    arguments = [kept, *command, *logged, "--out", tmp_path / "out"]
-    subprocess.run([sys.executable, ROOT / "report.py", *arguments], check=True)
-    assert (tmp_path / "out/report.md").read_text() == (kept / "report.md").read_text()
+def test_a_folder_may_have_several_packs(grid, tmp_path):
+    """Whose files have prefixes."""
+    from_runs = write_report(grid / "runs", out=tmp_path / "a", pack=tmp_path / "one-runs.csv.gz")
+    other = make_run(tmp_path / "runs", "sppo", 1, seed=7)
+    write_report(other, out=tmp_path / "b", pack=tmp_path / "two-runs.csv.gz")
+    packs = sorted(path.name for path in tmp_path.glob("*.gz"))
+    assert packs == [f"{n}-{kind}.csv.gz" for n in ("one", "two") for kind in ("progress", "runs")]
+    assert write_report(tmp_path / "one-runs.csv.gz", out=tmp_path / "c") == from_runs
 
 
 # ---- What it refuses

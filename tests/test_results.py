@@ -1,8 +1,8 @@
 """Tables of means in README.md, docs/ and results/ show what the packed runs in results/ give.
 
-Such a table follows a comment `<!-- SUITE [SUITE ...]: LABELS -->`. A value has the comment's
-labels, those that begin its row, and its column's heading: tasks, kinds of reward, methods (also
-"A minus B") and measures, separated by ", "."""
+Such a table follows a comment `<!-- PACK [PACK ...]: LABELS -->`, with packs such as control/ant. A
+value has the comment's labels, those that begin its row, and its column's heading: tasks, kinds of
+reward, methods (also "A minus B") and measures, separated by ", "."""
 
 import re
 import runpy
@@ -12,16 +12,16 @@ from itertools import product
 from pathlib import Path
 
 import numpy as np
+import pandas as pd
 import pytest
 from scipy import stats
 
 import report
 
 ROOT = Path(__file__).resolve().parent.parent
-PATHS = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("results/*.md"))]
-PATHS += sorted(ROOT.glob("results/*/README.md"))
+PATHS = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("results/**/*.md"))]
 PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in PATHS}
-TABLE = re.compile(r"(?m)(?:^<!-- ([\w. -]+): (.+) -->\n\n?)?((?:^ *\|.*\n)+)")
+TABLE = re.compile(r"(?m)(?:^<!-- ([\w. /-]+): (.+) -->\n\n?)?((?:^ *\|.*\n)+)")
 NUMBER = r"([+-]?[\d,]*\.?\d+)"
 VALUE = re.compile(rf"{NUMBER}(?: ± {NUMBER}| \({NUMBER} to {NUMBER}\))?")
 WORDS = {"", "task", "rewards", "method", "measure"}  # headings above labels
@@ -43,14 +43,20 @@ MEASURES |= {name: name for name in ("return_mean", "last5", "training")}
 MEASURES |= {"reward": "return_mean", "KL": "kl"}
 
 
+def pack(name):
+    return ROOT / f"results/{name}-runs.csv.gz"
+
+
 @cache
 def read(suites):
     """Finished runs of suites, with the last of what evaluations measured, and means of what was
     logged. And what labels mean: {label: (column, [(sign, values that the column may have)])}."""
-    runs, progress, _ = report.read_folders(
-        tuple(ROOT / "results" / name for name in suites.split())
-    )
+    runs, progress, _ = report.read_folders(tuple(map(pack, suites.split())))
     runs = runs[runs["finished"]].copy()
+    evaluations = progress.groupby("run_name")["return_mean"]
+    five = evaluations.nth[-5:].groupby(progress["run_name"]).agg(["mean", "size"])
+    five = five["mean"].where(five["size"] == 5)
+    runs["last5"] = runs["last5"].fillna(runs["run_name"].map(five))  # the report wants ten
     labels = {label: ("measure", column) for label, column in MEASURES.items()}
     for name in progress.columns.difference(report.EVALUATION):
         of_run = progress.groupby("run_name")[name]
@@ -134,50 +140,75 @@ def test_every_table_of_means_is_checked(page):
     assert [line for table in unmarked for line in table.splitlines() if "±" in line] == []
 
 
+def percentages(text):
+    """Numbers of "1.6 % (-8.9 to 13.3)", as often as it is there."""
+    found = re.findall(rf"{NUMBER} % \((?:95 % interval )?{NUMBER} to {NUMBER}\)", text)
+    return [tuple(map(float, numbers)) for numbers in found]
+
+
 def test_pooled_percentages_are_those_of_the_report():
-    """Of the suite evidence: "1.7 % (-7.4 to 13.4)" on a page."""
-    runs = report.label_runs(*report.read_folders((ROOT / "results/evidence",))[:2], ())
+    """Of three tasks of continuous control, but for those of k."""
+    runs = report.label_runs(*report.read_folders((pack("control/three-tasks"),))[:2], ())
     pairs = [("sppo", "dppo"), ("ppo", "dppo"), ("sppo-p", "dppo")]
-    pairs += [("sppo", "dppo-coef"), ("sppo", "dppo-norm")]
     pooled = "\n\n".join(report.pooled_text(runs, pairs))
-    assert pooled in (ROOT / "results/evidence/report.md").read_text()
-    pages = PAGES["README.md"] + PAGES["docs/reproduction.md"] + PAGES["results/control.md"]
-    shown = re.findall(rf"{NUMBER} % \((?:95 % interval )?{NUMBER} to {NUMBER}\)", pages)
-    assert len(shown) == 5
+    control, _, rest = PAGES["results/control/README.md"].partition("\n## The ends of k\n")
+    assert "\n## Predictions\n" in rest
+    shown = percentages(PAGES["README.md"] + PAGES["docs/reproduction.md"] + control)
+    assert len(shown) == 8
     for numbers in shown:
-        assert "{:+}% ({:+}% to {:+}%)".format(*map(float, numbers)) in pooled
+        assert "{:+}% ({:+}% to {:+}%)".format(*numbers) in pooled
 
 
 @pytest.mark.parametrize(
-    ("suite", "page", "count"),
+    ("name", "count"),
     [
-        ("noise", "docs/benchmark.md", 225),
-        ("authors", "docs/benchmark.md", 21),
-        ("k-ends", "results/k-ends/README.md", 144),
-        ("sa2c-dose", "results/sa2c-dose/README.md", 432),
-        ("rlhf-sums", "results/rlhf-sums/README.md", 12),
-        ("authors-atari", "results/authors-atari/README.md", 24),
+        ("control/k", 3),
+        ("a2c/dose", 3),
+        ("atari/crazyclimber", 3),
+        ("robustness/noise", 3),
+        ("robustness/sweep", 1),
     ],
 )
-def test_documented_lines_list_the_packed_runs(suite, page, count):
+def test_percentages_beside_registered_measures(name, count, capsys):
+    """Corrected log ratios: how many of them the page shows."""
+    analysis = runpy.run_path(str(ROOT / f"results/{name}.py"))
+    analysis["print_percent"]()
+    printed = percentages(capsys.readouterr().out)
+    page = percentages(PAGES[f"results/{name.partition('/')[0]}/README.md"])
+    assert len([numbers for numbers in page if numbers in printed]) == count
+
+
+@pytest.mark.parametrize(
+    ("runs", "packs", "page", "count"),
+    [
+        ("noise", "robustness/noise", "docs/benchmark.md", 225),
+        ("authors", "control/ant atari/wizardofwor", "docs/benchmark.md", 21),
+        ("k-ends", "control/k", "results/control/README.md", 144),
+        ("sa2c-dose", "a2c/dose", "results/a2c/README.md", 432),
+        ("rlhf-sums", "text/sums", "results/text/README.md", 12),
+        ("authors-atari", "atari/crazyclimber", "results/atari/README.md", 24),
+    ],
+)
+def test_documented_lines_list_the_packed_runs(runs, packs, page, count):
     """Whose commands are in runs.csv.gz, without "python"."""
-    run = f"python benchmarks/run.py --runs-dir runs/{suite}"
+    run = f"python benchmarks/run.py --runs-dir runs/{runs}"
     blocks = re.findall(r"(?s)```sh\n(.+?)```", PAGES[page])
     (lines,) = [lines for lines in blocks if run in lines]
-    listed = subprocess.check_output(["bash", "-c", lines.replace(run, "cat")], cwd=ROOT, text=True)
-    commands = report.read_csv(ROOT / "results" / suite / "runs.csv.gz")["command"]
+    (line,) = re.findall(rf"(?s)^(?:.*\n)?((?:bash|for|{{).+?{re.escape(run)})", lines)
+    listed = subprocess.check_output(["bash", "-c", line.replace(run, "cat")], cwd=ROOT, text=True)
+    commands = pd.concat([report.read_csv(pack(name))["command"] for name in packs.split()])
     assert len(set(commands)) == count
     assert set("python " + commands) <= {" ".join(line.split()) for line in listed.splitlines()}
 
 
 def test_pairs_of_sppo_and_ppo_are_equal_to_the_last_bit():
     """But for one: where alpha and beta are 0.5 and 0.4, their sum rounds."""
-    folder = ROOT / "results/identity"
-    runs = report.read_csv(folder / "runs.csv.gz").set_index("run_name")
-    runs["sha256"] = report.read_csv(folder / "sha256.csv").set_index("run_name")["sha256"]
+    folder = ROOT / "results/control"
+    runs = report.read_csv(folder / "pairs-runs.csv.gz").set_index("run_name")
+    runs["sha256"] = report.read_csv(folder / "pairs-sha256.csv").set_index("run_name")["sha256"]
     listed = subprocess.check_output(["bash", str(folder / "pairs.sh")], text=True)
     assert set("python " + runs["command"]) == set(listed.splitlines())
-    progress = dict(list(report.read_csv(folder / "progress.csv.gz").groupby("run_name")))
+    progress = dict(list(report.read_csv(folder / "pairs-progress.csv.gz").groupby("run_name")))
     for (_, _, k), pair in runs.groupby(["env_id", "noise", runs["alpha"] + runs["beta"]]):
         first, second = (progress[name].drop(columns="run_name") for name in pair.index)
         assert len(first) == len(second) >= 4
@@ -187,38 +218,45 @@ def test_pairs_of_sppo_and_ppo_are_equal_to_the_last_bit():
 
 
 def test_how_far_rounding_parts_two_runs_of_one_algorithm():
-    runs = report.read_csv(ROOT / "results/quick/runs.csv.gz")
-    runs = runs.query("env_id == 'InvertedDoublePendulum-v4' and script == 'sppo_continuous.py'")
-    scores = runs.pivot(index=["noise", "seed"], columns="exp_name", values="return_mean")
+    scores = pd.read_csv(ROOT / "results/control/rounding.csv")
     rounding = (scores["dppo-k"] - scores["sppo"]).abs()
     method = (scores["dppo"] - scores["sppo"]).abs()
     assert (rounding > 0).all() and len(rounding) == 10
     shown = f"by {rounding.mean():.0f} on average, up to {rounding.max():,.0f} (SPPO and DPPO: "
-    assert shown + f"{method.mean():.0f})" in PAGES["results/control.md"]
+    assert shown + f"{method.mean():.0f})" in PAGES["results/control/README.md"]
     assert f"up to {rounding.max():,.0f} points" in PAGES["docs/symmetric-loss.md"]
 
 
-@pytest.mark.parametrize("suite", ["noise", "sweep", "k-ends", "sa2c-dose", "authors-atari"])
-def test_a_page_shows_the_measures_of_its_analysis(suite, capsys):
-    analysis = runpy.run_path(str(ROOT / "results" / suite / "analyse.py"))
-    arguments = []
-    if "scores_of" in analysis:
-        arguments = [analysis["scores_of"](analysis["read"]())]
-    analysis["print_measures"](*arguments)
-    page = (ROOT / "results" / suite / "README.md").read_text()
-    assert capsys.readouterr().out.strip() in page
+@pytest.mark.parametrize(
+    ("name", "function"),
+    [
+        ("robustness/noise", "print_measures"),
+        ("robustness/noise", "print_intervals"),
+        ("robustness/sweep", "print_measures"),
+        ("control/k", "print_measures"),
+        ("a2c/dose", "print_measures"),
+        ("a2c/dose", "print_doses"),
+        ("a2c/dose", "print_interactions"),
+        ("atari/crazyclimber", "print_measures"),
+    ],
+)
+def test_a_page_shows_the_measures_of_its_analysis(name, function, capsys):
+    analysis = runpy.run_path(str(ROOT / f"results/{name}.py"))
+    analysis[function]()
+    table = capsys.readouterr().out.strip().rpartition("\n\n")[-1]
+    assert table in PAGES[f"results/{name.partition('/')[0]}/README.md"]
 
 
 def test_differences_from_k_1_are_by_seed():
     """Paired t-tests, on a seed's mean over the six tasks and kinds of rewards."""
-    runs = report.read_csv(ROOT / "results/k-ends/runs.csv.gz")
+    runs = report.read_csv(pack("control/k"))
     runs["score"] = runs["last5"] + 200.0 * (runs["env_id"] == "LunarLanderContinuous-v3")
     cells = runs.groupby(["env_id", "noise"])
     runs["score"] /= cells["exp_name"].transform(
         lambda names: runs.loc[names.index[names == "k1"], "score"].mean()
     )
     of_seeds = runs.pivot_table(index="seed", columns="exp_name", values="score")
-    page = (ROOT / "results/k-ends/README.md").read_text()
+    page = PAGES["results/control/README.md"]
     for end in ("k0.2", "k100"):
         test = stats.ttest_rel(of_seeds[end], of_seeds["k1"])
         low, high = test.confidence_interval()
@@ -228,7 +266,7 @@ def test_differences_from_k_1_are_by_seed():
 
 def test_slopes_over_the_dose_are_by_seed():
     """Fitted to a seed's scores over all tasks at once, each from its own level."""
-    runs = report.read_csv(ROOT / "results/sa2c-dose/runs.csv.gz")
+    runs = report.read_csv(pack("a2c/dose"))
     runs["score"] = runs["training"] + 300.0 * (runs["env_id"] == "HalfCheetah-v4")
     baseline = runs.query("noise == 'none' and beta == 0").groupby("env_id")["score"].mean()
     runs["score"] /= runs["env_id"].map(baseline)
@@ -242,7 +280,7 @@ def test_slopes_over_the_dose_are_by_seed():
     for slopes in (clean, noisy, flipped, noisy - clean, flipped - clean):
         low, high = stats.ttest_1samp(slopes, 0).confidence_interval()
         row += f" {slopes.mean():.3f} ({low:.3f} to {high:.3f}) |"
-    assert row in (ROOT / "results/sa2c-dose/README.md").read_text()
+    assert row in PAGES["results/a2c/README.md"]
 
 
 def test_steps_from_the_authors_ppo_to_sppo_are_relative_to_it():
@@ -250,70 +288,138 @@ def test_steps_from_the_authors_ppo_to_sppo_are_relative_to_it():
     base = "the authors' PPO"
     methods = (base, "PPO", "SPPO")
     pairs = (f"PPO minus {base}", "SPPO minus PPO", f"SPPO minus {base}")
-    for measure in ("training", "last evaluation"):
+    for measure in ("training", "last five evaluations", "last evaluation"):
         texts = ["CrazyClimber", "clean", measure]
-        scale = value_of("authors-atari", [*texts, base])[0]
+        scale = value_of("atari/crazyclimber", [*texts, base])[0]
         values = {}
         for name in (*methods, *pairs):
-            values[name] = np.divide(value_of("authors-atari", [*texts, name]), scale)
+            values[name] = np.divide(value_of("atari/crazyclimber", [*texts, name]), scale)
         cells = [values[pair][[0, 2, 3]] for pair in pairs]
         errors = np.array([1, 2, 1]) * [values[method][1] for method in methods]
         half = np.sqrt(sum(errors**2))
         half *= stats.t.ppf(0.975, sum(errors**2) ** 2 / sum(errors**4 / 7))  # of eight seeds
         cells.append(cells[0][0] - cells[1][0] + np.array([0, -half, half]))
         row = " | ".join("{:.2f} ({:.2f} to {:.2f})".format(*cell) for cell in cells)
-        assert f"| {measure} | {row} |" in PAGES["results/authors-atari/README.md"]
-        if measure == "training":
-            ours, symmetric = (values[method][0] * scale for method in ("PPO", "SPPO"))
-            assert f"SPPO scores {symmetric:,.0f}, PPO {ours:,.0f} (" in PAGES["README.md"]
+        assert f"| {measure} | {row} |" in PAGES["results/atari/README.md"]
+        if measure == "last five evaluations":
+            plain, ours, symmetric = (f"{values[method][0] * scale:,.0f}" for method in methods)
+            shown = f"average {symmetric}, PPO's {ours} (unnormalised: {plain})"
+            assert shown in PAGES["README.md"]
 
 
 def test_mean_cosines_between_gradients():
-    cosines = report.read_csv(ROOT / "results/sa2c-dose/cosines.csv")
+    cosines = report.read_csv(ROOT / "results/a2c/cosines.csv")
     means = cosines.groupby(cosines["run_name"].str.split("-").str[0]).mean(numeric_only=True)
-    page = (ROOT / "results/sa2c-dose/README.md").read_text()
-    for beta in ("0.5", "2", "20"):
-        tasks = ("Hopper", "HalfCheetah", "InvertedDoublePendulum")
-        shown = [f"{means.loc[task, f'beta{beta}']:.3f}" for task in tasks]
-        assert f"| {beta} | {' | '.join(shown)} |" in page
+    tasks = ("Hopper", "HalfCheetah", "InvertedDoublePendulum")
+    first, second, third = (f"{means.loc[task, 'beta20']:.3f} on {task}" for task in tasks)
+    shown = f"is {first}, {second} and {third}; of beta 0.5 at least {means['beta0.5'].min():.3f}."
+    assert shown in PAGES["results/a2c/README.md"]
 
 
 def test_areas_under_the_curves_of_noise():
     """Means over tasks and levels, as in the predictions."""
-    runs = report.read_csv(ROOT / "results/noise/runs.csv.gz")
+    runs = report.read_csv(pack("robustness/noise"))
     runs["level"] = runs["noise_level"].where(runs["noise"] == "normal", 0.0)
     runs["score"] = runs["last5"] + 200.0 * (runs["env_id"] == "LunarLanderContinuous-v3")
     means = runs.groupby(["exp_name", "level", "env_id"])["score"].mean()
     relative = means / means["dppo", 0.0]
-    page = (ROOT / "results/noise/README.md").read_text()
+    page = PAGES["results/robustness/README.md"]
     for name, method in (("Gaussian PPO", "ppo"), ("DPPO", "dppo"), ("SPPO", "sppo")):
         assert f"\n| {name} | {relative[method].mean():.2f} (" in page
 
 
 def test_intervals_by_t_of_noise_are_welchs():
-    """On one task, of seeds' means over two levels."""
-    analysis = runpy.run_path(str(ROOT / "results/noise/analyse.py"))
-    scores = analysis["scores_of"](analysis["read"]())
-    clean = scores["Hopper-v4", 0, "dppo"].mean()
-    a, b = (
-        np.mean([scores["Hopper-v4", level, method] for level in (0.1, 0.2)], axis=0) / clean
-        for method in ("sppo", "ppo")
-    )
+    """On one task, of seeds' means over two levels; there both units are the same."""
+    analysis = runpy.run_path(str(ROOT / "results/robustness/noise.py"))
+    runs = report.read_csv(pack("robustness/noise")).query("env_id == 'Hopper-v4'")
+    clean = runs.query("noise == 'none' and exp_name == 'dppo'")["last5"].mean()
+    noisy = runs.query("noise == 'normal' and noise_level in (0.1, 0.2)")
+    of_seeds = noisy.groupby(["exp_name", "seed"])["last5"].mean() / clean
+    a, b = of_seeds["sppo"], of_seeds["ppo"]
     expected = stats.ttest_ind(a, b, equal_var=False)
     low, high = expected.confidence_interval()
-    found = analysis["welch"](scores, "sppo", "ppo", [0.1, 0.2], ["Hopper-v4"])
-    assert found == pytest.approx((a.mean() - b.mean(), low, high, expected.pvalue))
+    hopper = analysis["scores_above"]()[:1]
+    for found in analysis["by_t"]("sppo", "ppo", hopper, slice(2, 4)):
+        assert found == pytest.approx((a.mean() - b.mean(), low, high, expected.pvalue))
+
+
+def detected(suite, *texts):
+    """What runs detect with 80 % power, as results/README.md says."""
+    a, _, b = texts[-1].partition(" minus ")
+    errors = np.array([value_of(suite, [*texts[:-1], method])[1] for method in (a, b)])
+    seeds = 5 if suite in ("control/ant", "control/stable-baselines3") else 8
+    freedom = sum(errors**2) ** 2 / sum(errors**4 / (seeds - 1))
+    return np.sqrt(sum(errors**2)) * stats.t.ppf([0.975, 0.8], freedom).sum()
+
+
+def test_what_runs_in_control_detect():
+    page = PAGES["results/control/README.md"]
+    found = []
+    for task in ("Hopper", "InvertedDoublePendulum", "LunarLander"):
+        for rewards in ("clean", "noisy"):
+            place = (task, rewards, "last evaluation", "SPPO minus DPPO")
+            found.append(f"{detected('control/three-tasks', *place):,.0f}")
+    shown = "on Hopper {} (clean) and {} (noisy), on InvertedDoublePendulum {} and {}, "
+    assert (shown + "on LunarLander {} and {}").format(*found) in page
+    runs, _ = read("control/three-tasks")
+    pooled = runs[runs["env_id"] != "LunarLanderContinuous-v3"]
+    pooled = pooled[pooled["exp_name"].isin(["dppo", "sppo"])]
+    gains = []
+    for kinds in (["none", "normal"], ["none"], ["normal"]):
+        cells = pooled[pooled["noise"].isin(kinds)].groupby(["env_id", "noise", "exp_name"])
+        variances = cells["return_mean"].agg(
+            lambda x: report.log_mean_and_variance(x.to_numpy())[1]
+        )
+        freedom = variances.sum() ** 2 / (variances**2 / 7).sum()
+        error = np.sqrt(variances.sum()) / len(kinds) / 2
+        gains.append(100 * np.expm1(error * stats.t.ppf([0.975, 0.8], freedom).sum()))
+    shown = "gains of {:.0f} % pooled ({:.0f} % clean, {:.0f} % noisy)".format(*gains)
+    assert shown in page
+    assert (
+        "of about {:.0f} % pooled ({:.0f} % clean, {:.0f} % noisy)".format(*gains)
+        in PAGES["docs/reproduction.md"]
+    )
+    ant = detected("control/ant", "Ant", "clean", "last evaluation", "SPPO minus DPPO")
+    assert f"Detected is {ant:,.0f}, 57 % of DPPO's score" in page
+    place = ("Hopper", "clean", "last evaluation", "PPO minus Stable-Baselines3")
+    assert f"on Hopper {detected('control/stable-baselines3', *place):,.0f} would be" in page
 
 
 @pytest.mark.parametrize(
-    ("page", "game", "digits"),
+    ("game", "digits"),
     [
-        ("authors/README", "WizardOfWor", 0),
-        ("atari", "Breakout", 1),
-        ("authors-atari/README", "CrazyClimber", 0),
+        ("WizardOfWor", 0),
+        ("Breakout", 1),
+        ("CrazyClimber", 0),
     ],
 )
-def test_a_page_shows_a_random_agents_score(page, game, digits):
-    score = report.read_csv(ROOT / "results/authors/random.csv").query("game == @game")["score"]
+def test_the_page_shows_a_random_agents_score(game, digits):
+    score = report.read_csv(ROOT / "results/atari/random.csv").query("game == @game")["score"]
     shown = f"{score.mean():,.{digits}f} ± {score.sem():.{digits}f}"
-    assert shown in PAGES[f"results/{page}.md"]
+    assert shown in PAGES["results/atari/README.md"]
+
+
+@pytest.mark.parametrize(
+    ("name", "place", "methods", "shown"),
+    [
+        ("atari/breakout", ("clean", "last evaluation"), "sppo minus ppo", "(corrected p = 0.08)"),
+        ("atari/epsilon", ("clean", "training"), "sa2c minus a2c", "(corrected p = 0.12)"),
+        ("text/imdb-k20.5", ("flip 0.2", "last evaluation"), "sppo-eps minus ppo-eps", "p = 0.28)"),
+        (
+            "text/imdb-k20.5",
+            ("flip 0.2", "last evaluation"),
+            "ppo-ce-eps minus ppo-eps",
+            "corrected p = 0.045)",
+        ),
+    ],
+)
+def test_corrected_p_is_over_all_differences_of_a_suite(name, place, methods, shown):
+    """Between two methods, in all measures."""
+    runs = report.label_runs(*report.read_folders((pack(name),))[:2], ())
+    a, _, b = methods.partition(" minus ")
+    differences = report.make_differences(runs, [(a, b)])
+    differences["corrected"] = stats.false_discovery_control(differences["p"])
+    found = differences.set_index(["reward", "measure", "methods"]).loc[(*place, methods)]
+    digits = len(shown.partition(".")[2]) - 1
+    assert shown.endswith(f"p = {found['corrected']:.{digits}f})")
+    assert shown in PAGES[f"results/{name.partition('/')[0]}/README.md"]

@@ -1,0 +1,36 @@
+"""A random agent's games of Atari.
+
+python results/atari/random_agent.py    # plays the games again if random.csv is not there
+"""
+
+import sys
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+
+HERE = Path(__file__).parent
+PLAYED = HERE / "random.csv"
+GAMES = ["WizardOfWor", "Breakout", "Pong", "CrazyClimber"]
+
+
+def play(game, num_games=40, seed=1):
+    """Raw scores and steps of whole games, as in an evaluation, but with uniform actions."""
+    sys.path.append(str(HERE.parents[1]))
+    from sppo_atari import Args, AtariGames
+
+    rng = np.random.default_rng(seed)
+    games = AtariGames(Args(env_id=game, device="cpu"), num_games)
+    games.reset(seed)
+    results = {}
+    while len(results) < num_games:
+        games.step(rng.integers(games.num_actions, size=num_games))
+        results = games.ended | results  # the first game of each
+    rows = [(game, *results[i]) for i in range(num_games)]
+    return pd.DataFrame(rows, columns=["game", "score", "steps"])
+
+
+if __name__ == "__main__":
+    if not PLAYED.exists():
+        pd.concat(map(play, GAMES)).to_csv(PLAYED, index=False)
+    print(pd.read_csv(PLAYED).groupby("game")["score"].agg(["mean", "sem", "count"]))
