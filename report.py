@@ -2,12 +2,12 @@
 
     python report.py runs/quick                        # all runs in a folder
     python report.py runs/quick --pack packed/quick    # pack them, for git
-    python report.py packed/quick --compare sppo dppo # packed runs; chosen pairs
+    python report.py packed/quick --compare sppo dppo  # packed runs; chosen pairs
 
 A cell is a method (`--exp-name`) on one task with one kind of reward: clean, or a kind and level of
 noise. Its runs may differ in seed and in where and how fast they ran. Packed runs are two files:
-runs.csv.gz, a row for each run, and progress.csv.gz, a row for each evaluation. Several packs in a
-folder are named by a prefix: give NAME-runs.csv.gz, beside which is NAME-progress.csv.gz."""
+runs.csv.gz, a row for each run, and progress.csv.gz, a row for each evaluation; where a folder has
+several packs, with NAME- before both."""
 
 import json
 import math
