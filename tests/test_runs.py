@@ -294,8 +294,29 @@ class UnboundedEnv(AgeingEnv):
     action_space = gym.spaces.Box(-np.inf, np.inf, (2,))
 
 
+class HugeEnv(AgeingEnv):
+    action_space = gym.spaces.Box(*np.finfo(np.float32).max * np.array([-1, 1]), (2,))
+
+
 gym.register("Ageing-v0", lambda **_: AgeingEnv())
 gym.register("Unbounded-v0", lambda **_: UnboundedEnv())
+gym.register("Huge-v0", lambda **_: HugeEnv())
+
+
+@pytest.mark.parametrize("setting", CONTINUOUS, ids=str, indirect=True)
+def test_an_edited_environment_makes_another_run(setting, launch, tmp_path, monkeypatch):
+    """Of a module that is found, not imported, for its hash."""
+    monkeypatch.syspath_prepend(tmp_path)
+    module = tmp_path / f"mine_{setting}.py"
+    module.write_text("import gymnasium\ngymnasium.register('Mine-v0', 'test_runs:AgeingEnv')\n")
+    flags = {"env_id": f"{module.stem}:Mine-v0", "total_timesteps": 64}
+    name = setting.args("runs", run_name=None, **flags).run_name
+    assert module.stem not in sys.modules
+    assert launch(**flags)[0] == 0
+    assert setting.args("runs", run_name=None, **flags).run_name == name
+    module.write_text(module.read_text() + "# an edit\n")
+    assert setting.args("runs", run_name=None, **flags).run_name != name
+    assert launch(**flags)[0].startswith(f"error: {tmp_path / 'run'} was begun with env_sha256 ")
 
 
 def test_a_continued_run_equals_an_uninterrupted_one(setting, tmp_path, monkeypatch):
@@ -395,11 +416,18 @@ def test_a_folder_that_has_no_locks(setting, kind, launch, tmp_path, monkeypatch
 
 BAD = [
     (SETTINGS, {"z": 0.0}, "z stands for log 0"),
-    (SETTINGS, {"alpha": -1.0}, "seed, alpha, beta"),
-    (SETTINGS, {"seed": -1}, "must not be negative"),
-    (SETTINGS, {"noise": "normal", "noise_level": -1.0}, "must not be negative"),
-    (PPO, {"clip_coef": -0.1}, "clip_coef must not be negative"),
+    (SETTINGS, {"alpha": -1.0}, "alpha must be finite and not negative"),
+    (SETTINGS, {"seed": -1}, "seed must be finite and not negative"),
+    (SETTINGS, {"noise": "normal", "noise_level": -1.0}, "noise_level must be finite and not"),
+    (SETTINGS, {"noise": "normal", "noise_level": np.nan}, "noise_level must be finite and not"),
+    (SETTINGS, {"learning_rate": -1e-4}, "learning_rate must be finite and not negative"),
+    (PPO, {"clip_coef": -0.1}, "clip_coef must be finite and not negative"),
     (SETTINGS, {"gamma": 1.01}, "gamma must be between 0 and 1"),
+    (SETTINGS, {"gae_lambda": 95.0}, "gae_lambda must be between 0 and 1"),
+    (ATARI, {"repeat_action_probability": 25.0}, "repeat_action_probability must be between 0"),
+    (SETTINGS, {"alpha": 0.0, "beta": 0.0}, "with alpha and beta 0 nothing trains the policy"),
+    (SETTINGS, {"run_name": ""}, "run_name must be the name of a folder"),
+    (SETTINGS, {"run_name": ".."}, "run_name must be the name of a folder"),
     (SETTINGS, {"max_grad_norm": 0.0}, "max_grad_norm must be positive; 1e9 turns clipping off"),
     (SETTINGS, {"noise_level": 0.1}, "noise_level needs a kind of noise"),
     (
@@ -414,13 +442,16 @@ BAD = [
     (PPO, {"num_minibatches": 5}, "must divide 64 steps"),
     (CONTINUOUS, {"policy": "gaussian", "beta": 1.0}, "beta needs probabilities"),
     (CONTINUOUS, {"noise": "flip"}, "invalid choice 'flip'"),
-    (CONTINUOUS, {"env_id": "CartPole-v1"}, "needs one-dimensional Box spaces, not Discrete(2)"),
+    (CONTINUOUS, {"env_id": "CartPole-v1"}, "vectors, not Discrete(2); docs/copy-and"),
     (CONTINUOUS, {"env_id": "Hoper-v4"}, "Did you mean: `Hopper`?"),
     (CONTINUOUS, {"env_id": "Unbounded-v0"}, "bins need bounded actions; try --policy gaussian"),
+    (CONTINUOUS, {"env_id": "Huge-v0"}, "bins need bounded actions; try --policy gaussian"),
     (CONTINUOUS, {"bins": 1}, "bins must be at least 2"),
     (A2C, {"norm_adv": True, "num_envs": 1, "num_steps": 1}, "norm_adv needs more than one step"),
-    (ATARI, {"env_id": "Brekout"}, "Did you mean: `Breakout`?"),
-    (ATARI, {"env_id": "ALE/Breakout-v5"}, "the game: --env-id Breakout, or --env-id Breakout"),
+    (ATARI, {"env_id": "Brekout"}, "no game 'Brekout'; did you mean Breakout? For sticky"),
+    (ATARI, {"env_id": "ALE/Breakout-v5"}, "did you mean Breakout? For sticky actions, as in v5"),
+    (ATARI, {"env_id": "PongDeterministic-v4"}, "did you mean Pong?"),
+    (ATARI, {"env_id": "Ms Pacman"}, "did you mean MsPacman?"),
 ]
 
 
