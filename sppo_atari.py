@@ -563,15 +563,11 @@ def train(args: Args):
         if finished or global_step % args.eval_freq < T * N:  # passed a multiple
             video = args.run_dir / "video" / f"step-{global_step}.mp4"
             scores, lengths = evaluate(agent, args, args.seed + global_step, video)
-            evaluation = {
-                "return_mean": scores.mean(),
-                "return_std": scores.std(),
-                "length_mean": lengths.mean(),
-            }
+            evaluation = {"return_mean": scores.mean(), "return_std": scores.std()}
+            evaluation["length_mean"] = lengths.mean()
             evaluation |= {name: np.mean(logged) for name, logged in history.items()}
             history = {}
-            numbers = {name: float(number) for name, number in evaluation.items()}
-            evaluations.append({"step": global_step} | numbers)
+            evaluations.append({"step": global_step} | {k: float(x) for k, x in evaluation.items()})
             save_csv(args.run_dir / "progress.csv", evaluations)
             writer.add_scalar("eval/return_mean", evaluation["return_mean"], global_step)
             tqdm.write(f"step {global_step:,}: return {scores.mean():.1f}")
@@ -789,7 +785,7 @@ def main():
             if begin(args):
                 train(args)
     except KeyboardInterrupt:
-        sys.exit("interrupted; the same command continues")
+        sys.exit("interrupted; the same command continues from its last checkpoint, if any")
     summary = json.loads((args.run_dir / "summary.json").read_text())
     score = f"return {summary['return_mean']:.1f} (standard deviation {summary['return_std']:.1f})"
     print(f"{args.run_dir}: {score}, {summary['sps']:,.0f} steps/s")

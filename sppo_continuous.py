@@ -44,7 +44,7 @@ import sys
 import time
 import warnings
 from collections import deque
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import distributions
 from importlib.util import find_spec
@@ -263,8 +263,7 @@ class NormalizedEnvs:
         truncated, and {index: normalised final observation} of truncated episodes.
         """
         reward = np.zeros(len(self.envs))
-        terminated = np.zeros(len(self.envs), bool)
-        truncated = np.zeros(len(self.envs), bool)
+        terminated, truncated = np.zeros((2, len(self.envs)), bool)
         for i, env in enumerate(self.envs):
             self.obs[i], reward[i], terminated[i], truncated[i], _ = env.step(action[i])
         self.episode_return += reward
@@ -286,6 +285,10 @@ class NormalizedEnvs:
         self.obs_stats.update(self.obs)
         reward = (reward / self.return_stats.std).clip(-10, 10)
         return self.obs_stats.normalize(self.obs), reward, terminated, truncated, final_obs
+
+    def close(self):
+        for env in self.envs:
+            env.close()
 
 
 def perturb_reward(reward, noise, level, rng):
@@ -457,10 +460,14 @@ def gradient_and_metrics(agent, args, obs, action, old_log_prob, advantage, retu
 
 
 def train(args: Args):
+    with closing(NormalizedEnvs(args)) as envs:  # after errors and Ctrl-C, too
+        train_in(envs, args)
+
+
+def train_in(envs, args):
     torch.set_num_threads(1)  # the networks are too small to gain from more
     generator = torch.manual_seed(args.seed)  # initial weights, actions, minibatches, adv_flip
     rng = np.random.default_rng([args.seed, 1])  # reward noise
-    envs = NormalizedEnvs(args)
     env = envs.envs[0]  # tells the spaces
     agent = Agent(env, args).to(args.device)
     # An optimizer updates a single tensor faster than many: all that is trained becomes views of
@@ -505,8 +512,7 @@ def train(args: Args):
     obs = np.zeros((T + 1, N, *env.observation_space.shape), np.float32)
     obs[T] = envs.reset([args.seed, global_step])
     reward = np.zeros((T, N))
-    terminated = np.zeros((T, N), bool)
-    truncated = np.zeros((T, N), bool)
+    terminated, truncated = np.zeros((2, T, N), bool)
     final_value = np.zeros((T, N))  # of truncated episodes' final observations
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps", disable=None)
     gradient_fn = compiled(agent, args, obs) if args.compile else gradient_and_metrics
@@ -583,19 +589,15 @@ def train(args: Args):
         # Evaluation and checkpoint
         finished = global_step >= args.total_timesteps
         if finished or global_step % args.eval_freq < T * N:  # passed a multiple
-            eval_env = make_env(args, args.run_dir)  # anew, as in training
-            eval_env.name_prefix = f"step-{global_step}"  # of the video, if any
             seed = args.seed + global_step
-            scores, lengths = evaluate(agent, eval_env, envs.obs_stats, args.eval_episodes, seed)
-            evaluation = {
-                "return_mean": scores.mean(),
-                "return_std": scores.std(),
-                "length_mean": lengths.mean(),
-            }
+            with closing(make_env(args, args.run_dir)) as env:  # anew, as in training
+                env.name_prefix = f"step-{global_step}"  # of the video, if any
+                scores, lengths = evaluate(agent, env, envs.obs_stats, args.eval_episodes, seed)
+            evaluation = {"return_mean": scores.mean(), "return_std": scores.std()}
+            evaluation["length_mean"] = lengths.mean()
             evaluation |= {name: np.mean(logged) for name, logged in history.items()}
             history = {}
-            numbers = {name: float(number) for name, number in evaluation.items()}
-            evaluations.append({"step": global_step} | numbers)
+            evaluations.append({"step": global_step} | {k: float(x) for k, x in evaluation.items()})
             save_csv(args.run_dir / "progress.csv", evaluations)
             writer.add_scalar("eval/return_mean", evaluation["return_mean"], global_step)
             tqdm.write(f"step {global_step:,}: return {scores.mean():.1f}")
@@ -629,10 +631,9 @@ def train(args: Args):
 
 
 def evaluate(agent, env, obs_stats, episodes, seed):
-    """Raw returns and lengths (episodes,) of greedy episodes in `env`, which is then closed."""
+    """Raw returns and lengths (episodes,) of greedy episodes in `env`."""
     act = agent.actor_fn()
-    returns = np.zeros(episodes)
-    lengths = np.zeros(episodes)
+    returns, lengths = np.zeros((2, episodes))
     for episode in range(episodes):
         # With seed + episode, runs with neighbouring seeds would share most initial states
         obs, _ = env.reset(seed=seed if episode == 0 else None)
@@ -643,7 +644,6 @@ def evaluate(agent, env, obs_stats, episodes, seed):
             returns[episode] += reward
             lengths[episode] += 1
             ended = terminated or truncated or lengths[episode] == 100_000  # without a time limit
-    env.close()
     return returns, lengths
 
 
@@ -662,11 +662,11 @@ def evaluate_run(args: Args):
     tensors = safetensors.torch.load_file(folder / "agent.safetensors")
     obs_stats = RunningStats()
     obs_stats.load_state_dict({"mean": tensors.pop("obs_mean"), "std": tensors.pop("obs_std")})
-    env = make_env(run, folder)
-    env.name_prefix = f"evaluate-{run.seed}"  # of the video, if any
-    agent = Agent(env, run)
-    agent.load_state_dict(tensors)
-    scores, _ = evaluate(agent, env, obs_stats, run.eval_episodes, run.seed)
+    with closing(make_env(run, folder)) as env:
+        env.name_prefix = f"evaluate-{run.seed}"  # of the video, if any
+        agent = Agent(env, run)
+        agent.load_state_dict(tensors)
+        scores, _ = evaluate(agent, env, obs_stats, run.eval_episodes, run.seed)
     print(f"{folder}: return {scores.mean():.1f} (standard deviation {scores.std():.1f})")
     if run.capture_video:
         print(f"video: {folder}/video/{env.name_prefix}-episode-0.mp4")
@@ -820,7 +820,7 @@ def main():
             if begin(args):
                 train(args)
     except KeyboardInterrupt:
-        sys.exit("interrupted; the same command continues")
+        sys.exit("interrupted; the same command continues from its last checkpoint, if any")
     summary = json.loads((args.run_dir / "summary.json").read_text())
     score = f"return {summary['return_mean']:.1f} (standard deviation {summary['return_std']:.1f})"
     print(f"{args.run_dir}: {score}, {summary['sps']:,.0f} steps/s")

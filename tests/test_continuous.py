@@ -302,7 +302,6 @@ def test_an_endless_episode_is_cut_off_in_an_evaluation():
     """Observations may be lists."""
     obs = [0.0] * 11
     env = SimpleNamespace(reset=lambda seed: (obs, {}), step=lambda _: (obs, 0.5, False, False, {}))
-    env.close = lambda: None
     agent = make_agent(hidden_sizes=())
     scores, lengths = script.evaluate(agent, env, script.RunningStats(), 1, 0)
     assert (scores.tolist(), lengths.tolist()) == ([50_000], [100_000])

@@ -230,10 +230,7 @@ def test_advantages_need_a_value_of_each_step_and_one_more(setting, shape):
 
 def test_a_metric_may_be_a_number_of_any_kind(setting, tmp_path):
     """In an evaluation, or in the log; the run finishes, and what it keeps can be loaded."""
-    evaluated = (
-        '"length_mean": lengths.mean(),',
-        '"length_mean": lengths.mean(), "a": scores.min(),',
-    )
+    evaluated = ("= lengths.mean()\n", "= lengths.mean(); evaluation['a'] = scores.min()\n")
     logged = ("= 1 - unexplained\n", "= 1 - unexplained; scalars['b'] = torch.tensor(2.0)\n")
     summary, folder = copied(setting, tmp_path, evaluated, logged).run(tmp_path, **SHORT)
     assert (summary["a"], summary["b"], summary["step"]) == (summary["return_mean"], 2, 64)

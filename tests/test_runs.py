@@ -303,6 +303,34 @@ gym.register("Unbounded-v0", lambda **_: UnboundedEnv())
 gym.register("Huge-v0", lambda **_: HugeEnv())
 
 
+class CountedEnv(AgeingEnv):
+    open, most = [], 0
+
+    def __init__(self):
+        self.open.append(self)
+        CountedEnv.most = max(self.most, len(self.open))
+
+    def close(self):
+        self.open.remove(self)
+
+
+gym.register("Counted-v0", lambda **_: CountedEnv())
+
+
+@pytest.mark.parametrize("setting", CONTINUOUS, ids=str, indirect=True)
+def test_environments_are_closed_after_all_ends_of_a_run(setting, tmp_path, monkeypatch):
+    """And no more are open at a time than those of the training, and one to evaluate."""
+    flags = {"env_id": "Counted-v0", "num_envs": 2, "num_steps": 32}
+    setting.run(tmp_path / "whole", **flags, **EACH)
+    assert (CountedEnv.open, CountedEnv.most) == ([], 3)
+    setting.interrupt(tmp_path / "interrupted", 1, **flags)
+    assert CountedEnv.open == []
+    monkeypatch.setattr(setting.script, "evaluate", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        setting.run(tmp_path / "failed", **flags)
+    assert CountedEnv.open == []
+
+
 @pytest.mark.parametrize("setting", CONTINUOUS, ids=str, indirect=True)
 def test_an_edited_environment_makes_another_run(setting, launch, tmp_path, monkeypatch):
     """Of a module that is found, not imported, for its hash."""
@@ -477,7 +505,7 @@ def test_a_keyboard_interrupt_says_how_to_continue(setting, launch, monkeypatch)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(setting.script, "train", interrupt)
-    assert launch()[0] == "interrupted; the same command continues"
+    assert launch()[0] == "interrupted; the same command continues from its last checkpoint, if any"
 
 
 def test_weights_that_are_not_finite_spare_the_files(setting, launch, tmp_path, monkeypatch):
