@@ -30,6 +30,7 @@ from helpers import (
     Signals,
     checkpoint,
     progress,
+    record,
     scalars,
     weights,
     words,
@@ -164,13 +165,19 @@ def test_tensorboard_shows_the_hyperparameters(setting, tmp_path):
 
 
 @pytest.mark.parametrize("setting", A2C, ids=str, indirect=True)
-def test_an_entry_in_a2cs_log_has_the_means_of_all_updates_since_the_last(setting, tmp_path):
+def test_an_entry_in_a2cs_log_has_the_means_of_all_updates_since_the_last(
+    setting, tmp_path, monkeypatch
+):
     each = scalars(setting.run(tmp_path / "each")[1])
+    gae = record(monkeypatch, setting.script, "compute_gae")
     rare = scalars(setting.run(tmp_path / "rare", log_freq=128)[1])
     for name in ("losses/value_loss", "losses/entropy", "losses/grad_norm"):
         a, b, c, d = (value for _, value in each[name])
         means = [(128, pytest.approx((a + b) / 2)), (256, pytest.approx((c + d) / 2))]
         assert rare[name] == means
+    for i, (_, explained) in enumerate(rare["losses/explained_variance"]):
+        advantage, returns = np.stack([result for _, result in gae[2 * i : 2 * i + 2]], axis=1)
+        assert explained == pytest.approx(1 - advantage.var() / returns.var(), abs=1e-5)
 
 
 def test_equal_seeds_give_equal_bytes_and_others_other_actions(setting, tmp_path, monkeypatch):
