@@ -574,8 +574,8 @@ def train_in(envs, args):
                 scalars["charts/episodic_length"] = episodic_length
                 bar.set_postfix_str(f"return {episodic_return:.1f}")
             for name, scalar in scalars.items():
-                writer.add_scalar(name, scalar, global_step)
                 history.setdefault(name, []).append(float(scalar))
+                writer.add_scalar(name, history[name][-1], global_step)
             elapsed = seconds + time.perf_counter() - started
             writer.add_scalar("charts/SPS", global_step / elapsed, global_step)
             metrics = []
