@@ -115,6 +115,7 @@ def test_a_run_leaves_what_it_promises(setting, launch, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     assert set(files(folder)) == {*named, *(path.name for path in folder.glob("events*"))}
     assert (folder / script).read_bytes() == Path(setting.script.__file__).read_bytes()
+    assert len({(folder / name).stat().st_mode for name in named}) == 1
 
     rows = progress(folder)
     assert end == 0
@@ -219,6 +220,8 @@ def test_a_tracked_run_tells_weights_and_biases_its_arguments(setting, tmp_path,
     assert (call["name"], call["sync_tensorboard"]) == ("run", True)
     # One id per folder, which W&B keeps there: not one for all runs of this name
     assert (call["dir"], call["resume"], call.get("id")) == (folder, "auto", None)
+    monkeypatch.setattr(setting.script, "find_spec", lambda name: None)  # played elsewhere
+    setting.script.evaluate_run(setting.script.Args(evaluate=str(folder), eval_episodes=1))
 
 
 @pytest.mark.slow
