@@ -189,8 +189,8 @@ def make_env(args, run_dir=None):
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
             sys.exit(f"error: {args.env_id}: needs vectors, not {space}; docs/copy-and-modify.md")
     bound = np.abs([space.low, space.high]).max()  # of actions; float's maximum stands for none
-    if args.policy == "categorical" and bound > 1e30:
-        sys.exit(f"error: {args.env_id}: bins need bounded actions; try --policy gaussian")
+    if space.dtype.kind != "f" or (args.policy == "categorical" and bound > 1e30):
+        sys.exit(f"error: {args.env_id}: needs actions of floats, bounded unless --policy gaussian")
     if video:
         renderer = getattr(env.unwrapped, "mujoco_renderer", None)
         if renderer and renderer.camera_id == -1 and renderer.model.ncam:
@@ -215,6 +215,8 @@ class RunningStats:
             self.mean = self.mean + delta / self.count
             self.m2 = self.m2 + delta * (value - self.mean)
         self.std = np.sqrt(self.m2 / self.count + 1e-8)
+        if not math.isfinite(self.std.sum()):
+            sys.exit(f"error: observation or return number {self.count:,} is not finite: {batch}")
 
     def normalize(self, obs):
         return ((obs - self.mean) / self.std).clip(-10, 10).astype(np.float32)
@@ -223,8 +225,7 @@ class RunningStats:
         return {name: torch.as_tensor(value) for name, value in vars(self).items()}
 
     def load_state_dict(self, state):
-        for name, tensor in state.items():
-            setattr(self, name, tensor.numpy())
+        vars(self).update({name: tensor.numpy() for name, tensor in state.items()})
 
 
 class NormalizedEnvs:
@@ -244,9 +245,8 @@ class NormalizedEnvs:
 
     def reset(self, seed):
         """Begins all episodes. Returns normalised observations (num_envs, obs_dim)."""
-        for i, env in enumerate(self.envs):  # made anew: BipedalWalker keeps traces of its past
-            env.close()
-            self.envs[i] = make_env(self.args)
+        self.close()  # and made anew: BipedalWalker keeps traces of its past
+        self.envs = [make_env(self.args) for _ in self.envs]
         self.discounted_return = np.zeros(len(self.envs))
         self.episode_return = np.zeros(len(self.envs))  # so far, of raw rewards
         self.episode_length = np.zeros(len(self.envs))

@@ -310,7 +310,36 @@ class HugeEnv(AgeingEnv):
 
 gym.register("Ageing-v0", lambda **_: AgeingEnv())
 gym.register("Unbounded-v0", lambda **_: UnboundedEnv())
+
+
+class WholeEnv(AgeingEnv):
+    action_space = gym.spaces.Box(-1, 1, (2,), int)
+
+
+class BrokenEnv(AgeingEnv):
+    """At its fifth step it returns what is `wrong`."""
+
+    def step(self, action):
+        step = dict(enumerate(super().step(action)))
+        return tuple((step | self.wrong if self.age == 5 else step).values())
+
+
 gym.register("Huge-v0", lambda **_: HugeEnv())
+gym.register("Whole-v0", lambda **_: WholeEnv())
+gym.register("Broken-v0", lambda **_: BrokenEnv())
+
+
+WRONG = [(0, np.array([np.nan, 0])), (0, np.array([0, -np.inf])), (1, np.nan), (1, None)]
+
+
+@pytest.mark.parametrize("setting", CONTINUOUS, ids=str, indirect=True)
+@pytest.mark.parametrize(("part", "wrong"), WRONG)
+def test_what_is_not_finite_is_named(setting, part, wrong, tmp_path, monkeypatch):
+    """An observation, the sixth of its kind, or a reward."""
+    number = 6 - part
+    monkeypatch.setattr(BrokenEnv, "wrong", {part: wrong}, raising=False)
+    with pytest.raises(SystemExit, match=f"return number {number} is not finite: .*(nan|inf)"):
+        setting.run(tmp_path, env_id="Broken-v0")
 
 
 class CountedEnv(AgeingEnv):
@@ -482,8 +511,13 @@ BAD = [
     (CONTINUOUS, {"noise": "flip"}, "invalid choice 'flip'"),
     (CONTINUOUS, {"env_id": "CartPole-v1"}, "vectors, not Discrete(2); docs/copy-and"),
     (CONTINUOUS, {"env_id": "Hoper-v4"}, "Did you mean: `Hopper`?"),
-    (CONTINUOUS, {"env_id": "Unbounded-v0"}, "bins need bounded actions; try --policy gaussian"),
-    (CONTINUOUS, {"env_id": "Huge-v0"}, "bins need bounded actions; try --policy gaussian"),
+    (CONTINUOUS, {"env_id": "Unbounded-v0"}, "needs actions of floats, bounded unless --policy g"),
+    (
+        CONTINUOUS,
+        {"env_id": "Huge-v0"},
+        "needs actions of floats, bounded unless --policy gaussian",
+    ),
+    (CONTINUOUS, {"env_id": "Whole-v0", "policy": "gaussian"}, "needs actions of floats"),
     (CONTINUOUS, {"bins": 1}, "bins must be at least 2"),
     (A2C, {"norm_adv": True, "num_envs": 1, "num_steps": 1}, "norm_adv needs more than one step"),
     (ATARI, {"env_id": "Brekout"}, "no game 'Brekout'; did you mean Breakout? For sticky"),
