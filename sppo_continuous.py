@@ -676,8 +676,8 @@ def evaluate_run(args: Args):
 
 
 def check_copy(agent, vector, *optimizers):
-    """Refuses layers that act in one way and train in another: there a probability of the rollout
-    is none of the update. And optimizers that have neither the `vector` nor each parameter."""
+    """Refuses layers that differ between rollout and update, which would make the probabilities of
+    the one meaningless in the other, and optimizers without the `vector` or some parameters."""
     for name, module in agent.named_modules():
         kinds = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
         if isinstance(module, kinds) and module.training:
