@@ -152,8 +152,7 @@ class Args:
                 self.num_envs * self.num_steps > 1, "norm_adv needs more than one step in a rollout"
             )
         require(self.bins >= 2, "bins must be at least 2")
-        if self.policy == "gaussian":
-            require(not self.beta, "beta needs probabilities, not a Gaussian's densities")
+        require(not self.beta or self.policy != "gaussian", "beta needs probabilities: bins")
         for name, package in (("track", "wandb"), ("capture_video", "moviepy")):
             missing = getattr(self, name) and not find_spec(package)
             require(not missing, f"{name} needs {package}: pip install {package}")
@@ -214,8 +213,6 @@ class RunningStats:
             self.mean = self.mean + delta / self.count
             self.m2 = self.m2 + delta * (value - self.mean)
         self.std = np.sqrt(self.m2 / self.count + 1e-8)
-        if not math.isfinite(self.std.sum()):
-            sys.exit(f"error: observation or return number {self.count:,} is not finite: {batch}")
 
     def normalize(self, obs):
         return ((obs - self.mean) / self.std).clip(-10, 10).astype(np.float32)
@@ -526,6 +523,9 @@ def train_in(envs, args):
                 with torch.no_grad():
                     one_value = agent.value(torch.from_numpy(one_obs[None]).to(args.device))
                 final_value[t, i] = one_value.item()
+        finite = np.isfinite(obs[1:]).all((1, 2)) & np.isfinite(reward).all(1)
+        if not finite.all():
+            sys.exit(f"error: observation or reward {global_step + N * finite.argmin()} not finite")
         global_step += T * N
         bar.update(T * N)
 
