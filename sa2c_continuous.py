@@ -44,7 +44,7 @@ import sys
 import time
 import warnings
 from collections import deque
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import distributions
 from importlib.util import find_spec
@@ -78,7 +78,6 @@ class Args:
     log_freq: int = 1000  # steps between entries in the log
     checkpoint_freq: int = 100_000  # steps of each environment between checkpoints; all begin anew
     track: bool = False  # log to Weights & Biases as well (pip install wandb)
-
     # Algorithm
     policy: Literal["categorical", "gaussian"] = "categorical"  # gaussian: plain A2C
     bins: int = 11  # values per action dimension, evenly spaced from lowest to highest
@@ -92,21 +91,18 @@ class Args:
     vf_coef: float = 0.5  # weight of the value loss, an MSE without CleanRL's factor of 1/2
     ent_coef: float = 0.0  # weight of the entropy bonus
     max_grad_norm: float = 0.5  # gradient clipping, over all parameters together
-
     # Networks
     hidden_sizes: tuple[int, ...] = (64, 64)  # sizes of hidden layers, of actor and critic alike
     activation: Literal["tanh", "relu"] = "tanh"  # after each hidden layer
     layer_norm: bool = False  # layer normalisation before each activation
     ortho_init: bool = True  # orthogonal initial weights; else PyTorch's default
     log_std_init: float = 0.0  # initial log standard deviation of the Gaussian policy
-
     # Symmetric loss, and noise on normalised rewards
     alpha: float | None = None  # weight of the A2C loss; default: 0.5, or 1 if beta is 0
     beta: float | None = None  # weight of the reverse loss; default: 0.5, or 0 if Gaussian
     z: float = -1.0  # Z, which stands for log 0
     noise: Literal["none", "normal", "uniform", "adv_flip"] = "none"  # adv_flip: on advantages
     noise_level: float | None = None  # flip probability (default 0.1) or scale (default 0.05)
-
     # Evaluation
     evaluate: str | None = None  # folder of a run: play its agent instead of training
     eval_freq: int | None = None  # steps between evaluations; default: total / 20
@@ -131,37 +127,44 @@ class Args:
 
     def check(self):
         """Refuses what would run, but mean something else than it says. tyro prints the message."""
-        counts = ("num_envs", "num_steps", "log_freq")
-        for name in (*counts, "total_timesteps", "eval_freq", "eval_episodes", "checkpoint_freq"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1")
-        if self.noise.endswith("flip") and self.noise_level > 1:
-            raise ValueError("noise_level is the probability of a flip, so at most 1")
-        if not 0 <= self.gamma <= 1:
-            raise ValueError("gamma must be between 0 and 1")
-        if self.max_grad_norm <= 0:
-            raise ValueError("max_grad_norm must be positive; 1e9 turns clipping off")
-        if min(self.seed, self.alpha, self.beta, self.noise_level) < 0:
-            raise ValueError("seed, alpha, beta and noise_level must not be negative")
-        if self.policy == "gaussian" and self.beta:
-            raise ValueError("beta needs probabilities, not a Gaussian's densities")
-        if self.norm_adv and self.num_envs * self.num_steps == 1:
-            raise ValueError("norm_adv needs more than one step in a rollout")
-        if self.z >= 0:
-            raise ValueError("z stands for log 0, so it must be negative")
-        if self.noise == "none" and self.noise_level:
-            raise ValueError("noise_level needs a kind of noise")
-        if self.bins < 2:
-            raise ValueError("bins must be at least 2")
+
+        def require(condition, message):
+            if not condition:
+                raise ValueError(message)
+
+        counts = "num_envs num_steps log_freq"
+        counts += " total_timesteps eval_freq eval_episodes checkpoint_freq"
+        for name in counts.split():
+            require(getattr(self, name) >= 1, f"{name} must be at least 1")
+        for name in "seed alpha beta noise_level learning_rate".split():
+            require(0 <= getattr(self, name) < math.inf, f"{name} must be finite and not negative")
+        for name in "gamma gae_lambda".split():
+            require(0 <= getattr(self, name) <= 1, f"{name} must be between 0 and 1")
+        require(self.max_grad_norm > 0, "max_grad_norm must be positive; 1e9 turns clipping off")
+        require(self.z < 0, "z stands for log 0, so it must be negative")
+        require(self.alpha + self.beta > 0, "with alpha and beta 0 nothing trains the policy")
+        if self.noise.endswith("flip"):
+            require(self.noise_level <= 1, "noise_level is the probability of a flip, so at most 1")
+        require(self.noise != "none" or not self.noise_level, "noise_level needs a kind of noise")
+        require(self.run_name not in ("", ".", ".."), "run_name must be the name of a folder")
+        if self.norm_adv:
+            require(
+                self.num_envs * self.num_steps > 1, "norm_adv needs more than one step in a rollout"
+            )
+        require(self.bins >= 2, "bins must be at least 2")
+        require(not self.beta or self.policy != "gaussian", "beta needs probabilities: bins")
         for name, package in (("track", "wandb"), ("capture_video", "moviepy")):
-            if getattr(self, name) and not find_spec(package):
-                raise ValueError(f"{name} needs {package}: pip install {package}")
+            missing = getattr(self, name) and not find_spec(package)
+            require(not missing, f"{name} needs {package}: pip install {package}")
 
     def identity(self) -> dict:
-        """What makes two runs the same: the script, and the arguments that may change results."""
+        """What makes two runs the same: the script, the file of an environment MODULE:ID, and the
+        arguments that may change results."""
         script = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
         others = "run_name runs_dir device compile track evaluate capture_video".split()
         kept = {name: value for name, value in vars(self).items() if name not in others}
+        if ":" in self.env_id and (module := find_spec(self.env_id.split(":")[0])):
+            kept["env_sha256"] = hashlib.sha256(Path(module.origin).read_bytes()).hexdigest()
         return json.loads(json.dumps({"script_sha256": script} | kept))  # tuples become lists
 
     @property
@@ -182,9 +185,10 @@ def make_env(args, run_dir=None):
         sys.exit(f"error: {error}")
     for space in (env.observation_space, env.action_space):
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
-            sys.exit(f"error: {args.env_id}: needs one-dimensional Box spaces, not {space}")
-    if args.policy == "categorical" and not env.action_space.is_bounded():
-        sys.exit(f"error: {args.env_id}: bins need bounded actions; try --policy gaussian")
+            sys.exit(f"error: {args.env_id}: needs vectors, not {space}; docs/copy-and-modify.md")
+    bound = np.abs([space.low, space.high]).max()  # of actions; float's maximum stands for none
+    if space.dtype.kind != "f" or (args.policy == "categorical" and bound > 1e30):
+        sys.exit(f"error: {args.env_id}: needs actions of floats, bounded unless --policy gaussian")
     if video:
         renderer = getattr(env.unwrapped, "mujoco_renderer", None)
         if renderer and renderer.camera_id == -1 and renderer.model.ncam:
@@ -196,11 +200,11 @@ def make_env(args, run_dir=None):
 class RunningStats:
     """Mean and population standard deviation of all values so far, in float64 (Welford 1962)."""
 
-    def __init__(self, shape):
+    def __init__(self):
         self.count = 0
-        self.mean = np.zeros(shape)
-        self.m2 = np.zeros(shape)  # sum of squared deviations from the mean
-        self.std = np.ones(shape)
+        self.mean = 0.0
+        self.m2 = 0.0  # sum of squared deviations from the mean
+        self.std = 1.0
 
     def update(self, batch):
         for value in batch:
@@ -211,15 +215,13 @@ class RunningStats:
         self.std = np.sqrt(self.m2 / self.count + 1e-8)
 
     def normalize(self, obs):
-        standardized = (obs - self.mean) / self.std
-        return standardized.clip(-10, 10).astype(np.float32)
+        return ((obs - self.mean) / self.std).clip(-10, 10).astype(np.float32)
 
     def state_dict(self):
         return {name: torch.as_tensor(value) for name, value in vars(self).items()}
 
     def load_state_dict(self, state):
-        for name, tensor in state.items():
-            setattr(self, name, tensor.numpy())
+        vars(self).update({name: tensor.numpy() for name, tensor in state.items()})
 
 
 class NormalizedEnvs:
@@ -233,22 +235,20 @@ class NormalizedEnvs:
     def __init__(self, args):
         self.args = args
         self.envs = [make_env(args) for _ in range(args.num_envs)]
-        self.obs_stats = RunningStats(self.envs[0].observation_space.shape)
-        self.return_stats = RunningStats(())
+        self.obs_stats = RunningStats()
+        self.return_stats = RunningStats()
         self.recent_episodes = deque(maxlen=100)  # (return, length) of the last ones that ended
 
     def reset(self, seed):
         """Begins all episodes. Returns normalised observations (num_envs, obs_dim)."""
-        for i, env in enumerate(self.envs):  # made anew: BipedalWalker keeps traces of its past
-            env.close()
-            self.envs[i] = make_env(self.args)
+        self.close()  # and made anew: BipedalWalker keeps traces of its past
+        self.envs = [make_env(self.args) for _ in self.envs]
         self.discounted_return = np.zeros(len(self.envs))
         self.episode_return = np.zeros(len(self.envs))  # so far, of raw rewards
         self.episode_length = np.zeros(len(self.envs))
         # With seed + i, runs with neighbouring seeds would share environments' seeds
         seeds = np.random.default_rng(seed).integers(2**31, size=len(self.envs)).tolist()
-        first_obs = [env.reset(seed=s)[0] for env, s in zip(self.envs, seeds)]
-        self.obs = np.array(first_obs, float)
+        self.obs = np.array([env.reset(seed=s)[0] for env, s in zip(self.envs, seeds)], float)
         self.obs_stats.update(self.obs)
         return self.obs_stats.normalize(self.obs)
 
@@ -258,13 +258,10 @@ class NormalizedEnvs:
         Returns normalised observations (num_envs, obs_dim) and rewards (num_envs,), terminated,
         truncated, and {index: normalised final observation} of truncated episodes.
         """
-        num_envs = len(self.envs)
-        reward = np.zeros(num_envs)
-        terminated = np.zeros(num_envs, bool)
-        truncated = np.zeros(num_envs, bool)
+        reward = np.zeros(len(self.envs))
+        terminated, truncated = np.zeros((2, len(self.envs)), bool)
         for i, env in enumerate(self.envs):
-            transition = env.step(action[i])
-            self.obs[i], reward[i], terminated[i], truncated[i], _ = transition
+            self.obs[i], reward[i], terminated[i], truncated[i], _ = env.step(action[i])
         self.episode_return += reward
         self.episode_length += 1
         self.discounted_return = self.args.gamma * self.discounted_return + reward
@@ -284,6 +281,10 @@ class NormalizedEnvs:
         self.obs_stats.update(self.obs)
         reward = (reward / self.return_stats.std).clip(-10, 10)
         return self.obs_stats.normalize(self.obs), reward, terminated, truncated, final_obs
+
+    def close(self):
+        for env in self.envs:
+            env.close()
 
 
 def perturb_reward(reward, noise, level, rng):
@@ -397,6 +398,8 @@ def compute_gae(reward, value, final_value, terminated, truncated, gamma, gae_la
     (T + 1, N) of the observations before each step and after the last; `final_value` (T, N) of
     truncated episodes' final observations, from which they bootstrap.
     """
+    if value[1:].shape != reward.shape:  # they would broadcast
+        raise ValueError(f"value must be (T + 1, N), not {value.shape}, for reward {reward.shape}")
     next_value = np.where(truncated, final_value, value[1:])
     next_value = np.where(terminated, 0.0, next_value)
     delta = reward + gamma * next_value - value[:-1]
@@ -415,14 +418,15 @@ def gradient_and_metrics(agent, args, obs, action, advantage, returns):
     if args.norm_adv:
         normalized = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
     policy = agent.policy(obs)
-    log_prob = policy.log_prob(action)
+    log_prob = policy.log_prob(action).view_as(advantage)
     policy_loss, reverse_loss = symmetric_policy_losses(log_prob, normalized, args.z)
-    value_loss = (agent.value(obs) - returns).square().mean()
+    value_loss = (agent.value(obs).view_as(returns) - returns).square().mean()
     entropy = policy.entropy().mean()
     loss = args.alpha * policy_loss + args.beta * reverse_loss
     loss = loss + args.vf_coef * value_loss - args.ent_coef * entropy
     # Instead of backward() and clip_grad_norm_, so that torch.compile makes a single graph
-    gradients = torch.autograd.grad(loss, list(agent.parameters()))
+    trained = [parameter for parameter in agent.parameters() if parameter.requires_grad]
+    gradients = torch.autograd.grad(loss, trained, materialize_grads=True)  # 0 for unused ones
     gradient = torch.cat([g.flatten() for g in gradients])
     grad_norm = gradient.norm()
     scale = (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1)
@@ -442,23 +446,33 @@ def gradient_and_metrics(agent, args, obs, action, advantage, returns):
 
 
 def train(args: Args):
+    with closing(NormalizedEnvs(args)) as envs:  # after errors and Ctrl-C, too
+        train_in(envs, args)
+
+
+def train_in(envs, args):
     torch.set_num_threads(1)  # the networks are too small to gain from more
     generator = torch.manual_seed(args.seed)  # initial weights, actions, adv_flip
     rng = np.random.default_rng([args.seed, 1])  # reward noise
-    envs = NormalizedEnvs(args)
     env = envs.envs[0]  # tells the spaces
     agent = Agent(env, args).to(args.device)
-    # All parameters become views of one vector, so that the optimizer updates a single tensor
-    parameters = nn.utils.parameters_to_vector(agent.parameters()).detach()
-    nn.utils.vector_to_parameters(parameters, agent.parameters())
+    # An optimizer updates a single tensor faster than many: all that is trained becomes views of
+    # one vector, and its gradients views of the vector's
+    trained = [p for p in agent.parameters() if p.requires_grad]
+    parameters = nn.utils.parameters_to_vector(trained).detach()
+    nn.utils.vector_to_parameters(parameters, trained)
+    parameters.grad = torch.zeros_like(parameters)
+    for p, gradient in zip(trained, parameters.grad.split([p.numel() for p in trained])):
+        p.grad = gradient.view_as(p)
     optimizer = torch.optim.RMSprop(
         [parameters], lr=args.learning_rate, alpha=0.99, eps=args.rmsprop_eps
     )
+    check_copy(agent, parameters, optimizer)
 
     global_step = 0
     seconds = 0.0  # without start-up, evaluations and checkpoints
     evaluations = []  # rows of progress.csv
-    history = []  # what was logged since the last evaluation, a dict per entry
+    history = {}  # what was logged since the last evaluation, a list by name
     checkpoint_path = args.run_dir / "checkpoint.pt"
     if checkpoint_path.exists():
         checkpoint = torch.load(checkpoint_path, weights_only=True, map_location="cpu")
@@ -476,28 +490,20 @@ def train(args: Args):
     if args.track:
         import wandb
 
-        wandb.init(
-            project="symmetric-rl",
-            name=args.run_name,
-            dir=args.run_dir,
-            resume="auto",  # one id per `dir`, also when the run is continued
-            config=vars(args),
-            sync_tensorboard=True,
-        )
+        options = {"project": "symmetric-rl", "sync_tensorboard": True}
+        options["resume"] = "auto"  # one id per `dir`, also when the run is continued
+        wandb.init(name=args.run_name, dir=args.run_dir, config=vars(args), **options)
     writer = SummaryWriter(args.run_dir, purge_step=global_step + 1)
     writer.add_text("hyperparameters", f"```\n{json.dumps(vars(args), indent=2)}\n```")
 
     T, N = args.num_steps, args.num_envs
-    action_dtype = np.float32 if agent.gaussian else np.int64
     obs = np.zeros((T + 1, N, *env.observation_space.shape), np.float32)
-    action = np.zeros((T, N, *env.action_space.shape), action_dtype)
-    reward = np.zeros((T, N))
-    terminated = np.zeros((T, N), bool)
-    truncated = np.zeros((T, N), bool)
-    final_value = np.zeros((T, N))  # of truncated episodes' final observations
     obs[T] = envs.reset([args.seed, global_step])
+    reward = np.zeros((T, N))
+    terminated, truncated = np.zeros((2, T, N), bool)
+    final_value = np.zeros((T, N))  # of truncated episodes' final observations
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps", disable=None)
-    gradient_fn = compiled(agent, args, env) if args.compile else gradient_and_metrics
+    gradient_fn = compiled(agent, args, obs) if args.compile else gradient_and_metrics
 
     metrics = []  # of all updates since the last entry in the log
     all_advantages = []
@@ -508,24 +514,28 @@ def train(args: Args):
         obs[0] = obs[T]
         act = agent.actor_fn()
         exploration = agent.exploration((T, N), generator)
+        actions = []
         for t in range(T):
-            action[t] = act(obs[t], exploration[t])
-            transition = envs.step(agent.to_env(action[t]))
+            actions.append(act(obs[t], exploration[t]))
+            transition = envs.step(agent.to_env(actions[t]))
             obs[t + 1], reward[t], terminated[t], truncated[t], final_obs = transition
-            for i, last_obs in final_obs.items():
+            for i, one_obs in final_obs.items():
                 with torch.no_grad():
-                    last_value = agent.value(torch.from_numpy(last_obs[None]).to(args.device))
-                final_value[t, i] = last_value.item()
+                    one_value = agent.value(torch.from_numpy(one_obs[None]).to(args.device))
+                final_value[t, i] = one_value.item()
+        finite = np.isfinite(obs[1:]).all((1, 2)) & np.isfinite(reward).all(1)
+        if not finite.all():
+            sys.exit(f"error: observation or reward {global_step + N * finite.argmin()} not finite")
         global_step += T * N
         bar.update(T * N)
 
         # Advantages. The agent has not changed since the rollout: one pass gives all values. `b_`
         # names are of the whole batch (T * N, ...)
-        all_obs = torch.from_numpy(obs).to(args.device)  # including obs[T], for bootstrapping
-        b_obs = all_obs[:T].flatten(0, 1)
-        b_action = torch.from_numpy(action).to(args.device).flatten(0, 1)
+        all_obs = torch.from_numpy(obs).to(args.device).flatten(0, 1)
+        b_obs = all_obs[: T * N]  # without obs[T], from whose value the last steps bootstrap
+        b_action = torch.from_numpy(np.concatenate(actions)).to(args.device)
         with torch.no_grad():
-            value = agent.value(all_obs).cpu().numpy()
+            value = agent.value(all_obs).view(T + 1, N).cpu().numpy()
         noisy_reward = perturb_reward(reward, args.noise, args.noise_level, rng)
         advantage, returns = compute_gae(
             noisy_reward, value, final_value, terminated, truncated, args.gamma, args.gae_lambda
@@ -537,13 +547,15 @@ def train(args: Args):
         if args.noise == "adv_flip":
             b_advantage = perturb_advantage(b_advantage, args.noise_level, generator)
         gradient, new_metrics = gradient_fn(agent, args, b_obs, b_action, b_advantage, b_returns)
-        parameters.grad = gradient
+        parameters.grad.copy_(gradient)
         optimizer.step()
         metrics.append(new_metrics)
         all_advantages.append(advantage)
         all_returns.append(returns)
         if not parameters.isfinite().all():
             sys.exit(f"error: weights not finite at step {global_step}; lower the learning rate")
+        if any(p.grad is None for p in trained):
+            sys.exit("error: leave out zero_grad(), which drops the parameters' gradients")
 
         # Log
         finished = global_step >= args.total_timesteps
@@ -552,18 +564,18 @@ def train(args: Args):
         if evaluation_due or checkpoint_due or global_step % args.log_freq < T * N:
             scalars = {}
             for name in metrics[0]:
-                scalars[f"losses/{name}"] = torch.stack([m[name] for m in metrics]).mean().item()
+                scalars[f"losses/{name}"] = torch.stack([m[name] for m in metrics]).mean()
             # advantage = return - value
             unexplained = np.var(all_advantages) / max(np.var(all_returns), 1e-8)
-            scalars["losses/explained_variance"] = 1 - unexplained.item()
+            scalars["losses/explained_variance"] = 1 - unexplained
             if envs.recent_episodes:  # means of the last 100
-                episodic_return, episodic_length = np.mean(envs.recent_episodes, axis=0).tolist()
+                episodic_return, episodic_length = np.mean(envs.recent_episodes, axis=0)
                 scalars["charts/episodic_return"] = episodic_return
                 scalars["charts/episodic_length"] = episodic_length
                 bar.set_postfix_str(f"return {episodic_return:.1f}")
-            history.append(scalars)
             for name, scalar in scalars.items():
-                writer.add_scalar(name, scalar, global_step)
+                history.setdefault(name, []).append(float(scalar))
+                writer.add_scalar(name, history[name][-1], global_step)
             elapsed = seconds + time.perf_counter() - started
             writer.add_scalar("charts/SPS", global_step / elapsed, global_step)
             metrics = []
@@ -573,21 +585,15 @@ def train(args: Args):
 
         # Evaluation and checkpoint
         if evaluation_due:
-            eval_env = make_env(args, args.run_dir)  # anew, as in training
-            eval_env.name_prefix = f"step-{global_step}"  # of the video, if any
             seed = args.seed + global_step
-            scores, lengths = evaluate(agent, eval_env, envs.obs_stats, args.eval_episodes, seed)
-            evaluation = {
-                "step": global_step,
-                "return_mean": scores.mean().item(),
-                "return_std": scores.std().item(),
-                "length_mean": lengths.mean().item(),
-            }
-            for name in scalars:  # means since the last evaluation
-                logged = [entry[name] for entry in history if name in entry]
-                evaluation[name] = np.mean(logged).item()
-            history = []
-            evaluations.append(evaluation)
+            with closing(make_env(args, args.run_dir)) as env:  # anew, as in training
+                env.name_prefix = f"step-{global_step}"  # of the video, if any
+                scores, lengths = evaluate(agent, env, envs.obs_stats, args.eval_episodes, seed)
+            evaluation = {"return_mean": scores.mean(), "return_std": scores.std()}
+            evaluation["length_mean"] = lengths.mean()
+            evaluation |= {name: np.mean(logged) for name, logged in history.items()}
+            history = {}
+            evaluations.append({"step": global_step} | {k: float(x) for k, x in evaluation.items()})
             save_csv(args.run_dir / "progress.csv", evaluations)
             writer.add_scalar("eval/return_mean", evaluation["return_mean"], global_step)
             tqdm.write(f"step {global_step:,}: return {scores.mean():.1f}")
@@ -595,7 +601,7 @@ def train(args: Args):
             tensors["obs_mean"] = torch.from_numpy(envs.obs_stats.mean)
             tensors["obs_std"] = torch.from_numpy(envs.obs_stats.std)
             with atomic_write(args.run_dir / "agent.safetensors") as path:
-                safetensors.torch.save_file(tensors, path)
+                path.write_bytes(safetensors.torch.save(tensors))
         if checkpoint_due:
             checkpoint = {
                 "agent": agent.state_dict(),
@@ -621,21 +627,19 @@ def train(args: Args):
 
 
 def evaluate(agent, env, obs_stats, episodes, seed):
-    """Raw returns and lengths (episodes,) of greedy episodes in `env`, which is then closed."""
+    """Raw returns and lengths (episodes,) of greedy episodes in `env`."""
     act = agent.actor_fn()
-    returns = np.zeros(episodes)
-    lengths = np.zeros(episodes)
+    returns, lengths = np.zeros((2, episodes))
     for episode in range(episodes):
         # With seed + episode, runs with neighbouring seeds would share most initial states
         obs, _ = env.reset(seed=seed if episode == 0 else None)
         ended = False
         while not ended:
-            action = agent.to_env(act(obs_stats.normalize(obs[None])))[0]
+            action = agent.to_env(act(obs_stats.normalize(np.array([obs]))))[0]
             obs, reward, terminated, truncated, _ = env.step(action)
             returns[episode] += reward
             lengths[episode] += 1
             ended = terminated or truncated or lengths[episode] == 100_000  # without a time limit
-    env.close()
     return returns, lengths
 
 
@@ -650,15 +654,15 @@ def evaluate_run(args: Args):
     begun = json.loads((folder / "args.json").read_text())
     if begun["identity"]["script_sha256"] != args.identity()["script_sha256"]:
         print(f"warning: edited; the run's copy is {folder}/{begun['script']}", file=sys.stderr)
-    run = Args(**begun["args"] | chosen)
-    env = make_env(run, folder)
-    env.name_prefix = f"evaluate-{run.seed}"  # of the video, if any
-    agent = Agent(env, run)
+    run = Args(**begun["args"] | chosen | {"track": False})
     tensors = safetensors.torch.load_file(folder / "agent.safetensors")
-    obs_stats = RunningStats(env.observation_space.shape)
+    obs_stats = RunningStats()
     obs_stats.load_state_dict({"mean": tensors.pop("obs_mean"), "std": tensors.pop("obs_std")})
-    agent.load_state_dict(tensors)
-    scores, _ = evaluate(agent, env, obs_stats, run.eval_episodes, run.seed)
+    with closing(make_env(run, folder)) as env:
+        env.name_prefix = f"evaluate-{run.seed}"  # of the video, if any
+        agent = Agent(env, run)
+        agent.load_state_dict(tensors)
+        scores, _ = evaluate(agent, env, obs_stats, run.eval_episodes, run.seed)
     print(f"{folder}: return {scores.mean():.1f} (standard deviation {scores.std():.1f})")
     if run.capture_video:
         print(f"video: {folder}/video/{env.name_prefix}-episode-0.mp4")
@@ -667,19 +671,32 @@ def evaluate_run(args: Args):
 # What follows is plumbing, not part of the algorithm.
 
 
-def compiled(agent, args, env):
-    """Compiles `gradient_and_metrics` by a call on a rollout of zeros, before training is timed.
-    Returns it uncompiled if that fails. `env` tells the shapes of observations and actions."""
+def check_copy(agent, vector, *optimizers):
+    """Refuses layers that differ between rollout and update, which would make the probabilities of
+    the one meaningless in the other, and optimizers without the `vector` or some parameters."""
+    for name, module in agent.named_modules():
+        kinds = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
+        if isinstance(module, kinds) and module.training:
+            sys.exit(f"error: {name} is {module}: probabilities would change from pass to pass")
+    given = {p for one in optimizers for group in one.param_groups for p in group["params"]}
+    trained = {name: p for name, p in agent.named_parameters() if p.requires_grad}
+    left_out = [name for name, p in trained.items() if not {p, vector} & given]
+    if left_out:
+        sys.exit(f"error: the optimizer leaves out {', '.join(left_out)}")
+
+
+def compiled(agent, args, obs):
+    """Compiles `gradient_and_metrics` by a call on a rollout like those to come, before training
+    is timed. Returns it uncompiled if that fails. `obs` (T + 1, N, obs_dim)."""
     n = args.num_envs * args.num_steps
-    action_dtype = torch.float32 if agent.gaussian else torch.int64
-    with torch.device(args.device):
-        b_obs = torch.zeros(n, *env.observation_space.shape)
-        b_action = torch.zeros(n, *env.action_space.shape, dtype=action_dtype)
+    b_obs = obs.reshape(-1, obs.shape[-1])[:n]
+    b_action = agent.actor_fn()(b_obs)
+    tensors = [torch.from_numpy(b_obs), torch.from_numpy(b_action), *torch.zeros(2, n)]
     try:
         torch._dynamo.config.trace_autograd_ops = True  # one graph for the gradient and the loss
         options = {"cpp_wrapper": args.device == "cpu"}  # cheaper calls; not tried on a GPU
         gradient_fn = torch.compile(gradient_and_metrics, options=options)
-        gradient_fn(agent, args, b_obs, b_action, *torch.zeros(2, n, device=args.device))
+        gradient_fn(agent, args, *[tensor.to(args.device) for tensor in tensors])
         return gradient_fn
     except Exception as error:  # any exception is possible here, without a C++ compiler for one
         tqdm.write(f"torch.compile failed, continuing without: {error!r:.200}", file=sys.stderr)
@@ -799,7 +816,7 @@ def main():
             if begin(args):
                 train(args)
     except KeyboardInterrupt:
-        sys.exit("interrupted; the same command continues")
+        sys.exit("interrupted; the same command continues from its last checkpoint, if any")
     summary = json.loads((args.run_dir / "summary.json").read_text())
     score = f"return {summary['return_mean']:.1f} (standard deviation {summary['return_std']:.1f})"
     print(f"{args.run_dir}: {score}, {summary['sps']:,.0f} steps/s")

@@ -32,11 +32,13 @@ more frequent.
 
 import csv
 import ctypes
+import difflib
 import hashlib
 import json
 import math
 import os
 import platform
+import re
 import shutil
 import subprocess
 import sys
@@ -132,38 +134,38 @@ class Args:
 
     def check(self):
         """Refuses what would run, but mean something else than it says. tyro prints the message."""
-        counts = ("num_envs", "num_steps", "num_minibatches", "update_epochs")
-        for name in (*counts, "total_timesteps", "eval_freq", "eval_episodes", "checkpoint_freq"):
-            if getattr(self, name) < 1:
-                raise ValueError(f"{name} must be at least 1")
-        if self.noise.endswith("flip") and self.noise_level > 1:
-            raise ValueError("noise_level is the probability of a flip, so at most 1")
-        if not 0 <= self.gamma <= 1:
-            raise ValueError("gamma must be between 0 and 1")
-        if self.max_grad_norm <= 0:
-            raise ValueError("max_grad_norm must be positive; 1e9 turns clipping off")
-        if min(self.seed, self.alpha, self.beta, self.noise_level, self.clip_coef) < 0:
-            raise ValueError("seed, alpha, beta, noise_level and clip_coef must not be negative")
+
+        def require(condition, message):
+            if not condition:
+                raise ValueError(message)
+
+        counts = "num_envs num_steps num_minibatches update_epochs"
+        counts += " total_timesteps eval_freq eval_episodes checkpoint_freq"
+        for name in counts.split():
+            require(getattr(self, name) >= 1, f"{name} must be at least 1")
+        for name in "seed alpha beta noise_level learning_rate clip_coef".split():
+            require(0 <= getattr(self, name) < math.inf, f"{name} must be finite and not negative")
+        for name in "gamma gae_lambda repeat_action_probability".split():
+            require(0 <= getattr(self, name) <= 1, f"{name} must be between 0 and 1")
+        require(self.max_grad_norm > 0, "max_grad_norm must be positive; 1e9 turns clipping off")
+        require(self.z < 0, "z stands for log 0, so it must be negative")
+        require(self.alpha + self.beta > 0, "with alpha and beta 0 nothing trains the policy")
+        if self.noise.endswith("flip"):
+            require(self.noise_level <= 1, "noise_level is the probability of a flip, so at most 1")
+        require(self.noise != "none" or not self.noise_level, "noise_level needs a kind of noise")
+        require(self.run_name not in ("", ".", ".."), "run_name must be the name of a folder")
         batch_size = self.num_envs * self.num_steps
         if batch_size % self.num_minibatches or batch_size == self.num_minibatches:
             raise ValueError(f"num_minibatches must divide {batch_size} steps into 2 or more each")
-        if self.z >= 0:
-            raise ValueError("z stands for log 0, so it must be negative")
-        if self.noise == "none" and self.noise_level:
-            raise ValueError("noise_level needs a kind of noise")
-        if "-v" in self.env_id:
-            game = self.env_id.removeprefix("ALE/").split("-")[0]
-            sticky = f"--env-id {game} --repeat-action-probability 0.25"
-            raise ValueError(
-                f"give the game: --env-id {game}, or {sticky} (sticky actions, as in v5)"
-            )
-        try:
-            gym.spec(f"ALE/{self.env_id}-v5")
-        except gym.error.NameNotFound as error:  # it suggests similar names
-            raise ValueError(str(error)) from None
+        games = [name[4:-3] for name in gym.registry if name.startswith("ALE/")]  # ALE/NAME-v5
+        if self.env_id not in games:
+            name = re.sub(r"^ALE/|(Deterministic|NoFrameskip)?-v\d$| ", "", self.env_id)
+            (closest,) = difflib.get_close_matches(name, games, n=1, cutoff=0)
+            sticky = "For sticky actions, as in v5, add --repeat-action-probability 0.25"
+            raise ValueError(f"no game {self.env_id!r}; did you mean {closest}? {sticky}")
         for name, package in (("track", "wandb"), ("capture_video", "moviepy")):
-            if getattr(self, name) and not find_spec(package):
-                raise ValueError(f"{name} needs {package}: pip install {package}")
+            missing = getattr(self, name) and not find_spec(package)
+            require(not missing, f"{name} needs {package}: pip install {package}")
 
     def identity(self) -> dict:
         """What makes two runs the same: the script, and the arguments that may change results."""
@@ -353,6 +355,8 @@ def compute_gae(reward, value, final_value, terminated, truncated, gamma, gae_la
     (T + 1, N) of the observations before each step and after the last; `final_value` (T, N) of
     truncated episodes' final observations, from which they bootstrap.
     """
+    if value[1:].shape != reward.shape:  # they would broadcast
+        raise ValueError(f"value must be (T + 1, N), not {value.shape}, for reward {reward.shape}")
     next_value = np.where(truncated, final_value, value[1:])
     next_value = np.where(terminated, 0.0, next_value)
     delta = reward + gamma * next_value - value[:-1]
@@ -384,12 +388,13 @@ def gradient_and_metrics(
     policy_loss, reverse_loss = symmetric_policy_losses(
         log_prob, old_log_prob, weighted, clip_coef, args.z
     )
-    value_loss = (value - returns).square().mean()
+    value_loss = (value.view_as(returns) - returns).square().mean()
     entropy = (weight * policy.entropy()).mean()
     loss = args.alpha * policy_loss + args.beta * reverse_loss
     loss = loss + args.vf_coef * value_loss - args.ent_coef * entropy
     # Instead of backward() and clip_grad_norm_, so that torch.compile makes a single graph
-    gradients = torch.autograd.grad(loss, list(agent.parameters()))
+    trained = [parameter for parameter in agent.parameters() if parameter.requires_grad]
+    gradients = torch.autograd.grad(loss, trained, materialize_grads=True)  # 0 for unused ones
     gradient = torch.cat([g.flatten() for g in gradients])
     grad_norm = gradient.norm()
     scale = (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1)
@@ -422,15 +427,21 @@ def train(args: Args):
     envs = AtariGames(args, args.num_envs)
     bfloat16 = args.amp == "auto" and has_bfloat16(device)
     agent = Agent(envs.num_actions, args.layer_norm, bfloat16).to(device)
-    # All parameters become views of one vector, so that the optimizer updates a single tensor
-    parameters = nn.utils.parameters_to_vector(agent.parameters()).detach()
-    nn.utils.vector_to_parameters(parameters, agent.parameters())
+    # An optimizer updates a single tensor faster than many: all that is trained becomes views of
+    # one vector, and its gradients views of the vector's
+    trained = [p for p in agent.parameters() if p.requires_grad]
+    parameters = nn.utils.parameters_to_vector(trained).detach()
+    nn.utils.vector_to_parameters(parameters, trained)
+    parameters.grad = torch.zeros_like(parameters)
+    for p, gradient in zip(trained, parameters.grad.split([p.numel() for p in trained])):
+        p.grad = gradient.view_as(p)
     optimizer = torch.optim.Adam([parameters], lr=args.learning_rate, eps=args.adam_eps, fused=True)
+    check_copy(agent, parameters, optimizer)
 
     global_step = 0
     seconds = 0.0  # without start-up, evaluations and checkpoints
     evaluations = []  # rows of progress.csv
-    history = []  # what was logged since the last evaluation, a dict per entry
+    history = {}  # what was logged since the last evaluation, a list by name
     checkpoint_path = args.run_dir / "checkpoint.pt"
     if checkpoint_path.exists():
         checkpoint = torch.load(checkpoint_path, weights_only=True, map_location="cpu")
@@ -446,14 +457,9 @@ def train(args: Args):
     if args.track:
         import wandb
 
-        wandb.init(
-            project="symmetric-rl",
-            name=args.run_name,
-            dir=args.run_dir,
-            resume="auto",  # one id per `dir`, also when the run is continued
-            config=vars(args),
-            sync_tensorboard=True,
-        )
+        options = {"project": "symmetric-rl", "sync_tensorboard": True}
+        options["resume"] = "auto"  # one id per `dir`, also when the run is continued
+        wandb.init(name=args.run_name, dir=args.run_dir, config=vars(args), **options)
     writer = SummaryWriter(args.run_dir, purge_step=global_step + 1)
     writer.add_text("hyperparameters", f"```\n{json.dumps(vars(args), indent=2)}\n```")
 
@@ -493,9 +499,9 @@ def train(args: Args):
                 step = envs.step(action[t].cpu().numpy())
                 images, reward[t], terminated[t], truncated[t], overridden[t], final_images = step
                 obs[t + 1] = torch.from_numpy(images)
-                for i, last_images in final_images.items():
-                    _, last_value = agent(torch.from_numpy(last_images[None]).to(device))
-                    final_value[t, i] = last_value.item()
+                for i, one_images in final_images.items():
+                    _, one_value = agent(torch.from_numpy(one_images[None]).to(device))
+                    final_value[t, i] = one_value.item()
             _, value[T] = agent_fn(obs[T])
         global_step += T * N
         bar.update(T * N)
@@ -506,14 +512,9 @@ def train(args: Args):
         policy = Categorical(logits=logits, validate_args=False)
         b_log_prob = policy.log_prob(action).flatten()
         noisy_reward = perturb_reward(reward, args.noise, args.noise_level, rng)
+        values = value.cpu().numpy()
         advantage, returns = compute_gae(
-            noisy_reward,
-            value.cpu().numpy(),
-            final_value,
-            terminated,
-            truncated,
-            args.gamma,
-            args.gae_lambda,
+            noisy_reward, values, final_value, terminated, truncated, args.gamma, args.gae_lambda
         )
         b_advantage = torch.from_numpy(advantage).float().to(device).flatten()
         b_returns = torch.from_numpy(returns).float().to(device).flatten()
@@ -527,31 +528,33 @@ def train(args: Args):
                 epoch_advantage = perturb_advantage(b_advantage, args.noise_level, generator)
             batch = [b_obs, b_action, b_log_prob, epoch_advantage, b_returns, b_mask]
             order = torch.randperm(T * N, generator=generator).to(device)
-            for mb_inds in order.view(args.num_minibatches, -1):  # `mb_`: of a minibatch
-                minibatch = [tensor[mb_inds] for tensor in batch]
+            chunks = [tensor[order].chunk(args.num_minibatches) for tensor in batch]
+            for minibatch in zip(*chunks):  # `mb_`: of a minibatch
                 gradient, mb_metrics = gradient_fn(agent, args, clip_coef, *minibatch)
-                parameters.grad = gradient
+                parameters.grad.copy_(gradient)
                 optimizer.step()
                 # CUDA graphs overwrite their outputs
                 metrics.append({name: x.clone() for name, x in mb_metrics.items()})
         if not parameters.isfinite().all():
             sys.exit(f"error: weights not finite at step {global_step}; lower the learning rate")
+        if any(p.grad is None for p in trained):
+            sys.exit("error: leave out zero_grad(), which drops the parameters' gradients")
 
         # Log
         scalars = {}
         for name in metrics[0]:
-            scalars[f"losses/{name}"] = torch.stack([m[name] for m in metrics]).mean().item()
+            scalars[f"losses/{name}"] = torch.stack([m[name] for m in metrics]).mean()
         # advantage = return - value
         unexplained = advantage[~overridden].var() / max(returns[~overridden].var(), 1e-8)
-        scalars["losses/explained_variance"] = 1 - unexplained.item()
+        scalars["losses/explained_variance"] = 1 - unexplained
         if envs.recent_episodes:  # means of the last 100
-            episodic_return, episodic_length = np.mean(envs.recent_episodes, axis=0).tolist()
+            episodic_return, episodic_length = np.mean(envs.recent_episodes, axis=0)
             scalars["charts/episodic_return"] = episodic_return
             scalars["charts/episodic_length"] = episodic_length
             bar.set_postfix_str(f"return {episodic_return:.1f}")
-        history.append(scalars)
         for name, scalar in scalars.items():
-            writer.add_scalar(name, scalar, global_step)
+            history.setdefault(name, []).append(float(scalar))
+            writer.add_scalar(name, history[name][-1], global_step)
         seconds += time.perf_counter() - started
         writer.add_scalar("charts/SPS", global_step / seconds, global_step)
 
@@ -560,22 +563,16 @@ def train(args: Args):
         if finished or global_step % args.eval_freq < T * N:  # passed a multiple
             video = args.run_dir / "video" / f"step-{global_step}.mp4"
             scores, lengths = evaluate(agent, args, args.seed + global_step, video)
-            evaluation = {
-                "step": global_step,
-                "return_mean": scores.mean().item(),
-                "return_std": scores.std().item(),
-                "length_mean": lengths.mean().item(),
-            }
-            for name in scalars:  # means since the last evaluation
-                logged = [entry[name] for entry in history if name in entry]
-                evaluation[name] = np.mean(logged).item()
-            history = []
-            evaluations.append(evaluation)
+            evaluation = {"return_mean": scores.mean(), "return_std": scores.std()}
+            evaluation["length_mean"] = lengths.mean()
+            evaluation |= {name: np.mean(logged) for name, logged in history.items()}
+            history = {}
+            evaluations.append({"step": global_step} | {k: float(x) for k, x in evaluation.items()})
             save_csv(args.run_dir / "progress.csv", evaluations)
             writer.add_scalar("eval/return_mean", evaluation["return_mean"], global_step)
             tqdm.write(f"step {global_step:,}: return {scores.mean():.1f}")
             with atomic_write(args.run_dir / "agent.safetensors") as path:
-                safetensors.torch.save_file(agent.state_dict(), path)
+                path.write_bytes(safetensors.torch.save(agent.state_dict()))
         if finished or global_step % (args.checkpoint_freq * N) < T * N:
             checkpoint = {
                 "agent": agent.state_dict(),
@@ -639,7 +636,7 @@ def evaluate_run(args: Args):
     begun = json.loads((folder / "args.json").read_text())
     if begun["identity"]["script_sha256"] != args.identity()["script_sha256"]:
         print(f"warning: edited; the run's copy is {folder}/{begun['script']}", file=sys.stderr)
-    run = Args(**begun["args"] | chosen)
+    run = Args(**begun["args"] | chosen | {"track": False})
     agent = Agent(AtariGames(run, 1).num_actions, run.layer_norm)
     agent.load_state_dict(safetensors.torch.load_file(folder / "agent.safetensors"))
     video = folder / "video" / f"evaluate-{run.seed}.mp4"
@@ -650,6 +647,20 @@ def evaluate_run(args: Args):
 
 
 # What follows is plumbing, not part of the algorithm.
+
+
+def check_copy(agent, vector, *optimizers):
+    """Refuses layers that differ between rollout and update, which would make the probabilities of
+    the one meaningless in the other, and optimizers without the `vector` or some parameters."""
+    for name, module in agent.named_modules():
+        kinds = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
+        if isinstance(module, kinds) and module.training:
+            sys.exit(f"error: {name} is {module}: probabilities would change from pass to pass")
+    given = {p for one in optimizers for group in one.param_groups for p in group["params"]}
+    trained = {name: p for name, p in agent.named_parameters() if p.requires_grad}
+    left_out = [name for name, p in trained.items() if not {p, vector} & given]
+    if left_out:
+        sys.exit(f"error: the optimizer leaves out {', '.join(left_out)}")
 
 
 def compiled(agent, args, obs):
@@ -774,7 +785,7 @@ def main():
             if begin(args):
                 train(args)
     except KeyboardInterrupt:
-        sys.exit("interrupted; the same command continues")
+        sys.exit("interrupted; the same command continues from its last checkpoint, if any")
     summary = json.loads((args.run_dir / "summary.json").read_text())
     score = f"return {summary['return_mean']:.1f} (standard deviation {summary['return_std']:.1f})"
     print(f"{args.run_dir}: {score}, {summary['sps']:,.0f} steps/s")

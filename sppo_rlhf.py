@@ -1414,7 +1414,7 @@ def main():
             if begin(args):
                 train(args)
     except KeyboardInterrupt:
-        sys.exit("interrupted; the same command continues")
+        sys.exit("interrupted; the same command continues from its last checkpoint, if any")
     summary = json.loads((args.run_dir / "summary.json").read_text())
     print(
         f"{args.run_dir}: reward {summary['return_mean']:.3f} (standard deviation "

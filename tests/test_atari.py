@@ -166,6 +166,19 @@ def test_actions_are_sticky_only_on_request():
     assert not np.array_equal(images(), images(repeat_action_probability=0.9))
 
 
+def test_fire_does_not_follow_a_life_that_was_lost_before_a_reset(monkeypatch):
+    """In games of two lives, of which the first ends with the first step."""
+    monkeypatch.setattr(script, "AtariVectorEnv", Countdown)
+    games = script.AtariGames(script.Args(), 2)
+    for _ in range(2):
+        games.envs.info = {"lives": np.array([2, 2])}
+        games.reset(0)
+        games.envs.info = {"lives": np.array([1, 2])}
+        *_, overridden, _ = games.step(np.zeros(2))
+        assert not overridden.any()
+        assert games.life_lost.tolist() == [True, False]
+
+
 # ---- Evaluation
 
 
@@ -173,7 +186,8 @@ class Countdown:
     """Atari's vector interface on two games, of 3 and of 20 steps, that pay 1 and 10 a step, and
     100 times as much from the second round on."""
 
-    def __init__(self, *_, **__):
+    def __init__(self, *_, **options):
+        Countdown.options = options
         self.ale, self.time, self.rounds = self, np.zeros(2, int), np.zeros(2, int)
         self.images, self.info = np.zeros((2, 4, 84, 84), np.uint8), {"lives": np.zeros(2, int)}
 
@@ -195,10 +209,12 @@ class Countdown:
 def test_evaluation_counts_the_first_game_of_each(setting, monkeypatch):
     """The last ones, or those that end first, would favour short games. Noise has no part in it."""
     monkeypatch.setattr(setting.script, "AtariVectorEnv", Countdown)
-    args = setting.script.Args(eval_episodes=2, noise="flip", noise_level=1.0)
+    sticky = {"repeat_action_probability": 0.25}  # in evaluations, too
+    args = setting.script.Args(eval_episodes=2, noise="flip", noise_level=1.0, **sticky)
     scores, lengths = setting.script.evaluate(setting.script.Agent(2), args, 0, None)
     assert scores.tolist() == [3, 200]
     assert lengths.tolist() == [3, 20]
+    assert sticky.items() <= Countdown.options.items()
 
 
 # ---- Network
@@ -294,6 +310,7 @@ def test_a_flip_has_its_rate_and_three_outcomes(setting):
     for column, clean, flipped in zip(noisy.T, [-1, 0, 1], [2, 1, 0]):
         assert set(column) == {clean, flipped}
         assert (column == flipped).mean() == pytest.approx(0.1, abs=0.005)
+    assert len(np.unique(noisy != reward, axis=0)) == 8  # each by itself
 
 
 # ---- What `train` does

@@ -299,11 +299,11 @@ def test_an_evaluation_is_greedy_with_the_statistics_of_the_training_and_clean(s
 
 
 def test_an_endless_episode_is_cut_off_in_an_evaluation():
-    obs = np.zeros(11, np.float32)
+    """Observations may be lists."""
+    obs = [0.0] * 11
     env = SimpleNamespace(reset=lambda seed: (obs, {}), step=lambda _: (obs, 0.5, False, False, {}))
-    env.close = lambda: None
     agent = make_agent(hidden_sizes=())
-    scores, lengths = script.evaluate(agent, env, script.RunningStats(11), 1, 0)
+    scores, lengths = script.evaluate(agent, env, script.RunningStats(), 1, 0)
     assert (scores.tolist(), lengths.tolist()) == ([50_000], [100_000])
 
 

@@ -18,7 +18,7 @@ import pandas as pd
 import pytest
 import torch
 import tyro
-from helpers import ATARI, PPO, SETTINGS, SMALL, SPPO_CONTINUOUS, progress, record
+from helpers import ATARI, PPO, SETTINGS, SMALL, SPPO_CONTINUOUS, checkpoint, progress, record
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 import sppo_rlhf
@@ -286,6 +286,25 @@ def test_the_variant_has_the_gradient_of_its_formula(tmp_path, monkeypatch):
     weight = m * (alpha + beta * abs(z) * log_p_old.exp()) * r
     torch.testing.assert_close(gradient, (-A * weight / 1000).detach())
     train(script, args, tmp_path, **SHORT)
+
+
+def test_your_own_optimizer(tmp_path, monkeypatch):
+    """With the weight decay, and of all parameters."""
+    script, args = changed("Your own optimizer", tmp_path, monkeypatch)
+    saved = checkpoint(train(script, args, tmp_path, **SHORT))
+    (group,) = saved["optimizer"]["param_groups"]
+    assert (group["weight_decay"], group["lr"]) == (0.01, args.learning_rate)
+    assert len(saved["optimizer"]["state"]) == len(saved["agent"])
+
+
+def test_starting_from_a_trained_agent(tmp_path, monkeypatch):
+    script, args = changed("Starting from a trained agent", tmp_path, monkeypatch)
+    first = train(script, args, tmp_path / "first", **SHORT, start=None)
+    then = train(script, args, tmp_path / "then", **SHORT, start=str(first), learning_rate=0.0)
+    before, after = checkpoint(first), checkpoint(then)
+    torch.testing.assert_close(after["agent"], before["agent"])
+    assert after["obs_stats"]["count"] > before["obs_stats"]["count"] > 128
+    assert after["global_step"] == before["global_step"]
 
 
 def test_unbiased_rewards_under_flips(tmp_path, monkeypatch):

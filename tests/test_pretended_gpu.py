@@ -79,7 +79,7 @@ MISTAKES = [
     (CONTROL, ".shape, generator=generator)", ".shape, generator=generator, device='cuda')"),
     ([SPPO_RLHF], "_length, generator=generator)", "_length, generator=generator, device='cuda')"),
     # An index left on the CPU
-    (CONTINUOUS, "torch.from_numpy(action).to(args.device)", "torch.from_numpy(action)"),
+    (CONTINUOUS, "np.concatenate(actions)).to(args.device)", "np.concatenate(actions))"),
     (ATARI, "dtype=torch.int64, device=device)", "dtype=torch.int64)"),
     ([SPPO_RLHF], "(take(minibatch, rows), accelerator.device)", "(take(minibatch, rows), 'cpu')"),
     # A mask left there
@@ -87,7 +87,7 @@ MISTAKES = [
     (ATARI, "(~overridden).float().to(device)", "(~overridden).float()"),
     ([SPPO_RLHF], "torch.ones(n, n, device=ids.device)", "torch.ones(n, n)"),
     # numpy() on the GPU
-    (CONTINUOUS, "agent.value(all_obs).cpu().numpy()", "agent.value(all_obs).numpy()"),
+    (CONTINUOUS, "view(T + 1, N).cpu().numpy()", "view(T + 1, N).numpy()"),
     (ATARI, "action[t].cpu().numpy()", "action[t].numpy()"),
     ([SPPO_RLHF], '(rollout, "cpu")', '(rollout, "cpu")._replace(scores=rollout.scores)'),
 ]

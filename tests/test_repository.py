@@ -116,10 +116,13 @@ def definitions(script):
 
 
 # Each script has its own
-OWN = {"Args", "Args.__post_init__", "Args.check", "gradient_and_metrics", "compiled", "train"}
+OWN = "Args Args.__post_init__ Args.check gradient_and_metrics compiled train train_in"
+OWN = set(OWN.split())
 SAME = [
     (SCRIPTS, "Args.run_dir perturb_advantage atomic_write save_csv save_json begin"),
-    (CONTROL, "Args.identity compute_gae"),
+    (CONTROL, "compute_gae check_copy"),
+    (CONTINUOUS, "Args.identity"),
+    (ATARI, "Args.identity"),
     (CONTINUOUS, "make_env RunningStats NormalizedEnvs perturb_reward mlp Agent numpy_fn"),
     (CONTINUOUS, "evaluate evaluate_run provenance main"),
     (ATARI, "AtariGames Agent sample_gumbel evaluate evaluate_run provenance main"),

@@ -30,6 +30,7 @@ from helpers import (
     Signals,
     checkpoint,
     progress,
+    record,
     scalars,
     weights,
     words,
@@ -114,6 +115,7 @@ def test_a_run_leaves_what_it_promises(setting, launch, tmp_path, monkeypatch):
     folder = tmp_path / "run"
     assert set(files(folder)) == {*named, *(path.name for path in folder.glob("events*"))}
     assert (folder / script).read_bytes() == Path(setting.script.__file__).read_bytes()
+    assert len({(folder / name).stat().st_mode for name in named}) == 1
 
     rows = progress(folder)
     assert end == 0
@@ -164,13 +166,19 @@ def test_tensorboard_shows_the_hyperparameters(setting, tmp_path):
 
 
 @pytest.mark.parametrize("setting", A2C, ids=str, indirect=True)
-def test_an_entry_in_a2cs_log_has_the_means_of_all_updates_since_the_last(setting, tmp_path):
+def test_an_entry_in_a2cs_log_has_the_means_of_all_updates_since_the_last(
+    setting, tmp_path, monkeypatch
+):
     each = scalars(setting.run(tmp_path / "each")[1])
+    gae = record(monkeypatch, setting.script, "compute_gae")
     rare = scalars(setting.run(tmp_path / "rare", log_freq=128)[1])
     for name in ("losses/value_loss", "losses/entropy", "losses/grad_norm"):
         a, b, c, d = (value for _, value in each[name])
         means = [(128, pytest.approx((a + b) / 2)), (256, pytest.approx((c + d) / 2))]
         assert rare[name] == means
+    for i, (_, explained) in enumerate(rare["losses/explained_variance"]):
+        advantage, returns = np.stack([result for _, result in gae[2 * i : 2 * i + 2]], axis=1)
+        assert explained == pytest.approx(1 - advantage.var() / returns.var(), abs=1e-5)
 
 
 def test_equal_seeds_give_equal_bytes_and_others_other_actions(setting, tmp_path, monkeypatch):
@@ -212,6 +220,8 @@ def test_a_tracked_run_tells_weights_and_biases_its_arguments(setting, tmp_path,
     assert (call["name"], call["sync_tensorboard"]) == ("run", True)
     # One id per folder, which W&B keeps there: not one for all runs of this name
     assert (call["dir"], call["resume"], call.get("id")) == (folder, "auto", None)
+    monkeypatch.setattr(setting.script, "find_spec", lambda name: None)  # played elsewhere
+    setting.script.evaluate_run(setting.script.Args(evaluate=str(folder), eval_episodes=1))
 
 
 @pytest.mark.slow
@@ -294,8 +304,84 @@ class UnboundedEnv(AgeingEnv):
     action_space = gym.spaces.Box(-np.inf, np.inf, (2,))
 
 
+class HugeEnv(AgeingEnv):
+    action_space = gym.spaces.Box(*np.finfo(np.float32).max * np.array([-1, 1]), (2,))
+
+
 gym.register("Ageing-v0", lambda **_: AgeingEnv())
 gym.register("Unbounded-v0", lambda **_: UnboundedEnv())
+
+
+class WholeEnv(AgeingEnv):
+    action_space = gym.spaces.Box(-1, 1, (2,), int)
+
+
+class BrokenEnv(AgeingEnv):
+    """At its fifth step it returns what is `wrong`."""
+
+    def step(self, action):
+        step = dict(enumerate(super().step(action)))
+        return tuple((step | self.wrong if self.age == 5 else step).values())
+
+
+gym.register("Huge-v0", lambda **_: HugeEnv())
+gym.register("Whole-v0", lambda **_: WholeEnv())
+gym.register("Broken-v0", lambda **_: BrokenEnv())
+
+
+WRONG = [(0, np.array([np.nan, 0])), (0, np.array([0, -np.inf])), (1, np.nan), (1, None)]
+
+
+@pytest.mark.parametrize("setting", CONTINUOUS, ids=str, indirect=True)
+@pytest.mark.parametrize(("part", "wrong"), WRONG)
+def test_what_is_not_finite_is_named(setting, part, wrong, tmp_path, monkeypatch):
+    monkeypatch.setattr(BrokenEnv, "wrong", {part: wrong}, raising=False)
+    with pytest.raises(SystemExit, match="error: observation or reward 4 not finite"):
+        setting.run(tmp_path, env_id="Broken-v0")
+
+
+class CountedEnv(AgeingEnv):
+    open, most = [], 0
+
+    def __init__(self):
+        self.open.append(self)
+        CountedEnv.most = max(self.most, len(self.open))
+
+    def close(self):
+        self.open.remove(self)
+
+
+gym.register("Counted-v0", lambda **_: CountedEnv())
+
+
+@pytest.mark.parametrize("setting", CONTINUOUS, ids=str, indirect=True)
+def test_environments_are_closed_after_all_ends_of_a_run(setting, tmp_path, monkeypatch):
+    """And no more are open at a time than those of the training, and one to evaluate."""
+    flags = {"env_id": "Counted-v0", "num_envs": 2, "num_steps": 32}
+    setting.run(tmp_path / "whole", **flags, **EACH)
+    assert (CountedEnv.open, CountedEnv.most) == ([], 3)
+    setting.interrupt(tmp_path / "interrupted", 1, **flags)
+    assert CountedEnv.open == []
+    monkeypatch.setattr(setting.script, "evaluate", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        setting.run(tmp_path / "failed", **flags)
+    assert CountedEnv.open == []
+
+
+@pytest.mark.parametrize("setting", CONTINUOUS, ids=str, indirect=True)
+def test_an_edited_environment_makes_another_run(setting, launch, tmp_path, monkeypatch):
+    """Of a module that is found, not imported, for its hash."""
+    monkeypatch.syspath_prepend(tmp_path)
+    module = tmp_path / f"mine_{setting}.py"
+    module.write_text("import gymnasium\ngymnasium.register('Mine-v0', 'test_runs:AgeingEnv')\n")
+    flags = {"env_id": f"{module.stem}:Mine-v0", "total_timesteps": 64}
+    name = setting.args("runs", run_name=None, **flags).run_name
+    assert module.stem not in sys.modules
+    assert launch(**flags)[0] == 0
+    assert setting.args("runs", run_name=None, **flags).run_name == name
+    module.write_text(module.read_text() + "# an edit\n")
+    assert setting.args("runs", run_name=None, **flags).run_name != name
+    assert launch(**flags)[0].startswith(f"error: {tmp_path / 'run'} was begun with env_sha256 ")
 
 
 def test_a_continued_run_equals_an_uninterrupted_one(setting, tmp_path, monkeypatch):
@@ -395,11 +481,18 @@ def test_a_folder_that_has_no_locks(setting, kind, launch, tmp_path, monkeypatch
 
 BAD = [
     (SETTINGS, {"z": 0.0}, "z stands for log 0"),
-    (SETTINGS, {"alpha": -1.0}, "seed, alpha, beta"),
-    (SETTINGS, {"seed": -1}, "must not be negative"),
-    (SETTINGS, {"noise": "normal", "noise_level": -1.0}, "must not be negative"),
-    (PPO, {"clip_coef": -0.1}, "clip_coef must not be negative"),
+    (SETTINGS, {"alpha": -1.0}, "alpha must be finite and not negative"),
+    (SETTINGS, {"seed": -1}, "seed must be finite and not negative"),
+    (SETTINGS, {"noise": "normal", "noise_level": -1.0}, "noise_level must be finite and not"),
+    (SETTINGS, {"noise": "normal", "noise_level": np.nan}, "noise_level must be finite and not"),
+    (SETTINGS, {"learning_rate": -1e-4}, "learning_rate must be finite and not negative"),
+    (PPO, {"clip_coef": -0.1}, "clip_coef must be finite and not negative"),
     (SETTINGS, {"gamma": 1.01}, "gamma must be between 0 and 1"),
+    (SETTINGS, {"gae_lambda": 95.0}, "gae_lambda must be between 0 and 1"),
+    (ATARI, {"repeat_action_probability": 25.0}, "repeat_action_probability must be between 0"),
+    (SETTINGS, {"alpha": 0.0, "beta": 0.0}, "with alpha and beta 0 nothing trains the policy"),
+    (SETTINGS, {"run_name": ""}, "run_name must be the name of a folder"),
+    (SETTINGS, {"run_name": ".."}, "run_name must be the name of a folder"),
     (SETTINGS, {"max_grad_norm": 0.0}, "max_grad_norm must be positive; 1e9 turns clipping off"),
     (SETTINGS, {"noise_level": 0.1}, "noise_level needs a kind of noise"),
     (
@@ -414,13 +507,21 @@ BAD = [
     (PPO, {"num_minibatches": 5}, "must divide 64 steps"),
     (CONTINUOUS, {"policy": "gaussian", "beta": 1.0}, "beta needs probabilities"),
     (CONTINUOUS, {"noise": "flip"}, "invalid choice 'flip'"),
-    (CONTINUOUS, {"env_id": "CartPole-v1"}, "needs one-dimensional Box spaces, not Discrete(2)"),
+    (CONTINUOUS, {"env_id": "CartPole-v1"}, "vectors, not Discrete(2); docs/copy-and"),
     (CONTINUOUS, {"env_id": "Hoper-v4"}, "Did you mean: `Hopper`?"),
-    (CONTINUOUS, {"env_id": "Unbounded-v0"}, "bins need bounded actions; try --policy gaussian"),
+    (CONTINUOUS, {"env_id": "Unbounded-v0"}, "needs actions of floats, bounded unless --policy g"),
+    (
+        CONTINUOUS,
+        {"env_id": "Huge-v0"},
+        "needs actions of floats, bounded unless --policy gaussian",
+    ),
+    (CONTINUOUS, {"env_id": "Whole-v0", "policy": "gaussian"}, "needs actions of floats"),
     (CONTINUOUS, {"bins": 1}, "bins must be at least 2"),
     (A2C, {"norm_adv": True, "num_envs": 1, "num_steps": 1}, "norm_adv needs more than one step"),
-    (ATARI, {"env_id": "Brekout"}, "Did you mean: `Breakout`?"),
-    (ATARI, {"env_id": "ALE/Breakout-v5"}, "the game: --env-id Breakout, or --env-id Breakout"),
+    (ATARI, {"env_id": "Brekout"}, "no game 'Brekout'; did you mean Breakout? For sticky"),
+    (ATARI, {"env_id": "ALE/Breakout-v5"}, "did you mean Breakout? For sticky actions, as in v5"),
+    (ATARI, {"env_id": "PongDeterministic-v4"}, "did you mean Pong?"),
+    (ATARI, {"env_id": "Ms Pacman"}, "did you mean MsPacman?"),
 ]
 
 
@@ -446,7 +547,7 @@ def test_a_keyboard_interrupt_says_how_to_continue(setting, launch, monkeypatch)
         raise KeyboardInterrupt
 
     monkeypatch.setattr(setting.script, "train", interrupt)
-    assert launch()[0] == "interrupted; the same command continues"
+    assert launch()[0] == "interrupted; the same command continues from its last checkpoint, if any"
 
 
 def test_weights_that_are_not_finite_spare_the_files(setting, launch, tmp_path, monkeypatch):
