@@ -43,27 +43,26 @@ class Args:
 
 
 def unfinished(commands, runs_dir):
-    """Those without a finished run of this very command, by the files as they are now. A broken run
-    is named and counts as unfinished: the script itself says what to do about it."""
-    finished = []
+    """Those without a finished run of this very command, by the script as it is now. The script
+    itself judges a broken run, which is named, and files besides it (environment, reward)."""
+    finished = set()
     for path in runs_dir.glob("*/args.json"):
         summary = path.with_name("summary.json")
         try:
             begun = json.loads(path.read_bytes())
             if summary.exists() and "identity" in begun:  # else of old scripts
                 dict(json.loads(summary.read_bytes()))
-                identity = {begun["identity"]["script_sha256"]}
-                identity |= set(re.findall("[0-9a-f]{64}", json.dumps(begun["identity"])))
+                digest = begun["identity"].pop("script_sha256")
+                if any(name.endswith("_sha256") for name in begun["identity"]):
+                    continue
                 for process in [begun, *begun["continued"]]:
-                    finished.append((process["command"], identity))
+                    finished.add((digest, *process["command"]))
         except (OSError, ValueError, LookupError, TypeError) as error:
             print(f"{path.parent}: a broken run ({error!r})", file=sys.stderr)
     for command in commands:
-        words = shlex.split(command)[1:]  # without "python"
-        names = re.split("[ =:]", shlex.join(words))  # SCRIPT.py, FILE.py:NAME, an env's MODULE:ID
-        paths = [Path(d, f"{n.removesuffix('.py')}.py") for d in (".", *sys.path) for n in names]
-        hashes = {hashlib.sha256(path.read_bytes()).hexdigest() for path in paths if path.is_file()}
-        if not any(words == done and identity <= hashes for done, identity in finished):
+        script, *flags = shlex.split(command)[1:]  # without "python"
+        digest = hashlib.sha256(Path(script).read_bytes()).hexdigest()
+        if (digest, script, *flags) not in finished:
             yield command
 
 
@@ -80,8 +79,8 @@ def jobs_per_gpu(commands, cores):
     """Four games for each of a GPU's cores, at most eight runs; language models run alone."""
     most_games = 0
     for command in commands:
-        script = Path(shlex.split(command)[1]).read_text(encoding="utf-8")
-        default = re.search(r"num_envs: int = (\d+)", script)
+        script = Path(shlex.split(command)[1])
+        default = re.search(r"num_envs: int = (\d+)", script.read_text(encoding="utf-8"))
         if not default:
             return 1
         flag = re.search(r"--num-envs[ =](\d+)", command)
