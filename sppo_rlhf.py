@@ -55,7 +55,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import distributions
 from importlib.util import find_spec
@@ -69,7 +69,7 @@ import torch
 import transformers
 import tyro
 from accelerate import Accelerator
-from accelerate.utils import concatenate, send_to_device, slice_tensors
+from accelerate.utils import GradientAccumulationPlugin, concatenate, send_to_device, slice_tensors
 from filelock import FileLock, Timeout
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
@@ -216,11 +216,17 @@ class Args:
             raise ValueError("device cuda: there is no GPU")
 
     def identity(self) -> dict:
-        """What makes two runs the same: the script, and the arguments that may change results."""
-        script = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+        """What makes two runs the same: the script, the files of reward functions, and the
+        arguments that may change results."""
+        models = self.reward_model + self.eval_reward_model
+        files = {name: name.rpartition(":")[0] for name in models if ".py:" in name}
+        identity = {
+            f"{name}_sha256": hashlib.sha256(Path(file).read_bytes()).hexdigest()
+            for name, file in {"script": __file__, **files}.items()
+        }
         others = "run_name runs_dir device track evaluate lora_targets".split()
-        kept = {name: value for name, value in vars(self).items() if name not in others}
-        return json.loads(json.dumps({"script_sha256": script} | kept))  # tuples become lists
+        identity |= {name: value for name, value in vars(self).items() if name not in others}
+        return json.loads(json.dumps(identity))  # tuples become lists
 
     @property
     def run_dir(self) -> Path:
@@ -582,8 +588,10 @@ def train(args: Args):
         batch = Batch(prompts, references, rollout, advantage, returns)
         metrics = update(setup, args, batch, generator)
         step = progress.global_step
-        if not math.isfinite(metrics["grad_norm"]):
-            sys.exit(f"error: gradient not finite at step {step}; lower the learning rate")
+        # Above 1e19 this norm overflows, and so do logits
+        weight_norm = nn.utils.get_total_norm(trained_parameters(setup).values())
+        if not math.isfinite(metrics["grad_norm"] + weight_norm):
+            sys.exit(f"error: gradient or weights not finite at step {step}; lower --learning-rate")
 
         # Log
         scalars = {f"losses/{name}": metric for name, metric in metrics.items()}
@@ -620,7 +628,8 @@ def rollout_metrics(rollout, reward, advantage, returns):
     """What to log of a batch; entropy and KL are estimates from its samples."""
     mask = rollout.response.mask
     log_ratio = rollout.log_prob - rollout.reference_log_prob
-    unexplained = advantage[mask].var() / returns[mask].var()  # advantage = return - value
+    # advantage = return - value; the returns of a constant reward differ by rounding only
+    unexplained = advantage[mask].var() / returns[mask].var().clamp(min=1e-8)
     return {
         "losses/entropy": -masked_mean(rollout.log_prob, mask),
         "losses/explained_variance": 1 - unexplained,
@@ -844,13 +853,16 @@ def load_classifier(name, device, dtype):
 
 def classifier_reward(name, label, device, dtype):
     """A reward model, a function from texts to scores (texts,), with its own tokenizer. Scores are
-    the classifier's single output, else the probability of `label`."""
+    the classifier's single output, that of `label` if these are regressions, else the probability
+    of `label`."""
     model = load_classifier(name, device, dtype)
     config = model.config
     tokenizer = load_tokenizer(config.name_or_path)  # an adapter has that of its base
     config.pad_token_id = tokenizer.pad_token_id
     positions = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
     tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
+    tokenizer.truncation_side = "left"
+    tokenizer.padding_side = "right"  # shifts no positions
 
     @torch.no_grad()
     def reward_model(texts, **_):
@@ -859,6 +871,8 @@ def classifier_reward(name, label, device, dtype):
         logits = model(**inputs.to(device)).logits.float()
         if logits.shape[1] == 1:
             return logits[:, 0]
+        if config.problem_type == "regression":
+            return logits[:, label]
         if config.problem_type == "multi_label_classification":
             return logits.sigmoid()[:, label]
         return logits.softmax(-1)[:, label]
@@ -908,10 +922,9 @@ def tokenize(rows, tokenizer, args):
     prompts = [cut_left(ids, args.prompt_length, tokenizer.bos_token_id) or end for ids in prompts]
     references = [(ids + end)[: args.response_length] for ids in references]
     length = args.response_length
-    left = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
-    right = tokenizer.pad(
-        {"input_ids": references}, padding="max_length", max_length=length, return_tensors="pt"
-    )
+    pad = partial(tokenizer.pad, return_tensors="pt")
+    left = pad({"input_ids": prompts}, padding_side="left")
+    right = pad({"input_ids": references}, "max_length", length, padding_side="right")
     return tuple(Tokens(x["input_ids"], x["attention_mask"].bool()) for x in (left, right))
 
 
@@ -1018,8 +1031,8 @@ def evaluate(setup, args, step):
         "length_mean": mask.sum().item() / args.eval_episodes,
         "kl": masked_mean(log_ratio, mask, args.eval_episodes).item(),
         # Responses under the reference policy, then references under the policy
-        "perplexity": perplexity(rollout.reference_log_prob, mask),
-        "perplexity_real": perplexity(rollout.real_log_prob[0], references.mask),
+        "perplexity": (-masked_mean(rollout.reference_log_prob, mask)).exp().item(),
+        "perplexity_real": (-masked_mean(rollout.real_log_prob[0], references.mask)).exp().item(),
     }
     for name, score in zip(args.eval_reward_model, rollout.scores[:, first_heldout:].mean(0)):
         row[f"heldout_{name}"] = score.item()
@@ -1031,11 +1044,6 @@ def evaluate(setup, args, step):
         for prompt, response, score in zip(prompt_texts, responses, reward.tolist())
     ]
     return row, samples[:8]
-
-
-def perplexity(log_prob, mask):
-    """Perplexity per token, over tokens where `mask` is true."""
-    return (-masked_mean(log_prob, mask)).exp().item()
 
 
 def evaluate_run(args: Args):
@@ -1085,7 +1093,12 @@ class Setup:
 def load(args):
     """Loads models and data. Raises whatever is wrong with them."""
     cpu = args.device == "cpu" or not torch.cuda.is_available()
-    accelerator = Accelerator(cpu=cpu, mixed_precision="no")  # see ActorCritic.autocast
+    accelerator = Accelerator(
+        cpu=cpu,
+        mixed_precision="no",  # see ActorCritic.autocast
+        # Else a launcher's environment may divide gradients
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+    )
     device = accelerator.device
     bfloat16 = args.amp == "auto" and has_bfloat16(device)
     dtype = torch.bfloat16 if bfloat16 else torch.float32
@@ -1103,7 +1116,13 @@ def load(args):
         reward_models.append(reward_model)
     torch.manual_seed(args.seed)  # initial weights of LoRA
     actor_critic = ActorCritic(args, device, dtype)
-    check_policy(actor_critic.policy, args, tokenize(eval_data[:], tokenizer, args)[0])
+    longer = replace(args, prompt_length=args.prompt_length + 1)
+    prompts, _ = tokenize(eval_data[:], tokenizer, longer)
+    cut = (prompts.mask.sum(1) > args.prompt_length).sum()
+    if cut:
+        counts = f"{cut} of {len(eval_data)} held-out prompts"
+        accelerator.print(f"{counts} lose their beginning to --prompt-length {args.prompt_length}")
+    check_policy(actor_critic.policy, args, prompts)
     optimizer = torch.optim.AdamW(
         [parameter for parameter in actor_critic.parameters() if parameter.requires_grad],
         lr=args.learning_rate,
@@ -1159,7 +1178,7 @@ def check_models(args):
     """Refuses models that lack weights or cannot read the data, before a folder is made. Makes
     those of the toy. Notes the targets of LoRA. On the device "meta" weights have names, but no
     memory."""
-    if args.dataset == Args.dataset:
+    if f"{TOY}/" in str(vars(args)):  # its data or a model of it
         with FileLock(f"{TOY}.lock"):  # other processes wait, and then find it
             make_toy(Path(TOY))
     policy = load_pretrained(AutoModelForCausalLM, args.policy_model, device_map="meta")
@@ -1176,17 +1195,15 @@ def check_models(args):
             continue
         config = load_classifier(name, "meta", torch.float32).config
         check_tokenizer(config.name_or_path, texts)
-        is_unbounded = config.num_labels == 1
+        is_unbounded = config.num_labels == 1 or config.problem_type == "regression"
         if args.noise == "flip" and is_unbounded and name in args.reward_model:
-            sys.exit(f"error: {name} has one unbounded output, of which 1 - r, flip, is no noise")
+            sys.exit(f"error: {name} has an unbounded output, of which 1 - r, flip, is no noise")
 
 
 def load_tokenizer(name):
-    """The tokenizer of a model. It pads on the right, which shifts no positions, and with the
-    end-of-text token if it has no padding token (masks tell the two apart)."""
-    tokenizer = AutoTokenizer.from_pretrained(
-        TOKENIZERS.get(name, name), truncation_side="left", padding_side="right"
-    )
+    """The tokenizer of a model. It pads with the end-of-text token if it has no padding token
+    (masks tell the two apart)."""
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZERS.get(name, name))
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return tokenizer
 
@@ -1212,8 +1229,11 @@ def load_data(args):
         parts = train_data.train_test_split(test_size=0.1, seed=0)
         train_data = parts["train"]
         eval_data = parts["test"]
-    if args.batch_size > len(train_data):
-        raise ValueError(f"batch_size is more than the {len(train_data)} training texts")
+    if args.batch_size > len(train_data) or args.eval_episodes > len(eval_data):
+        sys.exit(
+            f"error: {len(train_data)} rows of training data and {len(eval_data)} held out are too "
+            f"few for --batch-size {args.batch_size} and --eval-episodes {args.eval_episodes}"
+        )
     return train_data, eval_data.shuffle(seed=0).select(range(args.eval_episodes))
 
 

@@ -135,8 +135,9 @@ def interrupt(run, updates, **flags):
 def summaries(models, tmp_path):
     """Flags for a run with LoRA on GPT-J's architecture, on posts and summaries made here."""
     rng = random.Random(3)
-    posts = [f"POST: {rlhf.toy_review(rng)} TL;DR:" for _ in range(40)]
-    data = datasets.Dataset.from_dict({"prompt": posts, "label": [" the plot was dull ."] * 40})
+    posts = [rlhf.toy_review(rng) for _ in range(40)]
+    labels = [f" the {rng.choice(rlhf.ASPECTS)} was {rng.choice(rlhf.BAD)} ." for _ in posts]
+    data = datasets.Dataset.from_dict({"prompt": posts, "label": labels})
     path = str(tmp_path / "posts.jsonl")
     data.to_json(path)
     flags = {"task": "tldr", "dataset": path, "eval_dataset": path, "learning_rate": 1e-2}
@@ -460,7 +461,7 @@ def test_models_that_do_not_fit_are_refused_before_a_folder_is_made(
     ]
     for name in ("classifier", "adapter"):
         words = ["--noise", "flip", "--reward-model", reward, models[name]]
-        refusals.append((words, f"{name} has one unbounded output"))
+        refusals.append((words, f"{name} has an unbounded output"))
     for words, message in refusals:
         with pytest.raises(SystemExit, match=message):
             call_main(monkeypatch, *words, "--runs-dir", tmp_path / "runs")
@@ -581,7 +582,7 @@ def test_a_start_token_stays_and_stays_the_only_one(toy):
         assert ids[mask].tolist() == [bos, *plain, tokenizer.eos_token_id]
 
 
-@pytest.mark.parametrize("template", ["$A <|endoftext|>", "<|endoftext|> $A <|endoftext|>"])
+@pytest.mark.parametrize("template", ["$A <|e|>", "<|e|> $A <|e|>", "<|e|> $A"])
 def test_an_end_token_that_the_tokenizer_appends_does_not_end_a_prompt(toy, template):
     """One that the text itself has, as after a turn of a chat, stays, and so does a start token
     that is the same."""
@@ -591,9 +592,10 @@ def test_an_end_token_that_the_tokenizer_appends_does_not_end_a_prompt(toy, temp
     plain = tokenizer(text)["input_ids"]
     start = [end] if template.startswith("<") else []
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single=template, special_tokens=[("<|endoftext|>", end)]
+        single=template, special_tokens=[("<|e|>", end)]
     )
-    assert tokenizer(text)["input_ids"] == [*start, *plain, end]
+    appended = [end] if template.endswith(">") else []
+    assert tokenizer(text)["input_ids"] == [*start, *plain, *appended]
     args = rlhf.Args(prompt_length=40, response_length=40)
     rows = {"prompt": [text, f"{text}<|endoftext|>", ""], "label": [text] * 3}
     prompt, completion = rlhf.tokenize(rows, tokenizer, args)
@@ -649,6 +651,23 @@ def test_a_text_that_is_too_long_loses_its_beginning(toy):
     end = score([" ".join(words[-62:])])
     assert torch.equal(score([" ".join(words)]), end)
     assert not torch.equal(score([" ".join(words[:62])]), end)
+
+
+def test_of_several_regressions_the_labels_is_the_score(toy, tmp_path, monkeypatch):
+    """As it is. It has no bounds, either."""
+    monkeypatch.chdir(toy.parent.parent)
+    folder = tmp_path / "reward"
+    load = AutoModelForSequenceClassification.from_pretrained
+    shutil.copytree(toy / "reward", folder)
+    load(toy / "reward", problem_type="regression").save_pretrained(folder)
+    text = "the plot was superb ."
+    ids = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt")
+    expected = load(folder).eval()(**ids).logits[0]
+    scores = [reward_model(folder, label)([text]).item() for label in (0, 1)]
+    assert scores == pytest.approx(expected.tolist(), abs=1e-5)
+    with pytest.raises(SystemExit, match="has an unbounded output, of which 1 - r, flip, is no"):
+        words = ["--noise", "flip", "--reward-model", folder, "--runs-dir", tmp_path / "runs"]
+        call_main(monkeypatch, *words, "--total-timesteps", 1)
 
 
 def test_a_function_gets_what_trl_gives_it(run, tmp_path):
@@ -775,13 +794,16 @@ def test_the_loss_is_the_sum_of_its_parts_and_a_share_of_the_minibatch():
     new, old, advantage, mask = random_tokens()
     sft_mask = mask.flip(1)
     unused = dict.fromkeys(("real_log_prob", "reference_log_prob", "scores"))
-    response, completion = rlhf.Tokens(None, mask), rlhf.Tokens(None, sft_mask)
+    response, references = rlhf.Tokens(None, mask), rlhf.Tokens(None, sft_mask)
     rollout = rlhf.Rollout(response, log_prob=old, value=new + 1, **unused)
-    batch = rlhf.Batch(None, completion, rollout, advantage, returns=new + 2)
+    batch = rlhf.Batch(None, references, rollout, advantage, returns=new + 2)
     args = rlhf.Args(alpha=0.6, beta=0.5, z=-2.0, vf_coef=0.3, ce_coef=0.7)
-    loss, metrics = rlhf.loss_and_metrics(
-        lambda *_: ((new, old), new + 1), args, batch, 2 * mask.sum(), 4 * sft_mask.sum()
-    )
+
+    def model(prompt, *texts):
+        assert texts == (response, references)
+        return (new, old), new + 1
+
+    loss, metrics = rlhf.loss_and_metrics(model, args, batch, 2 * mask.sum(), 4 * sft_mask.sum())
     policy_loss, reverse_loss = rlhf.symmetric_policy_losses(new, old, advantage, mask, 0.2, -2.0)
     sft_loss = -old[sft_mask].mean()
     ratio = (new - old).exp()[mask]
@@ -810,7 +832,29 @@ def test_kl_and_entropy_are_estimated_from_sampled_tokens():
     assert metrics["losses/entropy"].item() == pytest.approx(-log_prob[mask].mean().item())
 
 
+def test_the_explained_variance_of_a_constant_reward_is_a_number():
+    """Returns and advantages that differ by rounding only, or not at all."""
+    _, _, rounding, mask = random_tokens()
+    rollout = SimpleNamespace(response=rlhf.Tokens(None, mask), log_prob=rounding)
+    rollout.reference_log_prob = rounding
+    for noise in (0.0, 1e-9):
+        advantage, returns = 0.5 + 100 * noise * rounding, 1 + noise * rounding
+        metrics = rlhf.rollout_metrics(rollout, advantage, advantage, returns)
+        assert metrics["losses/explained_variance"].item() == pytest.approx(1, abs=1e-5)
+
+
 # Runs
+
+
+@pytest.mark.parametrize(("length", "counted"), [(7, True), (11, False)])
+def test_prompts_that_lose_their_beginning_are_counted(run, tmp_path, capsys, length, counted):
+    path = str(tmp_path / "data.jsonl")
+    rows = [{"prompt": "the plot" + " was" * (i % 10), "label": "dull"} for i in range(20)]
+    datasets.Dataset.from_list(rows).to_json(path)
+    flags = {"dataset": path, "eval_dataset": path, "eval_episodes": 20, "total_timesteps": 8}
+    run(prompt_length=length, **flags)
+    line = f"8 of 20 held-out prompts lose their beginning to --prompt-length {length}\n"
+    assert (line in capsys.readouterr().out) == counted
 
 
 def test_without_held_out_data_a_tenth_is_held_out(tmp_path):
@@ -820,8 +864,52 @@ def test_without_held_out_data_a_tenth_is_held_out(tmp_path):
     train_data, eval_data = rlhf.load_data(args)
     assert len(train_data) == 180
     assert len(set(train_data["text"]) | set(eval_data["text"])) == 200
-    with pytest.raises(ValueError, match="batch_size is more than the 180 training texts"):
-        rlhf.load_data(rlhf.Args(dataset=path, batch_size=184))
+    other_train_data, other_eval_data = rlhf.load_data(replace(args, seed=2))
+    assert other_train_data["text"] == train_data["text"]
+    assert other_eval_data["text"] == eval_data["text"]
+
+
+@pytest.mark.parametrize(("rows", "kept", "flags"), [
+    (200, "180 rows of training data and 20", {"batch_size": 184, "eval_episodes": 20}),
+    (200, "180 rows of training data and 20", {"batch_size": 180, "eval_episodes": 21}),
+    (8, "8 rows of training data and 8", {"batch_size": 4, "eval_episodes": 9}),
+])  # fmt: skip
+def test_too_few_rows_are_refused_before_a_folder_is_made(
+    toy, tmp_path, monkeypatch, rows, kept, flags
+):
+    """Also where a tenth of them is held out."""
+    monkeypatch.chdir(toy.parent.parent)
+    path = str(tmp_path / "texts.jsonl")
+    datasets.Dataset.from_dict({"text": [f"text {i}" for i in range(rows)]}).to_json(path)
+    words = ["--dataset", path, "--runs-dir", tmp_path / "runs"]
+    if rows == 8:
+        words += ["--eval-dataset", path]
+    for name, count in flags.items():
+        words += [f"--{name.replace('_', '-')}", count]
+    too_few = " and ".join(f"--{name.replace('_', '-')} {n}" for name, n in flags.items())
+    with pytest.raises(SystemExit, match=f"^error: {kept} held out are too few for {too_few}$"):
+        call_main(monkeypatch, *words)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("flag", ["dataset", "policy_model", "reward_model", "eval_reward_model"])
+def test_whatever_needs_the_toy_makes_it(tmp_path, monkeypatch, flag):
+    """Also one's own data with the toy's models. Where nothing needs it, nobody waits for it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    made = []
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rlhf, "make_toy", made.append)
+    monkeypatch.setattr(rlhf, "load_pretrained", stop)
+    own = {"dataset": "own.jsonl", "policy_model": "own", "reward_model": ("own",)}
+    for flags in (own, own | {flag: getattr(rlhf.Args(), flag) or (f"{rlhf.TOY}/reward",)}):
+        before = len(made)
+        with pytest.raises(KeyboardInterrupt):
+            rlhf.check_models(rlhf.Args(**flags))
+        assert len(made) - before == (flags != own)
 
 
 def test_a_run_leaves_what_it_promises(run):
@@ -877,17 +965,37 @@ def test_the_saved_policy_is_a_folder_like_any_other(run):
     torch.testing.assert_close(log_prob, trained, atol=1e-5, rtol=0)
 
 
-def test_an_evaluation_by_hand(run, toy, models):
-    """Rewards by an ensemble, held-out rewards by a Python function, greedy responses and
-    perplexities, of the initial policy."""
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_saved_tokenizer_pads_and_truncates_as_before(run, toy, tmp_path, side):
+    """In training its sides do not matter."""
+    folder = tmp_path / "policy"
+    shutil.copytree(toy / "policy", folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side=side, truncation_side=side)
+    tokenizer.save_pretrained(folder)
+    flags = {"total_timesteps": 8, "ce_coef": 0.1, "response_length": 40}  # some are padded
+    trained = run(side, policy_model=str(folder), **flags)
+    saved = AutoTokenizer.from_pretrained(trained / "policy")
+    assert (saved.padding_side, saved.truncation_side) == (side, side)
+    usual = run("usual", **flags)
+    assert (trained / "progress.csv").read_bytes() == (usual / "progress.csv").read_bytes()
+
+
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_an_evaluation_by_hand(run, toy, models, monkeypatch, top_k):
+    """Rewards by an ensemble, held-out rewards by a Python function, responses, KL divergence and
+    perplexities, of a trained policy. Some responses and references end early."""
     ensemble = (str(models["classifier"]), f"{rlhf.TOY}/reward")
     heldout = f"{__file__}:text_lengths"
-    flags = {"reward_model": ensemble, "eval_reward_model": (heldout,)}
-    folder = run(eval_greedy=True, **flags)
-    row = progress(folder)[0]
-    samples = read_samples(folder)[:4]
+    flags = {"reward_model": ensemble, "eval_reward_model": (heldout,), "reward_label": 0}
+    flags |= {"response_length": 20, "learning_rate": 3e-3, "total_timesteps": 16}
+    with monkeypatch.context() as patch:
+        top_ks = record(patch, rlhf, "sample_token")
+        folder = run(top_k=3, eval_greedy=top_k == 1, **flags)
+    assert {args[2] for args, _ in top_ks} == {3, top_k}  # in training and in evaluations
+    row = progress(folder)[-1]
+    samples = read_samples(folder)[-4:]
     texts = [sample["prompt"] + sample["response"] for sample in samples]
-    rewards = torch.stack([reward_model(name)(texts) for name in ensemble]).mean(0)
+    rewards = torch.stack([reward_model(name, 0)(texts) for name in ensemble]).mean(0)
     assert [sample["reward"] for sample in samples] == pytest.approx(rewards.tolist(), abs=1e-5)
     assert row["return_mean"] == pytest.approx(rewards.mean().item(), abs=1e-5)
     assert row["return_std"] == pytest.approx(rewards.std(correction=0).item(), abs=1e-4)
@@ -895,24 +1003,32 @@ def test_an_evaluation_by_hand(run, toy, models):
     sentiment = np.mean([rlhf.toy_sentiment(sample["response"]) for sample in samples])
     assert row["sentiment"] == pytest.approx(sentiment)
 
-    policy = AutoModelForCausalLM.from_pretrained(toy / "policy").eval()
+    load = AutoModelForCausalLM.from_pretrained
+    policy, reference = load(folder / "policy").eval(), load(toy / "policy").eval()
     tokenizer = AutoTokenizer.from_pretrained(toy / "policy")
-    log_probs, real_log_probs = [], []
-    for sample, text in zip(samples, rlhf.load_data(rlhf.Args(eval_episodes=4))[1]["text"]):
+    uniform = torch.from_numpy(np.random.default_rng([1, 16, 2]).random((4, 20)))
+    log_probs, reference_log_probs, real_log_probs = [], [], []
+    for i, text in enumerate(rlhf.load_data(rlhf.Args(eval_episodes=4))[1]["text"]):
         review = tokenizer(text)["input_ids"]
         half = len(review) // 2
         ids = review[half - 8 : half]
-        assert tokenizer.decode(ids) == sample["prompt"]
-        while len(ids) < 18 and ids[-1] != tokenizer.eos_token_id:
-            log_prob = policy(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
-            log_probs.append(log_prob.max().item())
-            ids.append(log_prob.argmax().item())
-        assert tokenizer.decode(ids[8:], skip_special_tokens=True) == sample["response"]
-        real = torch.tensor([*review, tokenizer.eos_token_id])[half - 8 :][:18]
+        assert tokenizer.decode(ids) == samples[i]["prompt"]
+        while len(ids) < 28 and ids[-1] != tokenizer.eos_token_id:
+            logits = policy(torch.tensor([ids])).logits[:, -1]
+            token = rlhf.sample_token(logits, uniform[i, len(ids) - 8].view(1, 1), top_k).item()
+            log_probs.append(logits.log_softmax(-1)[0, token].item())
+            logits = reference(torch.tensor([ids])).logits[0, -1]
+            reference_log_probs.append(logits.log_softmax(-1)[token].item())
+            ids.append(token)
+        assert tokenizer.decode(ids[8:], skip_special_tokens=True) == samples[i]["response"]
+        real = torch.tensor([*review, tokenizer.eos_token_id])[half - 8 :][:28]
         log_prob = policy(real[None]).logits[0, 7:-1].log_softmax(-1)
         real_log_probs += log_prob.gather(1, real[8:, None])[:, 0].tolist()
+    assert len(log_probs) < 4 * 20 > len(real_log_probs) != len(log_probs)
     assert row["length_mean"] == len(log_probs) / 4
-    assert row["perplexity"] == pytest.approx(np.exp(-np.mean(log_probs)), rel=1e-4)
+    kl = np.sum(log_probs) - np.sum(reference_log_probs)
+    assert row["kl"] == pytest.approx(kl / 4, abs=1e-4)
+    assert row["perplexity"] == pytest.approx(np.exp(-np.mean(reference_log_probs)), rel=1e-4)
     assert row["perplexity_real"] == pytest.approx(np.exp(-np.mean(real_log_probs)), rel=1e-4)
 
 
@@ -921,7 +1037,7 @@ def test_the_same_command_continues_to_the_bit(run, summaries, updates, step):
     """Interrupted before the first checkpoint, and an update after one (with LoRA)."""
     flags = {"noise": "normal", "ce_coef": 0.1, "eval_freq": 16}
     if step:
-        flags |= summaries | {"noise": "adv_flip"}
+        flags |= summaries
     whole = run(name="whole", **flags)
     folder = whole.with_name("run")
     interrupt(run, updates, **flags)
@@ -940,8 +1056,11 @@ def test_the_optimizer_gets_its_settings(run, monkeypatch):
     ((_, setup),) = loads
     assert setup.optimizer.param_groups[0]["eps"] == 0.3
     initial = AutoModelForCausalLM.from_pretrained(f"{rlhf.TOY}/policy").state_dict()
-    for name, parameter in setup.actor_critic.policy.named_parameters():
-        torch.testing.assert_close(parameter.detach(), 0.98**4 * initial[name])
+    for model in (setup.actor_critic.policy, setup.actor_critic.critic):
+        for name, parameter in model.named_parameters():
+            name = name if name in initial else f"transformer.{name}"
+            torch.testing.assert_close(parameter.detach(), 0.98**4 * initial[name])
+    assert setup.actor_critic.value_head.weight.abs().max() < 1e-20  # it was zero
 
 
 def test_seeds_and_evaluations_have_random_numbers_of_their_own(run):
@@ -966,9 +1085,12 @@ def test_a_checkpoint_is_whole_or_not_there(run, tmp_path):
     assert (tmp_path / "run" / "summary.json").exists()
 
 
-def test_a_gradient_that_is_not_finite_ends_the_run(run, tmp_path):
-    with pytest.raises(SystemExit, match="gradient not finite at step 8; lower the learning rate"):
-        run(learning_rate=1e38)
+@pytest.mark.parametrize("minibatches", [1, 2])
+def test_a_gradient_or_weights_that_are_not_finite_end_the_run(run, tmp_path, minibatches):
+    """After one step the weights are too large; the next has no gradient."""
+    flags = {"num_minibatches": minibatches, "update_epochs": 1, "learning_rate": 1e38}
+    with pytest.raises(SystemExit, match="gradient or weights not finite at step 8; lower --"):
+        run(**flags)
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
 
 
@@ -989,10 +1111,37 @@ def test_a_command_finds_its_run_again(run, tmp_path, monkeypatch, capsys):
         call_main(monkeypatch, *words, "--run-name", folder.name, "--learning-rate", "0.1")
 
 
+def test_the_file_of_a_reward_function_is_part_of_the_run(run, tmp_path):
+    """In evaluations, too: edited, it has another folder, and the old one is refused."""
+    for name in ("reward_model", "eval_reward_model"):
+        file = tmp_path / f"{name}.py"
+        file.write_text("def own(texts): return [0.5] * len(texts)")
+        flags = {name: (f"{file}:own",), "total_timesteps": 8}
+        run(name, **flags)
+        run_name = rlhf.Args(**flags).run_name
+        assert run_name == rlhf.Args(**flags).run_name
+        file.write_text("def own(texts): return [0.6] * len(texts)")
+        assert rlhf.Args(**flags).run_name != run_name
+        with pytest.raises(SystemExit, match=f"begun with {file}:own_sha256 .*, not .*; give"):
+            run(name, **flags)
+
+
+def test_the_environment_does_not_divide_gradients(run, monkeypatch):
+    """Launchers of DeepSpeed set this."""
+    norms = []
+    for number in ("1", "4"):
+        monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", number)
+        norms.append(progress(run(number, total_timesteps=8))[-1]["losses/grad_norm"])
+    assert norms[0] == norms[1]
+
+
 def test_the_default_name_tells_runs_by_all_that_may_change_results(tmp_path, monkeypatch):
     monkeypatch.setattr(rlhf, "find_spec", lambda name: True)
     name = rlhf.Args().run_name
     assert name.startswith("toy__sppo__none__1__")
+    others = {"run_name", "runs_dir", "device", "track", "evaluate", "lora_targets"}
+    kept = vars(rlhf.Args()).keys() - others
+    assert rlhf.Args().identity().keys() == kept | {"script_sha256"}
     elsewhere = {"runs_dir": "elsewhere", "track": True, "evaluate": "a", "device": "cpu"}
     assert rlhf.Args(**elsewhere).run_name == name
     for flags in ({"learning_rate": 1.0}, {"amp": "off"}, {"reward_model": ("a", "b")}):
