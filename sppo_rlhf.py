@@ -42,6 +42,7 @@ import asyncio
 import csv
 import ctypes
 import hashlib
+import importlib
 import inspect
 import json
 import math
@@ -49,14 +50,13 @@ import os
 import platform
 import random
 import re
-import runpy
 import shutil
 import subprocess
 import sys
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import partial
+from functools import cache, partial
 from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
@@ -219,10 +219,11 @@ class Args:
         """What makes two runs the same: the script, the files of reward functions, and the
         arguments that may change results."""
         models = self.reward_model + self.eval_reward_model
-        files = {name: name.rpartition(":")[0] for name in models if ".py:" in name}
+        files = {name: name.rpartition(":")[0] for name in models}
         identity = {
             f"{name}_sha256": hashlib.sha256(Path(file).read_bytes()).hexdigest()
             for name, file in {"script": __file__, **files}.items()
+            if Path(file).is_file()  # else a classifier
         }
         others = "run_name runs_dir device track evaluate lora_targets".split()
         identity |= {name: value for name, value in vars(self).items() if name not in others}
@@ -382,8 +383,7 @@ def loss_and_metrics(model, args, batch, response_tokens, reference_tokens):
     rollout = batch.rollout
     mask = rollout.response.mask
     references = [batch.references] if args.ce_coef else []
-    log_probs, value = model(batch.prompt, rollout.response, *references)
-    log_prob = log_probs[0]
+    log_prob, real_log_prob, value = model(batch.prompt, rollout.response, *references)
     policy_loss, reverse_loss = symmetric_policy_losses(
         log_prob, rollout.log_prob, batch.advantage, mask, args.clip_coef, args.z, response_tokens
     )
@@ -402,7 +402,7 @@ def loss_and_metrics(model, args, batch, response_tokens, reference_tokens):
         "approx_kl": masked_mean(log_ratio.exp() - 1 - log_ratio, mask, response_tokens),
     }
     if args.ce_coef:
-        sft_loss = -masked_mean(log_probs[1], batch.references.mask, reference_tokens)
+        sft_loss = -masked_mean(real_log_prob[0], batch.references.mask, reference_tokens)
         loss = loss + args.ce_coef * sft_loss
         metrics["sft_loss"] = sft_loss
     return loss, metrics
@@ -697,9 +697,6 @@ class ActorCritic(nn.Module):
         self.policy = load_model()
         if self.lora:
             self.adapted = add_adapters(self.policy, args)
-            self.adapter_parameters = [
-                parameter for name, parameter in self.policy.named_parameters() if "lora_" in name
-            ]
             self.activate_adapter("policy")
         else:
             self.critic = load_model().base_model
@@ -713,26 +710,25 @@ class ActorCritic(nn.Module):
     def activate_adapter(self, name):
         if self.lora:
             self.adapted.set_adapter(name)
-            for parameter in self.adapter_parameters:
-                parameter.requires_grad_(True)  # peft has frozen the other adapter
+            self.adapted.set_requires_grad(["policy", "critic"])  # peft has frozen the other one
 
     def autocast(self):
         device = self.value_head.weight.device.type
         return torch.autocast(device, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
     def forward(self, prompt, response, *references):
-        """Log-probabilities of the response and, if given, of the references, a tuple; and values
-        of the texts before each token of the response. Gradients flow only here, so it is called
+        """Log-probabilities of the response; of the references, if given, in a tuple; and values of
+        the texts before each token of the response. Gradients flow only here, so it is called
         through DDP's wrapper."""
         with self.autocast():
             self.activate_adapter("policy")
-            log_probs = token_log_probs(self.policy, prompt, response, *references)
+            log_prob, *others = token_log_probs(self.policy, prompt, response, *references)
             self.activate_adapter("critic")
             # transformers' base_model: all but the head, with the adapters
             critic = self.policy.base_model if self.lora else self.critic
             hidden = predicting_states(critic, prompt, response)
         value = self.value_head(hidden.float()).squeeze(-1)
-        return log_probs, value
+        return log_prob, tuple(others), value
 
     def reference_log_prob(self, prompt, response):
         if not self.lora:
@@ -754,9 +750,7 @@ class ActorCritic(nn.Module):
         response = []
         alive = torch.ones_like(mask[:, :1])
         for t in range(uniform.shape[1]):
-            hidden, cache = run_transformer(
-                self.policy.base_model, Tokens(new_ids, mask), cache, use_cache=True
-            )
+            hidden, cache = run_transformer(self.policy.base_model, Tokens(new_ids, mask), cache)
             logits = float32_logits(self.policy, hidden[:, -1])
             if not stop_at_eos:
                 logits[:, ends] = -math.inf
@@ -782,7 +776,7 @@ def add_adapters(policy, args):
     return adapted
 
 
-def run_transformer(transformer, tokens, cache=None, use_cache=False):
+def run_transformer(transformer, tokens, cache=None, use_cache=True):
     """Final hidden states (B, N, hidden size) of N tokens, and the cache. The mask of `tokens` also
     has columns for those in `cache`, which precede them."""
     names = inspect.signature(transformer.forward).parameters
@@ -798,7 +792,7 @@ def run_transformer(transformer, tokens, cache=None, use_cache=False):
 def predicting_states(transformer, prompt, continuation):
     """Final hidden states (B, T, hidden size) that predict the tokens of a continuation: those of
     the tokens just before them."""
-    hidden, _ = run_transformer(transformer, join(prompt, continuation))
+    hidden, _ = run_transformer(transformer, join(prompt, continuation), use_cache=False)
     return hidden[:, prompt.ids.shape[1] - 1 : -1]
 
 
@@ -857,12 +851,11 @@ def classifier_reward(name, label, device, dtype):
     of `label`."""
     model = load_classifier(name, device, dtype)
     config = model.config
-    tokenizer = load_tokenizer(config.name_or_path)  # an adapter has that of its base
+    # An adapter has that of its base. Padding on the right shifts no positions
+    tokenizer = load_tokenizer(config.name_or_path, truncation_side="left", padding_side="right")
     config.pad_token_id = tokenizer.pad_token_id
     positions = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
     tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
-    tokenizer.truncation_side = "left"
-    tokenizer.padding_side = "right"  # shifts no positions
 
     @torch.no_grad()
     def reward_model(texts, **_):
@@ -880,48 +873,64 @@ def classifier_reward(name, label, device, dtype):
     return reward_model
 
 
-def function_reward(name, columns, device):
+def function_reward(name, device):
     """A reward model, as above, from the Python function FILE.py:NAME. It gets `texts`, prompts and
     responses together, if it has that parameter; else what TRL gives reward functions, but for its
-    trainer: `prompts` and `completions`, without special tokens; `completion_ids`, with the end of
-    text; and the dataset's `columns`. Exits if it takes others."""
-    path, _, function_name = name.rpartition(":")
-    function = runpy.run_path(path)[function_name]
-    signature = inspect.signature(function)
-    takes_texts = "texts" in signature.parameters
-    keywords = ["prompts", "completions", "completion_ids", *columns]
-    try:
-        signature.bind(**dict.fromkeys(["texts"] if takes_texts else keywords))
-    except TypeError as error:
-        sys.exit(f"error: {name}: {error}; it gets texts, or else {', '.join(keywords)}")
+    trainer: `prompts` and `completions`, messages or texts without special tokens;
+    `completion_ids`, with the end of text; and the columns of the data."""
+    file, _, function_name = name.rpartition(":")
+    path = Path(file).resolve()
+    sys.path.append(str(path.parent))
+    found = find_spec(path.stem)
+    if found is None or found.origin != str(path):
+        sys.exit(f"error: {file} does not exist, or another module has its name")
+    # Under its own name, so that process pools find it
+    function = getattr(importlib.import_module(path.stem), function_name)
+    takes_texts = "texts" in inspect.signature(function).parameters
 
     def reward_model(texts, **inputs):
         scores = function(texts=texts) if takes_texts else function(**inputs)
         if inspect.iscoroutine(scores):
-            scores = asyncio.run(scores)
+            scores = event_loop().run_until_complete(scores)
+        if isinstance(scores, dict) or len(scores) != len(texts):
+            sys.exit(f"error: {name} must return a list of {len(texts)} scores, one for each text")
         scores = [math.nan if score is None else score for score in scores]
-        return torch.tensor(scores, dtype=torch.float32, device=device).view(len(texts))
+        return torch.tensor(scores, dtype=torch.float32, device=device)
 
     return reward_model
+
+
+@cache
+def event_loop():
+    """The only one, since clients and locks of reward functions belong to the first they meet."""
+    return asyncio.new_event_loop()
 
 
 # Rollout
 
 
 def tokenize(rows, tokenizer, args):
-    """Prompts, and references, which are padded to `response_length`. `rows`: column -> texts;
-    `prompt` and `label`, or `text`, whose first half is the prompt."""
-    if "prompt" in rows:
-        prompts = without_end(tokenizer, rows["prompt"])
-        references = tokenizer(rows["label"], add_special_tokens=False)["input_ids"]
-    else:
-        texts = without_end(tokenizer, rows["text"])
-        prompts = [ids[: len(ids) // 2] for ids in texts]
-        references = [ids[len(ids) // 2 :] for ids in texts]
+    """Prompts, and references, which are padded to `response_length`; without labels all of it is
+    padding. `rows`: column -> values; `prompt`, texts or messages, and `label`, or else `text`,
+    whose first half is the prompt."""
     end = [tokenizer.eos_token_id]
-    prompts = [cut_left(ids, args.prompt_length, tokenizer.bos_token_id) or end for ids in prompts]
-    references = [(ids + end)[: args.response_length] for ids in references]
+    column = "prompt" if "prompt" in rows else "text"
+    if isinstance(rows[column][0], list):  # messages
+        prompts = tokenizer.apply_chat_template(
+            rows[column], add_generation_prompt=True, return_dict=False
+        )
+    else:
+        prompts = without_end(tokenizer, rows[column])
+    references = [[] for _ in prompts]
+    if column == "text":
+        references = [ids[len(ids) // 2 :] + end for ids in prompts]
+        prompts = [ids[: len(ids) // 2] for ids in prompts]
+    elif "label" in rows or args.ce_coef:
+        labels = tokenizer(rows["label"], add_special_tokens=False)["input_ids"]
+        references = [ids + end for ids in labels]
     length = args.response_length
+    prompts = [cut_left(ids, args.prompt_length, tokenizer.bos_token_id) or end for ids in prompts]
+    references = [ids[:length] for ids in references]
     pad = partial(tokenizer.pad, return_tensors="pt")
     left = pad({"input_ids": prompts}, padding_side="left")
     right = pad({"input_ids": references}, "max_length", length, padding_side="right")
@@ -981,20 +990,24 @@ def collect_rollout(setup, args, data, prompts, uniform, top_k, reward_models, *
             response = actor.generate(prompt, part_uniform, top_k, tokenizer, args.stop_at_eos)
             reference_log_prob = actor.reference_log_prob(prompt, response)
         # Computed as in the update, not by `generate`, so that ratios start at 1
-        (log_prob, *real_log_prob), value = actor(prompt, response, *others)
+        log_prob, real_log_prob, value = actor(prompt, response, *others)
         ids, sampled = send_to_device(response, "cpu")
-        inputs = data[rows.tolist()] | {
+        inputs = data[rows.tolist()]
+        inputs |= {
             "texts": decode(tokenizer, join(prompt, response)),
             "prompts": decode(tokenizer, prompt),
             "completions": decode(tokenizer, response),
             "completion_ids": [row[kept].tolist() for row, kept in zip(ids, sampled)],
         }
+        if isinstance(inputs.get("prompt", [""])[0], list):  # messages
+            inputs["prompts"] = inputs["prompt"]
+            inputs["completions"] = [
+                [{"role": "assistant", "content": text}] for text in inputs["completions"]
+            ]
         scores = torch.stack([reward_model(**inputs) for reward_model in reward_models], 1)
         if not scores.isfinite().all():
             raise ValueError(f"scores that are None or not finite, with the means {scores.mean(0)}")
-        parts.append(
-            Rollout(response, log_prob, tuple(real_log_prob), reference_log_prob, value, scores)
-        )
+        parts.append(Rollout(response, log_prob, real_log_prob, reference_log_prob, value, scores))
     rollout = accelerator.gather(concatenate(parts))
     return send_to_device(rollout, "cpu")
 
@@ -1007,7 +1020,8 @@ def evaluate(setup, args, step):
     """Returns a row for progress.csv, and up to eight samples.
 
     The row has the reward, and what it may have cost: the KL divergence from the reference policy
-    in nats per text (an estimate, biased where sampling is filtered) and perplexities.
+    in nats per text (an estimate, biased where sampling is filtered) and perplexities: of responses
+    under the reference policy, and of references, where there are labels, under the policy.
     """
     rng = np.random.default_rng([args.seed, step, 2])
     uniform = torch.from_numpy(rng.random((args.eval_episodes, args.response_length)))
@@ -1030,10 +1044,11 @@ def evaluate(setup, args, step):
         "return_std": reward.std(correction=0).item(),
         "length_mean": mask.sum().item() / args.eval_episodes,
         "kl": masked_mean(log_ratio, mask, args.eval_episodes).item(),
-        # Responses under the reference policy, then references under the policy
         "perplexity": (-masked_mean(rollout.reference_log_prob, mask)).exp().item(),
-        "perplexity_real": (-masked_mean(rollout.real_log_prob[0], references.mask)).exp().item(),
     }
+    if references.mask.any():
+        real_log_prob = masked_mean(rollout.real_log_prob[0], references.mask)
+        row["perplexity_real"] = (-real_log_prob).exp().item()
     for name, score in zip(args.eval_reward_model, rollout.scores[:, first_heldout:].mean(0)):
         row[f"heldout_{name}"] = score.item()
     if args.dataset == Args.dataset:
@@ -1110,7 +1125,7 @@ def load(args):
     reward_models = []
     for name in args.reward_model + args.eval_reward_model:
         if ".py:" in name:
-            reward_model = function_reward(name, train_data.column_names, device)
+            reward_model = function_reward(name, device)
         else:
             reward_model = classifier_reward(name, args.reward_label, device, reward_dtype)
         reward_models.append(reward_model)
@@ -1120,8 +1135,7 @@ def load(args):
     prompts, _ = tokenize(eval_data[:], tokenizer, longer)
     cut = (prompts.mask.sum(1) > args.prompt_length).sum()
     if cut:
-        counts = f"{cut} of {len(eval_data)} held-out prompts"
-        accelerator.print(f"{counts} lose their beginning to --prompt-length {args.prompt_length}")
+        accelerator.print(f"--prompt-length cuts {cut} of {len(eval_data)} held-out prompts (left)")
     check_policy(actor_critic.policy, args, prompts)
     optimizer = torch.optim.AdamW(
         [parameter for parameter in actor_critic.parameters() if parameter.requires_grad],
@@ -1146,9 +1160,9 @@ def check_policy(policy, args, prompts):
     ids = torch.from_numpy(ids).to(policy.device)
     padding = length // 8
     mask = torch.arange(length, device=ids.device)[None] >= padding
-    run = partial(run_transformer, policy.base_model, use_cache=True)
-    states, cache = run(Tokens(ids[:, :-1], mask[:, :-1]))
-    last_state, _ = run(Tokens(ids[:, -1:], mask), cache)
+    transformer = policy.base_model
+    states, cache = run_transformer(transformer, Tokens(ids[:, :-1], mask[:, :-1]))
+    last_state, _ = run_transformer(transformer, Tokens(ids[:, -1:], mask), cache)
     states = torch.cat([states, last_state], 1)[0, padding:]
     expected = policy(ids[:, padding:]).logits[0]
     difference = float32_logits(policy, states) - expected
@@ -1182,16 +1196,21 @@ def check_models(args):
         with FileLock(f"{TOY}.lock"):  # other processes wait, and then find it
             make_toy(Path(TOY))
     policy = load_pretrained(AutoModelForCausalLM, args.policy_model, device_map="meta")
+    length = args.prompt_length + args.response_length
+    positions = getattr(policy.config, "max_position_embeddings", length)
+    if positions < length:
+        texts = f"texts have up to {length}: --prompt-length plus --response-length"
+        sys.exit(f"error: {args.policy_model} has {positions} positions, {texts}")
     if args.lora_r:  # for args.json, since targets differ between versions of peft
-        add_adapters(policy, args)
-        weights = [name for name, _ in policy.named_parameters() if "lora_A.policy" in name]
-        layers = {re.sub(r"\.\d+\.", ".*.", name.partition(".lora_A")[0]) for name in weights}
-        args.lora_targets = tuple(sorted(layers))
-    rows = load_data(args)[1][:]
-    texts = rows["prompt"] + rows["label"] if "prompt" in rows else rows["text"]
+        adapted = add_adapters(policy, args)
+        names = adapted.targeted_module_names + adapted.targeted_parameter_names
+        args.lora_targets = tuple(sorted({re.sub(r"\.\d+\.", ".*.", name) for name in names}))
+    rows = load_data(args)[0][:1000]
+    texts = [str(prompt) for prompt in rows.get("prompt", rows.get("text"))]
     check_tokenizer(args.tokenizer or args.policy_model, texts)
     for name in args.reward_model + args.eval_reward_model:
         if ".py:" in name:
+            function_reward(name, "cpu")
             continue
         config = load_classifier(name, "meta", torch.float32).config
         check_tokenizer(config.name_or_path, texts)
@@ -1200,10 +1219,10 @@ def check_models(args):
             sys.exit(f"error: {name} has an unbounded output, of which 1 - r, flip, is no noise")
 
 
-def load_tokenizer(name):
+def load_tokenizer(name, **sides):
     """The tokenizer of a model. It pads with the end-of-text token if it has no padding token
     (masks tell the two apart)."""
-    tokenizer = AutoTokenizer.from_pretrained(TOKENIZERS.get(name, name))
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZERS.get(name, name), **sides)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return tokenizer
 

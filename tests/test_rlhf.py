@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import pickle
 import random
 import re
 import shutil
@@ -54,6 +55,15 @@ def infinite_scores(texts):
 
 def no_scores(completions, **kwargs):
     return [None for _ in completions]
+
+
+def chat_agreement(prompts, completions, number, **kwargs):
+    """1 where messages, as TRL's reward functions get them, belong together, else 0."""
+    scores = []
+    for prompt, (message,), n in zip(prompts, completions, number):
+        same = prompt == [{"role": "user", "content": f"the plot was superb {n}"}]
+        scores.append(float(same and message["role"] == "assistant" and bool(message["content"])))
+    return scores
 
 
 async def agreement(prompts, completions, completion_ids, number, **kwargs):
@@ -266,7 +276,8 @@ def test_padding_changes_nothing_in_any_family(toy, tmp_path, kind, lora_r):
             nn.init.normal_(parameter, std=0.3)
     prompts, responses, texts = ragged()
     _, references, _ = ragged(1, lengths=((3, 2), (7, 5), (1, 4), (5, 1)))
-    log_probs, value = actor(prompts, responses, references)
+    log_prob, real_log_prob, value = actor(prompts, responses, references)
+    log_probs = [log_prob, *real_log_prob]
     (sum(log_probs) + value).sum().backward()
     for parameter in actor.parameters():
         assert parameter.grad is None or parameter.grad.isfinite().all()
@@ -337,7 +348,7 @@ def test_a_rollout_samples_token_by_token(models, top_k):
             text = torch.cat([text, token])
     assert rollout.response.mask.all()
     torch.testing.assert_close(rollout.reference_log_prob, rollout.log_prob)
-    torch.testing.assert_close(rollout.value, actor(prompts, rollout.response)[1])
+    torch.testing.assert_close(rollout.value, actor(prompts, rollout.response)[2])
 
 
 def test_a_response_ends_with_its_end_of_text(models):
@@ -392,7 +403,7 @@ def test_the_ratio_begins_at_one_however_a_batch_is_split(models, dtype):
         part = rlhf.take(batch, rows)
         for others in ([], [part.references]):
             response, old_log_prob, *_, old_value, _ = part.rollout
-            (log_prob, *_), value = actor(part.prompt, response, *others)
+            log_prob, _, value = actor(part.prompt, response, *others)
             for new, old in ((log_prob, old_log_prob), (value, old_value)):
                 sampled = response.mask
                 torch.testing.assert_close(new[sampled], old[sampled], atol=1e-5, rtol=0)
@@ -401,14 +412,14 @@ def test_the_ratio_begins_at_one_however_a_batch_is_split(models, dtype):
 def test_in_bfloat16_the_last_layers_are_in_float32(models):
     actor = actor_critic(models["gpt2"], dtype=torch.bfloat16)
     texts = ragged()[:2]
-    (log_prob,), value = actor(*texts)
+    log_prob, _, value = actor(*texts)
     with actor.autocast():
         policy_states = rlhf.predicting_states(actor.policy.base_model, *texts)
         critic_states = rlhf.predicting_states(actor.critic, *texts)
     expected = actor.policy.lm_head(policy_states.float()).log_softmax(-1)
     expected = expected.gather(-1, texts[1].ids[..., None])[..., 0]
     torch.testing.assert_close(log_prob, expected, atol=1e-5, rtol=0)
-    assert not torch.equal(log_prob, actor_critic(models["gpt2"])(*texts)[0][0])
+    assert not torch.equal(log_prob, actor_critic(models["gpt2"])(*texts)[0])
     torch.testing.assert_close(value, actor.value_head(critic_states.float())[..., 0])
 
 
@@ -420,17 +431,17 @@ def test_lora_roles_are_adapters_on_one_frozen_model(models):
         assert parameter.requires_grad == ("lora_" in name or "value_head" in name)
         if "lora_B.policy" in name:
             nn.init.normal_(parameter)
-    (log_prob,), value = actor(*texts)
-    (initial,), plain_value = plain(*texts)
+    log_prob, _, value = actor(*texts)
+    initial, _, plain_value = plain(*texts)
     torch.testing.assert_close(actor.reference_log_prob(*texts), initial)
     torch.testing.assert_close(value, plain_value)
     assert (log_prob - initial).abs().max() > 0.1
 
     silent = actor_critic(models["gptj"], lora_r=2, lora_alpha=0)
     silent.load_state_dict(actor.state_dict())
-    torch.testing.assert_close(silent(*texts)[0][0], initial)
+    torch.testing.assert_close(silent(*texts)[0], initial)
 
-    (log_prob,), value = actor(*texts)
+    log_prob, _, value = actor(*texts)
     for loss, expected in ((log_prob, {"policy"}), (value, {"critic", "value_head"})):
         actor.zero_grad()
         loss.sum().backward()
@@ -457,6 +468,7 @@ def test_models_that_do_not_fit_are_refused_before_a_folder_is_made(
     refusals = [
         (["--reward-model", policy], "policy lacks 1 weights, such as score.weight$"),
         (["--policy-model", reward, "--tokenizer", policy], r"reward lacks \d+ weights, such as"),
+        (["--prompt-length", "40"], "has 64 positions, texts have up to 72: --prompt-length plus"),
         (["--eval-reward-model", adapter], "adapter lacks 4 weights, such as .*lora_A.weight$"),
     ]
     for name in ("classifier", "adapter"):
@@ -684,23 +696,84 @@ def test_a_function_gets_what_trl_gives_it(run, tmp_path):
     assert progress(folder)[-1]["charts/episodic_return"] == 1
 
 
+def test_a_prompt_is_a_chat_or_alone(toy, tmp_path, monkeypatch):
+    """Messages are read in the policy's chat template, as in TRL. Without labels there are no
+    references."""
+    policy = tmp_path / "policy"
+    shutil.copytree(toy / "policy", policy)
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    tokenizer.chat_template = (
+        "{% for m in messages %}the {{ m.role }} was {{ m.content }} .{% endfor %}"
+        "{% if add_generation_prompt %} but the cast was{% endif %}"
+    )
+    tokenizer.save_pretrained(policy)
+    texts = [f"the plot was superb {i}" for i in range(40)]
+    chats = [[{"role": "user", "content": text}] for text in texts]
+    args = rlhf.Args(prompt_length=30, response_length=5)
+    prompt, references = rlhf.tokenize({"prompt": chats}, tokenizer, args)
+    for text, ids, mask in zip(texts, *prompt):
+        written = f"the user was {text} . but the cast was"
+        assert ids[mask].tolist() == tokenizer(written)["input_ids"]
+    assert not references.mask.any()
+
+    path = str(tmp_path / "data.jsonl")
+    datasets.Dataset.from_dict({"prompt": chats, "number": range(40)}).to_json(path)
+    words = ["--policy-model", policy, "--dataset", path, "--prompt-length", 30]
+    words += ["--reward-model", f"{__file__}:chat_agreement", "--runs-dir", tmp_path]
+    words += ["--total-timesteps", 16, "--batch-size", 16, "--eval-episodes", 4]
+    call_main(monkeypatch, *words, "--run-name", "run")
+    folder = tmp_path / "run"
+    row = progress(folder)[-1]
+    assert (row["return_mean"], row["charts/episodic_return"]) == (1, 1)
+    assert "perplexity_real" not in row
+    prompt = read_samples(folder)[0]["prompt"]
+    assert re.fullmatch(r"the user was the plot was superb \d+ \. but the cast was", prompt)
+
+
+OWN_REWARDS = """
+import asyncio, own_sibling
+limit = asyncio.Semaphore(1)
+
+async def score(text):
+    async with limit:
+        await asyncio.sleep(0)
+        return own_sibling.length(text)
+
+async def own(completions, **kwargs):
+    return await asyncio.gather(*map(score, completions))
+
+def too_few(texts):
+    return [0.5]
+
+def mapping(texts):
+    return dict.fromkeys(texts, 0.5)
+"""
+
+
+def test_a_reward_function_is_one_of_a_module(tmp_path):
+    """It is imported with its neighbours, can be pickled, and has one event loop for all calls."""
+    (tmp_path / "own_sibling.py").write_text("length = len")
+    (tmp_path / "own_rewards.py").write_text(OWN_REWARDS)
+    file = f"{tmp_path}/own_rewards.py"
+    inputs = {"texts": ["ab", "abc"], "completions": ["b", "bc"]}
+    for _ in range(2):
+        assert rlhf.function_reward(f"{file}:own", CPU)(**inputs).tolist() == [1, 2]
+    own = sys.modules["own_rewards"].own
+    assert pickle.loads(pickle.dumps(own)) is own
+    for name in ("too_few", "mapping"):
+        with pytest.raises(SystemExit, match=f"^error: .*:{name} must return a list of 2 scores"):
+            rlhf.function_reward(f"{file}:{name}", CPU)(**inputs)
+    (tmp_path / "json.py").write_text(OWN_REWARDS)
+    with pytest.raises(SystemExit, match="json.py does not exist, or another module has its name"):
+        rlhf.function_reward(f"{tmp_path}/json.py:own", CPU)
+
+
 def test_trls_own_reward_functions_run(tmp_path):
     own = "from trl.rewards import get_repetition_penalty_reward\n"
-    (tmp_path / "own.py").write_text(f"{own}penalty = get_repetition_penalty_reward(2)")
-    reward = rlhf.function_reward(f"{tmp_path}/own.py:penalty", ["label"], CPU)
+    (tmp_path / "trls.py").write_text(f"{own}penalty = get_repetition_penalty_reward(2)")
+    reward = rlhf.function_reward(f"{tmp_path}/trls.py:penalty", CPU)
     inputs = dict.fromkeys(["texts", "prompts", "completions", "label"], ["", ""])
     assert reward(completion_ids=[[1, 2, 3, 4], [5] * 5], **inputs).tolist() == [0, -0.75]
-
-
-@pytest.mark.parametrize(("parameters", "reason"), {
-    "completions, trainer_state, **kwargs": "missing a required argument: 'trainer_state'",
-    "prompts, completions": "got an unexpected keyword argument 'completion_ids'",
-    "texts, label": "missing a required argument: 'label'",
-}.items())  # fmt: skip
-def test_a_function_that_needs_something_else_is_refused(tmp_path, parameters, reason):
-    (tmp_path / "own.py").write_text(f"def reward({parameters}): ...")
-    with pytest.raises(SystemExit, match=f"^error: .*own.py:reward: {reason}; it gets"):
-        rlhf.function_reward(f"{tmp_path}/own.py:reward", ["label"], CPU)
 
 
 def test_the_reward_of_an_ensemble_is_the_mean(run):
@@ -801,7 +874,7 @@ def test_the_loss_is_the_sum_of_its_parts_and_a_share_of_the_minibatch():
 
     def model(prompt, *texts):
         assert texts == (response, references)
-        return (new, old), new + 1
+        return new, (old,), new + 1
 
     loss, metrics = rlhf.loss_and_metrics(model, args, batch, 2 * mask.sum(), 4 * sft_mask.sum())
     policy_loss, reverse_loss = rlhf.symmetric_policy_losses(new, old, advantage, mask, 0.2, -2.0)
@@ -853,7 +926,7 @@ def test_prompts_that_lose_their_beginning_are_counted(run, tmp_path, capsys, le
     datasets.Dataset.from_list(rows).to_json(path)
     flags = {"dataset": path, "eval_dataset": path, "eval_episodes": 20, "total_timesteps": 8}
     run(prompt_length=length, **flags)
-    line = f"8 of 20 held-out prompts lose their beginning to --prompt-length {length}\n"
+    line = "--prompt-length cuts 8 of 20 held-out prompts (left)\n"
     assert (line in capsys.readouterr().out) == counted
 
 
@@ -956,9 +1029,9 @@ def test_the_saved_policy_is_a_folder_like_any_other(run):
     text = rlhf.Tokens(ids, torch.ones_like(ids, dtype=torch.bool))
     texts = [rlhf.Tokens(*(x[:, part] for x in text)) for part in (slice(1), slice(1, None))]
     actor = actor_critic(f"{rlhf.TOY}/policy")
-    (initial,), _ = actor(*texts)
+    initial, _, _ = actor(*texts)
     actor.load_state_dict(checkpoint(folder)["agent"], strict=False)
-    (trained,), _ = actor(*texts)
+    trained, _, _ = actor(*texts)
     assert (trained - initial).abs().max() > 0.01
     loaded = AutoModelForCausalLM.from_pretrained(folder / "policy").eval()
     log_prob = loaded(ids).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
