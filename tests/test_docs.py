@@ -327,6 +327,7 @@ def test_ones_own_model_and_data(toy, tmp_path, monkeypatch):
     Path("mine.py").write_text(file)
     runpy.run_path("mine.py", run_name="__main__")
     script, args = parse(commands(text)[1])
+    script.load_data(args)  # there are enough
     tokenizer = AutoTokenizer.from_pretrained(toy / "policy")
     tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
     AutoModelForCausalLM.from_pretrained(toy / "policy").save_pretrained("own")
