@@ -42,6 +42,7 @@ import asyncio
 import csv
 import ctypes
 import hashlib
+import importlib
 import inspect
 import json
 import math
@@ -49,14 +50,13 @@ import os
 import platform
 import random
 import re
-import runpy
 import shutil
 import subprocess
 import sys
 import time
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
-from functools import partial
+from dataclasses import dataclass, field, replace
+from functools import cache, partial
 from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
@@ -69,7 +69,7 @@ import torch
 import transformers
 import tyro
 from accelerate import Accelerator
-from accelerate.utils import concatenate, send_to_device, slice_tensors
+from accelerate.utils import GradientAccumulationPlugin, concatenate, send_to_device, slice_tensors
 from filelock import FileLock, Timeout
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
@@ -216,11 +216,18 @@ class Args:
             raise ValueError("device cuda: there is no GPU")
 
     def identity(self) -> dict:
-        """What makes two runs the same: the script, and the arguments that may change results."""
-        script = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
+        """What makes two runs the same: the script, the files of reward functions, and the
+        arguments that may change results."""
+        models = self.reward_model + self.eval_reward_model
+        files = {name: name.rpartition(":")[0] for name in models}
+        identity = {
+            f"{name}_sha256": hashlib.sha256(Path(file).read_bytes()).hexdigest()
+            for name, file in {"script": __file__, **files}.items()
+            if Path(file).is_file()  # else a classifier
+        }
         others = "run_name runs_dir device track evaluate lora_targets".split()
-        kept = {name: value for name, value in vars(self).items() if name not in others}
-        return json.loads(json.dumps({"script_sha256": script} | kept))  # tuples become lists
+        identity |= {name: value for name, value in vars(self).items() if name not in others}
+        return json.loads(json.dumps(identity))  # tuples become lists
 
     @property
     def run_dir(self) -> Path:
@@ -312,7 +319,7 @@ class Rollout(NamedTuple):
 
     response: Tokens
     log_prob: Tensor  # (B, T), of sampled tokens under the policy that sampled them, before top-k
-    completion_log_prob: Tensor  # (B, T), of reference completions under that policy
+    real_log_prob: tuple  # of (B, T), of references under that policy, in evaluations only
     reference_log_prob: Tensor  # (B, T), of sampled tokens under the reference policy
     value: Tensor  # (B, T), of the text before each token
     scores: Tensor  # (B, reward models)
@@ -322,7 +329,7 @@ class Batch(NamedTuple):
     """What an update learns from."""
 
     prompt: Tokens
-    completion: Tokens  # the reference completion
+    references: Tokens  # texts to imitate, of the data
     rollout: Rollout
     advantage: Tensor  # (B, T)
     returns: Tensor  # (B, T)
@@ -370,14 +377,13 @@ def clipped_value_loss(value, old_value, returns, mask, clip_coef, count=None):
     return 0.5 * masked_mean(larger, mask, count)
 
 
-def loss_and_metrics(model, args, batch, response_tokens, completion_tokens):
+def loss_and_metrics(model, args, batch, response_tokens, reference_tokens):
     """Loss and metrics of a micro batch: sums over its tokens, divided by the number of tokens in
     the minibatch, so that results of all micro batches and processes add up to the minibatch's."""
     rollout = batch.rollout
     mask = rollout.response.mask
-    completion = [batch.completion] if args.ce_coef else []
-    log_probs, value = model(batch.prompt, rollout.response, *completion)
-    log_prob = log_probs[0]
+    references = [batch.references] if args.ce_coef else []
+    log_prob, real_log_prob, value = model(batch.prompt, rollout.response, *references)
     policy_loss, reverse_loss = symmetric_policy_losses(
         log_prob, rollout.log_prob, batch.advantage, mask, args.clip_coef, args.z, response_tokens
     )
@@ -396,7 +402,7 @@ def loss_and_metrics(model, args, batch, response_tokens, completion_tokens):
         "approx_kl": masked_mean(log_ratio.exp() - 1 - log_ratio, mask, response_tokens),
     }
     if args.ce_coef:
-        sft_loss = -masked_mean(log_probs[1], batch.completion.mask, completion_tokens)
+        sft_loss = -masked_mean(real_log_prob[0], batch.references.mask, reference_tokens)
         loss = loss + args.ce_coef * sft_loss
         metrics["sft_loss"] = sft_loss
     return loss, metrics
@@ -458,7 +464,7 @@ def accumulate_gradient(setup, args, minibatch):
     accelerator = setup.accelerator
     size = len(minibatch.advantage)
     response_tokens = minibatch.rollout.response.mask.sum()
-    completion_tokens = minibatch.completion.mask.sum()
+    reference_tokens = minibatch.references.mask.sum()
     own_rows = process_rows(accelerator, size)
     lengths = minibatch.prompt.mask[own_rows].sum(1)
     by_length = own_rows[lengths.argsort()]  # least padding
@@ -469,7 +475,7 @@ def accumulate_gradient(setup, args, minibatch):
         is_last = rows is micro_batches[-1]  # DDP averages gradients in that backward pass only
         with nullcontext() if is_last else accelerator.no_sync(setup.model):
             loss, metrics = loss_and_metrics(
-                setup.model, args, micro_batch, response_tokens, completion_tokens
+                setup.model, args, micro_batch, response_tokens, reference_tokens
             )
             # The loss is already divided by the tokens of all processes: undo DDP's averaging.
             accelerator.backward(loss * accelerator.num_processes)
@@ -562,9 +568,8 @@ def train(args: Args):
         data = setup.train_data.select(rows.tolist())
         uniform = torch.rand(args.batch_size, args.response_length, generator=generator)
         reward_models = setup.reward_models[: len(args.reward_model)]
-        prompts, completions, rollout = collect_rollout(
-            setup, args, data, uniform, args.top_k, reward_models
-        )
+        prompts, references = tokenize(data[:], setup.tokenizer, args)
+        rollout = collect_rollout(setup, args, data, prompts, uniform, args.top_k, reward_models)
         progress.global_step += args.batch_size
 
         # Advantages
@@ -580,11 +585,13 @@ def train(args: Args):
         )
 
         # Update
-        batch = Batch(prompts, completions, rollout, advantage, returns)
+        batch = Batch(prompts, references, rollout, advantage, returns)
         metrics = update(setup, args, batch, generator)
         step = progress.global_step
-        if not math.isfinite(metrics["grad_norm"]):
-            sys.exit(f"error: gradient not finite at step {step}; lower the learning rate")
+        # Above 1e19 this norm overflows, and so do logits
+        weight_norm = nn.utils.get_total_norm(trained_parameters(setup).values())
+        if not math.isfinite(metrics["grad_norm"] + weight_norm):
+            sys.exit(f"error: gradient or weights not finite at step {step}; lower --learning-rate")
 
         # Log
         scalars = {f"losses/{name}": metric for name, metric in metrics.items()}
@@ -621,7 +628,8 @@ def rollout_metrics(rollout, reward, advantage, returns):
     """What to log of a batch; entropy and KL are estimates from its samples."""
     mask = rollout.response.mask
     log_ratio = rollout.log_prob - rollout.reference_log_prob
-    unexplained = advantage[mask].var() / returns[mask].var()  # advantage = return - value
+    # advantage = return - value; the returns of a constant reward differ by rounding only
+    unexplained = advantage[mask].var() / returns[mask].var().clamp(min=1e-8)
     return {
         "losses/entropy": -masked_mean(rollout.log_prob, mask),
         "losses/explained_variance": 1 - unexplained,
@@ -659,8 +667,8 @@ class ActorCritic(nn.Module):
     Without LoRA these are three models. With LoRA they are one model with two adapters, "policy"
     and "critic"; with both disabled it is the reference policy.
 
-    Throughout, prompts, responses and reference completions are `Tokens`. Results are for the T
-    tokens of a response or completion: (B, T), float32.
+    Throughout, prompts, responses and references are `Tokens`. Results are for the T tokens of a
+    response or reference: (B, T), float32.
     """
 
     def __init__(self, args, device, dtype):
@@ -675,6 +683,8 @@ class ActorCritic(nn.Module):
             quantization = transformers.BitsAndBytesConfig(
                 load_in_4bit=True, bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_type="nf4"
             )
+        # There fused kernels are slower, and round differently with other padding
+        eager = device.type == "cpu" and dtype == torch.bfloat16
         load_model = partial(
             load_pretrained,
             AutoModelForCausalLM,
@@ -682,24 +692,16 @@ class ActorCritic(nn.Module):
             config=config,
             dtype=dtype if self.lora else torch.float32,
             quantization_config=quantization,
-            # Fused kernels may return NaN for padding on the left, which attends to nothing, and
-            # on a CPU, in bfloat16, they make updates slower
-            attn_implementation="eager",
+            attn_implementation="eager" if eager else None,
         )
         self.policy = load_model()
         if self.lora:
-            adapted = add_adapters(self.policy, args)
-            self.set_adapter = adapted.set_adapter
-            self.disable_adapter = adapted.disable_adapter
-            self.save_adapter = partial(adapted.save_pretrained, selected_adapters=["policy"])
-            self.adapter_parameters = [
-                parameter for name, parameter in self.policy.named_parameters() if "lora_" in name
-            ]
+            self.adapted = add_adapters(self.policy, args)
             self.activate_adapter("policy")
         else:
             self.critic = load_model().base_model
             self.reference = load_model().requires_grad_(False)
-        self.value_head = nn.Linear(config.hidden_size, 1)
+        self.value_head = nn.Linear(self.policy.config.hidden_size, 1)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
         self.eval()  # disables dropout, for good
@@ -707,54 +709,49 @@ class ActorCritic(nn.Module):
 
     def activate_adapter(self, name):
         if self.lora:
-            self.set_adapter(name)
-            for parameter in self.adapter_parameters:
-                parameter.requires_grad_(True)  # peft has frozen the other adapter
+            self.adapted.set_adapter(name)
+            self.adapted.set_requires_grad(["policy", "critic"])  # peft has frozen the other one
 
     def autocast(self):
         device = self.value_head.weight.device.type
         return torch.autocast(device, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
-    def forward(self, prompt, response, *completion):
-        """Log-probabilities of the response and, if given, of the reference completion, a tuple;
-        and values of the texts before each token of the response. Gradients flow only here, so it
-        is called through DDP's wrapper."""
+    def forward(self, prompt, response, *references):
+        """Log-probabilities of the response; of the references, if given, in a tuple; and values of
+        the texts before each token of the response. Gradients flow only here, so it is called
+        through DDP's wrapper."""
         with self.autocast():
             self.activate_adapter("policy")
-            log_probs = token_log_probs(self.policy, prompt, response, *completion)
+            log_prob, *others = token_log_probs(self.policy, prompt, response, *references)
             self.activate_adapter("critic")
             # transformers' base_model: all but the head, with the adapters
             critic = self.policy.base_model if self.lora else self.critic
             hidden = predicting_states(critic, prompt, response)
         value = self.value_head(hidden.float()).squeeze(-1)
-        return log_probs, value
+        return log_prob, tuple(others), value
 
     def reference_log_prob(self, prompt, response):
         if not self.lora:
             return token_log_probs(self.reference, prompt, response)[0]
-        with self.disable_adapter():
+        with self.adapted.disable_adapter():
             return token_log_probs(self.policy, prompt, response)[0]
 
     def generate(self, prompt, uniform, top_k, tokenizer, stop_at_eos):
         """Samples responses of at most T tokens. `uniform` (B, T), as in `sample_token`, is an
         argument so that samples do not depend on how batches are split."""
         self.activate_adapter("policy")
-        ends = torch.tensor(end_tokens(self.policy, tokenizer), device=uniform.device)
+        # As in transformers' own `generate`: models for chats have several end tokens
+        ends = np.hstack([tokenizer.eos_token_id, self.policy.generation_config.eos_token_id])
+        vocabulary = len(self.policy.get_output_embeddings().weight)
+        ends = [token for token in ends if token is not None and token < vocabulary]
+        ends = torch.tensor(ends, device=uniform.device)
         cache = None
         new_ids, mask = prompt
         response = []
         alive = torch.ones_like(mask[:, :1])
-        position_ids = (mask.cumsum(1) - 1).clamp(min=0)  # padding does not count
         for t in range(uniform.shape[1]):
-            output = self.policy.base_model(
-                input_ids=new_ids,
-                attention_mask=mask,
-                position_ids=position_ids,
-                past_key_values=cache,
-                use_cache=True,
-            )
-            cache = output.past_key_values
-            logits = float32_logits(self.policy, output.last_hidden_state[:, -1])
+            hidden, cache = run_transformer(self.policy.base_model, Tokens(new_ids, mask), cache)
+            logits = float32_logits(self.policy, hidden[:, -1])
             if not stop_at_eos:
                 logits[:, ends] = -math.inf
             new_ids = sample_token(logits, uniform[:, t : t + 1], top_k)
@@ -762,16 +759,7 @@ class ActorCritic(nn.Module):
             response.append(Tokens(new_ids, alive))
             mask = torch.cat([mask, alive], 1)
             alive = alive & ~torch.isin(new_ids, ends)
-            position_ids = position_ids[:, -1:] + 1
         return join(*response)
-
-
-def end_tokens(policy, tokenizer):
-    """Ids of the tokens that end a response: the tokenizer's, and those that end it in `generate`
-    of transformers, since models for chats have several."""
-    ids = np.hstack([tokenizer.eos_token_id, policy.generation_config.eos_token_id])
-    vocabulary = len(policy.get_output_embeddings().weight)
-    return [i for i in ids if i is not None and i < vocabulary]
 
 
 def add_adapters(policy, args):
@@ -788,26 +776,24 @@ def add_adapters(policy, args):
     return adapted
 
 
-def predicting_states(transformer, prompt, *continuations):
-    """Final hidden states (B, T of each continuation, hidden size) that predict the tokens of
-    continuations: those of the tokens just before them. All continuations share one pass, in which
-    each sees the prompt and itself."""
-    parts = [prompt, *continuations]
-    ids, mask = join(*parts)
-    widths = [part.ids.shape[1] for part in parts]
-    blocks = torch.block_diag(*[torch.ones(n, n, device=ids.device) for n in widths])
-    blocks[:, : widths[0]] = 1  # everything sees the prompt
-    visible = blocks.tril().bool() & mask[:, None]
-    attention_mask = torch.where(visible, 0, -1e30)  # -inf: NaN where nothing is visible
-    output = transformer(
-        input_ids=ids,
-        attention_mask=attention_mask[:, None].to(transformer.dtype),
-        position_ids=(visible.sum(-1) - 1).clamp(min=0),  # padding does not count
-        use_cache=False,
-    )
-    of_prompt, *others = output.last_hidden_state.split(widths, 1)
-    states = [torch.cat([of_prompt[:, -1:], own[:, :-1]], 1) for own in others]
-    return torch.cat(states, 1)
+def run_transformer(transformer, tokens, cache=None, use_cache=True):
+    """Final hidden states (B, N, hidden size) of N tokens, and the cache. The mask of `tokens` also
+    has columns for those in `cache`, which precede them."""
+    names = inspect.signature(transformer.forward).parameters
+    cache_name = "cache" if "cache" in names else "past_key_values"  # until transformers 5.24
+    options = {cache_name: cache, "use_cache": use_cache}
+    if "position_ids" in names:  # else there are distances only (ALiBi)
+        positions = (tokens.mask.cumsum(1) - 1).clamp(min=0)  # padding does not count
+        options["position_ids"] = positions[:, -tokens.ids.shape[1] :]
+    output = transformer(input_ids=tokens.ids, attention_mask=tokens.mask, **options)
+    return output.last_hidden_state, output.get(cache_name)
+
+
+def predicting_states(transformer, prompt, continuation):
+    """Final hidden states (B, T, hidden size) that predict the tokens of a continuation: those of
+    the tokens just before them."""
+    hidden, _ = run_transformer(transformer, join(prompt, continuation), use_cache=False)
+    return hidden[:, prompt.ids.shape[1] - 1 : -1]
 
 
 def float32_logits(model, hidden):
@@ -822,12 +808,13 @@ def float32_logits(model, hidden):
 
 
 def token_log_probs(model, prompt, *continuations):
-    """Log-probabilities of the tokens of each continuation, a tuple of (B, T), float32."""
-    hidden = predicting_states(model.base_model, prompt, *continuations)
-    logits = float32_logits(model, hidden)
-    tokens = join(*continuations).ids
-    log_prob = -F.cross_entropy(logits, tokens.flatten(), reduction="none")
-    return log_prob.view_as(tokens).chunk(len(continuations), 1)
+    """Log-probabilities of the tokens of each continuation, a tuple of (B, T), float32. All are
+    rows of one batch."""
+    prompts = concatenate([prompt] * len(continuations))
+    rows = concatenate(continuations)
+    logits = float32_logits(model, predicting_states(model.base_model, prompts, rows))
+    log_prob = -F.cross_entropy(logits, rows.ids.flatten(), reduction="none")
+    return log_prob.view_as(rows.ids).chunk(len(continuations))
 
 
 def sample_token(logits, uniform, top_k):
@@ -860,10 +847,12 @@ def load_classifier(name, device, dtype):
 
 def classifier_reward(name, label, device, dtype):
     """A reward model, a function from texts to scores (texts,), with its own tokenizer. Scores are
-    the classifier's single output, else the probability of `label`."""
+    the classifier's single output, that of `label` if these are regressions, else the probability
+    of `label`."""
     model = load_classifier(name, device, dtype)
     config = model.config
-    tokenizer = load_tokenizer(config.name_or_path)  # an adapter has that of its base
+    # An adapter has that of its base. Padding on the right shifts no positions
+    tokenizer = load_tokenizer(config.name_or_path, truncation_side="left", padding_side="right")
     config.pad_token_id = tokenizer.pad_token_id
     positions = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
     tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
@@ -875,6 +864,8 @@ def classifier_reward(name, label, device, dtype):
         logits = model(**inputs.to(device)).logits.float()
         if logits.shape[1] == 1:
             return logits[:, 0]
+        if config.problem_type == "regression":
+            return logits[:, label]
         if config.problem_type == "multi_label_classification":
             return logits.sigmoid()[:, label]
         return logits.softmax(-1)[:, label]
@@ -882,52 +873,67 @@ def classifier_reward(name, label, device, dtype):
     return reward_model
 
 
-def function_reward(name, columns, device):
+def function_reward(name, device):
     """A reward model, as above, from the Python function FILE.py:NAME. It gets `texts`, prompts and
     responses together, if it has that parameter; else what TRL gives reward functions, but for its
-    trainer: `prompts` and `completions`, without special tokens; `completion_ids`, with the end of
-    text; and the dataset's `columns`. Exits if it takes others."""
-    path, _, function_name = name.rpartition(":")
-    function = runpy.run_path(path)[function_name]
-    signature = inspect.signature(function)
-    takes_texts = "texts" in signature.parameters
-    keywords = ["prompts", "completions", "completion_ids", *columns]
-    try:
-        signature.bind(**dict.fromkeys(["texts"] if takes_texts else keywords))
-    except TypeError as error:
-        sys.exit(f"error: {name}: {error}; it gets texts, or else {', '.join(keywords)}")
+    trainer: `prompts` and `completions`, messages or texts without special tokens;
+    `completion_ids`, with the end of text; and the columns of the data."""
+    file, _, function_name = name.rpartition(":")
+    path = Path(file).resolve()
+    sys.path.append(str(path.parent))
+    found = find_spec(path.stem)
+    if found is None or found.origin != str(path):
+        sys.exit(f"error: {file} does not exist, or another module has its name")
+    # Under its own name, so that process pools find it
+    function = getattr(importlib.import_module(path.stem), function_name)
+    takes_texts = "texts" in inspect.signature(function).parameters
 
     def reward_model(texts, **inputs):
         scores = function(texts=texts) if takes_texts else function(**inputs)
         if inspect.iscoroutine(scores):
-            scores = asyncio.run(scores)
+            scores = event_loop().run_until_complete(scores)
+        if isinstance(scores, dict) or len(scores) != len(texts):
+            sys.exit(f"error: {name} must return a list of {len(texts)} scores, one for each text")
         scores = [math.nan if score is None else score for score in scores]
-        return torch.tensor(scores, dtype=torch.float32, device=device).view(len(texts))
+        return torch.tensor(scores, dtype=torch.float32, device=device)
 
     return reward_model
+
+
+@cache
+def event_loop():
+    """The only one, since clients and locks of reward functions belong to the first they meet."""
+    return asyncio.new_event_loop()
 
 
 # Rollout
 
 
 def tokenize(rows, tokenizer, args):
-    """Prompts, and reference completions, which are padded to `response_length`. `rows`: column ->
-    texts; `prompt` and `label`, or `text`, whose first half is the prompt."""
-    if "prompt" in rows:
-        prompts = without_end(tokenizer, rows["prompt"])
-        completions = tokenizer(rows["label"], add_special_tokens=False)["input_ids"]
-    else:
-        texts = without_end(tokenizer, rows["text"])
-        prompts = [ids[: len(ids) // 2] for ids in texts]
-        completions = [ids[len(ids) // 2 :] for ids in texts]
+    """Prompts, and references, which are padded to `response_length`; without labels all of it is
+    padding. `rows`: column -> values; `prompt`, texts or messages, and `label`, or else `text`,
+    whose first half is the prompt."""
     end = [tokenizer.eos_token_id]
-    prompts = [cut_left(ids, args.prompt_length, tokenizer.bos_token_id) or end for ids in prompts]
-    completions = [(ids + end)[: args.response_length] for ids in completions]
+    column = "prompt" if "prompt" in rows else "text"
+    texts = rows[column]
+    if isinstance(texts[0], list):  # messages
+        encode = tokenizer.apply_chat_template
+        prompts = encode(texts, add_generation_prompt=True, return_dict=False)
+    else:
+        prompts = without_end(tokenizer, texts)
+    references = [[] for _ in prompts]
+    if column == "text":
+        references = [ids[len(ids) // 2 :] + end for ids in prompts]
+        prompts = [ids[: len(ids) // 2] for ids in prompts]
+    elif "label" in rows or args.ce_coef:
+        labels = tokenizer(rows["label"], add_special_tokens=False)["input_ids"]
+        references = [ids + end for ids in labels]
     length = args.response_length
-    left = tokenizer.pad({"input_ids": prompts}, padding_side="left", return_tensors="pt")
-    right = tokenizer.pad(
-        {"input_ids": completions}, padding="max_length", max_length=length, return_tensors="pt"
-    )
+    prompts = [cut_left(ids, args.prompt_length, tokenizer.bos_token_id) or end for ids in prompts]
+    references = [ids[:length] for ids in references]
+    pad = partial(tokenizer.pad, return_tensors="pt")
+    left = pad({"input_ids": prompts}, padding_side="left")
+    right = pad({"input_ids": references}, "max_length", length, padding_side="right")
     return tuple(Tokens(x["input_ids"], x["attention_mask"].bool()) for x in (left, right))
 
 
@@ -968,37 +974,42 @@ def process_rows(accelerator, count):
 
 
 @torch.no_grad()
-def collect_rollout(setup, args, data, uniform, top_k, reward_models):
-    """Samples responses to the prompts in B rows of `data`, and scores them; each process does its
-    share. Returns prompts, reference completions, and the rollout of all processes, on the CPU.
-    `uniform` (B, T) as in `generate`."""
+def collect_rollout(setup, args, data, prompts, uniform, top_k, reward_models, *references):
+    """Samples responses to `prompts`, those in B rows of `data`, and scores them; each process does
+    its share. Returns the rollout of all processes, on the CPU. `uniform` (B, T) as in
+    `generate`."""
     accelerator = setup.accelerator
     actor = setup.actor_critic
     tokenizer = setup.tokenizer
-    prompts, completions = tokenize(data[:], tokenizer, args)
     parts = []
     size = 8 * (args.micro_batch_size or 16)  # inference takes less memory than training
     for rows in process_rows(accelerator, len(uniform)).split(size):
-        texts = slice_tensors((prompts, completions, uniform), rows)
-        prompt, completion, part_uniform = send_to_device(texts, accelerator.device)
+        texts = slice_tensors((prompts, uniform, *references), rows)
+        prompt, part_uniform, *others = send_to_device(texts, accelerator.device)
         with actor.autocast():
             response = actor.generate(prompt, part_uniform, top_k, tokenizer, args.stop_at_eos)
             reference_log_prob = actor.reference_log_prob(prompt, response)
         # Computed as in the update, not by `generate`, so that ratios start at 1
-        log_probs, value = actor(prompt, response, completion)
+        log_prob, real_log_prob, value = actor(prompt, response, *others)
         ids, sampled = send_to_device(response, "cpu")
-        inputs = data[rows.tolist()] | {
+        inputs = data[rows.tolist()]
+        inputs |= {
             "texts": decode(tokenizer, join(prompt, response)),
             "prompts": decode(tokenizer, prompt),
             "completions": decode(tokenizer, response),
             "completion_ids": [row[kept].tolist() for row, kept in zip(ids, sampled)],
         }
+        if isinstance(inputs.get("prompt", [""])[0], list):  # messages
+            inputs["prompts"] = inputs["prompt"]
+            inputs["completions"] = [
+                [{"role": "assistant", "content": text}] for text in inputs["completions"]
+            ]
         scores = torch.stack([reward_model(**inputs) for reward_model in reward_models], 1)
         if not scores.isfinite().all():
             raise ValueError(f"scores that are None or not finite, with the means {scores.mean(0)}")
-        parts.append(Rollout(response, *log_probs, reference_log_prob, value, scores))
+        parts.append(Rollout(response, log_prob, real_log_prob, reference_log_prob, value, scores))
     rollout = accelerator.gather(concatenate(parts))
-    return prompts, completions, send_to_device(rollout, "cpu")
+    return send_to_device(rollout, "cpu")
 
 
 # Evaluation
@@ -1009,13 +1020,16 @@ def evaluate(setup, args, step):
     """Returns a row for progress.csv, and up to eight samples.
 
     The row has the reward, and what it may have cost: the KL divergence from the reference policy
-    in nats per text (an estimate, biased where sampling is filtered) and perplexities.
+    in nats per text (an estimate, biased where sampling is filtered) and perplexities: of responses
+    under the reference policy, and of references, where there are labels, under the policy.
     """
     rng = np.random.default_rng([args.seed, step, 2])
     uniform = torch.from_numpy(rng.random((args.eval_episodes, args.response_length)))
     top_k = 1 if args.eval_greedy else args.top_k
-    prompts, completions, rollout = collect_rollout(
-        setup, args, setup.eval_data, uniform, top_k, setup.reward_models
+    data = setup.eval_data
+    prompts, references = tokenize(data[:], setup.tokenizer, args)
+    rollout = collect_rollout(
+        setup, args, data, prompts, uniform, top_k, setup.reward_models, references
     )
     mask = rollout.response.mask
     first_heldout = len(args.reward_model)  # a column of `scores`
@@ -1030,10 +1044,11 @@ def evaluate(setup, args, step):
         "return_std": reward.std(correction=0).item(),
         "length_mean": mask.sum().item() / args.eval_episodes,
         "kl": masked_mean(log_ratio, mask, args.eval_episodes).item(),
-        # Responses under the reference policy, then reference completions under the policy
-        "perplexity": perplexity(rollout.reference_log_prob, mask),
-        "perplexity_real": perplexity(rollout.completion_log_prob, completions.mask),
+        "perplexity": (-masked_mean(rollout.reference_log_prob, mask)).exp().item(),
     }
+    if references.mask.any():
+        real_log_prob = masked_mean(rollout.real_log_prob[0], references.mask)
+        row["perplexity_real"] = (-real_log_prob).exp().item()
     for name, score in zip(args.eval_reward_model, rollout.scores[:, first_heldout:].mean(0)):
         row[f"heldout_{name}"] = score.item()
     if args.dataset == Args.dataset:
@@ -1044,11 +1059,6 @@ def evaluate(setup, args, step):
         for prompt, response, score in zip(prompt_texts, responses, reward.tolist())
     ]
     return row, samples[:8]
-
-
-def perplexity(log_prob, mask):
-    """Perplexity per token, over tokens where `mask` is true."""
-    return (-masked_mean(log_prob, mask)).exp().item()
 
 
 def evaluate_run(args: Args):
@@ -1098,7 +1108,12 @@ class Setup:
 def load(args):
     """Loads models and data. Raises whatever is wrong with them."""
     cpu = args.device == "cpu" or not torch.cuda.is_available()
-    accelerator = Accelerator(cpu=cpu, mixed_precision="no")  # see ActorCritic.autocast
+    accelerator = Accelerator(
+        cpu=cpu,
+        mixed_precision="no",  # see ActorCritic.autocast
+        # Else a launcher's environment may divide gradients
+        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
+    )
     device = accelerator.device
     bfloat16 = args.amp == "auto" and has_bfloat16(device)
     dtype = torch.bfloat16 if bfloat16 else torch.float32
@@ -1110,13 +1125,18 @@ def load(args):
     reward_models = []
     for name in args.reward_model + args.eval_reward_model:
         if ".py:" in name:
-            reward_model = function_reward(name, train_data.column_names, device)
+            reward_model = function_reward(name, device)
         else:
             reward_model = classifier_reward(name, args.reward_label, device, reward_dtype)
         reward_models.append(reward_model)
     torch.manual_seed(args.seed)  # initial weights of LoRA
     actor_critic = ActorCritic(args, device, dtype)
-    check_policy(actor_critic.policy, args, *tokenize(eval_data[:], tokenizer, args))
+    longer = replace(args, prompt_length=args.prompt_length + 1)
+    prompts, _ = tokenize(eval_data[:], tokenizer, longer)
+    cut = (prompts.mask.sum(1) > args.prompt_length).sum()
+    if cut:
+        accelerator.print(f"--prompt-length cuts {cut} of {len(eval_data)} held-out prompts (left)")
+    check_policy(actor_critic.policy, args, prompts)
     optimizer = torch.optim.AdamW(
         [parameter for parameter in actor_critic.parameters() if parameter.requires_grad],
         lr=args.learning_rate,
@@ -1126,40 +1146,35 @@ def load(args):
     )
     model, optimizer = accelerator.prepare(actor_critic, optimizer)
     return Setup(
-        accelerator=accelerator,
-        actor_critic=actor_critic,
-        model=model,
-        optimizer=optimizer,
-        tokenizer=tokenizer,
-        reward_models=reward_models,
-        train_data=train_data,
-        eval_data=eval_data,
+        accelerator, actor_critic, model, optimizer, tokenizer, reward_models, train_data, eval_data
     )
 
 
 @torch.no_grad()
-def check_policy(policy, args, prompts, completions):
-    """Refuses a policy whose own logits differ from those that `token_log_probs` uses, on the
-    longest prompt with its completion, packed twice."""
-    row = prompts.mask.sum(1).argmax()
-    prompt = prompts.ids[row, None].to(policy.device)
-    completion = completions.ids[row, None].to(policy.device)
-    logits = policy(torch.cat([prompt, completion], 1)).logits
-    expected = logits[0, prompt.shape[1] - 1 : -1].repeat(2, 1)
-    texts = [Tokens(ids, ids >= 0) for ids in (prompt, completion, completion)]
-    refusal = ValueError(
-        f"{args.policy_model} scales or caps its logits, or its attention needs more than a mask "
-        "and positions (ALiBi, sliding windows): not supported"
-    )
-    try:
-        states = predicting_states(policy.base_model, *texts)
-    except ValueError as error:  # some models unpack a mask of two dimensions
-        raise refusal from error
-    difference = float32_logits(policy, states) - expected
-    # Rounding to bfloat16 makes 0.02 of 28 layers
-    tolerance = 0.1 if policy.dtype == torch.bfloat16 else 0.001
-    if difference.abs().max() > tolerance * expected.abs().max():
-        raise refusal
+def check_policy(policy, args, prompts):
+    """Refuses a policy whose own logits for a text alone differ from ours: with padding before the
+    text, and the last token's from the cache. The text is as long as there may be, and consists of
+    the tokens of `prompts`."""
+    length = args.prompt_length + args.response_length
+    ids = torch.from_numpy(np.resize(prompts.ids[prompts.mask], (1, length))).to(policy.device)
+    padding = length // 8
+    mask = torch.arange(length, device=ids.device)[None] >= padding
+    transformer = policy.base_model
+    states, cache = run_transformer(transformer, Tokens(ids[:, :-1], mask[:, :-1]))
+    is_same = False
+    if cache is not None:
+        last_state, _ = run_transformer(transformer, Tokens(ids[:, -1:], mask), cache)
+        states = torch.cat([states, last_state], 1)[0, padding:]
+        expected = policy(ids[:, padding:]).logits[0]
+        difference = float32_logits(policy, states) - expected
+        # Rounding to bfloat16 makes 0.02 of 28 layers
+        tolerance = 0.1 if policy.dtype == torch.bfloat16 else 0.001
+        is_same = difference.abs().max() <= tolerance * expected.abs().max()  # no: NaN
+    if not is_same:
+        sys.exit(
+            f"error: {args.policy_model} scales or caps its logits, or does not leave out padding, "
+            "or has no cache of keys and values: not supported"
+        )
 
 
 def load_pretrained(auto_class, name, **options):
@@ -1179,34 +1194,36 @@ def check_models(args):
     """Refuses models that lack weights or cannot read the data, before a folder is made. Makes
     those of the toy. Notes the targets of LoRA. On the device "meta" weights have names, but no
     memory."""
-    if args.dataset == Args.dataset:
+    if f"{TOY}/" in str(vars(args)):  # its data or a model of it
         with FileLock(f"{TOY}.lock"):  # other processes wait, and then find it
             make_toy(Path(TOY))
     policy = load_pretrained(AutoModelForCausalLM, args.policy_model, device_map="meta")
+    length = args.prompt_length + args.response_length
+    positions = getattr(policy.config, "max_position_embeddings", length)
+    if positions < length:
+        sys.exit(f"error: {args.policy_model} has {positions} positions for up to {length} tokens")
     if args.lora_r:  # for args.json, since targets differ between versions of peft
-        add_adapters(policy, args)
-        weights = [name for name, _ in policy.named_parameters() if "lora_A.policy" in name]
-        layers = {re.sub(r"\.\d+\.", ".*.", name.partition(".lora_A")[0]) for name in weights}
-        args.lora_targets = tuple(sorted(layers))
-    rows = load_data(args)[1][:]
-    texts = rows["prompt"] + rows["label"] if "prompt" in rows else rows["text"]
+        adapted = add_adapters(policy, args)
+        names = adapted.targeted_module_names + adapted.targeted_parameter_names
+        args.lora_targets = tuple(sorted({re.sub(r"\.\d+\.", ".*.", name) for name in names}))
+    rows = load_data(args)[0][:1000]
+    texts = [str(prompt) for prompt in rows.get("prompt", rows.get("text"))]
     check_tokenizer(args.tokenizer or args.policy_model, texts)
     for name in args.reward_model + args.eval_reward_model:
         if ".py:" in name:
+            function_reward(name, "cpu")
             continue
         config = load_classifier(name, "meta", torch.float32).config
         check_tokenizer(config.name_or_path, texts)
-        is_unbounded = config.num_labels == 1
+        is_unbounded = config.num_labels == 1 or config.problem_type == "regression"
         if args.noise == "flip" and is_unbounded and name in args.reward_model:
-            sys.exit(f"error: {name} has one unbounded output, of which 1 - r, flip, is no noise")
+            sys.exit(f"error: {name} has an unbounded output, of which 1 - r, flip, is no noise")
 
 
-def load_tokenizer(name):
-    """The tokenizer of a model. It pads on the right, which shifts no positions, and with the
-    end-of-text token if it has no padding token (masks tell the two apart)."""
-    tokenizer = AutoTokenizer.from_pretrained(
-        TOKENIZERS.get(name, name), truncation_side="left", padding_side="right"
-    )
+def load_tokenizer(name, **sides):
+    """The tokenizer of a model. It pads with the end-of-text token if it has no padding token
+    (masks tell the two apart)."""
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZERS.get(name, name), **sides)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     return tokenizer
 
@@ -1232,8 +1249,11 @@ def load_data(args):
         parts = train_data.train_test_split(test_size=0.1, seed=0)
         train_data = parts["train"]
         eval_data = parts["test"]
-    if args.batch_size > len(train_data):
-        raise ValueError(f"batch_size is more than the {len(train_data)} training texts")
+    if args.batch_size > len(train_data) or args.eval_episodes > len(eval_data):
+        sys.exit(
+            f"error: {len(train_data)} rows of training data and {len(eval_data)} held out are too "
+            f"few for --batch-size {args.batch_size} and --eval-episodes {args.eval_episodes}"
+        )
     return train_data, eval_data.shuffle(seed=0).select(range(args.eval_episodes))
 
 
@@ -1287,7 +1307,8 @@ def save_policy(setup, run_dir):
     temporary = run_dir / "policy.tmp"
     actor = setup.actor_critic
     if actor.lora:
-        actor.save_adapter(temporary)  # in a folder of its name
+        # In a folder of its name
+        actor.adapted.save_pretrained(temporary, selected_adapters=["policy"])
     else:
         actor.policy.save_pretrained(temporary / "policy")
     setup.tokenizer.save_pretrained(temporary / "policy")
@@ -1488,23 +1509,15 @@ def make_toy_models(reviews, truncated, labels, folder):
     gpt2 = gpt2.train_new_from_iterator(reviews, 400, show_progress=False)
     bert = transformers.BertTokenizer()
     bert = bert.train_new_from_iterator(reviews, 400, show_progress=False)
+    shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    shape["max_position_embeddings"] = TOY_POSITIONS
+    labels_by_id = {0: "NEGATIVE", 1: "POSITIVE"}
     reward_config = transformers.BertConfig(
-        vocab_size=len(bert),
-        max_position_embeddings=TOY_POSITIONS,
-        hidden_size=64,
-        num_hidden_layers=2,
-        num_attention_heads=2,
-        intermediate_size=128,
-        id2label={0: "NEGATIVE", 1: "POSITIVE"},
+        vocab_size=len(bert), intermediate_size=128, id2label=labels_by_id, **shape
     )
+    end = gpt2.eos_token_id
     policy_config = transformers.GPT2Config(
-        vocab_size=len(gpt2),
-        n_positions=TOY_POSITIONS,
-        n_embd=64,
-        n_layer=2,
-        n_head=2,
-        bos_token_id=gpt2.eos_token_id,
-        eos_token_id=gpt2.eos_token_id,
+        vocab_size=len(gpt2), bos_token_id=end, eos_token_id=end, **shape
     )
     reward_model = AutoModelForSequenceClassification.from_config(reward_config)
     policy = AutoModelForCausalLM.from_config(policy_config)

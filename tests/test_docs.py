@@ -15,11 +15,13 @@ from pathlib import Path
 import gymnasium as gym
 import numpy as np
 import pandas as pd
+import peft
 import pytest
 import torch
 import tyro
 from helpers import ATARI, PPO, SETTINGS, SMALL, SPPO_CONTINUOUS, checkpoint, progress, record
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from transformers import AutoModelForCausalLM, AutoTokenizer
 
 import sppo_rlhf
 
@@ -336,6 +338,26 @@ def test_a_function_as_reward(toy, tmp_path, monkeypatch):
     assert [sample["reward"] for sample in samples] == pytest.approx(variety(texts))
 
 
+def test_ones_own_model_and_data(toy, tmp_path, monkeypatch):
+    """With the toy's policy in a chat template instead of the page's."""
+    monkeypatch.chdir(tmp_path)
+    text = sections(PAGES["docs/language-models.md"])["Your own model and data"]
+    (file,) = code_blocks(text, "python")
+    Path("mine.py").write_text(file)
+    runpy.run_path("mine.py", run_name="__main__")
+    script, args = parse(commands(text)[1])
+    script.load_data(args)  # there are enough
+    tokenizer = AutoTokenizer.from_pretrained(toy / "policy")
+    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
+    AutoModelForCausalLM.from_pretrained(toy / "policy").save_pretrained("own")
+    tokenizer.save_pretrained("own")
+    lengths = {"prompt_length": 16, "response_length": 16}  # the toy has 64 positions
+    folder = train(script, args, "runs", policy_model="own", **lengths, **SHORT_LM)
+    folder.rename("runs/mine")
+    assert eval(*re.findall(r"`(peft.+)` loads", text), {"peft": peft})
+    assert len(read_lines("runs/mine/samples.jsonl")) == 16
+
+
 def test_a_reward_that_knows_the_answer(tmp_path, monkeypatch):
     """It runs with all that TRL 1.12 passes to it, too."""
     monkeypatch.chdir(tmp_path)
@@ -358,7 +380,7 @@ def test_a_reward_that_knows_the_answer(tmp_path, monkeypatch):
 
 def test_rouge(tmp_path):
     """Precision 1, recall 1/2."""
-    (block,) = code_blocks(PAGES["docs/language-models.md"], "python")
+    *_, block = code_blocks(PAGES["docs/language-models.md"], "python")
     (tmp_path / "rouge.py").write_text(block)
     rouge_l = runpy.run_path(tmp_path / "rouge.py")["rouge_l"]
     scores = rouge_l(completions=["the plot", "dull"], label=["the plot was dull"] * 2)

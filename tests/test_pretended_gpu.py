@@ -85,7 +85,7 @@ MISTAKES = [
     # A mask left there
     (CONTINUOUS, "(uniform < level).to(advantage.device)", "uniform < level"),
     (ATARI, "(~overridden).float().to(device)", "(~overridden).float()"),
-    ([SPPO_RLHF], "torch.ones(n, n, device=ids.device)", "torch.ones(n, n)"),
+    ([SPPO_RLHF], "torch.arange(length, device=ids.device)", "torch.arange(length)"),
     # numpy() on the GPU
     (CONTINUOUS, "view(T + 1, N).cpu().numpy()", "view(T + 1, N).numpy()"),
     (ATARI, "action[t].cpu().numpy()", "action[t].numpy()"),
@@ -112,10 +112,11 @@ def test_a_mistake_is_caught(setting, right, wrong, tmp_path, gpu):
 
 # What is doubled, and how many waits that adds: units by waits of each. Each step of a game waits
 # for the action and for the image; each epoch for the order and the flips; each of A2C's rollouts
-# for what is logged and saved, too; each micro batch for all its tensors; each minibatch of
-# language models for what is logged.
-RLHF_WAITS = {"response_length": 4 * 0, "micro_batch_size": -2 * 13, "num_minibatches": 2 * 7}
-RLHF_WAITS |= {"batch_size": 4 * 13}
+# for what is logged and saved, too; each micro batch for all its tensors and, in policy and critic,
+# for transformers' look at the mask, as does each token of three batches of samples; each minibatch
+# of language models for what is logged.
+RLHF_WAITS = {"response_length": 3 * 4, "micro_batch_size": -2 * 14, "num_minibatches": 2 * 7}
+RLHF_WAITS |= {"batch_size": 4 * 14}
 WAITS = [
     (SPPO_CONTINUOUS, {"num_steps": 8 * 0, "num_minibatches": 2 * 0, "update_epochs": 2}),
     (SPPO_ATARI, {"num_steps": 8 * 2, "num_minibatches": 2 * 0, "update_epochs": 2}),

@@ -3,6 +3,7 @@
 import json
 import math
 import os
+import pickle
 import random
 import re
 import shutil
@@ -29,7 +30,6 @@ from helpers import checkpoint, progress, record, weights
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tokenizers.processors import TemplateProcessing
 from torch import nn
-from torch.nn import functional as F
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import sppo_rlhf as rlhf
@@ -55,6 +55,15 @@ def infinite_scores(texts):
 
 def no_scores(completions, **kwargs):
     return [None for _ in completions]
+
+
+def chat_agreement(prompts, completions, number, **kwargs):
+    """1 where messages, as TRL's reward functions get them, belong together, else 0."""
+    scores = []
+    for prompt, (message,), n in zip(prompts, completions, number):
+        same = prompt == [{"role": "user", "content": f"the plot was superb {n}"}]
+        scores.append(float(same and message["role"] == "assistant" and bool(message["content"])))
+    return scores
 
 
 async def agreement(prompts, completions, completion_ids, number, **kwargs):
@@ -136,8 +145,9 @@ def interrupt(run, updates, **flags):
 def summaries(models, tmp_path):
     """Flags for a run with LoRA on GPT-J's architecture, on posts and summaries made here."""
     rng = random.Random(3)
-    posts = [f"POST: {rlhf.toy_review(rng)} TL;DR:" for _ in range(40)]
-    data = datasets.Dataset.from_dict({"prompt": posts, "label": [" the plot was dull ."] * 40})
+    posts = [rlhf.toy_review(rng) for _ in range(40)]
+    labels = [f" the {rng.choice(rlhf.ASPECTS)} was {rng.choice(rlhf.BAD)} ." for _ in posts]
+    data = datasets.Dataset.from_dict({"prompt": posts, "label": labels})
     path = str(tmp_path / "posts.jsonl")
     data.to_json(path)
     flags = {"task": "tldr", "dataset": path, "eval_dataset": path, "learning_rate": 1e-2}
@@ -145,13 +155,32 @@ def summaries(models, tmp_path):
     return flags | models | {"lora_r": 4}
 
 
+FAMILIES = "GPT2 GPTJ GPTNeoX OPT Llama Mistral Qwen2 Qwen3 Qwen3Moe Qwen3_5Text Gemma Gemma3Text"
+FAMILIES = f"{FAMILIES} Phi3 Olmo2 SmolLM3 Falcon Bloom Mpt Lfm2".split()
+SHAPES = {
+    "GPTJ": {"rotary_dim": 4},
+    "OPT": {"ffn_dim": 16, "word_embed_proj_dim": 16},
+    "Mistral": {"sliding_window": 4},  # shorter than the texts
+    "Qwen3Moe": {"moe_intermediate_size": 16, "num_experts": 8},
+    "Qwen3_5Text": {"layer_types": ["linear_attention", "full_attention"]},
+    "Gemma": {"head_dim": 8},
+    "Gemma3Text": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4},
+    "Bloom": {"n_head": 2},  # ALiBi, as MPT
+    "Mpt": {"d_model": 16, "n_heads": 2, "n_layers": 2, "expansion_ratio": 1},
+    "Lfm2": {"layer_types": ["conv", "full_attention"]},
+}
+
+
 def make_policy(kind, folder, toy, **shape):
     """A policy of the family `kind` that has learnt nothing, with the toy's tokenizer."""
+    if not hasattr(transformers, f"{kind}Config"):
+        pytest.skip(f"transformers {transformers.__version__} has no {kind}")
     tokenizer = AutoTokenizer.from_pretrained(toy / "policy")
-    shape |= {"vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 16}
-    shape |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
-    shape |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
-    config = getattr(transformers, f"{kind}Config")(**shape)
+    sizes = {"vocab_size": len(tokenizer), "hidden_size": 16, "intermediate_size": 16}
+    sizes |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    sizes |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
+    config = getattr(transformers, f"{kind}Config")(**sizes | SHAPES.get(kind, {}) | shape)
+    torch.manual_seed(0)
     model = AutoModelForCausalLM.from_config(config)
     for parameter in model.parameters():
         nn.init.normal_(parameter, std=0.3)
@@ -209,43 +238,59 @@ def collect(actor, prompts, uniform, top_k, eos, stop_at_eos):
         ),
     )
     args = rlhf.Args(response_length=length, stop_at_eos=stop_at_eos)
-    ids = torch.full_like(uniform, 3, dtype=torch.long)
-    completions = rlhf.Tokens(ids, ids > 0)
     data = datasets.Dataset.from_dict({"text": [""] * len(uniform)})
     no_reward = [lambda **_: torch.zeros(len(uniform))]
-    with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rlhf, "tokenize", lambda *_: (prompts, completions))
-        return rlhf.collect_rollout(setup, args, data, uniform, top_k, no_reward)[2]
+    return rlhf.collect_rollout(setup, args, data, prompts, uniform, top_k, no_reward)
 
 
 # Tokens
 
 
 @pytest.mark.parametrize("lora_r", [0, 2])
-@pytest.mark.parametrize("name", ["gpt2", "gptj"])
-def test_padding_and_other_continuations_change_nothing(models, monkeypatch, name, lora_r):
-    """Against a plain forward pass on each text. No fused attention kernel runs: those may return
-    NaN for padding on the left."""
-    actor = actor_critic(models[name], lora_r)
+@pytest.mark.parametrize("kind", FAMILIES)
+def test_padding_changes_nothing_in_any_family(toy, tmp_path, kind, lora_r):
+    """Log-probabilities of responses and references, values and samples, against the plain model on
+    each text alone; with LoRA, adapters are not zero. No gradient is NaN."""
+    make_policy(kind, tmp_path, toy)
+    actor = actor_critic(tmp_path, lora_r)
+    for name, parameter in actor.named_parameters():
+        if "lora_B" in name:
+            nn.init.normal_(parameter, std=0.3)
     prompts, responses, texts = ragged()
-    _, completions, _ = ragged(1, lengths=((3, 2), (7, 5), (1, 4), (5, 1)))
-    with monkeypatch.context() as patch:
-        patch.delattr(F, "scaled_dot_product_attention")
-        log_probs, value = actor(prompts, responses, completions)
-        reference_log_prob = actor.reference_log_prob(prompts, responses)
-        torch.testing.assert_close(reference_log_prob, log_probs[0])
-    plain = AutoModelForCausalLM.from_pretrained(models[name]).eval()
-    for row, (text, prompt) in enumerate(texts):
-        for tokens, log_prob in zip((responses, completions), log_probs):
+    _, references, _ = ragged(1, lengths=((3, 2), (7, 5), (1, 4), (5, 1)))
+    log_prob, real_log_prob, value = actor(prompts, responses, references)
+    log_probs = [log_prob, *real_log_prob]
+    (sum(log_probs) + value).sum().backward()
+    for parameter in actor.parameters():
+        assert parameter.grad is None or parameter.grad.isfinite().all()
+    reference_log_prob = actor.reference_log_prob(prompts, responses)
+    assert torch.allclose(reference_log_prob, log_probs[0]) == (lora_r == 0)
+
+    uniform = torch.rand(4, 5, generator=torch.Generator().manual_seed(1))
+    eos = SimpleNamespace(eos_token_id=0, pad_token_id=1)
+    with torch.no_grad():
+        samples = actor.generate(prompts, uniform, 0, eos, stop_at_eos=False).ids
+
+    critic = actor.policy.base_model if lora_r else actor.critic
+    for row, (text, length) in enumerate(texts):
+        prompt = text[:length]
+        actor.activate_adapter("policy")
+        for tokens, log_prob in zip((responses, references), log_probs):
             own = tokens.ids[row][tokens.mask[row]]
-            text = torch.cat([text[:prompt], own])
-            output = plain(text[None], output_hidden_states=True)
-            expected = output.logits[0, prompt - 1 : -1].log_softmax(-1)
-            expected = expected.gather(1, own[:, None])[:, 0]
+            logits = actor.policy(torch.cat([prompt, own])[None]).logits[0, length - 1 : -1]
+            expected = logits.log_softmax(-1).gather(1, own[:, None])[:, 0]
             torch.testing.assert_close(log_prob[row, : len(own)], expected, atol=1e-5, rtol=0)
-            if tokens is responses:
-                expected = actor.value_head(output.hidden_states[-1][0, prompt - 1 : -1])[:, 0]
-                torch.testing.assert_close(value[row, : len(own)], expected, atol=1e-4, rtol=0)
+        sampled = prompt
+        for t in range(5):
+            logits = actor.policy(sampled[None]).logits[:, -1]
+            logits[:, 0] = -torch.inf
+            token = rlhf.sample_token(logits, uniform[row, t].view(1, 1), 0)[0]
+            sampled = torch.cat([sampled, token])
+        assert torch.equal(samples[row], sampled[length:])
+        actor.activate_adapter("critic")
+        hidden = critic(text[None]).last_hidden_state[0, length - 1 : -1]
+        expected = actor.value_head(hidden)[:, 0]
+        torch.testing.assert_close(value[row, : len(expected)], expected, atol=1e-4, rtol=0)
 
 
 @pytest.mark.parametrize("top_k", [0, 1, 3, 100])
@@ -285,29 +330,13 @@ def test_a_rollout_samples_token_by_token(models, top_k):
             text = torch.cat([text, token])
     assert rollout.response.mask.all()
     torch.testing.assert_close(rollout.reference_log_prob, rollout.log_prob)
-    torch.testing.assert_close(rollout.value, actor(prompts, rollout.response)[1])
-
-
-def test_a_response_ends_with_its_end_of_text(models):
-    actor = actor_critic(models["gpt2"])
-    prompts, _, _ = ragged(lengths=((3, 0), (7, 0)) * 4, tokens=0)
-    uniform = torch.rand(8, 20, generator=torch.Generator().manual_seed(1))
-    endless = collect(actor, prompts, uniform, 0, 50, True)
-    eos = endless.response.ids[0, 4].item()  # as the end of text, it comes in the middle
-    rollout = collect(actor, prompts, uniform, 0, eos, True)
-    lengths = set()
-    for tokens, sampled in zip(*(x.tolist() for x in rollout.response)):
-        length = tokens.index(eos) + 1 if eos in tokens else 20
-        lengths.add(length)
-        assert sampled == [True] * length + [False] * (20 - length)
-        assert tokens[length:] == [1] * (20 - length)
-    assert len(lengths) > 1
+    torch.testing.assert_close(rollout.value, actor(prompts, rollout.response)[2])
 
 
 @pytest.mark.parametrize("others", [None, 7, "list"])
 def test_all_end_tokens_of_the_policy_end_a_response(models, others):
-    """As in transformers' own `generate`; one of them is out of the vocabulary. Without
-    --stop-at-eos none of them is sampled."""
+    """As in transformers' own `generate`; one is out of the vocabulary. The rest is padding.
+    Without --stop-at-eos none of them is sampled."""
     actor = actor_critic(models["gpt2"])
     prompts, _, _ = ragged(lengths=((3, 0), (7, 0)) * 4, tokens=0)
     uniform = torch.rand(8, 20, generator=torch.Generator().manual_seed(1))
@@ -323,6 +352,7 @@ def test_all_end_tokens_of_the_policy_end_a_response(models, others):
         first = next((i + 1 for i, token in enumerate(free) if token in ends), 20)
         assert mask.sum() == first
         assert torch.equal(tokens[:first], free[:first])
+        assert not mask[first:].any() and (tokens[first:] == 1).all()
     unending = collect(actor, prompts, uniform, 0, eos, False).response
     assert unending.mask.all()
     assert not np.isin(unending.ids, ends).any()
@@ -338,9 +368,9 @@ def test_the_ratio_begins_at_one_however_a_batch_is_split(models, dtype):
     batch = rlhf.Batch(prompts, rollout.response, rollout, rollout.value, rollout.value)
     for rows in ([0, 1, 2, 3], [0, 3], [2]):
         part = rlhf.take(batch, rows)
-        for others in ([], [part.completion]):
+        for others in ([], [part.references]):
             response, old_log_prob, *_, old_value, _ = part.rollout
-            (log_prob, *_), value = actor(part.prompt, response, *others)
+            log_prob, _, value = actor(part.prompt, response, *others)
             for new, old in ((log_prob, old_log_prob), (value, old_value)):
                 sampled = response.mask
                 torch.testing.assert_close(new[sampled], old[sampled], atol=1e-5, rtol=0)
@@ -349,14 +379,14 @@ def test_the_ratio_begins_at_one_however_a_batch_is_split(models, dtype):
 def test_in_bfloat16_the_last_layers_are_in_float32(models):
     actor = actor_critic(models["gpt2"], dtype=torch.bfloat16)
     texts = ragged()[:2]
-    (log_prob,), value = actor(*texts)
+    log_prob, _, value = actor(*texts)
     with actor.autocast():
         policy_states = rlhf.predicting_states(actor.policy.base_model, *texts)
         critic_states = rlhf.predicting_states(actor.critic, *texts)
     expected = actor.policy.lm_head(policy_states.float()).log_softmax(-1)
     expected = expected.gather(-1, texts[1].ids[..., None])[..., 0]
     torch.testing.assert_close(log_prob, expected, atol=1e-5, rtol=0)
-    assert not torch.equal(log_prob, actor_critic(models["gpt2"])(*texts)[0][0])
+    assert not torch.equal(log_prob, actor_critic(models["gpt2"])(*texts)[0])
     torch.testing.assert_close(value, actor.value_head(critic_states.float())[..., 0])
 
 
@@ -368,17 +398,17 @@ def test_lora_roles_are_adapters_on_one_frozen_model(models):
         assert parameter.requires_grad == ("lora_" in name or "value_head" in name)
         if "lora_B.policy" in name:
             nn.init.normal_(parameter)
-    (log_prob,), value = actor(*texts)
-    (initial,), plain_value = plain(*texts)
+    log_prob, _, value = actor(*texts)
+    initial, _, plain_value = plain(*texts)
     torch.testing.assert_close(actor.reference_log_prob(*texts), initial)
     torch.testing.assert_close(value, plain_value)
     assert (log_prob - initial).abs().max() > 0.1
 
     silent = actor_critic(models["gptj"], lora_r=2, lora_alpha=0)
     silent.load_state_dict(actor.state_dict())
-    torch.testing.assert_close(silent(*texts)[0][0], initial)
+    torch.testing.assert_close(silent(*texts)[0], initial)
 
-    (log_prob,), value = actor(*texts)
+    log_prob, _, value = actor(*texts)
     for loss, expected in ((log_prob, {"policy"}), (value, {"critic", "value_head"})):
         actor.zero_grad()
         loss.sum().backward()
@@ -405,11 +435,12 @@ def test_models_that_do_not_fit_are_refused_before_a_folder_is_made(
     refusals = [
         (["--reward-model", policy], "policy lacks 1 weights, such as score.weight$"),
         (["--policy-model", reward, "--tokenizer", policy], r"reward lacks \d+ weights, such as"),
+        (["--prompt-length", "40"], "has 64 positions for up to 72 tokens$"),
         (["--eval-reward-model", adapter], "adapter lacks 4 weights, such as .*lora_A.weight$"),
     ]
     for name in ("classifier", "adapter"):
         words = ["--noise", "flip", "--reward-model", reward, models[name]]
-        refusals.append((words, f"{name} has one unbounded output"))
+        refusals.append((words, f"{name} has an unbounded output"))
     for words, message in refusals:
         with pytest.raises(SystemExit, match=message):
             call_main(monkeypatch, *words, "--runs-dir", tmp_path / "runs")
@@ -464,13 +495,13 @@ def test_a_tokenizer_of_digits_is_a_tokenizer(toy, tmp_path, monkeypatch):
 
 @pytest.mark.parametrize(("kind", "flags"), {
     "Granite": {"logits_scaling": 8},
-    "Mistral": {"sliding_window": 4},
-    "Bloom": {"n_head": 2},  # ALiBi
-    "Mpt": {"d_model": 16, "n_heads": 2, "n_layers": 2, "expansion_ratio": 1},  # ALiBi, too
+    "Cohere": {"logit_scale": 0.1},
+    "Gemma2": {"head_dim": 8, "final_logit_softcapping": 1.0},
+    "Mamba": {"state_size": 4},
 }.items())  # fmt: skip
-def test_policies_with_other_logits_or_attention_are_refused(run, toy, tmp_path, kind, flags):
+def test_policies_with_other_logits_or_without_a_cache_are_refused(run, toy, tmp_path, kind, flags):
     make_policy(kind, tmp_path / kind, toy, **flags)
-    with pytest.raises(ValueError, match=f"{kind} scales or caps its logits, or its attention"):
+    with pytest.raises(SystemExit, match=f"^error: .*{kind} scales or caps its logits, or does"):
         run(policy_model=str(tmp_path / kind))
 
 
@@ -530,7 +561,7 @@ def test_a_start_token_stays_and_stays_the_only_one(toy):
         assert ids[mask].tolist() == [bos, *plain, tokenizer.eos_token_id]
 
 
-@pytest.mark.parametrize("template", ["$A <|endoftext|>", "<|endoftext|> $A <|endoftext|>"])
+@pytest.mark.parametrize("template", ["$A <|e|>", "<|e|> $A <|e|>", "<|e|> $A"])
 def test_an_end_token_that_the_tokenizer_appends_does_not_end_a_prompt(toy, template):
     """One that the text itself has, as after a turn of a chat, stays, and so does a start token
     that is the same."""
@@ -540,9 +571,10 @@ def test_an_end_token_that_the_tokenizer_appends_does_not_end_a_prompt(toy, temp
     plain = tokenizer(text)["input_ids"]
     start = [end] if template.startswith("<") else []
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
-        single=template, special_tokens=[("<|endoftext|>", end)]
+        single=template, special_tokens=[("<|e|>", end)]
     )
-    assert tokenizer(text)["input_ids"] == [*start, *plain, end]
+    appended = [end] if template.endswith(">") else []
+    assert tokenizer(text)["input_ids"] == [*start, *plain, *appended]
     args = rlhf.Args(prompt_length=40, response_length=40)
     rows = {"prompt": [text, f"{text}<|endoftext|>", ""], "label": [text] * 3}
     prompt, completion = rlhf.tokenize(rows, tokenizer, args)
@@ -600,6 +632,23 @@ def test_a_text_that_is_too_long_loses_its_beginning(toy):
     assert not torch.equal(score([" ".join(words[:62])]), end)
 
 
+def test_of_several_regressions_the_labels_is_the_score(toy, tmp_path, monkeypatch):
+    """As it is. It has no bounds, either."""
+    monkeypatch.chdir(toy.parent.parent)
+    folder = tmp_path / "reward"
+    load = AutoModelForSequenceClassification.from_pretrained
+    shutil.copytree(toy / "reward", folder)
+    load(toy / "reward", problem_type="regression").save_pretrained(folder)
+    text = "the plot was superb ."
+    ids = AutoTokenizer.from_pretrained(folder)(text, return_tensors="pt")
+    expected = load(folder).eval()(**ids).logits[0]
+    scores = [reward_model(folder, label)([text]).item() for label in (0, 1)]
+    assert scores == pytest.approx(expected.tolist(), abs=1e-5)
+    with pytest.raises(SystemExit, match="has an unbounded output, of which 1 - r, flip, is no"):
+        words = ["--noise", "flip", "--reward-model", folder, "--runs-dir", tmp_path / "runs"]
+        call_main(monkeypatch, *words, "--total-timesteps", 1)
+
+
 def test_a_function_gets_what_trl_gives_it(run, tmp_path):
     """Of its own row, in training and in evaluations, whatever the split. It may be async."""
     rows = {"prompt": [f"the plot was superb {i}" for i in range(40)], "number": list(range(40))}
@@ -614,23 +663,84 @@ def test_a_function_gets_what_trl_gives_it(run, tmp_path):
     assert progress(folder)[-1]["charts/episodic_return"] == 1
 
 
+def test_a_prompt_is_a_chat_or_alone(toy, tmp_path, monkeypatch):
+    """Messages are read in the policy's chat template, as in TRL. Without labels there are no
+    references."""
+    policy = tmp_path / "policy"
+    shutil.copytree(toy / "policy", policy)
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    tokenizer.chat_template = (
+        "{% for m in messages %}the {{ m.role }} was {{ m.content }} .{% endfor %}"
+        "{% if add_generation_prompt %} but the cast was{% endif %}"
+    )
+    tokenizer.save_pretrained(policy)
+    texts = [f"the plot was superb {i}" for i in range(40)]
+    chats = [[{"role": "user", "content": text}] for text in texts]
+    args = rlhf.Args(prompt_length=30, response_length=5)
+    prompt, references = rlhf.tokenize({"prompt": chats}, tokenizer, args)
+    for text, ids, mask in zip(texts, *prompt):
+        written = f"the user was {text} . but the cast was"
+        assert ids[mask].tolist() == tokenizer(written)["input_ids"]
+    assert not references.mask.any()
+
+    path = str(tmp_path / "data.jsonl")
+    datasets.Dataset.from_dict({"prompt": chats, "number": range(40)}).to_json(path)
+    words = ["--policy-model", policy, "--dataset", path, "--prompt-length", 30]
+    words += ["--reward-model", f"{__file__}:chat_agreement", "--runs-dir", tmp_path]
+    words += ["--total-timesteps", 16, "--batch-size", 16, "--eval-episodes", 4]
+    call_main(monkeypatch, *words, "--run-name", "run")
+    folder = tmp_path / "run"
+    row = progress(folder)[-1]
+    assert (row["return_mean"], row["charts/episodic_return"]) == (1, 1)
+    assert "perplexity_real" not in row
+    prompt = read_samples(folder)[0]["prompt"]
+    assert re.fullmatch(r"the user was the plot was superb \d+ \. but the cast was", prompt)
+
+
+OWN_REWARDS = """
+import asyncio, own_sibling
+limit = asyncio.Semaphore(1)
+
+async def score(text):
+    async with limit:
+        await asyncio.sleep(0)
+        return own_sibling.length(text)
+
+async def own(completions, **kwargs):
+    return await asyncio.gather(*map(score, completions))
+
+def too_few(texts):
+    return [0.5]
+
+def mapping(texts):
+    return dict.fromkeys(texts, 0.5)
+"""
+
+
+def test_a_reward_function_is_one_of_a_module(tmp_path):
+    """It is imported with its neighbours, can be pickled, and has one event loop for all calls."""
+    (tmp_path / "own_sibling.py").write_text("length = len")
+    (tmp_path / "own_rewards.py").write_text(OWN_REWARDS)
+    file = f"{tmp_path}/own_rewards.py"
+    inputs = {"texts": ["ab", "abc"], "completions": ["b", "bc"]}
+    for _ in range(2):
+        assert rlhf.function_reward(f"{file}:own", CPU)(**inputs).tolist() == [1, 2]
+    own = sys.modules["own_rewards"].own
+    assert pickle.loads(pickle.dumps(own)) is own
+    for name in ("too_few", "mapping"):
+        with pytest.raises(SystemExit, match=f"^error: .*:{name} must return a list of 2 scores"):
+            rlhf.function_reward(f"{file}:{name}", CPU)(**inputs)
+    (tmp_path / "json.py").write_text(OWN_REWARDS)
+    with pytest.raises(SystemExit, match="json.py does not exist, or another module has its name"):
+        rlhf.function_reward(f"{tmp_path}/json.py:own", CPU)
+
+
 def test_trls_own_reward_functions_run(tmp_path):
     own = "from trl.rewards import get_repetition_penalty_reward\n"
-    (tmp_path / "own.py").write_text(f"{own}penalty = get_repetition_penalty_reward(2)")
-    reward = rlhf.function_reward(f"{tmp_path}/own.py:penalty", ["label"], CPU)
+    (tmp_path / "trls.py").write_text(f"{own}penalty = get_repetition_penalty_reward(2)")
+    reward = rlhf.function_reward(f"{tmp_path}/trls.py:penalty", CPU)
     inputs = dict.fromkeys(["texts", "prompts", "completions", "label"], ["", ""])
     assert reward(completion_ids=[[1, 2, 3, 4], [5] * 5], **inputs).tolist() == [0, -0.75]
-
-
-@pytest.mark.parametrize(("parameters", "reason"), {
-    "completions, trainer_state, **kwargs": "missing a required argument: 'trainer_state'",
-    "prompts, completions": "got an unexpected keyword argument 'completion_ids'",
-    "texts, label": "missing a required argument: 'label'",
-}.items())  # fmt: skip
-def test_a_function_that_needs_something_else_is_refused(tmp_path, parameters, reason):
-    (tmp_path / "own.py").write_text(f"def reward({parameters}): ...")
-    with pytest.raises(SystemExit, match=f"^error: .*own.py:reward: {reason}; it gets"):
-        rlhf.function_reward(f"{tmp_path}/own.py:reward", ["label"], CPU)
 
 
 def test_the_reward_of_an_ensemble_is_the_mean(run):
@@ -723,14 +833,17 @@ def test_the_loss_is_the_sum_of_its_parts_and_a_share_of_the_minibatch():
     """Texts with half of a minibatch's sampled tokens, and a quarter of its reference tokens."""
     new, old, advantage, mask = random_tokens()
     sft_mask = mask.flip(1)
-    unused = dict.fromkeys(("completion_log_prob", "reference_log_prob", "scores"))
-    response, completion = rlhf.Tokens(None, mask), rlhf.Tokens(None, sft_mask)
+    unused = dict.fromkeys(("real_log_prob", "reference_log_prob", "scores"))
+    response, references = rlhf.Tokens(None, mask), rlhf.Tokens(None, sft_mask)
     rollout = rlhf.Rollout(response, log_prob=old, value=new + 1, **unused)
-    batch = rlhf.Batch(None, completion, rollout, advantage, returns=new + 2)
+    batch = rlhf.Batch(None, references, rollout, advantage, returns=new + 2)
     args = rlhf.Args(alpha=0.6, beta=0.5, z=-2.0, vf_coef=0.3, ce_coef=0.7)
-    loss, metrics = rlhf.loss_and_metrics(
-        lambda *_: ((new, old), new + 1), args, batch, 2 * mask.sum(), 4 * sft_mask.sum()
-    )
+
+    def model(prompt, *texts):
+        assert texts == (response, references)
+        return new, (old,), new + 1
+
+    loss, metrics = rlhf.loss_and_metrics(model, args, batch, 2 * mask.sum(), 4 * sft_mask.sum())
     policy_loss, reverse_loss = rlhf.symmetric_policy_losses(new, old, advantage, mask, 0.2, -2.0)
     sft_loss = -old[sft_mask].mean()
     ratio = (new - old).exp()[mask]
@@ -759,7 +872,29 @@ def test_kl_and_entropy_are_estimated_from_sampled_tokens():
     assert metrics["losses/entropy"].item() == pytest.approx(-log_prob[mask].mean().item())
 
 
+def test_the_explained_variance_of_a_constant_reward_is_a_number():
+    """Returns and advantages that differ by rounding only, or not at all."""
+    _, _, rounding, mask = random_tokens()
+    rollout = SimpleNamespace(response=rlhf.Tokens(None, mask), log_prob=rounding)
+    rollout.reference_log_prob = rounding
+    for noise in (0.0, 1e-9):
+        advantage, returns = 0.5 + 100 * noise * rounding, 1 + noise * rounding
+        metrics = rlhf.rollout_metrics(rollout, advantage, advantage, returns)
+        assert metrics["losses/explained_variance"].item() == pytest.approx(1, abs=1e-5)
+
+
 # Runs
+
+
+@pytest.mark.parametrize(("length", "counted"), [(7, True), (11, False)])
+def test_prompts_that_lose_their_beginning_are_counted(run, tmp_path, capsys, length, counted):
+    path = str(tmp_path / "data.jsonl")
+    rows = [{"prompt": "the plot" + " was" * (i % 10), "label": "dull"} for i in range(20)]
+    datasets.Dataset.from_list(rows).to_json(path)
+    flags = {"dataset": path, "eval_dataset": path, "eval_episodes": 20, "total_timesteps": 8}
+    run(prompt_length=length, **flags)
+    line = "--prompt-length cuts 8 of 20 held-out prompts (left)\n"
+    assert (line in capsys.readouterr().out) == counted
 
 
 def test_without_held_out_data_a_tenth_is_held_out(tmp_path):
@@ -769,8 +904,52 @@ def test_without_held_out_data_a_tenth_is_held_out(tmp_path):
     train_data, eval_data = rlhf.load_data(args)
     assert len(train_data) == 180
     assert len(set(train_data["text"]) | set(eval_data["text"])) == 200
-    with pytest.raises(ValueError, match="batch_size is more than the 180 training texts"):
-        rlhf.load_data(rlhf.Args(dataset=path, batch_size=184))
+    other_train_data, other_eval_data = rlhf.load_data(replace(args, seed=2))
+    assert other_train_data["text"] == train_data["text"]
+    assert other_eval_data["text"] == eval_data["text"]
+
+
+@pytest.mark.parametrize(("rows", "kept", "flags"), [
+    (200, "180 rows of training data and 20", {"batch_size": 184, "eval_episodes": 20}),
+    (200, "180 rows of training data and 20", {"batch_size": 180, "eval_episodes": 21}),
+    (8, "8 rows of training data and 8", {"batch_size": 4, "eval_episodes": 9}),
+])  # fmt: skip
+def test_too_few_rows_are_refused_before_a_folder_is_made(
+    toy, tmp_path, monkeypatch, rows, kept, flags
+):
+    """Also where a tenth of them is held out."""
+    monkeypatch.chdir(toy.parent.parent)
+    path = str(tmp_path / "texts.jsonl")
+    datasets.Dataset.from_dict({"text": [f"text {i}" for i in range(rows)]}).to_json(path)
+    words = ["--dataset", path, "--runs-dir", tmp_path / "runs"]
+    if rows == 8:
+        words += ["--eval-dataset", path]
+    for name, count in flags.items():
+        words += [f"--{name.replace('_', '-')}", count]
+    too_few = " and ".join(f"--{name.replace('_', '-')} {n}" for name, n in flags.items())
+    with pytest.raises(SystemExit, match=f"^error: {kept} held out are too few for {too_few}$"):
+        call_main(monkeypatch, *words)
+    assert not (tmp_path / "runs").exists()
+
+
+@pytest.mark.parametrize("flag", ["dataset", "policy_model", "reward_model", "eval_reward_model"])
+def test_whatever_needs_the_toy_makes_it(tmp_path, monkeypatch, flag):
+    """Also one's own data with the toy's models. Where nothing needs it, nobody waits for it."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "runs").mkdir()
+    made = []
+
+    def stop(*_, **__):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rlhf, "make_toy", made.append)
+    monkeypatch.setattr(rlhf, "load_pretrained", stop)
+    own = {"dataset": "own.jsonl", "policy_model": "own", "reward_model": ("own",)}
+    for flags in (own, own | {flag: getattr(rlhf.Args(), flag) or (f"{rlhf.TOY}/reward",)}):
+        before = len(made)
+        with pytest.raises(KeyboardInterrupt):
+            rlhf.check_models(rlhf.Args(**flags))
+        assert len(made) - before == (flags != own)
 
 
 def test_a_run_leaves_what_it_promises(run):
@@ -817,26 +996,46 @@ def test_the_saved_policy_is_a_folder_like_any_other(run):
     text = rlhf.Tokens(ids, torch.ones_like(ids, dtype=torch.bool))
     texts = [rlhf.Tokens(*(x[:, part] for x in text)) for part in (slice(1), slice(1, None))]
     actor = actor_critic(f"{rlhf.TOY}/policy")
-    (initial,), _ = actor(*texts)
+    initial, _, _ = actor(*texts)
     actor.load_state_dict(checkpoint(folder)["agent"], strict=False)
-    (trained,), _ = actor(*texts)
+    trained, _, _ = actor(*texts)
     assert (trained - initial).abs().max() > 0.01
     loaded = AutoModelForCausalLM.from_pretrained(folder / "policy").eval()
     log_prob = loaded(ids).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
     torch.testing.assert_close(log_prob, trained, atol=1e-5, rtol=0)
 
 
-def test_an_evaluation_by_hand(run, toy, models):
-    """Rewards by an ensemble, held-out rewards by a Python function, greedy responses and
-    perplexities, of the initial policy."""
+@pytest.mark.parametrize("side", ["left", "right"])
+def test_the_saved_tokenizer_pads_and_truncates_as_before(run, toy, tmp_path, side):
+    """In training its sides do not matter."""
+    folder = tmp_path / "policy"
+    shutil.copytree(toy / "policy", folder)
+    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side=side, truncation_side=side)
+    tokenizer.save_pretrained(folder)
+    flags = {"total_timesteps": 8, "ce_coef": 0.1, "response_length": 40}  # some are padded
+    trained = run(side, policy_model=str(folder), **flags)
+    saved = AutoTokenizer.from_pretrained(trained / "policy")
+    assert (saved.padding_side, saved.truncation_side) == (side, side)
+    usual = run("usual", **flags)
+    assert (trained / "progress.csv").read_bytes() == (usual / "progress.csv").read_bytes()
+
+
+@pytest.mark.parametrize("top_k", [1, 3])
+def test_an_evaluation_by_hand(run, toy, models, monkeypatch, top_k):
+    """Rewards by an ensemble, held-out rewards by a Python function, responses, KL divergence and
+    perplexities, of a trained policy. Some responses and references end early."""
     ensemble = (str(models["classifier"]), f"{rlhf.TOY}/reward")
     heldout = f"{__file__}:text_lengths"
-    flags = {"reward_model": ensemble, "eval_reward_model": (heldout,)}
-    folder = run(eval_greedy=True, **flags)
-    row = progress(folder)[0]
-    samples = read_samples(folder)[:4]
+    flags = {"reward_model": ensemble, "eval_reward_model": (heldout,), "reward_label": 0}
+    flags |= {"response_length": 20, "learning_rate": 3e-3, "total_timesteps": 16}
+    with monkeypatch.context() as patch:
+        top_ks = record(patch, rlhf, "sample_token")
+        folder = run(top_k=3, eval_greedy=top_k == 1, **flags)
+    assert {args[2] for args, _ in top_ks} == {3, top_k}  # in training and in evaluations
+    row = progress(folder)[-1]
+    samples = read_samples(folder)[-4:]
     texts = [sample["prompt"] + sample["response"] for sample in samples]
-    rewards = torch.stack([reward_model(name)(texts) for name in ensemble]).mean(0)
+    rewards = torch.stack([reward_model(name, 0)(texts) for name in ensemble]).mean(0)
     assert [sample["reward"] for sample in samples] == pytest.approx(rewards.tolist(), abs=1e-5)
     assert row["return_mean"] == pytest.approx(rewards.mean().item(), abs=1e-5)
     assert row["return_std"] == pytest.approx(rewards.std(correction=0).item(), abs=1e-4)
@@ -844,24 +1043,32 @@ def test_an_evaluation_by_hand(run, toy, models):
     sentiment = np.mean([rlhf.toy_sentiment(sample["response"]) for sample in samples])
     assert row["sentiment"] == pytest.approx(sentiment)
 
-    policy = AutoModelForCausalLM.from_pretrained(toy / "policy").eval()
+    load = AutoModelForCausalLM.from_pretrained
+    policy, reference = load(folder / "policy").eval(), load(toy / "policy").eval()
     tokenizer = AutoTokenizer.from_pretrained(toy / "policy")
-    log_probs, real_log_probs = [], []
-    for sample, text in zip(samples, rlhf.load_data(rlhf.Args(eval_episodes=4))[1]["text"]):
+    uniform = torch.from_numpy(np.random.default_rng([1, 16, 2]).random((4, 20)))
+    log_probs, reference_log_probs, real_log_probs = [], [], []
+    for i, text in enumerate(rlhf.load_data(rlhf.Args(eval_episodes=4))[1]["text"]):
         review = tokenizer(text)["input_ids"]
         half = len(review) // 2
         ids = review[half - 8 : half]
-        assert tokenizer.decode(ids) == sample["prompt"]
-        while len(ids) < 18 and ids[-1] != tokenizer.eos_token_id:
-            log_prob = policy(torch.tensor([ids])).logits[0, -1].log_softmax(-1)
-            log_probs.append(log_prob.max().item())
-            ids.append(log_prob.argmax().item())
-        assert tokenizer.decode(ids[8:], skip_special_tokens=True) == sample["response"]
-        real = torch.tensor([*review, tokenizer.eos_token_id])[half - 8 :][:18]
+        assert tokenizer.decode(ids) == samples[i]["prompt"]
+        while len(ids) < 28 and ids[-1] != tokenizer.eos_token_id:
+            logits = policy(torch.tensor([ids])).logits[:, -1]
+            token = rlhf.sample_token(logits, uniform[i, len(ids) - 8].view(1, 1), top_k).item()
+            log_probs.append(logits.log_softmax(-1)[0, token].item())
+            logits = reference(torch.tensor([ids])).logits[0, -1]
+            reference_log_probs.append(logits.log_softmax(-1)[token].item())
+            ids.append(token)
+        assert tokenizer.decode(ids[8:], skip_special_tokens=True) == samples[i]["response"]
+        real = torch.tensor([*review, tokenizer.eos_token_id])[half - 8 :][:28]
         log_prob = policy(real[None]).logits[0, 7:-1].log_softmax(-1)
         real_log_probs += log_prob.gather(1, real[8:, None])[:, 0].tolist()
+    assert len(log_probs) < 4 * 20 > len(real_log_probs) != len(log_probs)
     assert row["length_mean"] == len(log_probs) / 4
-    assert row["perplexity"] == pytest.approx(np.exp(-np.mean(log_probs)), rel=1e-4)
+    kl = np.sum(log_probs) - np.sum(reference_log_probs)
+    assert row["kl"] == pytest.approx(kl / 4, abs=1e-4)
+    assert row["perplexity"] == pytest.approx(np.exp(-np.mean(reference_log_probs)), rel=1e-4)
     assert row["perplexity_real"] == pytest.approx(np.exp(-np.mean(real_log_probs)), rel=1e-4)
 
 
@@ -870,7 +1077,7 @@ def test_the_same_command_continues_to_the_bit(run, summaries, updates, step):
     """Interrupted before the first checkpoint, and an update after one (with LoRA)."""
     flags = {"noise": "normal", "ce_coef": 0.1, "eval_freq": 16}
     if step:
-        flags |= summaries | {"noise": "adv_flip"}
+        flags |= summaries
     whole = run(name="whole", **flags)
     folder = whole.with_name("run")
     interrupt(run, updates, **flags)
@@ -889,8 +1096,11 @@ def test_the_optimizer_gets_its_settings(run, monkeypatch):
     ((_, setup),) = loads
     assert setup.optimizer.param_groups[0]["eps"] == 0.3
     initial = AutoModelForCausalLM.from_pretrained(f"{rlhf.TOY}/policy").state_dict()
-    for name, parameter in setup.actor_critic.policy.named_parameters():
-        torch.testing.assert_close(parameter.detach(), 0.98**4 * initial[name])
+    for model in (setup.actor_critic.policy, setup.actor_critic.critic):
+        for name, parameter in model.named_parameters():
+            name = name if name in initial else f"transformer.{name}"
+            torch.testing.assert_close(parameter.detach(), 0.98**4 * initial[name])
+    assert setup.actor_critic.value_head.weight.abs().max() < 1e-20  # it was zero
 
 
 def test_seeds_and_evaluations_have_random_numbers_of_their_own(run):
@@ -915,9 +1125,12 @@ def test_a_checkpoint_is_whole_or_not_there(run, tmp_path):
     assert (tmp_path / "run" / "summary.json").exists()
 
 
-def test_a_gradient_that_is_not_finite_ends_the_run(run, tmp_path):
-    with pytest.raises(SystemExit, match="gradient not finite at step 8; lower the learning rate"):
-        run(learning_rate=1e38)
+@pytest.mark.parametrize("minibatches", [1, 2])
+def test_a_gradient_or_weights_that_are_not_finite_end_the_run(run, tmp_path, minibatches):
+    """After one step the weights are too large; the next has no gradient."""
+    flags = {"num_minibatches": minibatches, "update_epochs": 1, "learning_rate": 1e38}
+    with pytest.raises(SystemExit, match="gradient or weights not finite at step 8; lower --"):
+        run(**flags)
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
 
 
@@ -938,10 +1151,37 @@ def test_a_command_finds_its_run_again(run, tmp_path, monkeypatch, capsys):
         call_main(monkeypatch, *words, "--run-name", folder.name, "--learning-rate", "0.1")
 
 
+def test_the_file_of_a_reward_function_is_part_of_the_run(run, tmp_path):
+    """In evaluations, too: edited, it has another folder, and the old one is refused."""
+    for name in ("reward_model", "eval_reward_model"):
+        file = tmp_path / f"{name}.py"
+        file.write_text("def own(texts): return [0.5] * len(texts)")
+        flags = {name: (f"{file}:own",), "total_timesteps": 8}
+        run(name, **flags)
+        run_name = rlhf.Args(**flags).run_name
+        assert run_name == rlhf.Args(**flags).run_name
+        file.write_text("def own(texts): return [0.6] * len(texts)")
+        assert rlhf.Args(**flags).run_name != run_name
+        with pytest.raises(SystemExit, match=f"begun with {file}:own_sha256 .*, not .*; give"):
+            run(name, **flags)
+
+
+def test_the_environment_does_not_divide_gradients(run, monkeypatch):
+    """Launchers of DeepSpeed set this."""
+    norms = []
+    for number in ("1", "4"):
+        monkeypatch.setenv("ACCELERATE_GRADIENT_ACCUMULATION_STEPS", number)
+        norms.append(progress(run(number, total_timesteps=8))[-1]["losses/grad_norm"])
+    assert norms[0] == norms[1]
+
+
 def test_the_default_name_tells_runs_by_all_that_may_change_results(tmp_path, monkeypatch):
     monkeypatch.setattr(rlhf, "find_spec", lambda name: True)
     name = rlhf.Args().run_name
     assert name.startswith("toy__sppo__none__1__")
+    others = {"run_name", "runs_dir", "device", "track", "evaluate", "lora_targets"}
+    kept = vars(rlhf.Args()).keys() - others
+    assert rlhf.Args().identity().keys() == kept | {"script_sha256"}
     elsewhere = {"runs_dir": "elsewhere", "track": True, "evaluate": "a", "device": "cpu"}
     assert rlhf.Args(**elsewhere).run_name == name
     for flags in ({"learning_rate": 1.0}, {"amp": "off"}, {"reward_model": ("a", "b")}):
@@ -1071,7 +1311,7 @@ def test_the_adapter_of_any_family_is_merged_into_its_model(
     run, toy, tmp_path, monkeypatch, kind, layers
 ):
     """What was trained is what is saved, and args.json says where it is."""
-    make_policy(kind, tmp_path / kind, toy, moe_intermediate_size=16, num_experts=8)
+    make_policy(kind, tmp_path / kind, toy)
     words = ["--policy-model", tmp_path / kind, "--lora-r", 2, "--learning-rate", 0.1]
     words += ["--total-timesteps", 8, "--batch-size", 8, "--eval-episodes", 4]
     call_main(monkeypatch, *words, "--runs-dir", tmp_path, "--run-name", "run")
@@ -1088,7 +1328,7 @@ def test_the_adapter_of_any_family_is_merged_into_its_model(
     torch.testing.assert_close(saved.eval()(ids).logits, expected)
     merged = saved.merge_and_unload()(ids).logits
     torch.testing.assert_close(merged, expected, rtol=1e-4, atol=1e-4)
-    with trained.disable_adapter():
+    with trained.adapted.disable_adapter():
         assert (trained.policy(ids).logits - expected).abs().max() > 0.01
 
 
