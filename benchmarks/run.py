@@ -42,12 +42,6 @@ class Args:
     dry_run: bool = False  # print the commands that are left, and run nothing
 
 
-def edited(identity):
-    """Whether a reward function's file, FILE.py in FILE.py:NAME_sha256, is not what it was."""
-    files = {name.rpartition(":")[0]: digest for name, digest in identity.items() if ".py:" in name}
-    return any(hashlib.sha256(Path(f).read_bytes()).hexdigest() != files[f] for f in files)
-
-
 def unfinished(commands, runs_dir):
     """Those without a finished run of this very command, by the script as it is now. The script
     itself judges a broken run, which is named, and files besides it (environment, reward)."""
@@ -56,8 +50,7 @@ def unfinished(commands, runs_dir):
         summary = path.with_name("summary.json")
         try:
             begun = json.loads(path.read_bytes())
-            is_known = "identity" in begun  # else of old scripts
-            if summary.exists() and is_known and not edited(begun["identity"]):
+            if summary.exists() and "identity" in begun:  # else of old scripts
                 dict(json.loads(summary.read_bytes()))
                 digest = begun["identity"].pop("script_sha256")
                 if any(name.endswith("_sha256") for name in begun["identity"]):

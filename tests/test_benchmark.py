@@ -318,11 +318,9 @@ def test_a_failed_run_is_named_and_the_others_go_on(stubs):
     assert len(records(stubs)) == 1
 
 
-def test_a_finished_run_is_skipped_unless_its_command_script_or_reward_has_changed(stubs):
+def test_a_finished_run_is_skipped_unless_its_command_or_script_has_changed(stubs):
     command, longer = (["sppo_continuous.py", "--total-timesteps", n] for n in ("4096", "8192"))
     begun = {"identity": {"script_sha256": hashlib.sha256(STUB.encode()).hexdigest()}}
-    begun["identity"]["rewards.py:own_sha256"] = hashlib.sha256(b"").hexdigest()
-    (stubs / "rewards.py").write_text("")
     begun |= {"command": ["copied"], "continued": [{"command": command}]}
     (stubs / "runs" / "any").mkdir(parents=True)
     (stubs / "runs" / "any" / "args.json").write_text(json.dumps(begun))
@@ -331,13 +329,9 @@ def test_a_finished_run_is_skipped_unless_its_command_script_or_reward_has_chang
     (stubs / "runs" / "any" / "summary.json").write_text("{}")
     run([command, longer], stubs)
     assert [record[2] for record in records(stubs)] == [command, longer]
-    (stubs / "rewards.py").write_text("# edited")
-    run([command], stubs)
-    assert len(records(stubs)) == 3
-    (stubs / "rewards.py").write_text("")
     (stubs / "sppo_continuous.py").write_text(STUB + "# edited")
     run([command], stubs)
-    assert len(records(stubs)) == 4
+    assert len(records(stubs)) == 3
 
 
 @pytest.mark.parametrize("name", ["env", "mine.py:score"])

@@ -1205,6 +1205,7 @@ def test_evaluate_repeats_the_last_evaluation(run, tmp_path, monkeypatch, capsys
         assert f"step: {step}" in lines
         for name in ("return_mean", "kl", "sentiment"):
             assert f"{name}: {progress(folder)[-1][name]:.4g}" in lines
+        assert lines.pop(0).startswith("--prompt-length cuts 4 of 4 ")
         for line, sample in zip(lines, read_samples(folder)[-4:]):
             assert line.startswith(f"{sample['reward']:.3f} {sample['prompt']} [")
         assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
