@@ -56,7 +56,7 @@ import sys
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
-from functools import cache, partial
+from functools import partial
 from importlib.metadata import distributions
 from importlib.util import find_spec
 from pathlib import Path
@@ -85,6 +85,7 @@ from transformers import (
 
 TOY = "runs/toy"  # folder of the toy's models and data
 # Tokenizers of hub models that come without one, and held-out splits of datasets
+EVENT_LOOP = asyncio.new_event_loop()  # one, since clients of reward functions belong to theirs
 TOKENIZERS = {
     "rajkumarrrk/gpt2-fine-tuned-on-imdb-positive-reviews": "gpt2",
     "CarperAI/openai_summarize_tldr_sft": "gpt2",
@@ -846,9 +847,9 @@ def load_classifier(name, device, dtype):
 
 
 def classifier_reward(name, label, device, dtype):
-    """A reward model, a function from texts to scores (texts,), with its own tokenizer. Scores are
-    the classifier's single output, that of `label` if these are regressions, else the probability
-    of `label`."""
+    """A reward model, a function from texts to scores (texts,), with its own tokenizer and, where
+    prompts are messages, its own chat template, if it has one. Scores are the classifier's single
+    output, that of `label` if these are regressions, else the probability of `label`."""
     model = load_classifier(name, device, dtype)
     config = model.config
     # An adapter has that of its base. Padding on the right shifts no positions
@@ -856,11 +857,16 @@ def classifier_reward(name, label, device, dtype):
     config.pad_token_id = tokenizer.pad_token_id
     positions = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
     tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
+    encode = partial(tokenizer, padding=True, truncation=True, return_tensors="pt")
 
     @torch.no_grad()
-    def reward_model(texts, **_):
+    def reward_model(texts, prompts=(None,), completions=(None,), **_):
         """Texts that are too long are truncated on the left."""
-        inputs = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+        in_template = tokenizer.chat_template and isinstance(prompts[0], list)
+        if in_template:
+            chats = [prompt + completion for prompt, completion in zip(prompts, completions)]
+            texts = tokenizer.apply_chat_template(chats, tokenize=False)
+        inputs = encode(texts, add_special_tokens=not in_template)  # which has them
         logits = model(**inputs.to(device)).logits.float()
         if logits.shape[1] == 1:
             return logits[:, 0]
@@ -891,19 +897,13 @@ def function_reward(name, device):
     def reward_model(texts, **inputs):
         scores = function(texts=texts) if takes_texts else function(**inputs)
         if inspect.iscoroutine(scores):
-            scores = event_loop().run_until_complete(scores)
+            scores = EVENT_LOOP.run_until_complete(scores)
         if isinstance(scores, dict) or len(scores) != len(texts):
             sys.exit(f"error: {name} must return a list of {len(texts)} scores, one for each text")
         scores = [math.nan if score is None else score for score in scores]
         return torch.tensor(scores, dtype=torch.float32, device=device)
 
     return reward_model
-
-
-@cache
-def event_loop():
-    """The only one, since clients and locks of reward functions belong to the first they meet."""
-    return asyncio.new_event_loop()
 
 
 # Rollout
@@ -1108,12 +1108,9 @@ class Setup:
 def load(args):
     """Loads models and data. Raises whatever is wrong with them."""
     cpu = args.device == "cpu" or not torch.cuda.is_available()
-    accelerator = Accelerator(
-        cpu=cpu,
-        mixed_precision="no",  # see ActorCritic.autocast
-        # Else a launcher's environment may divide gradients
-        gradient_accumulation_plugin=GradientAccumulationPlugin(num_steps=1),
-    )
+    # Else a launcher's environment may divide gradients. Mixed precision: see ActorCritic.autocast
+    plugin = GradientAccumulationPlugin(num_steps=1)
+    accelerator = Accelerator(cpu=cpu, mixed_precision="no", gradient_accumulation_plugin=plugin)
     device = accelerator.device
     bfloat16 = args.amp == "auto" and has_bfloat16(device)
     dtype = torch.bfloat16 if bfloat16 else torch.float32
@@ -1246,9 +1243,7 @@ def load_data(args):
     if args.eval_dataset:
         eval_data = load_dataset(args.eval_dataset)
     else:
-        parts = train_data.train_test_split(test_size=0.1, seed=0)
-        train_data = parts["train"]
-        eval_data = parts["test"]
+        train_data, eval_data = train_data.train_test_split(test_size=0.1, seed=0).values()
     if args.batch_size > len(train_data) or args.eval_episodes > len(eval_data):
         sys.exit(
             f"error: {len(train_data)} rows of training data and {len(eval_data)} held out are too "
@@ -1258,11 +1253,16 @@ def load_data(args):
 
 
 def load_dataset(name):
-    """`name`: a JSONL file, or a hub name with a split, NAME:SPLIT."""
-    if Path(name).is_file():
-        return datasets.load_dataset("json", data_files=name, split="train")
-    hub_name, _, split = name.partition(":")
-    return datasets.load_dataset(hub_name, split=split or "train")
+    """`name`: a file, of which the suffix says what it is; a folder that `datasets` has saved; or a
+    hub name with a split, NAME:SPLIT or NAME:CONFIGURATION:SPLIT."""
+    path = Path(name)
+    if path.is_dir():
+        return datasets.Dataset.load_from_disk(name)
+    if path.is_file():
+        return datasets.load_dataset(str(path.parent), data_files=path.name, split="train")
+    hub_name, *configuration = name.split(":")
+    split = configuration.pop() if configuration else "train"
+    return datasets.load_dataset(hub_name, *configuration, split=split)
 
 
 # Saving
@@ -1307,8 +1307,7 @@ def save_policy(setup, run_dir):
     temporary = run_dir / "policy.tmp"
     actor = setup.actor_critic
     if actor.lora:
-        # In a folder of its name
-        actor.adapted.save_pretrained(temporary, selected_adapters=["policy"])
+        actor.adapted.save_pretrained(temporary, selected_adapters=["policy"])  # in policy/
     else:
         actor.policy.save_pretrained(temporary / "policy")
     setup.tokenizer.save_pretrained(temporary / "policy")

@@ -649,6 +649,20 @@ def test_of_several_regressions_the_labels_is_the_score(toy, tmp_path, monkeypat
         call_main(monkeypatch, *words, "--total-timesteps", 1)
 
 
+def test_a_classifier_reads_messages_in_its_own_template(toy, tmp_path):
+    """With the special tokens of the template only. Without one it reads the text."""
+    folder = tmp_path / "reward"
+    shutil.copytree(toy / "reward", folder)
+    inputs = {"texts": ["user\nthe plot"], "prompts": [[{"role": "user", "content": "the plot"}]]}
+    inputs["completions"] = [[{"role": "assistant", "content": "was dull"}]]
+    plain = reward_model(folder)
+    assert torch.equal(plain(**inputs), plain(["user\nthe plot"]))
+    tokenizer = AutoTokenizer.from_pretrained(folder)
+    tokenizer.chat_template = "[CLS]{% for m in messages %} {{ m.content }}{% endfor %}[SEP]"
+    tokenizer.save_pretrained(folder)
+    assert torch.equal(reward_model(folder)(**inputs), plain(["the plot was dull"]))
+
+
 def test_a_function_gets_what_trl_gives_it(run, tmp_path):
     """Of its own row, in training and in evaluations, whatever the split. It may be async."""
     rows = {"prompt": [f"the plot was superb {i}" for i in range(40)], "number": list(range(40))}
@@ -895,6 +909,26 @@ def test_prompts_that_lose_their_beginning_are_counted(run, tmp_path, capsys, le
     run(prompt_length=length, **flags)
     line = "--prompt-length cuts 8 of 20 held-out prompts (left)\n"
     assert (line in capsys.readouterr().out) == counted
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "parquet", "jsonl.gz", "folder", "hub"])
+def test_data_come_in_many_formats(tmp_path, monkeypatch, kind):
+    rows = {"prompt": ["the, plot", "the\nplot"], "label": [" was", "dull"]}
+    data = datasets.Dataset.from_dict(rows)
+    name = str(tmp_path / f"data.{kind}")
+    if kind == "hub":
+        asked = []
+        monkeypatch.setattr(datasets, "load_dataset", lambda *a, **b: asked.append((a, b)) or data)
+        for name in ("me/sums", "me/sums:test", "gsm8k:main:test"):
+            rlhf.load_dataset(name)
+        hub = [("me/sums",), ("me/sums",), ("gsm8k", "main")]
+        assert asked == [(a, {"split": s}) for a, s in zip(hub, ("train", "test", "test"))]
+        return
+    writers = {"csv": data.to_csv, "parquet": data.to_parquet, "folder": data.save_to_disk}
+    writers["tsv"] = lambda name: data.to_csv(name, sep="\t")
+    writers["jsonl.gz"] = lambda name: data.to_json(name, compression="gzip")
+    writers[kind](name)
+    assert rlhf.load_dataset(name)[:] == rows
 
 
 def test_without_held_out_data_a_tenth_is_held_out(tmp_path):
