@@ -186,7 +186,7 @@ def make_env(args, run_dir=None):
         sys.exit(f"error: {error}")
     for space in (env.observation_space, env.action_space):
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
-            sys.exit(f"error: {args.env_id}: needs vectors, not {space}; docs/copy-and-modify.md")
+            sys.exit(f"error: {args.env_id}: {space} is no vector; see docs/copy-and-modify.md")
     bound = np.abs([space.low, space.high]).max()  # of actions; float's maximum stands for none
     if space.dtype.kind != "f" or (args.policy == "categorical" and bound > 1e30):
         sys.exit(f"error: {args.env_id}: needs actions of floats, bounded unless --policy gaussian")

@@ -507,7 +507,7 @@ BAD = [
     (PPO, {"num_minibatches": 5}, "must divide 64 steps"),
     (CONTINUOUS, {"policy": "gaussian", "beta": 1.0}, "beta needs probabilities"),
     (CONTINUOUS, {"noise": "flip"}, "invalid choice 'flip'"),
-    (CONTINUOUS, {"env_id": "CartPole-v1"}, "vectors, not Discrete(2); docs/copy-and"),
+    (CONTINUOUS, {"env_id": "CartPole-v1"}, "Discrete(2) is no vector; see docs/copy-and"),
     (CONTINUOUS, {"env_id": "Hoper-v4"}, "Did you mean: `Hopper`?"),
     (CONTINUOUS, {"env_id": "Unbounded-v0"}, "needs actions of floats, bounded unless --policy g"),
     (
