@@ -1255,7 +1255,7 @@ def load_data(args):
 def load_dataset(name):
     """`name`: a file, of which the suffix says what it is; a folder that `datasets` has saved; or a
     hub name with a split, NAME:SPLIT or NAME:CONFIGURATION:SPLIT."""
-    path = Path(name)
+    path = Path(name).resolve()
     if path.is_dir():
         return datasets.Dataset.load_from_disk(name)
     if path.is_file():

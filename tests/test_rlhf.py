@@ -915,7 +915,8 @@ def test_prompts_that_lose_their_beginning_are_counted(run, tmp_path, capsys, le
 def test_data_come_in_many_formats(tmp_path, monkeypatch, kind):
     rows = {"prompt": ["the, plot", "the\nplot"], "label": [" was", "dull"]}
     data = datasets.Dataset.from_dict(rows)
-    name = str(tmp_path / f"data.{kind}")
+    monkeypatch.chdir(tmp_path)
+    name = f"data.{kind}"
     if kind == "hub":
         asked = []
         monkeypatch.setattr(datasets, "load_dataset", lambda *a, **b: asked.append((a, b)) or data)
