@@ -183,8 +183,8 @@ def read_run(path: Path) -> tuple[list[dict], DataFrame]:
     progress = DataFrame()
     if run["finished"] or (path / "progress.csv").exists():  # not before the first evaluation
         progress = read_csv(path / "progress.csv")
-        numbers = progress.astype(float)[EVALUATION[1:]]  # a loss may be nan
-        if not np.isfinite(numbers).all(axis=None):
+        progress.to_numpy(float)  # raises if there are texts; a loss may be nan
+        if not np.isfinite(progress[EVALUATION[1:]].to_numpy(float)).all():
             raise Refusal("progress.csv: an evaluation that is not a number")
         progress["run_name"] = path.name
     if run["finished"]:
@@ -213,8 +213,7 @@ def pack(runs: DataFrame, progress: DataFrame, place: Path) -> None:
     settings = runs.columns.difference([*first, *PROVENANCE], sort=False)
     logged = progress.columns.difference(EVALUATION, sort=False)
     options = {"index": False, "compression": {"method": "gzip", "mtime": 0}}
-    table = runs.reindex(columns=[*first, *settings, *PROVENANCE])
-    table.to_csv(packed, **options)
+    runs.reindex(columns=[*first, *settings, *PROVENANCE]).to_csv(packed, **options)
     progress[[*EVALUATION, *logged]].to_csv(evaluations, **options)
 
 

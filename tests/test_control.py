@@ -252,13 +252,13 @@ def test_compiled_functions_compute_the_same(setting):
     minibatch = some_minibatch(setting, agent)
     flags = {"num_minibatches": 1} if setting.ppo else {}
     args = setting.script.Args(num_envs=2, num_steps=24, **flags)
+    obs = minibatch[0].unflatten(0, (24, 2))
     if setting.atari:
-        obs = minibatch[0].unflatten(0, (24, 2))
         agent_fn, gradient_fn = setting.script.compiled(agent, args, obs)
         assert agent_fn is not agent
         torch.testing.assert_close(agent_fn(obs[0]), agent(obs[0]), rtol=1e-4, atol=1e-5)
     else:
-        gradient_fn = setting.script.compiled(agent, args, setting.script.make_env(args))
+        gradient_fn = setting.script.compiled(agent, args, obs.numpy())
     assert gradient_fn is not setting.script.gradient_and_metrics
     expected = gradient_and_metrics(setting, agent, args, minibatch)
     result = gradient_and_metrics(setting, agent, args, minibatch, gradient_fn)
