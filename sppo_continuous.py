@@ -153,7 +153,7 @@ class Args:
         if batch_size % self.num_minibatches or batch_size == self.num_minibatches:
             raise ValueError(f"num_minibatches must divide {batch_size} steps into 2 or more each")
         require(self.bins >= 2, "bins must be at least 2")
-        require(not self.beta or self.policy != "gaussian", "beta needs probabilities: bins")
+        require(not self.beta or self.policy != "gaussian", "beta needs probabilities: use bins")
         for name, package in (("track", "wandb"), ("capture_video", "moviepy")):
             missing = getattr(self, name) and not find_spec(package)
             require(not missing, f"{name} needs {package}: pip install {package}")
@@ -531,7 +531,7 @@ def train_in(envs, args):
                 final_value[t, i] = one_value.item()
         finite = np.isfinite(obs[1:]).all((1, 2)) & np.isfinite(reward).all(1)
         if not finite.all():
-            sys.exit(f"error: observation or reward {global_step + N * finite.argmin()} not finite")
+            sys.exit(f"error: step {global_step + N * finite.argmin()}: obs or reward not finite")
         global_step += T * N
         bar.update(T * N)
 

@@ -116,8 +116,8 @@ def definitions(script):
 
 
 # Each script has its own
-OWN = "Args Args.__post_init__ Args.check gradient_and_metrics compiled train train_in"
-OWN = set(OWN.split())
+OWN = {"Args", "Args.__post_init__", "Args.check", "gradient_and_metrics", "compiled"}
+OWN |= {"train", "train_in"}
 SAME = [
     (SCRIPTS, "Args.run_dir perturb_advantage atomic_write save_csv save_json begin"),
     (CONTROL, "compute_gae check_copy"),

@@ -336,7 +336,7 @@ WRONG = [(0, np.array([np.nan, 0])), (0, np.array([0, -np.inf])), (1, np.nan), (
 @pytest.mark.parametrize(("part", "wrong"), WRONG)
 def test_what_is_not_finite_is_named(setting, part, wrong, tmp_path, monkeypatch):
     monkeypatch.setattr(BrokenEnv, "wrong", {part: wrong}, raising=False)
-    with pytest.raises(SystemExit, match="error: observation or reward 4 not finite"):
+    with pytest.raises(SystemExit, match="error: step 4: obs or reward not finite"):
         setting.run(tmp_path, env_id="Broken-v0")
 
 
