@@ -630,11 +630,7 @@ def draw_curves(runs: DataFrame, progress: DataFrame, file: Path) -> list[str]:
         "col_wrap": min(tasks, 4),
     }
     grid = sns.FacetGrid(labelled, col="panel", sharex=False, sharey=False, **size)
-    hue = {
-        "hue": "exp_name",
-        "hue_order": methods,
-        "palette": colors,
-    }
+    hue = {"hue": "exp_name", "hue_order": methods, "palette": colors}
     grid.map_dataframe(sns.lineplot, "step", "return_mean", errorbar="se", **hue)
     grid.add_legend()
     grid.set_titles("{col_name}")

@@ -76,16 +76,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
-from transformers import (
-    AutoConfig,
-    AutoModelForCausalLM,
-    AutoModelForSequenceClassification,
-    AutoTokenizer,
-)
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 TOY = "runs/toy"  # folder of the toy's models and data
-# Tokenizers of hub models that come without one, and held-out splits of datasets
 EVENT_LOOP = asyncio.new_event_loop()  # one, since clients of reward functions belong to theirs
+# Tokenizers of hub models that come without one, and held-out splits of datasets
 TOKENIZERS = {
     "rajkumarrrk/gpt2-fine-tuned-on-imdb-positive-reviews": "gpt2",
     "CarperAI/openai_summarize_tldr_sft": "gpt2",
@@ -125,7 +120,6 @@ class Args:
     stop_at_eos: bool = True  # end-of-text tokens end a response; else they are never sampled
     lora_r: int = 0  # rank of LoRA adapters, for policy and critic on one model; 0: no LoRA
     lora_alpha: int = 64  # LoRA's alpha: adapters are scaled by alpha / rank
-    load_in_4bit: bool = False  # with LoRA: 4-bit base model (needs a GPU and bitsandbytes)
     lora_targets: tyro.conf.Suppress[tuple[str, ...]] = ()  # no flag: what has adapters
 
     # Algorithm
@@ -205,8 +199,6 @@ class Args:
             raise ValueError("noise_level needs a kind of noise")
         if self.track and not find_spec("wandb"):
             raise ValueError("track needs wandb: pip install wandb")
-        if self.load_in_4bit and not self.lora_r:
-            raise ValueError("load_in_4bit needs LoRA, so lora_r > 0")
         if (Path(self.policy_model) / "adapter_config.json").exists():
             raise ValueError(
                 "policy_model is an adapter; to begin with it, merge it into its model: "
@@ -527,8 +519,7 @@ class Progress:
     history: list[dict] = field(default_factory=list)  # what was logged since the last evaluation
 
 
-def train(args: Args):
-    setup = load(args)
+def train(setup, args: Args):
     accelerator = setup.accelerator
     rng = np.random.default_rng([args.seed, 1])  # reward noise
     # Prompts, sampling, minibatches, adv_flip; LoRA's initial weights start from args.seed
@@ -621,7 +612,8 @@ def train(args: Args):
         # Written last, since it marks the run as finished
         save_json(args.run_dir / "summary.json", progress.evaluations[-1] | outcome)
     accelerator.wait_for_everyone()  # the first process may still be writing
-    del setup  # if DDP is freed after its process group, PyTorch may deadlock (its issue 56297)
+    # If DDP is freed after its process group, PyTorch may deadlock (its issue 56297)
+    setup.model = None
     accelerator.end_training()
 
 
@@ -676,14 +668,14 @@ class ActorCritic(nn.Module):
         super().__init__()
         self.dtype = dtype
         self.lora = args.lora_r > 0
-        config = AutoConfig.from_pretrained(args.policy_model)
+        config = transformers.AutoConfig.from_pretrained(args.policy_model)
+        is_known = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
+        if config.is_encoder_decoder or not is_known:
+            sys.exit(f"error: {args.policy_model} is no causal language model: {config.model_type}")
+        if hasattr(config, "quantization_config") and not self.lora:
+            sys.exit(f"error: {args.policy_model} is quantised, so it needs --lora-r")
         if getattr(config, "activation_function", None) == "gelu_new":
             config.activation_function = "gelu_pytorch_tanh"  # the same function, in one kernel
-        quantization = None
-        if args.load_in_4bit:
-            quantization = transformers.BitsAndBytesConfig(
-                load_in_4bit=True, bnb_4bit_compute_dtype=dtype, bnb_4bit_quant_type="nf4"
-            )
         # There fused kernels are slower, and round differently with other padding
         eager = device.type == "cpu" and dtype == torch.bfloat16
         load_model = partial(
@@ -692,7 +684,6 @@ class ActorCritic(nn.Module):
             args.policy_model,
             config=config,
             dtype=dtype if self.lora else torch.float32,
-            quantization_config=quantization,
             attn_implementation="eager" if eager else None,
         )
         self.policy = load_model()
@@ -702,7 +693,8 @@ class ActorCritic(nn.Module):
         else:
             self.critic = load_model().base_model
             self.reference = load_model().requires_grad_(False)
-        self.value_head = nn.Linear(self.policy.config.hidden_size, 1)
+        states = self.policy.get_output_embeddings().weight.shape[1]  # OPT-350m projects them
+        self.value_head = nn.Linear(states, 1)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
         self.eval()  # disables dropout, for good
@@ -846,16 +838,25 @@ def load_classifier(name, device, dtype):
     return model.to(device, dtype)  # its own weights may be saved in another
 
 
-def classifier_reward(name, label, device, dtype):
+def classifier_reward(name, args, texts, device, dtype):
     """A reward model, a function from texts to scores (texts,), with its own tokenizer and, where
     prompts are messages, its own chat template, if it has one. Scores are the classifier's single
-    output, that of `label` if these are regressions, else the probability of `label`."""
+    output, that of the label if these are regressions, else the probability of the label."""
     model = load_classifier(name, device, dtype)
     config = model.config
+    label = args.reward_label if config.num_labels > 1 else 0
+    is_unbounded = config.num_labels == 1 or config.problem_type == "regression"
+    if args.noise == "flip" and is_unbounded and name in args.reward_model:
+        sys.exit(f"error: {name} has an unbounded output, of which 1 - r, flip, is no noise")
     # An adapter has that of its base. Padding on the right shifts no positions
-    tokenizer = load_tokenizer(config.name_or_path, truncation_side="left", padding_side="right")
+    sides = {"truncation_side": "left", "padding_side": "right"}
+    tokenizer = load_tokenizer(config.name_or_path, texts, **sides)
     config.pad_token_id = tokenizer.pad_token_id
     positions = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
+    for part, module in model.named_modules():
+        # RoBERTa's positions begin after that of padding
+        if part.endswith("position_embeddings") and module.padding_idx is not None:
+            positions -= module.padding_idx + 1
     tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
     encode = partial(tokenizer, padding=True, truncation=True, return_tensors="pt")
 
@@ -868,9 +869,7 @@ def classifier_reward(name, label, device, dtype):
             texts = tokenizer.apply_chat_template(chats, tokenize=False)
         inputs = encode(texts, add_special_tokens=not in_template)  # which has them
         logits = model(**inputs.to(device)).logits.float()
-        if logits.shape[1] == 1:
-            return logits[:, 0]
-        if config.problem_type == "regression":
+        if is_unbounded:
             return logits[:, label]
         if config.problem_type == "multi_label_classification":
             return logits.sigmoid()[:, label]
@@ -1106,7 +1105,16 @@ class Setup:
 
 
 def load(args):
-    """Loads models and data. Raises whatever is wrong with them."""
+    """Loads models and data, before a folder is made; makes those of the toy. Refuses models that
+    lack weights or cannot read the data. Raises whatever else is wrong with them. Notes what LoRA
+    adapts."""
+    if f"{TOY}/" in str(vars(args)):  # its data or a model of it
+        try:
+            lock = FileLock(f"{TOY}.lock").acquire()  # other processes wait, and then find it
+        except OSError as error:
+            sys.exit(f"error: cannot lock {TOY} ({error.strerror}); begin in another folder")
+        with lock:
+            make_toy(Path(TOY))
     cpu = args.device == "cpu" or not torch.cuda.is_available()
     # Else a launcher's environment may divide gradients. Mixed precision: see ActorCritic.autocast
     plugin = GradientAccumulationPlugin(num_steps=1)
@@ -1116,24 +1124,30 @@ def load(args):
     dtype = torch.bfloat16 if bfloat16 else torch.float32
     if cpu:
         keep_freed_memory()
-    tokenizer = load_tokenizer(args.tokenizer or args.policy_model)
     train_data, eval_data = load_data(args)
+    rows = train_data[:1000]
+    texts = [str(prompt) for prompt in rows.get("prompt", rows.get("text"))]
+    tokenizer = load_tokenizer(args.tokenizer or args.policy_model, texts)
     reward_dtype = dtype if args.lora_r else torch.float32  # with LoRA, models are large
     reward_models = []
     for name in args.reward_model + args.eval_reward_model:
         if ".py:" in name:
             reward_model = function_reward(name, device)
         else:
-            reward_model = classifier_reward(name, args.reward_label, device, reward_dtype)
+            reward_model = classifier_reward(name, args, texts, device, reward_dtype)
         reward_models.append(reward_model)
     torch.manual_seed(args.seed)  # initial weights of LoRA
     actor_critic = ActorCritic(args, device, dtype)
+    if args.lora_r:  # for args.json, since targets differ between versions of peft
+        adapted = actor_critic.adapted
+        names = adapted.targeted_module_names + adapted.targeted_parameter_names
+        args.lora_targets = tuple(sorted({re.sub(r"\.\d+\.", ".*.", name) for name in names}))
     longer = replace(args, prompt_length=args.prompt_length + 1)
     prompts, _ = tokenize(eval_data[:], tokenizer, longer)
     cut = (prompts.mask.sum(1) > args.prompt_length).sum()
     if cut:
         accelerator.print(f"--prompt-length cuts {cut} of {len(eval_data)} held-out prompts (left)")
-    check_policy(actor_critic.policy, args, prompts)
+    check_policy(actor_critic.policy, args, tokenizer, prompts)
     optimizer = torch.optim.AdamW(
         [parameter for parameter in actor_critic.parameters() if parameter.requires_grad],
         lr=args.learning_rate,
@@ -1148,11 +1162,17 @@ def load(args):
 
 
 @torch.no_grad()
-def check_policy(policy, args, prompts):
-    """Refuses a policy whose own logits for a text alone differ from ours: with padding before the
-    text, and the last token's from the cache. The text is as long as there may be, and consists of
-    the tokens of `prompts`."""
+def check_policy(policy, args, tokenizer, prompts):
+    """Refuses a policy that is too small for its texts or its tokenizer, or whose own logits for a
+    text alone differ from ours: with padding before the text, and the last token's from the cache.
+    The text is as long as there may be, and consists of the tokens of `prompts`."""
     length = args.prompt_length + args.response_length
+    positions = getattr(policy.config.get_text_config(), "max_position_embeddings", length)
+    if positions < length:
+        sys.exit(f"error: {args.policy_model} has {positions} positions for up to {length} tokens")
+    rows = len(policy.get_input_embeddings().weight)
+    if rows < len(tokenizer):
+        sys.exit(f"error: {args.policy_model} knows {rows} tokens, its tokenizer {len(tokenizer)}")
     ids = torch.from_numpy(np.resize(prompts.ids[prompts.mask], (1, length))).to(policy.device)
     padding = length // 8
     mask = torch.arange(length, device=ids.device)[None] >= padding
@@ -1187,61 +1207,26 @@ def refuse_missing(names, source):
         sys.exit(f"error: {source} lacks {len(names)} weights, such as {min(names)}")
 
 
-def check_models(args):
-    """Refuses models that lack weights or cannot read the data, before a folder is made. Makes
-    those of the toy. Notes the targets of LoRA. On the device "meta" weights have names, but no
-    memory."""
-    if f"{TOY}/" in str(vars(args)):  # its data or a model of it
-        with FileLock(f"{TOY}.lock"):  # other processes wait, and then find it
-            make_toy(Path(TOY))
-    policy = load_pretrained(AutoModelForCausalLM, args.policy_model, device_map="meta")
-    length = args.prompt_length + args.response_length
-    positions = getattr(policy.config, "max_position_embeddings", length)
-    if positions < length:
-        sys.exit(f"error: {args.policy_model} has {positions} positions for up to {length} tokens")
-    if args.lora_r:  # for args.json, since targets differ between versions of peft
-        adapted = add_adapters(policy, args)
-        names = adapted.targeted_module_names + adapted.targeted_parameter_names
-        args.lora_targets = tuple(sorted({re.sub(r"\.\d+\.", ".*.", name) for name in names}))
-    rows = load_data(args)[0][:1000]
-    texts = [str(prompt) for prompt in rows.get("prompt", rows.get("text"))]
-    check_tokenizer(args.tokenizer or args.policy_model, texts)
-    for name in args.reward_model + args.eval_reward_model:
-        if ".py:" in name:
-            function_reward(name, "cpu")
-            continue
-        config = load_classifier(name, "meta", torch.float32).config
-        check_tokenizer(config.name_or_path, texts)
-        is_unbounded = config.num_labels == 1 or config.problem_type == "regression"
-        if args.noise == "flip" and is_unbounded and name in args.reward_model:
-            sys.exit(f"error: {name} has an unbounded output, of which 1 - r, flip, is no noise")
-
-
-def load_tokenizer(name, **sides):
+def load_tokenizer(name, texts, **sides):
     """The tokenizer of a model. It pads with the end-of-text token if it has no padding token
-    (masks tell the two apart)."""
+    (masks tell the two apart). Refuses one to which `texts` are unknown, such as the empty one that
+    AutoTokenizer makes for a folder without its files."""
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZERS.get(name, name), **sides)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    return tokenizer
-
-
-def check_tokenizer(name, texts):
-    """Refuses a tokenizer to which `texts` are unknown, such as the empty one that AutoTokenizer
-    makes for a folder without its files."""
-    tokenizer = load_tokenizer(name)
     known = tokenizer.batch_decode(tokenizer(texts)["input_ids"], skip_special_tokens=True)
     if not "".join(known).strip():
         sys.exit(
             f"error: {name} has no tokenizer, or one that knows nothing of the data; for a policy, "
             "--tokenizer names another"
         )
+    return tokenizer
 
 
 def load_data(args):
     """Training data, and `eval_episodes` held-out rows."""
-    train_data = load_dataset(args.dataset)
+    train_data = load_dataset(args.dataset, args)
     if args.eval_dataset:
-        eval_data = load_dataset(args.eval_dataset)
+        eval_data = load_dataset(args.eval_dataset, args)
     else:
         train_data, eval_data = train_data.train_test_split(test_size=0.1, seed=0).values()
     if args.batch_size > len(train_data) or args.eval_episodes > len(eval_data):
@@ -1252,17 +1237,32 @@ def load_data(args):
     return train_data, eval_data.shuffle(seed=0).select(range(args.eval_episodes))
 
 
-def load_dataset(name):
+def load_dataset(name, args):
     """`name`: a file, of which the suffix says what it is; a folder that `datasets` has saved; or a
-    hub name with a split, NAME:SPLIT or NAME:CONFIGURATION:SPLIT."""
+    hub name with a split, NAME:SPLIT or NAME:CONFIGURATION:SPLIT. Refuses rows without the texts
+    that `tokenize` reads."""
     path = Path(name).resolve()
     if path.is_dir():
-        return datasets.Dataset.load_from_disk(name)
-    if path.is_file():
-        return datasets.load_dataset(str(path.parent), data_files=path.name, split="train")
-    hub_name, *configuration = name.split(":")
-    split = configuration.pop() if configuration else "train"
-    return datasets.load_dataset(hub_name, *configuration, split=split)
+        data = datasets.Dataset.load_from_disk(name)
+    elif path.is_file():
+        data = datasets.load_dataset(str(path.parent), data_files=path.name, split="train")
+    else:
+        hub_name, *configuration = name.split(":")
+        split = configuration.pop() if configuration else "train"
+        data = datasets.load_dataset(hub_name, *configuration, split=split)
+    columns = ["text"]
+    if "prompt" in data.column_names:
+        columns = ["prompt"]
+        if "label" in data.column_names or args.ce_coef:
+            columns.append("label")
+    for column in columns:
+        values = data[column] if column in data.column_names else [None]
+        for row, value in enumerate(values):
+            is_chat = isinstance(value, list)
+            texts = [message["content"] for message in value] if is_chat else [value]
+            if set(map(type, texts)) != {str}:
+                sys.exit(f"error: {name} has no text in {column!r} of row {row}, but {value}")
+    return data
 
 
 # Saving
@@ -1415,12 +1415,12 @@ def main():
     if args.evaluate is not None:
         evaluate_run(args)
         return
-    finished = (args.run_dir / "summary.json").exists()
-    if not finished:
-        check_models(args)
+    setup = None
+    if not (args.run_dir / "summary.json").exists():
+        setup = load(args)
     if os.environ.get("RANK", "0") != "0":  # only the first process writes files
-        if not finished:
-            train(args)
+        if setup:
+            train(setup, args)
         return
     args.run_dir.mkdir(parents=True, exist_ok=True)
     try:
@@ -1432,7 +1432,7 @@ def main():
     try:
         with lock:
             if begin(args):
-                train(args)
+                train(setup, args)
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command continues from its last checkpoint, if any")
     summary = json.loads((args.run_dir / "summary.json").read_text())
@@ -1447,7 +1447,6 @@ def main():
 ASPECTS = "plot acting music script ending cast pacing dialogue camera humour".split()
 GOOD = "superb moving clever funny brilliant charming gripping warm".split()
 BAD = "dull clumsy weak tedious awful silly flat noisy".split()
-TOY_POSITIONS = 64
 TOY_HELD_OUT = 256
 
 
@@ -1509,7 +1508,7 @@ def make_toy_models(reviews, truncated, labels, folder):
     bert = transformers.BertTokenizer()
     bert = bert.train_new_from_iterator(reviews, 400, show_progress=False)
     shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    shape["max_position_embeddings"] = TOY_POSITIONS
+    shape["max_position_embeddings"] = 64
     labels_by_id = {0: "NEGATIVE", 1: "POSITIVE"}
     reward_config = transformers.BertConfig(
         vocab_size=len(bert), intermediate_size=128, id2label=labels_by_id, **shape

@@ -66,7 +66,7 @@ class Setting:
         args = self.args(runs_dir, **flags)
         args.run_dir.mkdir(parents=True, exist_ok=True)
         if self.script.begin(args):
-            self.script.train(args)
+            load_and_train(self.script, args)
         return json.loads((args.run_dir / "summary.json").read_text()), args.run_dir
 
     def interrupt(self, runs_dir, rollouts, **flags):
@@ -155,6 +155,12 @@ class Signals:
         self.time[over] = 0
         no = np.zeros_like(over)
         return self.show(), reward, over, no, {"lives": np.zeros(len(over), int)}
+
+
+def load_and_train(script, args):
+    """Language models are loaded first."""
+    loaded = [script.load(args)] if hasattr(script, "load") else []
+    script.train(*loaded, args)
 
 
 def record(monkeypatch, module, name):

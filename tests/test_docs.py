@@ -19,7 +19,17 @@ import peft
 import pytest
 import torch
 import tyro
-from helpers import ATARI, PPO, SETTINGS, SMALL, SPPO_CONTINUOUS, checkpoint, progress, record
+from helpers import (
+    ATARI,
+    PPO,
+    SETTINGS,
+    SMALL,
+    SPPO_CONTINUOUS,
+    checkpoint,
+    load_and_train,
+    progress,
+    record,
+)
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
@@ -184,7 +194,7 @@ def train(script, args, folder, **flags):
     args = dataclasses.replace(args, **flags)
     args.run_dir.mkdir(parents=True)
     script.begin(args)
-    script.train(args)
+    load_and_train(script, args)
     return args.run_dir
 
 

@@ -8,7 +8,7 @@ from pathlib import Path
 
 import pytest
 from accelerate.state import AcceleratorState
-from helpers import SETTINGS, Setting, Signals
+from helpers import SETTINGS, Setting, Signals, load_and_train
 from pretended_gpu import WrongDevice, pretend
 
 import sppo_rlhf
@@ -107,7 +107,7 @@ def test_a_mistake_is_caught(setting, right, wrong, tmp_path, gpu):
     reward = FUNCTION if setting is SPPO_RLHF else {}
     args = replace(setting, script=script).args(tmp_path, **reward)
     with pytest.raises(WrongDevice):
-        script.train(args)
+        load_and_train(script, args)
 
 
 # What is doubled, and how many waits that adds: units by waits of each. Each step of a game waits

@@ -543,7 +543,7 @@ def test_bad_input_is_named_and_begins_nothing(
 
 @of_each
 def test_a_keyboard_interrupt_says_how_to_continue(setting, launch, monkeypatch):
-    def interrupt(args):
+    def interrupt(*args):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(setting.script, "train", interrupt)
