@@ -143,7 +143,7 @@ class Args:
         counts += " total_timesteps eval_freq eval_episodes checkpoint_freq"
         for name in counts.split():
             require(getattr(self, name) >= 1, f"{name} must be at least 1")
-        for name in "seed alpha beta noise_level learning_rate clip_coef".split():
+        for name in "seed alpha beta noise_level learning_rate clip_coef vf_coef ent_coef".split():
             require(0 <= getattr(self, name) < math.inf, f"{name} must be finite and not negative")
         for name in "gamma gae_lambda repeat_action_probability".split():
             require(0 <= getattr(self, name) <= 1, f"{name} must be between 0 and 1")

@@ -135,10 +135,10 @@ class Args:
                 raise ValueError(message)
 
         counts = "num_envs num_steps num_minibatches update_epochs"
-        counts += " total_timesteps eval_freq eval_episodes checkpoint_freq"
+        counts += " total_timesteps eval_freq eval_episodes checkpoint_freq hidden_sizes"
         for name in counts.split():
-            require(getattr(self, name) >= 1, f"{name} must be at least 1")
-        for name in "seed alpha beta noise_level learning_rate clip_coef".split():
+            require(np.min(getattr(self, name), initial=1) >= 1, f"{name} must be at least 1")
+        for name in "seed alpha beta noise_level learning_rate clip_coef vf_coef ent_coef".split():
             require(0 <= getattr(self, name) < math.inf, f"{name} must be finite and not negative")
         for name in "gamma gae_lambda".split():
             require(0 <= getattr(self, name) <= 1, f"{name} must be between 0 and 1")
