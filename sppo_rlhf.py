@@ -181,19 +181,21 @@ class Args:
                 raise ValueError(f"{name} must be at least 1")
         if self.noise.endswith("flip") and self.noise_level > 1:
             raise ValueError("noise_level is the probability of a flip, so at most 1")
-        if not 0 <= self.gamma <= 1:
-            raise ValueError("gamma must be between 0 and 1")
-        if self.max_grad_norm <= 0:
+        for name in "gamma gae_lambda".split():
+            if not 0 <= getattr(self, name) <= 1:
+                raise ValueError(f"{name} must be between 0 and 1")
+        if not self.max_grad_norm > 0:
             raise ValueError("max_grad_norm must be positive; 1e9 turns clipping off")
-        for name in "seed alpha beta noise_level clip_coef top_k lora_r".split():
-            if getattr(self, name) < 0:
-                raise ValueError(f"{name} must not be negative")
+        numbers = "seed alpha beta noise_level learning_rate weight_decay clip_coef vf_coef ce_coef"
+        for name in f"{numbers} kl_coef top_k lora_r".split():
+            if not 0 <= getattr(self, name) < math.inf:
+                raise ValueError(f"{name} must be finite and not negative")
         processes = int(os.environ.get("WORLD_SIZE", 1))
         if self.batch_size % (self.num_minibatches * processes):
             raise ValueError("num_minibatches times processes must divide batch_size")
         if self.eval_episodes % processes:
             raise ValueError("the number of processes must divide eval_episodes")
-        if self.z >= 0:
+        if not self.z < 0:
             raise ValueError("z stands for log 0, so it must be negative")
         if self.noise == "none" and self.noise_level:
             raise ValueError("noise_level needs a kind of noise")
@@ -1069,6 +1071,8 @@ def evaluate_run(args: Args):
     if not (folder / "checkpoint.pt").exists():
         sys.exit(f"error: --evaluate {args.evaluate!r}: not the folder of a run with a checkpoint")
     begun = json.loads((folder / "args.json").read_text())
+    if begun["args"].keys() != vars(args).keys():
+        sys.exit(f"error: {folder} is of another script: use {folder}/{begun['script']}")
     if begun["identity"]["script_sha256"] != args.identity()["script_sha256"]:
         print(f"warning: edited; the run's copy is {folder}/{begun['script']}", file=sys.stderr)
     place = {"runs_dir": str(folder.parent), "run_name": folder.name}
@@ -1436,10 +1440,8 @@ def main():
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command continues from its last checkpoint, if any")
     summary = json.loads((args.run_dir / "summary.json").read_text())
-    print(
-        f"{args.run_dir}: reward {summary['return_mean']:.3f} (standard deviation "
-        f"{summary['return_std']:.3f}), {summary['sps']:.1f} texts/s"
-    )
+    score = f"reward {summary['return_mean']:.3f} (standard deviation {summary['return_std']:.3f})"
+    print(f"{args.run_dir}: {score}, {summary['sps']:.1f} texts/s")
 
 
 # The toy task: film reviews from a grammar, and a policy and a noisy reward model trained on them.

@@ -1302,6 +1302,11 @@ def test_evaluate_repeats_the_last_evaluation(run, tmp_path, monkeypatch, capsys
     call_main(monkeypatch, *words)
     copy = folder / "sppo_rlhf.py"
     assert f"warning: edited; the run's copy is {copy}\n" in capsys.readouterr().err
+    begun = json.loads((folder / "args.json").read_text())
+    begun["args"]["load_in_4bit"] = False  # as an earlier version had
+    (folder / "args.json").write_text(json.dumps(begun))
+    with pytest.raises(SystemExit, match=f"^error: {folder} is of another script: use {copy}$"):
+        call_main(monkeypatch, *words)
 
 
 @pytest.mark.parametrize("heldout", [False, True])
@@ -1594,11 +1599,14 @@ def test_help_shows_the_defaults_of_the_task(capsys):
     "--prompt-length 0": "prompt_length must be at least 1",
     "--micro-batch-size 0": "micro_batch_size must be at least 1",
     "--batch-size 0": "batch_size must be at least 1",
-    "--lora-r -1": "lora_r must not be negative",
-    "--seed -1": "seed must not be negative",
+    "--lora-r -1": "lora_r must be finite and not negative",
+    "--seed -1": "seed must be finite and not negative",
+    "--kl-coef nan": "kl_coef must be finite and not negative",
+    "--learning-rate -1": "learning_rate must be finite and not negative",
+    "--z nan": "z stands for log 0",
     "--noise flip --noise-level 1.5": "noise_level is the probability of a flip, so at most 1",
-    "--gamma -1": "gamma must be between 0 and 1",
-    "--max-grad-norm 0": "max_grad_norm must be positive; 1e9 turns clipping off",
+    "--gae-lambda 95": "gae_lambda must be between 0 and 1",
+    "--max-grad-norm nan": "max_grad_norm must be positive; 1e9 turns clipping off",
     "--track": "track needs wandb: pip install wandb",
     "--device cuda": "there is no GPU",
 }.items())  # fmt: skip
