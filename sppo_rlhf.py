@@ -186,8 +186,9 @@ class Args:
                 raise ValueError(f"{name} must be between 0 and 1")
         if not self.max_grad_norm > 0:
             raise ValueError("max_grad_norm must be positive; 1e9 turns clipping off")
-        numbers = "seed alpha beta noise_level learning_rate weight_decay clip_coef vf_coef ce_coef"
-        for name in f"{numbers} kl_coef top_k lora_r".split():
+        numbers = "seed alpha beta noise_level learning_rate weight_decay clip_coef vf_coef"
+        numbers += " ce_coef kl_coef top_k lora_r"
+        for name in numbers.split():
             if not 0 <= getattr(self, name) < math.inf:
                 raise ValueError(f"{name} must be finite and not negative")
         processes = int(os.environ.get("WORLD_SIZE", 1))
@@ -195,7 +196,7 @@ class Args:
             raise ValueError("num_minibatches times processes must divide batch_size")
         if self.eval_episodes % processes:
             raise ValueError("the number of processes must divide eval_episodes")
-        if not self.z < 0:
+        if not -math.inf < self.z < 0:
             raise ValueError("z stands for log 0, so it must be negative")
         if self.noise == "none" and self.noise_level:
             raise ValueError("noise_level needs a kind of noise")
@@ -203,9 +204,8 @@ class Args:
             raise ValueError("track needs wandb: pip install wandb")
         if (Path(self.policy_model) / "adapter_config.json").exists():
             raise ValueError(
-                "policy_model is an adapter; to begin with it, merge it into its model: "
-                "peft.AutoPeftModelForCausalLM.from_pretrained(FOLDER).merge_and_unload()"
-                ".save_pretrained(NEW_FOLDER)"
+                "policy_model is an adapter; merge it into its model: peft.AutoPeftModelForCausalLM"
+                ".from_pretrained(FOLDER).merge_and_unload().save_pretrained(NEW_FOLDER)"
             )
         if self.device == "cuda" and not torch.cuda.is_available():
             raise ValueError("device cuda: there is no GPU")
@@ -674,7 +674,7 @@ class ActorCritic(nn.Module):
         is_known = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
         if config.is_encoder_decoder or not is_known:
             sys.exit(f"error: {args.policy_model} is no causal language model: {config.model_type}")
-        if hasattr(config, "quantization_config") and not self.lora:
+        if getattr(config, "quantization_config", None) and not self.lora:
             sys.exit(f"error: {args.policy_model} is quantised, so it needs --lora-r")
         if getattr(config, "activation_function", None) == "gelu_new":
             config.activation_function = "gelu_pytorch_tanh"  # the same function, in one kernel
@@ -847,18 +847,20 @@ def classifier_reward(name, args, texts, device, dtype):
     model = load_classifier(name, device, dtype)
     config = model.config
     label = args.reward_label if config.num_labels > 1 else 0
+    if not 0 <= label < config.num_labels:
+        sys.exit(f"error: {name} has no --reward-label {label}, but {config.num_labels} labels")
     is_unbounded = config.num_labels == 1 or config.problem_type == "regression"
     if args.noise == "flip" and is_unbounded and name in args.reward_model:
-        sys.exit(f"error: {name} has an unbounded output, of which 1 - r, flip, is no noise")
+        sys.exit(f"error: {name} has unbounded rewards r; --noise flip makes 1 - r of them")
     # An adapter has that of its base. Padding on the right shifts no positions
     sides = {"truncation_side": "left", "padding_side": "right"}
     tokenizer = load_tokenizer(config.name_or_path, texts, **sides)
     config.pad_token_id = tokenizer.pad_token_id
     positions = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
     for part, module in model.named_modules():
-        # RoBERTa's positions begin after that of padding
-        if part.endswith("position_embeddings") and module.padding_idx is not None:
-            positions -= module.padding_idx + 1
+        padding = getattr(module, "padding_idx", None)
+        if part.endswith("position_embeddings") and padding is not None:
+            positions -= padding + 1  # RoBERTa's begin after it
     tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
     encode = partial(tokenizer, padding=True, truncation=True, return_tensors="pt")
 
@@ -1072,7 +1074,7 @@ def evaluate_run(args: Args):
         sys.exit(f"error: --evaluate {args.evaluate!r}: not the folder of a run with a checkpoint")
     begun = json.loads((folder / "args.json").read_text())
     if begun["args"].keys() != vars(args).keys():
-        sys.exit(f"error: {folder} is of another script: use {folder}/{begun['script']}")
+        sys.exit(f"error: {folder} is of another script or version; use {folder}/{begun['script']}")
     if begun["identity"]["script_sha256"] != args.identity()["script_sha256"]:
         print(f"warning: edited; the run's copy is {folder}/{begun['script']}", file=sys.stderr)
     place = {"runs_dir": str(folder.parent), "run_name": folder.name}
@@ -1109,14 +1111,13 @@ class Setup:
 
 
 def load(args):
-    """Loads models and data, before a folder is made; makes those of the toy. Refuses models that
-    lack weights or cannot read the data. Raises whatever else is wrong with them. Notes what LoRA
-    adapts."""
+    """Loads models and data; makes those of the toy. Refuses models that lack weights or cannot
+    read the data. Other faults raise. Sets `args.lora_targets`."""
     if f"{TOY}/" in str(vars(args)):  # its data or a model of it
         try:
             lock = FileLock(f"{TOY}.lock").acquire()  # other processes wait, and then find it
         except OSError as error:
-            sys.exit(f"error: cannot lock {TOY} ({error.strerror}); begin in another folder")
+            sys.exit(f"error: cannot lock {TOY} ({error.strerror}); start in another folder")
         with lock:
             make_toy(Path(TOY))
     cpu = args.device == "cpu" or not torch.cuda.is_available()
@@ -1175,8 +1176,10 @@ def check_policy(policy, args, tokenizer, prompts):
     if positions < length:
         sys.exit(f"error: {args.policy_model} has {positions} positions for up to {length} tokens")
     rows = len(policy.get_input_embeddings().weight)
-    if rows < len(tokenizer):
-        sys.exit(f"error: {args.policy_model} knows {rows} tokens, its tokenizer {len(tokenizer)}")
+    # Not `len(tokenizer)`: there may be tokens for other models of the family, such as for images
+    tokens = max(tokenizer.vocab_size, tokenizer.pad_token_id + 1, prompts.ids.max().item() + 1)
+    if rows < tokens:
+        sys.exit(f"error: {args.policy_model} has embeddings of {rows} tokens, not of {tokens}")
     ids = torch.from_numpy(np.resize(prompts.ids[prompts.mask], (1, length))).to(policy.device)
     padding = length // 8
     mask = torch.arange(length, device=ids.device)[None] >= padding
@@ -1219,10 +1222,7 @@ def load_tokenizer(name, texts, **sides):
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     known = tokenizer.batch_decode(tokenizer(texts)["input_ids"], skip_special_tokens=True)
     if not "".join(known).strip():
-        sys.exit(
-            f"error: {name} has no tokenizer, or one that knows nothing of the data; for a policy, "
-            "--tokenizer names another"
-        )
+        sys.exit(f"error: {name} has no tokenizer that knows the data (a policy's: --tokenizer)")
     return tokenizer
 
 
@@ -1242,9 +1242,8 @@ def load_data(args):
 
 
 def load_dataset(name, args):
-    """`name`: a file, of which the suffix says what it is; a folder that `datasets` has saved; or a
-    hub name with a split, NAME:SPLIT or NAME:CONFIGURATION:SPLIT. Refuses rows without the texts
-    that `tokenize` reads."""
+    """`name`: a file, whose suffix says of what kind; a folder that `datasets` has saved; or a hub
+    name with a split, NAME:SPLIT or NAME:CONFIGURATION:SPLIT. Refuses rows without texts."""
     path = Path(name).resolve()
     if path.is_dir():
         data = datasets.Dataset.load_from_disk(name)
@@ -1254,18 +1253,19 @@ def load_dataset(name, args):
         hub_name, *configuration = name.split(":")
         split = configuration.pop() if configuration else "train"
         data = datasets.load_dataset(hub_name, *configuration, split=split)
-    columns = ["text"]
-    if "prompt" in data.column_names:
-        columns = ["prompt"]
-        if "label" in data.column_names or args.ce_coef:
-            columns.append("label")
+    has_prompts = "prompt" in data.column_names
+    columns = ["prompt"] if has_prompts else ["text"]
+    if has_prompts and ("label" in data.column_names or args.ce_coef):
+        columns.append("label")
     for column in columns:
-        values = data[column] if column in data.column_names else [None]
-        for row, value in enumerate(values):
-            is_chat = isinstance(value, list)
-            texts = [message["content"] for message in value] if is_chat else [value]
-            if set(map(type, texts)) != {str}:
-                sys.exit(f"error: {name} has no text in {column!r} of row {row}, but {value}")
+        if column not in data.column_names:
+            sys.exit(f"error: {name} has no column {column!r}, but {data.column_names}")
+        for row, value in enumerate(data[column][:]):
+            is_text = isinstance(value, str)
+            if column == "prompt" and isinstance(value, list):  # messages
+                is_text = all(x.get("content") is not None or x.get("tool_calls") for x in value)
+            if not is_text:
+                sys.exit(f"error: {name} has no text in {column!r} of row {row}, but {value!s:.80}")
     return data
 
 
@@ -1419,13 +1419,13 @@ def main():
     if args.evaluate is not None:
         evaluate_run(args)
         return
-    setup = None
-    if not (args.run_dir / "summary.json").exists():
-        setup = load(args)
     if os.environ.get("RANK", "0") != "0":  # only the first process writes files
-        if setup:
-            train(setup, args)
+        if not (args.run_dir / "summary.json").exists():
+            train(load(args), args)
         return
+    setup = None
+    if not args.run_dir.exists():  # what is wrong with models or data leaves no folder
+        setup = load(args)
     args.run_dir.mkdir(parents=True, exist_ok=True)
     try:
         lock = FileLock(args.run_dir / "lock", blocking=False).acquire()
@@ -1436,7 +1436,7 @@ def main():
     try:
         with lock:
             if begin(args):
-                train(setup, args)
+                train(setup or load(args), args)
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command continues from its last checkpoint, if any")
     summary = json.loads((args.run_dir / "summary.json").read_text())

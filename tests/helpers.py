@@ -83,7 +83,10 @@ class Setting:
         original = getattr(self.script, self.advantages)
         with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
             patch.setattr(self.script, self.advantages, advantages)
+            writers = record(patch, self.script, "SummaryWriter")
             self.run(runs_dir, **flags)
+        for _, writer in writers:  # whose thread may lag behind
+            writer.close()
         return self.args(runs_dir, **flags).run_dir
 
     def record_actions(self, monkeypatch) -> list:
@@ -169,9 +172,9 @@ def record(monkeypatch, module, name):
     calls = []
     function = getattr(module, name)
 
-    def recording(*args):
+    def recording(*args, **options):
         copies = [copy.deepcopy(x) if isinstance(x, np.ndarray | torch.Tensor) else x for x in args]
-        calls.append((copies, function(*args)))
+        calls.append((copies, function(*args, **options)))
         return calls[-1][1]
 
     monkeypatch.setattr(module, name, recording)

@@ -445,22 +445,30 @@ def test_models_that_do_not_fit_are_refused_before_a_folder_is_made(
     )
     refusals += [
         (["--policy-model", tmp_path / "quantised"], "is quantised, so it needs --lora-r$"),
-        (["--policy-model", tmp_path / "few"], r"few knows 90 tokens, its tokenizer \d+$"),
+        (["--policy-model", tmp_path / "few"], r"few has embeddings of 90 tokens, not of \d+$"),
         (["--reward-model", policy], "policy lacks 1 weights, such as score.weight$"),
         (["--policy-model", reward, "--tokenizer", policy], r"reward lacks \d+ weights, such as"),
         (["--prompt-length", "40"], "has 64 positions for up to 72 tokens$"),
         (["--eval-reward-model", adapter], "adapter lacks 4 weights, such as .*lora_A.weight$"),
     ]
+    for label in (-1, 2):
+        words = ["--eval-reward-model", reward, "--reward-label", label]
+        refusals.append((words, f"reward has no --reward-label {label}, but 2 labels$"))
     for name in ("classifier", "adapter"):
         words = ["--noise", "flip", "--reward-model", reward, models[name]]
-        refusals.append((words, f"{name} has an unbounded output"))
+        refusals.append((words, f"{name} has unbounded rewards r; --noise"))
     for words, message in refusals:
         with pytest.raises(SystemExit, match=message):
             call_main(monkeypatch, *words, "--runs-dir", tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
+    tokenizer = AutoTokenizer.from_pretrained(policy)
+    make_policy("GPT2", tmp_path / "exact", toy)
+    tokenizer.add_tokens("<image>")  # as Gemma 3's, of which the text models have no embedding
+    tokenizer.save_pretrained(tmp_path / "exact")
     words = ["--noise", "flip", "--eval-reward-model", models["classifier"], "--eval-episodes", 4]
     words += ["--reward-model", f"{__file__}:text_lengths", "--total-timesteps", 1]
-    call_main(monkeypatch, *words, "--batch-size", 4, "--runs-dir", tmp_path / "runs")
+    words += ["--policy-model", tmp_path / "exact", "--batch-size", 4]
+    call_main(monkeypatch, *words, "--runs-dir", tmp_path / "runs")
 
 
 @pytest.mark.parametrize("kind", ["Bert", "T5", "GPT2"])
@@ -479,7 +487,7 @@ def test_a_tokenizer_that_knows_nothing_of_the_data_is_refused(
     if kind == "GPT2":
         refusals += [["--policy-model", policy]]
     for words in refusals:
-        message = f"^error: {words[-1]} has no tokenizer, or one that knows nothing of the data"
+        message = f"^error: {words[-1]} has no tokenizer that knows the data"
         with pytest.raises(SystemExit, match=message):
             call_main(monkeypatch, *words, "--runs-dir", tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
@@ -500,7 +508,7 @@ def test_a_tokenizer_of_digits_is_a_tokenizer(toy, tmp_path, monkeypatch):
     datasets.Dataset.from_list(rows).to_json(path)
     words = ["--policy-model", policy, "--reward-model", f"{__file__}:text_lengths"]
     words += ["--total-timesteps", 4, "--batch-size", 4, "--eval-episodes", 4]
-    with pytest.raises(SystemExit, match="knows nothing of the data"):
+    with pytest.raises(SystemExit, match="has no tokenizer that knows the data"):
         call_main(monkeypatch, *words, "--runs-dir", tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
     call_main(monkeypatch, *words, "--dataset", path, "--runs-dir", tmp_path / "runs")
@@ -657,7 +665,9 @@ def test_of_several_regressions_the_labels_is_the_score(toy, tmp_path, monkeypat
     expected = load(folder).eval()(**ids).logits[0]
     scores = [reward_model(folder, label)([text]).item() for label in (0, 1)]
     assert scores == pytest.approx(expected.tolist(), abs=1e-5)
-    with pytest.raises(SystemExit, match="has an unbounded output, of which 1 - r, flip, is no"):
+    with pytest.raises(
+        SystemExit, match="has unbounded rewards r; --noise flip makes 1 - r of them"
+    ):
         words = ["--noise", "flip", "--reward-model", folder, "--runs-dir", tmp_path / "runs"]
         call_main(monkeypatch, *words, "--total-timesteps", 1)
 
@@ -963,23 +973,31 @@ def test_data_come_in_many_formats(tmp_path, monkeypatch, kind):
     ("prompt", [3, 4], 0),
     ("prompt", [[{"role": "user", "content": None}]], 0),
     ("label", ["a", None], 1),
-    ("label", [], 0),  # there is no such column, but a supervised loss
     ("text", ["a", None], 1),
-    ("text", [], 0),
 ])  # fmt: skip
 @pytest.mark.parametrize("flag", ["dataset", "eval_dataset"])
 def test_rows_without_text_are_named(tmp_path, flag, column, values, row):
     good, bad = str(tmp_path / "good.jsonl"), str(tmp_path / "bad.jsonl")
     datasets.Dataset.from_dict({"text": ["a"] * 4}).to_json(good)
-    data = {column: values} if values else {"review": ["a"]}
+    data = {column: values}
     if column == "label":
         data["prompt"] = ["a"] * 2
-        data.pop("review", None)
     datasets.Dataset.from_dict(data).to_json(bad)
     args = rlhf.Args(**{"dataset": good, "eval_dataset": good, flag: bad}, ce_coef=1.0)
     message = f"^error: {bad} has no text in '{column}' of row {row}, but "
     with pytest.raises(SystemExit, match=message):
         rlhf.load_data(args)
+
+
+def test_a_missing_column_is_named(tmp_path):
+    """`label` only where there is a supervised loss. A call of a tool has no text."""
+    call = {"role": "assistant", "content": None, "tool_calls": [{"type": "function"}]}
+    for data, column in ({"review": ["a"]}, "text"), ({"prompt": [[call]]}, "label"):
+        path = str(tmp_path / f"{column}.jsonl")
+        datasets.Dataset.from_dict(data).to_json(path)
+        with pytest.raises(SystemExit, match=f"^error: .* has no column '{column}', but "):
+            rlhf.load_dataset(path, rlhf.Args(ce_coef=1.0))
+    assert rlhf.load_dataset(path, rlhf.Args())["prompt"][0][0]["content"] is None
 
 
 def test_without_held_out_data_a_tenth_is_held_out(tmp_path):
@@ -1236,6 +1254,13 @@ def test_a_command_finds_its_run_again(run, tmp_path, monkeypatch, capsys):
         call_main(monkeypatch, *words, "--run-name", folder.name, "--learning-rate", "0.1")
 
 
+def test_a_run_at_work_is_refused_before_its_models_are_loaded_again(run, tmp_path, monkeypatch):
+    interrupt(run, 1)
+    monkeypatch.setattr(rlhf, "load", lambda args: pytest.fail("loaded"))
+    with FileLock(tmp_path / "run" / "lock"), pytest.raises(SystemExit, match="is at work on this"):
+        call_main(monkeypatch, "--runs-dir", tmp_path, "--run-name", "run")
+
+
 def test_the_file_of_a_reward_function_is_part_of_the_run(run, tmp_path):
     """In evaluations, too: edited, it has another folder, and the old one is refused."""
     for name in ("reward_model", "eval_reward_model"):
@@ -1305,7 +1330,9 @@ def test_evaluate_repeats_the_last_evaluation(run, tmp_path, monkeypatch, capsys
     begun = json.loads((folder / "args.json").read_text())
     begun["args"]["load_in_4bit"] = False  # as an earlier version had
     (folder / "args.json").write_text(json.dumps(begun))
-    with pytest.raises(SystemExit, match=f"^error: {folder} is of another script: use {copy}$"):
+    with pytest.raises(
+        SystemExit, match=f"^error: {folder} is of another script or version; use {copy}$"
+    ):
         call_main(monkeypatch, *words)
 
 
