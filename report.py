@@ -436,10 +436,7 @@ def markdown(table: DataFrame) -> str:
 
 def number(value: float, error: float = math.nan) -> str:
     """A mean, and ± its standard error, with the digits that its size deserves."""
-    digits = 0
-    for limit in (100, 10, 1):
-        if abs(value) < limit:
-            digits += 1
+    digits = sum(abs(value) < limit for limit in (100, 10, 1))
     text = f"{value:,.{digits}f}"
     return text if math.isnan(error) else f"{text} ± {error:,.{digits}f}"
 
@@ -624,11 +621,7 @@ def draw_curves(runs: DataFrame, progress: DataFrame, file: Path) -> list[str]:
     panels = labelled["noted_task"] + "\n" + labelled["reward"]
     labelled["panel"] = panels.str.replace(" (", "\n(", regex=False)
     tasks = labelled["env_id"].nunique()
-    size = {
-        "height": 4.5 if tasks == 1 else 2.5,
-        "aspect": 1.3,
-        "col_wrap": min(tasks, 4),
-    }
+    size = {"height": 4.5 if tasks == 1 else 2.5, "aspect": 1.3, "col_wrap": min(tasks, 4)}
     grid = sns.FacetGrid(labelled, col="panel", sharex=False, sharey=False, **size)
     hue = {"hue": "exp_name", "hue_order": methods, "palette": colors}
     grid.map_dataframe(sns.lineplot, "step", "return_mean", errorbar="se", **hue)
