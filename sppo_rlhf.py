@@ -173,42 +173,42 @@ class Args:
 
     def check(self):
         """Refuses what would run, but mean something else than it says. tyro prints the message."""
+
+        def require(condition, message):
+            if not condition:
+                raise ValueError(message)
+
         counts = "batch_size num_minibatches micro_batch_size update_epochs prompt_length"
         counts += " response_length total_timesteps eval_freq eval_episodes"
         for name in counts.split():
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ValueError(f"{name} must be at least 1")
-        if self.noise.endswith("flip") and self.noise_level > 1:
-            raise ValueError("noise_level is the probability of a flip, so at most 1")
-        for name in "gamma gae_lambda".split():
-            if not 0 <= getattr(self, name) <= 1:
-                raise ValueError(f"{name} must be between 0 and 1")
-        if not self.max_grad_norm > 0:
-            raise ValueError("max_grad_norm must be positive; 1e9 turns clipping off")
+            require(value is None or value >= 1, f"{name} must be at least 1")
         numbers = "seed alpha beta noise_level learning_rate weight_decay clip_coef vf_coef"
         numbers += " ce_coef kl_coef top_k lora_r"
         for name in numbers.split():
-            if not 0 <= getattr(self, name) < math.inf:
-                raise ValueError(f"{name} must be finite and not negative")
+            require(0 <= getattr(self, name) < math.inf, f"{name} must be finite and not negative")
+        for name in "gamma gae_lambda".split():
+            require(0 <= getattr(self, name) <= 1, f"{name} must be between 0 and 1")
+        require(self.max_grad_norm > 0, "max_grad_norm must be positive; 1e9 turns clipping off")
+        require(-math.inf < self.z < 0, "z stands for log 0, so it must be negative")
+        require(self.alpha + self.beta > 0, "with alpha and beta 0 nothing trains the policy")
+        if self.noise.endswith("flip"):
+            require(self.noise_level <= 1, "noise_level is the probability of a flip, so at most 1")
+        require(self.noise != "none" or not self.noise_level, "noise_level needs a kind of noise")
+        require(self.run_name not in ("", ".", ".."), "run_name must be the name of a folder")
         processes = int(os.environ.get("WORLD_SIZE", 1))
         if self.batch_size % (self.num_minibatches * processes):
             raise ValueError("num_minibatches times processes must divide batch_size")
         if self.eval_episodes % processes:
             raise ValueError("the number of processes must divide eval_episodes")
-        if not -math.inf < self.z < 0:
-            raise ValueError("z stands for log 0, so it must be negative")
-        if self.noise == "none" and self.noise_level:
-            raise ValueError("noise_level needs a kind of noise")
-        if self.track and not find_spec("wandb"):
-            raise ValueError("track needs wandb: pip install wandb")
+        require(not self.track or find_spec("wandb"), "track needs wandb: pip install wandb")
+        if self.device == "cuda" and not torch.cuda.is_available():
+            raise ValueError("device cuda: there is no GPU")
         if (Path(self.policy_model) / "adapter_config.json").exists():
             raise ValueError(
                 "policy_model is an adapter; merge it into its model: peft.AutoPeftModelForCausalLM"
                 ".from_pretrained(FOLDER).merge_and_unload().save_pretrained(NEW_FOLDER)"
             )
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("device cuda: there is no GPU")
 
     def identity(self) -> dict:
         """What makes two runs the same: the script, the files of reward functions, and the

@@ -1631,6 +1631,8 @@ def test_help_shows_the_defaults_of_the_task(capsys):
     "--kl-coef nan": "kl_coef must be finite and not negative",
     "--learning-rate -1": "learning_rate must be finite and not negative",
     "--z nan": "z stands for log 0",
+    "--alpha 0 --beta 0": "with alpha and beta 0 nothing trains the policy",
+    "--run-name .": "run_name must be the name of a folder",
     "--noise flip --noise-level 1.5": "noise_level is the probability of a flip, so at most 1",
     "--gae-lambda 95": "gae_lambda must be between 0 and 1",
     "--max-grad-norm nan": "max_grad_norm must be positive; 1e9 turns clipping off",
