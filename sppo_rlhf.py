@@ -673,7 +673,7 @@ class ActorCritic(nn.Module):
         config = transformers.AutoConfig.from_pretrained(args.policy_model)
         is_known = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
         if config.is_encoder_decoder or not is_known:
-            sys.exit(f"error: {args.policy_model} is no causal language model: {config.model_type}")
+            sys.exit(f"error: {args.policy_model} ({config.model_type}) is not decoder-only")
         if getattr(config, "quantization_config", None) and not self.lora:
             sys.exit(f"error: {args.policy_model} is quantised, so it needs --lora-r")
         if getattr(config, "activation_function", None) == "gelu_new":
@@ -840,7 +840,7 @@ def load_classifier(name, device, dtype):
     return model.to(device, dtype)  # its own weights may be saved in another
 
 
-def classifier_reward(name, args, texts, device, dtype):
+def classifier_reward(name, args, data_texts, device, dtype):
     """A reward model, a function from texts to scores (texts,), with its own tokenizer and, where
     prompts are messages, its own chat template, if it has one. Scores are the classifier's single
     output, that of the label if these are regressions, else the probability of the label."""
@@ -848,13 +848,13 @@ def classifier_reward(name, args, texts, device, dtype):
     config = model.config
     label = args.reward_label if config.num_labels > 1 else 0
     if not 0 <= label < config.num_labels:
-        sys.exit(f"error: {name} has no --reward-label {label}, but {config.num_labels} labels")
+        sys.exit(f"error: {name} has {config.num_labels} labels, and no --reward-label {label}")
     is_unbounded = config.num_labels == 1 or config.problem_type == "regression"
     if args.noise == "flip" and is_unbounded and name in args.reward_model:
-        sys.exit(f"error: {name} has unbounded rewards r; --noise flip makes 1 - r of them")
+        sys.exit(f"error: {name}'s rewards are unbounded, so --noise flip (1 - r) has no meaning")
     # An adapter has that of its base. Padding on the right shifts no positions
     sides = {"truncation_side": "left", "padding_side": "right"}
-    tokenizer = load_tokenizer(config.name_or_path, texts, **sides)
+    tokenizer = load_tokenizer(config.name_or_path, data_texts, **sides)
     config.pad_token_id = tokenizer.pad_token_id
     positions = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
     for part, module in model.named_modules():
@@ -1179,7 +1179,7 @@ def check_policy(policy, args, tokenizer, prompts):
     # Not `len(tokenizer)`: there may be tokens for other models of the family, such as for images
     tokens = max(tokenizer.vocab_size, tokenizer.pad_token_id + 1, prompts.ids.max().item() + 1)
     if rows < tokens:
-        sys.exit(f"error: {args.policy_model} has embeddings of {rows} tokens, not of {tokens}")
+        sys.exit(f"error: {args.policy_model} has embeddings for {rows} tokens, not {tokens}")
     ids = torch.from_numpy(np.resize(prompts.ids[prompts.mask], (1, length))).to(policy.device)
     padding = length // 8
     mask = torch.arange(length, device=ids.device)[None] >= padding
@@ -1222,7 +1222,7 @@ def load_tokenizer(name, texts, **sides):
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     known = tokenizer.batch_decode(tokenizer(texts)["input_ids"], skip_special_tokens=True)
     if not "".join(known).strip():
-        sys.exit(f"error: {name} has no tokenizer that knows the data (a policy's: --tokenizer)")
+        sys.exit(f"error: {name} has no tokenizer that knows the data (for a policy: --tokenizer)")
     return tokenizer
 
 
@@ -1259,7 +1259,7 @@ def load_dataset(name, args):
         columns.append("label")
     for column in columns:
         if column not in data.column_names:
-            sys.exit(f"error: {name} has no column {column!r}, but {data.column_names}")
+            sys.exit(f"error: {name} has no column {column!r}, only {data.column_names}")
         for row, value in enumerate(data[column][:]):
             is_text = isinstance(value, str)
             if column == "prompt" and isinstance(value, list):  # messages
@@ -1424,7 +1424,7 @@ def main():
             train(load(args), args)
         return
     setup = None
-    if not args.run_dir.exists():  # what is wrong with models or data leaves no folder
+    if not (args.run_dir / "args.json").exists():  # what is wrong with a new run leaves no folder
         setup = load(args)
     args.run_dir.mkdir(parents=True, exist_ok=True)
     try:

@@ -1,5 +1,7 @@
 """sppo_rlhf.py: tokens, masks, losses and whole runs, on models small enough to be made here."""
 
+import errno
+import fcntl
 import json
 import math
 import os
@@ -439,13 +441,13 @@ def test_models_that_do_not_fit_are_refused_before_a_folder_is_made(
     for kind in ("bart", "llava"):
         transformers.AutoConfig.for_model(kind).save_pretrained(tmp_path / kind)
         words = ["--policy-model", tmp_path / kind, "--tokenizer", policy]
-        refusals.append((words, f"{kind} is no causal language model: {kind}$"))
+        refusals.append((words, rf"{kind} \({kind}\) is not decoder-only$"))
     make_policy(
         "Llama", tmp_path / "quantised", toy, quantization_config={"quant_method": "bitsandbytes"}
     )
     refusals += [
         (["--policy-model", tmp_path / "quantised"], "is quantised, so it needs --lora-r$"),
-        (["--policy-model", tmp_path / "few"], r"few has embeddings of 90 tokens, not of \d+$"),
+        (["--policy-model", tmp_path / "few"], r"few has embeddings for 90 tokens, not \d+$"),
         (["--reward-model", policy], "policy lacks 1 weights, such as score.weight$"),
         (["--policy-model", reward, "--tokenizer", policy], r"reward lacks \d+ weights, such as"),
         (["--prompt-length", "40"], "has 64 positions for up to 72 tokens$"),
@@ -453,10 +455,10 @@ def test_models_that_do_not_fit_are_refused_before_a_folder_is_made(
     ]
     for label in (-1, 2):
         words = ["--eval-reward-model", reward, "--reward-label", label]
-        refusals.append((words, f"reward has no --reward-label {label}, but 2 labels$"))
+        refusals.append((words, f"reward has 2 labels, and no --reward-label {label}$"))
     for name in ("classifier", "adapter"):
         words = ["--noise", "flip", "--reward-model", reward, models[name]]
-        refusals.append((words, f"{name} has unbounded rewards r; --noise"))
+        refusals.append((words, f"{name}'s rewards are unbounded, so --noise flip"))
     for words, message in refusals:
         with pytest.raises(SystemExit, match=message):
             call_main(monkeypatch, *words, "--runs-dir", tmp_path / "runs")
@@ -666,7 +668,7 @@ def test_of_several_regressions_the_labels_is_the_score(toy, tmp_path, monkeypat
     scores = [reward_model(folder, label)([text]).item() for label in (0, 1)]
     assert scores == pytest.approx(expected.tolist(), abs=1e-5)
     with pytest.raises(
-        SystemExit, match="has unbounded rewards r; --noise flip makes 1 - r of them"
+        SystemExit, match=r"'s rewards are unbounded, so --noise flip \(1 - r\) has no meaning"
     ):
         words = ["--noise", "flip", "--reward-model", folder, "--runs-dir", tmp_path / "runs"]
         call_main(monkeypatch, *words, "--total-timesteps", 1)
@@ -995,7 +997,7 @@ def test_a_missing_column_is_named(tmp_path):
     for data, column in ({"review": ["a"]}, "text"), ({"prompt": [[call]]}, "label"):
         path = str(tmp_path / f"{column}.jsonl")
         datasets.Dataset.from_dict(data).to_json(path)
-        with pytest.raises(SystemExit, match=f"^error: .* has no column '{column}', but "):
+        with pytest.raises(SystemExit, match=f"^error: .* has no column '{column}', only "):
             rlhf.load_dataset(path, rlhf.Args(ce_coef=1.0))
     assert rlhf.load_dataset(path, rlhf.Args())["prompt"][0][0]["content"] is None
 
@@ -1550,6 +1552,18 @@ def test_one_process_makes_the_toy_and_others_wait(toy, monkeypatch):
     assert len(calls) == 1
 
 
+def test_where_the_toy_cannot_be_locked_one_sentence_says_so(tmp_path, monkeypatch):
+    def flock(file, operation):
+        raise OSError(errno.ENOLCK, "No locks available")
+
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(fcntl, "flock", flock)
+    with pytest.raises(
+        SystemExit, match=r"^error: cannot lock runs/toy \(No locks available\); st"
+    ):
+        rlhf.load(rlhf.Args())
+
+
 def test_adapters_and_samples_do_not_share_random_numbers(run, monkeypatch, summaries):
     """They are drawn from one stream, or from streams with seeds of their own."""
     seeds = []
@@ -1634,7 +1648,9 @@ def test_help_shows_the_defaults_of_the_task(capsys):
     "--alpha 0 --beta 0": "with alpha and beta 0 nothing trains the policy",
     "--run-name .": "run_name must be the name of a folder",
     "--noise flip --noise-level 1.5": "noise_level is the probability of a flip, so at most 1",
+    "--gamma -1": "gamma must be between 0 and 1",
     "--gae-lambda 95": "gae_lambda must be between 0 and 1",
+    "--max-grad-norm 0": "max_grad_norm must be positive; 1e9 turns clipping off",
     "--max-grad-norm nan": "max_grad_norm must be positive; 1e9 turns clipping off",
     "--track": "track needs wandb: pip install wandb",
     "--device cuda": "there is no GPU",
