@@ -90,7 +90,7 @@ class Args:
     # curves are of these methods only
     compare: tuple[str, ...] = ()
     # Logged quantities to make tables of, as means over the evaluations of a run
-    logged: tuple[str, ...] = ("losses/clipped_gradients", "losses/advantage_sign_flips")
+    logged: tuple[str, ...] = ("losses/clipped_gradients", "losses/norm_sign_changes")
     # Also pack the runs, into this folder or as this NAME-runs.csv.gz
     pack: Path | None = None
 
@@ -144,7 +144,8 @@ def read_csv(path: Path) -> DataFrame:
     options = {"low_memory": False, "dtype": dict.fromkeys(texts, str)}
     if pd.__version__.startswith("2"):
         options["float_precision"] = "round_trip"  # the default of later versions
-    return pd.read_csv(path, **options)
+    old_names = {"losses/advantage_sign_flips": "losses/norm_sign_changes"}
+    return pd.read_csv(path, **options).rename(columns=old_names)
 
 
 def tables_of(pack: Path) -> tuple[Path, Path]:

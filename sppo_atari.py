@@ -3,7 +3,7 @@
 # /// script
 # requires-python = ">=3.10,<3.15"
 # dependencies = ["torch>=2.11", "gymnasium>=1.2.3", "ale-py>=0.11.1", "numpy>=2.0",
-#   "tyro>=1.0", "filelock>=3.24", "safetensors>=0.4.5", "tensorboard>=2.19", "tqdm>=4.66.5"]
+#   "tyro>=1.0.16", "filelock>=3.24", "safetensors>=0.4.5", "tensorboard>=2.19", "tqdm>=4.66.5"]
 # [tool.uv]  # the versions of requirements.lock
 # exclude-newer = "2026-11-17T00:00:00Z"
 # constraint-dependencies = ["torch==2.13.0"]
@@ -148,7 +148,7 @@ class Args:
         for name in "gamma gae_lambda repeat_action_probability".split():
             require(0 <= getattr(self, name) <= 1, f"{name} must be between 0 and 1")
         require(self.max_grad_norm > 0, "max_grad_norm must be positive; 1e9 turns clipping off")
-        require(self.z < 0, "z stands for log 0, so it must be negative")
+        require(-math.inf < self.z < 0, "z stands for log 0, so it must be negative")
         require(self.alpha + self.beta > 0, "with alpha and beta 0 nothing trains the policy")
         if self.noise.endswith("flip"):
             require(self.noise_level <= 1, "noise_level is the probability of a flip, so at most 1")
@@ -163,9 +163,8 @@ class Args:
             (closest,) = difflib.get_close_matches(name, games, n=1, cutoff=0)
             sticky = "For sticky actions, as in v5, add --repeat-action-probability 0.25"
             raise ValueError(f"no game {self.env_id!r}; did you mean {closest}? {sticky}")
-        for name, package in (("track", "wandb"), ("capture_video", "moviepy")):
-            missing = getattr(self, name) and not find_spec(package)
-            require(not missing, f"{name} needs {package}: pip install {package}")
+        require(not self.track or find_spec("wandb"), "track needs wandb: pip install wandb")
+        require(not self.capture_video or find_spec("moviepy"), "videos need: pip install moviepy")
 
     def identity(self) -> dict:
         """What makes two runs the same: the script, and the arguments that may change results."""
@@ -398,7 +397,7 @@ def gradient_and_metrics(
     gradient = torch.cat([g.flatten() for g in gradients])
     grad_norm = gradient.norm()
     scale = (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1)
-    sign_flips = weight * ((normalized > 0) != (advantage > 0))
+    sign_changes = weight * ((normalized > 0) != (advantage > 0))
     log_ratio = (log_prob - old_log_prob).detach()
     kl = log_ratio.exp() - 1 - log_ratio  # joschu.net/blog/kl-approx.html
     clipped = (log_ratio.exp() - 1).abs() > clip_coef
@@ -409,7 +408,7 @@ def gradient_and_metrics(
         "entropy": entropy.detach(),
         "grad_norm": grad_norm,  # before clipping
         "clipped_gradients": (grad_norm > args.max_grad_norm).float(),
-        "advantage_sign_flips": sign_flips.mean(),
+        "norm_sign_changes": sign_changes.mean(),
         "approx_kl": (weight * kl).mean(),
         "clipfrac": (weight * clipped).mean(),
     }
@@ -418,7 +417,7 @@ def gradient_and_metrics(
 
 def train(args: Args):
     keep_freed_memory()
-    generator = torch.manual_seed(args.seed)  # initial weights, actions, minibatches, adv_flip
+    torch.manual_seed(args.seed)  # initial weights
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.device != "auto":
         device = torch.device(args.device)
@@ -427,6 +426,7 @@ def train(args: Args):
     envs = AtariGames(args, args.num_envs)
     bfloat16 = args.amp == "auto" and has_bfloat16(device)
     agent = Agent(envs.num_actions, args.layer_norm, bfloat16).to(device)
+    generator = torch.default_generator.clone_state()  # actions, minibatches, adv_flip
     # An optimizer updates a single tensor faster than many: all that is trained becomes views of
     # one vector, and its gradients views of the vector's
     trained = [p for p in agent.parameters() if p.requires_grad]
@@ -591,8 +591,7 @@ def train(args: Args):
 
     writer.close()
     outcome = {"sps": global_step / seconds, "finished": True}
-    # Written last, since it marks the run as finished
-    save_json(args.run_dir / "summary.json", evaluations[-1] | outcome)
+    save_json(args.run_dir / "summary.json", evaluations[-1] | outcome)  # last: it is finished
 
 
 @torch.no_grad()
@@ -634,10 +633,13 @@ def evaluate_run(args: Args):
     if not (folder / "agent.safetensors").exists():
         sys.exit(f"error: --evaluate {args.evaluate!r}: not the folder of a run with an agent")
     begun = json.loads((folder / "args.json").read_text())
+    if begun["args"].keys() != vars(args).keys():
+        sys.exit(f"error: {folder} is of another script: use {folder}/{begun['script']}")
     if begun["identity"]["script_sha256"] != args.identity()["script_sha256"]:
         print(f"warning: edited; the run's copy is {folder}/{begun['script']}", file=sys.stderr)
     run = Args(**begun["args"] | chosen | {"track": False})
-    agent = Agent(AtariGames(run, 1).num_actions, run.layer_norm)
+    bfloat16 = run.amp == "auto" and has_bfloat16(torch.device("cpu"))
+    agent = Agent(AtariGames(run, 1).num_actions, run.layer_norm, bfloat16)
     agent.load_state_dict(safetensors.torch.load_file(folder / "agent.safetensors"))
     video = folder / "video" / f"evaluate-{run.seed}.mp4"
     scores, _ = evaluate(agent, run, run.seed, video)
@@ -707,9 +709,12 @@ def keep_freed_memory():
 def atomic_write(path):
     """Yields the path of a temporary file that then replaces `path`: no file is half written."""
     temporary = path.with_name(path.name + ".tmp")
-    yield temporary
-    with open(temporary, "rb+") as file:  # Windows syncs only what can be written
-        os.fsync(file.fileno())
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:  # Windows syncs only what can be written
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # a full disk; torch.save then raises the latter
+        sys.exit(f"error: cannot write {path} ({error}); the same command continues")
     os.replace(temporary, path)
 
 
@@ -785,7 +790,13 @@ def main():
             if begin(args):
                 train(args)
     except KeyboardInterrupt:
-        sys.exit("interrupted; the same command continues from its last checkpoint, if any")
+        path = args.run_dir / "checkpoint.pt"
+        step = 0
+        if path.exists():
+            step = torch.load(path, map_location="cpu", mmap=True)["global_step"]
+        sys.exit(f"interrupted; the same command continues from step {step:,}")
+    if args.capture_video and not (args.run_dir / "video").exists():
+        print(f"no video of a finished run; for one: --evaluate {args.run_dir} --capture-video")
     summary = json.loads((args.run_dir / "summary.json").read_text())
     score = f"return {summary['return_mean']:.1f} (standard deviation {summary['return_std']:.1f})"
     print(f"{args.run_dir}: {score}, {summary['sps']:,.0f} steps/s")

@@ -4,7 +4,7 @@
 # requires-python = ">=3.10,<3.15"
 # dependencies = ["torch>=2.11", "gymnasium[mujoco]>=1.2.3", "mujoco>=3.1.6", "numpy>=2.0",
 #   "gymnasium[box2d]>=1.2.3; python_version < '3.14' and platform_machine != 'aarch64'",
-#   "tyro>=1.0", "filelock>=3.24", "safetensors>=0.4.5", "tensorboard>=2.19", "tqdm>=4.66.5"]
+#   "tyro>=1.0.16", "filelock>=3.24", "safetensors>=0.4.5", "tensorboard>=2.19", "tqdm>=4.66.5"]
 # [tool.uv]  # the versions of requirements.lock
 # exclude-newer = "2026-11-17T00:00:00Z"
 # constraint-dependencies = ["torch==2.13.0"]
@@ -143,7 +143,7 @@ class Args:
         for name in "gamma gae_lambda".split():
             require(0 <= getattr(self, name) <= 1, f"{name} must be between 0 and 1")
         require(self.max_grad_norm > 0, "max_grad_norm must be positive; 1e9 turns clipping off")
-        require(self.z < 0, "z stands for log 0, so it must be negative")
+        require(-math.inf < self.z < 0, "z stands for log 0, so it must be negative")
         require(self.alpha + self.beta > 0, "with alpha and beta 0 nothing trains the policy")
         if self.noise.endswith("flip"):
             require(self.noise_level <= 1, "noise_level is the probability of a flip, so at most 1")
@@ -154,9 +154,8 @@ class Args:
             raise ValueError(f"num_minibatches must divide {batch_size} steps into 2 or more each")
         require(self.bins >= 2, "bins must be at least 2")
         require(not self.beta or self.policy != "gaussian", "beta needs probabilities: use bins")
-        for name, package in (("track", "wandb"), ("capture_video", "moviepy")):
-            missing = getattr(self, name) and not find_spec(package)
-            require(not missing, f"{name} needs {package}: pip install {package}")
+        require(not self.track or find_spec("wandb"), "track needs wandb: pip install wandb")
+        require(not self.capture_video or find_spec("moviepy"), "videos need: pip install moviepy")
 
     def identity(self) -> dict:
         """What makes two runs the same: the script, the file of an environment MODULE:ID, and the
@@ -173,28 +172,23 @@ class Args:
         return Path(self.runs_dir) / self.run_name.replace("/", "-").replace(":", "-")
 
 
-def make_env(args, run_dir=None):
+def make_env(args, render=False):
     # Gymnasium warns that the paper's environments (MuJoCo v4) have newer versions, and of videos
     warnings.filterwarnings("ignore", message=".*(is out of date|Overwriting existing videos).*")
-    if args.capture_video and sys.platform == "linux" and "DISPLAY" not in os.environ:
+    if render and sys.platform == "linux" and "DISPLAY" not in os.environ:
         os.environ.setdefault("MUJOCO_GL", "egl")  # before MuJoCo is imported; needs no display
-    video = args.capture_video and run_dir is not None
-    options = {"render_mode": "rgb_array"} if video else {}  # some environments do not accept it
-    try:
-        env = gym.make(args.env_id, **options)
-    except gym.error.UnregisteredEnv as error:  # it suggests similar names
-        sys.exit(f"error: {error}")
+    options = {"render_mode": "rgb_array"} if render else {}  # some environments do not accept it
+    env = gym.make(args.env_id, **options)
     for space in (env.observation_space, env.action_space):
         if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
             sys.exit(f"error: {args.env_id}: {space} is no vector; see docs/copy-and-modify.md")
     bound = np.abs([space.low, space.high]).max()  # of actions; float's maximum stands for none
     if space.dtype.kind != "f" or (args.policy == "categorical" and bound > 1e30):
         sys.exit(f"error: {args.env_id}: needs actions of floats, bounded unless --policy gaussian")
-    if video:
+    if render:
         renderer = getattr(env.unwrapped, "mujoco_renderer", None)
         if renderer and renderer.camera_id == -1 and renderer.model.ncam:
             renderer.camera_id = 0  # it follows the agent; Gymnasium 1.4's default does not
-        env = RecordVideo(env, run_dir / "video", lambda episode: episode == 0)
     return env
 
 
@@ -257,7 +251,7 @@ class NormalizedEnvs:
         """Steps all environments by `action` (num_envs, action_dim).
 
         Returns normalised observations (num_envs, obs_dim) and rewards (num_envs,), terminated,
-        truncated, and {index: normalised final observation} of truncated episodes.
+        truncated, and normalised final observations (num_envs, obs_dim) of episodes that ended.
         """
         reward = np.zeros(len(self.envs))
         terminated, truncated = np.zeros((2, len(self.envs)), bool)
@@ -268,10 +262,9 @@ class NormalizedEnvs:
         self.discounted_return = self.args.gamma * self.discounted_return + reward
         self.return_stats.update(self.discounted_return)
 
-        final_obs = {}
+        final_obs = np.zeros_like(self.obs)
         for i in (terminated | truncated).nonzero()[0]:
-            if not terminated[i]:
-                final_obs[i] = self.obs_stats.normalize(self.obs[i])
+            final_obs[i] = self.obs_stats.normalize(self.obs[i])
             episode = (self.episode_return[i].item(), self.episode_length[i].item())
             self.recent_episodes.append(episode)
             self.episode_return[i] = 0
@@ -449,24 +442,19 @@ def gradient_and_metrics(agent, args, obs, action, old_log_prob, advantage, retu
         "entropy": entropy.detach(),
         "grad_norm": grad_norm,  # before clipping
         "clipped_gradients": (grad_norm > args.max_grad_norm).float(),
-        "advantage_sign_flips": ((normalized > 0) != (advantage > 0)).float().mean(),
+        "norm_sign_changes": ((normalized > 0) != (advantage > 0)).float().mean(),
         "approx_kl": (log_ratio.exp() - 1 - log_ratio).mean(),  # joschu.net/blog/kl-approx.html
         "clipfrac": ((log_ratio.exp() - 1).abs() > args.clip_coef).float().mean(),
     }
     return scale * gradient, metrics
 
 
-def train(args: Args):
-    with closing(NormalizedEnvs(args)) as envs:  # after errors and Ctrl-C, too
-        train_in(envs, args)
-
-
-def train_in(envs, args):
+def train(envs, args):
     torch.set_num_threads(1)  # the networks are too small to gain from more
-    generator = torch.manual_seed(args.seed)  # initial weights, actions, minibatches, adv_flip
+    torch.manual_seed(args.seed)  # initial weights
     rng = np.random.default_rng([args.seed, 1])  # reward noise
-    env = envs.envs[0]  # tells the spaces
-    agent = Agent(env, args).to(args.device)
+    agent = Agent(envs.envs[0], args).to(args.device)
+    generator = torch.default_generator.clone_state()  # actions, minibatches, adv_flip
     # An optimizer updates a single tensor faster than many: all that is trained becomes views of
     # one vector, and its gradients views of the vector's
     trained = [p for p in agent.parameters() if p.requires_grad]
@@ -506,11 +494,11 @@ def train_in(envs, args):
     writer.add_text("hyperparameters", f"```\n{json.dumps(vars(args), indent=2)}\n```")
 
     T, N = args.num_steps, args.num_envs
-    obs = np.zeros((T + 1, N, *env.observation_space.shape), np.float32)
+    obs = np.zeros((T + 1, N, *envs.envs[0].observation_space.shape), np.float32)
     obs[T] = envs.reset([args.seed, global_step])
     reward = np.zeros((T, N))
     terminated, truncated = np.zeros((2, T, N), bool)
-    final_value = np.zeros((T, N))  # of truncated episodes' final observations
+    final_obs = np.zeros_like(obs[1:])
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps", disable=None)
     gradient_fn = compiled(agent, args, obs) if args.compile else gradient_and_metrics
 
@@ -524,25 +512,21 @@ def train_in(envs, args):
         for t in range(T):
             actions.append(act(obs[t], exploration[t]))
             transition = envs.step(agent.to_env(actions[t]))
-            obs[t + 1], reward[t], terminated[t], truncated[t], final_obs = transition
-            for i, one_obs in final_obs.items():
-                with torch.no_grad():
-                    one_value = agent.value(torch.from_numpy(one_obs[None]).to(args.device))
-                final_value[t, i] = one_value.item()
+            obs[t + 1], reward[t], terminated[t], truncated[t], final_obs[t] = transition
         finite = np.isfinite(obs[1:]).all((1, 2)) & np.isfinite(reward).all(1)
         if not finite.all():
             sys.exit(f"error: step {global_step + N * finite.argmin()}: obs or reward not finite")
         global_step += T * N
         bar.update(T * N)
 
-        # Advantages. The agent has not changed since the rollout: one pass gives all values. `b_`
-        # names are of the whole batch (T * N, ...)
-        all_obs = torch.from_numpy(obs).to(args.device).flatten(0, 1)
-        b_obs = all_obs[: T * N]  # without obs[T], from whose value the last steps bootstrap
+        # Advantages, from one pass for all values. `b_` names are of the whole batch (T * N, ...)
+        all_obs = torch.from_numpy(np.concatenate([obs, final_obs])).to(args.device).flatten(0, 1)
+        b_obs = all_obs[: T * N]  # without those after the last step of a rollout or an episode
         b_action = torch.from_numpy(np.concatenate(actions)).to(args.device)
         with torch.no_grad():
-            value = agent.value(all_obs).view(T + 1, N).cpu().numpy()
+            values = agent.value(all_obs).view(2 * T + 1, N).cpu().numpy()
             b_log_prob = agent.policy(b_obs).log_prob(b_action).flatten()
+        value, final_value = np.split(values, [T + 1])
         noisy_reward = perturb_reward(reward, args.noise, args.noise_level, rng)
         advantage, returns = compute_gae(
             noisy_reward, value, final_value, terminated, truncated, args.gamma, args.gae_lambda
@@ -589,10 +573,8 @@ def train_in(envs, args):
         # Evaluation and checkpoint
         finished = global_step >= args.total_timesteps
         if finished or global_step % args.eval_freq < T * N:  # passed a multiple
-            seed = args.seed + global_step
-            with closing(make_env(args, args.run_dir)) as env:  # anew, as in training
-                env.name_prefix = f"step-{global_step}"  # of the video, if any
-                scores, lengths = evaluate(agent, env, envs.obs_stats, args.eval_episodes, seed)
+            video = args.run_dir / "video" / f"step-{global_step}"
+            scores, lengths = evaluate(agent, args, envs.obs_stats, args.seed + global_step, video)
             evaluation = {"return_mean": scores.mean(), "return_std": scores.std()}
             evaluation["length_mean"] = lengths.mean()
             evaluation |= {name: np.mean(logged) for name, logged in history.items()}
@@ -626,24 +608,28 @@ def train_in(envs, args):
 
     writer.close()
     outcome = {"sps": global_step / seconds, "finished": True}
-    # Written last, since it marks the run as finished
-    save_json(args.run_dir / "summary.json", evaluations[-1] | outcome)
+    save_json(args.run_dir / "summary.json", evaluations[-1] | outcome)  # last: it is finished
 
 
-def evaluate(agent, env, obs_stats, episodes, seed):
-    """Raw returns and lengths (episodes,) of greedy episodes in `env`."""
+def evaluate(agent, args, obs_stats, seed, video):
+    """Raw returns and lengths (eval_episodes,) of greedy episodes. `video`: path without suffix for
+    a video of the first episode, if `args.capture_video`."""
+    env = make_env(args, args.capture_video)  # anew, as in training
+    if args.capture_video:
+        env = RecordVideo(env, video.parent, lambda i: i == 0, name_prefix=video.name)
     act = agent.actor_fn()
-    returns, lengths = np.zeros((2, episodes))
-    for episode in range(episodes):
-        # With seed + episode, runs with neighbouring seeds would share most initial states
-        obs, _ = env.reset(seed=seed if episode == 0 else None)
-        ended = False
-        while not ended:
-            action = agent.to_env(act(obs_stats.normalize(np.array([obs]))))[0]
-            obs, reward, terminated, truncated, _ = env.step(action)
-            returns[episode] += reward
-            lengths[episode] += 1
-            ended = terminated or truncated or lengths[episode] == 100_000  # without a time limit
+    returns, lengths = np.zeros((2, args.eval_episodes))
+    with closing(env):
+        for episode in range(args.eval_episodes):
+            # With seed + episode, runs with neighbouring seeds would share most initial states
+            obs, _ = env.reset(seed=seed if episode == 0 else None)
+            ended = False
+            while not ended:
+                action = agent.to_env(act(obs_stats.normalize(np.array([obs]))))[0]
+                obs, reward, terminated, truncated, _ = env.step(action)
+                returns[episode] += reward
+                lengths[episode] += 1
+                ended = terminated or truncated or lengths[episode] == 100_000  # if without limit
     return returns, lengths
 
 
@@ -656,20 +642,22 @@ def evaluate_run(args: Args):
     if not (folder / "agent.safetensors").exists():
         sys.exit(f"error: --evaluate {args.evaluate!r}: not the folder of a run with an agent")
     begun = json.loads((folder / "args.json").read_text())
+    if begun["args"].keys() != vars(args).keys():
+        sys.exit(f"error: {folder} is of another script: use {folder}/{begun['script']}")
     if begun["identity"]["script_sha256"] != args.identity()["script_sha256"]:
         print(f"warning: edited; the run's copy is {folder}/{begun['script']}", file=sys.stderr)
     run = Args(**begun["args"] | chosen | {"track": False})
     tensors = safetensors.torch.load_file(folder / "agent.safetensors")
     obs_stats = RunningStats()
     obs_stats.load_state_dict({"mean": tensors.pop("obs_mean"), "std": tensors.pop("obs_std")})
-    with closing(make_env(run, folder)) as env:
-        env.name_prefix = f"evaluate-{run.seed}"  # of the video, if any
+    with closing(make_env(run)) as env:  # tells the spaces
         agent = Agent(env, run)
-        agent.load_state_dict(tensors)
-        scores, _ = evaluate(agent, env, obs_stats, run.eval_episodes, run.seed)
+    agent.load_state_dict(tensors)
+    video = folder / "video" / f"evaluate-{run.seed}"
+    scores, _ = evaluate(agent, run, obs_stats, run.seed, video)
     print(f"{folder}: return {scores.mean():.1f} (standard deviation {scores.std():.1f})")
     if run.capture_video:
-        print(f"video: {folder}/video/{env.name_prefix}-episode-0.mp4")
+        print(f"video: {video}-episode-0.mp4")
 
 
 # What follows is plumbing, not part of the algorithm.
@@ -740,9 +728,12 @@ def numpy_fn(network):
 def atomic_write(path):
     """Yields the path of a temporary file that then replaces `path`: no file is half written."""
     temporary = path.with_name(path.name + ".tmp")
-    yield temporary
-    with open(temporary, "rb+") as file:  # Windows syncs only what can be written
-        os.fsync(file.fileno())
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:  # Windows syncs only what can be written
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # a full disk; torch.save then raises the latter
+        sys.exit(f"error: cannot write {path} ({error}); the same command continues")
     os.replace(temporary, path)
 
 
@@ -807,7 +798,10 @@ def main():
     if args.evaluate is not None:
         evaluate_run(args)
         return
-    make_env(args).close()  # before a folder is made
+    with closing(make_env(args, args.capture_video)) as env:  # before a folder is made
+        if args.capture_video:
+            env.reset()
+            env.render()
     args.run_dir.mkdir(parents=True, exist_ok=True)
     try:
         lock = FileLock(args.run_dir / "lock", blocking=False).acquire()
@@ -816,11 +810,17 @@ def main():
     except OSError as error:
         sys.exit(f"error: cannot lock {args.run_dir} ({error.strerror}); use another --runs-dir")
     try:
-        with lock:
+        with lock, closing(NormalizedEnvs(args)) as envs:  # after errors and Ctrl-C, too
             if begin(args):
-                train(args)
+                train(envs, args)
     except KeyboardInterrupt:
-        sys.exit("interrupted; the same command continues from its last checkpoint, if any")
+        path = args.run_dir / "checkpoint.pt"
+        step = 0
+        if path.exists():
+            step = torch.load(path, map_location="cpu", mmap=True)["global_step"]
+        sys.exit(f"interrupted; the same command continues from step {step:,}")
+    if args.capture_video and not (args.run_dir / "video").exists():
+        print(f"no video of a finished run; for one: --evaluate {args.run_dir} --capture-video")
     summary = json.loads((args.run_dir / "summary.json").read_text())
     score = f"return {summary['return_mean']:.1f} (standard deviation {summary['return_std']:.1f})"
     print(f"{args.run_dir}: {score}, {summary['sps']:,.0f} steps/s")

@@ -2,8 +2,8 @@
 # SPDX-License-Identifier: MIT
 # /// script
 # requires-python = ">=3.10,<3.15"
-# dependencies = ["torch>=2.11", "transformers>=5.0", "datasets>=4.0", "accelerate>=1.10",
-#   "peft>=0.18", "numpy>=2.0", "tyro>=1.0", "filelock>=3.24", "tensorboard>=2.19", "tqdm>=4.66.5"]
+# dependencies = ["torch>=2.11", "transformers>=5.0", "tensorboard>=2.19", "accelerate>=1.10",
+#   "peft>=0.18", "numpy>=2.0", "tyro>=1.0.16", "filelock>=3.24", "datasets>=4.0", "tqdm>=4.66.5"]
 # [tool.uv]  # the versions of requirements.lock
 # exclude-newer = "2026-11-17T00:00:00Z"
 # constraint-dependencies = ["torch==2.13.0"]
@@ -199,11 +199,9 @@ class Args:
         processes = int(os.environ.get("WORLD_SIZE", 1))
         if self.batch_size % (self.num_minibatches * processes):
             raise ValueError("num_minibatches times processes must divide batch_size")
-        if self.eval_episodes % processes:
-            raise ValueError("the number of processes must divide eval_episodes")
+        require(self.eval_episodes % processes == 0, "processes must divide eval_episodes")
         require(not self.track or find_spec("wandb"), "track needs wandb: pip install wandb")
-        if self.device == "cuda" and not torch.cuda.is_available():
-            raise ValueError("device cuda: there is no GPU")
+        require(self.device != "cuda" or torch.cuda.is_available(), "device cuda: there is no GPU")
         if (Path(self.policy_model) / "adapter_config.json").exists():
             raise ValueError(
                 "policy_model is an adapter; merge it into its model: peft.AutoPeftModelForCausalLM"
@@ -500,7 +498,7 @@ def update(setup, args, batch, generator):
             metrics["clipped_gradients"] = metrics["grad_norm"] > args.max_grad_norm
             setup.optimizer.step()
             setup.optimizer.zero_grad()
-            metrics["advantage_sign_flips"] = masked_mean((raw > 0) != (advantage > 0), mask)
+            metrics["norm_sign_changes"] = masked_mean((raw > 0) != (advantage > 0), mask)
             history.append(metrics)
     return means(history)
 
@@ -534,14 +532,9 @@ def train(setup, args: Args):
         if args.track:
             import wandb
 
-            wandb.init(
-                project="symmetric-rl",
-                name=args.run_name,
-                dir=args.run_dir,
-                resume="auto",  # one id per `dir`, also when the run is continued
-                config=vars(args),
-                sync_tensorboard=True,
-            )
+            options = {"project": "symmetric-rl", "sync_tensorboard": True}
+            options["resume"] = "auto"  # one id per `dir`, also when the run is continued
+            wandb.init(name=args.run_name, dir=args.run_dir, config=vars(args), **options)
         # TensorBoard hides what was logged after the checkpoint; without one, everything
         purge_step = progress.global_step + 1 if progress.global_step else 0
         writer = SummaryWriter(args.run_dir, purge_step=purge_step)
@@ -1340,9 +1333,12 @@ def keep_freed_memory():
 def atomic_write(path):
     """Yields the path of a temporary file that then replaces `path`: no file is half written."""
     temporary = path.with_name(path.name + ".tmp")
-    yield temporary
-    with open(temporary, "rb+") as file:  # Windows syncs only what can be written
-        os.fsync(file.fileno())
+    try:
+        yield temporary
+        with open(temporary, "rb+") as file:  # Windows syncs only what can be written
+            os.fsync(file.fileno())
+    except (OSError, RuntimeError) as error:  # a full disk; torch.save then raises the latter
+        sys.exit(f"error: cannot write {path} ({error}); the same command continues")
     os.replace(temporary, path)
 
 
@@ -1438,7 +1434,11 @@ def main():
             if begin(args):
                 train(setup or load(args), args)
     except KeyboardInterrupt:
-        sys.exit("interrupted; the same command continues from its last checkpoint, if any")
+        path = args.run_dir / "checkpoint.pt"
+        step = 0
+        if path.exists():
+            step = torch.load(path, map_location="cpu", mmap=True)["progress"]["global_step"]
+        sys.exit(f"interrupted; the same command continues from step {step:,}")
     summary = json.loads((args.run_dir / "summary.json").read_text())
     score = f"reward {summary['return_mean']:.3f} (standard deviation {summary['return_std']:.3f})"
     print(f"{args.run_dir}: {score}, {summary['sps']:.1f} texts/s")

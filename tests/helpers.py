@@ -1,5 +1,6 @@
 """Small runs of the scripts, and what they leave."""
 
+import contextlib
 import copy
 import csv
 import json
@@ -161,9 +162,14 @@ class Signals:
 
 
 def load_and_train(script, args):
-    """Language models are loaded first."""
-    loaded = [script.load(args)] if hasattr(script, "load") else []
-    script.train(*loaded, args)
+    """Language models are loaded and environments made first."""
+    if hasattr(script, "load"):
+        script.train(script.load(args), args)
+    elif hasattr(script, "NormalizedEnvs"):
+        with contextlib.closing(script.NormalizedEnvs(args)) as envs:
+            script.train(envs, args)
+    else:
+        script.train(args)
 
 
 def record(monkeypatch, module, name):

@@ -13,13 +13,13 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import nbformat
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from helpers import SA2C_ATARI, SPPO_CONTINUOUS, record
 from nbclient import NotebookClient
 from PIL import Image
 
+import report
 import sa2c_continuous
 import sppo_continuous
 
@@ -99,9 +99,9 @@ def test_without_the_mask_clipped_samples_are_pushed_on():
 
 def test_shares_of_training_are_those_of_the_packed_runs():
     """The least and the most of all methods on all tasks with all rewards, in percent."""
-    progress = pd.read_csv(ROOT / "results/control/three-tasks-progress.csv.gz")
+    progress = report.read_csv(ROOT / "results/control/three-tasks-progress.csv.gz")
     cell = progress["run_name"].str.rpartition("__")[0]
-    names = ["losses/clipped_gradients", "losses/advantage_sign_flips"]
+    names = ["losses/clipped_gradients", "losses/norm_sign_changes"]
     shares = 100 * progress.groupby(cell)[names].mean()
     quoted = re.findall(r"(\d+) to (\d+) %", PAGE)
     assert np.array(quoted, float).T.tolist() == shares.agg(["min", "max"]).round().values.tolist()

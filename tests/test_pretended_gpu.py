@@ -87,7 +87,7 @@ MISTAKES = [
     (ATARI, "(~overridden).float().to(device)", "(~overridden).float()"),
     ([SPPO_RLHF], "torch.arange(length, device=ids.device)", "torch.arange(length)"),
     # numpy() on the GPU
-    (CONTINUOUS, "view(T + 1, N).cpu().numpy()", "view(T + 1, N).numpy()"),
+    (CONTINUOUS, "view(2 * T + 1, N).cpu().numpy()", "view(2 * T + 1, N).numpy()"),
     (ATARI, "action[t].cpu().numpy()", "action[t].numpy()"),
     ([SPPO_RLHF], '(rollout, "cpu")', '(rollout, "cpu")._replace(scores=rollout.scores)'),
 ]

@@ -117,7 +117,7 @@ def definitions(script):
 
 # Each script has its own
 OWN = {"Args", "Args.__post_init__", "Args.check", "gradient_and_metrics", "compiled"}
-OWN |= {"train", "train_in"}
+OWN |= {"train"}
 SAME = [
     (SCRIPTS, "Args.run_dir perturb_advantage atomic_write save_csv save_json begin"),
     (CONTROL, "compute_gae check_copy"),
@@ -152,8 +152,7 @@ def test_language_models_differ_in_what_they_record_and_print_only():
     def common(script):
         parts = definitions(script)
         provenance = re.sub(r"(?m)^    packages = .*$", "", parts["provenance"])
-        lock = parts["main"].partition("    args.run_dir.mkdir")[2].partition("    summary =")[0]
-        lock = lock.replace("train(setup or load(args), args)", "train(args)")
+        lock = parts["main"].partition("    args.run_dir.mkdir")[2].partition("        with")[0]
         assert "FileLock" in lock
         return provenance.split(), lock
 

@@ -29,6 +29,7 @@ import transformers
 from accelerate import Accelerator
 from filelock import FileLock
 from helpers import checkpoint, progress, record, weights
+from helpers import words as typed
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tokenizers.processors import TemplateProcessing
 from torch import nn
@@ -1241,19 +1242,17 @@ def test_a_gradient_or_weights_that_are_not_finite_end_the_run(run, tmp_path, mi
 
 def test_a_command_finds_its_run_again(run, tmp_path, monkeypatch, capsys):
     """`run` has changed to a folder with the toy."""
-    words = ["--runs-dir", tmp_path]
-    for name, value in SMALL.items():
-        words += [f"--{name.replace('_', '-')}", value]
-    call_main(monkeypatch, *words)
+    command = typed(SMALL | {"runs_dir": tmp_path})
+    call_main(monkeypatch, *command)
     outcome = capsys.readouterr().out.splitlines()[-1]
     (folder,) = tmp_path.iterdir()
     assert outcome.startswith(f"{folder}: reward {progress(folder)[-1]['return_mean']:.3f}")
     summary = (folder / "summary.json").read_text()
-    call_main(monkeypatch, *words)
+    call_main(monkeypatch, *command)
     assert capsys.readouterr().out == outcome + "\n"
     assert (folder / "summary.json").read_text() == summary
     with pytest.raises(SystemExit, match="was begun with learning_rate 0.0005, not 0.1"):
-        call_main(monkeypatch, *words, "--run-name", folder.name, "--learning-rate", "0.1")
+        call_main(monkeypatch, *command, "--run-name", folder.name, "--learning-rate", "0.1")
 
 
 def test_a_run_at_work_is_refused_before_its_models_are_loaded_again(run, tmp_path, monkeypatch):
@@ -1261,6 +1260,21 @@ def test_a_run_at_work_is_refused_before_its_models_are_loaded_again(run, tmp_pa
     monkeypatch.setattr(rlhf, "load", lambda args: pytest.fail("loaded"))
     with FileLock(tmp_path / "run" / "lock"), pytest.raises(SystemExit, match="is at work on this"):
         call_main(monkeypatch, "--runs-dir", tmp_path, "--run-name", "run")
+
+
+def test_a_keyboard_interrupt_says_where_the_same_command_continues(run, tmp_path, monkeypatch):
+    """At the last checkpoint, that of the last evaluation."""
+    interrupt(run, 3)
+
+    def update(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(rlhf, "update", update)
+    command = typed(SMALL | {"runs_dir": tmp_path, "run_name": "run"})
+    with pytest.raises(SystemExit, match="^interrupted; .* continues from step 16$"):
+        call_main(monkeypatch, *command)
+    with pytest.raises(SystemExit, match="^interrupted; .* continues from step 0$"):
+        call_main(monkeypatch, *command, "--run-name", "new")
 
 
 def test_the_file_of_a_reward_function_is_part_of_the_run(run, tmp_path):
@@ -1635,7 +1649,7 @@ def test_help_shows_the_defaults_of_the_task(capsys):
 
 @pytest.mark.parametrize(("flags", "message"), {
     "--num-minibatches 16": "num_minibatches times processes must divide batch_size",
-    "--eval-episodes 7": "the number of processes must divide eval_episodes",
+    "--eval-episodes 7": "processes must divide eval_episodes",
     "--z 1": "z stands for log 0",
     "--prompt-length 0": "prompt_length must be at least 1",
     "--micro-batch-size 0": "micro_batch_size must be at least 1",

@@ -421,17 +421,20 @@ def test_a_continued_run_equals_an_uninterrupted_one(setting, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("setting", [SA2C_CONTINUOUS, SPPO_ATARI], ids=str, indirect=True)
-def test_a_full_disk_leaves_the_checkpoint_before(setting, launch, tmp_path, monkeypatch):
+@pytest.mark.parametrize("kind", [OSError, RuntimeError])
+def test_a_full_disk_leaves_the_checkpoint_before(setting, kind, launch, tmp_path, monkeypatch):
     """The same command continues from there; what was written after it does not come twice."""
     folder = setting.interrupt(tmp_path, 1, **EACH)
+    path = folder / "checkpoint.pt"
 
     def failing_save(content, path):
         Path(path).write_bytes(b"half")
-        raise OSError("disk full")
+        raise kind("unexpected pos 64 vs 0")
 
-    with monkeypatch.context() as patch, pytest.raises(OSError, match="disk full"):
+    with monkeypatch.context() as patch:
         patch.setattr(torch, "save", failing_save)
-        launch(**EACH)
+        end, _, _ = launch(**EACH)
+    assert end == f"error: cannot write {path} (unexpected pos 64 vs 0); the same command continues"
     assert checkpoint(folder)["global_step"] == 64
     assert [row["step"] for row in progress(folder)] == [64, 128]
     assert launch(**EACH)[0] == 0
@@ -481,6 +484,7 @@ def test_a_folder_that_has_no_locks(setting, kind, launch, tmp_path, monkeypatch
 
 BAD = [
     (SETTINGS, {"z": 0.0}, "z stands for log 0"),
+    (SETTINGS, {"z": -np.inf}, "z stands for log 0"),
     (SETTINGS, {"alpha": -1.0}, "alpha must be finite and not negative"),
     (SETTINGS, {"seed": -1}, "seed must be finite and not negative"),
     (SETTINGS, {"noise": "normal", "noise_level": -1.0}, "noise_level must be finite and not"),
@@ -489,6 +493,7 @@ BAD = [
     (PPO, {"clip_coef": -0.1}, "clip_coef must be finite and not negative"),
     (SETTINGS, {"vf_coef": np.nan}, "vf_coef must be finite and not negative"),
     (SETTINGS, {"ent_coef": -0.01}, "ent_coef must be finite and not negative"),
+    ([SA2C_ATARI], {"rmsprop_eps": -1e-5}, "rmsprop_eps must be finite and not negative"),
     (CONTINUOUS, {"hidden_sizes": 0}, "hidden_sizes must be at least 1"),
     (SETTINGS, {"gamma": 1.01}, "gamma must be between 0 and 1"),
     (SETTINGS, {"gae_lambda": 95.0}, "gae_lambda must be between 0 and 1"),
@@ -505,13 +510,12 @@ BAD = [
     ),
     (SETTINGS, {"evaluate": "x", "gamma": 0.9}, "--evaluate takes only --seed"),
     (SETTINGS, {"evaluate": ""}, "--evaluate '': not the folder of a run with an agent"),
-    (SETTINGS, {"capture_video": True}, "capture_video needs moviepy: pip install moviepy"),
+    (SETTINGS, {"capture_video": True}, "videos need: pip install moviepy"),
     (SETTINGS, {"track": True}, "track needs wandb: pip install wandb"),
     (PPO, {"num_minibatches": 5}, "must divide 64 steps"),
     (CONTINUOUS, {"policy": "gaussian", "beta": 1.0}, "beta needs probabilities"),
     (CONTINUOUS, {"noise": "flip"}, "invalid choice 'flip'"),
     (CONTINUOUS, {"env_id": "CartPole-v1"}, "Discrete(2) is no vector; see docs/copy-and"),
-    (CONTINUOUS, {"env_id": "Hoper-v4"}, "Did you mean: `Hopper`?"),
     (CONTINUOUS, {"env_id": "Unbounded-v0"}, "needs actions of floats, bounded unless --policy g"),
     (
         CONTINUOUS,
@@ -544,13 +548,19 @@ def test_bad_input_is_named_and_begins_nothing(
     assert list(tmp_path.iterdir()) == []
 
 
-@of_each
-def test_a_keyboard_interrupt_says_how_to_continue(setting, launch, monkeypatch):
-    def interrupt(*args):
+@pytest.mark.parametrize(("rollouts", "step"), [(0, 0), (3, 128)])
+def test_a_keyboard_interrupt_says_where_the_same_command_continues(
+    setting, rollouts, step, launch, tmp_path, monkeypatch
+):
+    """At its last checkpoint, not its last evaluation."""
+    flags = {"eval_freq": 64, "checkpoint_freq": 128 // setting.small["num_envs"]}
+    setting.interrupt(tmp_path, rollouts, **flags)
+
+    def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(setting.script, "train", interrupt)
-    assert launch()[0] == "interrupted; the same command continues from its last checkpoint, if any"
+    monkeypatch.setattr(setting.script, setting.advantages, interrupt)
+    assert launch(**flags)[0] == f"interrupted; the same command continues from step {step}"
 
 
 def test_weights_that_are_not_finite_spare_the_files(setting, launch, tmp_path, monkeypatch):
@@ -626,6 +636,25 @@ def test_evaluate_plays_the_latest_agent_of_a_run(setting, launch, tmp_path):
         assert files(folder) == before
 
 
+@pytest.mark.parametrize("setting", ATARI, ids=str, indirect=True)
+def test_evaluate_computes_as_training_did(setting, tmp_path, monkeypatch):
+    """In bfloat16 where the hardware has it, and unless `--amp off`."""
+    monkeypatch.setattr(setting.script, "has_bfloat16", lambda device: True)
+    dtypes = []
+    forward = setting.script.Agent.forward
+
+    def recording_forward(agent, images):
+        dtypes.append(agent.dtype)
+        return forward(agent, images)
+
+    monkeypatch.setattr(setting.script.Agent, "forward", recording_forward)
+    for amp, dtype in (("auto", torch.bfloat16), ("off", torch.float32)):
+        _, folder = setting.run(tmp_path / amp, total_timesteps=64, amp=amp)
+        setting.script.evaluate_run(setting.script.Args(evaluate=str(folder), eval_episodes=1))
+        assert set(dtypes) == {dtype}
+        dtypes.clear()
+
+
 @of_each
 def test_evaluate_warns_of_an_edited_script(setting, launch, tmp_path, monkeypatch):
     launch()
@@ -636,6 +665,46 @@ def test_evaluate_warns_of_an_edited_script(setting, launch, tmp_path, monkeypat
     end, _, err = launch(evaluate=tmp_path / "run")
     copy = tmp_path / "run" / f"{setting}.py"
     assert (end, err) == (0, f"warning: edited; the run's copy is {copy}\n")
+
+
+@of_each
+def test_evaluate_names_the_script_of_another_run(setting, launch, tmp_path):
+    launch()
+    args_json = tmp_path / "run" / "args.json"
+    begun = json.loads(args_json.read_text())
+    del begun["args"]["norm_adv"]
+    args_json.write_text(json.dumps(begun | {"script": "other.py"}))
+    end, _, _ = launch(evaluate=tmp_path / "run")
+    folder = tmp_path / "run"
+    assert end == f"error: {folder} is of another script: use {folder / 'other.py'}"
+
+
+@of_each
+def test_a_finished_run_gets_its_video_by_evaluation(setting, launch, tmp_path, monkeypatch):
+    monkeypatch.setattr(setting.script, "find_spec", lambda name: True)
+    launch(env_id=setting.video_env)
+    said = f"for one: --evaluate {tmp_path / 'run'} --capture-video\n"
+    assert said in launch(env_id=setting.video_env, capture_video=True)[1]
+    assert said not in launch(env_id=setting.video_env)[1]
+
+
+class BlindEnv(AgeingEnv):
+    def render(self):
+        raise RuntimeError("no display")
+
+
+gym.register("Blind-v0", lambda **_: BlindEnv())
+
+
+@pytest.mark.parametrize("setting", CONTINUOUS, ids=str, indirect=True)
+def test_an_environment_that_cannot_be_rendered_begins_nothing(
+    setting, launch, tmp_path, monkeypatch
+):
+    monkeypatch.setattr(setting.script, "find_spec", lambda name: True)
+    with pytest.raises(RuntimeError, match="no display"):
+        launch(env_id="Blind-v0", capture_video=True)
+    assert list(tmp_path.iterdir()) == []
+    assert launch(env_id="Blind-v0")[0] == 0
 
 
 def test_noise_is_a_scale_but_for_flips(setting):
