@@ -143,7 +143,7 @@ class Args:
         for name in "gamma gae_lambda repeat_action_probability".split():
             require(0 <= getattr(self, name) <= 1, f"{name} must be between 0 and 1")
         require(self.max_grad_norm > 0, "max_grad_norm must be positive; 1e9 turns clipping off")
-        require(-math.inf < self.z < 0, "z stands for log 0, so it must be negative")
+        require(-math.inf < self.z < 0, "z stands for log 0: negative and finite")
         require(self.alpha + self.beta > 0, "with alpha and beta 0 nothing trains the policy")
         if self.noise.endswith("flip"):
             require(self.noise_level <= 1, "noise_level is the probability of a flip, so at most 1")
@@ -160,7 +160,7 @@ class Args:
             sticky = "For sticky actions, as in v5, add --repeat-action-probability 0.25"
             raise ValueError(f"no game {self.env_id!r}; did you mean {closest}? {sticky}")
         require(not self.track or find_spec("wandb"), "track needs wandb: pip install wandb")
-        require(not self.capture_video or find_spec("moviepy"), "videos need: pip install moviepy")
+        require(not self.capture_video or find_spec("moviepy"), "for videos: pip install moviepy")
 
     def identity(self) -> dict:
         """What makes two runs the same: the script, and the arguments that may change results."""
@@ -424,7 +424,7 @@ def gradient_and_metrics(agent, args, obs, action, advantage, returns, mask):
 
 def train(args: Args):
     keep_freed_memory()
-    torch.manual_seed(args.seed)  # initial weights
+    generator = torch.manual_seed(args.seed)  # initial weights, actions, adv_flip
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.device != "auto":
         device = torch.device(args.device)
@@ -433,7 +433,6 @@ def train(args: Args):
     envs = AtariGames(args, args.num_envs)
     bfloat16 = args.amp == "auto" and has_bfloat16(device)
     agent = Agent(envs.num_actions, args.layer_norm, bfloat16).to(device)
-    generator = torch.default_generator.clone_state()  # actions, adv_flip
     # An optimizer updates a single tensor faster than many: all that is trained becomes views of
     # one vector, and its gradients views of the vector's
     trained = [p for p in agent.parameters() if p.requires_grad]
@@ -578,7 +577,8 @@ def train(args: Args):
             writer.add_scalar("eval/return_mean", evaluation["return_mean"], global_step)
             tqdm.write(f"step {global_step:,}: return {scores.mean():.1f}")
             with atomic_write(args.run_dir / "agent.safetensors") as path:
-                path.write_bytes(safetensors.torch.save(agent.state_dict()))
+                tensors = {name: tensor.clone() for name, tensor in agent.state_dict().items()}
+                path.write_bytes(safetensors.torch.save(tensors))
         if checkpoint_due:
             checkpoint = {
                 "agent": agent.state_dict(),
@@ -597,7 +597,7 @@ def train(args: Args):
 
     writer.close()
     outcome = {"sps": global_step / seconds, "finished": True}
-    save_json(args.run_dir / "summary.json", evaluations[-1] | outcome)  # last: it is finished
+    save_json(args.run_dir / "summary.json", evaluations[-1] | outcome)  # last: marks the end
 
 
 @torch.no_grad()
@@ -640,7 +640,7 @@ def evaluate_run(args: Args):
         sys.exit(f"error: --evaluate {args.evaluate!r}: not the folder of a run with an agent")
     begun = json.loads((folder / "args.json").read_text())
     if begun["args"].keys() != vars(args).keys():
-        sys.exit(f"error: {folder} is of another script: use {folder}/{begun['script']}")
+        sys.exit(f"error: {folder} was made by another script: use {folder}/{begun['script']}")
     if begun["identity"]["script_sha256"] != args.identity()["script_sha256"]:
         print(f"warning: edited; the run's copy is {folder}/{begun['script']}", file=sys.stderr)
     run = Args(**begun["args"] | chosen | {"track": False})
@@ -719,7 +719,7 @@ def atomic_write(path):
         with open(temporary, "rb+") as file:  # Windows syncs only what can be written
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:  # a full disk; torch.save then raises the latter
-        sys.exit(f"error: cannot write {path} ({error}); the same command continues")
+        sys.exit(f"error: cannot write {path} ({error}): disk full? The same command continues")
     os.replace(temporary, path)
 
 
@@ -801,7 +801,7 @@ def main():
             step = torch.load(path, map_location="cpu", mmap=True)["global_step"]
         sys.exit(f"interrupted; the same command continues from step {step:,}")
     if args.capture_video and not (args.run_dir / "video").exists():
-        print(f"no video of a finished run; for one: --evaluate {args.run_dir} --capture-video")
+        print(f"already finished; for a video: --evaluate {args.run_dir} --capture-video")
     summary = json.loads((args.run_dir / "summary.json").read_text())
     score = f"return {summary['return_mean']:.1f} (standard deviation {summary['return_std']:.1f})"
     print(f"{args.run_dir}: {score}, {summary['sps']:,.0f} steps/s")

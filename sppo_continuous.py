@@ -57,7 +57,7 @@ import safetensors.torch
 import torch
 import tyro
 from filelock import FileLock, Timeout
-from gymnasium.wrappers import RecordVideo
+from gymnasium.wrappers import AddRenderObservation, RecordVideo
 from torch import nn
 from torch.distributions import Categorical, Independent, Normal
 from torch.utils.tensorboard import SummaryWriter
@@ -143,7 +143,7 @@ class Args:
         for name in "gamma gae_lambda".split():
             require(0 <= getattr(self, name) <= 1, f"{name} must be between 0 and 1")
         require(self.max_grad_norm > 0, "max_grad_norm must be positive; 1e9 turns clipping off")
-        require(-math.inf < self.z < 0, "z stands for log 0, so it must be negative")
+        require(-math.inf < self.z < 0, "z stands for log 0: negative and finite")
         require(self.alpha + self.beta > 0, "with alpha and beta 0 nothing trains the policy")
         if self.noise.endswith("flip"):
             require(self.noise_level <= 1, "noise_level is the probability of a flip, so at most 1")
@@ -155,7 +155,7 @@ class Args:
         require(self.bins >= 2, "bins must be at least 2")
         require(not self.beta or self.policy != "gaussian", "beta needs probabilities: use bins")
         require(not self.track or find_spec("wandb"), "track needs wandb: pip install wandb")
-        require(not self.capture_video or find_spec("moviepy"), "videos need: pip install moviepy")
+        require(not self.capture_video or find_spec("moviepy"), "for videos: pip install moviepy")
 
     def identity(self) -> dict:
         """What makes two runs the same: the script, the file of an environment MODULE:ID, and the
@@ -179,12 +179,6 @@ def make_env(args, render=False):
         os.environ.setdefault("MUJOCO_GL", "egl")  # before MuJoCo is imported; needs no display
     options = {"render_mode": "rgb_array"} if render else {}  # some environments do not accept it
     env = gym.make(args.env_id, **options)
-    for space in (env.observation_space, env.action_space):
-        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
-            sys.exit(f"error: {args.env_id}: {space} is no vector; see docs/copy-and-modify.md")
-    bound = np.abs([space.low, space.high]).max()  # of actions; float's maximum stands for none
-    if space.dtype.kind != "f" or (args.policy == "categorical" and bound > 1e30):
-        sys.exit(f"error: {args.env_id}: needs actions of floats, bounded unless --policy gaussian")
     if render:
         renderer = getattr(env.unwrapped, "mujoco_renderer", None)
         if renderer and renderer.camera_id == -1 and renderer.model.ncam:
@@ -251,7 +245,7 @@ class NormalizedEnvs:
         """Steps all environments by `action` (num_envs, action_dim).
 
         Returns normalised observations (num_envs, obs_dim) and rewards (num_envs,), terminated,
-        truncated, and normalised final observations (num_envs, obs_dim) of episodes that ended.
+        truncated, and normalised final observations of truncated episodes, elsewhere 0.
         """
         reward = np.zeros(len(self.envs))
         terminated, truncated = np.zeros((2, len(self.envs)), bool)
@@ -264,7 +258,8 @@ class NormalizedEnvs:
 
         final_obs = np.zeros_like(self.obs)
         for i in (terminated | truncated).nonzero()[0]:
-            final_obs[i] = self.obs_stats.normalize(self.obs[i])
+            if not terminated[i]:
+                final_obs[i] = self.obs_stats.normalize(self.obs[i])
             episode = (self.episode_return[i].item(), self.episode_length[i].item())
             self.recent_episodes.append(episode)
             self.episode_return[i] = 0
@@ -451,10 +446,9 @@ def gradient_and_metrics(agent, args, obs, action, old_log_prob, advantage, retu
 
 def train(envs, args):
     torch.set_num_threads(1)  # the networks are too small to gain from more
-    torch.manual_seed(args.seed)  # initial weights
+    generator = torch.manual_seed(args.seed)  # initial weights, actions, minibatches, adv_flip
     rng = np.random.default_rng([args.seed, 1])  # reward noise
     agent = Agent(envs.envs[0], args).to(args.device)
-    generator = torch.default_generator.clone_state()  # actions, minibatches, adv_flip
     # An optimizer updates a single tensor faster than many: all that is trained becomes views of
     # one vector, and its gradients views of the vector's
     trained = [p for p in agent.parameters() if p.requires_grad]
@@ -513,7 +507,7 @@ def train(envs, args):
             actions.append(act(obs[t], exploration[t]))
             transition = envs.step(agent.to_env(actions[t]))
             obs[t + 1], reward[t], terminated[t], truncated[t], final_obs[t] = transition
-        finite = np.isfinite(obs[1:]).all((1, 2)) & np.isfinite(reward).all(1)
+        finite = np.isfinite(obs[1:] + final_obs).all((1, 2)) & np.isfinite(reward).all(1)
         if not finite.all():
             sys.exit(f"error: step {global_step + N * finite.argmin()}: obs or reward not finite")
         global_step += T * N
@@ -521,7 +515,7 @@ def train(envs, args):
 
         # Advantages, from one pass for all values. `b_` names are of the whole batch (T * N, ...)
         all_obs = torch.from_numpy(np.concatenate([obs, final_obs])).to(args.device).flatten(0, 1)
-        b_obs = all_obs[: T * N]  # without those after the last step of a rollout or an episode
+        b_obs = all_obs[: T * N]  # without each rollout's last and the final observations
         b_action = torch.from_numpy(np.concatenate(actions)).to(args.device)
         with torch.no_grad():
             values = agent.value(all_obs).view(2 * T + 1, N).cpu().numpy()
@@ -583,7 +577,7 @@ def train(envs, args):
             save_csv(args.run_dir / "progress.csv", evaluations)
             writer.add_scalar("eval/return_mean", evaluation["return_mean"], global_step)
             tqdm.write(f"step {global_step:,}: return {scores.mean():.1f}")
-            tensors = agent.state_dict()
+            tensors = {name: tensor.clone() for name, tensor in agent.state_dict().items()}
             tensors["obs_mean"] = torch.from_numpy(envs.obs_stats.mean)
             tensors["obs_std"] = torch.from_numpy(envs.obs_stats.std)
             with atomic_write(args.run_dir / "agent.safetensors") as path:
@@ -608,7 +602,7 @@ def train(envs, args):
 
     writer.close()
     outcome = {"sps": global_step / seconds, "finished": True}
-    save_json(args.run_dir / "summary.json", evaluations[-1] | outcome)  # last: it is finished
+    save_json(args.run_dir / "summary.json", evaluations[-1] | outcome)  # last: marks the end
 
 
 def evaluate(agent, args, obs_stats, seed, video):
@@ -629,7 +623,7 @@ def evaluate(agent, args, obs_stats, seed, video):
                 obs, reward, terminated, truncated, _ = env.step(action)
                 returns[episode] += reward
                 lengths[episode] += 1
-                ended = terminated or truncated or lengths[episode] == 100_000  # if without limit
+                ended = terminated or truncated or lengths[episode] == 100_000  # if no time limit
     return returns, lengths
 
 
@@ -643,14 +637,14 @@ def evaluate_run(args: Args):
         sys.exit(f"error: --evaluate {args.evaluate!r}: not the folder of a run with an agent")
     begun = json.loads((folder / "args.json").read_text())
     if begun["args"].keys() != vars(args).keys():
-        sys.exit(f"error: {folder} is of another script: use {folder}/{begun['script']}")
+        sys.exit(f"error: {folder} was made by another script: use {folder}/{begun['script']}")
     if begun["identity"]["script_sha256"] != args.identity()["script_sha256"]:
         print(f"warning: edited; the run's copy is {folder}/{begun['script']}", file=sys.stderr)
     run = Args(**begun["args"] | chosen | {"track": False})
     tensors = safetensors.torch.load_file(folder / "agent.safetensors")
     obs_stats = RunningStats()
     obs_stats.load_state_dict({"mean": tensors.pop("obs_mean"), "std": tensors.pop("obs_std")})
-    with closing(make_env(run)) as env:  # tells the spaces
+    with closing(make_env(run, run.capture_video)) as env:  # tells the spaces
         agent = Agent(env, run)
     agent.load_state_dict(tensors)
     video = folder / "video" / f"evaluate-{run.seed}"
@@ -733,7 +727,7 @@ def atomic_write(path):
         with open(temporary, "rb+") as file:  # Windows syncs only what can be written
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:  # a full disk; torch.save then raises the latter
-        sys.exit(f"error: cannot write {path} ({error}); the same command continues")
+        sys.exit(f"error: cannot write {path} ({error}): disk full? The same command continues")
     os.replace(temporary, path)
 
 
@@ -799,9 +793,14 @@ def main():
         evaluate_run(args)
         return
     with closing(make_env(args, args.capture_video)) as env:  # before a folder is made
+        for space in (env.observation_space, env.action_space):
+            if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+                sys.exit(f"error: {args.env_id}: {space} is no vector; see docs/copy-and-modify.md")
+        bound = np.abs([space.low, space.high]).max()  # of actions; float's maximum stands for none
+        if space.dtype.kind != "f" or (args.policy == "categorical" and bound > 1e30):
+            sys.exit(f"error: {args.env_id}: needs float actions, bounded unless --policy gaussian")
         if args.capture_video:
-            env.reset()
-            env.render()
+            AddRenderObservation(env)  # raises unless it renders pictures
     args.run_dir.mkdir(parents=True, exist_ok=True)
     try:
         lock = FileLock(args.run_dir / "lock", blocking=False).acquire()
@@ -820,7 +819,7 @@ def main():
             step = torch.load(path, map_location="cpu", mmap=True)["global_step"]
         sys.exit(f"interrupted; the same command continues from step {step:,}")
     if args.capture_video and not (args.run_dir / "video").exists():
-        print(f"no video of a finished run; for one: --evaluate {args.run_dir} --capture-video")
+        print(f"already finished; for a video: --evaluate {args.run_dir} --capture-video")
     summary = json.loads((args.run_dir / "summary.json").read_text())
     score = f"return {summary['return_mean']:.1f} (standard deviation {summary['return_std']:.1f})"
     print(f"{args.run_dir}: {score}, {summary['sps']:,.0f} steps/s")

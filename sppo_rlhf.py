@@ -190,7 +190,7 @@ class Args:
         for name in "gamma gae_lambda".split():
             require(0 <= getattr(self, name) <= 1, f"{name} must be between 0 and 1")
         require(self.max_grad_norm > 0, "max_grad_norm must be positive; 1e9 turns clipping off")
-        require(-math.inf < self.z < 0, "z stands for log 0, so it must be negative")
+        require(-math.inf < self.z < 0, "z stands for log 0: negative and finite")
         require(self.alpha + self.beta > 0, "with alpha and beta 0 nothing trains the policy")
         if self.noise.endswith("flip"):
             require(self.noise_level <= 1, "noise_level is the probability of a flip, so at most 1")
@@ -1338,7 +1338,7 @@ def atomic_write(path):
         with open(temporary, "rb+") as file:  # Windows syncs only what can be written
             os.fsync(file.fileno())
     except (OSError, RuntimeError) as error:  # a full disk; torch.save then raises the latter
-        sys.exit(f"error: cannot write {path} ({error}); the same command continues")
+        sys.exit(f"error: cannot write {path} ({error}): disk full? The same command continues")
     os.replace(temporary, path)
 
 

@@ -248,8 +248,9 @@ def test_steps_are_normalised_by_all_that_was_seen_before(setting, monkeypatch):
         for i, (one_obs, one_reward, ends, cut, _) in enumerate(steps):
             assert (terminated[i], truncated[i]) == (ends, cut)
             running[i].append(one_reward)
-            if cut or ends:
+            if cut and not ends:
                 expected_final_obs[i] = normalized(one_obs)
+            if cut or ends:
                 one_obs, _ = first_of_next.pop(0)
                 discounted[i] = 0
                 episodes.append((sum(running[i]), len(running[i])))

@@ -336,20 +336,18 @@ def test_actions_and_weights_have_different_random_numbers(setting, tmp_path, mo
     assert not torch.equal(states[0], states[1])
 
 
-def test_what_others_draw_from_torchs_random_numbers_changes_nothing(
-    setting, tmp_path, monkeypatch
-):
-    """An environment, for example."""
-    _, undisturbed = setting.run(tmp_path / "undisturbed")
-    original = setting.script.compute_gae
+def test_what_a_copy_draws_from_torchs_random_numbers_is_continued(setting, tmp_path, monkeypatch):
+    original = setting.script.gradient_and_metrics
 
-    def drawing_gae(*arguments):
-        torch.rand(1)
-        return original(*arguments)
+    def with_noise(agent, *arguments):
+        gradient, metrics = original(agent, *arguments)
+        return gradient + 0.1 * torch.randn_like(gradient), metrics
 
-    monkeypatch.setattr(setting.script, "compute_gae", drawing_gae)
-    _, folder = setting.run(tmp_path / "disturbed")
-    assert torch.equal(weights(folder), weights(undisturbed))
+    monkeypatch.setattr(setting.script, "gradient_and_metrics", with_noise)
+    _, whole = setting.run(tmp_path / "whole", **EACH)
+    folder = setting.interrupt(tmp_path / "continued", 2, **EACH)
+    setting.run(tmp_path / "continued", **EACH)
+    assert torch.equal(weights(folder), weights(whole))
 
 
 @pytest.fixture(scope="module")

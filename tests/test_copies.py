@@ -144,8 +144,15 @@ def state_dependent_deviation(agent):
     agent.policy, agent.actor_fn = policy, lambda: act
 
 
+def shared_layer(agent):
+    agent.critic[0] = agent.actor[0]
+
+
+NETWORKS = [flatten, convolution, twin_critic, state_dependent_deviation, shared_layer]
+
+
 @pytest.mark.parametrize("setting", CONTINUOUS, ids=str)
-@pytest.mark.parametrize("change", [flatten, convolution, twin_critic, state_dependent_deviation])
+@pytest.mark.parametrize("change", NETWORKS)
 def test_a_network_gets_flat_batches(setting, tmp_path, change):
     """The pendulum's observations have eleven dimensions."""
 
