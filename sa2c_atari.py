@@ -795,10 +795,9 @@ def main():
             if begin(args):
                 train(args)
     except KeyboardInterrupt:
-        path = args.run_dir / "checkpoint.pt"
         step = 0
-        if path.exists():
-            step = torch.load(path, map_location="cpu", mmap=True)["global_step"]
+        if (args.run_dir / "checkpoint.pt").exists():
+            step = torch.load(args.run_dir / "checkpoint.pt", "cpu", mmap=True)["global_step"]
         sys.exit(f"interrupted; the same command continues from step {step:,}")
     if args.capture_video and not (args.run_dir / "video").exists():
         print(f"already finished; for a video: --evaluate {args.run_dir} --capture-video")

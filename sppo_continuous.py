@@ -245,7 +245,7 @@ class NormalizedEnvs:
         """Steps all environments by `action` (num_envs, action_dim).
 
         Returns normalised observations (num_envs, obs_dim) and rewards (num_envs,), terminated,
-        truncated, and normalised final observations of truncated episodes, elsewhere 0.
+        truncated, and {index: normalised final observation} of truncated episodes.
         """
         reward = np.zeros(len(self.envs))
         terminated, truncated = np.zeros((2, len(self.envs)), bool)
@@ -256,7 +256,7 @@ class NormalizedEnvs:
         self.discounted_return = self.args.gamma * self.discounted_return + reward
         self.return_stats.update(self.discounted_return)
 
-        final_obs = np.zeros_like(self.obs)
+        final_obs = {}
         for i in (terminated | truncated).nonzero()[0]:
             if not terminated[i]:
                 final_obs[i] = self.obs_stats.normalize(self.obs[i])
@@ -492,7 +492,6 @@ def train(envs, args):
     obs[T] = envs.reset([args.seed, global_step])
     reward = np.zeros((T, N))
     terminated, truncated = np.zeros((2, T, N), bool)
-    final_obs = np.zeros_like(obs[1:])
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps", disable=None)
     gradient_fn = compiled(agent, args, obs) if args.compile else gradient_and_metrics
 
@@ -500,13 +499,16 @@ def train(envs, args):
         # Rollout
         started = time.perf_counter()
         obs[0] = obs[T]
+        final_obs = np.zeros_like(obs[1:])  # of truncated episodes
         act = agent.actor_fn()
         exploration = agent.exploration((T, N), generator)
         actions = []
         for t in range(T):
             actions.append(act(obs[t], exploration[t]))
             transition = envs.step(agent.to_env(actions[t]))
-            obs[t + 1], reward[t], terminated[t], truncated[t], final_obs[t] = transition
+            obs[t + 1], reward[t], terminated[t], truncated[t], final = transition
+            for i, one_obs in final.items():
+                final_obs[t, i] = one_obs
         finite = np.isfinite(obs[1:] + final_obs).all((1, 2)) & np.isfinite(reward).all(1)
         if not finite.all():
             sys.exit(f"error: step {global_step + N * finite.argmin()}: obs or reward not finite")
@@ -813,10 +815,9 @@ def main():
             if begin(args):
                 train(envs, args)
     except KeyboardInterrupt:
-        path = args.run_dir / "checkpoint.pt"
         step = 0
-        if path.exists():
-            step = torch.load(path, map_location="cpu", mmap=True)["global_step"]
+        if (args.run_dir / "checkpoint.pt").exists():
+            step = torch.load(args.run_dir / "checkpoint.pt", "cpu", mmap=True)["global_step"]
         sys.exit(f"interrupted; the same command continues from step {step:,}")
     if args.capture_video and not (args.run_dir / "video").exists():
         print(f"already finished; for a video: --evaluate {args.run_dir} --capture-video")

@@ -240,7 +240,7 @@ def test_steps_are_normalised_by_all_that_was_seen_before(setting, monkeypatch):
         obs, reward, terminated, truncated, final_obs = envs.step(rng.uniform(-1, 1, (3, 1)))
         steps = raw[:3]
         first_of_next = raw[3:]
-        expected_final_obs = np.zeros_like(obs)
+        expected_final_obs = {}
         latest_obs = []
         raw_reward = np.array([step[1] for step in steps])
         discounted = 0.9 * discounted + raw_reward
@@ -262,7 +262,9 @@ def test_steps_are_normalised_by_all_that_was_seen_before(setting, monkeypatch):
         expected = raw_reward / np.sqrt(np.var(all_discounted) + 1e-8)
         np.testing.assert_allclose(reward, np.clip(expected, -10, 10))
         clipped += (expected > 10).sum()
-        np.testing.assert_allclose(final_obs, expected_final_obs, rtol=1e-4, atol=1e-4)
+        assert final_obs.keys() == expected_final_obs.keys()
+        for i, one_obs in final_obs.items():
+            np.testing.assert_allclose(one_obs, expected_final_obs[i], rtol=1e-4, atol=1e-4)
     np.testing.assert_allclose(envs.recent_episodes, episodes)
     assert clipped > 0  # the first rewards: there is no spread yet
     assert len(all_discounted) == 240
