@@ -635,7 +635,7 @@ def evaluate_run(args: Args):
         sys.exit(f"error: --evaluate {args.evaluate!r}: not the folder of a run with an agent")
     begun = json.loads((folder / "args.json").read_text())
     if begun["args"].keys() != vars(args).keys():
-        sys.exit(f"error: {folder} was made by another script: use {folder}/{begun['script']}")
+        sys.exit(f"error: {folder} is of another script or version; use {folder}/{begun['script']}")
     if begun["identity"]["script_sha256"] != args.identity()["script_sha256"]:
         print(f"warning: edited; the run's copy is {folder}/{begun['script']}", file=sys.stderr)
     run = Args(**begun["args"] | chosen | {"track": False})

@@ -686,7 +686,7 @@ def test_evaluate_names_the_script_of_another_run(setting, launch, tmp_path):
     args_json.write_text(json.dumps(begun | {"script": "other.py"}))
     end, _, _ = launch(evaluate=tmp_path / "run")
     folder = tmp_path / "run"
-    assert end == f"error: {folder} was made by another script: use {folder / 'other.py'}"
+    assert end == f"error: {folder} is of another script or version; use {folder / 'other.py'}"
 
 
 @of_each
