@@ -3,12 +3,13 @@
     python benchmarks/gpu.py                         # checks, then speed
     python benchmarks/gpu.py --suite atari           # what limits games, and by how much
     python benchmarks/gpu.py --suite language        # language models of random weights
-    python benchmarks/gpu.py --device cpu --quick    # any of them rehearsed without a GPU
+    python benchmarks/gpu.py --device cpu --quick --minutes 20    # any of them without a GPU
 
-Each step is a process with a time limit: what it had printed by its end is its result, written to
-gpu-SUITE.json at once. A command in that file repeats its step alone, in a folder where `gpu.py
-toy`, or the models that it names, came first. What is measured are the scripts in the folder above
-this file's: for another version of them, copy it there.
+Tests rehearse the smallest steps only: rehearse a suite before a GPU runs it. Each step is a
+process with a time limit: what it had printed by its end is its result, written to gpu-SUITE.json
+at once. A command in that file repeats its step alone, in a folder where `gpu.py toy`, or the
+models that it names, came first. What is measured are the scripts in the folder above this file's:
+for another version of them, copy it there.
 """
 
 import copy
