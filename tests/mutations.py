@@ -1,0 +1,126 @@
+"""Mistakes that default tests must see, of what the slowest of them guard: before such a test is
+made shorter or dropped, and after, `python tests/mutations.py [WORD ...]` makes each in a copy (of
+those whose entry has one of the words) and runs the tests named there. It fails if one survives."""
+
+import re
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from pathlib import Path
+
+ROOT = Path(__file__).resolve().parent.parent
+# File, tests (as for pytest -k) in tests/test_FILE.py, what is there once, what comes instead
+MUTATIONS = r"""
+report.py: report intervals_hold_the_truth
+- (SAMPLES, len(scores) - 1)
++ (SAMPLES, 4 * len(scores))
+report.py: report intervals_are_scipys
+- axis=0), [0.025, 0.975])
++ axis=0), [0.05, 0.95])
+report.py: report what_is_pooled
+- wins + (a >= b)
++ wins + (a > b)
+sppo_atari.py: atari plain_emulator
+- np.sign(reward), terminated
++ reward, terminated
+sppo_atari.py: atari plain_emulator
+- terminated | self.life_lost
++ terminated.copy()
+sppo_atari.py: control brute_force_sum
+- decay = np.where(terminated | truncated,
++ decay = np.where(terminated,
+sppo_atari.py: control gae_gets_rewards
+- noisy_reward = perturb_reward(reward,
++ noisy_reward = perturb_reward(0.99 * reward,
+sppo_atari.py: control to_the_last_bit
+- torch.where(unclipped, z * surrogate, 0.0)
++ (z * surrogate)
+sppo_atari.py: control no_seed_comes_twice
+- default_rng([seed, 0, 2])
++ default_rng([seed, 1])
+sppo_atari.py: control flip_anew
+- perturb_advantage(b_advantage, args.noise_level
++ perturb_advantage(b_advantage, 0.5 * args.noise_level
+sppo_atari.py: stable_baselines3 ppo_takes
+- + args.vf_coef * value_loss
++ + 0.9 * args.vf_coef * value_loss
+sa2c_atari.py: stable_baselines3 a2c_takes
+- - args.ent_coef * entropy
++ + args.ent_coef * entropy
+sppo_rlhf.py: rlhf in_any_family
+- alive = torch.ones_like(mask[:, :1])
++ alive = mask[:, :1]
+sppo_rlhf.py: rlhf evaluation_by_hand
+- masked_mean(rollout.reference_log_prob,
++ masked_mean(rollout.log_prob,
+sppo_rlhf.py: rlhf continues_to_the_bit
+- generator.set_state(checkpoint["generator"])
++ pass
+sppo_rlhf.py: rlhf normalised_after_flips
+- normalize(raw, mask) if
++ normalize(raw, mask | True) if
+sppo_rlhf.py: rlhf leaves_what_it_promises
+- os.replace(temporary, path)
++ shutil.copy(temporary, path)
+docs/figures.py: docs_loss all_figures_again
+- ALPHA, BETA, Z = 0.5, 1.0
++ ALPHA, BETA, Z = 0.5, 1.1
+docs/figures.py: docs_loss play_side_by_side
+- page.paste(picture, (i *
++ page.paste(picture, (0 *
+docs/figures.py: docs_loss shows_the_game
+- default_rng(1)
++ default_rng(2)
+docs/usage.md: docs metrics_is_complete
+- `losses/approx_kl`, `losses/clipfrac`
++ `losses/clipfrac`
+docs/copy-and-modify.md: stable_baselines3 pages_models
+-         vf_coef=0.5 / k,
++         vf_coef=0.5,
+benchmark.sh: benchmark words_that_need_quotes
+- word=${word//\'/$escaped}
++ word=$word
+benchmarks/run.py: benchmark games_go_to_gpus
+- (for_cpu, [""] * args.jobs)
++ (for_cpu, [""] * 9)
+"""
+ENTRY = re.compile(r"(?m)^(.+): (\w+) (\w+)\n- (.+)\n\+ (.+)$")
+
+
+def outcome(folder, file, tests, names, right, wrong):
+    """What the tests say of the mistake, made in `folder`."""
+    path = folder / file
+    text = path.read_text()
+    assert text.count(right) == 1, f"{file}: not once: {right}"
+    path.write_text(text.replace(right, wrong))
+    command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider"]
+    command += [f"tests/test_{tests}.py", "-k", names]
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    path.write_text(text)
+    seen = re.search(r"(?m)^FAILED \S+::(\S+)", done.stdout)
+    return f"seen by {seen[1]}" if done.returncode == 1 and seen else "SURVIVED"
+
+
+def main(*words):
+    survived = 0
+    with tempfile.TemporaryDirectory() as folder:
+        listed = subprocess.check_output(["git", "ls-files"], cwd=ROOT, text=True)
+        for name in listed.splitlines():
+            copy = Path(folder, name)
+            copy.parent.mkdir(parents=True, exist_ok=True)
+            shutil.copy(ROOT / name, copy)
+        for entry in ENTRY.finditer(MUTATIONS):
+            if not words or any(word in entry[0] for word in words):
+                started = time.monotonic()
+                said = outcome(Path(folder), *entry.groups())
+                survived += said == "SURVIVED"
+                file, *_, right, wrong = (part.strip() for part in entry.groups())
+                seconds = round(time.monotonic() - started)
+                print(f"{file}: {right} -> {wrong} | {said} | {seconds} s", flush=True)
+    sys.exit(f"{survived} survived" if survived else 0)
+
+
+if __name__ == "__main__":
+    main(*sys.argv[1:])
