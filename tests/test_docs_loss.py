@@ -20,6 +20,7 @@ from nbclient import NotebookClient
 from PIL import Image
 
 import report
+import sa2c_atari
 import sa2c_continuous
 import sppo_continuous
 
@@ -107,10 +108,17 @@ def test_shares_of_training_are_those_of_the_packed_runs():
     assert np.array(quoted, float).T.tolist() == shares.agg(["min", "max"]).round().values.tolist()
 
 
-def test_the_figures_weights_are_the_closed_forms(monkeypatch):
-    """Below, in and above the clip range."""
+@pytest.fixture
+def figures(monkeypatch):
+    """The module, for runs whose evaluations play nothing: whole games would take long."""
     monkeypatch.syspath_prepend(DOCS)
-    figures = importlib.import_module("figures")
+    nothing = np.zeros(1), np.zeros(1)
+    monkeypatch.setattr(sa2c_atari, "evaluate", lambda *_: nothing)
+    return importlib.import_module("figures")
+
+
+def test_the_figures_weights_are_the_closed_forms(figures):
+    """Below, in and above the clip range."""
     p = torch.tensor([0.2, 0.44, 0.8], dtype=torch.float64)
     p_old = torch.full_like(p, 0.4)
     r = p / p_old
@@ -124,9 +132,10 @@ def test_the_figures_weights_are_the_closed_forms(monkeypatch):
             torch.testing.assert_close(found, weight)
 
 
-def test_one_command_makes_all_figures_again(tmp_path):
-    command = [sys.executable, "docs/figures.py", "--out", str(tmp_path)]
-    subprocess.run(command, cwd=ROOT, check=True, capture_output=True)
+def test_one_command_makes_all_figures_again(tmp_path, monkeypatch, figures):
+    monkeypatch.setattr(sys, "argv", ["figures.py", "--out", str(tmp_path)])
+    with plt.rc_context():
+        figures.main()
     made = {path.name for path in tmp_path.iterdir()}
     assert made == {path.name for path in (DOCS / "figures").glob("*.png")}
     assert made == set(re.findall(r"\]\(figures/([^)]+)\)", PAGE))
@@ -145,13 +154,12 @@ def panels(path):
     return json.loads(Image.open(path).text["Description"])
 
 
-def test_agents_of_runs_play_side_by_side(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(DOCS)
-    figures = importlib.import_module("figures")
+def test_agents_of_runs_play_side_by_side(tmp_path, monkeypatch, figures):
     monkeypatch.setattr(figures, "SECONDS", 1)
+    monkeypatch.setattr(figures, "SKIPPED", 200)
     lander = {"env_id": "LunarLanderContinuous-v3"}  # MuJoCo needs more to render
-    runs = [SPPO_CONTINUOUS.run(tmp_path / "lander", **lander)[1]]
-    runs.append(SA2C_ATARI.run(tmp_path / "game")[1])
+    runs = [SPPO_CONTINUOUS.run(tmp_path / "lander", total_timesteps=64, **lander)[1]]
+    runs.append(SA2C_ATARI.run(tmp_path / "game", total_timesteps=64)[1])
     figures.draw_agents(runs, tmp_path)
     with Image.open(tmp_path / "agents.gif") as film:
         assert film.n_frames == figures.FRAMES_PER_SECOND
@@ -164,12 +172,12 @@ def test_agents_of_runs_play_side_by_side(tmp_path, monkeypatch):
     assert (later[:, left] != later[:, -figures.SIDE :]).any()
 
 
-def test_a_film_shows_the_game_that_the_agent_plays(tmp_path, monkeypatch):
-    monkeypatch.syspath_prepend(DOCS)
-    figures = importlib.import_module("figures")
-    monkeypatch.setattr(figures, "SKIPPED", 300)  # long enough for a life to be lost
+def test_a_film_shows_the_game_that_the_agent_plays(tmp_path, monkeypatch, figures):
+    monkeypatch.setattr(figures, "SECONDS", 2)
+    monkeypatch.setattr(figures, "SKIPPED", 100)
     seen = record(monkeypatch, figures.sa2c_atari.AtariGames, "step")
-    pictures = figures.play(SA2C_ATARI.run(tmp_path)[1])
+    pictures = figures.play(SA2C_ATARI.run(tmp_path, total_timesteps=64)[1])
+    assert any(overridden.any() for _, (*_, overridden, _) in seen[:-40])  # a life has been lost
     film = np.array([picture.convert("L").resize((84, 84)) for picture in pictures], float)
     game = np.array([images[0, -1] for _, (images, *_) in seen[-len(film) :]], float)
     error = np.abs(film - game).mean()
