@@ -332,6 +332,7 @@ def test_actions_and_weights_have_different_random_numbers(setting, tmp_path, mo
 
     monkeypatch.setattr(setting.script, "Agent", agent)
     monkeypatch.setattr(torch.Tensor, "exponential_", recording_draws)
+    monkeypatch.setattr(setting.script, "AtariVectorEnv", Signals, raising=False)
     setting.run(tmp_path, total_timesteps=64)
     assert not torch.equal(states[0], states[1])
 
@@ -344,6 +345,7 @@ def test_what_a_copy_draws_from_torchs_random_numbers_is_continued(setting, tmp_
         return gradient + 0.1 * torch.randn_like(gradient), metrics
 
     monkeypatch.setattr(setting.script, "gradient_and_metrics", with_noise)
+    monkeypatch.setattr(setting.script, "AtariVectorEnv", Signals, raising=False)
     _, whole = setting.run(tmp_path / "whole", **EACH)
     folder = setting.interrupt(tmp_path / "continued", 2, **EACH)
     setting.run(tmp_path / "continued", **EACH)
@@ -480,6 +482,7 @@ def test_advantages_flip_anew_in_each_epoch(setting, tmp_path, monkeypatch):
     gae = record(monkeypatch, script, "compute_gae")
     perturbations = record(monkeypatch, script, "perturb_advantage")
     gradients = record(monkeypatch, script, "gradient_and_metrics")
+    monkeypatch.setattr(script, "AtariVectorEnv", Signals, raising=False)
     setting.run(tmp_path, total_timesteps=128, noise="adv_flip", noise_level=0.4, norm_adv=True)
     clean = [advantage.astype(np.float32).flatten() for _, (advantage, _) in gae]
     trained = [arguments[-3 if setting.atari else -2] for arguments, _ in gradients]
@@ -504,6 +507,7 @@ def test_sppo_is_ppo_with_another_weight_to_the_last_bit(setting, tmp_path, monk
     beta, nor with the authors' weights, where the number of samples is a power of two."""
     monkeypatch.setattr(setting.script, "AtariVectorEnv", Signals, raising=False)
     short = {"noise": "adv_flip", "learning_rate": 0.01, "clip_coef": 0.05}
+    short |= {"total_timesteps": 128}
 
     def trained(name, **weights):
         _, folder = setting.run(tmp_path / name, **short, **weights)
