@@ -1,6 +1,8 @@
 """For all tests: what each run would do again, and takes longer than a short run."""
 
 import sys
+from importlib.metadata import distributions
+from types import SimpleNamespace
 
 import pytest
 
@@ -10,6 +12,15 @@ def one_thread():
     """The networks here are small, and two workers of pytest-xdist share two cores."""
     if "torch" in sys.modules:
         sys.modules["torch"].set_num_threads(1)
+
+
+@pytest.fixture(autouse=True, scope="session")
+def known_versions():
+    """Scripts parse the metadata of all that is installed, at each start."""
+    found = [SimpleNamespace(name=one.name, version=one.version) for one in distributions()]
+    for name, module in sys.modules.items():
+        if name.startswith(("sppo_", "sa2c_")) and hasattr(module, "distributions"):
+            module.distributions = lambda: found
 
 
 @pytest.fixture(scope="session")
