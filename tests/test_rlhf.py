@@ -284,7 +284,7 @@ def test_padding_changes_nothing_in_any_family(toy, tmp_path, kind, lora_r):
             own = tokens.ids[row][tokens.mask[row]]
             logits = actor.policy(torch.cat([prompt, own])[None]).logits[0, length - 1 : -1]
             expected = logits.log_softmax(-1).gather(1, own[:, None])[:, 0]
-            torch.testing.assert_close(log_prob[row, : len(own)], expected, atol=1e-5, rtol=0)
+            torch.testing.assert_close(log_prob[row, : len(own)], expected, atol=1e-4, rtol=0)
         sampled = prompt
         for t in range(5):
             logits = actor.policy(sampled[None]).logits[:, -1]
@@ -1086,7 +1086,8 @@ def test_sppo_is_ppo_with_another_weight_to_the_last_bit(run):
     """alpha L + beta Lr has the gradient of (alpha + beta) L; doubling alpha rounds nothing."""
 
     def trained(name, **weights):
-        folder = run(name, learning_rate=1e-2, noise="adv_flip", **weights)
+        flags = {"learning_rate": 1e-2, "noise": "adv_flip", "total_timesteps": 16}
+        folder = run(name, **flags, **weights)
         assert progress(folder)[-1]["losses/clipfrac"] > 0.1  # the mask counts
         return (folder / "policy/model.safetensors").read_bytes(), read_samples(folder)
 
@@ -1111,19 +1112,19 @@ def test_the_saved_policy_is_a_folder_like_any_other(run):
     torch.testing.assert_close(log_prob, trained, atol=1e-5, rtol=0)
 
 
-@pytest.mark.parametrize("side", ["left", "right"])
-def test_the_saved_tokenizer_pads_and_truncates_as_before(run, toy, tmp_path, side):
+def test_the_saved_tokenizer_pads_and_truncates_as_before(run, toy, tmp_path):
     """In training its sides do not matter."""
     folder = tmp_path / "policy"
     shutil.copytree(toy / "policy", folder)
-    tokenizer = AutoTokenizer.from_pretrained(folder, padding_side=side, truncation_side=side)
-    tokenizer.save_pretrained(folder)
     flags = {"total_timesteps": 8, "ce_coef": 0.1, "response_length": 40}  # some are padded
-    trained = run(side, policy_model=str(folder), **flags)
-    saved = AutoTokenizer.from_pretrained(trained / "policy")
-    assert (saved.padding_side, saved.truncation_side) == (side, side)
     usual = run("usual", **flags)
-    assert (trained / "progress.csv").read_bytes() == (usual / "progress.csv").read_bytes()
+    for side in ("left", "right"):
+        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side=side, truncation_side=side)
+        tokenizer.save_pretrained(folder)
+        trained = run(side, policy_model=str(folder), **flags)
+        saved = AutoTokenizer.from_pretrained(trained / "policy")
+        assert (saved.padding_side, saved.truncation_side) == (side, side)
+        assert (trained / "progress.csv").read_bytes() == (usual / "progress.csv").read_bytes()
 
 
 @pytest.mark.parametrize("top_k", [1, 3])
@@ -1210,7 +1211,8 @@ def test_the_optimizer_gets_its_settings(run, monkeypatch):
 
 
 def test_seeds_and_evaluations_have_random_numbers_of_their_own(run):
-    one, two = (run(name=str(seed), seed=seed, learning_rate=0.0) for seed in (1, 2))
+    flags = {"learning_rate": 0.0, "total_timesteps": 16, "eval_freq": 8}
+    one, two = (run(name=str(seed), seed=seed, **flags) for seed in (1, 2))
     for name in ("return_mean", "charts/episodic_return"):
         values = [row[name] for folder in (one, two) for row in progress(folder)[1:]]
         assert len(set(values)) == 4
@@ -1606,11 +1608,11 @@ def test_a_run_begun_on_a_gpu_is_evaluated_without_one(run, monkeypatch, capsys)
 
 def test_begun_again_a_run_logs_its_first_evaluation_once(run, tmp_path):
     """TensorBoard orders files by the second."""
-    interrupt(run, 1)
+    interrupt(run, 0, total_timesteps=8)
     time.sleep(1)
-    run()
+    run(total_timesteps=8)
     events = EventAccumulator(str(tmp_path / "run")).Reload()
-    assert [scalar.step for scalar in events.Scalars("eval/return_mean")] == [0, 16, 32]
+    assert [scalar.step for scalar in events.Scalars("eval/return_mean")] == [0, 8]
 
 
 # Arguments
@@ -1640,7 +1642,7 @@ def test_the_authors_settings():
 
 
 def test_help_shows_the_defaults_of_the_task(capsys):
-    rewards = {"toy": "toy/reward", "imdb": "distilbert-imdb", "tldr": "jdchang/tldr_rm_adapter"}
+    rewards = {"toy": "toy/reward", "tldr": "jdchang/tldr_rm_adapter"}
     for task, reward in rewards.items():
         with pytest.raises(SystemExit):
             rlhf.parse_args(["--task", task, "--help"])
