@@ -70,6 +70,7 @@ def test_on_a_gpu_games_get_all_cores(variable, gpu, device, expected, script, m
 
     def vector_env(game, num_games, num_threads, **others):
         found.append(num_threads)
+        assert others["max_num_frames_per_episode"] == 30 * 60 * 60  # half an hour
         return SimpleNamespace(ale=SimpleNamespace(get_action_set=list))
 
     monkeypatch.setattr(script, "AtariVectorEnv", vector_env)
