@@ -70,7 +70,9 @@ def run_recorded(setting, tmp_path, monkeypatch, **flags):
 
     monkeypatch.setattr(setting.script, "gradient_and_metrics", gradient_and_metrics)
     plain = {"num_envs": N, "alpha": 1.0, "beta": 0.0, "env_id": "Pong"}
-    if not setting.atari:
+    if setting.atari:  # a whole game would take long
+        monkeypatch.setattr(setting.script, "evaluate", lambda *_: (np.zeros(1), np.zeros(1)))
+    else:
         plain |= {"env_id": "Hopper-v4", "policy": "gaussian"}
     _, folder = setting.run(tmp_path, **plain | flags)
     after = checkpoint(folder)["agent"]
