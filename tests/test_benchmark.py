@@ -372,8 +372,8 @@ def test_a_broken_run_is_named_and_its_command_runs(name, text, tmp_path, monkey
     assert line.startswith(f"{tmp_path}/runs/1: a broken run (")
 
 
-TINY = "evidence --envs InvertedDoublePendulum-v4 --seeds 1 --jobs 2 --steps 8192 --runs-dir"
-FLAGS = "-- --no-compile --eval-freq 2048 --eval-episodes 1 --checkpoint-freq 2048"
+TINY = "evidence --envs InvertedDoublePendulum-v4 --seeds 1 --jobs 2 --steps 4096 --runs-dir"
+FLAGS = "-- --no-compile --eval-freq 1024 --eval-episodes 1 --checkpoint-freq 1024"
 
 
 def wait_for(condition):

@@ -300,7 +300,7 @@ RIGHT = {
 def failures(*kinds, steps=8192, **answers):
     """The claims that fail in the student's copy, with a student's `answers`, where a failure does
     not keep the student from going on. Heavy cells, the open task and the slow plot run only if
-    `kinds` has them.
+    `kinds` has them; runs have `steps`, in a class 8192.
     """
     namespace = {}
     failed = []
@@ -440,7 +440,7 @@ def test_the_grader_checks_predictions_of_runs(without_clipping):
     """Whatever is wrong with the student's loss and k, which once made wrong predictions hold."""
     answers = {"ppo_losses": no_mask, "k": 20.0, "same_if_all_are_clipped": False}
     answers |= {"same_without_clipping": without_clipping}
-    failed = failures("heavy", steps=2048, **RIGHT | answers)  # a quarter of the real runs
+    failed = failures("heavy", steps=2048, **RIGHT | answers)
     wrong = "with every gradient clipped" if without_clipping else "without clipping"
     loss = "3 (needs 2a): SPPO with your loss is the same run"
     check(failed, ["2a", "3: k is", loss, f"3: your prediction, {wrong}"])
@@ -448,4 +448,4 @@ def test_the_grader_checks_predictions_of_runs(without_clipping):
 
 @pytest.mark.slow
 def test_the_grader_passes_right_predictions_of_runs():
-    assert failures("heavy", **RIGHT) == []
+    assert failures("heavy", steps=2048, **RIGHT) == []

@@ -17,10 +17,10 @@ ROOT = Path(__file__).resolve().parent.parent
 CONTINUOUS = "--env-id BipedalWalker-v3 --num-envs 2 --num-steps 32 --eval-episodes 1"
 CONTINUOUS += " --total-timesteps 4096 --eval-freq 512 --checkpoint-freq 384 --no-compile"
 ATARI = "--num-envs 8 --num-steps 8 --eval-episodes 1 --amp off --device cpu --no-compile"
-ATARI += " --total-timesteps 512 --eval-freq 64 --checkpoint-freq 12"
+ATARI += " --total-timesteps 512 --eval-freq 256 --checkpoint-freq 12"
 ATARI += " --repeat-action-probability 0.25"
 PPO = "--num-minibatches 2 --update-epochs 2"
-RLHF = "--total-timesteps 512 --batch-size 8 --num-minibatches 2 --update-epochs 2 --eval-freq 64"
+RLHF = "--total-timesteps 192 --batch-size 8 --num-minibatches 2 --update-epochs 2 --eval-freq 64"
 RLHF += " --prompt-length 8 --response-length 10 --eval-episodes 4 --amp off --device cpu"
 RUNS = {  # of each pair one: what writes files is the same text
     "sppo_continuous": f"{CONTINUOUS} {PPO} --noise adv_flip",
