@@ -25,8 +25,8 @@ def known_versions():
 
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory):
-    """The toy with a sixth of its training texts, and its models after a tenth of their training:
-    runs/toy, which scripts find that run in the folder two above."""
+    """The toy's texts, and its models after a tenth of their training: runs/toy, which scripts find
+    that run in the folder two above."""
     import sppo_rlhf as rlhf  # slow to import, and few tests need it
 
     folder = tmp_path_factory.mktemp("toy") / rlhf.TOY
@@ -38,6 +38,4 @@ def toy(tmp_path_factory):
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(rlhf, "train_toy_model", train_briefly)
         rlhf.make_toy(folder)
-    texts = (folder / "train.jsonl").read_text().splitlines(keepends=True)
-    (folder / "train.jsonl").write_text("".join(texts[:624]))  # each run encodes all, up to 1,000
     return folder
