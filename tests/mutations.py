@@ -33,7 +33,7 @@ sppo_atari.py: control brute_force_sum
 + decay = np.where(terminated,
 sppo_atari.py: control gae_gets_rewards
 - noisy_reward = perturb_reward(reward,
-+ noisy_reward = perturb_reward(0.99 * reward,
++ noisy_reward = perturb_reward(-reward,
 sppo_atari.py: control to_the_last_bit
 - torch.where(unclipped, z * surrogate, 0.0)
 + (z * surrogate)
