@@ -167,9 +167,10 @@ def test_agents_of_runs_play_side_by_side(tmp_path, monkeypatch, figures):
         first = np.array(film.convert("RGB"))
         film.seek(10)
         later = np.array(film.convert("RGB"))
-    left = slice(figures.SIDE)
+    left, right = slice(figures.SIDE), slice(-figures.SIDE, None)
     assert (first[:, left] != later[:, left]).any()
-    assert (later[:, left] != later[:, -figures.SIDE :]).any()
+    assert (first[:, right] != later[:, right]).any()
+    assert (later[:, left] != later[:, right]).any()
 
 
 def test_a_film_shows_the_game_that_the_agent_plays(tmp_path, monkeypatch, figures):
