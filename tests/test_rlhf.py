@@ -1545,8 +1545,8 @@ def test_ddp_is_freed_before_its_process_group(run, monkeypatch):
 
 @pytest.mark.slow
 def test_the_toy_learns_reward_and_true_sentiment(tmp_path, monkeypatch):
-    """A full run has 40 updates; eight are enough to see it. It makes the toy itself, its models with
-    their whole training."""
+    """A full run has 40 updates; eight are enough to see it. The toy's models get their whole
+    training."""
     monkeypatch.chdir(tmp_path)
     words = ["--total-timesteps", 8 * 112, "--eval-freq", 8 * 112, "--device", "cpu"]
     call_main(monkeypatch, *words, "--run-name", "run")
