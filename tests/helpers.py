@@ -108,7 +108,7 @@ SMALL |= {"compile": False, "device": "cpu"}
 A2C = {"log_freq": 1}
 PPO = {"num_minibatches": 4, "update_epochs": 2}
 CONTINUOUS = {"env_id": "InvertedDoublePendulum-v4", "num_envs": 1, "num_steps": 64}
-ATARI = {"env_id": "Breakout", "num_envs": 2, "num_steps": 32, "amp": "off"}
+ATARI = {"env_id": "Breakout", "num_envs": 8, "num_steps": 8, "amp": "off"}
 SPPO_CONTINUOUS, SA2C_CONTINUOUS = (
     Setting(
         script, "NormalizedEnvs", SMALL | CONTINUOUS | more, video_env="LunarLanderContinuous-v3"

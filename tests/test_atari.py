@@ -77,7 +77,7 @@ def begin_games(game, num_games, seed, **flags):
 
 @pytest.mark.parametrize(
     ("game", "steps"),
-    [("Breakout", 600), ("SpaceInvaders", 400), ("MsPacman", 300), ("Pong", 200)],
+    [("Breakout", 600), ("MsPacman", 300), ("Pong", 200)],
 )
 def test_games_are_those_of_a_plain_emulator(game, steps):
     """Images, clipped rewards, lives, ends and raw scores, in the first game of each.
@@ -304,8 +304,7 @@ def test_a_flip_has_its_rate_and_three_outcomes(setting):
 # ---- What `train` does
 
 
-@pytest.mark.parametrize("anneal_lr", [True, False])
-@pytest.mark.parametrize("anneal_clip", [True, False])
+@pytest.mark.parametrize(("anneal_lr", "anneal_clip"), [(True, False), (False, True)])
 def test_learning_rate_and_clip_range_fall_linearly_on_request(
     tmp_path, monkeypatch, anneal_lr, anneal_clip
 ):
@@ -320,7 +319,7 @@ def test_learning_rate_and_clip_range_fall_linearly_on_request(
 
     monkeypatch.setattr(torch.optim.Adam, "step", step)
     gradients = record(monkeypatch, script, "gradient_and_metrics")
-    flags = {"anneal_lr": anneal_lr, "anneal_clip": anneal_clip, "checkpoint_freq": 64}
+    flags = {"anneal_lr": anneal_lr, "anneal_clip": anneal_clip, "checkpoint_freq": 16}
     flags |= {"update_epochs": 1, "num_minibatches": 2}
     SPPO_ATARI.interrupt(tmp_path, rollouts=2, **flags)
     SPPO_ATARI.run(tmp_path, **flags)
