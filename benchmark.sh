@@ -60,7 +60,7 @@ add() { # SCRIPT METHOD FLAG...: prints the command of a run
     [[ $kind = continuous ]] || set -- "$@" --device "$device"
     [[ $kind != rlhf ]] || which=--task
     # A flag that a row sets, given to all rows, would make them alike under different names
-    own="--alpha --beta $which --seed --total-timesteps --exp-name --run-name --runs-dir $*"
+    own="--alpha --beta $which --seed --total-timesteps --exp-name --runs-dir $*"
     for flag in "${extra[@]%%=*}"; do
         flag=${flag//_/-}
         [[ $flag != --* || " ${own//--no-/--} " != *" ${flag/#--no-/--} "* ]] ||

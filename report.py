@@ -9,6 +9,7 @@ noise. Its runs may differ in seed and in where and how fast they ran. Packed ru
 runs.csv.gz, a row for each run, and progress.csv.gz, a row for each evaluation; where a folder has
 several packs, with NAME- before both."""
 
+import hashlib
 import json
 import math
 import shlex
@@ -52,14 +53,8 @@ MEASURES = {  # columns of runs
 
 # What a method is compared with: the first of them that is there. A variant, such as sppo-p, is
 # compared with its method, sb3-ppo with ppo, another method with a symmetric one
-BASELINES = {
-    "sppo": "dppo ppo",
-    "sa2c": "da2c a2c",
-    "dppo": "ppo",
-    "da2c": "a2c",
-    "ppo": "",
-    "a2c": "",
-}
+BASELINES = {"sppo": "dppo ppo", "dppo": "ppo", "ppo": ""}
+BASELINES |= {"sa2c": "da2c a2c", "da2c": "a2c", "a2c": ""}
 
 # Methods in the order of tables, then variants; others follow, in alphabetical order
 COLORS = """\
@@ -109,8 +104,8 @@ def read_folders(folders: tuple[Path, ...]) -> tuple[DataFrame, DataFrame, list[
     progress = []
     broken = []
     for folder in folders:
-        paths = sorted(path.parent for path in folder.glob("*/args.json"))
-        if (folder / "args.json").exists() or tables_of(folder)[0].exists():
+        paths = sorted(path for path in folder.glob("*") if record_of(path).exists())
+        if record_of(folder).exists() or tables_of(folder)[0].exists():
             paths = [folder.resolve()]  # "." has no name
         if not paths:
             raise Refusal(f"{folder}: no runs in it; give folders of runs, such as runs/quick")
@@ -132,9 +127,16 @@ def read_folders(folders: tuple[Path, ...]) -> tuple[DataFrame, DataFrame, list[
     return DataFrame(rows), pd.concat(progress, ignore_index=True), broken
 
 
+def record_of(folder: Path) -> Path:
+    """The file that says how the run in a folder began: args.json if its script is an older one."""
+    sessions = folder / "sessions.jsonl"
+    return sessions if sessions.exists() else folder / "args.json"
+
+
 def read_json(path: Path) -> dict:
+    """The first value in a file: in sessions.jsonl, how the run began."""
     try:
-        return json.loads(path.read_bytes())
+        return json.JSONDecoder().raw_decode(path.read_text(encoding="utf-8"))[0]
     except ValueError as error:
         raise Refusal(f"{path.name}: {error}") from error
 
@@ -160,7 +162,11 @@ def read_run(path: Path) -> tuple[list[dict], DataFrame]:
     packed, evaluations = tables_of(path)
     if packed.exists():
         return read_csv(packed).to_dict("records"), read_csv(evaluations)
-    recorded = read_json(path / "args.json")
+    recorded = read_json(record_of(path))
+    if "run" in recorded:  # in sessions.jsonl
+        script = (path / recorded["script"]).read_bytes()
+        recorded["identity"] = {"script_sha256": hashlib.sha256(script).hexdigest()}
+        recorded["versions"] = dict(sorted(recorded["versions"].items()))  # alike on all machines
     if "identity" not in recorded:
         raise Refusal("a run of an earlier version of the scripts")
     run = dict.fromkeys([*SCORES, *PROVENANCE])
@@ -228,8 +234,7 @@ def label_runs(runs: DataFrame, progress: DataFrame, logged: tuple) -> DataFrame
     finished = runs[runs["finished"]].copy()
     clean = finished["noise"] == "none"
     finished["noise_level"] = finished["noise_level"].mask(clean, 0.0)
-    level = finished["noise_level"].map("{:g}".format)
-    noisy = finished["noise"] + " " + level
+    noisy = finished["noise"] + finished["noise_level"].map(" {:g}".format)
     finished["reward"] = noisy.mask(clean, "clean")
     for cell, group in finished.groupby(CELL):
         check_cell(" ".join(cell), group)
@@ -247,11 +252,8 @@ def label_runs(runs: DataFrame, progress: DataFrame, logged: tuple) -> DataFrame
 
 def extra_columns(progress: DataFrame, logged: tuple) -> list:
     """Columns that get tables: what only language models' evaluations have, and `logged`."""
-    names = []
-    for name in progress:
-        if name in logged or not ("/" in name or name in EVALUATION):
-            names.append(name)
-    return names
+    others = [name for name in progress if "/" not in name and name not in EVALUATION]
+    return [name for name in progress if name in logged or name in others]
 
 
 def check_cell(cell: str, runs: DataFrame) -> None:
@@ -259,8 +261,6 @@ def check_cell(cell: str, runs: DataFrame) -> None:
     lacks a flag is no difference, if it is of another version of the script."""
     for name in runs.columns.difference([*FREE, *SCORES, *PROVENANCE]):
         values = runs[name]
-        if values.nunique(dropna=False) == 1:
-            continue
         versions = runs["script_sha256"]
         lacking = versions[values.isna()]
         if values.nunique() > 1 or lacking.isin(versions[values.notna()]).any():
@@ -289,16 +289,14 @@ def cells_of(runs: DataFrame, measure: str) -> dict:
     there = runs.dropna(subset=measure)
     for cell, scores in there.groupby(CELL, sort=False)[measure]:
         *place, method = cell
-        methods = cells.setdefault(tuple(place), {})
-        methods[method] = scores.to_numpy(float)
+        cells.setdefault(tuple(place), {})[method] = scores.to_numpy(float)
     return cells
 
 
 def pairs_of(runs: DataFrame, compare: tuple) -> list[tuple]:
     """Pairs of methods to compare. Raises Refusal for a pair that no task has."""
-    together = set()
-    for cell in cells_of(runs, "return_mean").values():
-        together |= set(permutations(cell, 2))
+    cells = cells_of(runs, "return_mean").values()
+    together = {pair for cell in cells for pair in permutations(cell, 2)}
     if len(compare) % 2:
         raise Refusal(f"--compare {' '.join(compare)}: not pairs of methods")
     chosen = list(zip(compare[::2], compare[1::2]))
@@ -444,8 +442,7 @@ def number(value: float, error: float = math.nan) -> str:
 
 def interval(low: float, high: float) -> str:
     """Both ends, with three digits of the interval's length."""
-    size = math.floor(math.log10(high - low))
-    digits = max(0, 2 - size)
+    digits = max(0, 2 - math.floor(math.log10(high - low)))
     return f"{low:,.{digits}f} to {high:,.{digits}f}"
 
 
@@ -470,12 +467,9 @@ def score_table(runs: DataFrame, measure: str) -> list[str]:
         fewer = f" (seeds: {len(scores)})" if len(scores) < most else ""
         return number(scores.mean(), scores.sem()) + fewer
 
-    methods = in_order(there["exp_name"])
-    texts = cells.agg(text_of).unstack(fill_value="")[methods]
+    texts = cells.agg(text_of).unstack(fill_value="")[in_order(there["exp_name"])]
     when = "mean over the run" if "/" in measure else "last evaluation"
-    title = f"`{measure}`, {when}"
-    if measure in MEASURES:
-        title = MEASURES[measure].capitalize()
+    title = MEASURES.get(measure, "").capitalize() or f"`{measure}`, {when}"
     return [f"{title} (seeds: {most}):", markdown(texts.reset_index(names=""))]
 
 
@@ -552,8 +546,7 @@ def middle_table(runs: DataFrame) -> list[str]:
         for method in methods:
             strata = [cell[method] for cell in cells if method in cell]
             whole = [strata] if len(strata) == len(cells) else []
-            found = bootstrap(whole, interquartile_mean)
-            texts.append(estimate(*found, ".2f"))
+            texts.append(estimate(*bootstrap(whole, interquartile_mean), ".2f"))
         table[reward] = texts
     title = "Interquartile mean of the last evaluations on all tasks, where 0 is the lowest run on "
     title += "a task and 1 the highest, of those here (so it compares within this page only):"
@@ -567,10 +560,8 @@ def difference_text(differences: DataFrame) -> list[str]:
     corrected = stats.false_discovery_control(differences["p"])
     rows = []
     for row, p in zip(differences.itertuples(), corrected):
-        texts = [row.env_id, row.reward, row.measure, row.methods]
-        texts.append(number(row.difference))
-        texts.append(interval(row.low, row.high))
-        texts += [f"{row.p:.3f}", f"{p:.3f}"]
+        texts = [row.env_id, row.reward, row.measure, row.methods, number(row.difference)]
+        texts += [interval(row.low, row.high), f"{row.p:.3f}", f"{p:.3f}"]
         rows.append(texts)
     small = (differences["p"] < 0.05).sum()
     remaining = (corrected <= 0.05).sum()
@@ -594,8 +585,7 @@ def provenance_text(runs: DataFrame, unfinished: list[str], broken: list[str]) -
     if unfinished:
         page.append(f"**Begun, not finished: {len(unfinished)} ({', '.join(unfinished)}).**")
     columns = ["script", "total_timesteps", "commit", "script_sha256", "versions"]
-    origin = runs[columns].map(str)
-    origin = origin.replace(["nan", "None"], "not recorded")
+    origin = runs[columns].map(str).replace(["nan", "None"], "not recorded")
     rows = [[str(count), *values] for values, count in origin.value_counts().items()]
     names = ["runs", "script", "steps", "commit", "SHA-256 of the script", "versions"]
     return [*page, markdown(DataFrame(rows, columns=names))]
@@ -638,18 +628,14 @@ def draw_differences(differences: DataFrame, file: Path) -> list[str]:
     """A panel for each task. Returns the Markdown that shows it, nothing without differences."""
     if differences.empty:
         return []
-    error = differences["high"] - differences["difference"]
-    shown = differences.assign(none=0, error=error)
+    shown = differences.assign(none=0, error=differences["high"] - differences["difference"])
     rewards = shown["reward"].str.replace(" (", "\n(", regex=False)
     names = shown["methods"] + ", " + rewards
     labels = sorted(names.unique())
     shown["height"] = names.map(labels.index)
     height = 1.2 + 0.3 * len(labels)
-    size = {
-        "height": height,
-        "aspect": 3 / height,
-        "col_wrap": min(shown["env_id"].nunique(), 4),
-    }
+    size = {"height": height, "aspect": 3 / height}
+    size["col_wrap"] = min(shown["env_id"].nunique(), 4)
     grid = sns.FacetGrid(shown, col="env_id", sharex=False, **size)
     columns = ["difference", "height", "none", "error"]  # x, y, and the errors of y and x
     grid.map(plt.errorbar, *columns, fmt="o", capsize=3, color="black")

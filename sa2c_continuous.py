@@ -30,6 +30,8 @@ gradient of the symmetric loss is -mean( A (alpha + beta |Z| p) grad log p ): li
 weight over unlikely ones. Lr needs probabilities, so each action dimension is discretised into
 bins; the probability of an action is the product over its dimensions. In many dimensions p, and
 with it the gradient of Lr, is almost 0 until the policy becomes nearly deterministic.
+
+The same command continues a run that was killed, from its last checkpoint and to the same bytes.
 """
 
 import csv
@@ -38,7 +40,9 @@ import json
 import math
 import os
 import platform
+import random
 import shutil
+import signal
 import subprocess
 import sys
 import time
@@ -46,8 +50,7 @@ import warnings
 from collections import deque
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from importlib.metadata import distributions
-from importlib.util import find_spec
+from importlib.metadata import distributions, version
 from pathlib import Path
 from typing import Literal
 
@@ -56,31 +59,30 @@ import numpy as np
 import safetensors.torch
 import torch
 import tyro
-from filelock import FileLock, Timeout
-from gymnasium.wrappers import AddRenderObservation, RecordVideo
+from filelock import FileLock
 from torch import nn
 from torch.distributions import Categorical, Independent, Normal
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+NO_EFFECT = ["runs_dir", "compile", "track"]  # arguments that change no result but by rounding
+
 
 @dataclass
 class Args:
     # Run
-    env_id: str = "Hopper-v4"  # Gymnasium id; needs vector observations and bounded vector actions
+    env_id: str = "Hopper-v4"  # Gymnasium's, or MODULE:ID; observations and actions are vectors
     total_timesteps: int = 1_000_000  # environment steps, rounded up to whole rollouts
     seed: int = 1  # of all random numbers (the authors' runs: 10000, 10001, ...)
     exp_name: str | None = None  # name of the method in reports; default: the algorithm
-    run_name: str | None = None  # folder of the run; default: main settings and a hash of all
     runs_dir: str = "runs"  # folder of all runs
-    device: Literal["cpu", "cuda"] = "cpu"  # the networks are too small to gain from a GPU
     compile: bool = True  # compile the gradient (needs a C++ compiler): slower start, faster run
     log_freq: int = 1000  # steps between entries in the log
-    checkpoint_freq: int = 100_000  # steps of each environment between checkpoints; all begin anew
+    checkpoint_freq: int = 100_000  # steps of each environment between checkpoints; all restart
     track: bool = False  # log to Weights & Biases as well (pip install wandb)
     # Algorithm
     policy: Literal["categorical", "gaussian"] = "categorical"  # gaussian: plain A2C
-    bins: int = 11  # values per action dimension, evenly spaced from lowest to highest
+    bins: int = 11  # values per action dimension, from lowest to highest
     num_envs: int = 4  # environments, stepped one after the other
     num_steps: int = 8  # steps of each environment per rollout
     learning_rate: float = 7e-4  # RMSprop's learning rate, constant
@@ -90,11 +92,10 @@ class Args:
     norm_adv: bool = False  # normalise advantages in each rollout
     vf_coef: float = 0.5  # weight of the value loss, an MSE without CleanRL's factor of 1/2
     ent_coef: float = 0.0  # weight of the entropy bonus
-    max_grad_norm: float = 0.5  # gradient clipping, over all parameters together
+    max_grad_norm: float = 0.5  # gradient clipping, over all parameters
     # Networks
     hidden_sizes: tuple[int, ...] = (64, 64)  # sizes of hidden layers, of actor and critic alike
     activation: Literal["tanh", "relu"] = "tanh"  # after each hidden layer
-    layer_norm: bool = False  # layer normalisation before each activation
     ortho_init: bool = True  # orthogonal initial weights; else PyTorch's default
     log_std_init: float = 0.0  # initial log standard deviation of the Gaussian policy
     # Symmetric loss, and noise on normalised rewards
@@ -104,10 +105,8 @@ class Args:
     noise: Literal["none", "normal", "uniform", "adv_flip"] = "none"  # adv_flip: on advantages
     noise_level: float | None = None  # flip probability (default 0.1) or scale (default 0.05)
     # Evaluation
-    evaluate: str | None = None  # folder of a run: play its agent instead of training
     eval_freq: int | None = None  # steps between evaluations; default: total / 20
     eval_episodes: int = 10  # episodes per evaluation: greedy actions, raw rewards without noise
-    capture_video: bool = False  # record the first episode of each evaluation (pip install moviepy)
 
     def __post_init__(self):
         if self.beta is None:
@@ -115,74 +114,76 @@ class Args:
         if self.alpha is None:
             self.alpha = 0.5 if self.beta else 1.0
         if self.noise_level is None:
-            self.noise_level = {"none": 0.0, "adv_flip": 0.1}.get(self.noise, 0.05)
+            defaults = {"none": 0.0, "normal": 0.05, "uniform": 0.05, "adv_flip": 0.1}
+            self.noise_level = defaults[self.noise]
         if self.eval_freq is None:
             self.eval_freq = max(1, self.total_timesteps // 20)
         if self.exp_name is None:
-            self.exp_name = "a2c" if self.policy == "gaussian" else "sa2c" if self.beta else "da2c"
+            plain = "a2c" if self.policy == "gaussian" else "da2c"
+            self.exp_name = "sa2c" if self.beta else plain
         self.check()
-        if self.run_name is None:  # the same command has the same folder, so it continues there
-            digest = hashlib.sha256(json.dumps(self.identity()).encode()).hexdigest()[:8]
-            self.run_name = f"{self.env_id}__{self.exp_name}__{self.noise}__{self.seed}__{digest}"
 
     def check(self):
-        """Refuses what would run, but mean something else than it says. tyro prints the message."""
+        """Rejects what would run, but not mean what it says. tyro prints the message."""
 
         def require(condition, message):
             if not condition:
                 raise ValueError(message)
 
-        counts = "num_envs num_steps log_freq"
-        counts += " total_timesteps eval_freq eval_episodes checkpoint_freq hidden_sizes"
+        counts = "total_timesteps eval_freq eval_episodes checkpoint_freq num_envs num_steps "
+        counts += "log_freq"
         for name in counts.split():
-            require(np.min(getattr(self, name), initial=1) >= 1, f"{name} must be at least 1")
+            require(getattr(self, name) >= 1, f"{name} must be at least 1")
         for name in "seed alpha beta noise_level learning_rate vf_coef ent_coef".split():
             require(0 <= getattr(self, name) < math.inf, f"{name} must be finite and not negative")
         for name in "gamma gae_lambda".split():
             require(0 <= getattr(self, name) <= 1, f"{name} must be between 0 and 1")
+        require(self.bins >= 2, "bins must be at least 2")
+        require(min(self.hidden_sizes, default=1) >= 1, "hidden_sizes must be at least 1")
         require(self.max_grad_norm > 0, "max_grad_norm must be positive; 1e9 turns clipping off")
         require(-math.inf < self.z < 0, "z stands for log 0: negative and finite")
         require(self.alpha + self.beta > 0, "with alpha and beta 0 nothing trains the policy")
-        if self.noise.endswith("flip"):
-            require(self.noise_level <= 1, "noise_level is the probability of a flip, so at most 1")
+        require(
+            self.beta == 0 or self.policy == "categorical", "beta needs probabilities: use bins"
+        )
         require(self.noise != "none" or not self.noise_level, "noise_level needs a kind of noise")
-        require(self.run_name not in ("", ".", ".."), "run_name must be the name of a folder")
+        if self.noise == "adv_flip":
+            require(self.noise_level <= 1, "noise_level is the probability of a flip, so at most 1")
         if self.norm_adv:
-            require(
-                self.num_envs * self.num_steps > 1, "norm_adv needs more than one step in a rollout"
-            )
-        require(self.bins >= 2, "bins must be at least 2")
-        require(not self.beta or self.policy != "gaussian", "beta needs probabilities: use bins")
-        require(not self.track or find_spec("wandb"), "track needs wandb: pip install wandb")
-        require(not self.capture_video or find_spec("moviepy"), "for videos: pip install moviepy")
+            require(self.num_envs * self.num_steps > 1, "norm_adv needs more than one step")
 
-    def identity(self) -> dict:
-        """What makes two runs the same: the script, the file of an environment MODULE:ID, and the
-        arguments that may change results."""
-        script = hashlib.sha256(Path(__file__).read_bytes()).hexdigest()
-        others = "run_name runs_dir device compile track evaluate capture_video".split()
-        kept = {name: value for name, value in vars(self).items() if name not in others}
-        if ":" in self.env_id and (module := find_spec(self.env_id.split(":")[0])):
-            kept["env_sha256"] = hashlib.sha256(Path(module.origin).read_bytes()).hexdigest()
-        return json.loads(json.dumps({"script_sha256": script} | kept))  # tuples become lists
-
-    @property
-    def run_dir(self) -> Path:
-        return Path(self.runs_dir) / self.run_name.replace("/", "-").replace(":", "-")
+    def folder(self):
+        """Folder of the run. Its name ends with a hash of arguments, this script, and imported
+        modules that are the user's own: so the same command finds its run again, and a changed
+        script starts a new one."""
+        kept = {name: value for name, value in vars(self).items() if name not in NO_EFFECT}
+        digest = hashlib.sha256(json.dumps(kept).encode())
+        for source in own_sources():
+            digest.update(source)
+        name = f"{self.env_id}__{self.exp_name}__{self.noise}__{self.seed}"
+        name = name.replace("/", "-").replace(":", "-")
+        return Path(self.runs_dir, f"{name}__{digest.hexdigest()[:8]}")
 
 
-def make_env(args, render=False):
-    # Gymnasium warns that the paper's environments (MuJoCo v4) have newer versions, and of videos
-    warnings.filterwarnings("ignore", message=".*(is out of date|Overwriting existing videos).*")
-    if render and sys.platform == "linux" and "DISPLAY" not in os.environ:
-        os.environ.setdefault("MUJOCO_GL", "egl")  # before MuJoCo is imported; needs no display
-    options = {"render_mode": "rgb_array"} if render else {}  # some environments do not accept it
-    env = gym.make(args.env_id, **options)
-    if render:
-        renderer = getattr(env.unwrapped, "mujoco_renderer", None)
-        if renderer and renderer.camera_id == -1 and renderer.model.ncam:
-            renderer.camera_id = 0  # it follows the agent; Gymnasium 1.4's default does not
-    return env
+# ---- Environment
+
+
+def make_env(args, **options):
+    # Gymnasium warns that the paper's environments (MuJoCo v4) have newer versions
+    warnings.filterwarnings("ignore", message=".*is out of date.*")
+    return gym.make(args.env_id, **options)
+
+
+def prepare(args):
+    """Imports the environment, for the folder's name, and refuses one that would not work."""
+    with closing(make_env(args)) as env:
+        for space in (env.observation_space, env.action_space):
+            if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+                sys.exit(f"error: {args.env_id}: {space} is no vector; see docs/copy-and-modify.md")
+        action_space = env.action_space
+    bound = np.abs([action_space.low, action_space.high]).max()  # float's maximum stands for none
+    if action_space.dtype.kind != "f" or (bound > 1e30 and args.policy == "categorical"):
+        sys.exit(f"error: {args.env_id}: needs float actions, bounded unless --policy gaussian")
 
 
 class RunningStats:
@@ -213,29 +214,31 @@ class RunningStats:
 
 
 class NormalizedEnvs:
-    """Environments stepped one after the other, with autoreset in the same step.
+    """Environments stepped one after the other; one whose episode ends is reset in the same step.
 
-    Observations are standardised by running statistics, rewards divided by the running standard
-    deviation of the discounted return; both are clipped to [-10, 10], as in Stable-Baselines3's
-    VecNormalize.
+    As in Stable-Baselines3's VecNormalize, observations are standardised by running statistics,
+    rewards divided by the discounted return's standard deviation, and both clipped to [-10, 10].
     """
 
     def __init__(self, args):
         self.args = args
-        self.envs = [make_env(args) for _ in range(args.num_envs)]
+        self.envs = []
         self.obs_stats = RunningStats()
         self.return_stats = RunningStats()
         self.recent_episodes = deque(maxlen=100)  # (return, length) of the last ones that ended
 
     def reset(self, seed):
         """Begins all episodes. Returns normalised observations (num_envs, obs_dim)."""
-        self.close()  # and made anew: BipedalWalker keeps traces of its past
-        self.envs = [make_env(self.args) for _ in self.envs]
-        self.discounted_return = np.zeros(len(self.envs))
-        self.episode_return = np.zeros(len(self.envs))  # so far, of raw rewards
-        self.episode_length = np.zeros(len(self.envs))
+        n = self.args.num_envs
+        self.discounted_return = np.zeros(n)
+        self.episode_return = np.zeros(n)  # so far, of raw rewards
+        self.episode_length = np.zeros(n)
         # With seed + i, runs with neighbouring seeds would share environments' seeds
-        seeds = np.random.default_rng(seed).integers(2**31, size=len(self.envs)).tolist()
+        seeds = np.random.default_rng(seed).integers(2**31, size=n).tolist()
+        random.seed(seeds[0])  # and NumPy's: some environments draw from these
+        np.random.seed(seeds[0])
+        self.close()  # and made anew, since BipedalWalker keeps state across resets
+        self.envs = [make_env(self.args) for _ in range(n)]
         self.obs = np.array([env.reset(seed=s)[0] for env, s in zip(self.envs, seeds)], float)
         self.obs_stats.update(self.obs)
         return self.obs_stats.normalize(self.obs)
@@ -243,11 +246,13 @@ class NormalizedEnvs:
     def step(self, action):
         """Steps all environments by `action` (num_envs, action_dim).
 
-        Returns normalised observations (num_envs, obs_dim) and rewards (num_envs,), terminated,
-        truncated, and {index: normalised final observation} of truncated episodes.
+        Returns normalised observations (num_envs, obs_dim) and rewards (num_envs,), whether the
+        episode ended, whether it was cut off by a time limit, and its last observation if it ended.
         """
-        reward = np.zeros(len(self.envs))
-        terminated, truncated = np.zeros((2, len(self.envs)), bool)
+        n = self.args.num_envs
+        reward = np.zeros(n)
+        terminated = np.zeros(n, bool)
+        truncated = np.zeros(n, bool)
         for i, env in enumerate(self.envs):
             self.obs[i], reward[i], terminated[i], truncated[i], _ = env.step(action[i])
         self.episode_return += reward
@@ -255,20 +260,21 @@ class NormalizedEnvs:
         self.discounted_return = self.args.gamma * self.discounted_return + reward
         self.return_stats.update(self.discounted_return)
 
-        final_obs = {}
-        for i in (terminated | truncated).nonzero()[0]:
-            if not terminated[i]:
-                final_obs[i] = self.obs_stats.normalize(self.obs[i])
-            episode = (self.episode_return[i].item(), self.episode_length[i].item())
+        ended = terminated | truncated
+        final_obs = np.zeros(self.obs.shape, np.float32)
+        for i in np.flatnonzero(ended):
+            final_obs[i] = self.obs_stats.normalize(self.obs[i])
+            episode = float(self.episode_return[i]), float(self.episode_length[i])
             self.recent_episodes.append(episode)
+            self.discounted_return[i] = 0
             self.episode_return[i] = 0
             self.episode_length[i] = 0
-            self.discounted_return[i] = 0
             self.obs[i], _ = self.envs[i].reset()
 
         self.obs_stats.update(self.obs)
+        obs = self.obs_stats.normalize(self.obs)
         reward = (reward / self.return_stats.std).clip(-10, 10)
-        return self.obs_stats.normalize(self.obs), reward, terminated, truncated, final_obs
+        return obs, reward, ended, ended & ~terminated, final_obs
 
     def close(self):
         for env in self.envs:
@@ -281,6 +287,7 @@ def perturb_reward(reward, noise, level, rng):
         return reward + rng.normal(0, level, reward.shape)
     if noise == "uniform":
         return reward + rng.uniform(-level, level, reward.shape)
+    assert noise in ("none", "adv_flip"), f"no noise {noise!r}"
     return reward
 
 
@@ -291,13 +298,14 @@ def perturb_advantage(advantage, level, generator):
     return torch.where(flipped, -advantage, advantage)
 
 
+# ---- Agent
+
+
 def mlp(in_dim, out_dim, out_gain, args):
     """Multi-layer perceptron. Orthogonal weights have gain sqrt(2), the last layer `out_gain`."""
     layers = []
     for width in args.hidden_sizes:
         layers.append(nn.Linear(in_dim, width))
-        if args.layer_norm:
-            layers.append(nn.LayerNorm(width))
         layers.append(nn.Tanh() if args.activation == "tanh" else nn.ReLU())
         in_dim = width
     layers.append(nn.Linear(in_dim, out_dim))
@@ -309,28 +317,43 @@ def mlp(in_dim, out_dim, out_gain, args):
     return nn.Sequential(*layers)
 
 
+def numpy_layer(layer):
+    """`layer` as a function of NumPy arrays (batch, inputs), which shares its weights. For a single
+    observation NumPy takes a third of PyTorch's time."""
+    if isinstance(layer, nn.Tanh):
+        return np.tanh
+    if isinstance(layer, nn.ReLU):
+        return lambda x: np.maximum(x, 0)
+    if type(layer) is nn.Linear and layer.bias is not None and not layer._forward_pre_hooks:
+        weight = layer.weight.detach().numpy().T
+        bias = layer.bias.detach().numpy()
+        return lambda x: x.dot(weight) + bias
+    return lambda x: layer(torch.from_numpy(x)).detach().numpy()  # all others
+
+
 class Agent(nn.Module):
     """Separate actor and critic. The actor gives logits (batch, action_dim, bins) or, for the
     Gaussian policy, means (batch, action_dim)."""
 
     def __init__(self, env, args):
         super().__init__()
-        space = env.action_space
         obs_dim = env.observation_space.shape[0]
+        self.low = env.action_space.low
+        self.high = env.action_space.high
         self.gaussian = args.policy == "gaussian"
         if self.gaussian:
-            self.low, self.high = space.low, space.high
-            self.output_shape = space.shape
-            self.log_std = nn.Parameter(torch.full(space.shape, args.log_std_init))
+            self.output_shape = self.low.shape  # (action_dim,)
+            self.log_std = nn.Parameter(torch.full(self.output_shape, args.log_std_init))
         else:
-            self.bin_values = np.linspace(space.low, space.high, args.bins, axis=1)
+            self.bin_values = np.linspace(self.low, self.high, args.bins, axis=1)
             self.output_shape = self.bin_values.shape  # (action_dim, bins)
         self.actor = mlp(obs_dim, math.prod(self.output_shape), 0.01, args)
         self.critic = mlp(obs_dim, 1, 1.0, args)
 
-    def policy(self, obs):
-        """Distribution of the joint action: log-probabilities are summed over its dimensions."""
-        output = self.actor(obs).view(-1, *self.output_shape)
+    def policy(self, output):
+        """Distribution of the joint action, from the actor's output: log-probabilities are summed
+        over the action's dimensions."""
+        output = output.view(-1, *self.output_shape)
         if self.gaussian:
             distribution = Normal(output, self.log_std.exp(), validate_args=False)
         else:
@@ -341,24 +364,43 @@ class Agent(nn.Module):
         return self.critic(obs).squeeze(-1)
 
     def exploration(self, shape, generator):
-        """What `act` adds to sample: arrays (*shape, action_dim) or (*shape, action_dim, bins)."""
+        """Random numbers that `act` adds to the actor's output, to sample: (*shape, action_dim) or
+        (*shape, action_dim, bins)."""
         draws = torch.empty(*shape, *self.output_shape)
         if self.gaussian:
-            draws = self.log_std.exp().cpu() * draws.normal_(generator=generator)
+            draws = self.log_std.exp() * draws.normal_(generator=generator)
         else:  # Gumbel-max trick: the arg max of logits + Gumbel draws is a sample
             draws = -draws.exponential_(generator=generator).log()
         return draws.detach().numpy()
 
     def actor_fn(self):
-        """The actor as a function of NumPy arrays: `act(obs, exploration)` returns actions (batch,
-        action_dim), bin indices or Gaussian values; without exploration, greedy ones."""
-        forward = numpy_fn(self.actor)
+        """The actor in NumPy: `act(obs, exploration)` returns actions (batch, action_dim), which
+        are bin indices or Gaussian values, and the actor's output; without exploration, greedy
+        actions."""
+        layers = self.actor if type(self.actor) is nn.Sequential else [self.actor]
+        layers = [numpy_layer(layer) for layer in layers]
 
         def act(obs, exploration=0.0):
-            output = forward(obs).reshape(-1, *self.output_shape) + exploration
-            return output if self.gaussian else output.argmax(-1)
+            output = obs
+            for layer in layers:
+                output = layer(output)
+            output = output.reshape(-1, *self.output_shape)
+            action = output + exploration
+            if not self.gaussian:
+                action = action.argmax(-1)
+            return action, output
 
         return act
+
+    def acting_log_prob(self, action, output):
+        """log p (batch,) of actions, from what the actor gave when it acted. Repeats the formula of
+        `policy` on purpose: so the check of the first update sees an edit of one alone."""
+        if self.gaussian:
+            distribution = Normal(output, self.log_std.exp(), validate_args=False)
+            log_prob = distribution.log_prob(action)
+        else:
+            log_prob = output.log_softmax(-1).gather(-1, action.unsqueeze(-1)).squeeze(-1)
+        return log_prob.sum(-1)
 
     def to_env(self, action):
         """Converts actions from `act` to the environment's, (batch, action_dim)."""
@@ -367,59 +409,55 @@ class Agent(nn.Module):
         return self.bin_values[np.arange(len(self.bin_values)), action]
 
 
-def symmetric_policy_losses(log_prob, advantage, z):
-    """A2C loss L and reverse A2C loss Lr, scalars to minimise as alpha L + beta Lr.
+# ---- Losses
 
-    Tensors (batch,): `log_prob`: log pi(a|s) of the action taken; `advantage`: its advantage.
-    Number: `z` < 0.
-    """
+
+def symmetric_policy_losses(log_prob, advantage, z):
+    """A2C loss L and reverse A2C loss Lr, to minimise as alpha L + beta Lr. The tensors (batch,)
+    are log p and A of the actions taken."""
     policy_loss = -(advantage * log_prob).mean()
     reverse_loss = -(advantage * z * (1 - log_prob.exp())).mean()  # all that SA2C adds to A2C
     return policy_loss, reverse_loss
 
 
-def compute_gae(reward, value, final_value, terminated, truncated, gamma, gae_lambda):
-    """Advantages and returns (T, N) by generalised advantage estimation (Schulman et al., arXiv
-    1506.02438).
+def compute_gae(reward, value, ended, gamma, gae_lambda):
+    """Advantages and returns (T, N) by generalised advantage estimation (arXiv 1506.02438).
 
-    Arrays of T steps in N environments: `reward`, `terminated`, `truncated` (T, N); `value`
-    (T + 1, N) of the observations before each step and after the last; `final_value` (T, N) of
-    truncated episodes' final observations, from which they bootstrap.
+    `reward` and `ended`, whether a step ended its episode, are (T, N); `value` is (T + 1, N), of
+    the observations before each step and after the last.
     """
-    if value[1:].shape != reward.shape:  # they would broadcast
-        raise ValueError(f"value must be (T + 1, N), not {value.shape}, for reward {reward.shape}")
-    next_value = np.where(truncated, final_value, value[1:])
-    next_value = np.where(terminated, 0.0, next_value)
+    next_value = np.where(ended, 0.0, value[1:])
     delta = reward + gamma * next_value - value[:-1]
-    decay = np.where(terminated | truncated, 0.0, gamma * gae_lambda)
-    advantage = np.zeros_like(delta)
-    last_gae_lam = 0.0
-    for t in reversed(range(len(delta))):
-        last_gae_lam = delta[t] + decay[t] * last_gae_lam
-        advantage[t] = last_gae_lam
+    decay = np.where(ended, 0.0, gamma * gae_lambda)
+    advantage = delta.copy()
+    for t in reversed(range(len(delta) - 1)):
+        advantage[t] += decay[t] * advantage[t + 1]
     return advantage, advantage + value[:-1]
 
 
-def gradient_and_metrics(agent, args, obs, action, advantage, returns):
-    """Clipped gradient of the loss on a rollout, as one vector, and what to log."""
+def gradient_and_metrics(agent, trained, args, obs, action, acting_log_prob, advantage, returns):
+    """Clipped gradients of the loss on a rollout, one for each of the `trained` parameters, and
+    what to log."""
     normalized = advantage
     if args.norm_adv:
         normalized = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
-    policy = agent.policy(obs)
-    log_prob = policy.log_prob(action).view_as(advantage)
+    policy = agent.policy(agent.actor(obs))
+    log_prob = policy.log_prob(action)
     policy_loss, reverse_loss = symmetric_policy_losses(log_prob, normalized, args.z)
     value_loss = (agent.value(obs).view_as(returns) - returns).square().mean()
     entropy = policy.entropy().mean()
     loss = args.alpha * policy_loss + args.beta * reverse_loss
     loss = loss + args.vf_coef * value_loss - args.ent_coef * entropy
+
     # Instead of backward() and clip_grad_norm_, so that torch.compile makes a single graph
-    trained = [parameter for parameter in agent.parameters() if parameter.requires_grad]
     gradients = torch.autograd.grad(loss, trained, materialize_grads=True)  # 0 for unused ones
-    gradient = torch.cat([g.flatten() for g in gradients])
-    grad_norm = gradient.norm()
+    grad_norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()
     scale = (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1)
-    p = log_prob.detach().exp()
-    reverse_weight = args.beta * abs(args.z) * p  # what Lr adds to alpha
+    # A gradient may have other strides than its parameter: fused optimizers would mix elements up
+    clipped = [torch.empty_like(p).copy_(scale * g) for p, g in zip(trained, gradients)]
+
+    log_ratio = (log_prob - acting_log_prob).detach()  # 0, as each rollout is used only once
+    reverse_weight = args.beta * abs(args.z) * log_prob.detach().exp()  # what Lr adds to alpha
     metrics = {
         "policy_loss": policy_loss.detach(),
         "reverse_loss": reverse_loss.detach(),
@@ -429,398 +467,330 @@ def gradient_and_metrics(agent, args, obs, action, advantage, returns):
         "clipped_gradients": (grad_norm > args.max_grad_norm).float(),
         "norm_sign_changes": ((normalized > 0) != (advantage > 0)).float().mean(),
         "reverse_share": (reverse_weight / (args.alpha + reverse_weight)).mean(),
+        "approx_kl": (log_ratio.expm1() - log_ratio).mean(),
     }
-    return scale * gradient, metrics
+    return clipped, metrics
 
 
-def train(envs, args):
+# ---- Training
+
+
+def train(envs, args, folder):
     torch.set_num_threads(1)  # the networks are too small to gain from more
-    generator = torch.manual_seed(args.seed)  # initial weights, actions, adv_flip
     rng = np.random.default_rng([args.seed, 1])  # reward noise
-    agent = Agent(envs.envs[0], args).to(args.device)
-    # An optimizer updates a single tensor faster than many: all that is trained becomes views of
-    # one vector, and its gradients views of the vector's
+    with closing(make_env(args)) as env:  # for its spaces
+        torch.manual_seed(args.seed)  # initial weights
+        agent = Agent(env, args)
+    generator = torch.default_generator.clone_state()  # since environments may seed PyTorch's
     trained = [p for p in agent.parameters() if p.requires_grad]
-    parameters = nn.utils.parameters_to_vector(trained).detach()
-    nn.utils.vector_to_parameters(parameters, trained)
-    parameters.grad = torch.zeros_like(parameters)
-    for p, gradient in zip(trained, parameters.grad.split([p.numel() for p in trained])):
-        p.grad = gradient.view_as(p)
-    optimizer = torch.optim.RMSprop(
-        [parameters], lr=args.learning_rate, alpha=0.99, eps=args.rmsprop_eps
-    )
-    check_copy(agent, parameters, optimizer)
+    initial = {name: p.detach().clone() for name, p in agent.named_parameters() if p.requires_grad}
+    options = {"lr": args.learning_rate, "alpha": 0.99, "eps": args.rmsprop_eps}
+    optimizer = torch.optim.RMSprop(trained, **options, foreach=True)
 
     global_step = 0
-    seconds = 0.0  # without start-up, evaluations and checkpoints
     evaluations = []  # rows of progress.csv
     history = {}  # what was logged since the last evaluation, a list by name
-    checkpoint_path = args.run_dir / "checkpoint.pt"
+    updates = []  # since the last entry in the log
+    speeds = []  # steps per second between entries
+    stateful = dict(agent=agent, optimizer=optimizer)
+    stateful |= dict(obs_stats=envs.obs_stats, return_stats=envs.return_stats)
+    checkpoint_path = folder / "checkpoint.pt"
     if checkpoint_path.exists():
-        checkpoint = torch.load(checkpoint_path, weights_only=True, map_location="cpu")
-        agent.load_state_dict(checkpoint["agent"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
-        envs.obs_stats.load_state_dict(checkpoint["obs_stats"])
-        envs.return_stats.load_state_dict(checkpoint["return_stats"])
-        envs.recent_episodes.extend(checkpoint["recent_episodes"])
+        checkpoint = torch.load(checkpoint_path, weights_only=True)
+        for name, part in stateful.items():
+            part.load_state_dict(checkpoint[name])
         generator.set_state(checkpoint["generator"])
+        torch.set_rng_state(checkpoint["torch_rng"])  # of layers that draw, as dropout does
         rng.bit_generator.state = checkpoint["rng"]
-        global_step = checkpoint["global_step"]
-        seconds = checkpoint["seconds"]
-        evaluations = checkpoint["evaluations"]
-        history = checkpoint["history"]
+        envs.recent_episodes.extend(checkpoint["recent_episodes"])
+        global_step, evaluations, history, speeds = checkpoint["progress"]
     if args.track:
         import wandb
 
-        options = {"project": "symmetric-rl", "sync_tensorboard": True}
-        options["resume"] = "auto"  # one id per `dir`, also when the run is continued
-        wandb.init(name=args.run_name, dir=args.run_dir, config=vars(args), **options)
-    writer = SummaryWriter(args.run_dir, purge_step=global_step + 1)
+        options = {"config": vars(args), "sync_tensorboard": True}
+        options["resume"] = "auto"  # one id per `dir`
+        wandb.init(project="symmetric-rl", name=folder.name, dir=folder, **options)
+    writer = SummaryWriter(folder, purge_step=global_step + 1)
     writer.add_text("hyperparameters", f"```\n{json.dumps(vars(args), indent=2)}\n```")
 
     T, N = args.num_steps, args.num_envs
-    obs = np.zeros((T + 1, N, *envs.envs[0].observation_space.shape), np.float32)
-    obs[T] = envs.reset([args.seed, global_step])
+    first_obs = envs.reset([args.seed, global_step])
+    obs = np.zeros((T + 1, *first_obs.shape), np.float32)
+    obs[T] = first_obs  # after the last step, the first of the next rollout
+    final_obs = np.zeros_like(obs[1:])  # of ended episodes
     reward = np.zeros((T, N))
-    terminated, truncated = np.zeros((2, T, N), bool)
+    ended = np.zeros((T, N), bool)
+    cut_off = np.zeros((T, N), bool)
+    gradient_fn = gradient_and_metrics
+    if args.compile:
+        gradient_fn = compiled(gradient_and_metrics, options={"cpp_wrapper": True})
+    interval = args.checkpoint_freq * N
+    print(f"{folder}: from step {global_step:,}, with a checkpoint every {interval:,} steps")
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps", disable=None)
-    gradient_fn = compiled(agent, args, obs) if args.compile else gradient_and_metrics
 
-    metrics = []  # of all updates since the last entry in the log
-    all_advantages = []
-    all_returns = []
     while global_step < args.total_timesteps:
         # Rollout
-        started = time.perf_counter()
-        obs[0] = obs[T]
-        final_obs = np.zeros_like(obs[1:])  # of truncated episodes
+        if not updates:
+            started = time.perf_counter()
         act = agent.actor_fn()
         exploration = agent.exploration((T, N), generator)
-        actions = []
+        actions, outputs = [], []
+        obs[0] = obs[T]
         for t in range(T):
-            actions.append(act(obs[t], exploration[t]))
-            transition = envs.step(agent.to_env(actions[t]))
-            obs[t + 1], reward[t], terminated[t], truncated[t], final = transition
-            for i, one_obs in final.items():
-                final_obs[t, i] = one_obs
-        finite = np.isfinite(obs[1:] + final_obs).all((1, 2)) & np.isfinite(reward).all(1)
-        if not finite.all():
-            sys.exit(f"error: step {global_step + N * finite.argmin()}: obs or reward not finite")
+            action, output = act(obs[t], exploration[t])
+            actions.append(action)
+            outputs.append(output)
+            step = envs.step(agent.to_env(action))
+            obs[t + 1], reward[t], ended[t], cut_off[t], final_obs[t] = step
         global_step += T * N
         bar.update(T * N)
 
-        # Advantages, from one pass for all values. `b_` names are of the whole batch (T * N, ...)
-        all_obs = torch.from_numpy(np.concatenate([obs, final_obs])).to(args.device).flatten(0, 1)
-        b_obs = all_obs[: T * N]  # without each rollout's last and the final observations
-        b_action = torch.from_numpy(np.concatenate(actions)).to(args.device)
+        # Advantages. `b_` names are of the whole batch (T * N, ...)
+        all_obs = torch.from_numpy(obs).flatten(0, 1)
+        b_obs = all_obs[: T * N]
+        b_action = torch.from_numpy(np.concatenate(actions))
+        b_output = torch.from_numpy(np.concatenate(outputs))
         with torch.no_grad():
-            values = agent.value(all_obs).view(2 * T + 1, N).cpu().numpy()
-        value, final_value = np.split(values, [T + 1])
-        noisy_reward = perturb_reward(reward, args.noise, args.noise_level, rng)
-        advantage, returns = compute_gae(
-            noisy_reward, value, final_value, terminated, truncated, args.gamma, args.gae_lambda
-        )
-        b_advantage = torch.from_numpy(advantage).float().to(args.device).flatten()
-        b_returns = torch.from_numpy(returns).float().to(args.device).flatten()
+            b_log_prob = agent.acting_log_prob(b_action, b_output)
+            value = agent.value(all_obs).view(T + 1, N).numpy()
+            final_value = agent.value(torch.from_numpy(final_obs[cut_off])).flatten()
+        noisy_reward = perturb_reward(reward.copy(), args.noise, args.noise_level, rng)
+        # An episode that was cut off would have gone on: bootstrap from where it stopped
+        noisy_reward[cut_off] += args.gamma * final_value.numpy()
+        advantage, returns = compute_gae(noisy_reward, value, ended, args.gamma, args.gae_lambda)
+        b_advantage = torch.from_numpy(advantage).float().flatten()
+        b_returns = torch.from_numpy(returns).float().flatten()
 
-        # Update
         if args.noise == "adv_flip":
             b_advantage = perturb_advantage(b_advantage, args.noise_level, generator)
-        gradient, new_metrics = gradient_fn(agent, args, b_obs, b_action, b_advantage, b_returns)
-        parameters.grad.copy_(gradient)
-        optimizer.step()
-        metrics.append(new_metrics)
-        all_advantages.append(advantage)
-        all_returns.append(returns)
-        if not parameters.isfinite().all():
-            sys.exit(f"error: weights not finite at step {global_step}; lower the learning rate")
-        if any(p.grad is None for p in trained):
-            sys.exit("error: leave out zero_grad(), which drops the parameters' gradients")
 
-        # Log
+        # Update
+        batch = [b_obs, b_action, b_log_prob, b_advantage, b_returns]
+        gradients, metrics = gradient_fn(agent, trained, args, *batch)
+        for p, gradient in zip(trained, gradients):
+            p.grad = gradient
+        optimizer.step()
+        if global_step == T * N:
+            check_first_update(agent, initial, optimizer, gradients, metrics["approx_kl"])
+        updates.append((metrics, advantage, returns))
+
+        # Log, evaluation and checkpoint, whenever a multiple of their frequencies is passed. The
+        # other two need a complete log
         finished = global_step >= args.total_timesteps
-        evaluation_due = finished or global_step % args.eval_freq < T * N  # passed a multiple
-        checkpoint_due = finished or global_step % (args.checkpoint_freq * N) < T * N
+        evaluation_due = finished or global_step % args.eval_freq < T * N
+        checkpoint_due = finished or global_step % interval < T * N
         if evaluation_due or checkpoint_due or global_step % args.log_freq < T * N:
+            speeds.append(len(updates) * T * N / (time.perf_counter() - started))
+            all_metrics, all_advantages, all_returns = zip(*updates)
+            updates = []
             scalars = {}
-            for name in metrics[0]:
-                scalars[f"losses/{name}"] = torch.stack([m[name] for m in metrics]).mean()
+            for name in metrics:
+                stacked = torch.stack([one[name] for one in all_metrics])
+                scalars[f"losses/{name}"] = stacked.mean().item()
+            if not math.isfinite(scalars["losses/grad_norm"]):
+                cause = "learning rate too high, or observations or rewards not finite"
+                sys.exit(f"error: gradients not finite at step {global_step}: {cause}")
             # advantage = return - value
             unexplained = np.var(all_advantages) / max(np.var(all_returns), 1e-8)
             scalars["losses/explained_variance"] = 1 - unexplained
             if envs.recent_episodes:  # means of the last 100
-                episodic_return, episodic_length = np.mean(envs.recent_episodes, axis=0)
-                scalars["charts/episodic_return"] = episodic_return
-                scalars["charts/episodic_length"] = episodic_length
-                bar.set_postfix_str(f"return {episodic_return:.1f}")
+                recent = np.mean(envs.recent_episodes, axis=0)
+                scalars["charts/episodic_return"] = recent[0]
+                scalars["charts/episodic_length"] = recent[1]
+                bar.set_postfix_str(f"return {recent[0]:.1f}")
             for name, scalar in scalars.items():
                 history.setdefault(name, []).append(float(scalar))
                 writer.add_scalar(name, history[name][-1], global_step)
-            elapsed = seconds + time.perf_counter() - started
-            writer.add_scalar("charts/SPS", global_step / elapsed, global_step)
-            metrics = []
-            all_advantages = []
-            all_returns = []
-        seconds += time.perf_counter() - started
-
-        # Evaluation and checkpoint
+            writer.add_scalar("charts/SPS", speeds[-1], global_step)
         if evaluation_due:
-            video = args.run_dir / "video" / f"step-{global_step}"
-            scores, lengths = evaluate(agent, args, envs.obs_stats, args.seed + global_step, video)
-            evaluation = {"return_mean": scores.mean(), "return_std": scores.std()}
-            evaluation["length_mean"] = lengths.mean()
-            evaluation |= {name: np.mean(logged) for name, logged in history.items()}
+            seed = args.seed + global_step
+            with closing(make_env(args)) as env:  # anew, as in training
+                scores, lengths = evaluate(agent, args, envs.obs_stats, seed, env)
+            if not np.isfinite(scores).all():
+                sys.exit(f"error: a return of the evaluation at step {global_step} is not finite")
+            evaluation = {
+                "return_mean": scores.mean(),
+                "return_std": scores.std(),
+                "length_mean": lengths.mean(),
+            }
+            for name, logged in history.items():  # since the evaluation before
+                evaluation[name] = np.mean(logged)
             history = {}
-            evaluations.append({"step": global_step} | {k: float(x) for k, x in evaluation.items()})
-            save_csv(args.run_dir / "progress.csv", evaluations)
-            writer.add_scalar("eval/return_mean", evaluation["return_mean"], global_step)
+            evaluation = {name: float(number) for name, number in evaluation.items()}
+            evaluations.append({"step": global_step} | evaluation)
+            with atomic_write(folder / "progress.csv") as path, open(path, "w", newline="") as file:
+                table = csv.DictWriter(file, evaluations[-1])  # the first may have fewer columns
+                table.writeheader()
+                table.writerows(evaluations)
+            writer.add_scalar("eval/return_mean", scores.mean(), global_step)
             tqdm.write(f"step {global_step:,}: return {scores.mean():.1f}")
-            tensors = {name: tensor.clone() for name, tensor in agent.state_dict().items()}
-            tensors["obs_mean"] = torch.from_numpy(envs.obs_stats.mean)
-            tensors["obs_std"] = torch.from_numpy(envs.obs_stats.std)
-            with atomic_write(args.run_dir / "agent.safetensors") as path:
+            tensors = {f"obs_{name}": t for name, t in envs.obs_stats.state_dict().items()}
+            for name, tensor in agent.state_dict().items():  # neither shared nor strided
+                tensors[name] = tensor.clone(memory_format=torch.contiguous_format)
+            with atomic_write(folder / "agent.safetensors") as path:
                 path.write_bytes(safetensors.torch.save(tensors))
         if checkpoint_due:
-            checkpoint = {
-                "agent": agent.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "obs_stats": envs.obs_stats.state_dict(),
-                "return_stats": envs.return_stats.state_dict(),
-                "recent_episodes": list(envs.recent_episodes),
-                "generator": generator.get_state(),
-                "rng": rng.bit_generator.state,
-                "global_step": global_step,
-                "seconds": seconds,
-                "evaluations": evaluations,
-                "history": history,
-            }
+            checkpoint = {name: part.state_dict() for name, part in stateful.items()}
+            checkpoint["generator"] = generator.get_state()
+            checkpoint["torch_rng"] = torch.get_rng_state()
+            checkpoint["rng"] = rng.bit_generator.state
+            checkpoint["recent_episodes"] = list(envs.recent_episodes)
+            checkpoint["progress"] = global_step, evaluations, history, speeds
+            writer.flush()
             with atomic_write(checkpoint_path) as path:
                 torch.save(checkpoint, path)
             obs[T] = envs.reset([args.seed, global_step])  # as when the run is continued
 
     writer.close()
-    outcome = {"sps": global_step / seconds, "finished": True}
-    save_json(args.run_dir / "summary.json", evaluations[-1] | outcome)  # last: marks the end
+    summary = evaluations[-1] | {"sps": float(np.median(speeds))}
+    with atomic_write(folder / "summary.json") as path:  # last: marks the end
+        path.write_text(json.dumps(summary, indent=2))
 
 
-def evaluate(agent, args, obs_stats, seed, video):
-    """Raw returns and lengths (eval_episodes,) of greedy episodes. `video`: path without suffix for
-    a video of the first episode, if `args.capture_video`."""
-    env = make_env(args, args.capture_video)  # anew, as in training
-    if args.capture_video:
-        env = RecordVideo(env, video.parent, lambda i: i == 0, name_prefix=video.name)
+def evaluate(agent, args, obs_stats, seed, env):
+    """Raw returns and lengths (eval_episodes,) of greedy episodes in `env`."""
+    longest = 100_000  # without a time limit of its own
+    if env.spec and env.spec.max_episode_steps:
+        longest = env.spec.max_episode_steps
     act = agent.actor_fn()
-    returns, lengths = np.zeros((2, args.eval_episodes))
-    with closing(env):
-        for episode in range(args.eval_episodes):
-            # With seed + episode, runs with neighbouring seeds would share most initial states
-            obs, _ = env.reset(seed=seed if episode == 0 else None)
-            ended = False
-            while not ended:
-                action = agent.to_env(act(obs_stats.normalize(np.array([obs]))))[0]
-                obs, reward, terminated, truncated, _ = env.step(action)
-                returns[episode] += reward
-                lengths[episode] += 1
-                ended = terminated or truncated or lengths[episode] == 100_000  # if no time limit
+    returns = np.zeros(args.eval_episodes)
+    lengths = np.zeros(args.eval_episodes)
+    for episode in range(args.eval_episodes):
+        # With seed + episode, runs with neighbouring seeds would share most initial states
+        obs, _ = env.reset(seed=seed if episode == 0 else None)
+        ended = False
+        while not ended:
+            action, _ = act(obs_stats.normalize(np.array([obs])))
+            obs, reward, terminated, truncated, _ = env.step(agent.to_env(action)[0])
+            returns[episode] += reward
+            lengths[episode] += 1
+            ended = terminated or truncated or lengths[episode] == longest
     return returns, lengths
 
 
-def evaluate_run(args: Args):
-    """Prints the score of the latest agent of the run in the folder `args.evaluate`."""
-    chosen = {name: getattr(args, name) for name in "seed eval_episodes capture_video".split()}
-    if args != Args(evaluate=args.evaluate, **chosen):
-        sys.exit("error: --evaluate takes only --seed, --eval-episodes and --capture-video")
-    folder = Path(args.evaluate)
-    if not (folder / "agent.safetensors").exists():
-        sys.exit(f"error: --evaluate {args.evaluate!r}: not the folder of a run with an agent")
-    begun = json.loads((folder / "args.json").read_text())
-    if begun["args"].keys() != vars(args).keys():
-        sys.exit(f"error: {folder} is of another script or version; use {folder}/{begun['script']}")
-    if begun["identity"]["script_sha256"] != args.identity()["script_sha256"]:
-        print(f"warning: edited; the run's copy is {folder}/{begun['script']}", file=sys.stderr)
-    run = Args(**begun["args"] | chosen | {"track": False})
-    tensors = safetensors.torch.load_file(folder / "agent.safetensors")
-    obs_stats = RunningStats()
-    obs_stats.load_state_dict({"mean": tensors.pop("obs_mean"), "std": tensors.pop("obs_std")})
-    with closing(make_env(run, run.capture_video)) as env:  # tells the spaces
-        agent = Agent(env, run)
-    agent.load_state_dict(tensors)
-    video = folder / "video" / f"evaluate-{run.seed}"
-    scores, _ = evaluate(agent, run, obs_stats, run.seed, video)
-    print(f"{folder}: return {scores.mean():.1f} (standard deviation {scores.std():.1f})")
-    if run.capture_video:
-        print(f"video: {video}-episode-0.mp4")
+# ---- Plumbing
 
 
-# What follows is plumbing, not part of the algorithm.
+def compiled(function, **options):
+    """`function`, compiled at its first call. If that fails, without a C++ compiler for one, it
+    runs uncompiled, so that errors of an edited copy show as plain ones."""
+    torch._dynamo.config.trace_autograd_ops = True  # one graph for the gradient and the loss
+    chosen = None
+
+    def call(*inputs):
+        nonlocal chosen
+        try:
+            chosen = chosen or torch.compile(function, **options)
+            return chosen(*inputs)
+        except Exception as error:  # any is possible here
+            if chosen is function:
+                raise
+            tqdm.write(f"torch.compile failed, continuing without: {error!r:.200}", file=sys.stderr)
+            chosen = function
+            return chosen(*inputs)
+
+    return call
 
 
-def check_copy(agent, vector, *optimizers):
-    """Refuses layers that differ between rollout and update, which would make the probabilities of
-    the one meaningless in the other, and optimizers without the `vector` or some parameters."""
-    for name, module in agent.named_modules():
-        kinds = (nn.modules.dropout._DropoutNd, nn.modules.batchnorm._BatchNorm)
-        if isinstance(module, kinds) and module.training:
-            sys.exit(f"error: {name} is {module}: probabilities would change from pass to pass")
-    given = {p for one in optimizers for group in one.param_groups for p in group["params"]}
-    trained = {name: p for name, p in agent.named_parameters() if p.requires_grad}
-    left_out = [name for name, p in trained.items() if not {p, vector} & given]
-    if left_out:
-        sys.exit(f"error: the optimizer leaves out {', '.join(left_out)}")
+def check_first_update(agent, initial, optimizer, gradients, approx_kl):
+    """Stops a run that an edit has broken. Before the first step, acting and trained policy must
+    agree: `approx_kl` is 0. After the first update, the `initial` parameters (by name) must have
+    changed where the last `gradients` are not negligible."""
+    if approx_kl > 1e-8:  # rounding makes 1e-11 at most
+        sys.exit("error: the policy that acts is not the one that is trained (dropout, memory?)")
+    if optimizer.param_groups[0]["lr"] == 0:
+        return  # as at the start of a warm-up
+    for (name, before), gradient in zip(initial.items(), gradients):
+        matters = gradient.abs().max() > 1e-4 * before.abs().max()
+        if matters and agent.get_parameter(name).equal(before):
+            sys.exit(f"error: {name} has a gradient, but no optimizer changes it")
 
 
-def compiled(agent, args, obs):
-    """Compiles `gradient_and_metrics` by a call on a rollout like those to come, before training
-    is timed. Returns it uncompiled if that fails. `obs` (T + 1, N, obs_dim)."""
-    n = args.num_envs * args.num_steps
-    b_obs = obs.reshape(-1, obs.shape[-1])[:n]
-    b_action = agent.actor_fn()(b_obs)
-    tensors = [torch.from_numpy(b_obs), torch.from_numpy(b_action), *torch.zeros(2, n)]
-    try:
-        torch._dynamo.config.trace_autograd_ops = True  # one graph for the gradient and the loss
-        options = {"cpp_wrapper": args.device == "cpu"}  # cheaper calls; not tried on a GPU
-        gradient_fn = torch.compile(gradient_and_metrics, options=options)
-        gradient_fn(agent, args, *[tensor.to(args.device) for tensor in tensors])
-        return gradient_fn
-    except Exception as error:  # any exception is possible here, without a C++ compiler for one
-        tqdm.write(f"torch.compile failed, continuing without: {error!r:.200}", file=sys.stderr)
-        return gradient_and_metrics
-
-
-def numpy_fn(network):
-    """`network` as a function of NumPy arrays (batch, inputs), to be made anew after an update.
-    Linear, Tanh and ReLU in a Sequential are computed in NumPy, which for a single observation
-    takes a third of PyTorch's time; any other network in PyTorch."""
-
-    @torch.no_grad()
-    def in_torch(x):
-        device = next(network.parameters()).device
-        return network(torch.from_numpy(x).to(device)).numpy(force=True)
-
-    layers = []
-    for layer in network if type(network) is nn.Sequential else [network]:
-        parameters = [p.numpy(force=True) for p in layer.parameters()]
-        if type(layer) not in (nn.Linear, nn.Tanh, nn.ReLU) or len(parameters) == 1:  # no bias
-            return in_torch
-        layers.append((type(layer), parameters))
-
-    def in_numpy(x):
-        for kind, parameters in layers:
-            if kind is nn.Linear:
-                weight, bias = parameters
-                x = x.dot(weight.T) + bias
-            else:
-                x = np.tanh(x) if kind is nn.Tanh else np.maximum(x, 0)
-        return x
-
-    return in_numpy
+def own_sources():
+    """Contents of the imported files that are the user's own: neither Python's nor installed. What
+    imported this script, if anything did, does not count."""
+    files = {Path(__file__)}
+    for module in list(sys.modules.values()):
+        file = Path(getattr(module, "__file__", None) or "")
+        installed = {"site-packages", "dist-packages"} & set(file.parts)
+        installed = installed or Path(os.__file__).parent in file.parents
+        if file.is_file() and not installed and module is not sys.modules["__main__"]:
+            files.add(file)
+    return sorted({file.read_bytes() for file in files})
 
 
 @contextmanager
 def atomic_write(path):
     """Yields the path of a temporary file that then replaces `path`: no file is half written."""
     temporary = path.with_name(path.name + ".tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:  # Windows syncs only what can be written
-            os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:  # a full disk; torch.save then raises the latter
-        sys.exit(f"error: cannot write {path} ({error}): disk full? The same command continues")
+    yield temporary
+    with open(temporary, "rb+") as file:  # Windows syncs only what can be written
+        os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
-def save_csv(path, rows):
-    with atomic_write(path) as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[-1])  # the first row may have fewer columns
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def save_json(path, content):
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2))
-
-
-def provenance():
-    """What one needs to repeat a run, besides its arguments."""
-    script = Path(__file__).resolve()
-    packages = "gymnasium mujoco numpy".split()  # MuJoCo may be missing
+def begin_session(args, folder):
+    """Adds a line to the run's sessions.jsonl, with what is needed to reproduce it, and copies this
+    script into its folder."""
+    script = Path(__file__).absolute()
     commit = None
     if shutil.which("git"):
         command = ["git", "-C", script.parent, "describe", "--always", "--dirty", "--abbrev=40"]
         commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
-    versions = {d.name: d.version for d in distributions() if d.name in packages}
-    return {
+    installed = [package.name or "" for package in distributions()]
+    imported = [name for name in installed if name.replace("-", "_") in sys.modules]
+    session = {
+        "run": folder.name,
         "script": script.name,
+        "args": vars(args),
         "command": sys.argv,
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
         "commit": commit,
-        "versions": {"torch": torch.__version__} | versions,
+        "versions": {name: version(name) for name in imported},
         "platform": platform.platform(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
+    path = folder / "sessions.jsonl"
+    earlier = path.read_text() if path.exists() else ""
+    with atomic_write(path) as temporary:
+        temporary.write_text(earlier + json.dumps(session) + "\n")
+    (folder / script.name).write_bytes(script.read_bytes())
 
 
-def begin(args: Args) -> bool:
-    """Writes args.json and a copy of the script or, if they are there, checks that they are of the
-    same run. Returns whether the run has still to be finished."""
-    path = args.run_dir / "args.json"
-    if not path.exists():
-        with atomic_write(args.run_dir / Path(__file__).name) as copy:
-            shutil.copyfile(__file__, copy)
-        begun = {"args": vars(args), "identity": args.identity(), **provenance(), "continued": []}
-        save_json(path, begun)
-        return True
-    begun = json.loads(path.read_text())
-    for name, value in args.identity().items():
-        before = begun["identity"].get(name)
-        if before != value:
-            difference = f"{name} {before!s:.20}, not {value!s:.20}"  # shortens hashes
-            sys.exit(f"error: {args.run_dir} was begun with {difference}; give another --run-name")
-    if (args.run_dir / "summary.json").exists():
-        return False
-    begun["continued"].append(provenance())
-    save_json(path, begun)
-    return True
+def stop(*_):
+    """SIGTERM ends a run as Ctrl-C does; while it closes, further signals are ignored."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def main():
     args = tyro.cli(Args)
-    if args.evaluate is not None:
-        evaluate_run(args)
-        return
-    with closing(make_env(args, args.capture_video)) as env:  # before a folder is made
-        for space in (env.observation_space, env.action_space):
-            if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
-                sys.exit(f"error: {args.env_id}: {space} is no vector; see docs/copy-and-modify.md")
-        bound = np.abs([space.low, space.high]).max()  # of actions; float's maximum stands for none
-        if space.dtype.kind != "f" or (args.policy == "categorical" and bound > 1e30):
-            sys.exit(f"error: {args.env_id}: needs float actions, bounded unless --policy gaussian")
-        if args.capture_video:
-            AddRenderObservation(env)  # raises unless it renders pictures
-    args.run_dir.mkdir(parents=True, exist_ok=True)
     try:
-        lock = FileLock(args.run_dir / "lock", blocking=False).acquire()
-    except Timeout:
-        sys.exit(f"error: another process is at work on this run, or delete {args.run_dir}/lock")
+        prepare(args)
+    except (ImportError, gym.error.Error) as error:
+        sys.exit(f"error: --env-id {args.env_id}: {error}")
+    folder = args.folder()
+    folder.mkdir(parents=True, exist_ok=True)
+    try:
+        lock = FileLock(folder / "lock", blocking=False).acquire()
     except OSError as error:
-        sys.exit(f"error: cannot lock {args.run_dir} ({error.strerror}); use another --runs-dir")
-    try:
-        with lock, closing(NormalizedEnvs(args)) as envs:  # after errors and Ctrl-C, too
-            if begin(args):
-                train(envs, args)
-    except KeyboardInterrupt:
-        step = 0
-        if (args.run_dir / "checkpoint.pt").exists():
-            step = torch.load(args.run_dir / "checkpoint.pt", "cpu", mmap=True)["global_step"]
-        sys.exit(f"interrupted; the same command continues from step {step:,}")
-    if args.capture_video and not (args.run_dir / "video").exists():
-        print(f"already finished; for a video: --evaluate {args.run_dir} --capture-video")
-    summary = json.loads((args.run_dir / "summary.json").read_text())
-    score = f"return {summary['return_mean']:.1f} (standard deviation {summary['return_std']:.1f})"
-    print(f"{args.run_dir}: {score}, {summary['sps']:,.0f} steps/s")
+        sys.exit(f"error: another process is at work on {folder}, or it cannot be locked: {error}")
+    with lock:
+        if not (folder / "summary.json").exists():
+            begin_session(args, folder)
+            try:
+                with closing(NormalizedEnvs(args)) as envs:
+                    train(envs, args, folder)
+            except KeyboardInterrupt:
+                sys.exit("interrupted; the same command continues from its last checkpoint, if any")
+    summary = json.loads((folder / "summary.json").read_text())
+    score = f"return {summary['return_mean']:.1f}, {summary['sps']:,.0f} steps/s"
+    print(f"{folder}: {score}; to watch it: python enjoy.py {folder}")
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
     main()

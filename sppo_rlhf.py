@@ -49,15 +49,15 @@ import math
 import os
 import platform
 import random
-import re
 import shutil
+import signal
 import subprocess
 import sys
 import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
-from importlib.metadata import distributions
+from importlib.metadata import distributions, version
 from importlib.util import find_spec
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -70,7 +70,7 @@ import transformers
 import tyro
 from accelerate import Accelerator
 from accelerate.utils import GradientAccumulationPlugin, concatenate, send_to_device, slice_tensors
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -78,6 +78,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+NO_EFFECT = ["runs_dir", "device", "track"]  # change no result but by rounding
 TOY = "runs/toy"  # folder of the toy's models and data
 EVENT_LOOP = asyncio.new_event_loop()  # one, since clients of reward functions belong to theirs
 # Tokenizers of hub models that come without one, and held-out splits of datasets
@@ -101,7 +102,6 @@ class Args:
     total_timesteps: int = 40 * 112  # texts sampled in all, rounded up to whole batches
     seed: int = 1  # of all random numbers (the authors' runs: 42 to 46)
     exp_name: str | None = None  # name of the method in reports; default: the algorithm
-    run_name: str | None = None  # folder of the run; default: main settings and a hash of all
     runs_dir: str = "runs"  # folder of all runs
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU, where there is one
     amp: Literal["auto", "off"] = "auto"  # auto: bfloat16 where the hardware has it; off: float32
@@ -120,7 +120,6 @@ class Args:
     stop_at_eos: bool = True  # end-of-text tokens end a response; else they are never sampled
     lora_r: int = 0  # rank of LoRA adapters, for policy and critic on one model; 0: no LoRA
     lora_alpha: int = 64  # LoRA's alpha: adapters are scaled by alpha / rank
-    lora_targets: tyro.conf.Suppress[tuple[str, ...]] = ()  # no flag: what has adapters
 
     # Algorithm
     batch_size: int = 112  # texts sampled for an update, over all processes
@@ -149,7 +148,6 @@ class Args:
     noise_level: float | None = None  # flip probability (default 0.1) or scale (default 0.05)
 
     # Evaluation
-    evaluate: str | None = None  # folder of a run: play its policy instead of training
     eval_freq: int | None = None  # texts between evaluations and checkpoints; default: total / 10
     eval_episodes: int = 128  # held-out prompts in an evaluation; rewards are clean
     eval_greedy: bool = False  # greedy decoding in evaluations; else sampled as in training
@@ -167,9 +165,6 @@ class Args:
         if self.exp_name is None:
             self.exp_name = "sppo" if self.beta else "ppo"
         self.check()
-        if self.run_name is None:  # the same command has the same folder, so it continues there
-            digest = hashlib.sha256(json.dumps(self.identity()).encode()).hexdigest()[:8]
-            self.run_name = f"{self.task}__{self.exp_name}__{self.noise}__{self.seed}__{digest}"
 
     def check(self):
         """Refuses what would run, but mean something else than it says. tyro prints the message."""
@@ -195,7 +190,6 @@ class Args:
         if self.noise.endswith("flip"):
             require(self.noise_level <= 1, "noise_level is the probability of a flip, so at most 1")
         require(self.noise != "none" or not self.noise_level, "noise_level needs a kind of noise")
-        require(self.run_name not in ("", ".", ".."), "run_name must be the name of a folder")
         processes = int(os.environ.get("WORLD_SIZE", 1))
         if self.batch_size % (self.num_minibatches * processes):
             raise ValueError("num_minibatches times processes must divide batch_size")
@@ -208,23 +202,21 @@ class Args:
                 ".from_pretrained(FOLDER).merge_and_unload().save_pretrained(NEW_FOLDER)"
             )
 
-    def identity(self) -> dict:
-        """What makes two runs the same: the script, the files of reward functions, and the
-        arguments that may change results."""
-        models = self.reward_model + self.eval_reward_model
-        files = {name: name.rpartition(":")[0] for name in models}
-        identity = {
-            f"{name}_sha256": hashlib.sha256(Path(file).read_bytes()).hexdigest()
-            for name, file in {"script": __file__, **files}.items()
-            if Path(file).is_file()  # else a classifier
-        }
-        others = "run_name runs_dir device track evaluate lora_targets".split()
-        identity |= {name: value for name, value in vars(self).items() if name not in others}
-        return json.loads(json.dumps(identity))  # tuples become lists
-
-    @property
-    def run_dir(self) -> Path:
-        return Path(self.runs_dir) / self.run_name.replace("/", "-").replace(":", "-")
+    def folder(self):
+        """Folder of the run, once `prepare` was called. Its name ends with a hash of arguments,
+        local data, this script, and imported modules that are the user's own: the same command has
+        the same folder, where it continues, and no other has it."""
+        kept = {name: value for name, value in vars(self).items() if name not in NO_EFFECT}
+        digest = hashlib.sha256(json.dumps(kept).encode())
+        for source in own_sources():
+            digest.update(source)
+        for data in filter(None, (self.dataset, self.eval_dataset)):
+            for path in sorted([Path(data), *Path(data).rglob("*")]):
+                if path.is_file():
+                    digest.update(path.read_bytes())
+        name = f"{self.task}__{self.exp_name}__{self.noise}__{self.seed}"
+        name = name.replace("/", "-").replace(":", "-")
+        return Path(self.runs_dir, f"{name}__{digest.hexdigest()[:8]}")
 
 
 # The authors' settings, except that their base model for tldr is 4-bit. The toy's are ours.
@@ -278,7 +270,7 @@ TASKS = {"toy": Args, "imdb": ImdbArgs, "tldr": TldrArgs}
 
 def perturb_reward(reward, noise, level, rng):
     """Rewards of any shape with noise: flip replaces r by 1 - r with probability `level`, normal
-    adds N(0, level^2), uniform adds U(-level, level); other kinds leave rewards unchanged."""
+    adds N(0, level^2), uniform adds U(-level, level)."""
     if noise == "flip":
         flipped = rng.random(reward.shape) < level
         return np.where(flipped, 1 - reward, reward)
@@ -286,6 +278,7 @@ def perturb_reward(reward, noise, level, rng):
         return reward + rng.normal(0, level, reward.shape)
     if noise == "uniform":
         return reward + rng.uniform(-level, level, reward.shape)
+    assert noise in ("none", "adv_flip"), f"no noise {noise!r}"
     return reward
 
 
@@ -513,32 +506,32 @@ class Progress:
     """What a checkpoint holds besides weights, optimizer and random number generators."""
 
     global_step: int = 0
-    seconds: float = 0.0  # without start-up, evaluations and checkpoints
+    speeds: list[float] = field(default_factory=list)  # texts per second of each update
     evaluations: list[dict] = field(default_factory=list)  # rows of progress.csv
     samples: list[dict] = field(default_factory=list)
     history: list[dict] = field(default_factory=list)  # what was logged since the last evaluation
 
 
-def train(setup, args: Args):
+def train(setup, args, folder):
     accelerator = setup.accelerator
     rng = np.random.default_rng([args.seed, 1])  # reward noise
     # Prompts, sampling, minibatches, adv_flip; LoRA's initial weights start from args.seed
     generator = torch.Generator().manual_seed(rng.integers(2**31).item())
-    progress = Progress()
-    if (args.run_dir / "checkpoint.pt").exists():
-        progress = restore(setup, args, generator, rng)
+    progress = restore(setup, folder, generator, rng)
     writer = None  # in all processes but the first
     if accelerator.is_main_process:
         if args.track:
             import wandb
 
-            options = {"project": "symmetric-rl", "sync_tensorboard": True}
-            options["resume"] = "auto"  # one id per `dir`, also when the run is continued
-            wandb.init(name=args.run_name, dir=args.run_dir, config=vars(args), **options)
+            options = {"config": vars(args), "sync_tensorboard": True}
+            options["resume"] = "auto"  # one id per folder, also when the run is continued
+            wandb.init(project="symmetric-rl", name=folder.name, dir=folder, **options)
         # TensorBoard hides what was logged after the checkpoint; without one, everything
         purge_step = progress.global_step + 1 if progress.global_step else 0
-        writer = SummaryWriter(args.run_dir, purge_step=purge_step)
+        writer = SummaryWriter(folder, purge_step=purge_step)
         writer.add_text("hyperparameters", f"```\n{json.dumps(vars(args), indent=2)}\n```")
+    begun = f"{folder}: from step {progress.global_step:,}"
+    accelerator.print(f"{begun}, with a checkpoint every {args.eval_freq:,} texts")
     progress_bar = tqdm(
         total=args.total_timesteps,
         initial=progress.global_step,
@@ -546,7 +539,7 @@ def train(setup, args: Args):
         disable=None if writer else True,
     )
     if not progress.evaluations:
-        evaluate_and_log(setup, args, progress, writer)  # the initial policy
+        evaluate_and_log(setup, args, progress, folder, writer)  # the initial policy
 
     while progress.global_step < args.total_timesteps:
         # Rollout; random numbers are drawn for the global batch, then sharded
@@ -585,27 +578,27 @@ def train(setup, args: Args):
         for name, scalar in rollout_metrics(rollout, reward, advantage, returns).items():
             scalars[name] = scalar.item()
         progress.history.append(scalars)
-        progress.seconds += time.perf_counter() - started
+        progress.speeds.append(args.batch_size / (time.perf_counter() - started))
         if writer:
             for name, scalar in scalars.items():
                 writer.add_scalar(name, scalar, step)
-            writer.add_scalar("charts/SPS", step / progress.seconds, step)
+            writer.add_scalar("charts/SPS", progress.speeds[-1], step)
         progress_bar.set_postfix_str(f"reward {reward.mean():.3f}, KL {scalars['charts/kl']:.1f}")
         progress_bar.update(args.batch_size)
 
         # Evaluation and checkpoint
         finished = step >= args.total_timesteps
         if finished or step % args.eval_freq < args.batch_size:  # passed a multiple
-            evaluate_and_log(setup, args, progress, writer)
+            evaluate_and_log(setup, args, progress, folder, writer)
             if writer:
-                save_checkpoint(setup, args, generator, rng, progress)
+                save_checkpoint(setup, folder, generator, rng, progress)
 
     if writer:  # only the first process has one
         writer.close()
-        save_policy(setup, args.run_dir)
-        outcome = {"sps": progress.global_step / progress.seconds, "finished": True}
-        # Written last, since it marks the run as finished
-        save_json(args.run_dir / "summary.json", progress.evaluations[-1] | outcome)
+        save_policy(setup, folder)
+        summary = progress.evaluations[-1] | {"sps": float(np.median(progress.speeds))}
+        with atomic_write(folder / "summary.json") as path:  # last: marks the end
+            path.write_text(json.dumps(summary, indent=2))
     accelerator.wait_for_everyone()  # the first process may still be writing
     # If DDP is freed after its process group, PyTorch may deadlock (its issue 56297)
     setup.model = None
@@ -627,7 +620,7 @@ def rollout_metrics(rollout, reward, advantage, returns):
     }
 
 
-def evaluate_and_log(setup, args, progress, writer):
+def evaluate_and_log(setup, args, progress, folder, writer):
     """Appends an evaluation to `progress`; the first process writes progress.csv, samples.jsonl and
     TensorBoard."""
     step = progress.global_step
@@ -639,8 +632,11 @@ def evaluate_and_log(setup, args, progress, writer):
     progress.samples += samples
     if not writer:
         return
-    save_csv(args.run_dir / "progress.csv", progress.evaluations)
-    with atomic_write(args.run_dir / "samples.jsonl") as path:
+    with atomic_write(folder / "progress.csv") as path, open(path, "w", newline="") as file:
+        table = csv.DictWriter(file, row)  # the first may have fewer columns
+        table.writeheader()
+        table.writerows(progress.evaluations)
+    with atomic_write(folder / "samples.jsonl") as path:
         path.write_text("".join(json.dumps(sample) + "\n" for sample in progress.samples))
     writer.add_scalar("eval/return_mean", row["return_mean"], step)
     tqdm.write(f"step {step:,}: reward {row['return_mean']:.3f}")
@@ -875,19 +871,27 @@ def classifier_reward(name, args, data_texts, device, dtype):
     return reward_model
 
 
-def function_reward(name, device):
-    """A reward model, as above, from the Python function FILE.py:NAME. It gets `texts`, prompts and
-    responses together, if it has that parameter; else what TRL gives reward functions, but for its
-    trainer: `prompts` and `completions`, messages or texts without special tokens;
-    `completion_ids`, with the end of text; and the columns of the data."""
+def import_function(name):
+    """The Python function FILE.py:NAME."""
     file, _, function_name = name.rpartition(":")
     path = Path(file).resolve()
     sys.path.append(str(path.parent))
     found = find_spec(path.stem)
     if found is None or found.origin != str(path):
         sys.exit(f"error: {file} does not exist, or another module has its name")
-    # Under its own name, so that process pools find it
-    function = getattr(importlib.import_module(path.stem), function_name)
+    try:
+        module = importlib.import_module(path.stem)  # its own name, so that process pools find it
+        return getattr(module, function_name)
+    except (ImportError, AttributeError) as error:
+        sys.exit(f"error: {name}: {error}")
+
+
+def function_reward(name, device):
+    """A reward model, as above, from the Python function FILE.py:NAME. It gets `texts`, prompts and
+    responses together, if it has that parameter; else what TRL gives reward functions, but for its
+    trainer: `prompts` and `completions`, messages or texts without special tokens;
+    `completion_ids`, with the end of text; and the columns of the data."""
+    function = import_function(name)
     takes_texts = "texts" in inspect.signature(function).parameters
 
     def reward_model(texts, **inputs):
@@ -1057,31 +1061,6 @@ def evaluate(setup, args, step):
     return row, samples[:8]
 
 
-def evaluate_run(args: Args):
-    """Evaluates the policy of the run in the folder `args.evaluate`; prints samples and scores."""
-    chosen = {name: getattr(args, name) for name in "seed device eval_episodes".split()}
-    if args != type(args)(task=args.task, evaluate=args.evaluate, **chosen):
-        sys.exit("error: --evaluate takes only --seed, --device and --eval-episodes")
-    folder = Path(args.evaluate)
-    if not (folder / "checkpoint.pt").exists():
-        sys.exit(f"error: --evaluate {args.evaluate!r}: not the folder of a run with a checkpoint")
-    begun = json.loads((folder / "args.json").read_text())
-    if begun["args"].keys() != vars(args).keys():
-        sys.exit(f"error: {folder} is of another script or version; use {folder}/{begun['script']}")
-    if begun["identity"]["script_sha256"] != args.identity()["script_sha256"]:
-        print(f"warning: edited; the run's copy is {folder}/{begun['script']}", file=sys.stderr)
-    place = {"runs_dir": str(folder.parent), "run_name": folder.name}
-    run = Args(**begun["args"] | chosen | place)
-    setup = load(run)
-    progress = restore(setup, run, torch.Generator(), np.random.default_rng())
-    row, samples = evaluate(setup, run, progress.global_step)
-    for sample in samples:
-        score = f"{sample['reward']:.3f}"
-        setup.accelerator.print(score, f"{sample['prompt']} [{sample['response'].strip()}]")
-    for name, value in row.items():
-        setup.accelerator.print(f"{name}: {value:.4g}")
-
-
 # What follows is plumbing, not part of the algorithm.
 
 
@@ -1103,9 +1082,14 @@ class Setup:
     eval_data: datasets.Dataset
 
 
-def load(args):
-    """Loads models and data; makes those of the toy. Refuses models that lack weights or cannot
-    read the data. Other faults raise. Sets `args.lora_targets`."""
+def prepare(args):
+    """Imports reward functions and makes the toy, for `Args.folder`. Libraries print less then."""
+    datasets.disable_progress_bars()
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    for name in args.reward_model + args.eval_reward_model:
+        if ".py:" in name:
+            import_function(name)
     if f"{TOY}/" in str(vars(args)):  # its data or a model of it
         try:
             lock = FileLock(f"{TOY}.lock").acquire()  # other processes wait, and then find it
@@ -1113,6 +1097,11 @@ def load(args):
             sys.exit(f"error: cannot lock {TOY} ({error.strerror}); start in another folder")
         with lock:
             make_toy(Path(TOY))
+
+
+def load(args):
+    """Loads models and data. Refuses models that lack weights or cannot read the data. Other faults
+    raise."""
     cpu = args.device == "cpu" or not torch.cuda.is_available()
     # Else a launcher's environment may divide gradients. Mixed precision: see ActorCritic.autocast
     plugin = GradientAccumulationPlugin(num_steps=1)
@@ -1136,10 +1125,6 @@ def load(args):
         reward_models.append(reward_model)
     torch.manual_seed(args.seed)  # initial weights of LoRA
     actor_critic = ActorCritic(args, device, dtype)
-    if args.lora_r:  # for args.json, since targets differ between versions of peft
-        adapted = actor_critic.adapted
-        names = adapted.targeted_module_names + adapted.targeted_parameter_names
-        args.lora_targets = tuple(sorted({re.sub(r"\.\d+\.", ".*.", name) for name in names}))
     longer = replace(args, prompt_length=args.prompt_length + 1)
     prompts, _ = tokenize(eval_data[:], tokenizer, longer)
     cut = (prompts.mask.sum(1) > args.prompt_length).sum()
@@ -1273,7 +1258,7 @@ def trained_parameters(setup):
     }
 
 
-def save_checkpoint(setup, args, generator, rng, progress):
+def save_checkpoint(setup, folder, generator, rng, progress):
     checkpoint = {
         "agent": trained_parameters(setup),
         "optimizer": setup.optimizer.state_dict(),
@@ -1281,12 +1266,15 @@ def save_checkpoint(setup, args, generator, rng, progress):
         "rng": rng.bit_generator.state,
         "progress": vars(progress),
     }
-    with atomic_write(args.run_dir / "checkpoint.pt") as path:
+    with atomic_write(folder / "checkpoint.pt") as path:
         torch.save(checkpoint, path)
 
 
-def restore(setup, args, generator, rng):
-    path = args.run_dir / "checkpoint.pt"
+def restore(setup, folder, generator, rng):
+    """Continues from the checkpoint of a run, if it has one. Returns its `Progress`."""
+    path = folder / "checkpoint.pt"
+    if not path.exists():
+        return Progress()
     checkpoint = torch.load(path, weights_only=True, map_location="cpu")
     others = trained_parameters(setup).keys() ^ checkpoint["agent"].keys()
     if others:
@@ -1298,10 +1286,10 @@ def restore(setup, args, generator, rng):
     return Progress(**checkpoint["progress"])
 
 
-def save_policy(setup, run_dir):
+def save_policy(setup, run_folder):
     """Writes policy/, the trained policy or its adapter, which `from_pretrained` loads."""
-    folder = run_dir / "policy"
-    temporary = run_dir / "policy.tmp"
+    folder = run_folder / "policy"
+    temporary = run_folder / "policy.tmp"
     actor = setup.actor_critic
     if actor.lora:
         actor.adapted.save_pretrained(temporary, selected_adapters=["policy"])  # in policy/
@@ -1329,73 +1317,63 @@ def keep_freed_memory():
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
 
 
+def own_sources():
+    """Contents of the imported files that are the user's own: neither Python's nor installed. What
+    imported this script, if anything did, does not count."""
+    files = {Path(__file__)}
+    for module in list(sys.modules.values()):
+        file = Path(getattr(module, "__file__", None) or "")
+        installed = {"site-packages", "dist-packages"} & set(file.parts)
+        installed = installed or Path(os.__file__).parent in file.parents
+        if file.is_file() and not installed and module is not sys.modules["__main__"]:
+            files.add(file)
+    return sorted({file.read_bytes() for file in files})
+
+
 @contextmanager
 def atomic_write(path):
     """Yields the path of a temporary file that then replaces `path`: no file is half written."""
     temporary = path.with_name(path.name + ".tmp")
-    try:
-        yield temporary
-        with open(temporary, "rb+") as file:  # Windows syncs only what can be written
-            os.fsync(file.fileno())
-    except (OSError, RuntimeError) as error:  # a full disk; torch.save then raises the latter
-        sys.exit(f"error: cannot write {path} ({error}): disk full? The same command continues")
+    yield temporary
+    with open(temporary, "rb+") as file:  # Windows syncs only what can be written
+        os.fsync(file.fileno())
     os.replace(temporary, path)
 
 
-def save_csv(path, rows):
-    with atomic_write(path) as temporary, open(temporary, "w", newline="") as file:
-        writer = csv.DictWriter(file, rows[-1])  # the first row may have fewer columns
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def save_json(path, content):
-    with atomic_write(path) as temporary:
-        temporary.write_text(json.dumps(content, indent=2))
-
-
-def provenance():
-    """What one needs to repeat a run, besides its arguments."""
-    script = Path(__file__).resolve()
-    packages = "transformers peft accelerate numpy".split()
+def begin_session(args, folder):
+    """Adds a line to the run's sessions.jsonl, with what is needed to reproduce it, and copies this
+    script into its folder."""
+    script = Path(__file__).absolute()
     commit = None
     if shutil.which("git"):
         command = ["git", "-C", script.parent, "describe", "--always", "--dirty", "--abbrev=40"]
         commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
-    versions = {d.name: d.version for d in distributions() if d.name in packages}
-    return {
+    installed = [package.name or "" for package in distributions()]
+    imported = [name for name in installed if name.replace("-", "_") in sys.modules]
+    session = {
+        "run": folder.name,
         "script": script.name,
+        "args": vars(args),
         "command": sys.argv,
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
         "commit": commit,
-        "versions": {"torch": torch.__version__} | versions,
+        "versions": {name: version(name) for name in imported},
         "platform": platform.platform(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
     }
+    path = folder / "sessions.jsonl"
+    earlier = path.read_text() if path.exists() else ""
+    with atomic_write(path) as temporary:
+        temporary.write_text(earlier + json.dumps(session) + "\n")
+    (folder / script.name).write_bytes(script.read_bytes())
 
 
-def begin(args: Args) -> bool:
-    """Writes args.json and a copy of the script or, if they are there, checks that they are of the
-    same run. Returns whether the run has still to be finished."""
-    path = args.run_dir / "args.json"
-    if not path.exists():
-        with atomic_write(args.run_dir / Path(__file__).name) as copy:
-            shutil.copyfile(__file__, copy)
-        begun = {"args": vars(args), "identity": args.identity(), **provenance(), "continued": []}
-        save_json(path, begun)
-        return True
-    begun = json.loads(path.read_text())
-    for name, value in args.identity().items():
-        before = begun["identity"].get(name)
-        if before != value:
-            difference = f"{name} {before!s:.20}, not {value!s:.20}"  # shortens hashes
-            sys.exit(f"error: {args.run_dir} was begun with {difference}; give another --run-name")
-    if (args.run_dir / "summary.json").exists():
-        return False
-    begun["continued"].append(provenance())
-    save_json(path, begun)
-    return True
+def stop(*_):
+    """SIGTERM ends a run as Ctrl-C does; while it closes, further signals are ignored."""
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, signal.SIG_IGN)
+    raise KeyboardInterrupt
 
 
 def parse_args(argv=None):
@@ -1408,40 +1386,36 @@ def parse_args(argv=None):
 
 
 def main():
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
     args = parse_args()
-    if args.evaluate is not None:
-        evaluate_run(args)
-        return
-    if os.environ.get("RANK", "0") != "0":  # only the first process writes files
-        if not (args.run_dir / "summary.json").exists():
-            train(load(args), args)
-        return
-    setup = None
-    if not (args.run_dir / "args.json").exists():  # what is wrong with a new run leaves no folder
-        setup = load(args)
-    args.run_dir.mkdir(parents=True, exist_ok=True)
     try:
-        lock = FileLock(args.run_dir / "lock", blocking=False).acquire()
-    except Timeout:
-        sys.exit(f"error: another process is at work on this run, or delete {args.run_dir}/lock")
-    except OSError as error:
-        sys.exit(f"error: cannot lock {args.run_dir} ({error.strerror}); use another --runs-dir")
-    try:
-        with lock:
-            if begin(args):
-                train(setup or load(args), args)
-    except KeyboardInterrupt:
-        path = args.run_dir / "checkpoint.pt"
-        step = 0
-        if path.exists():
-            step = torch.load(path, map_location="cpu", mmap=True)["progress"]["global_step"]
-        sys.exit(f"interrupted; the same command continues from step {step:,}")
-    summary = json.loads((args.run_dir / "summary.json").read_text())
-    score = f"reward {summary['return_mean']:.3f} (standard deviation {summary['return_std']:.3f})"
-    print(f"{args.run_dir}: {score}, {summary['sps']:.1f} texts/s")
+        prepare(args)
+        folder = args.folder()
+        setup = None
+        if not folder.exists():  # what is wrong with a new run leaves no folder
+            setup = load(args)
+    except OSError as error:  # a file or an id that is not there
+        sys.exit(f"error: {error}")
+    is_first = os.environ.get("RANK", "0") == "0"  # only this process writes files
+    lock = nullcontext()
+    if is_first:
+        folder.mkdir(parents=True, exist_ok=True)
+        try:
+            lock = FileLock(folder / "lock", blocking=False).acquire()
+        except OSError as error:
+            found = f"another process is at work on {folder}, or it cannot be locked"
+            sys.exit(f"error: {found}: {error}")
+    with lock:
+        if not (folder / "summary.json").exists():
+            if is_first:
+                begin_session(args, folder)
+            try:
+                train(setup or load(args), args, folder)
+            except KeyboardInterrupt:
+                sys.exit("interrupted; the same command continues from its last checkpoint, if any")
+    if is_first:
+        summary = json.loads((folder / "summary.json").read_text())
+        score = f"reward {summary['return_mean']:.3f}, {summary['sps']:,.1f} texts/s"
+        print(f"{folder}: {score}; to watch it: python enjoy.py {folder}")
 
 
 # The toy task: film reviews from a grammar, and a policy and a noisy reward model trained on them.
@@ -1547,4 +1521,6 @@ def train_toy_model(model, data, steps, learning_rate, tokenizer, folder):
 
 
 if __name__ == "__main__":
+    signal.signal(signal.SIGINT, stop)
+    signal.signal(signal.SIGTERM, stop)
     main()

@@ -25,6 +25,7 @@ import time
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from importlib import import_module
+from importlib.metadata import version
 from itertools import pairwise, product
 from pathlib import Path
 from statistics import median
@@ -83,7 +84,7 @@ def check_steps(args):
     for script, modes in SCRIPTS.items():
         modes = [mode for mode in modes if mode != "compiled" or not args.quick]
         checks[f"{script}, first gradient"] = step("gradient", script, args.device, *modes)
-    killed = {"sppo_atari": 2048, "sppo_continuous": 8192, "sa2c_continuous": 320, "sppo_rlhf": 336}
+    killed = {"sppo_atari": 2048, "sppo_rlhf": 336}
     for script, steps in killed.items():
         for other in {args.device, "cpu"}:
             name = f"{script}, killed, continued on {other}"
@@ -183,7 +184,7 @@ def report(result):
 
 def run_script(module, *flags):
     """A run with no evaluations but those at its start and end."""
-    sys.argv = [module.__name__, "--run-name", str(os.getpid()), *flags]
+    sys.argv = [module.__name__, "--runs-dir", f"runs/{os.getpid()}", *flags]
     sys.argv += ["--eval-freq", str(10**9), "--eval-episodes", "1"]
     module.main()
 
@@ -224,8 +225,10 @@ def machine():
     found = {"blobs": blobs, "siblings": siblings()}
     found["torch_threads"] = torch.get_num_threads()
     found["environment"] = get_pretty_env_info().splitlines()
-    for name in ("sppo_atari", "sppo_rlhf"):  # commit and versions
-        found[name] = import_module(name).provenance()
+    packages = ["gymnasium", "ale-py", "numpy", "transformers", "peft", "accelerate"]
+    found["versions"] = {name: version(name) for name in packages}
+    command = ["git", "describe", "--always", "--dirty", "--abbrev=40"]
+    found["commit"] = subprocess.check_output(command, cwd=ROOT, text=True).strip()
     report(found)
 
 
@@ -249,10 +252,12 @@ def gradient(script, device, *modes):
     """Begins a run on the CPU in float32 and computes the gradient of its first minibatch on
     `device` too: reports the differences, relative to the gradient's norm, and exits."""
     module = import_module(script)
-    name = "loss_and_metrics" if script == "sppo_rlhf" else "gradient_and_metrics"
+    control = script.endswith("continuous")
+    name = "gradient_and_metrics" if control else "loss_and_metrics"
     function = getattr(module, name)
 
-    def compare(model, args, *inputs):
+    def compare(model, *rest):
+        args, *inputs = rest[1:] if control else rest  # without the parameters that it trains
         for parameter in model.parameters():
             if parameter.ndim == 1:  # biases begin at 0: for black pixels ReLU then has two slopes
                 parameter.data += 0.01 * torch.randn_like(parameter)
@@ -274,35 +279,38 @@ def gradient(script, device, *modes):
         sys.exit()
 
     setattr(module, name, compare)
-    flags = ["--no-compile"] if script.endswith("continuous") else ["--amp", "off"]
-    run_script(module, "--device", "cpu", *flags)
+    flags = ["--no-compile"] if control else ["--amp", "off", "--device", "cpu"]
+    run_script(module, *flags)
 
 
 def flat_gradient(function, model, args, inputs):
-    result, _ = function(model, args, *inputs)
-    if result.ndim:  # for texts it is the loss, elsewhere a gradient already
-        return result
-    model.zero_grad()
-    result.backward()
-    return torch.cat([p.grad.flatten() for p in model.parameters() if p.grad is not None])
+    trained = [p for p in model.parameters() if p.requires_grad]
+    if function.__name__ == "gradient_and_metrics":
+        gradients, _ = function(model, trained, args, *inputs)
+    else:
+        loss, _ = function(model, args, *inputs)
+        model.zero_grad()
+        loss.backward()
+        gradients = [p.grad for p in trained if p.grad is not None]
+    return torch.cat([gradient.flatten() for gradient in gradients])
 
 
 def kill(script, device, other, steps):
     """Kills a run at its first checkpoint; the same command continues it, on the other device."""
     folder = Path("runs", str(os.getpid()))
-    command = [sys.executable, ROOT / f"{script}.py", "--run-name", folder.name]
+    command = [sys.executable, ROOT / f"{script}.py", "--runs-dir", folder]
     command += ["--eval-freq", "1", "--eval-episodes", "1"]
     if script != "sppo_rlhf":  # where each evaluation is followed by a checkpoint
         command += ["--checkpoint-freq", "1"]
     command += ["--total-timesteps", steps, "--device"]
     process = subprocess.Popen([*command, device])
-    while process.poll() is None and not (folder / "checkpoint.pt").exists():
+    while process.poll() is None and not list(folder.glob("*/checkpoint.pt")):
         time.sleep(0.01)
     process.kill()
     process.wait()
     subprocess.run([*command, other], check=True)
-    begun = json.loads((folder / "args.json").read_text())
-    report({"continued": len(begun["continued"])})
+    (sessions,) = folder.glob("*/sessions.jsonl")  # one folder, though on other devices
+    report({"continued": len(sessions.read_text().splitlines()) - 1})
 
 
 def train(script, *flags):
@@ -396,7 +404,8 @@ def acting(way, device):
 
 
 def minibatch(way, device):
-    """Milliseconds of the gradient of a minibatch of PPO with 8 games."""
+    """Milliseconds of the gradient of a minibatch of PPO with 8 games. The script's graphs are of
+    the loss, and of its derivative."""
     module = import_module("sppo_atari")
     args = module.Args()
     agent, images = atari_agent(device, 256)
@@ -406,10 +415,15 @@ def minibatch(way, device):
     inputs = [clip_coef, images, action, *others]
 
     def gradient_and_metrics(*inputs):
-        return module.gradient_and_metrics(agent, args, *inputs)
+        loss, metrics = loss_fn(agent, args, *inputs)
+        return torch.autograd.grad(loss, list(agent.parameters())), metrics
 
     torch._dynamo.config.trace_autograd_ops = True
-    gradient_fn = called_as(way, gradient_and_metrics, inputs)
+    loss_fn, gradient_fn = module.loss_and_metrics, gradient_and_metrics
+    if way == "as in the script":
+        loss_fn = called_as(way, loss_fn, inputs)
+    else:
+        gradient_fn = called_as(way, gradient_fn, inputs)
     report({"ms": milliseconds(gradient_fn, *inputs)})
 
 

@@ -2,8 +2,7 @@
 
     ./benchmark.sh quick --dry-run | python benchmarks/run.py --jobs 2 --runs-dir runs/quick
 
-The same list again continues. The cores are divided among the jobs, unless OMP_NUM_THREADS is set.
-docs/benchmark.md says what runs on GPUs, and how many at a time."""
+The same list again continues. Jobs share the cores, or set OMP_NUM_THREADS (docs/benchmark.md)."""
 
 import hashlib
 import json
@@ -43,26 +42,24 @@ class Args:
 
 
 def unfinished(commands, runs_dir):
-    """Those without a finished run of this very command, by the script as it is now. The script
-    itself judges a broken run, which is named, and files besides it (environment, reward)."""
+    """Those without a finished run by the script as it is now, and those that name a file besides
+    it (environment, reward, data): whether that has changed, scripts see, in a second."""
     finished = set()
-    for path in runs_dir.glob("*/args.json"):
+    for path in runs_dir.glob("*/sessions.jsonl"):
         summary = path.with_name("summary.json")
         try:
-            begun = json.loads(path.read_bytes())
-            if summary.exists() and "identity" in begun:  # else of old scripts
+            if summary.exists():
                 dict(json.loads(summary.read_bytes()))
-                digest = begun["identity"].pop("script_sha256")
-                if any(name.endswith("_sha256") for name in begun["identity"]):
-                    continue
-                for process in [begun, *begun["continued"]]:
-                    finished.add((digest, *process["command"]))
+                for session in map(json.loads, path.read_text().strip().split("\n")):
+                    copy = path.with_name(session["script"]).read_bytes()
+                    finished.add((hashlib.sha256(copy).digest(), *session["command"]))
         except (OSError, ValueError, LookupError, TypeError) as error:
             print(f"{path.parent}: a broken run ({error!r})", file=sys.stderr)
     for command in commands:
-        script, *flags = shlex.split(command)[1:]  # without "python"
-        digest = hashlib.sha256(Path(script).read_bytes()).hexdigest()
-        if (digest, script, *flags) not in finished:
+        script, *words = shlex.split(command)[1:]  # without "python"
+        digest = hashlib.sha256(Path(script).read_bytes()).digest()
+        files = [word for word in words if ":" in word or os.path.isfile(word.split("=")[-1])]
+        if files or (digest, script, *words) not in finished:
             yield command
 
 
@@ -79,12 +76,11 @@ def jobs_per_gpu(commands, cores):
     """Four games for each of a GPU's cores, at most eight runs; language models run alone."""
     most_games = 0
     for command in commands:
-        script = Path(shlex.split(command)[1])
-        default = re.search(r"num_envs: int = (\d+)", script.read_text(encoding="utf-8"))
-        if not default:
+        script = Path(shlex.split(command)[1]).read_text(encoding="utf-8")
+        games = re.search(r"num[-_]envs(?:: int)?[ =]+(\d+)", command + script)
+        if not games:
             return 1
-        flag = re.search(r"--num-envs[ =](\d+)", command)
-        most_games = max(most_games, int((flag or default)[1]))
+        most_games = max(most_games, int(games[1]))
     return min(8, max(1, 4 * cores // most_games))
 
 
@@ -101,7 +97,6 @@ def start(command, gpu, threads, runs_dir):
 
 def main():
     args = tyro.cli(Args)
-    signal.signal(signal.SIGTERM, signal.default_int_handler)  # as after Ctrl-C
     commands = [line.strip() for line in sys.stdin if line.strip()]
     left = list(unfinished(commands, args.runs_dir))
     if args.dry_run:
@@ -119,18 +114,20 @@ def main():
     # The time left is by the mean of all runs so far; a line a second, in files one a minute
     bar = tqdm(total=len(commands), initial=done, unit="run", smoothing=0, miniters=0)
     bar.mininterval = 1 if sys.stderr.isatty() else 60
-    running = []
+    running = {}
     failed = 0
+    signals = []  # noted only, so that none cuts short how a run begins or all runs end
+    for number in (signal.SIGINT, signal.SIGTERM):
+        signal.signal(number, lambda *arrived: signals.append(arrived))
     try:
-        while bar.n < len(commands):
+        while bar.n < len(commands) and not signals:
             for waiting, free in pools:
                 while waiting and free:
                     gpu = free.pop(0)
                     process, log = start(waiting.pop(0), gpu, max(1, CORES // jobs), args.runs_dir)
-                    running.append((process, log, gpu, free))
-            for job in [job for job in running if job[0].poll() is not None]:
-                running.remove(job)
-                process, log, gpu, free = job
+                    running[process] = log, gpu, free
+            for process in [process for process in running if process.poll() is not None]:
+                log, gpu, free = running.pop(process)
                 free.append(gpu)
                 last_line = log.read_text(errors="replace").rstrip().rsplit("\n", 1)[-1]
                 tqdm.write(f"failed, see {log}" if process.returncode else last_line)
@@ -138,15 +135,15 @@ def main():
                 bar.update()
             bar.update(0)
             time.sleep(0.1)
-    except KeyboardInterrupt:
-        sys.exit("interrupted; the same command continues")
     finally:
         bar.close()
-        for process, *_ in running:
+        for process in running:
             process.terminate()
+        for process in running:
             process.wait()
-    if failed:
-        sys.exit(f"{failed} of {len(commands)} failed")
+    if signals or failed:
+        failures = f"{failed} of {len(commands)} failed"
+        sys.exit("interrupted; the same command continues" if signals else failures)
 
 
 if __name__ == "__main__":

@@ -11,9 +11,9 @@ of our baselines and without a reverse loss: a yardstick.
 For continuous control all follow Stable-Baselines3's defaults, with VecNormalize; A2C takes eight
 steps in four environments. For Atari the settings are those of its own benchmark, with its usual
 wrappers. SBX has no A2C. Scores are taken as in our scripts: raw rewards, and greedy actions and
-the statistics of the training, or sampled actions in whole games. Writes args.json, progress.csv
-and summary.json like our scripts, for report.py and run.py; `sps` is without start-up and
-evaluation."""
+the statistics of the training, or sampled actions in whole games. Writes sessions.jsonl,
+progress.csv and summary.json like our scripts, for report.py and run.py; `sps` is without start-up
+and evaluation."""
 
 import csv
 import hashlib
@@ -53,7 +53,6 @@ class Args:
     device: Literal["cpu", "cuda"] = "cpu"
     exp_name: str | None = None  # default: library-algorithm
     runs_dir: str = "runs"
-    run_name: str | None = None
 
 
 def atari_envs(args, num_envs, **wrapper):
@@ -118,8 +117,15 @@ def evaluate(args, model):
     }
 
 
-def provenance(args):
-    """The rest of args.json, by the names that our scripts give it."""
+def folder_of(args):
+    """Folder of the run. The same command has the same folder, as long as this file is the same."""
+    digest = hashlib.sha256(Path(__file__).read_bytes() + json.dumps(vars(args)).encode())
+    name = f"{args.env_id}__{args.exp_name}__none__{args.seed}__{digest.hexdigest()[:8]}"
+    return Path(args.runs_dir, name)
+
+
+def session_of(args, folder):
+    """The line of sessions.jsonl, by the names that our scripts give its parts."""
     script = Path(__file__).resolve()
     package = {"sb3": "stable-baselines3", "sbx": "sbx-rl"}[args.library]
     commit = None
@@ -127,15 +133,16 @@ def provenance(args):
         command = ["git", "-C", script.parent, "describe", "--always", "--dirty", "--abbrev=40"]
         commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
     return {
-        "identity": {"script_sha256": hashlib.sha256(script.read_bytes()).hexdigest()},
+        "run": folder.name,
         "script": script.name,
+        "args": vars(args) | {"noise": "none", "noise_level": 0.0},
         "command": sys.argv,
+        "started": time.strftime("%Y-%m-%d %H:%M:%S"),
         "commit": commit,
         "versions": {package: version(package), "torch": torch.__version__},
         "platform": platform.platform(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
-        "continued": [],
     }
 
 
@@ -143,11 +150,11 @@ def main(args: Args):
     if args.library == "sbx" and (args.atari or args.algo != "ppo"):
         sys.exit("error: --library sbx: only PPO in continuous control")
     args.exp_name = args.exp_name or f"{args.library}-{args.algo}"
-    args.run_name = args.run_name or f"{args.env_id}__{args.exp_name}__none__{args.seed}"
-    folder = Path(args.runs_dir, args.run_name)
+    folder = folder_of(args)
     if (folder / "summary.json").exists():
-        sys.exit(f"error: {folder}: a finished run; choose another --run-name")
-    begun = {"args": vars(args) | {"noise": "none", "noise_level": 0.0}, **provenance(args)}
+        print(f"{folder}: finished")
+        return
+    session = session_of(args, folder)
     warnings.filterwarnings("ignore", message=".*is out of date.*")
     gym.register_envs(ale_py)
     model = make_model(args)
@@ -163,13 +170,13 @@ def main(args: Args):
     row = evaluate(args, model)
     sps = (model.num_timesteps - first_step) / seconds
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "args.json").write_text(json.dumps(begun, indent=2))
+    (folder / "sessions.jsonl").write_text(json.dumps(session) + "\n")
+    shutil.copy(__file__, folder)
     with open(folder / "progress.csv", "w", newline="") as file:
         writer = csv.DictWriter(file, row)
         writer.writeheader()
         writer.writerow(row)
-    summary = row | {"sps": sps, "finished": True}
-    (folder / "summary.json").write_text(json.dumps(summary, indent=2))
+    (folder / "summary.json").write_text(json.dumps(row | {"sps": sps}, indent=2))
     print(f"{folder}: return {row['return_mean']:.1f}, {sps:,.0f} steps/s")
 
 

@@ -20,7 +20,9 @@ cores: 112 texts an update, prompts of 64 tokens and 48 new ones, sampled among 
 minibatches of 28, a critic, no cross entropy on reference texts; a step is a text. Policy and
 reward model are untrained GPT-2s of 4 layers of 256, the texts random words. The programs take
 turns, so that a slow spell of the machine hits them all; a ratio is the median of those in each
-turn. Start-up and evaluation are not counted.
+turn. Start-up and evaluation are not counted. Of peers it is the mean over all updates, of our
+scripts the median. Two versions are compared by the median between entries of their logs, since
+older ones have a mean.
 """
 
 import json
@@ -34,8 +36,10 @@ from pathlib import Path
 from statistics import median
 from typing import Literal
 
+import numpy as np
 import torch
 import tyro
+from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 ROOT = Path(__file__).resolve().parent.parent
 SCRIPTS = Literal["sppo_continuous", "sa2c_continuous", "sppo_atari", "sa2c_atari", "sppo_rlhf"]
@@ -50,13 +54,15 @@ class Args:
     env_id: str = "HalfCheetah-v4"
     total_timesteps: int = 200_000
     repeats: int = 3
-    device: Literal["cpu", "cuda"] = "cpu"  # of all that take part
+    device: Literal["cpu", "cuda"] = "cpu"  # of all that take part; control has only the CPU
 
 
 def programs(args, scratch):
     """{name: command} of what takes part, the one to compare with first."""
     ours = [ROOT / f"{args.script}.py", "--eval-freq", str(10**9), *shlex.split(args.flags)]
-    common = ["--total-timesteps", str(args.total_timesteps), "--device", args.device]
+    common = ["--total-timesteps", str(args.total_timesteps)]
+    if not args.script.endswith("continuous"):
+        common += ["--device", args.device]
     peers = {}
     if args.script == "sppo_rlhf":
         save_models_and_texts(scratch)
@@ -83,7 +89,7 @@ def programs(args, scratch):
             ours += ["--compile" if args.device == "cuda" else "--no-compile"]
         else:
             peers = {"Stable-Baselines3": sb3}
-            if plain == "ppo" and args.device == "cpu":
+            if plain == "ppo":
                 peers["SBX"] = [*sb3, "--library", "sbx"]
             variants = {
                 f"Gaussian {plain}": ["--policy", "gaussian"],
@@ -127,14 +133,20 @@ def save_models_and_texts(scratch):
         tokenizer.save_pretrained(scratch / name)
 
 
-def steps_per_second(program):
+def steps_per_second(program, from_log):
+    """Of a program's run, by its summary.json, or between the entries of its TensorBoard log."""
     with tempfile.TemporaryDirectory() as runs_dir:
-        flags = ["--runs-dir", runs_dir, "--run-name", "speed"]
-        result = subprocess.run([sys.executable, *program, *flags], capture_output=True, text=True)
+        command = [sys.executable, *program, "--runs-dir", runs_dir]
+        result = subprocess.run(command, capture_output=True, text=True)
         if result.returncode:
             failed = f"{shlex.join(map(str, program))}: exit status {result.returncode}"
             sys.exit(f"error: {failed}\n{result.stderr}")
-        return json.loads(Path(runs_dir, "speed", "summary.json").read_text())["sps"]
+        (summary,) = Path(runs_dir).glob("*/summary.json")
+        if not from_log:
+            return json.loads(summary.read_text())["sps"]
+        events = EventAccumulator(str(summary.parent)).Reload().Scalars("losses/policy_loss")
+        times, steps = zip(*((event.wall_time, event.step) for event in events))
+        return np.median(np.diff(steps) / np.diff(times))
 
 
 def main(args: Args):
@@ -143,7 +155,7 @@ def main(args: Args):
         results = {name: [] for name in commands}
         for repeat in range(args.repeats):
             for name, command in commands.items():
-                sps = steps_per_second(command)
+                sps = steps_per_second(command, args.against)
                 results[name].append(sps)
                 print(f"{repeat + 1}/{args.repeats} {name}: {sps:,.1f} steps/s", file=sys.stderr)
     subject = args.script if args.script == "sppo_rlhf" else f"{args.script}, {args.env_id}"

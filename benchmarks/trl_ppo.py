@@ -5,8 +5,9 @@
 
 Prompts of 64 tokens, 48 new ones, 112 texts an update, 5 epochs of 4 minibatches, a value model, no
 checkpointing of activations. TRL's reward model must have the policy's tokenizer, and one output.
-Writes runs/NAME/summary.json with texts a second, start-up not counted."""
+Writes runs/trl/summary.json with texts a second, start-up not counted."""
 
+import json
 import math
 import sys
 import tempfile
@@ -39,7 +40,6 @@ class Args:
     amp: Literal["auto", "off"] = "off"  # auto: bfloat16
     device: Literal["cpu", "cuda"] = "cpu"
     runs_dir: str = "runs"
-    run_name: str = "trl"
 
 
 class Clock(TrainerCallback):
@@ -51,9 +51,9 @@ class Clock(TrainerCallback):
 
 
 def main(args: Args):
-    run_dir = Path(args.runs_dir, args.run_name)
+    run_dir = Path(args.runs_dir, "trl")
     if (run_dir / "summary.json").exists():
-        sys.exit(f"error: {run_dir}: a finished run; choose another --run-name")
+        sys.exit(f"error: {run_dir}: a finished run; choose another --runs-dir")
     run_dir.mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(args.policy_model, padding_side="left")
     rows = datasets.load_dataset("json", data_files=args.dataset, split="train")
@@ -102,7 +102,7 @@ def main(args: Args):
         ).train()
     texts = math.ceil(args.total_timesteps / 112) * 112  # whole updates
     sps = texts / clock.seconds
-    sppo_rlhf.save_json(run_dir / "summary.json", {"sps": sps, "finished": True})
+    (run_dir / "summary.json").write_text(json.dumps({"sps": sps}))
     print(f"TRL: {sps:.2f} texts/s")
 
 

@@ -2,10 +2,10 @@
 
     python docs/figures.py                # into docs/figures/
     python docs/figures.py --out FOLDER
-    MUJOCO_GL=egl python docs/figures.py --agents runs/hopper runs/lander runs/breakout
+    MUJOCO_GL=egl python docs/figures.py --agents RUN RUN RUN
 
-The last makes agents.gif of the agents at play that these commands trained, at fdbdd6e
-(Breakout) and beed2a4:
+The last makes agents.gif of the agents at play in the folders of three runs. Those in it were
+trained at fdbdd6e (Breakout) and beed2a4 by:
 
     python sppo_continuous.py --seed 10007 --total-timesteps 500000 --run-name hopper
     python sppo_continuous.py --env-id LunarLanderContinuous-v3 --total-timesteps 500000 \
@@ -40,7 +40,7 @@ sys.path.insert(0, str(ROOT))
 import sa2c_atari  # noqa: E402
 from report import COLORS as REPORT_COLORS  # noqa: E402
 from sa2c_continuous import symmetric_policy_losses as a2c_losses  # noqa: E402
-from sppo_continuous import Agent, Args  # noqa: E402
+from sppo_continuous import Agent, Args, RunningStats  # noqa: E402
 from sppo_continuous import symmetric_policy_losses as ppo_losses  # noqa: E402
 
 ALPHA, BETA, Z = 0.5, 1.0, -1.0  # k = 1.5, as on Atari; with k = 20.5 nothing else could be seen
@@ -226,17 +226,17 @@ def copy_same_run(folder):
 def play(run):
     """Square pictures, FRAMES_PER_SECOND, of SECONDS that the agent of a run of sppo_continuous.py
     or sa2c_atari.py plays: the last ones of an episode's first 600 steps."""
-    begun = json.loads((run / "args.json").read_text())
-    if begun["script"] == "sa2c_atari.py":
-        return play_game(run, sa2c_atari.Args(**begun["args"]))
-    args = Args(**begun["args"])
+    session = json.loads((run / "sessions.jsonl").read_text().splitlines()[0])
+    if session["script"] == "sa2c_atari.py":
+        return play_game(run, sa2c_atari.Args(**session["args"]))
+    args = Args(**session["args"])
     # Gymnasium's own camera stays where the episode begins
     camera = {"camera_name": "track"} if args.env_id.startswith("Hopper") else {}
     env = gym.make(args.env_id, render_mode="rgb_array", **camera)
     agent = Agent(env, args)
     tensors = safetensors.torch.load_file(run / "agent.safetensors")
-    mean = tensors.pop("obs_mean").numpy()
-    std = tensors.pop("obs_std").numpy()
+    obs_stats = RunningStats()
+    obs_stats.load_state_dict({n: tensors.pop(f"obs_{n}") for n in obs_stats.state_dict()})
     agent.load_state_dict(tensors)
     act = agent.actor_fn()
     every = max(1, round(env.metadata["render_fps"] / FRAMES_PER_SECOND))
@@ -250,8 +250,8 @@ def play(run):
             margin = (picture.width - picture.height) // 2
             square = picture.crop((margin, 0, picture.width - margin, picture.height))
             pictures.append(square.resize((SIDE, SIDE), Image.Resampling.LANCZOS))
-        action = agent.to_env(act(((obs - mean) / std).clip(-10, 10).astype("float32")))[0]
-        obs, _, terminated, truncated, _ = env.step(action)
+        action, _ = act(obs_stats.normalize(np.array([obs])))
+        obs, _, terminated, truncated, _ = env.step(agent.to_env(action)[0])
         ended = terminated or truncated
         step += 1
     env.close()

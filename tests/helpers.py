@@ -52,23 +52,31 @@ class Setting:
             return torch.optim.Adam
         return self.script.RMSpropTF if self.atari else torch.optim.RMSprop
 
+    @property
+    def loss_name(self) -> str:
+        return "loss_and_metrics" if self.atari else "gradient_and_metrics"
+
+    @property
+    def loss_function(self):
+        return getattr(self.script, self.loss_name)
+
     def __str__(self):
         return self.script.__name__
 
     def args(self, runs_dir, **flags):
         """Arguments of a run with `flags` over `small`."""
-        return self.script.Args(
-            **self.small | {"runs_dir": str(runs_dir), "run_name": "run"} | flags
-        )
+        return self.script.Args(**self.small | {"runs_dir": str(runs_dir)} | flags)
 
     def run(self, runs_dir, **flags):
         """Trains as the same command would: begins, continues, or finds the run finished. Returns
         (summary.json, the run's folder)."""
         args = self.args(runs_dir, **flags)
-        args.run_dir.mkdir(parents=True, exist_ok=True)
-        if self.script.begin(args):
-            load_and_train(self.script, args)
-        return json.loads((args.run_dir / "summary.json").read_text()), args.run_dir
+        folder = args.folder()
+        folder.mkdir(parents=True, exist_ok=True)
+        if not (folder / "summary.json").exists():
+            self.script.begin_session(args, folder)
+            load_and_train(self.script, args, folder)
+        return json.loads((folder / "summary.json").read_text()), folder
 
     def interrupt(self, runs_dir, rollouts, **flags):
         """Ends a run like a kill would, after a number of rollouts, in the middle of an update.
@@ -88,7 +96,7 @@ class Setting:
             self.run(runs_dir, **flags)
         for _, writer in writers:  # whose thread may lag behind
             writer.close()
-        return self.args(runs_dir, **flags).run_dir
+        return self.args(runs_dir, **flags).folder()
 
     def record_actions(self, monkeypatch) -> list:
         """The actions of all steps from here on, a list that goes on growing."""
@@ -104,11 +112,11 @@ class Setting:
 
 
 SMALL = {"total_timesteps": 256, "eval_episodes": 1, "eval_freq": 256}
-SMALL |= {"compile": False, "device": "cpu"}
+SMALL |= {"compile": False}
 A2C = {"log_freq": 1}
 PPO = {"num_minibatches": 4, "update_epochs": 2}
 CONTINUOUS = {"env_id": "InvertedDoublePendulum-v4", "num_envs": 1, "num_steps": 64}
-ATARI = {"env_id": "Breakout", "num_envs": 8, "num_steps": 8, "amp": "off"}
+ATARI = {"env_id": "Breakout", "num_envs": 8, "num_steps": 8, "amp": "off", "device": "cpu"}
 SPPO_CONTINUOUS, SA2C_CONTINUOUS = (
     Setting(
         script, "NormalizedEnvs", SMALL | CONTINUOUS | more, video_env="LunarLanderContinuous-v3"
@@ -161,15 +169,15 @@ class Signals:
         return self.show(), reward, over, no, {"lives": np.zeros(len(over), int)}
 
 
-def load_and_train(script, args):
+def load_and_train(script, args, folder):
     """Language models are loaded and environments made first."""
     if hasattr(script, "load"):
-        script.train(script.load(args), args)
+        script.train(script.load(args), args, folder)
     elif hasattr(script, "NormalizedEnvs"):
         with contextlib.closing(script.NormalizedEnvs(args)) as envs:
-            script.train(envs, args)
+            script.train(envs, args, folder)
     else:
-        script.train(args)
+        script.train(args, folder)
 
 
 def record(monkeypatch, module, name):

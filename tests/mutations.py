@@ -23,14 +23,14 @@ report.py: report what_is_pooled
 - wins + (a >= b)
 + wins + (a > b)
 sppo_atari.py: atari plain_emulator
-- np.sign(reward), terminated
-+ reward, terminated
+- np.sign(reward), over
++ reward, over
 sppo_atari.py: atari plain_emulator
-- terminated | self.life_lost
-+ terminated.copy()
+- over | self.life_lost, overridden
++ over.copy(), overridden
 sppo_atari.py: control brute_force_sum
-- decay = np.where(terminated | truncated,
-+ decay = np.where(terminated,
+- decay = np.where(ended, 0.0,
++ decay = np.where(ended, 0.1,
 sppo_atari.py: control gae_gets_rewards
 - noisy_reward = perturb_reward(reward,
 + noisy_reward = perturb_reward(-reward,
@@ -74,8 +74,8 @@ docs/figures.py: docs_loss shows_the_game
 - default_rng(1)
 + default_rng(2)
 docs/usage.md: docs metrics_is_complete
-- `losses/approx_kl`, `losses/clipfrac`
-+ `losses/clipfrac`
+- `losses/clipfrac` (PPO)
++ `losses/clip` (PPO)
 docs/copy-and-modify.md: stable_baselines3 pages_models
 -         vf_coef=0.5 / k,
 +         vf_coef=0.5,

@@ -94,20 +94,19 @@ def test_games_are_those_of_a_plain_emulator(game, steps):
     playing, lives_lost, overridden_steps, largest = {0, 1, 2}, 0, 0, 0
     for step in range(steps):
         action = rng.choice(actions, 3)
-        images, reward, terminated, truncated, overridden, final_images = games.step(action)
-        assert not truncated.any()
+        images, reward, ended, overridden, final_images = games.step(action)
         assert not final_images
         for i in sorted(playing):
             stack, raw_reward, lost, over = plain[i].step(action[i])
             assert reward[i] == np.sign(raw_reward)
-            assert terminated[i] == lost
+            assert ended[i] == lost
             assert overridden[i] == plain[i].overridden
-            assert (i in games.ended) == over
+            assert (i in games.results) == over
             lives_lost += lost and not over
             overridden_steps += plain[i].overridden
             largest = max(largest, raw_reward)
             if over:
-                assert games.ended[i] == (plain[i].score, plain[i].length)
+                assert games.results[i] == (plain[i].score, plain[i].length)
                 playing.remove(i)
             elif step >= 3:
                 np.testing.assert_array_equal(images[i], stack)
@@ -132,15 +131,15 @@ def test_a_game_that_is_cut_off_is_truncated_with_its_last_images():
     games, plain, _ = begin_games("Breakout", 2, seed=1, max_frames=120)
     for step in range(30):
         action = np.array([2, 3])
-        images, _, terminated, truncated, _, final_images = games.step(action)
+        images, _, ended, _, final_images = games.step(action)
         stacks = [one.step(a)[0] for one, a in zip(plain, action)]
-        assert truncated.all() == truncated.any() == (step == 29)
-    assert not terminated.any()
+        assert len(final_images) == (2 if step == 29 else 0)
+    assert ended.all()
     for i, stack in enumerate(stacks):
         np.testing.assert_array_equal(final_images[i][:3], stack[:3])
         assert (final_images[i][3] != stack[3]).sum() <= 45
         assert not images[i][:3].any()  # which are those of the next game
-        assert games.ended[i] == (plain[i].score, 30)
+        assert games.results[i] == (plain[i].score, 30)
 
 
 def test_actions_are_sticky_only_on_request():
@@ -198,8 +197,9 @@ def test_evaluation_counts_the_first_game_of_each(setting, monkeypatch):
     """The last ones, or those that end first, would favour short games. Noise has no part in it."""
     monkeypatch.setattr(setting.script, "AtariVectorEnv", Countdown)
     sticky = {"repeat_action_probability": 0.25}  # in evaluations, too
-    args = setting.script.Args(eval_episodes=2, noise="flip", noise_level=1.0, **sticky)
-    scores, lengths = setting.script.evaluate(setting.script.Agent(2), args, 0, None)
+    args = setting.script.Args(noise="flip", noise_level=1.0, **sticky)
+    games = setting.script.AtariGames(args, 2)
+    scores, lengths = setting.script.evaluate(setting.script.Agent(2), games, 0)
     assert scores.tolist() == [3, 200]
     assert lengths.tolist() == [3, 20]
     assert sticky.items() <= Countdown.options.items()
@@ -230,20 +230,6 @@ def test_weights_start_orthogonal(setting):
         w = w if w.shape[0] <= w.shape[1] else w.T
         torch.testing.assert_close(w @ w.T, gain**2 * torch.eye(len(w)), rtol=0, atol=1e-5)
         assert not layer.bias.any()
-
-
-def test_layer_norm_standardises_before_each_activation():
-    agent = script.Agent(6, layer_norm=True)
-    seen = []
-    for layer in agent.modules():
-        if isinstance(layer, nn.ReLU):
-            layer.register_forward_pre_hook(lambda _, inputs: seen.append(inputs[0]))
-    agent(torch.randint(0, 256, (3, 4, 84, 84), dtype=torch.uint8))
-    assert len(seen) == 4
-    for x in seen:
-        std, mean = torch.std_mean(x.flatten(1), dim=1, correction=0)
-        torch.testing.assert_close(mean, torch.zeros(3), rtol=0, atol=1e-4)
-        torch.testing.assert_close(std, torch.ones(3), rtol=1e-2, atol=0)
 
 
 def test_bfloat16_is_close_and_stays_inside():
@@ -277,10 +263,8 @@ def test_the_network_is_as_the_flags_say(setting, tmp_path, monkeypatch, amp, ca
 
     monkeypatch.setattr(setting.script, "Agent", Agent)
     monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": bool(capable)})
-    setting.run(tmp_path, amp=amp, layer_norm=bfloat16, total_timesteps=64)
+    setting.run(tmp_path, amp=amp, total_timesteps=64)
     assert agents[0].dtype == (torch.bfloat16 if bfloat16 else torch.float32)
-    norms = [layer for layer in agents[0].modules() if isinstance(layer, nn.GroupNorm)]
-    assert len(norms) == (4 if bfloat16 else 0)
 
 
 def test_samples_follow_the_softmax(setting):
@@ -318,14 +302,14 @@ def test_learning_rate_and_clip_range_fall_linearly_on_request(
         return adam_step(self)
 
     monkeypatch.setattr(torch.optim.Adam, "step", step)
-    gradients = record(monkeypatch, script, "gradient_and_metrics")
+    losses = record(monkeypatch, script, "loss_and_metrics")
     flags = {"anneal_lr": anneal_lr, "anneal_clip": anneal_clip, "checkpoint_freq": 16}
     flags |= {"update_epochs": 1, "num_minibatches": 2}
     SPPO_ATARI.interrupt(tmp_path, rollouts=2, **flags)
     SPPO_ATARI.run(tmp_path, **flags)
     falling = np.repeat([1.0, 0.75, 0.5, 0.25], 2)
     np.testing.assert_allclose(learning_rates, 2.5e-4 * (falling if anneal_lr else np.ones(8)))
-    clip_coefs = [clip_coef.item() for (_, _, clip_coef, *_), _ in gradients]
+    clip_coefs = [clip_coef.item() for (_, _, clip_coef, *_), _ in losses]
     np.testing.assert_allclose(
         clip_coefs, 0.1 * (falling if anneal_clip else np.ones(8)), rtol=1e-6
     )
@@ -339,7 +323,7 @@ def test_overridden_steps_are_not_in_the_explained_variance(setting, tmp_path, m
 
     def overriding_step(self, action):
         outcome = step(self, action)
-        return *outcome[:4], self.length >= 5, outcome[5]
+        return *outcome[:3], self.length >= 5, outcome[4]
 
     monkeypatch.setattr(setting.script, "compute_gae", lambda *_: (advantage, returns))
     monkeypatch.setattr(setting.script.AtariGames, "step", overriding_step)

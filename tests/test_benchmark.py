@@ -1,7 +1,6 @@
 """benchmark.sh: its lists of commands. benchmarks/run.py: where and whether runs start."""
 
 import functools
-import hashlib
 import json
 import os
 import re
@@ -74,7 +73,7 @@ def test_a_suite_has_its_size_and_its_commands_are_valid(suite, per_seed, seeds,
         if suite == "sweep":
             assert variant == f"lr{args.learning_rate:g}-clip{args.clip_coef:g}"
         runs.append(args)
-    assert len({args.run_name for args in runs}) == len(runs)
+    assert len({args.folder() for args in runs}) == len(runs)
     assert {args.total_timesteps for args in runs} == steps
 
 
@@ -115,7 +114,7 @@ def test_methods_between_ppo_and_sppo_differ_from_ppo_in_one_factor(name):
     assert {"sppo", f"{baseline}-coef"} <= found.keys()
     for method, args in found.items():
         changed = {key for key in args if args[key] != found[baseline][key]}
-        changed -= {"exp_name", "run_name"}
+        changed -= {"exp_name"}
         if method in ("sppo", baseline):
             assert changed <= {"alpha", "beta"}
         elif method.startswith(f"{baseline}-"):
@@ -132,7 +131,8 @@ def test_options_and_flags_for_every_command():
     assert len(runs) == (8 + 7) * 2 * 2
     for args in runs:
         assert (args.total_timesteps, args.eval_freq, args.z) == (5000, 500, -2)
-        assert (args.device, args.runs_dir) == ("cpu", "a b")
+        assert args.runs_dir == "a b"
+        assert getattr(args, "device", "cpu") == "cpu"  # control has only that
         swimmer = args.env_id == "Swimmer-v4" and "a2c" in args.exp_name
         assert args.gamma == (0.9999 if swimmer else 0.99)
     refused = sh("./benchmark.sh", "quick", "--dry-run", "--", "--vf_coef=1")
@@ -159,6 +159,15 @@ with open(f"{began}-{os.getpid()}.json", "w") as file:
     variables = [os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")]
     json.dump([began, time.time(), sys.argv, *variables], file)
 """
+
+
+def finish(folder, *commands):
+    """Leaves a stub's finished run, of a session for each of `commands`."""
+    folder.mkdir(parents=True, exist_ok=True)
+    (folder / "stub.py").write_text(STUB)
+    sessions = [{"script": "stub.py", "command": command} for command in commands]
+    (folder / "sessions.jsonl").write_text("".join(f"{json.dumps(s)}\n" for s in sessions))
+    (folder / "summary.json").write_text("{}")
 
 
 @pytest.fixture
@@ -216,14 +225,10 @@ def test_a_dry_run_lists_what_is_left_and_writes_nothing(copy):
     runs = copy / "runs/evidence"
     commands = dry_run()
     assert len(commands) == 10 and not runs.exists()
-    begun = {"identity": {"script_sha256": hashlib.sha256(STUB.encode()).hexdigest()}}
     for left in (commands[1:8], []):
-        for command in set(commands) - set(left):
-            begun |= {"command": shlex.split(command)[1:], "continued": []}
-            folder = runs / hashlib.sha256(command.encode()).hexdigest()
-            folder.mkdir(parents=True, exist_ok=True)
-            (folder / "args.json").write_text(json.dumps(begun))
-            (folder / "summary.json").write_text("{}")
+        for i, command in enumerate(commands):
+            if command not in left:
+                finish(runs / str(i), shlex.split(command)[1:])
         assert dry_run() == left
     assert not records(copy) and not (runs / "logs").exists()
 
@@ -323,53 +328,82 @@ def test_a_failed_run_is_named_and_the_others_go_on(stubs):
 def test_a_finished_run_is_skipped_unless_its_command_or_script_has_changed(stubs, monkeypatch):
     monkeypatch.chdir(stubs)
     commands = [f"python sppo_continuous.py --total-timesteps {n}" for n in (4096, 8192)]
-    begun = {"identity": {"script_sha256": hashlib.sha256(STUB.encode()).hexdigest()}}
-    begun |= {"command": ["copied"], "continued": [{"command": commands[0].split()[1:]}]}
-    (stubs / "runs" / "any").mkdir(parents=True)
-    (stubs / "runs" / "any" / "args.json").write_text(json.dumps(begun))
+    finish(stubs / "runs/any", ["moved.py"], commands[0].split()[1:])
+    summary = stubs / "runs/any/summary.json"
+    summary.unlink()
     assert list(benchmark_run.unfinished(commands, Path("runs"))) == commands  # begun only
-    (stubs / "runs" / "any" / "summary.json").write_text("{}")
+    summary.write_text("{}")
     assert list(benchmark_run.unfinished(commands, Path("runs"))) == commands[1:]
     (stubs / "sppo_continuous.py").write_text(STUB + "# edited")
     assert list(benchmark_run.unfinished(commands, Path("runs"))) == commands
 
 
-@pytest.mark.parametrize("name", ["env", "mine.py:score"])
-def test_whether_a_file_has_changed_is_left_to_the_script(name, stubs, monkeypatch):
+@pytest.mark.parametrize("flags", ["--env-id mine:It-v0", "--x=mine.py:score", "--x=d", "--x d"])
+def test_whether_a_file_has_changed_is_left_to_the_script(flags, stubs, monkeypatch):
     monkeypatch.chdir(stubs)
-    commands = ["python sppo_continuous.py"]
-    identity = {"script_sha256": hashlib.sha256(STUB.encode()).hexdigest()}
-    begun = {"identity": identity, "command": ["sppo_continuous.py"], "continued": []}
-    (stubs / "runs" / "any").mkdir(parents=True)
-    (stubs / "runs" / "any" / "summary.json").write_text("{}")
-    for left in ([], commands):
-        (stubs / "runs" / "any" / "args.json").write_text(json.dumps(begun))
-        assert list(benchmark_run.unfinished(commands, Path("runs"))) == left
-        identity[f"{name}_sha256"] = "0" * 64
+    (stubs / "d").touch()
+    command = ["sppo_continuous.py", *flags.split()]
+    finish(stubs / "runs/any", command)
+    commands = [f"python {' '.join(command)}"]
+    assert list(benchmark_run.unfinished(commands, Path("runs"))) == commands
 
 
 @pytest.mark.parametrize(
     ("name", "text"),
-    [("args.json", '{"identity": '), ("args.json", ""), ("args.json", '{"identity": {}}')]
-    + [("summary.json", ""), ("summary.json", '{"sps": '), ("summary.json", "3")],
+    [("sessions.jsonl", '{"script": '), ("sessions.jsonl", ""), ("sessions.jsonl", "{}")]
+    + [
+        ("summary.json", ""),
+        ("summary.json", '{"sps": '),
+        ("summary.json", "3"),
+        ("stub.py", None),
+    ],
 )
 def test_a_broken_run_is_named_and_its_command_runs(name, text, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     Path("sppo_continuous.py").write_text(STUB)
-    begun = {"identity": {"script_sha256": hashlib.sha256(STUB.encode()).hexdigest()}}
-    begun["continued"] = []
     for seed in ("1", "2"):
-        folder = tmp_path / "runs" / seed
-        folder.mkdir(parents=True)
-        command = {"command": ["sppo_continuous.py", "--seed", seed]}
-        (folder / "args.json").write_text(json.dumps(begun | command))
-        (folder / "summary.json").write_text("{}")
+        finish(tmp_path / "runs" / seed, ["sppo_continuous.py", "--seed", seed])
     commands = [f"python sppo_continuous.py --seed {seed}" for seed in "12"]
     assert list(benchmark_run.unfinished(commands, tmp_path / "runs")) == []
-    (tmp_path / "runs/1" / name).write_text(text)
+    file = tmp_path / "runs/1" / name
+    file.unlink()
+    if text is not None:
+        file.write_text(text)
     assert list(benchmark_run.unfinished(commands, tmp_path / "runs")) == commands[:1]
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"{tmp_path}/runs/1: a broken run (")
+
+
+SLOW_TO_CLOSE = """import os, pathlib, signal, time
+signals = []
+for number in (signal.SIGINT, signal.SIGTERM):
+    signal.signal(number, lambda *arrived: signals.append(arrived))
+pathlib.Path(f"{os.getpid()}.started").touch()
+while not signals:
+    time.sleep(0.01)
+time.sleep(0.7)
+"""
+
+
+@pytest.mark.parametrize("kill, number", [(os.kill, signal.SIGTERM), (os.killpg, signal.SIGINT)])
+def test_a_signal_ends_all_runs_at_once_and_another_cuts_none_short(kill, number, stubs):
+    """A scheduler signals run.py alone, Ctrl-C all processes."""
+    (stubs / "sppo_continuous.py").write_text(SLOW_TO_CLOSE + STUB)
+    (stubs / "list").write_text("python sppo_continuous.py\n" * 4)
+    command = ["env", "--default-signal=INT", sys.executable, ROOT / "benchmarks/run.py"]
+    options = {"env": ENVIRON, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
+    with open(stubs / "list") as lines:
+        command += ["--jobs", "3"]
+        process = subprocess.Popen(command, cwd=stubs, stdin=lines, **options)
+    wait_for(lambda: len(list(stubs.glob("*.started"))) == 3)
+    for _ in range(3):
+        kill(process.pid, number)
+        time.sleep(0.2)
+    _, errors = process.communicate()
+    assert process.returncode == 1
+    assert errors.endswith("interrupted; the same command continues\n")
+    began, ended, *_ = zip(*records(stubs))
+    assert len(began) == 3 and max(began) < min(ended)
 
 
 TINY = "evidence --envs InvertedDoublePendulum-v4 --seeds 1 --jobs 2 --steps 4096 --runs-dir"
@@ -408,7 +442,7 @@ def test_a_suite_killed_three_times_continues_and_has_then_nothing_to_do(tmp_pat
     assert last.returncode == 0 and "10/10" in last.stderr, last.stdout
     assert len(summaries(tmp_path)) == 10 and done.items() <= summaries(tmp_path).items()
     for folder in cut:
-        assert json.loads((folder / "args.json").read_text())["continued"]
+        assert len((folder / "sessions.jsonl").read_text().splitlines()) > 1
     starts = [log.read_text().count("$ ") for log in tmp_path.glob("logs/*.log")]
     assert len(starts) == 10 and sum(starts) <= 10 + 3 * 2
     assert sh(*command).returncode == 0
@@ -513,6 +547,6 @@ def test_the_documented_lines_run_on_slurm_whatever_happens(slurm, copy, tmp_pat
     wait_for(lambda: not sh("squeue", "-h").stdout)
     assert len(summaries(runs)) == 5 and done.items() <= summaries(runs).items()
     assert len(list(runs.glob("logs/*.log"))) == 6
-    begun = [json.loads(path.read_text()) for path in runs.glob("*/args.json")]
-    assert any(run["continued"] for run in begun)
+    sessions = [path.read_text().splitlines() for path in runs.glob("*/sessions.jsonl")]
+    assert max(map(len, sessions)) > 1
     assert slurm(*real) == 0

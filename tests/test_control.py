@@ -65,25 +65,18 @@ def test_defaults_are_the_authors_settings(setting):
 def test_gae_is_the_brute_force_sum(setting, lam):
     rng = np.random.default_rng(1)
     T, N, gamma = 40, 3, 0.97
-    reward, final_value = rng.normal(size=(2, T, N))
+    reward = rng.normal(size=(T, N))
     value = rng.normal(size=(T + 1, N))
-    terminated, truncated = rng.random((2, T, N)) < 0.15
-    assert (terminated & truncated).any()  # a step can be both: then the episode has terminated
-    advantage, returns = setting.script.compute_gae(
-        reward, value, final_value, terminated, truncated, gamma, lam
-    )
+    ended = rng.random((T, N)) < 0.2
+    advantage, returns = setting.script.compute_gae(reward, value, ended, gamma, lam)
     for n in range(N):
         for t in range(T):
             expected, weight = 0.0, 1.0
             for step in range(t, T):
-                bootstrap = value[step + 1, n]
-                if truncated[step, n]:
-                    bootstrap = final_value[step, n]
-                if terminated[step, n]:
-                    bootstrap = 0.0
+                bootstrap = 0.0 if ended[step, n] else value[step + 1, n]
                 expected += weight * (reward[step, n] + gamma * bootstrap - value[step, n])
                 weight *= gamma * lam
-                if terminated[step, n] or truncated[step, n]:
+                if ended[step, n]:
                     break
             assert advantage[t, n] == pytest.approx(expected)
     np.testing.assert_allclose(returns, advantage + value[:-1])
@@ -101,6 +94,8 @@ def test_reward_noise_has_its_distribution(setting):
     assert len(np.unique(noise("normal"))) == len(np.unique(noise("uniform"))) == 20_000  # each own
     assert not noise("none").any()
     assert not noise("adv_flip").any()
+    with pytest.raises(AssertionError, match="no noise 'student'"):  # of a copy's own
+        noise("student")
 
 
 def test_an_advantage_flips_with_its_probability(setting):
@@ -141,31 +136,36 @@ def log_prob_entropy_value(setting, agent, obs, action):
 
 
 def some_minibatch(setting, agent, n=48):
-    """Arguments of `gradient_and_metrics` for a categorical policy, in PPO on Atari those after the
-    clip range, a mask last."""
+    """Arguments of the loss function for a categorical policy, in PPO on Atari those after the clip
+    range, a mask last."""
     if setting.atari:
         obs, action = torch.randint(256, (n, 4, 84, 84)).byte(), torch.randint(4, (n,))
     else:
         obs, action = torch.randn(n, 11), torch.randint(11, (n, 3))
     with torch.no_grad():
         log_prob, _, _ = log_prob_entropy_value(setting, agent, obs, action)
-    old_log_prob = [log_prob + 0.3 * torch.randn(n)] if setting.ppo else []
+    old_log_prob = log_prob + 0.3 * torch.randn(n)
     mask = [(torch.rand(n) < 0.7).float()] if setting.atari else []
-    return [obs, action, *old_log_prob, 0.5 + torch.randn(n), torch.randn(n), *mask]
+    return [obs, action, old_log_prob, 0.5 + torch.randn(n), torch.randn(n), *mask]
 
 
 def gradient_and_metrics(setting, agent, args, minibatch, function=None):
-    function = function or setting.script.gradient_and_metrics
-    clip_coef = (
-        [torch.tensor(0.2, device=minibatch[0].device)] if setting.ppo and setting.atari else []
-    )
-    return function(agent, args, *clip_coef, *minibatch)
+    """The gradient as one vector (on Atari not clipped), and metrics."""
+    function = function or setting.loss_function
+    trained = list(agent.parameters())
+    if not setting.atari:
+        gradients, metrics = function(agent, trained, args, *minibatch)
+        return torch.cat([gradient.flatten() for gradient in gradients]), metrics
+    clip_coef = [torch.tensor(0.2, device=minibatch[0].device)] if setting.ppo else []
+    loss, metrics = function(agent, args, *clip_coef, *minibatch)
+    gradients = torch.autograd.grad(loss, trained)
+    return torch.cat([gradient.flatten() for gradient in gradients]), metrics
 
 
 @pytest.mark.parametrize(("max_grad_norm", "norm_adv"), [(0.2, True), (1e6, False)])
 def test_gradient_and_metrics_are_those_of_alpha_l_plus_beta_lr(setting, max_grad_norm, norm_adv):
     """With backward() and clip_grad_norm_, and metrics by their definitions; steps on which FIRE
-    replaced the agent's action are left out, but for the critic."""
+    replaced the agent's action are left out, but for the critic. On Atari `train` clips."""
     agent = make_agent(setting)
     flags = dict(alpha=2.0, beta=3.0, z=-2.0, ent_coef=0.3, vf_coef=0.7)
     args = setting.script.Args(max_grad_norm=max_grad_norm, norm_adv=norm_adv, **flags)
@@ -176,31 +176,30 @@ def test_gradient_and_metrics_are_those_of_alpha_l_plus_beta_lr(setting, max_gra
     if setting.atari:
         own = minibatch.pop() == 1
         assert 0 < own.sum() < 48
-    obs, action, *old_log_prob, advantage, returns = minibatch
+    obs, action, old_log_prob, advantage, returns = minibatch
     log_prob, entropy, value = log_prob_entropy_value(setting, agent, obs, action)
     log_prob, entropy, raw_advantage = log_prob[own], entropy[own].mean(), advantage[own]
     advantage = raw_advantage
     if norm_adv:
         advantage = (raw_advantage - raw_advantage.mean()) / raw_advantage.std()
+    log_ratio = log_prob - old_log_prob[own]
+    ratio = log_ratio.exp()
+    expected = {"approx_kl": (ratio - 1 - log_ratio).mean()}
     if setting.ppo:
-        log_ratio = log_prob - old_log_prob[0][own]
-        ratio = log_ratio.exp()
         policy_loss = -torch.min(advantage * ratio, advantage * ratio.clamp(0.8, 1.2)).mean()
         outside = ((ratio > 1.2) & (advantage > 0)) | ((ratio < 0.8) & (advantage < 0))
         reverse_loss = -2 * (~outside * advantage * ratio).mean()
-        expected = {
-            "approx_kl": (ratio - 1 - log_ratio).mean(),
-            "clipfrac": ((ratio < 0.8) | (ratio > 1.2)).float().mean(),
-        }
+        expected["clipfrac"] = ((ratio < 0.8) | (ratio > 1.2)).float().mean()
         assert 0 < expected["clipfrac"] < 1
     else:
         p = log_prob.exp()
         policy_loss = -(advantage * log_prob).mean()
         reverse_loss = -(advantage * -2 * (1 - p)).mean()
-        expected = {"reverse_share": (6 * p / (2 + 6 * p)).mean()}
+        expected["reverse_share"] = (6 * p / (2 + 6 * p)).mean()
     value_loss = torch.nn.functional.mse_loss(value, returns)
     (2.0 * policy_loss + 3.0 * reverse_loss + 0.7 * value_loss - 0.3 * entropy).backward()
-    norm = torch.nn.utils.clip_grad_norm_(agent.parameters(), max_grad_norm)
+    limit = np.inf if setting.atari else max_grad_norm
+    norm = torch.nn.utils.clip_grad_norm_(agent.parameters(), limit)
     assert norm > 0.3
     plain = torch.cat([parameter.grad.flatten() for parameter in agent.parameters()])
     torch.testing.assert_close(gradient, plain, rtol=3e-3, atol=1e-5)  # measured: up to 5e-4
@@ -210,10 +209,11 @@ def test_gradient_and_metrics_are_those_of_alpha_l_plus_beta_lr(setting, max_gra
         "reverse_loss": reverse_loss,
         "value_loss": value_loss,
         "entropy": entropy,
-        "grad_norm": norm,
-        "clipped_gradients": torch.tensor(float(max_grad_norm == 0.2)),
         "norm_sign_changes": ((raw_advantage > 0) != (advantage > 0)).float().mean(),
     }
+    if not setting.atari:
+        expected["grad_norm"] = norm
+        expected["clipped_gradients"] = torch.tensor(float(max_grad_norm == 0.2))
     assert (expected["norm_sign_changes"] > 0) == norm_adv
     assert metrics.keys() == expected.keys()
     for name, metric in expected.items():
@@ -228,14 +228,14 @@ def test_one_step_of_the_agents_own_is_enough_or_none(setting, own_steps, norm_a
     agent = make_agent(setting)
     args = setting.script.Args(alpha=1.0, beta=0.0, norm_adv=norm_adv)
     *minibatch, mask = some_minibatch(setting, agent, n=8)
-    obs, action, *old_log_prob, advantage, _ = minibatch
+    obs, action, old_log_prob, advantage, _ = minibatch
     mask[:] = torch.arange(8) < own_steps
     gradient, metrics = gradient_and_metrics(setting, agent, args, [*minibatch, mask])
     assert gradient.isfinite().all() and gradient.any()  # of the value loss, if of nothing else
     log_prob, entropy, _ = log_prob_entropy_value(setting, agent, obs, action)
     policy_loss = -advantage * log_prob
     if setting.ppo:
-        ratio = (log_prob - old_log_prob[0]).exp()
+        ratio = (log_prob - old_log_prob).exp()
         policy_loss = -torch.min(advantage * ratio, advantage * ratio.clamp(0.8, 1.2))
     expected = 0.0 if norm_adv else policy_loss[:own_steps].sum().item()
     assert metrics["policy_loss"].item() == pytest.approx(expected, abs=1e-5)
@@ -248,31 +248,25 @@ COMPILERS = [compiler for compiler in ("c++", "g++", "clang++") if shutil.which(
 
 @pytest.mark.slow
 @pytest.mark.skipif(not COMPILERS, reason="--compile needs a C++ compiler")
-def test_compiled_functions_compute_the_same(setting):
+def test_compiled_functions_compute_the_same(setting, capsys):
     agent = make_agent(setting)
     minibatch = some_minibatch(setting, agent)
-    flags = {"num_minibatches": 1} if setting.ppo else {}
-    args = setting.script.Args(num_envs=2, num_steps=24, **flags)
-    obs = minibatch[0].unflatten(0, (24, 2))
-    if setting.atari:
-        agent_fn, gradient_fn = setting.script.compiled(agent, args, obs)
-        assert agent_fn is not agent
-        torch.testing.assert_close(agent_fn(obs[0]), agent(obs[0]), rtol=1e-4, atol=1e-5)
-    else:
-        gradient_fn = setting.script.compiled(agent, args, obs.numpy())
-    assert gradient_fn is not setting.script.gradient_and_metrics
+    args = setting.script.Args()
+    options = {} if setting.atari else {"options": {"cpp_wrapper": True}}
+    compiled = setting.script.compiled(setting.loss_function, **options)
     expected = gradient_and_metrics(setting, agent, args, minibatch)
-    result = gradient_and_metrics(setting, agent, args, minibatch, gradient_fn)
+    result = gradient_and_metrics(setting, agent, args, minibatch, compiled)
     torch.testing.assert_close(result, expected, rtol=1e-3, atol=1e-5)
+    assert "failed" not in capsys.readouterr().err
 
 
 @pytest.mark.slow
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize("setting", [SPPO_ATARI, SA2C_ATARI], ids=str)
 def test_a_gpu_computes_the_same_gradient(setting, tmp_path, monkeypatch):
-    """And runs: where it can, compiled and in bfloat16."""
-    flags = {"amp": "auto"} if setting.atari else {}
-    summary, _ = setting.run(tmp_path, device="cuda", compile=setting.atari, **flags)
-    assert summary["finished"]
+    """And runs: compiled and in bfloat16."""
+    summary, _ = setting.run(tmp_path, device="cuda", compile=True, amp="auto")
+    assert summary["step"] == 256
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     agent = make_agent(setting)
     args = setting.script.Args()
@@ -310,10 +304,8 @@ def test_no_seed_comes_twice(setting, tmp_path, monkeypatch):
     monkeypatch.setattr(np.random, "SeedSequence", recording_sequence)
     monkeypatch.setattr(setting.script, "AtariVectorEnv", Games, raising=False)
     flags = {"noise": "normal", "num_envs": 2, "num_steps": 32, "eval_episodes": 3, **EACH}
-    _, folder = setting.run(tmp_path / "1", **flags)
+    setting.run(tmp_path / "1", **flags)
     setting.run(tmp_path / "2", seed=2, **flags)
-    if setting.atari:  # games of an evaluation with the run's seed, too
-        setting.script.evaluate_run(setting.script.Args(evaluate=str(folder)))
     assert len(seeds) > (40 if setting.atari else 15)
     assert len(seeds) == len(set(seeds))
 
@@ -338,13 +330,15 @@ def test_actions_and_weights_have_different_random_numbers(setting, tmp_path, mo
 
 
 def test_what_a_copy_draws_from_torchs_random_numbers_is_continued(setting, tmp_path, monkeypatch):
-    original = setting.script.gradient_and_metrics
+    original = setting.loss_function
 
-    def with_noise(agent, *arguments):
-        gradient, metrics = original(agent, *arguments)
-        return gradient + 0.1 * torch.randn_like(gradient), metrics
+    def with_noise(*arguments):
+        result, metrics = original(*arguments)
+        if setting.atari:
+            return result * torch.rand(()), metrics
+        return [gradient + 0.1 * torch.randn_like(gradient) for gradient in result], metrics
 
-    monkeypatch.setattr(setting.script, "gradient_and_metrics", with_noise)
+    monkeypatch.setattr(setting.script, setting.loss_name, with_noise)
     monkeypatch.setattr(setting.script, "AtariVectorEnv", Signals, raising=False)
     _, whole = setting.run(tmp_path / "whole", **EACH)
     folder = setting.interrupt(tmp_path / "continued", 2, **EACH)
@@ -381,6 +375,12 @@ def recorded(setting, tmp_path_factory):
             self.shown = outcome[0]
             return outcome
 
+    def cut_off(result):
+        """(index, last observation) of each episode that a step cut off."""
+        if setting.atari:
+            return result[4].items()
+        return [(i, result[4][i]) for i in np.flatnonzero(result[3])]
+
     def value(obs):
         obs = torch.from_numpy(np.array(obs))
         return run.agent(obs)[1] if setting.atari else run.agent.value(obs)
@@ -394,15 +394,13 @@ def recorded(setting, tmp_path_factory):
         with torch.no_grad():
             log_prob, _, _ = log_prob_entropy_value(setting, run.agent, *batch)
             values = np.array([value(one) for one in [*obs, results[-1][0]]])
-            for t, (_, _, terminated, truncated, *_, final_obs) in enumerate(results):
-                for i in np.flatnonzero(truncated & ~terminated):
-                    last_obs = np.array(final_obs[i], np.float32)
+            for t, result in enumerate(results):
+                for i, last_obs in cut_off(result):
                     final_values[t, i] = value(last_obs[None]).item()
         advantage, returns = compute_gae(*arguments)
-        batch = [*batch, log_prob] if setting.ppo else batch
-        batch += [advantage.flatten(), returns.flatten()]
+        batch += [log_prob, advantage.flatten(), returns.flatten()]
         if setting.atari:
-            batch.append(~np.concatenate([result[4] for result in results]))
+            batch.append(~np.concatenate([result[3] for result in results]))
         copies = [np.copy(array) for array in arguments]
         run.gae.append((copies, values, final_values))
         run.batches.append(batch)
@@ -412,7 +410,7 @@ def recorded(setting, tmp_path_factory):
         patch.setattr(script, "Agent", Agent)
         patch.setattr(script, setting.envs, Envs)
         patch.setattr(script, "compute_gae", recording_gae)
-        run.gradients = record(patch, script, "gradient_and_metrics")
+        run.gradients = record(patch, script, setting.loss_name)
         flags = {"num_envs": 2, "num_steps": 32, "gamma": 0.9, "gae_lambda": 0.7}
         flags |= {"noise": "normal", "noise_level": 0.01}
         if not setting.atari:
@@ -421,10 +419,11 @@ def recorded(setting, tmp_path_factory):
             for calls in (run.steps, run.gae, run.batches, run.gradients):
                 calls.clear()
             setting.run(tmp_path_factory.mktemp("run"), seed=seed, **flags)
-            rewards, terminated, truncated = (outcomes(run, i) for i in (1, 2, 3))
-            overridden = outcomes(run, 4) if setting.atari else terminated
-            counts = terminated, truncated & ~terminated, overridden
-            if rewards.any() and min(happened.sum() for happened in counts) >= 4:
+            ended = outcomes(run, 2)
+            overridden = outcomes(run, 3) if setting.atari else ended
+            cut = sum(len(final_values) for _, _, final_values in run.gae)
+            counts = ended.sum() - cut, cut, overridden.sum()
+            if outcomes(run, 1).any() and min(counts) >= 4:
                 return run
     pytest.fail("no seed in which all that happens")
 
@@ -436,30 +435,27 @@ def outcomes(run, i):
 
 def test_gae_gets_rewards_with_noise_and_the_critics_values(recorded):
     """Rewards were normalised or clipped before. Episodes that were cut off bootstrap from their
-    last observation."""
+    last observation, with gamma."""
     noise = []
-    cut_off = 0
     for rollout, (arguments, values, final_values) in enumerate(recorded.gae):
-        reward, value, final_value, terminated, truncated, *rest = arguments
+        reward, value, ended, *rest = arguments
+        for index, final_value in final_values.items():
+            reward[index] -= 0.9 * final_value
+            assert ended[index]
         noise.append(reward - outcomes(recorded, 1)[rollout])
         np.testing.assert_allclose(value, values, atol=1e-5)
-        np.testing.assert_array_equal(terminated, outcomes(recorded, 2)[rollout])
-        np.testing.assert_array_equal(truncated, outcomes(recorded, 3)[rollout])
-        cut_off += len(final_values)
-        for index, expected in final_values.items():
-            assert final_value[index] == pytest.approx(expected, abs=1e-5)
+        np.testing.assert_array_equal(ended, outcomes(recorded, 2)[rollout])
         assert rest == [0.9, 0.7]  # gamma and lambda
     assert stats.kstest(np.ravel(noise), stats.norm(0, 0.01).cdf).pvalue > 1e-3
     assert len(np.unique(noise)) == 256
     assert np.max(np.abs(noise)) < 0.06  # few rewards are not 0: each goes with its step
-    assert cut_off >= 4
 
 
 def test_an_epoch_trains_on_every_step_once(setting, recorded):
     """Each observation goes with its action, the probability of that when it was sampled, its
     advantage and return, and on Atari with whether the action was the agent's."""
     epochs = setting.small["update_epochs"] if setting.ppo else 1
-    first = 3 if setting.ppo and setting.atari else 2  # after agent, args, clip range
+    first = 2 if setting == SA2C_ATARI else 3  # after agent, args, clip range or parameters
     minibatches = [arguments[first:] for arguments, _ in recorded.gradients]
     trained = [np.concatenate(tensors) for tensors in zip(*minibatches)]
     first_advantages = []
@@ -481,7 +477,7 @@ def test_advantages_flip_anew_in_each_epoch(setting, tmp_path, monkeypatch):
     script = setting.script
     gae = record(monkeypatch, script, "compute_gae")
     perturbations = record(monkeypatch, script, "perturb_advantage")
-    gradients = record(monkeypatch, script, "gradient_and_metrics")
+    gradients = record(monkeypatch, script, setting.loss_name)
     monkeypatch.setattr(script, "AtariVectorEnv", Signals, raising=False)
     setting.run(tmp_path, total_timesteps=128, noise="adv_flip", noise_level=0.4, norm_adv=True)
     clean = [advantage.astype(np.float32).flatten() for _, (advantage, _) in gae]
@@ -499,6 +495,29 @@ def test_advantages_flip_anew_in_each_epoch(setting, tmp_path, monkeypatch):
         flips.append(noisy != advantage)
     assert 0.3 < np.mean(flips) < 0.5
     assert len(np.unique(flips, axis=0)) == 2 * epochs
+
+
+@pytest.mark.parametrize("max_grad_norm", [1e-3, 1e6])
+def test_the_optimizer_gets_gradients_clipped_as_the_log_says(
+    setting, tmp_path, monkeypatch, max_grad_norm
+):
+    monkeypatch.setattr(setting.script, "AtariVectorEnv", Signals, raising=False)
+    norms = []
+    step = setting.optimizer.step
+
+    def recording_step(self):
+        gradients = [p.grad.flatten() for p in self.param_groups[0]["params"]]
+        norms.append(torch.cat(gradients).norm().item())
+        step(self)
+
+    monkeypatch.setattr(setting.optimizer, "step", recording_step)
+    _, folder = setting.run(tmp_path, max_grad_norm=max_grad_norm)
+    (row,) = progress(folder)
+    clipped = max_grad_norm == 1e-3
+    assert row["losses/clipped_gradients"] == clipped
+    assert row["losses/grad_norm"] > 2e-3
+    expected = 1e-3 if clipped else row["losses/grad_norm"]
+    assert np.mean(norms) == pytest.approx(expected, rel=0.01)
 
 
 @pytest.mark.parametrize("setting", [SPPO_CONTINUOUS, SPPO_ATARI], ids=str)

@@ -4,11 +4,10 @@ import importlib.util
 from dataclasses import replace
 from pathlib import Path
 
-import numpy as np
 import pytest
 import safetensors.torch
 import torch
-from helpers import SA2C_CONTINUOUS, SETTINGS, SPPO_CONTINUOUS, Signals, checkpoint
+from helpers import EACH, SA2C_CONTINUOUS, SETTINGS, SPPO_CONTINUOUS, Signals, checkpoint, weights
 from torch import nn
 from torch.distributions import Independent, Normal
 
@@ -16,9 +15,9 @@ CONTINUOUS = [SPPO_CONTINUOUS, SA2C_CONTINUOUS]
 SHORT = {"total_timesteps": 64, "num_envs": 2, "num_steps": 32}  # one rollout
 
 
-def run_copy(setting, folder, edits=(), change=lambda agent: None):
-    """Runs a copy with edits, pairs of old and new text, whose agents are changed. Returns the
-    names of the tensors that have not moved, and the folder."""
+def make_copy(setting, folder, edits=(), change=lambda agent: None):
+    """`setting` with a copy of the script with edits, pairs of old and new text, whose agents are
+    changed, and have the tensors of the start as `first`."""
     text = Path(setting.script.__file__).read_text()
     for old, new in edits:
         assert text.count(old) == 1, old
@@ -30,73 +29,173 @@ def run_copy(setting, folder, edits=(), change=lambda agent: None):
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     script.AtariVectorEnv = Signals
-    first = {}
 
     class Agent(script.Agent):
         def __init__(self, *options):
             super().__init__(*options)
             change(self)
-            first.update({name: tensor.clone() for name, tensor in self.state_dict().items()})
+            Agent.first = {name: tensor.clone() for name, tensor in self.state_dict().items()}
 
     script.Agent = Agent
+    return replace(setting, script=script)
+
+
+def run_copy(setting, folder, edits=(), change=lambda agent: None, **flags):
+    """Runs such a copy. Returns the names of the tensors that have not moved, and the folder."""
+    copy = make_copy(setting, folder, edits, change)
     constant = {"anneal_lr": False} if setting.atari and setting.ppo else {}
-    _, folder = replace(setting, script=script).run(folder, **SHORT, **constant)
+    _, folder = copy.run(folder, **SHORT | constant | flags)
+    first = copy.script.Agent.first
     last = safetensors.torch.load_file(folder / "agent.safetensors")
     return {name for name in first if torch.equal(first[name], last[name])}, folder
 
 
+# ---- What stops a run: the policy that acts is not the one that is trained, or not all is trained
+
+
+class Memory(nn.Module):
+    """A recurrent network that keeps its state from call to call."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.cell = nn.GRUCell(width, width)
+        self.state = torch.zeros(1, width)
+
+    def forward(self, x):
+        state = self.cell(x, self.state.mean(0).expand(len(x), -1))
+        self.state = state.detach()
+        return state
+
+
+class Attention(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.layer = nn.MultiheadAttention(width, 1, dropout=0.5)
+
+    def forward(self, x):
+        return x + self.layer(x, x, x)[0]
+
+
+class Recurrent(nn.Module):
+    def __init__(self, width):
+        super().__init__()
+        self.layer = nn.GRU(width, width, num_layers=2, dropout=0.5)
+
+    def forward(self, x):
+        return x + self.layer(x[None])[0][0]
+
+
+def inserted(layer):
+    """`layer` before the actor's last one, on Atari in the place of ReLU. For its effect to show,
+    outputs are not as small as they usually are at first."""
+
+    def change(agent):
+        if hasattr(agent, "trunk"):
+            agent.trunk[-1] = layer(512)
+            nn.init.normal_(agent.actor.weight, std=0.3)
+        else:
+            agent.actor.insert(4, layer(64))
+            nn.init.normal_(agent.actor[-1].weight, std=0.3)
+
+    return change
+
+
+def hooked(agent):
+    layer = agent.actor if hasattr(agent, "trunk") else agent.actor[-1]
+    layer.register_forward_hook(lambda _, inputs, output: output + torch.rand(output.shape))
+
+
+NOT_THE_SAME = "error: the policy that acts is not the one that is trained"
+TRAPS = {
+    "dropout": inserted(lambda width: nn.Dropout(0.5)),
+    "alpha dropout": inserted(lambda width: nn.AlphaDropout(0.5)),
+    "RReLU": inserted(lambda width: nn.RReLU()),
+    "batch normalisation": inserted(lambda width: nn.BatchNorm1d(width, momentum=0.9)),
+    "attention with dropout": inserted(Attention),
+    "GRU with dropout": inserted(Recurrent),
+    "memory": inserted(Memory),
+    "hook": hooked,
+}
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+@pytest.mark.parametrize("kind", TRAPS)
+def test_a_policy_that_differs_from_pass_to_pass_stops_the_run(setting, kind, tmp_path):
+    with pytest.raises((SystemExit, ValueError), match=f"{NOT_THE_SAME}|more than 1 value per"):
+        run_copy(setting, tmp_path / "copy", change=TRAPS[kind])
+
+
+LOGITS = ("Categorical(logits=output,", "Categorical(logits=output / 0.9,")
+MEAN = ("        if self.gaussian:\n            distribution = Normal(output, ",)
+MEAN += (MEAN[0].replace("output", "output.tanh()"),)
+
+
+@pytest.mark.parametrize("setting", CONTINUOUS, ids=str)
+@pytest.mark.parametrize(("edit", "policy"), [(LOGITS, "categorical"), (MEAN, "gaussian")])
+def test_a_policy_edited_only_where_it_is_trained_stops_the_run(setting, edit, policy, tmp_path):
+    text = Path(setting.script.__file__).read_text()
+    trained = text.partition("    def policy(self, output)")[2].partition("    def value(")[0]
+    edits = [(trained, trained.replace(*edit))]
+    assert edits[0][0] != edits[0][1]
+
+    def change(agent):
+        nn.init.normal_(agent.actor[-1].weight)
+
+    with pytest.raises(SystemExit, match=NOT_THE_SAME):
+        run_copy(setting, tmp_path / "copy", edits, change, policy=policy)
+
+
 # ---- Optimizers
 
-CHECK, STEP = "check_copy(agent, parameters, optimizer)\n", "parameters.grad.copy_(gradient)"
-ALL, HALF = (("[parameters]", f"agent.{of}()") for of in ("parameters", "actor.parameters"))
+MADE = "    global_step = 0\n"  # the line after the optimizer
+STEP = "optimizer.step()\n"
 # Muon is slow on matrices of 512 rows
 SMALL, OTHERS = (
     f"[p for p in agent.parameters() if {word}(p.ndim == 2 and len(p) < 512)]"
     for word in ("", "not ")
 )
-MUON = f"muon = torch.optim.Muon({SMALL}); optimizer = torch.optim.SGD({OTHERS}, lr=0.1); "
-MUON += "check_copy(agent, parameters, optimizer, muon)\n"
-GROUPS = "first, *rest = agent.parameters(); groups = [{'params': [first], 'lr': 0.0}, "
-GROUPS += f"{{'params': rest}}]; optimizer = torch.optim.AdamW(groups); {CHECK}"
-OPTIMIZERS = {  # edits, and which tensors do not move, or what the run says
-    "parameters": ([ALL], lambda names: set()),
-    "Muon": ([(CHECK, MUON), (STEP, f"{STEP}; muon.step()")], lambda names: set()),
-    "a rate of 0": ([(CHECK, GROUPS)], lambda names: {names[0]}),
-    "half": ([HALF], lambda names: f"out {', '.join(n for n in names if n[:5] != 'actor')}$"),
-    "zero_grad": ([ALL, (STEP, f"optimizer.zero_grad(); {STEP}")], lambda names: "zero_grad"),
-    "then zero_grad": ([ALL, (STEP, f"{STEP}; optimizer.zero_grad()")], lambda names: "zero_grad"),
+MUON = f"    muon = torch.optim.Muon({SMALL}); optimizer = torch.optim.SGD({OTHERS}, lr=0.1)\n"
+GROUPS = "    first, *rest = agent.parameters(); groups = [{'params': [first], 'lr': 0.0}, "
+GROUPS += "{'params': rest}]; optimizer = torch.optim.AdamW(groups)\n"
+ADAMW = "    optimizer = torch.optim.AdamW(agent.parameters())\n"
+ACTOR = "[p for name, p in agent.named_parameters() if 'critic' not in name]"
+HALF = f"    optimizer = torch.optim.Adam({ACTOR})\n"
+MOVED = "    for p in agent.parameters(): p.data = 1.0 * p.data\n"
+OPTIMIZERS = {  # edits, and the number of tensors that do not move
+    "AdamW": ([(MADE, ADAMW + MADE)], 0),
+    "Muon": ([(MADE, MUON + MADE), (STEP, "optimizer.step(); muon.step()\n")], 0),
+    "a rate of 0": ([(MADE, GROUPS + MADE)], 1),
+    "zero_grad after": ([(STEP, "optimizer.step(); optimizer.zero_grad()\n")], 0),
+    ".data": ([(MADE, MOVED + MADE)], 0),
 }
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 @pytest.mark.parametrize("kind", OPTIMIZERS)
-def test_an_optimizer_trains_all_parameters_or_stops_the_run(setting, kind, tmp_path):
-    edits, outcome = OPTIMIZERS[kind]
-    unmoved, plain = run_copy(setting, tmp_path / "plain")
-    names = list(checkpoint(plain)["agent"])
-    assert unmoved == set()
-    if isinstance(outcome(names), str):
-        with pytest.raises(SystemExit, match=outcome(names)):
-            run_copy(setting, tmp_path / "copy", edits)
-        return
-    unmoved, folder = run_copy(setting, tmp_path / "copy", edits)
-    assert unmoved == outcome(names)
-    if kind == "parameters":
-        same = {"rtol": 1e-4, "atol": 1e-6}
-        torch.testing.assert_close(checkpoint(folder)["agent"], checkpoint(plain)["agent"], **same)
+def test_an_optimizer_of_ones_own_trains_all_parameters(setting, kind, tmp_path):
+    edits, unmoved = OPTIMIZERS[kind]
+    assert len(run_copy(setting, tmp_path / "copy", edits)[0]) == unmoved
+
+
+@pytest.mark.parametrize("setting", SETTINGS, ids=str)
+def test_an_optimizer_without_the_critic_stops_the_run(setting, tmp_path):
+    named = r"error: critic\.(\d\.)?weight has a gradient, but no optimizer changes it"
+    with pytest.raises(SystemExit, match=named):
+        run_copy(setting, tmp_path / "copy", [(MADE, HALF + MADE)])
+
+
+def test_a_gradient_too_small_to_change_a_weight_stops_no_run(tmp_path):
+    """In SA2C without L, the probability of an action weighs it: 11^-17 in Humanoid."""
+    flags = {"env_id": "Humanoid-v4", "alpha": 0.0, "total_timesteps": 64}
+    assert SA2C_CONTINUOUS.run(tmp_path, **flags)[0]["step"] == 64
 
 
 # ---- Networks
 
 
-def body(agent):
-    """A network of several layers, and the first layer."""
-    return (agent.trunk, agent.conv) if hasattr(agent, "trunk") else (agent.critic, agent.actor[0])
-
-
 def frozen(agent):
     agent.unused = nn.Linear(3, 2)
-    body(agent)[1].requires_grad_(False)
+    (agent.conv if hasattr(agent, "conv") else agent.actor[0]).requires_grad_(False)
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
@@ -106,21 +205,22 @@ def test_frozen_and_unused_parameters_are_left_out(setting, tmp_path):
     assert run_copy(setting, tmp_path / "copy", change=frozen)[0] == names
 
 
-@pytest.mark.parametrize("setting", SETTINGS, ids=str)
-@pytest.mark.parametrize("kind", [nn.Dropout, nn.AlphaDropout, nn.BatchNorm1d, nn.BatchNorm2d])
-def test_layers_that_differ_from_pass_to_pass_are_refused(setting, tmp_path, kind):
-    with pytest.raises(SystemExit, match=r"error: (trunk|critic)\.\d+ is \w+\(.* pass to pass"):
-        run_copy(setting, tmp_path / "copy", change=lambda agent: body(agent)[0].append(kind(1)))
+def no_dropout(agent):
+    inserted(lambda width: nn.Dropout(0))(agent)
+
+
+def spectral_norm(agent):
+    """Power iteration moves its state with each pass of the critic."""
+    nn.utils.parametrizations.spectral_norm(agent.critic[-1])
+
+
+def dropout_in_the_critic(agent):
+    agent.critic = nn.Sequential(nn.Dropout(0.1), agent.critic)
 
 
 def flatten(agent):
     agent.actor.insert(0, nn.Flatten())
     agent.critic.insert(0, nn.Flatten())
-
-
-def convolution(agent):
-    first = [nn.Unflatten(1, (1, 11)), nn.Conv1d(1, 4, 3), nn.Tanh(), nn.Flatten()]
-    agent.actor = nn.Sequential(*first, nn.Linear(36, 11))
 
 
 def twin_critic(agent):
@@ -129,42 +229,88 @@ def twin_critic(agent):
     agent.critic.forward = lambda obs: torch.minimum(one(obs), other(obs))
 
 
+class Residual(nn.Module):
+    def __init__(self, network):
+        super().__init__()
+        self.network = network
+        self.linear = nn.Linear(11, 11)
+
+    def forward(self, obs):
+        return self.network(obs) + self.linear(obs)
+
+
+def residual_actor(agent):
+    agent.actor = Residual(agent.actor)
+
+
 def state_dependent_deviation(agent):
-    def policy(obs):
-        mean, log_std = agent.actor(obs).chunk(2, dim=-1)
+    def policy(output):
+        mean, log_std = output.chunk(2, dim=-1)
         return Independent(Normal(mean, log_std.exp()), 1)
 
     @torch.no_grad()
     def act(obs, exploration=0.0):
-        mean, log_std = agent.actor(torch.from_numpy(obs)).chunk(2, dim=-1)
-        return (mean + log_std.exp() * exploration).numpy()
+        output = agent.actor(torch.from_numpy(obs))
+        mean, log_std = output.chunk(2, dim=-1)
+        return (mean + log_std.exp() * exploration).numpy(), output.numpy()
 
     agent.gaussian, agent.low, agent.high, agent.output_shape = True, -1, 1, (1,)
     agent.actor[-1], agent.log_std = nn.Linear(64, 2), torch.zeros(1)
     agent.policy, agent.actor_fn = policy, lambda: act
+    agent.acting_log_prob = lambda action, output: policy(output).log_prob(action)
 
 
 def shared_layer(agent):
     agent.critic[0] = agent.actor[0]
 
 
-NETWORKS = [flatten, convolution, twin_critic, state_dependent_deviation, shared_layer]
+NETWORKS = [flatten, twin_critic, residual_actor, state_dependent_deviation, shared_layer]
+NETWORKS = [(setting, change) for setting in CONTINUOUS for change in NETWORKS]
+ANY = [no_dropout, dropout_in_the_critic]
+NETWORKS += [(setting, change) for setting in SETTINGS for change in ANY]
+
+
+@pytest.mark.parametrize(
+    ("setting", "change"), NETWORKS, ids=lambda x: getattr(x, "__name__", str(x))
+)
+def test_a_network_of_ones_own_trains(setting, tmp_path, change):
+    assert run_copy(setting, tmp_path / "copy", change=change)[0] == set()
 
 
 @pytest.mark.parametrize("setting", CONTINUOUS, ids=str)
-@pytest.mark.parametrize("change", NETWORKS)
-def test_a_network_gets_flat_batches(setting, tmp_path, change):
-    """The pendulum's observations have eleven dimensions."""
+@pytest.mark.parametrize("change", [spectral_norm, dropout_in_the_critic])
+def test_layers_with_a_state_or_random_numbers_are_continued(setting, tmp_path, change):
+    copy = make_copy(setting, tmp_path / "copy", change=change)
+    _, whole = copy.run(tmp_path / "whole", **EACH)
+    folder = copy.interrupt(tmp_path / "continued", 2, **EACH)
+    copy.run(tmp_path / "continued", **EACH)
+    assert torch.equal(weights(folder), weights(whole))
 
-    def check(network, inputs):
-        assert inputs[0].shape[1:] == (11,)
 
-    def changed(agent):
-        change(agent)
-        agent.actor.register_forward_pre_hook(check)
-        agent.critic.register_forward_pre_hook(check)
+def convolutions(memory_format):
+    def change(agent):
+        layers = [nn.Unflatten(1, (1, 1, 11)), nn.Conv2d(1, 4, (1, 3)), nn.Tanh()]
+        layers += [nn.Conv2d(4, 4, (1, 3)), nn.Tanh(), nn.Flatten(), nn.Linear(28, 11)]
+        torch.manual_seed(0)
+        for layer in layers:
+            if hasattr(layer, "weight"):
+                nn.init.normal_(layer.weight, std=0.3)
+        agent.actor = nn.Sequential(*layers).to(memory_format=memory_format)
 
-    assert run_copy(setting, tmp_path / "copy", change=changed)[0] == set()
+    return change
+
+
+@pytest.mark.parametrize("setting", CONTINUOUS, ids=str)
+def test_the_layout_in_memory_changes_no_update(setting, tmp_path):
+    """Fused optimizers pair gradient and parameter by place in memory."""
+    results = []
+    for memory_format in (torch.contiguous_format, torch.channels_last):
+        change = convolutions(memory_format)
+        folder = tmp_path / str(memory_format)
+        unmoved, run = run_copy(setting, folder, change=change, learning_rate=1e-3)
+        assert unmoved == set()
+        results.append(safetensors.torch.load_file(run / "agent.safetensors"))
+    torch.testing.assert_close(*results, rtol=1e-3, atol=1e-5)
 
 
 SHAPES = {
@@ -193,24 +339,16 @@ def test_values_do_not_broadcast(setting, kind, tmp_path):
         run_copy(setting, tmp_path / "copy", change=change)
 
 
-@pytest.mark.parametrize("setting", SETTINGS, ids=str)
-@pytest.mark.parametrize("shape", [(5, 3), (18, 1), (6, 3, 1), (6, 1), (6,)])
-def test_advantages_need_a_value_of_each_step_and_one_more(setting, shape):
-    others = np.zeros((2, 5, 3))
-    ends = np.zeros((2, 5, 3), bool)
-    with pytest.raises(ValueError, match=r"value must be \(T \+ 1, N\), not "):
-        setting.script.compute_gae(others[0], np.zeros(shape), others[1], *ends, 0.9, 0.9)
-
-
 # ---- Metrics
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 def test_a_metric_may_be_a_number_of_any_kind(setting, tmp_path):
     """In an evaluation, or in the log; the run finishes, and what it keeps can be loaded."""
-    evaluated = ("= lengths.mean()\n", "= lengths.mean(); evaluation['a'] = scores.min()\n")
+    evaluated = ('"length_mean": lengths.mean(),\n', '"length_mean": 1, "a": scores.min(),\n')
     logged = ("= 1 - unexplained\n", "= 1 - unexplained; scalars['b'] = torch.tensor(2.0)\n")
     _, folder = run_copy(setting, tmp_path / "copy", [evaluated, logged])
-    (row,) = checkpoint(folder)["evaluations"]
+    _, evaluations, _, _ = checkpoint(folder)["progress"]
+    (row,) = evaluations
     assert (row["a"], row["b"], row["step"]) == (row["return_mean"], 2, 64)
     assert {type(number) for name, number in row.items() if name != "step"} == {float}

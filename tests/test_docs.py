@@ -34,6 +34,7 @@ from helpers import (
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from transformers import AutoModelForCausalLM, AutoTokenizer
 
+import enjoy
 import sppo_rlhf
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -118,8 +119,9 @@ def test_the_functions_and_flags_that_a_page_names_exist(text):
     for script in SCRIPTS.values():
         flags |= {"--" + field.name.replace("_", "-") for field in dataclasses.fields(script.Args)}
     flags |= {flag.replace("--", "--no-", 1) for flag in flags}
-    for other in ("benchmark.sh", "report.py", "benchmarks/gpu.py"):
+    for other in ("benchmark.sh", "report.py", "benchmarks/gpu.py", "enjoy.py"):
         flags |= set(re.findall(r"--[a-z][a-z-]+", (ROOT / other).read_text()))
+    flags |= {"--episodes", "--video"}  # of enjoy.py
     flags |= {"--divide-by-p-old", "--no-divide-by-p-old", "--correct-flips"}  # at 8ec68c6
     flags |= {"--gpus", "--requeue", "--time"}  # Slurm's
     code = re.findall(r"`[^`\n]*`", re.sub(r"(?ms)^```.*?^```", "", text))
@@ -191,20 +193,36 @@ def test_a_command_is_valid(words):
 
 def train(script, args, folder, **flags):
     """A run with `flags` over `args`. Returns its folder."""
-    flags |= {"runs_dir": str(folder), "run_name": "run", "device": "cpu"}
+    flags |= {"runs_dir": str(folder)}
+    if hasattr(args, "device"):
+        flags["device"] = "cpu"
     args = dataclasses.replace(args, **flags)
-    args.run_dir.mkdir(parents=True)
-    script.begin(args)
-    load_and_train(script, args)
-    return args.run_dir
+    if hasattr(script, "prepare"):
+        script.prepare(args)
+    run = args.folder()
+    run.mkdir(parents=True)
+    script.begin_session(args, run)
+    load_and_train(script, args, run)
+    return run
+
+
+def play(folder, monkeypatch, capsys):
+    """What enjoy.py prints of a run."""
+    monkeypatch.setattr(sys, "argv", ["enjoy.py", str(folder), "--episodes", "2"])
+    capsys.readouterr()
+    enjoy.main()
+    out, err = capsys.readouterr()
+    assert out.splitlines()[-1].startswith(f"{folder}: re")  # return or reward
+    return out
 
 
 def test_python_blocks_of_usage_run(tmp_path, monkeypatch):
-    """In a folder with a finished run of the name that they use."""
+    """In a folder with a finished run."""
     monkeypatch.chdir(tmp_path)
-    SPPO_CONTINUOUS.run("runs", run_name="hopper", env_id="Hopper-v4")
+    _, folder = SPPO_CONTINUOUS.run("runs", env_id="Hopper-v4")
     (block,) = code_blocks(PAGES["docs/usage.md"], "python")
-    exec(block, {})
+    assert block.count("runs/NAME") == 1
+    exec(block.replace("runs/NAME", str(folder)), {})
 
 
 # ---- Worked examples
@@ -240,29 +258,34 @@ def changed(heading, folder, monkeypatch):
     return module, tyro.cli(module.Args, args=words[2:])
 
 
-def test_discrete_actions(tmp_path, monkeypatch):
+def test_discrete_actions(tmp_path, monkeypatch, capsys):
     script, args = changed("Discrete actions", tmp_path, monkeypatch)
     folder = train(script, args, tmp_path, **SHORT)
     assert 5 < progress(folder)[-1]["return_mean"] <= 500
+    play(folder, monkeypatch, capsys)
     env = gym.make("Acrobot-v1")
-    agent = script.Agent(env, args)
-    noise = agent.exploration((200,), torch.Generator())
-    action = agent.to_env(agent.actor_fn()(np.zeros((200, 6)), noise))
-    assert set(action) == {0, 1, 2}
-    assert all(env.action_space.contains(a) for a in action)
+    for env.action_space in (gym.spaces.Discrete(3), gym.spaces.Discrete(3, start=-1)):
+        agent = script.Agent(env, args)
+        noise = agent.exploration((200,), torch.Generator())
+        action, _ = agent.actor_fn()(np.zeros((200, 6), np.float32), noise)
+        sampled = agent.to_env(action)
+        assert len(set(sampled)) == 3
+        assert all(env.action_space.contains(a) for a in sampled)
 
 
-def test_your_own_environment(tmp_path, monkeypatch):
+def test_your_own_environment(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     Path("target.py").write_text(*code_blocks(SECTIONS["Your own environment"], "python"))
     script, args = parse(commands(SECTIONS["Your own environment"])[0])
-    row = progress(train(script, args, tmp_path, **SHORT))[-1]
+    folder = train(script, args, tmp_path, **SHORT)
+    row = progress(folder)[-1]
+    play(folder, monkeypatch, capsys)
     assert row["length_mean"] == 20
     assert -40 < row["return_mean"] < 0
 
 
-def test_your_own_reward(tmp_path, monkeypatch):
+def test_your_own_reward(tmp_path, monkeypatch, capsys):
     """The learner's is shaped, reported returns are not."""
     script, args = changed("Your own reward", tmp_path, monkeypatch)
     shaped, plain = script.NormalizedEnvs(args), SPPO_CONTINUOUS.script.NormalizedEnvs(args)
@@ -273,19 +296,19 @@ def test_your_own_reward(tmp_path, monkeypatch):
     cost = plain.discounted_return - shaped.discounted_return
     np.testing.assert_allclose(cost, 0.1 * np.square(action).sum())
     np.testing.assert_array_equal(shaped.episode_return, plain.episode_return)
-    train(script, args, tmp_path, **SHORT)
+    play(train(script, args, tmp_path, **SHORT), monkeypatch, capsys)
 
 
-def test_your_own_noise(tmp_path, monkeypatch):
+def test_your_own_noise(tmp_path, monkeypatch, capsys):
     script, args = changed("Your own noise", tmp_path, monkeypatch)
     rng = np.random.default_rng(0)
     noisy = script.perturb_reward(np.full((100, 100), 2.0), "lost", 0.3, rng)
     assert set(np.unique(noisy)) == {0, 2}
     assert (noisy == 0).mean() == pytest.approx(0.3, abs=0.02)
-    train(script, args, tmp_path, **SHORT)
+    play(train(script, args, tmp_path, **SHORT), monkeypatch, capsys)
 
 
-def test_the_variant_has_the_gradient_of_its_formula(tmp_path, monkeypatch):
+def test_the_variant_has_the_gradient_of_its_formula(tmp_path, monkeypatch, capsys):
     script, args = changed("Your own loss", tmp_path, monkeypatch)
     torch.manual_seed(0)
     log_p_old = torch.rand(1000, dtype=torch.float64).log()
@@ -298,34 +321,86 @@ def test_the_variant_has_the_gradient_of_its_formula(tmp_path, monkeypatch):
     (gradient,) = torch.autograd.grad(alpha * losses[0] + beta * losses[1], log_p)
     weight = m * (alpha + beta * abs(z) * log_p_old.exp()) * r
     torch.testing.assert_close(gradient, (-A * weight / 1000).detach())
-    train(script, args, tmp_path, **SHORT)
+    play(train(script, args, tmp_path, **SHORT), monkeypatch, capsys)
 
 
-def test_your_own_optimizer(tmp_path, monkeypatch):
+def test_your_own_network(tmp_path, monkeypatch, capsys):
+    script, args = changed("Your own network", tmp_path, monkeypatch)
+    folder = train(script, args, tmp_path, **SHORT)
+    play(folder, monkeypatch, capsys)
+    agent = script.Agent(script.make_env(args), args)
+    for network in (agent.actor, agent.critic):
+        kinds = [type(layer).__name__ for layer in network]
+        assert kinds == ["Linear", "LayerNorm", "Tanh"] * 2 + ["Linear"]
+    assert {"actor.1.weight", "critic.4.bias"} <= set(checkpoint(folder)["agent"])
+
+
+def test_cleanrls_defaults(tmp_path, monkeypatch, capsys):
+    """Its value loss, written out; learning rates that fall; four observations at a time."""
+    script, args = changed("CleanRL's defaults", tmp_path, monkeypatch)
+    gradients = record(monkeypatch, script, "gradient_and_metrics")
+    rates = record_learning_rates(monkeypatch)
+    folder = train(script, args, tmp_path, **SHORT | {"vf_coef": 1.0, "learning_rate": 0.01})
+    play(folder, monkeypatch, capsys)
+    assert sorted(set(rates), reverse=True) == pytest.approx([0.01, 0.005])
+    agent = script.Agent(script.make_env(args), args)
+    first = gradients[-1][0]
+    *_, obs, _, _, _, returns, old_value = first
+    assert obs.shape[1] == 4 * 11
+    agent.load_state_dict(first[0].state_dict())
+    new_value = agent.value(obs).detach().numpy() + 0.5
+    with torch.no_grad():
+        agent.critic[-1].bias += 0.5
+    losses = []
+    for new, old, target in zip(new_value, old_value.numpy(), returns.numpy()):
+        clipped = min(max(new, old - 0.2), old + 0.2)
+        losses.append(max((new - target) ** 2, (clipped - target) ** 2) / 2)
+    trained = list(agent.parameters())
+    _, found = script.gradient_and_metrics(agent, trained, *first[2:])
+    assert found["value_loss"].item() == pytest.approx(np.mean(losses), rel=1e-4)
+
+
+def record_learning_rates(monkeypatch):
+    rates = []
+    step = torch.optim.Adam.step
+
+    def recording_step(self):
+        rates.append(self.param_groups[0]["lr"])
+        return step(self)
+
+    monkeypatch.setattr(torch.optim.Adam, "step", recording_step)
+    return rates
+
+
+def test_your_own_optimizer(tmp_path, monkeypatch, capsys):
     """With the weight decay, and of all parameters."""
     script, args = changed("Your own optimizer", tmp_path, monkeypatch)
-    saved = checkpoint(train(script, args, tmp_path, **SHORT))
+    folder = train(script, args, tmp_path, **SHORT)
+    play(folder, monkeypatch, capsys)
+    saved = checkpoint(folder)
     (group,) = saved["optimizer"]["param_groups"]
     assert (group["weight_decay"], group["lr"]) == (0.01, args.learning_rate)
     assert len(saved["optimizer"]["state"]) == len(saved["agent"])
 
 
-def test_starting_from_a_trained_agent(tmp_path, monkeypatch):
+def test_starting_from_a_trained_agent(tmp_path, monkeypatch, capsys):
     script, args = changed("Starting from a trained agent", tmp_path, monkeypatch)
     first = train(script, args, tmp_path / "first", **SHORT, start=None)
     then = train(script, args, tmp_path / "then", **SHORT, start=str(first), learning_rate=0.0)
     before, after = checkpoint(first), checkpoint(then)
     torch.testing.assert_close(after["agent"], before["agent"])
     assert after["obs_stats"]["count"] > before["obs_stats"]["count"] > 128
-    assert after["global_step"] == before["global_step"]
+    assert after["progress"][0] == before["progress"][0]
+    play(then, monkeypatch, capsys)
 
 
-def test_unbiased_rewards_under_flips(tmp_path, monkeypatch):
+def test_unbiased_rewards_under_flips(tmp_path, monkeypatch, capsys):
     script, args = changed("Unbiased rewards under flips", tmp_path, monkeypatch)
     perturbations = record(monkeypatch, script, "perturb_reward")
     gae = record(monkeypatch, script, "compute_gae")
     monkeypatch.setattr(script, "AtariVectorEnv", Signals)
-    train(script, args, tmp_path, **SMALL | ATARI | PPO)
+    monkeypatch.setattr("ale_py.vector_env.AtariVectorEnv", Signals)  # of the run's own copy
+    play(train(script, args, tmp_path, **SMALL | ATARI | PPO), monkeypatch, capsys)
     assert len(gae) == 4
     assert any((noisy == 1).any() for _, noisy in perturbations)
     for ((reward, *_), _), (_, noisy) in zip(gae, perturbations, strict=True):
@@ -365,9 +440,10 @@ def test_ones_own_model_and_data(toy, tmp_path, monkeypatch):
     tokenizer.save_pretrained("own")
     lengths = {"prompt_length": 16, "response_length": 16}  # the toy has 64 positions
     folder = train(script, args, "runs", policy_model="own", **lengths, **SHORT_LM)
-    folder.rename("runs/mine")
-    assert eval(*re.findall(r"`(peft.+)` loads", text), {"peft": peft})
-    assert len(read_lines("runs/mine/samples.jsonl")) == 16
+    (loading,) = re.findall(r"`(peft.+)` loads", text)
+    assert loading.count("runs/NAME") == 1
+    assert eval(loading.replace("runs/NAME", str(folder)), {"peft": peft})
+    assert len(read_lines(folder / "samples.jsonl")) == 16
 
 
 def test_a_reward_that_knows_the_answer(tmp_path, monkeypatch):
@@ -399,10 +475,12 @@ def test_rouge(tmp_path):
     assert scores == pytest.approx([2 / 3, 2 / 5])
 
 
-def test_a_new_metric(tmp_path, monkeypatch):
+def test_a_new_metric(tmp_path, monkeypatch, capsys):
     script, args = changed("A new metric", tmp_path, monkeypatch)
     flags = SHORT | {"total_timesteps": 128, "eval_episodes": 4}
-    (row,) = progress(train(script, args, tmp_path, **flags))
+    folder = train(script, args, tmp_path, **flags)
+    play(folder, monkeypatch, capsys)
+    (row,) = progress(folder)
     assert row["losses/probability"] == pytest.approx(1 / 11, rel=0.1)
     assert row["return_worst"] < row["return_mean"]
 

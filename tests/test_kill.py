@@ -50,11 +50,11 @@ def wait_for(condition, process):
         time.sleep(0.01)
 
 
-def start(command, folder):
+def start(command, runs):
     """Starts a run, and waits until it trains. Returns the process and the time then."""
-    begun = len(list(folder.glob("events*")))
-    process = subprocess.Popen(command, cwd=ROOT)
-    wait_for(lambda: len(list(folder.glob("events*"))) > begun, process)
+    begun = len(list(runs.rglob("events*")))
+    process = subprocess.Popen([*command, "--runs-dir", runs], cwd=ROOT)
+    wait_for(lambda: len(list(runs.rglob("events*"))) > begun, process)
     return process, time.perf_counter()
 
 
@@ -69,26 +69,28 @@ def test_a_run_killed_at_random_times_is_the_same_run(script, tmp_path, request)
     runs = tmp_path
     if script == "sppo_rlhf":
         runs = request.getfixturevalue("toy").parent
-    flags = RUNS[script].split()
-    command = [sys.executable, f"{script}.py", *flags, "--runs-dir", runs, "--run-name"]
-    process, started = start([*command, "whole"], runs / "whole")
+    command = [sys.executable, f"{script}.py", *RUNS[script].split()]
+    process, started = start(command, runs / "whole")
     assert process.wait() == 0
     seconds = time.perf_counter() - started
     for _ in range(2):
-        process, _ = start([*command, "killed"], runs / "killed")
+        process, _ = start(command, runs / "killed")
         time.sleep(random.uniform(0, seconds / 3))
         kill(process)
         load(runs / "killed")
-    process, _ = start([*command, "killed"], runs / "killed")
-    wait_for((runs / "killed" / "checkpoint.pt").exists, process)  # so that one is continued
+    process, _ = start(command, runs / "killed")
+    # so that one is continued
+    wait_for(lambda: list((runs / "killed").glob("*/checkpoint.pt")), process)
     kill(process)
     load(runs / "killed")
-    process, _ = start([*command, "killed"], runs / "killed")
+    process, _ = start(command, runs / "killed")
     assert process.wait() == 0
-    whole, killed = load(runs / "whole"), load(runs / "killed")
-    assert killed["args.json"]["continued"]
+    (whole,), (killed,) = (runs / "whole").iterdir(), (runs / "killed").iterdir()
+    assert killed.name == whole.name
+    assert len((killed / "sessions.jsonl").read_text().splitlines()) > 1
     for name in ("progress.csv", "agent.safetensors", "samples.jsonl"):
-        if (runs / "whole" / name).exists():
-            assert (runs / "killed" / name).read_bytes() == (runs / "whole" / name).read_bytes()
-    for name, tensor in whole["checkpoint.pt"]["agent"].items():
-        assert torch.equal(killed["checkpoint.pt"]["agent"][name], tensor), name
+        if (whole / name).exists():
+            assert (killed / name).read_bytes() == (whole / name).read_bytes()
+    agent = load(killed)["checkpoint.pt"]["agent"]
+    for name, tensor in load(whole)["checkpoint.pt"]["agent"].items():
+        assert torch.equal(agent[name], tensor), name

@@ -1,5 +1,6 @@
 """report.py: numbers against hand-computed ones and SciPy, packing, and what it refuses."""
 
+import hashlib
 import json
 import math
 import re
@@ -30,29 +31,35 @@ SCORES = {  # {(task, method): last evaluations, a seed each}
 
 def make_run(runs: Path, method: str, score: float, seed: int = 1, task=HOPPER, **changes) -> Path:
     """A folder as scripts leave it, with twelve evaluations, the first the best, the last `score`.
-    `changes`: arguments, or `finished`, `columns` (of progress.csv), `digest` (of the script)."""
+    `changes`: arguments, or `finished`, `columns` (of progress.csv), `script`, `version` (all that
+    is in the script)."""
     finished = changes.pop("finished", True)
     columns = changes.pop("columns", {})
-    digest = changes.pop("digest", "abc")
+    script = changes.pop("script", "sppo_continuous.py")
+    version = changes.pop("version", "abc")
     args = {"env_id": task, "exp_name": method, "seed": seed, "noise": "none", "noise_level": 0.05}
     args |= {"total_timesteps": 1200, "vf_coef": 0.5, "hidden_sizes": [64, 64], "device": "cpu"}
     args |= changes
     noise = args["noise"]
-    folder = runs / f"{task}__{method}__{noise}__{seed}__{digest}"
+    folder = runs / f"{task}__{method}__{noise}__{seed}__{version}"
     folder.mkdir(parents=True)
-    recorded = {
+    (folder / script).write_text(version)
+    packages = ["torch", "numpy"][:: 1 if seed % 2 else -1]  # in the order of a folder's files
+    session = {
+        "run": folder.name,
         "args": args,
-        "identity": args | {"script_sha256": digest},
-        "script": "sppo_continuous.py",
+        "script": script,
         "command": ["sppo_continuous.py", "--seed", str(seed)],
         "commit": "12e4567",
         "started": f"2026-01-0{1 + seed} 12:00:00",
-        "versions": {"torch": "2.13.0"},
+        "versions": dict.fromkeys(packages, "2.13.0"),
         "platform": "Linux-6.1",
         "cpu": "AVX512",
         "gpu": None,
     }
-    (folder / "args.json").write_text(json.dumps(recorded))
+    later = session | {"started": "2026-02-01 12:00:00", "commit": "later"}
+    lines = f"{json.dumps(session)}\n{json.dumps(later)}\n"
+    (folder / "sessions.jsonl").write_text(lines)
     curve = np.linspace(0, score, 12)
     curve[0] = 2 * score
     progress = {
@@ -66,7 +73,7 @@ def make_run(runs: Path, method: str, score: float, seed: int = 1, task=HOPPER, 
     table = pd.DataFrame(progress | columns)
     table.to_csv(folder / "progress.csv", index=False)
     if finished:
-        summary = table.iloc[-1].to_dict() | {"sps": 1000.0, "finished": True}
+        summary = table.iloc[-1].to_dict() | {"sps": 1000.0}
         (folder / "summary.json").write_text(json.dumps(summary))
     return folder
 
@@ -104,11 +111,6 @@ def grid(tmp_path_factory):
     return folder
 
 
-@pytest.fixture(scope="module")
-def page(grid):
-    return (grid / "report/report.md").read_text()
-
-
 @pytest.fixture
 def kept(monkeypatch):
     """Figures that are drawn from here on. They are not written, which takes most of the time."""
@@ -116,6 +118,11 @@ def kept(monkeypatch):
     monkeypatch.setattr(report.plt, "close", figures.append)
     monkeypatch.setattr(report.plt.Figure, "savefig", lambda *_, **__: None)
     return figures
+
+
+@pytest.fixture(scope="module")
+def page(grid):
+    return (grid / "report/report.md").read_text()
 
 
 # ---- Tables
@@ -150,8 +157,8 @@ def test_what_lacks_seeds_or_tasks_says_so(tmp_path):
 
 def test_noise_and_its_levels_have_tables_of_their_own(tmp_path):
     runs = make_grid(tmp_path / "runs")
-    make_grid(runs, noise="normal", digest="def")
-    make_grid(runs, noise="normal", noise_level=0.1, digest="ghi")
+    make_grid(runs, noise="normal", version="def")
+    make_grid(runs, noise="normal", noise_level=0.1, version="ghi")
     page = write_report(runs, out=tmp_path / "out")
     sections = re.findall(r"## Scores, (.*)", page)
     assert sections == ["clean", "normal 0.05", "normal 0.1"]
@@ -163,9 +170,8 @@ def test_language_models_have_tables_of_their_columns(tmp_path):
         columns = {"kl": np.linspace(0, kl, 12)}
         for method in ("ppo", "sppo"):
             folder = make_run(tmp_path / "runs", method, 1, seed, "imdb", columns=columns)
-            recorded = json.loads((folder / "args.json").read_text())
-            recorded["args"]["task"] = recorded["args"].pop("env_id")
-            (folder / "args.json").write_text(json.dumps(recorded))
+            sessions = folder / "sessions.jsonl"
+            sessions.write_text(sessions.read_text().replace("env_id", "task"))
     page = write_report(tmp_path / "runs", out=tmp_path / "out")
     rows = table_after(page, "`kl`, last evaluation (seeds: 2):")
     assert rows[1] == ["imdb", "4.00 ± 1.00", "4.00 ± 1.00"]
@@ -192,12 +198,12 @@ def with_first_return(value):
 
 
 BROKEN = [
-    ("args.json", cut, "args.json: "),
-    ("args.json", lambda text: "", "args.json: Expecting value"),
-    ("args.json", lambda text: "[]", "of an earlier version"),
-    ("args.json", lambda text: text.replace('"args"', '"flags"'), "KeyError('args')"),
-    ("args.json", lambda text: text.replace('"seed"', '"seeds"'), "KeyError('seed')"),
-    ("args.json", lambda text: text.replace("0.05", '"much"'), "string to float: 'much'"),
+    ("sessions.jsonl", lambda text: text[:99], "sessions.jsonl: "),
+    ("sessions.jsonl", lambda text: "", "sessions.jsonl: Expecting value"),
+    ("sessions.jsonl", lambda text: text.replace('"args"', '"flags"'), "KeyError('args')"),
+    ("sessions.jsonl", lambda text: text.replace('"seed"', '"seeds"'), "KeyError('seed')"),
+    ("sessions.jsonl", lambda text: text.replace("0.05", '"much"'), "string to float: 'much'"),
+    ("sppo_continuous.py", lambda text: None, "No such file or directory"),
     ("progress.csv", lambda text: "".join(text.splitlines(True)[:6]), "cut at step 500 of 1200"),
     ("progress.csv", lambda text: text[:-40], "progress.csv"),
     ("progress.csv", lambda text: "", "EmptyDataError('No columns to parse"),
@@ -243,6 +249,25 @@ def test_a_report_lists_what_is_broken(tmp_path):
     shown = page.partition("## What was run")[2]
     assert f"**Left out, since a file is broken: 1**\n\n- `{broken.name}: summary.json: " in shown
     assert table_after(page, "Last evaluation (seeds: 3):")[1][2] == "15.0 ± 1.7"
+
+
+def test_older_runs_give_the_same_report(grid, page, tmp_path):
+    """But for those of the first versions, whose args.json has no identity."""
+    runs = tmp_path / "runs"
+    shutil.copytree(grid / "runs", runs)
+    for path in runs.glob("*/sessions.jsonl"):
+        begun = json.loads(path.read_text().splitlines()[0])
+        del begun["run"]
+        script = path.with_name("sppo_continuous.py")
+        begun["identity"] = {"script_sha256": hashlib.sha256(script.read_bytes()).hexdigest()}
+        path.with_name("args.json").write_text(json.dumps(begun, indent=2, sort_keys=True))
+        path.unlink()
+        script.unlink()
+    assert write_report(runs, out=tmp_path / "out") == page
+    (runs / "first").mkdir()
+    (runs / "first/args.json").write_text("{}")
+    _, _, broken = report.read_folders((runs,))
+    assert broken == ["first: a run of an earlier version of the scripts"]
 
 
 # ---- Statistics
@@ -464,7 +489,7 @@ def test_comparisons_of_different_steps_and_versions_say_so(tmp_path, kept):
     runs = make_grid(tmp_path / "runs")
     for seed, score in enumerate([9, 11, 14]):
         make_run(runs, "ppo", score, seed, total_timesteps=4096)
-        make_run(runs, "mine", score + seed, seed, LANDER, digest=f"v{seed // 2}")
+        make_run(runs, "mine", score + seed, seed, LANDER, version=f"v{seed // 2}")
     page = write_report(runs, out=tmp_path / "out", figures=True)
     steps = "(1,200 and 4,096 steps)"
     rows = table_after(page, "Last evaluation (seeds: 3):")
@@ -540,11 +565,9 @@ def test_figures_have_at_most_four_panels_a_row(tmp_path, kept):
 
 
 def test_curves_of_chosen_methods_only_and_in_texts_for_language_models(tmp_path, kept):
-    runs = make_grid(tmp_path / "runs")
-    make_run(runs, "mine", 3)
-    make_run(runs, "sppo", 3, noise="normal")
-    for path in runs.glob("*/args.json"):
-        path.write_text(path.read_text().replace("sppo_continuous.py", "sppo_rlhf.py"))
+    runs = make_grid(tmp_path / "runs", script="sppo_rlhf.py")
+    make_run(runs, "mine", 3, script="sppo_rlhf.py")
+    make_run(runs, "sppo", 3, script="sppo_rlhf.py", noise="normal")
     write_report(runs, out=tmp_path / "out", figures=True, compare=("sppo", "dppo"))
     _, curves = kept
     assert [text.get_text() for text in curves.legends[0].get_texts()] == ["dppo", "sppo"]
@@ -578,7 +601,9 @@ def test_a_pack_has_what_it_takes_to_repeat_a_run(grid, tmp_path):
         "sppo_continuous.py --seed 2",
         "2026-01-03 12:00:00",
     ]
-    assert [run["commit"], run["script_sha256"], run["vf_coef"]] == ["12e4567", "abc", 0.5]
+    assert [run["commit"], run["vf_coef"]] == ["12e4567", 0.5]
+    assert run["script_sha256"] == hashlib.sha256(b"abc").hexdigest()
+    assert set(packed["versions"]) == {'{"numpy": "2.13.0", "torch": "2.13.0"}'}
     assert json.loads(run["hardware"]) == ["Linux-6.1", "AVX512", None]
     assert [run["return_mean"], run["training"], run["seed"]] == [112, 56, 2]
     progress = pd.read_csv(tmp_path / "pack/progress.csv.gz")
@@ -604,7 +629,7 @@ def test_a_pack_takes_runs_of_versions_with_and_without_a_flag(tmp_path):
     table = pd.read_csv(pack / "runs.csv.gz").drop(columns="started")
     table.to_csv(pack / "runs.csv.gz", index=False)
     write_report(pack, out=tmp_path / "out", pack=tmp_path / "again")
-    new = make_run(tmp_path / "runs", "sppo", 2, seed=2, digest="def", new_flag=1)
+    new = make_run(tmp_path / "runs", "sppo", 2, seed=2, version="def", new_flag=1)
     page = write_report(pack, new, out=tmp_path / "out", pack=pack)
     rows = table_after(page, "Last evaluation (seeds: 2):")
     assert rows[1] == [f"{HOPPER} (2 versions of a script)", "1.50 ± 0.50"]
@@ -630,11 +655,12 @@ def test_runs_of_a_cell_may_differ_in_where_they_ran(tmp_path):
     free = {"device": "cuda", "compile": False, "track": True, "runs_dir": "elsewhere"}
     free["noise_level"] = 0.1  # of no noise
     make_run(tmp_path / "runs", "sppo", 1, seed=1)
-    make_run(tmp_path / "runs", "sppo", 2, seed=2, digest="def", **free)
+    make_run(tmp_path / "runs", "sppo", 2, seed=2, version="def", **free)
     make_run(tmp_path / "runs", "dppo", 2, vf_coef=0.1)  # another cell
     page = write_report(tmp_path / "runs", out=tmp_path / "out")
     versions = table_after(page, "## What was run")
-    assert [row[4] for row in versions[1:]] == ["abc", "def"]
+    digests = [hashlib.sha256(version).hexdigest() for version in (b"abc", b"def")]
+    assert [row[4] for row in versions[1:]] == digests
 
 
 @pytest.mark.parametrize(
@@ -642,13 +668,13 @@ def test_runs_of_a_cell_may_differ_in_where_they_ran(tmp_path):
     [
         ({"vf_coef": 0.1}, r"clean Hopper-v4 sppo: runs differ in vf_coef \(0.5, 0.1\)"),
         ({"hidden_sizes": [8]}, r"runs differ in hidden_sizes \(\[64, 64\], \[8\]\)"),
-        ({"digest": "abc", "vf_coef": None}, r"runs differ in vf_coef \(0.5, nan\)"),
+        ({"version": "abc", "vf_coef": None}, r"runs differ in vf_coef \(0.5, nan\)"),
         ({"seed": 1}, "clean Hopper-v4 sppo: the same seed in Hopper.*abc and Hopper.*def"),
     ],
 )
 def test_a_cell_with_two_settings_is_refused(tmp_path, changes, why):
     make_run(tmp_path / "runs", "sppo", 1, seed=1)
-    make_run(tmp_path / "runs", "sppo", 2, **({"seed": 2, "digest": "def"} | changes))
+    make_run(tmp_path / "runs", "sppo", 2, **({"seed": 2, "version": "def"} | changes))
     with pytest.raises(report.Refusal, match=why):
         write_report(tmp_path / "runs", out=tmp_path / "out")
     assert not (tmp_path / "out").exists()

@@ -36,6 +36,7 @@ from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import sppo_rlhf as rlhf
+from enjoy import main as play_run
 
 CPU = torch.device("cpu")
 # Four updates of four minibatches, evaluated after 0, 16 and 32 texts
@@ -115,23 +116,25 @@ def models(toy):
 
 @pytest.fixture
 def run(toy, tmp_path, monkeypatch):
-    """Trains as a command with flags over `SMALL` does: begins, continues, or finds the run
-    finished. Returns the run's folder."""
+    """Trains with flags over `SMALL` as a command does, but in a folder of this `name`: begins,
+    continues, or finds the run finished. Returns the folder."""
     monkeypatch.chdir(toy.parent.parent)
 
     def run_(name="run", **flags):
         task = rlhf.TASKS[flags.get("task", "toy")]
-        args = task(**SMALL | {"runs_dir": str(tmp_path), "run_name": name} | flags)
-        setup = None if (args.run_dir / "summary.json").exists() else rlhf.load(args)
-        args.run_dir.mkdir(exist_ok=True)
-        if rlhf.begin(args):
-            rlhf.train(setup, args)
-        return args.run_dir
+        args = task(**SMALL | flags)
+        folder = tmp_path / name
+        if not (folder / "summary.json").exists():
+            setup = rlhf.load(args)
+            folder.mkdir(exist_ok=True)
+            rlhf.begin_session(args, folder)
+            rlhf.train(setup, args, folder)
+        return folder
 
     return run_
 
 
-def interrupt(run, updates, **flags):
+def interrupt(run, updates, how=KeyboardInterrupt, **flags):
     """Ends a run like a kill would, in the update after the first `updates`."""
     before = [rlhf.update] * updates
 
@@ -140,7 +143,7 @@ def interrupt(run, updates, **flags):
             raise KeyboardInterrupt
         return before.pop()(*args)
 
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
+    with pytest.MonkeyPatch.context() as patch, pytest.raises(how):
         patch.setattr(rlhf, "update", update)
         run(**flags)
 
@@ -197,8 +200,12 @@ def call_main(monkeypatch, *words):
     rlhf.main()
 
 
+def read_lines(path):
+    return [json.loads(line) for line in path.open()]
+
+
 def read_samples(folder):
-    return [json.loads(line) for line in (folder / "samples.jsonl").open()]
+    return read_lines(folder / "samples.jsonl")
 
 
 def actor_critic(model, lora_r=0, dtype=torch.float32, **flags):
@@ -452,6 +459,10 @@ def test_models_that_do_not_fit_are_refused_before_a_folder_is_made(
         (["--reward-model", policy], "policy lacks 1 weights, such as score.weight$"),
         (["--policy-model", reward, "--tokenizer", policy], r"reward lacks \d+ weights, such as"),
         (["--prompt-length", "40"], "has 64 positions for up to 72 tokens$"),
+        (["--policy-model", "./none/policy"], "^error: .*'./none/policy'"),
+        (["--reward-model", "./none/reward"], "^error: .*'./none/reward'"),
+        (["--reward-model", "none.py:own"], "^error: none.py does not exist"),
+        (["--dataset", "./none/texts.jsonl"], "^error: .*none/texts.jsonl"),
         (["--eval-reward-model", adapter], "adapter lacks 4 weights, such as .*lora_A.weight$"),
     ]
     for label in (-1, 2):
@@ -739,10 +750,10 @@ def test_a_prompt_is_a_chat_or_alone(toy, tmp_path, monkeypatch):
     path = str(tmp_path / "data.jsonl")
     datasets.Dataset.from_dict({"prompt": chats, "number": range(40)}).to_json(path)
     words = ["--policy-model", policy, "--dataset", path, "--prompt-length", 30]
-    words += ["--reward-model", f"{__file__}:chat_agreement", "--runs-dir", tmp_path]
+    words += ["--reward-model", f"{__file__}:chat_agreement", "--runs-dir", tmp_path / "runs"]
     words += ["--total-timesteps", 16, "--batch-size", 16, "--eval-episodes", 4]
-    call_main(monkeypatch, *words, "--run-name", "run")
-    folder = tmp_path / "run"
+    call_main(monkeypatch, *words)
+    (folder,) = (tmp_path / "runs").iterdir()
     row = progress(folder)[-1]
     assert (row["return_mean"], row["charts/episodic_return"]) == (1, 1)
     assert "perplexity_real" not in row
@@ -780,6 +791,11 @@ def test_a_reward_function_is_one_of_a_module(tmp_path):
         assert rlhf.function_reward(f"{file}:own", CPU)(**inputs).tolist() == [1, 2]
     own = sys.modules["own_rewards"].own
     assert pickle.loads(pickle.dumps(own)) is own
+    with pytest.raises(SystemExit, match="^error: .*own_rewards.py:none: .* no attribute 'none'$"):
+        rlhf.function_reward(f"{file}:none", CPU)
+    (tmp_path / "needs.py").write_text("import not_installed")
+    with pytest.raises(SystemExit, match="^error: .*needs.py:own: No module named 'not_installed"):
+        rlhf.function_reward(f"{tmp_path}/needs.py:own", CPU)
     for name in ("too_few", "mapping"):
         with pytest.raises(SystemExit, match=f"^error: .*:{name} must return a list of 2 scores"):
             rlhf.function_reward(f"{file}:{name}", CPU)(**inputs)
@@ -1045,30 +1061,27 @@ def test_whatever_needs_the_toy_makes_it(tmp_path, monkeypatch, flag):
     (tmp_path / "runs").mkdir()
     made = []
 
-    def stop(*_, **__):
-        raise KeyboardInterrupt
-
     monkeypatch.setattr(rlhf, "make_toy", made.append)
-    monkeypatch.setattr(rlhf, "load_data", stop)
     own = {"dataset": "own.jsonl", "policy_model": "own", "reward_model": ("own",)}
     for flags in (own, own | {flag: getattr(rlhf.Args(), flag) or (f"{rlhf.TOY}/reward",)}):
         before = len(made)
-        with pytest.raises(KeyboardInterrupt):
-            rlhf.load(rlhf.Args(**flags))
+        rlhf.prepare(rlhf.Args(**flags))
         assert len(made) - before == (flags != own)
 
 
 def test_a_run_leaves_what_it_promises(run):
     """In progress.csv, means of what was logged since the evaluation before."""
     folder = run(noise="uniform", ce_coef=0.1)
-    files = "args.json checkpoint.pt events policy progress.csv samples.jsonl sppo_rlhf.py"
+    files = "checkpoint.pt events policy progress.csv samples.jsonl sessions.jsonl sppo_rlhf.py"
     names = sorted(path.name.split(".out")[0] for path in folder.iterdir())
     assert names == [*files.split(), "summary.json"]
-    assert json.loads((folder / "args.json").read_text())["args"]["noise_level"] == 0.05
+    (session,) = read_lines(folder / "sessions.jsonl")
+    assert session["args"]["noise_level"] == 0.05
+    assert (folder / session["script"]).read_text() == Path(rlhf.__file__).read_text()
     rows = progress(folder)
     summary = json.loads((folder / "summary.json").read_text())
-    assert summary["finished"]
-    assert {name: summary[name] for name in rows[-1]} == rows[-1]
+    speed = summary.pop("sps")
+    assert summary == rows[-1]
     assert [row["step"] for row in rows] == [0, 16, 32]
     assert [sample["step"] for sample in read_samples(folder)] == [0] * 4 + [16] * 4 + [32] * 4
 
@@ -1078,6 +1091,8 @@ def test_a_run_leaves_what_it_promises(run):
         values = [scalar.value for scalar in events.Scalars(name)]
         assert rows[1][name] == pytest.approx(np.mean(values[:2]), rel=1e-5)
         assert rows[2][name] == pytest.approx(np.mean(values[2:]), rel=1e-5)
+    speeds = [scalar.value for scalar in events.Scalars("charts/SPS")]
+    assert speed == pytest.approx(np.median(speeds), rel=1e-5)
     scores = [scalar.value for scalar in events.Scalars("eval/return_mean")]
     assert scores == pytest.approx([row["return_mean"] for row in rows])
 
@@ -1243,55 +1258,65 @@ def test_a_gradient_or_weights_that_are_not_finite_end_the_run(run, tmp_path, mi
 
 
 def test_a_command_finds_its_run_again(run, tmp_path, monkeypatch, capsys):
-    """`run` has changed to a folder with the toy."""
+    """`run` has changed to a folder with the toy. Other flags make another run."""
     command = typed(SMALL | {"runs_dir": tmp_path})
     call_main(monkeypatch, *command)
-    outcome = capsys.readouterr().out.splitlines()[-1]
+    first, *_, outcome = capsys.readouterr().out.splitlines()[1:]
     (folder,) = tmp_path.iterdir()
-    assert outcome.startswith(f"{folder}: reward {progress(folder)[-1]['return_mean']:.3f}")
-    summary = (folder / "summary.json").read_text()
+    assert first == f"{folder}: from step 0, with a checkpoint every 16 texts"
+    assert outcome.startswith(f"{folder}: reward {progress(folder)[-1]['return_mean']:.3f}, ")
+    assert outcome.endswith(f"; to watch it: python enjoy.py {folder}")
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     call_main(monkeypatch, *command)
     assert capsys.readouterr().out == outcome + "\n"
-    assert (folder / "summary.json").read_text() == summary
-    with pytest.raises(SystemExit, match="was begun with learning_rate 0.0005, not 0.1"):
-        call_main(monkeypatch, *command, "--run-name", folder.name, "--learning-rate", "0.1")
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+    call_main(monkeypatch, *command, "--learning-rate", "0.1")
+    assert len(list(tmp_path.iterdir())) == 2
 
 
 def test_a_run_at_work_is_refused_before_its_models_are_loaded_again(run, tmp_path, monkeypatch):
-    interrupt(run, 1)
+    folder = rlhf.Args(runs_dir=str(tmp_path)).folder()
+    folder.mkdir()
     monkeypatch.setattr(rlhf, "load", lambda args: pytest.fail("loaded"))
-    with FileLock(tmp_path / "run" / "lock"), pytest.raises(SystemExit, match="is at work on this"):
-        call_main(monkeypatch, "--runs-dir", tmp_path, "--run-name", "run")
+    with FileLock(folder / "lock"), pytest.raises(SystemExit, match="is at work on .*__sppo__none"):
+        call_main(monkeypatch, "--runs-dir", tmp_path)
 
 
-def test_a_keyboard_interrupt_says_where_the_same_command_continues(run, tmp_path, monkeypatch):
-    """At the last checkpoint, that of the last evaluation."""
-    interrupt(run, 3)
-
-    def update(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(rlhf, "update", update)
-    command = typed(SMALL | {"runs_dir": tmp_path, "run_name": "run"})
-    with pytest.raises(SystemExit, match="^interrupted; .* continues from step 16$"):
-        call_main(monkeypatch, *command)
-    with pytest.raises(SystemExit, match="^interrupted; .* continues from step 0$"):
-        call_main(monkeypatch, *command, "--run-name", "new")
+def test_after_an_interrupt_the_same_command_continues(run, tmp_path, monkeypatch, capsys):
+    """From the last checkpoint, that of the last evaluation."""
+    command = typed(SMALL | {"runs_dir": tmp_path})
+    for updates in (1, 3):
+        interrupt(lambda: call_main(monkeypatch, *command), updates, SystemExit)
+        assert ": from step 0, " in capsys.readouterr().out
+    call_main(monkeypatch, *command)
+    (folder,) = tmp_path.iterdir()
+    assert f"{folder}: from step 16, " in capsys.readouterr().out
+    sessions = read_lines(folder / "sessions.jsonl")
+    assert [session["run"] for session in sessions] == [folder.name] * 3
 
 
-def test_the_file_of_a_reward_function_is_part_of_the_run(run, tmp_path):
-    """In evaluations, too: edited, it has another folder, and the old one is refused."""
-    for name in ("reward_model", "eval_reward_model"):
-        file = tmp_path / f"{name}.py"
-        file.write_text("def own(texts): return [0.5] * len(texts)")
-        flags = {name: (f"{file}:own",), "total_timesteps": 8}
-        run(name, **flags)
-        run_name = rlhf.Args(**flags).run_name
-        assert run_name == rlhf.Args(**flags).run_name
-        file.write_text("def own(texts): return [0.6] * len(texts)")
-        assert rlhf.Args(**flags).run_name != run_name
-        with pytest.raises(SystemExit, match=f"begun with {file}:own_sha256 .*, not .*; give"):
-            run(name, **flags)
+def test_what_a_run_reads_is_part_of_its_name(tmp_path, monkeypatch):
+    """The files of reward functions, those that they import, local data: what is edited makes
+    another run, and other files do not."""
+    monkeypatch.chdir(tmp_path)
+    Path("saved").mkdir()
+    function = "def own(texts): return [0.5] * len(texts)"
+    contents = {"own_training.py": function, "own_heldout.py": "from own_part import own"}
+    contents |= {"own_part.py": function, "texts.jsonl": "{}", "saved/1": "a", "saved/2": "b"}
+    for name, content in contents.items():
+        Path(name).write_text(content)
+    flags = {"policy_model": "own", "dataset": "texts.jsonl", "eval_dataset": "saved"}
+    flags |= {"reward_model": ("own_training.py:own",)}
+    flags |= {"eval_reward_model": ("own_heldout.py:own",)}
+    args = rlhf.Args(**flags)
+    rlhf.prepare(args)
+    folder = args.folder()
+    for name, content in contents.items():
+        Path(name).write_text(content + " ")
+        assert args.folder() != folder
+        Path(name).write_text(content)
+        Path("other.py").write_text(content)
+        assert rlhf.Args(**flags).folder() == folder
 
 
 def test_the_environment_does_not_divide_gradients(run, monkeypatch):
@@ -1305,53 +1330,101 @@ def test_the_environment_does_not_divide_gradients(run, monkeypatch):
 
 def test_the_default_name_tells_runs_by_all_that_may_change_results(tmp_path, monkeypatch):
     monkeypatch.setattr(rlhf, "find_spec", lambda name: True)
-    name = rlhf.Args().run_name
-    assert name.startswith("toy__sppo__none__1__")
-    others = {"run_name", "runs_dir", "device", "track", "evaluate", "lora_targets"}
-    kept = vars(rlhf.Args()).keys() - others
-    assert rlhf.Args().identity().keys() == kept | {"script_sha256"}
-    elsewhere = {"runs_dir": "elsewhere", "track": True, "evaluate": "a", "device": "cpu"}
-    assert rlhf.Args(**elsewhere).run_name == name
+    folder = rlhf.Args().folder()
+    assert re.fullmatch(r"runs/toy__sppo__none__1__[0-9a-f]{8}", str(folder))
+    others = {"runs_dir": "elsewhere", "track": True, "device": "cpu"}
+    assert rlhf.Args(**others).folder() == Path("elsewhere", folder.name)
+    assert set(rlhf.NO_EFFECT) == others.keys()
     for flags in ({"learning_rate": 1.0}, {"amp": "off"}, {"reward_model": ("a", "b")}):
-        assert rlhf.Args(**flags).run_name != name
+        assert rlhf.Args(**flags).folder() != folder
     edited = tmp_path / "edited.py"
     edited.write_text(Path(rlhf.__file__).read_text() + "\n")
     monkeypatch.setattr(rlhf, "__file__", str(edited))
-    assert rlhf.Args().run_name != name
+    assert rlhf.Args().folder() != folder
 
 
-def test_evaluate_repeats_the_last_evaluation(run, tmp_path, monkeypatch, capsys):
-    """Of an unfinished run, and of a finished one."""
-    folder = tmp_path / "run"
-    words = ["--evaluate", folder, "--seed", 7, "--eval-episodes", 4, "--device", "cpu"]
-    for step in (16, 32):
-        interrupt(run, 3, seed=7) if step == 16 else run(seed=7)
+def enjoy(monkeypatch, capsys, *words):
+    """What enjoy.py prints: lines of stdout, and stderr."""
+    capsys.readouterr()
+    with monkeypatch.context() as patch:
+        patch.setattr(sys, "argv", ["enjoy.py", *map(str, words)])
+        patch.setitem(sys.modules, "sppo_rlhf", rlhf)  # puts it back after the run's copy
+        play_run()
+    output = capsys.readouterr()
+    return output.out.splitlines(), output.err
+
+
+@pytest.mark.parametrize("lora", [False, True])
+def test_enjoy_repeats_the_last_evaluation(run, summaries, tmp_path, monkeypatch, capsys, lora):
+    """Of a run at work, before its first checkpoint and after it, and of a finished run."""
+    flags = SMALL | {"seed": 7, "runs_dir": tmp_path / "runs"}
+    if lora:
+        flags |= summaries | {"reward_model": summaries["reward_model"][0]}
+    words = typed(flags)
+    for updates, step in (1, 0), (3, 16), (None, 32):
+        if updates:
+            interrupt(lambda: call_main(monkeypatch, *words), updates, SystemExit)
+        else:
+            call_main(monkeypatch, *words)
+        (folder,) = (tmp_path / "runs").iterdir()
         before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-        capsys.readouterr()  # of the training
-        call_main(monkeypatch, *words)
-        lines = capsys.readouterr().out.splitlines()
+        lines, errors = enjoy(monkeypatch, capsys, folder, "--seed", 7, "--episodes", 4)
+        assert "warning: " not in errors
+        row = progress(folder)[-1]
         assert f"step: {step}" in lines
-        for name in ("return_mean", "kl", "sentiment"):
-            assert f"{name}: {progress(folder)[-1][name]:.4g}" in lines
+        for name in ("return_mean", "kl", "perplexity_real"):
+            assert f"{name}: {row[name]:.4g}" in lines
+        assert lines[-1].startswith(f"{folder}: reward {row['return_mean']:.3f} (")
         assert lines.pop(0).startswith("--prompt-length cuts 4 of 4 ")
         for line, sample in zip(lines, read_samples(folder)[-4:]):
             assert line.startswith(f"{sample['reward']:.3f} {sample['prompt']} [")
         assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
-    with pytest.raises(SystemExit, match="--evaluate takes only"):
-        call_main(monkeypatch, *words, "--beta", "3")
-    edited = tmp_path / "edited.py"
-    edited.write_text(Path(rlhf.__file__).read_text() + "\n")
-    monkeypatch.setattr(rlhf, "__file__", str(edited))
-    call_main(monkeypatch, *words)
-    copy = folder / "sppo_rlhf.py"
-    assert f"warning: edited; the run's copy is {copy}\n" in capsys.readouterr().err
-    begun = json.loads((folder / "args.json").read_text())
-    begun["args"]["load_in_4bit"] = False  # as an earlier version had
-    (folder / "args.json").write_text(json.dumps(begun))
-    with pytest.raises(
-        SystemExit, match=f"^error: {folder} is of another script or version; use {copy}$"
-    ):
-        call_main(monkeypatch, *words)
+
+
+def test_enjoy_plays_an_edited_copy_of_the_newest_run(run, monkeypatch, capsys):
+    """Trained on a GPU, and played without one, with random numbers of its own."""
+    call_main(monkeypatch, *typed(SMALL | {"total_timesteps": 8}))
+    folder = max(Path("runs").glob("toy__*"), key=lambda path: path.stat().st_mtime)
+    older = Path(shutil.copytree(folder, "runs/older"))
+    os.utime(older / "samples.jsonl", (0, 0))
+    sessions = folder / "sessions.jsonl"
+    sessions.write_text(sessions.read_text().replace('"device": "cpu"', '"device": "cuda"'))
+    script = folder / "sppo_rlhf.py"
+    script.write_text(script.read_text().replace("samples[:8]", "samples[:3]"))
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
+    lines, errors = enjoy(monkeypatch, capsys, "--episodes", 12)
+    assert "warning: a file that the script imports has changed since this run" in errors
+    assert lines[-1].startswith(f"{folder}: reward 0.")
+    assert lines[4] == "step: 8"
+    others, _ = enjoy(monkeypatch, capsys, folder, "--episodes", 12, "--seed", 2)
+    assert not set(others[1:4]) & set(lines)
+    for path in (folder, older):
+        shutil.rmtree(path)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("processes", [1, 2])
+def test_a_signal_to_end_ends_all_processes_of_a_run(toy, tmp_path, processes):
+    """The launcher prints a traceback of its own."""
+    launch = f"-m torch.distributed.run --standalone --nproc-per-node {processes}".split()
+    launch = launch if processes > 1 else []
+    command = [sys.executable, *launch, rlhf.__file__, "--runs-dir", tmp_path / "runs"]
+    command += typed(SMALL | {"total_timesteps": 8000, "eval_freq": 80})
+    alone = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    output = tmp_path / "output"
+    with output.open("w") as file:
+        options = {"cwd": toy.parent.parent, "env": alone, "stdout": file, "stderr": file}
+        process = subprocess.Popen(command, **options)
+        while not list(tmp_path.glob("runs/*/checkpoint.pt")) and process.poll() is None:
+            time.sleep(0.1)
+        process.terminate()
+        assert process.wait(60) == 1
+    text = output.read_text()
+    assert text.count("interrupted; the same command continues from the last") == processes
+    assert 'sppo_rlhf.py", line' not in text
+    (folder,) = (tmp_path / "runs").iterdir()
+    with FileLock(folder / "lock", blocking=False):  # no process is left
+        assert checkpoint(folder)["progress"]["global_step"] >= 80
 
 
 @pytest.mark.parametrize("heldout", [False, True])
@@ -1446,21 +1519,22 @@ def test_summaries_with_lora(run, models, summaries):
 def test_the_adapter_of_any_family_is_merged_into_its_model(
     run, toy, tmp_path, monkeypatch, kind, layers
 ):
-    """What was trained is what is saved, and args.json says where it is."""
+    """What was trained is what is saved."""
     make_policy(kind, tmp_path / kind, toy)
     words = ["--policy-model", tmp_path / kind, "--lora-r", 2, "--learning-rate", 0.1]
     words += ["--total-timesteps", 8, "--batch-size", 8, "--eval-episodes", 4]
-    call_main(monkeypatch, *words, "--runs-dir", tmp_path, "--run-name", "run")
-    folder = tmp_path / "run"
-    args = json.loads((folder / "args.json").read_text())["args"]
-    if layers:
-        assert args["lora_targets"] == [f"model.layers.*.{layer}" for layer in layers.split()]
+    call_main(monkeypatch, *words, "--runs-dir", tmp_path / "runs")
+    (folder,) = (tmp_path / "runs").iterdir()
+    args = read_lines(folder / "sessions.jsonl")[0]["args"]
     trained = rlhf.ActorCritic(rlhf.Args(**args), CPU, torch.float32)
     trained.load_state_dict(checkpoint(folder)["agent"], strict=False)
     trained.activate_adapter("policy")
     ids = torch.arange(12).view(2, 6)
     expected = trained.policy(ids).logits
     saved = peft.AutoPeftModelForCausalLM.from_pretrained(folder / "policy")
+    if layers:
+        adapted = {name.split(".", 3)[3] for name in saved.targeted_module_names}
+        assert adapted == set(layers.split())
     torch.testing.assert_close(saved.eval()(ids).logits, expected)
     merged = saved.merge_and_unload()(ids).logits
     torch.testing.assert_close(merged, expected, rtol=1e-4, atol=1e-4)
@@ -1500,7 +1574,7 @@ def test_two_processes_do_what_one_does(run, summaries, tmp_path, task):
     one = run(**flags)
     launch = "-m torch.distributed.run --standalone --nproc-per-node 2"
     command = [sys.executable, *launch.split(), rlhf.__file__]
-    command += ["--runs-dir", tmp_path, "--run-name", "two"]
+    command += ["--runs-dir", tmp_path / "runs"]
     for name, value in (SMALL | flags).items():
         values = value if isinstance(value, tuple) else [str(value)]
         command += [f"--{name.replace('_', '-')}", *values]
@@ -1508,7 +1582,7 @@ def test_two_processes_do_what_one_does(run, summaries, tmp_path, task):
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=alone)
     output = done.stdout + done.stderr
     assert done.returncode == 0, output[-3000:]
-    two = tmp_path / "two"
+    (two,) = (tmp_path / "runs").iterdir()
     for line in ("step 0: ", "step 16: ", "step 32: ", f"{two}: reward "):  # one of them speaks
         assert output.count(line) == 1
     before, after = ([x["response"] for x in read_samples(folder)] for folder in (one, two))
@@ -1549,8 +1623,9 @@ def test_the_toy_learns_reward_and_true_sentiment(tmp_path, monkeypatch):
     training."""
     monkeypatch.chdir(tmp_path)
     words = ["--total-timesteps", 8 * 112, "--eval-freq", 8 * 112, "--device", "cpu"]
-    call_main(monkeypatch, *words, "--run-name", "run")
-    first, last = progress(tmp_path / "runs" / "run")
+    call_main(monkeypatch, *words, "--runs-dir", "own")
+    (folder,) = Path("own").iterdir()
+    first, last = progress(folder)
     assert last["return_mean"] - first["return_mean"] > 0.2
     assert last["sentiment"] - first["sentiment"] > 0.2
     assert 0 < last["kl"] < 20
@@ -1559,7 +1634,7 @@ def test_the_toy_learns_reward_and_true_sentiment(tmp_path, monkeypatch):
 def test_one_process_makes_the_toy_and_others_wait(toy, monkeypatch):
     monkeypatch.chdir(toy.parent.parent)
     calls = record(monkeypatch, rlhf, "make_toy")
-    other = threading.Thread(target=rlhf.load, args=(rlhf.Args(),))
+    other = threading.Thread(target=rlhf.prepare, args=(rlhf.Args(),))
     with FileLock(f"{rlhf.TOY}.lock"):
         other.start()
         other.join(0.5)
@@ -1577,7 +1652,7 @@ def test_where_the_toy_cannot_be_locked_one_sentence_says_so(tmp_path, monkeypat
     with pytest.raises(
         SystemExit, match=r"^error: cannot lock runs/toy \(No locks available\); st"
     ):
-        rlhf.load(rlhf.Args())
+        rlhf.prepare(rlhf.Args())
 
 
 def test_adapters_and_samples_do_not_share_random_numbers(run, monkeypatch, summaries):
@@ -1594,16 +1669,6 @@ def test_adapters_and_samples_do_not_share_random_numbers(run, monkeypatch, summ
     run(total_timesteps=8, **summaries)
     generator = updates[0][0][-1]
     assert generator is torch.default_generator or generator.initial_seed() != seeds[0]
-
-
-def test_a_run_begun_on_a_gpu_is_evaluated_without_one(run, monkeypatch, capsys):
-    folder = run(total_timesteps=8)
-    begun = json.loads((folder / "args.json").read_text())
-    begun["args"]["device"] = "cuda"
-    (folder / "args.json").write_text(json.dumps(begun))
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
-    call_main(monkeypatch, "--evaluate", folder, "--device", "cpu", "--eval-episodes", 4)
-    assert "step: 8" in capsys.readouterr().out
 
 
 def test_begun_again_a_run_logs_its_first_evaluation_once(run, tmp_path):
@@ -1662,7 +1727,6 @@ def test_help_shows_the_defaults_of_the_task(capsys):
     "--learning-rate -1": "learning_rate must be finite and not negative",
     "--z nan": "z stands for log 0",
     "--alpha 0 --beta 0": "with alpha and beta 0 nothing trains the policy",
-    "--run-name .": "run_name must be the name of a folder",
     "--noise flip --noise-level 1.5": "noise_level is the probability of a flip, so at most 1",
     "--gamma -1": "gamma must be between 0 and 1",
     "--gae-lambda 95": "gae_lambda must be between 0 and 1",
@@ -1680,8 +1744,3 @@ def test_flags_that_would_mean_something_else_are_refused(flags, message, monkey
         rlhf.parse_args(flags.split())
     assert exit_.value.code == 2
     assert message in capsys.readouterr().err
-
-
-def test_a_folder_without_a_run_is_not_evaluated():
-    with pytest.raises(SystemExit, match="--evaluate '': not the folder of a run"):
-        rlhf.evaluate_run(rlhf.Args(evaluate=""))

@@ -48,27 +48,28 @@ class ContinuousSpaces(AtariSpaces):
 
 
 def run_recorded(setting, tmp_path, monkeypatch, **flags):
-    """A run, by default without a reverse loss, in which all actions are the agent's. Returns the
-    tensors of each call of `gradient_and_metrics` (without Atari's mask), the weights at the
-    beginning and at the end (dicts by name), and the clip fractions."""
-    original = setting.script.gradient_and_metrics
+    """A run, by default without a reverse loss, in which all actions are the agent's. Returns its
+    minibatches (of Atari without the clip range and the mask), the weights at the beginning and at
+    the end (dicts by name), and the clip fractions."""
+    name = "loss_and_metrics" if setting.atari else "gradient_and_metrics"
+    original = getattr(setting.script, name)
     batches = []
     first_weights = []
     clip_fractions = []
 
-    def gradient_and_metrics(agent, args, *rest):
+    def recording(agent, *rest):
         if not batches:
             first_weights.extend(w.detach().clone() for w in agent.parameters())
-        batch = rest
+        batch = rest[-5:]
         if setting.atari:
-            *batch, mask = rest
-            assert mask.all()
+            batch = rest[-6:-1]
+            assert rest[-1].all()
         batches.append([tensor.clone() for tensor in batch])
-        gradient, metrics = original(agent, args, *rest)
+        result, metrics = original(agent, *rest)
         clip_fractions.append(metrics.get("clipfrac"))
-        return gradient, metrics
+        return result, metrics
 
-    monkeypatch.setattr(setting.script, "gradient_and_metrics", gradient_and_metrics)
+    monkeypatch.setattr(setting.script, name, recording)
     plain = {"num_envs": N, "alpha": 1.0, "beta": 0.0, "env_id": "Pong"}
     if setting.atari:  # a whole game would take long
         monkeypatch.setattr(setting.script, "evaluate", lambda *_: (np.zeros(1), np.zeros(1)))
@@ -134,13 +135,12 @@ def test_a2c_takes_stable_baselines3s_updates(setting, tmp_path, monkeypatch):
 
 def train_a2c(model, batches):
     buffer = model.rollout_buffer
-    for batch in batches:
+    names = ["observations", "actions", "log_probs", "advantages", "returns"]
+    for obs, action, _, advantage, returns in batches:
         buffer.reset()
         with torch.no_grad():
-            _, log_prob, _ = model.policy.evaluate_actions(*batch[:2])
-        for name, tensor in zip(
-            ["observations", "actions", "advantages", "returns", "log_probs"], [*batch, log_prob]
-        ):
+            _, log_prob, _ = model.policy.evaluate_actions(obs, action)
+        for name, tensor in zip(names, [obs, action, log_prob, advantage, returns]):
             array = tensor.numpy().reshape(getattr(buffer, name).shape)
             setattr(buffer, name, array)
         buffer.full = True
@@ -173,8 +173,7 @@ def test_ppo_takes_stable_baselines3s_updates(setting, k, tmp_path, monkeypatch)
 
 def train_ppo(model, batches):
     samples = []
-    for batch in batches:
-        obs, action, old_log_prob, advantage, returns = batch[-5:]  # Atari: after the clip range
+    for obs, action, old_log_prob, advantage, returns in batches:
         samples.append(RolloutBufferSamples(obs, action, None, old_log_prob, advantage, returns))
     model.rollout_buffer.get = lambda batch_size: samples
     model.n_epochs = 1
@@ -203,18 +202,19 @@ def test_the_pages_models_take_our_symmetric_updates(setting, tmp_path, monkeypa
     script, args = setting.script, setting.args(tmp_path, **flags)
     agent = script.Agent(script.make_env(args), args)
     agent.load_state_dict(before)
-    parameters = torch.nn.utils.parameters_to_vector(agent.double().parameters()).detach()
-    torch.nn.utils.vector_to_parameters(parameters, agent.parameters())
-    optimizer = setting.optimizer([parameters], lr=args.learning_rate, eps=1e-5)
+    trained = list(agent.double().parameters())
+    optimizer = setting.optimizer(trained, lr=args.learning_rate, eps=1e-5)
     for batch in batches:
-        parameters.grad, _ = script.gradient_and_metrics(agent, args, *batch)
+        gradients, _ = script.gradient_and_metrics(agent, trained, args, *batch)
+        for parameter, gradient in zip(trained, gradients):
+            parameter.grad = gradient
         optimizer.step()
 
     model.policy.double()
     monkeypatch.setattr(policies, "preprocess_obs", lambda obs, *_, **__: obs)  # not to float32
     theirs = take_weights(model, before)
     (train_ppo if setting.ppo else train_a2c)(model, batches)
-    differences = [(x - y).abs().max().item() for x, y in zip(theirs, agent.parameters())]
+    differences = [(x - y).abs().max().item() for x, y in zip(theirs, trained)]
     # Clipping adds 1e-6 to the norm, which is not divided by k
     assert max(differences) < (2e-7 if setting.ppo else 1e-15)
 
@@ -227,6 +227,7 @@ def test_its_runs_and_ours_share_a_folder(tmp_path, monkeypatch):
     ours = ["sa2c_continuous.py", "--policy", "gaussian", "--no-compile", *common]
     theirs = ["benchmarks/sb3.py", "--algo", "a2c", *common]
     monkeypatch.chdir(ROOT)
+    monkeypatch.setattr("signal.signal", lambda *_: None)  # pytest's own stay
     for command in (ours, theirs):
         monkeypatch.setattr(sys, "argv", command)
         runpy.run_path(command[0], run_name="__main__")

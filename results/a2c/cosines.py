@@ -22,16 +22,18 @@ ROLLOUTS = 64  # of 4 x 8 steps, as in training
 def policy_gradients(folder):
     """Sums over ROLLOUTS of the actor's gradients (parameters,) for beta 0 and BETAS. Rewards are
     clean, and statistics those of the last training step."""
-    args = Args(**json.loads((folder / "args.json").read_text())["args"])
+    session = json.loads((folder / "sessions.jsonl").read_text().splitlines()[0])
+    args = Args(**session["args"])
     args = replace(args, noise="none", noise_level=0.0, max_grad_norm=1e9)
     checkpoint = torch.load(folder / "checkpoint.pt", weights_only=True)
     generator = torch.Generator().manual_seed(args.seed)
     envs = NormalizedEnvs(args)
     envs.obs_stats.load_state_dict(checkpoint["obs_stats"])
     envs.return_stats.load_state_dict(checkpoint["return_stats"])
+    obs = envs.reset([args.seed, args.total_timesteps])
     agent = Agent(envs.envs[0], args)
     agent.load_state_dict(checkpoint["agent"])
-    actor_size = sum(parameter.numel() for parameter in agent.actor.parameters())
+    actor = list(agent.actor.parameters())
     act = agent.actor_fn()
 
     def value_of(obs):
@@ -39,32 +41,26 @@ def policy_gradients(folder):
             return agent.value(torch.from_numpy(obs)).numpy()
 
     T, N = args.num_steps, args.num_envs
-    gradients = [torch.zeros(actor_size) for _ in (0, *BETAS)]
-    obs = envs.reset([args.seed, args.total_timesteps])
+    gradients = [0 for _ in (0, *BETAS)]
     for _ in range(ROLLOUTS):
         exploration = agent.exploration((T, N), generator)
-        all_obs = [obs]
-        actions = []
-        transitions = []
-        final_value = np.zeros((T, N))
+        steps = []
         for t in range(T):
-            actions.append(act(obs, exploration[t]))
-            obs, reward, terminated, truncated, final_obs = envs.step(agent.to_env(actions[t]))
-            transitions.append((reward, terminated, truncated))
-            all_obs.append(obs)
-            for i, last_obs in final_obs.items():
-                final_value[t, i] = value_of(last_obs[None]).item()
-        reward, terminated, truncated = (np.array(x) for x in zip(*transitions))
-        value = value_of(np.array(all_obs))
-        advantage, returns = compute_gae(
-            reward, value, final_value, terminated, truncated, args.gamma, args.gae_lambda
-        )
-        batch = [np.array(all_obs[:T]), np.array(actions), advantage, returns]
+            action, output = act(obs, exploration[t])
+            next_obs, *outcome = envs.step(agent.to_env(action))
+            steps.append((obs, action, output, *outcome))
+            obs = next_obs
+        all_obs, action, output, reward, ended, cut_off, final_obs = map(np.array, zip(*steps))
+        value = value_of(np.append(all_obs, [obs], axis=0))
+        reward[cut_off] += args.gamma * value_of(final_obs[cut_off])
+        advantage, returns = compute_gae(reward, value, ended, args.gamma, args.gae_lambda)
+        batch = [all_obs, action, output, np.float32(advantage), np.float32(returns)]
         batch = [torch.from_numpy(x).flatten(0, 1) for x in batch]
-        batch[2:] = [x.float() for x in batch[2:]]
-        for total, beta in zip(gradients, (0.0, *BETAS)):
-            gradient, _ = gradient_and_metrics(agent, replace(args, beta=beta), *batch)
-            total += gradient[:actor_size]
+        batch[2] = agent.acting_log_prob(batch[1], batch[2])
+        for i, beta in enumerate((0.0, *BETAS)):
+            parts, _ = gradient_and_metrics(agent, actor, replace(args, beta=beta), *batch)
+            gradients[i] += torch.cat([part.flatten() for part in parts])
+    envs.close()
     return gradients
 
 

@@ -1,0 +1,212 @@
+"""enjoy.py: plays the agents of runs by the runs' own copies of the scripts, and films them."""
+
+import importlib.util
+import os
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import ale_py.vector_env
+import gymnasium as gym
+import imageio.v3
+import numpy as np
+import pytest
+import torch
+from helpers import (
+    ONE_OF_EACH,
+    SA2C_ATARI,
+    SETTINGS,
+    SPPO_ATARI,
+    SPPO_CONTINUOUS,
+    Signals,
+    progress,
+)
+
+import enjoy
+
+
+@pytest.fixture(params=SETTINGS, ids=str)
+def setting(request):
+    return request.param
+
+
+@pytest.fixture
+def watch(monkeypatch, capsys, tmp_path):
+    """Runs enjoy.py with words in `tmp_path`. Returns (what it exits with, output, errors)."""
+    monkeypatch.chdir(tmp_path)
+    for each in SETTINGS:  # which a copy replaces
+        monkeypatch.setitem(sys.modules, str(each), each.script)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    # Copies import it from there
+    monkeypatch.setattr(ale_py.vector_env, "AtariVectorEnv", Signals)
+    for each in (SPPO_ATARI, SA2C_ATARI):
+        monkeypatch.setattr(each.script, "AtariVectorEnv", Signals)
+
+    def watch(*words):
+        monkeypatch.setattr(sys, "argv", ["enjoy.py", *map(str, words)])
+        end = 0
+        try:
+            enjoy.main()
+        except SystemExit as exit_:
+            end = exit_.code
+        return end, *capsys.readouterr()
+
+    return watch
+
+
+def test_it_gives_the_score_of_the_evaluation(setting, watch, tmp_path, capsys):
+    """With its seed, of a run at work and of a finished one, and changes no file."""
+    flags = {"eval_freq": 64, "eval_episodes": 3, "total_timesteps": 128}
+    runs = [lambda: setting.interrupt(tmp_path, 1, **flags), lambda: setting.run(tmp_path, **flags)]
+    for run in runs:
+        run()
+        (folder,) = tmp_path.glob("*__*")
+        before = {path: path.read_bytes() for path in folder.iterdir()}
+        row = progress(folder)[-1]
+        capsys.readouterr()
+        end, out, err = watch(folder, "--episodes", 3, "--seed", 1 + int(row["step"]))
+        score = f"{row['return_mean']:.1f} (standard deviation {row['return_std']:.1f})"
+        assert (end, out, err) == (0, f"{folder}: return {score}\n", "")
+        assert {path: path.read_bytes() for path in folder.iterdir()} == before
+
+
+@pytest.mark.parametrize("setting", [SPPO_ATARI, SA2C_ATARI], ids=str)
+@pytest.mark.parametrize(("amp", "expected"), [("auto", torch.bfloat16), ("off", torch.float32)])
+def test_it_computes_as_training_did(setting, watch, tmp_path, monkeypatch, amp, expected):
+    """In bfloat16 where the hardware has it, and unless `--amp off`."""
+    monkeypatch.setattr(torch.cpu, "get_capabilities", lambda: {"avx512_bf16": True})
+    _, folder = setting.run(tmp_path, total_timesteps=64, amp=amp)
+    dtypes = []
+    autocast = torch.autocast
+
+    def recording_autocast(device, dtype, enabled):
+        dtypes.append(dtype if enabled else torch.float32)
+        return autocast(device, dtype, enabled=enabled)
+
+    monkeypatch.setattr(torch, "autocast", recording_autocast)
+    assert watch(folder, "--episodes", 1)[0] == 0
+    assert dtypes[0] == expected  # of the layers between the images and the last
+
+
+@pytest.mark.parametrize("setting", ONE_OF_EACH, ids=str)
+def test_an_edited_copy_plays_by_itself_and_a_helper_that_changed_is_named(
+    setting, watch, tmp_path, monkeypatch
+):
+    monkeypatch.syspath_prepend(tmp_path)
+    helper = tmp_path / f"helper_of_{setting}.py"
+    helper.write_text("BONUS = 1000.0\n")
+    path = tmp_path / f"my_{setting}.py"
+    text = Path(setting.script.__file__).read_text()
+    returned = "    return results[:, 0]," if setting.atari else "    return returns,"
+    imported = "import numpy as np\n"
+    assert text.count(returned) == text.count(imported) == 1
+    text = text.replace(imported, f"{imported}from {helper.stem} import BONUS\n")
+    path.write_text(text.replace(returned, f"{returned[:-1]} + BONUS,"))
+    script = load_module(path)
+    monkeypatch.setattr(sys, "argv", [str(path)])
+    summary, folder = replace(setting, script=script).run("runs", total_timesteps=64)
+    assert summary["return_mean"] > 900
+    end, out, err = watch()  # the newest run
+    assert (end, err) == (0, "")
+    assert float(out.split("return ")[1].split()[0]) > 900
+    helper.write_text("BONUS = 0.0\n")
+    importlib.invalidate_caches()
+    del sys.modules[helper.stem]
+    _, out, err = watch(folder)
+    assert err == "warning: a file that the script imports has changed since this run\n"
+    assert float(out.split("return ")[1].split()[0]) < 900
+
+
+def load_module(path):
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
+
+
+def test_what_is_no_run_is_named(watch, tmp_path, monkeypatch):
+    assert watch()[0] == "error: no agent in runs/; a run saves one at its first evaluation"
+    assert watch(tmp_path)[0].startswith(f"error: {tmp_path}: not a run")
+    folder = SPPO_CONTINUOUS.interrupt(tmp_path, 0)
+    assert watch(folder)[0].startswith(f"error: {folder}: no agent yet")
+    monkeypatch.setattr(enjoy, "ImageSequenceClip", None)
+    assert watch("--video")[0] == "error: --video needs moviepy: pip install moviepy"
+
+
+# ---- Films
+
+
+@pytest.mark.slow
+def test_a_film_of_a_run_at_work(setting, watch, tmp_path):
+    """Of the first episode only, in a size that players can show."""
+    flags = {"env_id": setting.video_env, "eval_freq": 64, "total_timesteps": 128}
+    folder = setting.interrupt(tmp_path, 1, **flags)
+    end, out, _ = watch(folder, "--episodes", 2, "--video")
+    assert end == 0
+    assert out.splitlines()[-1] == f"film: {folder / 'video'}"
+    (film,) = (folder / "video").iterdir()
+    frames = imageio.v3.imread(film)
+    assert not (np.array(frames.shape[1:3]) % 2).any()
+    assert len(frames) > 3
+    assert (frames[0] != frames[-1]).any()
+
+
+class OddEnv(gym.Env):
+    """Returns one buffer as each frame, of odd size: a bar that grows."""
+
+    observation_space = gym.spaces.Box(-np.inf, np.inf, (2,))
+    action_space = gym.spaces.Box(-1, 1, (2,))
+    metadata = {"render_modes": ["rgb_array"], "render_fps": 10}
+
+    def __init__(self, render_mode=None):
+        self.render_mode = render_mode
+        self.frame = np.zeros((65, 67, 3), np.uint8)
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.time = 0
+        self.frame[:] = 0
+        return np.zeros(2, np.float32), {}
+
+    def step(self, action):
+        self.time += 1
+        self.frame[:, : self.time * 6] = 255
+        return np.zeros(2, np.float32), 1.0, self.time == 10, False, {}
+
+    def render(self):
+        return self.frame
+
+
+gym.register("Odd-v0", OddEnv)
+
+
+def test_frames_are_copied_and_of_even_size(watch, tmp_path):
+    _, folder = SPPO_CONTINUOUS.run(tmp_path, env_id="Odd-v0", total_timesteps=64)
+    assert watch(folder, "--episodes", 2, "--video")[0] == 0
+    (film,) = (folder / "video").iterdir()
+    frames = imageio.v3.imread(film)
+    assert frames.shape[1:] == (64, 66, 3)
+    assert len(frames) in (10, 11)  # the last one may be that of the next episode
+    widths = (frames[:, 0, :, 0] > 128).sum(1)
+    assert (abs(np.diff(widths) - 6) <= 2).all()
+
+
+@pytest.mark.parametrize(("env_id", "follows"), [("Hopper-v4", True), ("Reacher-v4", False)])
+def test_films_follow_agents_that_move_away(env_id, follows, watch, tmp_path, monkeypatch):
+    """With the only camera of their model; a model without one is filmed from where it begins. No
+    display is needed on Linux, unless MUJOCO_GL says otherwise."""
+    monkeypatch.delenv("DISPLAY", raising=False)
+    monkeypatch.delenv("MUJOCO_GL", raising=False)
+    _, folder = SPPO_CONTINUOUS.run(tmp_path, env_id=env_id, total_timesteps=64)
+    filmed = []
+
+    def record_video(env, *_, **__):
+        filmed.append(env)
+        return env
+
+    monkeypatch.setattr(gym.wrappers, "RecordVideo", record_video)
+    assert watch(folder, "--episodes", 1, "--video")[0] == 0
+    model = filmed[0].unwrapped.model
+    assert model.ncam == follows
+    assert filmed[0].unwrapped.mujoco_renderer.camera_id == (0 if follows else -1)
+    assert os.environ["MUJOCO_GL"] == "egl"
