@@ -1,17 +1,14 @@
 """For all tests: what each run would do again, and takes longer than a short run."""
 
+import os
 import sys
 from importlib.metadata import distributions
 from types import SimpleNamespace
 
 import pytest
 
-
-@pytest.fixture(autouse=True, scope="session")
-def one_thread():
-    """The networks here are small, and two workers of pytest-xdist share two cores."""
-    if "torch" in sys.modules:
-        sys.modules["torch"].set_num_threads(1)
+# The networks here are small, and two workers of pytest-xdist, and what they start, share two cores
+os.environ["OMP_NUM_THREADS"] = "1"
 
 
 @pytest.fixture(autouse=True, scope="session")

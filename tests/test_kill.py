@@ -75,7 +75,7 @@ def test_a_run_killed_at_random_times_is_the_same_run(script, tmp_path, request)
     seconds = time.perf_counter() - started
     for _ in range(2):
         process, _ = start(command, runs / "killed")
-        time.sleep(random.uniform(0, seconds / 3))
+        time.sleep(random.uniform(0, seconds / 4))
         kill(process)
         load(runs / "killed")
     process, _ = start(command, runs / "killed")
