@@ -411,7 +411,7 @@ def read_lines(path):
     return [json.loads(line) for line in Path(path).open()]
 
 
-def test_a_function_as_reward(toy, tmp_path, monkeypatch):
+def test_a_function_as_reward(toy, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     text = SECTIONS["A Python function as the reward of a language model"]
     Path("variety.py").write_text(*code_blocks(text, "python"))
@@ -423,6 +423,7 @@ def test_a_function_as_reward(toy, tmp_path, monkeypatch):
     samples = read_lines(folder / "samples.jsonl")
     texts = [sample["prompt"] + sample["response"] for sample in samples]
     assert [sample["reward"] for sample in samples] == pytest.approx(variety(texts))
+    play(folder, monkeypatch, capsys)
 
 
 def test_ones_own_model_and_data(toy, tmp_path, monkeypatch):

@@ -57,6 +57,13 @@ def test_a_script_has_the_projects_bounds(script):
     assert imports(script) - set(sys.stdlib_module_names) <= needed
 
 
+def test_enjoy_has_the_bounds_of_all_scripts_and_of_films():
+    wanted = set(EXTRAS["video"]).union(*(metadata(script)["dependencies"] for script in SCRIPTS))
+    wanted -= {"gymnasium>=1.2.3"}  # that with MuJoCo is among them
+    assert set(metadata("enjoy")["dependencies"]) == wanted
+    assert metadata("enjoy")["tool"] == metadata("sppo_rlhf")["tool"]
+
+
 @pytest.mark.parametrize("minor", range(10, 15))
 @pytest.mark.parametrize("system", ["linux x86_64", "darwin arm64", "win32 AMD64"])
 def test_the_lock_file_has_one_version_of_each_dependency(minor, system):
