@@ -755,7 +755,7 @@ def begin_session(args, folder):
         "command": sys.argv,
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
         "commit": commit,
-        "versions": {name: version(name) for name in imported},
+        "versions": {name: version(name) for name in imported} | {"torch": torch.__version__},
         "platform": platform.platform(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
