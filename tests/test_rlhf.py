@@ -1420,7 +1420,7 @@ def test_a_signal_to_end_ends_all_processes_of_a_run(toy, tmp_path, processes):
         process.terminate()
         assert process.wait(60) == 1
     text = output.read_text()
-    assert text.count("interrupted; the same command continues from the last") == processes
+    assert text.count("interrupted; the same command continues from its last") == processes
     assert 'sppo_rlhf.py", line' not in text
     (folder,) = (tmp_path / "runs").iterdir()
     with FileLock(folder / "lock", blocking=False):  # no process is left
