@@ -306,6 +306,9 @@ def test_no_seed_comes_twice(setting, tmp_path, monkeypatch):
     flags = {"noise": "normal", "num_envs": 2, "num_steps": 32, "eval_episodes": 3, **EACH}
     setting.run(tmp_path / "1", **flags)
     setting.run(tmp_path / "2", seed=2, **flags)
+    if setting.atari:  # an evaluation with the run's seed, as by enjoy.py
+        games = setting.script.AtariGames(setting.args(tmp_path), 3)
+        setting.script.evaluate(setting.script.Agent(3), games, seed=1)
     assert len(seeds) > (40 if setting.atari else 15)
     assert len(seeds) == len(set(seeds))
 
