@@ -10,6 +10,7 @@ usage() {
 usage: ./benchmark.sh SUITE [options] [-- FLAGS]
 
 suites
+  tiny         one task, 100,000 steps, DPPO and SPPO, five seeds: five minutes on two cores
   quick        three tasks of continuous control, 200,000 steps: an hour on two cores
   continuous   the paper's nine tasks of continuous control, 30 seeds
   atari        22 games, 5 seeds; the first twelve are the paper's, by public reviews of it
@@ -67,6 +68,7 @@ add() { # SCRIPT METHOD FLAG...: prints the command of a run
             die "-- $flag: rows differ in it, or an option sets it"
     done
     [[ $total || $kind = rlhf ]] || case $suite/$script/$env in # the paper's number, if no other
+        tiny/*) total=100000 ;;
         quick/* | sweep/*) total=200000 ;;
         evidence/*) total=1000000 ;;
         */sppo*/HumanoidStandup-v4) total=10000000 ;;
@@ -74,7 +76,9 @@ add() { # SCRIPT METHOD FLAG...: prints the command of a run
         */*-v[0-9]*) total=2000000 ;;
     esac
     set -- "$which" "$env" --seed "$seed" "$@" ${total:+--total-timesteps "$total"}
-    case $suite/$total in quick/?* | sweep/?*) set -- "$@" --eval-freq $(((total + 9) / 10)) ;; esac
+    case $suite/$total in
+        tiny/?* | quick/?* | sweep/?*) set -- "$@" --eval-freq $(((total + 9) / 10)) ;;
+    esac
     set -- "$@" --exp-name "$method" --runs-dir "$runs" "${extra[@]}"
     local line="python $script.py"
     for word; do # in quotes that shells and Python read: printf %q knows some that only bash does
@@ -89,6 +93,10 @@ add() { # SCRIPT METHOD FLAG...: prints the command of a run
 
 # k = alpha + beta |Z| is 20.5 in continuous control, 1.5 on Atari, 0.9 for imdb and toy, 0.7 for
 # tldr. "norm", "coef" and "ce" are PPO with one setting that k changes divided by k, nothing else.
+tiny_continuous() {
+    add sppo_continuous dppo --beta 0
+    add sppo_continuous sppo
+}
 evidence_continuous() {
     add sppo_continuous ppo --policy gaussian
     add sppo_continuous dppo --beta 0
@@ -157,6 +165,7 @@ list() { # METHODS SEEDS ENVIRONMENT...: seed by seed, so that half a list compa
                 toy | imdb) kind=rlhf noisy=flip ;;
                 *) kind=atari noisy=flip ;;
             esac
+            declare -F "${methods}_$kind" >/dev/null || die "$suite: not with $env"
             for noise in none $noisy; do "${methods}_$kind"; done
         done
     done
@@ -164,6 +173,7 @@ list() { # METHODS SEEDS ENVIRONMENT...: seed by seed, so that half a list compa
 three=(InvertedDoublePendulum-v4 LunarLanderContinuous-v3 Hopper-v4)
 others=(Ant-v4 HumanoidStandup-v4 Walker2d-v4 HalfCheetah-v4 Swimmer-v4 BipedalWalker-v3)
 case $suite in
+    tiny) commands=$(list tiny 5 InvertedDoublePendulum-v4) ;;
     quick) commands=$(list methods 3 "${three[@]}") ;;
     continuous) commands=$(list methods 30 "${three[@]}" "${others[@]}") ;;
     atari) commands=$(list methods 5 Alien Centipede CrazyClimber Gopher Gravitar MsPacman \

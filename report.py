@@ -4,18 +4,17 @@
     python report.py runs/quick --pack packed/quick    # pack them, for git
     python report.py packed/quick --compare sppo dppo  # packed runs; chosen pairs
 
-A cell is a method (`--exp-name`) on one task with one kind of reward: clean, or a kind and level of
-noise. Its runs may differ in seed and in where and how fast they ran. Packed runs are two files:
-runs.csv.gz, a row for each run, and progress.csv.gz, a row for each evaluation; where a folder has
-several packs, with NAME- before both."""
+Packed runs are two files: runs.csv.gz, a row for each run, and progress.csv.gz, a row for each
+evaluation; where a folder has several packs, with NAME- before both."""
 
+import gzip
 import hashlib
 import json
 import math
 import shlex
 import sys
 import zlib
-from collections import Counter
+from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import combinations, permutations
 from pathlib import Path
@@ -33,17 +32,17 @@ except ImportError as error:
     sys.exit(f"error: {error}; install what reports need: pip install -e '.[report]'")
 
 plt.switch_backend("agg")
+plt.rcParams["text.parse_math"] = False  # a method may be called "$a$b"
 
 HOW_TO_READ = """\
 "Last evaluation" is its mean return, "training" that of the last 100 training episodes, averaged
-since the evaluation before: it is about learning speed, too. Intervals are 95 %: how other seeds on
-the same tasks might come out. A cell is a method, a task and a kind of reward. A difference in
-percent is the ratio of two methods' means, averaged over cells as a logarithm, so that A against B
-and B against A agree; its interval is Welch's. On tasks where any run had a return of 0 or less it
-is in points, since percentages would mean nothing. The probability that a run of the first beats
-one of the second is Mann-Whitney's U over n m (ties count half), also averaged over cells; its
-interval, and that of an interquartile mean, is from the bootstrap, which draws the runs of each
-cell with replacement, one fewer than there are."""
+since the evaluation before: it is about learning speed, too. A cell is a method, a task and a kind
+of reward; its runs differ in seed. Intervals are 95 %: how other seeds might come out. A difference
+in percent is the ratio of two methods' means, averaged over cells as a logarithm, with Welch's
+interval; in points, on tasks where a run of the two had a return of 0 or less. The probability that
+a run of the first beats one of the second, averaged over cells, has Brunner and Munzel's interval;
+with fewer than five runs in a cell, or if all of one beat all of the other, pairs of runs are
+counted instead."""
 
 MEASURES = {  # columns of runs
     "return_mean": "last evaluation",
@@ -59,9 +58,7 @@ BASELINES |= {"sa2c": "da2c a2c", "da2c": "a2c", "a2c": ""}
 # Methods in the order of tables, then variants; others follow, in alphabetical order
 COLORS = """\
 a2c goldenrod, da2c darkgreen, sa2c navy, ppo tab:orange, dppo tab:green, sppo tab:blue, \
-dppo-coef tab:red, ppo-coef firebrick, dppo-norm tab:purple, ppo-norm indigo, ppo-ce tab:pink, \
-ppo-ce-eps deeppink, ppo-eps tab:gray, sppo-eps tab:cyan, ppo-corrected tab:olive, \
-sppo-p tab:brown, sb3-ppo black, sb3-a2c tan"""
+dppo-coef tab:red, ppo-coef firebrick, dppo-norm tab:purple, ppo-norm indigo, ppo-ce tab:pink"""
 COLORS = dict(item.split() for item in COLORS.split(", "))
 
 # What may differ between the runs of a cell, besides what follows from it
@@ -72,6 +69,7 @@ EVALUATION = ["run_name", "step", "return_mean", "return_std", "length_mean"]
 CELL = ["reward", "env_id", "exp_name"]
 DIFFERENCE = ["env_id", "reward", "measure", "methods", "difference", "low", "high", "p"]
 SAMPLES = 10_000  # of a bootstrap interval
+FEW = 5  # with fewer runs no win rate and no bootstrap: results/coverage.py
 DPI = 160
 
 
@@ -97,18 +95,21 @@ class Refusal(ValueError):
 # ---- Reading and packing
 
 
-def read_folders(folders: tuple[Path, ...]) -> tuple[DataFrame, DataFrame, list[str]]:
+def read_folders(folders: Iterable[Path]) -> tuple[DataFrame, DataFrame, list[str]]:
     """All runs, a row each, their evaluations, and what is broken, a line for each run or pack left
-    out. Raises Refusal if there is no run, none has finished, or a name is there twice."""
+    out. Raises Refusal if a folder is not there, no run has finished, or one is there twice."""
     rows = []
     progress = []
     broken = []
+    places = {}
     for folder in folders:
         paths = sorted(path for path in folder.glob("*") if record_of(path).exists())
         if record_of(folder).exists() or tables_of(folder)[0].exists():
             paths = [folder.resolve()]  # "." has no name
-        if not paths:
-            raise Refusal(f"{folder}: no runs in it; give folders of runs, such as runs/quick")
+        elif not folder.exists():
+            raise Refusal(f"{folder}: no such folder")
+        elif not paths:  # as runs/quick/logs of runs/quick/*
+            print(f"{folder}: no runs in it", file=sys.stderr)
         for path in paths:
             try:
                 found, evaluations = read_run(path)
@@ -119,11 +120,12 @@ def read_folders(folders: tuple[Path, ...]) -> tuple[DataFrame, DataFrame, list[
                 continue
             rows += found
             progress.append(evaluations)
+            for row in found:
+                place = places.setdefault(row["run_name"], path)
+                if place is not path:
+                    raise Refusal(f"{row['run_name']}: in {place} and in {path}; leave one out")
     if not any(row["finished"] for row in rows):
-        raise Refusal(f"none of {len(rows)} runs has finished")
-    name, count = Counter(row["run_name"] for row in rows).most_common(1)[0]
-    if count > 1:
-        raise Refusal(f"{name}: {count} runs of this name; leave one out")
+        raise Refusal(f"none of {len(rows)} runs has finished; give folders such as runs/quick")
     return DataFrame(rows), pd.concat(progress, ignore_index=True), broken
 
 
@@ -142,12 +144,17 @@ def read_json(path: Path) -> dict:
 
 
 def read_csv(path: Path) -> DataFrame:
+    """A table, in which a method may have any name, such as "null"."""
     texts = ["run_name", *CELL, *PROVENANCE]
-    options = {"low_memory": False, "dtype": dict.fromkeys(texts, str)}
+    options = {"low_memory": False, "dtype": dict.fromkeys(texts, str), "keep_default_na": False}
     if pd.__version__.startswith("2"):
         options["float_precision"] = "round_trip"  # the default of later versions
     old_names = {"losses/advantage_sign_flips": "losses/norm_sign_changes"}
-    return pd.read_csv(path, **options).rename(columns=old_names)
+    with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
+        columns = set(file.readline().decode().strip().split(","))
+        options["na_values"] = dict.fromkeys(columns - {"run_name", *CELL}, ["", "nan"])
+        file.seek(0)
+        return pd.read_csv(file, **options).rename(columns=old_names)
 
 
 def tables_of(pack: Path) -> tuple[Path, Path]:
@@ -219,7 +226,8 @@ def pack(runs: DataFrame, progress: DataFrame, place: Path) -> None:
     first = ["run_name", "exp_name", "script", "env_id", "noise", "noise_level", "seed", *SCORES]
     settings = runs.columns.difference([*first, *PROVENANCE], sort=False)
     logged = progress.columns.difference(EVALUATION, sort=False)
-    options = {"index": False, "compression": {"method": "gzip", "mtime": 0}}
+    options = {"index": False, "lineterminator": "\n"}
+    options["compression"] = {"method": "gzip", "mtime": 0}
     runs.reindex(columns=[*first, *settings, *PROVENANCE]).to_csv(packed, **options)
     progress[[*EVALUATION, *logged]].to_csv(evaluations, **options)
 
@@ -328,39 +336,35 @@ def note_on(runs: DataFrame) -> str:
 # ---- Statistics
 
 
-def bootstrap(cells: list, statistic) -> tuple[float, float, float]:
-    """Mean over `cells` of `statistic(*cell)`, and its 95 % interval. A cell has arrays of scores
-    (runs,), each resampled by itself; `statistic` gets (SAMPLES, runs - 1), too: as many as there
-    are would vary too little, by this factor. The interval is nan if an array has one score or all
-    samples are equal, and all is nan if there is no cell."""
-    if not cells:
-        return math.nan, math.nan, math.nan
-    value = np.mean([statistic(*cell) for cell in cells])
-    if min(len(scores) for cell in cells for scores in cell) < 2:
-        return value, math.nan, math.nan
-    rng = np.random.default_rng(0)
-    samples = []
-    for cell in cells:
-        drawn = [rng.choice(scores, (SAMPLES, len(scores) - 1)) for scores in cell]
-        samples.append(statistic(*drawn))
-    low, high = np.quantile(np.mean(samples, axis=0), [0.025, 0.975])
-    if low == high:
-        return value, math.nan, math.nan
-    return value, low, high
-
-
-def win_rate(a, b):
-    """Probability that a run of `a` beats one of `b`, arrays (..., runs), ties half: (...,)."""
+def placements(a, b):
+    """For each run of `a` (..., n) the share of the runs `b` (..., m) that it beats, ties half."""
     a = a[..., :, None]
     b = b[..., None, :]
-    wins = (a > b).mean(axis=(-2, -1))
-    return (wins + (a >= b).mean(axis=(-2, -1))) / 2
+    return ((a > b).mean(axis=-1) + (a >= b).mean(axis=-1)) / 2
 
 
-def interquartile_mean(*scores):
-    """Of all `scores`, arrays (..., runs), together: (...,)."""
-    together = np.concatenate(scores, axis=-1)
-    return stats.trim_mean(together, 0.25, axis=-1)
+def win_rate(cells: list):
+    """Probability that a run of the first beats one of the second, the mean over `cells`, pairs of
+    scores (..., runs), and its 95 % interval by Brunner and Munzel (Biometrical Journal 42, 2000):
+    as long as Welch's of the difference in placements. No interval if none varies."""
+    both = [(placements(a, b), placements(b, a)) for a, b in cells]
+    difference, _, high, _ = pooled_difference(both, mean_and_variance)
+    value = (1 + difference) / 2
+    half = high - difference
+    return value, np.maximum(value - half, 0), np.minimum(value + half, 1)
+
+
+def interquartile_mean(strata: list) -> tuple[float, float, float]:
+    """Of all scores in `strata`, arrays (runs,), and its 95 % interval by the bootstrap: each array
+    is resampled by itself, one score fewer than it has, since as many would vary too little by
+    this factor. The interval is nan if an array has too FEW."""
+    value = stats.trim_mean(np.concatenate(strata), 0.25)
+    if min(map(len, strata)) < FEW:
+        return value, math.nan, math.nan
+    rng = np.random.default_rng(0)
+    drawn = [rng.choice(scores, (SAMPLES, len(scores) - 1)) for scores in strata]
+    samples = stats.trim_mean(np.concatenate(drawn, axis=1), 0.25, axis=1)
+    return value, *np.quantile(samples, [0.025, 0.975])
 
 
 def mean_and_variance(scores):
@@ -397,12 +401,11 @@ def pooled_difference(cells: list, moments):
     value = np.mean(differences, axis=0)
     variances = np.stack(variances, axis=-1)
     total = variances.sum(axis=-1)
-    if min(freedom) < 1 or not np.all(total):
-        return value, math.nan, math.nan, math.nan
-    degrees = total**2 / (variances**2 / freedom).sum(axis=-1)
     error = np.sqrt(total) / len(cells)
-    half = error * stats.t.ppf(0.975, degrees)
-    p = 2 * stats.t.sf(np.abs(value) / error, degrees)
+    with np.errstate(divide="ignore", invalid="ignore"):  # a single score, or no variance: nan
+        degrees = total**2 / (variances**2 / freedom).sum(axis=-1)
+        half = error * stats.t.ppf(0.975, degrees)
+        p = 2 * stats.t.sf(np.abs(value) / error, degrees)
     return value, value - half, value + half, p
 
 
@@ -429,8 +432,11 @@ def make_differences(runs: DataFrame, pairs: list[tuple]) -> DataFrame:
 
 def markdown(table: DataFrame) -> str:
     rule = ["---"] * len(table.columns)
-    rows = [table.columns, rule, *table.to_numpy()]
-    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
+    lines = []
+    for row in [table.columns, rule, *table.to_numpy()]:
+        cells = [text.replace("|", r"\|") for text in row]
+        lines.append(f"| {' | '.join(cells)} |")
+    return "\n".join(lines)
 
 
 def number(value: float, error: float = math.nan) -> str:
@@ -470,7 +476,8 @@ def score_table(runs: DataFrame, measure: str) -> list[str]:
     texts = cells.agg(text_of).unstack(fill_value="")[in_order(there["exp_name"])]
     when = "mean over the run" if "/" in measure else "last evaluation"
     title = MEASURES.get(measure, "").capitalize() or f"`{measure}`, {when}"
-    return [f"{title} (seeds: {most}):", markdown(texts.reset_index(names=""))]
+    table = texts.reset_index(names="", allow_duplicates=True)
+    return [f"{title} (seeds: {most}):", markdown(table)]
 
 
 def pooled_text(runs: DataFrame, pairs: list[tuple]) -> list[str]:
@@ -480,10 +487,11 @@ def pooled_text(runs: DataFrame, pairs: list[tuple]) -> list[str]:
     parts = dict(list(runs.groupby("reward", sort=False)))
     if len(parts) > 1:
         parts = {"all": runs} | parts
-    signed = set(runs.loc[runs["lowest"] <= 0, "env_id"])
     sentences = []
     rows = []
     for a, b in pairs:
+        both = runs[runs["exp_name"].isin([a, b])]
+        signed = set(both.loc[both["lowest"] <= 0, "env_id"])
         of_pair = []
         for reward, part in parts.items():
             for measure, title in MEASURES.items():
@@ -493,8 +501,7 @@ def pooled_text(runs: DataFrame, pairs: list[tuple]) -> list[str]:
                     of_pair.append(place | found)
         rows += of_pair
         total = of_pair[0]
-        wins = f"a run of {a} beats one of {b} with probability {total['probability']}"
-        sentence = f"- Over {total['of']}, {wins}"
+        sentence = f"- Over {total['of']}, a run of {a} beats one of {b} {total['wins']}"
         if total["percent"]:
             sentence += f"; {a}'s last evaluation differs from {b}'s by {total['percent']}"
             sentence += f" on tasks with positive returns ({total['tasks']})"
@@ -504,8 +511,8 @@ def pooled_text(runs: DataFrame, pairs: list[tuple]) -> list[str]:
 
 def pool(cells: dict, a: str, b: str, signed: set) -> dict[str, str]:
     """What a table says of the cells that both have: how often a beats b, and their difference, in
-    percent and, on `signed` tasks, whose returns can be 0 or less, in points: in all their cells,
-    since by its own scores a cell would drop out where noise has ruined the task."""
+    percent and, on `signed` tasks, on which they had returns of 0 or less, in points: in all their
+    cells, since by its own scores a cell would drop out where noise has ruined the task."""
     groups = {}  # by task
     for (_, task), cell in cells.items():
         if a in cell and b in cell:
@@ -525,11 +532,21 @@ def pool(cells: dict, a: str, b: str, signed: set) -> dict[str, str]:
     runs = sum(len(a) + len(b) for a, b in both)
     return {
         "of": f"{len(both)} {'cell' if len(both) == 1 else 'cells'}, {runs} runs",
-        "probability": estimate(*bootstrap(both, win_rate), ".2f"),
+        "wins": wins_text(both),
         "percent": estimate(*np.expm1(logarithms), "+.1%"),
         "tasks": f"{len(groups) - len(points)} of {len(groups)}",
         "points": ", ".join(points),
     }
+
+
+def wins_text(cells: list) -> str:
+    """How often a run of the first beats one of the second: a probability, or pairs of runs."""
+    rate, low, high = win_rate(cells)
+    if math.isnan(low) or min(len(scores) for cell in cells for scores in cell) < FEW:
+        pairs = sum(len(a) * len(b) for a, b in cells)
+        won = sum(placements(a, b).sum() * len(b) for a, b in cells)
+        return f"in {won:g} of {pairs} pairs"
+    return f"with probability {estimate(rate, low, high, '.2f')}"
 
 
 def middle_table(runs: DataFrame) -> list[str]:
@@ -545,11 +562,12 @@ def middle_table(runs: DataFrame) -> list[str]:
         texts = []
         for method in methods:
             strata = [cell[method] for cell in cells if method in cell]
-            whole = [strata] if len(strata) == len(cells) else []
-            texts.append(estimate(*bootstrap(whole, interquartile_mean), ".2f"))
+            whole = len(strata) == len(cells)
+            texts.append(estimate(*interquartile_mean(strata), ".2f") if whole else "")
         table[reward] = texts
     title = "Interquartile mean of the last evaluations on all tasks, where 0 is the lowest run on "
-    title += "a task and 1 the highest, of those here (so it compares within this page only):"
+    title += "a task and 1 the highest of those here; from five runs a cell on, with a bootstrap's "
+    title += "interval, in which each cell's runs are drawn anew:"
     return [title, markdown(table)]
 
 
@@ -585,7 +603,7 @@ def provenance_text(runs: DataFrame, unfinished: list[str], broken: list[str]) -
     if unfinished:
         page.append(f"**Begun, not finished: {len(unfinished)} ({', '.join(unfinished)}).**")
     columns = ["script", "total_timesteps", "commit", "script_sha256", "versions"]
-    origin = runs[columns].map(str).replace(["nan", "None"], "not recorded")
+    origin = runs[columns].fillna("not recorded").map(str)
     rows = [[str(count), *values] for values, count in origin.value_counts().items()]
     names = ["runs", "script", "steps", "commit", "SHA-256 of the script", "versions"]
     return [*page, markdown(DataFrame(rows, columns=names))]
@@ -601,6 +619,7 @@ def draw_curves(runs: DataFrame, progress: DataFrame, file: Path) -> list[str]:
     labelled = runs[["run_name", "noted_task", *CELL]].merge(points[EVALUATION[:3]])
     if labelled.empty:
         return []
+    labelled["method"] = " " + labelled["exp_name"]  # legends leave out what begins with "_"
     methods = in_order(labelled["exp_name"])
     others = [name for name in methods if name not in COLORS]
     colors = COLORS | dict(zip(others, sns.husl_palette(len(others), h=0.2)))
@@ -614,7 +633,8 @@ def draw_curves(runs: DataFrame, progress: DataFrame, file: Path) -> list[str]:
     tasks = labelled["env_id"].nunique()
     size = {"height": 4.5 if tasks == 1 else 2.5, "aspect": 1.3, "col_wrap": min(tasks, 4)}
     grid = sns.FacetGrid(labelled, col="panel", sharex=False, sharey=False, **size)
-    hue = {"hue": "exp_name", "hue_order": methods, "palette": colors}
+    palette = {f" {method}": colors[method] for method in methods}
+    hue = {"hue": "method", "hue_order": list(palette), "palette": palette}
     grid.map_dataframe(sns.lineplot, "step", "return_mean", errorbar="se", **hue)
     grid.add_legend()
     grid.set_titles("{col_name}")
@@ -653,11 +673,11 @@ def draw_differences(differences: DataFrame, file: Path) -> list[str]:
 
 def main(args: Args) -> None:
     """Reads all runs and writes report.md and its figures. Raises Refusal, OSError."""
-    out = args.out
-    there = {path.name for path in out.glob("*")}
+    out = args.out.expanduser()
+    there = {path.name for path in out.glob("[!.]*")}
     if there and not there & {"report.md", "runs.csv.gz"}:
         raise Refusal(f"--out {out}: a folder that is not a report; choose another")
-    everything, progress, broken = read_folders(args.folders)
+    everything, progress, broken = read_folders([path.expanduser() for path in args.folders])
     for name in args.logged:
         if name not in progress and name not in Args.logged:
             raise Refusal(f"--logged {name}: no run has logged it")
@@ -665,7 +685,7 @@ def main(args: Args) -> None:
     pairs = pairs_of(runs, args.compare)
     differences = make_differences(runs, pairs)
     if args.pack:
-        pack(everything, progress, args.pack)
+        pack(everything, progress, args.pack.expanduser())
     out.mkdir(parents=True, exist_ok=True)
     for picture in ("curves.png", "differences.png", "variants.png"):
         (out / picture).unlink(missing_ok=True)  # of an earlier report

@@ -31,12 +31,15 @@ def cores(quota=Path("/sys/fs/cgroup/cpu.max")):
 
 
 CORES = cores()
+# Steps per second of a core
+SPEEDS = {"sppo_continuous.py": 3222, "sa2c_continuous.py": 6329}
+SPEEDS |= {"sppo_atari.py": 1017 / 2, "sa2c_atari.py": 1360 / 2}
 
 
 @dataclass
 class Args:
     jobs: int = CORES  # commands at a time on the CPU
-    jobs_per_gpu: int | None = None  # commands at a time on each GPU; default: four games a core
+    jobs_per_gpu: int | None = None  # on each GPU; default: four of games, else one
     runs_dir: Path = Path("runs")  # folder of the runs, for their logs
     dry_run: bool = False  # print the commands that are left, and run nothing
 
@@ -64,29 +67,29 @@ def unfinished(commands, runs_dir):
 
 
 def visible_gpus():
-    listed = os.environ.get("CUDA_VISIBLE_DEVICES")
-    if listed is not None:
-        return [gpu for gpu in listed.split(",") if gpu not in ("", "-1")]
+    """As CUDA does, which takes CUDA_VISIBLE_DEVICES up to what names no GPU."""
     import torch  # slow, so only for lists that can use a GPU
 
-    return [str(i) for i in range(torch.cuda.device_count())]
+    count = torch.cuda.device_count()
+    listed = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count))))
+    return listed.split(",")[:count]
 
 
-def jobs_per_gpu(commands, cores):
-    """Four games for each of a GPU's cores, at most eight runs; language models run alone."""
-    most_games = 0
+def duration(commands, jobs):
+    """In words; nothing if there is a script whose speed is not known."""
+    minutes = 0
     for command in commands:
-        script = Path(shlex.split(command)[1]).read_text(encoding="utf-8")
-        games = re.search(r"num[-_]envs(?:: int)?[ =]+(\d+)", command + script)
-        if not games:
-            return 1
-        most_games = max(most_games, int(games[1]))
-    return min(8, max(1, 4 * cores // most_games))
+        script = shlex.split(command)[1]
+        steps = re.search(r"--total-timesteps[ =](\d+)", command)
+        if script not in SPEEDS or not steps:
+            return ""
+        minutes += int(steps[1]) / SPEEDS[script] / jobs / 60
+    return f": {minutes:,.0f} minutes at the speeds of results/speed/README.md"
 
 
 def start(command, gpu, threads, runs_dir):
     """Returns the process and its log, which is named after the command's main flags."""
-    named = re.findall(r"--(?:env-id|task|seed|noise|exp-name) ([^ /]+)", command)
+    named = re.findall(r"--(?:env-id|task|seed|noise|exp-name)[ =]([^ /]+)", command)
     digest = hashlib.sha256(command.encode()).hexdigest()[:8]
     log = runs_dir / "logs" / f"{'__'.join([*named, digest])}.log"
     variables = {"OMP_NUM_THREADS": str(threads)} | os.environ | {"CUDA_VISIBLE_DEVICES": gpu}
@@ -103,14 +106,20 @@ def main():
         sys.stdout.writelines(f"{command}\n" for command in left)
         return
     (args.runs_dir / "logs").mkdir(parents=True, exist_ok=True)
-    for_gpu = [command for command in left if re.search("--device (auto|cuda)", command)]
+    for_gpu = [command for command in left if re.search("--device[ =](auto|cuda)", command)]
     gpus = visible_gpus() if for_gpu else []
     if gpus:
-        gpus *= args.jobs_per_gpu or jobs_per_gpu(for_gpu, CORES // len(gpus))
+        games = all("atari" in command for command in for_gpu)
+        gpus *= args.jobs_per_gpu or (min(4, max(1, CORES // len(gpus))) if games else 1)
     for_cpu = [command for command in left if not gpus or command not in for_gpu]
     pools = [(for_gpu if gpus else [], gpus), (for_cpu, [""] * args.jobs)]
     done = len(commands) - len(left)
     jobs = sum(min(len(waiting), len(free)) for waiting, free in pools)
+    how_long = duration(left, min(jobs, CORES)) if left and not gpus else ""
+    print(
+        f"{done} of {len(commands)} runs have finished, {len(left)} are left{how_long}",
+        file=sys.stderr,
+    )
     # The time left is by the mean of all runs so far; a line a second, in files one a minute
     bar = tqdm(total=len(commands), initial=done, unit="run", smoothing=0, miniters=0)
     bar.mininterval = 1 if sys.stderr.isatty() else 60
@@ -130,8 +139,10 @@ def main():
                 log, gpu, free = running.pop(process)
                 free.append(gpu)
                 last_line = log.read_text(errors="replace").rstrip().rsplit("\n", 1)[-1]
-                tqdm.write(f"failed, see {log}" if process.returncode else last_line)
-                failed += process.returncode != 0
+                code = process.returncode
+                cause = signal.Signals(-code).name if code < 0 else "failed"
+                tqdm.write(f"{cause}, see {log}" if code else last_line)
+                failed += code != 0
                 bar.update()
             bar.update(0)
             time.sleep(0.1)

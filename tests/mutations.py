@@ -13,15 +13,24 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 # File, tests (as for pytest -k) in tests/test_FILE.py, what is there once, what comes instead
 MUTATIONS = r"""
-report.py: report intervals_hold_the_truth
+report.py: report hold_the_truth
 - (SAMPLES, len(scores) - 1)
 + (SAMPLES, 4 * len(scores))
-report.py: report intervals_are_scipys
-- axis=0), [0.025, 0.975])
-+ axis=0), [0.05, 0.95])
-report.py: report what_is_pooled
-- wins + (a >= b)
-+ wins + (a > b)
+report.py: report mean_is_scipys
+- np.quantile(samples, [0.025, 0.975])
++ np.quantile(samples, [0.05, 0.95])
+report.py: report win_rate
+- + (a >= b).mean(axis=-1)
++ + (a > b).mean(axis=-1)
+report.py: report win_rate
+- half = high - difference
++ half = (high - difference) / 2
+report.py: report below_0_has_points
+- both.loc[both["lowest"] <= 0
++ runs.loc[runs["lowest"] <= 0
+report.py: report any_name
+- {"run_name", *CELL}
++ {"run_name"}
 sppo_atari.py: atari plain_emulator
 - np.sign(reward), over
 + reward, over
@@ -85,6 +94,12 @@ benchmark.sh: benchmark words_that_need_quotes
 benchmarks/run.py: benchmark games_go_to_gpus
 - (for_cpu, [""] * args.jobs)
 + (for_cpu, [""] * 9)
+benchmarks/run.py: benchmark games_go_to_gpus
+- .split(",")[:count]
++ .split(",")
+benchmarks/run.py: benchmark how_long
+- SPEEDS[script] / jobs
++ SPEEDS[script]
 """
 ENTRY = re.compile(r"(?m)^(.+): (\w+) (\w+)\n- (.+)\n\+ (.+)$")
 

@@ -54,7 +54,7 @@ def parse(words):
 M = 1_000_000
 SUITES = [("quick", 50, 3, {200_000}), ("continuous", 144, 30, {2 * M, 5 * M, 10 * M})]
 SUITES += [("atari", 308, 5, {5 * M}), ("rlhf", 20, 5, {60 * 112, 200 * 64})]
-SUITES += [("evidence", 30, 8, {M}), ("sweep", 72, 5, {200_000})]
+SUITES += [("tiny", 4, 5, {100_000}), ("evidence", 30, 8, {M}), ("sweep", 72, 5, {200_000})]
 
 
 @pytest.mark.parametrize("suite, per_seed, seeds, steps", SUITES)
@@ -161,6 +161,14 @@ with open(f"{began}-{os.getpid()}.json", "w") as file:
 """
 
 
+TORCH = """import os
+from itertools import takewhile
+names = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1,2").split(",")
+class cuda:
+    device_count = lambda: len(list(takewhile(["0", "1", "2", "GPU-8f"].__contains__, names)))
+"""
+
+
 def finish(folder, *commands):
     """Leaves a stub's finished run, of a session for each of `commands`."""
     folder.mkdir(parents=True, exist_ok=True)
@@ -175,7 +183,7 @@ def stubs(tmp_path):
     """A folder of scripts that only note where they run, and of a torch that sees three GPUs."""
     for script in SCRIPTS:
         (tmp_path / script).write_text(STUB)
-    (tmp_path / "torch.py").write_text("class cuda:\n    device_count = lambda: 3")
+    (tmp_path / "torch.py").write_text(TORCH)
     return tmp_path
 
 
@@ -246,13 +254,18 @@ def test_a_containers_quota_limits_the_cores(quota, cores, tmp_path, monkeypatch
     assert benchmark_run.cores(tmp_path / "cpu.max") == cores
 
 
-VISIBLE = [("2,3", 2, "23"), ("-1", 1, ""), (None, 1, "012")]
+VISIBLE = [("2,GPU-8f", 2, ["2", "GPU-8f"]), ("-1", 1, []), (None, 1, ["0", "1", "2"])]
+VISIBLE += [("NoDevFiles", 1, []), ("1,-1,2", 1, ["1"]), ("", 1, [])]
 
 
 @pytest.mark.parametrize("visible, per_gpu, gpus", VISIBLE)
 def test_games_go_to_gpus_and_control_to_the_cpu(visible, per_gpu, gpus, stubs):
-    commands = listed("evidence --envs Hopper-v4 Pong --seeds 1")
-    variables = {"CUDA_VISIBLE_DEVICES": visible} if visible else {}
+    commands = listed("evidence --envs Hopper-v4 --seeds 1")
+    games = listed("evidence --envs Pong --seeds 1 --device cuda")
+    commands += [
+        shlex.split(shlex.join(words).replace("--device ", "--device=")) for words in games
+    ]
+    variables = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
     flags = ["--jobs", 2, "--jobs-per-gpu", per_gpu]
     assert run(commands, stubs, *flags, **variables).returncode == 0
     found = records(stubs)
@@ -268,21 +281,12 @@ def test_games_go_to_gpus_and_control_to_the_cpu(visible, per_gpu, gpus, stubs):
 
 
 # Cores, GPUs, a list, and how many of its commands run at a time on all GPUs
-DEFAULTS = [
-    (16, "0", "evidence --envs Breakout", 8),  # PPO, with 8 games
-    (16, "0", "atari --envs Breakout", 4),  # also A2C, with 16
-    (16, "0", "atari --envs Breakout -- --num-envs 32", 2),
-    (16, "0", "atari --envs Breakout -- --num-envs 128", 1),
-    (16, "0,1,2,3", "evidence --envs Breakout", 8),
-    (64, "0", "evidence --envs Breakout", 8),
-    (64, "0,1,2,3", "atari --envs Breakout", 16),
-    (64, "0,1,2,3", "evidence --envs Breakout", 32),
-    (64, "0,1,2,3", "evidence --envs Breakout imdb", 4),
-]
+DEFAULTS = [(16, "0", "atari --envs Breakout", 4), (16, "0,1,2,3", "evidence --envs Breakout", 16)]
+DEFAULTS += [(4, "0,1", "atari --envs Breakout", 4), (64, "0,1", "evidence --envs Pong imdb", 2)]
 
 
 @pytest.mark.parametrize("cores, gpus, arguments, jobs", DEFAULTS)
-def test_runs_on_a_gpu_follow_from_cores_and_games(
+def test_four_games_share_a_gpu_and_language_models_do_not(
     cores, gpus, arguments, jobs, tmp_path, monkeypatch
 ):
     suite, options = arguments.split(" ", 1)
@@ -305,6 +309,7 @@ def test_runs_on_a_gpu_follow_from_cores_and_games(
     monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
     monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
     monkeypatch.setattr(benchmark_run, "CORES", cores)
+    monkeypatch.setattr(benchmark_run, "visible_gpus", lambda: gpus.split(","))
     monkeypatch.setattr(benchmark_run.subprocess, "Popen", Process)
     monkeypatch.setattr(benchmark_run.time, "sleep", lambda seconds: None)
     monkeypatch.setattr(sys, "stdin", [shlex.join(["python", *words]) for words in commands])
@@ -323,6 +328,27 @@ def test_a_failed_run_is_named_and_the_others_go_on(stubs):
     log = stubs / re.search(r"failed, see (runs/logs/Pong__1__\w+\.log)", result.stdout)[1]
     assert log.read_text().endswith("ValueError: no\n")
     assert len(records(stubs)) == 1
+    (stubs / "sppo_atari.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
+    assert f"SIGKILL, see {log.relative_to(stubs)}\n" in run(commands[:1], stubs).stdout
+
+
+def test_how_many_and_how_long_is_said_first(stubs):
+    """From the steps per second that results/speed/README.md has of a core."""
+    page = (ROOT / "results/speed/README.md").read_text()
+    shown = re.findall(
+        r"`(\w+\.py)`, (?:HalfC|Break).*(one|two) cores?.* \| ([\d,]+) \| \d\.", page
+    )
+    speeds = {}
+    for script, cores, steps in shown:
+        speeds[script] = int(steps.replace(",", "")) / (2 if cores == "two" else 1)
+    assert speeds == benchmark_run.SPEEDS
+    commands = listed("tiny --seeds 3")
+    finish(stubs / "runs/tiny", commands[0])
+    errors = run(commands, stubs, "--jobs", 2).stderr
+    minutes = 11 * 100_000 / 3222 / 60 / min(2, benchmark_run.CORES)
+    assert f"1 of 12 runs have finished, 11 are left: {minutes:.0f} minutes at" in errors
+    (stubs / "mine.py").write_text(STUB)
+    assert "are left\n" in run([["mine.py", "--total-timesteps", "9"]], stubs).stderr
 
 
 def test_a_finished_run_is_skipped_unless_its_command_or_script_has_changed(stubs, monkeypatch):

@@ -7,17 +7,18 @@ import re
 import runpy
 import shutil
 import sys
-from functools import partial
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
-from scipy import stats
+from scipy import optimize, stats
 
 import report
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "results"))
+import coverage  # noqa: E402
 
 HOPPER = "Hopper-v4"
 LANDER = "LunarLanderContinuous-v3"
@@ -282,9 +283,9 @@ def test_what_is_pooled_over_tasks(page):
     hopper, lander = (
         logarithm[task, "sppo"] - logarithm[task, "dppo"] for task in (HOPPER, LANDER)
     )
-    wins = [7.5 / 9, 3.5 / 9]  # of the pairs of runs; 12 ties 12, and 110 ties 110
-    chance = f"a run of sppo beats one of dppo with probability {np.mean(wins):.2f} ("
-    assert f"- Over 2 cells, 12 runs, {chance}" in page
+    # 7.5 and 3.5 of nine, since 12 ties 12, and 110 ties 110
+    wins = "a run of sppo beats one of dppo in 11 of 18 pairs"
+    assert f"- Over 2 cells, 12 runs, {wins};" in page
     share = f"{math.exp((hopper + lander) / 2) - 1:+.1%} ("
     assert f"; sppo's last evaluation differs from dppo's by {share}" in page
     assert ") on tasks with positive returns (2 of 2).\n" in page
@@ -297,89 +298,99 @@ def test_what_is_pooled_over_tasks(page):
     assert percent == pytest.approx(1 / back[[0, 2, 1]], rel=1e-12)
 
 
-def normal(rng, size, spread=0.3):
-    return rng.normal(1, spread, size)
-
-
-def lognormal(rng, size, spread=0.6):
-    sigma = math.sqrt(math.log(1 + spread**2))
-    return rng.lognormal(-(sigma**2) / 2, sigma, size)
-
-
-def failing(rng, size):
-    """One run in four scores a tenth of what the others do."""
-    scores = rng.normal(1, 0.1, size)
-    return np.where(rng.random(size) < 0.25, 0.1, scores) / (0.75 + 0.25 * 0.1)
-
-
-PAIRS = {
-    "normal": (normal, normal),
-    "lognormal": (lognormal, lognormal),
-    "failing": (failing, failing),
-    "unequal spreads": (lognormal, partial(lognormal, spread=0.2)),
-    "one side fails": (failing, partial(normal, spread=0.1)),
-}
-
-
-@pytest.mark.parametrize("pair", PAIRS)
+@pytest.mark.parametrize("pair", coverage.PAIRS)
 @pytest.mark.parametrize(("seeds", "bias"), [(3, 1.5), (5, 1.0), (8, 1.0)])
 def test_methods_with_equal_means_differ_by_no_percentage(pair, seeds, bias):
-    """Over 3,000 data sets; 2.5 % of the intervals may lie on either side of 0."""
-    rng = np.random.default_rng(1)
-    cells = [[draw(rng, (3000, seeds)) for draw in PAIRS[pair]] for _ in range(18)]
-    value, low, high, p = report.pooled_difference(cells, report.log_mean_and_variance)
-    assert abs(100 * np.expm1(value).mean()) < bias
-    outside = (low > 0).mean() + (high < 0).mean()
-    assert max((low > 0).mean(), (high < 0).mean()) <= 0.06
-    assert outside >= 0.005  # or it is too wide to be of use
+    """Over 2,000 data sets; 2.5 % of the intervals may lie on either side of 0."""
+    far = pair == "skewed, spreads 1 and 0.1"
+    scores = coverage.simulate(np.random.default_rng(1), pair, seeds, cells=18)
+    value, low, high, p = report.pooled_difference(scores, report.log_mean_and_variance)
+    assert abs(100 * np.expm1(value).mean()) < (5 * bias if far else bias)
+    above, below = coverage.outside(0, low, high)
+    assert max(above, below) <= (14 if far else 6)
+    assert above + below >= 0.5  # or it is too wide to be of use
     assert ((low > 0) | (high < 0) == (p < 0.05)).all()
 
 
-@pytest.mark.parametrize(
-    ("statistic", "pair"),
-    [*(("interquartile_mean", pair) for pair in PAIRS), ("win_rate", "one side fails")],
-)
-def test_bootstrap_intervals_hold_the_truth(statistic, pair, monkeypatch):
+@pytest.mark.parametrize("pair", coverage.PAIRS)
+@pytest.mark.parametrize("cells", [1, 4])
+def test_intervals_of_win_rates_and_interquartile_means_hold_the_truth(pair, cells, monkeypatch):
     """At five seeds, in at least 90 % of the cases."""
     monkeypatch.setattr(report, "SAMPLES", 100)
-    compute = getattr(report, statistic)
     rng = np.random.default_rng(1)
-    truth = compute(*(draw(rng, (100, 1000)) for draw in PAIRS[pair])).mean()
-    held = []
-    for _ in range(100):
-        cells = [[draw(rng, 5) for draw in PAIRS[pair]] for _ in range(4)]
-        if statistic == "interquartile_mean":  # of all scores together
-            cells = [sum(cells, [])]
-        _, low, high = report.bootstrap(cells, compute)
-        held.append(low <= truth <= high)
-    assert np.mean(held) >= 0.9
+    scores = coverage.simulate(rng, pair, 5, cells, data_sets=500)
+    assert sum(coverage.win_rate_outside(rng, scores, pair)) <= 7
+    assert sum(coverage.middle_outside(rng, pair, 5, cells, data_sets=100)) <= 12
 
 
-@pytest.mark.parametrize("statistic", [report.interquartile_mean, report.win_rate])
-def test_bootstrap_intervals_are_scipys(statistic):
-    """Of two cells of equal scores, which would go up and down together if they were not drawn by
-    themselves, as would both methods. Of 99 runs one more hardly counts."""
+def test_an_interval_of_an_interquartile_mean_is_scipys():
+    """Strata are drawn by themselves. Of 99 runs one more hardly counts."""
     a = np.random.default_rng(2).normal(5, 1, 99)
-    cell = (a, a - 0.2)
-    value, low, high = report.bootstrap([cell, cell], statistic)
+    strata = (a, a + 3)
+    value, low, high = report.interquartile_mean(strata)
 
-    def mean(a, b, c, d, axis=-1):
-        return (statistic(a, b) + statistic(c, d)) / 2
+    def mean(a, b, axis=-1):
+        return stats.trim_mean(np.concatenate([a, b], axis=-1), 0.25, axis=-1)
 
-    theirs = stats.bootstrap(cell * 2, mean, method="percentile", rng=0).confidence_interval
+    theirs = stats.bootstrap(strata, mean, method="percentile", rng=0).confidence_interval
     assert low < value < high
     assert (low, high) == pytest.approx((theirs.low, theirs.high), abs=0.01)
 
 
-def test_strata_are_drawn_by_themselves():
-    """Cells that do not vary have no interval, however far apart they are."""
-    cells = [(np.full(3, 2.0), np.full(3, 1.0)), (np.full(4, 300.0), np.full(4, 100.0))]
-    value, *interval = report.bootstrap(cells, report.interquartile_mean)
-    assert value == (1.5 + 200) / 2
-    assert np.isnan(interval).all()
+def test_an_interval_of_a_win_rate_is_brunner_and_munzels():
+    """SciPy has their test: at the p of 0.05 where the interval ends, and 1/2 begins."""
+    a, b = np.random.default_rng(1).normal([[0.3], [0]], 1, (2, 20))
+    value, low, high = report.win_rate([(a, b)])
+    test = stats.brunnermunzel(a, b)
+    half_of_error = abs((value - 0.5) / test.statistic)
+    degrees = optimize.brentq(lambda n: 2 * stats.t.sf(abs(test.statistic), n) - test.pvalue, 1, 99)
+    half = half_of_error * stats.t.ppf(0.975, degrees)
+    assert (low, high) == pytest.approx((value - half, value + half))
+    won = [(x > y) + (x == y) / 2 for x in a for y in b]
+    assert value == np.mean(won)
+
+
+def test_methods_in_the_other_order_have_the_mirrored_numbers():
+    rng = np.random.default_rng(3)
+    cells = [rng.normal(1, 0.2, (2, 5)) for _ in range(3)]
+    rate, low, high = report.win_rate(cells)
+    assert report.win_rate([cell[::-1] for cell in cells]) == pytest.approx(
+        (1 - rate, 1 - high, 1 - low), rel=1e-12
+    )
+    value, low, high, p = report.pooled_difference(cells, report.log_mean_and_variance)
+    assert report.pooled_difference(
+        [cell[::-1] for cell in cells], report.log_mean_and_variance
+    ) == pytest.approx((-value, -high, -low, p), rel=1e-12)
+
+
+def test_scores_that_do_not_vary_have_no_interval():
+    cells = [(np.full(6, 2.0), np.full(6, 1.0)), (np.full(7, 300.0), np.full(7, 100.0))]
     value, *others = report.pooled_difference(cells, report.mean_and_variance)
-    assert value == (1 + 200) / 2
-    assert np.isnan(others).all()
+    assert value == (1 + 200) / 2 and np.isnan(others).all()
+    rate, *interval = report.win_rate(cells)
+    assert rate == 1 and np.isnan(interval).all()
+    assert report.wins_text(cells) == "in 85 of 85 pairs"
+    with np.errstate(all="raise"):
+        differ = report.pooled_difference(
+            [(np.ones(3), np.arange(1.0, 4))], report.mean_and_variance
+        )
+    assert differ[0] == -1 and not np.isnan(differ).any()
+
+
+def test_few_runs_have_a_t_interval_and_counts_instead_of_a_win_rate(tmp_path):
+    """And no bootstrap."""
+    runs = tmp_path / "runs"
+    for seed, (a, b) in enumerate(zip([10, 12, 14, 11, 15], [13, 16, 12, 17, 18])):
+        make_run(runs, "dppo", a, seed)
+        make_run(runs, "sppo", b, seed)
+    page = write_report(runs, out=tmp_path / "five")
+    assert re.search(r"beats one of dppo with probability 0\.82 \(0\.\d\d to 1\.00\);", page)
+    assert re.fullmatch(r"0\.\d\d \(.+\)", table_after(page, "Interquartile mean")[2][1])
+    shutil.rmtree(next(runs.glob("*dppo__none__4__*")))
+    page = write_report(runs, out=tmp_path / "four")
+    assert "beats one of dppo in 17.5 of 20 pairs; sppo's last evaluation differs" in page
+    assert re.search(r"by \+29\.\d% \(\+\d.*% to .*%\) on tasks", page)
+    assert re.fullmatch(r"0\.\d\d", table_after(page, "Interquartile mean")[1][1])
 
 
 def test_one_seed_has_no_interval(tmp_path):
@@ -387,31 +398,39 @@ def test_one_seed_has_no_interval(tmp_path):
         make_run(tmp_path / "runs", method, score)
     page = write_report(tmp_path / "runs", out=tmp_path / "out", figures=True)
     assert "by +20.0% on tasks" in page
-    assert "a run of sppo beats one of dppo with probability 1.00;" in page
+    assert "a run of sppo beats one of dppo in 1 of 1 pairs;" in page
     assert table_after(page, "Last evaluation (seeds: 1):")[1] == [HOPPER, "10.0", "12.0"]
     assert "## Differences" not in page
     assert not (tmp_path / "out/differences.png").exists()
 
 
 @pytest.mark.parametrize("measure, when", [("return_mean", 0), ("charts/episodic_return", 11)])
-def test_tasks_whose_returns_can_be_negative_have_no_percentage(measure, when, page, tmp_path):
-    """Whatever the rewards, though only one return, in another method's noisy run, shows it."""
+def test_a_pair_with_returns_below_0_has_points_there(measure, when, page, tmp_path):
+    """In all its cells of the task, though only one return, in a noisy run, shows it. What other
+    methods do there changes nothing."""
     runs = make_grid(tmp_path / "runs")
     for noise in ("none", "normal"):
         for method, score in {"dppo": 10, "sppo": 20}.items():
             for seed in range(2):
                 make_run(runs, method, score + seed, seed, "Pong", noise=noise)
+
+    def pooled(out):
+        rows = table_after(write_report(runs, out=tmp_path / out), "## Over all tasks")
+        return {tuple(row[1:3]): row[3:] for row in rows if row[0] == "sppo against dppo"}
+
+    before = pooled("a")
+    assert before["clean", "last evaluation"][3:] == ["3 of 3", ""]
     curve = [9.0] * 12
     curve[when] = -1.0
     make_run(runs, "ppo", 9, 0, "Pong", noise="normal", columns={measure: curve})
-    pooled = table_after(page, "## Over all tasks")[1]
-    page = write_report(runs, out=tmp_path / "out")
-    rows = {tuple(row[1:3]): row[3:] for row in table_after(page, "## Over all tasks")}
-    clean, noisy = (rows[reward, "last evaluation"][2:] for reward in ("clean", "normal 0.05"))
-    assert clean[:2] == [pooled[5], "2 of 3"]
+    assert pooled("b") == before
+    make_run(runs, "dppo", 9, 2, "Pong", noise="normal", columns={measure: curve})
+    after = pooled("c")
+    clean, noisy = (after[reward, "last evaluation"][2:] for reward in ("clean", "normal 0.05"))
+    assert clean[:2] == [table_after(page, "## Over all tasks")[1][5], "2 of 3"]
     assert noisy[:2] == ["", "0 of 1"]
-    for points in (clean[2], noisy[2]):
-        assert re.fullmatch(r"10\.00 \([\d.]+ to [\d.]+\) in Pong", points)
+    assert re.fullmatch(r"10\.00 \([\d.]+ to [\d.]+\) in Pong", clean[2])
+    assert re.fullmatch(r"[\d.]+ \([\d.]+ to [\d.]+\) in Pong", noisy[2])
 
 
 def test_interquartile_means_are_of_normalised_scores(page):
@@ -421,10 +440,10 @@ def test_interquartile_means_are_of_normalised_scores(page):
         low, high = min(everyone), max(everyone)
         normalised += [(score - low) / (high - low) for score in SCORES[task, "sppo"]]
     middle = np.sort(normalised)[1:5].mean()  # of six, a quarter of 1.5 runs is cut to one
-    assert report.interquartile_mean(np.array([0, 1, 9]), np.array([2])) == 1.5
+    assert report.interquartile_mean([np.array([0, 1, 9]), np.array([2])])[0] == 1.5
     rows = table_after(page, "Interquartile mean")
     assert [row[0] for row in rows[1:]] == ["dppo", "sppo"]
-    assert rows[2][1].startswith(f"{middle:.2f} (")
+    assert rows[2][1] == f"{middle:.2f}"
 
 
 def test_differences_are_welchs_and_corrected(grid):
@@ -507,16 +526,11 @@ def test_comparisons_of_different_steps_and_versions_say_so(tmp_path, kept):
     assert curves.axes[0].get_title() == f"{HOPPER}\n{steps}\nclean"
 
 
-def test_equal_scores_have_no_test():
-    def differ(a, b):
-        return report.pooled_difference([(a, b)], report.mean_and_variance)
-
-    assert np.isnan(differ(np.ones(3), np.full(3, 2.0))[1:]).all()
-    with np.errstate(all="raise"):
-        assert differ(np.ones(3), np.array([1.0, 2.0, 3.0]))[0] == -1
-
-
 # ---- Figures
+
+
+def legend_of(figure):
+    return [text.get_text().strip() for text in figure.legends[0].get_texts()]
 
 
 def test_figures_show_every_method_in_its_own_colour(tmp_path, kept):
@@ -526,16 +540,11 @@ def test_figures_show_every_method_in_its_own_colour(tmp_path, kept):
     make_run(runs, "yours", 3)
     write_report(runs, out=tmp_path / "out", figures=True)
     differences, plain, curves = kept
-    assert [text.get_text() for text in plain.legends[0].get_texts()] == [
-        "dppo",
-        "sppo",
-        "mine",
-        "yours",
-    ]
+    assert legend_of(plain) == ["dppo", "sppo", "mine", "yours"]
     legend = curves.legends[0]
     colors = {}
     for text, line in zip(legend.get_texts(), legend.get_lines()):
-        colors[text.get_text()] = line.get_color()
+        colors[text.get_text().strip()] = line.get_color()
     assert list(colors) == ["dppo", "dppo-coef", "sppo", "sppo-p", "mine", "yours"]
     assert colors["sppo"] == "tab:blue"
     assert len(set(colors.values())) == 6
@@ -570,7 +579,7 @@ def test_curves_of_chosen_methods_only_and_in_texts_for_language_models(tmp_path
     make_run(runs, "sppo", 3, script="sppo_rlhf.py", noise="normal")
     write_report(runs, out=tmp_path / "out", figures=True, compare=("sppo", "dppo"))
     _, curves = kept
-    assert [text.get_text() for text in curves.legends[0].get_texts()] == ["dppo", "sppo"]
+    assert legend_of(curves) == ["dppo", "sppo"]
     panels = [f"{HOPPER}\nclean", f"{LANDER}\nclean", f"{HOPPER}\nnormal 0.05"]
     assert [ax.get_title() for ax in curves.axes] == panels  # none that are empty
     assert curves.axes[2].get_xlabel() == "texts"
@@ -700,12 +709,55 @@ def test_a_folder_that_is_no_report_is_not_written_to(grid, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
+def test_the_folders_in_a_folder_are_the_same_runs(grid, page, tmp_path, capsys):
+    """`report.py runs/*` gives run.py's logs, too."""
+    runs = shutil.copytree(grid / "runs", tmp_path / "runs")
+    (runs / "logs").mkdir()
+    (runs / "logs/a.log").touch()
+    assert write_report(*sorted(runs.iterdir()), out=tmp_path / "out") == page
+    assert capsys.readouterr().err == f"{runs}/logs: no runs in it\n"
+
+
+def test_lines_may_end_as_on_windows(grid, page, tmp_path):
+    runs = shutil.copytree(grid / "runs", tmp_path / "runs")
+    for path in [*runs.rglob("*.csv"), *runs.rglob("*.json*")]:
+        path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
+    assert write_report(runs, out=tmp_path / "out", pack=tmp_path / "pack") == page
+    assert write_report(tmp_path / "pack", out=tmp_path / "out") == page
+
+
+NAMES = ["null", "NA", "None", "nan", "", "_mine", "a|b", "$a$b", "*a*"]
+
+
+def test_any_name_of_a_method_is_shown_as_it_is(tmp_path, kept):
+    runs = tmp_path / "runs"
+    for i, name in enumerate(NAMES):
+        for seed in range(2):
+            make_run(runs, name, 10 + i + seed, seed).rename(runs / f"{i}{seed}")
+    options = {"figures": True, "compare": ("null", "", "_mine", "a|b")}
+    page = write_report(runs, out=tmp_path / "out", pack=tmp_path / "pack", **options)
+    names = [name.replace("|", r"\|") for name in sorted(NAMES)]
+    assert f"| {' | '.join(['', *names])} |\n" in page
+    assert "| null minus  |" in page and r"| _mine minus a\|b |" in page
+    options["compare"] = tuple(NAMES[:8])
+    assert write_report(tmp_path / "pack", out=tmp_path / "out", **options) != page
+    differences, curves, _, last = kept
+    assert legend_of(curves) == ["", "_mine", "a|b", "null"]
+    assert legend_of(last) == sorted(NAMES[:8])
+    for figure in kept:
+        figure.canvas.draw()
+        texts = figure.findobj(report.plt.Text)
+        assert not any(text.get_parse_math() for text in texts)
+
+
 def test_folders_without_finished_runs_are_refused(grid, tmp_path):
     begun = make_run(tmp_path / "runs", "sppo", 1, finished=False)
+    copied = shutil.copytree(grid / "runs", tmp_path / "copied")
     refused = {
-        (): "none of 0 runs",
+        (tmp_path,): "none of 0 runs has finished; give folders such as runs/quick",
         (begun,): "none of 1 runs has finished",
-        (grid / "runs", grid / "runs"): "2 runs of this name",
+        (begun, tmp_path / "run"): "run: no such folder",
+        (grid / "runs", copied): f"Hopper-v4__dppo__none__0__abc: in {grid}.* and in {copied}",
     }
     for folders, why in refused.items():
         with pytest.raises(report.Refusal, match=why):
@@ -716,8 +768,18 @@ def test_a_refusal_is_one_line_on_the_command_line(tmp_path, monkeypatch):
     monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path)])
     with pytest.raises(SystemExit) as exit_:
         runpy.run_path(str(ROOT / "report.py"), run_name="__main__")
-    why = "no runs in it; give folders of runs, such as runs/quick"
-    assert exit_.value.code == f"error: {tmp_path}: {why}"
+    why = "none of 0 runs has finished; give folders such as runs/quick"
+    assert exit_.value.code == f"error: {why}"
+
+
+def test_hidden_files_and_a_home_are_no_hindrance(grid, page, tmp_path, monkeypatch):
+    monkeypatch.setenv("HOME", str(tmp_path))
+    (tmp_path / "out").mkdir()
+    (tmp_path / "out/.gitignore").touch()
+    shutil.copytree(grid / "runs", tmp_path / "runs")
+    folders = {"folders": (Path("~/runs"),), "out": Path("~/out"), "pack": Path("~/pack")}
+    report.main(report.Args(**folders))
+    assert (tmp_path / "out/differences.csv").exists() and (tmp_path / "pack/runs.csv.gz").exists()
 
 
 def test_an_earlier_report_is_replaced_and_other_files_stay(grid, tmp_path):

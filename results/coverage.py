@@ -1,0 +1,109 @@
+"""Whether report.py's 95 % intervals hold the truth: simulated runs of two methods whose true
+difference is known. Writes coverage.csv: how many intervals in a hundred lie above it, and below.
+
+python results/coverage.py    # five minutes
+"""
+
+import sys
+from functools import partial
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+
+sys.path.append(str(Path(__file__).parents[1]))
+import report
+
+DATA_SETS = 2000
+CELLS = [1, 3, 18]
+SEEDS = [3, 5, 8]
+
+
+def normal(rng, size, spread=0.3):
+    return rng.normal(1, spread, size)
+
+
+def lognormal(rng, size, spread=0.6):
+    sigma = np.sqrt(np.log1p(spread**2))
+    return rng.lognormal(-(sigma**2) / 2, sigma, size)
+
+
+def failing(rng, size):
+    """One run in four scores a tenth of what the others do."""
+    scores = rng.normal(1, 0.1, size)
+    return np.where(rng.random(size) < 0.25, 0.1 * scores, scores) / (0.75 + 0.25 * 0.1)
+
+
+def heavy(rng, size):
+    """The logarithm has Student's t with three degrees of freedom."""
+    return np.exp(0.3 * rng.standard_t(3, size).clip(-8, 8))
+
+
+PAIRS = {  # all have equal means
+    "normal": (normal, normal),
+    "skewed": (lognormal, lognormal),
+    "heavy tails": (heavy, heavy),
+    "one run in four fails": (failing, failing),
+    "spreads 0.3 and 0.05": (normal, partial(normal, spread=0.05)),
+    "skewed, spreads 0.6 and 0.2": (lognormal, partial(lognormal, spread=0.2)),
+    "skewed, spreads 1 and 0.1": (partial(lognormal, spread=1), partial(lognormal, spread=0.1)),
+    "only one method fails": (failing, partial(normal, spread=0.1)),
+}
+
+
+def simulate(rng, pair, seeds, cells, data_sets=DATA_SETS):
+    return [[draw(rng, (data_sets, seeds)) for draw in PAIRS[pair]] for _ in range(cells)]
+
+
+def outside(truth, low, high):
+    """Percentages of intervals above and below the truth."""
+    return 100 * np.mean(low > truth), 100 * np.mean(high < truth)
+
+
+def difference_outside(scores, moments):
+    _, low, high, _ = report.pooled_difference(scores, moments)
+    return outside(0, low, high)
+
+
+def win_rate_outside(rng, scores, pair):
+    ((many, others),) = simulate(rng, pair, seeds=500, cells=1, data_sets=100)
+    truth = report.placements(many, others).mean()
+    _, low, high = report.win_rate(scores)
+    return outside(truth, low, high)
+
+
+def middle_outside(rng, pair, seeds, cells, data_sets=DATA_SETS // 10):
+    """Of the first method."""
+    draw, _ = PAIRS[pair]
+    truth = np.mean([report.interquartile_mean([draw(rng, 4000)])[0] for _ in range(50)])
+    found = []
+    for _ in range(data_sets):
+        found.append(report.interquartile_mean([draw(rng, seeds) for _ in range(cells)])[1:])
+    low, high = np.transpose(found)
+    return outside(truth, low, high)
+
+
+def main():
+    report.SAMPLES = 1000
+    rng = np.random.default_rng(0)
+    rows = []
+    for cells, seeds, pair in tqdm(list(product(CELLS, SEEDS, PAIRS))):
+        scores = simulate(rng, pair, seeds, cells)
+        found = {
+            "points": difference_outside(scores, report.mean_and_variance),
+            "percent": difference_outside(scores, report.log_mean_and_variance),
+        }
+        if seeds >= report.FEW:
+            found["win rate"] = win_rate_outside(rng, scores, pair)
+            found["interquartile mean"] = middle_outside(rng, pair, seeds, cells)
+        for statistic, (above, below) in found.items():
+            rows.append([statistic, cells, seeds, pair, round(above, 1), round(below, 1)])
+    columns = ["statistic", "cells", "seeds", "pair", "above", "below"]
+    table = pd.DataFrame(rows, columns=columns).sort_values(columns[:3], kind="stable")
+    table.to_csv(Path(__file__).with_suffix(".csv"), index=False)
+
+
+if __name__ == "__main__":
+    main()
