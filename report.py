@@ -501,7 +501,8 @@ def pooled_text(runs: DataFrame, pairs: list[tuple]) -> list[str]:
                     of_pair.append(place | found)
         rows += of_pair
         total = of_pair[0]
-        sentence = f"- Over {total['of']}, a run of {a} beats one of {b} {total['wins']}"
+        sentence = f"- Over {total['of']}, a run of {a} beats one of {b} "
+        sentence += ("in " if "pairs" in total["wins"] else "with probability ") + total["wins"]
         if total["percent"]:
             sentence += f"; {a}'s last evaluation differs from {b}'s by {total['percent']}"
             sentence += f" on tasks with positive returns ({total['tasks']})"
@@ -545,8 +546,8 @@ def wins_text(cells: list) -> str:
     if math.isnan(low) or min(len(scores) for cell in cells for scores in cell) < FEW:
         pairs = sum(len(a) * len(b) for a, b in cells)
         won = sum(placements(a, b).sum() * len(b) for a, b in cells)
-        return f"in {won:g} of {pairs} pairs"
-    return f"with probability {estimate(rate, low, high, '.2f')}"
+        return f"{won:g} of {pairs} pairs"
+    return estimate(rate, low, high, ".2f")
 
 
 def middle_table(runs: DataFrame) -> list[str]:
@@ -631,7 +632,9 @@ def draw_curves(runs: DataFrame, progress: DataFrame, file: Path) -> list[str]:
     panels = labelled["noted_task"] + "\n" + labelled["reward"]
     labelled["panel"] = panels.str.replace(" (", "\n(", regex=False)
     tasks = labelled["env_id"].nunique()
-    size = {"height": 4.5 if tasks == 1 else 2.5, "aspect": 1.3, "col_wrap": min(tasks, 4)}
+    size = {"height": 2.5, "aspect": 1.3, "col_wrap": min(tasks, 4)}
+    if tasks == 1:
+        size |= {"height": 3.5, "col_wrap": min(labelled["panel"].nunique(), 4)}
     grid = sns.FacetGrid(labelled, col="panel", sharex=False, sharey=False, **size)
     palette = {f" {method}": colors[method] for method in methods}
     hue = {"hue": "method", "hue_order": list(palette), "palette": palette}

@@ -369,7 +369,7 @@ def test_scores_that_do_not_vary_have_no_interval():
     assert value == (1 + 200) / 2 and np.isnan(others).all()
     rate, *interval = report.win_rate(cells)
     assert rate == 1 and np.isnan(interval).all()
-    assert report.wins_text(cells) == "in 85 of 85 pairs"
+    assert report.wins_text(cells) == "85 of 85 pairs"
     with np.errstate(all="raise"):
         differ = report.pooled_difference(
             [(np.ones(3), np.arange(1.0, 4))], report.mean_and_variance
