@@ -68,7 +68,7 @@ SCORES = ["finished", "return_mean", "return_std", "last5", "training", "sps"]
 EVALUATION = ["run_name", "step", "return_mean", "return_std", "length_mean"]
 CELL = ["reward", "env_id", "exp_name"]
 DIFFERENCE = ["env_id", "reward", "measure", "methods", "difference", "low", "high", "p"]
-SAMPLES = 10_000  # of a bootstrap interval
+SAMPLES = 2_000  # of a bootstrap interval
 FEW = 5  # with fewer runs no win rate and no bootstrap: results/coverage.py
 DPI = 160
 
@@ -620,8 +620,9 @@ def draw_curves(runs: DataFrame, progress: DataFrame, file: Path) -> list[str]:
     labelled = runs[["run_name", "noted_task", *CELL]].merge(points[EVALUATION[:3]])
     if labelled.empty:
         return []
-    labelled["method"] = " " + labelled["exp_name"]  # legends leave out what begins with "_"
     methods = in_order(labelled["exp_name"])
+    shown = {method: f" {method}" for method in methods}  # legends leave out what begins with "_"
+    labelled["exp_name"] = labelled["exp_name"].map(shown)
     others = [name for name in methods if name not in COLORS]
     colors = COLORS | dict(zip(others, sns.husl_palette(len(others), h=0.2)))
     labels = ["million steps", "return of evaluations"]
@@ -636,8 +637,8 @@ def draw_curves(runs: DataFrame, progress: DataFrame, file: Path) -> list[str]:
     if tasks == 1:
         size |= {"height": 3.5, "col_wrap": min(labelled["panel"].nunique(), 4)}
     grid = sns.FacetGrid(labelled, col="panel", sharex=False, sharey=False, **size)
-    palette = {f" {method}": colors[method] for method in methods}
-    hue = {"hue": "method", "hue_order": list(palette), "palette": palette}
+    palette = {shown[method]: colors[method] for method in methods}
+    hue = {"hue": "exp_name", "hue_order": list(palette), "palette": palette}
     grid.map_dataframe(sns.lineplot, "step", "return_mean", errorbar="se", **hue)
     grid.add_legend()
     grid.set_titles("{col_name}")
