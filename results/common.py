@@ -64,9 +64,17 @@ def welch(*cells):
     return pooled_difference(list(cells), mean_and_variance)
 
 
+def log_ratio(cells):
+    """Bias-corrected log ratio of means, averaged over `cells`; nan if a score is not positive."""
+    cells = list(cells)
+    if min(scores.min() for pair in cells for scores in pair) <= 0:
+        return np.full(3, np.nan)
+    return np.array(pooled_difference(cells, log_mean_and_variance)[:3])
+
+
 def percent(cells):
-    """Difference in percent, from the bias-corrected log ratios of means, averaged over `cells`."""
-    return np.expm1(pooled_difference(list(cells), log_mean_and_variance)[:3])
+    """The same as a difference in percent."""
+    return np.expm1(log_ratio(cells))
 
 
 def detected(error, freedom):
@@ -78,11 +86,15 @@ def detected(error, freedom):
 
 
 def estimate(value, low, high, digits=2):
+    if np.isnan(value):
+        return "none"
     value, low, high = np.round([value, low, high], digits) + 0.0  # no -0.00
     return f"{value:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 def in_percent(value, low, high):
+    if np.isnan(value):
+        return "none"
     return f"{100 * value:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
 
 

@@ -16,6 +16,7 @@ from common import (
     detected,
     estimate,
     in_percent,
+    log_ratio,
     paired,
     percent,
     print_table,
@@ -23,8 +24,6 @@ from common import (
     scores_of,
     short,
 )
-
-from report import log_mean_and_variance, pooled_difference
 
 HERE = Path(__file__).parent
 TASKS = ["Hopper-v4", "HalfCheetah-v4", "InvertedDoublePendulum-v4"]
@@ -78,11 +77,16 @@ def print_measures():
         found[f"training, {short(task)}"] = effects("training", slice(i, i + 1))
     found["last five evaluations"] = effects("last5")
     found["last evaluation"] = effects("return_mean")
-    found["training, relative to the same rewards"] = effects("training", same_rewards=True)
     rows = {}
     for name, values in found.items():
         rows[name] = [estimate(*value, digits=3) for value in values.values()]
     print_table(rows, "", *effects("training"))
+
+
+def print_same_rewards():
+    """Training, relative to beta 0 with the same rewards instead of clean ones."""
+    for name, values in effects("training", same_rewards=True).items():
+        print(f"{name}, relative to the same rewards: {estimate(*values, digits=3)}")
 
 
 def print_doses():
@@ -106,15 +110,17 @@ def print_percent():
 
 
 def print_interactions():
-    """Of the same log ratios in training: noise minus clean."""
-    scores = scores_above("training")
-    clean = list(zip(scores[:, 0, 0], scores[:, 0, -1]))  # beta 0 to 20: its negative
-    texts = []
-    for noise in (1, 2):
-        noisy = list(zip(scores[:, noise, -1], scores[:, noise, 0]))
-        half_sum = pooled_difference(noisy + clean, log_mean_and_variance)
-        texts.append(estimate(*np.multiply(2, half_sum[:3])))
-    print("noisy minus clean is {}, flipped minus clean {}".format(*texts))
+    """Of the same log ratios: noise minus clean."""
+    rows = {}
+    for measure in ("training", "last5", "return_mean"):
+        scores = scores_above(measure)
+        clean = list(zip(scores[:, 0, 0], scores[:, 0, -1]))  # beta 0 to 20: its negative
+        rows[MEASURES[measure]] = []
+        for noise in (1, 2):
+            noisy = list(zip(scores[:, noise, -1], scores[:, noise, 0]))
+            total = 2 * log_ratio(noisy + clean)  # from the mean of both halves
+            rows[MEASURES[measure]].append(estimate(*total, digits=3))
+    print_table(rows, "log ratio, beta 20 to 0", "noisy minus clean", "flipped minus clean")
 
 
 def print_power():
@@ -162,6 +168,7 @@ def draw():
 if __name__ == "__main__":
     plt.switch_backend("agg")
     print_measures()
+    print_same_rewards()
     print_doses()
     print_percent()
     print_interactions()

@@ -50,15 +50,17 @@ def relative(scores, baseline):
 
 def effects(measure, tasks=slice(None)):
     """{name: (estimate, low, high)} of the relative scores' differences from k = 1 and of their
-    slope, over the rewards and `tasks`, a slice. The unit is the seed."""
+    slope, over the rewards and `tasks`, a slice. The unit is the seed. Scores of k = 20.5 are
+    relative to the k = 1 of the earlier runs."""
     ends, earlier = both_suites(measure)
     low, one, high = relative(ends, baseline=1)[tasks].mean(axis=(0, 1))
     dppo, sppo = relative(earlier, baseline=0)[tasks].mean(axis=(0, 1))
     slopes = np.polyfit(np.log10(list(ENDS.values())), [low, one, high], deg=1)[0]
     return {
         "k = 0.2 minus 1": paired(low - one),
-        "k = 20.5 minus 1, earlier runs": welch((sppo, dppo))[:3],
         "k = 100 minus 1": paired(high - one),
+        "k = 20.5 minus 1": welch((sppo, dppo))[:3],
+        "k = 20.5 minus 100": welch((sppo, high))[:3],
         "slope over log10 k": paired(slopes),
     }
 
@@ -77,9 +79,9 @@ def print_percent():
         ends, earlier = (scores.reshape(6, -1, 8) for scores in both_suites(measure))
         low, one, high = ends.swapaxes(0, 1)
         dppo, sppo = earlier.swapaxes(0, 1)
-        pairs = [(low, one), (sppo, dppo), (high, one)]
+        pairs = [(low, one), (high, one), (sppo, dppo)]
         rows[title] = [in_percent(*percent(zip(a, b))) for a, b in pairs]
-    print_table(rows, "", "k = 0.2 to 1", "k = 20.5 to 1, earlier runs", "k = 100 to 1")
+    print_table(rows, "log ratios", "k = 0.2 to 1", "k = 100 to 1", "k = 20.5 to 1")
 
 
 def print_tasks():
@@ -87,8 +89,8 @@ def print_tasks():
         for measure, title in MEASURES.items():
             found = effects(measure, slice(i, i + 1)).values()
             print(short(task), title, *(estimate(*values) for values in found), sep=" | ")
-        ends, _ = both_suites("last5")
-        best = relative(ends, baseline=1)[i].max()
+        ends, earlier = both_suites("last5")
+        best = max(relative(ends, baseline=1)[i].max(), relative(earlier, baseline=0)[i].max())
         print(f"{short(task)}: best run {best:.2f} times k = 1's mean")
 
 
@@ -109,7 +111,7 @@ def draw():
     for i, task in enumerate(TASKS):
         panels[short(task)] = slice(i, i + 1)
     for ax, (title, tasks) in zip(axes, panels.items()):
-        low, sppo, high, _ = effects("last5", tasks).values()
+        low, high, sppo, *_ = effects("last5", tasks).values()
         ax.axhline(1, color="gray", lw=0.8)
         ax.plot(1, 1, "o", color=COLORS["dppo"])
         points = [(0.2, "black", low), (20.5, COLORS["sppo"], sppo), (100, "black", high)]
