@@ -264,6 +264,26 @@ def test_a_page_shows_the_measures_of_its_analysis(name, function, capsys):
     assert table in PAGES[f"results/{name.partition('/')[0]}/README.md"]
 
 
+@pytest.mark.parametrize(
+    ("name", "function", "effect", "shown"),
+    [
+        ("control/k", "print_corrected", "training, slope over log10 k", "(corrected p = 0.14)"),
+        ("a2c/dose", "print_corrected", "training, noisy minus clean", "noisy rewards (p = 0.001)"),
+        ("a2c/dose", "print_corrected", "training, flipped minus clean", "for flips (0.08)"),
+        ("a2c/dose", "print_interactions", "training, log ratio, noisy", "(corrected p = 0.11)"),
+        ("a2c/dose", "print_interactions", "evaluation, log ratio, flipped", "reverse (0.03)"),
+    ],
+)
+def test_corrected_p_of_slopes(name, function, effect, shown, capsys):
+    analysis = runpy.run_path(str(ROOT / f"results/{name}.py"))
+    analysis[function]()
+    printed = capsys.readouterr().out
+    (corrected,) = re.findall(rf"(?m)^.*{effect}.*: p = .* corrected for \d+ ([\d.]+)$", printed)
+    p = float(re.search(r"[\d.]+(?=\))", shown).group())
+    assert p == round(float(corrected), len(str(p).partition(".")[2]))
+    assert shown in PAGES[f"results/{name.partition('/')[0]}/README.md"]
+
+
 def test_differences_from_k_1_are_by_seed():
     """Paired t-tests, on a seed's mean over the six tasks and kinds of rewards."""
     runs = report.read_csv(pack("control/k"))
@@ -425,6 +445,12 @@ def test_the_page_shows_a_random_agents_score(game, digits):
     [
         ("atari/breakout", ("clean", "last evaluation"), "sppo minus ppo", "(corrected p = 0.08)"),
         ("atari/epsilon", ("clean", "training"), "sa2c minus a2c", "(corrected p = 0.12)"),
+        (
+            "atari/crazyclimber",
+            ("clean", "training"),
+            "ppo minus ppo-authors",
+            "(p = 0.02; corrected p = 0.046)",
+        ),
         ("text/imdb-k20.5", ("flip 0.2", "last evaluation"), "sppo-eps minus ppo-eps", "p = 0.28)"),
         (
             "text/imdb-k20.5",
@@ -441,6 +467,6 @@ def test_corrected_p_is_over_all_differences_of_a_suite(name, place, methods, sh
     differences = report.make_differences(runs, [(a, b)])
     differences["corrected"] = stats.false_discovery_control(differences["p"])
     found = differences.set_index(["reward", "measure", "methods"]).loc[(*place, methods)]
-    digits = len(shown.partition(".")[2]) - 1
+    digits = len(shown.rpartition(".")[2]) - 1
     assert shown.endswith(f"p = {found['corrected']:.{digits}f})")
     assert shown in PAGES[f"results/{name.partition('/')[0]}/README.md"]

@@ -19,6 +19,7 @@ from common import (
     log_ratio,
     paired,
     percent,
+    print_p,
     print_table,
     read,
     scores_of,
@@ -55,7 +56,7 @@ def slopes(scores):
 
 
 def effects(measure, tasks=slice(None), same_rewards=False):
-    """{name: (estimate, low, high)}: slopes, averaged over `tasks`, and interactions with noise.
+    """{name: (estimate, low, high, p)}: slopes, averaged over `tasks`, and interactions with noise.
     The unit is the seed."""
     by_seed = slopes(relative_scores(measure, same_rewards)[tasks]).mean(axis=0)
     clean, normal, adv_flip = by_seed
@@ -79,14 +80,22 @@ def print_measures():
     found["last evaluation"] = effects("return_mean")
     rows = {}
     for name, values in found.items():
-        rows[name] = [estimate(*value, digits=3) for value in values.values()]
+        rows[name] = [estimate(*value[:3], digits=3) for value in values.values()]
     print_table(rows, "", *effects("training"))
+
+
+def print_corrected():
+    found = {}
+    for measure in ("training", "last5", "return_mean"):
+        for name, effect in effects(measure).items():
+            found[f"{MEASURES[measure]}, {name}"] = effect
+    print_p(found)
 
 
 def print_same_rewards():
     """Training, relative to beta 0 with the same rewards instead of clean ones."""
     for name, values in effects("training", same_rewards=True).items():
-        print(f"{name}, relative to the same rewards: {estimate(*values, digits=3)}")
+        print(f"{name}, relative to the same rewards: {estimate(*values[:3], digits=3)}")
 
 
 def print_doses():
@@ -95,7 +104,7 @@ def print_doses():
     for i, beta in enumerate(BETAS[1:], start=1):
         by_seed = relative_scores("return_mean").mean(axis=0)
         found = [paired(scores[i] - scores[0]) for scores in by_seed]
-        rows[f"{beta:g}"] = [estimate(*value, digits=3) for value in found]
+        rows[f"{beta:g}"] = [estimate(*value[:3], digits=3) for value in found]
     print_table(rows, "beta", *REWARDS.values())
 
 
@@ -112,14 +121,20 @@ def print_percent():
 def print_interactions():
     """Of the same log ratios: noise minus clean."""
     rows = {}
+    effects_of_noise = {}
     for measure in ("training", "last5", "return_mean"):
         scores = scores_above(measure)
         clean = list(zip(scores[:, 0, 0], scores[:, 0, -1]))  # beta 0 to 20: its negative
         rows[MEASURES[measure]] = []
         for noise in (1, 2):
             noisy = list(zip(scores[:, noise, -1], scores[:, noise, 0]))
-            total = 2 * log_ratio(noisy + clean)  # from the mean of both halves
+            *half, p = log_ratio(noisy + clean)  # the mean of both parts of the interaction
+            total = np.multiply(half, 2)
             rows[MEASURES[measure]].append(estimate(*total, digits=3))
+            rewards = list(REWARDS.values())[noise]
+            effects_of_noise[f"{MEASURES[measure]}, log ratio, {rewards}"] = (*total, p)
+    print_p(effects_of_noise)
+    print()
     print_table(rows, "log ratio, beta 20 to 0", "noisy minus clean", "flipped minus clean")
 
 
@@ -127,7 +142,7 @@ def print_power():
     """What the slopes and interactions detect."""
     freedom = scores_above("training").shape[-1] - 1
     for measure in ("training", "return_mean"):
-        for name, (_, low, high) in effects(measure).items():
+        for name, (_, low, high, _) in effects(measure).items():
             error = (high - low) / 2 / stats.t.ppf(0.975, freedom)
             print(f"{measure}, {name} detects {detected(error, freedom):.2f}")
 
@@ -168,6 +183,7 @@ def draw():
 if __name__ == "__main__":
     plt.switch_backend("agg")
     print_measures()
+    print_corrected()
     print_same_rewards()
     print_doses()
     print_percent()

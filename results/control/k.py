@@ -16,6 +16,7 @@ from common import (
     in_percent,
     paired,
     percent,
+    print_p,
     print_table,
     read,
     scores_of,
@@ -49,7 +50,7 @@ def relative(scores, baseline):
 
 
 def effects(measure, tasks=slice(None)):
-    """{name: (estimate, low, high)} of the relative scores' differences from k = 1 and of their
+    """{name: (estimate, low, high, p)} of the relative scores' differences from k = 1 and of their
     slope, over the rewards and `tasks`, a slice. The unit is the seed. Scores of k = 20.5 are
     relative to the k = 1 of the earlier runs."""
     ends, earlier = both_suites(measure)
@@ -59,8 +60,8 @@ def effects(measure, tasks=slice(None)):
     return {
         "k = 0.2 minus 1": paired(low - one),
         "k = 100 minus 1": paired(high - one),
-        "k = 20.5 minus 1": welch((sppo, dppo))[:3],
-        "k = 20.5 minus 100": welch((sppo, high))[:3],
+        "k = 20.5 minus 1": welch((sppo, dppo)),
+        "k = 20.5 minus 100": welch((sppo, high)),
         "slope over log10 k": paired(slopes),
     }
 
@@ -68,8 +69,18 @@ def effects(measure, tasks=slice(None)):
 def print_measures():
     rows = {}
     for measure, title in MEASURES.items():
-        rows[title] = [estimate(*found, digits=3) for found in effects(measure).values()]
+        rows[title] = [estimate(*found[:3], digits=3) for found in effects(measure).values()]
     print_table(rows, "", *effects("last5"))
+
+
+def print_corrected():
+    """Of the runs with k = 0.2, 1 and 100."""
+    found = {}
+    for measure, title in MEASURES.items():
+        for name, effect in effects(measure).items():
+            if "20.5" not in name:
+                found[f"{title}, {name}"] = effect
+    print_p(found)
 
 
 def print_percent():
@@ -88,7 +99,7 @@ def print_tasks():
     for i, task in enumerate(TASKS):
         for measure, title in MEASURES.items():
             found = effects(measure, slice(i, i + 1)).values()
-            print(short(task), title, *(estimate(*values) for values in found), sep=" | ")
+            print(short(task), title, *(estimate(*values[:3]) for values in found), sep=" | ")
         ends, earlier = both_suites("last5")
         best = max(relative(ends, baseline=1)[i].max(), relative(earlier, baseline=0)[i].max())
         print(f"{short(task)}: best run {best:.2f} times k = 1's mean")
@@ -116,7 +127,7 @@ def draw():
         ax.plot(1, 1, "o", color=COLORS["dppo"])
         points = [(0.2, "black", low), (20.5, COLORS["sppo"], sppo), (100, "black", high)]
         for k, color, found in points:
-            value, *ends = np.add(found, 1)
+            value, *ends = np.add(found[:3], 1)
             ax.plot(k, value, "o", color=color)
             ax.vlines(k, *ends, color=color)
         ax.set_xscale("log")
@@ -131,6 +142,7 @@ def draw():
 if __name__ == "__main__":
     plt.switch_backend("agg")
     print_measures()
+    print_corrected()
     print_percent()
     print_tasks()
     print_clipped()
