@@ -15,10 +15,8 @@ from common import (
     MEASURES,
     detected,
     estimate,
-    in_percent,
     log_ratio,
     paired,
-    percent,
     print_p,
     print_table,
     read,
@@ -108,18 +106,8 @@ def print_doses():
     print_table(rows, "beta", *REWARDS.values())
 
 
-def print_percent():
-    """Beta 20 to 0 with the same rewards: ratios, pooled over the tasks without a ratio's bias."""
-    rows = {}
-    for measure in ("training", "last5", "return_mean"):
-        scores = scores_above(measure)
-        pairs = [zip(scores[:, j, -1], scores[:, j, 0]) for j in range(len(REWARDS))]
-        rows[MEASURES[measure]] = [in_percent(*percent(cells)) for cells in pairs]
-    print_table(rows, "beta 20 to 0", *REWARDS.values())
-
-
 def print_interactions():
-    """Of the same log ratios: noise minus clean."""
+    """Of the log ratios of beta 20 to 0 with the same rewards, without a ratio's bias."""
     rows = {}
     effects_of_noise = {}
     for measure in ("training", "last5", "return_mean"):
@@ -186,7 +174,6 @@ if __name__ == "__main__":
     print_corrected()
     print_same_rewards()
     print_doses()
-    print_percent()
     print_interactions()
     print_power()
     print_smallest_dose()
