@@ -94,8 +94,6 @@ def estimate(value, low, high, digits=2):
 
 
 def in_percent(value, low, high):
-    if np.isnan(value):
-        return "below the floor"
     return f"{100 * value:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
 
 
