@@ -37,12 +37,12 @@ plt.rcParams["text.parse_math"] = False  # a method may be called "$a$b"
 HOW_TO_READ = """\
 "Last evaluation" is its mean return, "training" that of the last 100 training episodes, averaged
 since the evaluation before: it is about learning speed, too. A cell is a method, a task and a kind
-of reward; its runs differ in seed. Intervals are 95 %: how other seeds might come out. A difference
-in percent is the ratio of two methods' means, averaged over cells as a logarithm, with Welch's
-interval; in points, on tasks where a run of the two had a return of 0 or less. The probability that
-a run of the first beats one of the second, averaged over cells, has Brunner and Munzel's interval;
-with fewer than five runs in a cell, or if all of one beat all of the other, pairs of runs are
-counted instead."""
+of reward; its runs differ in seed. Intervals are 95 %: where the mean over many seeds may lie. A
+difference in percent is the ratio of two methods' means, averaged over cells as a logarithm, with
+Welch's interval; in points, on tasks where a run of the two had a return of 0 or less. The
+probability that a run of the first beats one of the second, averaged over cells, has Brunner and
+Munzel's interval; with fewer than five runs in a cell, or if all of one beat all of the other,
+pairs of runs are counted instead."""
 
 MEASURES = {  # columns of runs
     "return_mean": "last evaluation",
@@ -504,8 +504,8 @@ def pooled_text(runs: DataFrame, pairs: list[tuple]) -> list[str]:
         sentence = f"- Over {total['of']}, a run of {a} beats one of {b} "
         sentence += ("in " if "pairs" in total["wins"] else "with probability ") + total["wins"]
         if total["percent"]:
-            sentence += f"; {a}'s last evaluation differs from {b}'s by {total['percent']}"
-            sentence += f" on tasks with positive returns ({total['tasks']})"
+            sentence += f"; on tasks with only positive returns ({total['tasks']}) {a}'s last "
+            sentence += f"evaluation differs from {b}'s by {total['percent']}"
         sentences.append(f"{sentence}.")
     return ["## Over all tasks", "\n".join(sentences), markdown(DataFrame(rows))]
 
@@ -604,7 +604,7 @@ def provenance_text(runs: DataFrame, unfinished: list[str], broken: list[str]) -
     if unfinished:
         page.append(f"**Begun, not finished: {len(unfinished)} ({', '.join(unfinished)}).**")
     columns = ["script", "total_timesteps", "commit", "script_sha256", "versions"]
-    origin = runs[columns].fillna("not recorded").map(str)
+    origin = runs[columns].astype(object).fillna("not recorded").map(str)
     rows = [[str(count), *values] for values, count in origin.value_counts().items()]
     names = ["runs", "script", "steps", "commit", "SHA-256 of the script", "versions"]
     return [*page, markdown(DataFrame(rows, columns=names))]
