@@ -335,29 +335,13 @@ def test_your_own_network(tmp_path, monkeypatch, capsys):
     assert {"actor.1.weight", "critic.4.bias"} <= set(checkpoint(folder)["agent"])
 
 
-def test_cleanrls_defaults(tmp_path, monkeypatch, capsys):
-    """Its value loss, written out; learning rates that fall; four observations at a time."""
-    script, args = changed("CleanRL's defaults", tmp_path, monkeypatch)
-    gradients = record(monkeypatch, script, "gradient_and_metrics")
+def test_stacked_observations_falling_learning_rates(tmp_path, monkeypatch, capsys):
+    script, args = changed("Stacked observations, falling learning rates", tmp_path, monkeypatch)
     rates = record_learning_rates(monkeypatch)
-    folder = train(script, args, tmp_path, **SHORT | {"vf_coef": 1.0, "learning_rate": 0.01})
+    folder = train(script, args, tmp_path, **SHORT | {"learning_rate": 0.01})
     play(folder, monkeypatch, capsys)
     assert sorted(set(rates), reverse=True) == pytest.approx([0.01, 0.005])
-    agent = script.Agent(script.make_env(args), args)
-    first = gradients[-1][0]
-    *_, obs, _, _, _, returns, old_value = first
-    assert obs.shape[1] == 4 * 11
-    agent.load_state_dict(first[0].state_dict())
-    new_value = agent.value(obs).detach().numpy() + 0.5
-    with torch.no_grad():
-        agent.critic[-1].bias += 0.5
-    losses = []
-    for new, old, target in zip(new_value, old_value.numpy(), returns.numpy()):
-        clipped = min(max(new, old - 0.2), old + 0.2)
-        losses.append(max((new - target) ** 2, (clipped - target) ** 2) / 2)
-    trained = list(agent.parameters())
-    _, found = script.gradient_and_metrics(agent, trained, *first[2:])
-    assert found["value_loss"].item() == pytest.approx(np.mean(losses), rel=1e-4)
+    assert checkpoint(folder)["agent"]["actor.0.weight"].shape[1] == 4 * 11
 
 
 def record_learning_rates(monkeypatch):

@@ -55,17 +55,13 @@ def test_the_worked_example_is_right():
 
 
 def test_the_reverse_a2c_loss_lowers_the_best_actions_logit():
-    """In the page's example, whose probabilities and pays it names in one sentence."""
-    (numbers,) = re.findall(r"with probabilities ([\d., ]+) pay ([\d., ]+), it", PAGE)
-    prob, pays = (torch.tensor([float(x) for x in text.split(",")]) for text in numbers)
+    """Where another good one is more likely; with A2C's loss it still rises."""
+    prob, pays = torch.tensor([[0.1, 0.8, 0.1], [0.0, 0.9, 1.0]])
     weighted = 3 * prob * (pays - prob @ pays)  # the loss averages over the three
     logits = prob.log().requires_grad_()
     losses = sa2c_continuous.symmetric_policy_losses(logits.log_softmax(-1), weighted, -1.0)
     a2c, reverse = (torch.autograd.grad(-loss, logits, retain_graph=True)[0] for loss in losses)
-    assert reverse[2] < -0.001
-    (quoted,) = re.findall(r"still raises it, by ([\d.]+) .+ A2C by ([\d.]+)\.", PAGE)
-    sa2c = 0.5 * a2c + 0.5 * reverse
-    assert quoted == (f"{sa2c[2]:.3f}", f"{a2c[2]:.3f}")
+    assert a2c[2] > 0.01 and reverse[2] < -0.001
 
 
 def test_without_the_mask_clipped_samples_are_pushed_on():
