@@ -356,15 +356,20 @@ def record_learning_rates(monkeypatch):
     return rates
 
 
-def test_your_own_optimizer(tmp_path, monkeypatch, capsys):
-    """With the weight decay, and of all parameters."""
-    script, args = changed("Your own optimizer", tmp_path, monkeypatch)
-    folder = train(script, args, tmp_path, **SHORT)
-    play(folder, monkeypatch, capsys)
-    saved = checkpoint(folder)
+@pytest.mark.parametrize("optimizer", ["AdamW", "SGD"])
+def test_your_own_optimizer(optimizer, tmp_path, monkeypatch):
+    """With the page's arguments, in place of the line that makes the script's own."""
+    (call,) = re.findall(rf"`(torch\.optim\.{optimizer}\(.+?\))`", SECTIONS["Your own optimizer"])
+    source = (ROOT / "sppo_continuous.py").read_text()
+    (line,) = re.findall(r"torch\.optim\.Adam\(.+\)", source)
+    copy = tmp_path / f"sppo_{optimizer.lower()}.py"
+    copy.write_text(source.replace(line, call))
+    monkeypatch.syspath_prepend(tmp_path)
+    script = importlib.import_module(copy.stem)
+    saved = checkpoint(train(script, script.Args(env_id="Hopper-v4"), tmp_path, **SHORT))
     (group,) = saved["optimizer"]["param_groups"]
-    assert (group["weight_decay"], group["lr"]) == (0.01, args.learning_rate)
-    assert len(saved["optimizer"]["state"]) == len(saved["agent"])
+    assert (group["weight_decay"], group["lr"]) == (0.01 * (optimizer == "AdamW"), 3e-4)
+    assert len(group["params"]) == len(saved["agent"])
 
 
 def test_starting_from_a_trained_agent(tmp_path, monkeypatch, capsys):
