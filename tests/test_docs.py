@@ -216,15 +216,6 @@ def play(folder, monkeypatch, capsys):
     return out
 
 
-def test_python_blocks_of_usage_run(tmp_path, monkeypatch):
-    """In a folder with a finished run."""
-    monkeypatch.chdir(tmp_path)
-    _, folder = SPPO_CONTINUOUS.run("runs", env_id="Hopper-v4")
-    (block,) = code_blocks(PAGES["docs/usage.md"], "python")
-    assert block.count("runs/NAME") == 1
-    exec(block.replace("runs/NAME", str(folder)), {})
-
-
 # ---- Worked examples
 
 SHORT = SMALL | {"num_steps": 128} | PPO
@@ -486,25 +477,6 @@ def test_the_numbers_for_sppo_elsewhere():
         weights = [getattr(args, name) if hasattr(args, name) else None for name in names]
         divided = ["" if weight is None else f"{weight / k:.4g}" for weight in weights]
         assert [cell.strip() for cell in cells.split("|")] == [f"{k:g}", *divided]
-
-
-def test_the_loss_in_cleanrls_ppo():
-    """Its gradient is k times that of CleanRL's; the other losses count as before."""
-    *_, block = code_blocks(SECTIONS["The symmetric loss elsewhere"], "python")
-    torch.manual_seed(0)
-    A, old, v_loss, entropy_loss = torch.randn(4, 100, dtype=torch.float64)
-    new = (old + 0.3 * torch.randn(100)).requires_grad_()
-    names = {"newlogprob": new, "b_logprobs": old, "mb_advantages": A, "mb_inds": slice(None)}
-    names |= {"v_loss": v_loss.mean(), "entropy_loss": entropy_loss.mean()}
-    names["args"] = SPPO_CONTINUOUS.script.Args(ent_coef=0.1)
-    names["symmetric_policy_losses"] = SPPO_CONTINUOUS.script.symmetric_policy_losses
-    exec(block, names)
-    ratio = (new - old).exp()
-    pg_loss = torch.max(-A * ratio, -A * ratio.clamp(0.8, 1.2)).mean()
-    others = 0.5 * v_loss.mean() - 0.1 * entropy_loss.mean()
-    torch.testing.assert_close(names["loss"] - names["pg_loss"], others)
-    (expected,) = torch.autograd.grad(20.5 * pg_loss + others, new)
-    torch.testing.assert_close(torch.autograd.grad(names["loss"], new)[0], expected)
 
 
 # ---- Metrics

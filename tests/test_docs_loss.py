@@ -35,7 +35,7 @@ EXERCISE = DOCS / "symmetric_loss_exercise.ipynb"
 
 def test_quoted_code_is_in_the_function_that_it_is_from():
     quotes = re.findall(r"(?ms)^```python\n# (\w+)\.py:(\w+)\n(.+?)^```$", PAGE)
-    assert len(quotes) == 4
+    assert len(quotes) == 3
     for script, function, lines in quotes:
         source = inspect.getsource(getattr(importlib.import_module(script), function))
         assert lines in source, lines
