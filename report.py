@@ -37,12 +37,12 @@ plt.rcParams["text.parse_math"] = False  # a method may be called "$a$b"
 HOW_TO_READ = """\
 "Last evaluation" is its mean return, "training" that of the last 100 training episodes, averaged
 since the evaluation before: it is about learning speed, too. A cell is a method, a task and a kind
-of reward; its runs differ in seed. Intervals are 95 %: how other seeds might come out. A difference
-in percent is the ratio of two methods' means, averaged over cells as a logarithm, with Welch's
-interval; in points, on tasks where a run of the two had a return of 0 or less. The probability that
-a run of the first beats one of the second, averaged over cells, has Brunner and Munzel's interval;
-with fewer than five runs in a cell, or if all of one beat all of the other, pairs of runs are
-counted instead."""
+of reward; its runs differ in seed. Intervals are 95 %: where the mean over many seeds may lie. A
+difference in percent is the ratio of two methods' means, averaged over cells as a logarithm, with
+Welch's interval; in points, on tasks where a run of the two had a return of 0 or less. The
+probability that a run of the first beats one of the second, averaged over cells, has Brunner and
+Munzel's interval; with fewer than five runs in a cell, or if all of one beat all of the other,
+pairs of runs are counted instead."""
 
 MEASURES = {  # columns of runs
     "return_mean": "last evaluation",
@@ -68,7 +68,7 @@ SCORES = ["finished", "return_mean", "return_std", "last5", "training", "sps"]
 EVALUATION = ["run_name", "step", "return_mean", "return_std", "length_mean"]
 CELL = ["reward", "env_id", "exp_name"]
 DIFFERENCE = ["env_id", "reward", "measure", "methods", "difference", "low", "high", "p"]
-SAMPLES = 10_000  # of a bootstrap interval
+SAMPLES = 2_000  # of a bootstrap interval
 FEW = 5  # with fewer runs no win rate and no bootstrap: results/coverage.py
 DPI = 160
 
@@ -504,8 +504,8 @@ def pooled_text(runs: DataFrame, pairs: list[tuple]) -> list[str]:
         sentence = f"- Over {total['of']}, a run of {a} beats one of {b} "
         sentence += ("in " if "pairs" in total["wins"] else "with probability ") + total["wins"]
         if total["percent"]:
-            sentence += f"; {a}'s last evaluation differs from {b}'s by {total['percent']}"
-            sentence += f" on tasks with positive returns ({total['tasks']})"
+            sentence += f"; on tasks with only positive returns ({total['tasks']}) {a}'s last "
+            sentence += f"evaluation differs from {b}'s by {total['percent']}"
         sentences.append(f"{sentence}.")
     return ["## Over all tasks", "\n".join(sentences), markdown(DataFrame(rows))]
 
@@ -604,7 +604,7 @@ def provenance_text(runs: DataFrame, unfinished: list[str], broken: list[str]) -
     if unfinished:
         page.append(f"**Begun, not finished: {len(unfinished)} ({', '.join(unfinished)}).**")
     columns = ["script", "total_timesteps", "commit", "script_sha256", "versions"]
-    origin = runs[columns].fillna("not recorded").map(str)
+    origin = runs[columns].astype(object).fillna("not recorded").map(str)
     rows = [[str(count), *values] for values, count in origin.value_counts().items()]
     names = ["runs", "script", "steps", "commit", "SHA-256 of the script", "versions"]
     return [*page, markdown(DataFrame(rows, columns=names))]
@@ -620,8 +620,9 @@ def draw_curves(runs: DataFrame, progress: DataFrame, file: Path) -> list[str]:
     labelled = runs[["run_name", "noted_task", *CELL]].merge(points[EVALUATION[:3]])
     if labelled.empty:
         return []
-    labelled["method"] = " " + labelled["exp_name"]  # legends leave out what begins with "_"
     methods = in_order(labelled["exp_name"])
+    shown = {method: f" {method}" for method in methods}  # legends leave out what begins with "_"
+    labelled["exp_name"] = labelled["exp_name"].map(shown)
     others = [name for name in methods if name not in COLORS]
     colors = COLORS | dict(zip(others, sns.husl_palette(len(others), h=0.2)))
     labels = ["million steps", "return of evaluations"]
@@ -636,8 +637,8 @@ def draw_curves(runs: DataFrame, progress: DataFrame, file: Path) -> list[str]:
     if tasks == 1:
         size |= {"height": 3.5, "col_wrap": min(labelled["panel"].nunique(), 4)}
     grid = sns.FacetGrid(labelled, col="panel", sharex=False, sharey=False, **size)
-    palette = {f" {method}": colors[method] for method in methods}
-    hue = {"hue": "method", "hue_order": list(palette), "palette": palette}
+    palette = {shown[method]: colors[method] for method in methods}
+    hue = {"hue": "exp_name", "hue_order": list(palette), "palette": palette}
     grid.map_dataframe(sns.lineplot, "step", "return_mean", errorbar="se", **hue)
     grid.add_legend()
     grid.set_titles("{col_name}")

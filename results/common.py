@@ -54,9 +54,9 @@ def short(task):
 
 
 def paired(values):
-    """Mean of seeds' values, by t."""
-    low, high = stats.ttest_1samp(values, 0).confidence_interval()
-    return values.mean(), low, high
+    """Mean of seeds' values, by t; and p."""
+    test = stats.ttest_1samp(values, 0)
+    return values.mean(), *test.confidence_interval(), test.pvalue
 
 
 def welch(*cells):
@@ -64,9 +64,18 @@ def welch(*cells):
     return pooled_difference(list(cells), mean_and_variance)
 
 
+def log_ratio(cells):
+    """Bias-corrected log ratio of means, averaged over `cells`; and p. All are nan if a score is
+    not positive."""
+    cells = list(cells)
+    if min(scores.min() for pair in cells for scores in pair) <= 0:
+        return np.full(4, np.nan)
+    return pooled_difference(cells, log_mean_and_variance)
+
+
 def percent(cells):
-    """Difference in percent, from the bias-corrected log ratios of means, averaged over `cells`."""
-    return np.expm1(pooled_difference(list(cells), log_mean_and_variance)[:3])
+    """The same as a difference in percent."""
+    return np.expm1(log_ratio(cells)[:3])
 
 
 def detected(error, freedom):
@@ -78,12 +87,22 @@ def detected(error, freedom):
 
 
 def estimate(value, low, high, digits=2):
+    if np.isnan(value):
+        return "below the floor"
     value, low, high = np.round([value, low, high], digits) + 0.0  # no -0.00
     return f"{value:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
 def in_percent(value, low, high):
     return f"{100 * value:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
+
+
+def print_p(estimates):
+    """p of {name: (value, low, high, p)}, and after Benjamini and Hochberg's correction."""
+    every_p = {name: found[3] for name, found in estimates.items() if np.isfinite(found[3])}
+    corrected = stats.false_discovery_control(list(every_p.values()))
+    for (name, p), after in zip(every_p.items(), corrected):
+        print(f"{name}: p = {p:.2g}, corrected for {len(every_p)} {after:.2g}")
 
 
 def print_table(rows, *headings):

@@ -91,7 +91,7 @@ def test_a_lone_copy_gets_the_versions_of_the_lock_file(script):
     assert f"echo {constraint} |" in page
     assert constraint in LOCK
     version = constraint.partition("==")[2]
-    assert f"CPU build of [PyTorch {version}]" in (ROOT / "README.md").read_text()
+    assert f"--torch-backend cpu torch=={version}\n" in (ROOT / "README.md").read_text()
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -15,16 +15,14 @@ from common import (
     MEASURES,
     detected,
     estimate,
-    in_percent,
+    log_ratio,
     paired,
-    percent,
+    print_p,
     print_table,
     read,
     scores_of,
     short,
 )
-
-from report import log_mean_and_variance, pooled_difference
 
 HERE = Path(__file__).parent
 TASKS = ["Hopper-v4", "HalfCheetah-v4", "InvertedDoublePendulum-v4"]
@@ -56,7 +54,7 @@ def slopes(scores):
 
 
 def effects(measure, tasks=slice(None), same_rewards=False):
-    """{name: (estimate, low, high)}: slopes, averaged over `tasks`, and interactions with noise.
+    """{name: (estimate, low, high, p)}: slopes, averaged over `tasks`, and interactions with noise.
     The unit is the seed."""
     by_seed = slopes(relative_scores(measure, same_rewards)[tasks]).mean(axis=0)
     clean, normal, adv_flip = by_seed
@@ -78,11 +76,24 @@ def print_measures():
         found[f"training, {short(task)}"] = effects("training", slice(i, i + 1))
     found["last five evaluations"] = effects("last5")
     found["last evaluation"] = effects("return_mean")
-    found["training, relative to the same rewards"] = effects("training", same_rewards=True)
     rows = {}
     for name, values in found.items():
-        rows[name] = [estimate(*value, digits=3) for value in values.values()]
+        rows[name] = [estimate(*value[:3], digits=3) for value in values.values()]
     print_table(rows, "", *effects("training"))
+
+
+def print_corrected():
+    found = {}
+    for measure in ("training", "last5", "return_mean"):
+        for name, effect in effects(measure).items():
+            found[f"{MEASURES[measure]}, {name}"] = effect
+    print_p(found)
+
+
+def print_same_rewards():
+    """Training, relative to beta 0 with the same rewards instead of clean ones."""
+    for name, values in effects("training", same_rewards=True).items():
+        print(f"{name}, relative to the same rewards: {estimate(*values[:3], digits=3)}")
 
 
 def print_doses():
@@ -91,37 +102,35 @@ def print_doses():
     for i, beta in enumerate(BETAS[1:], start=1):
         by_seed = relative_scores("return_mean").mean(axis=0)
         found = [paired(scores[i] - scores[0]) for scores in by_seed]
-        rows[f"{beta:g}"] = [estimate(*value, digits=3) for value in found]
+        rows[f"{beta:g}"] = [estimate(*value[:3], digits=3) for value in found]
     print_table(rows, "beta", *REWARDS.values())
 
 
-def print_percent():
-    """Beta 20 to 0 with the same rewards: ratios, pooled over the tasks without a ratio's bias."""
+def print_interactions():
+    """Of the log ratios of beta 20 to 0 with the same rewards, without a ratio's bias."""
     rows = {}
+    effects_of_noise = {}
     for measure in ("training", "last5", "return_mean"):
         scores = scores_above(measure)
-        pairs = [zip(scores[:, j, -1], scores[:, j, 0]) for j in range(len(REWARDS))]
-        rows[MEASURES[measure]] = [in_percent(*percent(cells)) for cells in pairs]
-    print_table(rows, "beta 20 to 0", *REWARDS.values())
-
-
-def print_interactions():
-    """Of the same log ratios in training: noise minus clean."""
-    scores = scores_above("training")
-    clean = list(zip(scores[:, 0, 0], scores[:, 0, -1]))  # beta 0 to 20: its negative
-    texts = []
-    for noise in (1, 2):
-        noisy = list(zip(scores[:, noise, -1], scores[:, noise, 0]))
-        half_sum = pooled_difference(noisy + clean, log_mean_and_variance)
-        texts.append(estimate(*np.multiply(2, half_sum[:3])))
-    print("noisy minus clean is {}, flipped minus clean {}".format(*texts))
+        clean = list(zip(scores[:, 0, 0], scores[:, 0, -1]))  # beta 0 to 20: its negative
+        rows[MEASURES[measure]] = []
+        for noise in (1, 2):
+            noisy = list(zip(scores[:, noise, -1], scores[:, noise, 0]))
+            *half, p = log_ratio(noisy + clean)  # the mean of both parts of the interaction
+            total = np.multiply(half, 2)
+            rows[MEASURES[measure]].append(estimate(*total, digits=3))
+            rewards = list(REWARDS.values())[noise]
+            effects_of_noise[f"{MEASURES[measure]}, log ratio, {rewards}"] = (*total, p)
+    print_p(effects_of_noise)
+    print()
+    print_table(rows, "log ratio, beta 20 to 0", "noisy minus clean", "flipped minus clean")
 
 
 def print_power():
     """What the slopes and interactions detect."""
     freedom = scores_above("training").shape[-1] - 1
     for measure in ("training", "return_mean"):
-        for name, (_, low, high) in effects(measure).items():
+        for name, (_, low, high, _) in effects(measure).items():
             error = (high - low) / 2 / stats.t.ppf(0.975, freedom)
             print(f"{measure}, {name} detects {detected(error, freedom):.2f}")
 
@@ -162,8 +171,9 @@ def draw():
 if __name__ == "__main__":
     plt.switch_backend("agg")
     print_measures()
+    print_corrected()
+    print_same_rewards()
     print_doses()
-    print_percent()
     print_interactions()
     print_power()
     print_smallest_dose()

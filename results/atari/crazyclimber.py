@@ -12,7 +12,7 @@ import pandas as pd
 from scipy import stats
 
 sys.path.append(str(Path(__file__).parents[1]))
-from common import detected, estimate, in_percent, percent, print_table, read
+from common import detected, estimate, print_table, read
 
 HERE = Path(__file__).parent
 METHODS = {  # --exp-name: label
@@ -60,17 +60,6 @@ def print_measures():
     print_table(rows, "", *STEPS)
 
 
-def print_percent():
-    """The first three steps as ratios of means, without a ratio's bias."""
-    rows = {}
-    for measure, title in MEASURES.items():
-        scores = relative_scores(measure)
-        pairs = [("ppo", "ppo-authors"), ("sppo", "ppo"), ("sppo", "ppo-authors")]
-        found = [percent([(scores[a].to_numpy(), scores[b].to_numpy())]) for a, b in pairs]
-        rows[title] = [in_percent(*values) for values in found]
-    print_table(rows, "", *list(STEPS)[:3])
-
-
 def print_power():
     """p, and what is detected."""
     for measure, title in MEASURES.items():
@@ -113,7 +102,6 @@ def draw():
 if __name__ == "__main__":
     plt.switch_backend("agg")
     print_measures()
-    print_percent()
     print_power()
     print("quoted: {:.3f} ± {:.3f}".format(*quoted_ratio()))
     draw()

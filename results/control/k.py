@@ -16,6 +16,7 @@ from common import (
     in_percent,
     paired,
     percent,
+    print_p,
     print_table,
     read,
     scores_of,
@@ -49,16 +50,18 @@ def relative(scores, baseline):
 
 
 def effects(measure, tasks=slice(None)):
-    """{name: (estimate, low, high)} of the relative scores' differences from k = 1 and of their
-    slope, over the rewards and `tasks`, a slice. The unit is the seed."""
+    """{name: (estimate, low, high, p)} of the relative scores' differences from k = 1 and of their
+    slope, over the rewards and `tasks`, a slice. The unit is the seed. Scores of k = 20.5 are
+    relative to the k = 1 of the earlier runs."""
     ends, earlier = both_suites(measure)
     low, one, high = relative(ends, baseline=1)[tasks].mean(axis=(0, 1))
     dppo, sppo = relative(earlier, baseline=0)[tasks].mean(axis=(0, 1))
     slopes = np.polyfit(np.log10(list(ENDS.values())), [low, one, high], deg=1)[0]
     return {
         "k = 0.2 minus 1": paired(low - one),
-        "k = 20.5 minus 1, earlier runs": welch((sppo, dppo))[:3],
         "k = 100 minus 1": paired(high - one),
+        "k = 20.5 minus 1": welch((sppo, dppo)),
+        "k = 20.5 minus 100": welch((sppo, high)),
         "slope over log10 k": paired(slopes),
     }
 
@@ -66,8 +69,18 @@ def effects(measure, tasks=slice(None)):
 def print_measures():
     rows = {}
     for measure, title in MEASURES.items():
-        rows[title] = [estimate(*found, digits=3) for found in effects(measure).values()]
+        rows[title] = [estimate(*found[:3], digits=3) for found in effects(measure).values()]
     print_table(rows, "", *effects("last5"))
+
+
+def print_corrected():
+    """Of the runs with k = 0.2, 1 and 100."""
+    found = {}
+    for measure, title in MEASURES.items():
+        for name, effect in effects(measure).items():
+            if "20.5" not in name:
+                found[f"{title}, {name}"] = effect
+    print_p(found)
 
 
 def print_percent():
@@ -77,18 +90,18 @@ def print_percent():
         ends, earlier = (scores.reshape(6, -1, 8) for scores in both_suites(measure))
         low, one, high = ends.swapaxes(0, 1)
         dppo, sppo = earlier.swapaxes(0, 1)
-        pairs = [(low, one), (sppo, dppo), (high, one)]
+        pairs = [(low, one), (high, one), (sppo, dppo)]
         rows[title] = [in_percent(*percent(zip(a, b))) for a, b in pairs]
-    print_table(rows, "", "k = 0.2 to 1", "k = 20.5 to 1, earlier runs", "k = 100 to 1")
+    print_table(rows, "log ratios", "k = 0.2 to 1", "k = 100 to 1", "k = 20.5 to 1")
 
 
 def print_tasks():
     for i, task in enumerate(TASKS):
         for measure, title in MEASURES.items():
             found = effects(measure, slice(i, i + 1)).values()
-            print(short(task), title, *(estimate(*values) for values in found), sep=" | ")
-        ends, _ = both_suites("last5")
-        best = relative(ends, baseline=1)[i].max()
+            print(short(task), title, *(estimate(*values[:3]) for values in found), sep=" | ")
+        ends, earlier = both_suites("last5")
+        best = max(relative(ends, baseline=1)[i].max(), relative(earlier, baseline=0)[i].max())
         print(f"{short(task)}: best run {best:.2f} times k = 1's mean")
 
 
@@ -109,12 +122,12 @@ def draw():
     for i, task in enumerate(TASKS):
         panels[short(task)] = slice(i, i + 1)
     for ax, (title, tasks) in zip(axes, panels.items()):
-        low, sppo, high, _ = effects("last5", tasks).values()
+        low, high, sppo, *_ = effects("last5", tasks).values()
         ax.axhline(1, color="gray", lw=0.8)
         ax.plot(1, 1, "o", color=COLORS["dppo"])
         points = [(0.2, "black", low), (20.5, COLORS["sppo"], sppo), (100, "black", high)]
         for k, color, found in points:
-            value, *ends = np.add(found, 1)
+            value, *ends = np.add(found[:3], 1)
             ax.plot(k, value, "o", color=color)
             ax.vlines(k, *ends, color=color)
         ax.set_xscale("log")
@@ -129,6 +142,7 @@ def draw():
 if __name__ == "__main__":
     plt.switch_backend("agg")
     print_measures()
+    print_corrected()
     print_percent()
     print_tasks()
     print_clipped()

@@ -14,8 +14,6 @@ sys.path.append(str(Path(__file__).parents[1]))
 from common import (
     SAMPLES,
     estimate,
-    in_percent,
-    percent,
     print_table,
     read,
     scores_of,
@@ -40,18 +38,18 @@ def scores_above():
     return scores_of(runs, "last5", env_id=TASKS, level=LEVELS, exp_name=METHODS)
 
 
-def resampled(scores):
-    """Means (tasks, levels, methods, 1 + SAMPLES): the estimate, then those of resampled seeds,
+def resampled(scores, count=SAMPLES):
+    """Means (tasks, levels, methods, 1 + count): the estimate, then those of resampled seeds,
     drawn for each cell."""
     rng = np.random.default_rng(0)
     *cells, seeds = scores.shape
-    drawn = rng.integers(seeds, size=(*cells, SAMPLES, seeds))
+    drawn = rng.integers(seeds, size=(*cells, count, seeds))
     samples = np.take_along_axis(scores[..., None, :], drawn, axis=-1).mean(axis=-1)
     return np.concatenate([scores.mean(axis=-1, keepdims=True), samples], axis=-1)
 
 
 def relative(means):
-    """As registered, to clean DPPO's mean: {method: (tasks, levels, 1 + SAMPLES)}."""
+    """As registered, to clean DPPO's mean: {method: (tasks, levels, 1 + count)}."""
     shares = means / means[:, :1, [DPPO]]
     return {method: shares[:, :, i] for i, method in enumerate(METHODS)}
 
@@ -87,33 +85,51 @@ def print_areas(title, shares):
 
 
 def print_measures():
-    """Averaged over the tasks."""
-    shares = relative(resampled(scores_above()))
-    print_areas("", {method: values.mean(axis=0) for method, values in shares.items()})
-
-
-def print_intervals():
-    """Two other intervals of the differences in area, with p."""
+    """Averaged over the tasks: methods' means, and differences by t."""
     scores = scores_above()
     rows = {}
+    for method in ("ppo", "dppo", "sppo"):
+        of_levels = relative(scores.mean(axis=-1, keepdims=True))[method].mean(axis=(0, 2))
+        rows[METHODS[method]] = [f"{value:.2f}" for value in (of_levels.mean(), *of_levels)]
     for pair in PAIRS:
-        rows[difference(*pair)] = []
-        for _, low, high, p in by_t(*pair, scores):
-            rows[difference(*pair)].append(f"{low:.2f} to {high:.2f} ({p:.2g})")
-    print_table(rows, "area", "by t (p)", "by t, seeds as the unit (p)")
+        places = [slice(None), *([i] for i in range(len(LEVELS)))]
+        found = [by_t(*pair, scores, place)[0] for place in places]
+        rows[difference(*pair)] = [estimate(*values) for *values, _ in found]
+    print_table(rows, "", "area", *map(str, LEVELS))
 
 
-def print_percent():
-    """Ratios of two methods at the same level, pooled over tasks and levels without their bias."""
+def areas(scores, count=SAMPLES):
+    """{pair: estimates of the difference in area, with intervals}: by t, by t with seeds as the
+    unit, and from the bootstrap of `count` samples, as registered."""
+    shares = relative(resampled(scores, count))
+    samples = {method: values.mean(axis=(0, 1)) for method, values in shares.items()}
+    found = {}
+    for a, b in PAIRS:
+        gap = samples[a] - samples[b]
+        found[a, b] = [*(values[:3] for values in by_t(a, b, scores)), (gap[0], *interval(gap))]
+    return found
+
+
+def print_intervals(simulations=2000):
+    """The other two intervals of the differences in area; and how many of all three hold the truth
+    where scores are normal, with the cells' means and deviations."""
     scores = scores_above()
     rows = {}
-    for a, b in PAIRS:
-        i, j = (list(METHODS).index(method) for method in (a, b))
-        rows[difference(a, b)] = []
-        for levels in (5, 4):
-            cells = scores[:, :levels].reshape(-1, *scores.shape[2:])
-            rows[difference(a, b)].append(in_percent(*percent(zip(cells[:, i], cells[:, j]))))
-    print_table(rows, "", "all levels", "without 0.5")
+    for pair, (_, of_seeds, bootstrap) in areas(scores).items():
+        rows[difference(*pair)] = [estimate(*of_seeds), estimate(*bootstrap)]
+    mean = scores.mean(axis=-1, keepdims=True)
+    deviation = scores.std(axis=-1, ddof=1, keepdims=True)
+    truth = areas(mean.repeat(2, axis=-1), 1)
+    rng = np.random.default_rng(0)
+    held = []
+    for _ in range(simulations):
+        drawn = areas(rng.normal(mean, deviation, scores.shape), 500)
+        for pair, intervals in drawn.items():
+            held.append([low <= truth[pair][0][0] <= high for _, low, high in intervals])
+    shares = [f"{100 * share:.0f} %" for share in np.mean(held, axis=0)]
+    print(f"Of intervals by t {shares[0]} hold the truth in simulations.\n")
+    rows["hold the truth in simulations"] = shares[1:]
+    print_table(rows, "area", "by t, seeds as the unit", "bootstrap")
 
 
 def print_levels():
@@ -162,7 +178,6 @@ if __name__ == "__main__":
     plt.switch_backend("agg")
     print_measures()
     print_intervals()
-    print_percent()
     print_levels()
     print_tasks()
     draw()

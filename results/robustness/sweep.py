@@ -64,12 +64,12 @@ def print_measures():
     for name, statistic in SHARES.items():
         by_rewards = statistic(shares).mean(axis=0)
         dppo, sppo = by_rewards.mean(axis=0)
-        differences = [sppo - dppo, *(by_rewards[:, 1] - by_rewards[:, 0])]
-        rows[name] = [bootstrapped(samples) for samples in (dppo, sppo, *differences)]
+        rows[name] = [bootstrapped(samples) for samples in (dppo, sppo, sppo - dppo)]
         for rewards, (dppo, sppo) in zip(REWARDS.values(), by_rewards):
-            print(f"{name}, {rewards}: DPPO {bootstrapped(dppo)}, SPPO {bootstrapped(sppo)}")
+            found = map(bootstrapped, (dppo, sppo, sppo - dppo))
+            print("{}, {}: DPPO {}, SPPO {}, difference {}".format(name, rewards, *found))
     print()
-    print_table(rows, "measure", "DPPO", "SPPO", "SPPO minus DPPO", "with clean", "noisy rewards")
+    print_table(rows, "measure", "DPPO", "SPPO", "SPPO minus DPPO")
 
 
 def bootstrapped(samples):
