@@ -58,7 +58,7 @@ SKIPPED = 950  # steps of a game, whose beginning is slow
 EPISODE = 4  # its seed: one in which the lander lands between the flags, as in 3 of 1 to 12
 
 COLORS = {method: REPORT_COLORS[method.lower()] for method in ("A2C", "SA2C", "PPO", "SPPO")}
-COLORS |= {VARIANT: REPORT_COLORS["sppo-p"], "reverse": "black"}
+COLORS |= {VARIANT: "tab:brown", "reverse": "black"}
 
 
 def policy_loss(method, log_prob, old_log_prob, advantage):

@@ -91,7 +91,8 @@ def test_a_lone_copy_gets_the_versions_of_the_lock_file(script):
     assert f"echo {constraint} |" in page
     assert constraint in LOCK
     version = constraint.partition("==")[2]
-    assert f"--torch-backend cpu torch=={version}\n" in (ROOT / "README.md").read_text()
+    for page in ("README.md", "docs/usage.md", "docs/handout.md"):
+        assert f"--torch-backend cpu torch=={version}\n" in (ROOT / page).read_text()
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
