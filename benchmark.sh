@@ -61,7 +61,7 @@ add() { # SCRIPT METHOD FLAG...: prints the command of a run
     [[ $kind = continuous ]] || set -- "$@" --device "$device"
     [[ $kind != rlhf ]] || which=--task
     # A flag that a row sets, given to all rows, would make them alike under different names
-    own="--alpha --beta $which --seed --total-timesteps --exp-name --runs-dir $*"
+    own="--alpha --beta --policy $which --seed --total-timesteps --exp-name --runs-dir $*"
     for flag in "${extra[@]%%=*}"; do
         flag=${flag//_/-}
         [[ $flag != --* || " ${own//--no-/--} " != *" ${flag/#--no-/--} "* ]] ||
@@ -138,7 +138,7 @@ evidence_rlhf() { # with beta 20, so that k is 20.5: at the authors' k, 0.9, the
     [[ $noise = flip ]] || return 0
     add sppo_rlhf ppo --noise-level 0.2 --beta 0
     add sppo_rlhf sppo --noise-level 0.2 --beta 20
-    add sppo_rlhf ppo-ce --noise-level 0.2 --beta 0 --ce-coef 0.00487805
+    [[ $env = toy ]] || add sppo_rlhf ppo-ce --noise-level 0.2 --beta 0 --ce-coef 0.00487805
     add sppo_rlhf ppo-norm --noise-level 0.2 --beta 0 --max-grad-norm 0.0487805
     add sppo_rlhf ppo-coef --noise-level 0.2 --beta 0 --vf-coef 0.0243902
 }
@@ -184,6 +184,7 @@ case $suite in
     sweep) commands=$(list sweep 5 Hopper-v4 LunarLanderContinuous-v3) ;;
     *) die "$suite: no such suite; see ./benchmark.sh --help" ;;
 esac
+[[ $commands ]] || die "$suite: not with $envs"
 if [[ $dry_run ]]; then
     left=$(python benchmarks/run.py --runs-dir "$runs" --dry-run <<<"$commands")
     [[ ! $left ]] || echo "$left"

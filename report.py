@@ -13,7 +13,6 @@ import json
 import math
 import shlex
 import sys
-import zlib
 from collections.abc import Iterable
 from dataclasses import dataclass
 from itertools import combinations, permutations
@@ -65,6 +64,7 @@ COLORS = dict(item.split() for item in COLORS.split(", "))
 FREE = "seed run_name runs_dir device compile track capture_video evaluate micro_batch_size".split()
 PROVENANCE = ["commit", "script_sha256", "command", "started", "versions", "hardware"]
 SCORES = ["finished", "return_mean", "return_std", "last5", "training", "sps"]
+RUN = ["run_name", "exp_name", "script", "env_id", "noise", "noise_level", "seed", *SCORES]
 EVALUATION = ["run_name", "step", "return_mean", "return_std", "length_mean"]
 CELL = ["reward", "env_id", "exp_name"]
 DIFFERENCE = ["env_id", "reward", "measure", "methods", "difference", "low", "high", "p"]
@@ -109,11 +109,11 @@ def read_folders(folders: Iterable[Path]) -> tuple[DataFrame, DataFrame, list[st
         elif not folder.exists():
             raise Refusal(f"{folder}: no such folder")
         elif not paths:  # as runs/quick/logs of runs/quick/*
-            print(f"{folder}: no runs in it", file=sys.stderr)
+            print(f"{folder}: no runs in it (of packs give NAME-runs.csv.gz)", file=sys.stderr)
         for path in paths:
             try:
                 found, evaluations = read_run(path)
-            except (OSError, EOFError, ValueError, LookupError, TypeError, zlib.error) as error:
+            except Exception as error:  # a broken file may raise anything
                 why = error if isinstance(error, Refusal) else repr(error)
                 broken.append(f"{path.name}: {why}")
                 print(f"left out: {broken[-1]}", file=sys.stderr)
@@ -168,7 +168,11 @@ def read_run(path: Path) -> tuple[list[dict], DataFrame]:
     runs. Raises Refusal and what else broken files may raise."""
     packed, evaluations = tables_of(path)
     if packed.exists():
-        return read_csv(packed).to_dict("records"), read_csv(evaluations)
+        runs = read_csv(packed)
+        runs[
+            [*RUN, "total_timesteps", "commit", "script_sha256", "versions"]
+        ]  # raises if one lacks
+        return runs.to_dict("records"), read_csv(evaluations)
     recorded = read_json(record_of(path))
     if "run" in recorded:  # in sessions.jsonl
         script = (path / recorded["script"]).read_bytes()
@@ -191,7 +195,10 @@ def read_run(path: Path) -> tuple[list[dict], DataFrame]:
         "started": recorded.get("started"),
         "script_sha256": recorded["identity"].get("script_sha256"),
         "command": shlex.join(recorded["command"]),
+        "exp_name": str(run["exp_name"]),
+        "total_timesteps": int(run["total_timesteps"]),
         "seed": int(run["seed"]),
+        "noise": str(run["noise"]),
         "noise_level": float(run["noise_level"]),
     }
     progress = DataFrame()
@@ -223,12 +230,11 @@ def pack(runs: DataFrame, progress: DataFrame, place: Path) -> None:
         if lost:
             raise Refusal(f"--pack {place}: it has other runs, such as {min(lost)}; give it, too")
     packed.parent.mkdir(parents=True, exist_ok=True)
-    first = ["run_name", "exp_name", "script", "env_id", "noise", "noise_level", "seed", *SCORES]
-    settings = runs.columns.difference([*first, *PROVENANCE], sort=False)
+    settings = runs.columns.difference([*RUN, *PROVENANCE], sort=False)
     logged = progress.columns.difference(EVALUATION, sort=False)
     options = {"index": False, "lineterminator": "\n"}
     options["compression"] = {"method": "gzip", "mtime": 0}
-    runs.reindex(columns=[*first, *settings, *PROVENANCE]).to_csv(packed, **options)
+    runs.reindex(columns=[*RUN, *settings, *PROVENANCE]).to_csv(packed, **options)
     progress[[*EVALUATION, *logged]].to_csv(evaluations, **options)
 
 
@@ -249,11 +255,11 @@ def label_runs(runs: DataFrame, progress: DataFrame, logged: tuple) -> DataFrame
     for (_, task), group in finished.groupby(CELL[:2]):
         finished.loc[group.index, "noted_task"] = task + note_on(group)
     evaluations = progress.groupby("run_name")
+    last = progress.drop_duplicates("run_name", keep="last").set_index("run_name")
     lowest = finished["run_name"].map(evaluations["return_mean"].min())
     finished["lowest"] = np.fmin(lowest, finished["training"].astype(float))
     for name in extra_columns(progress, logged):
-        column = evaluations[name]
-        values = column.mean() if name in logged else column.last()
+        values = evaluations[name].mean() if name in logged else last[name]
         finished[name] = finished["run_name"].map(values)
     return finished.sort_values(["noise_level", *CELL, "seed"])
 
@@ -357,9 +363,11 @@ def win_rate(cells: list):
 def interquartile_mean(strata: list) -> tuple[float, float, float]:
     """Of all scores in `strata`, arrays (runs,), and its 95 % interval by the bootstrap: each array
     is resampled by itself, one score fewer than it has, since as many would vary too little by
-    this factor. The interval is nan if an array has too FEW."""
+    this factor. The interval is nan if an array has too FEW or more than another, since arrays
+    would then weigh otherwise."""
     value = stats.trim_mean(np.concatenate(strata), 0.25)
-    if min(map(len, strata)) < FEW:
+    sizes = {len(scores) for scores in strata}
+    if len(sizes) > 1 or min(sizes) < FEW:
         return value, math.nan, math.nan
     rng = np.random.default_rng(0)
     drawn = [rng.choice(scores, (SAMPLES, len(scores) - 1)) for scores in strata]
@@ -371,7 +379,7 @@ def mean_and_variance(scores):
     """The mean of `scores` (..., runs), and its variance, 0 of a single score: (...,) each."""
     runs = scores.shape[-1]
     variance = scores.var(-1, ddof=min(1, runs - 1)) / runs
-    return scores.mean(-1), variance
+    return scores.mean(-1), np.where(np.ptp(scores, -1) == 0, 0, variance)  # rounding is no spread
 
 
 def log_mean_and_variance(scores):
@@ -483,7 +491,7 @@ def score_table(runs: DataFrame, measure: str) -> list[str]:
 def pooled_text(runs: DataFrame, pairs: list[tuple]) -> list[str]:
     """Paragraphs on all pairs: a sentence each, and a table that has each kind of reward, too."""
     if not pairs:
-        return []
+        return ["No method has a baseline here; `--compare A B` compares two of them."]
     parts = dict(list(runs.groupby("reward", sort=False)))
     if len(parts) > 1:
         parts = {"all": runs} | parts
@@ -604,7 +612,7 @@ def provenance_text(runs: DataFrame, unfinished: list[str], broken: list[str]) -
     if unfinished:
         page.append(f"**Begun, not finished: {len(unfinished)} ({', '.join(unfinished)}).**")
     columns = ["script", "total_timesteps", "commit", "script_sha256", "versions"]
-    origin = runs[columns].astype(object).fillna("not recorded").map(str)
+    origin = runs[columns].map(str).replace(["nan", "None"], "not recorded")
     rows = [[str(count), *values] for values, count in origin.value_counts().items()]
     names = ["runs", "script", "steps", "commit", "SHA-256 of the script", "versions"]
     return [*page, markdown(DataFrame(rows, columns=names))]
@@ -626,7 +634,7 @@ def draw_curves(runs: DataFrame, progress: DataFrame, file: Path) -> list[str]:
     others = [name for name in methods if name not in COLORS]
     colors = COLORS | dict(zip(others, sns.husl_palette(len(others), h=0.2)))
     labels = ["million steps", "return of evaluations"]
-    if set(runs["script"]) == {"sppo_rlhf.py"}:
+    if runs["script"].str.contains("rlhf").all():
         labels = ["texts", "reward"]
     else:
         labelled["step"] /= 1e6
@@ -683,8 +691,8 @@ def main(args: Args) -> None:
         raise Refusal(f"--out {out}: a folder that is not a report; choose another")
     everything, progress, broken = read_folders([path.expanduser() for path in args.folders])
     for name in args.logged:
-        if name not in progress and name not in Args.logged:
-            raise Refusal(f"--logged {name}: no run has logged it")
+        if "/" not in name or name not in progress and name not in Args.logged:
+            raise Refusal(f"--logged {name}: no run has logged it (as losses/entropy)")
     runs = label_runs(everything, progress, args.logged)
     pairs = pairs_of(runs, args.compare)
     differences = make_differences(runs, pairs)

@@ -100,8 +100,13 @@ def start(command, gpu, threads, runs_dir):
 
 def main():
     args = tyro.cli(Args)
-    commands = [line.strip() for line in sys.stdin if line.strip()]
-    left = list(unfinished(commands, args.runs_dir))
+    if min(args.jobs, args.jobs_per_gpu or 1) < 1:
+        sys.exit("error: --jobs and --jobs-per-gpu must be at least 1")
+    commands = list(dict.fromkeys(line.strip() for line in sys.stdin if line.strip()))
+    try:
+        left = list(unfinished(commands, args.runs_dir))
+    except (OSError, ValueError) as error:
+        sys.exit(f"error: each line must be `python SCRIPT FLAGS`: {error}")
     if args.dry_run:
         sys.stdout.writelines(f"{command}\n" for command in left)
         return
@@ -109,7 +114,7 @@ def main():
     for_gpu = [command for command in left if re.search("--device[ =](auto|cuda)", command)]
     gpus = visible_gpus() if for_gpu else []
     if gpus:
-        games = all("atari" in command for command in for_gpu)
+        games = all("atari" in shlex.split(command)[1] for command in for_gpu)
         gpus *= args.jobs_per_gpu or (min(4, max(1, CORES // len(gpus))) if games else 1)
     for_cpu = [command for command in left if not gpus or command not in for_gpu]
     pools = [(for_gpu if gpus else [], gpus), (for_cpu, [""] * args.jobs)]
@@ -140,7 +145,7 @@ def main():
                 free.append(gpu)
                 last_line = log.read_text(errors="replace").rstrip().rsplit("\n", 1)[-1]
                 code = process.returncode
-                cause = signal.Signals(-code).name if code < 0 else "failed"
+                cause = signal.strsignal(-code) if code < 0 else "failed"
                 tqdm.write(f"{cause}, see {log}" if code else last_line)
                 failed += code != 0
                 bar.update()

@@ -135,12 +135,20 @@ def test_options_and_flags_for_every_command():
         assert getattr(args, "device", "cpu") == "cpu"  # control has only that
         swimmer = args.env_id == "Swimmer-v4" and "a2c" in args.exp_name
         assert args.gamma == (0.9999 if swimmer else 0.99)
-    refused = sh("./benchmark.sh", "quick", "--dry-run", "--", "--vf_coef=1")
-    assert refused.returncode == 2 and "--vf-coef: rows differ in it" in refused.stderr
+    refusals = {
+        "quick --dry-run -- --vf_coef=1": "--vf-coef: rows differ in it",
+        "tiny --dry-run -- --policy gaussian": "--policy: rows differ in it",
+        "tiny --dry-run --envs Pong": "tiny: not with Pong",
+        "evidence --dry-run --envs tldr": "evidence: not with tldr",
+    }
+    for words, why in refusals.items():
+        refused = sh("./benchmark.sh", *words.split())
+        assert refused.returncode == 2 and why in refused.stderr
 
 
 def test_shellcheck():
-    assert sh("shellcheck", "benchmark.sh", ".ci/run").stdout == ""
+    found = sh("shellcheck", "benchmark.sh", ".ci/run")
+    assert (found.returncode, found.stdout) == (0, "")
 
 
 @pytest.mark.parametrize("shell", ["dash", "zsh"])
@@ -260,7 +268,7 @@ VISIBLE += [("NoDevFiles", 1, []), ("1,-1,2", 1, ["1"]), ("", 1, [])]
 
 @pytest.mark.parametrize("visible, per_gpu, gpus", VISIBLE)
 def test_games_go_to_gpus_and_control_to_the_cpu(visible, per_gpu, gpus, stubs):
-    commands = listed("evidence --envs Hopper-v4 --seeds 1")
+    commands = [*listed("evidence --envs Hopper-v4 --seeds 1")]
     games = listed("evidence --envs Pong --seeds 1 --device cuda")
     commands += [
         shlex.split(shlex.join(words).replace("--device ", "--device=")) for words in games
@@ -329,7 +337,15 @@ def test_a_failed_run_is_named_and_the_others_go_on(stubs):
     assert log.read_text().endswith("ValueError: no\n")
     assert len(records(stubs)) == 1
     (stubs / "sppo_atari.py").write_text("import os, signal; os.kill(os.getpid(), signal.SIGKILL)")
-    assert f"SIGKILL, see {log.relative_to(stubs)}\n" in run(commands[:1], stubs).stdout
+    assert f"Killed, see {log.relative_to(stubs)}\n" in run(commands[:1], stubs).stdout
+
+
+@pytest.mark.parametrize("line", ["python", "# seed 1", "python none.py", "python 'mine.py"])
+def test_a_line_that_is_no_command_is_said_before_any_run(line, stubs):
+    result = sh(sys.executable, ROOT / "benchmarks/run.py", cwd=stubs, input=line)
+    assert result.stderr.startswith("error: each line must be `python SCRIPT FLAGS`: ")
+    result = sh(sys.executable, ROOT / "benchmarks/run.py", "--jobs", 0, cwd=stubs, input="")
+    assert result.stderr == "error: --jobs and --jobs-per-gpu must be at least 1\n"
 
 
 def test_how_many_and_how_long_is_said_first(stubs):
@@ -415,7 +431,8 @@ time.sleep(0.7)
 def test_a_signal_ends_all_runs_at_once_and_another_cuts_none_short(kill, number, stubs):
     """A scheduler signals run.py alone, Ctrl-C all processes."""
     (stubs / "sppo_continuous.py").write_text(SLOW_TO_CLOSE + STUB)
-    (stubs / "list").write_text("python sppo_continuous.py\n" * 4)
+    lines = [f"python sppo_continuous.py --seed {seed}\n" for seed in range(4)]
+    (stubs / "list").write_text("".join(lines))
     command = ["env", "--default-signal=INT", sys.executable, ROOT / "benchmarks/run.py"]
     options = {"env": ENVIRON, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
     with open(stubs / "list") as lines:

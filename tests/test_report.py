@@ -204,6 +204,8 @@ BROKEN = [
     ("sessions.jsonl", lambda text: text.replace('"args"', '"flags"'), "KeyError('args')"),
     ("sessions.jsonl", lambda text: text.replace('"seed"', '"seeds"'), "KeyError('seed')"),
     ("sessions.jsonl", lambda text: text.replace("0.05", '"much"'), "string to float: 'much'"),
+    ("sessions.jsonl", lambda text: text.replace('"noise"', '"n"'), "KeyError('noise')"),
+    ("sessions.jsonl", lambda text: re.sub('"versions": {.*?}', '"versions": 1', text), "'int'"),
     ("sppo_continuous.py", lambda text: None, "No such file or directory"),
     ("progress.csv", lambda text: "".join(text.splitlines(True)[:6]), "cut at step 500 of 1200"),
     ("progress.csv", lambda text: text[:-40], "progress.csv"),
@@ -335,6 +337,7 @@ def test_an_interval_of_an_interquartile_mean_is_scipys():
     theirs = stats.bootstrap(strata, mean, method="percentile", rng=0).confidence_interval
     assert low < value < high
     assert (low, high) == pytest.approx((theirs.low, theirs.high), abs=0.01)
+    assert np.isnan(report.interquartile_mean([a, a[:50]])[1:]).all()
 
 
 def test_an_interval_of_a_win_rate_is_brunner_and_munzels():
@@ -364,6 +367,8 @@ def test_methods_in_the_other_order_have_the_mirrored_numbers():
 
 
 def test_scores_that_do_not_vary_have_no_interval():
+    tenths = [(np.full(3, 0.1), np.full(3, 0.7))]  # whose mean is rounded
+    assert np.isnan(report.pooled_difference(tenths, report.mean_and_variance)[1:]).all()
     cells = [(np.full(6, 2.0), np.full(6, 1.0)), (np.full(7, 300.0), np.full(7, 100.0))]
     value, *others = report.pooled_difference(cells, report.mean_and_variance)
     assert value == (1 + 200) / 2 and np.isnan(others).all()
@@ -695,6 +700,7 @@ def test_a_cell_with_two_settings_is_refused(tmp_path, changes, why):
         ({"compare": ("sppo",)}, "--compare sppo: not pairs"),
         ({"compare": ("sppo", "ppo")}, "--compare sppo ppo: no task has both; .* dppo, sppo"),
         ({"logged": ("losses/entropie",)}, "--logged losses/entropie: no run has logged it"),
+        ({"logged": ("return_mean",)}, "--logged return_mean: no run has logged it"),
     ],
 )
 def test_options_that_mean_nothing_are_refused(grid, tmp_path, options, why):
@@ -715,7 +721,7 @@ def test_the_folders_in_a_folder_are_the_same_runs(grid, page, tmp_path, capsys)
     (runs / "logs").mkdir()
     (runs / "logs/a.log").touch()
     assert write_report(*sorted(runs.iterdir()), out=tmp_path / "out") == page
-    assert capsys.readouterr().err == f"{runs}/logs: no runs in it\n"
+    assert capsys.readouterr().err.startswith(f"{runs}/logs: no runs in it ")
 
 
 def test_lines_may_end_as_on_windows(grid, page, tmp_path):
@@ -739,11 +745,9 @@ def test_any_name_of_a_method_is_shown_as_it_is(tmp_path, kept):
     names = [name.replace("|", r"\|") for name in sorted(NAMES)]
     assert f"| {' | '.join(['', *names])} |\n" in page
     assert "| null minus  |" in page and r"| _mine minus a\|b |" in page
-    options["compare"] = tuple(NAMES[:8])
-    assert write_report(tmp_path / "pack", out=tmp_path / "out", **options) != page
-    differences, curves, _, last = kept
-    assert legend_of(curves) == ["", "_mine", "a|b", "null"]
-    assert legend_of(last) == sorted(NAMES[:8])
+    assert write_report(tmp_path / "pack", out=tmp_path / "out", **options) == page
+    _, curves, _, from_pack = kept
+    assert legend_of(curves) == legend_of(from_pack) == ["", "_mine", "a|b", "null"]
     for figure in kept:
         figure.canvas.draw()
         texts = figure.findobj(report.plt.Text)
