@@ -222,6 +222,10 @@ def reward_model(name, label=1, dtype=torch.float32):
     return rlhf.classifier_reward(str(name), args, ["the plot was dull"], CPU, dtype)
 
 
+def function_reward(name, *columns, metrics=None):
+    return rlhf.function_reward(name, columns, metrics, CPU)
+
+
 def ragged(seed=0, lengths=((3, 5), (7, 2), (1, 1), (5, 5)), tokens=5):
     """Prompts, responses, and for each text its tokens without padding and the length of its
     prompt."""
@@ -242,14 +246,11 @@ def ragged(seed=0, lengths=((3, 5), (7, 2), (1, 1), (5, 5)), tokens=5):
 def collect(actor, prompts, uniform, top_k, eos, stop_at_eos):
     """The rollout from prompts; padding is 1, every reward 0."""
     length = uniform.shape[1]
-    setup = SimpleNamespace(
-        accelerator=Accelerator(cpu=True),
-        actor_critic=actor,
-        tokenizer=SimpleNamespace(
-            eos_token_id=eos, pad_token_id=1, batch_decode=lambda *_, **__: ""
-        ),
-    )
     args = rlhf.Args(response_length=length, stop_at_eos=stop_at_eos)
+    tokenizer = SimpleNamespace(eos_token_id=eos, pad_token_id=1, batch_decode=lambda *_, **__: "")
+    setup = SimpleNamespace(accelerator=Accelerator(cpu=True), actor_critic=actor)
+    setup.tokenizer = tokenizer
+    setup.ends = torch.tensor(rlhf.end_tokens({}, tokenizer, actor.policy, args))
     data = datasets.Dataset.from_dict({"text": [""] * len(uniform)})
     no_reward = [lambda **_: torch.zeros(len(uniform))]
     return rlhf.collect_rollout(setup, args, data, prompts, uniform, top_k, no_reward)
@@ -270,23 +271,23 @@ def test_padding_changes_nothing_in_any_family(toy, tmp_path, kind, lora_r):
             nn.init.normal_(parameter, std=0.3)
     prompts, responses, texts = ragged()
     _, references, _ = ragged(1, lengths=((3, 2), (7, 5), (1, 4), (5, 1)))
-    log_prob, real_log_prob, value = actor(prompts, responses, references)
-    log_probs = [log_prob, *real_log_prob]
+    log_prob, value, real_log_prob = actor(prompts, responses, references)
+    log_probs = [log_prob, real_log_prob]
     (sum(log_probs) + value).sum().backward()
     for parameter in actor.parameters():
         assert parameter.grad is None or parameter.grad.isfinite().all()
-    reference_log_prob = actor.reference_log_prob(prompts, responses)
+    reference_log_prob = rlhf.token_log_probs(actor.reference, prompts, responses)
     assert torch.allclose(reference_log_prob, log_probs[0]) == (lora_r == 0)
 
     uniform = torch.rand(4, 5, generator=torch.Generator().manual_seed(1))
-    eos = SimpleNamespace(eos_token_id=0, pad_token_id=1)
     with torch.no_grad():
-        samples = actor.generate(prompts, uniform, 0, eos, stop_at_eos=False).ids
+        samples, acting_log_prob = actor.generate(prompts, uniform, 0, torch.tensor([0]), 1, False)
+    log_probs_of_samples = actor(prompts, samples)[0]
+    torch.testing.assert_close(acting_log_prob, log_probs_of_samples, atol=1e-4, rtol=0)
+    samples = samples.ids
 
-    critic = actor.policy.base_model if lora_r else actor.critic
     for row, (text, length) in enumerate(texts):
         prompt = text[:length]
-        actor.activate_adapter("policy")
         for tokens, log_prob in zip((responses, references), log_probs):
             own = tokens.ids[row][tokens.mask[row]]
             logits = actor.policy(torch.cat([prompt, own])[None]).logits[0, length - 1 : -1]
@@ -299,8 +300,7 @@ def test_padding_changes_nothing_in_any_family(toy, tmp_path, kind, lora_r):
             token = rlhf.sample_token(logits, uniform[row, t].view(1, 1), 0)[0]
             sampled = torch.cat([sampled, token])
         assert torch.equal(samples[row], sampled[length:])
-        actor.activate_adapter("critic")
-        hidden = critic(text[None]).last_hidden_state[0, length - 1 : -1]
+        hidden = actor.critic(text[None]).last_hidden_state[0, length - 1 : -1]
         expected = actor.value_head(hidden)[:, 0]
         torch.testing.assert_close(value[row, : len(expected)], expected, atol=1e-4, rtol=0)
 
@@ -342,7 +342,7 @@ def test_a_rollout_samples_token_by_token(models, top_k):
             text = torch.cat([text, token])
     assert rollout.response.mask.all()
     torch.testing.assert_close(rollout.reference_log_prob, rollout.log_prob)
-    torch.testing.assert_close(rollout.value, actor(prompts, rollout.response)[2])
+    torch.testing.assert_close(rollout.value, actor(prompts, rollout.response)[1])
 
 
 @pytest.mark.parametrize("others", [None, 7, "list"])
@@ -377,23 +377,27 @@ def test_the_ratio_begins_at_one_however_a_batch_is_split(models, dtype):
     prompts, _, _ = ragged(lengths=((3, 0), (7, 0), (1, 0), (2, 0)), tokens=0)
     uniform = torch.rand(4, 9, generator=torch.Generator().manual_seed(1))
     rollout = collect(actor, prompts, uniform, 5, 3, True)
-    batch = rlhf.Batch(prompts, rollout.response, rollout, rollout.value, rollout.value)
+    response, _, old_log_prob, _, old_value, _ = rollout
+    batch = rlhf.Batch(prompts, response, response, old_log_prob, *[old_value] * 3)
     for rows in ([0, 1, 2, 3], [0, 3], [2]):
         part = rlhf.take(batch, rows)
-        for others in ([], [part.references]):
-            response, old_log_prob, *_, old_value, _ = part.rollout
-            log_prob, _, value = actor(part.prompt, response, *others)
-            for new, old in ((log_prob, old_log_prob), (value, old_value)):
-                sampled = response.mask
-                torch.testing.assert_close(new[sampled], old[sampled], atol=1e-5, rtol=0)
+        for tokens in (part.prompt, part.response, part.references):
+            assert tokens.mask.any(0).all()
+        assert part.prompt.mask.sum() == prompts.mask[rows].sum()
+        assert part.response.mask.sum() == response.mask[rows].sum()
+        log_prob, value, real_log_prob = actor(part.prompt, part.response, part.references)
+        pairs = ((log_prob, part.old_log_prob), (value, part.old_value), (real_log_prob, log_prob))
+        for new, old in pairs:
+            sampled = part.response.mask
+            torch.testing.assert_close(new[sampled], old[sampled], atol=1e-5, rtol=0)
 
 
 def test_in_bfloat16_the_last_layers_are_in_float32(models):
     actor = actor_critic(models["gpt2"], dtype=torch.bfloat16)
     texts = ragged()[:2]
-    log_prob, _, value = actor(*texts)
+    log_prob, value, _ = actor(*texts)
     with actor.autocast():
-        policy_states = rlhf.predicting_states(actor.policy.base_model, *texts)
+        policy_states = rlhf.predicting_states(actor.policy.get_decoder(), *texts)
         critic_states = rlhf.predicting_states(actor.critic, *texts)
     expected = actor.policy.lm_head(policy_states.float()).log_softmax(-1)
     expected = expected.gather(-1, texts[1].ids[..., None])[..., 0]
@@ -408,11 +412,11 @@ def test_lora_roles_are_adapters_on_one_frozen_model(models):
     texts = ragged()[:2]
     for name, parameter in actor.named_parameters():
         assert parameter.requires_grad == ("lora_" in name or "value_head" in name)
-        if "lora_B.policy" in name:
+        if name.startswith("policy.") and "lora_B" in name:
             nn.init.normal_(parameter)
-    log_prob, _, value = actor(*texts)
-    initial, _, plain_value = plain(*texts)
-    torch.testing.assert_close(actor.reference_log_prob(*texts), initial)
+    log_prob, value, _ = actor(*texts)
+    initial, plain_value, _ = plain(*texts)
+    torch.testing.assert_close(rlhf.token_log_probs(actor.reference, *texts), initial)
     torch.testing.assert_close(value, plain_value)
     assert (log_prob - initial).abs().max() > 0.1
 
@@ -420,12 +424,12 @@ def test_lora_roles_are_adapters_on_one_frozen_model(models):
     silent.load_state_dict(actor.state_dict())
     torch.testing.assert_close(silent(*texts)[0], initial)
 
-    log_prob, _, value = actor(*texts)
+    log_prob, value, _ = actor(*texts)
     for loss, expected in ((log_prob, {"policy"}), (value, {"critic", "value_head"})):
         actor.zero_grad()
         loss.sum().backward()
         learning = {name for name, p in actor.named_parameters() if p.grad is not None}
-        assert {name.split(".")[-2] for name in learning} == expected
+        assert {name.split(".")[0] for name in learning} == expected
 
     for parameter in actor_critic(models["gptj"], 2, torch.bfloat16).parameters():
         assert (parameter.dtype == torch.float32) == parameter.requires_grad
@@ -444,30 +448,25 @@ def test_models_that_do_not_fit_are_refused_before_a_folder_is_made(
     renamed = {name.replace("lora_A", "lora_C"): weight for name, weight in saved.items()}
     safetensors.torch.save_file(renamed, file)
     policy, reward = f"{rlhf.TOY}/policy", f"{rlhf.TOY}/reward"
-    make_policy("GPT2", tmp_path / "few", toy, vocab_size=90)
     refusals = []
-    for kind in ("bart", "llava"):
+    kinds = {"bart": r"bart \(bart\) is not decoder-only$", "llava": "class.*LlavaConfig"}
+    for kind, message in kinds.items():
         transformers.AutoConfig.for_model(kind).save_pretrained(tmp_path / kind)
-        words = ["--policy-model", tmp_path / kind, "--tokenizer", policy]
-        refusals.append((words, rf"{kind} \({kind}\) is not decoder-only$"))
-    make_policy(
-        "Llama", tmp_path / "quantised", toy, quantization_config={"quant_method": "bitsandbytes"}
-    )
+        refusals.append((["--policy-model", tmp_path / kind, "--tokenizer", policy], message))
     refusals += [
-        (["--policy-model", tmp_path / "quantised"], "is quantised, so it needs --lora-r$"),
-        (["--policy-model", tmp_path / "few"], r"few has embeddings for 90 tokens, not \d+$"),
         (["--reward-model", policy], "policy lacks 1 weights, such as score.weight$"),
         (["--policy-model", reward, "--tokenizer", policy], r"reward lacks \d+ weights, such as"),
+        (["--device", "cuda"], "there is no GPU$"),
         (["--prompt-length", "40"], "has 64 positions for up to 72 tokens$"),
         (["--policy-model", "./none/policy"], "^error: .*'./none/policy'"),
         (["--reward-model", "./none/reward"], "^error: .*'./none/reward'"),
-        (["--reward-model", "none.py:own"], "^error: none.py does not exist"),
+        (["--reward-model", "none.py:own"], "^error: .*No such file.*none.py"),
         (["--dataset", "./none/texts.jsonl"], "^error: .*none/texts.jsonl"),
         (["--eval-reward-model", adapter], "adapter lacks 4 weights, such as .*lora_A.weight$"),
     ]
     for label in (-1, 2):
         words = ["--eval-reward-model", reward, "--reward-label", label]
-        refusals.append((words, f"reward has 2 labels, and no --reward-label {label}$"))
+        refusals.append((words, f"reward: --reward-label must be one of {{0.*, not {label}$"))
     for name in ("classifier", "adapter"):
         words = ["--noise", "flip", "--reward-model", reward, models[name]]
         refusals.append((words, f"{name}'s rewards are unbounded, so --noise flip"))
@@ -788,26 +787,23 @@ def test_a_reward_function_is_one_of_a_module(tmp_path):
     file = f"{tmp_path}/own_rewards.py"
     inputs = {"texts": ["ab", "abc"], "completions": ["b", "bc"]}
     for _ in range(2):
-        assert rlhf.function_reward(f"{file}:own", CPU)(**inputs).tolist() == [1, 2]
+        assert function_reward(f"{file}:own")(**inputs).tolist() == [1, 2]
     own = sys.modules["own_rewards"].own
     assert pickle.loads(pickle.dumps(own)) is own
     with pytest.raises(SystemExit, match="^error: .*own_rewards.py:none: .* no attribute 'none'$"):
-        rlhf.function_reward(f"{file}:none", CPU)
+        function_reward(f"{file}:none")
     (tmp_path / "needs.py").write_text("import not_installed")
     with pytest.raises(SystemExit, match="^error: .*needs.py:own: No module named 'not_installed"):
-        rlhf.function_reward(f"{tmp_path}/needs.py:own", CPU)
+        function_reward(f"{tmp_path}/needs.py:own")
     for name in ("too_few", "mapping"):
         with pytest.raises(SystemExit, match=f"^error: .*:{name} must return a list of 2 scores"):
-            rlhf.function_reward(f"{file}:{name}", CPU)(**inputs)
-    (tmp_path / "json.py").write_text(OWN_REWARDS)
-    with pytest.raises(SystemExit, match="json.py does not exist, or another module has its name"):
-        rlhf.function_reward(f"{tmp_path}/json.py:own", CPU)
+            function_reward(f"{file}:{name}")(**inputs)
 
 
 def test_trls_own_reward_functions_run(tmp_path):
     own = "from trl.rewards import get_repetition_penalty_reward\n"
     (tmp_path / "trls.py").write_text(f"{own}penalty = get_repetition_penalty_reward(2)")
-    reward = rlhf.function_reward(f"{tmp_path}/trls.py:penalty", CPU)
+    reward = function_reward(f"{tmp_path}/trls.py:penalty", "label")
     inputs = dict.fromkeys(["texts", "prompts", "completions", "label"], ["", ""])
     assert reward(completion_ids=[[1, 2, 3, 4], [5] * 5], **inputs).tolist() == [0, -0.75]
 
@@ -902,15 +898,13 @@ def test_the_loss_is_the_sum_of_its_parts_and_a_share_of_the_minibatch():
     """Texts with half of a minibatch's sampled tokens, and a quarter of its reference tokens."""
     new, old, advantage, mask = random_tokens()
     sft_mask = mask.flip(1)
-    unused = dict.fromkeys(("real_log_prob", "reference_log_prob", "scores"))
     response, references = rlhf.Tokens(None, mask), rlhf.Tokens(None, sft_mask)
-    rollout = rlhf.Rollout(response, log_prob=old, value=new + 1, **unused)
-    batch = rlhf.Batch(None, references, rollout, advantage, returns=new + 2)
+    batch = rlhf.Batch(None, references, response, old, new + 1, advantage, returns=new + 2)
     args = rlhf.Args(alpha=0.6, beta=0.5, z=-2.0, vf_coef=0.3, ce_coef=0.7)
 
     def model(prompt, *texts):
         assert texts == (response, references)
-        return new, (old,), new + 1
+        return new, new + 1, old
 
     loss, metrics = rlhf.loss_and_metrics(model, args, batch, 2 * mask.sum(), 4 * sft_mask.sum())
     policy_loss, reverse_loss = rlhf.symmetric_policy_losses(new, old, advantage, mask, 0.2, -2.0)
@@ -962,8 +956,9 @@ def test_prompts_that_lose_their_beginning_are_counted(run, tmp_path, capsys, le
     datasets.Dataset.from_list(rows).to_json(path)
     flags = {"dataset": path, "eval_dataset": path, "eval_episodes": 20, "total_timesteps": 8}
     run(prompt_length=length, **flags)
-    line = "--prompt-length cuts 8 of 20 held-out prompts (left)\n"
-    assert (line in capsys.readouterr().out) == counted
+    cut = "8 of 20" if counted else "0 of 20"
+    line = f"--prompt-length cuts {cut} training, {cut} held-out prompts (left)\n"
+    assert line in capsys.readouterr().out
 
 
 @pytest.mark.parametrize("kind", ["csv", "tsv", "parquet", "jsonl.gz", "folder", "hub"])
@@ -1086,6 +1081,7 @@ def test_a_run_leaves_what_it_promises(run):
     assert [sample["step"] for sample in read_samples(folder)] == [0] * 4 + [16] * 4 + [32] * 4
 
     columns = {name for name in rows[0] if "/" in name}
+    assert len(columns) == 15
     events = EventAccumulator(str(folder)).Reload()
     for name in columns:
         values = [scalar.value for scalar in events.Scalars(name)]
@@ -1118,9 +1114,9 @@ def test_the_saved_policy_is_a_folder_like_any_other(run):
     text = rlhf.Tokens(ids, torch.ones_like(ids, dtype=torch.bool))
     texts = [rlhf.Tokens(*(x[:, part] for x in text)) for part in (slice(1), slice(1, None))]
     actor = actor_critic(f"{rlhf.TOY}/policy")
-    initial, _, _ = actor(*texts)
+    initial, *_ = actor(*texts)
     actor.load_state_dict(checkpoint(folder)["agent"], strict=False)
-    trained, _, _ = actor(*texts)
+    trained, *_ = actor(*texts)
     assert (trained - initial).abs().max() > 0.01
     loaded = AutoModelForCausalLM.from_pretrained(folder / "policy").eval()
     log_prob = loaded(ids).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
@@ -1153,7 +1149,7 @@ def test_an_evaluation_by_hand(run, toy, models, monkeypatch, top_k):
     with monkeypatch.context() as patch:
         top_ks = record(patch, rlhf, "sample_token")
         folder = run(top_k=3, eval_greedy=top_k == 1, **flags)
-    assert {args[2] for args, _ in top_ks} == {3, top_k}  # in training and in evaluations
+    assert {args[2] for args, _ in top_ks} == {0, 3, top_k}  # in checks, training, evaluations
     row = progress(folder)[-1]
     samples = read_samples(folder)[-4:]
     texts = [sample["prompt"] + sample["response"] for sample in samples]
@@ -1333,6 +1329,7 @@ def test_the_default_name_tells_runs_by_all_that_may_change_results(tmp_path, mo
     folder = rlhf.Args().folder()
     assert re.fullmatch(r"runs/toy__sppo__none__1__[0-9a-f]{8}", str(folder))
     others = {"runs_dir": "elsewhere", "track": True, "device": "cpu"}
+    others |= {"gradient_checkpointing": True}
     assert rlhf.Args(**others).folder() == Path("elsewhere", folder.name)
     assert set(rlhf.NO_EFFECT) == others.keys()
     for flags in ({"learning_rate": 1.0}, {"amp": "off"}, {"reward_model": ("a", "b")}):
@@ -1375,7 +1372,7 @@ def test_enjoy_repeats_the_last_evaluation(run, summaries, tmp_path, monkeypatch
         for name in ("return_mean", "kl", "perplexity_real"):
             assert f"{name}: {row[name]:.4g}" in lines
         assert lines[-1].startswith(f"{folder}: reward {row['return_mean']:.3f} (")
-        assert lines.pop(0).startswith("--prompt-length cuts 4 of 4 ")
+        assert lines.pop(0).endswith(", 4 of 4 held-out prompts (left)")
         for line, sample in zip(lines, read_samples(folder)[-4:]):
             assert line.startswith(f"{sample['reward']:.3f} {sample['prompt']} [")
         assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
@@ -1459,7 +1456,7 @@ def test_advantages_are_normalised_after_flips_drawn_anew_each_epoch(run, monkey
     run(noise="adv_flip" if level else "none", noise_level=level, response_length=40)
     lengths = set()
     for (_, _, minibatch), _ in gradients:
-        advantage = minibatch.advantage[minibatch.rollout.response.mask]
+        advantage = minibatch.advantage[minibatch.response.mask]
         lengths.add(len(advantage))
         assert advantage.mean().item() == pytest.approx(0, abs=1e-5)
         assert advantage.std().item() == pytest.approx(1, abs=1e-3)
@@ -1478,7 +1475,7 @@ def test_micro_batches_add_up_to_the_minibatch(run, monkeypatch):
     results = []
 
     def recording(setup, args, minibatch):
-        assert len(minibatch.rollout.response.mask.sum(1).unique()) > 1
+        assert len(minibatch.response.mask.sum(1).unique()) > 1
         for size in (None, 1, 3):
             setup.optimizer.zero_grad()
             metrics = accumulate_gradient(setup, replace(args, micro_batch_size=size), minibatch)
@@ -1506,9 +1503,9 @@ def test_summaries_with_lora(run, models, summaries):
     base = AutoModelForCausalLM.from_pretrained(models["gptj"])
     adapted = peft.PeftModel.from_pretrained(base, folder / "policy").base_model.model
     saved = {name: p for name, p in adapted.named_parameters() if "lora_" in name}
-    assert len(saved) == sum(".policy." in name for name in state)
+    assert len(saved) == sum(name.startswith("policy.") for name in state)
     for name, weight in saved.items():
-        assert torch.equal(weight, state["policy." + name.replace("default", "policy")])
+        assert torch.equal(weight, state[f"policy.base_model.model.{name}"])
 
 
 @pytest.mark.parametrize(("kind", "layers"), {
@@ -1528,7 +1525,6 @@ def test_the_adapter_of_any_family_is_merged_into_its_model(
     args = read_lines(folder / "sessions.jsonl")[0]["args"]
     trained = rlhf.ActorCritic(rlhf.Args(**args), CPU, torch.float32)
     trained.load_state_dict(checkpoint(folder)["agent"], strict=False)
-    trained.activate_adapter("policy")
     ids = torch.arange(12).view(2, 6)
     expected = trained.policy(ids).logits
     saved = peft.AutoPeftModelForCausalLM.from_pretrained(folder / "policy")
@@ -1538,7 +1534,7 @@ def test_the_adapter_of_any_family_is_merged_into_its_model(
     torch.testing.assert_close(saved.eval()(ids).logits, expected)
     merged = saved.merge_and_unload()(ids).logits
     torch.testing.assert_close(merged, expected, rtol=1e-4, atol=1e-4)
-    with trained.adapted.disable_adapter():
+    with trained.policy.disable_adapter():
         assert (trained.policy(ids).logits - expected).abs().max() > 0.01
 
 
@@ -1649,10 +1645,8 @@ def test_where_the_toy_cannot_be_locked_one_sentence_says_so(tmp_path, monkeypat
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(fcntl, "flock", flock)
-    with pytest.raises(
-        SystemExit, match=r"^error: cannot lock runs/toy \(No locks available\); st"
-    ):
-        rlhf.prepare(rlhf.Args())
+    with pytest.raises(SystemExit, match=r"^error: .*No locks available"):
+        call_main(monkeypatch)
 
 
 def test_adapters_and_samples_do_not_share_random_numbers(run, monkeypatch, summaries):
@@ -1733,11 +1727,9 @@ def test_help_shows_the_defaults_of_the_task(capsys):
     "--max-grad-norm 0": "max_grad_norm must be positive; 1e9 turns clipping off",
     "--max-grad-norm nan": "max_grad_norm must be positive; 1e9 turns clipping off",
     "--track": "track needs wandb: pip install wandb",
-    "--device cuda": "there is no GPU",
 }.items())  # fmt: skip
 def test_flags_that_would_mean_something_else_are_refused(flags, message, monkeypatch, capsys):
     """By each of two processes."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(rlhf, "find_spec", lambda name: None)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit) as exit_:
