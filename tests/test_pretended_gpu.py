@@ -101,8 +101,8 @@ def test_a_mistake_is_caught(setting, right, wrong, tmp_path, gpu):
 # What is doubled, and how many waits that adds: units by waits of each. Each step of a game waits
 # for the action and for the image; each epoch for the order and the flips; each of A2C's rollouts
 # for what is logged and saved, too; each micro batch for all its tensors and, in policy and critic,
-# for transformers' look at the mask, as does each token of three batches of samples, which also asks
-# whether a text goes on; each minibatch of language models for what is logged.
+# for transformers' look at the mask, as does each token of three batches of samples, and whether
+# one goes on; each minibatch of language models for what is logged.
 RLHF_WAITS = {"response_length": 3 * 4 * 2, "micro_batch_size": -2 * 12, "num_minibatches": 2 * 7}
 RLHF_WAITS |= {"batch_size": 4 * 12}
 WAITS = [

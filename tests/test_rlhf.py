@@ -370,6 +370,34 @@ def test_all_end_tokens_of_the_policy_end_a_response(models, others):
     assert not np.isin(unending.ids, ends).any()
 
 
+def test_texts_cost_what_they_are_long(models, monkeypatch):
+    """Those of a part are sampled until the last has ended, and scored without padding; the limit
+    changes nothing else. Parts of other lengths are one rollout."""
+    actor = actor_critic(models["gpt2"])
+    prompts, _, _ = ragged(lengths=((3, 0), (7, 0), (1, 0), (2, 0)), tokens=0)
+    uniform = torch.rand(4, 60, generator=torch.Generator().manual_seed(1))
+    endless = collect(actor, prompts, uniform[:, :40], 0, 50, True).response.ids
+    eos, *others = endless[:, 12].tolist()  # a token of each row
+    actor.policy.generation_config.eos_token_id = others
+    whole = collect(actor, prompts, uniform[:, :40], 0, eos, True)
+    longest = whole.response.mask.sum(1).max().item()
+    assert longest < 40
+    tokens = record(monkeypatch, rlhf, "sample_token")
+    scored = record(monkeypatch, rlhf, "token_log_probs")
+    longer = collect(actor, prompts, uniform, 0, eos, True)
+    assert len(tokens) == longest
+    assert {continuation.ids.shape[1] for (_, _, continuation), _ in scored} == {longest}
+    assert not longer.response.mask[:, longest:].any()
+    rows = SimpleNamespace(split=lambda _: torch.arange(4).split(1))
+    monkeypatch.setattr(rlhf, "process_rows", lambda *_: rows)
+    one_by_one = collect(actor, prompts, uniform, 0, eos, True)
+    for rollout in (longer, one_by_one):
+        for part, expected in zip(rollout.response, whole.response):
+            assert torch.equal(part[:, :40], expected)
+        for part, expected in zip(rollout[1:], whole[1:]):
+            torch.testing.assert_close(part[:, :40], expected, atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_ratio_begins_at_one_however_a_batch_is_split(models, dtype):
     """Dropout is off, too, for which the configuration asks."""
@@ -404,6 +432,60 @@ def test_in_bfloat16_the_last_layers_are_in_float32(models):
     torch.testing.assert_close(log_prob, expected, atol=1e-5, rtol=0)
     assert not torch.equal(log_prob, actor_critic(models["gpt2"])(*texts)[0])
     torch.testing.assert_close(value, actor.value_head(critic_states.float())[..., 0])
+
+
+@pytest.mark.parametrize("lora_r", [0, 2])
+@pytest.mark.parametrize("kind", ["GPT2", "OPT", "Falcon", "Gemma3Text"])
+def test_checkpointing_changes_no_gradient(toy, tmp_path, kind, lora_r):
+    """Nor does dropout, be it a module (GPT-2) or a number. Layers are computed once more, those of
+    policy and critic with their own adapters, which are not zero."""
+    dropouts = (
+        "embd_pdrop attn_pdrop resid_pdrop dropout attention_dropout hidden_dropout layerdrop"
+    )
+    make_policy(kind, tmp_path, toy, **dict.fromkeys(dropouts.split(), 0.5))
+    texts = ragged()[:2]
+    gradients, calls = [], []
+    for flag in (False, True):
+        actor = actor_critic(tmp_path, lora_r, gradient_checkpointing=flag)
+        torch.manual_seed(0)
+        for name, parameter in actor.named_parameters():
+            if "lora_" in name:
+                nn.init.normal_(parameter, std=0.3)
+        layers = next(x for x in actor.critic.modules() if isinstance(x, nn.ModuleList))
+        part = next(layers[0].children())
+        part.register_forward_pre_hook(lambda *_, flag=flag: calls.append(flag))
+        log_prob, value, _ = actor.train(flag)(*texts)
+        (log_prob.sum() + value.square().sum()).backward()
+        gradients.append({name: p.grad for name, p in actor.named_parameters() if p.requires_grad})
+    assert calls == [False, True, True]
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        assert gradient is not None
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("lora_r", [0, 2])
+def test_of_a_multimodal_model_the_language_part_learns(toy, run, tmp_path, lora_r):
+    """All that is trained has a gradient, without which DDP stops. The rest is saved as it was."""
+    make_policy("Gemma3Text", tmp_path / "text", toy)
+    text = transformers.AutoConfig.from_pretrained(tmp_path / "text").to_dict()
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
+    vision |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    parts = {"text_config": text, "vision_config": vision}
+    config = transformers.Gemma3Config(**parts, mm_tokens_per_image=4)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "both")
+    AutoTokenizer.from_pretrained(toy / "policy").save_pretrained(tmp_path / "both")
+    actor = actor_critic(tmp_path / "both", lora_r)
+    log_prob, value, _ = actor(*ragged()[:2])
+    (log_prob.sum() + value.sum()).backward()
+    learning = {name for name, p in actor.named_parameters() if p.requires_grad}
+    assert learning == {name for name, p in actor.named_parameters() if p.grad is not None}
+    assert len(learning) > 10 and not any("vision" in name for name in learning)
+    folder = run(policy_model=str(tmp_path / "both"), lora_r=lora_r, total_timesteps=8)
+    if not lora_r:
+        saved = AutoModelForCausalLM.from_pretrained(folder / "policy").state_dict()
+        before = AutoModelForCausalLM.from_pretrained(tmp_path / "both").state_dict()
+        assert all(torch.equal(saved[name], before[name]) for name in saved if "vision" in name)
 
 
 def test_lora_roles_are_adapters_on_one_frozen_model(models):
@@ -461,6 +543,7 @@ def test_models_that_do_not_fit_are_refused_before_a_folder_is_made(
         (["--policy-model", "./none/policy"], "^error: .*'./none/policy'"),
         (["--reward-model", "./none/reward"], "^error: .*'./none/reward'"),
         (["--reward-model", "none.py:own"], "^error: .*No such file.*none.py"),
+        (["--chat-template-kwargs", '{"brief": true}'], "no chat template with 'brief' is used$"),
         (["--dataset", "./none/texts.jsonl"], "^error: .*none/texts.jsonl"),
         (["--eval-reward-model", adapter], "adapter lacks 4 weights, such as .*lora_A.weight$"),
     ]
@@ -619,6 +702,75 @@ def test_an_end_token_that_the_tokenizer_appends_does_not_end_a_prompt(toy, temp
     assert ids[mask].tolist() == [*start, *plain, end]
 
 
+CHATML = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% if brief %}so{% endif %}{% endif %}"
+)
+
+
+@pytest.fixture
+def chat_tokenizer(toy):
+    """A turn ends with a token that is not the end of text."""
+    tokenizer = AutoTokenizer.from_pretrained(toy / "policy")
+    turns = ["<|user|>", "<|assistant|>", "<|end|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": turns})
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+CHAT = [{"role": "user", "content": "the plot"}]
+
+
+@pytest.mark.parametrize("stop", [True, False])
+def test_a_turn_ends_as_the_template_says(chat_tokenizer, stop):
+    """Responses, also of a base model that names the end of text only, and references. A template
+    that closes no turn leaves it at the end of text."""
+    args = rlhf.Args(response_length=9)
+    end = chat_tokenizer.convert_tokens_to_ids("<|end|>")
+    eos = chat_tokenizer.eos_token_id
+    if not stop:
+        chat_tokenizer.chat_template = CHATML.replace("<|end|>", "")
+    rows = {"prompt": [CHAT], "label": [" was dull"]}
+    _, references = rlhf.tokenize(rows, chat_tokenizer, args)
+    label = chat_tokenizer(" was dull")["input_ids"]
+    assert references.ids[references.mask].tolist() == [*label, end if stop else eos]
+    base = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=eos))
+    base.get_output_embeddings = lambda: nn.Linear(1, len(chat_tokenizer))
+    assert set(rlhf.end_tokens(rows, chat_tokenizer, base, args)) == {eos, end if stop else eos}
+    assert set(rlhf.end_tokens({"prompt": ["a"]}, chat_tokenizer, base, args)) == {eos}
+
+
+@pytest.mark.parametrize(("messages", "flags", "text"), [
+    ([], {}, "<|user|>the plot<|end|>\n<|assistant|>"),
+    ([{"role": "assistant", "content": "it was"}], {},
+     "<|user|>the plot<|end|>\n<|assistant|>it was"),
+    ([], {"chat_template_kwargs": '{"brief": true}'},
+     "<|user|>the plot<|end|>\n<|assistant|>so"),
+    ([], {"chat_template_kwargs": '{"brief": false}'},
+     "<|user|>the plot<|end|>\n<|assistant|>"),
+])  # fmt: skip
+def test_a_turn_that_was_begun_is_continued(chat_tokenizer, messages, flags, text):
+    """A template's own variables are flags."""
+    args = rlhf.Args(prompt_length=40, **flags)
+    prompt, _ = rlhf.tokenize({"prompt": [CHAT + messages]}, chat_tokenizer, args)
+    assert chat_tokenizer.decode(prompt.ids[0]) == text
+
+
+def test_a_completion_has_the_turn_that_was_begun(chat_tokenizer):
+    """As in TRL, so that classifiers read one turn of it."""
+    begun = [*CHAT, {"role": "assistant", "content": "it was"}]
+    rows = {"prompt": [begun, CHAT]}
+    args = rlhf.Args(prompt_length=40)
+    prompt, _ = rlhf.tokenize(rows, chat_tokenizer, args)
+    ids = torch.tensor([chat_tokenizer(" dull")["input_ids"]] * 2)
+    response = rlhf.Tokens(ids, torch.ones_like(ids, dtype=torch.bool))
+    inputs = rlhf.reward_inputs(rows, chat_tokenizer, prompt, response)
+    assert inputs["prompts"] == [CHAT, CHAT]
+    contents = [message["content"] for (message,) in inputs["completions"]]
+    assert contents == ["it was dull", " dull"]
+    assert inputs["completion_ids"] == ids.tolist()
+
+
 # Reward models
 
 
@@ -655,6 +807,47 @@ def test_a_single_output_is_the_score(models, name):
         assert score.item() == pytest.approx(expected.item(), abs=1e-5)
     rounded = reward_model(models[name], dtype=torch.bfloat16)
     torch.testing.assert_close(rounded(texts), scores, rtol=0.1, atol=0.1)
+
+
+def test_a_classifier_reads_a_text_as_if_it_were_alone(toy, tmp_path):
+    """Decoders are read at the last token, where nothing says what padding is: also where the text
+    closes with the token that pads."""
+    tokenizer = AutoTokenizer.from_pretrained(toy / "policy", pad_token=None)
+    tokenizer.save_pretrained(tmp_path)
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    shape |= {"num_attention_heads": 2, "vocab_size": len(tokenizer), "num_labels": 1}
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(transformers.LlamaConfig(**shape)).eval()
+    model.save_pretrained(tmp_path)
+    texts = ["the plot was superb .<|endoftext|>", "the plot<|endoftext|>", "the cast was dull"]
+    alone = [model(**tokenizer(text, return_tensors="pt")).logits[0, 0] for text in texts]
+    torch.testing.assert_close(reward_model(tmp_path)(texts), torch.stack(alone))
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize("labels", [2, 3])
+def test_of_more_than_two_labels_one_is_asked_for(toy, tmp_path, models, labels, adapter):
+    """The reward of two is that of label 1. An adapter has as many as its head has rows."""
+    load = AutoModelForSequenceClassification.from_pretrained
+    torch.manual_seed(0)
+    model = load(models["gptj"], num_labels=labels)
+    folder = tmp_path / "reward"
+    if adapter:
+        config = peft.LoraConfig(r=2, task_type="SEQ_CLS", init_lora_weights=False)
+        model = peft.get_peft_model(model, config)
+    else:
+        AutoTokenizer.from_pretrained(models["gptj"]).save_pretrained(folder)
+    model.save_pretrained(folder)
+    text = "the plot was dull"
+    ids = AutoTokenizer.from_pretrained(models["gptj"])(text, return_tensors="pt")
+    expected = model.eval()(**ids).logits.softmax(-1)[0]
+    for label in range(labels):
+        assert reward_model(folder, label)([text]).item() == pytest.approx(expected[label].item())
+    if labels == 2:
+        assert reward_model(folder, None)([text]).item() == pytest.approx(expected[1].item())
+    else:
+        with pytest.raises(SystemExit, match="--reward-label must be one of {0: .*, not None$"):
+            reward_model(folder, None)
 
 
 def test_a_text_that_is_too_long_loses_its_beginning(toy):
@@ -800,6 +993,46 @@ def test_a_reward_function_is_one_of_a_module(tmp_path):
             function_reward(f"{file}:{name}")(**inputs)
 
 
+@pytest.mark.parametrize("file", ["reward.v2.py", "json.py", "my-reward.py"])
+def test_a_file_of_any_name_has_reward_functions(tmp_path, file):
+    """Also one of a name that another folder's or an installed module has, and each its own."""
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        function = f"def own(texts): return [{folder!r} == 'b' for _ in texts]"
+        (tmp_path / folder / file).write_text(function)
+    first, second = (function_reward(f"{tmp_path}/{folder}/{file}:own") for folder in "ab")
+    for _ in range(2):
+        assert (first(texts=["x"]).item(), second(texts=["x"]).item()) == (0, 1)
+    assert json.loads("1") == 1
+
+
+OWN_ARGUMENTS = """
+def named(completions, answer): return [float(answer[0] == 3)]
+def with_default(texts, answer=None, other=5): return [float(answer[0] == 3 and other == 5)]
+def whatever(**kwargs): return [float(kwargs["answer"][0] == 3 and "texts" in kwargs)]
+def logging(texts, log_metric):
+    log_metric("words", len(texts[0].split()))
+    return [1.0]
+def unknown(completions, solution, **kwargs): return [0.0]
+def unknown_hook(completions, log_extra): return [0.0]
+"""
+
+
+def test_a_function_gets_the_arguments_that_it_names(tmp_path):
+    """It may log metrics by TRL's hook. One that is not there is named before any work."""
+    (tmp_path / "own_arguments.py").write_text(OWN_ARGUMENTS)
+    file = f"{tmp_path}/own_arguments.py"
+    inputs = {"texts": ["ab cd"], "prompts": ["ab"], "completions": [" cd"]}
+    metrics = {}
+    for name in ("named", "with_default", "whatever", "logging"):
+        function = function_reward(f"{file}:{name}", "answer", metrics=metrics)
+        assert function(answer=[3], **inputs).tolist() == [1]
+    assert metrics == {"words": [2.0]}
+    for name, missing in {"unknown": "solution", "unknown_hook": "log_extra"}.items():
+        with pytest.raises(SystemExit, match=f":{name}: missing .*'{missing}'; there are .*answer"):
+            function_reward(f"{file}:{name}", "answer")
+
+
 def test_trls_own_reward_functions_run(tmp_path):
     own = "from trl.rewards import get_repetition_penalty_reward\n"
     (tmp_path / "trls.py").write_text(f"{own}penalty = get_repetition_penalty_reward(2)")
@@ -808,14 +1041,41 @@ def test_trls_own_reward_functions_run(tmp_path):
     assert reward(completion_ids=[[1, 2, 3, 4], [5] * 5], **inputs).tolist() == [0, -0.75]
 
 
-def test_the_reward_of_an_ensemble_is_the_mean(run):
-    """In training and in evaluations."""
-    lengths = f"{__file__}:text_lengths"
-    flags = {"total_timesteps": 8, "learning_rate": 0.0}
-    one = progress(run(name="one", reward_model=(lengths,), **flags))[-1]
-    two = progress(run(name="two", reward_model=(lengths, f"{__file__}:twos"), **flags))[-1]
-    for name in ("return_mean", "charts/episodic_return"):
-        assert two[name] == pytest.approx((one[name] + 2) / 2)
+WORD_REWARDS = """
+from functools import partial
+
+def share(texts, word, log_metric):
+    log_metric("words", len(texts[0].split()))
+    shares = [text.split().count(word) / len(text.split()) for text in texts]
+    texts.clear()
+    return shares
+
+dull, superb = partial(share, word="dull"), partial(share, word="superb")
+count = lambda texts: [len(text.split()) for text in texts]
+"""
+
+
+@pytest.mark.parametrize("weights", [(), (2.0, 0.0, -0.5)])
+def test_the_reward_is_the_weighted_sum_or_else_the_mean(run, tmp_path, monkeypatch, weights):
+    """In training and in evaluations. Each is logged under its own name, and gets lists that no
+    other changes."""
+    (tmp_path / "word_rewards.py").write_text(WORD_REWARDS)
+    names = tuple(f"{tmp_path}/word_rewards.py:{name}" for name in ("dull", "superb", "count"))
+    rewards = record(monkeypatch, rlhf, "token_advantages")
+    flags = {"total_timesteps": 8, "learning_rate": 0.0, "reward_model": names}
+    folder = run(reward_weights=weights, eval_episodes=8, **flags)
+    row = progress(folder)[-1]
+    scores = [row[f"rewards/{name}"] for name in names]
+    expected = np.dot(scores, weights or (1 / 3, 1 / 3, 1 / 3))
+    assert row["charts/episodic_return"] == pytest.approx(expected, rel=1e-5)
+    assert rewards[0][0][0].mean().item() == pytest.approx(expected, rel=1e-5)
+    assert row["rewards/words"] == int(row["rewards/words"]) > 5
+    samples = read_samples(folder)[-8:]
+    words = [(x["prompt"] + x["response"]).split() for x in samples]
+    for sample, text in zip(samples, words):
+        found = [text.count("dull") / len(text), text.count("superb") / len(text), len(text)]
+        reward = np.dot(found, weights or (1 / 3, 1 / 3, 1 / 3))
+        assert sample["reward"] == pytest.approx(reward, abs=1e-5)
 
 
 # Losses and advantages
@@ -961,7 +1221,16 @@ def test_prompts_that_lose_their_beginning_are_counted(run, tmp_path, capsys, le
     assert line in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("kind", ["csv", "tsv", "parquet", "jsonl.gz", "folder", "hub"])
+@pytest.mark.parametrize("text", ["", "\n", "<|endoftext|>"])
+def test_a_prompt_may_be_next_to_nothing(run, tmp_path, text):
+    """It is the end of text, then."""
+    path = str(tmp_path / "data.jsonl")
+    datasets.Dataset.from_dict({"prompt": [text] * 20, "label": [1] * 20}).to_json(path)
+    row = progress(run(dataset=path, eval_dataset=path, total_timesteps=8))[-1]
+    assert row["length_mean"] > 1 and "perplexity_real" not in row
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "parquet", "jsonl.gz", "folder", "saved", "hub"])
 def test_data_come_in_many_formats(tmp_path, monkeypatch, kind):
     rows = {"prompt": ["the, plot", "the\nplot"], "label": [" was", "dull"]}
     data = datasets.Dataset.from_dict(rows)
@@ -975,7 +1244,16 @@ def test_data_come_in_many_formats(tmp_path, monkeypatch, kind):
         hub = [("me/sums",), ("me/sums",), ("gsm8k", "main")]
         assert asked == [(a, {"split": s}) for a, s in zip(hub, ("train", "test", "test"))]
         return
-    writers = {"csv": data.to_csv, "parquet": data.to_parquet, "folder": data.save_to_disk}
+    if kind == "folder":  # such as a clone from the hub
+        other = datasets.Dataset.from_dict({"prompt": ["other"], "label": ["one"]})
+        data.to_parquet("data.folder/data/test-00000-of-00001.parquet")
+        other.to_parquet("data.folder/data/train-00000-of-00001.parquet")
+        datasets.DatasetDict(train=other, test=data).save_to_disk("both")
+        for folder in ("data.folder", "both"):
+            assert rlhf.load_dataset(f"{folder}:test", rlhf.Args())[:] == rows
+            assert rlhf.load_dataset(folder, rlhf.Args())[:] == other[:]
+        return
+    writers = {"csv": data.to_csv, "parquet": data.to_parquet, "saved": data.save_to_disk}
     writers["tsv"] = lambda name: data.to_csv(name, sep="\t")
     writers["jsonl.gz"] = lambda name: data.to_json(name, compression="gzip")
     writers[kind](name)
@@ -1227,6 +1505,30 @@ def test_seeds_and_evaluations_have_random_numbers_of_their_own(run):
     for name in ("return_mean", "charts/episodic_return"):
         values = [row[name] for folder in (one, two) for row in progress(folder)[1:]]
         assert len(set(values)) == 4
+
+
+@pytest.mark.parametrize("amp", ["off", "auto"])
+def test_a_policy_that_is_trained_with_dropout_is_not_the_one_that_acts(
+    run, models, monkeypatch, capsys, amp
+):
+    """In float32 on a CPU that ends the run, elsewhere it warns."""
+    init = rlhf.ActorCritic.__init__
+    monkeypatch.setattr(rlhf, "has_bfloat16", lambda device: True)
+
+    def with_dropout(actor, *args):
+        init(actor, *args)
+        actor.policy.transformer.drop.p = 0.5
+
+    flags = {"policy_model": str(models["gpt2"]), "gradient_checkpointing": True, "amp": amp}
+    run("without", total_timesteps=8, **flags)
+    assert "the policy that acts" not in capsys.readouterr().err
+    monkeypatch.setattr(rlhf.ActorCritic, "__init__", with_dropout)
+    if amp == "off":
+        with pytest.raises(SystemExit, match="^error: the policy that acts is not the one that is"):
+            run(total_timesteps=8, **flags)
+    else:
+        run(total_timesteps=8, **flags)
+        assert "warning: the policy that acts is not the one" in capsys.readouterr().err
 
 
 def test_a_checkpoint_is_whole_or_not_there(run, tmp_path):
@@ -1708,6 +2010,17 @@ def test_help_shows_the_defaults_of_the_task(capsys):
         assert reward in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("word", ["--help", "--no-such-flag"])
+def test_a_mistyped_flag_waits_for_no_library(tmp_path, word):
+    """Here PyTorch cannot be imported."""
+    (tmp_path / "torch.py").write_text("raise ImportError")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, rlhf.__file__, word], env=environment, capture_output=True
+    )
+    assert done.returncode == (0 if word == "--help" else 2)
+
+
 @pytest.mark.parametrize(("flags", "message"), {
     "--num-minibatches 16": "num_minibatches times processes must divide batch_size",
     "--eval-episodes 7": "processes must divide eval_episodes",
@@ -1727,6 +2040,9 @@ def test_help_shows_the_defaults_of_the_task(capsys):
     "--max-grad-norm 0": "max_grad_norm must be positive; 1e9 turns clipping off",
     "--max-grad-norm nan": "max_grad_norm must be positive; 1e9 turns clipping off",
     "--track": "track needs wandb: pip install wandb",
+    "--reward-weights 1 2": "reward_weights: one for each reward_model",
+    "--noise flip --reward-weights -1": "noise flip (1 - r) needs reward_weights of a mean",
+    "--chat-template-kwargs false": "chat_template_kwargs is JSON",
 }.items())  # fmt: skip
 def test_flags_that_would_mean_something_else_are_refused(flags, message, monkeypatch, capsys):
     """By each of two processes."""
