@@ -394,8 +394,10 @@ def test_texts_cost_what_they_are_long(models, monkeypatch):
     for rollout in (longer, one_by_one):
         for part, expected in zip(rollout.response, whole.response):
             assert torch.equal(part[:, :40], expected)
-        for part, expected in zip(rollout[1:], whole[1:]):
-            torch.testing.assert_close(part[:, :40], expected, atol=1e-5, rtol=0)
+        sampled = whole.response.mask
+        for part, expected in zip(rollout[1:5], whole[1:5]):
+            part = part[:, :40][sampled]
+            torch.testing.assert_close(part, expected[sampled], atol=1e-5, rtol=0)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
