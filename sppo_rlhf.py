@@ -194,11 +194,6 @@ class Args:
             raise ValueError("num_minibatches times processes must divide batch_size")
         require(self.eval_episodes % processes == 0, "processes must divide eval_episodes")
         require(not self.track or find_spec("wandb"), "track needs wandb: pip install wandb")
-        if (Path(self.policy_model) / "adapter_config.json").exists():
-            raise ValueError(
-                "policy_model is an adapter; merge it into its model: peft.AutoPeftModelForCausalLM"
-                ".from_pretrained(FOLDER).merge_and_unload().save_pretrained(NEW_FOLDER)"
-            )
 
     def folder(self):
         """Folder of the run, once `prepare` was called. Its name ends with a hash of arguments,
@@ -730,8 +725,6 @@ class ActorCritic(nn.Module):
         super().__init__()
         self.dtype = dtype
         config = transformers.AutoConfig.from_pretrained(args.policy_model, trust_remote_code=False)
-        if config.is_encoder_decoder:
-            sys.exit(f"error: {args.policy_model} ({config.model_type}) is not decoder-only")
         if getattr(config, "activation_function", None) == "gelu_new":
             config.activation_function = "gelu_pytorch_tanh"  # the same function, in one kernel
         # There fused kernels are slower, and round differently with other padding
@@ -887,9 +880,10 @@ def load_classifier(name, device, dtype):
     except ValueError:  # not an adapter
         return load_pretrained(AutoModelForSequenceClassification, name, **options)
     saved = peft.load_peft_weights(name, device="cpu")
-    *_, head = sorted(weight for weight in saved if "lora_" not in weight)  # score, classifier
+    heads = sorted(weight for weight in saved if "lora_" not in weight)  # last: its last layer
+    labels = len(saved[heads[-1]]) if heads else 1
     model = peft.AutoPeftModelForSequenceClassification.from_pretrained(
-        name, num_labels=len(saved[head]), low_cpu_mem_usage=True, **options
+        name, num_labels=labels, low_cpu_mem_usage=True, **options
     )
     refuse_missing(peft.get_peft_model_state_dict(model).keys() - saved.keys(), name)
     return model.to(device, dtype)  # its own weights may be saved in another
@@ -912,8 +906,9 @@ def classifier_reward(name, args, data_texts, device, dtype):
     # An adapter has that of its base. Padding on the right shifts no positions
     sides = {"truncation_side": "left", "padding_side": "right"}
     tokenizer = load_tokenizer(config.name_or_path, data_texts, **sides)
-    one_by_one = config.pad_token_id is None  # then the last token is read, not that before padding
-    config.pad_token_id = config.pad_token_id and tokenizer.pad_token_id
+    one_by_one = config.pad_token_id is None  # then decoders cannot tell where a text ends
+    if not one_by_one:
+        config.pad_token_id = tokenizer.pad_token_id
     positions = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
     for part, module in model.named_modules():
         padding = getattr(module, "padding_idx", None)
@@ -1011,24 +1006,23 @@ def tokenize(rows, tokenizer, args):
     padding. `rows`: column -> values; `prompt`, texts or messages, and `label`, or else `text`,
     whose first half is the prompt."""
     end = tokenizer.eos_token_id
-    labels = []
-    if isinstance(rows.get("label", [None])[0], str):
-        labels = tokenizer(rows["label"], add_special_tokens=False)["input_ids"]
+    references = []
     if "prompt" not in rows:
         texts = without_end(tokenizer, rows["text"])
         prompts = [ids[: len(ids) // 2] for ids in texts]
-        labels = [ids[len(ids) // 2 :] for ids in texts]
+        references = [ids[len(ids) // 2 :] for ids in texts]
     elif has_messages(rows):
         prompts = [chat_tokens(chat, tokenizer, args) for chat in rows["prompt"]]
         end = turn_end(tokenizer, args)
     else:
         prompts = without_end(tokenizer, rows["prompt"])
-    empty = [tokenizer.eos_token_id]
-    prompts = [
-        cut_left(ids, args.prompt_length, tokenizer.bos_token_id) or empty for ids in prompts
-    ]
+    if "prompt" in rows and has_labels(rows):
+        references = tokenizer(rows["label"], add_special_tokens=False)["input_ids"]
+    start = tokenizer.bos_token_id
+    prompts = [cut_left(ids, args.prompt_length, start) for ids in prompts]
+    prompts = [ids or [tokenizer.eos_token_id] for ids in prompts]
     length = args.response_length
-    references = [[*ids, end][:length] for ids in labels] or [[] for _ in prompts]
+    references = [[*ids, end][:length] for ids in references] or [[] for _ in prompts]
     pad = partial(tokenizer.pad, return_tensors="pt")
     left = pad({"input_ids": prompts}, padding_side="left")
     right = pad({"input_ids": references}, "max_length", length, padding_side="right")
@@ -1037,6 +1031,10 @@ def tokenize(rows, tokenizer, args):
 
 def has_messages(rows):
     return isinstance(rows.get("prompt", [None])[0], list)
+
+
+def has_labels(rows):
+    return isinstance(rows.get("label", [None])[0], str)  # not classes of texts
 
 
 def chat_tokens(chat, tokenizer, args):
@@ -1139,17 +1137,15 @@ def collect_rollout(setup, args, data, prompts, uniform, top_k, reward_models):
             reference_log_prob = token_log_probs(actor.reference, prompt, sampled)
         # Computed as in the update, not by `generate`, so that ratios start at 1
         log_prob, value, _ = actor(prompt, sampled)
-        missing = args.response_length - value.shape[1]
-        log_prob, reference_log_prob, value = (
-            F.pad(x, (0, missing)) for x in (log_prob, reference_log_prob, value)
-        )
         inputs = reward_inputs(data[rows.tolist()], setup.tokenizer, prompt, sampled)
         # Functions may change their lists
         scores = [reward_model(**copy.deepcopy(inputs)) for reward_model in reward_models]
         scores = torch.stack(scores, 1)
         if not scores.isfinite().all():
             raise ValueError(f"scores that are None or not finite, with the means {scores.mean(0)}")
-        return Rollout(response, acting_log_prob, log_prob, reference_log_prob, value, scores)
+        pad = partial(F.pad, pad=(0, args.response_length - value.shape[1]))
+        computed = map(pad, (log_prob, reference_log_prob, value))
+        return Rollout(response, acting_log_prob, *computed, scores)
 
     return in_parts(setup, args, sample_and_score, torch.arange(len(uniform)), prompts, uniform)
 
@@ -1157,24 +1153,22 @@ def collect_rollout(setup, args, data, prompts, uniform, top_k, reward_models):
 def reward_inputs(rows, tokenizer, prompt, response):
     """What reward models get, by name: the columns of the data, and as many texts."""
     ids, sampled = send_to_device(response, "cpu")
-    prompts = decode(tokenizer, prompt)
-    completions = decode(tokenizer, response)
-    if has_messages(rows):
-        prompts = []
-        texts = completions
-        completions = []
-        for chat, text in zip(rows["prompt"], texts):
-            if chat[-1]["role"] == "assistant":  # as in TRL, what is continued is of the completion
-                *chat, begun = chat
-                text = begun["content"] + text
-            prompts.append(chat)
-            completions.append([{"role": "assistant", "content": text}])
-    return rows | {
+    inputs = rows | {
         "texts": decode(tokenizer, join(prompt, response)),
-        "prompts": prompts,
-        "completions": completions,
+        "prompts": decode(tokenizer, prompt),
+        "completions": decode(tokenizer, response),
         "completion_ids": [row[kept].tolist() for row, kept in zip(ids, sampled)],
     }
+    if has_messages(rows):
+        inputs["prompts"] = []
+        for i, chat in enumerate(rows["prompt"]):
+            text = inputs["completions"][i]
+            if chat[-1]["role"] == "assistant":  # as in TRL, its turn belongs to the completion
+                *chat, turn = chat
+                text = turn["content"] + text
+            inputs["prompts"].append(chat)
+            inputs["completions"][i] = [{"role": "assistant", "content": text}]
+    return inputs
 
 
 def check_first_minibatch(setup, rollout, approx_kl):
@@ -1425,7 +1419,7 @@ def load_dataset(name, args):
             data = datasets.load_dataset(source, *configuration, split=split)
     rows = data[:1]
     columns = ["prompt"] if "prompt" in rows else ["text"]
-    if "prompt" in rows and (args.ce_coef or isinstance(rows.get("label", [None])[0], str)):
+    if "prompt" in rows and (args.ce_coef or has_labels(rows)):
         columns.append("label")
     for column in columns:
         if column not in rows:
