@@ -402,22 +402,21 @@ def test_texts_cost_what_they_are_long(models, monkeypatch):
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_ratio_begins_at_one_however_a_batch_is_split(models, dtype):
-    """Dropout is off, too, for which the configuration asks."""
+    """And without padding. Dropout is off, too, for which the configuration asks."""
     actor = actor_critic(models["gpt2"], dtype=dtype)
-    prompts, _, _ = ragged(lengths=((3, 0), (7, 0), (1, 0), (2, 0)), tokens=0)
+    actor.policy.generation_config.eos_token_id = list(range(0, 400, 8))
+    prompts, references, _ = ragged(lengths=((3, 4), (7, 2), (1, 1), (2, 4)))
     uniform = torch.rand(4, 9, generator=torch.Generator().manual_seed(1))
-    rollout = collect(actor, prompts, uniform, 5, 3, True)
-    response, _, old_log_prob, _, old_value, _ = rollout
-    batch = rlhf.Batch(prompts, response, response, old_log_prob, *[old_value] * 3)
+    response, _, old_log_prob, _, old_value, _ = collect(actor, prompts, uniform, 5, 3, True)
+    assert len(response.mask.sum(1).unique()) > 1
+    batch = rlhf.Batch(prompts, references, response, old_log_prob, *[old_value] * 3)
     for rows in ([0, 1, 2, 3], [0, 3], [2]):
         part = rlhf.take(batch, rows)
-        for tokens in (part.prompt, part.response, part.references):
-            assert tokens.mask.any(0).all()
-        assert part.prompt.mask.sum() == prompts.mask[rows].sum()
-        assert part.response.mask.sum() == response.mask[rows].sum()
-        log_prob, value, real_log_prob = actor(part.prompt, part.response, part.references)
-        pairs = ((log_prob, part.old_log_prob), (value, part.old_value), (real_log_prob, log_prob))
-        for new, old in pairs:
+        for texts in ("prompt", "response", "references"):
+            mask = getattr(part, texts).mask
+            assert mask.any(0).all() and mask.sum() == getattr(batch, texts).mask[rows].sum()
+        log_prob, value, _ = actor(part.prompt, part.response)
+        for new, old in ((log_prob, part.old_log_prob), (value, part.old_value)):
             sampled = part.response.mask
             torch.testing.assert_close(new[sampled], old[sampled], atol=1e-5, rtol=0)
 
