@@ -622,8 +622,15 @@ def train(setup, args, folder):
         )
 
         # Update
-        acted = (rollout.response, rollout.log_prob, rollout.value)
-        batch = Batch(prompts, references, *acted, advantage, returns)
+        batch = Batch(
+            prompts,
+            references,
+            rollout.response,
+            rollout.log_prob,
+            rollout.value,
+            advantage,
+            returns,
+        )
         minibatches = update(setup, args, batch, generator)
         metrics = means(minibatches)
         step = progress.global_step
@@ -1144,8 +1151,9 @@ def collect_rollout(setup, args, data, prompts, uniform, top_k, reward_models):
         if not scores.isfinite().all():
             raise ValueError(f"scores that are None or not finite, with the means {scores.mean(0)}")
         pad = partial(F.pad, pad=(0, args.response_length - value.shape[1]))
-        computed = map(pad, (log_prob, reference_log_prob, value))
-        return Rollout(response, acting_log_prob, *computed, scores)
+        return Rollout(
+            response, acting_log_prob, pad(log_prob), pad(reference_log_prob), pad(value), scores
+        )
 
     return in_parts(setup, args, sample_and_score, torch.arange(len(uniform)), prompts, uniform)
 
@@ -1285,7 +1293,7 @@ def load(args):
     if cpu:
         keep_freed_memory()
     train_data, eval_data = load_data(args)
-    rows = train_data[:1000]
+    rows = train_data[:1000]  # they stand for all
     texts = [str(prompt) for prompt in rows.get("prompt", rows.get("text"))]
     tokenizer = load_tokenizer(args.tokenizer or args.policy_model, texts)
     texts = tokenizer.batch_decode(tokenizer(texts)["input_ids"], skip_special_tokens=True)
@@ -1311,7 +1319,7 @@ def load(args):
         lengths = prompts.mask.sum(1)
         cut.append(f"{sum(lengths > args.prompt_length)} of {len(lengths)}")
     accelerator.print(f"--prompt-length cuts {cut[0]} training, {cut[1]} held-out prompts (left)")
-    check_policy(actor_critic, args, prompts)
+    check_policy(actor_critic.policy, args, prompts)
     optimizer = torch.optim.AdamW(
         [parameter for parameter in actor_critic.parameters() if parameter.requires_grad],
         lr=args.learning_rate,
@@ -1334,27 +1342,29 @@ def load(args):
 
 
 @torch.no_grad()
-def check_policy(actor, args, prompts):
-    """Refuses a policy that has too few positions, or whose own log-probabilities differ from those
-    of `generate`: it sees a text alone and at once, not with padding and token by token. The text
-    is as long as there may be, and consists of the tokens of `prompts`."""
-    policy = actor.policy
+def check_policy(policy, args, prompts):
+    """Refuses a policy that has too few positions, or whose own logits for a text alone differ from
+    ours: with padding before the text, and the last token's from the cache. The text is as long as
+    there may be, and consists of the tokens of `prompts`."""
     length = args.prompt_length + args.response_length
     positions = getattr(policy.config.get_text_config(), "max_position_embeddings", length)
     if positions < length:
         sys.exit(f"error: {args.policy_model} has {positions} positions for up to {length} tokens")
-    ids = np.resize(prompts.ids[prompts.mask], (1, length - 2))
-    prompt = Tokens(torch.from_numpy(ids), torch.arange(length - 2)[None] >= length // 8)
-    prompt = send_to_device(prompt, policy.device)
-    uniform = torch.full((1, 2), 0.5, device=policy.device)
-    nothing = torch.tensor([], device=policy.device)
-    response, log_prob = actor.generate(prompt, uniform, 0, nothing, 0, True)
-    text = torch.cat([prompt.ids[prompt.mask], response.ids[0]])
-    logits = policy(text[None]).logits[:, -3:-1].float()
-    expected = logits.log_softmax(-1).gather(2, response.ids[..., None])[..., 0]
-    # Rounding to bfloat16 makes 0.02 of 28 layers
-    tolerance = 0.1 if policy.dtype == torch.bfloat16 else 0.001
-    if not (log_prob - expected).abs().max() <= tolerance * logits.abs().max():  # NaN
+    ids = torch.from_numpy(np.resize(prompts.ids[prompts.mask], (1, length))).to(policy.device)
+    padding = length // 8
+    mask = torch.arange(length, device=ids.device)[None] >= padding
+    transformer = policy.get_decoder()
+    states, cache = run_transformer(transformer, Tokens(ids[:, :-1], mask[:, :-1]))
+    is_same = False
+    if cache is not None:
+        last_state, _ = run_transformer(transformer, Tokens(ids[:, -1:], mask), cache)
+        states = torch.cat([states, last_state], 1)[0, padding:]
+        expected = policy(ids[:, padding:]).logits[0]
+        difference = float32_logits(policy, states) - expected
+        # Rounding to bfloat16 makes 0.02 of 28 layers
+        tolerance = 0.1 if policy.dtype == torch.bfloat16 else 0.001
+        is_same = difference.abs().max() <= tolerance * expected.abs().max()  # no: NaN
+    if not is_same:
         sys.exit(
             f"error: {args.policy_model} scales or caps its logits, or does not leave out padding, "
             "or has no cache of keys and values: not supported"
