@@ -66,7 +66,7 @@ from typing import Literal, NamedTuple
 
 import tyro
 
-NO_EFFECT = ["runs_dir", "device", "track", "gradient_checkpointing"]  # but by rounding
+NO_EFFECT = ["runs_dir", "device", "track", "gradient_checkpointing"]  # on results
 TOY = "runs/toy"  # folder of the toy's models and data
 # Tokenizers of hub models that come without one, and held-out splits of datasets
 TOKENIZERS = {
@@ -731,26 +731,7 @@ class ActorCritic(nn.Module):
     def __init__(self, args, device, dtype):
         super().__init__()
         self.dtype = dtype
-        config = transformers.AutoConfig.from_pretrained(args.policy_model, trust_remote_code=False)
-        if getattr(config, "activation_function", None) == "gelu_new":
-            config.activation_function = "gelu_pytorch_tanh"  # the same function, in one kernel
-        # There fused kernels are slower, and round differently with other padding
-        eager = device.type == "cpu" and dtype == torch.bfloat16
-        if args.gradient_checkpointing:  # which needs train mode: without dropout no different
-            text_config = config.get_text_config()
-            for name in vars(text_config):
-                if "drop" in name:
-                    setattr(text_config, name, 0.0)
-        self.reference = load_pretrained(
-            AutoModelForCausalLM,
-            args.policy_model,
-            config=config,
-            dtype=dtype if args.lora_r else torch.float32,
-            attn_implementation="eager" if eager else None,
-        )
-        self.reference.requires_grad_(False)
-        if args.gradient_checkpointing:
-            self.reference.gradient_checkpointing_enable({"use_reentrant": False})
+        self.reference = load_frozen(args, device, dtype)
         self.policy = trainable_copy(self.reference, args)
         self.critic = trainable_copy(self.reference, args).get_decoder()
         states = self.policy.get_output_embeddings().weight.shape[1]  # OPT-350m projects them
@@ -804,6 +785,30 @@ class ActorCritic(nn.Module):
             if not alive.any():
                 break
         return Tokens(ids, sampled), log_prob
+
+
+def load_frozen(args, device, dtype):
+    """The initial policy, whose weights do not change."""
+    config = transformers.AutoConfig.from_pretrained(args.policy_model, trust_remote_code=False)
+    if getattr(config, "activation_function", None) == "gelu_new":
+        config.activation_function = "gelu_pytorch_tanh"  # the same function, in one kernel
+    if args.gradient_checkpointing:  # works in train mode only, where dropout would be on
+        text_config = config.get_text_config()
+        for name in vars(text_config):
+            if "drop" in name:
+                setattr(text_config, name, 0.0)
+    # There fused kernels are slower, and round differently with other padding
+    eager = device.type == "cpu" and dtype == torch.bfloat16
+    model = load_pretrained(
+        AutoModelForCausalLM,
+        args.policy_model,
+        config=config,
+        dtype=dtype if args.lora_r else torch.float32,
+        attn_implementation="eager" if eager else None,
+    )
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.requires_grad_(False)
 
 
 def trainable_copy(model, args):
@@ -887,7 +892,7 @@ def load_classifier(name, device, dtype):
     except ValueError:  # not an adapter
         return load_pretrained(AutoModelForSequenceClassification, name, **options)
     saved = peft.load_peft_weights(name, device="cpu")
-    heads = sorted(weight for weight in saved if "lora_" not in weight)  # last: its last layer
+    heads = sorted(weight for weight in saved if "lora_" not in weight)  # the last layer comes last
     labels = len(saved[heads[-1]]) if heads else 1
     model = peft.AutoPeftModelForSequenceClassification.from_pretrained(
         name, num_labels=labels, low_cpu_mem_usage=True, **options
@@ -1186,7 +1191,7 @@ def check_first_minibatch(setup, rollout, approx_kl):
     acting_kl = masked_mean(log_ratio.expm1() - log_ratio, rollout.response.mask)
     difference = acting_kl.item() + approx_kl.item()
     is_float32 = setup.actor_critic.dtype == torch.float32
-    if difference > (1e-8 if is_float32 else 1e-3):  # rounding: 3e-13, 6e-5
+    if difference > (1e-8 if is_float32 else 1e-3):  # rounding: 3e-13, 6e-5 on CPUs
         found = f"the policy that acts is not the one that is trained ({difference:.1e})"
         if is_float32 and setup.accelerator.device.type == "cpu":
             sys.exit(f"error: {found}")
