@@ -66,7 +66,7 @@ from typing import Literal, NamedTuple
 
 import tyro
 
-NO_EFFECT = ["runs_dir", "device", "track", "gradient_checkpointing"]  # on results
+NO_EFFECT = ["runs_dir", "device", "track", "gradient_checkpointing"]  # but for rounding
 TOY = "runs/toy"  # folder of the toy's models and data
 # Tokenizers of hub models that come without one, and held-out splits of datasets
 TOKENIZERS = {
@@ -499,13 +499,12 @@ def accumulate_gradient(setup, args, minibatch):
     totals = {}
     for rows in micro_batches:
         micro_batch = send_to_device(take(minibatch, rows), accelerator.device)
-        # DDP adds up the gradients of processes in the last backward pass only
-        is_last = rows is micro_batches[-1]
+        is_last = rows is micro_batches[-1]  # processes exchange gradients after that one only
         with nullcontext() if is_last else accelerator.no_sync(setup.model):
             loss, metrics = loss_and_metrics(
                 setup.model, args, micro_batch, response_tokens, reference_tokens
             )
-            # They are divided by the tokens of all processes already, but DDP takes a mean
+            # DDP averages over processes, though the loss is a share of the minibatch's already
             accelerator.backward(loss * accelerator.num_processes)
         for name, metric in metrics.items():
             totals[name] = totals.get(name, 0) + metric.detach()
