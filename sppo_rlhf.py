@@ -155,8 +155,7 @@ class Args:
         if self.exp_name is None:
             self.exp_name = "sppo" if self.beta else "ppo"
         if not self.reward_weights:
-            count = len(self.reward_model)
-            self.reward_weights = (1 / count,) * count
+            self.reward_weights = tuple(1 / len(self.reward_model) for _ in self.reward_model)
         self.check()
 
     def check(self):
