@@ -37,8 +37,10 @@ initial policy. Advantages are normalised over sampled tokens (the authors' code
 too). Dropout is off. Steps and frequencies count texts, that is a prompt and its response.
 """
 
+# ruff: noqa: E402  (libraries that load slowly come after the arguments)
 import argparse
 import asyncio
+import copy
 import csv
 import ctypes
 import hashlib
@@ -58,29 +60,14 @@ from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from functools import partial
 from importlib.metadata import distributions, version
-from importlib.util import find_spec
+from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Literal, NamedTuple
 
-import datasets
-import numpy as np
-import peft
-import torch
-import transformers
 import tyro
-from accelerate import Accelerator
-from accelerate.utils import GradientAccumulationPlugin, concatenate, send_to_device, slice_tensors
-from filelock import FileLock
-from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-from torch import Tensor, nn
-from torch.nn import functional as F
-from torch.utils.tensorboard import SummaryWriter
-from tqdm import tqdm
-from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-NO_EFFECT = ["runs_dir", "device", "track"]  # change no result but by rounding
+NO_EFFECT = ["runs_dir", "device", "track", "gradient_checkpointing"]  # but for rounding
 TOY = "runs/toy"  # folder of the toy's models and data
-EVENT_LOOP = asyncio.new_event_loop()  # one, since clients of reward functions belong to theirs
 # Tokenizers of hub models that come without one, and held-out splits of datasets
 TOKENIZERS = {
     "rajkumarrrk/gpt2-fine-tuned-on-imdb-positive-reviews": "gpt2",
@@ -110,8 +97,10 @@ class Args:
     # Models and data
     policy_model: str = f"{TOY}/policy"  # folder or hub name of a causal language model
     tokenizer: str | None = None  # folder or hub name; default: the policy's (imdb, tldr: gpt2)
-    reward_model: tuple[str, ...] = (f"{TOY}/reward",)  # classifiers or FILE.py:NAME; the mean
-    reward_label: int = 1  # label whose probability is the reward; unused with a single output
+    chat_template_kwargs: str = "{}"  # JSON, for the policy's template: {"enable_thinking": false}
+    reward_model: tuple[str, ...] = (f"{TOY}/reward",)  # classifiers or FILE.py:NAME
+    reward_weights: tuple[float, ...] = ()  # of their sum; negative: penalties; default: the mean
+    reward_label: int | None = None  # label whose probability is the reward; of two labels 1
     dataset: str = f"{TOY}/train.jsonl"  # JSONL(.gz) or hub name:split; text, or prompt and label
     eval_dataset: str | None = None  # held-out data; default: the task's, or 10% of --dataset
     prompt_length: int = 16  # maximum tokens of a prompt (or of the first half of a text), cut left
@@ -120,6 +109,7 @@ class Args:
     stop_at_eos: bool = True  # end-of-text tokens end a response; else they are never sampled
     lora_r: int = 0  # rank of LoRA adapters, for policy and critic on one model; 0: no LoRA
     lora_alpha: int = 64  # LoRA's alpha: adapters are scaled by alpha / rank
+    gradient_checkpointing: bool = False  # recompute activations: less memory, more time
 
     # Algorithm
     batch_size: int = 112  # texts sampled for an update, over all processes
@@ -164,6 +154,8 @@ class Args:
             self.eval_freq = max(1, self.total_timesteps // 10)
         if self.exp_name is None:
             self.exp_name = "sppo" if self.beta else "ppo"
+        if not self.reward_weights:
+            self.reward_weights = tuple(1 / len(self.reward_model) for _ in self.reward_model)
         self.check()
 
     def check(self):
@@ -189,18 +181,18 @@ class Args:
         require(self.alpha + self.beta > 0, "with alpha and beta 0 nothing trains the policy")
         if self.noise.endswith("flip"):
             require(self.noise_level <= 1, "noise_level is the probability of a flip, so at most 1")
+        weights = self.reward_weights
+        require(len(weights) == len(self.reward_model), "reward_weights: one for each reward_model")
+        if self.noise == "flip":
+            is_mean = min(weights) >= 0 and sum(weights) < 1.001
+            require(is_mean, "noise flip (1 - r) needs reward_weights of a mean, with the sum 1")
+        require(self.chat_template_kwargs[:1] == "{", "chat_template_kwargs is JSON, as in --help")
         require(self.noise != "none" or not self.noise_level, "noise_level needs a kind of noise")
         processes = int(os.environ.get("WORLD_SIZE", 1))
         if self.batch_size % (self.num_minibatches * processes):
             raise ValueError("num_minibatches times processes must divide batch_size")
         require(self.eval_episodes % processes == 0, "processes must divide eval_episodes")
         require(not self.track or find_spec("wandb"), "track needs wandb: pip install wandb")
-        require(self.device != "cuda" or torch.cuda.is_available(), "device cuda: there is no GPU")
-        if (Path(self.policy_model) / "adapter_config.json").exists():
-            raise ValueError(
-                "policy_model is an adapter; merge it into its model: peft.AutoPeftModelForCausalLM"
-                ".from_pretrained(FOLDER).merge_and_unload().save_pretrained(NEW_FOLDER)"
-            )
 
     def folder(self):
         """Folder of the run, once `prepare` was called. Its name ends with a hash of arguments,
@@ -211,7 +203,8 @@ class Args:
         for source in own_sources():
             digest.update(source)
         for data in filter(None, (self.dataset, self.eval_dataset)):
-            for path in sorted([Path(data), *Path(data).rglob("*")]):
+            root = Path(data) if Path(data).is_file() else Path(data.split(":")[0])
+            for path in sorted([root, *root.rglob("*")]):
                 if path.is_file():
                     digest.update(path.read_bytes())
         name = f"{self.task}__{self.exp_name}__{self.noise}__{self.seed}"
@@ -265,6 +258,43 @@ class TldrArgs(Args):
 TASKS = {"toy": Args, "imdb": ImdbArgs, "tldr": TldrArgs}
 
 
+def parse_args(argv=None):
+    """Parses flags with the defaults of the chosen --task, which --help then shows."""
+    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
+    parser.add_argument("--task", choices=TASKS, default="toy")
+    known, _ = parser.parse_known_args(argv)
+    task_args = TASKS[known.task]
+    return tyro.cli(task_args, args=argv)
+
+
+if __name__ == "__main__":
+    parse_args()  # before the slow imports: --help and a mistyped flag take no seconds
+
+import datasets
+import numpy as np
+import peft
+import torch
+import transformers
+from accelerate import Accelerator
+from accelerate.utils import (
+    GradientAccumulationPlugin,
+    concatenate,
+    find_batch_size,
+    recursively_apply,
+    send_to_device,
+    slice_tensors,
+)
+from filelock import FileLock
+from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+from torch import Tensor, nn
+from torch.nn import functional as F
+from torch.utils.tensorboard import SummaryWriter
+from tqdm import tqdm
+from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+
+EVENT_LOOP = asyncio.new_event_loop()  # one, since clients of reward functions belong to theirs
+
+
 # Noise
 
 
@@ -304,8 +334,8 @@ class Rollout(NamedTuple):
     """Responses of at most T tokens, and what was computed for them."""
 
     response: Tokens
-    log_prob: Tensor  # (B, T), of sampled tokens under the policy that sampled them, before top-k
-    real_log_prob: tuple  # of (B, T), of references under that policy, in evaluations only
+    acting_log_prob: Tensor  # (B, T), of sampled tokens, by the pass that sampled them
+    log_prob: Tensor  # (B, T), the same, computed as in training: ratios start at 1
     reference_log_prob: Tensor  # (B, T), of sampled tokens under the reference policy
     value: Tensor  # (B, T), of the text before each token
     scores: Tensor  # (B, reward models)
@@ -316,7 +346,9 @@ class Batch(NamedTuple):
 
     prompt: Tokens
     references: Tokens  # texts to imitate, of the data
-    rollout: Rollout
+    response: Tokens
+    old_log_prob: Tensor  # (B, T)
+    old_value: Tensor  # (B, T)
     advantage: Tensor  # (B, T)
     returns: Tensor  # (B, T)
 
@@ -366,29 +398,28 @@ def clipped_value_loss(value, old_value, returns, mask, clip_coef, count=None):
 def loss_and_metrics(model, args, batch, response_tokens, reference_tokens):
     """Loss and metrics of a micro batch: sums over its tokens, divided by the number of tokens in
     the minibatch, so that results of all micro batches and processes add up to the minibatch's."""
-    rollout = batch.rollout
-    mask = rollout.response.mask
-    references = [batch.references] if args.ce_coef else []
-    log_prob, real_log_prob, value = model(batch.prompt, rollout.response, *references)
+    mask = batch.response.mask
+    references = batch.references if args.ce_coef else None
+    log_prob, value, real_log_prob = model(batch.prompt, batch.response, references)
     policy_loss, reverse_loss = symmetric_policy_losses(
-        log_prob, rollout.log_prob, batch.advantage, mask, args.clip_coef, args.z, response_tokens
+        log_prob, batch.old_log_prob, batch.advantage, mask, args.clip_coef, args.z, response_tokens
     )
     value_loss = clipped_value_loss(
-        value, rollout.value, batch.returns, mask, args.clip_coef, response_tokens
+        value, batch.old_value, batch.returns, mask, args.clip_coef, response_tokens
     )
     loss = args.alpha * policy_loss + args.beta * reverse_loss + args.vf_coef * value_loss
-    log_ratio = log_prob.detach() - rollout.log_prob
-    clipped = ((log_ratio.exp() - 1).abs() > args.clip_coef).float()
+    log_ratio = log_prob.detach() - batch.old_log_prob
+    clipped = (log_ratio.expm1().abs() > args.clip_coef).float()
     metrics = {
         "policy_loss": policy_loss,
         "reverse_loss": reverse_loss,
         "value_loss": value_loss,
         "clipfrac": masked_mean(clipped, mask, response_tokens),
         # joschu.net/blog/kl-approx.html
-        "approx_kl": masked_mean(log_ratio.exp() - 1 - log_ratio, mask, response_tokens),
+        "approx_kl": masked_mean(log_ratio.expm1() - log_ratio, mask, response_tokens),
     }
     if args.ce_coef:
-        sft_loss = -masked_mean(real_log_prob[0], batch.references.mask, reference_tokens)
+        sft_loss = -masked_mean(real_log_prob, references.mask, reference_tokens)
         loss = loss + args.ce_coef * sft_loss
         metrics["sft_loss"] = sft_loss
     return loss, metrics
@@ -435,13 +466,22 @@ def normalize(advantage, mask):
 # Training
 
 
+def without_padding(tensors, mask):
+    """Drops the columns of tensors (B, N), also nested in tuples, where no row of `mask` (B, N) is
+    true."""
+    used = mask.any(0)
+    return recursively_apply(lambda tensor: tensor[:, used], tensors)
+
+
 def take(batch, rows):
-    """Rows of a batch, without what is padding in all their prompts. Columns are dropped on the
-    CPU: their number would have to wait for a GPU."""
-    batch = slice_tensors(batch, rows)
-    used = batch.prompt.mask.any(0)
-    prompt = Tokens(*(tensor[:, used] for tensor in batch.prompt))
-    return batch._replace(prompt=prompt)
+    """Rows of a batch, without what is padding in all of them. This is done on the CPU: how many
+    columns are left would have to wait for a GPU."""
+    prompt, references, *of_responses = slice_tensors(batch, rows)
+    return Batch(
+        without_padding(prompt, prompt.mask),
+        without_padding(references, references.mask),
+        *without_padding(of_responses, of_responses[0].mask),
+    )
 
 
 def accumulate_gradient(setup, args, minibatch):
@@ -449,21 +489,21 @@ def accumulate_gradient(setup, args, minibatch):
     means over the tokens of the minibatch."""
     accelerator = setup.accelerator
     size = len(minibatch.advantage)
-    response_tokens = minibatch.rollout.response.mask.sum()
+    response_tokens = minibatch.response.mask.sum()
     reference_tokens = minibatch.references.mask.sum()
     own_rows = process_rows(accelerator, size)
-    lengths = minibatch.prompt.mask[own_rows].sum(1)
+    lengths = join(minibatch.prompt, minibatch.response).mask[own_rows].sum(1)
     by_length = own_rows[lengths.argsort()]  # least padding
     micro_batches = by_length.split(args.micro_batch_size or size)
     totals = {}
     for rows in micro_batches:
         micro_batch = send_to_device(take(minibatch, rows), accelerator.device)
-        is_last = rows is micro_batches[-1]  # DDP averages gradients in that backward pass only
+        is_last = rows is micro_batches[-1]  # processes exchange gradients after that one only
         with nullcontext() if is_last else accelerator.no_sync(setup.model):
             loss, metrics = loss_and_metrics(
                 setup.model, args, micro_batch, response_tokens, reference_tokens
             )
-            # The loss is already divided by the tokens of all processes: undo DDP's averaging.
+            # DDP averages over processes, though the loss is a share of the minibatch's already
             accelerator.backward(loss * accelerator.num_processes)
         for name, metric in metrics.items():
             totals[name] = totals.get(name, 0) + metric.detach()
@@ -471,13 +511,14 @@ def accumulate_gradient(setup, args, minibatch):
 
 
 def update(setup, args, batch, generator):
-    """`update_epochs` passes over the batch. Returns metrics, means over minibatches."""
+    """`update_epochs` passes over the batch. Returns the metrics of each minibatch."""
     history = []
+    setup.actor_critic.train(args.gradient_checkpointing)  # which works in this mode only
     for _ in range(args.update_epochs):
         order = torch.randperm(args.batch_size, generator=generator)
         for rows in order.split(args.batch_size // args.num_minibatches):
             minibatch = slice_tensors(batch, rows)
-            mask = minibatch.rollout.response.mask
+            mask = minibatch.response.mask
             raw = minibatch.advantage
             if args.noise == "adv_flip":
                 raw = perturb_advantage(raw, args.noise_level, generator)
@@ -493,12 +534,16 @@ def update(setup, args, batch, generator):
             setup.optimizer.zero_grad()
             metrics["norm_sign_changes"] = masked_mean((raw > 0) != (advantage > 0), mask)
             history.append(metrics)
-    return means(history)
+    setup.actor_critic.eval()
+    return history
 
 
 def means(rows):
-    """Means of numbers by their names; all `rows` have the same ones."""
-    return {name: np.mean([float(row[name]) for row in rows]).item() for name in rows[0]}
+    """Means of numbers by their names, over the `rows` that have them."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {
+        name: np.mean([float(row[name]) for row in rows if name in row]).item() for name in names
+    }
 
 
 @dataclass
@@ -510,6 +555,15 @@ class Progress:
     evaluations: list[dict] = field(default_factory=list)  # rows of progress.csv
     samples: list[dict] = field(default_factory=list)
     history: list[dict] = field(default_factory=list)  # what was logged since the last evaluation
+
+
+# A batch of texts goes through these:
+#   tokenize: `Tokens` of prompts, and of references, the texts to imitate
+#   collect_rollout: a `Rollout`, by ActorCritic's `generate` and `forward`, and reward models
+#   perturb_reward, token_advantages: a `Batch`, of which `update` makes minibatches
+#   accumulate_gradient: for each micro batch, by `take`, loss_and_metrics
+#   loss_and_metrics: ActorCritic's `forward`, symmetric_policy_losses, clipped_value_loss
+# Held-out prompts take the same way as far as collect_rollout, called by evaluate.
 
 
 def train(setup, args, folder):
@@ -548,12 +602,13 @@ def train(setup, args, folder):
         data = setup.train_data.select(rows.tolist())
         uniform = torch.rand(args.batch_size, args.response_length, generator=generator)
         reward_models = setup.reward_models[: len(args.reward_model)]
+        setup.reward_metrics.clear()  # of evaluations
         prompts, references = tokenize(data[:], setup.tokenizer, args)
         rollout = collect_rollout(setup, args, data, prompts, uniform, args.top_k, reward_models)
         progress.global_step += args.batch_size
 
         # Advantages
-        reward = rollout.scores.mean(1)
+        reward = rollout.scores @ torch.tensor(args.reward_weights)
         noisy_reward = perturb_reward(reward.numpy(), args.noise, args.noise_level, rng)
         advantage, returns = token_advantages(
             torch.as_tensor(noisy_reward, dtype=reward.dtype),
@@ -565,9 +620,20 @@ def train(setup, args, folder):
         )
 
         # Update
-        batch = Batch(prompts, references, rollout, advantage, returns)
-        metrics = update(setup, args, batch, generator)
+        batch = Batch(
+            prompts,
+            references,
+            rollout.response,
+            rollout.log_prob,
+            rollout.value,
+            advantage,
+            returns,
+        )
+        minibatches = update(setup, args, batch, generator)
+        metrics = means(minibatches)
         step = progress.global_step
+        if step == args.batch_size:
+            check_first_minibatch(setup, rollout, minibatches[0]["approx_kl"])
         # Above 1e19 this norm overflows, and so do logits
         weight_norm = nn.utils.get_total_norm(trained_parameters(setup).values())
         if not math.isfinite(metrics["grad_norm"] + weight_norm):
@@ -577,6 +643,10 @@ def train(setup, args, folder):
         scalars = {f"losses/{name}": metric for name, metric in metrics.items()}
         for name, scalar in rollout_metrics(rollout, reward, advantage, returns).items():
             scalars[name] = scalar.item()
+        for name, score in zip(args.reward_model, rollout.scores.mean(0)):
+            scalars[f"rewards/{name}"] = score.item()
+        for name, values in setup.reward_metrics.items():  # from TRL's log_metric
+            scalars[f"rewards/{name}"] = np.mean(values).item()
         progress.history.append(scalars)
         progress.speeds.append(args.batch_size / (time.perf_counter() - started))
         if writer:
@@ -633,7 +703,8 @@ def evaluate_and_log(setup, args, progress, folder, writer):
     if not writer:
         return
     with atomic_write(folder / "progress.csv") as path, open(path, "w", newline="") as file:
-        table = csv.DictWriter(file, row)  # the first may have fewer columns
+        columns = dict.fromkeys(name for row in progress.evaluations for name in row)
+        table = csv.DictWriter(file, columns)  # the first evaluation has fewer
         table.writeheader()
         table.writerows(progress.evaluations)
     with atomic_write(folder / "samples.jsonl") as path:
@@ -648,8 +719,8 @@ def evaluate_and_log(setup, args, progress, folder, writer):
 class ActorCritic(nn.Module):
     """Policy, critic and reference policy, that is the frozen initial policy.
 
-    Without LoRA these are three models. With LoRA they are one model with two adapters, "policy"
-    and "critic"; with both disabled it is the reference policy.
+    Without LoRA these are three models. With LoRA policy and critic are adapters: all three share
+    the other weights.
 
     Throughout, prompts, responses and references are `Tokens`. Results are for the T tokens of a
     response or reference: (B, T), float32.
@@ -658,106 +729,106 @@ class ActorCritic(nn.Module):
     def __init__(self, args, device, dtype):
         super().__init__()
         self.dtype = dtype
-        self.lora = args.lora_r > 0
-        config = transformers.AutoConfig.from_pretrained(args.policy_model)
-        is_known = type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING
-        if config.is_encoder_decoder or not is_known:
-            sys.exit(f"error: {args.policy_model} ({config.model_type}) is not decoder-only")
-        if getattr(config, "quantization_config", None) and not self.lora:
-            sys.exit(f"error: {args.policy_model} is quantised, so it needs --lora-r")
-        if getattr(config, "activation_function", None) == "gelu_new":
-            config.activation_function = "gelu_pytorch_tanh"  # the same function, in one kernel
-        # There fused kernels are slower, and round differently with other padding
-        eager = device.type == "cpu" and dtype == torch.bfloat16
-        load_model = partial(
-            load_pretrained,
-            AutoModelForCausalLM,
-            args.policy_model,
-            config=config,
-            dtype=dtype if self.lora else torch.float32,
-            attn_implementation="eager" if eager else None,
-        )
-        self.policy = load_model()
-        if self.lora:
-            self.adapted = add_adapters(self.policy, args)
-            self.activate_adapter("policy")
-        else:
-            self.critic = load_model().base_model
-            self.reference = load_model().requires_grad_(False)
+        self.reference = load_frozen(args, device, dtype)
+        self.policy = trainable_copy(self.reference, args)
+        self.critic = trainable_copy(self.reference, args).get_decoder()
         states = self.policy.get_output_embeddings().weight.shape[1]  # OPT-350m projects them
         self.value_head = nn.Linear(states, 1)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
-        self.eval()  # disables dropout, for good
+        self.eval()  # disables dropout
         self.to(device)
-
-    def activate_adapter(self, name):
-        if self.lora:
-            self.adapted.set_adapter(name)
-            self.adapted.set_requires_grad(["policy", "critic"])  # peft has frozen the other one
 
     def autocast(self):
         device = self.value_head.weight.device.type
         return torch.autocast(device, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
-    def forward(self, prompt, response, *references):
-        """Log-probabilities of the response; of the references, if given, in a tuple; and values of
-        the texts before each token of the response. Gradients flow only here, so it is called
-        through DDP's wrapper."""
+    def forward(self, prompt, response, references=None):
+        """Log-probabilities of the response, values of the texts before each of its tokens, and
+        log-probabilities of the references, if given. All gradients flow through here, so that DDP
+        can wrap it."""
+        real_log_prob = None
         with self.autocast():
-            self.activate_adapter("policy")
-            log_prob, *others = token_log_probs(self.policy, prompt, response, *references)
-            self.activate_adapter("critic")
-            # transformers' base_model: all but the head, with the adapters
-            critic = self.policy.base_model if self.lora else self.critic
-            hidden = predicting_states(critic, prompt, response)
+            log_prob = token_log_probs(self.policy, prompt, response)
+            hidden = predicting_states(self.critic, prompt, response)
+            if references is not None:
+                real_log_prob = token_log_probs(self.policy, prompt, references)
         value = self.value_head(hidden.float()).squeeze(-1)
-        return log_prob, tuple(others), value
+        return log_prob, value, real_log_prob
 
-    def reference_log_prob(self, prompt, response):
-        if not self.lora:
-            return token_log_probs(self.reference, prompt, response)[0]
-        with self.adapted.disable_adapter():
-            return token_log_probs(self.policy, prompt, response)[0]
-
-    def generate(self, prompt, uniform, top_k, tokenizer, stop_at_eos):
-        """Samples responses of at most T tokens. `uniform` (B, T), as in `sample_token`, is an
-        argument so that samples do not depend on how batches are split."""
-        self.activate_adapter("policy")
-        # As in transformers' own `generate`: models for chats have several end tokens
-        ends = np.hstack([tokenizer.eos_token_id, self.policy.generation_config.eos_token_id])
-        vocabulary = len(self.policy.get_output_embeddings().weight)
-        ends = [token for token in ends if token is not None and token < vocabulary]
-        ends = torch.tensor(ends, device=uniform.device)
+    def generate(self, prompt, uniform, top_k, ends, padding, stop_at_eos):
+        """Samples responses until all have ended, of at most T tokens. Returns them, padded to T
+        with the token `padding`, and their log-probabilities before top-k. `ends`: tokens that end
+        a response. `uniform` (B, T), as in `sample_token`, is an argument so that samples do not
+        depend on how batches are split."""
+        ids = torch.full(uniform.shape, padding, device=uniform.device)
+        sampled = torch.zeros_like(ids, dtype=torch.bool)
+        log_prob = torch.zeros_like(ids, dtype=torch.float32)
         cache = None
         new_ids, mask = prompt
-        response = []
         alive = torch.ones_like(mask[:, :1])
         for t in range(uniform.shape[1]):
-            hidden, cache = run_transformer(self.policy.base_model, Tokens(new_ids, mask), cache)
+            hidden, cache = run_transformer(self.policy.get_decoder(), Tokens(new_ids, mask), cache)
             logits = float32_logits(self.policy, hidden[:, -1])
+            log_probs = logits.log_softmax(-1)
             if not stop_at_eos:
                 logits[:, ends] = -math.inf
             new_ids = sample_token(logits, uniform[:, t : t + 1], top_k)
-            new_ids = torch.where(alive, new_ids, tokenizer.pad_token_id)
-            response.append(Tokens(new_ids, alive))
+            new_ids = torch.where(alive, new_ids, padding)
+            ids[:, t] = new_ids[:, 0]
+            sampled[:, t] = alive[:, 0]
+            log_prob[:, t] = log_probs.gather(1, new_ids)[:, 0]
             mask = torch.cat([mask, alive], 1)
             alive = alive & ~torch.isin(new_ids, ends)
-        return join(*response)
+            if not alive.any():
+                break
+        return Tokens(ids, sampled), log_prob
 
 
-def add_adapters(policy, args):
-    """Puts the LoRA adapters "policy" and "critic" on a language model, in place, and freezes the
-    rest. They are in float32: bfloat16 would round small updates away. Targets are peft's default
-    for the family of models, all linear layers where it has none. Returns a `PeftModel`."""
-    defaults = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-    targets = defaults.get(policy.config.model_type, "all-linear")
-    config = peft.LoraConfig(
-        r=args.lora_r, lora_alpha=args.lora_alpha, target_modules=targets, task_type="CAUSAL_LM"
+def load_frozen(args, device, dtype):
+    """The initial policy, whose weights do not change."""
+    config = transformers.AutoConfig.from_pretrained(args.policy_model, trust_remote_code=False)
+    if getattr(config, "activation_function", None) == "gelu_new":
+        config.activation_function = "gelu_pytorch_tanh"  # the same function, in one kernel
+    if args.gradient_checkpointing:  # works in train mode only, where dropout would be on
+        text_config = config.get_text_config()
+        for name in vars(text_config):
+            if "drop" in name:
+                setattr(text_config, name, 0.0)
+    # There fused kernels are slower, and round differently with other padding
+    eager = device.type == "cpu" and dtype == torch.bfloat16
+    model = load_pretrained(
+        AutoModelForCausalLM,
+        args.policy_model,
+        config=config,
+        dtype=dtype if args.lora_r else torch.float32,
+        attn_implementation="eager" if eager else None,
     )
-    adapted = peft.get_peft_model(policy, config, "policy")
-    adapted.add_adapter("critic", config)
-    return adapted
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.requires_grad_(False)
+
+
+def trainable_copy(model, args):
+    """A copy of a frozen language model, to be trained. With LoRA only an adapter is, on peft's
+    default layers of the family, or on all linear ones where it has none; the rest is shared. Of a
+    multimodal model only the language part is trained."""
+    if args.lora_r:
+        shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+        defaults = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+        config = peft.LoraConfig(
+            r=args.lora_r,
+            lora_alpha=args.lora_alpha,
+            target_modules=defaults.get(model.config.model_type, "all-linear"),
+            task_type="CAUSAL_LM",
+        )
+        trained = peft.get_peft_model(copy.deepcopy(model, shared), config)  # in float32
+    else:
+        trained = copy.deepcopy(model).requires_grad_()
+    used = nn.ModuleList([trained.get_decoder(), trained.get_output_embeddings()])
+    for parameter in set(trained.parameters()) - set(used.parameters()):
+        parameter.requires_grad_(False)
+    return trained
 
 
 def run_transformer(transformer, tokens, cache=None, use_cache=True):
@@ -791,14 +862,11 @@ def float32_logits(model, hidden):
         return F.linear(hidden.flatten(0, -2).float(), weight, bias)
 
 
-def token_log_probs(model, prompt, *continuations):
-    """Log-probabilities of the tokens of each continuation, a tuple of (B, T), float32. All are
-    rows of one batch."""
-    prompts = concatenate([prompt] * len(continuations))
-    rows = concatenate(continuations)
-    logits = float32_logits(model, predicting_states(model.base_model, prompts, rows))
-    log_prob = -F.cross_entropy(logits, rows.ids.flatten(), reduction="none")
-    return log_prob.view_as(rows.ids).chunk(len(continuations))
+def token_log_probs(model, prompt, continuation):
+    """Log-probabilities (B, T) of the tokens of a continuation, float32."""
+    logits = float32_logits(model, predicting_states(model.get_decoder(), prompt, continuation))
+    log_prob = -F.cross_entropy(logits, continuation.ids.flatten(), reduction="none")
+    return log_prob.view_as(continuation.ids)
 
 
 def sample_token(logits, uniform, top_k):
@@ -815,16 +883,18 @@ def sample_token(logits, uniform, top_k):
 
 
 def load_classifier(name, device, dtype):
-    """A classifier, or a LoRA adapter with a single output on its base, with all its weights."""
-    options = {"dtype": dtype, "device_map": device}
+    """A classifier, or a LoRA adapter of one on its base, with all its weights."""
+    options = {"dtype": dtype, "device_map": device, "trust_remote_code": False}
     try:
         peft.PeftConfig.from_pretrained(name)
     except ValueError:  # not an adapter
         return load_pretrained(AutoModelForSequenceClassification, name, **options)
-    model = peft.AutoPeftModelForSequenceClassification.from_pretrained(
-        name, num_labels=1, low_cpu_mem_usage=True, **options
-    )
     saved = peft.load_peft_weights(name, device="cpu")
+    heads = sorted(weight for weight in saved if "lora_" not in weight)  # the last layer comes last
+    labels = len(saved[heads[-1]]) if heads else 1
+    model = peft.AutoPeftModelForSequenceClassification.from_pretrained(
+        name, num_labels=labels, low_cpu_mem_usage=True, **options
+    )
     refuse_missing(peft.get_peft_model_state_dict(model).keys() - saved.keys(), name)
     return model.to(device, dtype)  # its own weights may be saved in another
 
@@ -835,16 +905,20 @@ def classifier_reward(name, args, data_texts, device, dtype):
     output, that of the label if these are regressions, else the probability of the label."""
     model = load_classifier(name, device, dtype)
     config = model.config
-    label = args.reward_label if config.num_labels > 1 else 0
-    if not 0 <= label < config.num_labels:
-        sys.exit(f"error: {name} has {config.num_labels} labels, and no --reward-label {label}")
+    label = {1: 0, 2: 1}.get(config.num_labels)
+    if args.reward_label is not None and config.num_labels > 1:
+        label = args.reward_label
+    if label not in range(config.num_labels):
+        sys.exit(f"error: {name}: --reward-label must be one of {config.id2label}, not {label}")
     is_unbounded = config.num_labels == 1 or config.problem_type == "regression"
     if args.noise == "flip" and is_unbounded and name in args.reward_model:
         sys.exit(f"error: {name}'s rewards are unbounded, so --noise flip (1 - r) has no meaning")
     # An adapter has that of its base. Padding on the right shifts no positions
     sides = {"truncation_side": "left", "padding_side": "right"}
     tokenizer = load_tokenizer(config.name_or_path, data_texts, **sides)
-    config.pad_token_id = tokenizer.pad_token_id
+    one_by_one = config.pad_token_id is None  # then decoders cannot tell where a text ends
+    if not one_by_one:
+        config.pad_token_id = tokenizer.pad_token_id
     positions = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
     for part, module in model.named_modules():
         padding = getattr(module, "padding_idx", None)
@@ -860,8 +934,11 @@ def classifier_reward(name, args, data_texts, device, dtype):
         if in_template:
             chats = [prompt + completion for prompt, completion in zip(prompts, completions)]
             texts = tokenizer.apply_chat_template(chats, tokenize=False)
-        inputs = encode(texts, add_special_tokens=not in_template)  # which has them
-        logits = model(**inputs.to(device)).logits.float()
+        logits = []
+        for part in [[text] for text in texts] if one_by_one else [texts]:
+            inputs = encode(part, add_special_tokens=not in_template)  # which has them
+            logits.append(model(**inputs.to(device)).logits.float())
+        logits = torch.cat(logits)
         if is_unbounded:
             return logits[:, label]
         if config.problem_type == "multi_label_classification":
@@ -875,31 +952,56 @@ def import_function(name):
     """The Python function FILE.py:NAME."""
     file, _, function_name = name.rpartition(":")
     path = Path(file).resolve()
-    sys.path.append(str(path.parent))
-    found = find_spec(path.stem)
-    if found is None or found.origin != str(path):
-        sys.exit(f"error: {file} does not exist, or another module has its name")
     try:
-        module = importlib.import_module(path.stem)  # its own name, so that process pools find it
-        return getattr(module, function_name)
+        return getattr(import_file(path), function_name)
     except (ImportError, AttributeError) as error:
         sys.exit(f"error: {name}: {error}")
 
 
-def function_reward(name, device):
-    """A reward model, as above, from the Python function FILE.py:NAME. It gets `texts`, prompts and
-    responses together, if it has that parameter; else what TRL gives reward functions, but for its
-    trainer: `prompts` and `completions`, messages or texts without special tokens;
-    `completion_ids`, with the end of text; and the columns of the data."""
-    function = import_function(name)
-    takes_texts = "texts" in inspect.signature(function).parameters
+def import_file(path):
+    """The module of a Python file. It has its own name, so that process pools find it, unless that
+    is no name or another module's."""
+    sys.path.append(str(path.parent))
+    found = "." not in path.stem and find_spec(path.stem)
+    if found and found.origin == str(path):
+        return importlib.import_module(path.stem)
+    name = str(path)
+    if name not in sys.modules:
+        spec = spec_from_file_location(name, path)
+        sys.modules[name] = module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[name])
+    return sys.modules[name]
 
-    def reward_model(texts, **inputs):
-        scores = function(texts=texts) if takes_texts else function(**inputs)
+
+def function_reward(name, columns, metrics, device):
+    """A reward model, as above, from the Python function FILE.py:NAME. It gets what it names, with
+    `**kwargs` all of it: `texts`, prompts and responses together; what TRL gives reward functions,
+    that is `prompts` and `completions`, messages or texts without special tokens, `completion_ids`,
+    with the end of text, and `log_metric`; the `columns` of the data."""
+    function = import_function(name)
+    signature = inspect.signature(function)
+    takes_all = any(p.kind == p.VAR_KEYWORD for p in signature.parameters.values())
+
+    def log_metric(metric, value):
+        metrics.setdefault(metric, []).append(float(value))
+
+    def named(inputs):
+        inputs = inputs | {"log_metric": log_metric}
+        return {key: x for key, x in inputs.items() if takes_all or key in signature.parameters}
+
+    given = ["texts", "prompts", "completions", "completion_ids", *columns]
+    try:
+        signature.bind(**named(dict.fromkeys(given)))
+    except TypeError as error:
+        sys.exit(f"error: {name}: {error}; there are {', '.join(given)}")
+
+    def reward_model(**inputs):
+        count = len(inputs["texts"])
+        scores = function(**named(inputs))
         if inspect.iscoroutine(scores):
             scores = EVENT_LOOP.run_until_complete(scores)
-        if isinstance(scores, dict) or len(scores) != len(texts):
-            sys.exit(f"error: {name} must return a list of {len(texts)} scores, one for each text")
+        if isinstance(scores, dict) or len(scores) != count:
+            sys.exit(f"error: {name} must return a list of {count} scores, one for each text")
         scores = [math.nan if score is None else score for score in scores]
         return torch.tensor(scores, dtype=torch.float32, device=device)
 
@@ -913,28 +1015,72 @@ def tokenize(rows, tokenizer, args):
     """Prompts, and references, which are padded to `response_length`; without labels all of it is
     padding. `rows`: column -> values; `prompt`, texts or messages, and `label`, or else `text`,
     whose first half is the prompt."""
-    end = [tokenizer.eos_token_id]
-    column = "prompt" if "prompt" in rows else "text"
-    texts = rows[column]
-    if isinstance(texts[0], list):  # messages
-        encode = tokenizer.apply_chat_template
-        prompts = encode(texts, add_generation_prompt=True, return_dict=False)
+    end = tokenizer.eos_token_id
+    references = []
+    if "prompt" not in rows:
+        texts = without_end(tokenizer, rows["text"])
+        prompts = [ids[: len(ids) // 2] for ids in texts]
+        references = [ids[len(ids) // 2 :] for ids in texts]
+    elif has_messages(rows):
+        prompts = [chat_tokens(chat, tokenizer, args) for chat in rows["prompt"]]
+        end = turn_end(tokenizer, args)
     else:
-        prompts = without_end(tokenizer, texts)
-    references = [[] for _ in prompts]
-    if column == "text":
-        references = [ids[len(ids) // 2 :] + end for ids in prompts]
-        prompts = [ids[: len(ids) // 2] for ids in prompts]
-    elif "label" in rows or args.ce_coef:
-        labels = tokenizer(rows["label"], add_special_tokens=False)["input_ids"]
-        references = [ids + end for ids in labels]
+        prompts = without_end(tokenizer, rows["prompt"])
+    if "prompt" in rows and has_labels(rows):
+        references = tokenizer(rows["label"], add_special_tokens=False)["input_ids"]
+    start = tokenizer.bos_token_id
+    prompts = [cut_left(ids, args.prompt_length, start) for ids in prompts]
+    prompts = [ids or [tokenizer.eos_token_id] for ids in prompts]
     length = args.response_length
-    prompts = [cut_left(ids, args.prompt_length, tokenizer.bos_token_id) or end for ids in prompts]
-    references = [ids[:length] for ids in references]
+    references = [[*ids, end][:length] for ids in references] or [[] for _ in prompts]
     pad = partial(tokenizer.pad, return_tensors="pt")
     left = pad({"input_ids": prompts}, padding_side="left")
     right = pad({"input_ids": references}, "max_length", length, padding_side="right")
     return tuple(Tokens(x["input_ids"], x["attention_mask"].bool()) for x in (left, right))
+
+
+def has_messages(rows):
+    return isinstance(rows.get("prompt", [None])[0], list)
+
+
+def has_labels(rows):
+    return isinstance(rows.get("label", [None])[0], str)  # not classes of texts
+
+
+def chat_tokens(chat, tokenizer, args):
+    """Tokens of messages and of the beginning of the response: a new turn, or the last one, if it
+    is the assistant's, such as "<think>"."""
+    continues = chat[-1]["role"] == "assistant"
+    return tokenizer.apply_chat_template(
+        chat,
+        add_generation_prompt=not continues,
+        continue_final_message=continues,
+        return_dict=False,
+        **json.loads(args.chat_template_kwargs),
+    )
+
+
+def turn_end(tokenizer, args):
+    """The token with which the chat template ends an assistant's turn, else the end of text."""
+    said = "***"
+    chat = [{"role": "user", "content": said}, {"role": "assistant", "content": said}]
+    options = json.loads(args.chat_template_kwargs)
+    text = tokenizer.apply_chat_template(chat, tokenize=False, **options)
+    after = tokenizer(text.rpartition(said)[2], add_special_tokens=False)["input_ids"]
+    special = [token for token in after if token in tokenizer.added_tokens_decoder]
+    return special[0] if special else tokenizer.eos_token_id
+
+
+def end_tokens(rows, tokenizer, policy, args):
+    """Tokens that end a response: those of tokenizer and policy, as in transformers' `generate`,
+    and for messages also the end of a turn, which a policy that is no chat model does not name."""
+    ends = [tokenizer.eos_token_id]
+    if has_messages(rows):
+        ends.append(turn_end(tokenizer, args))
+    own = policy.generation_config.eos_token_id
+    ends += own if isinstance(own, list) else [own]
+    vocabulary = len(policy.get_output_embeddings().weight)
+    return [token for token in ends if token is not None and token < vocabulary]
 
 
 def without_end(tokenizer, texts):
@@ -947,8 +1093,8 @@ def without_end(tokenizer, texts):
 
 
 def cut_left(ids, length, bos):
-    """The last `length` of the tokens `ids`. A start token `bos` stays, and stays the only one: a
-    chat template may write it, too."""
+    """The last `length` of the tokens `ids`. If they begin with the start token `bos`, so does the
+    rest, and once only: chat templates and tokenizers may both write it."""
     if ids[:2] == [bos, bos]:
         ids = ids[1:]
     kept = ids[-length:]
@@ -973,43 +1119,81 @@ def process_rows(accelerator, count):
         return rows
 
 
-@torch.no_grad()
-def collect_rollout(setup, args, data, prompts, uniform, top_k, reward_models, *references):
-    """Samples responses to `prompts`, those in B rows of `data`, and scores them; each process does
-    its share. Returns the rollout of all processes, on the CPU. `uniform` (B, T) as in
-    `generate`."""
+def in_parts(setup, args, function, *tensors):
+    """Tensors that `function` computes from some rows of `tensors`: for all of them, on the CPU.
+    Each process does its share, in parts that fit into memory."""
     accelerator = setup.accelerator
-    actor = setup.actor_critic
-    tokenizer = setup.tokenizer
-    parts = []
     size = 8 * (args.micro_batch_size or 16)  # inference takes less memory than training
-    for rows in process_rows(accelerator, len(uniform)).split(size):
-        texts = slice_tensors((prompts, uniform, *references), rows)
-        prompt, part_uniform, *others = send_to_device(texts, accelerator.device)
+    parts = []
+    for rows in process_rows(accelerator, find_batch_size(tensors)).split(size):
+        part = send_to_device(slice_tensors(tensors, rows), accelerator.device)
+        parts.append(function(*part))
+    return send_to_device(accelerator.gather(concatenate(parts)), "cpu")
+
+
+@torch.no_grad()
+def collect_rollout(setup, args, data, prompts, uniform, top_k, reward_models):
+    """Samples responses to `prompts`, those in B rows of `data`, and scores them. Returns the
+    rollout of all processes, on the CPU. `uniform` (B, T) as in `generate`."""
+    actor = setup.actor_critic
+    pad_token = setup.tokenizer.pad_token_id
+
+    def sample_and_score(rows, prompt, uniform):
         with actor.autocast():
-            response = actor.generate(prompt, part_uniform, top_k, tokenizer, args.stop_at_eos)
-            reference_log_prob = actor.reference_log_prob(prompt, response)
+            response, acting_log_prob = actor.generate(
+                prompt, uniform, top_k, setup.ends, pad_token, args.stop_at_eos
+            )
+            sampled = without_padding(response, response.mask)
+            reference_log_prob = token_log_probs(actor.reference, prompt, sampled)
         # Computed as in the update, not by `generate`, so that ratios start at 1
-        log_prob, real_log_prob, value = actor(prompt, response, *others)
-        ids, sampled = send_to_device(response, "cpu")
-        inputs = data[rows.tolist()]
-        inputs |= {
-            "texts": decode(tokenizer, join(prompt, response)),
-            "prompts": decode(tokenizer, prompt),
-            "completions": decode(tokenizer, response),
-            "completion_ids": [row[kept].tolist() for row, kept in zip(ids, sampled)],
-        }
-        if isinstance(inputs.get("prompt", [""])[0], list):  # messages
-            inputs["prompts"] = inputs["prompt"]
-            inputs["completions"] = [
-                [{"role": "assistant", "content": text}] for text in inputs["completions"]
-            ]
-        scores = torch.stack([reward_model(**inputs) for reward_model in reward_models], 1)
+        log_prob, value, _ = actor(prompt, sampled)
+        inputs = reward_inputs(data[rows.tolist()], setup.tokenizer, prompt, sampled)
+        # Functions may change their lists
+        scores = [reward_model(**copy.deepcopy(inputs)) for reward_model in reward_models]
+        scores = torch.stack(scores, 1)
         if not scores.isfinite().all():
             raise ValueError(f"scores that are None or not finite, with the means {scores.mean(0)}")
-        parts.append(Rollout(response, log_prob, real_log_prob, reference_log_prob, value, scores))
-    rollout = accelerator.gather(concatenate(parts))
-    return send_to_device(rollout, "cpu")
+        pad = partial(F.pad, pad=(0, args.response_length - value.shape[1]))
+        return Rollout(
+            response, acting_log_prob, pad(log_prob), pad(reference_log_prob), pad(value), scores
+        )
+
+    return in_parts(setup, args, sample_and_score, torch.arange(len(uniform)), prompts, uniform)
+
+
+def reward_inputs(rows, tokenizer, prompt, response):
+    """What reward models get, by name: the columns of the data, and as many texts."""
+    ids, sampled = send_to_device(response, "cpu")
+    inputs = rows | {
+        "texts": decode(tokenizer, join(prompt, response)),
+        "prompts": decode(tokenizer, prompt),
+        "completions": decode(tokenizer, response),
+        "completion_ids": [row[kept].tolist() for row, kept in zip(ids, sampled)],
+    }
+    if has_messages(rows):
+        inputs["prompts"] = []
+        for i, chat in enumerate(rows["prompt"]):
+            text = inputs["completions"][i]
+            if chat[-1]["role"] == "assistant":  # as in TRL, its turn belongs to the completion
+                *chat, turn = chat
+                text = turn["content"] + text
+            inputs["prompts"].append(chat)
+            inputs["completions"][i] = [{"role": "assistant", "content": text}]
+    return inputs
+
+
+def check_first_minibatch(setup, rollout, approx_kl):
+    """Stops a run that an edit has broken. Before the first step, the pass that samples, its
+    repetition in `collect_rollout` and the one that is trained give the same log-probabilities."""
+    log_ratio = rollout.log_prob - rollout.acting_log_prob
+    acting_kl = masked_mean(log_ratio.expm1() - log_ratio, rollout.response.mask)
+    difference = acting_kl.item() + approx_kl.item()
+    is_float32 = setup.actor_critic.dtype == torch.float32
+    if difference > (1e-8 if is_float32 else 1e-3):  # rounding: 3e-13, 6e-5 on CPUs
+        found = f"the policy that acts is not the one that is trained ({difference:.1e})"
+        if is_float32 and setup.accelerator.device.type == "cpu":
+            sys.exit(f"error: {found}")
+        tqdm.write(f"warning: {found}, unless this hardware rounds more", file=sys.stderr)
 
 
 # Evaluation
@@ -1028,12 +1212,10 @@ def evaluate(setup, args, step):
     top_k = 1 if args.eval_greedy else args.top_k
     data = setup.eval_data
     prompts, references = tokenize(data[:], setup.tokenizer, args)
-    rollout = collect_rollout(
-        setup, args, data, prompts, uniform, top_k, setup.reward_models, references
-    )
+    rollout = collect_rollout(setup, args, data, prompts, uniform, top_k, setup.reward_models)
     mask = rollout.response.mask
     first_heldout = len(args.reward_model)  # a column of `scores`
-    reward = rollout.scores[:, :first_heldout].mean(1)
+    reward = rollout.scores[:, :first_heldout] @ torch.tensor(args.reward_weights)
     log_ratio = rollout.log_prob - rollout.reference_log_prob
     prompt_texts = decode(setup.tokenizer, prompts)
     responses = decode(setup.tokenizer, rollout.response)
@@ -1047,8 +1229,10 @@ def evaluate(setup, args, step):
         "perplexity": (-masked_mean(rollout.reference_log_prob, mask)).exp().item(),
     }
     if references.mask.any():
-        real_log_prob = masked_mean(rollout.real_log_prob[0], references.mask)
-        row["perplexity_real"] = (-real_log_prob).exp().item()
+        policy_log_probs = partial(token_log_probs, setup.actor_critic.policy)
+        with setup.actor_critic.autocast():
+            real_log_prob = in_parts(setup, args, policy_log_probs, prompts, references)
+        row["perplexity_real"] = (-masked_mean(real_log_prob, references.mask)).exp().item()
     for name, score in zip(args.eval_reward_model, rollout.scores[:, first_heldout:].mean(0)):
         row[f"heldout_{name}"] = score.item()
     if args.dataset == Args.dataset:
@@ -1076,14 +1260,18 @@ class Setup:
     model: nn.Module  # `actor_critic`, wrapped in DDP if there are several processes
     optimizer: torch.optim.Optimizer
     tokenizer: transformers.PreTrainedTokenizerBase
+    ends: Tensor  # tokens that end a response
     # Those of --reward-model, then those of --eval-reward-model, used in evaluations only
     reward_models: list
+    reward_metrics: dict  # what reward functions have logged, name -> values
     train_data: datasets.Dataset
     eval_data: datasets.Dataset
 
 
 def prepare(args):
     """Imports reward functions and makes the toy, for `Args.folder`. Libraries print less then."""
+    if args.device == "cuda" and not torch.cuda.is_available():
+        sys.exit("error: --device cuda: there is no GPU")
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
@@ -1091,11 +1279,7 @@ def prepare(args):
         if ".py:" in name:
             import_function(name)
     if f"{TOY}/" in str(vars(args)):  # its data or a model of it
-        try:
-            lock = FileLock(f"{TOY}.lock").acquire()  # other processes wait, and then find it
-        except OSError as error:
-            sys.exit(f"error: cannot lock {TOY} ({error.strerror}); start in another folder")
-        with lock:
+        with FileLock(f"{TOY}.lock"):  # other processes wait, and then find it
             make_toy(Path(TOY))
 
 
@@ -1112,25 +1296,33 @@ def load(args):
     if cpu:
         keep_freed_memory()
     train_data, eval_data = load_data(args)
-    rows = train_data[:1000]
+    rows = train_data[:1000]  # they stand for all
     texts = [str(prompt) for prompt in rows.get("prompt", rows.get("text"))]
     tokenizer = load_tokenizer(args.tokenizer or args.policy_model, texts)
+    texts = tokenizer.batch_decode(tokenizer(texts)["input_ids"], skip_special_tokens=True)
+    template = str(tokenizer.chat_template) if has_messages(rows) else ""
+    for name in json.loads(args.chat_template_kwargs):
+        if name not in template:
+            sys.exit(f"error: --chat-template-kwargs: no chat template with {name!r} is used")
     reward_dtype = dtype if args.lora_r else torch.float32  # with LoRA, models are large
     reward_models = []
+    reward_metrics = {}
     for name in args.reward_model + args.eval_reward_model:
         if ".py:" in name:
-            reward_model = function_reward(name, device)
+            reward_model = function_reward(name, rows, reward_metrics, device)
         else:
             reward_model = classifier_reward(name, args, texts, device, reward_dtype)
         reward_models.append(reward_model)
     torch.manual_seed(args.seed)  # initial weights of LoRA
     actor_critic = ActorCritic(args, device, dtype)
     longer = replace(args, prompt_length=args.prompt_length + 1)
-    prompts, _ = tokenize(eval_data[:], tokenizer, longer)
-    cut = (prompts.mask.sum(1) > args.prompt_length).sum()
-    if cut:
-        accelerator.print(f"--prompt-length cuts {cut} of {len(eval_data)} held-out prompts (left)")
-    check_policy(actor_critic.policy, args, tokenizer, prompts)
+    cut = []
+    for some_rows in (rows, eval_data[:]):
+        prompts, _ = tokenize(some_rows, tokenizer, longer)
+        lengths = prompts.mask.sum(1)
+        cut.append(f"{sum(lengths > args.prompt_length)} of {len(lengths)}")
+    accelerator.print(f"--prompt-length cuts {cut[0]} training, {cut[1]} held-out prompts (left)")
+    check_policy(actor_critic.policy, args, prompts)
     optimizer = torch.optim.AdamW(
         [parameter for parameter in actor_critic.parameters() if parameter.requires_grad],
         lr=args.learning_rate,
@@ -1138,30 +1330,33 @@ def load(args):
         weight_decay=args.weight_decay,
         fused=True,
     )
-    model, optimizer = accelerator.prepare(actor_critic, optimizer)
+    ends = end_tokens(rows, tokenizer, actor_critic.policy, args)
     return Setup(
-        accelerator, actor_critic, model, optimizer, tokenizer, reward_models, train_data, eval_data
+        accelerator,
+        actor_critic,
+        *accelerator.prepare(actor_critic, optimizer),
+        tokenizer,
+        torch.tensor(ends, device=device),
+        reward_models,
+        reward_metrics,
+        train_data,
+        eval_data,
     )
 
 
 @torch.no_grad()
-def check_policy(policy, args, tokenizer, prompts):
-    """Refuses a policy that is too small for its texts or its tokenizer, or whose own logits for a
-    text alone differ from ours: with padding before the text, and the last token's from the cache.
-    The text is as long as there may be, and consists of the tokens of `prompts`."""
+def check_policy(policy, args, prompts):
+    """Refuses a policy that has too few positions, or whose own logits for a text alone differ from
+    ours: with padding before the text, and the last token's from the cache. The text is as long as
+    there may be, and consists of the tokens of `prompts`."""
     length = args.prompt_length + args.response_length
     positions = getattr(policy.config.get_text_config(), "max_position_embeddings", length)
     if positions < length:
         sys.exit(f"error: {args.policy_model} has {positions} positions for up to {length} tokens")
-    rows = len(policy.get_input_embeddings().weight)
-    # Not `len(tokenizer)`: there may be tokens for other models of the family, such as for images
-    tokens = max(tokenizer.vocab_size, tokenizer.pad_token_id + 1, prompts.ids.max().item() + 1)
-    if rows < tokens:
-        sys.exit(f"error: {args.policy_model} has embeddings for {rows} tokens, not {tokens}")
     ids = torch.from_numpy(np.resize(prompts.ids[prompts.mask], (1, length))).to(policy.device)
     padding = length // 8
     mask = torch.arange(length, device=ids.device)[None] >= padding
-    transformer = policy.base_model
+    transformer = policy.get_decoder()
     states, cache = run_transformer(transformer, Tokens(ids[:, :-1], mask[:, :-1]))
     is_same = False
     if cache is not None:
@@ -1196,10 +1391,12 @@ def load_tokenizer(name, texts, **sides):
     """The tokenizer of a model. It pads with the end-of-text token if it has no padding token
     (masks tell the two apart). Refuses one to which `texts` are unknown, such as the empty one that
     AutoTokenizer makes for a folder without its files."""
-    tokenizer = AutoTokenizer.from_pretrained(TOKENIZERS.get(name, name), **sides)
+    options = sides | {"trust_remote_code": False}
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZERS.get(name, name), **options)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     known = tokenizer.batch_decode(tokenizer(texts)["input_ids"], skip_special_tokens=True)
-    if not "".join(known).strip():
+    has_words = {text.strip() for text in texts} - {"", *tokenizer.all_special_tokens}
+    if has_words and not "".join(known).strip():
         sys.exit(f"error: {name} has no tokenizer that knows the data (for a policy: --tokenizer)")
     return tokenizer
 
@@ -1220,23 +1417,25 @@ def load_data(args):
 
 
 def load_dataset(name, args):
-    """`name`: a file, whose suffix says of what kind; a folder that `datasets` has saved; or a hub
-    name with a split, NAME:SPLIT or NAME:CONFIGURATION:SPLIT. Refuses rows without texts."""
+    """`name`: a file, whose suffix says of what kind; or NAME:SPLIT or NAME:CONFIGURATION:SPLIT, of
+    a folder of files, one that `datasets` has saved, or a hub name. Refuses rows without texts."""
     path = Path(name).resolve()
-    if path.is_dir():
-        data = datasets.Dataset.load_from_disk(name)
-    elif path.is_file():
+    source, *configuration = name.split(":")
+    split = configuration.pop() if configuration else "train"
+    if path.is_file():
         data = datasets.load_dataset(str(path.parent), data_files=path.name, split="train")
     else:
-        hub_name, *configuration = name.split(":")
-        split = configuration.pop() if configuration else "train"
-        data = datasets.load_dataset(hub_name, *configuration, split=split)
-    has_prompts = "prompt" in data.column_names
-    columns = ["prompt"] if has_prompts else ["text"]
-    if has_prompts and ("label" in data.column_names or args.ce_coef):
+        try:
+            data = datasets.load_from_disk(source)
+            data = data[split] if isinstance(data, dict) else data
+        except FileNotFoundError:  # not saved by `datasets`
+            data = datasets.load_dataset(source, *configuration, split=split)
+    rows = data[:1]
+    columns = ["prompt"] if "prompt" in rows else ["text"]
+    if "prompt" in rows and (args.ce_coef or has_labels(rows)):
         columns.append("label")
     for column in columns:
-        if column not in data.column_names:
+        if column not in rows:
             sys.exit(f"error: {name} has no column {column!r}, only {data.column_names}")
         for row, value in enumerate(data[column][:]):
             is_text = isinstance(value, str)
@@ -1290,15 +1489,10 @@ def save_policy(setup, run_folder):
     """Writes policy/, the trained policy or its adapter, which `from_pretrained` loads."""
     folder = run_folder / "policy"
     temporary = run_folder / "policy.tmp"
-    actor = setup.actor_critic
-    if actor.lora:
-        actor.adapted.save_pretrained(temporary, selected_adapters=["policy"])  # in policy/
-    else:
-        actor.policy.save_pretrained(temporary / "policy")
-    setup.tokenizer.save_pretrained(temporary / "policy")
+    setup.actor_critic.policy.save_pretrained(temporary)
+    setup.tokenizer.save_pretrained(temporary)
     shutil.rmtree(folder, ignore_errors=True)  # left by a run killed just before its summary
-    (temporary / "policy").rename(folder)
-    shutil.rmtree(temporary)
+    temporary.rename(folder)
 
 
 def has_bfloat16(device):
@@ -1376,15 +1570,6 @@ def stop(*_):
     raise KeyboardInterrupt
 
 
-def parse_args(argv=None):
-    """Parses flags with the defaults of the chosen --task, which --help then shows."""
-    parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
-    parser.add_argument("--task", choices=TASKS, default="toy")
-    known, _ = parser.parse_known_args(argv)
-    task_args = TASKS[known.task]
-    return tyro.cli(task_args, args=argv)
-
-
 def main():
     args = parse_args()
     try:
@@ -1393,7 +1578,7 @@ def main():
         setup = None
         if not folder.exists():  # what is wrong with a new run leaves no folder
             setup = load(args)
-    except OSError as error:  # a file or an id that is not there
+    except (OSError, ValueError) as error:  # such as a file or an id that is not there
         sys.exit(f"error: {error}")
     is_first = os.environ.get("RANK", "0") == "0"  # only this process writes files
     lock = nullcontext()

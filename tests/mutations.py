@@ -73,6 +73,39 @@ sppo_rlhf.py: rlhf normalised_after_flips
 sppo_rlhf.py: rlhf leaves_what_it_promises
 - os.replace(temporary, path)
 + shutil.copy(temporary, path)
+sppo_rlhf.py: rlhf texts_cost_what
+- if not alive.any():
++ if not alive.any() and not prompt:
+sppo_rlhf.py: rlhf ratio_begins
+- without_padding(references, references.mask),
++ references,
+sppo_rlhf.py: rlhf checkpointing_changes
+- if "drop" in name:
++ if "dropout_" in name:
+sppo_rlhf.py: rlhf trained_with_dropout
+- setup.actor_critic.train(args.gradient_checkpointing)
++ setup.actor_critic.eval()
+sppo_rlhf.py: rlhf language_part_learns
+- set(trained.parameters()) - set(used.parameters())
++ set()
+sppo_rlhf.py: rlhf turn_ends
+- end = turn_end(tokenizer, args)
++ pass
+sppo_rlhf.py: rlhf begun_is_continued
+- add_generation_prompt=not continues
++ add_generation_prompt=True
+sppo_rlhf.py: rlhf as_if_it_were_alone
+- one_by_one = config.pad_token_id is None
++ one_by_one = config.pad_token_id == "none"
+sppo_rlhf.py: rlhf weighted_sum
+- reward_model(**copy.deepcopy(inputs))
++ reward_model(**inputs)
+sppo_rlhf.py: rlhf weighted_sum
+- rollout.scores @ torch.tensor(args.reward_weights)
++ rollout.scores.mean(1)
+sppo_rlhf.py: rlhf trained_with_dropout
+- difference = acting_kl.item() + approx_kl.item()
++ difference = acting_kl.item()
 docs/figures.py: docs_loss all_figures_again
 - ALPHA, BETA, Z = 0.5, 1.0
 + ALPHA, BETA, Z = 0.5, 1.1

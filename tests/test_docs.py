@@ -525,8 +525,8 @@ def test_the_list_of_metrics_is_complete_for_language_models(toy, tmp_path, monk
     tags, columns = logged(train(sppo_rlhf, args, "b", **SHORT_LM, prompt_length=10))
     own = metrics(page="docs/language-models.md")
     expected = metrics("PPO") | own
-    names = metrics("csv", page="docs/language-models.md") - own
-    csv = {name.replace("NAME", *reward) for name in names}
+    csv = metrics("csv", page="docs/language-models.md") - own
+    expected, csv = ({name.replace("NAME", *reward) for name in names} for names in (expected, csv))
     assert tags | toy_tags == expected
     assert columns | toy_columns == csv | expected - NOT_IN_CSV
 

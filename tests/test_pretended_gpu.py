@@ -71,13 +71,13 @@ MISTAKES = [
     # An index left on the CPU
     (ATARI, "dtype=torch.int64, device=device)", "dtype=torch.int64)"),
     ([SPPO_RLHF], "(take(minibatch, rows), accelerator.device)", "(take(minibatch, rows), 'cpu')"),
+    ([SPPO_RLHF], "torch.tensor(ends, device=device)", "torch.tensor(ends)"),
     # A mask left there
     (ATARI, "(uniform < level).to(advantage.device)", "uniform < level"),
     (ATARI, "(~overridden).float().to(device)", "(~overridden).float()"),
-    ([SPPO_RLHF], "torch.arange(length, device=ids.device)", "torch.arange(length)"),
     # numpy() on the GPU
     (ATARI, "action[t].cpu().numpy()", "action[t].numpy()"),
-    ([SPPO_RLHF], '(rollout, "cpu")', '(rollout, "cpu")._replace(scores=rollout.scores)'),
+    ([SPPO_RLHF], 'gather(concatenate(parts)), "cpu"', "gather(concatenate(parts)), 'cuda'"),
 ]
 MISTAKES = [(setting, *texts) for settings, *texts in MISTAKES for setting in settings]
 
@@ -101,10 +101,10 @@ def test_a_mistake_is_caught(setting, right, wrong, tmp_path, gpu):
 # What is doubled, and how many waits that adds: units by waits of each. Each step of a game waits
 # for the action and for the image; each epoch for the order and the flips; each of A2C's rollouts
 # for what is logged and saved, too; each micro batch for all its tensors and, in policy and critic,
-# for transformers' look at the mask, as does each token of three batches of samples; each minibatch
-# of language models for what is logged.
-RLHF_WAITS = {"response_length": 3 * 4, "micro_batch_size": -2 * 14, "num_minibatches": 2 * 7}
-RLHF_WAITS |= {"batch_size": 4 * 14}
+# for transformers' look at the mask, as does each token of three batches of samples, and whether
+# one goes on; each minibatch of language models for what is logged.
+RLHF_WAITS = {"response_length": 3 * 4 * 2, "micro_batch_size": -2 * 12, "num_minibatches": 2 * 7}
+RLHF_WAITS |= {"batch_size": 4 * 12}
 WAITS = [
     (SPPO_ATARI, {"num_steps": 8 * 2, "num_minibatches": 2 * 0, "update_epochs": 2}),
     (SA2C_ATARI, {"num_steps": 8 * 2, "total_timesteps": 8 * 2 + 16}),

@@ -222,6 +222,10 @@ def reward_model(name, label=1, dtype=torch.float32):
     return rlhf.classifier_reward(str(name), args, ["the plot was dull"], CPU, dtype)
 
 
+def function_reward(name, *columns, metrics=None):
+    return rlhf.function_reward(name, columns, metrics, CPU)
+
+
 def ragged(seed=0, lengths=((3, 5), (7, 2), (1, 1), (5, 5)), tokens=5):
     """Prompts, responses, and for each text its tokens without padding and the length of its
     prompt."""
@@ -242,14 +246,11 @@ def ragged(seed=0, lengths=((3, 5), (7, 2), (1, 1), (5, 5)), tokens=5):
 def collect(actor, prompts, uniform, top_k, eos, stop_at_eos):
     """The rollout from prompts; padding is 1, every reward 0."""
     length = uniform.shape[1]
-    setup = SimpleNamespace(
-        accelerator=Accelerator(cpu=True),
-        actor_critic=actor,
-        tokenizer=SimpleNamespace(
-            eos_token_id=eos, pad_token_id=1, batch_decode=lambda *_, **__: ""
-        ),
-    )
     args = rlhf.Args(response_length=length, stop_at_eos=stop_at_eos)
+    tokenizer = SimpleNamespace(eos_token_id=eos, pad_token_id=1, batch_decode=lambda *_, **__: "")
+    setup = SimpleNamespace(accelerator=Accelerator(cpu=True), actor_critic=actor)
+    setup.tokenizer = tokenizer
+    setup.ends = torch.tensor(rlhf.end_tokens({}, tokenizer, actor.policy, args))
     data = datasets.Dataset.from_dict({"text": [""] * len(uniform)})
     no_reward = [lambda **_: torch.zeros(len(uniform))]
     return rlhf.collect_rollout(setup, args, data, prompts, uniform, top_k, no_reward)
@@ -270,23 +271,23 @@ def test_padding_changes_nothing_in_any_family(toy, tmp_path, kind, lora_r):
             nn.init.normal_(parameter, std=0.3)
     prompts, responses, texts = ragged()
     _, references, _ = ragged(1, lengths=((3, 2), (7, 5), (1, 4), (5, 1)))
-    log_prob, real_log_prob, value = actor(prompts, responses, references)
-    log_probs = [log_prob, *real_log_prob]
+    log_prob, value, real_log_prob = actor(prompts, responses, references)
+    log_probs = [log_prob, real_log_prob]
     (sum(log_probs) + value).sum().backward()
     for parameter in actor.parameters():
         assert parameter.grad is None or parameter.grad.isfinite().all()
-    reference_log_prob = actor.reference_log_prob(prompts, responses)
+    reference_log_prob = rlhf.token_log_probs(actor.reference, prompts, responses)
     assert torch.allclose(reference_log_prob, log_probs[0]) == (lora_r == 0)
 
     uniform = torch.rand(4, 5, generator=torch.Generator().manual_seed(1))
-    eos = SimpleNamespace(eos_token_id=0, pad_token_id=1)
     with torch.no_grad():
-        samples = actor.generate(prompts, uniform, 0, eos, stop_at_eos=False).ids
+        samples, acting_log_prob = actor.generate(prompts, uniform, 0, torch.tensor([0]), 1, False)
+    log_probs_of_samples = actor(prompts, samples)[0]
+    torch.testing.assert_close(acting_log_prob, log_probs_of_samples, atol=1e-4, rtol=0)
+    samples = samples.ids
 
-    critic = actor.policy.base_model if lora_r else actor.critic
     for row, (text, length) in enumerate(texts):
         prompt = text[:length]
-        actor.activate_adapter("policy")
         for tokens, log_prob in zip((responses, references), log_probs):
             own = tokens.ids[row][tokens.mask[row]]
             logits = actor.policy(torch.cat([prompt, own])[None]).logits[0, length - 1 : -1]
@@ -299,8 +300,7 @@ def test_padding_changes_nothing_in_any_family(toy, tmp_path, kind, lora_r):
             token = rlhf.sample_token(logits, uniform[row, t].view(1, 1), 0)[0]
             sampled = torch.cat([sampled, token])
         assert torch.equal(samples[row], sampled[length:])
-        actor.activate_adapter("critic")
-        hidden = critic(text[None]).last_hidden_state[0, length - 1 : -1]
+        hidden = actor.critic(text[None]).last_hidden_state[0, length - 1 : -1]
         expected = actor.value_head(hidden)[:, 0]
         torch.testing.assert_close(value[row, : len(expected)], expected, atol=1e-4, rtol=0)
 
@@ -342,7 +342,7 @@ def test_a_rollout_samples_token_by_token(models, top_k):
             text = torch.cat([text, token])
     assert rollout.response.mask.all()
     torch.testing.assert_close(rollout.reference_log_prob, rollout.log_prob)
-    torch.testing.assert_close(rollout.value, actor(prompts, rollout.response)[2])
+    torch.testing.assert_close(rollout.value, actor(prompts, rollout.response)[1])
 
 
 @pytest.mark.parametrize("others", [None, 7, "list"])
@@ -370,30 +370,63 @@ def test_all_end_tokens_of_the_policy_end_a_response(models, others):
     assert not np.isin(unending.ids, ends).any()
 
 
+def test_texts_cost_what_they_are_long(models, monkeypatch):
+    """Those of a part are sampled until the last has ended, and scored without padding; the limit
+    changes nothing else. Parts of other lengths are one rollout."""
+    actor = actor_critic(models["gpt2"])
+    prompts, _, _ = ragged(lengths=((3, 0), (7, 0), (1, 0), (2, 0)), tokens=0)
+    uniform = torch.rand(4, 60, generator=torch.Generator().manual_seed(1))
+    endless = collect(actor, prompts, uniform[:, :40], 0, 50, True).response.ids
+    eos, *others = endless[:, 12].tolist()  # a token of each row
+    actor.policy.generation_config.eos_token_id = others
+    whole = collect(actor, prompts, uniform[:, :40], 0, eos, True)
+    longest = whole.response.mask.sum(1).max().item()
+    assert longest < 40
+    tokens = record(monkeypatch, rlhf, "sample_token")
+    scored = record(monkeypatch, rlhf, "token_log_probs")
+    longer = collect(actor, prompts, uniform, 0, eos, True)
+    assert len(tokens) == longest
+    assert {continuation.ids.shape[1] for (_, _, continuation), _ in scored} == {longest}
+    assert not longer.response.mask[:, longest:].any()
+    rows = SimpleNamespace(split=lambda _: torch.arange(4).split(1))
+    monkeypatch.setattr(rlhf, "process_rows", lambda *_: rows)
+    one_by_one = collect(actor, prompts, uniform, 0, eos, True)
+    for rollout in (longer, one_by_one):
+        for part, expected in zip(rollout.response, whole.response):
+            assert torch.equal(part[:, :40], expected)
+        sampled = whole.response.mask
+        for part, expected in zip(rollout[1:5], whole[1:5]):
+            part = part[:, :40][sampled]
+            torch.testing.assert_close(part, expected[sampled], atol=1e-5, rtol=0)
+
+
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_the_ratio_begins_at_one_however_a_batch_is_split(models, dtype):
-    """Dropout is off, too, for which the configuration asks."""
+    """And without padding. Dropout is off, too, for which the configuration asks."""
     actor = actor_critic(models["gpt2"], dtype=dtype)
-    prompts, _, _ = ragged(lengths=((3, 0), (7, 0), (1, 0), (2, 0)), tokens=0)
+    actor.policy.generation_config.eos_token_id = list(range(0, 400, 8))
+    prompts, references, _ = ragged(lengths=((3, 4), (7, 2), (1, 1), (2, 4)))
     uniform = torch.rand(4, 9, generator=torch.Generator().manual_seed(1))
-    rollout = collect(actor, prompts, uniform, 5, 3, True)
-    batch = rlhf.Batch(prompts, rollout.response, rollout, rollout.value, rollout.value)
+    response, _, old_log_prob, _, old_value, _ = collect(actor, prompts, uniform, 5, 3, True)
+    assert len(response.mask.sum(1).unique()) > 1
+    batch = rlhf.Batch(prompts, references, response, old_log_prob, *[old_value] * 3)
     for rows in ([0, 1, 2, 3], [0, 3], [2]):
         part = rlhf.take(batch, rows)
-        for others in ([], [part.references]):
-            response, old_log_prob, *_, old_value, _ = part.rollout
-            log_prob, _, value = actor(part.prompt, response, *others)
-            for new, old in ((log_prob, old_log_prob), (value, old_value)):
-                sampled = response.mask
-                torch.testing.assert_close(new[sampled], old[sampled], atol=1e-5, rtol=0)
+        for texts in ("prompt", "response", "references"):
+            mask = getattr(part, texts).mask
+            assert mask.any(0).all() and mask.sum() == getattr(batch, texts).mask[rows].sum()
+        log_prob, value, _ = actor(part.prompt, part.response)
+        for new, old in ((log_prob, part.old_log_prob), (value, part.old_value)):
+            sampled = part.response.mask
+            torch.testing.assert_close(new[sampled], old[sampled], atol=1e-5, rtol=0)
 
 
 def test_in_bfloat16_the_last_layers_are_in_float32(models):
     actor = actor_critic(models["gpt2"], dtype=torch.bfloat16)
     texts = ragged()[:2]
-    log_prob, _, value = actor(*texts)
+    log_prob, value, _ = actor(*texts)
     with actor.autocast():
-        policy_states = rlhf.predicting_states(actor.policy.base_model, *texts)
+        policy_states = rlhf.predicting_states(actor.policy.get_decoder(), *texts)
         critic_states = rlhf.predicting_states(actor.critic, *texts)
     expected = actor.policy.lm_head(policy_states.float()).log_softmax(-1)
     expected = expected.gather(-1, texts[1].ids[..., None])[..., 0]
@@ -402,17 +435,71 @@ def test_in_bfloat16_the_last_layers_are_in_float32(models):
     torch.testing.assert_close(value, actor.value_head(critic_states.float())[..., 0])
 
 
+@pytest.mark.parametrize("lora_r", [0, 2])
+@pytest.mark.parametrize("kind", ["GPT2", "OPT", "Falcon", "Gemma3Text"])
+def test_checkpointing_changes_no_gradient(toy, tmp_path, kind, lora_r):
+    """Nor does dropout, be it a module (GPT-2) or a number. Layers are computed once more, those of
+    policy and critic with their own adapters, which are not zero."""
+    dropouts = (
+        "embd_pdrop attn_pdrop resid_pdrop dropout attention_dropout hidden_dropout layerdrop"
+    )
+    make_policy(kind, tmp_path, toy, **dict.fromkeys(dropouts.split(), 0.5))
+    texts = ragged()[:2]
+    gradients, calls = [], []
+    for flag in (False, True):
+        actor = actor_critic(tmp_path, lora_r, gradient_checkpointing=flag)
+        torch.manual_seed(0)
+        for name, parameter in actor.named_parameters():
+            if "lora_" in name:
+                nn.init.normal_(parameter, std=0.3)
+        layers = next(x for x in actor.critic.modules() if isinstance(x, nn.ModuleList))
+        part = next(layers[0].children())
+        part.register_forward_pre_hook(lambda *_, flag=flag: calls.append(flag))
+        log_prob, value, _ = actor.train(flag)(*texts)
+        (log_prob.sum() + value.square().sum()).backward()
+        gradients.append({name: p.grad for name, p in actor.named_parameters() if p.requires_grad})
+    assert calls == [False, True, True]
+    assert gradients[0].keys() == gradients[1].keys()
+    for name, gradient in gradients[0].items():
+        assert gradient is not None
+        torch.testing.assert_close(gradients[1][name], gradient, rtol=1e-4, atol=1e-5)
+
+
+@pytest.mark.parametrize("lora_r", [0, 2])
+def test_of_a_multimodal_model_the_language_part_learns(toy, run, tmp_path, lora_r):
+    """All that is trained has a gradient, without which DDP stops. The rest is saved as it was."""
+    make_policy("Gemma3Text", tmp_path / "text", toy)
+    text = transformers.AutoConfig.from_pretrained(tmp_path / "text").to_dict()
+    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
+    vision |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
+    parts = {"text_config": text, "vision_config": vision}
+    config = transformers.Gemma3Config(**parts, mm_tokens_per_image=4)
+    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "both")
+    AutoTokenizer.from_pretrained(toy / "policy").save_pretrained(tmp_path / "both")
+    actor = actor_critic(tmp_path / "both", lora_r)
+    log_prob, value, _ = actor(*ragged()[:2])
+    (log_prob.sum() + value.sum()).backward()
+    learning = {name for name, p in actor.named_parameters() if p.requires_grad}
+    assert learning == {name for name, p in actor.named_parameters() if p.grad is not None}
+    assert len(learning) > 10 and not any("vision" in name for name in learning)
+    folder = run(policy_model=str(tmp_path / "both"), lora_r=lora_r, total_timesteps=8)
+    if not lora_r:
+        saved = AutoModelForCausalLM.from_pretrained(folder / "policy").state_dict()
+        before = AutoModelForCausalLM.from_pretrained(tmp_path / "both").state_dict()
+        assert all(torch.equal(saved[name], before[name]) for name in saved if "vision" in name)
+
+
 def test_lora_roles_are_adapters_on_one_frozen_model(models):
     actor = actor_critic(models["gptj"], lora_r=2)
     plain = actor_critic(models["gptj"])
     texts = ragged()[:2]
     for name, parameter in actor.named_parameters():
         assert parameter.requires_grad == ("lora_" in name or "value_head" in name)
-        if "lora_B.policy" in name:
+        if name.startswith("policy.") and "lora_B" in name:
             nn.init.normal_(parameter)
-    log_prob, _, value = actor(*texts)
-    initial, _, plain_value = plain(*texts)
-    torch.testing.assert_close(actor.reference_log_prob(*texts), initial)
+    log_prob, value, _ = actor(*texts)
+    initial, plain_value, _ = plain(*texts)
+    torch.testing.assert_close(rlhf.token_log_probs(actor.reference, *texts), initial)
     torch.testing.assert_close(value, plain_value)
     assert (log_prob - initial).abs().max() > 0.1
 
@@ -420,12 +507,12 @@ def test_lora_roles_are_adapters_on_one_frozen_model(models):
     silent.load_state_dict(actor.state_dict())
     torch.testing.assert_close(silent(*texts)[0], initial)
 
-    log_prob, _, value = actor(*texts)
+    log_prob, value, _ = actor(*texts)
     for loss, expected in ((log_prob, {"policy"}), (value, {"critic", "value_head"})):
         actor.zero_grad()
         loss.sum().backward()
         learning = {name for name, p in actor.named_parameters() if p.grad is not None}
-        assert {name.split(".")[-2] for name in learning} == expected
+        assert {name.split(".")[0] for name in learning} == expected
 
     for parameter in actor_critic(models["gptj"], 2, torch.bfloat16).parameters():
         assert (parameter.dtype == torch.float32) == parameter.requires_grad
@@ -444,30 +531,33 @@ def test_models_that_do_not_fit_are_refused_before_a_folder_is_made(
     renamed = {name.replace("lora_A", "lora_C"): weight for name, weight in saved.items()}
     safetensors.torch.save_file(renamed, file)
     policy, reward = f"{rlhf.TOY}/policy", f"{rlhf.TOY}/reward"
-    make_policy("GPT2", tmp_path / "few", toy, vocab_size=90)
     refusals = []
-    for kind in ("bart", "llava"):
-        transformers.AutoConfig.for_model(kind).save_pretrained(tmp_path / kind)
+    for kind in ("T5", "Llava"):
+        config = getattr(transformers, f"{kind}Config")()
+        config.save_pretrained(tmp_path / kind)
         words = ["--policy-model", tmp_path / kind, "--tokenizer", policy]
-        refusals.append((words, rf"{kind} \({kind}\) is not decoder-only$"))
-    make_policy(
-        "Llama", tmp_path / "quantised", toy, quantization_config={"quant_method": "bitsandbytes"}
-    )
+        refusals.append((words, f"^error: Unrecognized configuration class.*{kind}Config"))
+    (tmp_path / "custom").mkdir()
+    own = {"model_type": "own", "auto_map": {"AutoConfig": "configuration_own.OwnConfig"}}
+    (tmp_path / "custom" / "config.json").write_text(json.dumps(own))
+    custom = [tmp_path / "custom", "--tokenizer", policy]
     refusals += [
-        (["--policy-model", tmp_path / "quantised"], "is quantised, so it needs --lora-r$"),
-        (["--policy-model", tmp_path / "few"], r"few has embeddings for 90 tokens, not \d+$"),
+        (["--policy-model", *custom], "^error: .*custom contains custom code"),
+        (["--reward-model", *custom], "^error: .*custom contains custom code"),
         (["--reward-model", policy], "policy lacks 1 weights, such as score.weight$"),
         (["--policy-model", reward, "--tokenizer", policy], r"reward lacks \d+ weights, such as"),
+        (["--device", "cuda"], "there is no GPU$"),
         (["--prompt-length", "40"], "has 64 positions for up to 72 tokens$"),
         (["--policy-model", "./none/policy"], "^error: .*'./none/policy'"),
         (["--reward-model", "./none/reward"], "^error: .*'./none/reward'"),
-        (["--reward-model", "none.py:own"], "^error: none.py does not exist"),
+        (["--reward-model", "none.py:own"], "^error: .*No such file.*none.py"),
+        (["--chat-template-kwargs", '{"brief": true}'], "no chat template with 'brief' is used$"),
         (["--dataset", "./none/texts.jsonl"], "^error: .*none/texts.jsonl"),
         (["--eval-reward-model", adapter], "adapter lacks 4 weights, such as .*lora_A.weight$"),
     ]
     for label in (-1, 2):
         words = ["--eval-reward-model", reward, "--reward-label", label]
-        refusals.append((words, f"reward has 2 labels, and no --reward-label {label}$"))
+        refusals.append((words, f"reward: --reward-label must be one of {{0.*, not {label}$"))
     for name in ("classifier", "adapter"):
         words = ["--noise", "flip", "--reward-model", reward, models[name]]
         refusals.append((words, f"{name}'s rewards are unbounded, so --noise flip"))
@@ -620,6 +710,75 @@ def test_an_end_token_that_the_tokenizer_appends_does_not_end_a_prompt(toy, temp
     assert ids[mask].tolist() == [*start, *plain, end]
 
 
+CHATML = (
+    "{% for m in messages %}<|{{ m.role }}|>{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% if brief %}so{% endif %}{% endif %}"
+)
+
+
+@pytest.fixture
+def chat_tokenizer(toy):
+    """A turn ends with a token that is not the end of text."""
+    tokenizer = AutoTokenizer.from_pretrained(toy / "policy")
+    turns = ["<|user|>", "<|assistant|>", "<|end|>"]
+    tokenizer.add_special_tokens({"additional_special_tokens": turns})
+    tokenizer.chat_template = CHATML
+    return tokenizer
+
+
+CHAT = [{"role": "user", "content": "the plot"}]
+
+
+@pytest.mark.parametrize("stop", [True, False])
+def test_a_turn_ends_as_the_template_says(chat_tokenizer, stop):
+    """Responses, also of a base model that names the end of text only, and references. A template
+    that closes no turn leaves it at the end of text."""
+    args = rlhf.Args(response_length=9)
+    end = chat_tokenizer.convert_tokens_to_ids("<|end|>")
+    eos = chat_tokenizer.eos_token_id
+    if not stop:
+        chat_tokenizer.chat_template = CHATML.replace("<|end|>", "")
+    rows = {"prompt": [CHAT], "label": [" was dull"]}
+    _, references = rlhf.tokenize(rows, chat_tokenizer, args)
+    label = chat_tokenizer(" was dull")["input_ids"]
+    assert references.ids[references.mask].tolist() == [*label, end if stop else eos]
+    base = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=eos))
+    base.get_output_embeddings = lambda: nn.Linear(1, len(chat_tokenizer))
+    assert set(rlhf.end_tokens(rows, chat_tokenizer, base, args)) == {eos, end if stop else eos}
+    assert set(rlhf.end_tokens({"prompt": ["a"]}, chat_tokenizer, base, args)) == {eos}
+
+
+@pytest.mark.parametrize(("messages", "flags", "text"), [
+    ([], {}, "<|user|>the plot<|end|>\n<|assistant|>"),
+    ([{"role": "assistant", "content": "it was"}], {},
+     "<|user|>the plot<|end|>\n<|assistant|>it was"),
+    ([], {"chat_template_kwargs": '{"brief": true}'},
+     "<|user|>the plot<|end|>\n<|assistant|>so"),
+    ([], {"chat_template_kwargs": '{"brief": false}'},
+     "<|user|>the plot<|end|>\n<|assistant|>"),
+])  # fmt: skip
+def test_a_turn_that_was_begun_is_continued(chat_tokenizer, messages, flags, text):
+    """A template's own variables are flags."""
+    args = rlhf.Args(prompt_length=40, **flags)
+    prompt, _ = rlhf.tokenize({"prompt": [CHAT + messages]}, chat_tokenizer, args)
+    assert chat_tokenizer.decode(prompt.ids[0]) == text
+
+
+def test_a_completion_has_the_turn_that_was_begun(chat_tokenizer):
+    """As in TRL, so that classifiers read one turn of it."""
+    begun = [*CHAT, {"role": "assistant", "content": "it was"}]
+    rows = {"prompt": [begun, CHAT]}
+    args = rlhf.Args(prompt_length=40)
+    prompt, _ = rlhf.tokenize(rows, chat_tokenizer, args)
+    ids = torch.tensor([chat_tokenizer(" dull")["input_ids"]] * 2)
+    response = rlhf.Tokens(ids, torch.ones_like(ids, dtype=torch.bool))
+    inputs = rlhf.reward_inputs(rows, chat_tokenizer, prompt, response)
+    assert inputs["prompts"] == [CHAT, CHAT]
+    contents = [message["content"] for (message,) in inputs["completions"]]
+    assert contents == ["it was dull", " dull"]
+    assert inputs["completion_ids"] == ids.tolist()
+
+
 # Reward models
 
 
@@ -656,6 +815,47 @@ def test_a_single_output_is_the_score(models, name):
         assert score.item() == pytest.approx(expected.item(), abs=1e-5)
     rounded = reward_model(models[name], dtype=torch.bfloat16)
     torch.testing.assert_close(rounded(texts), scores, rtol=0.1, atol=0.1)
+
+
+def test_a_classifier_reads_a_text_as_if_it_were_alone(toy, tmp_path):
+    """Decoders are read at the last token, where nothing says what padding is: also where the text
+    closes with the token that pads."""
+    tokenizer = AutoTokenizer.from_pretrained(toy / "policy", pad_token=None)
+    tokenizer.save_pretrained(tmp_path)
+    shape = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 1}
+    shape |= {"num_attention_heads": 2, "vocab_size": len(tokenizer), "num_labels": 1}
+    torch.manual_seed(0)
+    model = AutoModelForSequenceClassification.from_config(transformers.LlamaConfig(**shape)).eval()
+    model.save_pretrained(tmp_path)
+    texts = ["the plot was superb .<|endoftext|>", "the plot<|endoftext|>", "the cast was dull"]
+    alone = [model(**tokenizer(text, return_tensors="pt")).logits[0, 0] for text in texts]
+    torch.testing.assert_close(reward_model(tmp_path)(texts), torch.stack(alone))
+
+
+@pytest.mark.parametrize("adapter", [False, True])
+@pytest.mark.parametrize("labels", [2, 3])
+def test_of_more_than_two_labels_one_is_asked_for(toy, tmp_path, models, labels, adapter):
+    """The reward of two is that of label 1. An adapter has as many as its head has rows."""
+    load = AutoModelForSequenceClassification.from_pretrained
+    torch.manual_seed(0)
+    model = load(models["gptj"], num_labels=labels)
+    folder = tmp_path / "reward"
+    if adapter:
+        config = peft.LoraConfig(r=2, task_type="SEQ_CLS", init_lora_weights=False)
+        model = peft.get_peft_model(model, config)
+    else:
+        AutoTokenizer.from_pretrained(models["gptj"]).save_pretrained(folder)
+    model.save_pretrained(folder)
+    text = "the plot was dull"
+    ids = AutoTokenizer.from_pretrained(models["gptj"])(text, return_tensors="pt")
+    expected = model.eval()(**ids).logits.softmax(-1)[0]
+    for label in range(labels):
+        assert reward_model(folder, label)([text]).item() == pytest.approx(expected[label].item())
+    if labels == 2:
+        assert reward_model(folder, None)([text]).item() == pytest.approx(expected[1].item())
+    else:
+        with pytest.raises(SystemExit, match="--reward-label must be one of {0: .*, not None$"):
+            reward_model(folder, None)
 
 
 def test_a_text_that_is_too_long_loses_its_beginning(toy):
@@ -788,38 +988,102 @@ def test_a_reward_function_is_one_of_a_module(tmp_path):
     file = f"{tmp_path}/own_rewards.py"
     inputs = {"texts": ["ab", "abc"], "completions": ["b", "bc"]}
     for _ in range(2):
-        assert rlhf.function_reward(f"{file}:own", CPU)(**inputs).tolist() == [1, 2]
+        assert function_reward(f"{file}:own")(**inputs).tolist() == [1, 2]
     own = sys.modules["own_rewards"].own
     assert pickle.loads(pickle.dumps(own)) is own
     with pytest.raises(SystemExit, match="^error: .*own_rewards.py:none: .* no attribute 'none'$"):
-        rlhf.function_reward(f"{file}:none", CPU)
+        function_reward(f"{file}:none")
     (tmp_path / "needs.py").write_text("import not_installed")
     with pytest.raises(SystemExit, match="^error: .*needs.py:own: No module named 'not_installed"):
-        rlhf.function_reward(f"{tmp_path}/needs.py:own", CPU)
+        function_reward(f"{tmp_path}/needs.py:own")
     for name in ("too_few", "mapping"):
         with pytest.raises(SystemExit, match=f"^error: .*:{name} must return a list of 2 scores"):
-            rlhf.function_reward(f"{file}:{name}", CPU)(**inputs)
-    (tmp_path / "json.py").write_text(OWN_REWARDS)
-    with pytest.raises(SystemExit, match="json.py does not exist, or another module has its name"):
-        rlhf.function_reward(f"{tmp_path}/json.py:own", CPU)
+            function_reward(f"{file}:{name}")(**inputs)
+
+
+@pytest.mark.parametrize("file", ["reward.v2.py", "json.py", "my-reward.py"])
+def test_a_file_of_any_name_has_reward_functions(tmp_path, file):
+    """Also one of a name that another folder's or an installed module has, and each its own."""
+    for folder in ("a", "b"):
+        (tmp_path / folder).mkdir()
+        function = f"def own(texts): return [{folder!r} == 'b' for _ in texts]"
+        (tmp_path / folder / file).write_text(function)
+    first, second = (function_reward(f"{tmp_path}/{folder}/{file}:own") for folder in "ab")
+    for _ in range(2):
+        assert (first(texts=["x"]).item(), second(texts=["x"]).item()) == (0, 1)
+    assert json.loads("1") == 1
+
+
+OWN_ARGUMENTS = """
+def named(completions, answer): return [float(answer[0] == 3)]
+def with_default(texts, answer=None, other=5): return [float(answer[0] == 3 and other == 5)]
+def whatever(**kwargs): return [float(kwargs["answer"][0] == 3 and "texts" in kwargs)]
+def logging(texts, log_metric):
+    log_metric("words", len(texts[0].split()))
+    return [1.0]
+def unknown(completions, solution, **kwargs): return [0.0]
+def unknown_hook(completions, log_extra): return [0.0]
+"""
+
+
+def test_a_function_gets_the_arguments_that_it_names(tmp_path):
+    """It may log metrics by TRL's hook. One that is not there is named before any work."""
+    (tmp_path / "own_arguments.py").write_text(OWN_ARGUMENTS)
+    file = f"{tmp_path}/own_arguments.py"
+    inputs = {"texts": ["ab cd"], "prompts": ["ab"], "completions": [" cd"]}
+    metrics = {}
+    for name in ("named", "with_default", "whatever", "logging"):
+        function = function_reward(f"{file}:{name}", "answer", metrics=metrics)
+        assert function(answer=[3], **inputs).tolist() == [1]
+    assert metrics == {"words": [2.0]}
+    for name, missing in {"unknown": "solution", "unknown_hook": "log_extra"}.items():
+        with pytest.raises(SystemExit, match=f":{name}: missing .*'{missing}'; there are .*answer"):
+            function_reward(f"{file}:{name}", "answer")
 
 
 def test_trls_own_reward_functions_run(tmp_path):
     own = "from trl.rewards import get_repetition_penalty_reward\n"
     (tmp_path / "trls.py").write_text(f"{own}penalty = get_repetition_penalty_reward(2)")
-    reward = rlhf.function_reward(f"{tmp_path}/trls.py:penalty", CPU)
+    reward = function_reward(f"{tmp_path}/trls.py:penalty", "label")
     inputs = dict.fromkeys(["texts", "prompts", "completions", "label"], ["", ""])
     assert reward(completion_ids=[[1, 2, 3, 4], [5] * 5], **inputs).tolist() == [0, -0.75]
 
 
-def test_the_reward_of_an_ensemble_is_the_mean(run):
-    """In training and in evaluations."""
-    lengths = f"{__file__}:text_lengths"
-    flags = {"total_timesteps": 8, "learning_rate": 0.0}
-    one = progress(run(name="one", reward_model=(lengths,), **flags))[-1]
-    two = progress(run(name="two", reward_model=(lengths, f"{__file__}:twos"), **flags))[-1]
-    for name in ("return_mean", "charts/episodic_return"):
-        assert two[name] == pytest.approx((one[name] + 2) / 2)
+WORD_REWARDS = """
+from functools import partial
+
+def share(texts, word, log_metric):
+    log_metric("words", len(texts[0].split()))
+    shares = [text.split().count(word) / len(text.split()) for text in texts]
+    texts.clear()
+    return shares
+
+dull, superb = partial(share, word="dull"), partial(share, word="superb")
+count = lambda texts: [len(text.split()) for text in texts]
+"""
+
+
+@pytest.mark.parametrize("weights", [(), (2.0, 0.0, -0.5)])
+def test_the_reward_is_the_weighted_sum_or_else_the_mean(run, tmp_path, monkeypatch, weights):
+    """In training and in evaluations. Each is logged under its own name, and gets lists that no
+    other changes."""
+    (tmp_path / "word_rewards.py").write_text(WORD_REWARDS)
+    names = tuple(f"{tmp_path}/word_rewards.py:{name}" for name in ("dull", "superb", "count"))
+    rewards = record(monkeypatch, rlhf, "token_advantages")
+    flags = {"total_timesteps": 8, "learning_rate": 0.0, "reward_model": names}
+    folder = run(reward_weights=weights, eval_episodes=8, **flags)
+    row = progress(folder)[-1]
+    scores = [row[f"rewards/{name}"] for name in names]
+    expected = np.dot(scores, weights or (1 / 3, 1 / 3, 1 / 3))
+    assert row["charts/episodic_return"] == pytest.approx(expected, rel=1e-5)
+    assert rewards[0][0][0].mean().item() == pytest.approx(expected, rel=1e-5)
+    assert row["rewards/words"] == int(row["rewards/words"]) > 5
+    samples = read_samples(folder)[-8:]
+    words = [(x["prompt"] + x["response"]).split() for x in samples]
+    for sample, text in zip(samples, words):
+        found = [text.count("dull") / len(text), text.count("superb") / len(text), len(text)]
+        reward = np.dot(found, weights or (1 / 3, 1 / 3, 1 / 3))
+        assert sample["reward"] == pytest.approx(reward, abs=1e-5)
 
 
 # Losses and advantages
@@ -902,15 +1166,13 @@ def test_the_loss_is_the_sum_of_its_parts_and_a_share_of_the_minibatch():
     """Texts with half of a minibatch's sampled tokens, and a quarter of its reference tokens."""
     new, old, advantage, mask = random_tokens()
     sft_mask = mask.flip(1)
-    unused = dict.fromkeys(("real_log_prob", "reference_log_prob", "scores"))
     response, references = rlhf.Tokens(None, mask), rlhf.Tokens(None, sft_mask)
-    rollout = rlhf.Rollout(response, log_prob=old, value=new + 1, **unused)
-    batch = rlhf.Batch(None, references, rollout, advantage, returns=new + 2)
+    batch = rlhf.Batch(None, references, response, old, new + 1, advantage, returns=new + 2)
     args = rlhf.Args(alpha=0.6, beta=0.5, z=-2.0, vf_coef=0.3, ce_coef=0.7)
 
     def model(prompt, *texts):
         assert texts == (response, references)
-        return new, (old,), new + 1
+        return new, new + 1, old
 
     loss, metrics = rlhf.loss_and_metrics(model, args, batch, 2 * mask.sum(), 4 * sft_mask.sum())
     policy_loss, reverse_loss = rlhf.symmetric_policy_losses(new, old, advantage, mask, 0.2, -2.0)
@@ -962,11 +1224,21 @@ def test_prompts_that_lose_their_beginning_are_counted(run, tmp_path, capsys, le
     datasets.Dataset.from_list(rows).to_json(path)
     flags = {"dataset": path, "eval_dataset": path, "eval_episodes": 20, "total_timesteps": 8}
     run(prompt_length=length, **flags)
-    line = "--prompt-length cuts 8 of 20 held-out prompts (left)\n"
-    assert (line in capsys.readouterr().out) == counted
+    cut = "8 of 20" if counted else "0 of 20"
+    line = f"--prompt-length cuts {cut} training, {cut} held-out prompts (left)\n"
+    assert line in capsys.readouterr().out
 
 
-@pytest.mark.parametrize("kind", ["csv", "tsv", "parquet", "jsonl.gz", "folder", "hub"])
+@pytest.mark.parametrize("text", ["", "\n", "<|endoftext|>"])
+def test_a_prompt_may_be_next_to_nothing(run, tmp_path, text):
+    """It is the end of text, then."""
+    path = str(tmp_path / "data.jsonl")
+    datasets.Dataset.from_dict({"prompt": [text] * 20, "label": [1] * 20}).to_json(path)
+    row = progress(run(dataset=path, eval_dataset=path, total_timesteps=8))[-1]
+    assert row["length_mean"] > 1 and "perplexity_real" not in row
+
+
+@pytest.mark.parametrize("kind", ["csv", "tsv", "parquet", "jsonl.gz", "folder", "saved", "hub"])
 def test_data_come_in_many_formats(tmp_path, monkeypatch, kind):
     rows = {"prompt": ["the, plot", "the\nplot"], "label": [" was", "dull"]}
     data = datasets.Dataset.from_dict(rows)
@@ -980,7 +1252,16 @@ def test_data_come_in_many_formats(tmp_path, monkeypatch, kind):
         hub = [("me/sums",), ("me/sums",), ("gsm8k", "main")]
         assert asked == [(a, {"split": s}) for a, s in zip(hub, ("train", "test", "test"))]
         return
-    writers = {"csv": data.to_csv, "parquet": data.to_parquet, "folder": data.save_to_disk}
+    if kind == "folder":  # such as a clone from the hub
+        other = datasets.Dataset.from_dict({"prompt": ["other"], "label": ["one"]})
+        data.to_parquet("data.folder/data/test-00000-of-00001.parquet")
+        other.to_parquet("data.folder/data/train-00000-of-00001.parquet")
+        datasets.DatasetDict(train=other, test=data).save_to_disk("both")
+        for folder in ("data.folder", "both"):
+            assert rlhf.load_dataset(f"{folder}:test", rlhf.Args())[:] == rows
+            assert rlhf.load_dataset(folder, rlhf.Args())[:] == other[:]
+        return
+    writers = {"csv": data.to_csv, "parquet": data.to_parquet, "saved": data.save_to_disk}
     writers["tsv"] = lambda name: data.to_csv(name, sep="\t")
     writers["jsonl.gz"] = lambda name: data.to_json(name, compression="gzip")
     writers[kind](name)
@@ -1086,6 +1367,7 @@ def test_a_run_leaves_what_it_promises(run):
     assert [sample["step"] for sample in read_samples(folder)] == [0] * 4 + [16] * 4 + [32] * 4
 
     columns = {name for name in rows[0] if "/" in name}
+    assert len(columns) == 15
     events = EventAccumulator(str(folder)).Reload()
     for name in columns:
         values = [scalar.value for scalar in events.Scalars(name)]
@@ -1118,9 +1400,9 @@ def test_the_saved_policy_is_a_folder_like_any_other(run):
     text = rlhf.Tokens(ids, torch.ones_like(ids, dtype=torch.bool))
     texts = [rlhf.Tokens(*(x[:, part] for x in text)) for part in (slice(1), slice(1, None))]
     actor = actor_critic(f"{rlhf.TOY}/policy")
-    initial, _, _ = actor(*texts)
+    initial, *_ = actor(*texts)
     actor.load_state_dict(checkpoint(folder)["agent"], strict=False)
-    trained, _, _ = actor(*texts)
+    trained, *_ = actor(*texts)
     assert (trained - initial).abs().max() > 0.01
     loaded = AutoModelForCausalLM.from_pretrained(folder / "policy").eval()
     log_prob = loaded(ids).logits[:, :-1].log_softmax(-1).gather(-1, ids[:, 1:, None])[..., 0]
@@ -1233,6 +1515,30 @@ def test_seeds_and_evaluations_have_random_numbers_of_their_own(run):
         assert len(set(values)) == 4
 
 
+@pytest.mark.parametrize("amp", ["off", "auto"])
+def test_a_policy_that_is_trained_with_dropout_is_not_the_one_that_acts(
+    run, models, monkeypatch, capsys, amp
+):
+    """In float32 on a CPU that ends the run, elsewhere it warns."""
+    init = rlhf.ActorCritic.__init__
+    monkeypatch.setattr(rlhf, "has_bfloat16", lambda device: True)
+
+    def with_dropout(actor, *args):
+        init(actor, *args)
+        actor.policy.transformer.drop.p = 0.5
+
+    flags = {"policy_model": str(models["gpt2"]), "gradient_checkpointing": True, "amp": amp}
+    run("without", total_timesteps=8, **flags)
+    assert "the policy that acts" not in capsys.readouterr().err
+    monkeypatch.setattr(rlhf.ActorCritic, "__init__", with_dropout)
+    if amp == "off":
+        with pytest.raises(SystemExit, match="^error: the policy that acts is not the one that is"):
+            run(total_timesteps=8, **flags)
+    else:
+        run(total_timesteps=8, **flags)
+        assert "warning: the policy that acts is not the one" in capsys.readouterr().err
+
+
 def test_a_checkpoint_is_whole_or_not_there(run, tmp_path):
     interrupt(run, 3)
 
@@ -1333,6 +1639,7 @@ def test_the_default_name_tells_runs_by_all_that_may_change_results(tmp_path, mo
     folder = rlhf.Args().folder()
     assert re.fullmatch(r"runs/toy__sppo__none__1__[0-9a-f]{8}", str(folder))
     others = {"runs_dir": "elsewhere", "track": True, "device": "cpu"}
+    others |= {"gradient_checkpointing": True}
     assert rlhf.Args(**others).folder() == Path("elsewhere", folder.name)
     assert set(rlhf.NO_EFFECT) == others.keys()
     for flags in ({"learning_rate": 1.0}, {"amp": "off"}, {"reward_model": ("a", "b")}):
@@ -1375,7 +1682,7 @@ def test_enjoy_repeats_the_last_evaluation(run, summaries, tmp_path, monkeypatch
         for name in ("return_mean", "kl", "perplexity_real"):
             assert f"{name}: {row[name]:.4g}" in lines
         assert lines[-1].startswith(f"{folder}: reward {row['return_mean']:.3f} (")
-        assert lines.pop(0).startswith("--prompt-length cuts 4 of 4 ")
+        assert lines.pop(0).endswith(", 4 of 4 held-out prompts (left)")
         for line, sample in zip(lines, read_samples(folder)[-4:]):
             assert line.startswith(f"{sample['reward']:.3f} {sample['prompt']} [")
         assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
@@ -1459,7 +1766,7 @@ def test_advantages_are_normalised_after_flips_drawn_anew_each_epoch(run, monkey
     run(noise="adv_flip" if level else "none", noise_level=level, response_length=40)
     lengths = set()
     for (_, _, minibatch), _ in gradients:
-        advantage = minibatch.advantage[minibatch.rollout.response.mask]
+        advantage = minibatch.advantage[minibatch.response.mask]
         lengths.add(len(advantage))
         assert advantage.mean().item() == pytest.approx(0, abs=1e-5)
         assert advantage.std().item() == pytest.approx(1, abs=1e-3)
@@ -1478,7 +1785,7 @@ def test_micro_batches_add_up_to_the_minibatch(run, monkeypatch):
     results = []
 
     def recording(setup, args, minibatch):
-        assert len(minibatch.rollout.response.mask.sum(1).unique()) > 1
+        assert len(minibatch.response.mask.sum(1).unique()) > 1
         for size in (None, 1, 3):
             setup.optimizer.zero_grad()
             metrics = accumulate_gradient(setup, replace(args, micro_batch_size=size), minibatch)
@@ -1506,9 +1813,9 @@ def test_summaries_with_lora(run, models, summaries):
     base = AutoModelForCausalLM.from_pretrained(models["gptj"])
     adapted = peft.PeftModel.from_pretrained(base, folder / "policy").base_model.model
     saved = {name: p for name, p in adapted.named_parameters() if "lora_" in name}
-    assert len(saved) == sum(".policy." in name for name in state)
+    assert len(saved) == sum(name.startswith("policy.") for name in state)
     for name, weight in saved.items():
-        assert torch.equal(weight, state["policy." + name.replace("default", "policy")])
+        assert torch.equal(weight, state[f"policy.base_model.model.{name}"])
 
 
 @pytest.mark.parametrize(("kind", "layers"), {
@@ -1528,7 +1835,6 @@ def test_the_adapter_of_any_family_is_merged_into_its_model(
     args = read_lines(folder / "sessions.jsonl")[0]["args"]
     trained = rlhf.ActorCritic(rlhf.Args(**args), CPU, torch.float32)
     trained.load_state_dict(checkpoint(folder)["agent"], strict=False)
-    trained.activate_adapter("policy")
     ids = torch.arange(12).view(2, 6)
     expected = trained.policy(ids).logits
     saved = peft.AutoPeftModelForCausalLM.from_pretrained(folder / "policy")
@@ -1538,21 +1844,21 @@ def test_the_adapter_of_any_family_is_merged_into_its_model(
     torch.testing.assert_close(saved.eval()(ids).logits, expected)
     merged = saved.merge_and_unload()(ids).logits
     torch.testing.assert_close(merged, expected, rtol=1e-4, atol=1e-4)
-    with trained.adapted.disable_adapter():
+    with trained.policy.disable_adapter():
         assert (trained.policy(ids).logits - expected).abs().max() > 0.01
 
 
-def test_an_adapter_is_no_policy_until_it_is_merged(run, summaries, tmp_path, capsys):
-    """The refusal's advice works."""
+def test_an_adapter_is_no_policy_until_it_is_merged(run, summaries, tmp_path):
+    """As the page says."""
     flags = summaries | {"total_timesteps": 8}
     adapter = run(**flags) / "policy"
-    with pytest.raises(SystemExit):
-        rlhf.parse_args(["--policy-model", str(adapter)])
-    message = " ".join(capsys.readouterr().err.replace("│", "").split())
-    (advice,) = re.findall(r"merge it into its model: (.*\)) ", message)
-    code = advice.replace("NEW_FOLDER", "new").replace("FOLDER", "adapter").replace(" ", "")
-    exec(code, {"peft": peft, "new": str(tmp_path / "new"), "adapter": adapter})
-    flags |= {"policy_model": str(tmp_path / "new"), "tokenizer": summaries["policy_model"]}
+    with pytest.raises(ValueError, match="Unrecognized model in .*policy"):
+        run(**flags | {"policy_model": str(adapter)}, name="adapter")
+    page = Path(rlhf.__file__).with_name("docs") / "language-models.md"
+    load, merge = re.search(r"`(peft.*?)` loads it, and its `(.*?)`", page.read_text()).groups()
+    code = f"{load}.{merge}".replace("runs/NAME/policy", str(adapter))
+    exec(code.replace("merged", str(tmp_path / "merged")), {"peft": peft})
+    flags |= {"policy_model": str(tmp_path / "merged"), "tokenizer": summaries["policy_model"]}
     assert run(name="other", **flags).exists()
 
 
@@ -1619,10 +1925,10 @@ def test_ddp_is_freed_before_its_process_group(run, monkeypatch):
 
 @pytest.mark.slow
 def test_the_toy_learns_reward_and_true_sentiment(tmp_path, monkeypatch):
-    """A full run has 40 updates; eight are enough to see it. The toy's models get their whole
-    training."""
+    """A full run has 40 updates; after twelve of them no seed of three is near the bounds. The
+    toy's models get their whole training."""
     monkeypatch.chdir(tmp_path)
-    words = ["--total-timesteps", 8 * 112, "--eval-freq", 8 * 112, "--device", "cpu"]
+    words = ["--total-timesteps", 12 * 112, "--eval-freq", 12 * 112, "--device", "cpu"]
     call_main(monkeypatch, *words, "--runs-dir", "own")
     (folder,) = Path("own").iterdir()
     first, last = progress(folder)
@@ -1649,10 +1955,8 @@ def test_where_the_toy_cannot_be_locked_one_sentence_says_so(tmp_path, monkeypat
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(fcntl, "flock", flock)
-    with pytest.raises(
-        SystemExit, match=r"^error: cannot lock runs/toy \(No locks available\); st"
-    ):
-        rlhf.prepare(rlhf.Args())
+    with pytest.raises(SystemExit, match=r"^error: .*No locks available"):
+        call_main(monkeypatch)
 
 
 def test_adapters_and_samples_do_not_share_random_numbers(run, monkeypatch, summaries):
@@ -1714,6 +2018,17 @@ def test_help_shows_the_defaults_of_the_task(capsys):
         assert reward in capsys.readouterr().out
 
 
+@pytest.mark.parametrize("word", ["--help", "--no-such-flag"])
+def test_a_mistyped_flag_waits_for_no_library(tmp_path, word):
+    """Here PyTorch cannot be imported."""
+    (tmp_path / "torch.py").write_text("raise ImportError")
+    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, rlhf.__file__, word], env=environment, capture_output=True
+    )
+    assert done.returncode == (0 if word == "--help" else 2)
+
+
 @pytest.mark.parametrize(("flags", "message"), {
     "--num-minibatches 16": "num_minibatches times processes must divide batch_size",
     "--eval-episodes 7": "processes must divide eval_episodes",
@@ -1733,11 +2048,12 @@ def test_help_shows_the_defaults_of_the_task(capsys):
     "--max-grad-norm 0": "max_grad_norm must be positive; 1e9 turns clipping off",
     "--max-grad-norm nan": "max_grad_norm must be positive; 1e9 turns clipping off",
     "--track": "track needs wandb: pip install wandb",
-    "--device cuda": "there is no GPU",
+    "--reward-weights 1 2": "reward_weights: one for each reward_model",
+    "--noise flip --reward-weights -1": "noise flip (1 - r) needs reward_weights of a mean",
+    "--chat-template-kwargs false": "chat_template_kwargs is JSON",
 }.items())  # fmt: skip
 def test_flags_that_would_mean_something_else_are_refused(flags, message, monkeypatch, capsys):
     """By each of two processes."""
-    monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     monkeypatch.setattr(rlhf, "find_spec", lambda name: None)
     monkeypatch.setenv("WORLD_SIZE", "2")
     with pytest.raises(SystemExit) as exit_:
