@@ -68,8 +68,7 @@ RUN = ["run_name", "exp_name", "script", "env_id", "noise", "noise_level", "seed
 EVALUATION = ["run_name", "step", "return_mean", "return_std", "length_mean"]
 CELL = ["reward", "env_id", "exp_name"]
 DIFFERENCE = ["env_id", "reward", "measure", "methods", "difference", "low", "high", "p"]
-SAMPLES = 2_000  # of a bootstrap interval
-FEW = 5  # with fewer runs no win rate and no bootstrap: results/coverage.py
+FEW = 5  # with fewer runs a cell, wins are counted: results/coverage.py
 DPI = 160
 
 
@@ -360,21 +359,6 @@ def win_rate(cells: list):
     return value, np.maximum(value - half, 0), np.minimum(value + half, 1)
 
 
-def interquartile_mean(strata: list) -> tuple[float, float, float]:
-    """Of all scores in `strata`, arrays (runs,), and its 95 % interval by the bootstrap: each array
-    is resampled by itself, one score fewer than it has, since as many would vary too little by
-    this factor. The interval is nan if an array has too FEW or more than another, since arrays
-    would then weigh otherwise."""
-    value = stats.trim_mean(np.concatenate(strata), 0.25)
-    sizes = {len(scores) for scores in strata}
-    if len(sizes) > 1 or min(sizes) < FEW:
-        return value, math.nan, math.nan
-    rng = np.random.default_rng(0)
-    drawn = [rng.choice(scores, (SAMPLES, len(scores) - 1)) for scores in strata]
-    samples = stats.trim_mean(np.concatenate(drawn, axis=1), 0.25, axis=1)
-    return value, *np.quantile(samples, [0.025, 0.975])
-
-
 def mean_and_variance(scores):
     """The mean of `scores` (..., runs), and its variance, 0 of a single score: (...,) each."""
     runs = scores.shape[-1]
@@ -558,28 +542,6 @@ def wins_text(cells: list) -> str:
     return estimate(rate, low, high, ".2f")
 
 
-def middle_table(runs: DataFrame) -> list[str]:
-    """Title and table: interquartile means, of methods that have run all tasks with a reward."""
-    of_task = runs.groupby("env_id")["return_mean"]
-    low = of_task.transform("min")
-    span = of_task.transform("max") - low
-    scores = (runs["return_mean"] - low) / span.where(span > 0, 1)
-    methods = in_order(runs["exp_name"])
-    table = DataFrame({"": methods})
-    for reward, part in runs.assign(score=scores).groupby("reward", sort=False):
-        cells = cells_of(part, "score").values()
-        texts = []
-        for method in methods:
-            strata = [cell[method] for cell in cells if method in cell]
-            whole = len(strata) == len(cells)
-            texts.append(estimate(*interquartile_mean(strata), ".2f") if whole else "")
-        table[reward] = texts
-    title = "Interquartile mean of the last evaluations on all tasks, where 0 is the lowest run on "
-    title += "a task and 1 the highest of those here; from five runs a cell on, with a bootstrap's "
-    title += "interval, in which each cell's runs are drawn anew:"
-    return [title, markdown(table)]
-
-
 def difference_text(differences: DataFrame) -> list[str]:
     """Paragraphs: how many differences there are, how many of them may be chance; a table."""
     if differences.empty:
@@ -707,7 +669,6 @@ def main(args: Args) -> None:
     page = ["# Report", HOW_TO_READ, *pooled_text(runs, pairs)]
     shown = differences[differences["measure"] == "last evaluation"].sort_values("env_id")
     page += draw_differences(shown, out / "differences.png")
-    page += middle_table(runs)
     drawn = runs[runs["exp_name"].isin(args.compare or runs["exp_name"])]
     variants = drawn["exp_name"].str.contains("-")
     page += ["## Learning curves", "Evaluations, mean and, shaded, standard error over seeds:"]

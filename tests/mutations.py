@@ -13,12 +13,6 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 # File, tests (as for pytest -k) in tests/test_FILE.py, what is there once, what comes instead
 MUTATIONS = r"""
-report.py: report hold_the_truth
-- (SAMPLES, len(scores) - 1)
-+ (SAMPLES, 4 * len(scores))
-report.py: report mean_is_scipys
-- np.quantile(samples, [0.025, 0.975])
-+ np.quantile(samples, [0.05, 0.95])
 report.py: report win_rate
 - + (a >= b).mean(axis=-1)
 + + (a > b).mean(axis=-1)
