@@ -1,7 +1,7 @@
 """Whether report.py's 95 % intervals hold the truth: simulated runs of two methods whose true
 difference is known. Writes coverage.csv: how many intervals in a hundred lie above it, and below.
 
-python results/coverage.py    # two minutes
+python results/coverage.py    # ten seconds
 """
 
 import sys
