@@ -168,9 +168,9 @@ def read_run(path: Path) -> tuple[list[dict], DataFrame]:
     packed, evaluations = tables_of(path)
     if packed.exists():
         runs = read_csv(packed)
-        runs[
-            [*RUN, "total_timesteps", "commit", "script_sha256", "versions"]
-        ]  # raises if one lacks
+        lacking = {*RUN, "total_timesteps", *PROVENANCE} - {"started", "hardware", *runs}
+        if lacking:
+            raise Refusal(f"no column {min(lacking)} in it")
         return runs.to_dict("records"), read_csv(evaluations)
     recorded = read_json(record_of(path))
     if "run" in recorded:  # in sessions.jsonl

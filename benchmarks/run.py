@@ -84,7 +84,8 @@ def duration(commands, jobs):
         if script not in SPEEDS or not steps:
             return ""
         minutes += int(steps[1]) / SPEEDS[script] / jobs / 60
-    return f": {minutes:,.0f} minutes at the speeds of results/speed/README.md"
+    amount = f"{minutes:,.0f} minutes" if minutes < 120 else f"{minutes / 60:,.0f} hours"
+    return f": {amount} at the speeds of results/speed/README.md"
 
 
 def start(command, gpu, threads, runs_dir):

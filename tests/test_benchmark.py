@@ -363,6 +363,9 @@ def test_how_many_and_how_long_is_said_first(stubs):
     errors = run(commands, stubs, "--jobs", 2).stderr
     minutes = 11 * 100_000 / 3222 / 60 / min(2, benchmark_run.CORES)
     assert f"1 of 12 runs have finished, 11 are left: {minutes:.0f} minutes at" in errors
+    days = ["python sppo_atari.py --total-timesteps 5000000"] * 1540
+    hours = 1540 * 5_000_000 / 1017 / 3600
+    assert benchmark_run.duration(days, 2).startswith(f": {hours:,.0f} hours at")
     (stubs / "mine.py").write_text(STUB)
     assert "are left\n" in run([["mine.py", "--total-timesteps", "9"]], stubs).stderr
 

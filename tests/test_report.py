@@ -615,6 +615,14 @@ def test_a_pack_takes_runs_of_versions_with_and_without_a_flag(tmp_path):
     assert table.loc[2, ["started", "new_flag"]].to_list() == ["2026-01-03 12:00:00", 1]
 
 
+def test_a_pack_that_lacks_a_column_is_named(grid, tmp_path):
+    report.pack(*report.read_folders((grid / "runs",))[:2], tmp_path / "pack")
+    table = pd.read_csv(tmp_path / "pack/runs.csv.gz").drop(columns="total_timesteps")
+    table.to_csv(tmp_path / "pack/runs.csv.gz", index=False)
+    *_, broken = report.read_folders((grid / "runs", tmp_path / "pack"))
+    assert broken == ["pack: no column total_timesteps in it"]
+
+
 def test_a_folder_may_have_several_packs(grid, tmp_path):
     """Whose files have prefixes."""
     from_runs = write_report(grid / "runs", out=tmp_path / "a", pack=tmp_path / "one-runs.csv.gz")
