@@ -39,12 +39,10 @@ too). Dropout is off. Steps and frequencies count texts, that is a prompt and it
 
 # ruff: noqa: E402  (libraries that load slowly come after the arguments)
 import argparse
-import asyncio
 import copy
 import csv
 import ctypes
 import hashlib
-import importlib
 import inspect
 import json
 import math
@@ -66,7 +64,7 @@ from typing import Literal, NamedTuple
 
 import tyro
 
-NO_EFFECT = ["runs_dir", "device", "track", "gradient_checkpointing"]  # but for rounding
+NO_EFFECT = "runs_dir device track micro_batch_size gradient_checkpointing".split()  # but rounding
 TOY = "runs/toy"  # folder of the toy's models and data
 # Tokenizers of hub models that come without one, and held-out splits of datasets
 TOKENIZERS = {
@@ -99,7 +97,7 @@ class Args:
     tokenizer: str | None = None  # folder or hub name; default: the policy's (imdb, tldr: gpt2)
     chat_template_kwargs: str = "{}"  # JSON, for the policy's template: {"enable_thinking": false}
     reward_model: tuple[str, ...] = (f"{TOY}/reward",)  # classifiers or FILE.py:NAME
-    reward_weights: tuple[float, ...] = ()  # of their sum; negative: penalties; default: the mean
+    reward_weights: tuple[float, ...] = ()  # 0: only watched; below: a penalty; default: the mean
     reward_label: int | None = None  # label whose probability is the reward; of two labels 1
     dataset: str = f"{TOY}/train.jsonl"  # JSONL(.gz) or hub name:split; text, or prompt and label
     eval_dataset: str | None = None  # held-out data; default: the task's, or 10% of --dataset
@@ -141,7 +139,6 @@ class Args:
     eval_freq: int | None = None  # texts between evaluations and checkpoints; default: total / 10
     eval_episodes: int = 128  # held-out prompts in an evaluation; rewards are clean
     eval_greedy: bool = False  # greedy decoding in evaluations; else sampled as in training
-    eval_reward_model: tuple[str, ...] = ()  # held-out reward models, never trained against
 
     def __post_init__(self):
         self.eval_dataset = self.eval_dataset or EVAL_DATASETS.get(self.dataset)
@@ -183,10 +180,6 @@ class Args:
             require(self.noise_level <= 1, "noise_level is the probability of a flip, so at most 1")
         weights = self.reward_weights
         require(len(weights) == len(self.reward_model), "reward_weights: one for each reward_model")
-        if self.noise == "flip":
-            is_mean = min(weights) >= 0 and sum(weights) < 1.001
-            require(is_mean, "noise flip (1 - r) needs reward_weights of a mean, with the sum 1")
-        require(self.chat_template_kwargs[:1] == "{", "chat_template_kwargs is JSON, as in --help")
         require(self.noise != "none" or not self.noise_level, "noise_level needs a kind of noise")
         processes = int(os.environ.get("WORLD_SIZE", 1))
         if self.batch_size % (self.num_minibatches * processes):
@@ -202,8 +195,10 @@ class Args:
         digest = hashlib.sha256(json.dumps(kept).encode())
         for source in own_sources():
             digest.update(source)
-        for data in filter(None, (self.dataset, self.eval_dataset)):
-            root = Path(data) if Path(data).is_file() else Path(data.split(":")[0])
+        names = [self.dataset, self.eval_dataset, self.policy_model, self.tokenizer]
+        names += self.reward_model
+        for name in filter(None, names):
+            root = Path(name) if Path(name).exists() else Path(name.split(":")[0])
             for path in sorted([root, *root.rglob("*")]):
                 if path.is_file():
                     digest.update(path.read_bytes())
@@ -277,7 +272,6 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import (
-    GradientAccumulationPlugin,
     concatenate,
     find_batch_size,
     recursively_apply,
@@ -291,9 +285,6 @@ from torch.nn import functional as F
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-
-EVENT_LOOP = asyncio.new_event_loop()  # one, since clients of reward functions belong to theirs
-
 
 # Noise
 
@@ -338,17 +329,14 @@ class Rollout(NamedTuple):
     log_prob: Tensor  # (B, T), the same, computed as in training: ratios start at 1
     reference_log_prob: Tensor  # (B, T), of sampled tokens under the reference policy
     value: Tensor  # (B, T), of the text before each token
-    scores: Tensor  # (B, reward models)
 
 
 class Batch(NamedTuple):
     """What an update learns from."""
 
     prompt: Tokens
-    references: Tokens  # texts to imitate, of the data
-    response: Tokens
-    old_log_prob: Tensor  # (B, T)
-    old_value: Tensor  # (B, T)
+    target: Tokens  # texts of the data, which the supervised loss imitates
+    rollout: Rollout
     advantage: Tensor  # (B, T)
     returns: Tensor  # (B, T)
 
@@ -378,10 +366,9 @@ def symmetric_policy_losses(log_prob, old_log_prob, advantage, mask, clip_coef, 
     surrogate = advantage * ratio
     clipped = advantage * ratio.clamp(1 - clip_coef, 1 + clip_coef)
     unclipped = surrogate <= clipped  # m: where PPO's gradient flows
-    objective = torch.where(unclipped, surrogate, clipped)
-    reverse = torch.where(unclipped, z * surrogate, 0.0)
-    policy_loss = -masked_mean(objective, mask, count)
-    reverse_loss = masked_mean(reverse, mask, count)  # all that SPPO adds to PPO
+    policy_loss = -masked_mean(torch.where(unclipped, surrogate, clipped), mask, count)
+    # All that SPPO adds to PPO
+    reverse_loss = masked_mean(torch.where(unclipped, z * surrogate, 0.0), mask, count)
     return policy_loss, reverse_loss
 
 
@@ -395,20 +382,21 @@ def clipped_value_loss(value, old_value, returns, mask, clip_coef, count=None):
     return 0.5 * masked_mean(larger, mask, count)
 
 
-def loss_and_metrics(model, args, batch, response_tokens, reference_tokens):
+def loss_and_metrics(model, args, batch, response_tokens, target_tokens):
     """Loss and metrics of a micro batch: sums over its tokens, divided by the number of tokens in
     the minibatch, so that results of all micro batches and processes add up to the minibatch's."""
-    mask = batch.response.mask
-    references = batch.references if args.ce_coef else None
-    log_prob, value, real_log_prob = model(batch.prompt, batch.response, references)
+    old = batch.rollout
+    mask = old.response.mask
+    target = batch.target if args.ce_coef else None
+    log_prob, value, target_log_prob = model(batch.prompt, old.response, target)
     policy_loss, reverse_loss = symmetric_policy_losses(
-        log_prob, batch.old_log_prob, batch.advantage, mask, args.clip_coef, args.z, response_tokens
+        log_prob, old.log_prob, batch.advantage, mask, args.clip_coef, args.z, response_tokens
     )
     value_loss = clipped_value_loss(
-        value, batch.old_value, batch.returns, mask, args.clip_coef, response_tokens
+        value, old.value, batch.returns, mask, args.clip_coef, response_tokens
     )
     loss = args.alpha * policy_loss + args.beta * reverse_loss + args.vf_coef * value_loss
-    log_ratio = log_prob.detach() - batch.old_log_prob
+    log_ratio = log_prob.detach() - old.log_prob
     clipped = (log_ratio.expm1().abs() > args.clip_coef).float()
     metrics = {
         "policy_loss": policy_loss,
@@ -419,7 +407,7 @@ def loss_and_metrics(model, args, batch, response_tokens, reference_tokens):
         "approx_kl": masked_mean(log_ratio.expm1() - log_ratio, mask, response_tokens),
     }
     if args.ce_coef:
-        sft_loss = -masked_mean(real_log_prob, references.mask, reference_tokens)
+        sft_loss = -masked_mean(target_log_prob, target.mask, target_tokens)
         loss = loss + args.ce_coef * sft_loss
         metrics["sft_loss"] = sft_loss
     return loss, metrics
@@ -474,13 +462,14 @@ def without_padding(tensors, mask):
 
 
 def take(batch, rows):
-    """Rows of a batch, without what is padding in all of them. This is done on the CPU: how many
-    columns are left would have to wait for a GPU."""
-    prompt, references, *of_responses = slice_tensors(batch, rows)
+    """Rows of a batch, without what is padding in all of them. On the CPU, since a GPU would have
+    to be waited for: how many columns are left depends on the data."""
+    prompt, target, *of_responses = slice_tensors(batch, rows)
+    response = of_responses[0].response
     return Batch(
         without_padding(prompt, prompt.mask),
-        without_padding(references, references.mask),
-        *without_padding(of_responses, of_responses[0].mask),
+        without_padding(target, target.mask),
+        *without_padding(of_responses, response.mask),
     )
 
 
@@ -489,11 +478,10 @@ def accumulate_gradient(setup, args, minibatch):
     means over the tokens of the minibatch."""
     accelerator = setup.accelerator
     size = len(minibatch.advantage)
-    response_tokens = minibatch.response.mask.sum()
-    reference_tokens = minibatch.references.mask.sum()
+    mask = minibatch.rollout.response.mask
+    lengths = minibatch.prompt.mask.sum(1) + mask.sum(1)
     own_rows = process_rows(accelerator, size)
-    lengths = join(minibatch.prompt, minibatch.response).mask[own_rows].sum(1)
-    by_length = own_rows[lengths.argsort()]  # least padding
+    by_length = own_rows[lengths[own_rows].argsort()]  # least padding
     micro_batches = by_length.split(args.micro_batch_size or size)
     totals = {}
     for rows in micro_batches:
@@ -501,10 +489,10 @@ def accumulate_gradient(setup, args, minibatch):
         is_last = rows is micro_batches[-1]  # processes exchange gradients after that one only
         with nullcontext() if is_last else accelerator.no_sync(setup.model):
             loss, metrics = loss_and_metrics(
-                setup.model, args, micro_batch, response_tokens, reference_tokens
+                setup.model, args, micro_batch, mask.sum(), minibatch.target.mask.sum()
             )
             # DDP averages over processes, though the loss is a share of the minibatch's already
-            accelerator.backward(loss * accelerator.num_processes)
+            (loss * accelerator.num_processes).backward()
         for name, metric in metrics.items():
             totals[name] = totals.get(name, 0) + metric.detach()
     return accelerator.reduce(totals, "sum")
@@ -518,7 +506,7 @@ def update(setup, args, batch, generator):
         order = torch.randperm(args.batch_size, generator=generator)
         for rows in order.split(args.batch_size // args.num_minibatches):
             minibatch = slice_tensors(batch, rows)
-            mask = minibatch.response.mask
+            mask = minibatch.rollout.response.mask
             raw = minibatch.advantage
             if args.noise == "adv_flip":
                 raw = perturb_advantage(raw, args.noise_level, generator)
@@ -526,9 +514,8 @@ def update(setup, args, batch, generator):
             minibatch = minibatch._replace(advantage=advantage)
 
             metrics = accumulate_gradient(setup, args, minibatch)
-            metrics["grad_norm"] = setup.accelerator.clip_grad_norm_(
-                setup.model.parameters(), args.max_grad_norm
-            )
+            parameters = setup.model.parameters()
+            metrics["grad_norm"] = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
             metrics["clipped_gradients"] = metrics["grad_norm"] > args.max_grad_norm
             setup.optimizer.step()
             setup.optimizer.zero_grad()
@@ -558,7 +545,7 @@ class Progress:
 
 
 # A batch of texts goes through these:
-#   tokenize: `Tokens` of prompts, and of references, the texts to imitate
+#   tokenize: `Tokens` of prompts, and of targets, the texts to imitate
 #   collect_rollout: a `Rollout`, by ActorCritic's `generate` and `forward`, and reward models
 #   perturb_reward, token_advantages: a `Batch`, of which `update` makes minibatches
 #   accumulate_gradient: for each micro batch, by `take`, loss_and_metrics
@@ -601,14 +588,13 @@ def train(setup, args, folder):
         rows = torch.randperm(len(setup.train_data), generator=generator)[: args.batch_size]
         data = setup.train_data.select(rows.tolist())
         uniform = torch.rand(args.batch_size, args.response_length, generator=generator)
-        reward_models = setup.reward_models[: len(args.reward_model)]
         setup.reward_metrics.clear()  # of evaluations
-        prompts, references = tokenize(data[:], setup.tokenizer, args)
-        rollout = collect_rollout(setup, args, data, prompts, uniform, args.top_k, reward_models)
+        prompts, targets = tokenize(data[:], setup.tokenizer, args)
+        rollout, scores = collect_rollout(setup, args, data, prompts, uniform, args.top_k)
         progress.global_step += args.batch_size
 
         # Advantages
-        reward = rollout.scores @ torch.tensor(args.reward_weights)
+        reward = scores @ torch.tensor(args.reward_weights)
         noisy_reward = perturb_reward(reward.numpy(), args.noise, args.noise_level, rng)
         advantage, returns = token_advantages(
             torch.as_tensor(noisy_reward, dtype=reward.dtype),
@@ -620,30 +606,20 @@ def train(setup, args, folder):
         )
 
         # Update
-        batch = Batch(
-            prompts,
-            references,
-            rollout.response,
-            rollout.log_prob,
-            rollout.value,
-            advantage,
-            returns,
-        )
+        batch = Batch(prompts, targets, rollout, advantage, returns)
         minibatches = update(setup, args, batch, generator)
         metrics = means(minibatches)
         step = progress.global_step
         if step == args.batch_size:
             check_first_minibatch(setup, rollout, minibatches[0]["approx_kl"])
-        # Above 1e19 this norm overflows, and so do logits
-        weight_norm = nn.utils.get_total_norm(trained_parameters(setup).values())
-        if not math.isfinite(metrics["grad_norm"] + weight_norm):
-            sys.exit(f"error: gradient or weights not finite at step {step}; lower --learning-rate")
+        if not math.isfinite(metrics["grad_norm"]):
+            sys.exit(f"error: the gradient is not finite at step {step}; lower --learning-rate")
 
         # Log
         scalars = {f"losses/{name}": metric for name, metric in metrics.items()}
         for name, scalar in rollout_metrics(rollout, reward, advantage, returns).items():
             scalars[name] = scalar.item()
-        for name, score in zip(args.reward_model, rollout.scores.mean(0)):
+        for name, score in zip(args.reward_model, scores.mean(0)):
             scalars[f"rewards/{name}"] = score.item()
         for name, values in setup.reward_metrics.items():  # from TRL's log_metric
             scalars[f"rewards/{name}"] = np.mean(values).item()
@@ -722,8 +698,8 @@ class ActorCritic(nn.Module):
     Without LoRA these are three models. With LoRA policy and critic are adapters: all three share
     the other weights.
 
-    Throughout, prompts, responses and references are `Tokens`. Results are for the T tokens of a
-    response or reference: (B, T), float32.
+    Throughout, prompts, responses and targets are `Tokens`. Results are for the T tokens of a
+    response or target: (B, T), float32.
     """
 
     def __init__(self, args, device, dtype):
@@ -743,18 +719,18 @@ class ActorCritic(nn.Module):
         device = self.value_head.weight.device.type
         return torch.autocast(device, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
-    def forward(self, prompt, response, references=None):
+    def forward(self, prompt, response, target=None):
         """Log-probabilities of the response, values of the texts before each of its tokens, and
-        log-probabilities of the references, if given. All gradients flow through here, so that DDP
-        can wrap it."""
-        real_log_prob = None
+        log-probabilities of the target, if given. All gradients flow through here, so that DDP can
+        wrap it."""
+        target_log_prob = None
         with self.autocast():
             log_prob = token_log_probs(self.policy, prompt, response)
             hidden = predicting_states(self.critic, prompt, response)
-            if references is not None:
-                real_log_prob = token_log_probs(self.policy, prompt, references)
+            if target is not None:
+                target_log_prob = token_log_probs(self.policy, prompt, target)
         value = self.value_head(hidden.float()).squeeze(-1)
-        return log_prob, value, real_log_prob
+        return log_prob, value, target_log_prob
 
     def generate(self, prompt, uniform, top_k, ends, padding, stop_at_eos):
         """Samples responses until all have ended, of at most T tokens. Returns them, padded to T
@@ -899,7 +875,7 @@ def load_classifier(name, device, dtype):
     return model.to(device, dtype)  # its own weights may be saved in another
 
 
-def classifier_reward(name, args, data_texts, device, dtype):
+def classifier_reward(name, args, device, dtype):
     """A reward model, a function from texts to scores (texts,), with its own tokenizer and, where
     prompts are messages, its own chat template, if it has one. Scores are the classifier's single
     output, that of the label if these are regressions, else the probability of the label."""
@@ -910,20 +886,14 @@ def classifier_reward(name, args, data_texts, device, dtype):
         label = args.reward_label
     if label not in range(config.num_labels):
         sys.exit(f"error: {name}: --reward-label must be one of {config.id2label}, not {label}")
-    is_unbounded = config.num_labels == 1 or config.problem_type == "regression"
-    if args.noise == "flip" and is_unbounded and name in args.reward_model:
-        sys.exit(f"error: {name}'s rewards are unbounded, so --noise flip (1 - r) has no meaning")
+    is_regression = config.num_labels == 1 or config.problem_type == "regression"
     # An adapter has that of its base. Padding on the right shifts no positions
     sides = {"truncation_side": "left", "padding_side": "right"}
-    tokenizer = load_tokenizer(config.name_or_path, data_texts, **sides)
+    tokenizer = load_tokenizer(config.name_or_path, **sides)
     one_by_one = config.pad_token_id is None  # then decoders cannot tell where a text ends
     if not one_by_one:
         config.pad_token_id = tokenizer.pad_token_id
     positions = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
-    for part, module in model.named_modules():
-        padding = getattr(module, "padding_idx", None)
-        if part.endswith("position_embeddings") and padding is not None:
-            positions -= padding + 1  # RoBERTa's begin after it
     tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
     encode = partial(tokenizer, padding=True, truncation=True, return_tensors="pt")
 
@@ -939,7 +909,7 @@ def classifier_reward(name, args, data_texts, device, dtype):
             inputs = encode(part, add_special_tokens=not in_template)  # which has them
             logits.append(model(**inputs.to(device)).logits.float())
         logits = torch.cat(logits)
-        if is_unbounded:
+        if is_regression:
             return logits[:, label]
         if config.problem_type == "multi_label_classification":
             return logits.sigmoid()[:, label]
@@ -949,28 +919,16 @@ def classifier_reward(name, args, data_texts, device, dtype):
 
 
 def import_function(name):
-    """The Python function FILE.py:NAME."""
+    """The Python function FILE.py:NAME. Its module is named by the file's path, since two folders
+    may have a file of one name."""
     file, _, function_name = name.rpartition(":")
-    path = Path(file).resolve()
-    try:
-        return getattr(import_file(path), function_name)
-    except (ImportError, AttributeError) as error:
-        sys.exit(f"error: {name}: {error}")
-
-
-def import_file(path):
-    """The module of a Python file. It has its own name, so that process pools find it, unless that
-    is no name or another module's."""
-    sys.path.append(str(path.parent))
-    found = "." not in path.stem and find_spec(path.stem)
-    if found and found.origin == str(path):
-        return importlib.import_module(path.stem)
-    name = str(path)
-    if name not in sys.modules:
-        spec = spec_from_file_location(name, path)
-        sys.modules[name] = module_from_spec(spec)
-        spec.loader.exec_module(sys.modules[name])
-    return sys.modules[name]
+    path = str(Path(file).resolve())
+    if path not in sys.modules:
+        sys.path.append(str(Path(path).parent))
+        spec = spec_from_file_location(path, path)
+        sys.modules[path] = module_from_spec(spec)
+        spec.loader.exec_module(sys.modules[path])
+    return getattr(sys.modules[path], function_name)
 
 
 def function_reward(name, columns, metrics, device):
@@ -998,11 +956,8 @@ def function_reward(name, columns, metrics, device):
     def reward_model(**inputs):
         count = len(inputs["texts"])
         scores = function(**named(inputs))
-        if inspect.iscoroutine(scores):
-            scores = EVENT_LOOP.run_until_complete(scores)
-        if isinstance(scores, dict) or len(scores) != count:
+        if len(scores) != count:
             sys.exit(f"error: {name} must return a list of {count} scores, one for each text")
-        scores = [math.nan if score is None else score for score in scores]
         return torch.tensor(scores, dtype=torch.float32, device=device)
 
     return reward_model
@@ -1012,30 +967,34 @@ def function_reward(name, columns, metrics, device):
 
 
 def tokenize(rows, tokenizer, args):
-    """Prompts, and references, which are padded to `response_length`; without labels all of it is
-    padding. `rows`: column -> values; `prompt`, texts or messages, and `label`, or else `text`,
-    whose first half is the prompt."""
+    """Prompts, and targets, padded to `response_length`; without labels all of them is padding.
+    `rows`: column -> values; `prompt`, texts or messages, and `label`, or else `text`, whose first
+    half is the prompt."""
+    # What the tokenizer writes before a text, not what it may write after it
+    probe = tokenizer("a", return_special_tokens_mask=True)
+    start = probe["input_ids"][: probe["special_tokens_mask"].index(0)]
     end = tokenizer.eos_token_id
-    references = []
-    if "prompt" not in rows:
-        texts = without_end(tokenizer, rows["text"])
-        prompts = [ids[: len(ids) // 2] for ids in texts]
-        references = [ids[len(ids) // 2 :] for ids in texts]
-    elif has_messages(rows):
+    targets = [[] for _ in next(iter(rows.values()))]
+    if has_messages(rows):
         prompts = [chat_tokens(chat, tokenizer, args) for chat in rows["prompt"]]
         end = turn_end(tokenizer, args)
     else:
-        prompts = without_end(tokenizer, rows["prompt"])
-    if "prompt" in rows and has_labels(rows):
-        references = tokenizer(rows["label"], add_special_tokens=False)["input_ids"]
-    start = tokenizer.bos_token_id
+        texts = rows["prompt"] if "prompt" in rows else rows["text"]
+        plain = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        prompts = [ids if ids[: len(start)] == start else start + ids for ids in plain]
+    if "prompt" not in rows:
+        targets = [[*ids[len(ids) // 2 :], end] for ids in prompts]
+        prompts = [ids[: len(ids) // 2] for ids in prompts]
+    elif has_labels(rows):
+        labels = tokenizer(rows["label"], add_special_tokens=False)["input_ids"]
+        targets = [[*ids, end] for ids in labels]
     prompts = [cut_left(ids, args.prompt_length, start) for ids in prompts]
     prompts = [ids or [tokenizer.eos_token_id] for ids in prompts]
     length = args.response_length
-    references = [[*ids, end][:length] for ids in references] or [[] for _ in prompts]
+    targets = [ids[:length] for ids in targets]
     pad = partial(tokenizer.pad, return_tensors="pt")
     left = pad({"input_ids": prompts}, padding_side="left")
-    right = pad({"input_ids": references}, "max_length", length, padding_side="right")
+    right = pad({"input_ids": targets}, "max_length", length, padding_side="right")
     return tuple(Tokens(x["input_ids"], x["attention_mask"].bool()) for x in (left, right))
 
 
@@ -1044,7 +1003,7 @@ def has_messages(rows):
 
 
 def has_labels(rows):
-    return isinstance(rows.get("label", [None])[0], str)  # not classes of texts
+    return all(isinstance(label, str) for label in rows.get("label", [None]))  # no classes of texts
 
 
 def chat_tokens(chat, tokenizer, args):
@@ -1083,23 +1042,12 @@ def end_tokens(rows, tokenizer, policy, args):
     return [token for token in ends if token is not None and token < vocabulary]
 
 
-def without_end(tokenizer, texts):
-    """Tokens of texts, without the end token that some tokenizers append to every text."""
-    encoded = tokenizer(texts, return_special_tokens_mask=True)
-    for ids, added in zip(encoded["input_ids"], encoded["special_tokens_mask"]):
-        if added[-1:] == [1] and ids[-1] == tokenizer.eos_token_id:
-            ids.pop()
-    return encoded["input_ids"]
-
-
-def cut_left(ids, length, bos):
-    """The last `length` of the tokens `ids`. If they begin with the start token `bos`, so does the
-    rest, and once only: chat templates and tokenizers may both write it."""
-    if ids[:2] == [bos, bos]:
-        ids = ids[1:]
+def cut_left(ids, length, start):
+    """The last `length` of the tokens `ids`. If they begin with the tokens `start`, so does the
+    rest."""
     kept = ids[-length:]
-    if ids[:1] == [bos]:
-        kept[0] = bos
+    if ids[: len(start)] == start:
+        kept[: len(start)] = start
     return kept
 
 
@@ -1132,9 +1080,10 @@ def in_parts(setup, args, function, *tensors):
 
 
 @torch.no_grad()
-def collect_rollout(setup, args, data, prompts, uniform, top_k, reward_models):
+def collect_rollout(setup, args, data, prompts, uniform, top_k):
     """Samples responses to `prompts`, those in B rows of `data`, and scores them. Returns the
-    rollout of all processes, on the CPU. `uniform` (B, T) as in `generate`."""
+    rollout and scores (B, reward models), of all processes, on the CPU. `uniform` (B, T) as in
+    `generate`."""
     actor = setup.actor_critic
     pad_token = setup.tokenizer.pad_token_id
 
@@ -1149,14 +1098,15 @@ def collect_rollout(setup, args, data, prompts, uniform, top_k, reward_models):
         log_prob, value, _ = actor(prompt, sampled)
         inputs = reward_inputs(data[rows.tolist()], setup.tokenizer, prompt, sampled)
         # Functions may change their lists
-        scores = [reward_model(**copy.deepcopy(inputs)) for reward_model in reward_models]
+        scores = [reward_model(**copy.deepcopy(inputs)) for reward_model in setup.reward_models]
         scores = torch.stack(scores, 1)
         if not scores.isfinite().all():
             raise ValueError(f"scores that are None or not finite, with the means {scores.mean(0)}")
         pad = partial(F.pad, pad=(0, args.response_length - value.shape[1]))
-        return Rollout(
-            response, acting_log_prob, pad(log_prob), pad(reference_log_prob), pad(value), scores
+        rollout = Rollout(
+            response, acting_log_prob, pad(log_prob), pad(reference_log_prob), pad(value)
         )
+        return rollout, scores
 
     return in_parts(setup, args, sample_and_score, torch.arange(len(uniform)), prompts, uniform)
 
@@ -1205,17 +1155,16 @@ def evaluate(setup, args, step):
 
     The row has the reward, and what it may have cost: the KL divergence from the reference policy
     in nats per text (an estimate, biased where sampling is filtered) and perplexities: of responses
-    under the reference policy, and of references, where there are labels, under the policy.
+    under the reference policy, and of targets, where there are labels, under the policy.
     """
     rng = np.random.default_rng([args.seed, step, 2])
     uniform = torch.from_numpy(rng.random((args.eval_episodes, args.response_length)))
     top_k = 1 if args.eval_greedy else args.top_k
     data = setup.eval_data
-    prompts, references = tokenize(data[:], setup.tokenizer, args)
-    rollout = collect_rollout(setup, args, data, prompts, uniform, top_k, setup.reward_models)
+    prompts, targets = tokenize(data[:], setup.tokenizer, args)
+    rollout, scores = collect_rollout(setup, args, data, prompts, uniform, top_k)
     mask = rollout.response.mask
-    first_heldout = len(args.reward_model)  # a column of `scores`
-    reward = rollout.scores[:, :first_heldout] @ torch.tensor(args.reward_weights)
+    reward = scores @ torch.tensor(args.reward_weights)
     log_ratio = rollout.log_prob - rollout.reference_log_prob
     prompt_texts = decode(setup.tokenizer, prompts)
     responses = decode(setup.tokenizer, rollout.response)
@@ -1228,15 +1177,13 @@ def evaluate(setup, args, step):
         "kl": masked_mean(log_ratio, mask, args.eval_episodes).item(),
         "perplexity": (-masked_mean(rollout.reference_log_prob, mask)).exp().item(),
     }
-    if references.mask.any():
+    if targets.mask.any():
         policy_log_probs = partial(token_log_probs, setup.actor_critic.policy)
         with setup.actor_critic.autocast():
-            real_log_prob = in_parts(setup, args, policy_log_probs, prompts, references)
-        row["perplexity_real"] = (-masked_mean(real_log_prob, references.mask)).exp().item()
-    for name, score in zip(args.eval_reward_model, rollout.scores[:, first_heldout:].mean(0)):
-        row[f"heldout_{name}"] = score.item()
-    if args.dataset == Args.dataset:
-        row["sentiment"] = sum(map(toy_sentiment, responses)) / len(responses)
+            target_log_prob = in_parts(setup, args, policy_log_probs, prompts, targets)
+        row["perplexity_real"] = (-masked_mean(target_log_prob, targets.mask)).exp().item()
+    for name, score in zip(args.reward_model, scores.mean(0)):
+        row[f"eval_{name}"] = score.item()
 
     samples = [
         {"step": step, "prompt": prompt, "response": response, "reward": score}
@@ -1261,7 +1208,6 @@ class Setup:
     optimizer: torch.optim.Optimizer
     tokenizer: transformers.PreTrainedTokenizerBase
     ends: Tensor  # tokens that end a response
-    # Those of --reward-model, then those of --eval-reward-model, used in evaluations only
     reward_models: list
     reward_metrics: dict  # what reward functions have logged, name -> values
     train_data: datasets.Dataset
@@ -1275,7 +1221,7 @@ def prepare(args):
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
-    for name in args.reward_model + args.eval_reward_model:
+    for name in args.reward_model:
         if ".py:" in name:
             import_function(name)
     if f"{TOY}/" in str(vars(args)):  # its data or a model of it
@@ -1287,19 +1233,15 @@ def load(args):
     """Loads models and data. Refuses models that lack weights or cannot read the data. Other faults
     raise."""
     cpu = args.device == "cpu" or not torch.cuda.is_available()
-    # Else a launcher's environment may divide gradients. Mixed precision: see ActorCritic.autocast
-    plugin = GradientAccumulationPlugin(num_steps=1)
-    accelerator = Accelerator(cpu=cpu, mixed_precision="no", gradient_accumulation_plugin=plugin)
+    accelerator = Accelerator(cpu=cpu, mixed_precision="no")  # but see ActorCritic.autocast
     device = accelerator.device
     bfloat16 = args.amp == "auto" and has_bfloat16(device)
     dtype = torch.bfloat16 if bfloat16 else torch.float32
     if cpu:
         keep_freed_memory()
     train_data, eval_data = load_data(args)
-    rows = train_data[:1000]  # they stand for all
-    texts = [str(prompt) for prompt in rows.get("prompt", rows.get("text"))]
-    tokenizer = load_tokenizer(args.tokenizer or args.policy_model, texts)
-    texts = tokenizer.batch_decode(tokenizer(texts)["input_ids"], skip_special_tokens=True)
+    rows = train_data[:1]
+    tokenizer = load_tokenizer(args.tokenizer or args.policy_model)
     template = str(tokenizer.chat_template) if has_messages(rows) else ""
     for name in json.loads(args.chat_template_kwargs):
         if name not in template:
@@ -1307,22 +1249,18 @@ def load(args):
     reward_dtype = dtype if args.lora_r else torch.float32  # with LoRA, models are large
     reward_models = []
     reward_metrics = {}
-    for name in args.reward_model + args.eval_reward_model:
+    for name in args.reward_model:
         if ".py:" in name:
             reward_model = function_reward(name, rows, reward_metrics, device)
         else:
-            reward_model = classifier_reward(name, args, texts, device, reward_dtype)
+            reward_model = classifier_reward(name, args, device, reward_dtype)
         reward_models.append(reward_model)
     torch.manual_seed(args.seed)  # initial weights of LoRA
     actor_critic = ActorCritic(args, device, dtype)
-    longer = replace(args, prompt_length=args.prompt_length + 1)
-    cut = []
-    for some_rows in (rows, eval_data[:]):
-        prompts, _ = tokenize(some_rows, tokenizer, longer)
-        lengths = prompts.mask.sum(1)
-        cut.append(f"{sum(lengths > args.prompt_length)} of {len(lengths)}")
-    accelerator.print(f"--prompt-length cuts {cut[0]} training, {cut[1]} held-out prompts (left)")
-    check_policy(actor_critic.policy, args, prompts)
+    for kind, data in {"training": train_data, "held-out": eval_data}.items():
+        cut = count_cut(data, tokenizer, args)
+        accelerator.print(f"--prompt-length cuts {cut:,} of {len(data):,} {kind} prompts (left)")
+    check_policy(actor_critic.policy, args, tokenize(eval_data[:], tokenizer, args)[0])
     optimizer = torch.optim.AdamW(
         [parameter for parameter in actor_critic.parameters() if parameter.requires_grad],
         lr=args.learning_rate,
@@ -1334,9 +1272,10 @@ def load(args):
     return Setup(
         accelerator,
         actor_critic,
-        *accelerator.prepare(actor_critic, optimizer),
+        accelerator.prepare(actor_critic),
+        optimizer,
         tokenizer,
-        torch.tensor(ends, device=device),
+        torch.tensor(ends, dtype=torch.long, device=device),
         reward_models,
         reward_metrics,
         train_data,
@@ -1387,25 +1326,24 @@ def refuse_missing(names, source):
         sys.exit(f"error: {source} lacks {len(names)} weights, such as {min(names)}")
 
 
-def load_tokenizer(name, texts, **sides):
+def load_tokenizer(name, **sides):
     """The tokenizer of a model. It pads with the end-of-text token if it has no padding token
-    (masks tell the two apart). Refuses one to which `texts` are unknown, such as the empty one that
-    AutoTokenizer makes for a folder without its files."""
+    (masks tell the two apart). Refuses the empty one that AutoTokenizer makes for a folder without
+    its files."""
     options = sides | {"trust_remote_code": False}
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZERS.get(name, name), **options)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    known = tokenizer.batch_decode(tokenizer(texts)["input_ids"], skip_special_tokens=True)
-    has_words = {text.strip() for text in texts} - {"", *tokenizer.all_special_tokens}
-    if has_words and not "".join(known).strip():
-        sys.exit(f"error: {name} has no tokenizer that knows the data (for a policy: --tokenizer)")
+    words = len(tokenizer) - len(tokenizer.all_special_tokens)
+    if words < 2:  # T5's has a space
+        sys.exit(f"error: {name} has no tokenizer (for a policy: --tokenizer)")
     return tokenizer
 
 
 def load_data(args):
     """Training data, and `eval_episodes` held-out rows."""
-    train_data = load_dataset(args.dataset, args)
+    train_data = load_dataset(args.dataset)
     if args.eval_dataset:
-        eval_data = load_dataset(args.eval_dataset, args)
+        eval_data = load_dataset(args.eval_dataset)
     else:
         train_data, eval_data = train_data.train_test_split(test_size=0.1, seed=0).values()
     if args.batch_size > len(train_data) or args.eval_episodes > len(eval_data):
@@ -1416,34 +1354,34 @@ def load_data(args):
     return train_data, eval_data.shuffle(seed=0).select(range(args.eval_episodes))
 
 
-def load_dataset(name, args):
+def load_dataset(name):
     """`name`: a file, whose suffix says of what kind; or NAME:SPLIT or NAME:CONFIGURATION:SPLIT, of
-    a folder of files, one that `datasets` has saved, or a hub name. Refuses rows without texts."""
+    a folder of files, one that `datasets` has saved, or a hub name."""
     path = Path(name).resolve()
     source, *configuration = name.split(":")
     split = configuration.pop() if configuration else "train"
     if path.is_file():
-        data = datasets.load_dataset(str(path.parent), data_files=path.name, split="train")
-    else:
-        try:
-            data = datasets.load_from_disk(source)
-            data = data[split] if isinstance(data, dict) else data
-        except FileNotFoundError:  # not saved by `datasets`
-            data = datasets.load_dataset(source, *configuration, split=split)
-    rows = data[:1]
-    columns = ["prompt"] if "prompt" in rows else ["text"]
-    if "prompt" in rows and (args.ce_coef or has_labels(rows)):
-        columns.append("label")
-    for column in columns:
-        if column not in rows:
-            sys.exit(f"error: {name} has no column {column!r}, only {data.column_names}")
-        for row, value in enumerate(data[column][:]):
-            is_text = isinstance(value, str)
-            if column == "prompt" and isinstance(value, list):  # messages
-                is_text = all(x.get("content") is not None or x.get("tool_calls") for x in value)
-            if not is_text:
-                sys.exit(f"error: {name} has no text in {column!r} of row {row}, but {value!s:.80}")
-    return data
+        return datasets.load_dataset(str(path.parent), data_files=path.name, split="train")
+    try:
+        data = datasets.load_from_disk(source)
+        return data[split] if isinstance(data, dict) else data
+    except FileNotFoundError:  # not saved by `datasets`
+        return datasets.load_dataset(source, *configuration, split=split)
+
+
+def count_cut(data, tokenizer, args):
+    """Number of prompts longer than `prompt_length`. All texts are tokenized for it, so that what
+    is no text ends a run before it begins."""
+    if not {"prompt", "text"} & set(data.column_names):
+        sys.exit(f"error: no column 'prompt' or 'text' in the data, only {data.column_names}")
+    longer = replace(args, prompt_length=args.prompt_length + 1)
+    cut = 0
+    for rows in data.iter(1000):
+        prompts, targets = tokenize(rows, tokenizer, longer)
+        cut += sum(prompts.mask.sum(1) > args.prompt_length).item()
+        if args.ce_coef and not targets.mask.any(1).all():
+            sys.exit("error: --ce-coef needs a column 'label' of texts, one for each prompt")
+    return cut
 
 
 # Saving
@@ -1475,10 +1413,8 @@ def restore(setup, folder, generator, rng):
     if not path.exists():
         return Progress()
     checkpoint = torch.load(path, weights_only=True, map_location="cpu")
-    others = trained_parameters(setup).keys() ^ checkpoint["agent"].keys()
-    if others:
-        sys.exit(f"error: {path} has {len(others)} more or fewer weights, such as {min(others)}")
-    setup.actor_critic.load_state_dict(checkpoint["agent"], strict=False)  # others are frozen
+    for name, parameter in trained_parameters(setup).items():
+        parameter.copy_(checkpoint["agent"][name])
     setup.optimizer.load_state_dict(checkpoint["optimizer"])
     generator.set_state(checkpoint["generator"])
     rng.bit_generator.state = checkpoint["rng"]
@@ -1572,14 +1508,11 @@ def stop(*_):
 
 def main():
     args = parse_args()
-    try:
-        prepare(args)
-        folder = args.folder()
-        setup = None
-        if not folder.exists():  # what is wrong with a new run leaves no folder
-            setup = load(args)
-    except (OSError, ValueError) as error:  # such as a file or an id that is not there
-        sys.exit(f"error: {error}")
+    prepare(args)
+    folder = args.folder()
+    setup = None
+    if not folder.exists():  # what is wrong with a new run leaves no folder
+        setup = load(args)
     is_first = os.environ.get("RANK", "0") == "0"  # only this process writes files
     lock = nullcontext()
     if is_first:
@@ -1603,45 +1536,24 @@ def main():
         print(f"{folder}: {score}; to watch it: python enjoy.py {folder}")
 
 
-# The toy task: film reviews from a grammar, and a policy and a noisy reward model trained on them.
+# The toy task: film reviews from a grammar, and a policy and a reward model trained on them.
 
 ASPECTS = "plot acting music script ending cast pacing dialogue camera humour".split()
 GOOD = "superb moving clever funny brilliant charming gripping warm".split()
 BAD = "dull clumsy weak tedious awful silly flat noisy".split()
-TOY_HELD_OUT = 256
 
 
 def toy_review(rng):
-    """Five judgements, each positive or negative with equal probability; "not" negates a word."""
-    clauses = []
-    for aspect in rng.sample(ASPECTS, 5):
-        negation = "not " if rng.random() < 0.25 else ""
-        words = rng.choice((GOOD, BAD))
-        clauses.append(f"the {aspect} was {negation}{rng.choice(words)}")
-    return "{} and {} . {} but {} . {} .".format(*clauses)
+    """Three to six judgements, each positive or negative with equal probability."""
+    aspects = rng.sample(ASPECTS, rng.randint(3, 6))
+    clauses = [f"the {aspect} was {rng.choice(GOOD + BAD)}" for aspect in aspects]
+    return " and ".join(clauses) + " ."
 
 
 def toy_sentiment(text):
-    """True sentiment by the grammar: share of positive judgements, 0.5 where there are none."""
-    signs = []
-    negated = False
-    for word in text.split():
-        if word in GOOD or word in BAD:
-            signs.append((word in GOOD) != negated)
-        negated = word == "not"
-    return sum(signs) / len(signs) if signs else 0.5
-
-
-def toy_labels(texts, rng):
-    """1 for positive texts, 0 for negative ones; a tenth of the labels are wrong."""
-    coins = [rng.random() for _ in texts]
-    labels = []
-    for text, coin in zip(texts, coins):
-        sentiment = toy_sentiment(text)
-        is_positive = coin > 0.5 if sentiment == 0.5 else sentiment > 0.5
-        is_wrong = rng.random() < 0.1
-        labels.append(int(is_positive != is_wrong))
-    return labels
+    """Share of positive judgements, 0.5 where there are none."""
+    positive = [word in GOOD for word in text.split() if word in GOOD + BAD]
+    return sum(positive) / len(positive) if positive else 0.5
 
 
 def make_toy(folder):
@@ -1651,52 +1563,43 @@ def make_toy(folder):
         return
     temporary = Path(f"{folder}.tmp")
     rng = random.Random(1)
-    reviews = [toy_review(rng) for _ in range(4000)]
-    for name, texts in ("train", reviews[:-TOY_HELD_OUT]), ("test", reviews[-TOY_HELD_OUT:]):
-        data = datasets.Dataset.from_dict({"text": texts})
-        data.to_json(temporary / f"{name}.jsonl")
-    # The reward model must be able to score texts that are not finished.
-    truncated = [" ".join(review.split()[: rng.randint(1, 45)]) for review in reviews]
-    labels = toy_labels(truncated, rng)
     torch.manual_seed(1)
-    make_toy_models(reviews, truncated, labels, temporary)
+    reviews = [toy_review(rng) for _ in range(4000)]
+    held_out = [toy_review(rng) for _ in range(256)]
+    for name, texts in {"train": reviews, "test": held_out}.items():
+        datasets.Dataset.from_dict({"text": texts}).to_json(temporary / f"{name}.jsonl")
+    shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
+    shape["max_position_embeddings"] = 64
+
+    tokenizer = transformers.GPT2Tokenizer(pad_token="<|pad|>")
+    tokenizer = tokenizer.train_new_from_iterator(reviews, 400, show_progress=False)
+    end = tokenizer.eos_token_id
+    shape["vocab_size"] = len(tokenizer)
+    config = transformers.GPT2Config(bos_token_id=end, eos_token_id=end, **shape)
+    ended = [review + tokenizer.eos_token for review in reviews]
+    data = tokenizer(ended, padding=True, return_tensors="pt")
+    data["labels"] = data["input_ids"].masked_fill(data["attention_mask"] == 0, -100)
+    policy = AutoModelForCausalLM.from_config(config)
+    train_toy_model(policy, data, 400, 3e-3, tokenizer, temporary / "policy")
+
+    tokenizer = transformers.BertTokenizer()
+    tokenizer = tokenizer.train_new_from_iterator(reviews, 400, show_progress=False)
+    shape["vocab_size"] = len(tokenizer)
+    config = transformers.BertConfig(intermediate_size=128, **shape)
+    # The reward model must be able to score texts that are not finished
+    begun = [" ".join(review.split()[: rng.randint(1, 30)]) for review in reviews]
+    data = tokenizer(begun, padding=True, return_tensors="pt")
+    data["labels"] = torch.tensor([int(rng.random() < toy_sentiment(text)) for text in begun])
+    reward_model = AutoModelForSequenceClassification.from_config(config)
+    train_toy_model(reward_model, data, 1200, 1e-3, tokenizer, temporary / "reward")
     temporary.rename(folder)
 
 
-def make_toy_models(reviews, truncated, labels, folder):
-    gpt2 = transformers.GPT2Tokenizer(pad_token="<|pad|>")
-    gpt2 = gpt2.train_new_from_iterator(reviews, 400, show_progress=False)
-    bert = transformers.BertTokenizer()
-    bert = bert.train_new_from_iterator(reviews, 400, show_progress=False)
-    shape = {"hidden_size": 64, "num_hidden_layers": 2, "num_attention_heads": 2}
-    shape["max_position_embeddings"] = 64
-    labels_by_id = {0: "NEGATIVE", 1: "POSITIVE"}
-    reward_config = transformers.BertConfig(
-        vocab_size=len(bert), intermediate_size=128, id2label=labels_by_id, **shape
-    )
-    end = gpt2.eos_token_id
-    policy_config = transformers.GPT2Config(
-        vocab_size=len(gpt2), bos_token_id=end, eos_token_id=end, **shape
-    )
-    reward_model = AutoModelForSequenceClassification.from_config(reward_config)
-    policy = AutoModelForCausalLM.from_config(policy_config)
-
-    ended = [review + gpt2.eos_token for review in reviews]
-    policy_data = gpt2(ended, padding=True, return_tensors="pt")
-    is_padding = policy_data["attention_mask"] == 0
-    policy_data["labels"] = policy_data["input_ids"].masked_fill(is_padding, -100)
-    train_toy_model(policy, policy_data, 400, 3e-3, gpt2, folder / "policy")
-
-    reward_data = bert(truncated, padding=True, return_tensors="pt")
-    reward_data["labels"] = torch.tensor(labels)
-    train_toy_model(reward_model, reward_data, 1200, 1e-3, bert, folder / "reward")
-
-
 def train_toy_model(model, data, steps, learning_rate, tokenizer, folder):
-    """Supervised training on all but the held-out rows of `data`; saves model and tokenizer."""
+    """Supervised training; saves model and tokenizer."""
     optimizer = torch.optim.AdamW(model.parameters(), lr=learning_rate)
     for _ in tqdm(range(steps), f"making the toy's {folder.name} model", disable=None, leave=False):
-        rows = torch.randint(len(data["labels"]) - TOY_HELD_OUT, [32])
+        rows = torch.randint(len(data["labels"]), [32])
         batch = {name: tensor[rows] for name, tensor in data.items()}
         model(**batch).loss.backward()
         optimizer.step()

@@ -516,7 +516,7 @@ def test_the_list_of_metrics_is_complete_for_language_models(toy, tmp_path, monk
     monkeypatch.chdir(tmp_path)
     Path("runs").symlink_to(toy.parent)
     reward = ("runs/toy/reward",)
-    args = sppo_rlhf.Args(ce_coef=0.1, eval_reward_model=reward)
+    args = sppo_rlhf.Args(ce_coef=0.1)
     toy_tags, toy_columns = logged(train(sppo_rlhf, args, "a", **SHORT_LM))
     row = {"prompt": "the plot was dull . TL;DR:", "label": "it was dull ."}
     Path("posts.jsonl").write_text((json.dumps(row) + "\n") * 40)

@@ -18,7 +18,7 @@ import sppo_rlhf
 SMALL = {"eval_freq": 1, "eval_episodes": 1, "device": "cuda", "noise": "adv_flip"}
 STEPS = {"total_timesteps": 8, "num_steps": 8, "num_envs": 1, "checkpoint_freq": 1}
 TEXTS = {"total_timesteps": 4, "batch_size": 4, "micro_batch_size": 1}
-TEXTS |= {"prompt_length": 8, "response_length": 4}
+TEXTS |= {"prompt_length": 4, "response_length": 4, "stop_at_eos": False}
 PPO = {"num_minibatches": 2, "update_epochs": 1}
 
 ATARI = [
@@ -71,7 +71,7 @@ MISTAKES = [
     # An index left on the CPU
     (ATARI, "dtype=torch.int64, device=device)", "dtype=torch.int64)"),
     ([SPPO_RLHF], "(take(minibatch, rows), accelerator.device)", "(take(minibatch, rows), 'cpu')"),
-    ([SPPO_RLHF], "torch.tensor(ends, device=device)", "torch.tensor(ends)"),
+    ([SPPO_RLHF], "torch.tensor(ends, dtype=torch.long, device=device)", "torch.tensor(ends)"),
     # A mask left there
     (ATARI, "(uniform < level).to(advantage.device)", "uniform < level"),
     (ATARI, "(~overridden).float().to(device)", "(~overridden).float()"),
@@ -103,8 +103,8 @@ def test_a_mistake_is_caught(setting, right, wrong, tmp_path, gpu):
 # for what is logged and saved, too; each micro batch for all its tensors and, in policy and critic,
 # for transformers' look at the mask, as does each token of three batches of samples, and whether
 # one goes on; each minibatch of language models for what is logged.
-RLHF_WAITS = {"response_length": 3 * 4 * 2, "micro_batch_size": -2 * 12, "num_minibatches": 2 * 7}
-RLHF_WAITS |= {"batch_size": 4 * 12}
+RLHF_WAITS = {"response_length": 3 * 4 * 2, "micro_batch_size": -2 * 14, "num_minibatches": 2 * 7}
+RLHF_WAITS |= {"batch_size": 4 * 14}
 WAITS = [
     (SPPO_ATARI, {"num_steps": 8 * 2, "num_minibatches": 2 * 0, "update_epochs": 2}),
     (SA2C_ATARI, {"num_steps": 8 * 2, "total_timesteps": 8 * 2 + 16}),

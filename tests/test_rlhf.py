@@ -5,7 +5,6 @@ import fcntl
 import json
 import math
 import os
-import pickle
 import random
 import re
 import shutil
@@ -23,7 +22,6 @@ import numpy as np
 import peft
 import pytest
 import safetensors.torch
-import tokenizers
 import torch
 import transformers
 from accelerate import Accelerator
@@ -57,10 +55,6 @@ def infinite_scores(texts):
     return [math.inf for _ in texts]
 
 
-def no_scores(completions, **kwargs):
-    return [None for _ in completions]
-
-
 def chat_agreement(prompts, completions, number, **kwargs):
     """1 where messages, as TRL's reward functions get them, belong together, else 0."""
     scores = []
@@ -70,7 +64,7 @@ def chat_agreement(prompts, completions, number, **kwargs):
     return scores
 
 
-async def agreement(prompts, completions, completion_ids, number, **kwargs):
+def agreement(prompts, completions, completion_ids, number, **kwargs):
     """1 where what TRL's reward functions get belongs together, else 0."""
     tokenizer = AutoTokenizer.from_pretrained("runs/toy/policy")
     scores = []
@@ -218,8 +212,7 @@ def actor_critic(model, lora_r=0, dtype=torch.float32, **flags):
 
 
 def reward_model(name, label=1, dtype=torch.float32):
-    args = rlhf.Args(reward_label=label)
-    return rlhf.classifier_reward(str(name), args, ["the plot was dull"], CPU, dtype)
+    return rlhf.classifier_reward(str(name), rlhf.Args(reward_label=label), CPU, dtype)
 
 
 def function_reward(name, *columns, metrics=None):
@@ -244,16 +237,20 @@ def ragged(seed=0, lengths=((3, 5), (7, 2), (1, 1), (5, 5)), tokens=5):
 
 
 def collect(actor, prompts, uniform, top_k, eos, stop_at_eos):
-    """The rollout from prompts; padding is 1, every reward 0."""
+    """The rollout from prompts; padding is 1."""
     length = uniform.shape[1]
     args = rlhf.Args(response_length=length, stop_at_eos=stop_at_eos)
-    tokenizer = SimpleNamespace(eos_token_id=eos, pad_token_id=1, batch_decode=lambda *_, **__: "")
+    tokenizer = SimpleNamespace(eos_token_id=eos, pad_token_id=1)
+    tokenizer.batch_decode = lambda ids, **_: [""] * len(ids)
     setup = SimpleNamespace(accelerator=Accelerator(cpu=True), actor_critic=actor)
     setup.tokenizer = tokenizer
-    setup.ends = torch.tensor(rlhf.end_tokens({}, tokenizer, actor.policy, args))
+    ends = rlhf.end_tokens({}, tokenizer, actor.policy, args)
+    setup.ends = torch.tensor(ends, dtype=torch.long)
     data = datasets.Dataset.from_dict({"text": [""] * len(uniform)})
-    no_reward = [lambda **_: torch.zeros(len(uniform))]
-    return rlhf.collect_rollout(setup, args, data, prompts, uniform, top_k, no_reward)
+    setup.reward_models = [lambda texts, **_: torch.zeros(len(texts))]
+    rollout, scores = rlhf.collect_rollout(setup, args, data, prompts, uniform, top_k)
+    assert scores.shape == (len(uniform), 1)
+    return rollout
 
 
 # Tokens
@@ -353,7 +350,7 @@ def test_all_end_tokens_of_the_policy_end_a_response(models, others):
     prompts, _, _ = ragged(lengths=((3, 0), (7, 0)) * 4, tokens=0)
     uniform = torch.rand(8, 20, generator=torch.Generator().manual_seed(1))
     actor.policy.generation_config.eos_token_id = None
-    endless = collect(actor, prompts, uniform, 0, 50, True).response.ids
+    endless = collect(actor, prompts, uniform, 0, 10**6, True).response.ids
     common = endless.flatten().bincount().argsort(descending=True)[:3].tolist()
     eos = common[0]
     ends = {None: [eos], 7: [eos, common[1]], "list": [eos, *common[1:], 10**6]}[others]
@@ -376,7 +373,7 @@ def test_texts_cost_what_they_are_long(models, monkeypatch):
     actor = actor_critic(models["gpt2"])
     prompts, _, _ = ragged(lengths=((3, 0), (7, 0), (1, 0), (2, 0)), tokens=0)
     uniform = torch.rand(4, 60, generator=torch.Generator().manual_seed(1))
-    endless = collect(actor, prompts, uniform[:, :40], 0, 50, True).response.ids
+    endless = collect(actor, prompts, uniform[:, :40], 0, 10**6, True).response.ids
     eos, *others = endless[:, 12].tolist()  # a token of each row
     actor.policy.generation_config.eos_token_id = others
     whole = collect(actor, prompts, uniform[:, :40], 0, eos, True)
@@ -395,7 +392,7 @@ def test_texts_cost_what_they_are_long(models, monkeypatch):
         for part, expected in zip(rollout.response, whole.response):
             assert torch.equal(part[:, :40], expected)
         sampled = whole.response.mask
-        for part, expected in zip(rollout[1:5], whole[1:5]):
+        for part, expected in zip(rollout[1:], whole[1:]):
             part = part[:, :40][sampled]
             torch.testing.assert_close(part, expected[sampled], atol=1e-5, rtol=0)
 
@@ -405,20 +402,20 @@ def test_the_ratio_begins_at_one_however_a_batch_is_split(models, dtype):
     """And without padding. Dropout is off, too, for which the configuration asks."""
     actor = actor_critic(models["gpt2"], dtype=dtype)
     actor.policy.generation_config.eos_token_id = list(range(0, 400, 8))
-    prompts, references, _ = ragged(lengths=((3, 4), (7, 2), (1, 1), (2, 4)))
+    prompts, targets, _ = ragged(lengths=((3, 4), (7, 2), (1, 1), (2, 4)))
     uniform = torch.rand(4, 9, generator=torch.Generator().manual_seed(1))
-    response, _, old_log_prob, _, old_value, _ = collect(actor, prompts, uniform, 5, 3, True)
-    assert len(response.mask.sum(1).unique()) > 1
-    batch = rlhf.Batch(prompts, references, response, old_log_prob, *[old_value] * 3)
+    rollout = collect(actor, prompts, uniform, 5, 3, True)
+    assert len(rollout.response.mask.sum(1).unique()) > 1
+    batch = rlhf.Batch(prompts, targets, rollout, rollout.value, rollout.value)
     for rows in ([0, 1, 2, 3], [0, 3], [2]):
         part = rlhf.take(batch, rows)
-        for texts in ("prompt", "response", "references"):
-            mask = getattr(part, texts).mask
-            assert mask.any(0).all() and mask.sum() == getattr(batch, texts).mask[rows].sum()
-        log_prob, value, _ = actor(part.prompt, part.response)
-        for new, old in ((log_prob, part.old_log_prob), (value, part.old_value)):
-            sampled = part.response.mask
-            torch.testing.assert_close(new[sampled], old[sampled], atol=1e-5, rtol=0)
+        old, sampled = part.rollout, part.rollout.response.mask
+        whole = (prompts.mask, targets.mask, rollout.response.mask)
+        for mask, all_rows in zip((part.prompt.mask, part.target.mask, sampled), whole):
+            assert mask.any(0).all() and mask.sum() == all_rows[rows].sum()
+        log_prob, value, _ = actor(part.prompt, old.response)
+        for new, before in ((log_prob, old.log_prob), (value, old.value)):
+            torch.testing.assert_close(new[sampled], before[sampled], atol=1e-5, rtol=0)
 
 
 def test_in_bfloat16_the_last_layers_are_in_float32(models):
@@ -522,7 +519,7 @@ def test_models_that_do_not_fit_are_refused_before_a_folder_is_made(
     toy, models, tmp_path, monkeypatch
 ):
     """A language model has no head for scores, and a classifier none for tokens. An adapter may
-    have other names. 1 - r means nothing for a score without bounds."""
+    have other names. What a library refuses, it says by itself."""
     monkeypatch.chdir(toy.parent.parent)
     adapter = tmp_path / "adapter"
     shutil.copytree(models["adapter"], adapter)
@@ -536,86 +533,58 @@ def test_models_that_do_not_fit_are_refused_before_a_folder_is_made(
         config = getattr(transformers, f"{kind}Config")()
         config.save_pretrained(tmp_path / kind)
         words = ["--policy-model", tmp_path / kind, "--tokenizer", policy]
-        refusals.append((words, f"^error: Unrecognized configuration class.*{kind}Config"))
+        refusals.append((words, f"Unrecognized configuration class.*{kind}Config"))
     (tmp_path / "custom").mkdir()
     own = {"model_type": "own", "auto_map": {"AutoConfig": "configuration_own.OwnConfig"}}
     (tmp_path / "custom" / "config.json").write_text(json.dumps(own))
     custom = [tmp_path / "custom", "--tokenizer", policy]
     refusals += [
-        (["--policy-model", *custom], "^error: .*custom contains custom code"),
-        (["--reward-model", *custom], "^error: .*custom contains custom code"),
+        (["--policy-model", *custom], "custom contains custom code"),
+        (["--reward-model", *custom], "custom contains custom code"),
         (["--reward-model", policy], "policy lacks 1 weights, such as score.weight$"),
         (["--policy-model", reward, "--tokenizer", policy], r"reward lacks \d+ weights, such as"),
         (["--device", "cuda"], "there is no GPU$"),
         (["--prompt-length", "40"], "has 64 positions for up to 72 tokens$"),
-        (["--policy-model", "./none/policy"], "^error: .*'./none/policy'"),
-        (["--reward-model", "./none/reward"], "^error: .*'./none/reward'"),
-        (["--reward-model", "none.py:own"], "^error: .*No such file.*none.py"),
+        (["--policy-model", "./none/policy"], "'./none/policy'"),
+        (["--reward-model", "./none/reward"], "'./none/reward'"),
+        (["--reward-model", "none.py:own"], "No such file.*none.py"),
         (["--chat-template-kwargs", '{"brief": true}'], "no chat template with 'brief' is used$"),
-        (["--dataset", "./none/texts.jsonl"], "^error: .*none/texts.jsonl"),
-        (["--eval-reward-model", adapter], "adapter lacks 4 weights, such as .*lora_A.weight$"),
+        (["--dataset", "./none/texts.jsonl"], "none/texts.jsonl"),
+        (["--reward-model", reward, adapter], "adapter lacks 4 weights, such as .*lora_A.weight$"),
     ]
     for label in (-1, 2):
-        words = ["--eval-reward-model", reward, "--reward-label", label]
+        words = ["--reward-label", label]
         refusals.append((words, f"reward: --reward-label must be one of {{0.*, not {label}$"))
-    for name in ("classifier", "adapter"):
-        words = ["--noise", "flip", "--reward-model", reward, models[name]]
-        refusals.append((words, f"{name}'s rewards are unbounded, so --noise flip"))
     for words, message in refusals:
-        with pytest.raises(SystemExit, match=message):
+        with pytest.raises((SystemExit, OSError, ValueError), match=message):
             call_main(monkeypatch, *words, "--runs-dir", tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
     tokenizer = AutoTokenizer.from_pretrained(policy)
     make_policy("GPT2", tmp_path / "exact", toy)
     tokenizer.add_tokens("<image>")  # as Gemma 3's, of which the text models have no embedding
     tokenizer.save_pretrained(tmp_path / "exact")
-    words = ["--noise", "flip", "--eval-reward-model", models["classifier"], "--eval-episodes", 4]
-    words += ["--reward-model", f"{__file__}:text_lengths", "--total-timesteps", 1]
+    words = ["--eval-episodes", 4, "--total-timesteps", 1]
     words += ["--policy-model", tmp_path / "exact", "--batch-size", 4]
     call_main(monkeypatch, *words, "--runs-dir", tmp_path / "runs")
 
 
 @pytest.mark.parametrize("kind", ["Bert", "T5", "GPT2"])
-def test_a_tokenizer_that_knows_nothing_of_the_data_is_refused(
-    toy, models, tmp_path, monkeypatch, kind
-):
-    """AutoTokenizer makes one for a folder without its files: with it every text is [UNK], "▁ <unk>
-    ▁ <unk>", or nothing. Of a policy and of each reward model, before a folder is made."""
+def test_the_tokenizer_of_a_folder_without_one_is_refused(toy, models, tmp_path, monkeypatch, kind):
+    """AutoTokenizer makes one, with which every text is [UNK], "▁ <unk> ▁ <unk>", or nothing. Of a
+    policy and of each reward model, before a folder is made."""
     monkeypatch.chdir(toy.parent.parent)
     policy, reward = tmp_path / "policy", tmp_path / "reward"
     shutil.copytree(models["gpt2"], policy, ignore=shutil.ignore_patterns("tokenizer*"))
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     config = getattr(transformers, f"{kind}Config")(vocab_size=300, pad_token_id=0, **shape)
     AutoModelForSequenceClassification.from_config(config).save_pretrained(reward)
-    refusals = [["--eval-reward-model", reward], ["--reward-model", f"{rlhf.TOY}/reward", reward]]
+    refusals = [["--reward-model", f"{rlhf.TOY}/reward", reward]]
     if kind == "GPT2":
         refusals += [["--policy-model", policy]]
     for words in refusals:
-        message = f"^error: {words[-1]} has no tokenizer that knows the data"
-        with pytest.raises(SystemExit, match=message):
+        with pytest.raises(SystemExit, match=f"^error: {words[-1]} has no tokenizer"):
             call_main(monkeypatch, *words, "--runs-dir", tmp_path / "runs")
     assert not (tmp_path / "runs").exists()
-
-
-def test_a_tokenizer_of_digits_is_a_tokenizer(toy, tmp_path, monkeypatch):
-    """It is refused where the data have none."""
-    monkeypatch.chdir(toy.parent.parent)
-    policy = tmp_path / "policy"
-    make_policy("Llama", policy, toy)
-    digits = {"[UNK]": 0, "[PAD]": 1} | {str(digit): 2 + digit for digit in range(10)}
-    words_ = tokenizers.Tokenizer(tokenizers.models.WordLevel(digits, unk_token="[UNK]"))
-    words_.pre_tokenizer = tokenizers.pre_tokenizers.Whitespace()
-    special = {"unk_token": "[UNK]", "pad_token": "[PAD]", "eos_token": "[UNK]"}
-    transformers.PreTrainedTokenizerFast(tokenizer_object=words_, **special).save_pretrained(policy)
-    path = tmp_path / "sums.jsonl"
-    rows = [{"prompt": f"{i % 10} + 2 =", "label": str((i + 2) % 10)} for i in range(40)]
-    datasets.Dataset.from_list(rows).to_json(path)
-    words = ["--policy-model", policy, "--reward-model", f"{__file__}:text_lengths"]
-    words += ["--total-timesteps", 4, "--batch-size", 4, "--eval-episodes", 4]
-    with pytest.raises(SystemExit, match="has no tokenizer that knows the data"):
-        call_main(monkeypatch, *words, "--runs-dir", tmp_path / "runs")
-    assert not (tmp_path / "runs").exists()
-    call_main(monkeypatch, *words, "--dataset", path, "--runs-dir", tmp_path / "runs")
 
 
 @pytest.mark.parametrize(("kind", "flags"), {
@@ -628,17 +597,6 @@ def test_policies_with_other_logits_or_without_a_cache_are_refused(run, toy, tmp
     make_policy(kind, tmp_path / kind, toy, **flags)
     with pytest.raises(SystemExit, match=f"^error: .*{kind} scales or caps its logits, or does"):
         run(policy_model=str(tmp_path / kind))
-
-
-def test_a_checkpoint_with_other_names_is_refused(run, tmp_path):
-    """None of its weights would be restored."""
-    folder = tmp_path / "run"
-    interrupt(run, 2)
-    renamed = checkpoint(folder)
-    renamed["agent"] = {f"module.{name}": w for name, w in renamed["agent"].items()}
-    torch.save(renamed, folder / "checkpoint.pt")
-    with pytest.raises(SystemExit, match=r"^error: .*checkpoint.pt has \d+ more or fewer weights"):
-        run()
 
 
 def test_a_text_is_a_prompt_and_its_continuation_a_post_one_and_its_summary(toy):
@@ -794,7 +752,7 @@ def test_scores_are_probabilities_of_a_label(toy, tmp_path, multi_label):
     texts = ["the plot was superb and the cast was warm .", "the cast was awful .", ""]
     classify = transformers.pipeline("text-classification", str(folder), top_k=None)
     expected = [{score["label"]: score["score"] for score in scores} for scores in classify(texts)]
-    for label, name in enumerate(("NEGATIVE", "POSITIVE")):
+    for label, name in enumerate(("LABEL_0", "LABEL_1")):
         scores = reward_model(folder, label)(texts).tolist()
         assert scores == pytest.approx([score[name] for score in expected], abs=1e-5)
 
@@ -867,9 +825,7 @@ def test_a_text_that_is_too_long_loses_its_beginning(toy):
     assert not torch.equal(score([" ".join(words[:62])]), end)
 
 
-def test_of_several_regressions_the_labels_is_the_score(toy, tmp_path, monkeypatch):
-    """As it is. It has no bounds, either."""
-    monkeypatch.chdir(toy.parent.parent)
+def test_of_several_regressions_the_labels_is_the_score(toy, tmp_path):
     folder = tmp_path / "reward"
     load = AutoModelForSequenceClassification.from_pretrained
     shutil.copytree(toy / "reward", folder)
@@ -879,24 +835,6 @@ def test_of_several_regressions_the_labels_is_the_score(toy, tmp_path, monkeypat
     expected = load(folder).eval()(**ids).logits[0]
     scores = [reward_model(folder, label)([text]).item() for label in (0, 1)]
     assert scores == pytest.approx(expected.tolist(), abs=1e-5)
-    with pytest.raises(
-        SystemExit, match=r"'s rewards are unbounded, so --noise flip \(1 - r\) has no meaning"
-    ):
-        words = ["--noise", "flip", "--reward-model", folder, "--runs-dir", tmp_path / "runs"]
-        call_main(monkeypatch, *words, "--total-timesteps", 1)
-
-
-def test_robertas_table_has_two_positions_that_no_token_takes(toy, tmp_path):
-    """Its positions begin at 2. Nothing else says how many there are."""
-    tokenizer = AutoTokenizer.from_pretrained(toy / "reward")
-    tokenizer.save_pretrained(tmp_path)
-    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    shape |= {"vocab_size": len(tokenizer), "max_position_embeddings": 34, "pad_token_id": 1}
-    config = transformers.RobertaConfig(intermediate_size=16, num_labels=1, **shape)
-    AutoModelForSequenceClassification.from_config(config).save_pretrained(tmp_path)
-    words = ["dull" if i % 7 else "superb" for i in range(200)]
-    score = reward_model(tmp_path)
-    assert torch.equal(score([" ".join(words)]), score([" ".join(words[-30:])]))
 
 
 def test_a_classifier_reads_messages_in_its_own_template(toy, tmp_path):
@@ -914,16 +852,15 @@ def test_a_classifier_reads_messages_in_its_own_template(toy, tmp_path):
 
 
 def test_a_function_gets_what_trl_gives_it(run, tmp_path):
-    """Of its own row, in training and in evaluations, whatever the split. It may be async."""
+    """Of its own row, in training and in evaluations, whatever the split."""
     rows = {"prompt": [f"the plot was superb {i}" for i in range(40)], "number": list(range(40))}
     data = datasets.Dataset.from_dict(rows | {"label": [" and moving"] * 40})
     path = str(tmp_path / "data.jsonl")
     data.to_json(path)
     function = f"{__file__}:agreement"
-    flags = {"reward_model": (function,), "eval_reward_model": (function,)}
-    folder = run(dataset=path, prompt_length=20, micro_batch_size=1, batch_size=16, **flags)
-    for row in progress(folder):
-        assert (row["return_mean"], row[f"heldout_{function}"]) == (1, 1)
+    flags = {"reward_model": (function,), "micro_batch_size": 1, "batch_size": 16}
+    folder = run(dataset=path, prompt_length=20, **flags)
+    assert {row["return_mean"] for row in progress(folder)} == {1}
     assert progress(folder)[-1]["charts/episodic_return"] == 1
 
 
@@ -961,44 +898,20 @@ def test_a_prompt_is_a_chat_or_alone(toy, tmp_path, monkeypatch):
     assert re.fullmatch(r"the user was the plot was superb \d+ \. but the cast was", prompt)
 
 
-OWN_REWARDS = """
-import asyncio, own_sibling
-limit = asyncio.Semaphore(1)
-
-async def score(text):
-    async with limit:
-        await asyncio.sleep(0)
-        return own_sibling.length(text)
-
-async def own(completions, **kwargs):
-    return await asyncio.gather(*map(score, completions))
-
-def too_few(texts):
-    return [0.5]
-
-def mapping(texts):
-    return dict.fromkeys(texts, 0.5)
-"""
-
-
-def test_a_reward_function_is_one_of_a_module(tmp_path):
-    """It is imported with its neighbours, can be pickled, and has one event loop for all calls."""
+def test_a_reward_function_is_imported_with_its_neighbours(tmp_path):
+    """It gives one score for each text."""
     (tmp_path / "own_sibling.py").write_text("length = len")
-    (tmp_path / "own_rewards.py").write_text(OWN_REWARDS)
+    own = (
+        "import own_sibling\ndef own(texts): return [own_sibling.length(text) for text in texts]\n"
+    )
+    (tmp_path / "own_rewards.py").write_text(own + "def too_few(texts): return [0.5]")
     file = f"{tmp_path}/own_rewards.py"
-    inputs = {"texts": ["ab", "abc"], "completions": ["b", "bc"]}
     for _ in range(2):
-        assert function_reward(f"{file}:own")(**inputs).tolist() == [1, 2]
-    own = sys.modules["own_rewards"].own
-    assert pickle.loads(pickle.dumps(own)) is own
-    with pytest.raises(SystemExit, match="^error: .*own_rewards.py:none: .* no attribute 'none'$"):
+        assert function_reward(f"{file}:own")(texts=["ab", "abc"]).tolist() == [2, 3]
+    with pytest.raises(AttributeError, match="no attribute 'none'$"):
         function_reward(f"{file}:none")
-    (tmp_path / "needs.py").write_text("import not_installed")
-    with pytest.raises(SystemExit, match="^error: .*needs.py:own: No module named 'not_installed"):
-        function_reward(f"{tmp_path}/needs.py:own")
-    for name in ("too_few", "mapping"):
-        with pytest.raises(SystemExit, match=f"^error: .*:{name} must return a list of 2 scores"):
-            function_reward(f"{file}:{name}")(**inputs)
+    with pytest.raises(SystemExit, match="^error: .*:too_few must return a list of 2 scores"):
+        function_reward(f"{file}:too_few")(texts=["ab", "abc"])
 
 
 @pytest.mark.parametrize("file", ["reward.v2.py", "json.py", "my-reward.py"])
@@ -1163,15 +1076,16 @@ def test_advantages_against_sums_over_the_tokens_of_each_text():
 
 
 def test_the_loss_is_the_sum_of_its_parts_and_a_share_of_the_minibatch():
-    """Texts with half of a minibatch's sampled tokens, and a quarter of its reference tokens."""
+    """Texts with half of a minibatch's sampled tokens, and a quarter of its target tokens."""
     new, old, advantage, mask = random_tokens()
     sft_mask = mask.flip(1)
-    response, references = rlhf.Tokens(None, mask), rlhf.Tokens(None, sft_mask)
-    batch = rlhf.Batch(None, references, response, old, new + 1, advantage, returns=new + 2)
+    response, target = rlhf.Tokens(None, mask), rlhf.Tokens(None, sft_mask)
+    rollout = rlhf.Rollout(response, None, old, None, new + 1)
+    batch = rlhf.Batch(None, target, rollout, advantage, returns=new + 2)
     args = rlhf.Args(alpha=0.6, beta=0.5, z=-2.0, vf_coef=0.3, ce_coef=0.7)
 
     def model(prompt, *texts):
-        assert texts == (response, references)
+        assert texts == (response, target)
         return new, new + 1, old
 
     loss, metrics = rlhf.loss_and_metrics(model, args, batch, 2 * mask.sum(), 4 * sft_mask.sum())
@@ -1224,9 +1138,9 @@ def test_prompts_that_lose_their_beginning_are_counted(run, tmp_path, capsys, le
     datasets.Dataset.from_list(rows).to_json(path)
     flags = {"dataset": path, "eval_dataset": path, "eval_episodes": 20, "total_timesteps": 8}
     run(prompt_length=length, **flags)
-    cut = "8 of 20" if counted else "0 of 20"
-    line = f"--prompt-length cuts {cut} training, {cut} held-out prompts (left)\n"
-    assert line in capsys.readouterr().out
+    output = capsys.readouterr().out
+    for kind in ("training", "held-out"):
+        assert f"--prompt-length cuts {8 * counted} of 20 {kind} prompts (left)\n" in output
 
 
 @pytest.mark.parametrize("text", ["", "\n", "<|endoftext|>"])
@@ -1248,7 +1162,7 @@ def test_data_come_in_many_formats(tmp_path, monkeypatch, kind):
         asked = []
         monkeypatch.setattr(datasets, "load_dataset", lambda *a, **b: asked.append((a, b)) or data)
         for name in ("me/sums", "me/sums:test", "gsm8k:main:test"):
-            rlhf.load_dataset(name, rlhf.Args())
+            rlhf.load_dataset(name)
         hub = [("me/sums",), ("me/sums",), ("gsm8k", "main")]
         assert asked == [(a, {"split": s}) for a, s in zip(hub, ("train", "test", "test"))]
         return
@@ -1258,46 +1172,35 @@ def test_data_come_in_many_formats(tmp_path, monkeypatch, kind):
         other.to_parquet("data.folder/data/train-00000-of-00001.parquet")
         datasets.DatasetDict(train=other, test=data).save_to_disk("both")
         for folder in ("data.folder", "both"):
-            assert rlhf.load_dataset(f"{folder}:test", rlhf.Args())[:] == rows
-            assert rlhf.load_dataset(folder, rlhf.Args())[:] == other[:]
+            assert rlhf.load_dataset(f"{folder}:test")[:] == rows
+            assert rlhf.load_dataset(folder)[:] == other[:]
         return
     writers = {"csv": data.to_csv, "parquet": data.to_parquet, "saved": data.save_to_disk}
     writers["tsv"] = lambda name: data.to_csv(name, sep="\t")
     writers["jsonl.gz"] = lambda name: data.to_json(name, compression="gzip")
     writers[kind](name)
-    assert rlhf.load_dataset(name, rlhf.Args())[:] == rows
+    assert rlhf.load_dataset(name)[:] == rows
 
 
-@pytest.mark.parametrize(("column", "values", "row"), [
-    ("prompt", ["a", None], 1),
-    ("prompt", [3, 4], 0),
-    ("prompt", [[{"role": "user", "content": None}]], 0),
-    ("label", ["a", None], 1),
-    ("text", ["a", None], 1),
+@pytest.mark.parametrize(("data", "message"), [
+    ({"prompt": ["a", None]}, None),
+    ({"prompt": [3, 4]}, None),
+    ({"text": ["a", None]}, None),
+    ({"prompt": ["a", "a"]}, "--ce-coef needs a column 'label' of texts"),
+    ({"prompt": ["a", "a"], "label": ["a", None]}, "--ce-coef needs a column 'label' of texts"),
+    ({"prompt": ["a", "a"], "label": [1, 0]}, "--ce-coef needs a column 'label' of texts"),
+    ({"review": ["a", "a"]}, "no column 'prompt' or 'text' in the data, only .*review"),
 ])  # fmt: skip
 @pytest.mark.parametrize("flag", ["dataset", "eval_dataset"])
-def test_rows_without_text_are_named(tmp_path, flag, column, values, row):
+def test_data_without_texts_end_a_run_before_it_begins(run, tmp_path, flag, data, message):
+    """Tokenizers say what they cannot read."""
     good, bad = str(tmp_path / "good.jsonl"), str(tmp_path / "bad.jsonl")
-    datasets.Dataset.from_dict({"text": ["a"] * 4}).to_json(good)
-    data = {column: values}
-    if column == "label":
-        data["prompt"] = ["a"] * 2
-    datasets.Dataset.from_dict(data).to_json(bad)
-    args = rlhf.Args(**{"dataset": good, "eval_dataset": good, flag: bad}, ce_coef=1.0)
-    message = f"^error: {bad} has no text in '{column}' of row {row}, but "
-    with pytest.raises(SystemExit, match=message):
-        rlhf.load_data(args)
-
-
-def test_a_missing_column_is_named(tmp_path):
-    """`label` only where there is a supervised loss. A call of a tool has no text."""
-    call = {"role": "assistant", "content": None, "tool_calls": [{"type": "function"}]}
-    for data, column in ({"review": ["a"]}, "text"), ({"prompt": [[call]]}, "label"):
-        path = str(tmp_path / f"{column}.jsonl")
-        datasets.Dataset.from_dict(data).to_json(path)
-        with pytest.raises(SystemExit, match=f"^error: .* has no column '{column}', only "):
-            rlhf.load_dataset(path, rlhf.Args(ce_coef=1.0))
-    assert rlhf.load_dataset(path, rlhf.Args())["prompt"][0][0]["content"] is None
+    datasets.Dataset.from_dict({"text": ["a"] * 8}).to_json(good)
+    datasets.Dataset.from_dict({name: values * 4 for name, values in data.items()}).to_json(bad)
+    flags = {"dataset": good, "eval_dataset": good, flag: bad}
+    with pytest.raises((SystemExit, TypeError, ValueError), match=message):
+        run(ce_coef=1.0, **flags)
+    assert not (tmp_path / "run").exists()
 
 
 def test_without_held_out_data_a_tenth_is_held_out(tmp_path):
@@ -1335,7 +1238,7 @@ def test_too_few_rows_are_refused_before_a_folder_is_made(
     assert not (tmp_path / "runs").exists()
 
 
-@pytest.mark.parametrize("flag", ["dataset", "policy_model", "reward_model", "eval_reward_model"])
+@pytest.mark.parametrize("flag", ["dataset", "policy_model", "reward_model"])
 def test_whatever_needs_the_toy_makes_it(tmp_path, monkeypatch, flag):
     """Also one's own data with the toy's models. Where nothing needs it, nobody waits for it."""
     monkeypatch.chdir(tmp_path)
@@ -1344,7 +1247,7 @@ def test_whatever_needs_the_toy_makes_it(tmp_path, monkeypatch, flag):
 
     monkeypatch.setattr(rlhf, "make_toy", made.append)
     own = {"dataset": "own.jsonl", "policy_model": "own", "reward_model": ("own",)}
-    for flags in (own, own | {flag: getattr(rlhf.Args(), flag) or (f"{rlhf.TOY}/reward",)}):
+    for flags in (own, own | {flag: getattr(rlhf.Args(), flag)}):
         before = len(made)
         rlhf.prepare(rlhf.Args(**flags))
         assert len(made) - before == (flags != own)
@@ -1366,7 +1269,7 @@ def test_a_run_leaves_what_it_promises(run):
     assert [row["step"] for row in rows] == [0, 16, 32]
     assert [sample["step"] for sample in read_samples(folder)] == [0] * 4 + [16] * 4 + [32] * 4
 
-    columns = {name for name in rows[0] if "/" in name}
+    columns = {name for name in rows[0] if "/" in name and not name.startswith("eval_")}
     assert len(columns) == 15
     events = EventAccumulator(str(folder)).Reload()
     for name in columns:
@@ -1426,12 +1329,13 @@ def test_the_saved_tokenizer_pads_and_truncates_as_before(run, toy, tmp_path):
 
 @pytest.mark.parametrize("top_k", [1, 3])
 def test_an_evaluation_by_hand(run, toy, models, monkeypatch, top_k):
-    """Rewards by an ensemble, held-out rewards by a Python function, responses, KL divergence and
-    perplexities, of a trained policy. Some responses and references end early."""
+    """Rewards by an ensemble, means of its models and of one that is only watched, responses, KL
+    divergence and perplexities, of a trained policy. Some responses and targets end early."""
     ensemble = (str(models["classifier"]), f"{rlhf.TOY}/reward")
-    heldout = f"{__file__}:text_lengths"
-    flags = {"reward_model": ensemble, "eval_reward_model": (heldout,), "reward_label": 0}
-    flags |= {"response_length": 20, "learning_rate": 3e-3, "total_timesteps": 16}
+    watched = f"{__file__}:text_lengths"
+    flags = {"reward_model": (*ensemble, watched), "reward_weights": (0.5, 0.5, 0.0)}
+    flags |= {"reward_label": 0}
+    flags |= {"response_length": 30, "learning_rate": 3e-3, "total_timesteps": 16}
     with monkeypatch.context() as patch:
         top_ks = record(patch, rlhf, "sample_token")
         folder = run(top_k=3, eval_greedy=top_k == 1, **flags)
@@ -1439,25 +1343,26 @@ def test_an_evaluation_by_hand(run, toy, models, monkeypatch, top_k):
     row = progress(folder)[-1]
     samples = read_samples(folder)[-4:]
     texts = [sample["prompt"] + sample["response"] for sample in samples]
-    rewards = torch.stack([reward_model(name, 0)(texts) for name in ensemble]).mean(0)
+    scores = [reward_model(name, 0)(texts) for name in ensemble]
+    rewards = torch.stack(scores).mean(0)
     assert [sample["reward"] for sample in samples] == pytest.approx(rewards.tolist(), abs=1e-5)
     assert row["return_mean"] == pytest.approx(rewards.mean().item(), abs=1e-5)
     assert row["return_std"] == pytest.approx(rewards.std(correction=0).item(), abs=1e-4)
-    assert row[f"heldout_{heldout}"] == np.mean(text_lengths(texts))
-    sentiment = np.mean([rlhf.toy_sentiment(sample["response"]) for sample in samples])
-    assert row["sentiment"] == pytest.approx(sentiment)
+    for name, score in zip(ensemble, scores):
+        assert row[f"eval_{name}"] == pytest.approx(score.mean().item(), abs=1e-5)
+    assert row[f"eval_{watched}"] == np.mean(text_lengths(texts))
 
     load = AutoModelForCausalLM.from_pretrained
     policy, reference = load(folder / "policy").eval(), load(toy / "policy").eval()
     tokenizer = AutoTokenizer.from_pretrained(toy / "policy")
-    uniform = torch.from_numpy(np.random.default_rng([1, 16, 2]).random((4, 20)))
+    uniform = torch.from_numpy(np.random.default_rng([1, 16, 2]).random((4, 30)))
     log_probs, reference_log_probs, real_log_probs = [], [], []
     for i, text in enumerate(rlhf.load_data(rlhf.Args(eval_episodes=4))[1]["text"]):
         review = tokenizer(text)["input_ids"]
         half = len(review) // 2
         ids = review[half - 8 : half]
         assert tokenizer.decode(ids) == samples[i]["prompt"]
-        while len(ids) < 28 and ids[-1] != tokenizer.eos_token_id:
+        while len(ids) < 38 and ids[-1] != tokenizer.eos_token_id:
             logits = policy(torch.tensor([ids])).logits[:, -1]
             token = rlhf.sample_token(logits, uniform[i, len(ids) - 8].view(1, 1), top_k).item()
             log_probs.append(logits.log_softmax(-1)[0, token].item())
@@ -1468,7 +1373,7 @@ def test_an_evaluation_by_hand(run, toy, models, monkeypatch, top_k):
         real = torch.tensor([*review, tokenizer.eos_token_id])[half - 8 :][:28]
         log_prob = policy(real[None]).logits[0, 7:-1].log_softmax(-1)
         real_log_probs += log_prob.gather(1, real[8:, None])[:, 0].tolist()
-    assert len(log_probs) < 4 * 20 > len(real_log_probs) != len(log_probs)
+    assert len(log_probs) < 4 * 30 > len(real_log_probs) != len(log_probs)
     assert row["length_mean"] == len(log_probs) / 4
     kl = np.sum(log_probs) - np.sum(reference_log_probs)
     assert row["kl"] == pytest.approx(kl / 4, abs=1e-4)
@@ -1554,12 +1459,10 @@ def test_a_checkpoint_is_whole_or_not_there(run, tmp_path):
     assert (tmp_path / "run" / "summary.json").exists()
 
 
-@pytest.mark.parametrize("minibatches", [1, 2])
-def test_a_gradient_or_weights_that_are_not_finite_end_the_run(run, tmp_path, minibatches):
+def test_a_gradient_that_is_not_finite_ends_the_run(run, tmp_path):
     """After one step the weights are too large; the next has no gradient."""
-    flags = {"num_minibatches": minibatches, "update_epochs": 1, "learning_rate": 1e38}
-    with pytest.raises(SystemExit, match="gradient or weights not finite at step 8; lower --"):
-        run(**flags)
+    with pytest.raises(SystemExit, match="the gradient is not finite at step 8; lower --learn"):
+        run(learning_rate=1e38)
     assert not (tmp_path / "run" / "checkpoint.pt").exists()
 
 
@@ -1567,7 +1470,7 @@ def test_a_command_finds_its_run_again(run, tmp_path, monkeypatch, capsys):
     """`run` has changed to a folder with the toy. Other flags make another run."""
     command = typed(SMALL | {"runs_dir": tmp_path})
     call_main(monkeypatch, *command)
-    first, *_, outcome = capsys.readouterr().out.splitlines()[1:]
+    first, *_, outcome = capsys.readouterr().out.splitlines()[2:]
     (folder,) = tmp_path.iterdir()
     assert first == f"{folder}: from step 0, with a checkpoint every 16 texts"
     assert outcome.startswith(f"{folder}: reward {progress(folder)[-1]['return_mean']:.3f}, ")
@@ -1602,18 +1505,20 @@ def test_after_an_interrupt_the_same_command_continues(run, tmp_path, monkeypatc
 
 
 def test_what_a_run_reads_is_part_of_its_name(tmp_path, monkeypatch):
-    """The files of reward functions, those that they import, local data: what is edited makes
-    another run, and other files do not."""
+    """The files of reward functions, those that they import, local models and data: what is edited
+    makes another run, and other files do not."""
     monkeypatch.chdir(tmp_path)
-    Path("saved").mkdir()
     function = "def own(texts): return [0.5] * len(texts)"
-    contents = {"own_training.py": function, "own_heldout.py": "from own_part import own"}
+    contents = {"own_training.py": function, "own_other.py": "from own_part import own"}
     contents |= {"own_part.py": function, "texts.jsonl": "{}", "saved/1": "a", "saved/2": "b"}
+    contents |= {"policy/model.safetensors": "p", "reward/model.safetensors": "r"}
+    contents |= {"words/tokenizer.json": "w"}
     for name, content in contents.items():
+        Path(name).parent.mkdir(exist_ok=True)
         Path(name).write_text(content)
-    flags = {"policy_model": "own", "dataset": "texts.jsonl", "eval_dataset": "saved"}
-    flags |= {"reward_model": ("own_training.py:own",)}
-    flags |= {"eval_reward_model": ("own_heldout.py:own",)}
+    flags = {"policy_model": "policy", "dataset": "texts.jsonl", "eval_dataset": "saved:test"}
+    flags |= {"reward_model": ("own_training.py:own", "reward", "own_other.py:own")}
+    flags |= {"tokenizer": "words"}
     args = rlhf.Args(**flags)
     rlhf.prepare(args)
     folder = args.folder()
@@ -1639,7 +1544,7 @@ def test_the_default_name_tells_runs_by_all_that_may_change_results(tmp_path, mo
     folder = rlhf.Args().folder()
     assert re.fullmatch(r"runs/toy__sppo__none__1__[0-9a-f]{8}", str(folder))
     others = {"runs_dir": "elsewhere", "track": True, "device": "cpu"}
-    others |= {"gradient_checkpointing": True}
+    others |= {"gradient_checkpointing": True, "micro_batch_size": 4}
     assert rlhf.Args(**others).folder() == Path("elsewhere", folder.name)
     assert set(rlhf.NO_EFFECT) == others.keys()
     for flags in ({"learning_rate": 1.0}, {"amp": "off"}, {"reward_model": ("a", "b")}):
@@ -1682,7 +1587,8 @@ def test_enjoy_repeats_the_last_evaluation(run, summaries, tmp_path, monkeypatch
         for name in ("return_mean", "kl", "perplexity_real"):
             assert f"{name}: {row[name]:.4g}" in lines
         assert lines[-1].startswith(f"{folder}: reward {row['return_mean']:.3f} (")
-        assert lines.pop(0).endswith(", 4 of 4 held-out prompts (left)")
+        assert lines.pop(0).endswith(" training prompts (left)")
+        assert lines.pop(0).endswith("cuts 4 of 4 held-out prompts (left)")
         for line, sample in zip(lines, read_samples(folder)[-4:]):
             assert line.startswith(f"{sample['reward']:.3f} {sample['prompt']} [")
         assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
@@ -1702,9 +1608,9 @@ def test_enjoy_plays_an_edited_copy_of_the_newest_run(run, monkeypatch, capsys):
     lines, errors = enjoy(monkeypatch, capsys, "--episodes", 12)
     assert "warning: a file that the script imports has changed since this run" in errors
     assert lines[-1].startswith(f"{folder}: reward 0.")
-    assert lines[4] == "step: 8"
+    assert lines[5] == "step: 8"
     others, _ = enjoy(monkeypatch, capsys, folder, "--episodes", 12, "--seed", 2)
-    assert not set(others[1:4]) & set(lines)
+    assert not set(others[2:5]) & set(lines)
     for path in (folder, older):
         shutil.rmtree(path)
 
@@ -1734,16 +1640,12 @@ def test_a_signal_to_end_ends_all_processes_of_a_run(toy, tmp_path, processes):
         assert checkpoint(folder)["progress"]["global_step"] >= 80
 
 
-@pytest.mark.parametrize("heldout", [False, True])
-def test_scores_that_are_not_finite_are_refused(run, heldout):
-    """Held-out ones, too, which give no reward."""
-    finite = f"{__file__}:text_lengths"
-    infinite = f"{__file__}:{'no_scores' if heldout else 'infinite_scores'}"
-    flags = {"reward_model": (finite, infinite)}
-    if heldout:
-        flags = {"reward_model": (finite,), "eval_reward_model": (infinite,)}
-    with pytest.raises(ValueError, match="None or not finite"):
-        run(**flags)
+@pytest.mark.parametrize("weight", [1.0, 0.0])
+def test_scores_that_are_not_finite_are_refused(run, weight):
+    """Also those that are only watched."""
+    models = (f"{__file__}:text_lengths", f"{__file__}:infinite_scores")
+    with pytest.raises(ValueError, match="not finite"):
+        run(reward_model=models, reward_weights=(1.0, weight))
 
 
 def test_rewards_are_noisy_in_training_and_clean_in_reports(run, monkeypatch):
@@ -1766,7 +1668,7 @@ def test_advantages_are_normalised_after_flips_drawn_anew_each_epoch(run, monkey
     run(noise="adv_flip" if level else "none", noise_level=level, response_length=40)
     lengths = set()
     for (_, _, minibatch), _ in gradients:
-        advantage = minibatch.advantage[minibatch.response.mask]
+        advantage = minibatch.advantage[minibatch.rollout.response.mask]
         lengths.add(len(advantage))
         assert advantage.mean().item() == pytest.approx(0, abs=1e-5)
         assert advantage.std().item() == pytest.approx(1, abs=1e-3)
@@ -1785,7 +1687,7 @@ def test_micro_batches_add_up_to_the_minibatch(run, monkeypatch):
     results = []
 
     def recording(setup, args, minibatch):
-        assert len(minibatch.response.mask.sum(1).unique()) > 1
+        assert len(minibatch.rollout.response.mask.sum(1).unique()) > 1
         for size in (None, 1, 3):
             setup.optimizer.zero_grad()
             metrics = accumulate_gradient(setup, replace(args, micro_batch_size=size), minibatch)
@@ -1862,11 +1764,13 @@ def test_an_adapter_is_no_policy_until_it_is_merged(run, summaries, tmp_path):
     assert run(name="other", **flags).exists()
 
 
-def test_held_out_reward_models_do_not_change_the_training(run, models, summaries):
+def test_reward_models_that_are_watched_do_not_change_the_training(run, models, summaries):
     """Loading a LoRA adapter draws random numbers, as the policy's own initial weights do."""
-    heldout = (str(models["adapter"]), str(models["classifier"]))
+    watched = (str(models["adapter"]), str(models["classifier"]))
     without = weights(run(name="without", **summaries))
-    assert torch.equal(weights(run(name="with", eval_reward_model=heldout, **summaries)), without)
+    flags = summaries | {"reward_model": summaries["reward_model"] + watched}
+    flags["reward_weights"] = (1.0, 0.0, 0.0)
+    assert torch.equal(weights(run(name="with", **flags)), without)
     assert not torch.equal(weights(run(name="other", seed=2, **summaries)), without)
 
 
@@ -1925,15 +1829,18 @@ def test_ddp_is_freed_before_its_process_group(run, monkeypatch):
 
 @pytest.mark.slow
 def test_the_toy_learns_reward_and_true_sentiment(tmp_path, monkeypatch):
-    """A full run has 40 updates; after twelve of them no seed of three is near the bounds. The
-    toy's models get their whole training."""
+    """A full run has 40 updates. The toy's models get their whole training."""
     monkeypatch.chdir(tmp_path)
+    sentiment = "from sppo_rlhf import toy_sentiment\n"
+    sentiment += "def true(completions): return [toy_sentiment(text) for text in completions]"
+    Path("sentiment.py").write_text(sentiment)
     words = ["--total-timesteps", 12 * 112, "--eval-freq", 12 * 112, "--device", "cpu"]
+    words += ["--reward-model", "runs/toy/reward", "sentiment.py:true", "--reward-weights", 1, 0]
     call_main(monkeypatch, *words, "--runs-dir", "own")
     (folder,) = Path("own").iterdir()
     first, last = progress(folder)
     assert last["return_mean"] - first["return_mean"] > 0.2
-    assert last["sentiment"] - first["sentiment"] > 0.2
+    assert last["eval_sentiment.py:true"] - first["eval_sentiment.py:true"] > 0.2
     assert 0 < last["kl"] < 20
 
 
@@ -1949,13 +1856,13 @@ def test_one_process_makes_the_toy_and_others_wait(toy, monkeypatch):
     assert len(calls) == 1
 
 
-def test_where_the_toy_cannot_be_locked_one_sentence_says_so(tmp_path, monkeypatch):
+def test_where_the_toy_cannot_be_locked_an_error_says_so(tmp_path, monkeypatch):
     def flock(file, operation):
         raise OSError(errno.ENOLCK, "No locks available")
 
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(fcntl, "flock", flock)
-    with pytest.raises(SystemExit, match=r"^error: .*No locks available"):
+    with pytest.raises(OSError, match="No locks available"):
         call_main(monkeypatch)
 
 
@@ -2049,8 +1956,6 @@ def test_a_mistyped_flag_waits_for_no_library(tmp_path, word):
     "--max-grad-norm nan": "max_grad_norm must be positive; 1e9 turns clipping off",
     "--track": "track needs wandb: pip install wandb",
     "--reward-weights 1 2": "reward_weights: one for each reward_model",
-    "--noise flip --reward-weights -1": "noise flip (1 - r) needs reward_weights of a mean",
-    "--chat-template-kwargs false": "chat_template_kwargs is JSON",
 }.items())  # fmt: skip
 def test_flags_that_would_mean_something_else_are_refused(flags, message, monkeypatch, capsys):
     """By each of two processes."""

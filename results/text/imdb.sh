@@ -1,10 +1,11 @@
 #!/usr/bin/env bash
 # Prints the suite's commands:
 #     bash results/text/imdb.sh | python benchmarks/run.py --runs-dir runs/imdb
-# They need folders with models and files with reviews, which are not published.
+# They need folders with models and files with reviews, which are not published. At 497c801 the
+# model that is only watched, reward2, was that of --eval-reward-model.
 for seed in {10000..10002}; do
-    run="python sppo_rlhf.py --task imdb --seed $seed --reward-model reward"
-    run+=" --eval-reward-model reward2 --dataset imdb_train.jsonl.gz"
+    run="python sppo_rlhf.py --task imdb --seed $seed --reward-model reward reward2"
+    run+=" --reward-weights 1 0 --dataset imdb_train.jsonl.gz"
     run+=" --eval-dataset imdb_test.jsonl.gz --learning-rate 3e-5 --adam-eps 1e-8"
     run+=" --total-timesteps 2240 --eval-freq 448 --eval-episodes 256 --runs-dir runs/imdb"
     for noise in "" "--noise flip --noise-level 0.2"; do
