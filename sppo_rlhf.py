@@ -28,8 +28,9 @@ constant that stands for log 0:
 
 SPPO differs from PPO in two lines, those with `reverse_loss = ` and `beta * reverse_loss`. The
 gradient of Lr is |Z| times that of L, so SPPO's policy gradient is (alpha + beta |Z|) times PPO's:
-with the authors' weights 0.9 (imdb) and 0.7 (tldr) times. That changes its weight relative to the
-supervised loss, and its share of the clipped gradient; policy and critic share no trained weights.
+with the authors' weights 0.9 (imdb) and 0.7 (tldr) times. Policy and critic share no trained
+weights, and Adam hardly sees the scale of a gradient. So the factor acts through gradient clipping
+and Adam's epsilon only, unless there is a supervised loss, whose relative weight it changes.
 
 A reward model scores prompt and response; that reward is given at the last token. Every token pays
 a KL penalty, `kl_coef` times log(pi / reference policy); the reference policy is the frozen
@@ -156,7 +157,7 @@ class Args:
         self.check()
 
     def check(self):
-        """Refuses what would run, but mean something else than it says. tyro prints the message."""
+        """Refuses settings that would run, but not do what they say. tyro prints the message."""
 
         def require(condition, message):
             if not condition:
@@ -373,8 +374,8 @@ def symmetric_policy_losses(log_prob, old_log_prob, advantage, mask, clip_coef, 
 
 
 def clipped_value_loss(value, old_value, returns, mask, clip_coef, count=None):
-    """PPO's clipped value loss: half the mean over tokens of the larger of two squared errors, one
-    of the value, one of the value with its change clipped."""
+    """PPO's clipped value loss, 0.5 mean(max((v - R)^2, (v_clipped - R)^2)): v_clipped is at most
+    `clip_coef` from the value v had when the tokens were sampled."""
     clipped = old_value + (value - old_value).clamp(-clip_coef, clip_coef)
     error = (value - returns).square()
     clipped_error = (clipped - returns).square()
@@ -422,7 +423,8 @@ def token_advantages(reward, log_prob, reference_log_prob, value, mask, args):
 
     `reward` (batch,) is given at the last token of a text; every token pays the KL penalty. All
     else is (batch, tokens), `mask` true at sampled tokens. A text that reaches the maximum length
-    ends there: nothing is bootstrapped.
+    ends there: nothing is bootstrapped. For example, with gamma and lambda 1 and no KL penalty, a
+    text of two tokens with reward 1 and values 0.2 and 0.5 has the advantages 0.8 and 0.5.
     """
     batch_size, length = mask.shape
     last = mask.sum(1) - 1
@@ -501,7 +503,7 @@ def accumulate_gradient(setup, args, minibatch):
 def update(setup, args, batch, generator):
     """`update_epochs` passes over the batch. Returns the metrics of each minibatch."""
     history = []
-    setup.actor_critic.train(args.gradient_checkpointing)  # which works in this mode only
+    setup.actor_critic.train(args.gradient_checkpointing)  # which needs it; dropout is 0 anyway
     for _ in range(args.update_epochs):
         order = torch.randperm(args.batch_size, generator=generator)
         for rows in order.split(args.batch_size // args.num_minibatches):
@@ -544,11 +546,14 @@ class Progress:
     history: list[dict] = field(default_factory=list)  # what was logged since the last evaluation
 
 
-# A batch of texts goes through these:
-#   tokenize: `Tokens` of prompts, and of targets, the texts to imitate
-#   collect_rollout: a `Rollout`, by ActorCritic's `generate` and `forward`, and reward models
-#   perturb_reward, token_advantages: a `Batch`, of which `update` makes minibatches
-#   accumulate_gradient: for each micro batch, by `take`, loss_and_metrics
+# The way of a batch of B texts. It is on the CPU, the same in all processes; in_parts and
+# accumulate_gradient send a process its share, in parts that fit into memory.
+#   tokenize: rows of the data -> prompts and targets, `Tokens`
+#   collect_rollout: prompts -> `Rollout`, scores (B, reward models). By in_parts: ActorCritic's
+#       `generate`, with sample_token; its `forward`; the reward models
+#   perturb_reward, token_advantages: rewards (B,) and Rollout -> advantages and returns (B, T)
+#   update: `Batch` -> minibatches, with normalize
+#   accumulate_gradient: minibatch -> micro batches, with take
 #   loss_and_metrics: ActorCritic's `forward`, symmetric_policy_losses, clipped_value_loss
 # Held-out prompts take the same way as far as collect_rollout, called by evaluate.
 
@@ -766,7 +771,7 @@ def load_frozen(args, device, dtype):
     config = transformers.AutoConfig.from_pretrained(args.policy_model, trust_remote_code=False)
     if getattr(config, "activation_function", None) == "gelu_new":
         config.activation_function = "gelu_pytorch_tanh"  # the same function, in one kernel
-    if args.gradient_checkpointing:  # works in train mode only, where dropout would be on
+    if args.gradient_checkpointing:  # needs train mode, in which there must be no dropout
         text_config = config.get_text_config()
         for name in vars(text_config):
             if "drop" in name:
@@ -798,7 +803,8 @@ def trainable_copy(model, args):
             target_modules=defaults.get(model.config.model_type, "all-linear"),
             task_type="CAUSAL_LM",
         )
-        trained = peft.get_peft_model(copy.deepcopy(model, shared), config)  # in float32
+        # What is in `shared` is not copied. Adapters are in float32
+        trained = peft.get_peft_model(copy.deepcopy(model, shared), config)
     else:
         trained = copy.deepcopy(model).requires_grad_()
     used = nn.ModuleList([trained.get_decoder(), trained.get_output_embeddings()])
@@ -822,15 +828,15 @@ def run_transformer(transformer, tokens, cache=None, use_cache=True):
 
 def predicting_states(transformer, prompt, continuation):
     """Final hidden states (B, T, hidden size) that predict the tokens of a continuation: those of
-    the tokens just before them."""
+    the tokens just before them. For [1 2 3] and its continuation [4 5], the states of 3 and 4."""
     hidden, _ = run_transformer(transformer, join(prompt, continuation), use_cache=False)
     return hidden[:, prompt.ids.shape[1] - 1 : -1]
 
 
 def float32_logits(model, hidden):
     """Logits (tokens, vocabulary) in float32: the 8 significant bits of bfloat16 are too few for
-    ratios near 1. Flat, since a slice of a tensor of three dimensions would become a batched
-    product, at half the speed."""
+    ratios near 1. Flat, since of a slice with three dimensions PyTorch makes a batched product, at
+    half the speed."""
     head = model.get_output_embeddings()
     weight = head.weight.float()
     bias = None if head.bias is None else head.bias.float()
@@ -1230,8 +1236,7 @@ def prepare(args):
 
 
 def load(args):
-    """Loads models and data. Refuses models that lack weights or cannot read the data. Other faults
-    raise."""
+    """Loads models and data."""
     cpu = args.device == "cpu" or not torch.cuda.is_available()
     accelerator = Accelerator(cpu=cpu, mixed_precision="no")  # but see ActorCritic.autocast
     device = accelerator.device
@@ -1285,9 +1290,9 @@ def load(args):
 
 @torch.no_grad()
 def check_policy(policy, args, prompts):
-    """Refuses a policy that has too few positions, or whose own logits for a text alone differ from
-    ours: with padding before the text, and the last token's from the cache. The text is as long as
-    there may be, and consists of the tokens of `prompts`."""
+    """Refuses a policy that has too few positions or no cache, or that gives a text alone other
+    logits than we do, with padding before it. The text is as long as there may be, and consists of
+    the tokens of `prompts`."""
     length = args.prompt_length + args.response_length
     positions = getattr(policy.config.get_text_config(), "max_position_embeddings", length)
     if positions < length:
@@ -1295,18 +1300,13 @@ def check_policy(policy, args, prompts):
     ids = torch.from_numpy(np.resize(prompts.ids[prompts.mask], (1, length))).to(policy.device)
     padding = length // 8
     mask = torch.arange(length, device=ids.device)[None] >= padding
-    transformer = policy.get_decoder()
-    states, cache = run_transformer(transformer, Tokens(ids[:, :-1], mask[:, :-1]))
-    is_same = False
-    if cache is not None:
-        last_state, _ = run_transformer(transformer, Tokens(ids[:, -1:], mask), cache)
-        states = torch.cat([states, last_state], 1)[0, padding:]
-        expected = policy(ids[:, padding:]).logits[0]
-        difference = float32_logits(policy, states) - expected
-        # Rounding to bfloat16 makes 0.02 of 28 layers
-        tolerance = 0.1 if policy.dtype == torch.bfloat16 else 0.001
-        is_same = difference.abs().max() <= tolerance * expected.abs().max()  # no: NaN
-    if not is_same:
+    states, cache = run_transformer(policy.get_decoder(), Tokens(ids, mask))
+    logits = float32_logits(policy, states[:, padding:])
+    expected = policy(ids[:, padding:]).logits[0]
+    # Rounding to bfloat16 makes 0.02 of 28 layers
+    tolerance = 0.1 if policy.dtype == torch.bfloat16 else 0.001
+    difference = (logits - expected).abs().max() / expected.abs().max()
+    if cache is None or not difference <= tolerance:  # as NaN is not
         sys.exit(
             f"error: {args.policy_model} scales or caps its logits, or does not leave out padding, "
             "or has no cache of keys and values: not supported"
@@ -1321,7 +1321,7 @@ def load_pretrained(auto_class, name, **options):
 
 
 def refuse_missing(names, source):
-    """Refuses a checkpoint without weights of these `names`, which would stay as they were made."""
+    """Refuses a checkpoint without weights of these `names`, which would stay random."""
     if names:
         sys.exit(f"error: {source} lacks {len(names)} weights, such as {min(names)}")
 
@@ -1379,7 +1379,7 @@ def count_cut(data, tokenizer, args):
     for rows in data.iter(1000):
         prompts, targets = tokenize(rows, tokenizer, longer)
         cut += sum(prompts.mask.sum(1) > args.prompt_length).item()
-        if args.ce_coef and not targets.mask.any(1).all():
+        if args.ce_coef and not targets.mask.any():
             sys.exit("error: --ce-coef needs a column 'label' of texts, one for each prompt")
     return cut
 

@@ -71,8 +71,8 @@ sppo_rlhf.py: rlhf texts_cost_what
 - if not alive.any():
 + if not alive.any() and not prompt:
 sppo_rlhf.py: rlhf ratio_begins
-- without_padding(references, references.mask),
-+ references,
+- without_padding(target, target.mask),
++ target,
 sppo_rlhf.py: rlhf checkpointing_changes
 - if "drop" in name:
 + if "dropout_" in name:
@@ -95,8 +95,23 @@ sppo_rlhf.py: rlhf weighted_sum
 - reward_model(**copy.deepcopy(inputs))
 + reward_model(**inputs)
 sppo_rlhf.py: rlhf weighted_sum
-- rollout.scores @ torch.tensor(args.reward_weights)
-+ rollout.scores.mean(1)
+- perturb_reward(reward.numpy(),
++ perturb_reward(scores.mean(1).numpy(),
+sppo_rlhf.py: rlhf what_a_run_reads
+- names += self.reward_model
++ pass
+sppo_rlhf.py: rlhf start_token
+- else start + ids for ids in plain
++ else ids for ids in plain
+sppo_rlhf.py: rlhf without_texts
+- if args.ce_coef and not targets
++ if args.ce_coef < 0 and not targets
+sppo_rlhf.py: rlhf folder_without_one
+- if words < 2:
++ if words < 1:
+sppo_rlhf.py: rlhf or_without_a_cache
+- if cache is None or not difference
++ if not difference
 sppo_rlhf.py: rlhf trained_with_dropout
 - difference = acting_kl.item() + approx_kl.item()
 + difference = acting_kl.item()
