@@ -1009,7 +1009,8 @@ def has_messages(rows):
 
 
 def has_labels(rows):
-    return all(isinstance(label, str) for label in rows.get("label", [None]))  # no classes of texts
+    """Whether `label` is a text, not a class, in all rows."""
+    return all(isinstance(label, str) for label in rows.get("label", [None]))
 
 
 def chat_tokens(chat, tokenizer, args):
@@ -1107,7 +1108,7 @@ def collect_rollout(setup, args, data, prompts, uniform, top_k):
         scores = [reward_model(**copy.deepcopy(inputs)) for reward_model in setup.reward_models]
         scores = torch.stack(scores, 1)
         if not scores.isfinite().all():
-            raise ValueError(f"scores that are None or not finite, with the means {scores.mean(0)}")
+            raise ValueError(f"scores that are not finite, with the means {scores.mean(0)}")
         pad = partial(F.pad, pad=(0, args.response_length - value.shape[1]))
         rollout = Rollout(
             response, acting_log_prob, pad(log_prob), pad(reference_log_prob), pad(value)
@@ -1221,7 +1222,7 @@ class Setup:
 
 
 def prepare(args):
-    """Imports reward functions and makes the toy, for `Args.folder`. Libraries print less then."""
+    """Imports reward functions and makes the toy, for `Args.folder`. Silences libraries."""
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: --device cuda: there is no GPU")
     datasets.disable_progress_bars()
