@@ -15,11 +15,17 @@
     python sppo_rlhf.py --task imdb --policy-model DIR --reward-model DIR --dataset reviews.jsonl.gz
     accelerate launch sppo_rlhf.py --task tldr      # GPT-J with LoRA summarises, on several GPUs
     python sppo_rlhf.py --task tldr --help          # all flags, with that task's defaults
+    python sppo_rlhf.py --task imdb --policy-model DIR --dataset my.jsonl --reward-model my.py:short
+
+where my.jsonl has lines such as {"prompt": "Say hi"}, and my.py a function such as
+
+    def short(completions, **kwargs):
+        return [-len(text) / 100 for text in completions]
 
 From "Symmetric Reinforcement Learning Loss for Robust Learning on Diverse Tasks and Model Scales"
 (Byun & Perrault, ICML 2025, arXiv 2405.17618), which adds a reverse cross-entropy term to the PPO
 loss, meant to make training robust to noise. Each token is an action. With p its probability, p_old
-its probability under the policy that sampled it, r = p / p_old, A its advantage, and Z < 0 a
+its probability when it was sampled (before top-k), r = p / p_old, A its advantage, and Z < 0 a
 constant that stands for log 0:
 
     PPO loss          L  = -mean( min(A r, A clip(r, 1 - eps, 1 + eps)) )
@@ -30,12 +36,14 @@ SPPO differs from PPO in two lines, those with `reverse_loss = ` and `beta * rev
 gradient of Lr is |Z| times that of L, so SPPO's policy gradient is (alpha + beta |Z|) times PPO's:
 with the authors' weights 0.9 (imdb) and 0.7 (tldr) times. Policy and critic share no trained
 weights, and Adam hardly sees the scale of a gradient. So the factor acts through gradient clipping
-and Adam's epsilon only, unless there is a supervised loss, whose relative weight it changes.
+and Adam's epsilon only, unless there is a supervised loss (in imdb and tldr), whose relative weight
+it changes.
 
 A reward model scores prompt and response; that reward is given at the last token. Every token pays
 a KL penalty, `kl_coef` times log(pi / reference policy); the reference policy is the frozen
 initial policy. Advantages are normalised over sampled tokens (the authors' code counts padding
-too). Dropout is off. Steps and frequencies count texts, that is a prompt and its response.
+too). Dropout is off. Steps and frequencies count texts, that is a prompt and its response;
+`return_mean` and `episodic_return` are mean rewards.
 """
 
 # ruff: noqa: E402  (libraries that load slowly come after the arguments)
@@ -56,7 +64,7 @@ import subprocess
 import sys
 import time
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, field
 from functools import partial
 from importlib.metadata import distributions, version
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
@@ -65,7 +73,8 @@ from typing import Literal, NamedTuple
 
 import tyro
 
-NO_EFFECT = "runs_dir device track micro_batch_size gradient_checkpointing".split()  # but rounding
+# Not in the hash of a run: they change its results by rounding at most
+NO_EFFECT = ["runs_dir", "device", "track", "gradient_checkpointing"]
 TOY = "runs/toy"  # folder of the toy's models and data
 # Tokenizers of hub models that come without one, and held-out splits of datasets
 TOKENIZERS = {
@@ -81,7 +90,7 @@ EVAL_DATASETS = {
 
 @dataclass
 class Args:
-    """Defaults are for the toy task; below are those of the other tasks."""
+    """Defaults are for the toy task; ImdbArgs and TldrArgs have those of the other tasks."""
 
     # Run
     task: Literal["toy", "imdb", "tldr"] = "toy"  # toy: offline; imdb: reviews; tldr: summaries
@@ -98,8 +107,8 @@ class Args:
     tokenizer: str | None = None  # folder or hub name; default: the policy's (imdb, tldr: gpt2)
     chat_template_kwargs: str = "{}"  # JSON, for the policy's template: {"enable_thinking": false}
     reward_model: tuple[str, ...] = (f"{TOY}/reward",)  # classifiers or FILE.py:NAME
-    reward_weights: tuple[float, ...] = ()  # 0: only watched; below: a penalty; default: the mean
-    reward_label: int | None = None  # label whose probability is the reward; of two labels 1
+    reward_weights: tuple[float, ...] = ()  # 0 only logs, negative penalises; default: the mean
+    reward_label: int | None = None  # label whose probability is the reward; default: 1 of 2
     dataset: str = f"{TOY}/train.jsonl"  # JSONL(.gz) or hub name:split; text, or prompt and label
     eval_dataset: str | None = None  # held-out data; default: the task's, or 10% of --dataset
     prompt_length: int = 16  # maximum tokens of a prompt (or of the first half of a text), cut left
@@ -153,7 +162,7 @@ class Args:
         if self.exp_name is None:
             self.exp_name = "sppo" if self.beta else "ppo"
         if not self.reward_weights:
-            self.reward_weights = tuple(1 / len(self.reward_model) for _ in self.reward_model)
+            self.reward_weights = (1 / len(self.reward_model),) * len(self.reward_model)
         self.check()
 
     def check(self):
@@ -183,8 +192,8 @@ class Args:
         require(len(weights) == len(self.reward_model), "reward_weights: one for each reward_model")
         require(self.noise != "none" or not self.noise_level, "noise_level needs a kind of noise")
         processes = int(os.environ.get("WORLD_SIZE", 1))
-        if self.batch_size % (self.num_minibatches * processes):
-            raise ValueError("num_minibatches times processes must divide batch_size")
+        rest = self.batch_size % (self.num_minibatches * processes)
+        require(rest == 0, "num_minibatches times processes must divide batch_size")
         require(self.eval_episodes % processes == 0, "processes must divide eval_episodes")
         require(not self.track or find_spec("wandb"), "track needs wandb: pip install wandb")
 
@@ -201,8 +210,13 @@ class Args:
         for name in filter(None, names):
             root = Path(name) if Path(name).exists() else Path(name.split(":")[0])
             for path in sorted([root, *root.rglob("*")]):
-                if path.is_file():
-                    digest.update(path.read_bytes())
+                inside = path.relative_to(root)
+                is_hidden = any(part.startswith(".") for part in inside.parts)  # as in .cache
+                if path.is_file() and not is_hidden:
+                    digest.update(str(inside).encode())
+                    with path.open("rb") as file:
+                        while block := file.read(2**24):
+                            digest.update(block)
         name = f"{self.task}__{self.exp_name}__{self.noise}__{self.seed}"
         name = name.replace("/", "-").replace(":", "-")
         return Path(self.runs_dir, f"{name}__{digest.hexdigest()[:8]}")
@@ -259,8 +273,7 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--task", choices=TASKS, default="toy")
     known, _ = parser.parse_known_args(argv)
-    task_args = TASKS[known.task]
-    return tyro.cli(task_args, args=argv)
+    return tyro.cli(TASKS[known.task], args=argv)
 
 
 if __name__ == "__main__":
@@ -383,7 +396,7 @@ def clipped_value_loss(value, old_value, returns, mask, clip_coef, count=None):
     return 0.5 * masked_mean(larger, mask, count)
 
 
-def loss_and_metrics(model, args, batch, response_tokens, target_tokens):
+def loss_and_metrics(model, args, batch, response_count, target_count):
     """Loss and metrics of a micro batch: sums over its tokens, divided by the number of tokens in
     the minibatch, so that results of all micro batches and processes add up to the minibatch's."""
     old = batch.rollout
@@ -391,24 +404,24 @@ def loss_and_metrics(model, args, batch, response_tokens, target_tokens):
     target = batch.target if args.ce_coef else None
     log_prob, value, target_log_prob = model(batch.prompt, old.response, target)
     policy_loss, reverse_loss = symmetric_policy_losses(
-        log_prob, old.log_prob, batch.advantage, mask, args.clip_coef, args.z, response_tokens
+        log_prob, old.log_prob, batch.advantage, mask, args.clip_coef, args.z, response_count
     )
     value_loss = clipped_value_loss(
-        value, old.value, batch.returns, mask, args.clip_coef, response_tokens
+        value, old.value, batch.returns, mask, args.clip_coef, response_count
     )
     loss = args.alpha * policy_loss + args.beta * reverse_loss + args.vf_coef * value_loss
     log_ratio = log_prob.detach() - old.log_prob
-    clipped = (log_ratio.expm1().abs() > args.clip_coef).float()
+    clipped = log_ratio.expm1().abs() > args.clip_coef
     metrics = {
         "policy_loss": policy_loss,
         "reverse_loss": reverse_loss,
         "value_loss": value_loss,
-        "clipfrac": masked_mean(clipped, mask, response_tokens),
+        "clipfrac": masked_mean(clipped, mask, response_count),
         # joschu.net/blog/kl-approx.html
-        "approx_kl": masked_mean(log_ratio.expm1() - log_ratio, mask, response_tokens),
+        "approx_kl": masked_mean(log_ratio.expm1() - log_ratio, mask, response_count),
     }
     if args.ce_coef:
-        sft_loss = -masked_mean(target_log_prob, target.mask, target_tokens)
+        sft_loss = -masked_mean(target_log_prob, target.mask, target_count)
         loss = loss + args.ce_coef * sft_loss
         metrics["sft_loss"] = sft_loss
     return loss, metrics
@@ -446,8 +459,7 @@ def token_advantages(reward, log_prob, reference_log_prob, value, mask, args):
 
 def normalize(advantage, mask):
     """Advantages with mean 0 and standard deviation 1 where `mask` is true."""
-    mean = masked_mean(advantage, mask)
-    centred = advantage - mean
+    centred = advantage - masked_mean(advantage, mask)
     degrees_of_freedom = (mask.sum() - 1).clamp(min=1)
     variance = masked_mean(centred.square(), mask, degrees_of_freedom)
     return centred / (variance.sqrt() + 1e-8)
@@ -466,12 +478,12 @@ def without_padding(tensors, mask):
 def take(batch, rows):
     """Rows of a batch, without what is padding in all of them. On the CPU, since a GPU would have
     to be waited for: how many columns are left depends on the data."""
-    prompt, target, *of_responses = slice_tensors(batch, rows)
-    response = of_responses[0].response
+    prompt, target, rollout, advantage, returns = slice_tensors(batch, rows)
+    of_response = (rollout, advantage, returns)
     return Batch(
         without_padding(prompt, prompt.mask),
         without_padding(target, target.mask),
-        *without_padding(of_responses, response.mask),
+        *without_padding(of_response, rollout.response.mask),
     )
 
 
@@ -503,7 +515,7 @@ def accumulate_gradient(setup, args, minibatch):
 def update(setup, args, batch, generator):
     """`update_epochs` passes over the batch. Returns the metrics of each minibatch."""
     history = []
-    setup.actor_critic.train(args.gradient_checkpointing)  # which needs it; dropout is 0 anyway
+    setup.actor_critic.train(args.gradient_checkpointing)  # which needs this mode
     for _ in range(args.update_epochs):
         order = torch.randperm(args.batch_size, generator=generator)
         for rows in order.split(args.batch_size // args.num_minibatches):
@@ -546,16 +558,19 @@ class Progress:
     history: list[dict] = field(default_factory=list)  # what was logged since the last evaluation
 
 
-# The way of a batch of B texts. It is on the CPU, the same in all processes; in_parts and
-# accumulate_gradient send a process its share, in parts that fit into memory.
-#   tokenize: rows of the data -> prompts and targets, `Tokens`
-#   collect_rollout: prompts -> `Rollout`, scores (B, reward models). By in_parts: ActorCritic's
-#       `generate`, with sample_token; its `forward`; the reward models
-#   perturb_reward, token_advantages: rewards (B,) and Rollout -> advantages and returns (B, T)
-#   update: `Batch` -> minibatches, with normalize
-#   accumulate_gradient: minibatch -> micro batches, with take
-#   loss_and_metrics: ActorCritic's `forward`, symmetric_policy_losses, clipped_value_loss
-# Held-out prompts take the same way as far as collect_rollout, called by evaluate.
+# The path of a batch of B texts, with responses of T tokens. It is on the CPU, the same in all
+# processes; in_parts and accumulate_gradient give each process its share, in parts that fit into
+# memory. `setup`, a Setup (Loading), has models, tokenizer and data.
+#   tokenize (Rollout): rows of the data -> prompts, targets
+#   collect_rollout (Rollout): prompts -> a Rollout, scores (B, reward models). In parts:
+#       ActorCritic.generate (Models), which samples by sample_token
+#       token_log_probs of the reference policy; ActorCritic.forward: log-probabilities, values
+#       reward_inputs, then each reward model
+#   train: scores, reward_weights -> rewards (B,), by perturb_reward (Noise)
+#   token_advantages (Advantages): -> advantages, returns (B, T)
+#   update: a Batch -> minibatches; perturb_advantage, normalize, the optimizer's step
+#   accumulate_gradient: a minibatch -> micro batches, by take; loss_and_metrics (Losses)
+# evaluate takes the first two of these steps with held-out prompts.
 
 
 def train(setup, args, folder):
@@ -593,7 +608,7 @@ def train(setup, args, folder):
         rows = torch.randperm(len(setup.train_data), generator=generator)[: args.batch_size]
         data = setup.train_data.select(rows.tolist())
         uniform = torch.rand(args.batch_size, args.response_length, generator=generator)
-        setup.reward_metrics.clear()  # of evaluations
+        setup.reward_metrics.clear()  # of the batch before and of evaluations
         prompts, targets = tokenize(data[:], setup.tokenizer, args)
         rollout, scores = collect_rollout(setup, args, data, prompts, uniform, args.top_k)
         progress.global_step += args.batch_size
@@ -612,11 +627,11 @@ def train(setup, args, folder):
 
         # Update
         batch = Batch(prompts, targets, rollout, advantage, returns)
-        minibatches = update(setup, args, batch, generator)
-        metrics = means(minibatches)
+        minibatch_metrics = update(setup, args, batch, generator)
+        metrics = means(minibatch_metrics)
         step = progress.global_step
         if step == args.batch_size:
-            check_first_minibatch(setup, rollout, minibatches[0]["approx_kl"])
+            check_first_minibatch(setup, rollout, minibatch_metrics[0]["approx_kl"])
         if not math.isfinite(metrics["grad_norm"]):
             sys.exit(f"error: the gradient is not finite at step {step}; lower --learning-rate")
 
@@ -676,8 +691,7 @@ def evaluate_and_log(setup, args, progress, folder, writer):
     TensorBoard."""
     step = progress.global_step
     row, samples = evaluate(setup, args, step)
-    if progress.history:  # means since the last evaluation
-        row |= means(progress.history)
+    row |= means(progress.history)  # since the last evaluation
     progress.history = []
     progress.evaluations.append(row)
     progress.samples += samples
@@ -713,8 +727,9 @@ class ActorCritic(nn.Module):
         self.reference = load_frozen(args, device, dtype)
         self.policy = trainable_copy(self.reference, args)
         self.critic = trainable_copy(self.reference, args).get_decoder()
-        states = self.policy.get_output_embeddings().weight.shape[1]  # OPT-350m projects them
-        self.value_head = nn.Linear(states, 1)
+        # Not the configuration's hidden_size, since OPT-350m projects its states
+        hidden_size = self.policy.get_output_embeddings().weight.shape[1]
+        self.value_head = nn.Linear(hidden_size, 1)
         nn.init.zeros_(self.value_head.weight)
         nn.init.zeros_(self.value_head.bias)
         self.eval()  # disables dropout
@@ -738,7 +753,7 @@ class ActorCritic(nn.Module):
         return log_prob, value, target_log_prob
 
     def generate(self, prompt, uniform, top_k, ends, padding, stop_at_eos):
-        """Samples responses until all have ended, of at most T tokens. Returns them, padded to T
+        """Samples responses of at most T tokens, until all have ended. Returns them, padded to T
         with the token `padding`, and their log-probabilities before top-k. `ends`: tokens that end
         a response. `uniform` (B, T), as in `sample_token`, is an argument so that samples do not
         depend on how batches are split."""
@@ -759,7 +774,7 @@ class ActorCritic(nn.Module):
             ids[:, t] = new_ids[:, 0]
             sampled[:, t] = alive[:, 0]
             log_prob[:, t] = log_probs.gather(1, new_ids)[:, 0]
-            mask = torch.cat([mask, alive], 1)
+            mask = torch.cat([mask, alive], 1)  # also of the tokens in the cache
             alive = alive & ~torch.isin(new_ids, ends)
             if not alive.any():
                 break
@@ -817,7 +832,7 @@ def run_transformer(transformer, tokens, cache=None, use_cache=True):
     """Final hidden states (B, N, hidden size) of N tokens, and the cache. The mask of `tokens` also
     has columns for those in `cache`, which precede them."""
     names = inspect.signature(transformer.forward).parameters
-    cache_name = "cache" if "cache" in names else "past_key_values"  # until transformers 5.24
+    cache_name = "cache" if "cache" in names else "past_key_values"  # the name up to 5.23
     options = {cache_name: cache, "use_cache": use_cache}
     if "position_ids" in names:  # else there are distances only (ALiBi)
         positions = (tokens.mask.cumsum(1) - 1).clamp(min=0)  # padding does not count
@@ -862,6 +877,9 @@ def sample_token(logits, uniform, top_k):
     cumulative = probability.cumsum(-1)
     total = cumulative[:, -1:]  # 1, but for rounding
     return torch.searchsorted(cumulative, uniform * total, right=True)
+
+
+# Reward models
 
 
 def load_classifier(name, device, dtype):
@@ -973,27 +991,8 @@ def function_reward(name, columns, metrics, device):
 
 
 def tokenize(rows, tokenizer, args):
-    """Prompts, and targets, padded to `response_length`; without labels all of them is padding.
-    `rows`: column -> values; `prompt`, texts or messages, and `label`, or else `text`, whose first
-    half is the prompt."""
-    # What the tokenizer writes before a text, not what it may write after it
-    probe = tokenizer("a", return_special_tokens_mask=True)
-    start = probe["input_ids"][: probe["special_tokens_mask"].index(0)]
-    end = tokenizer.eos_token_id
-    targets = [[] for _ in next(iter(rows.values()))]
-    if has_messages(rows):
-        prompts = [chat_tokens(chat, tokenizer, args) for chat in rows["prompt"]]
-        end = turn_end(tokenizer, args)
-    else:
-        texts = rows["prompt"] if "prompt" in rows else rows["text"]
-        plain = tokenizer(texts, add_special_tokens=False)["input_ids"]
-        prompts = [ids if ids[: len(start)] == start else start + ids for ids in plain]
-    if "prompt" not in rows:
-        targets = [[*ids[len(ids) // 2 :], end] for ids in prompts]
-        prompts = [ids[: len(ids) // 2] for ids in prompts]
-    elif has_labels(rows):
-        labels = tokenizer(rows["label"], add_special_tokens=False)["input_ids"]
-        targets = [[*ids, end] for ids in labels]
+    """Prompts, and targets, padded to `response_length`; without labels all of them is padding."""
+    start, prompts, targets = token_ids(rows, tokenizer, args)
     prompts = [cut_left(ids, args.prompt_length, start) for ids in prompts]
     prompts = [ids or [tokenizer.eos_token_id] for ids in prompts]
     length = args.response_length
@@ -1002,6 +1001,31 @@ def tokenize(rows, tokenizer, args):
     left = pad({"input_ids": prompts}, padding_side="left")
     right = pad({"input_ids": targets}, "max_length", length, padding_side="right")
     return tuple(Tokens(x["input_ids"], x["attention_mask"].bool()) for x in (left, right))
+
+
+def token_ids(rows, tokenizer, args):
+    """Tokens that start a text, prompts, and targets, of any length. `rows`: column -> values;
+    `prompt`, texts or messages, and `label`, or else `text`, whose first half is the prompt."""
+    # What the tokenizer writes before a text; what it may write after one must not end a prompt
+    probe = tokenizer(tokenizer.eos_token or "a", return_special_tokens_mask=True)
+    start = probe["input_ids"][: probe["special_tokens_mask"].index(0)]
+    end = tokenizer.eos_token_id
+    if has_messages(rows):
+        prompts = [chat_tokens(chat, tokenizer, args) for chat in rows["prompt"]]
+        start = start or [tokenizer.bos_token_id]  # templates write it, too
+        end = turn_end(tokenizer, args)
+    else:
+        texts = rows["prompt"] if "prompt" in rows else rows["text"]
+        plain = tokenizer(texts, add_special_tokens=False)["input_ids"]
+        prompts = [ids if ids[: len(start)] == start else start + ids for ids in plain]
+    targets = [[] for _ in prompts]
+    if "prompt" not in rows:
+        targets = [[*ids[len(ids) // 2 :], end] for ids in prompts]
+        prompts = [ids[: len(ids) // 2] for ids in prompts]
+    elif has_labels(rows):
+        labels = tokenizer(rows["label"], add_special_tokens=False)["input_ids"]
+        targets = [[*ids, end] for ids in labels]
+    return start, prompts, targets
 
 
 def has_messages(rows):
@@ -1050,8 +1074,8 @@ def end_tokens(rows, tokenizer, policy, args):
 
 
 def cut_left(ids, length, start):
-    """The last `length` of the tokens `ids`. If they begin with the tokens `start`, so does the
-    rest."""
+    """The last `length` of the tokens `ids`. If they begin with the tokens `start`, so does what is
+    kept."""
     kept = ids[-length:]
     if ids[: len(start)] == start:
         kept[: len(start)] = start
@@ -1104,7 +1128,7 @@ def collect_rollout(setup, args, data, prompts, uniform, top_k):
         # Computed as in the update, not by `generate`, so that ratios start at 1
         log_prob, value, _ = actor(prompt, sampled)
         inputs = reward_inputs(data[rows.tolist()], setup.tokenizer, prompt, sampled)
-        # Functions may change their lists
+        # A reward function may change its arguments
         scores = [reward_model(**copy.deepcopy(inputs)) for reward_model in setup.reward_models]
         scores = torch.stack(scores, 1)
         if not scores.isfinite().all():
@@ -1115,7 +1139,8 @@ def collect_rollout(setup, args, data, prompts, uniform, top_k):
         )
         return rollout, scores
 
-    return in_parts(setup, args, sample_and_score, torch.arange(len(uniform)), prompts, uniform)
+    rows = torch.arange(len(uniform))  # of `data`
+    return in_parts(setup, args, sample_and_score, rows, prompts, uniform)
 
 
 def reward_inputs(rows, tokenizer, prompt, response):
@@ -1146,7 +1171,7 @@ def check_first_minibatch(setup, rollout, approx_kl):
     acting_kl = masked_mean(log_ratio.expm1() - log_ratio, rollout.response.mask)
     difference = acting_kl.item() + approx_kl.item()
     is_float32 = setup.actor_critic.dtype == torch.float32
-    if difference > (1e-8 if is_float32 else 1e-3):  # rounding: 3e-13, 6e-5 on CPUs
+    if difference > (1e-8 if is_float32 else 1e-3):  # rounding on CPUs: 3e-13, 6e-5
         found = f"the policy that acts is not the one that is trained ({difference:.1e})"
         if is_float32 and setup.accelerator.device.type == "cpu":
             sys.exit(f"error: {found}")
@@ -1173,8 +1198,6 @@ def evaluate(setup, args, step):
     mask = rollout.response.mask
     reward = scores @ torch.tensor(args.reward_weights)
     log_ratio = rollout.log_prob - rollout.reference_log_prob
-    prompt_texts = decode(setup.tokenizer, prompts)
-    responses = decode(setup.tokenizer, rollout.response)
 
     row = {
         "step": step,
@@ -1192,6 +1215,8 @@ def evaluate(setup, args, step):
     for name, score in zip(args.reward_model, scores.mean(0)):
         row[f"eval_{name}"] = score.item()
 
+    prompt_texts = decode(setup.tokenizer, prompts)
+    responses = decode(setup.tokenizer, rollout.response)
     samples = [
         {"step": step, "prompt": prompt, "response": response, "reward": score}
         for prompt, response, score in zip(prompt_texts, responses, reward.tolist())
@@ -1225,6 +1250,7 @@ def prepare(args):
     """Imports reward functions and makes the toy, for `Args.folder`. Silences libraries."""
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: --device cuda: there is no GPU")
+    datasets.disable_caching()  # in the folder of the data, which `Args.folder` reads
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
@@ -1246,9 +1272,9 @@ def load(args):
     if cpu:
         keep_freed_memory()
     train_data, eval_data = load_data(args)
-    rows = train_data[:1]
+    first_row = train_data[:1]
     tokenizer = load_tokenizer(args.tokenizer or args.policy_model)
-    template = str(tokenizer.chat_template) if has_messages(rows) else ""
+    template = str(tokenizer.chat_template) if has_messages(first_row) else ""
     for name in json.loads(args.chat_template_kwargs):
         if name not in template:
             sys.exit(f"error: --chat-template-kwargs: no chat template with {name!r} is used")
@@ -1257,7 +1283,7 @@ def load(args):
     reward_metrics = {}
     for name in args.reward_model:
         if ".py:" in name:
-            reward_model = function_reward(name, rows, reward_metrics, device)
+            reward_model = function_reward(name, first_row, reward_metrics, device)
         else:
             reward_model = classifier_reward(name, args, device, reward_dtype)
         reward_models.append(reward_model)
@@ -1274,26 +1300,26 @@ def load(args):
         weight_decay=args.weight_decay,
         fused=True,
     )
-    ends = end_tokens(rows, tokenizer, actor_critic.policy, args)
+    ends = end_tokens(first_row, tokenizer, actor_critic.policy, args)
     return Setup(
-        accelerator,
-        actor_critic,
-        accelerator.prepare(actor_critic),
-        optimizer,
-        tokenizer,
-        torch.tensor(ends, dtype=torch.long, device=device),
-        reward_models,
-        reward_metrics,
-        train_data,
-        eval_data,
+        accelerator=accelerator,
+        actor_critic=actor_critic,
+        model=accelerator.prepare(actor_critic),
+        optimizer=optimizer,
+        tokenizer=tokenizer,
+        ends=torch.tensor(ends, dtype=torch.long, device=device),
+        reward_models=reward_models,
+        reward_metrics=reward_metrics,
+        train_data=train_data,
+        eval_data=eval_data,
     )
 
 
 @torch.no_grad()
 def check_policy(policy, args, prompts):
-    """Refuses a policy that has too few positions or no cache, or that gives a text alone other
-    logits than we do, with padding before it. The text is as long as there may be, and consists of
-    the tokens of `prompts`."""
+    """Refuses a policy that has too few positions or no cache, or whose own logits for a text
+    differ from ours for the same text with padding before it, the last token's from the cache. The
+    text is as long as there may be, and consists of the tokens of `prompts`."""
     length = args.prompt_length + args.response_length
     positions = getattr(policy.config.get_text_config(), "max_position_embeddings", length)
     if positions < length:
@@ -1301,13 +1327,18 @@ def check_policy(policy, args, prompts):
     ids = torch.from_numpy(np.resize(prompts.ids[prompts.mask], (1, length))).to(policy.device)
     padding = length // 8
     mask = torch.arange(length, device=ids.device)[None] >= padding
-    states, cache = run_transformer(policy.get_decoder(), Tokens(ids, mask))
-    logits = float32_logits(policy, states[:, padding:])
-    expected = policy(ids[:, padding:]).logits[0]
-    # Rounding to bfloat16 makes 0.02 of 28 layers
-    tolerance = 0.1 if policy.dtype == torch.bfloat16 else 0.001
-    difference = (logits - expected).abs().max() / expected.abs().max()
-    if cache is None or not difference <= tolerance:  # as NaN is not
+    transformer = policy.get_decoder()
+    states, cache = run_transformer(transformer, Tokens(ids[:, :-1], mask[:, :-1]))
+    is_same = False
+    if cache is not None:
+        last_state, _ = run_transformer(transformer, Tokens(ids[:, -1:], mask), cache)
+        logits = float32_logits(policy, torch.cat([states[:, padding:], last_state], 1))
+        expected = policy(ids[:, padding:]).logits[0]
+        # Rounding to bfloat16 alone gives 0.02 with 28 layers
+        tolerance = 0.1 if policy.dtype == torch.bfloat16 else 0.001
+        difference = (logits - expected).abs().max()
+        is_same = difference <= tolerance * expected.abs().max()  # no: NaN
+    if not is_same:
         sys.exit(
             f"error: {args.policy_model} scales or caps its logits, or does not leave out padding, "
             "or has no cache of keys and values: not supported"
@@ -1335,7 +1366,7 @@ def load_tokenizer(name, **sides):
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZERS.get(name, name), **options)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     words = len(tokenizer) - len(tokenizer.all_special_tokens)
-    if words < 2:  # T5's has a space
+    if words < 3:  # the empty one of T5 has one, that of DeBERTa two
         sys.exit(f"error: {name} has no tokenizer (for a policy: --tokenizer)")
     return tokenizer
 
@@ -1375,14 +1406,29 @@ def count_cut(data, tokenizer, args):
     is no text ends a run before it begins."""
     if not {"prompt", "text"} & set(data.column_names):
         sys.exit(f"error: no column 'prompt' or 'text' in the data, only {data.column_names}")
-    longer = replace(args, prompt_length=args.prompt_length + 1)
     cut = 0
     for rows in data.iter(1000):
-        prompts, targets = tokenize(rows, tokenizer, longer)
-        cut += sum(prompts.mask.sum(1) > args.prompt_length).item()
-        if args.ce_coef and not targets.mask.any():
+        _, prompts, targets = token_ids(rows, tokenizer, args)
+        cut += sum(len(ids) > args.prompt_length for ids in prompts)
+        if args.ce_coef and not any(targets):
             sys.exit("error: --ce-coef needs a column 'label' of texts, one for each prompt")
     return cut
+
+
+def has_bfloat16(device):
+    """Whether this hardware computes in bfloat16 and does not merely emulate it."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu.get_capabilities().get("avx512_bf16", False)
+
+
+def keep_freed_memory():
+    """Tells glibc to keep freed memory. By default it goes back to the system, and each 4 KiB
+    costs a page fault when needed again: a quarter of the time of an update on a CPU."""
+    if platform.libc_ver()[0] == "glibc":
+        libc = ctypes.CDLL(None)
+        libc.mallopt(-4, 0)  # M_MMAP_MAX of malloc.h
+        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
 
 
 # Saving
@@ -1430,22 +1476,6 @@ def save_policy(setup, run_folder):
     setup.tokenizer.save_pretrained(temporary)
     shutil.rmtree(folder, ignore_errors=True)  # left by a run killed just before its summary
     temporary.rename(folder)
-
-
-def has_bfloat16(device):
-    """Whether this hardware computes in bfloat16 and does not merely emulate it."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu.get_capabilities().get("avx512_bf16", False)
-
-
-def keep_freed_memory():
-    """Tells glibc to keep freed memory. By default it goes back to the system, and each 4 KiB
-    costs a page fault when needed again: a quarter of the time of an update on a CPU."""
-    if platform.libc_ver()[0] == "glibc":
-        libc = ctypes.CDLL(None)
-        libc.mallopt(-4, 0)  # M_MMAP_MAX of malloc.h
-        libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
 
 
 def own_sources():

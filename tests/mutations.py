@@ -100,15 +100,18 @@ sppo_rlhf.py: rlhf weighted_sum
 sppo_rlhf.py: rlhf what_a_run_reads
 - names += self.reward_model
 + pass
+sppo_rlhf.py: rlhf leaves_them
+- datasets.disable_caching()
++ pass
 sppo_rlhf.py: rlhf start_token
 - else start + ids for ids in plain
 + else ids for ids in plain
 sppo_rlhf.py: rlhf without_texts
-- if args.ce_coef and not targets
-+ if args.ce_coef < 0 and not targets
+- if args.ce_coef and not any(targets)
++ if args.ce_coef < 0 and not any(targets)
 sppo_rlhf.py: rlhf folder_without_one
-- if words < 2:
-+ if words < 1:
+- if words < 3:
++ if words < 2:
 sppo_rlhf.py: rlhf or_without_a_cache
 - if cache is None or not difference
 + if not difference

@@ -22,6 +22,7 @@ import numpy as np
 import peft
 import pytest
 import safetensors.torch
+import tokenizers
 import torch
 import transformers
 from accelerate import Accelerator
@@ -568,7 +569,7 @@ def test_models_that_do_not_fit_are_refused_before_a_folder_is_made(
     call_main(monkeypatch, *words, "--runs-dir", tmp_path / "runs")
 
 
-@pytest.mark.parametrize("kind", ["Bert", "T5", "GPT2"])
+@pytest.mark.parametrize("kind", ["Bert", "T5", "GPT2", "DebertaV2"])
 def test_the_tokenizer_of_a_folder_without_one_is_refused(toy, models, tmp_path, monkeypatch, kind):
     """AutoTokenizer makes one, with which every text is [UNK], "▁ <unk> ▁ <unk>", or nothing. Of a
     policy and of each reward model, before a folder is made."""
@@ -642,6 +643,22 @@ def test_a_start_token_stays_and_stays_the_only_one(toy):
     texts = rlhf.tokenize({"text": prompts[:2]}, tokenizer, replace(args, prompt_length=40))
     for ids, mask in zip(*rlhf.join(*texts)):
         assert ids[mask].tolist() == [bos, *plain, tokenizer.eos_token_id]
+
+    tokenizer = AutoTokenizer.from_pretrained(toy / "policy", bos_token="<s>")  # writes none
+    tokenizer.chat_template = "{{ bos_token }}{% for m in messages %}{{ m.content }}{% endfor %}"
+    rows = {"prompt": [[{"role": "user", "content": text}]]}
+    assert rlhf.tokenize(rows, tokenizer, args)[0].ids.tolist() == [[bos, *plain[-3:]]]
+
+
+def test_a_tokenizer_may_know_digits_only():
+    """And leave out all else. Its texts have no start."""
+    digits = {str(digit): digit for digit in range(10)} | {"<e>": 10}
+    model = tokenizers.Tokenizer(tokenizers.models.BPE(digits, []))
+    tokenizer = transformers.PreTrainedTokenizerFast(
+        tokenizer_object=model, eos_token="<e>", pad_token="<e>"
+    )
+    prompt, _ = rlhf.tokenize({"prompt": ["1+2"]}, tokenizer, rlhf.Args())
+    assert prompt.ids.tolist() == [[1, 2]]
 
 
 @pytest.mark.parametrize("template", ["$A <|e|>", "<|e|> $A <|e|>", "<|e|> $A"])
@@ -1526,8 +1543,26 @@ def test_what_a_run_reads_is_part_of_its_name(tmp_path, monkeypatch):
         Path(name).write_text(content + " ")
         assert args.folder() != folder
         Path(name).write_text(content)
-        Path("other.py").write_text(content)
+        for other in ("other.py", "policy/.cache/other"):
+            Path(other).parent.mkdir(exist_ok=True)
+            Path(other).write_text(content)
         assert rlhf.Args(**flags).folder() == folder
+    Path("saved/1").rename("saved/3")
+    assert args.folder() != folder
+
+
+@pytest.mark.parametrize("held_out", [True, False])
+def test_reading_data_leaves_them_as_they_are(tmp_path, monkeypatch, held_out):
+    """Where they are split or shuffled: else the same command would be another run."""
+    monkeypatch.chdir(tmp_path)
+    for name in ("one", "two"):
+        datasets.Dataset.from_dict({"text": ["a"] * 200}).save_to_disk(name)
+    flags = {"policy_model": "own", "reward_model": ("own",), "dataset": "one"}
+    args = rlhf.Args(**flags, eval_dataset="two" if held_out else None, eval_episodes=20)
+    rlhf.prepare(args)
+    folder = args.folder()
+    rlhf.load_data(args)
+    assert args.folder() == folder
 
 
 def test_the_environment_does_not_divide_gradients(run, monkeypatch):
@@ -1544,7 +1579,7 @@ def test_the_default_name_tells_runs_by_all_that_may_change_results(tmp_path, mo
     folder = rlhf.Args().folder()
     assert re.fullmatch(r"runs/toy__sppo__none__1__[0-9a-f]{8}", str(folder))
     others = {"runs_dir": "elsewhere", "track": True, "device": "cpu"}
-    others |= {"gradient_checkpointing": True, "micro_batch_size": 4}
+    others |= {"gradient_checkpointing": True}
     assert rlhf.Args(**others).folder() == Path("elsewhere", folder.name)
     assert set(rlhf.NO_EFFECT) == others.keys()
     for flags in ({"learning_rate": 1.0}, {"amp": "off"}, {"reward_model": ("a", "b")}):
