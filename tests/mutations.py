@@ -113,8 +113,8 @@ sppo_rlhf.py: rlhf folder_without_one
 - if words < 3:
 + if words < 2:
 sppo_rlhf.py: rlhf or_without_a_cache
-- if cache is None or not difference
-+ if not difference
+- if cache is not None:
++ if True:
 sppo_rlhf.py: rlhf trained_with_dropout
 - difference = acting_kl.item() + approx_kl.item()
 + difference = acting_kl.item()
