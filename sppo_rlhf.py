@@ -476,8 +476,8 @@ def without_padding(tensors, mask):
 
 
 def take(batch, rows):
-    """Rows of a batch, without what is padding in all of them. On the CPU, since a GPU would have
-    to be waited for: how many columns are left depends on the data."""
+    """Rows of a batch, without what is padding in all of them. On the CPU: how many columns are
+    left depends on the data, and on a GPU asking would mean waiting."""
     prompt, target, rollout, advantage, returns = slice_tensors(batch, rows)
     of_response = (rollout, advantage, returns)
     return Batch(
@@ -850,7 +850,7 @@ def predicting_states(transformer, prompt, continuation):
 
 def float32_logits(model, hidden):
     """Logits (tokens, vocabulary) in float32: the 8 significant bits of bfloat16 are too few for
-    ratios near 1. Flat, since of a slice with three dimensions PyTorch makes a batched product, at
+    ratios near 1. Flattened, because PyTorch multiplies a three-dimensional slice as a batch, at
     half the speed."""
     head = model.get_output_embeddings()
     weight = head.weight.float()
@@ -1402,8 +1402,8 @@ def load_dataset(name):
 
 
 def count_cut(data, tokenizer, args):
-    """Number of prompts longer than `prompt_length`. All texts are tokenized for it, so that what
-    is no text ends a run before it begins."""
+    """Number of prompts longer than `prompt_length`. All texts are tokenized for it, so that a
+    value that is not text ends the run before it begins."""
     if not {"prompt", "text"} & set(data.column_names):
         sys.exit(f"error: no column 'prompt' or 'text' in the data, only {data.column_names}")
     cut = 0
