@@ -3,8 +3,11 @@
 python results/atari/games.py
 
 The unit is the game. Each gives one log ratio of two methods' scores, which are means over seeds.
+Contrasts of which no game is there yet are left out. The registered tests are made once, over all
+games: p-values are printed only when each contrast has all games that were registered for it.
 """
 
+import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -12,23 +15,37 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
+sys.path.append(str(Path(__file__).parents[1]))
+from common import detected, estimate, paired, print_table
+
 HERE = Path(__file__).parent
 MEASURES = {
     "evaluations": "mean of five evaluations",
     "training": "training",
     "last": "last evaluation",
-    "above_random": "mean of five evaluations, minus a random agent's score",
+    "above_random": "mean of five evaluations, minus a random agent's",
 }
 CONTRASTS = {  # (method, kind of rewards), and what it is divided by
     "loss": (("sppo", "none"), ("ppo", "none")),
     "normalisation": (("ppo", "none"), ("ppo-authors", "none")),
     "both": (("sppo", "none"), ("ppo-authors", "none")),
-}
-NOISE = {
     "noise, PPO": (("ppo", "flip"), ("ppo", "none")),
     "noise, SPPO": (("sppo", "flip"), ("sppo", "none")),
 }
-TESTED = [*CONTRASTS, "loss, noisy minus clean"]  # those that Holm's correction is over
+METHODS = {"ppo-authors": "the authors' PPO", "ppo": "PPO", "sppo": "SPPO"}
+REWARDS = {"none": "", "flip": ", flipped"}
+NOISY_LOSS = "loss, noisy minus clean"
+TESTED = {"loss": 18, "normalisation": 8, "both": 8, NOISY_LOSS: 10}  # games, as registered
+
+
+def random_scores():
+    return pd.read_csv(HERE / "random.csv").groupby("game")["score"].mean()
+
+
+def quoted_ratios():
+    """Log ratios of the paper's SPPO to its PPO, from a review."""
+    quoted = pd.read_csv(HERE / "quoted.csv", index_col="game")
+    return np.log(quoted["sppo"] / quoted["ppo"])
 
 
 def read_scores(folder=HERE):
@@ -37,8 +54,7 @@ def read_scores(folder=HERE):
     progress = pd.read_csv(folder / "games-progress.csv.gz")
     runs["evaluations"] = runs["run_name"].map(progress.groupby("run_name")["return_mean"].mean())
     runs["last"] = runs["return_mean"]
-    games = pd.read_csv(HERE / "random.csv").groupby("game")
-    runs["random"] = runs["env_id"].map(games["score"].mean())
+    runs["random"] = runs["env_id"].map(random_scores())
     runs["above_random"] = runs["evaluations"] - runs["random"]
     # As registered, a score below a tenth of a random agent's counts as that, so logarithms exist
     for measure in MEASURES:
@@ -49,17 +65,11 @@ def read_scores(folder=HERE):
 
 def log_ratios(scores):
     """Log ratios (games x contrasts); NaN where a game lacks a method."""
-    pairs = CONTRASTS | NOISE
+    pairs = {name: pair for name, pair in CONTRASTS.items() if set(pair) <= set(scores)}
     ratios = pd.DataFrame({name: np.log(scores[a] / scores[b]) for name, (a, b) in pairs.items()})
-    ratios["loss, noisy minus clean"] = ratios["noise, SPPO"] - ratios["noise, PPO"]
+    if {"noise, SPPO", "noise, PPO"} <= set(pairs):
+        ratios[NOISY_LOSS] = ratios["noise, SPPO"] - ratios["noise, PPO"]
     return ratios
-
-
-def estimate(ratios):
-    """Mean over games of log ratios, 95 % limits by t, and p."""
-    values = ratios.dropna()
-    test = stats.ttest_1samp(values, 0)
-    return values.mean(), *test.confidence_interval(), test.pvalue
 
 
 def holm(p):
@@ -72,53 +82,87 @@ def holm(p):
     return corrected
 
 
-def print_tables(scores):
-    primary = log_ratios(scores["evaluations"])
-    corrected = dict(zip(TESTED, holm([estimate(primary[name])[3] for name in TESTED])))
-    print("| | " + " | ".join(primary) + " |\n" + "|---" * (primary.shape[1] + 1) + "|")
-    for measure, title in MEASURES.items():
-        ratios = log_ratios(scores[measure])
-        cells = ["{:.2f} ({:.2f} to {:.2f})".format(*estimate(ratios[name])) for name in ratios]
-        print(f"| {title} | {' | '.join(cells)} |")
-    for name in primary:
-        values = primary[name].dropna()
-        *_, p = estimate(values)
-        half = stats.t.ppf([0.975, 0.8], len(values) - 1).sum() * values.sem()
-        wilcoxon = stats.wilcoxon(values).pvalue
-        print(
-            f"{name}: {len(values)} games, p {p:.4f}, by Wilcoxon {wilcoxon:.4f}, "
-            f"by Holm {corrected.get(name, np.nan):.4f}; detects {half:.2f}"
-        )
-    new = primary["loss"].drop("CrazyClimber")
-    print("loss, without CrazyClimber: {:.2f} ({:.2f} to {:.2f})".format(*estimate(new)))
-    print(primary.round(2).to_string())
+def print_measures(folder=HERE):
+    """Mean log ratios over games, by t."""
+    rows = {}
+    for measure, scores in read_scores(folder).items():
+        ratios = log_ratios(scores)
+        cells = [estimate(*paired(ratios[name].dropna())[:3]) for name in ratios]
+        rows[MEASURES[measure]] = cells
+    print_table(rows, "log ratio", *ratios)
 
 
-def draw(scores):
-    """A row per game: log ratio of SPPO to PPO, clean and flipped; crosses: the paper's."""
-    ratios = log_ratios(scores["evaluations"])
-    flipped = ratios["loss"] + ratios["loss, noisy minus clean"]
-    quoted = pd.read_csv(HERE / "quoted.csv", index_col="game")
+def print_games(folder=HERE):
+    """Primary scores beside a random agent's, and log ratios beside the quoted ones."""
+    scores = read_scores(folder)["evaluations"]
+    ratios = log_ratios(scores)
+    names = {(a, b): METHODS[a] + REWARDS[b] for b in REWARDS for a in METHODS if (a, b) in scores}
+    numbers = scores[list(names)].set_axis([*names.values()], axis="columns")
+    numbers.insert(0, "random agent", random_scores())
+    numbers = numbers.map("{:,.0f}".format)
+    numbers = numbers.join(ratios.assign(quoted=quoted_ratios()).round(2).map("{:.2f}".format))
+    numbers = numbers.replace("nan", "")
+    print_table(dict(zip(numbers.index, numbers.to_numpy())), "game", *numbers)
+
+
+def print_tests(folder=HERE):
+    """What games of this number detect; the registered tests, if all games are there."""
+    ratios = log_ratios(read_scores(folder)["evaluations"])
+    complete = all(name in ratios and ratios[name].count() == n for name, n in TESTED.items())
+    corrected = {}
+    if complete:
+        corrected = dict(zip(TESTED, holm([paired(ratios[name].dropna())[3] for name in TESTED])))
+    for name in ratios:
+        values = ratios[name].dropna()
+        text = f"{name}: {len(values)} games, deviation {values.std():.2f}, "
+        text += f"detects {detected(values.sem(), len(values) - 1):.2f}"
+        if name in corrected:
+            p, wilcoxon = paired(values)[3], stats.wilcoxon(values).pvalue
+            text += f", p {p:.4f}, by Holm {corrected[name]:.4f}, by Wilcoxon {wilcoxon:.4f}"
+        print(text)
+    rest = ratios["loss"].drop("CrazyClimber").dropna()
+    print("loss, without CrazyClimber:", estimate(*paired(rest)[:3]))
+    if not complete:
+        print("No p-values: not all games are there, and the registered tests are made once.")
+
+
+def draw(folder=HERE):
+    """A row per game: log ratios, the paper's beside ours; below, means over games."""
+    scores = read_scores(folder)["evaluations"]
+    ratios = log_ratios(scores)
+    points = {
+        "SPPO to PPO": (ratios["loss"], "o", "tab:blue"),
+        "SPPO to the authors' PPO": (ratios["both"], "s", "tab:green"),
+        "the paper's SPPO to its PPO, quoted": (quoted_ratios(), "X", "black"),
+    }
+    if NOISY_LOSS in ratios:
+        flipped = ratios["loss"] + ratios[NOISY_LOSS]
+        points["SPPO to PPO, flipped rewards"] = (flipped, "D", "tab:orange")
     order = ratios["loss"].sort_values().index
+    at_random = (scores.max(axis="columns") / random_scores() < 1.2)[order]
     y = np.arange(len(order))
-    figure, ax = plt.subplots(figsize=(7, 6), layout="constrained")
+    size = (7, 2 + 0.3 * (len(order) + len(points)))
+    figure, ax = plt.subplots(figsize=size, layout="constrained")
     ax.axvline(0, color="gray", linewidth=0.8)
-    ax.plot(ratios["loss"][order], y, "o", color="tab:blue", label="clean rewards")
-    ax.plot(flipped[order], y, "D", color="tab:orange", label="flipped rewards")
-    paper = np.log(quoted["sppo"] / quoted["ppo"]).reindex(order)
-    ax.plot(paper, y, "kx", label="the paper's SPPO to its PPO, from a review")
-    for row, (name, values) in enumerate({"clean": ratios["loss"], "flipped": flipped}.items()):
-        mean, low, high, _ = estimate(values)
-        ax.errorbar(mean, -2 - row, xerr=[[mean - low], [high - mean]], marker="s", color="black")
-        ax.text(low, -2 - row, f"mean, {name}  ", ha="right", va="center")
-    ax.set_yticks(y, order)
-    ax.set_xlabel("log ratio of scores, SPPO to PPO")
-    figure.legend(loc="outside upper center")
-    figure.savefig(HERE / "games.png", dpi=160)
+    ax.axvline(0.095, color="gray", linewidth=0.8, linestyle=":")
+    ax.axhline(-1, color="lightgray", linewidth=0.8)
+    for row, (label, (values, marker, color)) in enumerate(points.items()):
+        ax.plot(values.reindex(order), y + 0.12 - 0.12 * row, marker, color=color, label=label)
+        mean, low, high, _ = paired(values.dropna())
+        ax.errorbar(mean, -2 - row, xerr=[[mean - low], [high - mean]], fmt=marker, color=color)
+    games = [f"{game} (at random)" if at_random[game] else game for game in order]
+    means = [f"mean of {values.count()} games" for values, _, _ in points.values()]
+    ax.set_yticks([*y, *(-2 - np.arange(len(points)))], [*games, *means])
+    ax.set_xlabel("log ratio of scores (dotted: a tenth more)")
+    figure.legend(loc="outside upper center", ncols=2)
+    figure.savefig(folder / "games.png", dpi=160)
 
 
 if __name__ == "__main__":
     plt.switch_backend("agg")
-    scores = read_scores()
-    print_tables(scores)
-    draw(scores)
+    print_measures()
+    print()
+    print_games()
+    print()
+    print_tests()
+    draw()
