@@ -1,6 +1,6 @@
 """A random agent's games of Atari.
 
-python results/atari/random_agent.py    # plays the games again if random.csv is not there
+python results/atari/random_agent.py    # plays the games that random.csv lacks
 """
 
 import sys
@@ -11,7 +11,9 @@ import pandas as pd
 
 HERE = Path(__file__).parent
 PLAYED = HERE / "random.csv"
-GAMES = ["WizardOfWor", "Breakout", "Pong", "CrazyClimber"]
+GAMES = """\
+WizardOfWor Breakout Pong CrazyClimber Alien Centipede Gravitar MsPacman NameThisGame Qbert UpNDown
+Gopher StarGunner VideoPinball Assault Asterix BeamRider DemonAttack RoadRunner""".split()
 
 
 def play(game, num_games=40, seed=1):
@@ -31,6 +33,9 @@ def play(game, num_games=40, seed=1):
 
 
 if __name__ == "__main__":
-    if not PLAYED.exists():
-        pd.concat(map(play, GAMES)).to_csv(PLAYED, index=False)
+    for game in GAMES:
+        if not PLAYED.exists():
+            play(game).to_csv(PLAYED, index=False)
+        elif game not in set(pd.read_csv(PLAYED)["game"]):
+            play(game).to_csv(PLAYED, mode="a", header=False, index=False)
     print(pd.read_csv(PLAYED).groupby("game")["score"].agg(["mean", "sem", "count"]))
