@@ -202,6 +202,7 @@ def test_percentages_beside_registered_measures(name, count, capsys):
         ("sa2c-dose", "a2c/dose", "results/a2c/README.md", 432),
         ("rlhf-sums", "text/sums", "results/text/README.md", 12),
         ("authors-atari", "atari/crazyclimber", "results/atari/README.md", 24),
+        ("atari-games", "atari/games", "results/atari/README.md", 24),
     ],
 )
 def test_documented_lines_list_the_packed_runs(runs, packs, page, count):
@@ -252,6 +253,8 @@ def test_how_far_rounding_parts_two_runs_of_one_algorithm():
         ("a2c/dose", "print_doses"),
         ("a2c/dose", "print_interactions"),
         ("atari/crazyclimber", "print_measures"),
+        ("atari/games", "print_measures"),
+        ("atari/games", "print_games"),
     ],
 )
 def test_a_page_shows_the_measures_of_its_analysis(name, function, capsys):
@@ -335,6 +338,29 @@ def test_steps_from_the_authors_ppo_to_sppo_are_relative_to_it():
         cells.append(cells[0][0] - cells[1][0] + np.array([0, -half, half]))
         row = " | ".join("{:.2f} ({:.2f} to {:.2f})".format(*cell) for cell in cells)
         assert f"| {measure} | {row} |" in PAGES["results/atari/README.md"]
+
+
+def test_games_are_tested_when_all_are_there(tmp_path, capsys):
+    """Until then intervals come without p-values."""
+    analysis = runpy.run_path(str(ROOT / "results/atari/games.py"))
+    listed = subprocess.check_output(["bash", str(ROOT / "results/atari/games.sh")], text=True)
+    runs = pd.DataFrame(re.findall(r"--env-id (\w+) --seed (\d+)(.*)--exp-name (.+)", listed))
+    runs = runs.set_axis(["env_id", "seed", "flags", "exp_name"], axis="columns")
+    runs["noise"] = np.where(runs.pop("flags").str.contains("--noise flip"), "flip", "none")
+    logs = runs["exp_name"].map({"ppo-authors": 0.0, "ppo": 0.1, "sppo": 0.3})
+    logs[(runs["noise"] == "flip") & (runs["exp_name"] == "ppo")] -= 0.2
+    logs += np.sin(np.arange(len(runs))) / 1000
+    runs["training"] = runs["return_mean"] = 1e5 * np.exp(logs)
+    runs = runs.assign(run_name=runs.index, finished=True)
+    for there, complete in ((runs, True), (runs[:24], False)):
+        there.to_csv(tmp_path / "games-runs.csv.gz")
+        there.to_csv(tmp_path / "games-progress.csv.gz")
+        for function in ("print_measures", "print_tests", "draw"):
+            analysis[function](tmp_path)
+        lines = capsys.readouterr().out.splitlines()
+        means = [cell.partition(" ")[0] for cell in lines[2].split(" | ")[1:]]
+        assert means == ["0.20", "0.10", "0.30", "-0.20", "0.00", "0.20"][: len(means)]
+        assert ["by Holm 0.0000" in line for line in lines[6:9]] == 3 * [complete]
 
 
 def test_mean_cosines_between_gradients():

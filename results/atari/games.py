@@ -23,7 +23,7 @@ MEASURES = {
     "evaluations": "mean of five evaluations",
     "training": "training",
     "last": "last evaluation",
-    "above_random": "mean of five evaluations, minus a random agent's",
+    "above_random": "mean of five, minus a random agent's",
 }
 CONTRASTS = {  # (method, kind of rewards), and what it is divided by
     "loss": (("sppo", "none"), ("ppo", "none")),
@@ -42,12 +42,6 @@ def random_scores():
     return pd.read_csv(HERE / "random.csv").groupby("game")["score"].mean()
 
 
-def quoted_ratios():
-    """Log ratios of the paper's SPPO to its PPO, from a review."""
-    quoted = pd.read_csv(HERE / "quoted.csv", index_col="game")
-    return np.log(quoted["sppo"] / quoted["ppo"])
-
-
 def read_scores(folder=HERE):
     """Means over seeds (games x methods and rewards) of each measure."""
     runs = pd.read_csv(folder / "games-runs.csv.gz").query("finished")
@@ -55,6 +49,7 @@ def read_scores(folder=HERE):
     runs["evaluations"] = runs["run_name"].map(progress.groupby("run_name")["return_mean"].mean())
     runs["last"] = runs["return_mean"]
     runs["random"] = runs["env_id"].map(random_scores())
+    assert runs["random"].notna().all(), "first play the other games: random_agent.py"
     runs["above_random"] = runs["evaluations"] - runs["random"]
     # As registered, a score below a tenth of a random agent's counts as that, so logarithms exist
     for measure in MEASURES:
@@ -93,16 +88,13 @@ def print_measures(folder=HERE):
 
 
 def print_games(folder=HERE):
-    """Primary scores beside a random agent's, and log ratios beside the quoted ones."""
+    """Primary scores, and a random agent's."""
     scores = read_scores(folder)["evaluations"]
-    ratios = log_ratios(scores)
     names = {(a, b): METHODS[a] + REWARDS[b] for b in REWARDS for a in METHODS if (a, b) in scores}
-    numbers = scores[list(names)].set_axis([*names.values()], axis="columns")
-    numbers.insert(0, "random agent", random_scores())
-    numbers = numbers.map("{:,.0f}".format)
-    numbers = numbers.join(ratios.assign(quoted=quoted_ratios()).round(2).map("{:.2f}".format))
-    numbers = numbers.replace("nan", "")
-    print_table(dict(zip(numbers.index, numbers.to_numpy())), "game", *numbers)
+    scores = scores[list(names)].set_axis([*names.values()], axis="columns")
+    scores.insert(0, "random agent", random_scores())
+    texts = scores.map("{:,.0f}".format).replace("nan", "")
+    print_table(dict(zip(texts.index, texts.to_numpy())), "game", *texts)
 
 
 def print_tests(folder=HERE):
@@ -130,10 +122,12 @@ def draw(folder=HERE):
     """A row per game: log ratios, the paper's beside ours; below, means over games."""
     scores = read_scores(folder)["evaluations"]
     ratios = log_ratios(scores)
+    quoted = pd.read_csv(HERE / "quoted.csv", index_col="game")
+    paper = np.log(quoted["sppo"] / quoted["ppo"])
     points = {
         "SPPO to PPO": (ratios["loss"], "o", "tab:blue"),
         "SPPO to the authors' PPO": (ratios["both"], "s", "tab:green"),
-        "the paper's SPPO to its PPO, quoted": (quoted_ratios(), "X", "black"),
+        "the paper's SPPO to its PPO, quoted": (paper, "X", "black"),
     }
     if NOISY_LOSS in ratios:
         flipped = ratios["loss"] + ratios[NOISY_LOSS]
