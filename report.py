@@ -31,6 +31,7 @@ except ImportError as error:
     sys.exit(f"error: {error}; install what reports need: pip install -e '.[report]'")
 
 plt.switch_backend("agg")
+plt.rcdefaults()  # a matplotlibrc may ask for what is not installed, such as LaTeX
 plt.rcParams["text.parse_math"] = False  # a method may be called "$a$b"
 
 HOW_TO_READ = """\
@@ -190,7 +191,7 @@ def read_run(path: Path) -> tuple[list[dict], DataFrame]:
         "run_name": path.name,
         "script": recorded["script"],
         "finished": (path / "summary.json").exists(),
-        "commit": recorded["commit"],
+        "commit": recorded.get("commit"),  # of older scripts
         "started": recorded.get("started"),
         "script_sha256": recorded["identity"].get("script_sha256"),
         "command": shlex.join(recorded["command"]),
@@ -573,11 +574,13 @@ def provenance_text(runs: DataFrame, unfinished: list[str], broken: list[str]) -
         page.append("\n".join(f"- `{line}`" for line in broken))
     if unfinished:
         page.append(f"**Begun, not finished: {len(unfinished)} ({', '.join(unfinished)}).**")
-    columns = ["script", "total_timesteps", "commit", "script_sha256", "versions"]
-    origin = runs[columns].map(str).replace(["nan", "None"], "not recorded")
+    names = {"script": "script", "total_timesteps": "steps", "commit": "commit"}
+    names |= {"script_sha256": "SHA-256 of the script", "versions": "versions"}
+    if runs["commit"].isna().all():
+        del names["commit"]
+    origin = runs[list(names)].map(str).replace(["nan", "None"], "not recorded")
     rows = [[str(count), *values] for values, count in origin.value_counts().items()]
-    names = ["runs", "script", "steps", "commit", "SHA-256 of the script", "versions"]
-    return [*page, markdown(DataFrame(rows, columns=names))]
+    return [*page, markdown(DataFrame(rows, columns=["runs", *names.values()]))]
 
 
 # ---- Figures

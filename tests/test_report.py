@@ -570,6 +570,22 @@ def test_packed_runs_give_the_same_report(grid, tmp_path):
         assert packed[4:8] == bytes(4)  # no time
 
 
+def test_a_commit_is_recorded_by_older_scripts_only(tmp_path, monkeypatch):
+    """And is no setting: runs with and without one are of one cell."""
+    folders = [make_run(tmp_path / "runs", "sppo", 1 + seed, seed) for seed in range(3)]
+    assert "| commit |" in write_report(tmp_path / "runs", out=tmp_path / "out")
+    for folder in folders:
+        lines = (folder / "sessions.jsonl").read_text().splitlines()
+        sessions = [json.loads(line) for line in lines]
+        for session in sessions:
+            del session["commit"]
+        (folder / "sessions.jsonl").write_text("".join(f"{json.dumps(s)}\n" for s in sessions))
+        page = write_report(tmp_path / "runs", out=tmp_path / "out", pack=tmp_path / "pack")
+        assert "| sppo_continuous.py | 1200 |" in page
+    assert "commit" not in page
+    assert write_report(tmp_path / "pack", out=tmp_path / "out") == page
+
+
 def test_a_pack_has_what_it_takes_to_repeat_a_run(grid, tmp_path):
     write_report(grid / "runs", out=tmp_path / "out", pack=tmp_path / "pack")
     packed = report.read_csv(tmp_path / "pack/runs.csv.gz").set_index("run_name")
