@@ -4,7 +4,7 @@
 # requires-python = ">=3.10,<3.15"
 # dependencies = ["torch>=2.11", "gymnasium[mujoco]>=1.2.3", "mujoco>=3.1.6", "ale-py>=0.11.1",
 #   "gymnasium[box2d]>=1.2.3; python_version < '3.14' and platform_machine != 'aarch64'",
-#   "numpy>=2.0", "tyro>=1.0.16", "filelock>=3.24", "safetensors>=0.4.5", "tensorboard>=2.19",
+#   "numpy>=2.0", "tyro>=1.0.16", "filelock>=3.30", "safetensors>=0.4.5", "tensorboard>=2.19",
 #   "tqdm>=4.66.5", "transformers>=5.0", "datasets>=4.0", "accelerate>=1.10", "peft>=0.18",
 #   "moviepy>=2.1"]
 # [tool.uv]  # the versions of requirements.lock
@@ -12,10 +12,12 @@
 # constraint-dependencies = ["torch==2.13.0"]
 # ///
 """Plays the agent of a run and prints its score; films the first episode, if asked. A language
-model writes to held-out prompts.
+model responds to held-out prompts.
 
     python enjoy.py                                            # the newest run
     python enjoy.py runs/NAME --episodes 100 --seed 7 --video
+
+In code of your own, `import enjoy; act = enjoy.load_agent("runs/NAME")`, then `action = act(obs)`.
 
 Imports the copy of the script in the run's folder, so edited scripts and unfinished runs work, too.
 """
@@ -23,6 +25,7 @@ Imports the copy of the script in the run's folder, so edited scripts and unfini
 import importlib.util
 import json
 import os
+import random
 import sys
 import warnings
 from contextlib import closing
@@ -40,66 +43,145 @@ try:
 except ImportError:  # without --video it is not needed
     ImageSequenceClip = None
 
+MAX_FRAMES = 2000  # of a film; until it is written, each takes about a megabyte of memory
+
 
 @dataclass
 class Args:
     run: tyro.conf.Positional[Path | None] = None  # folder of the run; default: the newest of runs/
     episodes: int = 10
     seed: int = 1
-    video: bool = False  # of the first episode, if not of a text (pip install moviepy)
+    video: bool = False  # films the first episode, not of language models (pip install moviepy)
 
 
-class Film(gym.Wrapper):
-    """Frames cropped to even sizes, as codecs require, and copied: some environments reuse one."""
+def load_run(folder):
+    """Imports the run's own copy of its script. Returns it, the run's arguments, and the tensors of
+    agent.safetensors, which a language model does not have."""
+    folder = folder.absolute()
+    if not (folder / "sessions.jsonl").exists():
+        raise FileNotFoundError(f"{folder}: not a run")
+    session = json.loads((folder / "sessions.jsonl").read_text().splitlines()[-1])
+    if "directory" not in session:
+        raise FileNotFoundError(f"{folder}: a run of an earlier version")
+    sys.path.insert(0, session["directory"])  # where the script was, and its helpers are
+    spec = importlib.util.spec_from_file_location(folder.name, folder / session["script"])
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    script.START = Path(session["working_directory"])  # of relative paths in its arguments
+    kept = {name: x for name, x in session["args"].items() if name not in script.NO_EFFECT}
+    run_args = script.Args(**kept)  # on any device
+    is_text = hasattr(script, "local_digests")
+    if is_text:
+        os.chdir(script.START)
+    if hasattr(script, "prepare"):
+        script.prepare(run_args)  # imports the environment or the reward functions
+    local = script.local_digests(run_args) if is_text else {}
+    now = {}
+    for path, digest in (script.file_digests() | local).items():
+        now.setdefault(Path(path).name, []).append(digest)
+    for path, digest in session["files"].items():
+        if digest not in now.get(Path(path).name, [digest]):
+            print(f"warning: {path} has changed since this run", file=sys.stderr)
+    if not (folder / ("samples.jsonl" if is_text else "agent.safetensors")).exists():
+        raise FileNotFoundError(f"{folder}: no agent yet; a run saves one at its first evaluation")
+    if is_text:
+        return script, run_args, None
+    # Read whole, since a file that is open for long can't be replaced on Windows
+    return script, run_args, safetensors.torch.load((folder / "agent.safetensors").read_bytes())
 
-    def render(self):
-        frame = self.env.render()
-        height, width = np.array(frame.shape[:2]) // 2 * 2
-        return frame[:height, :width].copy()
 
-
-def play_control(script, run_args, tensors, args, video):
-    """Scores (episodes,) of an agent of continuous control."""
-    options = {"render_mode": "rgb_array"} if args.video else {}
-    env = script.make_env(run_args, **options)
-    if args.video:
-        renderer = getattr(env.unwrapped, "mujoco_renderer", None)
-        if renderer and renderer.camera_id == -1 and renderer.model.ncam:
-            renderer.camera_id = 0  # it follows the agent; Gymnasium 1.4's default does not
-        options = {"name_prefix": video.stem, "episode_trigger": lambda i: i == 0}
-        env = gym.wrappers.RecordVideo(Film(env), str(video.parent), **options)
+def control_agent(script, run_args, tensors, env):
+    """An agent of continuous control, and the statistics that normalise its observations."""
     agent = script.Agent(env, run_args)
     obs_stats = script.RunningStats()
     obs_stats.load_state_dict({n: tensors.pop(f"obs_{n}") for n in obs_stats.state_dict()})
     agent.load_state_dict(tensors)
-    with closing(env):  # which writes the film
-        scores, _ = script.evaluate(agent, run_args, obs_stats, args.seed, env)
-    return scores
+    return agent, obs_stats
 
 
-def play_atari(script, run_args, tensors, args, video):
-    """Scores (episodes,) of an agent of an Atari game, which computes as in training."""
-    games = script.AtariGames(run_args, args.episodes)
+def atari_agent(script, run_args, tensors, games):
+    """An agent of an Atari game, which computes as in training."""
     bfloat16 = run_args.amp == "auto" and script.has_bfloat16(torch.device("cpu"))
     agent = script.Agent(games.num_actions, bfloat16)
     agent.load_state_dict(tensors)
-    frames = []
-    step = games.step
+    return agent
 
-    def step_and_film(action):
+
+def load_agent(folder, seed=1):
+    """The agent of a run as a function `act(obs)`, which returns an action as in evaluations.
+
+    In continuous control, `obs` is what the environment returns; actions are greedy. On Atari,
+    `obs` is the last four images (4, 84, 84), uint8; actions are sampled, with `seed`."""
+    script, run_args, tensors = load_run(Path(folder))
+    if tensors is None:
+        raise ValueError(f"{folder}: a language model; load its policy/ with from_pretrained")
+    if hasattr(script, "AtariGames"):
+        agent = atari_agent(script, run_args, tensors, script.AtariGames(run_args, 1))
+        generator = torch.Generator().manual_seed(seed)
+
+        def act(obs):
+            with torch.no_grad():
+                logits, _ = agent(torch.from_numpy(np.array([obs])))
+            return (logits + script.sample_gumbel(logits.shape, generator)).argmax(-1).item()
+
+        return act
+    with closing(script.make_env(run_args)) as env:
+        agent, obs_stats = control_agent(script, run_args, tensors, env)
+    actor = agent.actor_fn()
+    return lambda obs: agent.to_env(actor(obs_stats.normalize(np.array([obs])))[0])[0]
+
+
+def keep_frames(env, get_frame, is_over):
+    """Makes `env.step` keep frames until the first episode is over. `get_frame` and `is_over` are
+    functions of what `step` returns. Returns the list of frames, which grows to MAX_FRAMES."""
+    frames, over, step = [], [], env.step
+
+    def step_and_keep(action):
         result = step(action)
-        images = result[0]
-        frames.append(images[0, -1].copy())  # the first game's latest
+        if not over and len(frames) < MAX_FRAMES:
+            try:
+                frame = np.array(get_frame(result))  # a copy: some environments reuse one array
+                in_unit_interval = frame.dtype.kind == "f" and frame.max() <= 1
+                frames.append((frame * 255 if in_unit_interval else frame).astype(np.uint8))
+            except Exception as error:  # a renderer may raise any
+                sys.exit(f"error: no frame: {error!r:.200}; try MUJOCO_GL=egl, osmesa or glfw")
+        if is_over(result):
+            over.append(True)
         return result
 
-    games.step = step_and_film
+    env.step = step_and_keep
+    return frames
+
+
+def play_control(script, run_args, tensors, args):
+    """Scores and lengths (episodes,). If filmed, also frames, frames per second, magnification."""
+    options = {"render_mode": "rgb_array"} if args.video else {}
+    with closing(script.make_env(run_args, args.seed, **options)) as env:
+        renderer = getattr(env.unwrapped, "mujoco_renderer", None)
+        if renderer and renderer.camera_id == -1 and renderer.model.ncam:
+            renderer.camera_id = 0  # it follows the agent; Gymnasium 1.4's default does not
+        frames = []
+        if args.video:
+            frames = keep_frames(env, lambda _: env.render(), lambda result: result[2] or result[3])
+        agent, obs_stats = control_agent(script, run_args, tensors, env)
+        scores, lengths = script.evaluate(agent, run_args, obs_stats, args.seed, env)
+    return scores, lengths, frames, env.metadata.get("render_fps") or 30, 1
+
+
+def play_atari(script, run_args, tensors, args):
+    """Returns the same as `play_control`."""
+    games = script.AtariGames(run_args, args.episodes)
+    frames = []
+    if args.video:
+        frames = keep_frames(
+            games,
+            lambda result: result[0][0, -1, ..., None].repeat(3, axis=-1),  # the first game's last
+            lambda result: 0 in games.results,
+        )
+    agent = atari_agent(script, run_args, tensors, games)
     scores, lengths = script.evaluate(agent, games, args.seed)
-    if args.video:  # without the last image, which is the next game's first
-        first_game = [grey[..., None].repeat(3, axis=-1) for grey in frames[: int(lengths[0]) - 1]]
-        video.parent.mkdir(exist_ok=True)
-        film = ImageSequenceClip(first_game, fps=15)  # in real time
-        film.resized(4).write_videofile(str(video), logger=None)  # enlarged
-    return scores
+    frames = frames[: int(lengths[0]) - 1]  # the last image is the next game's first
+    return scores, lengths, frames, 15, 4  # in real time
 
 
 def play_text(script, run_args, folder, args):
@@ -107,7 +189,7 @@ def play_text(script, run_args, folder, args):
     measure, over all `episodes` of them."""
     run_args = replace(run_args, seed=args.seed)
     setup = script.load(run_args)
-    progress = script.restore(setup, folder, torch.Generator(), np.random.default_rng())
+    progress = script.restore(setup, folder)
     row, samples = script.evaluate(setup, run_args, progress.global_step)
     for sample in samples:
         print(f"{sample['reward']:.3f} {sample['prompt']} [{sample['response'].strip()}]")
@@ -117,58 +199,53 @@ def play_text(script, run_args, folder, args):
     print(f"{folder}: {score}")
 
 
+def has_display():
+    import glfw  # with which MuJoCo opens windows
+
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        return bool(glfw.init())
+
+
 def newest_run():
     """Folder of the run in runs/ that has saved an agent last, if any has."""
     saved = [*Path("runs").rglob("agent.safetensors"), *Path("runs").rglob("samples.jsonl")]
     return max(saved, key=lambda path: path.stat().st_mtime).parent if saved else None
 
 
-def load_run(folder):
-    """Imports the run's own copy of its script. Returns it and the run's arguments."""
-    session = json.loads((folder / "sessions.jsonl").read_text().splitlines()[-1])
-    path = folder / session["script"]
-    sys.path.append(str(Path(session["command"][0]).absolute().parent))  # where its helpers are
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    script = sys.modules[path.stem] = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(script)
-    kept = {name: x for name, x in session["args"].items() if name not in script.NO_EFFECT}
-    run_args = script.Args(**kept)  # on any device
-    if hasattr(script, "prepare"):
-        script.prepare(run_args)  # imports the rest
-    if run_args.folder().name != session["run"]:
-        print("warning: a file that the script imports has changed since this run", file=sys.stderr)
-    return script, run_args
-
-
 def main():
     args = tyro.cli(Args)
-    if args.video:
-        if not ImageSequenceClip:
-            sys.exit("error: --video needs moviepy: pip install moviepy")
-        if sys.platform == "linux" and "DISPLAY" not in os.environ:
-            os.environ.setdefault("MUJOCO_GL", "egl")  # before MuJoCo is imported; no display
-        warnings.filterwarnings("ignore", message=".*Overwriting existing videos")
+    if args.episodes < 1 or not 0 <= args.seed < 2**32:
+        sys.exit("error: --episodes must be at least 1, and --seed from 0 to 4294967295")
+    if args.video and not ImageSequenceClip:
+        sys.exit("error: --video needs moviepy: pip install moviepy")
+    if args.video and sys.platform == "linux" and not has_display():
+        os.environ.setdefault("MUJOCO_GL", "egl")  # before MuJoCo is imported
+    random.seed(args.seed)  # some environments draw from these global generators
+    np.random.seed(args.seed)
+    torch.manual_seed(args.seed)
     folder = args.run or newest_run()
     if not folder:
         sys.exit("error: no agent in runs/; a run saves one at its first evaluation")
-    if not (folder / "sessions.jsonl").exists():
-        sys.exit(f"error: {folder}: not a run, or one of an earlier version")
-    script, run_args = load_run(folder)
+    try:
+        script, run_args, tensors = load_run(folder)
+    except (FileNotFoundError, ImportError, gym.error.Error) as error:
+        sys.exit(f"error: {error}")
     run_args = replace(run_args, eval_episodes=args.episodes)
-    is_text = hasattr(script, "load")
-    if not (folder / ("samples.jsonl" if is_text else "agent.safetensors")).exists():
-        sys.exit(f"error: {folder}: no agent yet; a run saves one at its first evaluation")
-    if is_text:
+    if tensors is None:
         play_text(script, run_args, folder, args)
         return
-    # Read whole, since a file that is open for long can't be replaced on Windows
-    tensors = safetensors.torch.load((folder / "agent.safetensors").read_bytes())
-    video = folder / "video" / f"seed-{args.seed}.mp4"
     play = play_atari if hasattr(script, "AtariGames") else play_control
-    scores = play(script, run_args, tensors, args, video)
+    scores, lengths, frames, fps, magnification = play(script, run_args, tensors, args)
     print(f"{folder}: return {scores.mean():.1f} (standard deviation {scores.std():.1f})")
     if args.video:
-        print(f"film: {video.parent}")
+        height, width = np.array(frames[0].shape[:2]) // 2 * 2  # codecs require even sizes
+        clip = ImageSequenceClip([frame[:height, :width] for frame in frames], fps=fps)
+        path = folder / "video" / f"seed-{args.seed}.mp4"
+        path.parent.mkdir(exist_ok=True)
+        clip.resized(magnification).write_videofile(str(path), logger=None)
+        cut = f", the first {MAX_FRAMES:,} of {lengths[0]:,.0f} frames"
+        print(f"film: {path}{cut if lengths[0] > MAX_FRAMES else ''}")
 
 
 if __name__ == "__main__":

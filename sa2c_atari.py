@@ -3,7 +3,7 @@
 # /// script
 # requires-python = ">=3.10,<3.15"
 # dependencies = ["torch>=2.11", "gymnasium>=1.2.3", "ale-py>=0.11.1", "numpy>=2.0",
-#   "tyro>=1.0.16", "filelock>=3.24", "safetensors>=0.4.5", "tensorboard>=2.19", "tqdm>=4.66.5"]
+#   "tyro>=1.0.16", "filelock>=3.30", "safetensors>=0.4.5", "tensorboard>=2.19", "tqdm>=4.66.5"]
 # [tool.uv]  # the versions of requirements.lock
 # exclude-newer = "2026-11-17T00:00:00Z"
 # constraint-dependencies = ["torch==2.13.0"]
@@ -37,9 +37,7 @@ import json
 import math
 import os
 import platform
-import shutil
-import signal
-import subprocess
+import re
 import sys
 import time
 from collections import deque
@@ -66,7 +64,10 @@ from tqdm import tqdm
 
 gym.register_envs(ale_py)
 
-NO_EFFECT = ["runs_dir", "device", "compile", "track"]  # change no result but by rounding
+SOURCE = Path(__file__).read_bytes()  # read at once, since the file may be edited during the run
+START = Path.cwd()  # relative paths begin here, even where an environment changes directory
+# Arguments that change no result but by rounding
+NO_EFFECT = ["runs_dir", "device", "compile", "track"]
 
 
 @dataclass
@@ -119,48 +120,7 @@ class Args:
         self.env_id = self.env_id.removesuffix("NoFrameskip-v4")  # the same, with another name
         if self.exp_name is None:
             self.exp_name = "sa2c" if self.beta else "a2c"
-        self.check()
-
-    def check(self):
-        """Rejects what would run, but not mean what it says. tyro prints the message."""
-
-        def require(condition, message):
-            if not condition:
-                raise ValueError(message)
-
-        counts = "total_timesteps eval_freq eval_episodes checkpoint_freq num_envs num_steps "
-        counts += "log_freq"
-        for name in counts.split():
-            require(getattr(self, name) >= 1, f"{name} must be at least 1")
-        numbers = "seed alpha beta noise_level learning_rate rmsprop_eps vf_coef ent_coef"
-        for name in numbers.split():
-            require(0 <= getattr(self, name) < math.inf, f"{name} must be finite and not negative")
-        for name in "gamma gae_lambda repeat_action_probability".split():
-            require(0 <= getattr(self, name) <= 1, f"{name} must be between 0 and 1")
-        require(self.max_grad_norm > 0, "max_grad_norm must be positive; 1e9 turns clipping off")
-        require(-math.inf < self.z < 0, "z stands for log 0: negative and finite")
-        require(self.alpha + self.beta > 0, "with alpha and beta 0 nothing trains the policy")
-        require(self.noise != "none" or not self.noise_level, "noise_level needs a kind of noise")
-        if self.noise.endswith("flip"):
-            require(self.noise_level <= 1, "noise_level is the probability of a flip, so at most 1")
-        if self.norm_adv:
-            require(self.num_envs * self.num_steps > 1, "norm_adv needs more than one step")
-        try:
-            gym.spec(f"ALE/{self.env_id}-v5")
-        except gym.error.Error as error:
-            raise ValueError(f"env_id must be the NAME of an ALE/NAME-v5: {error}") from error
-
-    def folder(self):
-        """Folder of the run. Its name ends with a hash of arguments, this script, and imported
-        modules that are the user's own: so the same command finds its run again, and a changed
-        script starts a new one."""
-        kept = {name: value for name, value in vars(self).items() if name not in NO_EFFECT}
-        digest = hashlib.sha256(json.dumps(kept).encode())
-        for source in own_sources():
-            digest.update(source)
-        name = f"{self.env_id}__{self.exp_name}__{self.noise}__{self.seed}"
-        name = name.replace("/", "-").replace(":", "-")
-        return Path(self.runs_dir, f"{name}__{digest.hexdigest()[:8]}")
+        check(self)
 
 
 # ---- Environment
@@ -211,8 +171,8 @@ class AtariGames:
 
     def step(self, action):
         """Steps all games by `action` (num_games,). Returns images (num_games, 4, 84, 84), rewards
-        clipped to -1, 0 or 1, ended (a life was lost or the game is over), overridden (FIRE
-        replaced the action), and {index: last images} of games that were cut off.
+        clipped to -1, 0 or 1, done (a life was lost or the game is over), overridden (FIRE replaced
+        the action), and {index: last images} of truncated games.
 
         `self.results` is then {index: (raw score, steps)} of the games that are over."""
         overridden = np.zeros_like(self.life_lost)
@@ -252,11 +212,10 @@ def perturb_reward(reward, noise, level, rng):
     return reward
 
 
-def perturb_advantage(advantage, level, generator):
+def perturb_advantage(advantage, level, rng):
     """Advantages of any shape, the sign of each flipped with probability `level`."""
-    uniform = torch.rand(advantage.shape, generator=generator)
-    flipped = (uniform < level).to(advantage.device)
-    return torch.where(flipped, -advantage, advantage)
+    flipped = torch.from_numpy(rng.random(advantage.shape) < level)
+    return torch.where(flipped.to(advantage.device), -advantage, advantage)
 
 
 # ---- Agent
@@ -322,15 +281,15 @@ def symmetric_policy_losses(log_prob, advantage, z):
     return policy_loss, reverse_loss
 
 
-def compute_gae(reward, value, ended, gamma, gae_lambda):
+def compute_gae(reward, value, done, gamma, gae_lambda):
     """Advantages and returns (T, N) by generalised advantage estimation (arXiv 1506.02438).
 
-    `reward` and `ended`, whether a step ended its episode, are (T, N); `value` is (T + 1, N), of
+    `reward` and `done`, whether a step ended its episode, are (T, N); `value` is (T + 1, N), of
     the observations before each step and after the last.
     """
-    next_value = np.where(ended, 0.0, value[1:])
+    next_value = np.where(done, 0.0, value[1:])
     delta = reward + gamma * next_value - value[:-1]
-    decay = np.where(ended, 0.0, gamma * gae_lambda)
+    decay = np.where(done, 0.0, gamma * gae_lambda)
     advantage = delta.copy()
     for t in reversed(range(len(delta) - 1)):
         advantage[t] += decay[t] * advantage[t + 1]
@@ -368,10 +327,11 @@ def loss_and_metrics(agent, args, obs, action, acting_log_prob, advantage, retur
     count = mask.sum().clamp(min=1)  # a divisor, so not 0
     weight = mask / count * len(mask)  # mean(weight * x): that of x where mask is 1
     normalized = advantage
-    if args.norm_adv:
+    if args.norm_adv:  # in float64: if all are equal, float32's rounding errors exceed the 1e-8
         mean = (mask * advantage).sum() / count
         variance = (mask * (advantage - mean)).square().sum() / (count - 1).clamp(min=1)
         normalized = (advantage - mean) / (variance.sqrt() + 1e-8)
+    normalized = normalized.to(returns.dtype)
     logits, value = agent(obs)
     policy = Categorical(logits=logits, validate_args=False)
     log_prob = policy.log_prob(action)
@@ -403,39 +363,41 @@ def loss_and_metrics(agent, args, obs, action, acting_log_prob, advantage, retur
 
 def train(args, folder):
     keep_freed_memory()
-    generator = torch.manual_seed(args.seed)  # initial weights, actions, adv_flip
+    torch.manual_seed(args.seed)  # initial weights
     device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
     if args.device != "auto":
         device = torch.device(args.device)
     torch.backends.cudnn.allow_tf32 = args.amp == "auto"  # --amp off: full float32
-    rng = np.random.default_rng([args.seed, 1])  # reward noise
     games = AtariGames(args, args.num_envs)
     bfloat16 = args.amp == "auto" and has_bfloat16(device)
     agent = Agent(games.num_actions, bfloat16).to(device)
-    initial = {name: p.detach().clone() for name, p in agent.named_parameters()}
-    options = dict(lr=args.learning_rate, alpha=0.99, eps=args.rmsprop_eps)
-    optimizer = RMSpropTF(agent.parameters(), **options)
+    optimizer = RMSpropTF(
+        agent.parameters(), lr=args.learning_rate, alpha=0.99, eps=args.rmsprop_eps
+    )
 
     global_step = 0
     evaluations = []  # rows of progress.csv
-    history = {}  # what was logged since the last evaluation, a list by name
+    history = []  # what was logged since the last evaluation
     updates = []  # since the last entry in the log
     speeds = []  # steps per second between entries
     checkpoint_path = folder / "checkpoint.pt"
     if checkpoint_path.exists():
-        checkpoint = torch.load(checkpoint_path, weights_only=True, map_location="cpu")
+        checkpoint = load_checkpoint(checkpoint_path)
         agent.load_state_dict(checkpoint["agent"])
         optimizer.load_state_dict(checkpoint["optimizer"])
-        generator.set_state(checkpoint["generator"])
-        rng.bit_generator.state = checkpoint["rng"]
         games.recent_episodes.extend(checkpoint["recent_episodes"])
         global_step, evaluations, history, speeds = checkpoint["progress"]
     if args.track:
         import wandb
 
-        options = {"config": vars(args), "sync_tensorboard": True}
-        options["resume"] = "auto"  # one id per `dir`
-        wandb.init(project="symmetric-rl", name=folder.name, dir=folder, **options)
+        wandb.init(
+            project="symmetric-rl",
+            name=folder.name,
+            config=vars(args),
+            sync_tensorboard=True,
+            dir=folder,
+            resume="auto",  # one id per `dir`
+        )
     writer = SummaryWriter(folder, purge_step=global_step + 1)
     writer.add_text("hyperparameters", f"```\n{json.dumps(vars(args), indent=2)}\n```")
 
@@ -446,11 +408,11 @@ def train(args, folder):
     value = torch.zeros(T + 1, N, device=device)
     action = torch.zeros(T, N, dtype=torch.int64, device=device)
     reward = np.zeros((T, N))
-    ended = np.zeros((T, N), bool)
+    done = np.zeros((T, N), bool)
     overridden = np.zeros((T, N), bool)  # FIRE replaced the agent's action
     obs[T] = torch.from_numpy(games.reset([args.seed, global_step]))
     interval = args.checkpoint_freq * N
-    print(f"{folder}: from step {global_step:,}, with a checkpoint every {interval:,} steps")
+    print(f"{folder.name}: from step {global_step:,}, with a checkpoint every {interval:,} steps")
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps", disable=None)
     agent_fn, loss_fn = agent, loss_and_metrics
     if args.compile and device.type == "cuda":  # to CUDA graphs
@@ -458,18 +420,21 @@ def train(args, folder):
         loss_fn = compiled(loss_and_metrics, mode="reduce-overhead")
 
     while global_step < args.total_timesteps:
-        # Rollout
+        # Rollout. Seed and step determine all random numbers, so checkpoints hold no generators
         if not updates:
             started = time.perf_counter()
+        rng = np.random.default_rng([args.seed, global_step, 1])
+        generator = torch.Generator().manual_seed(rng.integers(2**31).item())
+        torch.manual_seed(rng.integers(2**31).item())  # for layers that draw, as dropout does
         obs[0] = obs[T]
-        final_value = np.zeros((T, N))  # of games that were cut off
+        final_value = np.zeros((T, N))  # of truncated games
         gumbel = sample_gumbel((T, N, games.num_actions), generator).to(device)
         with torch.no_grad(), agent.autocast():  # so that weights are cast once a rollout
             for t in range(T):
                 logits[t], value[t] = agent_fn(obs[t])
                 action[t] = (logits[t] + gumbel[t]).argmax(-1)
                 step = games.step(action[t].cpu().numpy())
-                images, reward[t], ended[t], overridden[t], final_images = step
+                images, reward[t], done[t], overridden[t], final_images = step
                 obs[t + 1] = torch.from_numpy(images)
                 for i, one_images in final_images.items():
                     _, one_value = agent(torch.from_numpy(one_images[None]).to(device))
@@ -484,18 +449,17 @@ def train(args, folder):
         policy = Categorical(logits=logits, validate_args=False)
         b_log_prob = policy.log_prob(action).flatten()
         noisy_reward = perturb_reward(reward, args.noise, args.noise_level, rng)
-        # A game that was cut off would have gone on: bootstrap from where it stopped
+        # A truncated game would have gone on: bootstrap from where it stopped
         noisy_reward = noisy_reward + args.gamma * final_value
         values = value.double().cpu().numpy()
-        advantage, returns = compute_gae(noisy_reward, values, ended, args.gamma, args.gae_lambda)
-        b_advantage = torch.from_numpy(advantage).float().to(device).flatten()
+        advantage, returns = compute_gae(noisy_reward, values, done, args.gamma, args.gae_lambda)
+        b_advantage = torch.from_numpy(advantage).to(device).flatten()
         b_returns = torch.from_numpy(returns).float().to(device).flatten()
         b_mask = torch.from_numpy(~overridden).float().to(device).flatten()
 
-        if args.noise == "adv_flip":
-            b_advantage = perturb_advantage(b_advantage, args.noise_level, generator)
-
         # Update
+        if args.noise == "adv_flip":
+            b_advantage = perturb_advantage(b_advantage, args.noise_level, rng)
         batch = [b_obs, b_action, b_log_prob, b_advantage, b_returns, b_mask]
         loss, metrics = loss_fn(agent, args, *batch)
         optimizer.zero_grad()
@@ -505,24 +469,24 @@ def train(args, folder):
         # Copies, since CUDA graphs overwrite their outputs
         metrics = {name: x.clone() for name, x in metrics.items()}
         metrics["grad_norm"] = grad_norm  # before clipping
-        metrics["clipped_gradients"] = (grad_norm > args.max_grad_norm).float()
-        if global_step == T * N:
-            check_first_update(agent, initial, optimizer, metrics["approx_kl"])
+        metrics["clipped_gradients"] = grad_norm > args.max_grad_norm
+        # Two rollouts are checked: a last layer that begins at zero hides the layers before it.
+        # Rounding makes 1e-11 at most on a CPU
+        if global_step <= 2 * T * N and metrics["approx_kl"] > 1e-8:
+            found = "the policy that acts is not the one that is trained (dropout?)"
+            if device.type == "cpu":
+                sys.exit(f"error: {found}")
+            tqdm.write(f"warning: {found}, or this GPU rounds more", file=sys.stderr)
         updates.append((metrics, advantage[~overridden], returns[~overridden]))
 
-        # Log, evaluation and checkpoint, whenever a multiple of their frequencies is passed. The
-        # other two need a complete log
+        # Log, evaluation and checkpoint, whenever a multiple of their frequencies is passed. An
+        # evaluation and a checkpoint need a complete log
         finished = global_step >= args.total_timesteps
         evaluation_due = finished or global_step % args.eval_freq < T * N
         checkpoint_due = finished or global_step % interval < T * N
         if evaluation_due or checkpoint_due or global_step % args.log_freq < T * N:
-            speeds.append(len(updates) * T * N / (time.perf_counter() - started))
             all_metrics, all_advantages, all_returns = zip(*updates)
-            updates = []
-            scalars = {}
-            for name in metrics:
-                stacked = torch.stack([one[name] for one in all_metrics])
-                scalars[f"losses/{name}"] = stacked.mean().item()
+            scalars = {f"losses/{name}": mean for name, mean in means(all_metrics).items()}
             if not math.isfinite(scalars["losses/grad_norm"]):
                 cause = "lower the learning rate"
                 sys.exit(f"error: gradients not finite at step {global_step}; {cause}")
@@ -531,54 +495,43 @@ def train(args, folder):
             unexplained = np.concatenate(all_advantages).var() / max(variance, 1e-8)
             scalars["losses/explained_variance"] = 1 - unexplained
             if games.recent_episodes:  # means of the last 100
-                recent = np.mean(games.recent_episodes, axis=0)
-                scalars["charts/episodic_return"] = recent[0]
-                scalars["charts/episodic_length"] = recent[1]
-                bar.set_postfix_str(f"return {recent[0]:.1f}")
+                score, length = np.mean(games.recent_episodes, axis=0)
+                scalars["charts/episodic_return"] = score
+                scalars["charts/episodic_length"] = length
+                bar.set_postfix_str(f"return {score:.1f}")
+            history.append({name: float(x) for name, x in scalars.items()})
+            speeds.append(len(updates) * T * N / (time.perf_counter() - started))
+            updates = []
             for name, scalar in scalars.items():
-                history.setdefault(name, []).append(float(scalar))
-                writer.add_scalar(name, history[name][-1], global_step)
+                writer.add_scalar(name, scalar, global_step)
             writer.add_scalar("charts/SPS", speeds[-1], global_step)
         if evaluation_due:
             eval_games = AtariGames(args, args.eval_episodes)
             scores, lengths = evaluate(agent, eval_games, args.seed + global_step)
-            evaluation = {
-                "return_mean": scores.mean(),
-                "return_std": scores.std(),
-                "length_mean": lengths.mean(),
-            }
-            for name, logged in history.items():  # since the evaluation before
-                evaluation[name] = np.mean(logged)
-            history = {}
-            evaluation = {name: float(number) for name, number in evaluation.items()}
-            evaluations.append({"step": global_step} | evaluation)
-            with atomic_write(folder / "progress.csv") as path, open(path, "w", newline="") as file:
-                table = csv.DictWriter(file, evaluations[-1])  # the first may have fewer columns
-                table.writeheader()
-                table.writerows(evaluations)
+            evaluations.append(evaluation_row(global_step, scores, lengths) | means(history))
+            history = []
+            save_agent(agent, evaluations, folder)
             writer.add_scalar("eval/return_mean", scores.mean(), global_step)
+            if device.type == "cuda":
+                peak = torch.cuda.max_memory_allocated() / 2**30
+                writer.add_scalar("charts/gpu_memory_GiB", peak, global_step)
             tqdm.write(f"step {global_step:,}: return {scores.mean():.1f}")
-            tensors = {}
-            for name, tensor in agent.state_dict().items():  # neither shared nor strided
-                tensors[name] = tensor.clone(memory_format=torch.contiguous_format)
-            with atomic_write(folder / "agent.safetensors") as path:
-                path.write_bytes(safetensors.torch.save(tensors))
         if checkpoint_due:
-            checkpoint = {
+            checkpoint = {  # an edit's own network or optimizer, too
                 "agent": agent.state_dict(),
                 "optimizer": optimizer.state_dict(),
-                "generator": generator.get_state(),
-                "rng": rng.bit_generator.state,
                 "recent_episodes": list(games.recent_episodes),
                 "progress": (global_step, evaluations, history, speeds),
             }
             writer.flush()
             with atomic_write(checkpoint_path) as path:
                 torch.save(checkpoint, path)
+                load_checkpoint(path)  # an edit may save what can't be read back
             obs[T] = torch.from_numpy(games.reset([args.seed, global_step]))  # as when continued
 
     writer.close()
-    summary = evaluations[-1] | {"sps": float(np.median(speeds))}
+    summary = {name: x for name, x in evaluations[-1].items() if math.isfinite(x)}  # as JSON wants
+    summary["sps"] = float(np.median(speeds))
     with atomic_write(folder / "summary.json") as path:  # last: marks the end
         path.write_text(json.dumps(summary, indent=2))
 
@@ -587,7 +540,7 @@ def train(args, folder):
 def evaluate(agent, games, seed):
     """Raw scores and lengths in steps (num_games,) of whole games, with sampled actions."""
     device = next(agent.parameters()).device
-    rng = np.random.default_rng([seed, 0, 2])  # unlike training's [seed, step] and [seed, 1]
+    rng = np.random.default_rng([seed, 0, 2])  # training's are [seed, step] and [seed, step, 1]
     generator = torch.Generator().manual_seed(rng.integers(2**31).item())
     images = games.reset(rng.integers(2**31))
     results = {}
@@ -603,8 +556,66 @@ def evaluate(agent, games, seed):
 # ---- Plumbing
 
 
+def check(args):
+    """Refuses arguments that contradict each other or are out of range. tyro prints the message."""
+
+    def require(condition, message):
+        if not condition:
+            raise ValueError(message)
+
+    counts = "total_timesteps eval_freq eval_episodes checkpoint_freq num_envs num_steps "
+    counts += "log_freq"
+    for name in counts.split():
+        require(getattr(args, name) >= 1, f"{name} must be at least 1")
+    numbers = "seed alpha beta noise_level learning_rate rmsprop_eps vf_coef ent_coef"
+    for name in numbers.split():
+        require(0 <= getattr(args, name) < math.inf, f"{name} must be finite and not negative")
+    for name in "gamma gae_lambda repeat_action_probability".split():
+        require(0 <= getattr(args, name) <= 1, f"{name} must be between 0 and 1")
+    require(args.max_grad_norm > 0, "max_grad_norm must be positive; 1e9 turns clipping off")
+    require(-math.inf < args.z < 0, "z stands for log 0: negative and finite")
+    require(args.alpha + args.beta > 0, "with alpha and beta 0 nothing trains the policy")
+    if args.norm_adv:
+        require(args.num_envs * args.num_steps > 1, "norm_adv needs more than one step")
+    require(args.noise != "none" or not args.noise_level, "noise_level needs a kind of noise")
+    if args.noise.endswith("flip"):
+        require(args.noise_level <= 1, "noise_level is the probability of a flip, so at most 1")
+    try:
+        gym.spec(f"ALE/{args.env_id}-v5")
+    except gym.error.Error as error:
+        raise ValueError(f"env_id must be the NAME of an ALE/NAME-v5: {error}") from error
+
+
+def file_digests():
+    """{path: SHA-256} of the files that decide what a run does: this script, and imported files
+    that are the user's own. A program that imports this script is not part of the run."""
+    python = {Path(os.__file__).parent, Path(sys.base_prefix, "DLLs")}  # DLLs: on Windows
+    # Installed packages, debuggers, and what editors and systems run at each start
+    foreign = "site-packages dist-packages debugpy pydev sitecustomize.py usercustomize.py".split()
+    digests = {}
+    for name, module in list(sys.modules.items()):
+        file = Path(getattr(module, "__file__", None) or "")
+        is_foreign = python & set(file.parents) or set(foreign) & set(file.parts)
+        is_compiled = name.startswith("torch.") or name.endswith(".inductor_entry_cpp")
+        if file.is_file() and not (is_foreign or is_compiled or name == "__main__"):
+            digests[str(file)] = hashlib.sha256(file.read_bytes()).hexdigest()
+    digests[__file__] = hashlib.sha256(SOURCE).hexdigest()
+    return digests
+
+
+def run_folder(args, digests):
+    """Folder of a run. Its name ends with a hash of arguments and files: so the same command finds
+    its run again, and a changed script starts a new one."""
+    kept = {name: value for name, value in vars(args).items() if name not in NO_EFFECT}
+    files = sorted((Path(path).name, digest) for path, digest in digests.items())
+    digest = hashlib.sha256(json.dumps([kept, files]).encode()).hexdigest()
+    name = f"{args.env_id}__{args.exp_name}__{args.noise}__{args.seed}"
+    name = re.sub(r'[<>:"/\\|?*]', "-", name)  # Windows refuses these characters
+    return Path(START, args.runs_dir, f"{name}__{digest[:8]}")
+
+
 def compiled(function, **options):
-    """`function`, compiled at its first call. If that fails, without a C++ compiler for one, it
+    """`function`, compiled at its first call. If that fails, for example without a C++ compiler, it
     runs uncompiled, so that errors of an edited copy show as plain ones."""
     chosen = None
 
@@ -639,35 +650,48 @@ def keep_freed_memory():
         libc.mallopt(-1, -1)  # M_TRIM_THRESHOLD
 
 
-def check_first_update(agent, initial, optimizer, approx_kl):
-    """Stops a run that an edit has broken. Before the first step, acting and trained policy must
-    agree: `approx_kl` is 0. After the first update, the `initial` parameters (by name) must have
-    changed where gradients are not negligible."""
-    if approx_kl > 1e-8:  # rounding makes 1e-11 at most on a CPU
-        found = "the policy that acts is not the one that is trained (dropout, memory?)"
-        if approx_kl.device.type == "cpu":
-            sys.exit(f"error: {found}")
-        tqdm.write(f"warning: {found} or a GPU rounds more: {approx_kl:.1e}", file=sys.stderr)
-    if optimizer.param_groups[0]["lr"] == 0:
-        return  # as at the start of a warm-up
-    for name, p in agent.named_parameters():
-        before = initial[name]
-        matters = p.grad is not None and p.grad.abs().max() > 1e-4 * before.abs().max()
-        if matters and p.equal(before):
-            sys.exit(f"error: {name} has a gradient, but no optimizer changes it")
+def means(rows):
+    """Means of numbers by their names, over the `rows` that have them."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {
+        name: np.mean([float(row[name]) for row in rows if name in row]).item() for name in names
+    }
 
 
-def own_sources():
-    """Contents of the imported files that are the user's own: neither Python's nor installed. What
-    imported this script, if anything did, does not count."""
-    files = {Path(__file__)}
-    for module in list(sys.modules.values()):
-        file = Path(getattr(module, "__file__", None) or "")
-        installed = {"site-packages", "dist-packages"} & set(file.parts)
-        installed = installed or Path(os.__file__).parent in file.parents
-        if file.is_file() and not installed and module is not sys.modules["__main__"]:
-            files.add(file)
-    return sorted({file.read_bytes() for file in files})
+def evaluation_row(step, scores, lengths):
+    """A row of progress.csv, but for what was logged."""
+    if not np.isfinite(scores).all():
+        sys.exit(f"error: a return of the evaluation at step {step} is not finite")
+    row = {
+        "return_mean": scores.mean(),
+        "return_std": scores.std(),
+        "length_mean": lengths.mean(),
+    }
+    # Python's numbers, since checkpoints and JSON hold no NumPy numbers
+    return {"step": step} | {name: float(x) for name, x in row.items()}
+
+
+def save_agent(agent, evaluations, folder):
+    """Writes progress.csv, and agent.safetensors, the weights."""
+    with atomic_write(folder / "progress.csv") as path, open(path, "w", encoding="utf-8") as file:
+        columns = dict.fromkeys(name for row in evaluations for name in row)  # a row may lack some
+        table = csv.DictWriter(file, columns, lineterminator="\n")
+        table.writeheader()
+        table.writerows(evaluations)
+    tensors = {  # copies, since safetensors refuses tensors that share memory or are not contiguous
+        name: tensor.clone(memory_format=torch.contiguous_format)
+        for name, tensor in agent.state_dict().items()
+    }
+    with atomic_write(folder / "agent.safetensors") as path:
+        path.write_bytes(safetensors.torch.save(tensors))
+
+
+def load_checkpoint(path):
+    try:
+        return torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:  # any is possible here
+        cause = "it is damaged, or has more than tensors and Python's own types"
+        sys.exit(f"error: {path} can't be read: {cause}: {error!r:.200}")
 
 
 @contextmanager
@@ -677,17 +701,19 @@ def atomic_write(path):
     yield temporary
     with open(temporary, "rb+") as file:  # Windows syncs only what can be written
         os.fsync(file.fileno())
-    os.replace(temporary, path)
+    for _ in range(50):
+        try:
+            os.replace(temporary, path)
+            return
+        except PermissionError:  # on Windows, while a spreadsheet, for one, has the file open
+            time.sleep(0.1)
+    sys.exit(f"error: {path} can't be replaced; does another program have it open?")
 
 
-def begin_session(args, folder):
+def begin_session(args, digests, folder):
     """Adds a line to the run's sessions.jsonl, with what is needed to reproduce it, and copies this
     script into its folder."""
     script = Path(__file__).absolute()
-    commit = None
-    if shutil.which("git"):
-        command = ["git", "-C", script.parent, "describe", "--always", "--dirty", "--abbrev=40"]
-        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
     installed = [package.name or "" for package in distributions()]
     imported = [name for name in installed if name.replace("-", "_") in sys.modules]
     session = {
@@ -695,8 +721,10 @@ def begin_session(args, folder):
         "script": script.name,
         "args": vars(args),
         "command": sys.argv,
+        "files": digests,
+        "directory": str(script.parent),
+        "working_directory": str(START),
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "commit": commit,
         "versions": {name: version(name) for name in imported} | {"torch": torch.__version__},
         "platform": platform.platform(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
@@ -706,19 +734,18 @@ def begin_session(args, folder):
     earlier = path.read_text() if path.exists() else ""
     with atomic_write(path) as temporary:
         temporary.write_text(earlier + json.dumps(session) + "\n")
-    (folder / script.name).write_bytes(script.read_bytes())
-
-
-def stop(*_):
-    """SIGTERM ends a run as Ctrl-C does; while it closes, further signals are ignored."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    raise KeyboardInterrupt
+    with atomic_write(folder / script.name) as temporary:
+        temporary.write_bytes(SOURCE)
 
 
 def main():
     args = tyro.cli(Args)
-    folder = args.folder()
+    digests = file_digests()
+    folder = run_folder(args, digests)
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError as error:
+        sys.exit(f"error: TensorBoard can't write to a folder of this name: {error}")
     folder.mkdir(parents=True, exist_ok=True)
     try:
         lock = FileLock(folder / "lock", blocking=False).acquire()
@@ -726,17 +753,18 @@ def main():
         sys.exit(f"error: another process is at work on {folder}, or it cannot be locked: {error}")
     with lock:
         if not (folder / "summary.json").exists():
-            begin_session(args, folder)
+            begin_session(args, digests, folder)
             try:
                 train(args, folder)
             except KeyboardInterrupt:
                 sys.exit("interrupted; the same command continues from its last checkpoint, if any")
     summary = json.loads((folder / "summary.json").read_text())
     score = f"return {summary['return_mean']:.1f}, {summary['sps']:,.0f} steps/s"
-    print(f"{folder}: {score}; to watch it: python enjoy.py {folder}")
+    folder = Path(args.runs_dir, folder.name)  # as it was typed
+    enjoy = Path(sys.argv[0]).with_name("enjoy.py")
+    enjoy = enjoy if Path(START, enjoy).exists() else "PATH/TO/enjoy.py"
+    print(f"{folder}: {score}; to watch it: python {enjoy} {folder}")
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
     main()

@@ -4,7 +4,7 @@
 # requires-python = ">=3.10,<3.15"
 # dependencies = ["torch>=2.11", "gymnasium[mujoco]>=1.2.3", "mujoco>=3.1.6", "numpy>=2.0",
 #   "gymnasium[box2d]>=1.2.3; python_version < '3.14' and platform_machine != 'aarch64'",
-#   "tyro>=1.0.16", "filelock>=3.24", "safetensors>=0.4.5", "tensorboard>=2.19", "tqdm>=4.66.5"]
+#   "tyro>=1.0.16", "filelock>=3.30", "safetensors>=0.4.5", "tensorboard>=2.19", "tqdm>=4.66.5"]
 # [tool.uv]  # the versions of requirements.lock
 # exclude-newer = "2026-11-17T00:00:00Z"
 # constraint-dependencies = ["torch==2.13.0"]
@@ -41,9 +41,7 @@ import math
 import os
 import platform
 import random
-import shutil
-import signal
-import subprocess
+import re
 import sys
 import time
 import warnings
@@ -65,6 +63,8 @@ from torch.distributions import Categorical, Independent, Normal
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
+SOURCE = Path(__file__).read_bytes()  # read at once, since the file may be edited during the run
+START = Path.cwd()  # relative paths begin here, even where an environment changes directory
 NO_EFFECT = ["runs_dir", "compile", "track"]  # arguments that change no result but by rounding
 
 
@@ -121,67 +121,35 @@ class Args:
         if self.exp_name is None:
             plain = "a2c" if self.policy == "gaussian" else "da2c"
             self.exp_name = "sa2c" if self.beta else plain
-        self.check()
-
-    def check(self):
-        """Rejects what would run, but not mean what it says. tyro prints the message."""
-
-        def require(condition, message):
-            if not condition:
-                raise ValueError(message)
-
-        counts = "total_timesteps eval_freq eval_episodes checkpoint_freq num_envs num_steps "
-        counts += "log_freq"
-        for name in counts.split():
-            require(getattr(self, name) >= 1, f"{name} must be at least 1")
-        for name in "seed alpha beta noise_level learning_rate vf_coef ent_coef".split():
-            require(0 <= getattr(self, name) < math.inf, f"{name} must be finite and not negative")
-        for name in "gamma gae_lambda".split():
-            require(0 <= getattr(self, name) <= 1, f"{name} must be between 0 and 1")
-        require(self.bins >= 2, "bins must be at least 2")
-        require(min(self.hidden_sizes, default=1) >= 1, "hidden_sizes must be at least 1")
-        require(self.max_grad_norm > 0, "max_grad_norm must be positive; 1e9 turns clipping off")
-        require(-math.inf < self.z < 0, "z stands for log 0: negative and finite")
-        require(self.alpha + self.beta > 0, "with alpha and beta 0 nothing trains the policy")
-        require(
-            self.beta == 0 or self.policy == "categorical", "beta needs probabilities: use bins"
-        )
-        require(self.noise != "none" or not self.noise_level, "noise_level needs a kind of noise")
-        if self.noise == "adv_flip":
-            require(self.noise_level <= 1, "noise_level is the probability of a flip, so at most 1")
-        if self.norm_adv:
-            require(self.num_envs * self.num_steps > 1, "norm_adv needs more than one step")
-
-    def folder(self):
-        """Folder of the run. Its name ends with a hash of arguments, this script, and imported
-        modules that are the user's own: so the same command finds its run again, and a changed
-        script starts a new one."""
-        kept = {name: value for name, value in vars(self).items() if name not in NO_EFFECT}
-        digest = hashlib.sha256(json.dumps(kept).encode())
-        for source in own_sources():
-            digest.update(source)
-        name = f"{self.env_id}__{self.exp_name}__{self.noise}__{self.seed}"
-        name = name.replace("/", "-").replace(":", "-")
-        return Path(self.runs_dir, f"{name}__{digest.hexdigest()[:8]}")
+        check(self)
 
 
 # ---- Environment
 
 
-def make_env(args, **options):
+def make_env(args, seed=0, **options):
+    """Makes the environment. Seeds its spaces, since some environments sample from them."""
     # Gymnasium warns that the paper's environments (MuJoCo v4) have newer versions
     warnings.filterwarnings("ignore", message=".*is out of date.*")
-    return gym.make(args.env_id, **options)
+    env = gym.make(args.env_id, **options)
+    rng = np.random.default_rng([seed, 3])  # `seed` alone gives the environment's own numbers
+    for part in (env, env.unwrapped):  # the wrapper, the environment in it, or both have spaces
+        for name in ("action_space", "observation_space"):
+            if hasattr(part, name):
+                getattr(part, name).seed(rng.integers(2**31).item())
+    return env
 
 
 def prepare(args):
-    """Imports the environment, for the folder's name, and refuses one that would not work."""
-    with closing(make_env(args)) as env:
+    """Makes the environment once, so that `file_digests` finds the files that it imports. Refuses
+    spaces that are no vectors."""
+    with make_env(args) as env:
+        env.reset(seed=0)  # some environments import files only here
         for space in (env.observation_space, env.action_space):
             if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
                 sys.exit(f"error: {args.env_id}: {space} is no vector; see docs/copy-and-modify.md")
         action_space = env.action_space
-    bound = np.abs([action_space.low, action_space.high]).max()  # float's maximum stands for none
+    bound = np.abs([action_space.low, action_space.high]).max()  # float32's maximum stands for none
     if action_space.dtype.kind != "f" or (bound > 1e30 and args.policy == "categorical"):
         sys.exit(f"error: {args.env_id}: needs float actions, bounded unless --policy gaussian")
 
@@ -235,10 +203,11 @@ class NormalizedEnvs:
         self.episode_length = np.zeros(n)
         # With seed + i, runs with neighbouring seeds would share environments' seeds
         seeds = np.random.default_rng(seed).integers(2**31, size=n).tolist()
-        random.seed(seeds[0])  # and NumPy's: some environments draw from these
+        random.seed(seeds[0])  # some environments draw from these global generators
         np.random.seed(seeds[0])
-        self.close()  # and made anew, since BipedalWalker keeps state across resets
-        self.envs = [make_env(self.args) for _ in range(n)]
+        torch.default_generator.manual_seed(seeds[0])
+        self.close()  # new environments follow, since BipedalWalker keeps state across resets
+        self.envs = [make_env(self.args, s) for s in seeds]
         self.obs = np.array([env.reset(seed=s)[0] for env, s in zip(self.envs, seeds)], float)
         self.obs_stats.update(self.obs)
         return self.obs_stats.normalize(self.obs)
@@ -246,8 +215,9 @@ class NormalizedEnvs:
     def step(self, action):
         """Steps all environments by `action` (num_envs, action_dim).
 
-        Returns normalised observations (num_envs, obs_dim) and rewards (num_envs,), whether the
-        episode ended, whether it was cut off by a time limit, and its last observation if it ended.
+        Returns normalised observations (num_envs, obs_dim) and rewards (num_envs,), whether each
+        episode is done, whether it was only truncated (by a time limit, for example), and the last
+        observations of episodes that are done.
         """
         n = self.args.num_envs
         reward = np.zeros(n)
@@ -260,9 +230,9 @@ class NormalizedEnvs:
         self.discounted_return = self.args.gamma * self.discounted_return + reward
         self.return_stats.update(self.discounted_return)
 
-        ended = terminated | truncated
+        done = terminated | truncated
         final_obs = np.zeros(self.obs.shape, np.float32)
-        for i in np.flatnonzero(ended):
+        for i in np.flatnonzero(done):
             final_obs[i] = self.obs_stats.normalize(self.obs[i])
             episode = float(self.episode_return[i]), float(self.episode_length[i])
             self.recent_episodes.append(episode)
@@ -274,7 +244,7 @@ class NormalizedEnvs:
         self.obs_stats.update(self.obs)
         obs = self.obs_stats.normalize(self.obs)
         reward = (reward / self.return_stats.std).clip(-10, 10)
-        return obs, reward, ended, ended & ~terminated, final_obs
+        return obs, reward, done, truncated & ~terminated, final_obs
 
     def close(self):
         for env in self.envs:
@@ -291,11 +261,10 @@ def perturb_reward(reward, noise, level, rng):
     return reward
 
 
-def perturb_advantage(advantage, level, generator):
+def perturb_advantage(advantage, level, rng):
     """Advantages of any shape, the sign of each flipped with probability `level`."""
-    uniform = torch.rand(advantage.shape, generator=generator)
-    flipped = (uniform < level).to(advantage.device)
-    return torch.where(flipped, -advantage, advantage)
+    flipped = torch.from_numpy(rng.random(advantage.shape) < level)
+    return torch.where(flipped.to(advantage.device), -advantage, advantage)
 
 
 # ---- Agent
@@ -332,8 +301,13 @@ def numpy_layer(layer):
 
 
 class Agent(nn.Module):
-    """Separate actor and critic. The actor gives logits (batch, action_dim, bins) or, for the
-    Gaussian policy, means (batch, action_dim)."""
+    """Separate actor and critic.
+
+    output = actor(obs)               logits (batch, action_dim, bins), or means (batch, action_dim)
+    action                            arg max over bins of output + exploration, or this sum itself
+    to_env(action)                    the environment's action
+    policy(output).log_prob(action)   log-probability (batch,), which is trained
+    """
 
     def __init__(self, env, args):
         super().__init__()
@@ -381,7 +355,7 @@ class Agent(nn.Module):
         layers = [numpy_layer(layer) for layer in layers]
 
         def act(obs, exploration=0.0):
-            output = obs
+            output = np.asarray(obs, np.float32)
             for layer in layers:
                 output = layer(output)
             output = output.reshape(-1, *self.output_shape)
@@ -393,8 +367,8 @@ class Agent(nn.Module):
         return act
 
     def acting_log_prob(self, action, output):
-        """log p (batch,) of actions, from what the actor gave when it acted. Repeats the formula of
-        `policy` on purpose: so the check of the first update sees an edit of one alone."""
+        """log p (batch,) of actions, from the actor's outputs when it acted. Repeats the formula of
+        `policy` on purpose: an edit of only one of the two stops the run at its first update."""
         if self.gaussian:
             distribution = Normal(output, self.log_std.exp(), validate_args=False)
             log_prob = distribution.log_prob(action)
@@ -420,15 +394,15 @@ def symmetric_policy_losses(log_prob, advantage, z):
     return policy_loss, reverse_loss
 
 
-def compute_gae(reward, value, ended, gamma, gae_lambda):
+def compute_gae(reward, value, done, gamma, gae_lambda):
     """Advantages and returns (T, N) by generalised advantage estimation (arXiv 1506.02438).
 
-    `reward` and `ended`, whether a step ended its episode, are (T, N); `value` is (T + 1, N), of
+    `reward` and `done`, whether a step ended its episode, are (T, N); `value` is (T + 1, N), of
     the observations before each step and after the last.
     """
-    next_value = np.where(ended, 0.0, value[1:])
+    next_value = np.where(done, 0.0, value[1:])
     delta = reward + gamma * next_value - value[:-1]
-    decay = np.where(ended, 0.0, gamma * gae_lambda)
+    decay = np.where(done, 0.0, gamma * gae_lambda)
     advantage = delta.copy()
     for t in reversed(range(len(delta) - 1)):
         advantage[t] += decay[t] * advantage[t + 1]
@@ -439,8 +413,9 @@ def gradient_and_metrics(agent, trained, args, obs, action, acting_log_prob, adv
     """Clipped gradients of the loss on a rollout, one for each of the `trained` parameters, and
     what to log."""
     normalized = advantage
-    if args.norm_adv:
+    if args.norm_adv:  # in float64: if all are equal, float32's rounding errors exceed the 1e-8
         normalized = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
+    normalized = normalized.to(returns.dtype)
     policy = agent.policy(agent.actor(obs))
     log_prob = policy.log_prob(action)
     policy_loss, reverse_loss = symmetric_policy_losses(log_prob, normalized, args.z)
@@ -464,7 +439,7 @@ def gradient_and_metrics(agent, trained, args, obs, action, acting_log_prob, adv
         "value_loss": value_loss.detach(),
         "entropy": entropy.detach(),
         "grad_norm": grad_norm,  # before clipping
-        "clipped_gradients": (grad_norm > args.max_grad_norm).float(),
+        "clipped_gradients": grad_norm > args.max_grad_norm,
         "norm_sign_changes": ((normalized > 0) != (advantage > 0)).float().mean(),
         "reverse_share": (reverse_weight / (args.alpha + reverse_weight)).mean(),
         "approx_kl": (log_ratio.expm1() - log_ratio).mean(),
@@ -477,61 +452,69 @@ def gradient_and_metrics(agent, trained, args, obs, action, acting_log_prob, adv
 
 def train(envs, args, folder):
     torch.set_num_threads(1)  # the networks are too small to gain from more
-    rng = np.random.default_rng([args.seed, 1])  # reward noise
-    with closing(make_env(args)) as env:  # for its spaces
+    with make_env(args, args.seed) as env:  # for its spaces
         torch.manual_seed(args.seed)  # initial weights
         agent = Agent(env, args)
-    generator = torch.default_generator.clone_state()  # since environments may seed PyTorch's
     trained = [p for p in agent.parameters() if p.requires_grad]
-    initial = {name: p.detach().clone() for name, p in agent.named_parameters() if p.requires_grad}
-    options = {"lr": args.learning_rate, "alpha": 0.99, "eps": args.rmsprop_eps}
-    optimizer = torch.optim.RMSprop(trained, **options, foreach=True)
+    optimizer = torch.optim.RMSprop(
+        trained, lr=args.learning_rate, alpha=0.99, eps=args.rmsprop_eps, foreach=True
+    )
 
     global_step = 0
     evaluations = []  # rows of progress.csv
-    history = {}  # what was logged since the last evaluation, a list by name
+    history = []  # what was logged since the last evaluation
     updates = []  # since the last entry in the log
     speeds = []  # steps per second between entries
-    stateful = dict(agent=agent, optimizer=optimizer)
-    stateful |= dict(obs_stats=envs.obs_stats, return_stats=envs.return_stats)
+    stateful = {  # an edit's own network or optimizer belongs here, too
+        "agent": agent,
+        "optimizer": optimizer,
+        "obs_stats": envs.obs_stats,
+        "return_stats": envs.return_stats,
+    }
     checkpoint_path = folder / "checkpoint.pt"
     if checkpoint_path.exists():
-        checkpoint = torch.load(checkpoint_path, weights_only=True)
+        checkpoint = load_checkpoint(checkpoint_path)
         for name, part in stateful.items():
             part.load_state_dict(checkpoint[name])
-        generator.set_state(checkpoint["generator"])
-        torch.set_rng_state(checkpoint["torch_rng"])  # of layers that draw, as dropout does
-        rng.bit_generator.state = checkpoint["rng"]
         envs.recent_episodes.extend(checkpoint["recent_episodes"])
         global_step, evaluations, history, speeds = checkpoint["progress"]
     if args.track:
         import wandb
 
-        options = {"config": vars(args), "sync_tensorboard": True}
-        options["resume"] = "auto"  # one id per `dir`
-        wandb.init(project="symmetric-rl", name=folder.name, dir=folder, **options)
+        wandb.init(
+            project="symmetric-rl",
+            name=folder.name,
+            config=vars(args),
+            sync_tensorboard=True,
+            dir=folder,
+            resume="auto",  # one id per `dir`
+        )
     writer = SummaryWriter(folder, purge_step=global_step + 1)
     writer.add_text("hyperparameters", f"```\n{json.dumps(vars(args), indent=2)}\n```")
 
     T, N = args.num_steps, args.num_envs
     first_obs = envs.reset([args.seed, global_step])
     obs = np.zeros((T + 1, *first_obs.shape), np.float32)
-    obs[T] = first_obs  # after the last step, the first of the next rollout
-    final_obs = np.zeros_like(obs[1:])  # of ended episodes
+    obs[T] = first_obs  # the next rollout begins with it
+    final_obs = np.zeros_like(obs[1:])  # of episodes that are done
     reward = np.zeros((T, N))
-    ended = np.zeros((T, N), bool)
-    cut_off = np.zeros((T, N), bool)
+    done = np.zeros((T, N), bool)
+    truncated = np.zeros((T, N), bool)
     gradient_fn = gradient_and_metrics
     if args.compile:
         gradient_fn = compiled(gradient_and_metrics, options={"cpp_wrapper": True})
     interval = args.checkpoint_freq * N
-    print(f"{folder}: from step {global_step:,}, with a checkpoint every {interval:,} steps")
+    print(f"{folder.name}: from step {global_step:,}, with a checkpoint every {interval:,} steps")
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps", disable=None)
 
     while global_step < args.total_timesteps:
-        # Rollout
+        # Rollout. Seed and step determine all random numbers, so checkpoints hold no generators
         if not updates:
             started = time.perf_counter()
+        rng = np.random.default_rng([args.seed, global_step, 1])
+        generator = torch.Generator().manual_seed(rng.integers(2**31).item())
+        # For layers that draw, as dropout does; torch.manual_seed would take a hundred times longer
+        torch.default_generator.manual_seed(rng.integers(2**31).item())
         act = agent.actor_fn()
         exploration = agent.exploration((T, N), generator)
         actions, outputs = [], []
@@ -541,7 +524,7 @@ def train(envs, args, folder):
             actions.append(action)
             outputs.append(output)
             step = envs.step(agent.to_env(action))
-            obs[t + 1], reward[t], ended[t], cut_off[t], final_obs[t] = step
+            obs[t + 1], reward[t], done[t], truncated[t], final_obs[t] = step
         global_step += T * N
         bar.update(T * N)
 
@@ -552,41 +535,38 @@ def train(envs, args, folder):
         b_output = torch.from_numpy(np.concatenate(outputs))
         with torch.no_grad():
             b_log_prob = agent.acting_log_prob(b_action, b_output)
-            value = agent.value(all_obs).view(T + 1, N).numpy()
-            final_value = agent.value(torch.from_numpy(final_obs[cut_off])).flatten()
+            valued_obs = torch.cat([all_obs, torch.from_numpy(final_obs[truncated])])
+            values = agent.value(valued_obs).view(len(valued_obs)).numpy()
+        value = values[: len(all_obs)].reshape(T + 1, N)
         noisy_reward = perturb_reward(reward.copy(), args.noise, args.noise_level, rng)
-        # An episode that was cut off would have gone on: bootstrap from where it stopped
-        noisy_reward[cut_off] += args.gamma * final_value.numpy()
-        advantage, returns = compute_gae(noisy_reward, value, ended, args.gamma, args.gae_lambda)
-        b_advantage = torch.from_numpy(advantage).float().flatten()
+        # A truncated episode would have gone on: bootstrap from where it stopped
+        noisy_reward[truncated] += args.gamma * values[len(all_obs) :]
+        advantage, returns = compute_gae(noisy_reward, value, done, args.gamma, args.gae_lambda)
+        b_advantage = torch.from_numpy(advantage).flatten()  # float64, until it is normalised
         b_returns = torch.from_numpy(returns).float().flatten()
 
-        if args.noise == "adv_flip":
-            b_advantage = perturb_advantage(b_advantage, args.noise_level, generator)
-
         # Update
+        if args.noise == "adv_flip":
+            b_advantage = perturb_advantage(b_advantage, args.noise_level, rng)
         batch = [b_obs, b_action, b_log_prob, b_advantage, b_returns]
         gradients, metrics = gradient_fn(agent, trained, args, *batch)
         for p, gradient in zip(trained, gradients):
             p.grad = gradient
         optimizer.step()
-        if global_step == T * N:
-            check_first_update(agent, initial, optimizer, gradients, metrics["approx_kl"])
+        # Two rollouts are checked: a last layer that begins at zero hides the layers before it.
+        # Rounding makes 1e-11 at most
+        if global_step <= 2 * T * N and metrics["approx_kl"] > 1e-8:
+            sys.exit("error: the policy that acts is not the one that is trained (dropout?)")
         updates.append((metrics, advantage, returns))
 
-        # Log, evaluation and checkpoint, whenever a multiple of their frequencies is passed. The
-        # other two need a complete log
+        # Log, evaluation and checkpoint, whenever a multiple of their frequencies is passed. An
+        # evaluation and a checkpoint need a complete log
         finished = global_step >= args.total_timesteps
         evaluation_due = finished or global_step % args.eval_freq < T * N
         checkpoint_due = finished or global_step % interval < T * N
         if evaluation_due or checkpoint_due or global_step % args.log_freq < T * N:
-            speeds.append(len(updates) * T * N / (time.perf_counter() - started))
             all_metrics, all_advantages, all_returns = zip(*updates)
-            updates = []
-            scalars = {}
-            for name in metrics:
-                stacked = torch.stack([one[name] for one in all_metrics])
-                scalars[f"losses/{name}"] = stacked.mean().item()
+            scalars = {f"losses/{name}": mean for name, mean in means(all_metrics).items()}
             if not math.isfinite(scalars["losses/grad_norm"]):
                 cause = "learning rate too high, or observations or rewards not finite"
                 sys.exit(f"error: gradients not finite at step {global_step}: {cause}")
@@ -594,85 +574,123 @@ def train(envs, args, folder):
             unexplained = np.var(all_advantages) / max(np.var(all_returns), 1e-8)
             scalars["losses/explained_variance"] = 1 - unexplained
             if envs.recent_episodes:  # means of the last 100
-                recent = np.mean(envs.recent_episodes, axis=0)
-                scalars["charts/episodic_return"] = recent[0]
-                scalars["charts/episodic_length"] = recent[1]
-                bar.set_postfix_str(f"return {recent[0]:.1f}")
+                score, length = np.mean(envs.recent_episodes, axis=0)
+                scalars["charts/episodic_return"] = score
+                scalars["charts/episodic_length"] = length
+                bar.set_postfix_str(f"return {score:.1f}")
+            history.append({name: float(x) for name, x in scalars.items()})
+            speeds.append(len(updates) * T * N / (time.perf_counter() - started))
+            updates = []
             for name, scalar in scalars.items():
-                history.setdefault(name, []).append(float(scalar))
-                writer.add_scalar(name, history[name][-1], global_step)
+                writer.add_scalar(name, scalar, global_step)
             writer.add_scalar("charts/SPS", speeds[-1], global_step)
         if evaluation_due:
-            seed = args.seed + global_step
-            with closing(make_env(args)) as env:  # anew, as in training
+            seed = (args.seed + global_step) % 2**31
+            with make_env(args, seed) as env:  # a new one, as in training
                 scores, lengths = evaluate(agent, args, envs.obs_stats, seed, env)
-            if not np.isfinite(scores).all():
-                sys.exit(f"error: a return of the evaluation at step {global_step} is not finite")
-            evaluation = {
-                "return_mean": scores.mean(),
-                "return_std": scores.std(),
-                "length_mean": lengths.mean(),
-            }
-            for name, logged in history.items():  # since the evaluation before
-                evaluation[name] = np.mean(logged)
-            history = {}
-            evaluation = {name: float(number) for name, number in evaluation.items()}
-            evaluations.append({"step": global_step} | evaluation)
-            with atomic_write(folder / "progress.csv") as path, open(path, "w", newline="") as file:
-                table = csv.DictWriter(file, evaluations[-1])  # the first may have fewer columns
-                table.writeheader()
-                table.writerows(evaluations)
+            evaluations.append(evaluation_row(global_step, scores, lengths) | means(history))
+            history = []
+            save_agent(agent, envs.obs_stats, evaluations, folder)
             writer.add_scalar("eval/return_mean", scores.mean(), global_step)
             tqdm.write(f"step {global_step:,}: return {scores.mean():.1f}")
-            tensors = {f"obs_{name}": t for name, t in envs.obs_stats.state_dict().items()}
-            for name, tensor in agent.state_dict().items():  # neither shared nor strided
-                tensors[name] = tensor.clone(memory_format=torch.contiguous_format)
-            with atomic_write(folder / "agent.safetensors") as path:
-                path.write_bytes(safetensors.torch.save(tensors))
         if checkpoint_due:
             checkpoint = {name: part.state_dict() for name, part in stateful.items()}
-            checkpoint["generator"] = generator.get_state()
-            checkpoint["torch_rng"] = torch.get_rng_state()
-            checkpoint["rng"] = rng.bit_generator.state
             checkpoint["recent_episodes"] = list(envs.recent_episodes)
             checkpoint["progress"] = global_step, evaluations, history, speeds
             writer.flush()
             with atomic_write(checkpoint_path) as path:
                 torch.save(checkpoint, path)
-            obs[T] = envs.reset([args.seed, global_step])  # as when the run is continued
+                load_checkpoint(path)  # an edit may save what can't be read back
+            obs[T] = envs.reset([args.seed, global_step])  # as in a run that is continued
 
     writer.close()
-    summary = evaluations[-1] | {"sps": float(np.median(speeds))}
+    summary = {name: x for name, x in evaluations[-1].items() if math.isfinite(x)}  # as JSON wants
+    summary["sps"] = float(np.median(speeds))
     with atomic_write(folder / "summary.json") as path:  # last: marks the end
         path.write_text(json.dumps(summary, indent=2))
 
 
 def evaluate(agent, args, obs_stats, seed, env):
     """Raw returns and lengths (eval_episodes,) of greedy episodes in `env`."""
-    longest = 100_000  # without a time limit of its own
-    if env.spec and env.spec.max_episode_steps:
-        longest = env.spec.max_episode_steps
+    longest = env.spec.max_episode_steps or 100_000  # for environments without a time limit
     act = agent.actor_fn()
     returns = np.zeros(args.eval_episodes)
     lengths = np.zeros(args.eval_episodes)
     for episode in range(args.eval_episodes):
         # With seed + episode, runs with neighbouring seeds would share most initial states
         obs, _ = env.reset(seed=seed if episode == 0 else None)
-        ended = False
-        while not ended:
+        done = False
+        while not done:
             action, _ = act(obs_stats.normalize(np.array([obs])))
             obs, reward, terminated, truncated, _ = env.step(agent.to_env(action)[0])
             returns[episode] += reward
             lengths[episode] += 1
-            ended = terminated or truncated or lengths[episode] == longest
+            done = terminated or truncated or lengths[episode] == longest
     return returns, lengths
 
 
 # ---- Plumbing
 
 
+def check(args):
+    """Refuses arguments that contradict each other or are out of range. tyro prints the message."""
+
+    def require(condition, message):
+        if not condition:
+            raise ValueError(message)
+
+    counts = "total_timesteps eval_freq eval_episodes checkpoint_freq num_envs num_steps "
+    counts += "log_freq"
+    for name in counts.split():
+        require(getattr(args, name) >= 1, f"{name} must be at least 1")
+    for name in "seed alpha beta noise_level learning_rate vf_coef ent_coef".split():
+        require(0 <= getattr(args, name) < math.inf, f"{name} must be finite and not negative")
+    for name in "gamma gae_lambda".split():
+        require(0 <= getattr(args, name) <= 1, f"{name} must be between 0 and 1")
+    require(args.bins >= 2, "bins must be at least 2")
+    require(min(args.hidden_sizes, default=1) >= 1, "hidden_sizes must be at least 1")
+    require(args.max_grad_norm > 0, "max_grad_norm must be positive; 1e9 turns clipping off")
+    require(-math.inf < args.z < 0, "z stands for log 0: negative and finite")
+    require(args.alpha + args.beta > 0, "with alpha and beta 0 nothing trains the policy")
+    if args.policy == "gaussian":
+        require(args.beta == 0, "beta needs probabilities: use bins")
+    if args.norm_adv:
+        require(args.num_envs * args.num_steps > 1, "norm_adv needs more than one step")
+    require(args.noise != "none" or not args.noise_level, "noise_level needs a kind of noise")
+    if args.noise == "adv_flip":
+        require(args.noise_level <= 1, "noise_level is the probability of a flip, so at most 1")
+
+
+def file_digests():
+    """{path: SHA-256} of the files that decide what a run does: this script, and imported files
+    that are the user's own. A program that imports this script is not part of the run."""
+    python = {Path(os.__file__).parent, Path(sys.base_prefix, "DLLs")}  # DLLs: on Windows
+    # Installed packages, debuggers, and what editors and systems run at each start
+    foreign = "site-packages dist-packages debugpy pydev sitecustomize.py usercustomize.py".split()
+    digests = {}
+    for name, module in list(sys.modules.items()):
+        file = Path(getattr(module, "__file__", None) or "")
+        is_foreign = python & set(file.parents) or set(foreign) & set(file.parts)
+        is_compiled = name.startswith("torch.") or name.endswith(".inductor_entry_cpp")
+        if file.is_file() and not (is_foreign or is_compiled or name == "__main__"):
+            digests[str(file)] = hashlib.sha256(file.read_bytes()).hexdigest()
+    digests[__file__] = hashlib.sha256(SOURCE).hexdigest()
+    return digests
+
+
+def run_folder(args, digests):
+    """Folder of a run. Its name ends with a hash of arguments and files: so the same command finds
+    its run again, and a changed script starts a new one."""
+    kept = {name: value for name, value in vars(args).items() if name not in NO_EFFECT}
+    files = sorted((Path(path).name, digest) for path, digest in digests.items())
+    digest = hashlib.sha256(json.dumps([kept, files]).encode()).hexdigest()
+    name = f"{args.env_id}__{args.exp_name}__{args.noise}__{args.seed}"
+    name = re.sub(r'[<>:"/\\|?*]', "-", name)  # Windows refuses these characters
+    return Path(START, args.runs_dir, f"{name}__{digest[:8]}")
+
+
 def compiled(function, **options):
-    """`function`, compiled at its first call. If that fails, without a C++ compiler for one, it
+    """`function`, compiled at its first call. If that fails, for example without a C++ compiler, it
     runs uncompiled, so that errors of an edited copy show as plain ones."""
     torch._dynamo.config.trace_autograd_ops = True  # one graph for the gradient and the loss
     chosen = None
@@ -692,31 +710,48 @@ def compiled(function, **options):
     return call
 
 
-def check_first_update(agent, initial, optimizer, gradients, approx_kl):
-    """Stops a run that an edit has broken. Before the first step, acting and trained policy must
-    agree: `approx_kl` is 0. After the first update, the `initial` parameters (by name) must have
-    changed where the last `gradients` are not negligible."""
-    if approx_kl > 1e-8:  # rounding makes 1e-11 at most
-        sys.exit("error: the policy that acts is not the one that is trained (dropout, memory?)")
-    if optimizer.param_groups[0]["lr"] == 0:
-        return  # as at the start of a warm-up
-    for (name, before), gradient in zip(initial.items(), gradients):
-        matters = gradient.abs().max() > 1e-4 * before.abs().max()
-        if matters and agent.get_parameter(name).equal(before):
-            sys.exit(f"error: {name} has a gradient, but no optimizer changes it")
+def means(rows):
+    """Means of numbers by their names, over the `rows` that have them."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {
+        name: np.mean([float(row[name]) for row in rows if name in row]).item() for name in names
+    }
 
 
-def own_sources():
-    """Contents of the imported files that are the user's own: neither Python's nor installed. What
-    imported this script, if anything did, does not count."""
-    files = {Path(__file__)}
-    for module in list(sys.modules.values()):
-        file = Path(getattr(module, "__file__", None) or "")
-        installed = {"site-packages", "dist-packages"} & set(file.parts)
-        installed = installed or Path(os.__file__).parent in file.parents
-        if file.is_file() and not installed and module is not sys.modules["__main__"]:
-            files.add(file)
-    return sorted({file.read_bytes() for file in files})
+def evaluation_row(step, scores, lengths):
+    """A row of progress.csv, but for what was logged."""
+    if not np.isfinite(scores).all():
+        sys.exit(f"error: a return of the evaluation at step {step} is not finite")
+    row = {
+        "return_mean": scores.mean(),
+        "return_std": scores.std(),
+        "length_mean": lengths.mean(),
+    }
+    # Python's numbers, since checkpoints and JSON hold no NumPy numbers
+    return {"step": step} | {name: float(x) for name, x in row.items()}
+
+
+def save_agent(agent, obs_stats, evaluations, folder):
+    """Writes progress.csv, and agent.safetensors, weights and statistics."""
+    with atomic_write(folder / "progress.csv") as path, open(path, "w", encoding="utf-8") as file:
+        columns = dict.fromkeys(name for row in evaluations for name in row)  # a row may lack some
+        table = csv.DictWriter(file, columns, lineterminator="\n")
+        table.writeheader()
+        table.writerows(evaluations)
+    tensors = {f"obs_{name}": tensor for name, tensor in obs_stats.state_dict().items()}
+    for name, tensor in agent.state_dict().items():
+        # A copy, since safetensors refuses tensors that share memory or are not contiguous
+        tensors[name] = tensor.clone(memory_format=torch.contiguous_format)
+    with atomic_write(folder / "agent.safetensors") as path:
+        path.write_bytes(safetensors.torch.save(tensors))
+
+
+def load_checkpoint(path):
+    try:
+        return torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:  # any is possible here
+        cause = "it is damaged, or has more than tensors and Python's own types"
+        sys.exit(f"error: {path} can't be read: {cause}: {error!r:.200}")
 
 
 @contextmanager
@@ -726,17 +761,19 @@ def atomic_write(path):
     yield temporary
     with open(temporary, "rb+") as file:  # Windows syncs only what can be written
         os.fsync(file.fileno())
-    os.replace(temporary, path)
+    for _ in range(50):
+        try:
+            os.replace(temporary, path)
+            return
+        except PermissionError:  # on Windows, while a spreadsheet, for one, has the file open
+            time.sleep(0.1)
+    sys.exit(f"error: {path} can't be replaced; does another program have it open?")
 
 
-def begin_session(args, folder):
+def begin_session(args, digests, folder):
     """Adds a line to the run's sessions.jsonl, with what is needed to reproduce it, and copies this
     script into its folder."""
     script = Path(__file__).absolute()
-    commit = None
-    if shutil.which("git"):
-        command = ["git", "-C", script.parent, "describe", "--always", "--dirty", "--abbrev=40"]
-        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
     installed = [package.name or "" for package in distributions()]
     imported = [name for name in installed if name.replace("-", "_") in sys.modules]
     session = {
@@ -744,8 +781,10 @@ def begin_session(args, folder):
         "script": script.name,
         "args": vars(args),
         "command": sys.argv,
+        "files": digests,
+        "directory": str(script.parent),
+        "working_directory": str(START),
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "commit": commit,
         "versions": {name: version(name) for name in imported} | {"torch": torch.__version__},
         "platform": platform.platform(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
@@ -755,14 +794,8 @@ def begin_session(args, folder):
     earlier = path.read_text() if path.exists() else ""
     with atomic_write(path) as temporary:
         temporary.write_text(earlier + json.dumps(session) + "\n")
-    (folder / script.name).write_bytes(script.read_bytes())
-
-
-def stop(*_):
-    """SIGTERM ends a run as Ctrl-C does; while it closes, further signals are ignored."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    raise KeyboardInterrupt
+    with atomic_write(folder / script.name) as temporary:
+        temporary.write_bytes(SOURCE)
 
 
 def main():
@@ -771,7 +804,12 @@ def main():
         prepare(args)
     except (ImportError, gym.error.Error) as error:
         sys.exit(f"error: --env-id {args.env_id}: {error}")
-    folder = args.folder()
+    digests = file_digests()
+    folder = run_folder(args, digests)
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError as error:
+        sys.exit(f"error: TensorBoard can't write to a folder of this name: {error}")
     folder.mkdir(parents=True, exist_ok=True)
     try:
         lock = FileLock(folder / "lock", blocking=False).acquire()
@@ -779,7 +817,7 @@ def main():
         sys.exit(f"error: another process is at work on {folder}, or it cannot be locked: {error}")
     with lock:
         if not (folder / "summary.json").exists():
-            begin_session(args, folder)
+            begin_session(args, digests, folder)
             try:
                 with closing(NormalizedEnvs(args)) as envs:
                     train(envs, args, folder)
@@ -787,10 +825,11 @@ def main():
                 sys.exit("interrupted; the same command continues from its last checkpoint, if any")
     summary = json.loads((folder / "summary.json").read_text())
     score = f"return {summary['return_mean']:.1f}, {summary['sps']:,.0f} steps/s"
-    print(f"{folder}: {score}; to watch it: python enjoy.py {folder}")
+    folder = Path(args.runs_dir, folder.name)  # as it was typed
+    enjoy = Path(sys.argv[0]).with_name("enjoy.py")
+    enjoy = enjoy if Path(START, enjoy).exists() else "PATH/TO/enjoy.py"
+    print(f"{folder}: {score}; to watch it: python {enjoy} {folder}")
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
     main()

@@ -3,7 +3,7 @@
 # /// script
 # requires-python = ">=3.10,<3.15"
 # dependencies = ["torch>=2.11", "transformers>=5.0", "tensorboard>=2.19", "accelerate>=1.10",
-#   "peft>=0.18", "numpy>=2.0", "tyro>=1.0.16", "filelock>=3.24", "datasets>=4.0", "tqdm>=4.66.5"]
+#   "peft>=0.18", "numpy>=2.0", "tyro>=1.0.16", "filelock>=3.30", "datasets>=4.0", "tqdm>=4.66.5"]
 # [tool.uv]  # the versions of requirements.lock
 # exclude-newer = "2026-11-17T00:00:00Z"
 # constraint-dependencies = ["torch==2.13.0"]
@@ -58,9 +58,8 @@ import math
 import os
 import platform
 import random
+import re
 import shutil
-import signal
-import subprocess
 import sys
 import time
 from contextlib import contextmanager, nullcontext
@@ -73,7 +72,9 @@ from typing import Literal, NamedTuple
 
 import tyro
 
-# Not in the hash of a run: they change its results by rounding at most
+SOURCE = Path(__file__).read_bytes()  # read at once, since the file may be edited during the run
+START = Path.cwd()  # relative paths begin here, even where a reward function changes directory
+# Arguments that change no result but by rounding
 NO_EFFECT = ["runs_dir", "device", "track", "gradient_checkpointing"]
 TOY = "runs/toy"  # folder of the toy's models and data
 # Tokenizers of hub models that come without one, and held-out splits of datasets
@@ -197,30 +198,6 @@ class Args:
         require(self.eval_episodes % processes == 0, "processes must divide eval_episodes")
         require(not self.track or find_spec("wandb"), "track needs wandb: pip install wandb")
 
-    def folder(self):
-        """Folder of the run, once `prepare` was called. Its name ends with a hash of arguments,
-        local data, this script, and imported modules that are the user's own: the same command has
-        the same folder, where it continues, and no other has it."""
-        kept = {name: value for name, value in vars(self).items() if name not in NO_EFFECT}
-        digest = hashlib.sha256(json.dumps(kept).encode())
-        for source in own_sources():
-            digest.update(source)
-        names = [self.dataset, self.eval_dataset, self.policy_model, self.tokenizer]
-        names += self.reward_model
-        for name in filter(None, names):
-            root = Path(name) if Path(name).exists() else Path(name.split(":")[0])
-            for path in sorted([root, *root.rglob("*")]):
-                inside = path.relative_to(root)
-                is_hidden = any(part.startswith(".") for part in inside.parts)  # as in .cache
-                if path.is_file() and not is_hidden:
-                    digest.update(str(inside).encode())
-                    with path.open("rb") as file:
-                        while block := file.read(2**24):
-                            digest.update(block)
-        name = f"{self.task}__{self.exp_name}__{self.noise}__{self.seed}"
-        name = name.replace("/", "-").replace(":", "-")
-        return Path(self.runs_dir, f"{name}__{digest.hexdigest()[:8]}")
-
 
 # The authors' settings, except that their base model for tldr is 4-bit. The toy's are ours.
 
@@ -317,11 +294,10 @@ def perturb_reward(reward, noise, level, rng):
     return reward
 
 
-def perturb_advantage(advantage, level, generator):
+def perturb_advantage(advantage, level, rng):
     """Advantages of any shape, the sign of each flipped with probability `level`."""
-    uniform = torch.rand(advantage.shape, generator=generator)
-    flipped = (uniform < level).to(advantage.device)
-    return torch.where(flipped, -advantage, advantage)
+    flipped = torch.from_numpy(rng.random(advantage.shape) < level)
+    return torch.where(flipped.to(advantage.device), -advantage, advantage)
 
 
 # Texts
@@ -459,10 +435,11 @@ def token_advantages(reward, log_prob, reference_log_prob, value, mask, args):
 
 def normalize(advantage, mask):
     """Advantages with mean 0 and standard deviation 1 where `mask` is true."""
+    advantage = advantage.double()  # where all are equal, a rounding error of float32 exceeds 1e-8
     centred = advantage - masked_mean(advantage, mask)
     degrees_of_freedom = (mask.sum() - 1).clamp(min=1)
     variance = masked_mean(centred.square(), mask, degrees_of_freedom)
-    return centred / (variance.sqrt() + 1e-8)
+    return (centred / (variance.sqrt() + 1e-8)).float()
 
 
 # Training
@@ -512,18 +489,18 @@ def accumulate_gradient(setup, args, minibatch):
     return accelerator.reduce(totals, "sum")
 
 
-def update(setup, args, batch, generator):
+def update(setup, args, batch, rng):
     """`update_epochs` passes over the batch. Returns the metrics of each minibatch."""
     history = []
     setup.actor_critic.train(args.gradient_checkpointing)  # which needs this mode
     for _ in range(args.update_epochs):
-        order = torch.randperm(args.batch_size, generator=generator)
+        order = torch.from_numpy(rng.permutation(args.batch_size))
         for rows in order.split(args.batch_size // args.num_minibatches):
             minibatch = slice_tensors(batch, rows)
             mask = minibatch.rollout.response.mask
             raw = minibatch.advantage
             if args.noise == "adv_flip":
-                raw = perturb_advantage(raw, args.noise_level, generator)
+                raw = perturb_advantage(raw, args.noise_level, rng)
             advantage = normalize(raw, mask) if args.norm_adv else raw
             minibatch = minibatch._replace(advantage=advantage)
 
@@ -549,7 +526,7 @@ def means(rows):
 
 @dataclass
 class Progress:
-    """What a checkpoint holds besides weights, optimizer and random number generators."""
+    """What a checkpoint holds besides weights and optimizer."""
 
     global_step: int = 0
     speeds: list[float] = field(default_factory=list)  # texts per second of each update
@@ -575,23 +552,25 @@ class Progress:
 
 def train(setup, args, folder):
     accelerator = setup.accelerator
-    rng = np.random.default_rng([args.seed, 1])  # reward noise
-    # Prompts, sampling, minibatches, adv_flip; LoRA's initial weights start from args.seed
-    generator = torch.Generator().manual_seed(rng.integers(2**31).item())
-    progress = restore(setup, folder, generator, rng)
+    progress = restore(setup, folder)
     writer = None  # in all processes but the first
     if accelerator.is_main_process:
         if args.track:
             import wandb
 
-            options = {"config": vars(args), "sync_tensorboard": True}
-            options["resume"] = "auto"  # one id per folder, also when the run is continued
-            wandb.init(project="symmetric-rl", name=folder.name, dir=folder, **options)
+            wandb.init(
+                project="symmetric-rl",
+                name=folder.name,
+                config=vars(args),
+                sync_tensorboard=True,
+                dir=folder,
+                resume="auto",  # one id per `dir`
+            )
         # TensorBoard hides what was logged after the checkpoint; without one, everything
         purge_step = progress.global_step + 1 if progress.global_step else 0
         writer = SummaryWriter(folder, purge_step=purge_step)
         writer.add_text("hyperparameters", f"```\n{json.dumps(vars(args), indent=2)}\n```")
-    begun = f"{folder}: from step {progress.global_step:,}"
+    begun = f"{folder.name}: from step {progress.global_step:,}"
     accelerator.print(f"{begun}, with a checkpoint every {args.eval_freq:,} texts")
     progress_bar = tqdm(
         total=args.total_timesteps,
@@ -603,11 +582,14 @@ def train(setup, args, folder):
         evaluate_and_log(setup, args, progress, folder, writer)  # the initial policy
 
     while progress.global_step < args.total_timesteps:
-        # Rollout; random numbers are drawn for the global batch, then sharded
+        # Rollout. Seed and step determine all random numbers, so checkpoints hold no generators.
+        # They are drawn for the global batch, then sharded
         started = time.perf_counter()
-        rows = torch.randperm(len(setup.train_data), generator=generator)[: args.batch_size]
+        rng = np.random.default_rng([args.seed, progress.global_step, 1])
+        transformers.set_seed(rng.integers(2**31).item())  # for functions and layers that draw
+        rows = rng.permutation(len(setup.train_data))[: args.batch_size]
         data = setup.train_data.select(rows.tolist())
-        uniform = torch.rand(args.batch_size, args.response_length, generator=generator)
+        uniform = torch.from_numpy(rng.random((args.batch_size, args.response_length)))
         setup.reward_metrics.clear()  # of the batch before and of evaluations
         prompts, targets = tokenize(data[:], setup.tokenizer, args)
         rollout, scores = collect_rollout(setup, args, data, prompts, uniform, args.top_k)
@@ -627,7 +609,7 @@ def train(setup, args, folder):
 
         # Update
         batch = Batch(prompts, targets, rollout, advantage, returns)
-        minibatch_metrics = update(setup, args, batch, generator)
+        minibatch_metrics = update(setup, args, batch, rng)
         metrics = means(minibatch_metrics)
         step = progress.global_step
         if step == args.batch_size:
@@ -657,12 +639,14 @@ def train(setup, args, folder):
         if finished or step % args.eval_freq < args.batch_size:  # passed a multiple
             evaluate_and_log(setup, args, progress, folder, writer)
             if writer:
-                save_checkpoint(setup, folder, generator, rng, progress)
+                save_checkpoint(setup, folder, progress)
 
     if writer:  # only the first process has one
         writer.close()
         save_policy(setup, folder)
-        summary = progress.evaluations[-1] | {"sps": float(np.median(progress.speeds))}
+        row = progress.evaluations[-1]
+        summary = {name: x for name, x in row.items() if math.isfinite(x)}  # as JSON wants
+        summary["sps"] = float(np.median(progress.speeds))
         with atomic_write(folder / "summary.json") as path:  # last: marks the end
             path.write_text(json.dumps(summary, indent=2))
     accelerator.wait_for_everyone()  # the first process may still be writing
@@ -697,14 +681,17 @@ def evaluate_and_log(setup, args, progress, folder, writer):
     progress.samples += samples
     if not writer:
         return
-    with atomic_write(folder / "progress.csv") as path, open(path, "w", newline="") as file:
+    with atomic_write(folder / "progress.csv") as path, open(path, "w", encoding="utf-8") as file:
         columns = dict.fromkeys(name for row in progress.evaluations for name in row)
-        table = csv.DictWriter(file, columns)  # the first evaluation has fewer
+        table = csv.DictWriter(file, columns, lineterminator="\n")  # the first row has fewer
         table.writeheader()
         table.writerows(progress.evaluations)
     with atomic_write(folder / "samples.jsonl") as path:
         path.write_text("".join(json.dumps(sample) + "\n" for sample in progress.samples))
     writer.add_scalar("eval/return_mean", row["return_mean"], step)
+    if torch.cuda.is_available():
+        peak = torch.cuda.max_memory_allocated() / 2**30
+        writer.add_scalar("charts/gpu_memory_GiB", peak, step)
     tqdm.write(f"step {step:,}: reward {row['return_mean']:.3f}")
 
 
@@ -1191,6 +1178,7 @@ def evaluate(setup, args, step):
     """
     rng = np.random.default_rng([args.seed, step, 2])
     uniform = torch.from_numpy(rng.random((args.eval_episodes, args.response_length)))
+    transformers.set_seed(rng.integers(2**31).item())
     top_k = 1 if args.eval_greedy else args.top_k
     data = setup.eval_data
     prompts, targets = tokenize(data[:], setup.tokenizer, args)
@@ -1247,10 +1235,10 @@ class Setup:
 
 
 def prepare(args):
-    """Imports reward functions and makes the toy, for `Args.folder`. Silences libraries."""
+    """Imports reward functions and makes the toy, for the digests. Silences libraries."""
     if args.device == "cuda" and not torch.cuda.is_available():
         sys.exit("error: --device cuda: there is no GPU")
-    datasets.disable_caching()  # in the folder of the data, which `Args.folder` reads
+    datasets.disable_caching()  # in the folder of the data, of which digests are taken
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
@@ -1442,29 +1430,26 @@ def trained_parameters(setup):
     }
 
 
-def save_checkpoint(setup, folder, generator, rng, progress):
+def save_checkpoint(setup, folder, progress):
     checkpoint = {
         "agent": trained_parameters(setup),
         "optimizer": setup.optimizer.state_dict(),
-        "generator": generator.get_state(),
-        "rng": rng.bit_generator.state,
         "progress": vars(progress),
     }
     with atomic_write(folder / "checkpoint.pt") as path:
         torch.save(checkpoint, path)
+        load_checkpoint(path)  # an edit may save what can't be read back
 
 
-def restore(setup, folder, generator, rng):
+def restore(setup, folder):
     """Continues from the checkpoint of a run, if it has one. Returns its `Progress`."""
     path = folder / "checkpoint.pt"
     if not path.exists():
         return Progress()
-    checkpoint = torch.load(path, weights_only=True, map_location="cpu")
+    checkpoint = load_checkpoint(path)
     for name, parameter in trained_parameters(setup).items():
         parameter.copy_(checkpoint["agent"][name])
     setup.optimizer.load_state_dict(checkpoint["optimizer"])
-    generator.set_state(checkpoint["generator"])
-    rng.bit_generator.state = checkpoint["rng"]
     return Progress(**checkpoint["progress"])
 
 
@@ -1478,17 +1463,60 @@ def save_policy(setup, run_folder):
     temporary.rename(folder)
 
 
-def own_sources():
-    """Contents of the imported files that are the user's own: neither Python's nor installed. What
-    imported this script, if anything did, does not count."""
-    files = {Path(__file__)}
-    for module in list(sys.modules.values()):
+def file_digests():
+    """{path: SHA-256} of the files that decide what a run does: this script, and imported files
+    that are the user's own. A program that imports this script is not part of the run."""
+    python = {Path(os.__file__).parent, Path(sys.base_prefix, "DLLs")}  # DLLs: on Windows
+    # Installed packages, debuggers, and what editors and systems run at each start
+    foreign = "site-packages dist-packages debugpy pydev sitecustomize.py usercustomize.py".split()
+    digests = {}
+    for name, module in list(sys.modules.items()):
         file = Path(getattr(module, "__file__", None) or "")
-        installed = {"site-packages", "dist-packages"} & set(file.parts)
-        installed = installed or Path(os.__file__).parent in file.parents
-        if file.is_file() and not installed and module is not sys.modules["__main__"]:
-            files.add(file)
-    return sorted({file.read_bytes() for file in files})
+        is_foreign = python & set(file.parents) or set(foreign) & set(file.parts)
+        is_compiled = name.startswith("torch.") or name.endswith(".inductor_entry_cpp")
+        if file.is_file() and not (is_foreign or is_compiled or name == "__main__"):
+            digests[str(file)] = hashlib.sha256(file.read_bytes()).hexdigest()
+    digests[__file__] = hashlib.sha256(SOURCE).hexdigest()
+    return digests
+
+
+def local_digests(args):
+    """The same of the files of local data and models, without byte code and hidden files, such as
+    caches."""
+    names = [args.dataset, args.eval_dataset, args.policy_model, args.tokenizer, *args.reward_model]
+    digests = {}
+    for name in filter(None, names):
+        root = Path(START, name)
+        root = root if root.exists() else Path(START, name.split(":")[0])
+        for path in [root, *root.rglob("*")]:
+            inside = path.relative_to(root).parts
+            is_hidden = any(part.startswith(".") or part == "__pycache__" for part in inside)
+            if path.is_file() and not is_hidden:
+                digest = hashlib.sha256()
+                with path.open("rb") as file:
+                    while block := file.read(2**24):
+                        digest.update(block)
+                digests[str(path.resolve())] = digest.hexdigest()
+    return digests
+
+
+def run_folder(args, digests):
+    """Folder of a run. Its name ends with a hash of arguments and files: so the same command finds
+    its run again, and a changed script starts a new one."""
+    kept = {name: value for name, value in vars(args).items() if name not in NO_EFFECT}
+    files = sorted((Path(path).name, digest) for path, digest in digests.items())
+    digest = hashlib.sha256(json.dumps([kept, files]).encode()).hexdigest()
+    name = f"{args.task}__{args.exp_name}__{args.noise}__{args.seed}"
+    name = re.sub(r'[<>:"/\\|?*]', "-", name)  # Windows refuses these characters
+    return Path(START, args.runs_dir, f"{name}__{digest[:8]}")
+
+
+def load_checkpoint(path):
+    try:
+        return torch.load(path, weights_only=True, map_location="cpu")
+    except Exception as error:  # any is possible here
+        cause = "it is damaged, or has more than tensors and Python's own types"
+        sys.exit(f"error: {path} can't be read: {cause}: {error!r:.200}")
 
 
 @contextmanager
@@ -1498,17 +1526,19 @@ def atomic_write(path):
     yield temporary
     with open(temporary, "rb+") as file:  # Windows syncs only what can be written
         os.fsync(file.fileno())
-    os.replace(temporary, path)
+    for _ in range(50):
+        try:
+            os.replace(temporary, path)
+            return
+        except PermissionError:  # on Windows, while a spreadsheet, for one, has the file open
+            time.sleep(0.1)
+    sys.exit(f"error: {path} can't be replaced; does another program have it open?")
 
 
-def begin_session(args, folder):
+def begin_session(args, digests, folder):
     """Adds a line to the run's sessions.jsonl, with what is needed to reproduce it, and copies this
     script into its folder."""
     script = Path(__file__).absolute()
-    commit = None
-    if shutil.which("git"):
-        command = ["git", "-C", script.parent, "describe", "--always", "--dirty", "--abbrev=40"]
-        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
     installed = [package.name or "" for package in distributions()]
     imported = [name for name in installed if name.replace("-", "_") in sys.modules]
     session = {
@@ -1516,8 +1546,10 @@ def begin_session(args, folder):
         "script": script.name,
         "args": vars(args),
         "command": sys.argv,
+        "files": digests,
+        "directory": str(script.parent),
+        "working_directory": str(START),
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "commit": commit,
         "versions": {name: version(name) for name in imported} | {"torch": torch.__version__},
         "platform": platform.platform(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
@@ -1527,20 +1559,19 @@ def begin_session(args, folder):
     earlier = path.read_text() if path.exists() else ""
     with atomic_write(path) as temporary:
         temporary.write_text(earlier + json.dumps(session) + "\n")
-    (folder / script.name).write_bytes(script.read_bytes())
-
-
-def stop(*_):
-    """SIGTERM ends a run as Ctrl-C does; while it closes, further signals are ignored."""
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, signal.SIG_IGN)
-    raise KeyboardInterrupt
+    with atomic_write(folder / script.name) as temporary:
+        temporary.write_bytes(SOURCE)
 
 
 def main():
     args = parse_args()
     prepare(args)
-    folder = args.folder()
+    digests = file_digests() | local_digests(args)
+    folder = run_folder(args, digests)
+    try:
+        str(folder).encode()
+    except UnicodeEncodeError as error:
+        sys.exit(f"error: TensorBoard can't write to a folder of this name: {error}")
     setup = None
     if not folder.exists():  # what is wrong with a new run leaves no folder
         setup = load(args)
@@ -1556,7 +1587,7 @@ def main():
     with lock:
         if not (folder / "summary.json").exists():
             if is_first:
-                begin_session(args, folder)
+                begin_session(args, digests, folder)
             try:
                 train(setup or load(args), args, folder)
             except KeyboardInterrupt:
@@ -1564,7 +1595,10 @@ def main():
     if is_first:
         summary = json.loads((folder / "summary.json").read_text())
         score = f"reward {summary['return_mean']:.3f}, {summary['sps']:,.1f} texts/s"
-        print(f"{folder}: {score}; to watch it: python enjoy.py {folder}")
+        folder = Path(args.runs_dir, folder.name)  # as it was typed
+        enjoy = Path(sys.argv[0]).with_name("enjoy.py")
+        enjoy = enjoy if Path(START, enjoy).exists() else "PATH/TO/enjoy.py"
+        print(f"{folder}: {score}; to watch it: python {enjoy} {folder}")
 
 
 # The toy task: film reviews from a grammar, and a policy and a reward model trained on them.
@@ -1640,6 +1674,4 @@ def train_toy_model(model, data, steps, learning_rate, tokenizer, folder):
 
 
 if __name__ == "__main__":
-    signal.signal(signal.SIGINT, stop)
-    signal.signal(signal.SIGTERM, stop)
     main()

@@ -4,6 +4,8 @@
 
 The same list again continues. Jobs share the cores, or set OMP_NUM_THREADS (docs/benchmark.md)."""
 
+import contextlib
+import functools
 import hashlib
 import json
 import os
@@ -44,25 +46,38 @@ class Args:
     dry_run: bool = False  # print the commands that are left, and run nothing
 
 
+def key_of(script, *words):
+    """What tells commands apart: the script's name and its flags, but for --runs-dir."""
+    flags = "".join(f"\n{word}" for word in words)
+    return Path(script).name + re.sub(r"\n--runs[-_]dir[\n=].*", "", flags)
+
+
 def unfinished(commands, runs_dir):
-    """Those without a finished run by the script as it is now, and those that name a file besides
-    it (environment, reward, data): whether that has changed, scripts see, in a second."""
-    finished = set()
+    """The commands without a finished run of equal flags and files: its script, and what that has
+    imported or read. Files in the script's folder may have moved with it."""
+
+    @functools.cache
+    def digest(path):
+        return path.is_file() and hashlib.sha256(path.read_bytes()).hexdigest()
+
+    finished = {}
     for path in runs_dir.glob("*/sessions.jsonl"):
-        summary = path.with_name("summary.json")
         try:
-            if summary.exists():
-                dict(json.loads(summary.read_bytes()))
+            if path.with_name("summary.json").exists():
+                dict(json.loads(path.with_name("summary.json").read_bytes()))
                 for session in map(json.loads, path.read_text().strip().split("\n")):
-                    copy = path.with_name(session["script"]).read_bytes()
-                    finished.add((hashlib.sha256(copy).digest(), *session["command"]))
-        except (OSError, ValueError, LookupError, TypeError) as error:
+                    inside = session["directory"] + os.sep
+                    files = {Path(p.removeprefix(inside)): d for p, d in session["files"].items()}
+                    finished.setdefault(key_of(*session["command"]), []).append(files)
+        except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             print(f"{path.parent}: a broken run ({error!r})", file=sys.stderr)
     for command in commands:
         script, *words = shlex.split(command)[1:]  # without "python"
-        digest = hashlib.sha256(Path(script).read_bytes()).digest()
-        files = [word for word in words if ":" in word or os.path.isfile(word.split("=")[-1])]
-        if files or (digest, script, *words) not in finished:
+        folder = Path(script).resolve(strict=True).parent
+        for files in finished.get(key_of(script, *words), []):
+            if all(digest(folder / path) == recorded for path, recorded in files.items()):
+                break
+        else:
             yield command
 
 
@@ -96,7 +111,21 @@ def start(command, gpu, threads, runs_dir):
     variables = {"OMP_NUM_THREADS": str(threads)} | os.environ | {"CUDA_VISIBLE_DEVICES": gpu}
     with open(log, "a") as file:
         print("$", command, file=file, flush=True)
-        return subprocess.Popen(shlex.split(command), stdout=file, stderr=file, env=variables), log
+        # Ctrl-C is for this program alone, which then ends the jobs with their children
+        options = {"stdout": file, "stderr": file, "env": variables, "start_new_session": True}
+        return subprocess.Popen(shlex.split(command), **options), log
+
+
+def end(processes):
+    """Interrupts jobs and their children, and kills those left after five seconds. Windows has no
+    groups of processes: there it kills the jobs, and their children may stay."""
+    for number in (signal.SIGINT, getattr(signal, "SIGKILL", None)):
+        for process in processes:
+            with contextlib.suppress(OSError):
+                os.killpg(process.pid, number) if os.name == "posix" else process.kill()
+        deadline = time.monotonic() + 5
+        while time.monotonic() < deadline and any(job.poll() is None for job in processes):
+            time.sleep(0.1)
 
 
 def main():
@@ -122,10 +151,8 @@ def main():
     done = len(commands) - len(left)
     jobs = sum(min(len(waiting), len(free)) for waiting, free in pools)
     how_long = duration(left, min(jobs, CORES)) if left and not gpus else ""
-    print(
-        f"{done} of {len(commands)} runs have finished, {len(left)} are left{how_long}",
-        file=sys.stderr,
-    )
+    counts = f"{done} of {len(commands)} runs have finished, {len(left)} are left"
+    print(counts + how_long, file=sys.stderr)
     # The time left is by the mean of all runs so far; a line a second, in files one a minute
     bar = tqdm(total=len(commands), initial=done, unit="run", smoothing=0, miniters=0)
     bar.mininterval = 1 if sys.stderr.isatty() else 60
@@ -154,10 +181,7 @@ def main():
             time.sleep(0.1)
     finally:
         bar.close()
-        for process in running:
-            process.terminate()
-        for process in running:
-            process.wait()
+        end(list(running))
     if signals or failed:
         failures = f"{failed} of {len(commands)} failed"
         sys.exit("interrupted; the same command continues" if signals else failures)

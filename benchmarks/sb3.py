@@ -20,7 +20,6 @@ import hashlib
 import json
 import platform
 import shutil
-import subprocess
 import sys
 import time
 import warnings
@@ -128,17 +127,14 @@ def session_of(args, folder):
     """The line of sessions.jsonl, by the names that our scripts give its parts."""
     script = Path(__file__).resolve()
     package = {"sb3": "stable-baselines3", "sbx": "sbx-rl"}[args.library]
-    commit = None
-    if shutil.which("git"):
-        command = ["git", "-C", script.parent, "describe", "--always", "--dirty", "--abbrev=40"]
-        commit = subprocess.run(command, capture_output=True, text=True).stdout.strip() or None
     return {
         "run": folder.name,
         "script": script.name,
         "args": vars(args) | {"noise": "none", "noise_level": 0.0},
         "command": sys.argv,
+        "files": {str(script): hashlib.sha256(script.read_bytes()).hexdigest()},
+        "directory": str(script.parent),
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "commit": commit,
         "versions": {package: version(package), "torch": torch.__version__},
         "platform": platform.platform(),
         "cpu": torch.backends.cpu.get_cpu_capability(),

@@ -243,8 +243,8 @@ def play(run):
     pictures = []
     obs, _ = env.reset(seed=EPISODE)
     step = 0
-    ended = False
-    while not ended and step < 600:  # later, Hopper leaves the floor
+    done = False
+    while not done and step < 600:  # later, Hopper leaves the floor
         if step % every == 0:
             picture = Image.fromarray(env.render())
             margin = (picture.width - picture.height) // 2
@@ -252,7 +252,7 @@ def play(run):
             pictures.append(square.resize((SIDE, SIDE), Image.Resampling.LANCZOS))
         action, _ = act(obs_stats.normalize(np.array([obs])))
         obs, _, terminated, truncated, _ = env.step(agent.to_env(action)[0])
-        ended = terminated or truncated
+        done = terminated or truncated
         step += 1
     env.close()
     number = SECONDS * FRAMES_PER_SECOND

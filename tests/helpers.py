@@ -23,6 +23,12 @@ import sppo_continuous
 event_file_writer._global_uid = event_file_writer.AtomicCounter(10**6)
 
 
+def needs_gpu(test):
+    """`pytest -m gpu` runs all of these."""
+    without = pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+    return pytest.mark.gpu(without(test))
+
+
 @dataclass
 class Setting:
     """A script, and flags for a short run: four updates on 64 steps, in PPO 2 epochs of 4
@@ -71,10 +77,11 @@ class Setting:
         """Trains as the same command would: begins, continues, or finds the run finished. Returns
         (summary.json, the run's folder)."""
         args = self.args(runs_dir, **flags)
-        folder = args.folder()
+        digests = digests_of(self.script, args)
+        folder = self.script.run_folder(args, digests)
         folder.mkdir(parents=True, exist_ok=True)
         if not (folder / "summary.json").exists():
-            self.script.begin_session(args, folder)
+            self.script.begin_session(args, digests, folder)
             load_and_train(self.script, args, folder)
         return json.loads((folder / "summary.json").read_text()), folder
 
@@ -96,7 +103,11 @@ class Setting:
             self.run(runs_dir, **flags)
         for _, writer in writers:  # whose thread may lag behind
             writer.close()
-        return self.args(runs_dir, **flags).folder()
+        return self.folder(runs_dir, **flags)
+
+    def folder(self, runs_dir, **flags):
+        args = self.args(runs_dir, **flags)
+        return self.script.run_folder(args, digests_of(self.script, args))
 
     def record_actions(self, monkeypatch) -> list:
         """The actions of all steps from here on, a list that goes on growing."""
@@ -167,6 +178,12 @@ class Signals:
         self.time[over] = 0
         no = np.zeros_like(over)
         return self.show(), reward, over, no, {"lives": np.zeros(len(over), int)}
+
+
+def digests_of(script, args):
+    """Of the files that decide what a run does."""
+    local = script.local_digests(args) if hasattr(script, "local_digests") else {}
+    return script.file_digests() | local
 
 
 def load_and_train(script, args, folder):

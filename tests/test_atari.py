@@ -3,6 +3,9 @@
 Text that both scripts share, which `test_repository.py` guards, is tested on `sppo_atari.py` alone
 where testing it twice would take long. Advantages, noise and seeds: see test_control.py."""
 
+import os
+from types import SimpleNamespace
+
 import ale_py
 import cv2
 import gymnasium as gym
@@ -164,6 +167,37 @@ def test_fire_does_not_follow_a_life_that_was_lost_before_a_reset(monkeypatch):
         *_, overridden, _ = games.step(np.zeros(2))
         assert not overridden.any()
         assert games.life_lost.tolist() == [True, False]
+
+
+# OMP_NUM_THREADS, a GPU or none, --device, and threads for 8 and for 128 games on 16 cores
+THREADS = [
+    (None, True, "auto", [8, 16]),
+    ("1", True, "auto", [1, 1]),
+    ("4", True, "cuda", [4, 4]),
+    (None, True, "cpu", [3, 3]),
+    ("4", False, "auto", [3, 3]),  # PyTorch's own number, whatever that makes of it
+]
+
+
+@pytest.mark.parametrize("variable, gpu, device, expected", THREADS)
+def test_on_a_gpu_games_get_all_cores(variable, gpu, device, expected, monkeypatch):
+    found = []
+
+    def vector_env(game, num_games, num_threads, **others):
+        found.append(num_threads)
+        assert others["max_num_frames_per_episode"] == 30 * 60 * 60  # half an hour
+        return SimpleNamespace(ale=SimpleNamespace(get_action_set=list))
+
+    monkeypatch.setattr(script, "AtariVectorEnv", vector_env)
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: gpu)
+    monkeypatch.setattr(torch, "get_num_threads", lambda: 3)
+    monkeypatch.setattr(os, "sched_getaffinity", lambda process: set(range(16)))
+    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
+    if variable:
+        monkeypatch.setenv("OMP_NUM_THREADS", variable)
+    for num_games in (8, 128):
+        script.AtariGames(script.Args(device=device), num_games)
+    assert found == expected
 
 
 # ---- Evaluation

@@ -1,6 +1,7 @@
 """benchmark.sh: its lists of commands. benchmarks/run.py: where and whether runs start."""
 
 import functools
+import hashlib
 import json
 import os
 import re
@@ -73,7 +74,7 @@ def test_a_suite_has_its_size_and_its_commands_are_valid(suite, per_seed, seeds,
         if suite == "sweep":
             assert variant == f"lr{args.learning_rate:g}-clip{args.clip_coef:g}"
         runs.append(args)
-    assert len({args.folder() for args in runs}) == len(runs)
+    assert len({str(args) for args in runs}) == len(runs)
     assert {args.total_timesteps for args in runs} == steps
 
 
@@ -177,11 +178,14 @@ class cuda:
 """
 
 
-def finish(folder, *commands):
-    """Leaves a stub's finished run, of a session for each of `commands`."""
+def finish(folder, *commands, **more):
+    """Leaves a stub's finished run, of a session for each of `commands`, and `more` files."""
     folder.mkdir(parents=True, exist_ok=True)
-    (folder / "stub.py").write_text(STUB)
-    sessions = [{"script": "stub.py", "command": command} for command in commands]
+    here = Path.cwd()
+    sessions = []
+    for command in commands:
+        files = {str(here / command[0]): hashlib.sha256(STUB.encode()).hexdigest()}
+        sessions.append({"command": command, "directory": str(here), "files": files | more})
     (folder / "sessions.jsonl").write_text("".join(f"{json.dumps(s)}\n" for s in sessions))
     (folder / "summary.json").write_text("{}")
 
@@ -371,25 +375,47 @@ def test_how_many_and_how_long_is_said_first(stubs):
 
 
 def test_a_finished_run_is_skipped_unless_its_command_or_script_has_changed(stubs, monkeypatch):
+    """Wherever its folder is."""
     monkeypatch.chdir(stubs)
     commands = [f"python sppo_continuous.py --total-timesteps {n}" for n in (4096, 8192)]
-    finish(stubs / "runs/any", ["moved.py"], commands[0].split()[1:])
+    words = [*commands[0].split()[1:], "--runs-dir", "it's elsewhere"]
+    finish(stubs / "runs/any", ["sa2c_atari.py"], words)
     summary = stubs / "runs/any/summary.json"
     summary.unlink()
     assert list(benchmark_run.unfinished(commands, Path("runs"))) == commands  # begun only
     summary.write_text("{}")
     assert list(benchmark_run.unfinished(commands, Path("runs"))) == commands[1:]
+    monkeypatch.chdir("/")
+    longer = [command.replace(" s", f" {stubs}/s") for command in commands]
+    assert list(benchmark_run.unfinished(longer, stubs / "runs")) == longer[1:]
     (stubs / "sppo_continuous.py").write_text(STUB + "# edited")
-    assert list(benchmark_run.unfinished(commands, Path("runs"))) == commands
+    assert list(benchmark_run.unfinished(longer, stubs / "runs")) == longer
 
 
-@pytest.mark.parametrize("flags", ["--env-id mine:It-v0", "--x=mine.py:score", "--x=d", "--x d"])
-def test_whether_a_file_has_changed_is_left_to_the_script(flags, stubs, monkeypatch):
+def test_a_run_is_left_if_what_it_imports_or_reads_has_changed(
+    stubs, tmp_path_factory, monkeypatch
+):
+    """In another folder: its own script and helpers count, and what was elsewhere."""
+    elsewhere = tmp_path_factory.mktemp("elsewhere") / "data.jsonl"
     monkeypatch.chdir(stubs)
-    (stubs / "d").touch()
-    command = ["sppo_continuous.py", *flags.split()]
-    finish(stubs / "runs/any", command)
-    commands = [f"python {' '.join(command)}"]
+    helper = stubs / "parts/helper.py"
+    helper.parent.mkdir()
+    more = {}
+    for file in (elsewhere, helper):
+        file.write_text("as it was")
+        more[str(file)] = hashlib.sha256(b"as it was").hexdigest()
+    finish(stubs / "runs/any", ["sppo_continuous.py"], **more)
+    commands = ["python sppo_continuous.py"]
+    clone = tmp_path_factory.mktemp("another") / "clone"
+    shutil.copytree(stubs, clone)
+    for folder in (stubs, clone):
+        monkeypatch.chdir(folder)
+        for file in (folder / "parts/helper.py", elsewhere):
+            assert list(benchmark_run.unfinished(commands, Path("runs"))) == []
+            file.write_text("edited")
+            assert list(benchmark_run.unfinished(commands, Path("runs"))) == commands
+            file.write_text("as it was")
+    elsewhere.unlink()
     assert list(benchmark_run.unfinished(commands, Path("runs"))) == commands
 
 
@@ -400,7 +426,6 @@ def test_whether_a_file_has_changed_is_left_to_the_script(flags, stubs, monkeypa
         ("summary.json", ""),
         ("summary.json", '{"sps": '),
         ("summary.json", "3"),
-        ("stub.py", None),
     ],
 )
 def test_a_broken_run_is_named_and_its_command_runs(name, text, tmp_path, monkeypatch, capsys):
@@ -411,28 +436,28 @@ def test_a_broken_run_is_named_and_its_command_runs(name, text, tmp_path, monkey
     commands = [f"python sppo_continuous.py --seed {seed}" for seed in "12"]
     assert list(benchmark_run.unfinished(commands, tmp_path / "runs")) == []
     file = tmp_path / "runs/1" / name
-    file.unlink()
-    if text is not None:
-        file.write_text(text)
+    file.write_text(text)
     assert list(benchmark_run.unfinished(commands, tmp_path / "runs")) == commands[:1]
     (line,) = capsys.readouterr().err.splitlines()
     assert line.startswith(f"{tmp_path}/runs/1: a broken run (")
 
 
-SLOW_TO_CLOSE = """import os, pathlib, signal, time
-signals = []
-for number in (signal.SIGINT, signal.SIGTERM):
-    signal.signal(number, lambda *arrived: signals.append(arrived))
+SLOW_TO_CLOSE = """import os, pathlib, time
+child = os.fork()
 pathlib.Path(f"{os.getpid()}.started").touch()
-while not signals:
-    time.sleep(0.01)
-time.sleep(0.7)
+try:
+    time.sleep(600)
+except KeyboardInterrupt:
+    if not child:
+        time.sleep(600)  # does not notice
+    time.sleep(0.7)
 """
 
 
 @pytest.mark.parametrize("kill, number", [(os.kill, signal.SIGTERM), (os.killpg, signal.SIGINT)])
 def test_a_signal_ends_all_runs_at_once_and_another_cuts_none_short(kill, number, stubs):
-    """A scheduler signals run.py alone, Ctrl-C all processes."""
+    """A scheduler signals run.py alone, Ctrl-C its group, of which runs are no part. Their children
+    end with them."""
     (stubs / "sppo_continuous.py").write_text(SLOW_TO_CLOSE + STUB)
     lines = [f"python sppo_continuous.py --seed {seed}\n" for seed in range(4)]
     (stubs / "list").write_text("".join(lines))
@@ -441,7 +466,7 @@ def test_a_signal_ends_all_runs_at_once_and_another_cuts_none_short(kill, number
     with open(stubs / "list") as lines:
         command += ["--jobs", "3"]
         process = subprocess.Popen(command, cwd=stubs, stdin=lines, **options)
-    wait_for(lambda: len(list(stubs.glob("*.started"))) == 3)
+    wait_for(lambda: len(list(stubs.glob("*.started"))) == 6)
     for _ in range(3):
         kill(process.pid, number)
         time.sleep(0.2)
@@ -450,16 +475,18 @@ def test_a_signal_ends_all_runs_at_once_and_another_cuts_none_short(kill, number
     assert errors.endswith("interrupted; the same command continues\n")
     began, ended, *_ = zip(*records(stubs))
     assert len(began) == 3 and max(began) < min(ended)
+    for path in stubs.glob("*.started"):
+        wait_for(lambda path=path: not Path("/proc", path.stem).exists(), seconds=10)
 
 
 TINY = "evidence --envs InvertedDoublePendulum-v4 --seeds 1 --jobs 2 --steps 4096 --runs-dir"
 FLAGS = "-- --no-compile --eval-freq 1024 --eval-episodes 1 --checkpoint-freq 1024"
 
 
-def wait_for(condition):
+def wait_for(condition, seconds=600):
     started = time.monotonic()
     while not condition():
-        assert time.monotonic() - started < 600
+        assert time.monotonic() - started < seconds
         time.sleep(0.05)
 
 

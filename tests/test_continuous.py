@@ -201,7 +201,7 @@ def test_steps_are_normalised_by_all_that_was_seen_before(setting, monkeypatch):
             raw.append(self.env.step(action))
             return raw[-1]
 
-    def make_env(args):  # of a pendulum that falls, mostly, within 4 to 10 steps
+    def make_env(args, seed):  # of a pendulum that falls, mostly, within 4 to 10 steps
         return Recorder(gym.make("InvertedDoublePendulum-v4", max_episode_steps=8))
 
     monkeypatch.setattr(setting.script, "make_env", make_env)
@@ -295,7 +295,7 @@ def test_an_episode_without_a_time_limit_is_cut_off_in_an_evaluation(limit, leng
     obs, time = [0.0] * 11, itertools.count(1)
     env = SimpleNamespace(reset=lambda seed: (obs, {}), close=lambda: None)
     env.step = lambda _: (obs, 0.5, False, next(time) == limit, {})
-    env.spec = SimpleNamespace(max_episode_steps=limit) if limit else None
+    env.spec = SimpleNamespace(max_episode_steps=limit)
     agent = make_agent(hidden_sizes=())
     args = script.Args(eval_episodes=1)
     scores, lengths = script.evaluate(agent, args, script.RunningStats(), 0, env)

@@ -27,6 +27,7 @@ from helpers import (
     SPPO_CONTINUOUS,
     Signals,
     checkpoint,
+    digests_of,
     load_and_train,
     progress,
     record,
@@ -119,7 +120,7 @@ def test_the_functions_and_flags_that_a_page_names_exist(text):
     for script in SCRIPTS.values():
         flags |= {"--" + field.name.replace("_", "-") for field in dataclasses.fields(script.Args)}
     flags |= {flag.replace("--", "--no-", 1) for flag in flags}
-    for other in ("benchmark.sh", "report.py", "benchmarks/gpu.py", "enjoy.py"):
+    for other in ("benchmark.sh", "report.py", "benchmarks/speed.py", "enjoy.py"):
         flags |= set(re.findall(r"--[a-z][a-z-]+", (ROOT / other).read_text()))
     flags |= {"--episodes", "--video"}  # of enjoy.py
     flags |= {"--divide-by-p-old", "--no-divide-by-p-old", "--correct-flips"}  # at 8ec68c6
@@ -199,9 +200,10 @@ def train(script, args, folder, **flags):
     args = dataclasses.replace(args, **flags)
     if hasattr(script, "prepare"):
         script.prepare(args)
-    run = args.folder()
+    digests = digests_of(script, args)
+    run = script.run_folder(args, digests)
     run.mkdir(parents=True)
-    script.begin_session(args, run)
+    script.begin_session(args, digests, run)
     load_and_train(script, args, run)
     return run
 
@@ -214,6 +216,15 @@ def play(folder, monkeypatch, capsys):
     out, err = capsys.readouterr()
     assert out.splitlines()[-1].startswith(f"{folder}: re")  # return or reward
     return out
+
+
+def test_an_agent_acts_in_code_of_ones_own(tmp_path):
+    (block,) = code_blocks(PAGES["docs/usage.md"], "python")
+    folder = SPPO_CONTINUOUS.run(tmp_path, total_timesteps=64)[1]
+    names = {}
+    exec(block.replace("runs/NAME", str(folder)), names)
+    env = gym.make(SPPO_CONTINUOUS.small["env_id"])
+    assert env.action_space.contains(names["act"](env.reset(seed=0)[0]).astype(np.float32))
 
 
 # ---- Worked examples
@@ -254,14 +265,17 @@ def test_discrete_actions(tmp_path, monkeypatch, capsys):
     folder = train(script, args, tmp_path, **SHORT)
     assert 5 < progress(folder)[-1]["return_mean"] <= 500
     play(folder, monkeypatch, capsys)
-    env = gym.make("Acrobot-v1")
-    for env.action_space in (gym.spaces.Discrete(3), gym.spaces.Discrete(3, start=-1)):
+    args = dataclasses.replace(args, env_id="Acrobot-v1", bins=3)
+    acrobot = gym.make("Acrobot-v1").unwrapped
+    monkeypatch.setattr(gym, "make", lambda *_: acrobot)
+    for acrobot.action_space in (gym.spaces.Discrete(3), gym.spaces.Discrete(3, start=-1)):
+        env = script.make_env(args)
         agent = script.Agent(env, args)
         noise = agent.exploration((200,), torch.Generator())
         action, _ = agent.actor_fn()(np.zeros((200, 6), np.float32), noise)
-        sampled = agent.to_env(action)
+        sampled = [env.action(a) for a in agent.to_env(action)]
         assert len(set(sampled)) == 3
-        assert all(env.action_space.contains(a) for a in sampled)
+        assert all(acrobot.action_space.contains(a) for a in sampled)
 
 
 def test_your_own_environment(tmp_path, monkeypatch, capsys):
@@ -387,18 +401,25 @@ def test_unbiased_rewards_under_flips(tmp_path, monkeypatch, capsys):
         np.testing.assert_allclose(reward, (noisy - 0.1) / 0.8)
 
 
+@pytest.fixture
+def here(tmp_path, monkeypatch):
+    """An empty folder in which language models seem to have been started."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sppo_rlhf, "START", tmp_path)
+    return tmp_path
+
+
 def read_lines(path):
     return [json.loads(line) for line in Path(path).open()]
 
 
-def test_a_function_as_reward(toy, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_a_function_as_reward(toy, here, monkeypatch, capsys):
     text = SECTIONS["A Python function as the reward of a language model"]
     Path("variety.py").write_text(*code_blocks(text, "python"))
     script, args = parse(commands(text)[0])
     Path("runs").symlink_to(toy.parent)
     folder = train(script, args, "here", **SHORT_LM)
-    variety = runpy.run_path(tmp_path / "variety.py")["variety"]
+    variety = runpy.run_path("variety.py")["variety"]
     assert variety(["a b a b", ""]) == [0.5, 0]
     samples = read_lines(folder / "samples.jsonl")
     texts = [sample["prompt"] + sample["response"] for sample in samples]
@@ -406,9 +427,8 @@ def test_a_function_as_reward(toy, tmp_path, monkeypatch, capsys):
     play(folder, monkeypatch, capsys)
 
 
-def test_ones_own_model_and_data(toy, tmp_path, monkeypatch):
+def test_ones_own_model_and_data(toy, here):
     """With the toy's policy in a chat template instead of the page's."""
-    monkeypatch.chdir(tmp_path)
     text = sections(PAGES["docs/language-models.md"])["Your own model and data"]
     (file,) = code_blocks(text, "python")
     Path("mine.py").write_text(file)
@@ -427,9 +447,8 @@ def test_ones_own_model_and_data(toy, tmp_path, monkeypatch):
     assert len(read_lines(folder / "samples.jsonl")) == 16
 
 
-def test_a_reward_that_knows_the_answer(tmp_path, monkeypatch):
+def test_a_reward_that_knows_the_answer(here):
     """It runs with all that TRL 1.12 passes to it, too."""
-    monkeypatch.chdir(tmp_path)
     text = SECTIONS["A reward that knows the answer"]
     Path("correct.py").write_text(*code_blocks(text, "python"))
     making, training = commands(text)
@@ -511,9 +530,8 @@ def test_the_list_of_metrics_is_complete_for_control(setting, tmp_path, monkeypa
     assert columns == expected - NOT_IN_CSV
 
 
-def test_the_list_of_metrics_is_complete_for_language_models(toy, tmp_path, monkeypatch):
+def test_the_list_of_metrics_is_complete_for_language_models(toy, here):
     """Two runs: the toy with all that is optional, and summaries, by a model with LoRA."""
-    monkeypatch.chdir(tmp_path)
     Path("runs").symlink_to(toy.parent)
     reward = ("runs/toy/reward",)
     args = sppo_rlhf.Args(ce_coef=0.1)
@@ -529,6 +547,12 @@ def test_the_list_of_metrics_is_complete_for_language_models(toy, tmp_path, monk
     expected, csv = ({name.replace("NAME", *reward) for name in names} for names in (expected, csv))
     assert tags | toy_tags == expected
     assert columns | toy_columns == csv | expected - NOT_IN_CSV
+
+
+def test_the_list_of_metrics_has_what_only_a_gpu_logs():
+    for script in SCRIPTS.values():
+        text = Path(script.__file__).read_text()
+        assert set(re.findall(r'add_scalar\("([^"]+)"', text)) <= metrics("GPU")
 
 
 def packed(suite, method, metric, **settings):

@@ -66,14 +66,13 @@ def test_a_run_is_begun_and_continued(setting, flags, tmp_path, gpu):
 # Scripts, what is right there, and what is wrong
 MISTAKES = [
     # The CPU's generator for what is on the GPU
-    (ATARI, ".shape, generator=generator)", ".shape, generator=generator, device='cuda')"),
-    ([SPPO_RLHF], "_length, generator=generator)", "_length, generator=generator, device='cuda')"),
+    ([SPPO_ATARI], "(T * N, generator=generator)", "(T * N, generator=generator, device='cuda')"),
     # An index left on the CPU
     (ATARI, "dtype=torch.int64, device=device)", "dtype=torch.int64)"),
     ([SPPO_RLHF], "(take(minibatch, rows), accelerator.device)", "(take(minibatch, rows), 'cpu')"),
     ([SPPO_RLHF], "torch.tensor(ends, dtype=torch.long, device=device)", "torch.tensor(ends)"),
     # A mask left there
-    (ATARI, "(uniform < level).to(advantage.device)", "uniform < level"),
+    (ATARI, "flipped.to(advantage.device)", "flipped"),
     (ATARI, "(~overridden).float().to(device)", "(~overridden).float()"),
     # numpy() on the GPU
     (ATARI, "action[t].cpu().numpy()", "action[t].numpy()"),
@@ -99,15 +98,16 @@ def test_a_mistake_is_caught(setting, right, wrong, tmp_path, gpu):
 
 
 # What is doubled, and how many waits that adds: units by waits of each. Each step of a game waits
-# for the action and for the image; each epoch for the order and the flips; each of A2C's rollouts
-# for what is logged and saved, too; each micro batch for all its tensors and, in policy and critic,
-# for transformers' look at the mask, as does each token of three batches of samples, and whether
-# one goes on; each minibatch of language models for what is logged.
+# for the action and for the image; each epoch for the order and the flips; each minibatch of games
+# for each of nine metrics; each of A2C's rollouts for what is logged and saved, too; each micro
+# batch for all its tensors and, in policy and critic, for transformers' look at the mask, as does
+# each token of three batches of samples, and whether one goes on; each minibatch of language models
+# for what is logged.
 RLHF_WAITS = {"response_length": 3 * 4 * 2, "micro_batch_size": -2 * 14, "num_minibatches": 2 * 7}
 RLHF_WAITS |= {"batch_size": 4 * 14}
 WAITS = [
-    (SPPO_ATARI, {"num_steps": 8 * 2, "num_minibatches": 2 * 0, "update_epochs": 2}),
-    (SA2C_ATARI, {"num_steps": 8 * 2, "total_timesteps": 8 * 2 + 16}),
+    (SPPO_ATARI, {"num_steps": 8 * 2, "num_minibatches": 2 * 9, "update_epochs": 2 + 2 * 9}),
+    (SA2C_ATARI, {"num_steps": 8 * 2, "total_timesteps": 8 * 2 + 17}),
     (SPPO_RLHF, RLHF_WAITS),
 ]
 

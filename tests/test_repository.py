@@ -124,14 +124,13 @@ def definitions(script):
 
 
 # Each script has its own
-OWN = {"Args", "Args.__post_init__", "Args.check", "gradient_and_metrics", "loss_and_metrics"}
-OWN |= {"train"}
+OWN = {"Args", "Args.__post_init__", "gradient_and_metrics", "loss_and_metrics", "check", "train"}
 SAME = [
-    (SCRIPTS, "perturb_advantage own_sources atomic_write begin_session stop"),
-    (CONTROL, "Args.folder compute_gae"),
+    (SCRIPTS, "perturb_advantage file_digests means load_checkpoint atomic_write begin_session"),
+    (CONTROL, "compute_gae run_folder evaluation_row"),
     (CONTINUOUS, "make_env prepare RunningStats NormalizedEnvs perturb_reward mlp numpy_layer"),
-    (CONTINUOUS, "Agent evaluate compiled check_first_update main"),
-    (ATARI, "AtariGames Agent sample_gumbel evaluate compiled check_first_update main"),
+    (CONTINUOUS, "Agent evaluate compiled save_agent main"),
+    (ATARI, "AtariGames Agent sample_gumbel evaluate compiled save_agent main"),
     ([*ATARI, "sppo_rlhf"], "perturb_reward has_bfloat16 keep_freed_memory"),
     (["sppo_continuous", "sppo_atari"], "symmetric_policy_losses"),
     (["sa2c_continuous", "sa2c_atari"], "symmetric_policy_losses"),
@@ -167,11 +166,11 @@ def test_a_diff_of_the_pair_is_short(pair, limit):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_script_is_short_and_the_algorithm_comes_first(script):
     lines = source(script).splitlines()
-    assert len(lines) <= (805 if script in CONTINUOUS else 742 if script in ATARI else 1645)
+    assert len(lines) <= (845 if script in CONTINUOUS else 770 if script in ATARI else 1677)
     assert max(map(len, lines)) <= 100
     order = list(definitions(script))
     for name in ("perturb_reward", "symmetric_policy_losses", "train"):
-        assert order.index(name) < order.index("own_sources")
+        assert order.index(name) < order.index("file_digests")
 
 
 @pytest.mark.parametrize("script", SCRIPTS)

@@ -3,12 +3,15 @@
 import csv
 import errno
 import fcntl
+import hashlib
 import importlib
 import json
 import os
+import random
 import shutil
 import sys
 import time
+from dataclasses import replace
 from importlib.metadata import version
 from pathlib import Path
 from types import SimpleNamespace
@@ -29,6 +32,7 @@ from helpers import (
     SPPO_CONTINUOUS,
     Signals,
     checkpoint,
+    needs_gpu,
     progress,
     record,
     scalars,
@@ -95,13 +99,13 @@ def fail(*_, **__):
 def test_a_run_leaves_what_it_promises(setting, launch, tmp_path, monkeypatch):
     """Each file is on the disk before it gets its name, and the order loses nothing: a checkpoint
     is of the agent that is there, and the summary of a run that has all else."""
-    replace = os.replace
     synced, named = set(), []
+    rename = os.replace
 
     def recording_replace(source, target):
         assert Path(source).stat().st_ino in synced
         named.append(Path(target).name)
-        replace(source, target)
+        rename(source, target)
 
     def fsync(file):
         os.write(file, b"")  # Windows, too, refuses files that are open for reading only
@@ -113,19 +117,20 @@ def test_a_run_leaves_what_it_promises(setting, launch, tmp_path, monkeypatch):
     end, out, _ = launch(**frequency, seed=7, noise="uniform")
     evaluation = ["progress.csv", "agent.safetensors", "checkpoint.pt"]
     script = f"{setting}.py"
-    assert named == ["sessions.jsonl", *evaluation, *evaluation, "summary.json"]
+    assert named == ["sessions.jsonl", script, *evaluation, *evaluation, "summary.json"]
     (folder,) = tmp_path.iterdir()
-    assert set(files(folder)) == {script, *named, *(path.name for path in folder.glob("events*"))}
+    assert set(files(folder)) == {*named, *(path.name for path in folder.glob("events*"))}
     assert (folder / script).read_bytes() == Path(setting.script.__file__).read_bytes()
     assert len({(folder / name).stat().st_mode for name in named}) == 1
 
     rows = progress(folder)
     assert end == 0
     first, *printed, last = out.splitlines()
-    assert first == f"{folder}: from step 0, with a checkpoint every 128 steps"
+    assert first == f"{folder.name}: from step 0, with a checkpoint every 128 steps"
     assert printed == [f"step {row['step']:.0f}: return {row['return_mean']:.1f}" for row in rows]
     assert last.startswith(f"{folder}: return {rows[-1]['return_mean']:.1f}, ")
-    assert last.endswith(f" steps/s; to watch it: python enjoy.py {folder}")
+    enjoy = Path(setting.script.__file__).with_name("enjoy.py")
+    assert last.endswith(f" steps/s; to watch it: python {enjoy} {folder}")
     summary = json.loads((folder / "summary.json").read_text())
     assert summary.pop("sps") > 0
     assert summary == rows[-1]
@@ -133,6 +138,10 @@ def test_a_run_leaves_what_it_promises(setting, launch, tmp_path, monkeypatch):
     expected = {"seed": 7, "noise_level": 0.05, "alpha": 0.5, "exp_name": setting.symmetric_algo}
     assert expected.items() <= begun["args"].items()
     assert (begun["run"], begun["script"], begun["command"]) == (folder.name, script, sys.argv)
+    path = Path(setting.script.__file__)
+    assert begun["files"][str(path)] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert begun["directory"] == str(path.parent)
+    assert begun["working_directory"] == str(setting.script.START)
     started = time.mktime(time.strptime(begun["started"], "%Y-%m-%d %H:%M:%S"))
     assert 0 <= time.time() - started < 600
     versions = {"torch": torch.__version__, "gymnasium": gym.__version__, "numpy": np.__version__}
@@ -226,9 +235,9 @@ def test_a_tracked_run_tells_weights_and_biases_its_arguments(setting, tmp_path,
     assert (call["dir"], call["resume"], call.get("id")) == (folder, "auto", None)
 
 
-def test_only_what_may_change_results_changes_the_folder(setting, tmp_path, monkeypatch):
+def test_only_what_may_change_results_changes_the_folder(setting, monkeypatch):
     def name(runs_dir="runs", **flags):
-        return setting.args(runs_dir, **flags).folder().name
+        return setting.folder(runs_dir, **flags).name
 
     plain = name()
     assert plain.startswith(f"{setting.small['env_id']}__{setting.symmetric_algo}__none__1__")
@@ -241,36 +250,64 @@ def test_only_what_may_change_results_changes_the_folder(setting, tmp_path, monk
     assert set(setting.script.NO_EFFECT) == {name for flags in harmless for name in flags}
     if setting.atari:
         assert name(env_id="BreakoutNoFrameskip-v4") == plain
-    edited = tmp_path / "edited.py"
-    edited.write_text(Path(setting.script.__file__).read_text() + "# an edit\n")
-    monkeypatch.setattr(setting.script, "__file__", str(edited))
+    monkeypatch.setattr(setting.script, "SOURCE", setting.script.SOURCE + b"# an edit\n")
     assert name() != plain
 
 
 def test_a_folders_name_is_valid_on_all_systems(setting):
     """Windows refuses these; with a colon, Gymnasium imports a module first."""
-    flags = {"exp_name": "a/b"} if setting.atari else {"env_id": "module:namespace/Task-v0"}
-    folder = setting.args("runs", **flags).folder()
+    env_id = {} if setting.atari else {"env_id": "module:namespace/Task-v0"}
+    folder = setting.folder("runs", exp_name='a/b\\c<d>"e"|f?g*h', **env_id)
     assert folder.parent.name == "runs"
-    assert not set(folder.name) & set('<>:"/|?*')
+    assert not set(folder.name) & set('<>:"/\\|?*')
 
 
 def test_files_that_are_imported_and_not_installed_count(setting, tmp_path, monkeypatch):
-    """Helpers that the script imports, and what these import; neither libraries nor Python's."""
+    """Helpers that the script imports, and what these import; neither libraries nor Python's, nor
+    what torch.compile, a debugger or an editor has made or imported."""
     monkeypatch.syspath_prepend(tmp_path)
     (tmp_path / f"helper_{setting}.py").write_text(f"import further_{setting}")
     further = tmp_path / f"further_{setting}.py"
     further.write_text("x = 1")
-    before = setting.script.own_sources()
-    assert Path(setting.script.__file__).read_bytes() in before
-    assert Path(__file__).read_bytes() in before  # this module, neither
+    before = setting.script.file_digests()
+    assert {setting.script.__file__, __file__} <= set(before)  # this module is not installed
     for library in (torch, json, np):
-        assert Path(library.__file__).read_bytes() not in before
+        assert library.__file__ not in before
     importlib.import_module(f"helper_{setting}")
-    added = setting.script.own_sources()
-    assert sorted(set(added) - set(before)) == [f"import further_{setting}".encode(), b"x = 1"]
+    foreign = {"torch._inductor.runtime.compile_tasks.c": "c.py", "c.inductor_entry_cpp": "c.so"}
+    foreign |= {"pydevd": "debugpy/pydevd.py", "sitecustomize": "ide/sitecustomize.py"}
+    for name, place in foreign.items():
+        path = tmp_path / place
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("")
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(__file__=str(path)))
+    after = setting.script.file_digests()
+    added = {str(tmp_path / f"helper_{setting}.py"), str(further)}
+    assert set(after) - set(before) == added
     further.write_text("x = 2")
-    assert b"x = 2" in setting.script.own_sources()
+    assert setting.script.file_digests()[str(further)] == hashlib.sha256(b"x = 2").hexdigest()
+
+
+@of_each
+def test_a_folder_that_tensorboard_cannot_write_is_named(setting, launch, tmp_path):
+    """One of bytes that are no UTF-8, which Python replaces in its name."""
+    end, _, _ = launch(runs_dir=tmp_path / "runs-\udcff")
+    assert end.startswith("error: TensorBoard can't write to a folder of this name: ")
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_script_that_is_edited_while_it_runs_is_recorded_as_it_was(setting, tmp_path):
+    path = tmp_path / f"{setting}.py"
+    shutil.copy(setting.script.__file__, path)
+    spec = importlib.util.spec_from_file_location("edited_later", path)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    was = path.read_bytes()
+    path.write_text("# an edit")
+    script.AtariVectorEnv = Signals
+    _, folder = replace(setting, script=script).run(tmp_path / "runs", total_timesteps=64)
+    assert (folder / path.name).read_bytes() == was
+    assert sessions(folder)[0]["files"][str(path)] == hashlib.sha256(was).hexdigest()
 
 
 @of_each
@@ -284,13 +321,12 @@ def test_a_finished_run_is_not_trained_again(setting, launch, tmp_path, monkeypa
     end, again, _ = launch()
     assert (end, again) == (0, first.splitlines()[-1] + "\n")
     assert files(folder) == before
-    edited = tmp_path / "edited.py"
-    edited.write_text(Path(setting.script.__file__).read_text() + "# an edit")
-    monkeypatch.setattr(setting.script, "__file__", str(edited))
+    edited = setting.script.SOURCE + b"# an edit"
+    monkeypatch.setattr(setting.script, "SOURCE", edited)
     monkeypatch.setattr(setting.script, "train", train)
     assert launch()[0] == 0
-    (other,) = set(tmp_path.iterdir()) - {folder, edited}
-    assert (other / "edited.py").read_text() == edited.read_text()
+    (other,) = set(tmp_path.iterdir()) - {folder}
+    assert (other / f"{setting}.py").read_bytes() == edited
     assert files(folder) == before
 
 
@@ -314,13 +350,35 @@ class AgeingEnv(gym.Env):
 
 
 class DrawingEnv(AgeingEnv):
-    """Draws from NumPy's global numbers, also when it is made."""
+    """Draws from all random numbers that there are, also when it is made, and leaves the working
+    directory."""
+
+    action_space = gym.spaces.Box(-1, 1, (2,))
+    observation_space = gym.spaces.Box(-1, 1, (2,))
 
     def __init__(self):
-        self.age = np.random.random()
+        self.age = np.random.random() + torch.rand(1).item()
+        os.chdir("/")
+
+    def step(self, action):
+        self.age = random.random() + np.random.random() + torch.rand(1).item()
+        self.age += self.action_space.sample().sum() + self.observation_space.sample().sum()
+        return super().step(action)
 
 
-gym.register("Drawing-v0", lambda **_: DrawingEnv())
+class DrawingWrapper(gym.Wrapper):
+    """Draws from spaces that only it has."""
+
+    def __init__(self, env):
+        super().__init__(env)
+        self.action_space = gym.spaces.Box(-1, 1, (2,))
+
+    def step(self, action):
+        obs, reward, *ends = self.env.step(action)
+        return obs, reward + self.action_space.sample().sum(), *ends
+
+
+gym.register("Drawing-v0", lambda **_: DrawingWrapper(DrawingEnv()))
 
 
 class UnboundedEnv(AgeingEnv):
@@ -422,7 +480,7 @@ def test_an_edited_environment_makes_another_run(setting, launch, tmp_path, monk
     (package / "envs.py").write_text("from test_runs import AgeingEnv as Mine\n")
     flags = {"env_id": f"{package.name}:Mine-v0", "total_timesteps": 64}
     flags |= {"runs_dir": tmp_path / "runs"}
-    assert launch(**flags)[1].startswith(f"{tmp_path / 'runs'}")
+    assert "from step 0" in launch(**flags)[1]
     assert "from step" not in launch(**flags)[1]
     (package / "envs.py").write_text("from test_runs import AgeingEnv as Mine  # an edit\n")
     assert "from step 0" in launch(**flags)[1]
@@ -445,14 +503,44 @@ def test_exploration_is_not_the_same_in_each_rollout(setting, tmp_path, monkeypa
 
 
 @pytest.mark.parametrize("setting", CONTINUOUS, ids=str, indirect=True)
-def test_global_random_numbers_of_an_environment_are_continued(setting, tmp_path):
-    flags = {"env_id": "Drawing-v0", **EACH}
-    _, whole = setting.run(tmp_path / "whole", **flags)
+def test_whatever_an_environment_draws_from_a_killed_run_is_continued(
+    setting, tmp_path, monkeypatch
+):
+    """Also where it leaves the working directory: relative paths begin where the run began."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(setting.script, "START", tmp_path)
+    flags = {"env_id": "Drawing-v0", "seed": 5, **EACH}
+    _, whole = setting.run("whole", **flags)
+    torch.manual_seed(0)
     np.random.seed(None)
-    folder = setting.interrupt(tmp_path / "continued", 2, **flags)
+    setting.interrupt("continued", 2, **flags)
+    torch.manual_seed(0)
     np.random.seed(None)
-    setting.run(tmp_path / "continued", **flags)
+    _, folder = setting.run("continued", **flags)
     assert torch.equal(weights(folder), weights(whole))
+    assert (folder / "progress.csv").read_bytes() == (whole / "progress.csv").read_bytes()
+    assert {whole.parent.parent, folder.parent.parent} == {tmp_path}
+
+
+@pytest.mark.parametrize("setting", CONTINUOUS, ids=str, indirect=True)
+def test_exploration_is_independent_of_what_an_environment_draws(setting, tmp_path, monkeypatch):
+    """From PyTorch's global generator, and from its spaces and its own generator."""
+    draws = record(monkeypatch, setting.script.Agent, "exploration")
+    drawn = []
+
+    def step(self, action):
+        drawn.append([torch.rand(1).item(), self.action_space.sample()[0], self.np_random.random()])
+        return original(self, action)
+
+    original = AgeingEnv.step
+    monkeypatch.setattr(AgeingEnv, "step", step)
+    setting.run(tmp_path, env_id="Ageing-v0", total_timesteps=2048, eval_freq=2048)
+    exploration = np.concatenate([result.reshape(64, -1) for _, result in draws])
+    # Exponential draws are -log of uniform ones
+    columns = np.exp(-np.exp(-exploration))
+    drawn = np.array(drawn[:2048])
+    together = np.corrcoef(np.hstack([columns, drawn]).T)
+    assert np.abs(together[np.triu_indices_from(together, 1)]).max() < 5 / np.sqrt(2048)
 
 
 def test_a_continued_run_equals_an_uninterrupted_one(setting, tmp_path, monkeypatch):
@@ -500,6 +588,73 @@ def test_a_full_disk_leaves_the_checkpoint_before(setting, launch, tmp_path, mon
     assert end == 0 and "from step 64, with" in out
     assert [row["step"] for row in progress(folder)] == [64, 128, 192, 256]
     assert [step for step, _ in scalars(folder)["losses/entropy"]] == [64, 128, 192, 256]
+
+
+@of_each
+def test_a_checkpoint_that_cannot_be_read_back_leaves_the_one_before(
+    setting, launch, tmp_path, monkeypatch
+):
+    """As of an edit that adds a NumPy scalar."""
+    folder = setting.interrupt(tmp_path, 1, **EACH)
+    save = torch.save
+
+    def save_more(content, path):
+        save(content | {"mine": np.float64(1)}, path)
+
+    monkeypatch.setattr(torch, "save", save_more)
+    end, _, _ = launch(**EACH)
+    said = f"error: {folder / 'checkpoint.pt.tmp'} can't be read: it is damaged, or has more than"
+    assert end.startswith(said)
+    assert checkpoint(folder)["progress"][0] == 64
+    (folder / "checkpoint.pt").write_bytes(b"half")
+    end, _, _ = launch(**EACH)
+    assert end.startswith(f"error: {folder / 'checkpoint.pt'} can't be read: ")
+    assert (folder / "checkpoint.pt").read_bytes() == b"half"
+
+
+def test_metrics_may_be_missing_or_nan_and_numpys(setting, tmp_path, monkeypatch):
+    """As one that an edit logs in some rollouts: it is a column, and summary.json is JSON."""
+    calls = []
+
+    def loss(*arguments):
+        calls.append(arguments)
+        result, metrics = original(*arguments)
+        late = len(calls) > (24 if setting.ppo else 3)
+        return result, metrics | ({"späte": torch.tensor(torch.nan)} if late else {})
+
+    original = setting.loss_function
+    monkeypatch.setattr(setting.script, setting.loss_name, loss)
+    _, folder = setting.run(tmp_path, **EACH)
+    text = (folder / "progress.csv").read_bytes().decode()
+    assert "\r" not in text
+    rows = list(csv.DictReader(text.splitlines()))
+    assert [row["losses/späte"] for row in rows] == ["", "", "", "nan"]
+    summary = (folder / "summary.json").read_text()
+    assert "losses/späte" not in json.loads(summary, parse_constant=fail)
+
+
+@of_each
+def test_a_file_that_another_program_has_open_is_tried_again(setting, launch, monkeypatch):
+    """On Windows it cannot be replaced, as a progress.csv in a spreadsheet."""
+    tries = []
+    rename = os.replace
+
+    def refusing_replace(source, target):
+        tries.append(Path(target).name)
+        if tries[-1] == "progress.csv" and tries.count("progress.csv") < 4:
+            raise PermissionError
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", refusing_replace)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    assert launch()[0] == 0
+    monkeypatch.setattr(os, "replace", refuse)
+    end, _, _ = launch(seed=2)
+    assert end.endswith("sessions.jsonl can't be replaced; does another program have it open?")
+
+
+def refuse(*_):
+    raise PermissionError
 
 
 @of_each
@@ -642,16 +797,11 @@ def test_gradients_that_are_not_finite_spare_the_files(setting, launch, tmp_path
 
 
 @pytest.mark.parametrize("compile", [lambda *_, **__: 1 / 0, lambda *_, **__: lambda *_: 1 / 0])
-def test_without_git_and_a_compiler_it_says_so_and_runs(
-    setting, launch, tmp_path, monkeypatch, compile
-):
+def test_without_a_compiler_it_says_so_and_runs(setting, launch, monkeypatch, compile):
     """On Atari nothing is compiled for a CPU."""
     monkeypatch.setattr(torch, "compile", compile)
-    monkeypatch.setattr(shutil, "which", lambda command: None)
     end, _, err = launch(compile=True, total_timesteps=64)
     assert end == 0
-    (folder,) = tmp_path.iterdir()
-    assert sessions(folder)[0]["commit"] is None
     failed = "torch.compile failed, continuing without: ZeroDivisionError"
     assert (failed in err) != setting.atari
 
@@ -670,14 +820,6 @@ def test_a_function_that_fails_uncompiled_too_shows_its_own_error(setting, monke
     assert capsys.readouterr().err.count("torch.compile failed") == 1
 
 
-def test_outside_a_repository_there_is_no_commit(setting, tmp_path, monkeypatch):
-    (tmp_path / "elsewhere").mkdir()
-    copied = shutil.copy(setting.script.__file__, tmp_path / "elsewhere")
-    monkeypatch.setattr(setting.script, "__file__", copied)
-    setting.script.begin_session(setting.args(tmp_path), tmp_path)
-    assert sessions(tmp_path)[0]["commit"] is None
-
-
 @pytest.mark.parametrize("setting", CONTINUOUS, ids=str, indirect=True)
 def test_a_gaussian_policy_needs_no_bounds(setting, tmp_path, monkeypatch):
     actions = setting.record_actions(monkeypatch)
@@ -685,8 +827,7 @@ def test_a_gaussian_policy_needs_no_bounds(setting, tmp_path, monkeypatch):
     assert 2 < np.abs(actions).max() < np.inf
 
 
-@pytest.mark.slow
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@needs_gpu
 def test_on_a_gpu_a_run_is_compiled_and_continued(setting, launch, tmp_path):
     flags = {"device": "cuda", "compile": True} | EACH
     setting.interrupt(tmp_path, 2, **flags)

@@ -227,7 +227,6 @@ def test_its_runs_and_ours_share_a_folder(tmp_path, monkeypatch):
     ours = ["sa2c_continuous.py", "--policy", "gaussian", "--no-compile", *common]
     theirs = ["benchmarks/sb3.py", "--algo", "a2c", *common]
     monkeypatch.chdir(ROOT)
-    monkeypatch.setattr("signal.signal", lambda *_: None)  # pytest's own stay
     for command in (ours, theirs):
         monkeypatch.setattr(sys, "argv", command)
         runpy.run_path(command[0], run_name="__main__")
