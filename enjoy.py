@@ -57,7 +57,6 @@ class Args:
 def load_run(folder):
     """Imports the run's own copy of its script. Returns it, the run's arguments, and the tensors of
     agent.safetensors, which a language model does not have."""
-    folder = folder.absolute()
     if not (folder / "sessions.jsonl").exists():
         raise FileNotFoundError(f"{folder}: not a run")
     session = json.loads((folder / "sessions.jsonl").read_text().splitlines()[-1])
@@ -65,8 +64,9 @@ def load_run(folder):
         raise FileNotFoundError(f"{folder}: a run of an earlier version")
     sys.path.insert(0, session["directory"])  # where the script was, and its helpers are
     spec = importlib.util.spec_from_file_location(folder.name, folder / session["script"])
-    script = importlib.util.module_from_spec(spec)
+    script = sys.modules[folder.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
+    del sys.modules[folder.name]  # it is no file of a run that is started later in this process
     script.START = Path(session["working_directory"])  # of relative paths in its arguments
     kept = {name: x for name, x in session["args"].items() if name not in script.NO_EFFECT}
     run_args = script.Args(**kept)  # on any device
@@ -112,7 +112,7 @@ def load_agent(folder, seed=1):
 
     In continuous control, `obs` is what the environment returns; actions are greedy. On Atari,
     `obs` is the last four images (4, 84, 84), uint8; actions are sampled, with `seed`."""
-    script, run_args, tensors = load_run(Path(folder))
+    script, run_args, tensors = load_run(Path(folder).absolute())
     if tensors is None:
         raise ValueError(f"{folder}: a language model; load its policy/ with from_pretrained")
     if hasattr(script, "AtariGames"):
@@ -227,6 +227,7 @@ def main():
     folder = args.run or newest_run()
     if not folder:
         sys.exit("error: no agent in runs/; a run saves one at its first evaluation")
+    folder = folder.absolute()  # since the run's files may change the working directory
     try:
         script, run_args, tensors = load_run(folder)
     except (FileNotFoundError, ImportError, gym.error.Error) as error:

@@ -133,7 +133,10 @@ def make_env(args, seed=0, **options):
     warnings.filterwarnings("ignore", message=".*is out of date.*")
     env = gym.make(args.env_id, **options)
     rng = np.random.default_rng([seed, 3])  # `seed` alone gives the environment's own numbers
-    for part in (env, env.unwrapped):  # the wrapper, the environment in it, or both have spaces
+    parts = [env]
+    while isinstance(parts[-1], gym.Wrapper):  # each may have spaces of its own
+        parts.append(parts[-1].env)
+    for part in parts:
         for name in ("action_space", "observation_space"):
             if hasattr(part, name):
                 getattr(part, name).seed(rng.integers(2**31).item())
@@ -612,7 +615,9 @@ def train(envs, args, folder):
 
 def evaluate(agent, args, obs_stats, seed, env):
     """Raw returns and lengths (eval_episodes,) of greedy episodes in `env`."""
-    longest = env.spec.max_episode_steps or 100_000  # for environments without a time limit
+    longest = 100_000  # for environments without a time limit
+    if env.spec and env.spec.max_episode_steps:
+        longest = env.spec.max_episode_steps
     act = agent.actor_fn()
     returns = np.zeros(args.eval_episodes)
     lengths = np.zeros(args.eval_episodes)
@@ -673,8 +678,8 @@ def file_digests():
         is_foreign = python & set(file.parents) or set(foreign) & set(file.parts)
         is_compiled = name.startswith("torch.") or name.endswith(".inductor_entry_cpp")
         if file.is_file() and not (is_foreign or is_compiled or name == "__main__"):
-            digests[str(file)] = hashlib.sha256(file.read_bytes()).hexdigest()
-    digests[__file__] = hashlib.sha256(SOURCE).hexdigest()
+            digests[str(file.resolve())] = hashlib.sha256(file.read_bytes()).hexdigest()
+    digests[str(Path(__file__).resolve())] = hashlib.sha256(SOURCE).hexdigest()
     return digests
 
 
@@ -773,7 +778,7 @@ def atomic_write(path):
 def begin_session(args, digests, folder):
     """Adds a line to the run's sessions.jsonl, with what is needed to reproduce it, and copies this
     script into its folder."""
-    script = Path(__file__).absolute()
+    script = Path(__file__).resolve()
     installed = [package.name or "" for package in distributions()]
     imported = [name for name in installed if name.replace("-", "_") in sys.modules]
     session = {

@@ -593,8 +593,8 @@ def file_digests():
         is_foreign = python & set(file.parents) or set(foreign) & set(file.parts)
         is_compiled = name.startswith("torch.") or name.endswith(".inductor_entry_cpp")
         if file.is_file() and not (is_foreign or is_compiled or name == "__main__"):
-            digests[str(file)] = hashlib.sha256(file.read_bytes()).hexdigest()
-    digests[__file__] = hashlib.sha256(SOURCE).hexdigest()
+            digests[str(file.resolve())] = hashlib.sha256(file.read_bytes()).hexdigest()
+    digests[str(Path(__file__).resolve())] = hashlib.sha256(SOURCE).hexdigest()
     return digests
 
 
@@ -708,7 +708,7 @@ def atomic_write(path):
 def begin_session(args, digests, folder):
     """Adds a line to the run's sessions.jsonl, with what is needed to reproduce it, and copies this
     script into its folder."""
-    script = Path(__file__).absolute()
+    script = Path(__file__).resolve()
     installed = [package.name or "" for package in distributions()]
     imported = [name for name in installed if name.replace("-", "_") in sys.modules]
     session = {

@@ -1245,6 +1245,7 @@ def prepare(args):
     for name in args.reward_model:
         if ".py:" in name:
             import_function(name)
+    os.chdir(START)  # which an imported file may have left
     if f"{TOY}/" in str(vars(args)):  # its data or a model of it
         with FileLock(f"{TOY}.lock"):  # other processes wait, and then find it
             make_toy(Path(TOY))
@@ -1475,8 +1476,8 @@ def file_digests():
         is_foreign = python & set(file.parents) or set(foreign) & set(file.parts)
         is_compiled = name.startswith("torch.") or name.endswith(".inductor_entry_cpp")
         if file.is_file() and not (is_foreign or is_compiled or name == "__main__"):
-            digests[str(file)] = hashlib.sha256(file.read_bytes()).hexdigest()
-    digests[__file__] = hashlib.sha256(SOURCE).hexdigest()
+            digests[str(file.resolve())] = hashlib.sha256(file.read_bytes()).hexdigest()
+    digests[str(Path(__file__).resolve())] = hashlib.sha256(SOURCE).hexdigest()
     return digests
 
 
@@ -1538,7 +1539,7 @@ def atomic_write(path):
 def begin_session(args, digests, folder):
     """Adds a line to the run's sessions.jsonl, with what is needed to reproduce it, and copies this
     script into its folder."""
-    script = Path(__file__).absolute()
+    script = Path(__file__).resolve()
     installed = [package.name or "" for package in distributions()]
     imported = [name for name in installed if name.replace("-", "_") in sys.modules]
     session = {

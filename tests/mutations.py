@@ -50,8 +50,8 @@ sppo_continuous.py: runs whatever_an_environment_draws
 - torch.default_generator.manual_seed(seeds[0])
 + pass
 sppo_continuous.py: runs whatever_an_environment_draws
-- for part in (env, env.unwrapped):
-+ for part in (env,):
+- for part in parts:
++ for part in parts[:1]:
 sppo_continuous.py: runs whatever_an_environment_draws
 - return Path(START, args.runs_dir,
 + return Path(args.runs_dir,

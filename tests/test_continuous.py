@@ -295,7 +295,7 @@ def test_an_episode_without_a_time_limit_is_cut_off_in_an_evaluation(limit, leng
     obs, time = [0.0] * 11, itertools.count(1)
     env = SimpleNamespace(reset=lambda seed: (obs, {}), close=lambda: None)
     env.step = lambda _: (obs, 0.5, False, next(time) == limit, {})
-    env.spec = SimpleNamespace(max_episode_steps=limit)
+    env.spec = SimpleNamespace(max_episode_steps=limit) if limit else None
     agent = make_agent(hidden_sizes=())
     args = script.Args(eval_episodes=1)
     scores, lengths = script.evaluate(agent, args, script.RunningStats(), 0, env)

@@ -1673,9 +1673,12 @@ def test_enjoy_plays_an_edited_copy_of_the_newest_run(run, monkeypatch, capsys):
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     lines, errors = enjoy(monkeypatch, capsys, "--episodes", 12)
     assert errors == ""
-    assert lines[-1].startswith(f"{folder}: reward 0.")
+    assert lines[-1].startswith(f"{folder.absolute()}: reward 0.")
     assert lines[5] == "step: 8"
-    others, _ = enjoy(monkeypatch, capsys, folder, "--episodes", 12, "--seed", 2)
+    monkeypatch.chdir("runs")
+    lines_there, _ = enjoy(monkeypatch, capsys, folder.name, "--episodes", 12)
+    assert lines_there == lines  # by the trained agent, wherever it is played
+    others, _ = enjoy(monkeypatch, capsys, folder.absolute(), "--episodes", 12, "--seed", 2)
     assert not set(others[2:5]) & set(lines)
     for path in (folder, older):
         shutil.rmtree(path)

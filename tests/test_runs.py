@@ -297,9 +297,13 @@ def test_a_folder_that_tensorboard_cannot_write_is_named(setting, launch, tmp_pa
 
 
 def test_a_script_that_is_edited_while_it_runs_is_recorded_as_it_was(setting, tmp_path):
-    path = tmp_path / f"{setting}.py"
+    """By its own place, if a link led to it."""
+    path = tmp_path / "scripts" / f"{setting}.py"
+    path.parent.mkdir()
     shutil.copy(setting.script.__file__, path)
-    spec = importlib.util.spec_from_file_location("edited_later", path)
+    link = tmp_path / "link.py"
+    link.symlink_to(path)
+    spec = importlib.util.spec_from_file_location("edited_later", link)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     was = path.read_bytes()
@@ -307,7 +311,9 @@ def test_a_script_that_is_edited_while_it_runs_is_recorded_as_it_was(setting, tm
     script.AtariVectorEnv = Signals
     _, folder = replace(setting, script=script).run(tmp_path / "runs", total_timesteps=64)
     assert (folder / path.name).read_bytes() == was
-    assert sessions(folder)[0]["files"][str(path)] == hashlib.sha256(was).hexdigest()
+    (session,) = sessions(folder)
+    assert session["files"][str(path)] == hashlib.sha256(was).hexdigest()
+    assert session["directory"] == str(path.parent)
 
 
 @of_each
@@ -378,7 +384,7 @@ class DrawingWrapper(gym.Wrapper):
         return obs, reward + self.action_space.sample().sum(), *ends
 
 
-gym.register("Drawing-v0", lambda **_: DrawingWrapper(DrawingEnv()))
+gym.register("Drawing-v0", lambda **_: gym.Wrapper(DrawingWrapper(DrawingEnv())))
 
 
 class UnboundedEnv(AgeingEnv):
