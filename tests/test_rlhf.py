@@ -537,7 +537,7 @@ def test_models_that_do_not_fit_are_refused_before_a_folder_is_made(
 ):
     """A language model has no head for scores, and a classifier none for tokens. An adapter may
     have other names. What a library refuses, it says by itself."""
-    monkeypatch.chdir(toy.parent.parent)
+    work_in(monkeypatch, toy.parent.parent)
     adapter = tmp_path / "adapter"
     shutil.copytree(models["adapter"], adapter)
     file = adapter / "adapter_model.safetensors"
@@ -589,7 +589,7 @@ def test_models_that_do_not_fit_are_refused_before_a_folder_is_made(
 def test_the_tokenizer_of_a_folder_without_one_is_refused(toy, models, tmp_path, monkeypatch, kind):
     """AutoTokenizer makes one, with which every text is [UNK], "▁ <unk> ▁ <unk>", or nothing. Of a
     policy and of each reward model, before a folder is made."""
-    monkeypatch.chdir(toy.parent.parent)
+    work_in(monkeypatch, toy.parent.parent)
     policy, reward = tmp_path / "policy", tmp_path / "reward"
     shutil.copytree(models["gpt2"], policy, ignore=shutil.ignore_patterns("tokenizer*"))
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
@@ -1189,7 +1189,7 @@ def test_a_prompt_may_be_next_to_nothing(run, tmp_path, text):
 def test_data_come_in_many_formats(tmp_path, monkeypatch, kind):
     rows = {"prompt": ["the, plot", "the\nplot"], "label": [" was", "dull"]}
     data = datasets.Dataset.from_dict(rows)
-    monkeypatch.chdir(tmp_path)
+    work_in(monkeypatch, tmp_path)
     name = f"data.{kind}"
     if kind == "hub":
         asked = []
@@ -1257,7 +1257,7 @@ def test_too_few_rows_are_refused_before_a_folder_is_made(
     toy, tmp_path, monkeypatch, rows, kept, flags
 ):
     """Also where a tenth of them is held out."""
-    monkeypatch.chdir(toy.parent.parent)
+    work_in(monkeypatch, toy.parent.parent)
     path = str(tmp_path / "texts.jsonl")
     datasets.Dataset.from_dict({"text": [f"text {i}" for i in range(rows)]}).to_json(path)
     words = ["--dataset", path, "--runs-dir", tmp_path / "runs"]
@@ -1274,7 +1274,7 @@ def test_too_few_rows_are_refused_before_a_folder_is_made(
 @pytest.mark.parametrize("flag", ["dataset", "policy_model", "reward_model"])
 def test_whatever_needs_the_toy_makes_it(tmp_path, monkeypatch, flag):
     """Also one's own data with the toy's models. Where nothing needs it, nobody waits for it."""
-    monkeypatch.chdir(tmp_path)
+    work_in(monkeypatch, tmp_path)
     (tmp_path / "runs").mkdir()
     made = []
 
@@ -1897,7 +1897,7 @@ def test_ddp_is_freed_before_its_process_group(run, monkeypatch):
 @pytest.mark.slow
 def test_the_toy_learns_reward_and_true_sentiment(tmp_path, monkeypatch):
     """A full run has 40 updates. The toy's models get their whole training."""
-    monkeypatch.chdir(tmp_path)
+    work_in(monkeypatch, tmp_path)
     sentiment = "from sppo_rlhf import toy_sentiment\n"
     sentiment += "def true(completions): return [toy_sentiment(text) for text in completions]"
     Path("sentiment.py").write_text(sentiment)
@@ -1912,7 +1912,7 @@ def test_the_toy_learns_reward_and_true_sentiment(tmp_path, monkeypatch):
 
 
 def test_one_process_makes_the_toy_and_others_wait(toy, monkeypatch):
-    monkeypatch.chdir(toy.parent.parent)
+    work_in(monkeypatch, toy.parent.parent)
     calls = record(monkeypatch, rlhf, "make_toy")
     other = threading.Thread(target=rlhf.prepare, args=(rlhf.Args(),))
     with FileLock(f"{rlhf.TOY}.lock"):
@@ -1927,7 +1927,7 @@ def test_where_the_toy_cannot_be_locked_an_error_says_so(tmp_path, monkeypatch):
     def flock(file, operation):
         raise OSError(errno.ENOLCK, "No locks available")
 
-    monkeypatch.chdir(tmp_path)
+    work_in(monkeypatch, tmp_path)
     monkeypatch.setattr(fcntl, "flock", flock)
     with pytest.raises(OSError, match="No locks available"):
         call_main(monkeypatch)
