@@ -27,7 +27,6 @@ import json
 import os
 import random
 import sys
-import warnings
 from contextlib import closing
 from dataclasses import dataclass, replace
 from pathlib import Path
@@ -37,11 +36,6 @@ import numpy as np
 import safetensors.torch
 import torch
 import tyro
-
-try:
-    from moviepy import ImageSequenceClip
-except ImportError:  # without --video it is not needed
-    ImageSequenceClip = None
 
 MAX_FRAMES = 2000  # of a film; until it is written, each takes about a megabyte of memory
 
@@ -187,7 +181,6 @@ def play_atari(script, run_args, tensors, args):
 def play_text(script, run_args, folder, args):
     """Prints responses of a language model to held-out prompts, and what its script's evaluations
     measure, over all `episodes` of them."""
-    run_args = replace(run_args, seed=args.seed)
     setup = script.load(run_args)
     progress = script.restore(setup, folder)
     row, samples = script.evaluate(setup, run_args, progress.global_step)
@@ -197,14 +190,6 @@ def play_text(script, run_args, folder, args):
         print(f"{name}: {number:.4g}")
     score = f"reward {row['return_mean']:.3f} (standard deviation {row['return_std']:.3f})"
     print(f"{folder}: {score}")
-
-
-def has_display():
-    import glfw  # with which MuJoCo opens windows
-
-    with warnings.catch_warnings():
-        warnings.simplefilter("ignore")
-        return bool(glfw.init())
 
 
 def newest_run():
@@ -217,9 +202,10 @@ def main():
     args = tyro.cli(Args)
     if args.episodes < 1 or not 0 <= args.seed < 2**32:
         sys.exit("error: --episodes must be at least 1, and --seed from 0 to 4294967295")
-    if args.video and not ImageSequenceClip:
+    if args.video and not importlib.util.find_spec("moviepy"):
         sys.exit("error: --video needs moviepy: pip install moviepy")
-    if args.video and sys.platform == "linux" and not has_display():
+    has_display = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
+    if args.video and sys.platform == "linux" and not has_display:
         os.environ.setdefault("MUJOCO_GL", "egl")  # before MuJoCo is imported
     random.seed(args.seed)  # some environments draw from these global generators
     np.random.seed(args.seed)
@@ -232,7 +218,7 @@ def main():
         script, run_args, tensors = load_run(folder)
     except (FileNotFoundError, ImportError, gym.error.Error) as error:
         sys.exit(f"error: {error}")
-    run_args = replace(run_args, eval_episodes=args.episodes)
+    run_args = replace(run_args, eval_episodes=args.episodes, seed=args.seed)
     if tensors is None:
         play_text(script, run_args, folder, args)
         return
@@ -240,13 +226,14 @@ def main():
     scores, lengths, frames, fps, magnification = play(script, run_args, tensors, args)
     print(f"{folder}: return {scores.mean():.1f} (standard deviation {scores.std():.1f})")
     if args.video:
+        from moviepy import ImageSequenceClip
+
         height, width = np.array(frames[0].shape[:2]) // 2 * 2  # codecs require even sizes
         clip = ImageSequenceClip([frame[:height, :width] for frame in frames], fps=fps)
         path = folder / "video" / f"seed-{args.seed}.mp4"
         path.parent.mkdir(exist_ok=True)
         clip.resized(magnification).write_videofile(str(path), logger=None)
-        cut = f", the first {MAX_FRAMES:,} of {lengths[0]:,.0f} frames"
-        print(f"film: {path}{cut if lengths[0] > MAX_FRAMES else ''}")
+        print(f"film: {path}, {len(frames):,} frames of {lengths[0]:,.0f} steps")
 
 
 if __name__ == "__main__":

@@ -43,7 +43,7 @@ import time
 from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import distributions, version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Literal
 
@@ -208,7 +208,6 @@ def perturb_reward(reward, noise, level, rng):
         return reward + rng.normal(0, level, reward.shape)
     if noise == "uniform":
         return reward + rng.uniform(-level, level, reward.shape)
-    assert noise in ("none", "adv_flip"), f"no noise {noise!r}"
     return reward
 
 
@@ -342,20 +341,20 @@ def loss_and_metrics(agent, args, obs, action, acting_log_prob, advantage, retur
     loss = loss + args.vf_coef * value_loss - args.ent_coef * entropy
 
     sign_changes = weight * ((normalized > 0) != (advantage > 0))
-    log_ratio = (log_prob - acting_log_prob).detach()  # 0, as each rollout is used only once
+    log_ratio = log_prob - acting_log_prob  # 0, as each rollout is used only once
     kl = log_ratio.expm1() - log_ratio  # joschu.net/blog/kl-approx.html
-    reverse_weight = args.beta * abs(args.z) * log_prob.detach().exp()  # what Lr adds to alpha
+    reverse_weight = args.beta * abs(args.z) * log_prob.exp()  # what Lr adds to alpha
     reverse_share = reverse_weight / (args.alpha + reverse_weight)
     metrics = {
-        "policy_loss": policy_loss.detach(),
-        "reverse_loss": reverse_loss.detach(),
-        "value_loss": value_loss.detach(),
-        "entropy": entropy.detach(),
-        "norm_sign_changes": sign_changes.mean(),
-        "reverse_share": (weight * reverse_share).mean(),
-        "approx_kl": (weight * kl).mean(),
+        "losses/policy_loss": policy_loss,
+        "losses/reverse_loss": reverse_loss,
+        "losses/value_loss": value_loss,
+        "losses/entropy": entropy,
+        "losses/norm_sign_changes": sign_changes.mean(),
+        "losses/reverse_share": (weight * reverse_share).mean(),
+        "losses/approx_kl": (weight * kl).mean(),
     }
-    return loss, metrics
+    return loss, {name: metric.detach() for name, metric in metrics.items()}
 
 
 # ---- Training
@@ -364,16 +363,13 @@ def loss_and_metrics(agent, args, obs, action, acting_log_prob, advantage, retur
 def train(args, folder):
     keep_freed_memory()
     torch.manual_seed(args.seed)  # initial weights
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if args.device != "auto":
-        device = torch.device(args.device)
+    fastest = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(fastest if args.device == "auto" else args.device)
     torch.backends.cudnn.allow_tf32 = args.amp == "auto"  # --amp off: full float32
     games = AtariGames(args, args.num_envs)
     bfloat16 = args.amp == "auto" and has_bfloat16(device)
     agent = Agent(games.num_actions, bfloat16).to(device)
-    optimizer = RMSpropTF(
-        agent.parameters(), lr=args.learning_rate, alpha=0.99, eps=args.rmsprop_eps
-    )
+    optimizer = RMSpropTF(agent.parameters(), args.learning_rate, alpha=0.99, eps=args.rmsprop_eps)
 
     global_step = 0
     evaluations = []  # rows of progress.csv
@@ -399,9 +395,9 @@ def train(args, folder):
             resume="auto",  # one id per `dir`
         )
     writer = SummaryWriter(folder, purge_step=global_step + 1)
-    writer.add_text("hyperparameters", f"```\n{json.dumps(vars(args), indent=2)}\n```")
 
     T, N = args.num_steps, args.num_envs
+    batch_size = T * N
     obs = torch.zeros((T + 1, N, 84, 84, 4), dtype=torch.uint8, device=device)
     obs = obs.permute(0, 1, 4, 2, 3)  # channels last in memory
     logits = torch.zeros(T, N, games.num_actions, device=device)
@@ -440,10 +436,10 @@ def train(args, folder):
                     _, one_value = agent(torch.from_numpy(one_images[None]).to(device))
                     final_value[t, i] = one_value.item()
             _, value[T] = agent_fn(obs[T])
-        global_step += T * N
-        bar.update(T * N)
+        global_step += batch_size
+        bar.update(batch_size)
 
-        # Advantages. `b_` names are of the whole batch (T * N, ...)
+        # Advantages. `b_` names are of the whole batch (batch_size, ...)
         b_obs = obs[:T].flatten(0, 1)
         b_action = action.flatten()
         policy = Categorical(logits=logits, validate_args=False)
@@ -468,28 +464,25 @@ def train(args, folder):
         optimizer.step()
         # Copies, since CUDA graphs overwrite their outputs
         metrics = {name: x.clone() for name, x in metrics.items()}
-        metrics["grad_norm"] = grad_norm  # before clipping
-        metrics["clipped_gradients"] = grad_norm > args.max_grad_norm
-        # Two rollouts are checked: a last layer that begins at zero hides the layers before it.
-        # Rounding makes 1e-11 at most on a CPU
-        if global_step <= 2 * T * N and metrics["approx_kl"] > 1e-8:
+        metrics["losses/grad_norm"] = grad_norm  # before clipping
+        metrics["losses/clipped_gradients"] = grad_norm > args.max_grad_norm
+        # Also in the second rollout: a last layer that begins at zero hides the layers before it
+        if global_step <= 2 * batch_size and metrics["losses/approx_kl"] > 1e-8:
             found = "the policy that acts is not the one that is trained (dropout?)"
             if device.type == "cpu":
                 sys.exit(f"error: {found}")
             tqdm.write(f"warning: {found}, or this GPU rounds more", file=sys.stderr)
         updates.append((metrics, advantage[~overridden], returns[~overridden]))
 
-        # Log, evaluation and checkpoint, whenever a multiple of their frequencies is passed. An
-        # evaluation and a checkpoint need a complete log
+        # Log, evaluation and checkpoint at multiples of their frequency; the log is complete at all
         finished = global_step >= args.total_timesteps
-        evaluation_due = finished or global_step % args.eval_freq < T * N
-        checkpoint_due = finished or global_step % interval < T * N
-        if evaluation_due or checkpoint_due or global_step % args.log_freq < T * N:
+        evaluation_due = finished or global_step % args.eval_freq < batch_size
+        checkpoint_due = finished or global_step % interval < batch_size
+        if evaluation_due or checkpoint_due or global_step % args.log_freq < batch_size:
             all_metrics, all_advantages, all_returns = zip(*updates)
-            scalars = {f"losses/{name}": mean for name, mean in means(all_metrics).items()}
+            scalars = means(all_metrics)
             if not math.isfinite(scalars["losses/grad_norm"]):
-                cause = "lower the learning rate"
-                sys.exit(f"error: gradients not finite at step {global_step}; {cause}")
+                sys.exit(f"error: gradient not finite, step {global_step} (learning rate? reward?)")
             # advantage = return - value
             variance = np.concatenate(all_returns).var()
             unexplained = np.concatenate(all_advantages).var() / max(variance, 1e-8)
@@ -499,8 +492,8 @@ def train(args, folder):
                 scalars["charts/episodic_return"] = score
                 scalars["charts/episodic_length"] = length
                 bar.set_postfix_str(f"return {score:.1f}")
-            history.append({name: float(x) for name, x in scalars.items()})
-            speeds.append(len(updates) * T * N / (time.perf_counter() - started))
+            history.append(means([scalars]))  # as Python's numbers
+            speeds.append(len(updates) * batch_size / (time.perf_counter() - started))
             updates = []
             for name, scalar in scalars.items():
                 writer.add_scalar(name, scalar, global_step)
@@ -508,7 +501,7 @@ def train(args, folder):
         if evaluation_due:
             eval_games = AtariGames(args, args.eval_episodes)
             scores, lengths = evaluate(agent, eval_games, args.seed + global_step)
-            evaluations.append(evaluation_row(global_step, scores, lengths) | means(history))
+            evaluations.append(evaluation_row(global_step, scores, lengths, history))
             history = []
             save_agent(agent, evaluations, folder)
             writer.add_scalar("eval/return_mean", scores.mean(), global_step)
@@ -617,19 +610,18 @@ def run_folder(args, digests):
 def compiled(function, **options):
     """`function`, compiled at its first call. If that fails, for example without a C++ compiler, it
     runs uncompiled, so that errors of an edited copy show as plain ones."""
-    chosen = None
+    current = torch.compile(function, **options)
 
     def call(*inputs):
-        nonlocal chosen
+        nonlocal current
         try:
-            chosen = chosen or torch.compile(function, **options)
-            return chosen(*inputs)
+            return current(*inputs)
         except Exception as error:  # any is possible here
-            if chosen is function:
+            if current is function:
                 raise
             tqdm.write(f"torch.compile failed, continuing without: {error!r:.200}", file=sys.stderr)
-            chosen = function
-            return chosen(*inputs)
+            current = function
+            return function(*inputs)
 
     return call
 
@@ -658,17 +650,16 @@ def means(rows):
     }
 
 
-def evaluation_row(step, scores, lengths):
-    """A row of progress.csv, but for what was logged."""
+def evaluation_row(step, scores, lengths, history):
+    """A row of progress.csv: an evaluation, and means of what was logged since the one before."""
     if not np.isfinite(scores).all():
         sys.exit(f"error: a return of the evaluation at step {step} is not finite")
-    row = {
+    evaluation = {
         "return_mean": scores.mean(),
         "return_std": scores.std(),
         "length_mean": lengths.mean(),
     }
-    # Python's numbers, since checkpoints and JSON hold no NumPy numbers
-    return {"step": step} | {name: float(x) for name, x in row.items()}
+    return {"step": step} | means([evaluation, *history])
 
 
 def save_agent(agent, evaluations, folder):
@@ -701,21 +692,21 @@ def atomic_write(path):
     yield temporary
     with open(temporary, "rb+") as file:  # Windows syncs only what can be written
         os.fsync(file.fileno())
-    for _ in range(50):
-        try:
-            os.replace(temporary, path)
-            return
-        except PermissionError:  # on Windows, while a spreadsheet, for one, has the file open
-            time.sleep(0.1)
-    sys.exit(f"error: {path} can't be replaced; does another program have it open?")
+    try:
+        os.replace(temporary, path)
+    except PermissionError:  # on Windows, while a spreadsheet, for one, has the file open
+        time.sleep(5)
+        os.replace(temporary, path)
 
 
 def begin_session(args, digests, folder):
     """Adds a line to the run's sessions.jsonl, with what is needed to reproduce it, and copies this
     script into its folder."""
     script = Path(__file__).resolve()
-    installed = [package.name or "" for package in distributions()]
-    imported = [name for name in installed if name.replace("-", "_") in sys.modules]
+    versions = {"torch": torch.__version__}  # with its kind of build
+    for package in distributions():
+        if str(package.name).replace("-", "_") in sys.modules:
+            versions.setdefault(package.name, package.version)
     session = {
         "run": folder.name,
         "script": script.name,
@@ -725,7 +716,7 @@ def begin_session(args, digests, folder):
         "directory": str(script.parent),
         "working_directory": str(START),
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "versions": {name: version(name) for name in imported} | {"torch": torch.__version__},
+        "versions": versions,
         "platform": platform.platform(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -742,10 +733,6 @@ def main():
     args = tyro.cli(Args)
     digests = file_digests()
     folder = run_folder(args, digests)
-    try:
-        str(folder).encode()
-    except UnicodeEncodeError as error:
-        sys.exit(f"error: TensorBoard can't write to a folder of this name: {error}")
     folder.mkdir(parents=True, exist_ok=True)
     try:
         lock = FileLock(folder / "lock", blocking=False).acquire()
@@ -761,9 +748,7 @@ def main():
     summary = json.loads((folder / "summary.json").read_text())
     score = f"return {summary['return_mean']:.1f}, {summary['sps']:,.0f} steps/s"
     folder = Path(args.runs_dir, folder.name)  # as it was typed
-    enjoy = Path(sys.argv[0]).with_name("enjoy.py")
-    enjoy = enjoy if Path(START, enjoy).exists() else "PATH/TO/enjoy.py"
-    print(f"{folder}: {score}; to watch it: python {enjoy} {folder}")
+    print(f"{folder}: {score}; to watch it: python enjoy.py {folder}")
 
 
 if __name__ == "__main__":

@@ -45,7 +45,7 @@ import time
 from collections import deque
 from contextlib import contextmanager
 from dataclasses import dataclass
-from importlib.metadata import distributions, version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Literal
 
@@ -214,7 +214,6 @@ def perturb_reward(reward, noise, level, rng):
         return reward + rng.normal(0, level, reward.shape)
     if noise == "uniform":
         return reward + rng.uniform(-level, level, reward.shape)
-    assert noise in ("none", "adv_flip"), f"no noise {noise!r}"
     return reward
 
 
@@ -333,19 +332,19 @@ def loss_and_metrics(agent, args, clip_coef, obs, action, old_log_prob, advantag
     loss = loss + args.vf_coef * value_loss - args.ent_coef * entropy
 
     sign_changes = weight * ((normalized > 0) != (advantage > 0))
-    log_ratio = (log_prob - old_log_prob).detach()
+    log_ratio = log_prob - old_log_prob
     kl = log_ratio.expm1() - log_ratio  # joschu.net/blog/kl-approx.html
     clipped = log_ratio.expm1().abs() > clip_coef
     metrics = {
-        "policy_loss": policy_loss.detach(),
-        "reverse_loss": reverse_loss.detach(),
-        "value_loss": value_loss.detach(),
-        "entropy": entropy.detach(),
-        "norm_sign_changes": sign_changes.mean(),
-        "approx_kl": (weight * kl).mean(),
-        "clipfrac": (weight * clipped).mean(),
+        "losses/policy_loss": policy_loss,
+        "losses/reverse_loss": reverse_loss,
+        "losses/value_loss": value_loss,
+        "losses/entropy": entropy,
+        "losses/norm_sign_changes": sign_changes.mean(),
+        "losses/approx_kl": (weight * kl).mean(),
+        "losses/clipfrac": (weight * clipped).mean(),
     }
-    return loss, metrics
+    return loss, {name: metric.detach() for name, metric in metrics.items()}
 
 
 # ---- Training
@@ -354,9 +353,8 @@ def loss_and_metrics(agent, args, clip_coef, obs, action, old_log_prob, advantag
 def train(args, folder):
     keep_freed_memory()
     torch.manual_seed(args.seed)  # initial weights
-    device = torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if args.device != "auto":
-        device = torch.device(args.device)
+    fastest = "cuda" if torch.cuda.is_available() else "cpu"
+    device = torch.device(fastest if args.device == "auto" else args.device)
     torch.backends.cudnn.allow_tf32 = args.amp == "auto"  # --amp off: full float32
     games = AtariGames(args, args.num_envs)
     bfloat16 = args.amp == "auto" and has_bfloat16(device)
@@ -388,9 +386,9 @@ def train(args, folder):
             resume="auto",  # one id per `dir`
         )
     writer = SummaryWriter(folder, purge_step=global_step + 1)
-    writer.add_text("hyperparameters", f"```\n{json.dumps(vars(args), indent=2)}\n```")
 
     T, N = args.num_steps, args.num_envs
+    batch_size = T * N
     obs = torch.zeros((T + 1, N, 84, 84, 4), dtype=torch.uint8, device=device)
     obs = obs.permute(0, 1, 4, 2, 3)  # channels last in memory
     logits = torch.zeros(T, N, games.num_actions, device=device)
@@ -433,10 +431,10 @@ def train(args, folder):
                     _, one_value = agent(torch.from_numpy(one_images[None]).to(device))
                     final_value[t, i] = one_value.item()
             _, value[T] = agent_fn(obs[T])
-        global_step += T * N
-        bar.update(T * N)
+        global_step += batch_size
+        bar.update(batch_size)
 
-        # Advantages. `b_` names are of the whole batch (T * N, ...)
+        # Advantages. `b_` names are of the whole batch (batch_size, ...)
         b_obs = obs[:T].flatten(0, 1)
         b_action = action.flatten()
         policy = Categorical(logits=logits, validate_args=False)
@@ -457,9 +455,9 @@ def train(args, folder):
             if args.noise == "adv_flip":  # drawn anew in every epoch
                 epoch_advantage = perturb_advantage(b_advantage, args.noise_level, rng)
             batch = [b_obs, b_action, b_log_prob, epoch_advantage, b_returns, b_mask]
-            order = torch.randperm(T * N, generator=generator).to(device)
-            chunks = [tensor[order].chunk(args.num_minibatches) for tensor in batch]
-            for minibatch in zip(*chunks):
+            order = torch.randperm(batch_size, generator=generator).to(device)
+            for rows in order.chunk(args.num_minibatches):
+                minibatch = [tensor[rows] for tensor in batch]
                 loss, minibatch_metrics = loss_fn(agent, args, clip_coef, *minibatch)
                 optimizer.zero_grad()
                 loss.backward()
@@ -467,21 +465,20 @@ def train(args, folder):
                 optimizer.step()
                 # Copies, since CUDA graphs overwrite their outputs
                 minibatch_metrics = {name: x.clone() for name, x in minibatch_metrics.items()}
-                minibatch_metrics["grad_norm"] = grad_norm  # before clipping
-                minibatch_metrics["clipped_gradients"] = grad_norm > args.max_grad_norm
+                minibatch_metrics["losses/grad_norm"] = grad_norm  # before clipping
+                minibatch_metrics["losses/clipped_gradients"] = grad_norm > args.max_grad_norm
                 metrics.append(minibatch_metrics)
-        # Two rollouts are checked: a last layer that begins at zero hides the layers before it.
-        # Rounding makes 1e-11 at most on a CPU
-        if global_step <= 2 * T * N and metrics[0]["approx_kl"] > 1e-8:
+        # Also in the second rollout: a last layer that begins at zero hides the layers before it
+        if global_step <= 2 * batch_size and metrics[0]["losses/approx_kl"] > 1e-8:
             found = "the policy that acts is not the one that is trained (dropout?)"
             if device.type == "cpu":
                 sys.exit(f"error: {found}")
             tqdm.write(f"warning: {found}, or this GPU rounds more", file=sys.stderr)
 
         # Log
-        scalars = {f"losses/{name}": mean for name, mean in means(metrics).items()}
+        scalars = means(metrics)
         if not math.isfinite(scalars["losses/grad_norm"]):
-            sys.exit(f"error: gradients not finite at step {global_step}; lower the learning rate")
+            sys.exit(f"error: gradient not finite, step {global_step} (learning rate? reward?)")
         # advantage = return - value
         unexplained = advantage[~overridden].var() / max(returns[~overridden].var(), 1e-8)
         scalars["losses/explained_variance"] = 1 - unexplained
@@ -490,18 +487,18 @@ def train(args, folder):
             scalars["charts/episodic_return"] = score
             scalars["charts/episodic_length"] = length
             bar.set_postfix_str(f"return {score:.1f}")
-        history.append({name: float(x) for name, x in scalars.items()})
-        speeds.append(T * N / (time.perf_counter() - started))
+        history.append(means([scalars]))  # as Python's numbers
+        speeds.append(batch_size / (time.perf_counter() - started))
         for name, scalar in scalars.items():
             writer.add_scalar(name, scalar, global_step)
         writer.add_scalar("charts/SPS", speeds[-1], global_step)
 
         # Evaluation and checkpoint, whenever a multiple of their frequencies is passed
         finished = global_step >= args.total_timesteps
-        if finished or global_step % args.eval_freq < T * N:
+        if finished or global_step % args.eval_freq < batch_size:
             eval_games = AtariGames(args, args.eval_episodes)
             scores, lengths = evaluate(agent, eval_games, args.seed + global_step)
-            evaluations.append(evaluation_row(global_step, scores, lengths) | means(history))
+            evaluations.append(evaluation_row(global_step, scores, lengths, history))
             history = []
             save_agent(agent, evaluations, folder)
             writer.add_scalar("eval/return_mean", scores.mean(), global_step)
@@ -509,7 +506,7 @@ def train(args, folder):
                 peak = torch.cuda.max_memory_allocated() / 2**30
                 writer.add_scalar("charts/gpu_memory_GiB", peak, global_step)
             tqdm.write(f"step {global_step:,}: return {scores.mean():.1f}")
-        if finished or global_step % interval < T * N:
+        if finished or global_step % interval < batch_size:
             checkpoint = {  # an edit's own network or optimizer, too
                 "agent": agent.state_dict(),
                 "optimizer": optimizer.state_dict(),
@@ -612,19 +609,18 @@ def run_folder(args, digests):
 def compiled(function, **options):
     """`function`, compiled at its first call. If that fails, for example without a C++ compiler, it
     runs uncompiled, so that errors of an edited copy show as plain ones."""
-    chosen = None
+    current = torch.compile(function, **options)
 
     def call(*inputs):
-        nonlocal chosen
+        nonlocal current
         try:
-            chosen = chosen or torch.compile(function, **options)
-            return chosen(*inputs)
+            return current(*inputs)
         except Exception as error:  # any is possible here
-            if chosen is function:
+            if current is function:
                 raise
             tqdm.write(f"torch.compile failed, continuing without: {error!r:.200}", file=sys.stderr)
-            chosen = function
-            return chosen(*inputs)
+            current = function
+            return function(*inputs)
 
     return call
 
@@ -653,17 +649,16 @@ def means(rows):
     }
 
 
-def evaluation_row(step, scores, lengths):
-    """A row of progress.csv, but for what was logged."""
+def evaluation_row(step, scores, lengths, history):
+    """A row of progress.csv: an evaluation, and means of what was logged since the one before."""
     if not np.isfinite(scores).all():
         sys.exit(f"error: a return of the evaluation at step {step} is not finite")
-    row = {
+    evaluation = {
         "return_mean": scores.mean(),
         "return_std": scores.std(),
         "length_mean": lengths.mean(),
     }
-    # Python's numbers, since checkpoints and JSON hold no NumPy numbers
-    return {"step": step} | {name: float(x) for name, x in row.items()}
+    return {"step": step} | means([evaluation, *history])
 
 
 def save_agent(agent, evaluations, folder):
@@ -696,21 +691,21 @@ def atomic_write(path):
     yield temporary
     with open(temporary, "rb+") as file:  # Windows syncs only what can be written
         os.fsync(file.fileno())
-    for _ in range(50):
-        try:
-            os.replace(temporary, path)
-            return
-        except PermissionError:  # on Windows, while a spreadsheet, for one, has the file open
-            time.sleep(0.1)
-    sys.exit(f"error: {path} can't be replaced; does another program have it open?")
+    try:
+        os.replace(temporary, path)
+    except PermissionError:  # on Windows, while a spreadsheet, for one, has the file open
+        time.sleep(5)
+        os.replace(temporary, path)
 
 
 def begin_session(args, digests, folder):
     """Adds a line to the run's sessions.jsonl, with what is needed to reproduce it, and copies this
     script into its folder."""
     script = Path(__file__).resolve()
-    installed = [package.name or "" for package in distributions()]
-    imported = [name for name in installed if name.replace("-", "_") in sys.modules]
+    versions = {"torch": torch.__version__}  # with its kind of build
+    for package in distributions():
+        if str(package.name).replace("-", "_") in sys.modules:
+            versions.setdefault(package.name, package.version)
     session = {
         "run": folder.name,
         "script": script.name,
@@ -720,7 +715,7 @@ def begin_session(args, digests, folder):
         "directory": str(script.parent),
         "working_directory": str(START),
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "versions": {name: version(name) for name in imported} | {"torch": torch.__version__},
+        "versions": versions,
         "platform": platform.platform(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -737,10 +732,6 @@ def main():
     args = tyro.cli(Args)
     digests = file_digests()
     folder = run_folder(args, digests)
-    try:
-        str(folder).encode()
-    except UnicodeEncodeError as error:
-        sys.exit(f"error: TensorBoard can't write to a folder of this name: {error}")
     folder.mkdir(parents=True, exist_ok=True)
     try:
         lock = FileLock(folder / "lock", blocking=False).acquire()
@@ -756,9 +747,7 @@ def main():
     summary = json.loads((folder / "summary.json").read_text())
     score = f"return {summary['return_mean']:.1f}, {summary['sps']:,.0f} steps/s"
     folder = Path(args.runs_dir, folder.name)  # as it was typed
-    enjoy = Path(sys.argv[0]).with_name("enjoy.py")
-    enjoy = enjoy if Path(START, enjoy).exists() else "PATH/TO/enjoy.py"
-    print(f"{folder}: {score}; to watch it: python {enjoy} {folder}")
+    print(f"{folder}: {score}; to watch it: python enjoy.py {folder}")
 
 
 if __name__ == "__main__":

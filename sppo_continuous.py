@@ -47,7 +47,7 @@ import warnings
 from collections import deque
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
-from importlib.metadata import distributions, version
+from importlib.metadata import distributions
 from pathlib import Path
 from typing import Literal
 
@@ -64,7 +64,7 @@ from tqdm import tqdm
 
 SOURCE = Path(__file__).read_bytes()  # read at once, since the file may be edited during the run
 START = Path.cwd()  # relative paths begin here, even where an environment changes directory
-NO_EFFECT = ["runs_dir", "compile", "track"]  # arguments that change no result but by rounding
+NO_EFFECT = ["runs_dir", "compile", "track"]  # a run goes on where these differ
 
 
 @dataclass
@@ -76,7 +76,7 @@ class Args:
     exp_name: str | None = None  # name of the method in reports; default: the algorithm
     runs_dir: str = "runs"  # folder of all runs
     compile: bool = True  # compile the gradient (needs a C++ compiler): slower start, faster run
-    checkpoint_freq: int = 100_000  # steps of each environment between checkpoints; all restart
+    checkpoint_freq: int = 100_000  # steps of each environment between checkpoints, which reset it
     track: bool = False  # log to Weights & Biases as well (pip install wandb)
     # Algorithm
     policy: Literal["categorical", "gaussian"] = "categorical"  # gaussian: plain PPO
@@ -130,8 +130,7 @@ class Args:
 
 def make_env(args, seed=0, **options):
     """Makes the environment. Seeds its spaces, since some environments sample from them."""
-    # Gymnasium warns that the paper's environments (MuJoCo v4) have newer versions
-    warnings.filterwarnings("ignore", message=".*is out of date.*")
+    warnings.filterwarnings("ignore", message=".*is out of date.*")  # the paper's MuJoCo v4 is
     env = gym.make(args.env_id, **options)
     rng = np.random.default_rng([seed, 3])  # `seed` alone gives the environment's own numbers
     parts = [env]
@@ -261,7 +260,6 @@ def perturb_reward(reward, noise, level, rng):
         return reward + rng.normal(0, level, reward.shape)
     if noise == "uniform":
         return reward + rng.uniform(-level, level, reward.shape)
-    assert noise in ("none", "adv_flip"), f"no noise {noise!r}"
     return reward
 
 
@@ -338,9 +336,6 @@ class Agent(nn.Module):
             distribution = Categorical(logits=output, validate_args=False)
         return Independent(distribution, 1)
 
-    def value(self, obs):
-        return self.critic(obs).squeeze(-1)
-
     def exploration(self, shape, generator):
         """Random numbers that `act` adds to the actor's output, to sample: (*shape, action_dim) or
         (*shape, action_dim, bins)."""
@@ -352,9 +347,8 @@ class Agent(nn.Module):
         return draws.detach().numpy()
 
     def actor_fn(self):
-        """The actor in NumPy: `act(obs, exploration)` returns actions (batch, action_dim), which
-        are bin indices or Gaussian values, and the actor's output; without exploration, greedy
-        actions."""
+        """The actor in NumPy. `act(obs, exploration)` returns actions (batch, action_dim), bin
+        indices or Gaussian values, and the actor's output; without exploration, greedy actions."""
         layers = self.actor if type(self.actor) is nn.Sequential else [self.actor]
         layers = [numpy_layer(layer) for layer in layers]
 
@@ -433,7 +427,7 @@ def gradient_and_metrics(agent, trained, args, obs, action, old_log_prob, advant
     policy_loss, reverse_loss = symmetric_policy_losses(
         log_prob, old_log_prob, normalized, args.clip_coef, args.z
     )
-    value_loss = (agent.value(obs).view_as(returns) - returns).square().mean()
+    value_loss = (agent.critic(obs).view_as(returns) - returns).square().mean()
     entropy = policy.entropy().mean()
     loss = args.alpha * policy_loss + args.beta * reverse_loss
     loss = loss + args.vf_coef * value_loss - args.ent_coef * entropy
@@ -445,19 +439,19 @@ def gradient_and_metrics(agent, trained, args, obs, action, old_log_prob, advant
     # A gradient may have other strides than its parameter: fused optimizers would mix elements up
     clipped = [torch.empty_like(p).copy_(scale * g) for p, g in zip(trained, gradients)]
 
-    log_ratio = (log_prob - old_log_prob).detach()
+    log_ratio = log_prob - old_log_prob
     metrics = {
-        "policy_loss": policy_loss.detach(),
-        "reverse_loss": reverse_loss.detach(),
-        "value_loss": value_loss.detach(),
-        "entropy": entropy.detach(),
-        "grad_norm": grad_norm,  # before clipping
-        "clipped_gradients": grad_norm > args.max_grad_norm,
-        "norm_sign_changes": ((normalized > 0) != (advantage > 0)).float().mean(),
-        "approx_kl": (log_ratio.expm1() - log_ratio).mean(),  # joschu.net/blog/kl-approx.html
-        "clipfrac": (log_ratio.expm1().abs() > args.clip_coef).float().mean(),
+        "losses/policy_loss": policy_loss,
+        "losses/reverse_loss": reverse_loss,
+        "losses/value_loss": value_loss,
+        "losses/entropy": entropy,
+        "losses/grad_norm": grad_norm,  # before clipping
+        "losses/clipped_gradients": grad_norm > args.max_grad_norm,
+        "losses/norm_sign_changes": ((normalized > 0) != (advantage > 0)).float().mean(),
+        "losses/approx_kl": (log_ratio.expm1() - log_ratio).mean(),  # joschu.net/blog/kl-approx
+        "losses/clipfrac": (log_ratio.expm1().abs() > args.clip_coef).float().mean(),
     }
-    return clipped, metrics
+    return clipped, {name: metric.detach() for name, metric in metrics.items()}
 
 
 # ---- Training
@@ -500,9 +494,9 @@ def train(envs, args, folder):
             resume="auto",  # one id per `dir`
         )
     writer = SummaryWriter(folder, purge_step=global_step + 1)
-    writer.add_text("hyperparameters", f"```\n{json.dumps(vars(args), indent=2)}\n```")
 
     T, N = args.num_steps, args.num_envs
+    batch_size = T * N
     first_obs = envs.reset([args.seed, global_step])
     obs = np.zeros((T + 1, *first_obs.shape), np.float32)
     obs[T] = first_obs  # the next rollout begins with it
@@ -534,18 +528,18 @@ def train(envs, args, folder):
             outputs.append(output)
             step = envs.step(agent.to_env(action))
             obs[t + 1], reward[t], done[t], truncated[t], final_obs[t] = step
-        global_step += T * N
-        bar.update(T * N)
+        global_step += batch_size
+        bar.update(batch_size)
 
-        # Advantages. `b_` names are of the whole batch (T * N, ...)
+        # Advantages. `b_` names are of the whole batch (batch_size, ...)
         all_obs = torch.from_numpy(obs).flatten(0, 1)
-        b_obs = all_obs[: T * N]
+        b_obs = all_obs[:batch_size]
         b_action = torch.from_numpy(np.concatenate(actions))
         b_output = torch.from_numpy(np.concatenate(outputs))
         with torch.no_grad():
             b_log_prob = agent.acting_log_prob(b_action, b_output)
             valued_obs = torch.cat([all_obs, torch.from_numpy(final_obs[truncated])])
-            values = agent.value(valued_obs).view(len(valued_obs)).numpy()
+            values = agent.critic(valued_obs).view(len(valued_obs)).numpy()
         value = values[: len(all_obs)].reshape(T + 1, N)
         noisy_reward = perturb_reward(reward.copy(), args.noise, args.noise_level, rng)
         # A truncated episode would have gone on: bootstrap from where it stopped
@@ -561,49 +555,47 @@ def train(envs, args, folder):
             if args.noise == "adv_flip":  # drawn anew in every epoch
                 epoch_advantage = perturb_advantage(b_advantage, args.noise_level, rng)
             batch = [b_obs, b_action, b_log_prob, epoch_advantage, b_returns]
-            order = torch.randperm(T * N, generator=generator)
-            chunks = [tensor[order].chunk(args.num_minibatches) for tensor in batch]
-            for minibatch in zip(*chunks):
+            order = torch.randperm(batch_size, generator=generator)
+            for rows in order.chunk(args.num_minibatches):
+                minibatch = [tensor[rows] for tensor in batch]
                 gradients, minibatch_metrics = gradient_fn(agent, trained, args, *minibatch)
                 for p, gradient in zip(trained, gradients):
                     p.grad = gradient
                 optimizer.step()
                 metrics.append(minibatch_metrics)
-        # Two rollouts are checked: a last layer that begins at zero hides the layers before it.
-        # Rounding makes 1e-11 at most
-        if global_step <= 2 * T * N and metrics[0]["approx_kl"] > 1e-8:
+        # Also in the second rollout: a last layer that begins at zero hides the layers before it
+        if global_step <= 2 * batch_size and metrics[0]["losses/approx_kl"] > 1e-8:
             sys.exit("error: the policy that acts is not the one that is trained (dropout?)")
 
         # Log
-        scalars = {f"losses/{name}": mean for name, mean in means(metrics).items()}
+        scalars = means(metrics)
         if not math.isfinite(scalars["losses/grad_norm"]):
-            cause = "learning rate too high, or observations or rewards not finite"
-            sys.exit(f"error: gradients not finite at step {global_step}: {cause}")
-        unexplained = advantage.var() / max(returns.var(), 1e-8)  # advantage = return - value
-        scalars["losses/explained_variance"] = 1 - unexplained
+            sys.exit(f"error: gradient not finite, step {global_step} (learning rate? reward?)")
+        # advantage = return - value
+        scalars["losses/explained_variance"] = 1 - advantage.var() / max(returns.var(), 1e-8)
         if envs.recent_episodes:  # means of the last 100
             score, length = np.mean(envs.recent_episodes, axis=0)
             scalars["charts/episodic_return"] = score
             scalars["charts/episodic_length"] = length
             bar.set_postfix_str(f"return {score:.1f}")
-        history.append({name: float(x) for name, x in scalars.items()})
-        speeds.append(T * N / (time.perf_counter() - started))
+        history.append(means([scalars]))  # as Python's numbers
+        speeds.append(batch_size / (time.perf_counter() - started))
         for name, scalar in scalars.items():
             writer.add_scalar(name, scalar, global_step)
         writer.add_scalar("charts/SPS", speeds[-1], global_step)
 
         # Evaluation and checkpoint, whenever a multiple of their frequencies is passed
         finished = global_step >= args.total_timesteps
-        if finished or global_step % args.eval_freq < T * N:
+        if finished or global_step % args.eval_freq < batch_size:
             seed = (args.seed + global_step) % 2**31
             with make_env(args, seed) as env:  # a new one, as in training
                 scores, lengths = evaluate(agent, args, envs.obs_stats, seed, env)
-            evaluations.append(evaluation_row(global_step, scores, lengths) | means(history))
+            evaluations.append(evaluation_row(global_step, scores, lengths, history))
             history = []
             save_agent(agent, envs.obs_stats, evaluations, folder)
             writer.add_scalar("eval/return_mean", scores.mean(), global_step)
             tqdm.write(f"step {global_step:,}: return {scores.mean():.1f}")
-        if finished or global_step % interval < T * N:
+        if finished or global_step % interval < batch_size:
             checkpoint = {name: part.state_dict() for name, part in stateful.items()}
             checkpoint["recent_episodes"] = list(envs.recent_episodes)
             checkpoint["progress"] = global_step, evaluations, history, speeds
@@ -622,9 +614,7 @@ def train(envs, args, folder):
 
 def evaluate(agent, args, obs_stats, seed, env):
     """Raw returns and lengths (eval_episodes,) of greedy episodes in `env`."""
-    longest = 100_000  # for environments without a time limit
-    if env.spec and env.spec.max_episode_steps:
-        longest = env.spec.max_episode_steps
+    longest = getattr(env.spec, "max_episode_steps", None) or 100_000
     act = agent.actor_fn()
     returns = np.zeros(args.eval_episodes)
     lengths = np.zeros(args.eval_episodes)
@@ -708,19 +698,18 @@ def compiled(function, **options):
     """`function`, compiled at its first call. If that fails, for example without a C++ compiler, it
     runs uncompiled, so that errors of an edited copy show as plain ones."""
     torch._dynamo.config.trace_autograd_ops = True  # one graph for the gradient and the loss
-    chosen = None
+    current = torch.compile(function, **options)
 
     def call(*inputs):
-        nonlocal chosen
+        nonlocal current
         try:
-            chosen = chosen or torch.compile(function, **options)
-            return chosen(*inputs)
+            return current(*inputs)
         except Exception as error:  # any is possible here
-            if chosen is function:
+            if current is function:
                 raise
             tqdm.write(f"torch.compile failed, continuing without: {error!r:.200}", file=sys.stderr)
-            chosen = function
-            return chosen(*inputs)
+            current = function
+            return function(*inputs)
 
     return call
 
@@ -733,17 +722,16 @@ def means(rows):
     }
 
 
-def evaluation_row(step, scores, lengths):
-    """A row of progress.csv, but for what was logged."""
+def evaluation_row(step, scores, lengths, history):
+    """A row of progress.csv: an evaluation, and means of what was logged since the one before."""
     if not np.isfinite(scores).all():
         sys.exit(f"error: a return of the evaluation at step {step} is not finite")
-    row = {
+    evaluation = {
         "return_mean": scores.mean(),
         "return_std": scores.std(),
         "length_mean": lengths.mean(),
     }
-    # Python's numbers, since checkpoints and JSON hold no NumPy numbers
-    return {"step": step} | {name: float(x) for name, x in row.items()}
+    return {"step": step} | means([evaluation, *history])
 
 
 def save_agent(agent, obs_stats, evaluations, folder):
@@ -776,21 +764,21 @@ def atomic_write(path):
     yield temporary
     with open(temporary, "rb+") as file:  # Windows syncs only what can be written
         os.fsync(file.fileno())
-    for _ in range(50):
-        try:
-            os.replace(temporary, path)
-            return
-        except PermissionError:  # on Windows, while a spreadsheet, for one, has the file open
-            time.sleep(0.1)
-    sys.exit(f"error: {path} can't be replaced; does another program have it open?")
+    try:
+        os.replace(temporary, path)
+    except PermissionError:  # on Windows, while a spreadsheet, for one, has the file open
+        time.sleep(5)
+        os.replace(temporary, path)
 
 
 def begin_session(args, digests, folder):
     """Adds a line to the run's sessions.jsonl, with what is needed to reproduce it, and copies this
     script into its folder."""
     script = Path(__file__).resolve()
-    installed = [package.name or "" for package in distributions()]
-    imported = [name for name in installed if name.replace("-", "_") in sys.modules]
+    versions = {"torch": torch.__version__}  # with its kind of build
+    for package in distributions():
+        if str(package.name).replace("-", "_") in sys.modules:
+            versions.setdefault(package.name, package.version)
     session = {
         "run": folder.name,
         "script": script.name,
@@ -800,7 +788,7 @@ def begin_session(args, digests, folder):
         "directory": str(script.parent),
         "working_directory": str(START),
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "versions": {name: version(name) for name in imported} | {"torch": torch.__version__},
+        "versions": versions,
         "platform": platform.platform(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,
@@ -821,10 +809,6 @@ def main():
         sys.exit(f"error: --env-id {args.env_id}: {error}")
     digests = file_digests()
     folder = run_folder(args, digests)
-    try:
-        str(folder).encode()
-    except UnicodeEncodeError as error:
-        sys.exit(f"error: TensorBoard can't write to a folder of this name: {error}")
     folder.mkdir(parents=True, exist_ok=True)
     try:
         lock = FileLock(folder / "lock", blocking=False).acquire()
@@ -841,9 +825,7 @@ def main():
     summary = json.loads((folder / "summary.json").read_text())
     score = f"return {summary['return_mean']:.1f}, {summary['sps']:,.0f} steps/s"
     folder = Path(args.runs_dir, folder.name)  # as it was typed
-    enjoy = Path(sys.argv[0]).with_name("enjoy.py")
-    enjoy = enjoy if Path(START, enjoy).exists() else "PATH/TO/enjoy.py"
-    print(f"{folder}: {score}; to watch it: python {enjoy} {folder}")
+    print(f"{folder}: {score}; to watch it: python enjoy.py {folder}")
 
 
 if __name__ == "__main__":

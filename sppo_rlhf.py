@@ -65,7 +65,7 @@ import time
 from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass, field
 from functools import partial
-from importlib.metadata import distributions, version
+from importlib.metadata import distributions
 from importlib.util import find_spec, module_from_spec, spec_from_file_location
 from pathlib import Path
 from typing import Literal, NamedTuple
@@ -290,7 +290,6 @@ def perturb_reward(reward, noise, level, rng):
         return reward + rng.normal(0, level, reward.shape)
     if noise == "uniform":
         return reward + rng.uniform(-level, level, reward.shape)
-    assert noise in ("none", "adv_flip"), f"no noise {noise!r}"
     return reward
 
 
@@ -569,7 +568,6 @@ def train(setup, args, folder):
         # TensorBoard hides what was logged after the checkpoint; without one, everything
         purge_step = progress.global_step + 1 if progress.global_step else 0
         writer = SummaryWriter(folder, purge_step=purge_step)
-        writer.add_text("hyperparameters", f"```\n{json.dumps(vars(args), indent=2)}\n```")
     begun = f"{folder.name}: from step {progress.global_step:,}"
     accelerator.print(f"{begun}, with a checkpoint every {args.eval_freq:,} texts")
     progress_bar = tqdm(
@@ -1527,21 +1525,21 @@ def atomic_write(path):
     yield temporary
     with open(temporary, "rb+") as file:  # Windows syncs only what can be written
         os.fsync(file.fileno())
-    for _ in range(50):
-        try:
-            os.replace(temporary, path)
-            return
-        except PermissionError:  # on Windows, while a spreadsheet, for one, has the file open
-            time.sleep(0.1)
-    sys.exit(f"error: {path} can't be replaced; does another program have it open?")
+    try:
+        os.replace(temporary, path)
+    except PermissionError:  # on Windows, while a spreadsheet, for one, has the file open
+        time.sleep(5)
+        os.replace(temporary, path)
 
 
 def begin_session(args, digests, folder):
     """Adds a line to the run's sessions.jsonl, with what is needed to reproduce it, and copies this
     script into its folder."""
     script = Path(__file__).resolve()
-    installed = [package.name or "" for package in distributions()]
-    imported = [name for name in installed if name.replace("-", "_") in sys.modules]
+    versions = {"torch": torch.__version__}  # with its kind of build
+    for package in distributions():
+        if str(package.name).replace("-", "_") in sys.modules:
+            versions.setdefault(package.name, package.version)
     session = {
         "run": folder.name,
         "script": script.name,
@@ -1551,7 +1549,7 @@ def begin_session(args, digests, folder):
         "directory": str(script.parent),
         "working_directory": str(START),
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
-        "versions": {name: version(name) for name in imported} | {"torch": torch.__version__},
+        "versions": versions,
         "platform": platform.platform(),
         "cpu": torch.backends.cpu.get_cpu_capability(),
         "gpu": torch.cuda.get_device_name() if torch.cuda.is_available() else None,

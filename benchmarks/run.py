@@ -33,9 +33,6 @@ def cores(quota=Path("/sys/fs/cgroup/cpu.max")):
 
 
 CORES = cores()
-# Steps per second of a core
-SPEEDS = {"sppo_continuous.py": 3222, "sa2c_continuous.py": 6329}
-SPEEDS |= {"sppo_atari.py": 1017 / 2, "sa2c_atari.py": 1360 / 2}
 
 
 @dataclass
@@ -74,10 +71,8 @@ def unfinished(commands, runs_dir):
     for command in commands:
         script, *words = shlex.split(command)[1:]  # without "python"
         folder = Path(script).resolve(strict=True).parent
-        for files in finished.get(key_of(script, *words), []):
-            if all(digest(folder / path) == recorded for path, recorded in files.items()):
-                break
-        else:
+        recorded = finished.get(key_of(script, *words), [])
+        if not any(all(digest(folder / p) == d for p, d in files.items()) for files in recorded):
             yield command
 
 
@@ -88,19 +83,6 @@ def visible_gpus():
     count = torch.cuda.device_count()
     listed = os.environ.get("CUDA_VISIBLE_DEVICES", ",".join(map(str, range(count))))
     return listed.split(",")[:count]
-
-
-def duration(commands, jobs):
-    """In words; nothing if there is a script whose speed is not known."""
-    minutes = 0
-    for command in commands:
-        script = shlex.split(command)[1]
-        steps = re.search(r"--total-timesteps[ =](\d+)", command)
-        if script not in SPEEDS or not steps:
-            return ""
-        minutes += int(steps[1]) / SPEEDS[script] / jobs / 60
-    amount = f"{minutes:,.0f} minutes" if minutes < 120 else f"{minutes / 60:,.0f} hours"
-    return f": {amount} at the speeds of results/speed/README.md"
 
 
 def start(command, gpu, threads, runs_dir):
@@ -150,9 +132,8 @@ def main():
     pools = [(for_gpu if gpus else [], gpus), (for_cpu, [""] * args.jobs)]
     done = len(commands) - len(left)
     jobs = sum(min(len(waiting), len(free)) for waiting, free in pools)
-    how_long = duration(left, min(jobs, CORES)) if left and not gpus else ""
     counts = f"{done} of {len(commands)} runs have finished, {len(left)} are left"
-    print(counts + how_long, file=sys.stderr)
+    print(counts, file=sys.stderr)
     # The time left is by the mean of all runs so far; a line a second, in files one a minute
     bar = tqdm(total=len(commands), initial=done, unit="run", smoothing=0, miniters=0)
     bar.mininterval = 1 if sys.stderr.isatty() else 60

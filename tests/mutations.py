@@ -68,8 +68,8 @@ sppo_continuous.py: runs cannot_be_read_back
 - load_checkpoint(path)  # an edit
 + path  # an edit
 sa2c_continuous.py: runs imported_and_not_installed
-- not is_foreign and not is_compiled
-+ not is_foreign
+- (is_foreign or is_compiled or
++ (is_foreign or
 sa2c_continuous.py: runs edited_while_it_runs
 - temporary.write_bytes(SOURCE)
 + temporary.write_bytes(script.read_bytes())
@@ -80,8 +80,8 @@ enjoy.py: enjoy one_seed_are_the_same
 - np.random.seed(args.seed)
 + pass
 benchmarks/run.py: benchmark imports_or_reads
-- digest(folder / path) == recorded
-+ digest(folder / path.name) == recorded
+- digest(folder / p) == d for
++ digest(folder / p.name) == d for
 benchmarks/run.py: benchmark a_signal_ends
 - os.killpg(process.pid, number)
 + os.kill(process.pid, number)
@@ -106,9 +106,6 @@ sppo_rlhf.py: rlhf continues_to_the_bit
 sppo_rlhf.py: rlhf normalised_after_flips
 - normalize(raw, mask) if
 + normalize(raw, mask | True) if
-sppo_rlhf.py: rlhf leaves_what_it_promises
-- os.replace(temporary, path)
-+ shutil.copy(temporary, path)
 sppo_rlhf.py: rlhf texts_cost_what
 - if not alive.any():
 + if not alive.any() and not prompt:
@@ -184,9 +181,6 @@ benchmarks/run.py: benchmark games_go_to_gpus
 benchmarks/run.py: benchmark games_go_to_gpus
 - .split(",")[:count]
 + .split(",")
-benchmarks/run.py: benchmark how_long
-- SPEEDS[script] / jobs
-+ SPEEDS[script]
 """
 ENTRY = re.compile(r"(?m)^(.+): (\w+) (\w+)\n- (.+)\n\+ (.+)$")
 

@@ -145,7 +145,7 @@ MEAN += (MEAN[0].replace("output", "output.tanh()"),)
 @pytest.mark.parametrize(("edit", "policy"), [(LOGITS, "categorical"), (MEAN, "gaussian")])
 def test_a_policy_edited_only_where_it_is_trained_stops_the_run(setting, edit, policy, tmp_path):
     text = Path(setting.script.__file__).read_text()
-    trained = text.partition("    def policy(self, output)")[2].partition("    def value(")[0]
+    trained = text.partition("    def policy(self, output)")[2].partition("    def exploration(")[0]
     edits = [(trained, trained.replace(*edit))]
     assert edits[0][0] != edits[0][1]
 
@@ -347,9 +347,10 @@ def test_values_do_not_broadcast(setting, kind, tmp_path):
     """A column of them may pass, as in many a critic."""
 
     def change(agent):
-        forward, value = agent.forward, getattr(agent, "value", None)
+        if not setting.atari:
+            agent.critic.register_forward_hook(lambda *io: SHAPES[kind](io[-1].squeeze(-1)))
+        forward = agent.forward
         agent.forward = lambda obs: (forward(obs)[0], SHAPES[kind](forward(obs)[1]))
-        agent.value = lambda obs: SHAPES[kind](value(obs))
 
     if kind == "column" and not setting.atari:
         _, folder = run_copy(setting, tmp_path / "copy", change=change)
@@ -368,7 +369,7 @@ def test_a_metric_may_be_a_number_of_any_type(setting, tmp_path):
     """In an evaluation, or in the log."""
     length = '"length_mean": lengths.mean(),\n'
     evaluated = (length, f'{length}        "a": scores.min(),\n')
-    logged = ("= 1 - unexplained\n", "= 1 - unexplained; scalars['b'] = torch.tensor(2.0)\n")
+    logged = ("history.append(", "scalars['b'] = torch.tensor(2.0); history.append(")
     _, folder = run_copy(setting, tmp_path / "copy", [evaluated, logged])
     (row,) = checkpoint(folder)["progress"][1]
     assert (row["a"], row["b"], row["step"]) == (row["return_mean"], 2, 64)

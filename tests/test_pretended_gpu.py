@@ -66,7 +66,7 @@ def test_a_run_is_begun_and_continued(setting, flags, tmp_path, gpu):
 # Scripts, what is right there, and what is wrong
 MISTAKES = [
     # The CPU's generator for what is on the GPU
-    ([SPPO_ATARI], "(T * N, generator=generator)", "(T * N, generator=generator, device='cuda')"),
+    ([SPPO_ATARI], "e, generator=generator)", "e, generator=generator, device='cuda')"),
     # An index left on the CPU
     (ATARI, "dtype=torch.int64, device=device)", "dtype=torch.int64)"),
     ([SPPO_RLHF], "(take(minibatch, rows), accelerator.device)", "(take(minibatch, rows), 'cpu')"),

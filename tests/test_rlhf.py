@@ -1896,12 +1896,12 @@ def test_ddp_is_freed_before_its_process_group(run, monkeypatch):
 
 @pytest.mark.slow
 def test_the_toy_learns_reward_and_true_sentiment(tmp_path, monkeypatch):
-    """A full run has 40 updates. The toy's models get their whole training."""
+    """In half of a full run's 40 updates. The toy's models get their whole training."""
     work_in(monkeypatch, tmp_path)
     sentiment = "from sppo_rlhf import toy_sentiment\n"
     sentiment += "def true(completions): return [toy_sentiment(text) for text in completions]"
     Path("sentiment.py").write_text(sentiment)
-    words = ["--total-timesteps", 12 * 112, "--eval-freq", 12 * 112, "--device", "cpu"]
+    words = ["--total-timesteps", 20 * 112, "--eval-freq", 20 * 112, "--device", "cpu"]
     words += ["--reward-model", "runs/toy/reward", "sentiment.py:true", "--reward-weights", 1, 0]
     call_main(monkeypatch, *words, "--runs-dir", "own")
     (folder,) = Path("own").iterdir()

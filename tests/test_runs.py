@@ -39,7 +39,6 @@ from helpers import (
     weights,
     words,
 )
-from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 
 PPO, A2C = [SPPO_CONTINUOUS, SPPO_ATARI], [SA2C_CONTINUOUS, SA2C_ATARI]
 CONTINUOUS, ATARI = [SPPO_CONTINUOUS, SA2C_CONTINUOUS], [SPPO_ATARI, SA2C_ATARI]
@@ -129,8 +128,7 @@ def test_a_run_leaves_what_it_promises(setting, launch, tmp_path, monkeypatch):
     assert first == f"{folder.name}: from step 0, with a checkpoint every 128 steps"
     assert printed == [f"step {row['step']:.0f}: return {row['return_mean']:.1f}" for row in rows]
     assert last.startswith(f"{folder}: return {rows[-1]['return_mean']:.1f}, ")
-    enjoy = Path(setting.script.__file__).with_name("enjoy.py")
-    assert last.endswith(f" steps/s; to watch it: python {enjoy} {folder}")
+    assert last.endswith(f" steps/s; to watch it: python enjoy.py {folder}")
     summary = json.loads((folder / "summary.json").read_text())
     assert summary.pop("sps") > 0
     assert summary == rows[-1]
@@ -170,12 +168,6 @@ def test_progress_has_the_means_of_what_was_logged_since_the_evaluation_before(s
             assert row[name] == pytest.approx(np.mean(entries), rel=1e-4, abs=1e-6), name
     evaluated = [(row["step"], pytest.approx(row["return_mean"])) for row in rows]
     assert logged["eval/return_mean"] == evaluated
-
-
-def test_tensorboard_shows_the_hyperparameters(setting, tmp_path):
-    _, folder = setting.run(tmp_path, total_timesteps=64, gamma=0.97)
-    (event,) = EventAccumulator(str(folder)).Reload().Tensors("hyperparameters/text_summary")
-    assert '"gamma": 0.97' in event.tensor_proto.string_val[0].decode()
 
 
 @pytest.mark.parametrize("setting", A2C, ids=str, indirect=True)
@@ -286,14 +278,6 @@ def test_files_that_are_imported_and_not_installed_count(setting, tmp_path, monk
     assert set(after) - set(before) == added
     further.write_text("x = 2")
     assert setting.script.file_digests()[str(further)] == hashlib.sha256(b"x = 2").hexdigest()
-
-
-@of_each
-def test_a_folder_that_tensorboard_cannot_write_is_named(setting, launch, tmp_path):
-    """One of bytes that are no UTF-8, which Python replaces in its name."""
-    end, _, _ = launch(runs_dir=tmp_path / "runs-\udcff")
-    assert end.startswith("error: TensorBoard can't write to a folder of this name: ")
-    assert list(tmp_path.iterdir()) == []
 
 
 def test_a_script_that_is_edited_while_it_runs_is_recorded_as_it_was(setting, tmp_path):
@@ -424,8 +408,7 @@ WRONG = [{0: NAN}, {0: NAN, 3: True}, {0: np.array([0, -np.inf])}, {1: np.nan}, 
 @pytest.mark.parametrize("wrong", WRONG)
 def test_what_is_not_finite_stops_the_run_before_it_is_saved(setting, wrong, tmp_path, monkeypatch):
     monkeypatch.setattr(BrokenEnv, "wrong", wrong, raising=False)
-    cause = "learning rate too high, or observations or rewards not finite"
-    with pytest.raises(SystemExit, match=f"error: gradients not finite at step 64: {cause}"):
+    with pytest.raises(SystemExit, match="error: gradient not finite, step 64 .* reward"):
         setting.run(tmp_path, env_id="Broken-v0", **EACH)
     (folder,) = tmp_path.iterdir()
     assert not list(folder.glob("[acp]*.[cps]*t*"))  # no agent, no checkpoint, no progress
@@ -626,7 +609,7 @@ def test_metrics_may_be_missing_or_nan_and_numpys(setting, tmp_path, monkeypatch
         calls.append(arguments)
         result, metrics = original(*arguments)
         late = len(calls) > (24 if setting.ppo else 3)
-        return result, metrics | ({"späte": torch.tensor(torch.nan)} if late else {})
+        return result, metrics | ({"losses/späte": torch.tensor(torch.nan)} if late else {})
 
     original = setting.loss_function
     monkeypatch.setattr(setting.script, setting.loss_name, loss)
@@ -647,20 +630,13 @@ def test_a_file_that_another_program_has_open_is_tried_again(setting, launch, mo
 
     def refusing_replace(source, target):
         tries.append(Path(target).name)
-        if tries[-1] == "progress.csv" and tries.count("progress.csv") < 4:
+        if tries.count("progress.csv") == 1:
             raise PermissionError
         rename(source, target)
 
     monkeypatch.setattr(os, "replace", refusing_replace)
     monkeypatch.setattr(time, "sleep", lambda seconds: None)
     assert launch()[0] == 0
-    monkeypatch.setattr(os, "replace", refuse)
-    end, _, _ = launch(seed=2)
-    assert end.endswith("sessions.jsonl can't be replaced; does another program have it open?")
-
-
-def refuse(*_):
-    raise PermissionError
 
 
 @of_each
@@ -793,19 +769,18 @@ def test_gradients_that_are_not_finite_spare_the_files(setting, launch, tmp_path
         result, metrics = original(*arguments)
         if setting.atari:
             return result * torch.inf, metrics
-        return result, metrics | {"grad_norm": torch.tensor(torch.inf)}
+        return result, metrics | {"losses/grad_norm": torch.tensor(torch.inf)}
 
     monkeypatch.setattr(setting.script, setting.loss_name, infinite)
     end, _, _ = launch(**EACH)
-    assert end.startswith("error: gradients not finite at step 128")
+    assert end.startswith("error: gradient not finite, step 128")
     assert checkpoint(folder)["progress"][0] == 64
     assert [row["step"] for row in progress(folder)] == [64]
 
 
-@pytest.mark.parametrize("compile", [lambda *_, **__: 1 / 0, lambda *_, **__: lambda *_: 1 / 0])
-def test_without_a_compiler_it_says_so_and_runs(setting, launch, monkeypatch, compile):
+def test_without_a_compiler_it_says_so_and_runs(setting, launch, monkeypatch):
     """On Atari nothing is compiled for a CPU."""
-    monkeypatch.setattr(torch, "compile", compile)
+    monkeypatch.setattr(torch, "compile", lambda *_, **__: lambda *_: 1 / 0)
     end, _, err = launch(compile=True, total_timesteps=64)
     assert end == 0
     failed = "torch.compile failed, continuing without: ZeroDivisionError"

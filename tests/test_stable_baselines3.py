@@ -66,7 +66,7 @@ def run_recorded(setting, tmp_path, monkeypatch, **flags):
             assert rest[-1].all()
         batches.append([tensor.clone() for tensor in batch])
         result, metrics = original(agent, *rest)
-        clip_fractions.append(metrics.get("clipfrac"))
+        clip_fractions.append(metrics.get("losses/clipfrac"))
         return result, metrics
 
     monkeypatch.setattr(setting.script, name, recording)

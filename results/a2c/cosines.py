@@ -38,7 +38,7 @@ def policy_gradients(folder):
 
     def value_of(obs):
         with torch.no_grad():
-            return agent.value(torch.from_numpy(obs)).numpy()
+            return agent.critic(torch.from_numpy(obs)).squeeze(-1).numpy()
 
     T, N = args.num_steps, args.num_envs
     gradients = [0 for _ in (0, *BETAS)]
