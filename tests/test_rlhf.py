@@ -1896,18 +1896,20 @@ def test_ddp_is_freed_before_its_process_group(run, monkeypatch):
 
 @pytest.mark.slow
 def test_the_toy_learns_reward_and_true_sentiment(tmp_path, monkeypatch):
-    """In half of a full run's 40 updates. The toy's models get their whole training."""
+    """The toy's models get their whole training. A full run has 40 updates, and adds some 0.2 to the
+    reward. In runs of twelve, of several seeds and versions, it rose by 0.165 or more, the true
+    sentiment by 0.47 or more."""
     work_in(monkeypatch, tmp_path)
     sentiment = "from sppo_rlhf import toy_sentiment\n"
     sentiment += "def true(completions): return [toy_sentiment(text) for text in completions]"
     Path("sentiment.py").write_text(sentiment)
-    words = ["--total-timesteps", 20 * 112, "--eval-freq", 20 * 112, "--device", "cpu"]
+    words = ["--total-timesteps", 12 * 112, "--eval-freq", 12 * 112, "--device", "cpu"]
     words += ["--reward-model", "runs/toy/reward", "sentiment.py:true", "--reward-weights", 1, 0]
     call_main(monkeypatch, *words, "--runs-dir", "own")
     (folder,) = Path("own").iterdir()
     first, last = progress(folder)
-    assert last["return_mean"] - first["return_mean"] > 0.2
-    assert last["eval_sentiment.py:true"] - first["eval_sentiment.py:true"] > 0.2
+    assert last["return_mean"] - first["return_mean"] > 0.12
+    assert last["eval_sentiment.py:true"] - first["eval_sentiment.py:true"] > 0.3
     assert 0 < last["kl"] < 20
 
 
