@@ -14,7 +14,7 @@ suites
   quick        three tasks of continuous control, 200,000 steps: an hour on two cores
   continuous   the paper's nine tasks of continuous control, 30 seeds
   atari        22 games, 5 seeds; the first twelve are the paper's, by public reviews of it
-  rlhf         language models: imdb and tldr, 5 seeds (offline: --envs toy)
+  rlhf         language models: imdb and tldr, 5 seeds (offline: python toy.py, then --envs toy)
   evidence     three tasks, a million steps, 8 seeds: what explains SPPO; also Breakout and imdb
   sweep        learning rate x clip range, DPPO and SPPO, two tasks, 200,000 steps, 5 seeds
 
@@ -191,4 +191,6 @@ if [[ $dry_run ]]; then
     exit
 fi
 set -- --runs-dir "$runs" ${jobs:+--jobs "$jobs" --jobs-per-gpu "$jobs"}
+[[ $commands != *"--task toy "* || -d runs/toy || " ${extra[*]}" = *" --dataset"* ]] ||
+    die "no runs/toy; this makes it: python toy.py"
 exec python benchmarks/run.py "$@" <<<"$commands"

@@ -6,7 +6,7 @@
 #   "gymnasium[box2d]>=1.2.3; python_version < '3.14' and platform_machine != 'aarch64'",
 #   "numpy>=2.0", "tyro>=1.0.16", "filelock>=3.30", "safetensors>=0.4.5", "tensorboard>=2.19",
 #   "tqdm>=4.66.5", "transformers>=5.0", "datasets>=4.0", "accelerate>=1.10", "peft>=0.18",
-#   "moviepy>=2.1"]
+#   "pandas>=2.2.3", "moviepy>=2.1"]
 # [tool.uv]  # the versions of requirements.lock
 # exclude-newer = "2026-11-17T00:00:00Z"
 # constraint-dependencies = ["torch==2.13.0"]
@@ -76,7 +76,7 @@ def load_run(folder):
     for path, digest in session["files"].items():
         if digest not in now.get(Path(path).name, [digest]):
             print(f"warning: {path} has changed since this run", file=sys.stderr)
-    if not (folder / ("samples.jsonl" if is_text else "agent.safetensors")).exists():
+    if not (folder / ("checkpoint.pt" if is_text else "agent.safetensors")).exists():
         raise FileNotFoundError(f"{folder}: no agent yet; a run saves one at its first evaluation")
     if is_text:
         return script, run_args, None
@@ -188,8 +188,7 @@ def play_text(script, run_args, folder, args):
         print(f"{sample['reward']:.3f} {sample['prompt']} [{sample['response'].strip()}]")
     for name, number in row.items():
         print(f"{name}: {number:.4g}")
-    score = f"reward {row['return_mean']:.3f} (standard deviation {row['return_std']:.3f})"
-    print(f"{folder}: {score}")
+    print(f"{folder}: reward {row['return_mean']:.3f} (standard deviation {row['return_std']:.3f})")
 
 
 def newest_run():
@@ -200,6 +199,7 @@ def newest_run():
 
 def main():
     args = tyro.cli(Args)
+    sys.stdout.reconfigure(errors="backslashreplace")  # for texts with letters it does not have
     if args.episodes < 1 or not 0 <= args.seed < 2**32:
         sys.exit("error: --episodes must be at least 1, and --seed from 0 to 4294967295")
     if args.video and not importlib.util.find_spec("moviepy"):

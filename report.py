@@ -62,7 +62,7 @@ dppo-coef tab:red, ppo-coef firebrick, dppo-norm tab:purple, ppo-norm indigo, pp
 COLORS = dict(item.split() for item in COLORS.split(", "))
 
 # What may differ between the runs of a cell, besides what follows from it
-FREE = "seed run_name runs_dir device compile track capture_video evaluate micro_batch_size".split()
+FREE = "seed run_name runs_dir device compile track capture_video evaluate".split()
 PROVENANCE = ["commit", "script_sha256", "command", "started", "versions", "hardware"]
 SCORES = ["finished", "return_mean", "return_std", "last5", "training", "sps"]
 RUN = ["run_name", "exp_name", "script", "env_id", "noise", "noise_level", "seed", *SCORES]

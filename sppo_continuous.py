@@ -385,8 +385,8 @@ class Agent(nn.Module):
 
 
 def symmetric_policy_losses(log_prob, old_log_prob, advantage, clip_coef, z):
-    """PPO loss L and reverse PPO loss Lr, to minimise as alpha L + beta Lr. The tensors (batch,)
-    are log p, log p_old and A of the actions taken; `clip_coef` is PPO's epsilon.
+    """PPO loss L and reverse PPO loss Lr, to minimise as alpha L + beta Lr. The tensors (n,) are
+    log p, log p_old and A of n actions; `clip_coef` is PPO's epsilon.
 
     (1 - p) / p_old = 1 / p_old - r, where 1 / p_old is constant, and huge for unlikely actions. The
     Lr returned leaves it out: it has the paper's gradient, but not its value.

@@ -57,9 +57,9 @@ def main(args: Args):
     run_dir.mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(args.policy_model, padding_side="left")
     rows = datasets.load_dataset("json", data_files=args.dataset, split="train")
-    settings = sppo_rlhf.TASKS["imdb"]  # prompts of 64 tokens, responses of 48
-    texts, _ = sppo_rlhf.tokenize(rows[:], tokenizer, settings)
-    prompts = datasets.Dataset.from_dict({"input_ids": texts.ids.tolist()})
+    settings = sppo_rlhf.Args(**sppo_rlhf.TASKS["imdb"])  # prompts of 64 tokens
+    columns = sppo_rlhf.tokenize(rows[:], tokenizer, settings)
+    prompts = datasets.Dataset.from_dict({"input_ids": columns["prompt_ids"]})
     policy, reference = (AutoModelForCausalLM.from_pretrained(args.policy_model) for _ in range(2))
     value, reward = (
         AutoModelForSequenceClassification.from_pretrained(name, num_labels=1)

@@ -24,15 +24,15 @@ def known_versions():
 def toy(tmp_path_factory):
     """The toy's texts, and its models after a tenth of their training: runs/toy, which scripts find
     that run in the folder two above."""
-    import sppo_rlhf as rlhf  # slow to import, and few tests need it
+    import toy  # slow to import, and few tests need it
 
-    folder = tmp_path_factory.mktemp("toy") / rlhf.TOY
-    train_toy_model = rlhf.train_toy_model
+    folder = tmp_path_factory.mktemp("toy") / "runs/toy"
+    train_toy_model = toy.train_toy_model
 
     def train_briefly(model, data, steps, *rest):
         train_toy_model(model, data, steps // 10, *rest)
 
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(rlhf, "train_toy_model", train_briefly)
-        rlhf.make_toy(folder)
+        patch.setattr(toy, "train_toy_model", train_briefly)
+        toy.make_toy(folder)
     return folder

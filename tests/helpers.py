@@ -4,6 +4,7 @@ import contextlib
 import copy
 import csv
 import json
+import sys
 import types
 from dataclasses import dataclass
 
@@ -71,7 +72,10 @@ class Setting:
 
     def args(self, runs_dir, **flags):
         """Arguments of a run with `flags` over `small`."""
-        return self.script.Args(**self.small | {"runs_dir": str(runs_dir)} | flags)
+        args = self.script.Args(**self.small | {"runs_dir": str(runs_dir)} | flags)
+        if hasattr(args, "resolve"):
+            args.resolve()
+        return args
 
     def run(self, runs_dir, **flags):
         """Trains as the same command would: begins, continues, or finds the run finished. Returns
@@ -178,6 +182,14 @@ class Signals:
         self.time[over] = 0
         no = np.zeros_like(over)
         return self.show(), reward, over, no, {"lives": np.zeros(len(over), int)}
+
+
+def work_in(monkeypatch, folder):
+    """As if scripts had been started there."""
+    monkeypatch.chdir(folder)
+    for name, module in list(sys.modules.items()):
+        if name.startswith(("sppo_", "sa2c_")):
+            monkeypatch.setattr(module, "START", folder, raising=False)
 
 
 def digests_of(script, args):

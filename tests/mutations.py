@@ -95,68 +95,68 @@ sa2c_atari.py: stable_baselines3 a2c_takes
 - - args.ent_coef * entropy
 + + args.ent_coef * entropy
 sppo_rlhf.py: rlhf in_any_family
-- alive = torch.ones_like(mask[:, :1])
-+ alive = mask[:, :1]
+- torch.arange(len(x) - 1, len(x) + len(y) - 1)
++ torch.arange(len(x), len(x) + len(y))
+sppo_rlhf.py: rlhf in_any_family
+- if "drop" in name
++ if "dropout_" in name
+sppo_rlhf.py: rlhf samples_otherwise
+- if difference > (
++ if difference > 99 + (
 sppo_rlhf.py: rlhf evaluation_by_hand
-- masked_mean(rollout.reference_log_prob,
-+ masked_mean(rollout.log_prob,
+- reference_log_prob = joined(samples, "reference_log_prob")
++ reference_log_prob = joined(samples, "log_prob")
+sppo_rlhf.py: rlhf evaluation_by_hand
+- token_log_probs(self.policy, response, self.temperature)
++ token_log_probs(self.policy, response)
 sppo_rlhf.py: rlhf continues_to_the_bit
-- transformers.set_seed(rng.integers(2**31).item())  # for
-+ 0  # for
+- transformers.set_seed(rng.integers(2**31)
++ abs(rng.integers(2**31)
 sppo_rlhf.py: rlhf normalised_after_flips
-- normalize(raw, mask) if
-+ normalize(raw, mask | True) if
-sppo_rlhf.py: rlhf texts_cost_what
-- if not alive.any():
-+ if not alive.any() and not prompt:
-sppo_rlhf.py: rlhf ratio_begins
-- without_padding(target, target.mask),
-+ target,
-sppo_rlhf.py: rlhf checkpointing_changes
-- if "drop" in name:
-+ if "dropout_" in name:
+- (raw - raw.double().mean()) /
++ raw /
+sppo_rlhf.py: rlhf micro_batches
+- sft_loss = -target_log_prob.sum() / target_count
++ sft_loss = -target_log_prob.mean()
 sppo_rlhf.py: rlhf trained_with_dropout
 - setup.actor_critic.train(args.gradient_checkpointing)
 + setup.actor_critic.eval()
+sppo_rlhf.py: rlhf trained_with_dropout
+- minibatch_metrics[0]["losses/approx_kl"] > limit
++ minibatch_metrics[0]["losses/approx_kl"] > 99
 sppo_rlhf.py: rlhf language_part_learns
 - set(trained.parameters()) - set(used.parameters())
 + set()
-sppo_rlhf.py: rlhf turn_ends
+sppo_rlhf.py: rlhf written_in_the_template
 - end = turn_end(tokenizer, args)
 + pass
-sppo_rlhf.py: rlhf begun_is_continued
+sppo_rlhf.py: rlhf written_in_the_template
 - add_generation_prompt=not continues
 + add_generation_prompt=True
 sppo_rlhf.py: rlhf as_if_it_were_alone
-- one_by_one = config.pad_token_id is None
-+ one_by_one = config.pad_token_id == "none"
+- batch_size=16 if has_padding else 1
++ batch_size=16
 sppo_rlhf.py: rlhf weighted_sum
 - reward_model(**copy.deepcopy(inputs))
 + reward_model(**inputs)
 sppo_rlhf.py: rlhf weighted_sum
-- perturb_reward(reward.numpy(),
-+ perturb_reward(scores.mean(1).numpy(),
+- perturb_reward(reward, args.noise,
++ perturb_reward(0 * reward, args.noise,
 sppo_rlhf.py: rlhf what_a_run_reads
 - args.tokenizer, *args.reward_model]
 + args.tokenizer]
-sppo_rlhf.py: rlhf leaves_them
+sppo_rlhf.py: rlhf what_a_run_reads
 - datasets.disable_caching()
 + pass
-sppo_rlhf.py: rlhf start_token
+sppo_rlhf.py: rlhf tokens_of_texts
 - else start + ids for ids in plain
 + else ids for ids in plain
 sppo_rlhf.py: rlhf without_texts
-- if args.ce_coef and not any(targets)
-+ if args.ce_coef < 0 and not any(targets)
+- if args.ce_coef and kind
++ if args.ce_coef < 0 and kind
 sppo_rlhf.py: rlhf folder_without_one
 - if words < 3:
 + if words < 2:
-sppo_rlhf.py: rlhf or_without_a_cache
-- if cache is not None:
-+ if True:
-sppo_rlhf.py: rlhf trained_with_dropout
-- difference = acting_kl.item() + approx_kl.item()
-+ difference = acting_kl.item()
 docs/figures.py: docs_loss all_figures_again
 - ALPHA, BETA, Z = 0.5, 1.0
 + ALPHA, BETA, Z = 0.5, 1.1

@@ -4,7 +4,7 @@ Its tensors are the CPU's, in storages with a mark, which views share. Operation
 where they would fail on a real GPU. Only calls from Python are seen, and only on one thread."""
 
 import sys
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 
 import pytest
 import torch
@@ -113,6 +113,7 @@ def pretend():
         gpu.waits = []  # the line, and the operation, of each time that the CPU waited
         for name, answer in ANSWERS.items():
             patch.setattr(torch.cuda, name, lambda *_, answer=answer, **__: answer)
+        patch.setattr(torch.cuda, "device", lambda _: nullcontext())
         patch.setattr(torch.accelerator, "current_accelerator", lambda **_: None)
         patch.setattr(torch._C, "_group_tensors_by_device_and_dtype", group_on_gpu)
         patch.setattr(torch, "autocast", lambda _, *args, **more: autocast("cpu", *args, **more))

@@ -147,6 +147,23 @@ def test_options_and_flags_for_every_command():
         assert refused.returncode == 2 and why in refused.stderr
 
 
+def test_without_the_toy_its_runs_are_refused_once(copy):
+    def start(*more):
+        (copy / "sppo_rlhf.py").write_text(STUB)
+        options = "--envs toy --seeds 1 --device cpu --jobs 1".split()
+        return sh("./benchmark.sh", "rlhf", *options, *more, cwd=copy)
+
+    refused = start()
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.stderr == "benchmark.sh: no runs/toy; this makes it: python toy.py\n"
+    assert len(start("--dry-run").stdout.splitlines()) == 8
+    assert not records(copy)
+    assert start("--", "--dataset", "my.jsonl").returncode == 0
+    (copy / "runs/toy").mkdir()
+    assert start().returncode == 0
+    assert len(records(copy)) == 2 * 8
+
+
 def test_shellcheck():
     found = sh("shellcheck", "benchmark.sh", ".ci/run")
     assert (found.returncode, found.stdout) == (0, "")

@@ -413,10 +413,28 @@ def read_lines(path):
     return [json.loads(line) for line in Path(path).open()]
 
 
+def test_other_ways_of_sampling_in_an_edited_copy(toy, here, monkeypatch):
+    """With the page's top_p, but so small that only the most likely token is left."""
+    text = sections(PAGES["docs/language-models.md"])["Sampling"]
+    added, above = re.search(r"`(top_p=[\d.]+,)` below `(.+?)`", text).groups()
+    source = (ROOT / "sppo_rlhf.py").read_text()
+    assert source.count(above) == 1
+    Path("sppo_top_p.py").write_text(source.replace(above, f"{above} top_p=1e-9,"))
+    monkeypatch.syspath_prepend(here)
+    script = importlib.import_module("sppo_top_p")
+    Path("runs").symlink_to(toy.parent)
+    args = script.parse_args([])
+    texts = [read_lines(train(script, args, "here", **SHORT_LM) / "samples.jsonl")]
+    args.eval_greedy = True
+    texts.append(read_lines(train(script, args, "here", **SHORT_LM) / "samples.jsonl"))
+    first, second = ([row["response"] for row in rows[:8]] for rows in texts)
+    assert first == second and eval(f"dict({added})")["top_p"] < 1
+
+
 def test_a_function_as_reward(toy, here, monkeypatch, capsys):
     text = SECTIONS["A Python function as the reward of a language model"]
     Path("variety.py").write_text(*code_blocks(text, "python"))
-    script, args = parse(commands(text)[0])
+    script, args = parse(commands(text)[-1])
     Path("runs").symlink_to(toy.parent)
     folder = train(script, args, "here", **SHORT_LM)
     variety = runpy.run_path("variety.py")["variety"]
@@ -534,13 +552,15 @@ def test_the_list_of_metrics_is_complete_for_language_models(toy, here):
     """Two runs: the toy with all that is optional, and summaries, by a model with LoRA."""
     Path("runs").symlink_to(toy.parent)
     reward = ("runs/toy/reward",)
-    args = sppo_rlhf.Args(ce_coef=0.1)
+    args = sppo_rlhf.parse_args(["--ce-coef", "0.1"])
     toy_tags, toy_columns = logged(train(sppo_rlhf, args, "a", **SHORT_LM))
     row = {"prompt": "the plot was dull . TL;DR:", "label": "it was dull ."}
     Path("posts.jsonl").write_text((json.dumps(row) + "\n") * 40)
-    data = {"dataset": "posts.jsonl", "eval_dataset": "posts.jsonl", "response_length": 10}
-    args = sppo_rlhf.TldrArgs(policy_model="runs/toy/policy", reward_model=reward, **data)
-    tags, columns = logged(train(sppo_rlhf, args, "b", **SHORT_LM, prompt_length=10))
+    words = "--task tldr --policy-model runs/toy/policy --reward-model runs/toy/reward"
+    words += " --dataset posts.jsonl --eval-dataset posts.jsonl"
+    args = sppo_rlhf.parse_args(words.split())
+    lengths = {"prompt_length": 10, "response_length": 10}
+    tags, columns = logged(train(sppo_rlhf, args, "b", **SHORT_LM, **lengths))
     own = metrics(page="docs/language-models.md")
     expected = metrics("PPO") | own
     csv = metrics("csv", page="docs/language-models.md") - own

@@ -50,10 +50,10 @@ def wait_for(condition, process):
         time.sleep(0.01)
 
 
-def start(command, runs):
+def start(command, runs, folder):
     """Starts a run, and waits until it trains. Returns the process and the time then."""
     begun = len(list(runs.rglob("events*")))
-    process = subprocess.Popen([*command, "--runs-dir", runs], cwd=ROOT)
+    process = subprocess.Popen([*command, "--runs-dir", runs], cwd=folder)
     wait_for(lambda: len(list(runs.rglob("events*"))) > begun, process)
     return process, time.perf_counter()
 
@@ -66,24 +66,24 @@ def kill(process):
 @pytest.mark.slow
 @pytest.mark.parametrize("script", RUNS)
 def test_a_run_killed_at_random_times_is_the_same_run(script, tmp_path, request):
-    runs = tmp_path
+    runs = folder = tmp_path
     if script == "sppo_rlhf":
-        runs = request.getfixturevalue("toy").parent
-    command = [sys.executable, f"{script}.py", *RUNS[script].split()]
-    process, started = start(command, runs / "whole")
+        folder = request.getfixturevalue("toy").parent.parent
+    command = [sys.executable, ROOT / f"{script}.py", *RUNS[script].split()]
+    process, started = start(command, runs / "whole", folder)
     assert process.wait() == 0
     seconds = time.perf_counter() - started
     for _ in range(2):
-        process, _ = start(command, runs / "killed")
+        process, _ = start(command, runs / "killed", folder)
         time.sleep(random.uniform(0, seconds / 4))
         kill(process)
         load(runs / "killed")
-    process, _ = start(command, runs / "killed")
+    process, _ = start(command, runs / "killed", folder)
     # so that one is continued
     wait_for(lambda: list((runs / "killed").glob("*/checkpoint.pt")), process)
     kill(process)
     load(runs / "killed")
-    process, _ = start(command, runs / "killed")
+    process, _ = start(command, runs / "killed", folder)
     assert process.wait() == 0
     (whole,), (killed,) = (runs / "whole").iterdir(), (runs / "killed").iterdir()
     assert killed.name == whole.name

@@ -12,7 +12,7 @@ import sppo_continuous
 import sppo_rlhf
 
 CLIP = 0.2
-ppo_scripts = pytest.mark.parametrize("script", [sppo_continuous, sppo_atari])
+ppo_scripts = pytest.mark.parametrize("script", [sppo_continuous, sppo_atari, sppo_rlhf])
 a2c_scripts = pytest.mark.parametrize("script", [sa2c_continuous, sa2c_atari])
 
 
@@ -101,9 +101,8 @@ def test_sppos_gradient_is_a_multiple_of_other_clipped_losses(method):
     ratio = (log_prob - old_log_prob).exp()
     surrogates = torch.minimum(ratio * advantage, ratio.clamp(0.8, 1.2) * advantage)
     (expected,) = torch.autograd.grad(-surrogates[mask].mean(), log_prob, retain_graph=True)
-    losses = sppo_rlhf.symmetric_policy_losses(
-        log_prob, old_log_prob, advantage, mask, CLIP, z=-1.0
-    )
+    sampled = (x[mask] for x in (log_prob, old_log_prob, advantage))
+    losses = sppo_rlhf.symmetric_policy_losses(*sampled, CLIP, z=-1.0)
     (gradient,) = torch.autograd.grad(0.5 * losses[0] + 20 * losses[1], log_prob)
     assert (expected[mask] == 0).any() and expected.abs().max() > 1e-4
     torch.testing.assert_close(gradient, 20.5 * expected, rtol=0, atol=1e-15)

@@ -44,10 +44,10 @@ def metadata(script):
     return tomllib.loads(re.sub(r"(?m)^# ?", "", block))
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
+@pytest.mark.parametrize("script", [*SCRIPTS, "toy"])
 def test_a_script_has_the_projects_bounds(script):
     block = metadata(script)
-    bounds = PROJECT["dependencies"] + (EXTRAS["rlhf"] if script == "sppo_rlhf" else [])
+    bounds = PROJECT["dependencies"] + ([] if script in CONTROL else EXTRAS["rlhf"])
     if script in ATARI:  # they need neither MuJoCo nor Box2D
         bounds = [text.replace("[mujoco]", "") for text in bounds]
     assert block["requires-python"] == PROJECT["requires-python"]
@@ -130,9 +130,9 @@ SAME = [
     (CONTROL, "compute_gae run_folder evaluation_row"),
     (CONTINUOUS, "make_env prepare RunningStats NormalizedEnvs perturb_reward mlp numpy_layer"),
     (CONTINUOUS, "Agent evaluate compiled save_agent main"),
-    (ATARI, "AtariGames Agent sample_gumbel evaluate compiled save_agent main"),
-    ([*ATARI, "sppo_rlhf"], "perturb_reward has_bfloat16 keep_freed_memory"),
-    (["sppo_continuous", "sppo_atari"], "symmetric_policy_losses"),
+    (ATARI, "AtariGames Agent sample_gumbel evaluate compiled save_agent main keep_freed_memory"),
+    ([*ATARI, "sppo_rlhf"], "perturb_reward has_bfloat16"),
+    (["sppo_continuous", "sppo_atari", "sppo_rlhf"], "symmetric_policy_losses"),
     (["sa2c_continuous", "sa2c_atari"], "symmetric_policy_losses"),
 ]
 
@@ -166,8 +166,8 @@ def test_a_diff_of_the_pair_is_short(pair, limit):
 @pytest.mark.parametrize("script", SCRIPTS)
 def test_a_script_is_short_and_the_algorithm_comes_first(script):
     lines = source(script).splitlines()
-    assert len(lines) <= (835 if script in CONTINUOUS else 755 if script in ATARI else 1676)
-    assert max(map(len, lines)) <= 100
+    assert len(lines) <= (835 if script in CONTINUOUS else 755 if script in ATARI else 1500)
+    assert max(map(len, lines)) <= 100 >= len(source("toy").splitlines())
     order = list(definitions(script))
     for name in ("perturb_reward", "symmetric_policy_losses", "train"):
         assert order.index(name) < order.index("file_digests")

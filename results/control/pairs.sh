@@ -1,6 +1,7 @@
 #!/usr/bin/env bash
 # Prints pairs of commands, SPPO and PPO with the weight k, which give the same bytes:
 #     bash results/control/pairs.sh | python benchmarks/run.py --jobs 1 --runs-dir runs/identity
+# The last two need runs/toy, which python toy.py makes.
 while read -r script flag task noise alpha beta k steps; do
     run="python $script.py $flag $task --noise $noise --noise-level 0.2 --total-timesteps $steps"
     run+=" --eval-freq $((steps / 10)) --runs-dir runs/identity"

@@ -1,4 +1,5 @@
-# Peak memory of language models: docs/language-models.md. In a folder with a folder gpt2, made by
+# Peak memory of language models: docs/language-models.md. In a folder with runs/toy, which toy.py
+# makes, and with a folder gpt2, made by
 #   AutoModelForCausalLM.from_config(GPT2Config()).save_pretrained("gpt2")
 #   AutoTokenizer.from_pretrained("runs/toy/policy").save_pretrained("gpt2")
 flags="--total-timesteps 8 --batch-size 8 --num-minibatches 4 --micro-batch-size 1"
