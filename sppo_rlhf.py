@@ -584,7 +584,7 @@ def classifier_reward(name, args, device, dtype):
     tokenizer = load_tokenizer(name if has_own else config.name_or_path, **sides)
     positions = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
     tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
-    pad = config.get_text_config().pad_token_id
+    pad = getattr(config.get_text_config(), "pad_token_id", None)
     has_padding = pad is not None and pad >= 0  # else decoders cannot tell where a text ends
     if has_padding:
         tokenizer.pad_token_id = pad  # the one that they look for

@@ -17,6 +17,7 @@ from types import SimpleNamespace
 
 import datasets
 import numpy as np
+import pandas
 import peft
 import pytest
 import safetensors.torch
@@ -27,6 +28,7 @@ from accelerate import Accelerator
 from filelock import FileLock
 from helpers import checkpoint, digests_of, needs_gpu, progress, record, weights, work_in
 from helpers import words as typed
+from packaging.version import Version
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tokenizers.processors import TemplateProcessing
 from torch import nn
@@ -947,7 +949,9 @@ def test_what_a_rollout_logs(run, monkeypatch, gamma):
 # Runs
 
 
-ROWS = {"prompt": ["the, plot", "the\nplot"], "label": ["2037-05-06", "0027"], "date": ["", "9"]}
+ROWS = {"prompt": ["the, plot", "the\nplot"], "label": ["2037-05-06", "0027"]}
+if Version(pandas.__version__) >= Version("3.1"):  # earlier ones make dates of columns of this name
+    ROWS["date"] = ["", "9"]
 
 
 @pytest.mark.parametrize("kind", "csv parquet jsonl jsonl.gz json saved".split())
