@@ -852,7 +852,6 @@ def test_a_reward_function_is_imported_with_its_neighbours(tmp_path):
         rlhf.function_reward(f"{file}:none")
     with pytest.raises(SystemExit, match="too_few must return a score for each of 2 texts$"):
         rlhf.function_reward(f"{file}:too_few")(**inputs)
-    # Fails as long as `function_reward` counts texts after the call
     assert rlhf.function_reward(f"{file}:emptying")(texts=["abc", "ab"]) == [2, 3]
 
 
@@ -873,7 +872,7 @@ def test_two_files_of_one_name_are_refused(tmp_path, name):
 def test_the_reward_is_the_weighted_sum_or_else_the_mean(run, monkeypatch, weights):
     """In training and in evaluations. A function may return None for texts that others score, as in
     TRL, and change its arguments. Each is logged under its own name, as far as it scores."""
-    names = tuple(f"{__file__}:{name}" for name in ("text_lengths", "of_some_texts", "of_no_text"))
+    names = tuple(f"{__file__}:{name}" for name in ("of_some_texts", "text_lengths", "of_no_text"))
     collected = record(monkeypatch, rlhf, "collect")
     advantages = record(monkeypatch, rlhf, "token_advantages")
     flags = {"total_timesteps": 8, "reward_model": names, "eval_episodes": 8}
@@ -881,11 +880,11 @@ def test_the_reward_is_the_weighted_sum_or_else_the_mean(run, monkeypatch, weigh
     expected = []
     for _, samples in collected[-2:]:  # in training, and at its end
         texts = [toy_text(sample) for sample in samples]
-        scores = np.array([text_lengths(texts), of_some_texts([*texts])], float)
-        found = ~np.isnan(scores[1])
+        scores = np.array([of_some_texts([*texts]), text_lengths(texts)], float)
+        found = ~np.isnan(scores[0])
         assert found.any() and not found.all()
         rewards = np.dot(weights[:2] or (1 / 3, 1 / 3), np.nan_to_num(scores))
-        expected.append([rewards.mean(), scores[0].mean(), scores[1, found].mean()])
+        expected.append([rewards.mean(), scores[0, found].mean(), scores[1].mean()])
     columns = ["charts/episodic_return", *(f"rewards/{name}" for name in names[:2])]
     assert [row[name] for name in columns] == pytest.approx(expected[0], rel=1e-5)
     assert np.mean([args[0] for args, _ in advantages]) == pytest.approx(expected[0][0])
