@@ -64,7 +64,7 @@ from tqdm import tqdm
 
 SOURCE = Path(__file__).read_bytes()  # read at once, since the file may be edited during the run
 START = Path.cwd()  # relative paths begin here, even where an environment changes directory
-NO_EFFECT = ["runs_dir", "compile", "track"]  # a run goes on where these differ
+NO_EFFECT = ["runs_dir", "compile", "track"]  # the same run continues although these differ
 
 
 @dataclass

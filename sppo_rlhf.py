@@ -11,7 +11,7 @@
 # ///
 """Symmetric PPO (SPPO) for language models (RLHF) in one file.
 
-    python toy.py && python sppo_rlhf.py            # a toy task, built offline; a minute on a CPU
+    python toy.py && python sppo_rlhf.py            # a toy task, offline; two minutes on a CPU
     python sppo_rlhf.py --task imdb                 # GPT-2 writes positive film reviews
     python sppo_rlhf.py --task imdb --policy-model DIR --reward-model DIR --dataset reviews.jsonl.gz
     accelerate launch sppo_rlhf.py --task tldr      # GPT-J with LoRA summarises, on several GPUs
