@@ -5,12 +5,11 @@
 set -e
 CDPATH='' cd "$(dirname "${BASH_SOURCE[0]}")"
 
-usage() {
-    cat <<'END'
+[[ ${1:---help} != @(-h|--help) ]] || exec cat <<'END'
 usage: ./benchmark.sh SUITE [options] [-- FLAGS]
 
 suites
-  tiny         one task, 100,000 steps, DPPO and SPPO, five seeds: five minutes on two cores
+  tiny         one task, 50,000 steps, PPO, DPPO and SPPO, five seeds: five minutes on two cores
   quick        three tasks of continuous control, 200,000 steps: an hour on two cores
   continuous   the paper's nine tasks of continuous control, 30 seeds
   atari        22 games, 5 seeds; the first twelve are the paper's, by public reviews of it
@@ -30,12 +29,10 @@ options
 
 The same command again continues: finished runs are skipped. Then: python report.py runs/SUITE
 END
-}
 die() { echo "benchmark.sh: $1" >&2; exit 2; }
 value() { [[ ${2:--} != -* ]] || die "$1: give a value"; echo "$2"; }
 number() { [[ ${2:-} =~ ^[1-9][0-9]*$ ]] || die "$1: give a positive whole number"; echo "$2"; }
 
-case ${1:---help} in -h | --help) usage; exit ;; esac
 suite=$1 seeds='' envs='' steps='' jobs='' device=auto runs=runs/$1 dry_run='' extra=()
 shift
 while (($#)); do
@@ -54,7 +51,7 @@ while (($#)); do
 done
 
 add() { # SCRIPT METHOD FLAG...: prints the command of a run
-    local script=$1 method=$2 which=--env-id total=$steps own flag word escaped="'\\''"
+    local script=$1 method=$2 which=--env-id total=$steps own flag
     shift 2
     [[ $noise = none ]] || set -- "$@" --noise "$noise"
     [[ $script/$env != sa2c*/Swimmer-v4 ]] || set -- "$@" --gamma 0.9999
@@ -68,7 +65,7 @@ add() { # SCRIPT METHOD FLAG...: prints the command of a run
             die "-- $flag: rows differ in it, or an option sets it"
     done
     [[ $total || $kind = rlhf ]] || case $suite/$script/$env in # the paper's number, if no other
-        tiny/*) total=100000 ;;
+        tiny/*) total=50000 ;;
         quick/* | sweep/*) total=200000 ;;
         evidence/*) total=1000000 ;;
         */sppo*/HumanoidStandup-v4) total=10000000 ;;
@@ -76,24 +73,15 @@ add() { # SCRIPT METHOD FLAG...: prints the command of a run
         */*-v[0-9]*) total=2000000 ;;
     esac
     set -- "$which" "$env" --seed "$seed" "$@" ${total:+--total-timesteps "$total"}
-    case $suite/$total in
-        tiny/?* | quick/?* | sweep/?*) set -- "$@" --eval-freq $(((total + 9) / 10)) ;;
-    esac
+    [[ $suite/$total != @(tiny|quick|sweep)/?* ]] || set -- "$@" --eval-freq $(((total + 9) / 10))
     set -- "$@" --exp-name "$method" --runs-dir "$runs" "${extra[@]}"
-    local line="python $script.py"
-    for word; do # in quotes that shells and Python read: printf %q knows some that only bash does
-        if [[ ! $word || $word = *[!A-Za-z0-9_./:=,+-]* ]]; then
-            word=${word//\'/$escaped}
-            word="'$word'"
-        fi
-        line+=" $word"
-    done
-    echo "$line"
+    echo "python $script.py$(LC_ALL=C.UTF-8 printf ' %q' "$@")" # in quotes that Python reads, too
 }
 
 # k = alpha + beta |Z| is 20.5 in continuous control, 1.5 on Atari, 0.9 for imdb and toy, 0.7 for
 # tldr. "norm", "coef" and "ce" are PPO with one setting that k changes divided by k, nothing else.
 tiny_continuous() {
+    add sppo_continuous ppo --policy gaussian
     add sppo_continuous dppo --beta 0
     add sppo_continuous sppo
 }
@@ -185,12 +173,7 @@ case $suite in
     *) die "$suite: no such suite; see ./benchmark.sh --help" ;;
 esac
 [[ $commands ]] || die "$suite: not with $envs"
-if [[ $dry_run ]]; then
-    left=$(python benchmarks/run.py --runs-dir "$runs" --dry-run <<<"$commands")
-    [[ ! $left ]] || echo "$left"
-    exit
-fi
-set -- --runs-dir "$runs" ${jobs:+--jobs "$jobs" --jobs-per-gpu "$jobs"}
-[[ $commands != *"--task toy "* || -d runs/toy || " ${extra[*]}" = *" --dataset"* ]] ||
+set -- --runs-dir "$runs" ${dry_run:+--dry-run} ${jobs:+--jobs "$jobs" --jobs-per-gpu "$jobs"}
+[[ $dry_run || $commands != *"--task toy "* || -d runs/toy || ${extra[*]} = *--dataset* ]] ||
     die "no runs/toy; this makes it: python toy.py"
 exec python benchmarks/run.py "$@" <<<"$commands"

@@ -3,11 +3,11 @@
     python report.py runs/quick                        # all runs in a folder
     python report.py runs/quick --pack packed/quick    # pack them, for git
     python report.py packed/quick --compare sppo dppo  # packed runs; chosen pairs
+    python report.py runs/quick --narrow --names sppo=SPPO Hopper-v4=Hopper    # for a paper
 
 Packed runs are two files: runs.csv.gz, a row for each run, and progress.csv.gz, a row for each
 evaluation; where a folder has several packs, with NAME- before both."""
 
-import gzip
 import hashlib
 import json
 import math
@@ -18,31 +18,47 @@ from dataclasses import dataclass
 from itertools import combinations, permutations
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
+import pandas as pd
+import seaborn as sns
 import tyro
-
-try:
-    import matplotlib.pyplot as plt
-    import pandas as pd
-    import seaborn as sns
-    from pandas import DataFrame
-    from scipy import stats
-except ImportError as error:
-    sys.exit(f"error: {error}; install what reports need: pip install -e '.[report]'")
+from matplotlib.ticker import EngFormatter
+from pandas import DataFrame
+from scipy import stats
 
 plt.switch_backend("agg")
 plt.rcdefaults()  # a matplotlibrc may ask for what is not installed, such as LaTeX
 plt.rcParams["text.parse_math"] = False  # a method may be called "$a$b"
+plt.rcParams["pdf.fonttype"] = 42  # text stays text, in no Type 3 font, which publishers refuse
+plt.rcParams["figure.constrained_layout.use"] = True
+plt.rcParams["savefig.dpi"] = 200
+sns.set_context("paper", font_scale=0.8, rc={"figure.labelsize": "medium"})
 
 HOW_TO_READ = """\
 "Last evaluation" is its mean return, "training" that of the last 100 training episodes, averaged
-since the evaluation before: it is about learning speed, too. A cell is a method, a task and a kind
-of reward; its runs differ in seed. Intervals are 95 %: where the mean over many seeds may lie. A
-difference in percent is the ratio of two methods' means, averaged over cells as a logarithm, with
-Welch's interval; in points, on tasks where a run of the two had a return of 0 or less. The
-probability that a run of the first beats one of the second, averaged over cells, has Brunner and
-Munzel's interval; with fewer than five runs in a cell, or if all of one beat all of the other,
-pairs of runs are counted instead."""
+since the evaluation before. A cell is a method, a task and a kind of noise; its runs differ in
+seed. Intervals are 95 %: where the mean over many seeds may lie."""
+
+BOLD = """the best of a task and noise, if it differs from each method that it is compared with \
+(Welch's test, p below 0.05 after Benjamini and Hochberg's correction)"""
+
+COLUMNS = {  # what stands above a table that has them
+    "cells": "how many cells have both methods",
+    "wins": """the probability that a run of the first method beats one of the second, averaged
+over cells, with Brunner and Munzel's interval, unless a cell has fewer than five runs""",
+    "percent": """by how much the first method's mean is higher, on tasks where all returns of both
+were above 0: the logarithm of the ratio of their means, averaged over cells, with Welch's interval.
+Each logarithm is corrected for the bias that few runs give it. So this is not the plain ratio of
+two means in scores.csv; the two are far apart where the scores of runs are""",
+    "tasks": "on how many tasks the percentage is",
+    "points": "the difference in returns, on tasks where a run of the two had one of 0 or less",
+    "difference": "the first method's mean minus the second's, with Welch's interval and p",
+    "p, corrected": "by Benjamini and Hochberg, for the number of differences in the table",
+}
+
+NOT_WHOLE = """To have one whole, delete its folder and run its command again. Until then the same
+command, and benchmark.sh, take a run with a summary.json for finished."""
 
 MEASURES = {  # columns of runs
     "return_mean": "last evaluation",
@@ -68,22 +84,25 @@ SCORES = ["finished", "return_mean", "return_std", "last5", "training", "sps"]
 RUN = ["run_name", "exp_name", "script", "env_id", "noise", "noise_level", "seed", *SCORES]
 EVALUATION = ["run_name", "step", "return_mean", "return_std", "length_mean"]
 CELL = ["reward", "env_id", "exp_name"]
-DIFFERENCE = ["env_id", "reward", "measure", "methods", "difference", "low", "high", "p"]
-FEW = 5  # with fewer runs a cell, wins are counted: results/coverage.py
-DPI = 160
+DIFFERENCE = ["measure", "task", "noise", "method", "other", "difference", "low", "high", "p"]
+LOGGED = ["losses/clipped_gradients", "losses/norm_sign_changes"]  # those that get tables
+FEW = 5  # with fewer runs a cell, wins have no interval: results/coverage.py
+RUN_FILES = ["sessions.jsonl", "progress.csv", "summary.json"]
 
 
 @dataclass
 class Args:
     # Folders of runs or of packed runs, or packed runs' NAME-runs.csv.gz
     folders: tyro.conf.Positional[tuple[Path, ...]]
-    # Folder for report.md and its figures; an earlier report there is replaced
+    # Folder for report.md, scores.csv, scores.tex and figures; an earlier report there is replaced
     out: Path = Path("report")
     # Pairs of methods, such as: sppo dppo sppo ppo; default: each method and a baseline. If given,
-    # curves are of these methods only
-    compare: tuple[str, ...] = ()
-    # Logged quantities to make tables of, as means over the evaluations of a run
-    logged: tuple[str, ...] = ("losses/clipped_gradients", "losses/norm_sign_changes")
+    # curves and scores.tex are of these methods only
+    compare: tuple[tuple[str, str], ...] = ()
+    # What methods, tasks and kinds of noise are called, such as: sppo=SPPO Hopper-v4=Hopper
+    names: tuple[str, ...] = ()
+    # Figures of 3.25 inches, as wide as a column, instead of 6.75, as a page
+    narrow: bool = False
     # Also pack the runs, into this folder or as this NAME-runs.csv.gz
     pack: Path | None = None
 
@@ -96,15 +115,14 @@ class Refusal(ValueError):
 
 
 def read_folders(folders: Iterable[Path]) -> tuple[DataFrame, DataFrame, list[str]]:
-    """All runs, a row each, their evaluations, and what is broken, a line for each run or pack left
-    out. Raises Refusal if a folder is not there, no run has finished, or one is there twice."""
+    """All runs, a row each, their evaluations, and what is broken, a line for each run or pack that
+    is. Raises Refusal if a folder is not there, no run has finished, or one is there twice."""
     rows = []
     progress = []
     broken = []
-    places = {}
     for folder in folders:
-        paths = sorted(path for path in folder.glob("*") if record_of(path).exists())
-        if record_of(folder).exists() or tables_of(folder)[0].exists():
+        paths = sorted({file.parent for name in RUN_FILES for file in folder.glob(f"*/{name}")})
+        if any((folder / name).exists() for name in RUN_FILES) or tables_of(folder)[0].exists():
             paths = [folder.resolve()]  # "." has no name
         elif not folder.exists():
             raise Refusal(f"{folder}: no such folder")
@@ -112,35 +130,22 @@ def read_folders(folders: Iterable[Path]) -> tuple[DataFrame, DataFrame, list[st
             print(f"{folder}: no runs in it (of packs give NAME-runs.csv.gz)", file=sys.stderr)
         for path in paths:
             try:
-                found, evaluations = read_run(path)
+                found, evaluations, remark = read_run(path)
             except Exception as error:  # a broken file may raise anything
-                why = error if isinstance(error, Refusal) else repr(error)
-                broken.append(f"{path.name}: {why}")
-                print(f"left out: {broken[-1]}", file=sys.stderr)
+                why = f"{type(error).__name__}: {error}".removeprefix("Refusal: ")
+                broken.append(f"{path.name}: left out: {why.replace(str(path), '')}")
                 continue
+            if remark:
+                broken.append(f"{path.name}: {remark}")
             rows += found
             progress.append(evaluations)
-            for row in found:
-                place = places.setdefault(row["run_name"], path)
-                if place is not path:
-                    raise Refusal(f"{row['run_name']}: in {place} and in {path}; leave one out")
+    print(*broken, sep="\n", file=sys.stderr, end="\n" if broken else "")
     if not any(row["finished"] for row in rows):
         raise Refusal(f"none of {len(rows)} runs has finished; give folders such as runs/quick")
-    return DataFrame(rows), pd.concat(progress, ignore_index=True), broken
-
-
-def record_of(folder: Path) -> Path:
-    """The file that says how the run in a folder began: args.json if its script is an older one."""
-    sessions = folder / "sessions.jsonl"
-    return sessions if sessions.exists() else folder / "args.json"
-
-
-def read_json(path: Path) -> dict:
-    """The first value in a file: in sessions.jsonl, how the run began."""
-    try:
-        return json.JSONDecoder().raw_decode(path.read_text(encoding="utf-8"))[0]
-    except ValueError as error:
-        raise Refusal(f"{path.name}: {error}") from error
+    runs = DataFrame(rows)
+    for name in runs["run_name"][runs["run_name"].duplicated()]:
+        raise Refusal(f"{name}: in two places; leave one out")
+    return runs, pd.concat(progress, ignore_index=True), broken
 
 
 def read_csv(path: Path) -> DataFrame:
@@ -150,11 +155,9 @@ def read_csv(path: Path) -> DataFrame:
     if pd.__version__.startswith("2"):
         options["float_precision"] = "round_trip"  # the default of later versions
     old_names = {"losses/advantage_sign_flips": "losses/norm_sign_changes"}
-    with gzip.open(path) if path.suffix == ".gz" else open(path, "rb") as file:
-        columns = set(file.readline().decode().strip().split(","))
-        options["na_values"] = dict.fromkeys(columns - {"run_name", *CELL}, ["", "nan"])
-        file.seek(0)
-        return pd.read_csv(file, **options).rename(columns=old_names)
+    columns = pd.read_csv(path, nrows=0).columns.difference(["run_name", *CELL])
+    options["na_values"] = dict.fromkeys(columns, ["", "nan"])
+    return pd.read_csv(path, **options).rename(columns=old_names)
 
 
 def tables_of(pack: Path) -> tuple[Path, Path]:
@@ -163,39 +166,35 @@ def tables_of(pack: Path) -> tuple[Path, Path]:
     return runs, runs.with_name(runs.name.replace("runs.csv", "progress.csv"))
 
 
-def read_run(path: Path) -> tuple[list[dict], DataFrame]:
-    """A run's arguments, SCORES and PROVENANCE, in a list, and its evaluations, or those of packed
-    runs. Raises Refusal and what else broken files may raise."""
+def read_run(path: Path) -> tuple[list[dict], DataFrame, str]:
+    """A run's arguments, SCORES and PROVENANCE, in a list, its evaluations, and what it lacks; or
+    those of packed runs. Raises Refusal and what else broken files may raise."""
     packed, evaluations = tables_of(path)
     if packed.exists():
         runs = read_csv(packed)
         lacking = {*RUN, "total_timesteps", *PROVENANCE} - {"started", "hardware", *runs}
         if lacking:
             raise Refusal(f"no column {min(lacking)} in it")
-        return runs.to_dict("records"), read_csv(evaluations)
-    recorded = read_json(record_of(path))
-    if "run" in recorded:  # in sessions.jsonl
-        script = (path / recorded["script"]).read_bytes()
-        recorded["identity"] = {"script_sha256": hashlib.sha256(script).hexdigest()}
-        recorded["versions"] = dict(sorted(recorded["versions"].items()))  # alike on all machines
-    if "identity" not in recorded:
-        raise Refusal("a run of an earlier version of the scripts")
+        return runs.to_dict("records"), read_csv(evaluations), ""
+    first_line, *_ = (path / "sessions.jsonl").read_text(encoding="utf-8").split("\n")
+    session = json.loads(first_line)
+    script = (path / session["script"]).read_bytes()
     run = dict.fromkeys([*SCORES, *PROVENANCE])
-    hardware = [recorded.get(name) for name in ("platform", "cpu", "gpu")]
-    where = {"versions": recorded.get("versions"), "hardware": hardware}
-    for name, value in (recorded["args"] | where).items():
+    versions = dict(sorted(session["versions"].items()))  # alike on all machines
+    hardware = [session[name] for name in ("platform", "cpu", "gpu")]
+    where = {"versions": versions, "hardware": hardware}
+    for name, value in (session["args"] | where).items():
         run[name] = json.dumps(value) if isinstance(value, (list, dict)) else value
     if "task" in run:
         run["env_id"] = run.pop("task")
     run |= {
         "run_name": path.name,
-        "script": recorded["script"],
+        "script": session["script"],
         "finished": (path / "summary.json").exists(),
-        "commit": recorded.get("commit"),  # of older scripts
-        "started": recorded.get("started"),
-        "script_sha256": recorded["identity"].get("script_sha256"),
-        "command": shlex.join(recorded["command"]),
-        "exp_name": str(run["exp_name"]),
+        "started": session["started"],
+        "script_sha256": hashlib.sha256(script).hexdigest(),
+        "command": shlex.join(session["command"]),
+        "exp_name": run["exp_name"],
         "total_timesteps": int(run["total_timesteps"]),
         "seed": int(run["seed"]),
         "noise": str(run["noise"]),
@@ -209,7 +208,7 @@ def read_run(path: Path) -> tuple[list[dict], DataFrame]:
             raise Refusal("progress.csv: an evaluation that is not a number")
         progress["run_name"] = path.name
     if run["finished"]:
-        summary = read_json(path / "summary.json")
+        summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
         run["sps"] = float(summary["sps"])
         end = progress["step"].max()
         if end != summary["step"]:
@@ -219,7 +218,9 @@ def read_run(path: Path) -> tuple[list[dict], DataFrame]:
         run["training"] = last.get("charts/episodic_return")
         if len(progress) >= 10:
             run["last5"] = progress["return_mean"].tail(5).mean()
-    return [run], progress
+    agent = "policy" if "task" in session["args"] else "agent.safetensors"
+    saved = (path / agent).exists() or not run["finished"] or agent.encode() not in script
+    return [run], progress, "" if saved else f"no {agent}, which enjoy.py plays; scores are used"
 
 
 def pack(runs: DataFrame, progress: DataFrame, place: Path) -> None:
@@ -241,10 +242,11 @@ def pack(runs: DataFrame, progress: DataFrame, place: Path) -> None:
 # ---- What is compared
 
 
-def label_runs(runs: DataFrame, progress: DataFrame, logged: tuple) -> DataFrame:
-    """Finished runs with `reward`, the kind they learned from, their `lowest` return, and
-    `extra_columns`: logged ones as means over a run, others from the last evaluation. Raises
-    Refusal if a cell mixes settings."""
+def label_runs(runs: DataFrame, progress: DataFrame) -> DataFrame:
+    """Finished runs with `reward`, the kind they learned from, their `lowest` return, and what else
+    is in `progress`: logged quantities ("losses/entropy") as means over a run, others of the last
+    evaluation. The columns of CELL are categories, in the order of tables. Raises Refusal if a cell
+    mixes settings."""
     finished = runs[runs["finished"]].copy()
     clean = finished["noise"] == "none"
     finished["noise_level"] = finished["noise_level"].mask(clean, 0.0)
@@ -252,22 +254,33 @@ def label_runs(runs: DataFrame, progress: DataFrame, logged: tuple) -> DataFrame
     finished["reward"] = noisy.mask(clean, "clean")
     for cell, group in finished.groupby(CELL):
         check_cell(" ".join(cell), group)
-    for (_, task), group in finished.groupby(CELL[:2]):
-        finished.loc[group.index, "noted_task"] = task + note_on(group)
     evaluations = progress.groupby("run_name")
     last = progress.drop_duplicates("run_name", keep="last").set_index("run_name")
     lowest = finished["run_name"].map(evaluations["return_mean"].min())
     finished["lowest"] = np.fmin(lowest, finished["training"].astype(float))
-    for name in extra_columns(progress, logged):
-        values = evaluations[name].mean() if name in logged else last[name]
+    for name in progress.columns.difference(EVALUATION):
+        values = evaluations[name].mean() if "/" in name else last[name]
         finished[name] = finished["run_name"].map(values)
-    return finished.sort_values(["noise_level", *CELL, "seed"])
+    rewards = finished.sort_values(["noise_level", "reward"])["reward"].unique()
+    orders = [rewards, sorted(set(finished["env_id"])), in_order(finished["exp_name"])]
+    for name, order in zip(CELL, orders):
+        finished[name] = pd.Categorical(finished[name], order)
+    return finished.sort_values([*CELL, "seed"])
 
 
-def extra_columns(progress: DataFrame, logged: tuple) -> list:
-    """Columns that get tables: what only language models' evaluations have, and `logged`."""
-    others = [name for name in progress if "/" not in name and name not in EVALUATION]
-    return [name for name in progress if name in logged or name in others]
+def rename(runs: DataFrame, pairs: list[tuple], names: tuple) -> list[tuple]:
+    """Gives categories of `runs` the names that they have in `names`, texts such as "sppo=SPPO",
+    and returns the renamed pairs. Raises Refusal for what is not there, and for equal names."""
+    new = dict(name.partition("=")[::2] for name in names)
+    there = {name for column in CELL for name in runs[column].cat.categories}
+    for old, shown in new.items():
+        if old not in there or not shown:
+            raise Refusal(f"--names {old}: not NAME=SHOWN; there are {', '.join(sorted(there))}")
+    if len({new.get(name, name) for name in there}) < len(there):
+        raise Refusal(f"--names {' '.join(names)}: two would be called the same")
+    for column in CELL:
+        runs[column] = runs[column].cat.rename_categories(new)
+    return [(new.get(a, a), new.get(b, b)) for a, b in pairs]
 
 
 def check_cell(cell: str, runs: DataFrame) -> None:
@@ -297,23 +310,27 @@ def in_order(methods) -> list[str]:
     return sorted(set(methods), key=place)
 
 
+def colors_of(methods: Iterable) -> list:
+    others = [name for name in methods if name not in COLORS]
+    colors = COLORS | dict(zip(others, sns.husl_palette(len(others), h=0.2)))
+    return [colors[name] for name in methods]
+
+
 def cells_of(runs: DataFrame, measure: str) -> dict:
     """{(reward, task): {method: scores (seeds,)}} of runs that have the measure."""
     cells = {}
     there = runs.dropna(subset=measure)
-    for cell, scores in there.groupby(CELL, sort=False)[measure]:
+    for cell, scores in there.groupby(CELL, observed=True)[measure]:
         *place, method = cell
         cells.setdefault(tuple(place), {})[method] = scores.to_numpy(float)
     return cells
 
 
-def pairs_of(runs: DataFrame, compare: tuple) -> list[tuple]:
+def pairs_of(runs: DataFrame, compare: Iterable[tuple]) -> list[tuple]:
     """Pairs of methods to compare. Raises Refusal for a pair that no task has."""
     cells = cells_of(runs, "return_mean").values()
     together = {pair for cell in cells for pair in permutations(cell, 2)}
-    if len(compare) % 2:
-        raise Refusal(f"--compare {' '.join(compare)}: not pairs of methods")
-    chosen = list(zip(compare[::2], compare[1::2]))
+    chosen = list(compare)
     for a, b in chosen:
         if (a, b) not in together:
             there = ", ".join(in_order(runs["exp_name"]))
@@ -326,17 +343,17 @@ def pairs_of(runs: DataFrame, compare: tuple) -> list[tuple]:
     return chosen
 
 
-def note_on(runs: DataFrame) -> str:
-    """What a comparison of `runs` has to say, in brackets: several numbers of steps, several
+def mixtures(runs: DataFrame) -> list[str]:
+    """A paragraph for each task and noise whose runs have several numbers of steps, or several
     versions of a script."""
-    notes = []
-    steps = sorted(runs["total_timesteps"].unique())
-    if len(steps) > 1:
-        notes.append(" and ".join(map("{:,}".format, steps)) + " steps")
-    versions = runs.groupby("script")["script_sha256"].nunique().max()
-    if versions > 1:
-        notes.append(f"{versions} versions of a script")
-    return f" ({', '.join(notes)})" if notes else ""
+    page = []
+    for (reward, task), group in runs.groupby(CELL[:2], observed=True):
+        steps = group["total_timesteps"].nunique()
+        versions = group.groupby("script")["script_sha256"].nunique().max()
+        if max(steps, versions) > 1:
+            counts = f"numbers of steps: {steps}, versions of a script: {versions}"
+            page.append(f"**Not alike: {task}, {reward} ({counts}).**")
+    return page
 
 
 # ---- Statistics
@@ -403,21 +420,47 @@ def pooled_difference(cells: list, moments):
 
 
 def make_differences(runs: DataFrame, pairs: list[tuple]) -> DataFrame:
-    """Every method minus every other one of its task and reward, in each of MEASURES, by the p of
-    Welch's test."""
+    """Every method minus every other one of its task and noise, in each of MEASURES, by the p of
+    Welch's test; for `pairs` also p as corrected by Benjamini and Hochberg for their number."""
     rows = []
-    groups = runs.groupby(CELL)[["total_timesteps", "script", "script_sha256"]]
     for measure, title in MEASURES.items():
-        for (reward, env_id), cell in cells_of(runs, measure).items():
-            for b, a in combinations(in_order(cell), 2):
+        for (reward, task), cell in cells_of(runs, measure).items():
+            for b, a in combinations(cell, 2):
                 if (b, a) in pairs:
                     a, b = b, a
                 found = pooled_difference([(cell[a], cell[b])], mean_and_variance)
                 if not math.isnan(found[-1]):
-                    both = [groups.get_group((reward, env_id, method)) for method in (a, b)]
-                    noted = reward + note_on(pd.concat(both))
-                    rows.append([env_id, noted, title, f"{a} minus {b}", *found])
-    return DataFrame(rows, columns=DIFFERENCE).sort_values("p", ignore_index=True)
+                    rows.append([title, task, reward, a, b, *found])
+    differences = DataFrame(rows, columns=DIFFERENCE).sort_values("p", ignore_index=True)
+    chosen = [pair in pairs for pair in zip(differences["method"], differences["other"])]
+    p = differences.loc[chosen, "p"].astype(float)
+    differences.loc[chosen, "p_corrected"] = stats.false_discovery_control(p)
+    return differences
+
+
+def make_scores(runs: DataFrame, measures: list[str], differences: DataFrame) -> DataFrame:
+    """Mean, standard error, number of runs and 95 % interval by t of each cell in each measure.
+    `bold`: the best of a task and noise, if its corrected p is below 0.05 in all `differences` to
+    methods that it is compared with, at least one. `text`: mean ± standard error, and the number
+    of runs where others have more."""
+    each = runs.melt(CELL, measures, "measure", "score").dropna(subset="score")
+    each = each.replace({"measure": MEASURES}).astype({"score": float})
+    cells = each.groupby(["measure", *CELL], observed=True, sort=False)["score"]
+    scores = cells.agg(mean="mean", standard_error="sem", runs="size").reset_index()
+    scores = scores.rename(columns={"env_id": "task", "reward": "noise", "exp_name": "method"})
+    half = scores["standard_error"] * stats.t.ppf(0.975, scores["runs"] - 1)
+    scores["low"] = scores["mean"] - half
+    scores["high"] = scores["mean"] + half
+    place = ["measure", "task", "noise"]
+    best = scores.groupby(place, observed=True)["mean"].transform("max")
+    both_ways = pd.concat([differences, differences.assign(method=differences["other"])])
+    p = both_ways.groupby([*place, "method"])["p_corrected"].max()
+    p = scores.join(p, on=[*place, "method"])["p_corrected"]
+    scores["bold"] = (scores["mean"] == best) & (p < 0.05)
+    most = scores.groupby("measure")["runs"].transform("max")
+    fewer = (" (runs: " + scores["runs"].astype(str) + ")").where(scores["runs"] < most, "")
+    scores["text"] = [*map(number, scores["mean"], scores["standard_error"])] + fewer
+    return scores
 
 
 # ---- Tables
@@ -432,17 +475,18 @@ def markdown(table: DataFrame) -> str:
     return "\n".join(lines)
 
 
+def explained(table: DataFrame) -> list[str]:
+    """What the columns of a table mean, and the table, without columns that have no text."""
+    table = table.loc[:, (table != "").any()]
+    lines = [f"- *{name}*: {COLUMNS[name]}." for name in table if name in COLUMNS]
+    return ["\n".join(lines), markdown(table)]
+
+
 def number(value: float, error: float = math.nan) -> str:
     """A mean, and ± its standard error, with the digits that its size deserves."""
     digits = sum(abs(value) < limit for limit in (100, 10, 1))
     text = f"{value:,.{digits}f}"
     return text if math.isnan(error) else f"{text} ± {error:,.{digits}f}"
-
-
-def interval(low: float, high: float) -> str:
-    """Both ends, with three digits of the interval's length."""
-    digits = max(0, 2 - math.floor(math.log10(high - low)))
-    return f"{low:,.{digits}f} to {high:,.{digits}f}"
 
 
 def estimate(value: float, low: float, high: float, form: str) -> str:
@@ -453,54 +497,51 @@ def estimate(value: float, low: float, high: float, form: str) -> str:
     return text if math.isnan(low) else f"{text} ({low:{form}} to {high:{form}})"
 
 
-def score_table(runs: DataFrame, measure: str) -> list[str]:
-    """Title and table, tasks by methods, of `runs` with one kind of reward: mean ± standard error
-    over seeds, and how many seeds where it is not the most. Nothing if no run has the measure."""
-    there = runs.dropna(subset=measure)
-    if there.empty:
-        return []
-    cells = there.groupby(["noted_task", "exp_name"])[measure]
-    most = cells.size().max()
+def score_text(scores: DataFrame) -> list[str]:
+    """A table for each measure, tasks and noise down, methods across, after its title."""
+    page = []
+    shown = scores.assign(text=scores["text"].mask(scores["bold"], "**" + scores["text"] + "**"))
+    for measure, part in shown.groupby("measure", sort=False):
+        table = part.pivot(index=["task", "noise"], columns="method", values="text").fillna("")
+        title = f"`{measure}`, mean over the run" if "/" in measure else measure.capitalize()
+        table = table.reset_index().astype(str)
+        page += [f"{title} (runs: {part['runs'].max()}):", markdown(table)]
+    return page
 
-    def text_of(scores):
-        fewer = f" (seeds: {len(scores)})" if len(scores) < most else ""
-        return number(scores.mean(), scores.sem()) + fewer
 
-    texts = cells.agg(text_of).unstack(fill_value="")[in_order(there["exp_name"])]
-    when = "mean over the run" if "/" in measure else "last evaluation"
-    title = MEASURES.get(measure, "").capitalize() or f"`{measure}`, {when}"
-    table = texts.reset_index(names="", allow_duplicates=True)
-    return [f"{title} (seeds: {most}):", markdown(table)]
+def latex(scores: DataFrame, narrow: bool) -> str:
+    """The same of last evaluations, for a paper: tasks down, noise and methods across."""
+    texts = scores["text"].str.replace("±", r"$\pm$").str.replace("-", "$-$")
+    shown = scores.assign(text=texts.mask(scores["bold"], r"\textbf{" + texts + "}"))
+    table = shown.pivot(index="task", columns=["noise", "method"], values="text").fillna("")
+    table = table.rename_axis(index=None, columns=[None, None])
+    style = table.style.format_index(escape="latex").format_index(escape="latex", axis="columns")
+    runs = scores["runs"].max()
+    caption = rf"Last evaluation: mean return $\pm$ standard error over {runs} runs. Bold: {BOLD}."
+    options = {"position": "t", "position_float": "centering", "multicol_align": "c"}
+    options["environment"] = "table" if narrow else "table*"
+    options["column_format"] = "l" + "r" * len(table.columns)
+    text = style.to_latex(hrules=True, caption=caption, label="tab:scores", **options)
+    return "% \\usepackage{booktabs}\n" + text.replace("\\centering", "\\centering\\small")
 
 
 def pooled_text(runs: DataFrame, pairs: list[tuple]) -> list[str]:
-    """Paragraphs on all pairs: a sentence each, and a table that has each kind of reward, too."""
+    """Paragraphs on all pairs: a table, which has each kind of noise, too, after its columns."""
     if not pairs:
         return ["No method has a baseline here; `--compare A B` compares two of them."]
-    parts = dict(list(runs.groupby("reward", sort=False)))
-    if len(parts) > 1:
-        parts = {"all": runs} | parts
-    sentences = []
+    parts = dict(list(runs.groupby("reward", observed=True)))
+    parts = {"all": runs} | parts if len(parts) > 1 else parts
     rows = []
     for a, b in pairs:
         both = runs[runs["exp_name"].isin([a, b])]
         signed = set(both.loc[both["lowest"] <= 0, "env_id"])
-        of_pair = []
         for reward, part in parts.items():
             for measure, title in MEASURES.items():
                 found = pool(cells_of(part, measure), a, b, signed)
                 if found:
-                    place = {"": f"{a} against {b}", "rewards": reward, "measure": title}
-                    of_pair.append(place | found)
-        rows += of_pair
-        total = of_pair[0]
-        sentence = f"- Over {total['of']}, a run of {a} beats one of {b} "
-        sentence += ("in " if "pairs" in total["wins"] else "with probability ") + total["wins"]
-        if total["percent"]:
-            sentence += f"; on tasks with only positive returns ({total['tasks']}) {a}'s last "
-            sentence += f"evaluation differs from {b}'s by {total['percent']}"
-        sentences.append(f"{sentence}.")
-    return ["## Over all tasks", "\n".join(sentences), markdown(DataFrame(rows))]
+                    place = {"methods": f"{a} against {b}", "noise": reward, "measure": title}
+                    rows.append(place | found)
+    return explained(DataFrame(rows))
 
 
 def pool(cells: dict, a: str, b: str, signed: set) -> dict[str, str]:
@@ -523,168 +564,151 @@ def pool(cells: dict, a: str, b: str, signed: set) -> dict[str, str]:
         else:
             positive += group
     logarithms = pooled_difference(positive, log_mean_and_variance)[:3]
-    runs = sum(len(a) + len(b) for a, b in both)
+    rate, low, high = win_rate(both)
+    sizes = [len(scores) for pair in both for scores in pair]
     return {
-        "of": f"{len(both)} {'cell' if len(both) == 1 else 'cells'}, {runs} runs",
-        "wins": wins_text(both),
+        "cells": str(len(both)),
+        "runs": str(sum(sizes)),
+        "wins": estimate(rate, low if min(sizes) >= FEW else math.nan, high, ".2f"),
         "percent": estimate(*np.expm1(logarithms), "+.1%"),
-        "tasks": f"{len(groups) - len(points)} of {len(groups)}",
+        "tasks": f"{len(groups) - len(points)} of {len(groups)}" if positive else "",
         "points": ", ".join(points),
     }
 
 
-def wins_text(cells: list) -> str:
-    """How often a run of the first beats one of the second: a probability, or pairs of runs."""
-    rate, low, high = win_rate(cells)
-    if math.isnan(low) or min(len(scores) for cell in cells for scores in cell) < FEW:
-        pairs = sum(len(a) * len(b) for a, b in cells)
-        won = sum(placements(a, b).sum() * len(b) for a, b in cells)
-        return f"{won:g} of {pairs} pairs"
-    return estimate(rate, low, high, ".2f")
-
-
 def difference_text(differences: DataFrame) -> list[str]:
     """Paragraphs: how many differences there are, how many of them may be chance; a table."""
-    if differences.empty:
-        return []
-    corrected = stats.false_discovery_control(differences["p"])
     rows = []
-    for row, p in zip(differences.itertuples(), corrected):
-        texts = [row.env_id, row.reward, row.measure, row.methods, number(row.difference)]
-        texts += [interval(row.low, row.high), f"{row.p:.3f}", f"{p:.3f}"]
-        rows.append(texts)
+    for row in differences.itertuples():
+        texts = [row.task, row.noise, row.measure, f"{row.method} minus {row.other}"]
+        texts += [number(row.difference), f"{number(row.low)} to {number(row.high)}"]
+        rows.append([*texts, f"{row.p:.3f}", f"{row.p_corrected:.3f}"])
     small = (differences["p"] < 0.05).sum()
-    remaining = (corrected <= 0.05).sum()
-    text = (
-        f"{len(rows)} differences between two methods, {small} of them with p < 0.05 (Welch's "
-        f"t-test); chance alone would give {0.05 * len(rows):.1f}. After correction for their "
-        f"number (Benjamini and Hochberg, 5 %) {remaining} remain. The surest come first; those "
-        "between all methods are in differences.csv:"
-    )
-    columns = ["", "rewards", "measure", "methods", "difference", "95 % interval", "p"]
+    remaining = (differences["p_corrected"] <= 0.05).sum()
+    text = f"{small} of {len(rows)} differences have p < 0.05, {remaining} also after correction. "
+    text += "Those between all methods are in differences.csv."
+    columns = ["task", "noise", "measure", "methods", "difference", "95 % interval", "p"]
     table = DataFrame(rows, columns=[*columns, "p, corrected"])
-    return ["## Differences", text, markdown(table)]
+    return ["## Differences, task by task", text, *explained(table)]
 
 
 def provenance_text(runs: DataFrame, unfinished: list[str], broken: list[str]) -> list[str]:
-    """Paragraphs on what was run, what is left out, and whether it is one version of a script."""
-    page = ["## What was run"]
+    """Paragraphs on what was run, what is not whole, and whether it is one version of a script."""
+    page = []
     if broken:
-        page.append(f"**Left out, since a file is broken: {len(broken)}**")
+        page.append(f"**Not whole: {len(broken)}.** {NOT_WHOLE}")
         page.append("\n".join(f"- `{line}`" for line in broken))
     if unfinished:
-        page.append(f"**Begun, not finished: {len(unfinished)} ({', '.join(unfinished)}).**")
+        page.append(f"**Begun, not finished: {len(unfinished)}.** The same commands continue them:")
+        page.append(", ".join(unfinished))
     names = {"script": "script", "total_timesteps": "steps", "commit": "commit"}
     names |= {"script_sha256": "SHA-256 of the script", "versions": "versions"}
-    if runs["commit"].isna().all():
-        del names["commit"]
-    origin = runs[list(names)].map(str).replace(["nan", "None"], "not recorded")
-    rows = [[str(count), *values] for values, count in origin.value_counts().items()]
-    return [*page, markdown(DataFrame(rows, columns=["runs", *names.values()]))]
+    origin = runs[list(names)].dropna(axis="columns", how="all").rename(columns=names).map(str)
+    counts = origin.replace(["nan", "None"], "not recorded").value_counts()
+    return [*page, markdown(counts.reset_index(name="runs").astype(str))]
 
 
 # ---- Figures
 
 
-def draw_curves(runs: DataFrame, progress: DataFrame, file: Path) -> list[str]:
-    """A panel for each task and reward. Returns the Markdown, nothing if there is no curve."""
-    points = progress.dropna(subset="return_mean")
-    points = points[points["run_name"].duplicated(keep=False)]
-    labelled = runs[["run_name", "noted_task", *CELL]].merge(points[EVALUATION[:3]])
-    if labelled.empty:
-        return []
-    methods = in_order(labelled["exp_name"])
-    shown = {method: f" {method}" for method in methods}  # legends leave out what begins with "_"
-    labelled["exp_name"] = labelled["exp_name"].map(shown)
-    others = [name for name in methods if name not in COLORS]
-    colors = COLORS | dict(zip(others, sns.husl_palette(len(others), h=0.2)))
-    labels = ["million steps", "return of evaluations"]
-    if runs["script"].str.contains("rlhf").all():
-        labels = ["texts", "reward"]
-    else:
-        labelled["step"] /= 1e6
-    panels = labelled["noted_task"] + "\n" + labelled["reward"]
-    labelled["panel"] = panels.str.replace(" (", "\n(", regex=False)
-    tasks = labelled["env_id"].nunique()
-    size = {"height": 2.5, "aspect": 1.3, "col_wrap": min(tasks, 4)}
-    if tasks == 1:
-        size |= {"height": 3.5, "col_wrap": min(labelled["panel"].nunique(), 4)}
-    grid = sns.FacetGrid(labelled, col="panel", sharex=False, sharey=False, **size)
-    palette = {shown[method]: colors[method] for method in methods}
-    hue = {"hue": "exp_name", "hue_order": list(palette), "palette": palette}
-    grid.map_dataframe(sns.lineplot, "step", "return_mean", errorbar="se", **hue)
-    grid.add_legend()
-    grid.set_titles("{col_name}")
-    grid.set_axis_labels(*labels)
-    grid.savefig(file, dpi=DPI)
-    plt.close(grid.figure)
-    return [f"![Learning curves]({file.name})"]
+def make_panels(count: int, columns: int, height: float, narrow: bool, **options):
+    """A figure as wide as a page or a column of text, and `count` axes in it, `height` inches."""
+    columns = min(columns, 2 if narrow else 4)
+    rows = math.ceil(count / columns)
+    size = (3.25 if narrow else 6.75, rows * height)
+    figure, axes = plt.subplots(rows, columns, figsize=size, squeeze=False, **options)
+    for ax in axes.flat[count:]:
+        ax.remove()
+    return figure, axes.flat[:count]
 
 
-def draw_differences(differences: DataFrame, file: Path) -> list[str]:
-    """A panel for each task. Returns the Markdown that shows it, nothing without differences."""
-    if differences.empty:
-        return []
-    shown = differences.assign(none=0, error=differences["high"] - differences["difference"])
-    rewards = shown["reward"].str.replace(" (", "\n(", regex=False)
-    names = shown["methods"] + ", " + rewards
+def save(figure, file: Path, title: str) -> list[str]:
+    """As PNG and PDF. Returns the Markdown that shows it."""
+    figure.savefig(file.with_suffix(".png"))
+    figure.savefig(file.with_suffix(".pdf"))
+    plt.close(figure)
+    return [f"![{title}]({file.name}.png)"]
+
+
+def draw_curves(runs, progress, colors: dict, file: Path, narrow: bool) -> list[str]:
+    """A panel for each task and kind of noise. Returns the Markdown."""
+    curves = runs[["run_name", *CELL]].merge(progress[EVALUATION[:3]])
+    rows_first = ["env_id", "reward"] if narrow else ["reward", "env_id"]
+    panels = [panel for _, panel in curves.groupby(rows_first, observed=True)]
+    columns = curves[rows_first[1]].nunique()
+    figure, axes = make_panels(len(panels), columns if columns > 1 else len(panels), 1.7, narrow)
+    for ax, panel in zip(axes, panels):
+        options = {"hue": "exp_name", "palette": colors, "errorbar": "se", "legend": False}
+        sns.lineplot(panel, x="step", y="return_mean", ax=ax, **options)
+        ax.set(title="\n".join(panel.iloc[0][["env_id", "reward"]]), xlabel="", ylabel="")
+        ax.xaxis.set_major_formatter(EngFormatter(sep=""))  # 500k, 1M
+    figure.supxlabel("texts" if runs["script"].str.contains("rlhf").all() else "steps")
+    figure.supylabel("return of evaluations")
+    methods = [name for name in colors if name in set(curves["exp_name"])]
+    lines = [plt.Line2D([], [], color=colors[name]) for name in methods]
+    figure.legend(lines, methods, loc="outside upper center", ncols=3 if narrow else 6)
+    return save(figure, file, "Learning curves")
+
+
+def draw_differences(differences: DataFrame, file: Path, narrow: bool) -> list[str]:
+    """A panel for each task. Returns the Markdown that shows it."""
+    names = differences["method"] + " minus " + differences["other"] + ", " + differences["noise"]
     labels = sorted(names.unique())
-    shown["height"] = names.map(labels.index)
-    height = 1.2 + 0.3 * len(labels)
-    size = {"height": height, "aspect": 3 / height}
-    size["col_wrap"] = min(shown["env_id"].nunique(), 4)
-    grid = sns.FacetGrid(shown, col="env_id", sharex=False, **size)
-    columns = ["difference", "height", "none", "error"]  # x, y, and the errors of y and x
-    grid.map(plt.errorbar, *columns, fmt="o", capsize=3, color="black")
-    grid.refline(x=0)
-    grid.set(yticks=range(len(labels)), yticklabels=labels)
-    grid.set(ylim=(len(labels) - 0.5, -0.5))
-    for ax in grid.axes.flat:
-        ax.locator_params(axis="x", nbins=5)
-    grid.set_titles("{col_name}")
-    grid.set_axis_labels("difference in the last evaluation", "")
-    grid.savefig(file, dpi=DPI)
-    plt.close(grid.figure)
-    return [f"![Differences in the last evaluation, with 95 % intervals]({file.name})"]
+    panels = list(differences.assign(height=names.map(labels.index)).groupby("task"))
+    height = 0.6 + 0.2 * len(labels)
+    figure, axes = make_panels(len(panels), len(panels), height, narrow, sharey=True)
+    for ax, (task, panel) in zip(axes, panels):
+        half = panel["high"] - panel["difference"]
+        ax.errorbar(panel["difference"], panel["height"], xerr=half, fmt="ok", capsize=3)
+        ax.axvline(0, linestyle="--", color="gray")
+        ax.set(title=task, yticks=range(len(labels)), yticklabels=labels)
+        ax.set_ylim(len(labels) - 0.5, -0.5)
+        ax.locator_params(axis="x", nbins=3)
+    figure.supxlabel("difference in the last evaluation")
+    return save(figure, file, "Differences in the last evaluation, with 95 % intervals")
 
 
 def main(args: Args) -> None:
-    """Reads all runs and writes report.md and its figures. Raises Refusal, OSError."""
+    """Reads all runs and writes report.md and what it shows. Raises Refusal, OSError."""
     out = args.out.expanduser()
     there = {path.name for path in out.glob("[!.]*")}
     if there and not there & {"report.md", "runs.csv.gz"}:
         raise Refusal(f"--out {out}: a folder that is not a report; choose another")
     everything, progress, broken = read_folders([path.expanduser() for path in args.folders])
-    for name in args.logged:
-        if "/" not in name or name not in progress and name not in Args.logged:
-            raise Refusal(f"--logged {name}: no run has logged it (as losses/entropy)")
-    runs = label_runs(everything, progress, args.logged)
-    pairs = pairs_of(runs, args.compare)
+    runs = label_runs(everything, progress)
+    colors = colors_of(runs["exp_name"].cat.categories)
+    pairs = rename(runs, pairs_of(runs, args.compare), args.names)
+    colors = dict(zip(runs["exp_name"].cat.categories, colors))
     differences = make_differences(runs, pairs)
+    others = progress.columns.difference(EVALUATION)
+    scores = make_scores(runs, [*MEASURES, *others], differences)
     if args.pack:
         pack(everything, progress, args.pack.expanduser())
     out.mkdir(parents=True, exist_ok=True)
-    for picture in ("curves.png", "differences.png", "variants.png"):
-        (out / picture).unlink(missing_ok=True)  # of an earlier report
+    for name in ("curves.png", "curves.pdf", "differences.png", "differences.pdf"):
+        (out / name).unlink(missing_ok=True)  # of an earlier report
     differences.to_csv(out / "differences.csv", index=False)
-    chosen = [f"{a} minus {b}" for a, b in pairs]
-    differences = differences[differences["methods"].isin(chosen)]
-    page = ["# Report", HOW_TO_READ, *pooled_text(runs, pairs)]
-    shown = differences[differences["measure"] == "last evaluation"].sort_values("env_id")
-    page += draw_differences(shown, out / "differences.png")
-    drawn = runs[runs["exp_name"].isin(args.compare or runs["exp_name"])]
-    variants = drawn["exp_name"].str.contains("-")
-    page += ["## Learning curves", "Evaluations, mean and, shaded, standard error over seeds:"]
-    page += draw_curves(drawn[~variants], progress, out / "curves.png")
-    if variants.any():  # with which a picture is too full to show the main methods
-        page += draw_curves(drawn, progress, out / "variants.png")
-    for reward, part in runs.groupby("reward", sort=False):
-        page.append(f"## Scores, {reward}")
-        for measure in [*MEASURES, *extra_columns(progress, args.logged)]:
-            page += score_table(part, measure)
-    page += difference_text(differences)
-    unfinished = everything[~everything["finished"]]
-    page += provenance_text(runs, list(unfinished["run_name"]), broken)
+    scores.to_csv(out / "scores.csv", index=False)
+    chosen = set(sum(pairs, ())) if args.compare else set(colors)
+    last = scores["measure"] == "last evaluation"
+    paper = latex(scores[last & scores["method"].isin(chosen)], args.narrow)
+    (out / "scores.tex").write_text(paper, encoding="utf-8")
+
+    page = ["# Report", HOW_TO_READ, "## Scores", f"Mean ± standard error over runs. Bold: {BOLD}."]
+    page += score_text(scores[last]) + mixtures(runs)
+    drawn = runs[runs["exp_name"].isin(chosen)]
+    page += ["## Learning curves", "Evaluations, mean and, shaded, standard error over runs:"]
+    page += draw_curves(drawn, progress, colors, out / "curves", args.narrow)
+    page += ["## Differences over all tasks", *pooled_text(runs, pairs)]
+    compared = differences.dropna(subset="p_corrected")
+    shown = compared[compared["measure"] == "last evaluation"]
+    if len(shown):
+        page += draw_differences(shown, out / "differences", args.narrow)
+        page += difference_text(compared)
+    shown = ~last & (scores["measure"].isin(LOGGED) | ~scores["measure"].str.contains("/"))
+    page += ["## Other measures", *score_text(scores[shown])]
+    unfinished = everything["run_name"][~everything["finished"]]
+    page += ["## What was run", *provenance_text(runs, list(unfinished), broken)]
     (out / "report.md").write_text("\n\n".join(page) + "\n", encoding="utf-8")
     print(out / "report.md")
 

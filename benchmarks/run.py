@@ -120,6 +120,8 @@ def main():
     except (OSError, ValueError) as error:
         sys.exit(f"error: each line must be `python SCRIPT FLAGS`: {error}")
     if args.dry_run:
+        if os.name == "posix":
+            signal.signal(signal.SIGPIPE, signal.SIG_DFL)  # for `| head`
         sys.stdout.writelines(f"{command}\n" for command in left)
         return
     (args.runs_dir / "logs").mkdir(parents=True, exist_ok=True)

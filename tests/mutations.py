@@ -23,8 +23,11 @@ report.py: report below_0_has_points
 - both.loc[both["lowest"] <= 0
 + runs.loc[runs["lowest"] <= 0
 report.py: report any_name
-- {"run_name", *CELL}
-+ {"run_name"}
+- difference(["run_name", *CELL])
++ difference(["run_name"])
+report.py: report bold_is_the_best
+- both_ways = pd.concat([differences, differences.assign(method=differences["other"])])
++ both_ways = differences
 sppo_atari.py: atari plain_emulator
 - np.sign(reward), over
 + reward, over

@@ -55,7 +55,7 @@ def parse(words):
 M = 1_000_000
 SUITES = [("quick", 50, 3, {200_000}), ("continuous", 144, 30, {2 * M, 5 * M, 10 * M})]
 SUITES += [("atari", 308, 5, {5 * M}), ("rlhf", 20, 5, {60 * 112, 200 * 64})]
-SUITES += [("tiny", 4, 5, {100_000}), ("evidence", 30, 8, {M}), ("sweep", 72, 5, {200_000})]
+SUITES += [("tiny", 6, 5, {50_000}), ("evidence", 30, 8, {M}), ("sweep", 72, 5, {200_000})]
 
 
 @pytest.mark.parametrize("suite, per_seed, seeds, steps", SUITES)
@@ -373,7 +373,7 @@ def test_how_many_runs_are_left_is_said_first(stubs):
     commands = listed("tiny --seeds 3")
     finish(stubs / "runs/tiny", commands[0])
     errors = run(commands, stubs, "--jobs", 2).stderr
-    assert "1 of 12 runs have finished, 11 are left\n" in errors
+    assert "1 of 18 runs have finished, 17 are left\n" in errors
 
 
 def test_a_finished_run_is_skipped_unless_its_command_or_script_has_changed(stubs, monkeypatch):

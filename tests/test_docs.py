@@ -132,7 +132,7 @@ def test_the_functions_and_flags_that_a_page_names_exist(text):
 # ---- Commands
 
 NOT_OURS = "pip pytest cp cmp patch tensorboard git pre-commit uv diff parallel srun sbatch".split()
-NOT_OURS += "mkdir cd source if fi export for done echo mktemp find { }".split()
+NOT_OURS += "pdflatex mkdir cd source if fi export for done echo mktemp find { }".split()
 
 
 def code_blocks(text, language):
@@ -281,13 +281,13 @@ def test_discrete_actions(tmp_path, monkeypatch, capsys):
 def test_your_own_environment(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
-    Path("target.py").write_text(*code_blocks(SECTIONS["Your own environment"], "python"))
+    Path("docking.py").write_text(*code_blocks(PAGES["docs/tiny.md"], "python"))
     script, args = parse(commands(SECTIONS["Your own environment"])[0])
     folder = train(script, args, tmp_path, **SHORT)
     row = progress(folder)[-1]
     play(folder, monkeypatch, capsys)
-    assert row["length_mean"] == 20
-    assert -40 < row["return_mean"] < 0
+    assert row["length_mean"] == 50
+    assert -300 < row["return_mean"] < 0
 
 
 def test_your_own_reward(tmp_path, monkeypatch, capsys):

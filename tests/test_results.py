@@ -165,7 +165,7 @@ def percentages(text):
 
 def test_pooled_percentages_are_those_of_the_report():
     """Of three tasks of continuous control, but for those of k."""
-    runs = report.label_runs(*report.read_folders((pack("control/three-tasks"),))[:2], ())
+    runs = report.label_runs(*report.read_folders((pack("control/three-tasks"),))[:2])
     pairs = [("sppo", "dppo"), ("ppo", "dppo"), ("sppo-p", "dppo")]
     pooled = "\n\n".join(report.pooled_text(runs, pairs))
     control, _, rest = PAGES["results/control/README.md"].partition("\n## The ends of k\n")
@@ -489,11 +489,11 @@ def test_the_page_shows_a_random_agents_score(game, digits):
 )
 def test_corrected_p_is_over_all_differences_of_a_suite(name, place, methods, shown):
     """Between two methods, in all measures."""
-    runs = report.label_runs(*report.read_folders((pack(name),))[:2], ())
-    a, _, b = methods.partition(" minus ")
-    differences = report.make_differences(runs, [(a, b)])
+    runs = report.label_runs(*report.read_folders((pack(name),))[:2])
+    pair = tuple(methods.split(" minus "))
+    differences = report.make_differences(runs, [pair])
     differences["corrected"] = stats.false_discovery_control(differences["p"])
-    found = differences.set_index(["reward", "measure", "methods"]).loc[(*place, methods)]
+    found = differences.set_index(["noise", "measure", "method", "other"]).loc[(*place, *pair)]
     digits = len(shown.rpartition(".")[2]) - 1
     assert shown.endswith(f"p = {found['corrected']:.{digits}f})")
     assert shown in PAGES[f"results/{name.partition('/')[0]}/README.md"]

@@ -232,16 +232,11 @@ def test_its_runs_and_ours_share_a_folder(tmp_path, monkeypatch):
         runpy.run_path(command[0], run_name="__main__")
     (runs / "another").mkdir()
     (runs / "another/summary.json").write_text("{}")
-    old = runs / "of an earlier sb3.py"
-    old.mkdir()
-    (old / "args.json").write_text("{}")
-    (old / "summary.json").write_text("{}")
 
     commands = [shlex.join(["python", *words]) for words in (ours, theirs, [*theirs, "--seed=2"])]
     assert list(benchmark_run.unfinished(commands, runs)) == commands[2:]
-    (old / "args.json").unlink()  # report.py refuses it
-    args = report.Args(folders=(runs,), out=tmp_path / "report", compare=("a2c", "sb3-a2c"))
+    args = report.Args(folders=(runs,), out=tmp_path / "report", compare=(("a2c", "sb3-a2c"),))
     report.main(args)
     page = (args.out / "report.md").read_text()
-    assert "Over 1 cell, 2 runs, a run of a2c beats one of sb3-a2c in " in page
-    assert len(re.findall(r"(?m)^\| 1 \| (?:sa2c_continuous|sb3).py \| 64 \|", page)) == 2
+    assert "| a2c against sb3-a2c | clean | last evaluation | 1 | 2 |" in page
+    assert len(re.findall(r"(?m)^\| (?:sa2c_continuous|sb3).py \| 64 \|.*\| 1 \|$", page)) == 2
