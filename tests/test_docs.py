@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import gymnasium as gym
+import nbformat
 import numpy as np
 import pandas as pd
 import peft
@@ -39,6 +40,9 @@ import enjoy
 import sppo_rlhf
 
 ROOT = Path(__file__).resolve().parent.parent
+sys.path.append(str(ROOT / "docs"))
+import grade  # noqa: E402
+
 PAGES = {
     str(page.relative_to(ROOT)): page.read_text()
     for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
@@ -227,6 +231,78 @@ def test_an_agent_acts_in_code_of_ones_own(tmp_path):
     assert env.action_space.contains(names["act"](env.reset(seed=0)[0]).astype(np.float32))
 
 
+# ---- The exercise
+
+
+def notebook_with(*sources):
+    """Of an exercise with two answers, and a claim on each; `sources` of the answers."""
+    claim = """
+from contextlib import contextmanager
+@contextmanager
+def claim(text):
+    try:
+        yield
+        print("holds:", text)
+    except NotImplementedError:
+        print("to do:", text)
+    except AssertionError as error:
+        print(f"fails: {text}: {error}")
+"""
+    cells = [nbformat.v4.new_code_cell(claim)]
+    for i, source in enumerate(sources):
+        tags = {"tags": ["student"]}
+        check = f"with claim('{i}a: f is {i}'):\n    assert f() == {i}, f'found {{f()}}: no'"
+        cells += [
+            nbformat.v4.new_code_cell(source, metadata=tags),
+            nbformat.v4.new_code_cell(check),
+        ]
+    return nbformat.v4.new_notebook(cells=cells)
+
+
+def test_a_class_is_graded_whatever_else_students_changed(tmp_path, monkeypatch, capsys):
+    to_do = "def f():\n    raise NotImplementedError"
+    monkeypatch.setattr(grade, "EXERCISE", tmp_path / "exercise.ipynb")
+    nbformat.write(notebook_with(to_do, to_do), grade.EXERCISE)
+    folder = tmp_path / "class"
+    folder.mkdir()
+    cheating = notebook_with("def f():\n    return 0", "def f():\n    return 0")
+    cheating.cells[-1].source = "print('holds: 1a: f is 1')"
+    nbformat.write(cheating, folder / "ada.ipynb")
+    nbformat.write(notebook_with(to_do, "1 / 0"), folder / "bob.ipynb")
+    nbformat.write(notebook_with(to_do), folder / "eve.ipynb")
+    grade.main(grade.Args(folder, tmp_path / "grades.csv"))
+    grades = pd.read_csv(tmp_path / "grades.csv", index_col="notebook")
+    assert grades.loc["ada"].to_list() == ["holds", "fails"]
+    assert grades.loc["bob"].to_list() == ["to do", "to do"]  # the second still has the first's f
+    out, err = capsys.readouterr()
+    assert re.search(r"ada +1 +1 +0\nbob +0 +0 +2\n", out)
+    assert "eve.ipynb: not graded: ValueError('1 cells for answers instead of 2')" in out + err
+
+
+def test_students_get_scripts_without_answers_that_train_as_before(tmp_path):
+    subprocess.run([sys.executable, ROOT / "docs/pack.py"], cwd=tmp_path, check=True)
+    shutil.unpack_archive(tmp_path / "symmetric-loss.zip", tmp_path)
+    folder = tmp_path / "symmetric-loss"
+    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
+    scripts = {"sa2c_continuous.py", "sppo_continuous.py"}
+    pages = {"docs/handout.md", "docs/symmetric_loss_exercise.ipynb"}
+    assert files == scripts | pages | {"pyproject.toml", "requirements.lock"}
+    handout = (folder / "docs/handout.md").read_text()
+    assert set(re.findall(r"\]\(([^h:)]\S*)\)", handout)) == {"symmetric_loss_exercise.ipynb"}
+    weights = []
+    for path in (ROOT / "sppo_continuous.py", folder / "sppo_continuous.py"):
+        flags = "--total-timesteps 64 --num-steps 64 --eval-episodes 1 --no-compile --runs-dir"
+        command = [sys.executable, path, *flags.split(), tmp_path / path.parent.name]
+        subprocess.run(command, check=True, capture_output=True)
+        (agent,) = (tmp_path / path.parent.name).glob("*/agent.safetensors")
+        weights.append(agent.read_bytes())
+    assert weights[0] == weights[1]
+    for name in scripts:
+        text = (folder / name).read_text()
+        assert "def symmetric_policy_losses" not in text and "surrogate" not in text
+        assert not re.search("constant|rescaled|PPO's times", text)
+
+
 # ---- Worked examples
 
 SHORT = SMALL | {"num_steps": 128} | PPO
@@ -243,12 +319,12 @@ def sections(text):
 SECTIONS = sections(EXAMPLES)
 
 
-def changed(heading, folder, monkeypatch):
-    """An example's copy of a script, with its diff, in `folder`: as a module, and its first command
-    on it, parsed."""
-    (diff,) = code_blocks(SECTIONS[heading], "diff")
+def changed(heading, folder, monkeypatch, example=0):
+    """An example's copy of a script, with its diff, in `folder`: as a module, and the arguments of
+    its command. A section may have several examples."""
+    diff = code_blocks(SECTIONS[heading], "diff")[example]
     script = re.match(r"--- (\w+\.py)\n\+\+\+ \1\n", diff).group(1)
-    words = commands(SECTIONS[heading])[0]
+    words = commands(SECTIONS[heading])[example]
     monkeypatch.syspath_prepend(folder)
     path = shutil.copy(ROOT / script, folder / words[1])
     command = ["git", "apply", "-p0", "--unidiff-zero", "-"]
@@ -257,6 +333,9 @@ def changed(heading, folder, monkeypatch):
     assert done.returncode == 0, f"see CONTRIBUTING.md\n{done.stderr}"
     assert path.read_text() != (ROOT / script).read_text()
     module = importlib.import_module(path.stem)
+    if script == "sppo_rlhf.py":
+        monkeypatch.setattr(module, "START", Path(folder))
+        return module, module.parse_args(words[2:])
     return module, tyro.cli(module.Args, args=words[2:])
 
 
@@ -340,13 +419,67 @@ def test_your_own_network(tmp_path, monkeypatch, capsys):
     assert {"actor.1.weight", "critic.4.bias"} <= set(checkpoint(folder)["agent"])
 
 
-def test_stacked_observations_falling_learning_rates(tmp_path, monkeypatch, capsys):
-    script, args = changed("Stacked observations, falling learning rates", tmp_path, monkeypatch)
+def test_stacked_observations_and_a_learning_rate_that_rises_and_falls(
+    tmp_path, monkeypatch, capsys
+):
+    heading = "Stacked observations, learning rates with warm-up and decay"
+    script, args = changed(heading, tmp_path, monkeypatch)
     rates = record_learning_rates(monkeypatch)
-    folder = train(script, args, tmp_path, **SHORT | {"learning_rate": 0.01})
+    flags = SHORT | {"learning_rate": 0.01, "total_timesteps": 384}
+    folder = train(script, args, tmp_path, **flags)
     play(folder, monkeypatch, capsys)
-    assert sorted(set(rates), reverse=True) == pytest.approx([0.01, 0.005])
+    # Three rollouts of 128 steps, where the warm-up takes 20,000
+    rollouts = rates[:: len(rates) // 3]
+    expected = [0.01 * 128 / 20_000, 0.01 * 256 / 20_000 * 2 / 3, 0.01 * 384 / 20_000 / 3]
+    assert rollouts == pytest.approx(expected)
     assert checkpoint(folder)["agent"]["actor.0.weight"].shape[1] == 4 * 11
+
+
+@pytest.mark.parametrize(("learning_rate", "epochs"), [(1e-5, 3), (0.1, 1)])
+def test_an_update_stops_at_a_kl_divergence(learning_rate, epochs, tmp_path, monkeypatch):
+    script, args = changed("Stopping an update at a KL divergence", tmp_path, monkeypatch)
+    rates = record_learning_rates(monkeypatch)
+    flags = SHORT | {"learning_rate": learning_rate, "update_epochs": 3, "total_timesteps": 128}
+    train(script, args, tmp_path, **flags)
+    assert len(rates) == epochs * flags["num_minibatches"]
+
+
+@pytest.mark.parametrize(("learning_rate", "epochs"), [(1e-7, 3), (1.0, 1)])
+def test_an_update_of_a_language_model_stops_at_a_kl_divergence(
+    learning_rate, epochs, toy, here, monkeypatch
+):
+    script, args = changed("Stopping an update at a KL divergence", here, monkeypatch, example=1)
+    Path("runs").symlink_to(toy.parent)
+    updates = record(monkeypatch, script, "update")
+    flags = SHORT_LM | {"learning_rate": learning_rate, "update_epochs": 3}
+    train(script, args, "here", **flags)
+    ((_, history),) = updates
+    assert len(history) == epochs * flags["num_minibatches"]
+
+
+class LuckyEnv(gym.Env):
+    """Every other episode, of ten steps, is a success."""
+
+    observation_space = gym.spaces.Box(-1, 1, (1,))
+    action_space = gym.spaces.Box(-1, 1, (1,))
+    episodes = 0
+
+    def reset(self, *, seed=None, options=None):
+        super().reset(seed=seed)
+        self.episodes += 1
+        return np.zeros(1, np.float32), {}
+
+    def step(self, action):
+        return np.zeros(1, np.float32), 0.0, False, False, {"is_success": self.episodes % 2 == 0}
+
+
+def test_a_success_rate_is_logged(tmp_path, monkeypatch):
+    gym.register("Lucky-v0", LuckyEnv, max_episode_steps=10)
+    script, args = changed("A success rate", tmp_path, monkeypatch)
+    folder = train(script, args, tmp_path, **SHORT | {"env_id": "Lucky-v0"})
+    first, last = progress(folder)[0], progress(folder)[-1]
+    assert first["charts/success_rate"] == pytest.approx(0.5, abs=0.1)
+    assert last["charts/success_rate"] == pytest.approx(0.5, abs=0.1)
 
 
 def record_learning_rates(monkeypatch):
