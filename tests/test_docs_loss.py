@@ -262,20 +262,6 @@ def test_a_notebook_without_files_and_address_says_what_to_do(notebook, tmp_path
     assert "Open it in the folder docs/ of a clone, or put the repository's address" in errors
 
 
-def test_what_a_lecturer_hands_out_starts_and_keeps_the_front_page_back(clone, tmp_path):
-    (command,) = re.findall(r"(?ms)^```sh\n(.+?)^```$", (DOCS / "teaching.md").read_text())
-    subprocess.run(command, shell=True, cwd=clone, check=True)
-    (archive,) = clone.glob("*.zip")
-    shutil.unpack_archive(archive, tmp_path / "student")
-    (folder,) = (tmp_path / "student").iterdir()
-    files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
-    installed = {"sa2c_continuous.py", "sppo_continuous.py", "pyproject.toml", "requirements.lock"}
-    assert files == installed | {"docs/handout.md", "docs/symmetric_loss_exercise.ipynb"}
-    handout = (folder / "docs/handout.md").read_text()
-    assert set(re.findall(r"\]\(([^h:)]\S*)\)", handout)) == {EXERCISE.name}
-    assert start(EXERCISE, folder / "docs")[0] == [f"{folder}/sppo_continuous.py"]
-
-
 def bandit_for_sa2c():
     """Few steps from a policy that prefers the best arm, many flips."""
     best = torch.tensor([0.0, 0.0, 1.0])
