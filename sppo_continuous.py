@@ -684,7 +684,7 @@ def file_digests():
 
 
 def run_folder(args, digests):
-    """Folder of a run. Its name ends with a hash of arguments and files: so the same command finds
+    """Folder of a run. Its name ends with a hash of arguments and files, so the same command finds
     its run again, and a changed script starts a new one."""
     kept = {name: value for name, value in vars(args).items() if name not in NO_EFFECT}
     files = sorted((Path(path).name, digest) for path, digest in digests.items())

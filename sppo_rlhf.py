@@ -326,11 +326,12 @@ def has_messages(rows):
 
 
 def tokenize(rows, tokenizer, args):
-    """New columns for rows of data, column -> values. They have `prompt`, texts or messages, and
-    `label`, or else `text`, whose first half is the prompt.
+    """Returns new columns, column -> values, for rows of data. Rows have `prompt` (texts or
+    messages) and perhaps `label`, or they have `text`, whose first half is the prompt.
 
-    prompt_ids: at most `prompt_length` tokens of the prompt, the last ones, after those that start
-    a text. target_ids: at most `response_length` tokens of label or second half, if there is one.
+    prompt_ids: the start tokens of a text, then the last `prompt_length` tokens of the prompt, or
+    fewer. target_ids: at most `response_length` tokens of the label or of the second half, if there
+    is one.
     """
     encode = partial(tokenizer, add_special_tokens=False)
     start = []
@@ -363,15 +364,16 @@ def tokenize(rows, tokenizer, args):
 
 
 def start_tokens(tokenizer):
-    """Tokens that the tokenizer adds before a text. (A response follows a prompt, so those that it
-    adds after a text are left out.)"""
+    """Tokens that the tokenizer adds before a text. Tokens that it adds after a text are left out,
+    because a response follows the prompt."""
     probe = tokenizer(tokenizer.eos_token or "a", return_special_tokens_mask=True)
     return probe["input_ids"][: probe["special_tokens_mask"].index(0)]
 
 
 def chat_tokens(chat, tools, tokenizer, args):
-    """Tokens of messages and of the beginning of the response: a new turn, or the last one, if it
-    is the assistant's, such as "<think>"."""
+    """Tokens of messages, and of the beginning of the response. If the last message is the
+    assistant's, such as "<think>", the response continues it. Otherwise the response is a new
+    turn."""
     continues = chat[-1]["role"] == "assistant"
     return tokenizer.apply_chat_template(
         chat,
@@ -384,7 +386,8 @@ def chat_tokens(chat, tools, tokenizer, args):
 
 
 def turn_end(tokenizer, args):
-    """The token with which the chat template ends an assistant's turn, else the end of text."""
+    """The token with which the chat template ends an assistant's turn. If it has none, the
+    end-of-text token."""
     said = "***"
     chat = [{"role": "user", "content": said}, {"role": "assistant", "content": said}]
     options = json.loads(args.chat_template_kwargs)
@@ -395,8 +398,9 @@ def turn_end(tokenizer, args):
 
 
 def tokenized(data, kind, tokenizer, args):
-    """Data with the columns of `tokenize`, and a sentence on how many prompts were cut. Messages to
-    be cut are refused, since their template would lose its beginning."""
+    """Returns data with the columns of `tokenize`, and a sentence that says how many prompts were
+    cut. Messages that are too long are refused, because a cut would remove the beginning of their
+    template."""
     if not {"prompt", "text"} & set(data.column_names):
         sys.exit(f"error: no column 'prompt' or 'text' in the data, only {data.column_names}")
     prompt = data[0].get("prompt")
@@ -421,9 +425,9 @@ def tokenized(data, kind, tokenizer, args):
 class Inputs(NamedTuple):
     """Prompts and continuations, as models read them. The continuations have n tokens."""
 
-    ids: Tensor  # (texts, length), padded on the right: attention is causal, so no mask is needed
-    places: Tensor  # (n,), index in the flattened ids of the token before each of the n
-    tokens: Tensor  # (n,), the continuations, one text after the other
+    ids: Tensor  # (texts, length), padded on the right. Attention is causal: no mask is needed
+    places: Tensor  # (n,), index in the flattened ids of the token before each continuation token
+    tokens: Tensor  # (n,), tokens of the continuations, one text after the other
 
 
 def collate(prompts, continuations, device):
@@ -437,8 +441,8 @@ def collate(prompts, continuations, device):
 
 
 def patch_head(model):
-    """Makes the last layer compute in float32, since the 8 significant bits of bfloat16 are too few
-    for ratios near 1, and only at `places`, if these are set."""
+    """Makes the last layer compute in float32, because bfloat16's 8 significant bits are too few
+    for ratios near 1. If `places` are set, it computes only there."""
     head = model.get_output_embeddings()
     head.places = None
 
@@ -490,9 +494,9 @@ class ActorCritic(nn.Module):
         return torch.autocast(device, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
 
     def forward(self, response, target=None):
-        """Log-probabilities (n,) of the tokens of responses, values (n,) of the texts before each
-        of them, and log-probabilities of the tokens of targets, if given. All gradients flow
-        through here, so that DDP can wrap it."""
+        """Returns the log-probabilities (n,) of the tokens of responses, the values (n,) of the
+        texts before each token and, if targets are given, the log-probabilities of their tokens.
+        All gradients flow through this method, so that DDP can wrap it."""
         target_log_prob = None
         with self.autocast():
             log_prob = token_log_probs(self.policy, response, self.temperature)
@@ -512,7 +516,7 @@ def load_frozen(args, dtype):
     own_config = copy.deepcopy(config)
     if getattr(config, "activation_function", None) == "gelu_new":
         config.activation_function = "gelu_pytorch_tanh"  # the same function, in one kernel
-    if args.gradient_checkpointing:  # needs train mode, in which there must be no dropout
+    if args.gradient_checkpointing:  # it needs train mode, which would turn dropout on
         text_config = config.get_text_config()
         for name in vars(text_config):
             if "drop" in name or "jitter" in name:
@@ -538,7 +542,7 @@ def trainable_copy(model, args):
             target_modules=defaults.get(model.config.model_type, "all-linear"),
             task_type="CAUSAL_LM",
         )
-        # What is in `shared` is not copied. Adapters are in float32
+        # A copy shares the weights in `shared`. Adapters are in float32
         trained = peft.get_peft_model(copy.deepcopy(model, shared), config)
     else:
         trained = copy.deepcopy(model).requires_grad_()
@@ -552,7 +556,8 @@ def trainable_copy(model, args):
 
 
 def load_classifier(name, device, dtype):
-    """A classifier, or a LoRA adapter of one merged into its base, with all its weights."""
+    """Loads a classifier with all its weights. A LoRA adapter of a classifier is merged into its
+    base model."""
     options = {"dtype": dtype, "device_map": device}
     if not transformers.utils.find_adapter_config_file(name):
         return load_pretrained(AutoModelForSequenceClassification, name, **options)
@@ -569,8 +574,8 @@ def load_classifier(name, device, dtype):
 
 def classifier_reward(name, args, device, dtype):
     """The classifier `name`, with its own tokenizer and, where prompts are messages, its own chat
-    template, if it has one. Scores are its only output, or those of the label: its
-    output in a regression, else its probability."""
+    template, if it has one. The score is its output, if it has only one. Otherwise the score is the
+    label's output in a regression, and the label's probability in a classification."""
     model = load_classifier(name, device, dtype)
     config = model.config
     label = {1: 0, 2: 1}.get(config.num_labels)
@@ -585,9 +590,9 @@ def classifier_reward(name, args, device, dtype):
     positions = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
     tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
     pad = getattr(config.get_text_config(), "pad_token_id", None)
-    has_padding = pad is not None and pad >= 0  # else decoders cannot tell where a text ends
+    has_padding = pad is not None and pad >= 0  # without it decoders do not find a text's end
     if has_padding:
-        tokenizer.pad_token_id = pad  # the one that they look for
+        tokenizer.pad_token_id = pad  # decoders look for this token
     classify = transformers.pipeline(
         "text-classification",
         model,
@@ -604,7 +609,9 @@ def classifier_reward(name, args, device, dtype):
         if in_template:
             chats = [prompt + completion for prompt, completion in zip(prompts, completions)]
             texts = tokenizer.apply_chat_template(chats, tokenize=False)
-        results = classify(texts, add_special_tokens=not in_template)  # the template has them
+        results = classify(
+            texts, add_special_tokens=not in_template
+        )  # the template has special tokens
         by_label = [{found["label"]: found["score"] for found in result} for result in results]
         return [scores[config.id2label[label]] for scores in by_label]
 
@@ -664,32 +671,33 @@ class Sample:
 
 
 def joined(samples, name):
-    """A field of samples, for all their tokens (n,)."""
+    """Joins a field of samples into one tensor (n,) over all their tokens."""
     return torch.cat([getattr(sample, name) for sample in samples])
 
 
 def rewards(samples, args):
-    """Weighted sums (samples,) of their scores. Missing ones count 0."""
+    """The reward of each sample (samples,), the weighted sum of its scores. Missing scores count
+    0."""
     scores = np.array([sample.scores for sample in samples])
     return np.nansum(scores * np.float32(args.reward_weights), axis=1)
 
 
 def mean_scores(samples, args):
-    """Mean scores by the names of reward models. Missing ones are left out."""
+    """{name of a reward model: its mean score}. Missing scores are left out."""
     scores = np.array([sample.scores for sample in samples])
     return dict(zip(args.reward_model, np.nanmean(scores, axis=0).tolist()))
 
 
 def kl_per_text(samples):
-    """KL divergence of policy and reference policy in nats per text: an estimate, biased where
-    sampling is filtered or greedy."""
+    """KL divergence between policy and reference policy, in nats per text. It is an estimate, and
+    biased where sampling is filtered or greedy."""
     log_ratio = joined(samples, "log_prob") - joined(samples, "reference_log_prob")
     return log_ratio.sum().item() / len(samples)
 
 
 def generate(setup, prompts, do_sample):
-    """Responses, each cut after its first end token, by transformers' `generate`. Its settings are
-    the policy's generation_config."""
+    """Samples a response to each prompt by transformers' `generate`, with the settings in the
+    policy's generation_config, and cuts it after its first end token."""
     actor = setup.actor_critic
     inputs = padded(setup, prompts)
     with actor.autocast():
@@ -704,8 +712,9 @@ def generate(setup, prompts, do_sample):
 
 @torch.no_grad()
 def check_sampling(setup, args):
-    """Refuses a policy that samples from other probabilities than it is trained with: `generate`
-    pads on the left and has a cache, which positions and recurrent states may not survive."""
+    """Refuses a policy that samples from other probabilities than it is trained with. The reason
+    may be that `generate` pads on the left and has a cache, which changes positions or recurrent
+    states."""
     actor = setup.actor_critic
     longest = max(setup.eval_data["prompt_ids"], key=len)
     prompts = [longest, longest[: len(longest) // 2 + 1]]
@@ -731,14 +740,15 @@ def padded(setup, prompts):
 
 
 def by_text(tensor, texts):
-    """Splits a tensor (n,), for the tokens of all texts, into one for each. Copies, since a view
-    would travel to other processes with all that it is a part of."""
+    """Splits a tensor (n,) over the tokens of all texts into one tensor for each text. They are
+    copies, because a view takes its whole tensor along to other processes."""
     return [part.clone() for part in tensor.cpu().split([len(ids) for ids in texts])]
 
 
 @torch.no_grad()
 def collect(setup, args, data, evaluating=False):
-    """Responses to the prompts of `data`, as `Sample`s. Each process makes a part and gets all."""
+    """Samples responses to the prompts of `data`. Each process samples a part, and gets all
+    `Sample`s."""
     accelerator = setup.accelerator
     actor = setup.actor_critic
     samples = []
@@ -750,7 +760,7 @@ def collect(setup, args, data, evaluating=False):
         targets = rows.pop("target_ids")
         responses = generate(setup, prompts, do_sample=not (evaluating and args.eval_greedy))
 
-        # Computed as in the update, not by `generate`, so that ratios start at 1
+        # The forward pass of the update, not `generate`, computes these, so that ratios start at 1
         response = collate(prompts, responses, accelerator.device)
         target = collate(prompts, targets, accelerator.device) if evaluating else None
         log_prob, value, target_log_prob = actor(response, target)
@@ -771,8 +781,8 @@ def collect(setup, args, data, evaluating=False):
 
 
 def score(setup, args, rows, prompts, responses):
-    """Scores (texts, reward models) of responses. Reward models get the keywords below and the
-    data's other columns."""
+    """Scores (texts, reward models) of responses. Reward models get `inputs`, and the data's other
+    columns, as keywords."""
     decode = partial(setup.tokenizer.batch_decode, skip_special_tokens=True)
     inputs = rows | {
         "texts": decode([x + y for x, y in zip(prompts, responses)]),
@@ -784,7 +794,7 @@ def score(setup, args, rows, prompts, responses):
         inputs["prompts"] = []
         for i, chat in enumerate(rows["prompt"]):
             text = inputs["completions"][i]
-            if chat[-1]["role"] == "assistant":  # as in TRL, its turn belongs to the completion
+            if chat[-1]["role"] == "assistant":  # as in TRL, it is in the completion
                 *chat, turn = chat
                 text = turn["content"] + text
             inputs["prompts"].append(chat)
@@ -871,9 +881,9 @@ def token_advantages(reward, log_ratio, value, args):
 
 
 def loss_and_metrics(model, args, micro_batch, token_count, target_count):
-    """Loss and metrics of a micro batch, which is pairs of samples and advantages. Summed over
-    micro batches and processes, they are the minibatch's loss and metrics. The minibatch has
-    `token_count` tokens in responses and `target_count` in targets."""
+    """Loss and metrics of a micro batch of (sample, advantages) pairs. Summed over micro batches
+    and processes, they are the minibatch's loss and metrics. The minibatch has `token_count` tokens
+    in responses and `target_count` in targets."""
     samples, advantages = zip(*micro_batch)
     device = next(model.parameters()).device
 
@@ -911,10 +921,10 @@ def loss_and_metrics(model, args, micro_batch, token_count, target_count):
 
 
 def update(setup, args, samples, rng):
-    """`update_epochs` passes over the samples. Returns the metrics of each minibatch."""
+    """Passes `update_epochs` times over the samples. Returns the metrics of each minibatch."""
     accelerator = setup.accelerator
     history = []
-    setup.actor_critic.train(args.gradient_checkpointing)  # which needs this mode
+    setup.actor_critic.train(args.gradient_checkpointing)  # which needs train mode
     for _ in range(args.update_epochs):
         for indices in rng.permutation(len(samples)).reshape(args.num_minibatches, -1):
             minibatch = [samples[i] for i in indices]
@@ -1092,9 +1102,9 @@ def train(setup, args, folder):
 
 
 def evaluate(setup, args, step):
-    """Returns a row for progress.csv, and up to eight samples. The row has the reward, and its
-    cost: the KL divergence, and perplexities of responses under the reference policy and
-    of targets, where there are any, under the policy."""
+    """Returns a row for progress.csv, and up to eight samples. The row has the reward and what it
+    costs: the KL divergence, the perplexity of responses under the reference policy and, if there
+    are targets, their perplexity under the policy."""
     seed_all(setup.accelerator, args.seed, step, 2)
     samples = collect(setup, args, setup.eval_data, evaluating=True)
     reward = rewards(samples, args)
@@ -1122,7 +1132,7 @@ def evaluate(setup, args, step):
 
 
 def evaluate_and_log(setup, args, progress, folder, writer):
-    """Appends an evaluation to `progress`; the first process writes progress.csv, samples.jsonl and
+    """Appends an evaluation to `progress`. The first process writes progress.csv, samples.jsonl and
     TensorBoard."""
     step = progress.global_step
     row, samples = evaluate(setup, args, step)
@@ -1173,14 +1183,14 @@ def prepare(args):
         sys.exit("error: --device cuda: there is no GPU")
     if f"{TOY}/" in str(vars(args)) and not Path(START, TOY).exists():
         sys.exit(f"error: no {TOY}; this makes it: python toy.py")
-    datasets.disable_caching()  # in the folder of the data, of which digests are taken
+    datasets.disable_caching()  # a cache in the data's folder would change its digest
     datasets.disable_progress_bars()
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     for name in args.reward_model:
         if ".py:" in name:
             import_function(name)
-    os.chdir(START)  # which an imported file may have left
+    os.chdir(START)  # an imported file may have changed directory
 
 
 def load(args):
@@ -1215,7 +1225,7 @@ def load(args):
     longest = args.prompt_length + args.response_length
     text_config = policy.config.get_text_config()
     positions = getattr(text_config, "max_position_embeddings", longest)
-    if "longrope" in str(text_config):  # its positions are others in longer texts
+    if "longrope" in str(text_config):  # it changes all positions in longer texts
         positions = text_config.original_max_position_embeddings
     if positions < longest:
         sys.exit(f"error: {args.policy_model} has {positions} positions for {longest} tokens")
@@ -1225,7 +1235,7 @@ def load(args):
         max_new_tokens=args.response_length,
         min_new_tokens=None if args.stop_at_eos else args.response_length,
         eos_token_id=end_tokens(train_data[:1], tokenizer, policy, args),
-        pad_token_id=0,  # behind the end, and cut off there
+        pad_token_id=0,  # comes after the end of a response, and is cut off
     )
     optimizer = torch.optim.AdamW(
         [parameter for parameter in actor_critic.parameters() if parameter.requires_grad],
@@ -1247,8 +1257,9 @@ def load(args):
 
 
 def end_tokens(rows, tokenizer, policy, args):
-    """Tokens that end a response: those of tokenizer and policy, and for messages also the end of a
-    turn, which a policy that is no chat model does not name."""
+    """Tokens that end a response: the end-of-text tokens of the tokenizer and of the policy, and
+    for messages also the token that ends a turn, because a policy that is no chat model does not
+    name it."""
     ends = [tokenizer.eos_token_id]
     if has_messages(rows):
         ends.append(turn_end(tokenizer, args))
@@ -1277,7 +1288,7 @@ def load_tokenizer(name, **sides):
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZERS.get(name, name), **sides)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     words = len(tokenizer) - len(tokenizer.all_special_tokens)
-    if words < 3:  # the empty one of T5 has one, that of DeBERTa two
+    if words < 3:  # an empty tokenizer of T5 has one word, of DeBERTa two
         sys.exit(f"error: {name} has no tokenizer (for a policy: --tokenizer)")
     return tokenizer
 
@@ -1329,12 +1340,12 @@ def save_policy(setup, run_folder):
     temporary = run_folder / "policy.tmp"
     policy = setup.actor_critic.policy
     policy.config = setup.actor_critic.reference.own_config
-    ends = policy.generation_config.eos_token_id  # it may have learnt to end with others
+    ends = policy.generation_config.eos_token_id  # it may have learnt other end tokens
     policy.generation_config = setup.actor_critic.reference.generation_config
     policy.generation_config.eos_token_id = ends or None
     try:
         policy.generation_config.validate(strict=True)
-    except ValueError:  # loads, but cannot be saved, such as a temperature with greedy decoding
+    except ValueError:  # a model's own may load but not save, as a temperature with greedy decoding
         policy.generation_config = transformers.GenerationConfig(eos_token_id=ends or None)
     policy.save_pretrained(temporary)
     setup.tokenizer.save_pretrained(temporary)
@@ -1360,8 +1371,8 @@ def file_digests():
 
 
 def local_digests(args):
-    """The same of the files of local data and models, without byte code and hidden files, such as
-    caches."""
+    """{path: SHA-256} of the files of local data and models, without byte code and hidden files,
+    such as caches."""
     names = [args.dataset, args.eval_dataset, args.policy_model, args.tokenizer, *args.reward_model]
     for name in args.reward_model:
         adapter = Path(START, name, "adapter_config.json")
@@ -1383,7 +1394,7 @@ def local_digests(args):
 
 
 def run_folder(args, digests):
-    """Folder of a run. Its name ends with a hash of arguments and files: so the same command finds
+    """Folder of a run. Its name ends with a hash of arguments and files, so the same command finds
     its run again, and a changed script starts a new one."""
     kept = {name: value for name, value in vars(args).items() if name not in NO_EFFECT}
     kept["processes"] = os.environ.get("WORLD_SIZE", "1")  # each samples with its own seed
@@ -1448,13 +1459,13 @@ def begin_session(args, digests, folder):
 
 def main():
     args = parse_args()
-    sys.stdout.reconfigure(errors="backslashreplace")  # for texts with letters it does not have
+    sys.stdout.reconfigure(errors="backslashreplace")  # for letters that it does not have
     try:
         prepare(args)
         digests = file_digests() | local_digests(args)
         folder = run_folder(args, digests)
         setup = None
-        if not folder.exists():  # what is wrong with a new run leaves no folder
+        if not folder.exists():  # an error in a new run's input leaves no folder
             setup = load(args)
         is_first = os.environ.get("RANK", "0") == "0"  # only this process writes files
         lock = nullcontext()
@@ -1473,7 +1484,7 @@ def main():
     if is_first:
         summary = json.loads((folder / "summary.json").read_text())
         score = f"reward {summary['return_mean']:.3f}, {summary['sps']:,.1f} texts/s"
-        folder = Path(args.runs_dir, folder.name)  # as it was typed
+        folder = Path(args.runs_dir, folder.name)  # runs_dir as it was typed
         print(f"{folder}: {score}; to watch it: python enjoy.py {folder}")
 
 
