@@ -13,7 +13,7 @@ from pathlib import Path
 ROOT = Path(__file__).resolve().parent.parent
 # File, tests (as for pytest -k) in tests/test_FILE.py, what is there once, what comes instead
 MUTATIONS = r"""
-report.py: report pooled
+report.py: report brunner
 - + (a >= b).mean(axis=-1)
 + + (a > b).mean(axis=-1)
 report.py: report bold_is_the_best
