@@ -90,7 +90,7 @@ def estimate(value, low, high, digits=2):
     if np.isnan(value):
         return "below the floor"
     value, low, high = np.round([value, low, high], digits) + 0.0  # no -0.00
-    return f"{value:.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
+    return f"{value:,.{digits}f} ({low:,.{digits}f} to {high:,.{digits}f})"
 
 
 def in_percent(value, low, high):
@@ -106,7 +106,9 @@ def print_p(estimates):
 
 
 def print_table(rows, *headings):
-    """`rows`: {name: texts}."""
+    """`rows`: {name: texts}; the first heading is that of names, which None leaves out."""
+    first = 1 if headings[0] is None else 0
+    headings = headings[first:]
     print(f"| {' | '.join(headings)} |\n|{'---|' * len(headings)}")
     for name, texts in rows.items():
-        print(f"| {name} | {' | '.join(texts)} |")
+        print(f"| {' | '.join([name, *texts][first:])} |")

@@ -92,16 +92,15 @@ def test_the_papers_games_come_first_and_all_exist():
     papers += "UpNDown VideoPinball WizardOfWor"
     games = [words[words.index("--env-id") + 1] for words in listed("atari --seeds 1")]
     games = list(dict.fromkeys(games))
-    assert games[:12] == papers.split()
-    assert len(games) == 22
+    assert games[:12] == papers.split() and len(games) == 22
     gym.register_envs(ale_py)
     assert {f"ALE/{game}-v5" for game in games} <= gym.registry.keys()
 
 
 FACTORS = {"norm": ["max_grad_norm"], "coef": ["vf_coef", "ent_coef"], "ce": ["ce_coef"]}
 FACTORS |= {"authors": ["norm_adv"], "k": ["alpha"]}
-LISTS = ["quick InvertedDoublePendulum-v4 normal", "evidence Hopper-v4 none", "atari Pong flip"]
-LISTS += ["evidence Breakout flip", "evidence imdb flip", "rlhf toy none", "rlhf tldr adv_flip"]
+LISTS = ["quick InvertedDoublePendulum-v4 normal", "atari Pong flip", "evidence Breakout flip"]
+LISTS += ["evidence imdb flip", "rlhf toy none", "rlhf tldr adv_flip"]
 
 
 @pytest.mark.parametrize("name", LISTS)
@@ -138,9 +137,7 @@ def test_options_and_flags_for_every_command():
         assert args.gamma == (0.9999 if swimmer else 0.99)
     refusals = {
         "quick --dry-run -- --vf_coef=1": "--vf-coef: rows differ in it",
-        "tiny --dry-run -- --policy gaussian": "--policy: rows differ in it",
         "tiny --dry-run --envs Pong": "tiny: not with Pong",
-        "evidence --dry-run --envs tldr": "evidence: not with tldr",
     }
     for words, why in refusals.items():
         refused = sh("./benchmark.sh", *words.split())
@@ -148,20 +145,15 @@ def test_options_and_flags_for_every_command():
 
 
 def test_without_the_toy_its_runs_are_refused_once(copy):
-    def start(*more):
-        (copy / "sppo_rlhf.py").write_text(STUB)
-        options = "--envs toy --seeds 1 --device cpu --jobs 1".split()
-        return sh("./benchmark.sh", "rlhf", *options, *more, cwd=copy)
-
-    refused = start()
+    suite = "./benchmark.sh rlhf --envs toy --seeds 1 --device cpu --jobs 1".split()
+    refused = sh(*suite, cwd=copy)
     assert (refused.returncode, refused.stdout) == (2, "")
     assert refused.stderr == "benchmark.sh: no runs/toy; this makes it: python toy.py\n"
-    assert len(start("--dry-run").stdout.splitlines()) == 8
-    assert not records(copy)
-    assert start("--", "--dataset", "my.jsonl").returncode == 0
-    (copy / "runs/toy").mkdir()
-    assert start().returncode == 0
-    assert len(records(copy)) == 2 * 8
+    assert len(sh(*suite, "--dry-run", cwd=copy).stdout.splitlines()) == 8
+    assert sh(*suite, "--dry-run", "--", "--dataset", "my.jsonl", cwd=copy).returncode == 0
+    (copy / "runs/toy").mkdir(parents=True)
+    assert sh(*suite, cwd=copy).returncode == 0
+    assert len(records(copy)) == 8
 
 
 def test_shellcheck():
@@ -169,11 +161,9 @@ def test_shellcheck():
     assert (found.returncode, found.stdout) == (0, "")
 
 
-@pytest.mark.parametrize("shell", ["dash", "zsh"])
-def test_another_shell_says_so_in_one_sentence(shell):
-    if not shutil.which(shell):
-        pytest.skip(f"no {shell} here")
-    result = sh(shell, "benchmark.sh", "quick", "--dry-run")
+@pytest.mark.skipif(not shutil.which("dash"), reason="no dash here")
+def test_another_shell_says_so_in_one_sentence():
+    result = sh("dash", "benchmark.sh", "quick", "--dry-run")
     assert (result.returncode, result.stdout) == (2, "")
     assert result.stderr == "benchmark.sh needs bash: run ./benchmark.sh\n"
 
@@ -195,22 +185,20 @@ class cuda:
 """
 
 
-def finish(folder, *commands, **more):
-    """Leaves a stub's finished run, of a session for each of `commands`, and `more` files."""
+def finish(folder, command, *more):
+    """Leaves a finished run of `command`. `more`: files that it has imported or read."""
     folder.mkdir(parents=True, exist_ok=True)
-    here = Path.cwd()
-    sessions = []
-    for command in commands:
-        files = {str(here / command[0]): hashlib.sha256(STUB.encode()).hexdigest()}
-        sessions.append({"command": command, "directory": str(here), "files": files | more})
-    (folder / "sessions.jsonl").write_text("".join(f"{json.dumps(s)}\n" for s in sessions))
+    files = [Path(name).resolve() for name in (command[0], *more)]
+    digests = {str(file): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    session = {"command": command, "directory": os.getcwd(), "files": digests}
+    (folder / "sessions.jsonl").write_text(json.dumps(session) + "\n")
     (folder / "summary.json").write_text("{}")
 
 
 @pytest.fixture
 def stubs(tmp_path):
     """A folder of scripts that only note where they run, and of a torch that sees three GPUs."""
-    for script in SCRIPTS:
+    for script in [*SCRIPTS, "sppo_rlhf.py"]:
         (tmp_path / script).write_text(STUB)
     (tmp_path / "torch.py").write_text(TORCH)
     return tmp_path
@@ -225,10 +213,12 @@ def copy(stubs):
     return stubs
 
 
-def run(commands, folder, *flags, **variables):
+def run(commands, folder, *flags, cores=2, **variables):
+    """benchmarks/run.py on a machine with `cores`."""
     lines = "\n".join(shlex.join(["python", *words]) for words in commands)
-    env = ENVIRON | {"PYTHONPATH": str(folder)} | variables
-    return sh(sys.executable, ROOT / "benchmarks/run.py", *flags, cwd=folder, env=env, input=lines)
+    env = ENVIRON | {"PYTHONPATH": f"{folder}:{ROOT}/benchmarks"} | variables
+    program = f"import run; run.CORES = {cores}; run.main()"
+    return sh(sys.executable, "-c", program, *flags, cwd=folder, env=env, input=lines)
 
 
 def records(folder):
@@ -238,36 +228,27 @@ def records(folder):
 def test_words_that_need_quotes_arrive_in_any_locale(copy):
     """printf %q would write ü as $'\\303\\274' in a locale without UTF-8, which only bash reads."""
     runs, name = "runs/rün it's", "a & b $HOME \\ 'c' \"d\""
-    options = ["--envs", "Hopper-v4", "--seeds", 1, "--runs-dir", runs]
+    suite = ["./benchmark.sh", "tiny", "--seeds", 1, "--runs-dir", runs]
     flags = ["--", "--track-name", name, ""]
     for locale in ("C.UTF-8", "C"):
         where = {"cwd": copy, "env": ENVIRON | {"LC_ALL": locale}}
-        line = sh("./benchmark.sh", "evidence", "--dry-run", *options, *flags, **where).stdout
-        words = sh("dash", "-c", f"printf '%s\\n' {line.splitlines()[0]}").stdout.splitlines()
+        line = sh(*suite, "--dry-run", *flags, **where).stdout.splitlines()[0]
+        words = sh("dash", "-c", f"printf '%s\\n' {line}").stdout.splitlines()
         assert words[-4:] == [runs, *flags[1:]]
-    done = sh("./benchmark.sh", "evidence", *options, *flags, **where)
-    assert done.returncode == 0, done.stderr
-    assert os.listdir(copy / "runs") == ["rün it's"]
+    assert sh(*suite, *flags, **where).returncode == 0
     given = [argv[argv.index("--runs-dir") + 1 :] for _, _, argv, *_ in records(copy)]
-    assert given == [[runs, *flags[1:]]] * 10
+    assert given == [[runs, *flags[1:]]] * 6
 
 
-def test_a_dry_run_lists_what_is_left_and_writes_nothing(copy):
-    def dry_run():
-        options = "--envs Hopper-v4 --seeds 1 --dry-run".split()
-        done = sh("./benchmark.sh", "evidence", *options, cwd=copy)
-        assert done.returncode == 0
-        return done.stdout.splitlines()
-
-    runs = copy / "runs/evidence"
-    commands = dry_run()
-    assert len(commands) == 10 and not runs.exists()
-    for left in (commands[1:8], []):
-        for i, command in enumerate(commands):
-            if command not in left:
-                finish(runs / str(i), shlex.split(command)[1:])
-        assert dry_run() == left
-    assert not records(copy) and not (runs / "logs").exists()
+def test_a_dry_run_lists_what_is_left_and_writes_nothing(copy, monkeypatch):
+    monkeypatch.chdir(copy)
+    dry_run = "./benchmark.sh tiny --seeds 1 --dry-run".split()
+    commands = sh(*dry_run, cwd=copy).stdout.splitlines()
+    assert len(commands) == 6 and not Path("runs").exists()
+    for number, command in enumerate(commands, start=1):
+        finish(Path(f"runs/tiny/{number}"), shlex.split(command)[1:])
+        assert sh(*dry_run, cwd=copy).stdout.splitlines() == commands[number:]
+    assert not records(copy) and not Path("runs/tiny/logs").exists()
 
 
 # A container's cpu.max, and the cores then, of eight
@@ -283,76 +264,43 @@ def test_a_containers_quota_limits_the_cores(quota, cores, tmp_path, monkeypatch
     assert benchmark_run.cores(tmp_path / "cpu.max") == cores
 
 
-VISIBLE = [("2,GPU-8f", 2, ["2", "GPU-8f"]), ("-1", 1, []), (None, 1, ["0", "1", "2"])]
-VISIBLE += [("NoDevFiles", 1, []), ("1,-1,2", 1, ["1"]), ("", 1, [])]
+# CUDA_VISIBLE_DEVICES; the games or language models; cores; flags; the GPUs, and jobs on each
+GPUS = [
+    ("2,GPU-8f", "Pong", 16, "--jobs-per-gpu 2", ["2", "GPU-8f"], 2),
+    (None, "Pong", 16, "--jobs-per-gpu 1", ["0", "1", "2"], 1),
+    ("1,-1,2", "Pong", 16, "", ["1"], 4),  # games share a GPU
+    ("0,1", "Pong", 4, "", ["0", "1"], 2),
+    ("0,1", "Pong imdb", 16, "", ["0", "1"], 1),  # language models do not
+    ("-1", "Pong", 16, "", [], 0),
+    ("", "Pong", 16, "", [], 0),
+]
 
 
-@pytest.mark.parametrize("visible, per_gpu, gpus", VISIBLE)
-def test_games_go_to_gpus_and_control_to_the_cpu(visible, per_gpu, gpus, stubs):
-    commands = [*listed("evidence --envs Hopper-v4 --seeds 1")]
-    games = listed("evidence --envs Pong --seeds 1 --device cuda")
-    commands += [
-        shlex.split(shlex.join(words).replace("--device ", "--device=")) for words in games
-    ]
+@pytest.mark.parametrize("visible, envs, cores, flags, gpus, per_gpu", GPUS)
+def test_games_go_to_gpus_and_control_to_the_cpu(visible, envs, cores, flags, gpus, per_gpu, stubs):
+    control = listed("evidence --envs Hopper-v4 --seeds 1")
+    games = listed(f"evidence --envs {envs} --seeds 1 --device cuda")
+    games = [shlex.split(shlex.join(words).replace("--device ", "--device=")) for words in games]
     variables = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
-    flags = ["--jobs", 2, "--jobs-per-gpu", per_gpu]
-    assert run(commands, stubs, *flags, **variables).returncode == 0
+    flags = ["--jobs", 2, *flags.split()]
+    assert run(control + games, stubs, *flags, cores=cores, **variables).returncode == 0
     found = records(stubs)
-    assert sorted(argv for _, _, argv, *_ in found) == sorted(commands)
-    assert {gpu for _, _, argv, gpu, _ in found if "Pong" not in argv} == {""}
-    assert {gpu for _, _, argv, gpu, _ in found if "Pong" in argv} == set(gpus or [""])
-    for gpu in ["", *gpus]:
-        times = [(began, ended) for began, ended, _, where, _ in found if where == gpu]
+    assert sorted(argv for _, _, argv, *_ in found) == sorted(control + games)
+    assert {gpu for _, _, argv, gpu, _ in found if argv in control} == {""}
+    assert {gpu for _, _, argv, gpu, _ in found if argv in games} == set(gpus or [""])
+    for place in ["", *gpus]:
+        times = [(began, ended) for began, ended, _, gpu, _ in found if gpu == place]
         at_once = max(sum(b <= began < e for b, e in times) for began, _ in times)
-        assert at_once <= (per_gpu if gpu else 2)
-    jobs = 2 + min(5, len(gpus) * per_gpu)
-    assert {record[4] for record in found} == {str(max(1, benchmark_run.CORES // jobs))}
-
-
-# Cores, GPUs, a list, and how many of its commands run at a time on all GPUs
-DEFAULTS = [(16, "0", "atari --envs Breakout", 4), (16, "0,1,2,3", "evidence --envs Breakout", 16)]
-DEFAULTS += [(4, "0,1", "atari --envs Breakout", 4), (64, "0,1", "evidence --envs Pong imdb", 2)]
-
-
-@pytest.mark.parametrize("cores, gpus, arguments, jobs", DEFAULTS)
-def test_four_games_share_a_gpu_and_language_models_do_not(
-    cores, gpus, arguments, jobs, tmp_path, monkeypatch
-):
-    suite, options = arguments.split(" ", 1)
-    commands = listed(f"{suite} --seeds 8 {options}")
-    started = []  # on which GPU
-    at_once = []
-
-    class Process:
-        returncode = 0
-
-        def __init__(self, command, env, **options):
-            started.append(env["CUDA_VISIBLE_DEVICES"])
-            assert env["OMP_NUM_THREADS"] == str(cores // jobs)
-
-        def poll(self):
-            at_once.append(started.copy())
-            return 0
-
-    monkeypatch.chdir(ROOT)
-    monkeypatch.setenv("CUDA_VISIBLE_DEVICES", gpus)
-    monkeypatch.delenv("OMP_NUM_THREADS", raising=False)
-    monkeypatch.setattr(benchmark_run, "CORES", cores)
-    monkeypatch.setattr(benchmark_run, "visible_gpus", lambda: gpus.split(","))
-    monkeypatch.setattr(benchmark_run.subprocess, "Popen", Process)
-    monkeypatch.setattr(benchmark_run.time, "sleep", lambda seconds: None)
-    monkeypatch.setattr(sys, "stdin", [shlex.join(["python", *words]) for words in commands])
-    monkeypatch.setattr(sys, "argv", ["run.py", "--runs-dir", str(tmp_path)])
-    benchmark_run.main()
-    assert len(started) == len(commands)
-    each = [at_once[0].count(gpu) for gpu in gpus.split(",")]
-    assert sum(each) == len(at_once[0]) == jobs and min(each) == max(each)
+        assert at_once <= (per_gpu if place else 2)
+    jobs = 2 + min(len(games), len(gpus) * per_gpu)
+    assert {threads for *_, threads in found} == {str(max(1, cores // jobs))}
 
 
 def test_a_failed_run_is_named_and_the_others_go_on(stubs):
     (stubs / "sppo_atari.py").write_text("raise ValueError('no')")
     commands = [["sppo_atari.py", "--env-id", "Pong", "--seed", "1"], ["sppo_continuous.py"]]
     result = run(commands, stubs, "--jobs", 1)
+    assert "0 of 2 runs have finished, 2 are left\n" in result.stderr
     assert result.returncode == 1 and result.stderr.endswith("1 of 2 failed\n")
     log = stubs / re.search(r"failed, see (runs/logs/Pong__1__\w+\.log)", result.stdout)[1]
     assert log.read_text().endswith("ValueError: no\n")
@@ -369,79 +317,51 @@ def test_a_line_that_is_no_command_is_said_before_any_run(line, stubs):
     assert result.stderr == "error: --jobs and --jobs-per-gpu must be at least 1\n"
 
 
-def test_how_many_runs_are_left_is_said_first(stubs):
-    commands = listed("tiny --seeds 3")
-    finish(stubs / "runs/tiny", commands[0])
-    errors = run(commands, stubs, "--jobs", 2).stderr
-    assert "1 of 18 runs have finished, 17 are left\n" in errors
+def left(commands):
+    return list(benchmark_run.unfinished(commands, Path("runs")))
 
 
-def test_a_finished_run_is_skipped_unless_its_command_or_script_has_changed(stubs, monkeypatch):
-    """Wherever its folder is."""
+def test_a_finished_run_is_skipped_unless_its_flags_differ(stubs, monkeypatch):
     monkeypatch.chdir(stubs)
-    commands = [f"python sppo_continuous.py --total-timesteps {n}" for n in (4096, 8192)]
-    words = [*commands[0].split()[1:], "--runs-dir", "it's elsewhere"]
-    finish(stubs / "runs/any", ["sa2c_atari.py"], words)
-    summary = stubs / "runs/any/summary.json"
-    summary.unlink()
-    assert list(benchmark_run.unfinished(commands, Path("runs"))) == commands  # begun only
-    summary.write_text("{}")
-    assert list(benchmark_run.unfinished(commands, Path("runs"))) == commands[1:]
-    monkeypatch.chdir("/")
-    longer = [command.replace(" s", f" {stubs}/s") for command in commands]
-    assert list(benchmark_run.unfinished(longer, stubs / "runs")) == longer[1:]
-    (stubs / "sppo_continuous.py").write_text(STUB + "# edited")
-    assert list(benchmark_run.unfinished(longer, stubs / "runs")) == longer
+    commands = [f"python {stubs}/sppo_continuous.py --seed {seed}" for seed in "12"]
+    finish(stubs / "runs/any", ["sppo_continuous.py", "--seed", "1", "--runs-dir", "it's here"])
+    assert left(commands) == commands[1:]
+    (stubs / "runs/any/summary.json").unlink()  # begun only
+    assert left(commands) == commands
 
 
-def test_a_run_is_left_if_what_it_imports_or_reads_has_changed(
-    stubs, tmp_path_factory, monkeypatch
-):
-    """In another folder: its own script and helpers count, and what was elsewhere."""
-    elsewhere = tmp_path_factory.mktemp("elsewhere") / "data.jsonl"
-    monkeypatch.chdir(stubs)
-    helper = stubs / "parts/helper.py"
-    helper.parent.mkdir()
-    more = {}
-    for file in (elsewhere, helper):
-        file.write_text("as it was")
-        more[str(file)] = hashlib.sha256(b"as it was").hexdigest()
-    finish(stubs / "runs/any", ["sppo_continuous.py"], **more)
+@pytest.mark.parametrize("name", ["sppo_continuous.py", "parts/helper.py", "../data.jsonl"])
+@pytest.mark.parametrize("moved", [False, True])
+def test_a_run_is_left_if_what_it_imports_or_reads_has_changed(name, moved, tmp_path, monkeypatch):
+    """Files in the script's folder may have moved with it, others not."""
+    (tmp_path / "here/parts").mkdir(parents=True)
+    monkeypatch.chdir(tmp_path / "here")
+    files = ["sppo_continuous.py", "parts/helper.py", "../data.jsonl"]
+    for file in files:
+        Path(file).write_text("as it was")
+    finish(Path("runs/any"), files[:1], *files[1:])
+    if moved:
+        monkeypatch.chdir(shutil.copytree(tmp_path / "here", tmp_path / "clone"))
     commands = ["python sppo_continuous.py"]
-    clone = tmp_path_factory.mktemp("another") / "clone"
-    shutil.copytree(stubs, clone)
-    for folder in (stubs, clone):
-        monkeypatch.chdir(folder)
-        for file in (folder / "parts/helper.py", elsewhere):
-            assert list(benchmark_run.unfinished(commands, Path("runs"))) == []
-            file.write_text("edited")
-            assert list(benchmark_run.unfinished(commands, Path("runs"))) == commands
-            file.write_text("as it was")
-    elsewhere.unlink()
-    assert list(benchmark_run.unfinished(commands, Path("runs"))) == commands
+    assert left(commands) == []
+    Path(name).write_text("edited")
+    assert left(commands) == commands
 
 
 @pytest.mark.parametrize(
     ("name", "text"),
-    [("sessions.jsonl", '{"script": '), ("sessions.jsonl", ""), ("sessions.jsonl", "{}")]
-    + [
-        ("summary.json", ""),
-        ("summary.json", '{"sps": '),
-        ("summary.json", "3"),
-    ],
+    [("sessions.jsonl", '{"script": '), ("sessions.jsonl", "{}"), ("summary.json", "")],
 )
-def test_a_broken_run_is_named_and_its_command_runs(name, text, tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
-    Path("sppo_continuous.py").write_text(STUB)
-    for seed in ("1", "2"):
-        finish(tmp_path / "runs" / seed, ["sppo_continuous.py", "--seed", seed])
+def test_a_broken_run_is_named_and_its_command_runs(name, text, stubs, monkeypatch, capsys):
+    monkeypatch.chdir(stubs)
+    for seed in "12":
+        finish(stubs / "runs" / seed, ["sppo_continuous.py", "--seed", seed])
     commands = [f"python sppo_continuous.py --seed {seed}" for seed in "12"]
-    assert list(benchmark_run.unfinished(commands, tmp_path / "runs")) == []
-    file = tmp_path / "runs/1" / name
-    file.write_text(text)
-    assert list(benchmark_run.unfinished(commands, tmp_path / "runs")) == commands[:1]
+    assert left(commands) == []
+    (stubs / "runs/1" / name).write_text(text)
+    assert left(commands) == commands[:1]
     (line,) = capsys.readouterr().err.splitlines()
-    assert line.startswith(f"{tmp_path}/runs/1: a broken run (")
+    assert line.startswith("runs/1: a broken run (")
 
 
 SLOW_TO_CLOSE = """import os, pathlib, time
@@ -513,15 +433,11 @@ def test_a_suite_killed_three_times_continues_and_has_then_nothing_to_do(tmp_pat
         wait_for(lambda: sh("pgrep", "-f", f"runs-dir {tmp_path}").returncode)
         cut.update(unfinished(tmp_path))
     done = summaries(tmp_path)
-    last = sh(*command)
-    assert last.returncode == 0 and "10/10" in last.stderr, last.stdout
+    assert sh(*command).returncode == 0
     assert len(summaries(tmp_path)) == 10 and done.items() <= summaries(tmp_path).items()
     for folder in cut:
         assert len((folder / "sessions.jsonl").read_text().splitlines()) > 1
-    starts = [log.read_text().count("$ ") for log in tmp_path.glob("logs/*.log")]
-    assert len(starts) == 10 and sum(starts) <= 10 + 3 * 2
-    assert sh(*command).returncode == 0
-    assert starts == [log.read_text().count("$ ") for log in tmp_path.glob("logs/*.log")]
+    assert "10 of 10 runs have finished, 0 are left" in sh(*command).stderr
 
 
 def documented(heading, *changes):
@@ -565,7 +481,7 @@ def slurm(tmp_path, monkeypatch):
     daemons = [subprocess.Popen([name, "-D"], **quiet) for name in ("slurmctld", "slurmd")]
 
     def submit(*changes, cwd=ROOT):
-        lines = documented("Slurm", ("-l 1000", "-l 6"), *changes)
+        lines = documented("Slurm", ("-l 1000", "-l 3"), *changes)
         done = sh("bash", "-euo", "pipefail", "-c", lines, cwd=cwd)
         assert done.returncode == 0 and not done.stderr, done.stderr
         return done.stdout.count("Submitted batch job")
@@ -583,45 +499,20 @@ def slurm(tmp_path, monkeypatch):
 
 @pytest.mark.skipif(not shutil.which("slurmctld"), reason="no Slurm here: apt install slurm-wlm")
 @pytest.mark.slow
-def test_the_documented_lines_run_on_slurm_whatever_happens(slurm, copy, tmp_path):
-    def running():
-        return set(sh("pgrep", "-f", f"runs-dir {runs}").stdout.split())
-
-    # Two lists for the same runs wait, the second with fewer seeds: each run starts once
-    expected = []
-    for options, arrays in (("--envs Pong --seeds 2", 2), ("--envs Qbert --seeds 1", 1)):
-        command = f"evidence {options} --runs-dir runs/continuous"
-        held = [("continuous --dry-run", f"{command} --dry-run"), ("--requeue", "--requeue --hold")]
-        assert slurm(*held, cwd=copy) == arrays
-        expected += listed(command)
-    for job in set(sh("squeue", "-h", "-o", "%F").stdout.split()):
-        sh("scontrol", "release", job)
-    wait_for(lambda: not sh("squeue", "-h").stdout)
-    assert sorted(record[2] for record in records(copy)) == sorted(expected)
-
-    # Five runs are requeued, one hangs until its time is over: the same lines run what is left
+def test_the_documented_lines_run_on_slurm_and_continue_what_was_cut_off(slurm, tmp_path):
     runs = tmp_path / "real"
     noisy = f"{TINY} {runs} --dry-run {FLAGS} | sed -n /--noise/p"
-    real = [("continuous --dry-run", noisy), ("runs/continuous", str(runs))]
-    assert slurm(*real) == 1
+    changes = [("continuous --dry-run", noisy), ("runs/continuous", str(runs))]
+    assert slurm(*changes) == 2
     wait_for(lambda: unfinished(runs))
-    requeued = running()
-    for job in sh("squeue", "-h", "-t", "R", "-o", "%i").stdout.split():
-        sh("scontrol", "requeue", job)
-    wait_for(lambda: running() - requeued)
-    hung = min(running() - requeued)
-    os.kill(int(hung), signal.SIGSTOP)
-    job = re.search(rb"SLURM_JOB_ID=(\d+)", Path(f"/proc/{hung}/environ").read_bytes())[1].decode()
-    assert sh("scontrol", "update", f"JobId={job}", "TimeLimit=1").returncode == 0
+    running = sh("squeue", "-h", "-t", "R", "-o", "%i").stdout.split()
+    assert sh("scancel", *running).returncode == 0
     wait_for(lambda: not sh("squeue", "-h").stdout)
-    logs = [log.read_text() for log in runs.glob("logs/*.log")]
-    assert len(logs) == 5 and sum("DUE TO TIME LIMIT" in log for log in logs) == 1
     done = summaries(runs)
-    assert len(done) == 4
-    assert slurm(*real) == 1
+    assert len(done) < 5
+    assert slurm(*changes) > 0
     wait_for(lambda: not sh("squeue", "-h").stdout)
     assert len(summaries(runs)) == 5 and done.items() <= summaries(runs).items()
-    assert len(list(runs.glob("logs/*.log"))) == 6
     sessions = [path.read_text().splitlines() for path in runs.glob("*/sessions.jsonl")]
-    assert max(map(len, sessions)) > 1
-    assert slurm(*real) == 0
+    assert max(map(len, sessions)) == 2
+    assert slurm(*changes) == 0

@@ -65,35 +65,29 @@ def test_the_reverse_a2c_loss_lowers_the_best_actions_logit():
 
 
 def test_without_the_mask_clipped_samples_are_pushed_on():
-    """By beta |Z| / k of an unclipped sample's gradient, of which the page gives an example."""
-    advantage = torch.tensor([1.0, -1.0] * 3, dtype=torch.float64)
-    ratio = torch.tensor([1.5, 0.5, 0.5, 1.5, 1.1, 1.1], dtype=torch.float64)
-    m = torch.tensor([0, 0, 1, 1, 1, 1], dtype=torch.float64)  # the first two have moved enough
-    old_log_prob = torch.linspace(-3, -1, 6, dtype=torch.float64)
-    ((alpha, beta, quoted),) = re.findall(
-        r"clipped sample .+ \$\\alpha=([\d.]+)\$ and \$\\beta=(\d+)\$, (\d+) %", PAGE
-    )
-    alpha, beta, z = float(alpha), float(beta), -1.0
+    """Weights in the gradient -A grad r: k m with the mask, else alpha m + beta |Z|."""
+    advantage, ratio, m = torch.tensor(
+        [[1, 1.5, 0], [-1, 0.5, 0], [1, 0.5, 1], [-1, 1.5, 1], [1, 1.1, 1]], dtype=torch.float64
+    ).T
+    old_log_prob = torch.linspace(-3, -1, 5, dtype=torch.float64)
+    alpha, beta, z = 0.5, 20, -1
     k = alpha + beta * abs(z)
-    assert quoted == f"{100 * beta * abs(z) / k:.0f}"
+    quoted = rf"$\alpha=0.5$ and $\beta=20$, {100 * beta * abs(z) / k:.0f} %"
+    assert quoted in PAGE
 
-    def weights(r, masked):
-        """Factor in each sample's gradient, -A grad r."""
-        log_prob = (old_log_prob + r.log()).requires_grad_()
+    def weights(masked):
+        log_prob = (old_log_prob + ratio.log()).requires_grad_()
         p, p_old = log_prob.exp(), old_log_prob.exp()
         arguments = (log_prob, old_log_prob, advantage, 0.2, z)
         policy_loss, reverse_loss = sppo_continuous.symmetric_policy_losses(*arguments)
         if not masked:
             reverse_loss = -(advantage * z * (1 - p) / p_old).mean()
         loss = alpha * policy_loss + beta * reverse_loss
-        (gradient,) = torch.autograd.grad(6 * loss, log_prob)
-        return gradient / (-advantage * r)  # grad r = r grad log p
+        (gradient,) = torch.autograd.grad(5 * loss, log_prob)
+        return gradient / (-advantage * ratio)  # grad r = r grad log p
 
-    torch.testing.assert_close(weights(ratio, masked=True), k * m)
-    torch.testing.assert_close(weights(ratio, masked=False), alpha * m + beta * abs(z))
-    first = torch.ones_like(ratio)  # the first minibatch after a rollout
-    for masked in (True, False):
-        torch.testing.assert_close(weights(first, masked), k * first)
+    torch.testing.assert_close(weights(masked=True), k * m)
+    torch.testing.assert_close(weights(masked=False), alpha * m + beta * abs(z))
 
 
 def test_shares_of_training_are_those_of_the_packed_runs():
@@ -165,10 +159,8 @@ def test_agents_of_runs_play_side_by_side(tmp_path, monkeypatch, figures):
         first = np.array(film.convert("RGB"))
         film.seek(10)
         later = np.array(film.convert("RGB"))
-    left, right = slice(figures.SIDE), slice(-figures.SIDE, None)
-    assert (first[:, left] != later[:, left]).any()
-    assert (first[:, right] != later[:, right]).any()
-    assert (later[:, left] != later[:, right]).any()
+    moved = (first != later).any(axis=(0, 2))  # in which columns of pixels
+    assert moved[: figures.SIDE].any() and moved[-figures.SIDE :].any()
 
 
 def test_a_film_shows_the_game_that_the_agent_plays(tmp_path, monkeypatch, figures):
@@ -232,7 +224,7 @@ def start(notebook, folder, address=""):
     """Runs the first code cell in `folder`, with a pip that only prints. Returns what is printed,
     last where the scripts then are, and the errors."""
     fake = folder / "fake"
-    fake.mkdir(parents=True)
+    fake.mkdir(parents=True, exist_ok=True)
     (fake / "pip.py").write_text("import sys; print(*sys.argv[1:])")
     cell = code_cells(notebook)[0].source.replace('REPOSITORY = ""', f"REPOSITORY = {address!r}")
     cell += "\nfrom importlib.util import find_spec\nprint(find_spec('sppo_continuous').origin)"
@@ -247,10 +239,8 @@ def test_a_notebook_starts_in_an_empty_folder(notebook, clone, tmp_path):
     empty = tmp_path / "empty"
     printed, errors = start(notebook, empty, clone.as_uri())
     fetched = empty / "symmetric-rl-loss"
-    assert printed == [f"install --quiet {fetched}[report]", f"{fetched}/sppo_continuous.py"], (
-        errors
-    )
-    shutil.rmtree(empty / "fake")
+    expected = [f"install --quiet {fetched}[report]", f"{fetched}/sppo_continuous.py"]
+    assert printed == expected, errors
     assert start(notebook, empty)[0] == printed[1:]  # a second time nothing is fetched
     assert start(notebook, clone / "docs")[0] == [f"{clone}/sppo_continuous.py"]
 
@@ -337,18 +327,9 @@ def wrong_sign(log_prob, advantage, z):
     return RIGHT["a2c_losses"](log_prob, advantage, -z)
 
 
-def wrong_sign_in_ppo(log_prob, old_log_prob, advantage, clip_coef, z):
-    return RIGHT["ppo_losses"](log_prob, old_log_prob, advantage, clip_coef, -z)
-
-
 def no_mask(log_prob, old_log_prob, advantage, clip_coef, z):
     policy_loss, _ = RIGHT["ppo_losses"](log_prob, old_log_prob, advantage, clip_coef, z)
     return policy_loss, z * (advantage * (log_prob - old_log_prob).exp()).mean()
-
-
-def not_divided(log_prob, old_log_prob, advantage, clip_coef, z):
-    policy_loss, _ = RIGHT["ppo_losses"](log_prob, old_log_prob, advantage, clip_coef, z)
-    return policy_loss, RIGHT["a2c_losses"](log_prob, advantage, z)[1]
 
 
 def summed(log_prob, *others):
@@ -359,10 +340,6 @@ def with_an_error(log_prob, old_log_prob, advantage, clip_coef, z):
     return log_prob @ torch.ones(5), "two\nlines"
 
 
-def transcribed(prob, advantage):
-    return (advantage * prob.detach() * prob).sum()
-
-
 def bandit_of_one_step():
     """The learning rates, not the loss, make the difference."""
     arms = torch.linspace(0, 1, 10)
@@ -370,63 +347,29 @@ def bandit_of_one_step():
     return dict(pays=arms, start=torch.zeros(10), **flips)
 
 
-def bandit_of_part_5():
-    return dict(pays=torch.linspace(0, 1, 10), start=torch.zeros(10)) | dict(
-        flip_rate=0.2, batch_size=8, steps=400, beta=0.5
-    )
-
-
 BANDIT = "7: in your bandit SA2C learns better: expected"
-SLOPE = "2a: the slope of Lr in p: for r = "
+
+
 WRONG = [
     ({"a2c_losses": wrong_sign}, ["1a: Lr is the same with label and policy exchanged, and"]),
     ({"a2c_weight": lambda p, alpha, beta, z: alpha + beta * p}, ["1b"]),
-    ({"a2c_weight": lambda p, alpha, beta, z: alpha + beta * abs(z)}, ["1b"]),
-    ({"ppo_losses": no_mask}, [SLOPE + "1.5 and A = 1 expected 0, found -10, and 1 more"]),
-    ({"ppo_losses": not_divided}, [SLOPE + "1.1 and A = 1 expected -10, found -3, and 5 more"]),
+    (
+        {"ppo_losses": no_mask},
+        ["2a: the slope of Lr in p: for r = 1.5 and A = 1 expected 0, found -10, and 1 more"],
+    ),
     ({"ppo_losses": summed}, ["2a: L and Lr are means over the batch: expected -1.1, found -2.2"]),
     ({"ppo_losses": with_an_error}, ["2a: the slope of L in p: RuntimeError(", "2a: ", "2a: "]),
     ({"ppo_weight": lambda p, p_old, alpha, beta, z: alpha + beta * abs(z) * p}, ["2b"]),
     ({"k": 20.0}, ["3: SPPO's gradient divided by k times PPO's: expected 1, found 1.025"]),
     ({"same_without_clipping": "yes"}, ["3: both predictions are True or False: expected True"]),
-    (
-        {"climbs": torch.dot},
-        ["4a: what the reverse A2C loss climbs: for the logit", "4a: the same"],
-    ),
-    ({"climbs": transcribed}, ["4a: what the reverse A2C loss climbs: by its", "4a: the same"]),
+    ({"climbs": torch.dot}, ["4a: what the reverse A2C loss climbs", "4a: the same"]),
     ({"climbs_divided": RIGHT["climbs"]}, ["4b"]),
     ({"bandit": bandit_of_one_step}, [f"{BANDIT} A2C's best learning rate between 0.25 and 16"]),
     ({"bandit": lambda: bandit_for_sa2c() | {"beta": 0.01}}, [f"{BANDIT} a gain of more than"]),
-    ({"bandit": lambda: bandit_for_sa2c() | {"beta": 0}}, [f"{BANDIT} beta above 0, found 0"]),
     # One mistake in two answers: each is graded by the scripts' losses, not by the other
     (
         {"a2c_losses": wrong_sign, "a2c_weight": lambda p, alpha, beta, z: alpha + beta * z * p},
         ["1a: Lr is", "1b"],
-    ),
-    (
-        {
-            "ppo_losses": wrong_sign_in_ppo,
-            "ppo_weight": lambda p, p_old, alpha, beta, z: (alpha + beta * z) * p / p_old,
-            "k": -19.5,
-        },
-        ["2a: the slope of Lr", "2b", "3: SPPO's gradient"],
-    ),
-    (
-        {
-            "a2c_losses": wrong_sign,
-            "climbs": lambda prob, advantage: -RIGHT["climbs"](prob, advantage),
-        },
-        ["1a: Lr is", "4a: what", "4a: the same"],
-    ),
-    # Two mistakes in one answer
-    (
-        {"ppo_losses": lambda *batch: [-loss for loss in summed(*batch)]},
-        ["2a: the slope of L ", "2a: the slope of Lr ", "2a: L and Lr are means"],
-    ),
-    pytest.param(
-        {"a2c_losses": wrong_sign, "bandit": bandit_of_part_5},
-        ["1a: Lr is", "7: in your bandit"],
-        marks=pytest.mark.slow,
     ),
 ]
 
@@ -442,12 +385,13 @@ def test_the_grader_checks_predictions_of_runs():
     """Whatever is wrong with the student's loss and k, which once made wrong predictions hold."""
     answers = {"ppo_losses": no_mask, "k": 20.0}
     answers |= {"same_without_clipping": False, "same_if_all_are_clipped": False}
-    failed = failures("heavy", steps=2048, **RIGHT | answers)
-    claims = ["2a: the slope of Lr", "3: SPPO's gradient divided by k"]
-    claims += ["3 (needs 2a): SPPO with your loss is the same run: expected a difference below"]
-    for what in ("without clipping", "with every gradient clipped"):
-        claims.append(f"3: your prediction, {what}: expected True, found False")
-    check(failed, [f"fails: {claim}" for claim in claims])
+    expected = """\
+fails: 2a: the slope of Lr
+fails: 3: SPPO's gradient divided by k
+fails: 3 (needs 2a): SPPO with your loss is the same run: expected a difference below
+fails: 3: your prediction, without clipping: expected True, found False
+fails: 3: your prediction, with every gradient clipped: expected True, found False"""
+    check(failures("heavy", steps=2048, **RIGHT | answers), expected.splitlines())
 
 
 @pytest.mark.slow

@@ -92,7 +92,7 @@ def write_report(*folders: Path, out: Path, figures=False, **options) -> str:
             patch.setattr(report, "draw_curves", lambda *args: [])
             patch.setattr(report, "draw_differences", lambda *args: [])
         report.main(report.Args(folders=folders, out=out, **options))
-    return (out / "report.md").read_text()
+    return (out.expanduser() / "report.md").read_text()
 
 
 def table_after(page: str, title: str) -> list[list[str]]:
@@ -153,17 +153,6 @@ def test_scores_csv_has_intervals_by_t(grid):
     assert [row["noise"], row["runs"], row["text"]] == ["clean", 3, "15.0 ± 1.7"]
 
 
-def test_what_lacks_runs_or_tasks_says_so(tmp_path):
-    runs = make_grid(tmp_path / "runs")
-    shutil.rmtree(next(runs.glob("Hopper*sppo*__0__*")))
-    for seed in range(3):
-        make_run(runs, "ppo", 12 + seed, seed)
-    page = write_report(runs, out=tmp_path / "out")
-    rows = table_after(page, "Last evaluation (runs: 3):")
-    assert rows[1][3:] == ["12.0 ± 1.2", "16.5 ± 1.5 (runs: 2)"]
-    assert rows[2][2] == ""
-
-
 def make_clear_differences(runs, scores):
     """In {method: [its mean on Hopper, on LunarLander]}; the standard deviation is 1."""
     for method, means in scores.items():
@@ -176,21 +165,19 @@ def make_clear_differences(runs, scores):
 @pytest.mark.parametrize(
     ("scores", "bold"),
     [
-        ({"dppo": [10, 10], "sppo": [90, 10]}, ["sppo", None]),
-        ({"dppo": [90, 10], "sppo": [10, 11]}, ["dppo", None]),  # a baseline may be the best
-        ({"ppo": [10, 10], "dppo": [90, 50], "sppo": [91, 10]}, [None, "dppo"]),
-        ({"ppo": [10, 90], "dppo": [90, 50], "sppo": [10, 10]}, ["dppo", "ppo"]),
-        ({"ppo": [10, 10], "sa2c": [90, 90]}, [None, None]),  # they are not compared
+        ({"dppo": [10, 10], "sppo": [90, 10]}, [["sppo"], []]),
+        ({"dppo": [90, 10], "sppo": [10, 11]}, [["dppo"], []]),  # a baseline may be the best
+        ({"ppo": [10, 10], "dppo": [90, 50], "sppo": [91, 10]}, [[], ["dppo"]]),
+        ({"ppo": [10, 90], "dppo": [90, 50], "sppo": [10, 10]}, [["dppo"], ["ppo"]]),
+        ({"ppo": [10, 10], "sa2c": [90, 90]}, [[], []]),  # they are not compared
     ],
 )
 def test_bold_is_the_best_if_it_differs_from_all_that_it_is_compared_with(scores, bold, tmp_path):
     page = write_report(make_clear_differences(tmp_path / "runs", scores), out=tmp_path / "out")
     header, *rows = table_after(page, "Last evaluation (runs: 3):")
-    for row, method in zip(rows, bold):
-        assert [name for name, cell in zip(header, row) if "**" in cell] == [method][: bool(method)]
-    assert (tmp_path / "out/scores.tex").read_text().count(r"\textbf{") == len(bold) - bold.count(
-        None
-    )
+    assert [[name for name, cell in zip(header, row) if "**" in cell] for row in rows] == bold
+    table = (tmp_path / "out/scores.tex").read_text()
+    assert table.count(r"\textbf{") == len(sum(bold, []))
 
 
 def test_a_table_for_latex_has_tasks_down_and_noise_across(tmp_path):
@@ -210,17 +197,6 @@ def test_a_table_for_latex_has_tasks_down_and_noise_across(tmp_path):
     ]
     write_report(runs, out=tmp_path / "out", narrow=True)
     assert "\\begin{table}[t]" in (tmp_path / "out/scores.tex").read_text()
-
-
-def test_noise_and_its_levels_have_tables_of_their_own(tmp_path):
-    runs = make_grid(tmp_path / "runs")
-    make_grid(runs, noise="normal", version="def")
-    make_grid(runs, noise="normal", noise_level=0.1, version="ghi")
-    page = write_report(runs, out=tmp_path / "out")
-    rows = table_after(page, "Last evaluation (runs: 3):")
-    assert [row[1] for row in rows[1:]] == 2 * ["clean", "normal 0.05", "normal 0.1"]
-    pooled = table_after(page, POOLED)
-    assert pooled[1][1:5] == ["all", "last evaluation", "6", "36"]
 
 
 def test_language_models_have_tables_of_their_columns(tmp_path):
@@ -247,44 +223,36 @@ def test_runs_that_have_not_finished_are_named_and_not_used(tmp_path):
     assert table_after(page, "Last evaluation (runs: 3):")[1][3] == "15.0 ± 1.7"
 
 
-def replace(old, new):
-    return lambda text: text.replace(old, new)
-
-
+# A file of a run or of a pack; of what length it is left, or what replaces 18.0 in it; what is said
 BROKEN = [
-    ("sessions.jsonl", lambda text: text[:99], "JSONDecodeError"),
-    ("sessions.jsonl", lambda text: "", "JSONDecodeError"),
-    ("sessions.jsonl", lambda text: None, "No such file or directory: '/sessions.jsonl'"),
-    ("sessions.jsonl", replace('"seed"', '"seeds"'), "KeyError: 'seed'"),
-    ("sessions.jsonl", replace("0.05", '"much"'), "string to float: 'much'"),
-    ("sppo_continuous.py", lambda text: None, "No such file or directory"),
-    ("progress.csv", lambda text: "".join(text.splitlines(True)[:6]), "cut at step 500 of 1200"),
-    ("progress.csv", lambda text: text[:-40], "progress.csv"),
-    ("progress.csv", lambda text: "", "EmptyDataError: No columns to parse"),
-    ("progress.csv", replace("length_mean", "length"), "['length_mean'] not in"),
-    ("progress.csv", replace(",18.0,", ",high,"), "could not convert string to float: 'high'"),
-    ("progress.csv", replace(",18.0,", ",inf,"), "an evaluation that is not a number"),
-    ("progress.csv", lambda text: None, "No such file or directory"),
-    ("summary.json", lambda text: text[:20], "JSONDecodeError"),
-    ("runs.csv.gz", None, "EOFError: Compressed file ended"),
-    ("progress.csv.gz", None, "EOFError: Compressed file ended"),
+    ("sessions.jsonl", 99, "JSONDecodeError"),
+    ("sessions.jsonl", None, "No such file or directory: '/sessions.jsonl'"),
+    ("sppo_continuous.py", None, "No such file or directory"),
+    ("progress.csv", 0, "EmptyDataError: No columns to parse"),
+    ("progress.csv", 391, "progress.csv: cut at step 500 of 1200"),
+    ("progress.csv", "high", "could not convert string to float: 'high'"),
+    ("progress.csv", "inf", "an evaluation that is not a number"),
+    ("summary.json", 20, "JSONDecodeError"),
+    ("runs.csv.gz", 200, "EOFError: Compressed file ended"),
+    ("progress.csv.gz", 200, "EOFError: Compressed file ended"),
 ]
 
 
-@pytest.mark.parametrize(("name", "edit", "why"), BROKEN)
-def test_a_broken_file_is_named_and_the_rest_goes_on(name, edit, why, grid, tmp_path, capsys):
+@pytest.mark.parametrize(("name", "left", "why"), BROKEN)
+def test_a_broken_file_is_named_and_the_rest_goes_on(name, left, why, grid, tmp_path, capsys):
     folder = make_run(tmp_path / "runs", "sppo", 9)
     place = folder.parent
-    if edit:
-        text = edit((folder / name).read_text())
-        (folder / name).unlink()
-        if text is not None:
-            (folder / name).write_text(text)
-    else:
+    if name.endswith(".gz"):
         report.pack(*report.read_folders((folder,))[:2], tmp_path / "pack")
         folder = place = tmp_path / "pack"
-        packed = (folder / name).read_bytes()
-        (folder / name).write_bytes(packed[: len(packed) // 2])
+    content = (folder / name).read_bytes()
+    if isinstance(left, str):
+        assert b",18.0," in content
+        (folder / name).write_bytes(content.replace(b",18.0,", f",{left},".encode()))
+    elif left is None:
+        (folder / name).unlink()
+    else:
+        (folder / name).write_bytes(content[:left])
     runs, progress, broken = report.read_folders((place, grid / "runs"))
     assert len(runs) == 12 and len(progress) == 144
     (line,) = broken
@@ -339,16 +307,6 @@ def test_what_is_pooled_over_tasks(page):
     assert re.findall(r"(?m)^- \*(.+?)\*: ", explained) == ["cells", "wins", "percent", "tasks"]
 
 
-def test_a_percentage_of_the_other_order_is_the_reciprocal():
-    sppo, dppo = np.array(SCORES[LANDER, "sppo"]), np.array(SCORES[LANDER, "dppo"])
-    cells = [(sppo, dppo), (10.0 + sppo, dppo), (sppo / 2, dppo)]
-    percent, back = (
-        np.exp(report.pooled_difference(both, report.log_mean_and_variance)[:3])
-        for both in (cells, [(b, a) for a, b in cells])
-    )
-    assert percent == pytest.approx(1 / back[[0, 2, 1]], rel=1e-12)
-
-
 @pytest.mark.parametrize("pair", coverage.PAIRS)
 @pytest.mark.parametrize(("seeds", "bias"), [(3, 1.5), (5, 1.0), (8, 1.0)])
 def test_methods_with_equal_means_differ_by_no_percentage(pair, seeds, bias):
@@ -374,7 +332,7 @@ def test_intervals_of_win_rates_hold_the_truth(pair, cells):
 
 def test_an_interval_of_a_win_rate_is_brunner_and_munzels():
     """SciPy has their test: at the p of 0.05 where the interval ends, and 1/2 begins."""
-    a, b = np.random.default_rng(1).normal([[0.3], [0]], 1, (2, 20))
+    a, b = np.random.default_rng(1).normal([[0.3], [0]], 1, (2, 20)).round()  # with ties
     value, low, high = report.win_rate([(a, b)])
     test = stats.brunnermunzel(a, b)
     half_of_error = abs((value - 0.5) / test.statistic)
@@ -382,7 +340,7 @@ def test_an_interval_of_a_win_rate_is_brunner_and_munzels():
     half = half_of_error * stats.t.ppf(0.975, degrees)
     assert (low, high) == pytest.approx((value - half, value + half))
     won = [(x > y) + (x == y) / 2 for x in a for y in b]
-    assert value == np.mean(won)
+    assert value == pytest.approx(np.mean(won))
 
 
 def test_methods_in_the_other_order_have_the_mirrored_numbers():
@@ -406,24 +364,17 @@ def test_scores_that_do_not_vary_have_no_interval():
     assert value == (1 + 200) / 2 and np.isnan(others).all()
     rate, *interval = report.win_rate(cells)
     assert rate == 1 and np.isnan(interval).all()
-    with np.errstate(all="raise"):
-        differ = report.pooled_difference(
-            [(np.ones(3), np.arange(1.0, 4))], report.mean_and_variance
-        )
-    assert differ[0] == -1 and not np.isnan(differ).any()
 
 
 def test_with_few_runs_wins_have_no_interval(tmp_path):
-    runs = tmp_path / "runs"
     for seed, (a, b) in enumerate(zip([10, 12, 14, 11, 15], [13, 16, 12, 17, 18])):
-        make_run(runs, "dppo", a, seed)
-        make_run(runs, "sppo", b, seed)
-    page = write_report(runs, out=tmp_path / "five")
-    assert re.search(r"\| 0\.82 \(0\.\d\d to 1\.00\) \|", page)
-    shutil.rmtree(next(runs.glob("*dppo__none__4__*")))
-    row = table_after(write_report(runs, out=tmp_path / "four"), POOLED)[1]
-    assert row[5] == f"{17.5 / 20:.2f}"
-    assert re.fullmatch(r"\+29\.\d% \(\+\d.*% to .*%\)", row[6])
+        make_run(tmp_path / "runs", "dppo", a, seed)
+        make_run(tmp_path / "runs", "sppo", b, seed)
+    page = write_report(tmp_path / "runs", out=tmp_path / "out")
+    assert re.fullmatch(r"0\.82 \(0\.\d\d to 1\.00\)", table_after(page, POOLED)[1][5])
+    shutil.rmtree(next(tmp_path.glob("runs/*dppo__none__4__*")))
+    page = write_report(tmp_path / "runs", out=tmp_path / "out")
+    assert table_after(page, POOLED)[1][5] == f"{17.5 / 20:.2f}"
 
 
 def test_one_run_has_no_interval(tmp_path):
@@ -438,8 +389,8 @@ def test_one_run_has_no_interval(tmp_path):
     assert not (tmp_path / "out/differences.png").exists()
 
 
-@pytest.mark.parametrize("measure, when", [("return_mean", 0), ("charts/episodic_return", 11)])
-def test_a_pair_with_returns_below_0_has_points_there(measure, when, page, tmp_path):
+@pytest.mark.parametrize("measure", ["return_mean", "charts/episodic_return"])
+def test_a_pair_with_returns_below_0_has_points_there(measure, tmp_path):
     """In all its cells of the task, though only one return, in a noisy run, shows it. What other
     methods do there changes nothing."""
     runs = make_grid(tmp_path / "runs")
@@ -448,25 +399,23 @@ def test_a_pair_with_returns_below_0_has_points_there(measure, when, page, tmp_p
             for seed in range(2):
                 make_run(runs, method, score + seed, seed, "Pong", noise=noise)
 
-    def pooled(out):
-        header, *rows = table_after(write_report(runs, out=tmp_path / out), POOLED)
+    def pooled():
+        header, *rows = table_after(write_report(runs, out=tmp_path / "out"), POOLED)
         rows = [dict(zip(header, row)) for row in rows if row[0] == "sppo against dppo"]
-        shown = {row["noise"]: row for row in rows if row["measure"] == "last evaluation"}
-        return {noise: {k: v for k, v in row.items() if v} for noise, row in shown.items()}
+        return {row["noise"]: row for row in rows if row["measure"] == "last evaluation"}
 
-    before = pooled("a")
-    assert before["clean"]["tasks"] == "3 of 3" and "points" not in before["clean"]
-    curve = [9.0] * 12
-    curve[when] = -1.0
+    curve = [9.0, *10 * [-1.0], 9.0]
+    if measure != "return_mean":
+        curve[-1] = -1.0
     make_run(runs, "ppo", 9, 0, "Pong", noise="normal", columns={measure: curve})
-    assert pooled("b") == before
+    clean = pooled()["clean"]
+    assert clean["tasks"] == "3 of 3" and not clean.get("points")
     make_run(runs, "dppo", 9, 2, "Pong", noise="normal", columns={measure: curve})
-    after = pooled("c")
-    clean, noisy = after["clean"], after["normal 0.05"]
-    assert clean["percent"] == table_after(page, POOLED)[1][6] and clean["tasks"] == "2 of 3"
-    assert "percent" not in noisy and "tasks" not in noisy
-    assert re.fullmatch(r"10\.00 \([\d.]+ to [\d.]+\) in Pong", clean["points"])
-    assert re.fullmatch(r"[\d.]+ \([\d.]+ to [\d.]+\) in Pong", noisy["points"])
+    after = pooled()
+    assert after["clean"]["tasks"] == "2 of 3"
+    assert after["normal 0.05"]["percent"] == after["normal 0.05"]["tasks"] == ""
+    assert re.fullmatch(r"10\.00 \([\d.]+ to [\d.]+\) in Pong", after["clean"]["points"])
+    assert re.fullmatch(r"[\d.]+ \([\d.]+ to [\d.]+\) in Pong", after["normal 0.05"]["points"])
 
 
 def test_differences_are_welchs_and_corrected(grid):
@@ -489,19 +438,15 @@ def test_differences_are_welchs_and_corrected(grid):
 
 def test_a_method_is_compared_with_one_baseline(tmp_path):
     """A symmetric one with what has its bins, a variant with its method."""
-    methods = "a2c da2c sa2c ppo dppo sppo dppo-norm ppo-ce-eps sb3-ppo mine"
-    for method in methods.split():
+    expected = "dppo ppo, sppo dppo, da2c a2c, sa2c da2c, dppo-norm dppo, ppo-ce-eps ppo, "
+    expected += "sb3-ppo ppo, mine sppo"
+    expected = {tuple(pair.split()) for pair in expected.split(", ")}
+    for method in set(sum(expected, ())):
         make_run(tmp_path, method, 1)
     runs = report.label_runs(*report.read_folders((tmp_path,))[:2])
-    pairs = dict(report.pairs_of(runs, ()))
-    assert pairs.pop("sa2c") == "da2c" and pairs.pop("da2c") == "a2c"
-    assert pairs.pop("sppo") == pairs.pop("dppo-norm") == "dppo"
-    assert pairs.pop("dppo") == pairs.pop("ppo-ce-eps") == pairs.pop("sb3-ppo") == "ppo"
-    assert pairs == {"mine": "sppo"}
+    assert set(report.pairs_of(runs, ())) == expected
     runs = runs[~runs["exp_name"].isin(["dppo", "a2c", "da2c"])]
-    assert [pair for pair in report.pairs_of(runs, ()) if pair[0] in ("sppo", "sa2c")] == [
-        ("sppo", "ppo")
-    ]
+    assert ("sppo", "ppo") in report.pairs_of(runs, ())
 
 
 def test_a_page_shows_pairs_and_a_csv_the_rest(tmp_path):
@@ -509,23 +454,17 @@ def test_a_page_shows_pairs_and_a_csv_the_rest(tmp_path):
     for method, scores in {"ppo": [9, 11, 14], "mine": [20, 21, 25]}.items():
         for seed, score in enumerate(scores):
             make_run(runs, method, score, seed)
-    out = tmp_path / "out"
-    shown = {}
-    for compare in [(), (("mine", "ppo"),)]:
-        page = write_report(runs, out=out, compare=compare)
-        shown[compare] = table_after(page, "## Differences, task by task")[1:]
-        assert f" of {len(shown[compare])} differences have p < 0.05" in page
-        differences = pd.read_csv(out / "differences.csv")
-        assert len(differences) == 3 * (6 + 1)
-        assert differences["p_corrected"].notna().sum() == len(shown[compare])
-    assert {row[3] for row in shown[()]} == {
-        "dppo minus ppo",
-        "sppo minus dppo",
-        "mine minus sppo",
-    }
+    page = write_report(runs, out=tmp_path / "out", compare=(("mine", "ppo"),))
+    header, *rows = table_after(page, "## Differences, task by task")
+    shown = pd.DataFrame(rows, columns=header)
+    assert set(shown["methods"]) == {"mine minus ppo"} and len(shown) == 3
+    assert " of 3 differences have p < 0.05" in page
+    differences = pd.read_csv(tmp_path / "out/differences.csv")
+    assert len(differences) == 3 * (6 + 1)
     p = differences.query("method == 'mine' and other == 'ppo'")["p"]
     corrected = stats.false_discovery_control(p)
-    assert [row[7] for row in shown[compare]] == [f"{value:.3f}" for value in corrected]
+    assert list(shown["p, corrected"]) == [f"{value:.3f}" for value in corrected]
+    assert differences["p_corrected"].dropna().to_list() == pytest.approx(corrected)
 
 
 def test_comparisons_of_different_steps_and_versions_say_so(tmp_path):
@@ -551,31 +490,29 @@ def titles_of(figure):
     return [ax.get_title() for ax in figure.axes]
 
 
+def labels_of(figure):
+    return [label.get_text() for label in figure.axes[0].get_yticklabels()]
+
+
 def test_figures_show_every_method_in_its_own_colour(tmp_path, kept):
     runs = make_grid(tmp_path / "runs")
-    for method in ("sppo-p", "dppo-coef", "mine"):
+    for method in ("sppo-p", "dppo-coef", "mine", "yours"):
         make_run(runs, method, 3)
-    make_run(runs, "yours", 3)
     write_report(runs, out=tmp_path / "out", figures=True)
     curves, differences = kept
-    legend = curves.legends[0]
-    colors = {}
-    for text, line in zip(legend.get_texts(), legend.get_lines()):
-        colors[text.get_text()] = line.get_color()
-    assert list(colors) == ["dppo", "dppo-coef", "sppo", "sppo-p", "mine", "yours"]
-    assert colors["sppo"] == "tab:blue"
-    assert len(set(colors.values())) == 6
+    assert legend_of(curves) == ["dppo", "dppo-coef", "sppo", "sppo-p", "mine", "yours"]
+    colors = [line.get_color() for line in curves.legends[0].get_lines()]
+    assert colors[2] == "tab:blue" and len(set(colors)) == 6
     assert len(set(report.COLORS.values())) == len(report.COLORS)
     assert titles_of(curves) == [f"{HOPPER}\nclean", f"{LANDER}\nclean"]
     assert titles_of(differences) == [HOPPER, LANDER]
+    assert labels_of(differences) == ["sppo minus dppo, clean"]
     test = stats.ttest_ind(*(SCORES[HOPPER, name] for name in ("sppo", "dppo")), equal_var=False)
     bar = differences.axes[0].collections[0].get_segments()[0]
     assert bar[:, 0] == pytest.approx(test.confidence_interval())
     band = curves.axes[0].collections[0].get_paths()[0].vertices  # of dppo
     ends = band[band[:, 0] == 1200, 1]
     assert (ends.min(), ends.max()) == pytest.approx((12 - 2 / 3**0.5, 12 + 2 / 3**0.5))
-    labels = [label.get_text() for label in differences.axes[0].get_yticklabels()]
-    assert labels == ["sppo minus dppo, clean"]
 
 
 @pytest.mark.parametrize(("narrow", "width", "columns"), [(False, 6.75, 4), (True, 3.25, 2)])
@@ -586,8 +523,7 @@ def test_figures_are_as_wide_as_a_page_or_a_column(narrow, width, columns, tmp_p
                 make_run(tmp_path / "runs", method, 9 + seed, seed, task)
     write_report(tmp_path / "runs", out=tmp_path / "out", figures=True, narrow=narrow)
     for figure in kept:
-        assert figure.get_figwidth() == width
-        assert len(figure.axes) == 5
+        assert figure.get_figwidth() == width and len(figure.axes) == 5
         assert {ax.get_gridspec().ncols for ax in figure.axes} == {columns}
 
 
@@ -598,20 +534,6 @@ def test_figures_are_pictures_and_pdf_files_whose_text_is_text(grid, tmp_path):
         assert pdf.startswith(b"%PDF") and b"/TrueType" in pdf or b"/CIDFontType2" in pdf
         assert b"/Type3" not in pdf
         assert (tmp_path / f"out/{name}.png").read_bytes()[1:4] == b"PNG"
-
-
-def test_steps_are_in_the_unit_that_suits(tmp_path, kept):
-    for steps in (1, 100, 10**5):
-        columns = {"step": steps * np.arange(1, 13)}
-        make_run(tmp_path / "runs", "sppo", 9, task=f"after{steps}", columns=columns)
-    for path in (tmp_path / "runs").glob("*/summary.json"):
-        step = pd.read_csv(path.with_name("progress.csv"))["step"].max()
-        path.write_text(json.dumps({"step": int(step), "sps": 1.0}))
-    write_report(tmp_path / "runs", out=tmp_path / "out", figures=True)
-    (curves,) = kept
-    curves.canvas.draw()
-    last = [ax.get_xticklabels()[-1].get_text() for ax in curves.axes]
-    assert [text.lstrip("0123456789.") for text in last] == ["", "k", "M"]
 
 
 def test_curves_of_chosen_methods_only_and_in_texts_for_language_models(tmp_path, kept):
@@ -628,40 +550,34 @@ def test_curves_of_chosen_methods_only_and_in_texts_for_language_models(tmp_path
 
 def test_names_are_shown_in_tables_and_figures(tmp_path, kept):
     """Colours, order and baselines stay those of the methods."""
-    runs = make_grid(tmp_path / "runs")
-    make_grid(runs, noise="normal")
+    runs = make_grid(tmp_path / "runs", noise="normal")
     names = ("sppo=A", "dppo=B", f"{HOPPER}=Hopper", "normal 0.05=noisy")
     page = write_report(runs, out=tmp_path / "out", figures=True, names=names)
     curves, differences = kept
     assert legend_of(curves) == ["B", "A"]
     assert curves.legends[0].get_lines()[1].get_color() == "tab:blue"
-    assert titles_of(curves)[::2] == ["Hopper\nclean", "Hopper\nnoisy"]
-    labels = [label.get_text() for label in differences.axes[0].get_yticklabels()]
-    assert labels == ["A minus B, clean", "A minus B, noisy"]
+    assert titles_of(curves)[0] == "Hopper\nnoisy"
+    assert labels_of(differences) == ["A minus B, noisy"]
     assert table_after(page, "Last evaluation")[0] == ["task", "noise", "B", "A"]
     assert "sppo" not in page.partition("## What was run")[0]
-    scores = pd.read_csv(tmp_path / "out/scores.csv")
-    assert set(scores["task"]) == {"Hopper", LANDER} and set(scores["method"]) == {"A", "B"}
 
 
 # ---- Packing
 
 
-def test_packed_runs_give_the_same_report(grid, tmp_path):
-    runs = tmp_path / "runs"
-    shutil.copytree(grid / "runs", runs)
+def test_packed_runs_give_the_same_report_and_the_same_pack(grid, tmp_path):
+    runs = shutil.copytree(grid / "runs", tmp_path / "runs")
     make_run(runs, "sppo", 1, seed=3, finished=False)
-    from_runs = write_report(runs, out=tmp_path / "a", pack=tmp_path / "pack")
-    from_pack = write_report(tmp_path / "pack", out=tmp_path / "b", pack=tmp_path / "again")
-    assert from_pack == from_runs
-    for name in ("runs.csv.gz", "progress.csv.gz"):
+    first, again = tmp_path / "pack/NAME-runs.csv.gz", tmp_path / "again/NAME-runs.csv.gz"
+    page = write_report(runs, out=tmp_path / "out", pack=first)
+    assert write_report(first, out=tmp_path / "out", pack=again) == page
+    for name in ("NAME-runs.csv.gz", "NAME-progress.csv.gz"):
         packed = (tmp_path / "pack" / name).read_bytes()
         assert (tmp_path / "again" / name).read_bytes() == packed
         assert packed[4:8] == bytes(4)  # no time
 
 
-def test_packs_of_older_scripts_have_a_commit(grid, tmp_path):
-    """And other names of columns."""
+def test_packs_of_older_scripts_have_a_commit_and_other_columns(grid, tmp_path):
     report.pack(*report.read_folders((grid / "runs",))[:2], tmp_path / "pack")
     files = report.tables_of(tmp_path / "pack")
     runs, progress = map(pd.read_csv, files)
@@ -671,69 +587,38 @@ def test_packs_of_older_scripts_have_a_commit(grid, tmp_path):
     page = write_report(tmp_path / "pack", out=tmp_path / "out")
     assert table_after(page, "## What was run")[0][2] == "commit"
     assert "`losses/norm_sign_changes`, mean over the run (runs: 3):" in page
+    runs.drop(columns="total_timesteps").to_csv(files[0], index=False)
+    with pytest.raises(report.Refusal, match="none of 0 runs"):
+        report.read_folders([tmp_path / "pack"])
 
 
 def test_a_pack_has_what_it_takes_to_repeat_a_run(grid, tmp_path):
     write_report(grid / "runs", out=tmp_path / "out", pack=tmp_path / "pack")
     packed = report.read_csv(tmp_path / "pack/runs.csv.gz").set_index("run_name")
     run = packed.loc[f"{LANDER}__sppo__none__2__abc"]
-    assert [run["command"], run["started"]] == [
-        "sppo_continuous.py --seed 2",
-        "2026-01-03 12:00:00",
-    ]
-    assert run["vf_coef"] == 0.5
+    assert run["command"] == "sppo_continuous.py --seed 2"
+    assert run["started"] == "2026-01-03 12:00:00"
     assert run["script_sha256"] == hashlib.sha256(b"abc").hexdigest()
     assert set(packed["versions"]) == {'{"numpy": "2.13.0", "torch": "2.13.0"}'}
     assert json.loads(run["hardware"]) == ["Linux-6.1", "AVX512", None]
-    assert [run["return_mean"], run["training"], run["seed"]] == [112, 56, 2]
+    scores = ["vf_coef", "return_mean", "training", "seed"]
+    assert run[scores].to_list() == [0.5, 112, 56, 2]
     progress = pd.read_csv(tmp_path / "pack/progress.csv.gz")
     assert len(progress) == 12 * len(packed) == 144
-    assert progress["charts/episodic_return"].max() == 120
 
 
-def test_a_pack_grows_but_loses_no_runs(grid, tmp_path):
-    pack = tmp_path / "pack"
-    write_report(grid / "runs", out=tmp_path / "out", pack=pack)
-    more = make_run(tmp_path / "more", "sppo", 17, seed=3)
-    with pytest.raises(report.Refusal, match="has other runs, such as Hopper"):
-        write_report(more, out=tmp_path / "out", pack=pack)
-    write_report(pack, more, out=tmp_path / "out", pack=pack)
-    assert len(pd.read_csv(pack / "runs.csv.gz")) == 13
-
-
-def test_a_pack_takes_runs_of_versions_with_and_without_a_flag(tmp_path):
-    """And adds to a pack of before."""
+def test_a_pack_grows_by_runs_of_other_versions_but_loses_none(tmp_path):
     old = make_run(tmp_path / "runs", "sppo", 1, seed=1)
+    new = make_run(tmp_path / "runs", "sppo", 2, seed=2, version="def", new_flag=1)
     pack = tmp_path / "pack"
     write_report(old, out=tmp_path / "out", pack=pack)
-    table = pd.read_csv(pack / "runs.csv.gz").drop(columns="started")
-    table.to_csv(pack / "runs.csv.gz", index=False)
-    write_report(pack, out=tmp_path / "out", pack=tmp_path / "again")
-    new = make_run(tmp_path / "runs", "sppo", 2, seed=2, version="def", new_flag=1)
+    with pytest.raises(report.Refusal, match="has other runs, such as Hopper"):
+        write_report(new, out=tmp_path / "out", pack=pack)
     page = write_report(pack, new, out=tmp_path / "out", pack=pack)
     rows = table_after(page, "Last evaluation (runs: 2):")
     assert rows[1] == [HOPPER, "clean", "1.50 ± 0.50"]
-    table = report.read_csv(pack / "runs.csv.gz").set_index("seed")
-    assert table.loc[1, ["started", "new_flag"]].isna().all()
-    assert table.loc[2, ["started", "new_flag"]].to_list() == ["2026-01-03 12:00:00", 1]
-
-
-def test_a_pack_that_lacks_a_column_is_named(grid, tmp_path):
-    report.pack(*report.read_folders((grid / "runs",))[:2], tmp_path / "pack")
-    table = pd.read_csv(tmp_path / "pack/runs.csv.gz").drop(columns="total_timesteps")
-    table.to_csv(tmp_path / "pack/runs.csv.gz", index=False)
-    *_, broken = report.read_folders((grid / "runs", tmp_path / "pack"))
-    assert broken == ["pack: left out: no column total_timesteps in it"]
-
-
-def test_a_folder_may_have_several_packs(grid, tmp_path):
-    """Whose files have prefixes."""
-    from_runs = write_report(grid / "runs", out=tmp_path / "a", pack=tmp_path / "one-runs.csv.gz")
-    other = make_run(tmp_path / "runs", "sppo", 1, seed=7)
-    write_report(other, out=tmp_path / "b", pack=tmp_path / "two-runs.csv.gz")
-    packs = sorted(path.name for path in tmp_path.glob("*.gz"))
-    assert packs == [f"{n}-{kind}.csv.gz" for n in ("one", "two") for kind in ("progress", "runs")]
-    assert write_report(tmp_path / "one-runs.csv.gz", out=tmp_path / "c") == from_runs
+    flags = report.read_csv(pack / "runs.csv.gz").set_index("seed")["new_flag"]
+    assert np.isnan(flags[1]) and flags[2] == 1
 
 
 # ---- What it refuses
@@ -744,11 +629,10 @@ def test_runs_of_a_cell_may_differ_in_where_they_ran(tmp_path):
     free["noise_level"] = 0.1  # of no noise
     make_run(tmp_path / "runs", "sppo", 1, seed=1)
     make_run(tmp_path / "runs", "sppo", 2, seed=2, version="def", **free)
-    make_run(tmp_path / "runs", "dppo", 2, vf_coef=0.1)  # another cell
     page = write_report(tmp_path / "runs", out=tmp_path / "out")
-    versions = table_after(page, "## What was run")
     digests = [hashlib.sha256(version).hexdigest() for version in (b"abc", b"def")]
-    assert sorted(row[2] for row in versions[1:]) == sorted(digests)
+    rows = table_after(page, "## What was run")[1:]
+    assert sorted(row[2] for row in rows) == sorted(digests)
 
 
 @pytest.mark.parametrize(
@@ -789,23 +673,6 @@ def test_a_folder_that_is_no_report_is_not_written_to(grid, tmp_path):
     assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
 
 
-def test_the_folders_in_a_folder_are_the_same_runs(grid, page, tmp_path, capsys):
-    """`report.py runs/*` gives run.py's logs, too."""
-    runs = shutil.copytree(grid / "runs", tmp_path / "runs")
-    (runs / "logs").mkdir()
-    (runs / "logs/a.log").touch()
-    assert write_report(*sorted(runs.iterdir()), out=tmp_path / "out") == page
-    assert capsys.readouterr().err.startswith(f"{runs}/logs: no runs in it ")
-
-
-def test_lines_may_end_as_on_windows(grid, page, tmp_path):
-    runs = shutil.copytree(grid / "runs", tmp_path / "runs")
-    for path in [*runs.rglob("*.csv"), *runs.rglob("*.json*")]:
-        path.write_bytes(path.read_bytes().replace(b"\n", b"\r\n"))
-    assert write_report(runs, out=tmp_path / "out", pack=tmp_path / "pack") == page
-    assert write_report(tmp_path / "pack", out=tmp_path / "out") == page
-
-
 NAMES = ["null", "NA", "None", "nan", "", "_mine", "a|b", "$a$b", "*a*"]
 
 
@@ -820,26 +687,27 @@ def test_any_name_of_a_method_is_shown_as_it_is(tmp_path, kept):
     assert f"| {' | '.join(['task', 'noise', *names])} |\n" in page
     assert "| null minus  |" in page and r"| _mine minus a\|b |" in page
     assert write_report(tmp_path / "pack", out=tmp_path / "out", **options) == page
-    curves, _, from_pack, _ = kept
-    assert legend_of(curves) == legend_of(from_pack) == ["", "_mine", "a|b", "null"]
     for figure in kept:
         figure.canvas.draw()
         texts = figure.findobj(report.plt.Text)
         assert not any(text.get_parse_math() for text in texts)
+    assert legend_of(kept[0]) == legend_of(kept[2]) == ["", "_mine", "a|b", "null"]
 
 
-def test_folders_without_finished_runs_are_refused(grid, tmp_path):
+def test_folders_without_finished_runs_are_refused(grid, tmp_path, capsys):
+    (tmp_path / "runs/logs").mkdir(parents=True)
     begun = make_run(tmp_path / "runs", "sppo", 1, finished=False)
     copied = shutil.copytree(grid / "runs", tmp_path / "copied")
     refused = {
         (tmp_path,): "none of 0 runs has finished; give folders such as runs/quick",
-        (begun,): "none of 1 runs has finished",
+        (begun, tmp_path / "runs/logs"): "none of 1 runs has finished",
         (begun, tmp_path / "run"): "run: no such folder",
         (grid / "runs", copied): "Hopper-v4__dppo__none__0__abc: in two places",
     }
     for folders, why in refused.items():
         with pytest.raises(report.Refusal, match=why):
             write_report(*folders, out=tmp_path / "out")
+    assert f"{tmp_path}/runs/logs: no runs in it " in capsys.readouterr().err
 
 
 def test_a_refusal_is_one_line_on_the_command_line(tmp_path, monkeypatch):
@@ -850,29 +718,14 @@ def test_a_refusal_is_one_line_on_the_command_line(tmp_path, monkeypatch):
     assert exit_.value.code == f"error: {why}"
 
 
-def test_hidden_files_and_a_home_are_no_hindrance(grid, page, tmp_path, monkeypatch):
+def test_an_earlier_report_is_replaced_and_other_files_stay(grid, tmp_path, monkeypatch):
     monkeypatch.setenv("HOME", str(tmp_path))
-    (tmp_path / "out").mkdir()
-    (tmp_path / "out/.gitignore").touch()
-    shutil.copytree(grid / "runs", tmp_path / "runs")
-    folders = {"folders": (Path("~/runs"),), "out": Path("~/out"), "pack": Path("~/pack")}
-    report.main(report.Args(**folders))
-    assert (tmp_path / "out/differences.csv").exists() and (tmp_path / "pack/runs.csv.gz").exists()
-
-
-def test_an_earlier_report_is_replaced_and_other_files_stay(grid, tmp_path):
     out = tmp_path / "out"
-    write_report(grid / "runs", out=out, figures=True)
+    out.mkdir()
+    (out / ".gitignore").touch()
+    write_report(grid / "runs", out=Path("~/out"), figures=True)
     (out / "README.md").write_text("mine")
     one = make_run(tmp_path / "runs", "sppo", 1)
     write_report(one, out=out, figures=True)
-    assert sorted(path.name for path in out.iterdir()) == [
-        "README.md",
-        "curves.pdf",
-        "curves.png",
-        "differences.csv",
-        "report.md",
-        "scores.csv",
-        "scores.tex",
-    ]
-    assert (out / "README.md").read_text() == "mine"
+    assert (out / "README.md").read_text() == "mine" and (out / "curves.png").exists()
+    assert not (out / "differences.png").exists()
