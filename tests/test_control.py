@@ -282,34 +282,31 @@ def test_no_seed_comes_twice(setting, tmp_path, monkeypatch):
     """In runs with neighbouring seeds, after each checkpoint, and evaluations: else noise would
     repeat the numbers that environments start from, or those of another run."""
     seeds = []
-    default_rng, SeedSequence = np.random.default_rng, np.random.SeedSequence
+    SeedSequence = np.random.SeedSequence
 
-    def recording_rng(seed):
-        seeds.append(tuple(SeedSequence(seed).generate_state(4)))
-        return default_rng(seed)
+    def record_seeds(module, name):
+        function = getattr(module, name)
 
-    def recording_sequence(seed=None):  # Gymnasium's, of an environment
-        seeds.append(tuple(SeedSequence(seed).generate_state(4)))
-        return SeedSequence(seed)
+        def recording(seed=None):
+            seeds.append((module, *SeedSequence(seed).generate_state(4)))
+            return function(seed)
 
-    class Games(Signals):
-        def reset(self, seed):
-            seeds.extend(seed.tolist())
-            return super().reset(seed)
+        monkeypatch.setattr(module, name, recording)
 
     class Generator(torch.Generator):
         def manual_seed(self, seed):
             seeds.append(seed)
             return super().manual_seed(seed)
 
-    def manual_seed(seed):  # of initial weights, and of layers that draw
-        seeds.append(seed)
-        torch.default_generator.manual_seed(seed)
+    class Games(Signals):
+        def reset(self, seed):
+            seeds.extend(seed.tolist())
+            return super().reset(seed)
 
+    record_seeds(np.random, "default_rng")
+    record_seeds(np.random, "SeedSequence")  # Gymnasium's, of an environment
+    record_seeds(torch, "manual_seed")  # of initial weights, and of layers that draw
     monkeypatch.setattr(torch, "Generator", Generator)
-    monkeypatch.setattr(torch, "manual_seed", manual_seed)
-    monkeypatch.setattr(np.random, "default_rng", recording_rng)
-    monkeypatch.setattr(np.random, "SeedSequence", recording_sequence)
     monkeypatch.setattr(setting.script, "AtariVectorEnv", Games, raising=False)
     flags = {"noise": "normal", "num_envs": 2, "num_steps": 32, "eval_episodes": 3, **EACH}
     setting.run(tmp_path / "1", **flags)

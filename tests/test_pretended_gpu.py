@@ -29,6 +29,14 @@ SPPO_RLHF = Setting(sppo_rlhf, "", SMALL | TEXTS, "", "token_advantages")
 FUNCTION = {"reward_model": (f"{Path(__file__).with_name('test_rlhf.py')}:text_lengths",)}
 
 
+class CutOff(Signals):
+    """Games that are cut off after ten steps."""
+
+    def step(self, action):
+        images, reward, over, no, info = super().step(action)
+        return images, reward, no, over, info | {"final_obs": images}
+
+
 @pytest.fixture
 def gpu(toy, monkeypatch):
     work_in(monkeypatch, toy.parent.parent)
@@ -47,7 +55,8 @@ RUNS += [(SPPO_RLHF, {}), (SPPO_RLHF, {"lora_r": 2, "ce_coef": 0.1} | FUNCTION)]
 
 
 @pytest.mark.parametrize(("setting", "flags"), RUNS, ids=str)
-def test_a_run_is_begun_and_continued(setting, flags, tmp_path, gpu):
+def test_a_run_is_begun_and_continued(setting, flags, tmp_path, monkeypatch, gpu):
+    monkeypatch.setattr(setting.script, "AtariVectorEnv", CutOff, raising=False)
     flags = flags | {"total_timesteps": 2 * setting.small["total_timesteps"], "eval_freq": 1}
     setting.interrupt(tmp_path, 1, **flags)
     setting.run(tmp_path, **flags)

@@ -129,14 +129,14 @@ def test_a2c_takes_stable_baselines3s_updates(setting, tmp_path, monkeypatch):
 
 def train_a2c(model, batches):
     buffer = model.rollout_buffer
-    names = ["observations", "actions", "log_probs", "advantages", "returns"]
     for obs, action, _, advantage, returns in batches:
         buffer.reset()
         with torch.no_grad():
             _, log_prob, _ = model.policy.evaluate_actions(obs, action)
-        for name, tensor in zip(names, [obs, action, log_prob, advantage, returns]):
-            array = tensor.numpy().reshape(getattr(buffer, name).shape)
-            setattr(buffer, name, array)
+        fields = {"observations": obs, "actions": action, "log_probs": log_prob}
+        fields |= {"advantages": advantage, "returns": returns}
+        for name, tensor in fields.items():
+            setattr(buffer, name, tensor.numpy().reshape(getattr(buffer, name).shape))
         buffer.full = True
         model.train()
 
@@ -193,13 +193,13 @@ def test_the_pages_models_take_our_symmetric_updates(setting, tmp_path, monkeypa
     batches = [[x.double() for x in batch] for batch in batches]
     assert len(batches) == (320 if setting.ppo else 10)
 
-    script, args = setting.script, setting.args(tmp_path, **flags)
-    agent = script.Agent(script.make_env(args), args)
+    args = setting.args(tmp_path, **flags)
+    agent = setting.script.Agent(setting.script.make_env(args), args)
     agent.load_state_dict(before)
     trained = list(agent.double().parameters())
     optimizer = setting.optimizer(trained, lr=args.learning_rate, eps=1e-5)
     for batch in batches:
-        gradients, _ = script.gradient_and_metrics(agent, trained, args, *batch)
+        gradients, _ = setting.script.gradient_and_metrics(agent, trained, args, *batch)
         for parameter, gradient in zip(trained, gradients):
             parameter.grad = gradient
         optimizer.step()
