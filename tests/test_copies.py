@@ -209,6 +209,8 @@ def test_the_layout_in_memory_changes_no_update(setting, tmp_path):
         def change(agent, memory_format=memory_format):
             layers = [nn.Unflatten(1, (1, 1, 11)), nn.Conv2d(1, 4, (1, 3)), nn.Tanh()]
             layers += [nn.Conv2d(4, 4, (1, 3)), nn.Tanh(), nn.Flatten(), nn.Linear(28, 11)]
+            for i in (1, 3, 6):
+                nn.init.normal_(layers[i].weight, std=0.3)
             agent.actor = nn.Sequential(*layers).to(memory_format=memory_format)
 
         _, run = run_copy(setting, tmp_path / str(memory_format), change=change, learning_rate=1e-3)
