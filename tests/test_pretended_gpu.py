@@ -49,7 +49,7 @@ def gpu(toy, monkeypatch):
     AcceleratorState._reset_state(True)
 
 
-GAMES = {"amp": "auto", "checkpoint_freq": 1}
+GAMES = {"amp": "auto", "checkpoint_freq": 1, "num_steps": 12}
 RUNS = [(SPPO_ATARI, GAMES), (SA2C_ATARI, GAMES)]
 RUNS += [(SPPO_RLHF, {}), (SPPO_RLHF, {"lora_r": 2, "ce_coef": 0.1} | FUNCTION)]
 
