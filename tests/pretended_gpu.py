@@ -1,4 +1,4 @@
-"""A pretended GPU: finds tensors on the wrong device, and what waits, where there is no GPU.
+"""A pretended GPU, where there is none: finds tensors on the wrong device, and waits for the GPU.
 
 Its tensors are the CPU's, in storages with a mark, which views share. Operations raise WrongDevice
 where they would fail on a real GPU. Only calls from Python are seen, and only on one thread."""
@@ -45,15 +45,14 @@ def asks_for_gpu(x):
 
 
 def check_index(tensor, index, *value):
-    """A tensor on the GPU takes an index from the CPU, but not the other way round. What an index
-    selects takes a value from its own device; a slice takes any. Returns whether the CPU waits."""
-    indices = find_tensors((index,))
-    selecting = [x for x in indices if x.dim()]
+    """A tensor on the GPU may have an index on the CPU, but not the other way round. A value goes
+    to a slice from any device, but only from its own to what a tensor selects."""
+    selecting = [x for x in find_tensors((index,)) if x.dim()]
     bound = [x for x in selecting if on_gpu(x)]
-    bound += [x for x in find_tensors(value) if x.dim() and selecting]
+    if selecting:
+        bound += [x for x in find_tensors(value) if x.dim()]
     if any(on_gpu(x) != on_gpu(tensor) for x in bound):
         raise WrongDevice("index or value on another device")
-    return any(on_gpu(x) for x in indices if not x.dim() or x.dtype == torch.bool)
 
 
 class PretendedGPU(TorchFunctionMode):
@@ -75,13 +74,14 @@ class PretendedGPU(TorchFunctionMode):
         if name in COPIES and inputs and not asked:
             gpu = name != "cpu" and on_gpu(inputs[-1 if name == "to" else 0])
 
-        waits = gpu if name == "tensor" else name in READS and True in places
         if name in COPIES:
             waits = len(places | {gpu}) == 2
         elif len(places) == 2:
             raise WrongDevice(f"{name} of tensors on both devices")
+        else:
+            waits = gpu if name == "tensor" else name in READS and True in places
         if name.endswith("item__"):
-            waits |= check_index(*args)
+            check_index(*args)
         if gpu and any(isinstance(x, torch.Generator) for x in options):
             raise WrongDevice(f"{name} on the GPU, generator on the CPU")
         if gpu and name in ("numpy", "__array__") and not kwargs.get("force"):

@@ -17,10 +17,13 @@ from helpers import (
     needs_gpu,
     progress,
     record,
-    weights,
 )
+from hypothesis import given, settings
+from hypothesis import strategies as st
 from scipy import stats
 from torch.distributions import Categorical
+
+import sppo_atari
 
 # Episodes of a pendulum that falls, mostly, within 4 to 10 steps
 DOUBLE_PENDULUM = "gymnasium.envs.mujoco.inverted_double_pendulum_v4:InvertedDoublePendulumEnv"
@@ -62,25 +65,30 @@ def test_defaults_are_the_authors_settings(setting):
 # ---- Advantages and noise
 
 
-@pytest.mark.parametrize("lam", [0.0, 0.9, 1.0])
-def test_gae_is_the_brute_force_sum(setting, lam):
-    rng = np.random.default_rng(1)
-    T, N, gamma = 40, 3, 0.97
+@settings(deadline=None, max_examples=50, database=None)
+@given(
+    seed=st.integers(0, 1000),
+    T=st.integers(1, 20),
+    N=st.integers(1, 3),
+    gamma=st.floats(0, 1),
+    lam=st.floats(0, 1),
+)
+def test_gae_is_the_brute_force_sum(seed, T, N, gamma, lam):
+    rng = np.random.default_rng(seed)
     reward = rng.normal(size=(T, N))
     value = rng.normal(size=(T + 1, N))
     ended = rng.random((T, N)) < 0.2
-    advantage, returns = setting.script.compute_gae(reward, value, ended, gamma, lam)
-    for n in range(N):
-        for t in range(T):
-            expected, weight = 0.0, 1.0
-            for step in range(t, T):
-                bootstrap = 0.0 if ended[step, n] else value[step + 1, n]
-                expected += weight * (reward[step, n] + gamma * bootstrap - value[step, n])
-                weight *= gamma * lam
-                if ended[step, n]:
-                    break
-            assert advantage[t, n] == pytest.approx(expected)
-    np.testing.assert_allclose(returns, advantage + value[:-1])
+    advantage, returns = sppo_atari.compute_gae(reward, value, ended, gamma, lam)
+    expected = np.zeros((T, N))
+    for t, n in np.ndindex(T, N):
+        for step in range(t, T):
+            bootstrap = 0.0 if ended[step, n] else value[step + 1, n]
+            delta = reward[step, n] + gamma * bootstrap - value[step, n]
+            expected[t, n] += (gamma * lam) ** (step - t) * delta
+            if ended[step, n]:
+                break
+    np.testing.assert_allclose(advantage, expected, atol=1e-9)
+    np.testing.assert_allclose(returns, expected + value[:-1], atol=1e-9)
 
 
 def test_reward_noise_has_its_distribution(setting):
@@ -184,17 +192,15 @@ def test_gradient_and_metrics_are_those_of_alpha_l_plus_beta_lr(setting, max_gra
     log_ratio = log_prob - old_log_prob[own]
     ratio = log_ratio.exp()
     expected = {"losses/approx_kl": (ratio - 1 - log_ratio).mean()}
-    if setting.ppo:
-        policy_loss = -torch.min(advantage * ratio, advantage * ratio.clamp(0.8, 1.2)).mean()
-        outside = ((ratio > 1.2) & (advantage > 0)) | ((ratio < 0.8) & (advantage < 0))
-        reverse_loss = -2 * (~outside * advantage * ratio).mean()
+    if setting.ppo:  # test_loss.py tests the two losses
+        losses = log_prob, old_log_prob[own], advantage, 0.2, -2.0
         expected["losses/clipfrac"] = ((ratio < 0.8) | (ratio > 1.2)).float().mean()
         assert 0 < expected["losses/clipfrac"] < 1
     else:
+        losses = log_prob, advantage, -2.0
         p = log_prob.exp()
-        policy_loss = -(advantage * log_prob).mean()
-        reverse_loss = -(advantage * -2 * (1 - p)).mean()
         expected["losses/reverse_share"] = (6 * p / (2 + 6 * p)).mean()
+    policy_loss, reverse_loss = setting.script.symmetric_policy_losses(*losses)
     value_loss = torch.nn.functional.mse_loss(value, returns)
     (2.0 * policy_loss + 3.0 * reverse_loss + 0.7 * value_loss - 0.3 * entropy).backward()
     limit = np.inf if setting.atari else max_grad_norm
@@ -220,25 +226,18 @@ def test_gradient_and_metrics_are_those_of_alpha_l_plus_beta_lr(setting, max_gra
 
 
 @pytest.mark.parametrize("setting", [SPPO_ATARI, SA2C_ATARI], ids=str)
-@pytest.mark.parametrize("norm_adv", [True, False])
 @pytest.mark.parametrize("own_steps", [0, 1])
-def test_one_step_of_the_agents_own_is_enough_or_none(setting, own_steps, norm_adv):
-    """The mean over one step is its own value, and the advantage minus its mean is 0."""
+def test_one_step_of_the_agents_own_is_enough_or_none(setting, own_steps):
+    """The mean over one step is its own value, and its normalised advantage is 0."""
     agent = make_agent(setting)
-    args = setting.script.Args(alpha=1.0, beta=0.0, norm_adv=norm_adv)
     *minibatch, mask = some_minibatch(setting, agent, n=8)
-    obs, action, old_log_prob, advantage, _ = minibatch
     mask[:] = torch.arange(8) < own_steps
+    args = setting.script.Args(norm_adv=True)
     gradient, metrics = gradient_and_metrics(setting, agent, args, [*minibatch, mask])
-    assert gradient.isfinite().all() and gradient.any()  # of the value loss, if of nothing else
-    log_prob, entropy, _ = log_prob_entropy_value(setting, agent, obs, action)
-    policy_loss = -advantage * log_prob
-    if setting.ppo:
-        ratio = (log_prob - old_log_prob).exp()
-        policy_loss = -torch.min(advantage * ratio, advantage * ratio.clamp(0.8, 1.2))
-    expected = 0.0 if norm_adv else policy_loss[:own_steps].sum().item()
-    assert metrics["losses/policy_loss"].item() == pytest.approx(expected, abs=1e-5)
+    assert gradient.isfinite().all() and gradient.any()  # of the value loss
+    _, entropy, _ = log_prob_entropy_value(setting, agent, *minibatch[:2])
     expected = entropy[:own_steps].sum().item()
+    assert metrics["losses/policy_loss"].item() == 0
     assert metrics["losses/entropy"].item() == pytest.approx(expected, abs=1e-5)
 
 
@@ -283,23 +282,31 @@ def test_no_seed_comes_twice(setting, tmp_path, monkeypatch):
     """In runs with neighbouring seeds, after each checkpoint, and evaluations: else noise would
     repeat the numbers that environments start from, or those of another run."""
     seeds = []
-    default_rng, SeedSequence = np.random.default_rng, np.random.SeedSequence
+    SeedSequence = np.random.SeedSequence
 
-    def recording_rng(seed):
-        seeds.append(tuple(SeedSequence(seed).generate_state(4)))
-        return default_rng(seed)
+    def record_seeds(module, name):
+        function = getattr(module, name)
 
-    def recording_sequence(seed=None):  # Gymnasium's, of an environment
-        seeds.append(tuple(SeedSequence(seed).generate_state(4)))
-        return SeedSequence(seed)
+        def recording(seed=None):
+            seeds.append((module, *SeedSequence(seed).generate_state(4)))
+            return function(seed)
+
+        monkeypatch.setattr(module, name, recording)
+
+    class Generator(torch.Generator):
+        def manual_seed(self, seed):
+            seeds.append(seed)
+            return super().manual_seed(seed)
 
     class Games(Signals):
         def reset(self, seed):
             seeds.extend(seed.tolist())
             return super().reset(seed)
 
-    monkeypatch.setattr(np.random, "default_rng", recording_rng)
-    monkeypatch.setattr(np.random, "SeedSequence", recording_sequence)
+    record_seeds(np.random, "default_rng")
+    record_seeds(np.random, "SeedSequence")  # Gymnasium's, of an environment
+    record_seeds(torch, "manual_seed")  # of initial weights, and of layers that draw
+    monkeypatch.setattr(torch, "Generator", Generator)
     monkeypatch.setattr(setting.script, "AtariVectorEnv", Games, raising=False)
     flags = {"noise": "normal", "num_envs": 2, "num_steps": 32, "eval_episodes": 3, **EACH}
     setting.run(tmp_path / "1", **flags)
@@ -311,48 +318,12 @@ def test_no_seed_comes_twice(setting, tmp_path, monkeypatch):
     assert len(seeds) == len(set(seeds))
 
 
-def test_actions_and_weights_have_different_random_numbers(setting, tmp_path, monkeypatch):
-    states = []
-    original, exponential_ = setting.script.Agent, torch.Tensor.exponential_
-
-    def agent(*options):
-        states.append(torch.get_rng_state())
-        return original(*options)
-
-    def recording_draws(tensor, generator):
-        states.append(generator.get_state())
-        return exponential_(tensor, generator=generator)
-
-    monkeypatch.setattr(setting.script, "Agent", agent)
-    monkeypatch.setattr(torch.Tensor, "exponential_", recording_draws)
-    monkeypatch.setattr(setting.script, "AtariVectorEnv", Signals, raising=False)
-    setting.run(tmp_path, total_timesteps=64)
-    assert not torch.equal(states[0], states[1])
-
-
-def test_what_a_copy_draws_from_torchs_random_numbers_is_continued(setting, tmp_path, monkeypatch):
-    original = setting.loss_function
-
-    def with_noise(*arguments):
-        result, metrics = original(*arguments)
-        if setting.atari:
-            return result * torch.rand(()), metrics
-        return [gradient + 0.1 * torch.randn_like(gradient) for gradient in result], metrics
-
-    monkeypatch.setattr(setting.script, setting.loss_name, with_noise)
-    monkeypatch.setattr(setting.script, "AtariVectorEnv", Signals, raising=False)
-    _, whole = setting.run(tmp_path / "whole", **EACH)
-    folder = setting.interrupt(tmp_path / "continued", 2, **EACH)
-    setting.run(tmp_path / "continued", **EACH)
-    assert torch.equal(weights(folder), weights(whole))
-
-
 @pytest.fixture(scope="module")
 def recorded(setting, tmp_path_factory):
     """A run of four rollouts of 32 steps in two environments, in which episodes end in all ways
-    that there are. Lists of what the script's functions were given, and gave."""
+    that there are. Lists of what the script's functions were given, and should be given."""
     script = setting.script
-    run = SimpleNamespace(steps=[], gae=[], batches=[])
+    run = SimpleNamespace(steps=[], given=[], expected=[], batches=[])
     compute_gae = script.compute_gae
     options = {"max_frames": 200} if setting.atari else {}
 
@@ -366,109 +337,88 @@ def recorded(setting, tmp_path_factory):
             super().__init__(*arguments, **options)
 
         def reset(self, seed):
-            self.shown = super().reset(seed)
-            return self.shown
+            run.shown = super().reset(seed)
+            return run.shown
 
         def step(self, action):
             outcome = super().step(action)
+            obs, reward, ended, overridden, last_obs = outcome
+            if not setting.atari:
+                last_obs = {i: last_obs[i] for i in np.flatnonzero(outcome[3])}
+                overridden = np.zeros(2, bool)
             if len(action) == 2:  # not in an evaluation, of one game
-                run.steps.append((self.shown, action.copy(), outcome))
-            self.shown = outcome[0]
+                run.steps.append((run.shown, action.copy(), reward, ended, overridden, last_obs))
+                run.shown = obs
             return outcome
 
-    def cut_off(result):
-        """(index, last observation) of each episode that a step cut off."""
-        if setting.atari:
-            return result[4].items()
-        return [(i, result[4][i]) for i in np.flatnonzero(result[3])]
-
-    def value(obs):
+    def critic(obs):
         obs = torch.from_numpy(np.array(obs))
         return run.agent(obs)[1] if setting.atari else run.agent.critic(obs).squeeze(-1)
 
+    @torch.no_grad()
     def recording_gae(*arguments):
-        obs, action, results = zip(*run.steps[-32:])
+        run.given.append([np.copy(argument) for argument in arguments])
+        obs, action, reward, ended, overridden, last_obs = zip(*run.steps[-32:])
+        values = np.array([critic(one) for one in [*obs, run.shown]])
+        bootstrap = np.zeros((32, 2))
+        for t, i in [(t, i) for t, ones in enumerate(last_obs) for i in ones]:
+            bootstrap[t, i] = critic(last_obs[t][i][None]).item()
+        run.expected.append((np.array(reward), bootstrap, values, np.array(ended)))
+
         if not setting.atari:
             action = np.rint(np.multiply(action, 5)).astype(int) + 5  # of 11 bins
-        batch = [torch.tensor(np.concatenate(x)) for x in (obs, action)]
-        final_values = {}
-        with torch.no_grad():
-            log_prob, _, _ = log_prob_entropy_value(setting, run.agent, *batch)
-            values = np.array([value(one) for one in [*obs, results[-1][0]]])
-            for t, result in enumerate(results):
-                for i, last_obs in cut_off(result):
-                    final_values[t, i] = value(last_obs[None]).item()
+        obs, action = (torch.tensor(np.concatenate(x)) for x in (obs, action))
+        log_prob, _, _ = log_prob_entropy_value(setting, run.agent, obs, action)
         advantage, returns = compute_gae(*arguments)
-        batch += [log_prob, advantage.flatten(), returns.flatten()]
-        if setting.atari:
-            batch.append(~np.concatenate([result[3] for result in results]))
-        copies = [np.copy(array) for array in arguments]
-        run.gae.append((copies, values, final_values))
-        run.batches.append(batch)
+        batch = [obs, action, log_prob, advantage.flatten(), returns.flatten()]
+        run.batches.append(batch + [~np.concatenate(overridden)] * setting.atari)
         return advantage, returns
 
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(script, "Agent", Agent)
         patch.setattr(script, setting.envs, Envs)
         patch.setattr(script, "compute_gae", recording_gae)
-        run.gradients = record(patch, script, setting.loss_name)
+        run.losses = record(patch, script, setting.loss_name)
         flags = {"num_envs": 2, "num_steps": 32, "gamma": 0.9, "gae_lambda": 0.7}
-        flags |= {"noise": "normal", "noise_level": 0.01}
-        if not setting.atari:
-            flags |= {"env_id": "EightSteps-v0"}
-        for seed in range(3, 20):  # until all that happens
-            for calls in (run.steps, run.gae, run.batches, run.gradients):
-                calls.clear()
-            setting.run(tmp_path_factory.mktemp("run"), seed=seed, **flags)
-            ended = outcomes(run, 2)
-            overridden = outcomes(run, 3) if setting.atari else ended
-            cut = sum(len(final_values) for _, _, final_values in run.gae)
-            counts = ended.sum() - cut, cut, overridden.sum()
-            if outcomes(run, 1).any() and min(counts) >= 4:
-                return run
-    pytest.fail("no seed in which all that happens")
+        flags |= {"noise": "normal", "noise_level": 1e-3}
+        flags |= {"env_id": "Asteroids" if setting.atari else "EightSteps-v0"}
+        setting.run(tmp_path_factory.mktemp("run"), **flags)
+    return run
 
 
-def outcomes(run, i):
-    """The i-th part of what `step` returned, (rollouts, steps, environments)."""
-    return np.array([outcome[i] for _, _, outcome in run.steps]).reshape(4, 32, 2)
-
-
-def test_gae_gets_rewards_with_noise_and_the_critics_values(recorded):
+def test_gae_gets_rewards_with_noise_and_the_critics_values(setting, recorded):
     """Rewards were normalised or clipped before. Episodes that were cut off bootstrap from their
     last observation, with gamma."""
-    noise = []
-    for rollout, (arguments, values, final_values) in enumerate(recorded.gae):
-        reward, value, ended, *rest = arguments
-        for index, final_value in final_values.items():
-            reward[index] -= 0.9 * final_value
-            assert ended[index]
-        noise.append(reward - outcomes(recorded, 1)[rollout])
-        np.testing.assert_allclose(value, values, atol=1e-5)
-        np.testing.assert_array_equal(ended, outcomes(recorded, 2)[rollout])
-        assert rest == [0.9, 0.7]  # gamma and lambda
-    assert stats.kstest(np.ravel(noise), stats.norm(0, 0.01).cdf).pvalue > 1e-3
+    given, expected = (map(np.array, zip(*run)) for run in (recorded.given, recorded.expected))
+    noisy_reward, value, ended, gamma, lam = given
+    reward, bootstrap, expected_value, expected_ended = expected
+    overridden = [step[4] for step in recorded.steps]
+    assert reward.any() and np.any(overridden) == setting.atari
+    assert 0 < np.sum(bootstrap != 0) < ended.sum()  # or no episode was cut off, or all were
+    assert set(gamma) == {0.9} and set(lam) == {0.7}
+    np.testing.assert_allclose(value, expected_value, atol=1e-5)
+    np.testing.assert_array_equal(ended, expected_ended)
+    noise = np.ravel(noisy_reward - 0.9 * bootstrap - reward)
+    assert stats.kstest(noise, stats.norm(0, 1e-3).cdf).pvalue > 1e-3
     assert len(np.unique(noise)) == 256
-    assert np.max(np.abs(noise)) < 0.06  # few rewards are not 0: each goes with its step
+    assert np.max(np.abs(noise)) < 0.006  # few rewards are not 0: each goes with its step
 
 
 def test_an_epoch_trains_on_every_step_once(setting, recorded):
     """Each observation goes with its action, the probability of that when it was sampled, its
     advantage and return, and on Atari with whether the action was the agent's."""
     epochs = setting.small["update_epochs"] if setting.ppo else 1
-    first = 2 if setting == SA2C_ATARI else 3  # after agent, args, clip range or parameters
-    minibatches = [arguments[first:] for arguments, _ in recorded.gradients]
+    minibatches = [arguments[-6 if setting.atari else -5 :] for arguments, _ in recorded.losses]
     trained = [np.concatenate(tensors) for tensors in zip(*minibatches)]
     first_advantages = []
     for i in range(4 * epochs):
-        minibatch = [array[64 * i : 64 * (i + 1)] for array in trained]
+        epoch = [array[64 * i : 64 * (i + 1)] for array in trained]
         batch = recorded.batches[i // epochs]
-        which = -3 if setting.atari else -2  # advantages, all different
-        first_advantages.append(minibatch[which][0])
-        order, expected_order = np.argsort(minibatch[which]), np.argsort(batch[which])
-        for array, expected in zip(minibatch, batch, strict=True):
+        order, expected_order = np.argsort(epoch[3]), np.argsort(batch[3])  # all are different
+        for array, expected in zip(epoch, batch, strict=True):
             expected = np.array(expected)[expected_order]
             np.testing.assert_allclose(array[order], expected, rtol=1e-4, atol=1e-5)
+        first_advantages.append(epoch[3][0])
     if setting.ppo:  # in another order in each epoch
         assert len(set(first_advantages)) > 4
 
@@ -477,23 +427,18 @@ def test_advantages_flip_anew_in_each_epoch(setting, tmp_path, monkeypatch):
     """Before they are normalised."""
     script = setting.script
     gae = record(monkeypatch, script, "compute_gae")
-    perturbations = record(monkeypatch, script, "perturb_advantage")
-    gradients = record(monkeypatch, script, setting.loss_name)
+    losses = record(monkeypatch, script, setting.loss_name)
     monkeypatch.setattr(script, "AtariVectorEnv", Signals, raising=False)
     setting.run(tmp_path, total_timesteps=128, noise="adv_flip", noise_level=0.4, norm_adv=True)
-    clean = [advantage.flatten() for _, (advantage, _) in gae]
-    trained = [arguments[-3 if setting.atari else -2] for arguments, _ in gradients]
+    trained = [arguments[-3 if setting.atari else -2] for arguments, _ in losses]
     epochs = setting.small["update_epochs"] if setting.ppo else 1
     flips = []
     for i, noisy in enumerate(np.concatenate(trained).reshape(2 * epochs, 64)):
-        advantage = clean[i // epochs]
-        given, level, _ = perturbations[i][0]
-        assert level == 0.4
-        np.testing.assert_array_equal(given, advantage)  # not those that flipped before
-        advantage = advantage[np.argsort(abs(advantage))]
-        noisy = noisy[np.argsort(abs(noisy))]
-        np.testing.assert_array_equal(abs(noisy), abs(advantage))
-        flips.append(noisy != advantage)
+        _, (advantage, _) = gae[i // epochs]
+        advantage = sorted(advantage.flatten(), key=abs)
+        noisy = sorted(noisy, key=abs)
+        np.testing.assert_array_equal(np.abs(noisy), np.abs(advantage))
+        flips.append(np.not_equal(noisy, advantage))
     assert 0.3 < np.mean(flips) < 0.5
     assert len(np.unique(flips, axis=0)) == 2 * epochs
 

@@ -2,6 +2,7 @@
 SA2C and SPPO as docs/copy-and-modify.md makes them of these. benchmarks/sb3.py's runs are read like
 ours."""
 
+import copy
 import re
 import runpy
 import shlex
@@ -12,7 +13,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from helpers import SA2C_ATARI, SA2C_CONTINUOUS, SPPO_ATARI, SPPO_CONTINUOUS, checkpoint
+from helpers import SA2C_ATARI, SA2C_CONTINUOUS, SPPO_ATARI, SPPO_CONTINUOUS, checkpoint, record
 from stable_baselines3 import A2C, PPO
 from stable_baselines3.common import policies
 from stable_baselines3.common.buffers import RolloutBufferSamples
@@ -51,33 +52,26 @@ def run_recorded(setting, tmp_path, monkeypatch, **flags):
     """A run, by default without a reverse loss, in which all actions are the agent's. Returns its
     minibatches (of Atari without the clip range and the mask), the weights at the beginning and at
     the end (dicts by name), and the clip fractions."""
-    name = "loss_and_metrics" if setting.atari else "gradient_and_metrics"
-    original = getattr(setting.script, name)
-    batches = []
-    first_weights = []
-    clip_fractions = []
+    agents = []
 
-    def recording(agent, *rest):
-        if not batches:
-            first_weights.extend(w.detach().clone() for w in agent.parameters())
-        batch = rest[-5:]
-        if setting.atari:
-            batch = rest[-6:-1]
-            assert rest[-1].all()
-        batches.append([tensor.clone() for tensor in batch])
-        result, metrics = original(agent, *rest)
-        clip_fractions.append(metrics.get("losses/clipfrac"))
-        return result, metrics
+    class Agent(setting.script.Agent):
+        def __init__(self, *options):
+            super().__init__(*options)
+            agents.append(copy.deepcopy(self.state_dict()))
 
-    monkeypatch.setattr(setting.script, name, recording)
+    monkeypatch.setattr(setting.script, "Agent", Agent)
+    calls = record(monkeypatch, setting.script, setting.loss_name)
     plain = {"num_envs": N, "alpha": 1.0, "beta": 0.0, "env_id": "Pong"}
     if setting.atari:  # a whole game would take long
         monkeypatch.setattr(setting.script, "evaluate", lambda *_: (np.zeros(1), np.zeros(1)))
     else:
         plain |= {"env_id": "Hopper-v4", "policy": "gaussian"}
     _, folder = setting.run(tmp_path, **plain | flags)
-    after = checkpoint(folder)["agent"]
-    return batches, dict(zip(after, first_weights)), after, clip_fractions
+    batches = [arguments[-6:-1] if setting.atari else arguments[-5:] for arguments, _ in calls]
+    if setting.atari:
+        assert all(mask.all() for (*_, mask), _ in calls)
+    clip_fractions = [metrics.get("losses/clipfrac") for _, (_, metrics) in calls]
+    return batches, agents[0], checkpoint(folder)["agent"], clip_fractions
 
 
 def sb3_model(setting, algorithm, weights, **settings):
@@ -135,14 +129,14 @@ def test_a2c_takes_stable_baselines3s_updates(setting, tmp_path, monkeypatch):
 
 def train_a2c(model, batches):
     buffer = model.rollout_buffer
-    names = ["observations", "actions", "log_probs", "advantages", "returns"]
     for obs, action, _, advantage, returns in batches:
         buffer.reset()
         with torch.no_grad():
             _, log_prob, _ = model.policy.evaluate_actions(obs, action)
-        for name, tensor in zip(names, [obs, action, log_prob, advantage, returns]):
-            array = tensor.numpy().reshape(getattr(buffer, name).shape)
-            setattr(buffer, name, array)
+        fields = {"observations": obs, "actions": action, "log_probs": log_prob}
+        fields |= {"advantages": advantage, "returns": returns}
+        for name, tensor in fields.items():
+            setattr(buffer, name, tensor.numpy().reshape(getattr(buffer, name).shape))
         buffer.full = True
         model.train()
 
@@ -199,13 +193,13 @@ def test_the_pages_models_take_our_symmetric_updates(setting, tmp_path, monkeypa
     batches = [[x.double() for x in batch] for batch in batches]
     assert len(batches) == (320 if setting.ppo else 10)
 
-    script, args = setting.script, setting.args(tmp_path, **flags)
-    agent = script.Agent(script.make_env(args), args)
+    args = setting.args(tmp_path, **flags)
+    agent = setting.script.Agent(setting.script.make_env(args), args)
     agent.load_state_dict(before)
     trained = list(agent.double().parameters())
     optimizer = setting.optimizer(trained, lr=args.learning_rate, eps=1e-5)
     for batch in batches:
-        gradients, _ = script.gradient_and_metrics(agent, trained, args, *batch)
+        gradients, _ = setting.script.gradient_and_metrics(agent, trained, args, *batch)
         for parameter, gradient in zip(trained, gradients):
             parameter.grad = gradient
         optimizer.step()
