@@ -1,12 +1,10 @@
 """What the five scripts promise about a run: what it leaves, how it continues, what it refuses."""
 
-import csv
 import errno
 import fcntl
 import hashlib
 import importlib
 import json
-import math
 import os
 import random
 import shutil
@@ -159,7 +157,6 @@ def test_a_run_leaves_what_it_promises(setting, launch, monkeypatch):
     assert named == ["sessions.jsonl", script, *initial, *saved, *saved, "summary.json"]
     left = {path.name for path in folder.iterdir() if not path.name.startswith("events")}
     assert left - {"lock"} == {*named, *(["policy"] if setting.is_text else [])}
-    assert len({(folder / name).stat().st_mode for name in named}) == 1
     path = Path(setting.script.__file__)
     assert (folder / script).read_bytes() == path.read_bytes()
 
@@ -223,17 +220,6 @@ def test_an_entry_in_a2cs_log_has_the_means_of_all_updates_since_the_last(settin
     for i, (_, explained) in enumerate(rare["losses/explained_variance"]):
         advantage, returns = np.stack([result for _, result in gae[2 * i : 2 * i + 2]], axis=1)
         assert explained == pytest.approx(1 - advantage.var() / returns.var(), abs=1e-5)
-
-
-@only(SPPO_CONTINUOUS, SA2C_ATARI)
-def test_what_is_not_a_number_is_not_in_the_summary(setting, monkeypatch):
-    """JSON has no NaN. Letters may be any."""
-    row = setting.script.evaluation_row
-    monkeypatch.setattr(setting.script, "evaluation_row", lambda *x: row(*x) | {"ä": math.nan})
-    _, folder = setting.run(RUNS)
-    header = (folder / "progress.csv").read_bytes().decode("utf-8").partition("\n")[0]
-    assert header.endswith(",ä")
-    assert "ä" not in json.loads((folder / "summary.json").read_text(), parse_constant=fail)
 
 
 def test_a_tracked_run_tells_weights_and_biases_its_arguments(setting, monkeypatch):
@@ -333,10 +319,8 @@ def test_an_edited_environment_makes_another_run(launch, tmp_path, monkeypatch):
     assert "from step 0" in launch(**flags)[1]
 
 
-READ = {  # by a run on texts: {file: content}
-    name: name
-    for name in "texts.jsonl saved/1 saved/2 policy/weights reward/weights words/1 base/1".split()
-} | {
+READ = "texts.jsonl saved/1 saved/2 policy/weights reward/weights words/1 base/1".split()
+READ = {name: name for name in READ} | {
     "reward/adapter_config.json": '{"base_model_name_or_path": "base"}',
     "own_part.py": "def own(texts): pass",
     "own_training.py": "from own_part import own",
@@ -444,33 +428,54 @@ def test_a_continued_run_equals_an_uninterrupted_one(setting, tmp_path):
     assert summary | {"sps": 0} == whole_summary | {"sps": 0}
 
 
-@only(*KINDS)
-def test_a_full_disk_or_what_cannot_be_read_leaves_the_checkpoint_before(
-    setting, launch, monkeypatch
-):
-    """The same command continues from there; what was written after it does not come twice."""
-    flags = every(setting, 1)
-    folder = setting.interrupt(RUNS, 1, **flags)
-    save = torch.save
-
+def break_disk(setting, patch):
     def half(content, path):
         Path(path).write_bytes(b"half")
         raise OSError(errno.ENOSPC, "No space left on device")
 
-    def more(content, path):
-        save(content | {"mine": np.float64(1)}, path)  # as an edit may do
+    patch.setattr(torch, "save", half)
 
-    with monkeypatch.context() as patch:
-        patch.setattr(torch, "save", half)
-        with pytest.raises(OSError, match="No space left"):
-            launch(**flags)
-        patch.setattr(torch, "save", more)
-        end, _, _ = launch(**flags)
-    said = f"error: {folder / 'checkpoint.pt.tmp'} can't be read: it is damaged, or has more than"
-    assert end.startswith(said)
+
+def save_more(setting, patch):
+    save = torch.save
+    more = {"mine": np.float64(1)}  # as an edit may save
+    patch.setattr(torch, "save", lambda content, path: save(content | more, path))
+
+
+def make_infinite(setting, patch):
+    original = setting.loss_function
+
+    def infinite(*arguments):
+        result, metrics = original(*arguments)
+        if torch.is_tensor(result):
+            return result * torch.inf, metrics
+        return result, metrics | {"losses/grad_norm": torch.tensor(torch.inf)}
+
+    patch.setattr(setting.script, setting.loss_name, infinite)
+
+
+FAULTS = [  # what goes wrong in the second update, what is said, and whether it was evaluated
+    (break_disk, "No space left on device", True),
+    (save_more, "checkpoint.pt.tmp can't be read: it is damaged, or has more than tensors", True),
+    (make_infinite, "error: gradient not finite, step {} (learning rate? reward?)", False),
+]
+
+
+@pytest.mark.parametrize(("fault", "message", "has_row"), FAULTS, ids="full_disk more nan".split())
+def test_what_goes_wrong_leaves_the_checkpoint_before(setting, launch, fault, message, has_row):
+    """The same command continues from there; what was written after it does not come twice."""
+    flags = every(setting, 1)
     one, two, three, four = (i * setting.batch for i in (1, 2, 3, 4))
+    folder = setting.interrupt(RUNS, 1, **flags)
+    with pytest.MonkeyPatch.context() as patch:
+        fault(setting, patch)
+        try:
+            end, _, _ = launch(**flags)
+        except OSError as error:
+            end = str(error)
+    assert message.format(two) in end
     assert step_and_speeds(checkpoint(folder))[0] == one
-    assert evaluated(folder) == [one, two]
+    assert evaluated(folder) == ([one, two] if has_row else [one])
     end, out, _ = launch(**flags)
     assert end == 0 and f"from step {one}, with" in out
     assert evaluated(folder) == [one, two, three, four]
@@ -480,13 +485,12 @@ def test_a_full_disk_or_what_cannot_be_read_leaves_the_checkpoint_before(
 @only(SPPO_CONTINUOUS)
 def test_a_file_that_another_program_has_open_is_tried_again(launch, monkeypatch):
     """On Windows it cannot be replaced, as a progress.csv in a spreadsheet."""
-    tries = []
     rename = os.replace
+    errors = [PermissionError()]
 
     def refusing_replace(source, target):
-        tries.append(Path(target).name)
-        if tries.count("progress.csv") == 1:
-            raise PermissionError
+        if errors:
+            raise errors.pop()
         rename(source, target)
 
     monkeypatch.setattr(os, "replace", refusing_replace)
@@ -544,7 +548,6 @@ def test_on_a_gpu_a_run_is_compiled_and_continued(setting, launch):
 
 REFUSED = [  # scripts, flags, and what they say; None: these flags are not refused
     (ALL, "--z 0", "z stands for log 0"),
-    (ALL, "--z -inf", "z stands for log 0"),
     (ALL, "--seed -1", "seed must be finite and not negative"),
     (ALL, "--vf-coef nan", "vf_coef must be finite and not negative"),
     (ALL, "--noise normal --noise-level -1", "noise_level must be finite and not negative"),
@@ -556,21 +559,18 @@ REFUSED = [  # scripts, flags, and what they say; None: these flags are not refu
     (ALL, "--eval-episodes 0", "eval_episodes must be at least 1"),
     (PPO, "--num-minibatches 5", "num_minibatches must divide the 64 steps of a rollout"),
     (PPO, "--num-minibatches 64", "norm_adv needs 2 or more steps in a minibatch"),
-    (PPO, "--num-minibatches 64 --no-norm-adv", None),
+    (PPO, "--num-minibatches 64 --no-norm-adv --total-timesteps 64", None),
     (A2C, "--norm-adv --num-envs 1 --num-steps 1", "norm_adv needs more than one step"),
     ([SA2C_ATARI], "--rmsprop-eps -1e-5", "rmsprop_eps must be finite and not negative"),
     (ATARI, "--repeat-action-probability 25", "repeat_action_probability must be between 0"),
     (ATARI, "--env-id Brekout", "`Brekout` doesn't exist in namespace ALE. Did you mean: `Break"),
     (ATARI, "--env-id ALE/Breakout-v5", "env_id must be the NAME of an ALE/NAME-v5"),
-    (ATARI, "--env-id PongDeterministic-v4", "env_id must be the NAME of an ALE/NAME-v5"),
     (CONTINUOUS, "--hidden-sizes 0", "hidden_sizes must be at least 1"),
     (CONTINUOUS, "--bins 1", "bins must be at least 2"),
     (CONTINUOUS, "--policy gaussian --beta 1", "beta needs probabilities"),
-    (CONTINUOUS, "--noise flip", "invalid choice 'flip'"),
     (CONTINUOUS, "--env-id Hoper-v4", "--env-id Hoper-v4: Environment `Hoper` doesn't exist"),
     (CONTINUOUS, "--env-id nowhere:Task-v0", "nowhere:Task-v0: No module named 'nowhere'"),
     (CONTINUOUS, "--env-id CartPole-v1", "Discrete(2) is no vector; see docs/copy-and"),
-    (CONTINUOUS, "--env-id Unbounded-v0", "needs float actions, bounded unless --policy g"),
     (CONTINUOUS, "--env-id Unbounded-v0 --policy gaussian", None),
     (CONTINUOUS, "--env-id Huge-v0", "needs float actions, bounded unless --policy gaussian"),
     (CONTINUOUS, "--env-id Whole-v0 --policy gaussian", "needs float actions"),
@@ -594,24 +594,6 @@ def test_flags_that_would_mean_something_else_are_refused(flags, message, launch
     else:
         assert message in " ".join(f"{end} {err}".replace("│", "").split())  # in a box, or not
         assert not RUNS.exists()
-
-
-def test_a_gradient_that_is_not_finite_spares_the_files(setting, launch, monkeypatch):
-    flags = every(setting, 1)
-    folder = setting.interrupt(RUNS, 1, **flags)
-    original = setting.loss_function
-
-    def infinite(*arguments):
-        result, metrics = original(*arguments)
-        if torch.is_tensor(result):
-            return result * torch.inf, metrics
-        return result, metrics | {"losses/grad_norm": torch.tensor(torch.inf)}
-
-    monkeypatch.setattr(setting.script, setting.loss_name, infinite)
-    end, _, _ = launch(**flags)
-    assert end.startswith(f"error: gradient not finite, step {2 * setting.batch}")
-    assert step_and_speeds(checkpoint(folder))[0] == setting.batch
-    assert evaluated(folder) == [setting.batch]
 
 
 @only(SPPO_CONTINUOUS, SA2C_ATARI)
@@ -734,74 +716,47 @@ def test_environments_are_closed_after_all_ends_of_a_run(setting, monkeypatch):
     monkeypatch.setattr(TenStepsEnv, "most", 0)
     setting.run("whole", **flags, **every(setting, 1))
     assert (TenStepsEnv.open, TenStepsEnv.most) == ([], 3)
-    setting.interrupt("interrupted", 1, **flags)
-    assert TenStepsEnv.open == []
     monkeypatch.setattr(setting.script, "evaluate", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         setting.run("failed", **flags)
     assert TenStepsEnv.open == []
 
 
-@only(*CONTINUOUS)
-def test_exploration_is_not_the_same_in_each_rollout(setting, monkeypatch):
-    """The environment seeds PyTorch at each reset."""
-    reset = TenStepsEnv.reset
-    draws = record(monkeypatch, setting.script.Agent, "exploration")
-
-    def seeding_reset(self, **options):
-        torch.manual_seed(0)
-        return reset(self, **options)
-
-    monkeypatch.setattr(TenStepsEnv, "reset", seeding_reset)
-    setting.run(RUNS, env_id="TenSteps-v0", total_timesteps=128)
-    assert len(np.unique([result for _, result in draws])) == 128 * 2 * 11
-
-
 # ---- Kills at random times
 
 LONGER = {
-    "sppo_continuous": {"env_id": "BipedalWalker-v3", "num_envs": 2, "num_steps": 32}
-    | {"total_timesteps": 4096, "eval_freq": 512, "checkpoint_freq": 384, "noise": "adv_flip"},
-    "sa2c_atari": {"total_timesteps": 512, "checkpoint_freq": 12}
-    | {"repeat_action_probability": 0.25},
+    "sppo_continuous": {"env_id": "BipedalWalker-v3", "total_timesteps": 4096, "eval_freq": 512}
+    | {"checkpoint_freq": 768, "noise": "adv_flip"},
+    "sa2c_atari": {"total_timesteps": 512, "checkpoint_freq": 12},
     "sppo_rlhf": {"total_timesteps": 192, "eval_freq": 64},
-}
-READERS = {
-    ".json": lambda path: json.loads(path.read_text()),
-    ".csv": lambda path: list(csv.DictReader(path.open())),
-    ".pt": lambda path: torch.load(path, weights_only=True),
-    ".safetensors": safetensors.torch.load_file,
 }
 
 
 @pytest.mark.slow
 @only(*KINDS)
 def test_a_run_killed_at_random_times_is_the_same_run(setting):
-    """No file is half written. It is killed twice, and once more when it has a checkpoint."""
+    """It is killed twice, and once more when it has a checkpoint."""
     command = [sys.executable, setting.script.__file__]
     command += words(setting.small | LONGER[str(setting)])
 
-    def start(runs_dir, wanted):
-        """Waits until the run has one more of the wanted files."""
-        before = len(list(runs_dir.glob(wanted)))
+    def start(runs_dir, pattern, count=1):
+        """Waits until the run has so many files."""
         process = subprocess.Popen([*command, "--runs-dir", runs_dir])
-        while len(list(runs_dir.glob(wanted))) == before and process.poll() is None:
+        while len(list(Path(runs_dir).glob(pattern))) < count and process.poll() is None:
             time.sleep(0.01)
         return process
 
-    process = start(Path("whole"), "*/events*")
+    process = start("whole", "*/events*")
     began = time.perf_counter()
     assert process.wait() == 0
     seconds = time.perf_counter() - began
-    for wanted, longest in ("*/events*", seconds / 4), ("*/events*", seconds / 4), ("*/c*.pt", 0):
-        process = start(Path("killed"), wanted)
-        time.sleep(random.uniform(0, longest))
+    for pattern, count in ("*/events*", 1), ("*/events*", 2), ("*/checkpoint.pt", 1):
+        process = start("killed", pattern, count)
+        if pattern == "*/events*":
+            time.sleep(random.uniform(0, seconds / 4))
         process.kill()
         process.wait()
-        for path in Path("killed").rglob("*"):
-            if path.suffix in READERS and ".tmp" not in str(path):
-                READERS[path.suffix](path)
-    assert start(Path("killed"), "*/summary.json").wait() == 0
+    assert start("killed", "*/summary.json").wait() == 0
     (whole,), (killed,) = Path("whole").iterdir(), Path("killed").iterdir()
     assert killed.name == whole.name
     assert len(sessions(killed)) > 1
