@@ -40,6 +40,7 @@ class Setting:
     small: dict
     video_env: str  # an environment that can be rendered without a display
     advantages: str = "compute_gae"  # name of the function that is called after each rollout
+    batch: int = 64  # steps of a rollout
 
     @property
     def ppo(self) -> bool:
@@ -48,6 +49,10 @@ class Setting:
     @property
     def atari(self) -> bool:
         return self.script.__name__.endswith("atari")
+
+    @property
+    def is_text(self) -> bool:
+        return self.script.__name__ == "sppo_rlhf"
 
     @property
     def symmetric_algo(self) -> str:
@@ -61,7 +66,8 @@ class Setting:
 
     @property
     def loss_name(self) -> str:
-        return "loss_and_metrics" if self.atari else "gradient_and_metrics"
+        continuous = hasattr(self.script, "gradient_and_metrics")
+        return "gradient_and_metrics" if continuous else "loss_and_metrics"
 
     @property
     def loss_function(self):
@@ -143,6 +149,10 @@ SPPO_ATARI, SA2C_ATARI = (
     for script, more in ((sppo_atari, PPO), (sa2c_atari, A2C))
 )
 SETTINGS = [SPPO_CONTINUOUS, SPPO_ATARI, SA2C_CONTINUOUS, SA2C_ATARI]
+# For sppo_rlhf.py: four updates of four minibatches, evaluated after 0, 16 and 32 texts
+SMALL_TEXTS = {"total_timesteps": 32, "batch_size": 8, "num_minibatches": 2, "update_epochs": 2}
+SMALL_TEXTS |= {"prompt_length": 8, "response_length": 10, "eval_freq": 16, "eval_episodes": 4}
+SMALL_TEXTS |= {"amp": "off", "device": "cpu"}
 # An evaluation and a checkpoint after each rollout
 EACH = {"eval_freq": 1, "checkpoint_freq": 1}
 # Both algorithms and both kinds of environments, for text that all four scripts share
@@ -255,6 +265,8 @@ def words(flags):
         flag = name.replace("_", "-")
         if isinstance(value, bool):
             typed.append(f"--{flag}" if value else f"--no-{flag}")
+        elif isinstance(value, tuple):
+            typed += [f"--{flag}", *map(str, value)]
         elif value is not None:
             typed += [f"--{flag}", str(value)]
     return typed

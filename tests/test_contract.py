@@ -1,0 +1,765 @@
+"""What the five scripts promise about a run: what it leaves, how it continues, what it refuses."""
+
+import errno
+import fcntl
+import hashlib
+import importlib
+import json
+import os
+import random
+import shutil
+import subprocess
+import sys
+import time
+from dataclasses import replace
+from importlib.metadata import version
+from pathlib import Path
+from types import SimpleNamespace
+
+import datasets
+import gymnasium as gym
+import helpers
+import numpy as np
+import pytest
+import safetensors.torch
+import torch
+from filelock import FileLock
+from helpers import (
+    SA2C_ATARI,
+    SA2C_CONTINUOUS,
+    SETTINGS,
+    SPPO_ATARI,
+    SPPO_CONTINUOUS,
+    checkpoint,
+    digests_of,
+    needs_gpu,
+    progress,
+    record,
+    scalars,
+    weights,
+    words,
+)
+
+import sppo_rlhf as rlhf
+
+SMALL_TEXTS = helpers.SMALL_TEXTS | {"eval_freq": 32}
+TEXTS = helpers.Setting(rlhf, "", SMALL_TEXTS, "", advantages="update", batch=8)
+ALL = [*SETTINGS, TEXTS]
+PPO, A2C = [SPPO_CONTINUOUS, SPPO_ATARI], [SA2C_CONTINUOUS, SA2C_ATARI]
+CONTINUOUS, ATARI = [SPPO_CONTINUOUS, SA2C_CONTINUOUS], [SPPO_ATARI, SA2C_ATARI]
+# One script for each text of `main`, `evaluate` and the functions that save an agent
+KINDS = [SPPO_CONTINUOUS, SA2C_ATARI, TEXTS]
+RUNS = Path("all")  # in the folder of the test
+
+
+@pytest.fixture(autouse=True)
+def workplace(monkeypatch, tmp_path):
+    """Scripts are started in `tmp_path`. A game made here takes the place of the emulator, which
+    `test_atari.py` tests."""
+    helpers.work_in(monkeypatch, tmp_path)
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    for setting in ATARI:
+        monkeypatch.setattr(setting.script, "AtariVectorEnv", helpers.Signals)
+
+
+@pytest.fixture(params=ALL, ids=str)
+def setting(request, workplace):
+    if request.param.is_text:
+        Path("runs").mkdir()
+        Path("runs/toy").symlink_to(request.getfixturevalue("toy"))
+    return request.param
+
+
+def only(*settings):
+    return pytest.mark.parametrize("setting", settings, ids=str, indirect=True)
+
+
+@pytest.fixture
+def launch(setting, monkeypatch, capsys):
+    """Runs the script's `main` with flags over those of a small run. Returns (what it exits with:
+    0, a status or a message; output; errors)."""
+
+    def launch(*more, **flags):
+        typed = words(setting.small | {"runs_dir": RUNS} | flags)
+        monkeypatch.setattr(sys, "argv", [setting.script.__file__, *typed, *more])
+        end = 0
+        try:
+            setting.script.main()
+        except SystemExit as exit_:
+            end = exit_.code
+        return end, *capsys.readouterr()
+
+    return launch
+
+
+def every(setting, updates):
+    """Flags for an evaluation and a checkpoint after each so many updates."""
+    steps = updates * setting.batch
+    if setting.is_text:
+        return {"eval_freq": steps}
+    return {"eval_freq": steps, "checkpoint_freq": steps // setting.small["num_envs"]}
+
+
+def files(folder):
+    """{path: content}, but for the lock."""
+    paths = (path for path in folder.rglob("*") if path.is_file() and path.name != "lock")
+    return {path: path.read_bytes() for path in paths}
+
+
+def sessions(folder):
+    return [json.loads(line) for line in (folder / "sessions.jsonl").read_text().splitlines()]
+
+
+def evaluated(folder):
+    """Steps of the evaluations after updates."""
+    return [row["step"] for row in progress(folder) if row["step"]]
+
+
+def step_and_speeds(state):
+    """Step, and steps per second, in a checkpoint."""
+    progress = state["progress"]
+    if isinstance(progress, dict):
+        return progress["global_step"], progress["speeds"]
+    return progress[0], progress[-1]
+
+
+def fail(*_, **__):
+    pytest.fail("this must not be called")
+
+
+# ---- What a run leaves
+
+
+def test_a_run_leaves_what_it_promises(setting, launch, monkeypatch):
+    """Each file is on the disk before it gets its name. A checkpoint comes after the agent, and the
+    summary comes last."""
+    synced, named = set(), []
+    rename = os.replace
+
+    def recording_replace(source, target):
+        assert Path(source).stat().st_ino in synced
+        named.append(Path(target).name)
+        rename(source, target)
+
+    def fsync(file):
+        os.write(file, b"")  # Windows, too, refuses files that are open for reading only
+        synced.add(os.fstat(file).st_ino)
+
+    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "replace", recording_replace)
+    end, out, _ = launch(**every(setting, 2), seed=7, noise="uniform")
+    assert end == 0
+    (folder,) = RUNS.iterdir()
+    script = f"{setting}.py"
+    agent = ["progress.csv", "samples.jsonl" if setting.is_text else "agent.safetensors"]
+    initial = agent if setting.is_text else []
+    saved = [*agent, "checkpoint.pt"]
+    assert named == ["sessions.jsonl", script, *initial, *saved, *saved, "summary.json"]
+    left = {path.name for path in folder.iterdir() if not path.name.startswith("events")}
+    assert left - {"lock"} == {*named, *(["policy"] if setting.is_text else [])}
+    path = Path(setting.script.__file__)
+    assert (folder / script).read_bytes() == path.read_bytes()
+
+    rows = progress(folder)
+    form = "reward {return_mean:.3f}" if setting.is_text else "return {return_mean:.1f}"
+    lines = out.splitlines()
+    assert f"{folder.name}: from step 0, with a checkpoint every {2 * setting.batch} " in out
+    printed = [line for line in lines if line.startswith("step ")]
+    assert printed == [("step {step:.0f}: " + form).format(**row) for row in rows]
+    assert lines[-1].startswith(f"{folder}: {form.format(**rows[-1])}, ")
+    assert lines[-1].endswith(f"/s; to watch it: python enjoy.py {folder}")
+    state = checkpoint(folder)
+    summary = json.loads((folder / "summary.json").read_text())
+    assert summary == rows[-1] | {"sps": np.median(step_and_speeds(state)[1])}
+    if not setting.is_text:
+        statistics = state.get("obs_stats", {}).items()
+        tensors = state["agent"] | {f"obs_{name}": tensor for name, tensor in statistics}
+        found = safetensors.torch.load_file(folder / "agent.safetensors")
+        torch.testing.assert_close(found, tensors, rtol=0, atol=0)
+
+    (session,) = sessions(folder)
+    flags = {"seed": 7, "noise_level": 0.05, "alpha": 0.5, "exp_name": setting.symmetric_algo}
+    assert flags.items() <= session["args"].items()
+    expected = {"run": folder.name, "script": script, "command": sys.argv}
+    expected |= {"directory": str(path.parent), "working_directory": str(Path.cwd())}
+    assert expected.items() <= session.items()
+    assert session["files"][str(path)] == hashlib.sha256(path.read_bytes()).hexdigest()
+    started = time.mktime(time.strptime(session["started"], "%Y-%m-%d %H:%M:%S"))
+    assert 0 <= time.time() - started < 600
+    library = "transformers" if setting.is_text else "ale-py" if setting.atari else "mujoco"
+    versions = {"torch": torch.__version__, library: version(library)}
+    assert versions.items() <= session["versions"].items()
+    assert "pip" not in session["versions"]  # not imported
+
+
+def test_progress_has_the_means_of_what_was_logged_since_the_evaluation_before(setting):
+    _, folder = setting.run(RUNS, **every(setting, 2))
+    logged = scalars(folder)
+    rows = progress(folder)
+    steps = [i * setting.batch for i in (1, 2, 3, 4)]
+    assert [step for step, _ in logged["losses/entropy"]] == steps
+    assert evaluated(folder) == steps[1::2]
+    scores = [(row["step"], pytest.approx(row["return_mean"])) for row in rows]
+    assert logged.pop("eval/return_mean") == scores
+    assert {*logged, "step", "return_mean", "return_std", "length_mean"} <= set(rows[-1])
+    for row in rows[-2:]:
+        for name, entries in logged.items():
+            since = [value for step, value in entries if row["step"] - step in (0, setting.batch)]
+            assert row[name] == pytest.approx(np.mean(since), rel=1e-4, abs=1e-6), name
+
+
+@only(*A2C)
+def test_an_entry_in_a2cs_log_has_the_means_of_all_updates_since_the_last(setting, monkeypatch):
+    each = scalars(setting.run(RUNS)[1])
+    gae = record(monkeypatch, setting.script, "compute_gae")
+    rare = scalars(setting.run(RUNS, log_freq=128)[1])
+    for name in ("losses/value_loss", "losses/entropy", "losses/grad_norm"):
+        a, b, c, d = (value for _, value in each[name])
+        means = [(128, pytest.approx((a + b) / 2)), (256, pytest.approx((c + d) / 2))]
+        assert rare[name] == means
+    for i, (_, explained) in enumerate(rare["losses/explained_variance"]):
+        advantage, returns = np.stack([result for _, result in gae[2 * i : 2 * i + 2]], axis=1)
+        assert explained == pytest.approx(1 - advantage.var() / returns.var(), abs=1e-5)
+
+
+def test_a_tracked_run_tells_weights_and_biases_its_arguments(setting, monkeypatch):
+    calls = []
+    wandb = SimpleNamespace(init=lambda **arguments: calls.append(arguments))
+    monkeypatch.setitem(sys.modules, "wandb", wandb)
+    _, folder = setting.run(RUNS, track=True, total_timesteps=setting.batch, seed=3)
+    (call,) = calls
+    assert call["config"]["seed"] == 3
+    assert (call["name"], call["sync_tensorboard"]) == (folder.name, True)
+    # One id per folder, which W&B keeps there: not one for all runs of this name
+    assert (call["dir"], call["resume"], call.get("id")) == (folder, "auto", None)
+
+
+# ---- Names of runs
+
+HARMLESS = {"runs_dir": "elsewhere", "track": True, "compile": True, "device": "cuda"}
+HARMLESS |= {"gradient_checkpointing": True}
+
+
+def test_only_what_may_change_results_changes_the_folder(setting, monkeypatch):
+    """Windows refuses some letters."""
+
+    def name(**flags):
+        return setting.folder(**{"runs_dir": RUNS} | flags).name
+
+    plain = name()
+    task = setting.small.get("env_id", "toy")
+    assert plain.startswith(f"{task}__{setting.symmetric_algo}__none__1__")
+    for flags in ({"gamma": 0.9}, {"beta": 0.0}, {"eval_freq": 64}, {"seed": 2}):
+        assert name(**flags) != plain, flags
+    known = set(HARMLESS) & set(vars(setting.args(RUNS)))
+    assert set(setting.script.NO_EFFECT) == known
+    for flag in known:
+        assert name(**{flag: HARMLESS[flag]}) == plain, flag
+    if setting.atari:
+        assert name(env_id="BreakoutNoFrameskip-v4") == plain
+    assert not set(name(exp_name='a/b\\c<d>"e"|f?g*h:i')) & set('<>:"/\\|?*')
+    monkeypatch.setattr(setting.script, "SOURCE", setting.script.SOURCE + b"# an edit\n")
+    assert name() != plain
+
+
+@only(SA2C_CONTINUOUS)
+def test_files_that_are_imported_and_not_installed_count(setting, tmp_path, monkeypatch):
+    """Helpers that the script imports, and what these import, count. Libraries, Python's own files
+    and what torch.compile, a debugger or an editor has made or imported do not."""
+    monkeypatch.syspath_prepend(tmp_path)
+    helper, further = tmp_path / "helper_of_ours.py", tmp_path / "further_one.py"
+    helper.write_text("import further_one")
+    further.write_text("x = 1")
+    before = setting.script.file_digests()
+    assert {setting.script.__file__, __file__} <= set(before)  # this module is not installed
+    assert not {torch.__file__, json.__file__} & set(before)
+    importlib.import_module("helper_of_ours")
+    foreign = {"torch._inductor.runtime.compile_tasks.c": "c.py", "c.inductor_entry_cpp": "c.so"}
+    foreign |= {"pydevd": "debugpy/pydevd.py", "sitecustomize": "ide/sitecustomize.py"}
+    for name, place in foreign.items():
+        path = tmp_path / place
+        path.parent.mkdir(exist_ok=True)
+        path.write_text("")
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(__file__=str(path)))
+    assert set(setting.script.file_digests()) - set(before) == {str(helper), str(further)}
+    further.write_text("x = 2")
+    assert setting.script.file_digests()[str(further)] == hashlib.sha256(b"x = 2").hexdigest()
+
+
+@only(SA2C_CONTINUOUS)
+def test_a_script_that_is_edited_while_it_runs_is_recorded_as_it_was(setting, tmp_path):
+    """It is recorded by its own place, if a link led to it."""
+    path = tmp_path / f"{setting}.py"
+    link = tmp_path / "link.py"
+    link.symlink_to(path)
+    was = shutil.copy(setting.script.__file__, path).read_bytes()
+    spec = importlib.util.spec_from_file_location("edited_later", link)
+    script = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(script)
+    path.write_text("# an edit")
+    _, folder = replace(setting, script=script).run(RUNS, total_timesteps=64)
+    assert (folder / path.name).read_bytes() == was
+    (session,) = sessions(folder)
+    assert session["files"][str(path)] == hashlib.sha256(was).hexdigest()
+
+
+@only(SPPO_CONTINUOUS)
+def test_an_edited_environment_makes_another_run(launch, tmp_path, monkeypatch):
+    """So does an edit of any file of its package."""
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("mine").mkdir()
+    Path("mine/__init__.py").write_text(
+        "import gymnasium\ngymnasium.register('Mine-v0', 'mine.envs:Mine')\n"
+    )
+    Path("mine/envs.py").write_text("from test_contract import TenStepsEnv as Mine\n")
+    flags = {"env_id": "mine:Mine-v0", "total_timesteps": 64}
+    assert "from step 0" in launch(**flags)[1]
+    assert "from step" not in launch(**flags)[1]
+    Path("mine/envs.py").write_text("from test_contract import TenStepsEnv as Mine  # edited\n")
+    assert "from step 0" in launch(**flags)[1]
+
+
+READ = "texts.jsonl saved/1 saved/2 policy/weights reward/weights words/1 base/1".split()
+READ = {name: name for name in READ} | {
+    "reward/adapter_config.json": '{"base_model_name_or_path": "base"}',
+    "own_part.py": "def own(texts): pass",
+    "own_training.py": "from own_part import own",
+    "own_other.py": "from own_part import own",
+}
+
+
+def test_what_a_run_on_texts_reads_is_part_of_its_name(tmp_path, monkeypatch):
+    """Reward functions with what they import, local models with the base of an adapter, and data
+    count; hidden files and byte code do not. Data stay as they are where they are split."""
+    hidden = {"other.py": "", "policy/.cache/other": "", "saved/__pycache__/1": ""}
+    for name, content in (READ | hidden).items():
+        Path(name).parent.mkdir(exist_ok=True)
+        Path(name).write_text(content)
+    flags = {"policy_model": "policy", "dataset": "texts.jsonl", "eval_dataset": "saved:test"}
+    flags |= {"reward_model": ("own_training.py:own", "reward", "own_other.py:own")}
+    flags |= {"tokenizer": "words", "eval_episodes": 20}
+    args = TEXTS.args(RUNS, **flags)
+    rlhf.prepare(args)
+    digests = set(digests_of(rlhf, args))
+    assert {str(tmp_path / name) for name in READ} <= digests
+    assert not {str(tmp_path / name) for name in hidden} & digests
+    folder = TEXTS.folder(RUNS, **flags)
+    for name, content in READ.items():
+        Path(name).write_text(content + " ")
+        assert TEXTS.folder(RUNS, **flags) != folder
+        Path(name).write_text(content)
+    with monkeypatch.context() as patch:
+        patch.chdir("/")  # as a reward function may do
+        assert TEXTS.folder(RUNS, **flags) == folder
+    Path("saved/1").rename("saved/3")
+    assert TEXTS.folder(RUNS, **flags) != folder
+    for name in ("one", "two"):
+        datasets.Dataset.from_dict({"text": ["a"] * 200}).save_to_disk(name)
+    for held_out in ("two", None):
+        args = TEXTS.args(RUNS, **flags | {"dataset": "one", "eval_dataset": held_out})
+        digests = digests_of(rlhf, args)
+        rlhf.load_data(args)
+        assert digests_of(rlhf, args) == digests
+
+
+# ---- Runs that are started again
+
+
+@only(*KINDS)
+def test_a_finished_run_is_not_trained_again(setting, launch, monkeypatch):
+    """The same command prints its score again. It writes a summary that a kill has prevented."""
+    _, first, _ = launch()
+    (folder,) = RUNS.iterdir()
+    before = files(folder)
+    for name in ("evaluate", setting.loss_name):
+        monkeypatch.setattr(setting.script, name, fail)
+    end, again, _ = launch()
+    assert (end, again) == (0, first.splitlines()[-1] + "\n")
+    assert files(folder) == before
+    (folder / "summary.json").unlink()
+    assert launch()[0] == 0
+    after = files(folder)
+    changed = {path.name for path in before if after[path] != before[path]}
+    assert changed == {"sessions.jsonl"}
+
+
+def lucky(texts):
+    """A reward function that draws from all global generators."""
+    return [random.random() + np.random.random() + torch.rand(1).item() for _ in texts]
+
+
+LORA = replace(TEXTS, small=TEXTS.small | {"lora_r": 2})
+
+
+@only(*ALL, LORA)
+def test_a_continued_run_equals_an_uninterrupted_one(setting, tmp_path):
+    """It does to the last bit, whatever environments draw from. A kill comes before the first
+    checkpoint, and another after an evaluation or an update that no checkpoint has: in the middle
+    of episodes and, for A2C, of an entry in the log."""
+    batch = setting.batch
+    flags = {"total_timesteps": 5 * batch, "seed": 5, "noise": "normal", "noise_level": 2.0}
+    flags |= every(setting, 3)
+    if setting.is_text:
+        flags |= {"reward_model": (f"{__file__}:lucky",), "ce_coef": 0.1}
+    else:
+        flags |= {"eval_freq": 2 * batch} | ({} if setting.atari else {"env_id": "Drawing-v0"})
+        flags |= {} if setting.ppo else {"log_freq": 2 * batch}
+    whole_summary, whole = setting.run("whole", **flags)
+    for rollouts, step in (1, None), (4, 3 * batch):
+        torch.manual_seed(0)
+        np.random.seed(None)
+        folder = setting.interrupt("continued", rollouts, **flags)
+        saved = (folder / "checkpoint.pt").exists()
+        assert (step_and_speeds(checkpoint(folder))[0] if saved else None) == step
+    torch.manual_seed(0)
+    np.random.seed(None)
+    summary, folder = setting.run("continued", **flags)
+    assert len(sessions(folder)) == 3
+    assert (whole.parent, folder.parent) == (tmp_path / "whole", tmp_path / "continued")
+    assert folder.name == whole.name
+    states = checkpoint(folder), checkpoint(whole)
+    for state in states:
+        step_and_speeds(state)[1].clear()
+    bits = [json.dumps(state, default=lambda x: x.numpy().tobytes().hex()) for state in states]
+    assert bits[0] == bits[1]
+    for name in ("progress.csv", "samples.jsonl" if setting.is_text else "agent.safetensors"):
+        assert (folder / name).read_bytes() == (whole / name).read_bytes()
+    assert scalars(folder) == scalars(whole)
+    assert summary | {"sps": 0} == whole_summary | {"sps": 0}
+
+
+def break_disk(setting, patch):
+    def half(content, path):
+        Path(path).write_bytes(b"half")
+        raise OSError(errno.ENOSPC, "No space left on device")
+
+    patch.setattr(torch, "save", half)
+
+
+def save_more(setting, patch):
+    save = torch.save
+    more = {"mine": np.float64(1)}  # as an edit may save
+    patch.setattr(torch, "save", lambda content, path: save(content | more, path))
+
+
+def make_infinite(setting, patch):
+    original = setting.loss_function
+
+    def infinite(*arguments):
+        result, metrics = original(*arguments)
+        if torch.is_tensor(result):
+            return result * torch.inf, metrics
+        return result, metrics | {"losses/grad_norm": torch.tensor(torch.inf)}
+
+    patch.setattr(setting.script, setting.loss_name, infinite)
+
+
+FAULTS = [  # what goes wrong in the second update, what is said, and whether it was evaluated
+    (break_disk, "No space left on device", True),
+    (save_more, "checkpoint.pt.tmp can't be read: it is damaged, or has more than tensors", True),
+    (make_infinite, "error: gradient not finite, step {} (learning rate? reward?)", False),
+]
+
+
+@pytest.mark.parametrize(("fault", "message", "has_row"), FAULTS, ids="full_disk more nan".split())
+def test_what_goes_wrong_leaves_the_checkpoint_before(setting, launch, fault, message, has_row):
+    """The same command continues from there; what was written after it does not come twice."""
+    flags = every(setting, 1)
+    one, two, three, four = (i * setting.batch for i in (1, 2, 3, 4))
+    folder = setting.interrupt(RUNS, 1, **flags)
+    with pytest.MonkeyPatch.context() as patch:
+        fault(setting, patch)
+        try:
+            end, _, _ = launch(**flags)
+        except OSError as error:
+            end = str(error)
+    assert message.format(two) in end
+    assert step_and_speeds(checkpoint(folder))[0] == one
+    assert evaluated(folder) == ([one, two] if has_row else [one])
+    end, out, _ = launch(**flags)
+    assert end == 0 and f"from step {one}, with" in out
+    assert evaluated(folder) == [one, two, three, four]
+    assert [step for step, _ in scalars(folder)["losses/entropy"]] == [one, two, three, four]
+
+
+@only(SPPO_CONTINUOUS)
+def test_a_file_that_another_program_has_open_is_tried_again(launch, monkeypatch):
+    """On Windows it cannot be replaced, as a progress.csv in a spreadsheet."""
+    rename = os.replace
+    errors = [PermissionError()]
+
+    def refusing_replace(source, target):
+        if errors:
+            raise errors.pop()
+        rename(source, target)
+
+    monkeypatch.setattr(os, "replace", refusing_replace)
+    monkeypatch.setattr(time, "sleep", lambda seconds: None)
+    assert launch()[0] == 0
+
+
+@only(*KINDS)
+def test_a_run_has_one_process_at_a_time(setting, launch, monkeypatch):
+    """Models are not even loaded. On some disks, nothing can be locked."""
+
+    def no_locks(*_):
+        raise OSError(errno.EIO, "Input/output error")
+
+    folder = setting.interrupt(RUNS, 1, **every(setting, 1))
+    before = files(folder)
+    said = f"error: another process is at work on {folder}"
+    with monkeypatch.context() as patch, FileLock(folder / "lock"):
+        for name in ("train", "load"):
+            patch.setattr(setting.script, name, fail, raising=False)
+        assert launch(**every(setting, 1))[0].startswith(said)
+    assert files(folder) == before
+    if not setting.is_text:
+        with monkeypatch.context() as patch:
+            patch.setattr(fcntl, "flock", no_locks)
+            end, _, _ = launch(**every(setting, 1))
+        assert end == f"{said}, or it cannot be locked: [Errno 5] Input/output error"
+    (folder / "lock").write_text("")  # as a killed process leaves it
+    assert launch(**every(setting, 1))[0] == 0
+
+
+@only(*KINDS)
+def test_a_keyboard_interrupt_says_what_continues(setting, launch, monkeypatch):
+    def interrupt(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(setting.script, setting.advantages, interrupt)
+    said = "interrupted; the same command continues from its last checkpoint, if any"
+    assert launch()[0] == said
+
+
+@needs_gpu
+@only(*ATARI, TEXTS, replace(TEXTS, small=TEXTS.small | {"amp": "auto"}))
+def test_on_a_gpu_a_run_is_compiled_and_continued(setting, launch):
+    flags = every(setting, 1) | {"device": "cuda"}
+    flags |= {"compile": True} if setting.atari else {}
+    folder = setting.interrupt(RUNS, 2, **flags)
+    end, _, err = launch(**flags)
+    assert end == 0
+    assert "torch.compile failed" not in err
+    assert len(sessions(folder)) == 2
+
+
+# ---- What a run refuses
+
+REFUSED = [  # scripts, flags, and what they say; None: these flags are not refused
+    (ALL, "--z 0", "z stands for log 0"),
+    (ALL, "--seed -1", "seed must be finite and not negative"),
+    (ALL, "--vf-coef nan", "vf_coef must be finite and not negative"),
+    (ALL, "--noise normal --noise-level -1", "noise_level must be finite and not negative"),
+    (ALL, "--gae-lambda 95", "gae_lambda must be between 0 and 1"),
+    (ALL, "--alpha 0 --beta 0", "with alpha and beta 0 nothing trains the policy"),
+    (ALL, "--max-grad-norm 0", "max_grad_norm must be positive"),
+    (ALL, "--noise-level 0.1", "noise_level needs a kind of noise"),
+    (ALL, "--noise adv_flip --noise-level 1.5", "noise_level is the probability of a flip"),
+    (ALL, "--eval-episodes 0", "eval_episodes must be at least 1"),
+    (PPO, "--num-minibatches 5", "num_minibatches must divide the 64 steps of a rollout"),
+    (PPO, "--num-minibatches 64", "norm_adv needs 2 or more steps in a minibatch"),
+    (PPO, "--num-minibatches 64 --no-norm-adv --total-timesteps 64", None),
+    (A2C, "--norm-adv --num-envs 1 --num-steps 1", "norm_adv needs more than one step"),
+    ([SA2C_ATARI], "--rmsprop-eps -1e-5", "rmsprop_eps must be finite and not negative"),
+    (ATARI, "--repeat-action-probability 25", "repeat_action_probability must be between 0"),
+    (ATARI, "--env-id Brekout", "`Brekout` doesn't exist in namespace ALE. Did you mean: `Break"),
+    (ATARI, "--env-id ALE/Breakout-v5", "env_id must be the NAME of an ALE/NAME-v5"),
+    (CONTINUOUS, "--hidden-sizes 0", "hidden_sizes must be at least 1"),
+    (CONTINUOUS, "--bins 1", "bins must be at least 2"),
+    (CONTINUOUS, "--policy gaussian --beta 1", "beta needs probabilities"),
+    (CONTINUOUS, "--env-id Hoper-v4", "--env-id Hoper-v4: Environment `Hoper` doesn't exist"),
+    (CONTINUOUS, "--env-id nowhere:Task-v0", "nowhere:Task-v0: No module named 'nowhere'"),
+    (CONTINUOUS, "--env-id CartPole-v1", "Discrete(2) is no vector; see docs/copy-and"),
+    (CONTINUOUS, "--env-id Unbounded-v0 --policy gaussian", None),
+    (CONTINUOUS, "--env-id Huge-v0", "needs float actions, bounded unless --policy gaussian"),
+    (CONTINUOUS, "--env-id Whole-v0 --policy gaussian", "needs float actions"),
+    ([TEXTS], "--temperature 0", "temperature must be positive"),
+    ([TEXTS], "--noise flip --noise-level 1.5", "noise_level is the probability of a flip"),
+    ([TEXTS], "--micro-batch-size 0", "micro_batch_size must be at least 1"),
+    ([TEXTS], "--num-minibatches 8", "num_minibatches times processes must divide batch_size"),
+    ([TEXTS], "--reward-weights 1 2", "reward_weights: one for each reward_model"),
+    ([TEXTS], "--reward-model my.py", "which function? FILE.py:NAME"),
+]
+REFUSED = [(setting, *rest) for settings, *rest in REFUSED for setting in settings]
+
+
+@pytest.mark.parametrize(("setting", "flags", "message"), REFUSED, ids=str, indirect=["setting"])
+def test_flags_that_would_mean_something_else_are_refused(flags, message, launch, monkeypatch):
+    """Nothing has begun then."""
+    monkeypatch.setenv("WORLD_SIZE", "2")  # which only sppo_rlhf.py reads
+    end, _, err = launch(*flags.split())
+    if message is None:
+        assert end == 0
+    else:
+        assert message in " ".join(f"{end} {err}".replace("│", "").split())  # in a box, or not
+        assert not RUNS.exists()
+
+
+@only(SPPO_CONTINUOUS, SA2C_ATARI)
+def test_without_a_compiler_a_run_says_so_and_goes_on(setting, monkeypatch, capsys):
+    """A function that fails uncompiled, too, shows its own error."""
+
+    def root(x):
+        if x < 0:
+            raise ValueError("a copy's own mistake")
+        return x**0.5
+
+    monkeypatch.setattr(torch, "compile", lambda function, **_: lambda *inputs: 1 / 0)
+    call = setting.script.compiled(root)
+    assert (call(4), call(9)) == (2, 3)
+    with pytest.raises(ValueError, match="a copy's own mistake"):
+        call(-1)
+    failed = "torch.compile failed, continuing without: ZeroDivisionError"
+    assert capsys.readouterr().err.count(failed) == 1
+
+
+# ---- Environments of one's own
+
+
+class TenStepsEnv(gym.Env):
+    """Episodes of ten steps. As in BipedalWalker, a seed does not undo what has been."""
+
+    observation_space = gym.spaces.Box(-1, 1, (2,))
+    age = 0
+    open, most = [], 0
+    wrong = {}  # what the fifth step returns instead: {place: value}
+
+    def __init__(self, low=-1, high=1, dtype=np.float32):
+        self.action_space = gym.spaces.Box(low, high, (2,), dtype)
+        self.open.append(self)
+        TenStepsEnv.most = max(self.most, len(self.open))
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        self.time = 0
+        return np.array([self.np_random.random(), self.age], np.float32), {}
+
+    def step(self, action):
+        self.time += 1
+        self.age += 1
+        obs = np.array([self.np_random.random(), self.age], np.float32)
+        returned = [obs, action.sum() + obs[0], self.time == 10, False, {}]
+        for place, value in self.wrong.items() if self.age == 5 else ():
+            returned[place] = value
+        return tuple(returned)
+
+    def close(self):
+        self.open.remove(self)
+
+
+class DrawingEnv(TenStepsEnv):
+    """Draws from all random numbers that there are, also when it is made, and leaves the working
+    directory."""
+
+    def __init__(self):
+        super().__init__()
+        self.age = np.random.random() + torch.rand(1).item()
+        os.chdir("/")
+
+    def step(self, action):
+        self.age += random.random() + np.random.random() + torch.rand(1).item()
+        self.age += self.action_space.sample().sum() + self.observation_space.sample().sum()
+        return super().step(action)
+
+
+class DrawingWrapper(gym.Wrapper):
+    """Draws from a space that only it has."""
+
+    def __init__(self, env):
+        super().__init__(env)
+        self.action_space = gym.spaces.Box(-1, 1, (2,))
+
+    def step(self, action):
+        return self.env.step(action + self.action_space.sample())
+
+
+LARGEST = np.finfo(np.float32).max
+gym.register("TenSteps-v0", lambda **_: TenStepsEnv())
+gym.register("Drawing-v0", lambda **_: DrawingWrapper(DrawingEnv()))
+gym.register("Unbounded-v0", lambda **_: TenStepsEnv(-np.inf, np.inf))
+gym.register("Huge-v0", lambda **_: TenStepsEnv(-LARGEST, LARGEST))
+gym.register("Whole-v0", lambda **_: TenStepsEnv(dtype=int))
+NAN = np.array([np.nan, 0])
+
+
+@only(*CONTINUOUS)
+@pytest.mark.parametrize("wrong", [{0: NAN}, {0: NAN, 3: True}, {1: -np.inf}, {1: None}])
+def test_what_is_not_finite_stops_the_run_before_it_is_saved(setting, wrong, monkeypatch):
+    monkeypatch.setattr(TenStepsEnv, "wrong", wrong)
+    with pytest.raises(SystemExit, match="error: gradient not finite, step 64 .* reward"):
+        setting.run(RUNS, env_id="TenSteps-v0", **every(setting, 1))
+    (folder,) = RUNS.iterdir()
+    assert not list(folder.glob("[acp]*.[cps]*t*"))  # no agent, no checkpoint, no progress
+
+
+@only(SPPO_CONTINUOUS, SA2C_ATARI)
+def test_an_evaluation_that_is_not_finite_stops_the_run(setting, monkeypatch):
+    monkeypatch.setattr(setting.script, "evaluate", lambda *_: (np.array([np.nan]), np.ones(1)))
+    with pytest.raises(SystemExit, match="error: a return of the evaluation at step 64 is not fin"):
+        setting.run(RUNS, **every(setting, 1))
+
+
+@only(*CONTINUOUS)
+def test_what_comes_after_the_end_of_an_episode_may_be_anything(setting, monkeypatch):
+    """As from a simulator that has diverged."""
+    monkeypatch.setattr(TenStepsEnv, "wrong", {0: NAN, 2: True})
+    _, folder = setting.run(RUNS, env_id="TenSteps-v0")
+    assert weights(folder).isfinite().all()
+
+
+@only(*CONTINUOUS)
+def test_environments_are_closed_after_all_ends_of_a_run(setting, monkeypatch):
+    """No more are open at a time than those of the training, and one to evaluate."""
+    flags = {"env_id": "TenSteps-v0", "num_envs": 2, "num_steps": 32}
+    monkeypatch.setattr(TenStepsEnv, "open", [])
+    monkeypatch.setattr(TenStepsEnv, "most", 0)
+    setting.run("whole", **flags, **every(setting, 1))
+    assert (TenStepsEnv.open, TenStepsEnv.most) == ([], 3)
+    monkeypatch.setattr(setting.script, "evaluate", lambda *_: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        setting.run("failed", **flags)
+    assert TenStepsEnv.open == []
+
+
+# ---- Kills at random times
+
+LONGER = {
+    "sppo_continuous": {"env_id": "BipedalWalker-v3", "total_timesteps": 4096, "eval_freq": 512}
+    | {"checkpoint_freq": 768, "noise": "adv_flip"},
+    "sa2c_atari": {"total_timesteps": 512, "checkpoint_freq": 12},
+    "sppo_rlhf": {"total_timesteps": 192, "eval_freq": 64},
+}
+
+
+@pytest.mark.slow
+@only(*KINDS)
+def test_a_run_killed_at_random_times_is_the_same_run(setting):
+    """It is killed twice, and once more when it has a checkpoint."""
+    command = [sys.executable, setting.script.__file__]
+    command += words(setting.small | LONGER[str(setting)])
+
+    def start(runs_dir, pattern, count=1):
+        """Waits until the run has so many files."""
+        process = subprocess.Popen([*command, "--runs-dir", runs_dir])
+        while len(list(Path(runs_dir).glob(pattern))) < count and process.poll() is None:
+            time.sleep(0.01)
+        return process
+
+    process = start("whole", "*/events*")
+    began = time.perf_counter()
+    assert process.wait() == 0
+    seconds = time.perf_counter() - began
+    for pattern, count in ("*/events*", 1), ("*/events*", 2), ("*/checkpoint.pt", 1):
+        process = start("killed", pattern, count)
+        if pattern == "*/events*":
+            time.sleep(random.uniform(0, seconds / 4))
+        process.kill()
+        process.wait()
+    assert start("killed", "*/summary.json").wait() == 0
+    (whole,), (killed,) = Path("whole").iterdir(), Path("killed").iterdir()
+    assert killed.name == whole.name
+    assert len(sessions(killed)) > 1
+    for name in {"progress.csv", "agent.safetensors", "samples.jsonl"} & set(os.listdir(whole)):
+        assert (killed / name).read_bytes() == (whole / name).read_bytes()
+    assert torch.equal(weights(killed), weights(whole))
