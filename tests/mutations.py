@@ -31,16 +31,16 @@ sppo_atari.py: control to_the_last_bit
 sppo_atari.py: control no_seed_comes_twice
 - default_rng([seed, 0, 2])
 + default_rng([seed, 0, 1])
-sppo_atari.py: runs equals_an_uninterrupted
+sppo_atari.py: contract equals_an_uninterrupted
 - np.random.default_rng([args.seed, global_step, 1])
 + np.random.default_rng()
-sppo_continuous.py: runs whatever_an_environment_draws
+sppo_continuous.py: contract equals_an_uninterrupted
 - torch.default_generator.manual_seed(seeds[0])
 + pass
 sppo_continuous.py: control flip_anew
 - torch.from_numpy(advantage).flatten()  # float64
 + torch.from_numpy(advantage).float().flatten()  # float64
-sa2c_continuous.py: runs edited_while_it_runs
+sa2c_continuous.py: contract edited_while_it_runs
 - temporary.write_bytes(SOURCE)
 + temporary.write_bytes(script.read_bytes())
 enjoy.py: enjoy in_other_code

@@ -208,6 +208,36 @@ def test_progress_has_the_means_of_what_was_logged_since_the_evaluation_before(s
             assert row[name] == pytest.approx(np.mean(since), rel=1e-4, abs=1e-6), name
 
 
+@only(SPPO_CONTINUOUS, SA2C_ATARI)
+def test_a_metric_may_be_missing_or_nan(setting, monkeypatch):
+    """It is a column of progress.csv, and summary.json is valid JSON."""
+    calls = []
+
+    def loss(*arguments):
+        calls.append(arguments)
+        result, metrics = original(*arguments)
+        late = len(calls) > (24 if setting.ppo else 3)
+        return result, metrics | ({"losses/mine": torch.tensor(torch.nan)} if late else {})
+
+    original = setting.loss_function
+    monkeypatch.setattr(setting.script, setting.loss_name, loss)
+    _, folder = setting.run(RUNS, **every(setting, 1))
+    header, *rows = (folder / "progress.csv").read_text().splitlines()
+    column = header.split(",").index("losses/mine")
+    assert [row.split(",")[column] for row in rows] == ["", "", "", "nan"]
+    summary = (folder / "summary.json").read_text()
+    assert "losses/mine" not in json.loads(summary, parse_constant=fail)
+
+
+@only(SPPO_CONTINUOUS, SA2C_ATARI)
+def test_scores_are_logged_once_an_episode_has_ended(setting):
+    """Episodes and games here have ten steps."""
+    flags = {} if setting.atari else {"env_id": "TenSteps-v0", "num_minibatches": 1}
+    flags |= {"num_envs": 1, "num_steps": 4, "eval_freq": 4, "total_timesteps": 16}
+    _, folder = setting.run(RUNS, **flags)
+    assert scalars(folder)["charts/episodic_length"] == [(12, 10.0), (16, 10.0)]
+
+
 @only(*A2C)
 def test_an_entry_in_a2cs_log_has_the_means_of_all_updates_since_the_last(setting, monkeypatch):
     each = scalars(setting.run(RUNS)[1])
@@ -482,6 +512,15 @@ def test_what_goes_wrong_leaves_the_checkpoint_before(setting, launch, fault, me
     assert [step for step, _ in scalars(folder)["losses/entropy"]] == [one, two, three, four]
 
 
+@only(*KINDS)
+def test_a_damaged_checkpoint_is_named_and_kept(setting, launch):
+    folder = setting.interrupt(RUNS, 1, **every(setting, 1))
+    (folder / "checkpoint.pt").write_bytes(b"half")
+    end, _, _ = launch(**every(setting, 1))
+    assert "checkpoint.pt can't be read: it is damaged" in end
+    assert (folder / "checkpoint.pt").read_bytes() == b"half"
+
+
 @only(SPPO_CONTINUOUS)
 def test_a_file_that_another_program_has_open_is_tried_again(launch, monkeypatch):
     """On Windows it cannot be replaced, as a progress.csv in a spreadsheet."""
@@ -550,6 +589,11 @@ REFUSED = [  # scripts, flags, and what they say; None: these flags are not refu
     (ALL, "--z 0", "z stands for log 0"),
     (ALL, "--seed -1", "seed must be finite and not negative"),
     (ALL, "--vf-coef nan", "vf_coef must be finite and not negative"),
+    (ALL, "--alpha -1", "alpha must be finite and not negative"),
+    (ALL, "--learning-rate -1e-4", "learning_rate must be finite and not negative"),
+    (ALL, "--gamma 1.01", "gamma must be between 0 and 1"),
+    ([*PPO, TEXTS], "--clip-coef -0.1", "clip_coef must be finite and not negative"),
+    (SETTINGS, "--ent-coef -0.01", "ent_coef must be finite and not negative"),
     (ALL, "--noise normal --noise-level -1", "noise_level must be finite and not negative"),
     (ALL, "--gae-lambda 95", "gae_lambda must be between 0 and 1"),
     (ALL, "--alpha 0 --beta 0", "with alpha and beta 0 nothing trains the policy"),
@@ -566,6 +610,8 @@ REFUSED = [  # scripts, flags, and what they say; None: these flags are not refu
     (ATARI, "--env-id Brekout", "`Brekout` doesn't exist in namespace ALE. Did you mean: `Break"),
     (ATARI, "--env-id ALE/Breakout-v5", "env_id must be the NAME of an ALE/NAME-v5"),
     (CONTINUOUS, "--hidden-sizes 0", "hidden_sizes must be at least 1"),
+    (ATARI, "--env-id PongDeterministic-v4", "env_id must be the NAME of an ALE/NAME-v5"),
+    (CONTINUOUS, "--noise flip", "invalid choice 'flip'"),
     (CONTINUOUS, "--bins 1", "bins must be at least 2"),
     (CONTINUOUS, "--policy gaussian --beta 1", "beta needs probabilities"),
     (CONTINUOUS, "--env-id Hoper-v4", "--env-id Hoper-v4: Environment `Hoper` doesn't exist"),
@@ -716,6 +762,8 @@ def test_environments_are_closed_after_all_ends_of_a_run(setting, monkeypatch):
     monkeypatch.setattr(TenStepsEnv, "most", 0)
     setting.run("whole", **flags, **every(setting, 1))
     assert (TenStepsEnv.open, TenStepsEnv.most) == ([], 3)
+    setting.interrupt("interrupted", 1, **flags)
+    assert TenStepsEnv.open == []
     monkeypatch.setattr(setting.script, "evaluate", lambda *_: 1 / 0)
     with pytest.raises(ZeroDivisionError):
         setting.run("failed", **flags)
