@@ -57,8 +57,8 @@ two means in scores.csv; the two are far apart where the scores of runs are""",
     "p, corrected": "by Benjamini and Hochberg, for the number of differences in the table",
 }
 
-NOT_WHOLE = """To have one whole, delete its folder and run its command again. Until then the same
-command, and benchmark.sh, take a run with a summary.json for finished."""
+NOT_WHOLE = """To have a run whole (not a pack), delete its folder and run its command again. Until
+then the same command, and benchmark.sh, take a run with a summary.json for finished."""
 
 MEASURES = {  # columns of runs
     "return_mean": "last evaluation",

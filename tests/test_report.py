@@ -269,7 +269,7 @@ def test_a_report_says_what_is_not_whole_and_what_to_do(tmp_path):
     (whole / "agent.safetensors").touch()
     page = write_report(runs, out=tmp_path / "out")
     shown = page.partition("## What was run")[2]
-    assert "**Not whole: 2.** To have one whole, delete its folder and run its command" in shown
+    assert "**Not whole: 2.** To have a run whole (not a pack), delete its folder" in shown
     assert f"- `{without.name}: no agent.safetensors, which enjoy.py plays; scores" in shown
     assert f"- `{broken.name}: left out: JSONDecodeError: Expecting" in shown
     header, row, _ = table_after(page, "Last evaluation (runs: 3):")
