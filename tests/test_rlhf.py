@@ -24,7 +24,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from helpers import SMALL_TEXTS as SMALL
-from helpers import checkpoint, digests_of, progress, record, weights, work_in
+from helpers import Setting, checkpoint, digests_of, progress, record, weights, work_in
 from helpers import words as typed
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -91,16 +91,11 @@ def models(toy):
     """Models that have learnt nothing, with the toy's tokenizer: name -> folder. The classifier has
     one output and a tokenizer that pads on the left; the adapter makes a classifier of GPT-J."""
     folders = {name: toy.parent / name for name in ("gpt2", "gptj", "classifier", "adapter")}
-    tokenizer = AutoTokenizer.from_pretrained(toy / "policy")
-    shape = {"n_positions": 64, "n_embd": 16, "n_layer": 2, "n_head": 2}
-    shape |= {"vocab_size": len(tokenizer), "eos_token_id": tokenizer.eos_token_id}
-    gpt2 = transformers.GPT2Config(**shape, **dict.fromkeys(DROPOUTS.split(), 0.5))
-    gptj = transformers.GPTJConfig(**shape, rotary_dim=4)
-    for name, config in (("gpt2", gpt2), ("gptj", gptj)):
-        save_policy(AutoModelForCausalLM.from_config(config), folders[name], tokenizer)
+    make_policy("GPT2", folders["gpt2"], toy, n_positions=64, **DROPOUTS)
+    make_policy("GPTJ", folders["gptj"], toy, n_positions=64)
     load = AutoModelForSequenceClassification.from_pretrained
     load(folders["gpt2"], num_labels=1).save_pretrained(folders["classifier"])
-    tokenizer.padding_side = "left"
+    tokenizer = AutoTokenizer.from_pretrained(toy / "policy", padding_side="left")
     tokenizer.save_pretrained(folders["classifier"])
     config = peft.LoraConfig(r=2, task_type="SEQ_CLS", init_lora_weights=False)
     adapter = peft.get_peft_model(load(folders["gptj"], num_labels=1), config)
@@ -157,20 +152,6 @@ def write_data(path, **columns):
     return str(path)
 
 
-def interrupt(run, updates):
-    """Ends a run like a kill would, in the update after the first `updates`."""
-    before = [rlhf.update] * updates
-
-    def update(*args):
-        if not before:
-            raise KeyboardInterrupt
-        return before.pop()(*args)
-
-    with pytest.MonkeyPatch.context() as patch, pytest.raises(SystemExit):
-        patch.setattr(rlhf, "update", update)
-        run()
-
-
 @pytest.fixture
 def summaries(models, tmp_path):
     """Flags for a run with LoRA on GPT-J's architecture, on posts and summaries made here."""
@@ -202,6 +183,7 @@ SHAPES = {
 }
 
 DROPOUTS = "embd_pdrop attn_pdrop resid_pdrop dropout attention_dropout hidden_dropout layerdrop"
+DROPOUTS = dict.fromkeys(DROPOUTS.split(), 0.5)
 
 
 def make_policy(kind, folder, toy, biases=True, **shape):
@@ -213,10 +195,7 @@ def make_policy(kind, folder, toy, biases=True, **shape):
     sizes |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
     sizes |= dict.fromkeys(("bos_token_id", "eos_token_id", "pad_token_id"), 0)
     config = getattr(transformers, f"{kind}Config")(**sizes | SHAPES.get(kind, {}) | shape)
-    save_policy(AutoModelForCausalLM.from_config(config), folder, tokenizer, biases)
-
-
-def save_policy(model, folder, tokenizer, biases=True):
+    model = AutoModelForCausalLM.from_config(config)
     torch.manual_seed(0)
     for parameter in model.parameters():
         if biases or parameter.dim() > 1:
@@ -269,15 +248,16 @@ def ragged(seed=0, lengths=((3, 5), (7, 2), (1, 1), (5, 5))):
     return prompts, [text[length:] for text, (length, _) in zip(texts, lengths)]
 
 
-def alone(actor, prompt, tokens, temperature=1.0):
-    """Log-probabilities and values of the tokens of one text, without padding, by the policy of
-    transformers."""
-    text = torch.tensor([prompt + tokens])
-    its_own = slice(len(prompt) - 1, -1)
-    logits = actor.policy(text).logits[0, its_own] / temperature
-    log_prob = logits.log_softmax(-1).gather(1, text[0, len(prompt) :, None])[:, 0]
-    states = actor.critic(text).last_hidden_state[0, its_own]
-    return log_prob, actor.value_head(states)[:, 0]
+def log_probs_alone(model, prompt, tokens, temperature=1.0):
+    """Log-probabilities of the tokens of one text, without padding, by a model of transformers."""
+    logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
+    log_prob = (logits / temperature).log_softmax(-1)
+    return log_prob.gather(1, torch.tensor(tokens, dtype=int)[:, None])[:, 0]
+
+
+def values_alone(actor, prompt, tokens):
+    states = actor.critic(torch.tensor([prompt + tokens])).last_hidden_state
+    return actor.value_head(states[0, len(prompt) - 1 : -1])[:, 0]
 
 
 def gradient(actor, loss):
@@ -300,7 +280,7 @@ def test_padding_changes_nothing_in_any_family(load, toy, tmp_path, kind, lora_r
     """Log-probabilities of responses and targets, values, gradients and samples, against the plain
     model on each text alone; with LoRA, adapters are not zero. Nor do dropout or gradient
     checkpointing, which computes layers once more."""
-    make_policy(kind, tmp_path / kind, toy, **dict.fromkeys(DROPOUTS.split(), 0.5))
+    make_policy(kind, tmp_path / kind, toy, **DROPOUTS)
     flags = {"lora_r": lora_r, "stop_at_eos": False, "gradient_checkpointing": True}
     setup, args = load(policy_model=str(tmp_path / kind), **flags)
     actor = setup.actor_critic
@@ -322,8 +302,9 @@ def test_padding_changes_nothing_in_any_family(load, toy, tmp_path, kind, lora_r
 
     head = actor.policy.get_output_embeddings()
     del head.forward  # which `patch_head` has replaced
-    expected, values = zip(*(alone(actor, *text) for text in zip(prompts, responses)))
-    targets_expected, _ = zip(*(alone(actor, *text) for text in zip(prompts, targets)))
+    expected = [log_probs_alone(actor.policy, *text) for text in zip(prompts, responses)]
+    values = [values_alone(actor, *text) for text in zip(prompts, responses)]
+    targets_expected = [log_probs_alone(actor.policy, *text) for text in zip(prompts, targets)]
     expected, values, targets_expected = map(torch.cat, (expected, values, targets_expected))
     torch.testing.assert_close(log_prob, expected, atol=1e-4, rtol=0)
     torch.testing.assert_close(value, values, atol=1e-4, rtol=0)
@@ -510,21 +491,22 @@ def test_models_that_do_not_fit_are_refused_before_a_folder_is_made(
         call_main(monkeypatch, *few, *words, "--runs-dir", tmp_path / "runs")
 
 
-@pytest.mark.parametrize("kind", ["Bert", "T5", "GPT2", "DebertaV2"])
-def test_the_tokenizer_of_a_folder_without_one_is_refused(toy, models, tmp_path, monkeypatch, kind):
-    """AutoTokenizer makes one, with which every text is [UNK], "▁ <unk> ▁ <unk>", or nothing. Of a
-    policy and of each reward model."""
+def test_a_folder_without_a_tokenizer_is_refused(toy, models, tmp_path, monkeypatch):
+    """Of a policy and of each reward model. AutoTokenizer makes a tokenizer for such a folder, with
+    which every text is [UNK], "▁ <unk> ▁ <unk>", or nothing."""
     work_in(monkeypatch, toy.parent.parent)
-    policy, reward = tmp_path / "policy", tmp_path / "reward"
-    shutil.copytree(models["gpt2"], policy, ignore=shutil.ignore_patterns("tokenizer*"))
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = getattr(transformers, f"{kind}Config")(vocab_size=300, pad_token_id=0, **shape)
-    AutoModelForSequenceClassification.from_config(config).save_pretrained(reward)
-    refusals = [["--reward-model", f"{rlhf.TOY}/reward", reward]]
-    if kind == "GPT2":
-        refusals += [["--policy-model", policy]]
-    for words in refusals:
-        refused(monkeypatch, tmp_path, f"^error: {words[-1]} has no tokenizer", *words)
+    for kind in ("Bert", "T5", "DebertaV2"):
+        config = getattr(transformers, f"{kind}Config")(vocab_size=300, pad_token_id=0, **shape)
+        model = AutoModelForSequenceClassification.from_config(config)
+        model.save_pretrained(tmp_path / kind)
+        message = f"^error: {tmp_path / kind} has no tokenizer"
+        words = ["--reward-model", f"{rlhf.TOY}/reward", tmp_path / kind]
+        refused(monkeypatch, tmp_path, message, *words)
+    policy = tmp_path / "policy"
+    shutil.copytree(models["gpt2"], policy, ignore=shutil.ignore_patterns("tokenizer*"))
+    message = f"^error: {policy} has no tokenizer"
+    refused(monkeypatch, tmp_path, message, "--policy-model", policy)
 
 
 TEXT = "the plot was superb and the cast was dull ."
@@ -1056,22 +1038,19 @@ def test_an_evaluation_by_hand(run, toy, models, monkeypatch, capsys, greedy):
     load = AutoModelForCausalLM.from_pretrained
     policy, reference = load(folder / "policy").eval(), load(toy / "policy").eval()
     tokenizer = AutoTokenizer.from_pretrained(toy / "policy")
-    log_probs, reference_log_probs, target_log_probs, ranks = [], [], [], []
-
-    def scored(model, prompt, tokens, temperature=2.0):
-        logits = model(torch.tensor([prompt + tokens])).logits[0, len(prompt) - 1 : -1]
-        its_own = logits.gather(1, torch.tensor(tokens)[:, None])
-        ranks.append((logits > its_own).sum(1).tolist())
-        return (its_own / temperature - (logits / temperature).logsumexp(1, True))[:, 0].tolist()
-
+    log_probs, reference_log_probs, target_log_probs = [], [], []
     _, evaluated = collected[-1]
     for sample, shown in zip(evaluated, samples):
         assert tokenizer.decode(sample.prompt) == shown["prompt"]
         assert tokenizer.decode(sample.response, skip_special_tokens=True) == shown["response"]
-        reference_log_probs += scored(reference, sample.prompt, sample.response)
-        target_log_probs += scored(policy, sample.prompt, sample.target, temperature=1.0)
-        log_probs += scored(policy, sample.prompt, sample.response)
-    assert set(sum(ranks[2::3], [])) == ({0} if greedy else {0, 1, 2})
+        text = sample.prompt, sample.response, 2.0
+        log_probs += log_probs_alone(policy, *text).tolist()
+        reference_log_probs += log_probs_alone(reference, *text).tolist()
+        target_log_probs += log_probs_alone(policy, sample.prompt, sample.target).tolist()
+        if greedy:
+            greedily = {"max_new_tokens": 1, "do_sample": False}
+            first = policy.generate(torch.tensor([sample.prompt]), **greedily)[0, -1]
+            assert first == sample.response[0]
     assert len(log_probs) < 4 * 30 > len(target_log_probs) != len(log_probs)
     assert row["length_mean"] == len(log_probs) / 4
     kl = np.sum(log_probs) - np.sum(reference_log_probs)
@@ -1080,19 +1059,12 @@ def test_an_evaluation_by_hand(run, toy, models, monkeypatch, capsys, greedy):
     assert row["perplexity_real"] == pytest.approx(np.exp(-np.mean(target_log_probs)), rel=1e-4)
 
 
-def test_the_optimizer_gets_its_settings(run, monkeypatch):
-    """Where gradients are clipped to nothing, weights only decay, in four steps."""
-    loads = record(monkeypatch, rlhf, "load")
-    flags = {"learning_rate": 0.1, "weight_decay": 0.2, "adam_eps": 0.3, "max_grad_norm": 1e-30}
-    run(total_timesteps=8, **flags)
-    ((_, setup),) = loads
-    assert setup.optimizer.param_groups[0]["eps"] == 0.3
-    initial = AutoModelForCausalLM.from_pretrained(f"{rlhf.TOY}/policy").state_dict()
-    for model in (setup.actor_critic.policy, setup.actor_critic.critic):
-        for name, parameter in model.named_parameters():
-            name = name if name in initial else f"transformer.{name}"
-            torch.testing.assert_close(parameter.detach(), 0.98**4 * initial[name])
-    assert setup.actor_critic.value_head.weight.abs().max() < 1e-20  # it was zero
+def test_the_optimizer_gets_its_settings(load):
+    settings_ = {"learning_rate": 0.1, "weight_decay": 0.2, "adam_eps": 0.3}
+    optimizer = load(**settings_)[0].optimizer
+    assert isinstance(optimizer, torch.optim.AdamW)
+    (group,) = optimizer.param_groups
+    assert [group[name] for name in ("lr", "weight_decay", "eps")] == [0.1, 0.2, 0.3]
 
 
 def test_seeds_and_evaluations_have_random_numbers_of_their_own(run):
@@ -1123,18 +1095,16 @@ def test_a_policy_that_is_trained_with_dropout_is_not_the_one_that_acts(
 
 
 @pytest.mark.parametrize("lora", [False, True])
-def test_enjoy_repeats_the_last_evaluation(run, summaries, tmp_path, monkeypatch, capsys, lora):
+def test_enjoy_repeats_the_last_evaluation(toy, summaries, tmp_path, monkeypatch, capsys, lora):
     """Of a run at work, and of a finished run."""
-    flags = SMALL | {"seed": 7, "runs_dir": tmp_path / "runs"}
-    if lora:
-        flags |= summaries
-    words = typed(flags)
+    work_in(monkeypatch, toy.parent.parent)
+    flags = {"seed": 7} | (summaries if lora else {})
+    setting = Setting(rlhf, "", SMALL, "", advantages="update")
     for finished in (False, True):
         if finished:
-            call_main(monkeypatch, *words)
+            _, folder = setting.run(tmp_path / "runs", **flags)
         else:
-            interrupt(lambda: call_main(monkeypatch, *words), 3)
-        (folder,) = (tmp_path / "runs").iterdir()
+            folder = setting.interrupt(tmp_path / "runs", 3, **flags)
         before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
         capsys.readouterr()
         with monkeypatch.context() as patch:
@@ -1218,9 +1188,10 @@ def test_micro_batches_add_up_to_the_minibatch(load, models, monkeypatch, lora_r
 
     head = actor.policy.get_output_embeddings()
     del head.forward  # which `patch_head` has replaced
-    parts = [alone(actor, sample.prompt, sample.response) for sample in samples]
-    log_prob, value = map(torch.cat, zip(*parts))
-    targets = [alone(actor, x.prompt, x.target)[0] for x in samples]
+    log_prob = [log_probs_alone(actor.policy, x.prompt, x.response) for x in samples]
+    value = [values_alone(actor, x.prompt, x.response) for x in samples]
+    targets = [log_probs_alone(actor.policy, x.prompt, x.target) for x in samples]
+    log_prob, value = torch.cat(log_prob), torch.cat(value)
     old, old_value, advantage, returns = (
         rlhf.joined(samples, name) for name in ("log_prob", "value", "advantage", "returns")
     )
