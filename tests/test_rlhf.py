@@ -164,15 +164,14 @@ def summaries(models, tmp_path):
     return flags | models | {"lora_r": 4}
 
 
-FAMILIES = "GPT2 GPTJ GPTNeoX OPT Llama Mistral Qwen2 Qwen3 Qwen3Moe Qwen3_5Text Gemma Gemma2"
-FAMILIES = f"{FAMILIES} Gemma3Text Phi3 Olmo2 SmolLM3 Falcon Bloom Mpt Lfm2 Granite Cohere".split()
+FAMILIES = "GPT2 GPTJ GPTNeoX OPT Llama Mistral Qwen3 Qwen3Moe Qwen3_5Text Gemma2 Gemma3Text Phi3"
+FAMILIES = f"{FAMILIES} Falcon Bloom Mpt Lfm2 Granite Cohere".split()
 SHAPES = {
     "GPTJ": {"rotary_dim": 4},
     "OPT": {"ffn_dim": 16, "word_embed_proj_dim": 8, "do_layer_norm_before": False},
     "Mistral": {"sliding_window": 4},  # shorter than the texts
     "Qwen3Moe": {"moe_intermediate_size": 16, "num_experts": 8},
     "Qwen3_5Text": {"layer_types": ["linear_attention", "full_attention"]},
-    "Gemma": {"head_dim": 8},
     "Gemma2": {"head_dim": 8, "final_logit_softcapping": 1.0},
     "Gemma3Text": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4},
     "Bloom": {"n_head": 2},  # ALiBi, as MPT
@@ -319,26 +318,23 @@ def test_padding_changes_nothing_in_any_family(load, toy, tmp_path, kind, lora_r
         assert text[len(prompt) :] == sample
 
 
-@pytest.mark.parametrize("fault", ["cache", "padding", "later tokens"])
+@pytest.mark.parametrize("kind", ["GPT2", "Bert"])
 def test_a_policy_that_samples_otherwise_than_it_is_trained_is_refused(
-    run, toy, tmp_path, models, monkeypatch, fault
+    run, toy, tmp_path, monkeypatch, kind
 ):
-    """In its forward pass with a cache or with padding on the left; or a BERT, without a causal
-    mask."""
-    make_policy("Bert", tmp_path / "later tokens", toy, biases=False)
-    folder = tmp_path / fault if fault == "later tokens" else models["gpt2"]
+    """Here GPT-2 is wrong where it has a cache. BERT has no causal mask."""
+    make_policy(kind, tmp_path / kind, toy, biases=False)
     forward = transformers.GPT2LMHeadModel.forward
 
-    def otherwise(model, input_ids, attention_mask=None, **inputs):
-        output = forward(model, input_ids, attention_mask=attention_mask, **inputs)
-        padded = attention_mask is not None and not attention_mask.all()
-        if input_ids.shape[1] == 1 if fault == "cache" else padded:
+    def wrong_with_cache(model, input_ids, **inputs):
+        output = forward(model, input_ids, **inputs)
+        if input_ids.shape[1] == 1:
             output.logits = output.logits.flip(-1)
         return output
 
-    monkeypatch.setattr(transformers.GPT2LMHeadModel, "forward", otherwise)
+    monkeypatch.setattr(transformers.GPT2LMHeadModel, "forward", wrong_with_cache)
     with pytest.raises(SystemExit, match="^error: .* samples otherwise than it is trained, by"):
-        run(policy_model=str(folder))
+        run(policy_model=str(tmp_path / kind))
     assert not list((tmp_path / "run").glob("*.csv"))
 
 
@@ -417,28 +413,18 @@ def test_of_a_multimodal_model_the_language_part_learns(toy, run, tmp_path, lora
         assert all(torch.equal(saved[name], before[name]) for name in saved if "vision" in name)
 
 
-def test_lora_roles_are_adapters_on_one_frozen_model(models):
-    actor = actor_critic(models["gptj"], lora_r=2)
-    plain = actor_critic(models["gptj"])
-    text = rlhf.collate(*ragged(), CPU)
+def test_with_lora_policy_and_critic_are_adapters_on_one_frozen_model(models):
+    """Adapters have float32, the frozen model has not. Each loss trains its own adapter."""
+    actor = actor_critic(models["gptj"], 2, torch.bfloat16)
     for name, parameter in actor.named_parameters():
         assert parameter.requires_grad == ("lora_" in name or "value_head" in name)
-        if name.startswith("policy.") and "lora_B" in name:
-            nn.init.normal_(parameter)
-    log_prob, value, _ = actor(text)
-    initial, plain_value, _ = plain(text)
-    torch.testing.assert_close(rlhf.token_log_probs(actor.reference, text), initial)
-    torch.testing.assert_close(value, plain_value)
-    assert (log_prob - initial).abs().max() > 0.1
-
+        assert (parameter.dtype == torch.float32) == parameter.requires_grad
+    log_prob, value, _ = actor(rlhf.collate(*ragged(), CPU))
     for loss, expected in ((log_prob, {"policy"}), (value, {"critic", "value_head"})):
         actor.zero_grad()
         loss.sum().backward()
         learning = {name for name, p in actor.named_parameters() if p.grad is not None}
         assert {name.split(".")[0] for name in learning} == expected
-
-    for parameter in actor_critic(models["gptj"], 2, torch.bfloat16).parameters():
-        assert (parameter.dtype == torch.float32) == parameter.requires_grad
 
 
 def test_models_that_do_not_fit_are_refused_before_a_folder_is_made(
@@ -454,10 +440,6 @@ def test_models_that_do_not_fit_are_refused_before_a_folder_is_made(
     renamed = {name.replace("lora_A", "lora_C"): weight for name, weight in saved.items()}
     safetensors.torch.save_file(renamed, file)
     policy, reward = f"{rlhf.TOY}/policy", f"{rlhf.TOY}/reward"
-    own = {"model_type": "own", "auto_map": {"AutoConfig": "configuration_own.OwnConfig"}}
-    (tmp_path / "custom").mkdir()
-    (tmp_path / "custom" / "config.json").write_text(json.dumps(own))
-    custom = [tmp_path / "custom", "--tokenizer", policy]
     long_rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     lengths = {"max_position_embeddings": 64, "original_max_position_embeddings": 16}
     make_policy("Phi3", tmp_path / "long", toy, rope_scaling=long_rope, **lengths)
@@ -468,7 +450,6 @@ def test_models_that_do_not_fit_are_refused_before_a_folder_is_made(
     data = write_data(tmp_path / "few.jsonl", text=["the plot was superb and the cast dull"] * 40)
     few = ["--dataset", data, "--eval-episodes", 4, "--total-timesteps", 1, "--batch-size", 4]
     refusals = [
-        (["--policy-model", *custom], "custom contains custom code"),
         (["--reward-model", policy], "policy lacks 1 weights, such as score.weight$"),
         (["--policy-model", reward, "--tokenizer", policy], r"reward lacks \d+ weights, such as"),
         (["--policy-model", adapted], "adapted has an adapter_config.json: merge it"),
@@ -749,8 +730,6 @@ def test_a_function_gets_what_trl_gives_it(toy, tmp_path, monkeypatch, chat):
 
 
 OWN_REWARDS = """
-from functools import partial
-from multiprocessing import Pool
 import own_neighbour
 from trl.rewards import get_repetition_penalty_reward
 
@@ -762,24 +741,18 @@ def emptying(texts): return [float(len(texts.pop())) for _ in texts[:]]
 def named(completions, answer): return [float(answer[0] == 3) for _ in completions]
 def with_default(texts, answer=None, other=5): return [float(answer[0] == 3 and other == 5)] * 2
 def whatever(**kwargs): return [float(kwargs["answer"][0] == 3 and "texts" in kwargs)] * 2
-def is_three(answer): return float(answer == 3)
-
-def in_processes(answer):
-    with Pool(2) as pool:
-        return pool.map(is_three, answer)
 """
 
 
 def test_a_reward_function_is_imported_with_its_neighbours(tmp_path):
-    """It gets the arguments that it names, may be TRL's or use processes, and gives one score for
-    each text."""
+    """It gets the arguments that it names, may be TRL's, and gives one score for each text."""
     (tmp_path / "own_neighbour.py").write_text("length = len")
     (tmp_path / "own_rewards.py").write_text(OWN_REWARDS)
     file = f"{tmp_path}/own_rewards.py"
     inputs = {"texts": ["ab", "abc"], "completions": ["b", "bc"], "answer": [3, 3]}
     for _ in range(2):
         assert rlhf.function_reward(f"{file}:own")(**inputs) == [2, 3]
-    for name in ("named", "with_default", "whatever", "in_processes"):
+    for name in ("named", "with_default", "whatever"):
         assert rlhf.function_reward(f"{file}:{name}")(**inputs) == [1, 1]
     repeating = {"completions": ["", ""], "completion_ids": [[1, 2, 3, 4], [5] * 5]}
     assert rlhf.function_reward(f"{file}:trls")(**inputs | repeating) == [0, -0.75]
@@ -892,7 +865,7 @@ if Version(pandas.__version__) >= Version("3.1"):  # earlier ones make dates of 
     ROWS["date"] = ["", "9"]
 
 
-@pytest.mark.parametrize("kind", "csv parquet jsonl jsonl.gz json saved".split())
+@pytest.mark.parametrize("kind", ["csv", "parquet", "jsonl.gz", "saved"])
 def test_data_come_in_many_formats(tmp_path, monkeypatch, kind):
     """A file is loaded as itself, whatever its name and its neighbours. Texts stay texts."""
     data = datasets.Dataset.from_dict(ROWS)
@@ -900,9 +873,8 @@ def test_data_come_in_many_formats(tmp_path, monkeypatch, kind):
     Path("poems.py").write_text("raise ImportError")
     name = f"s[12].{kind}"
     write = {"csv": data.to_csv, "parquet": data.to_parquet, "saved": data.save_to_disk}
-    options = {"json": {"lines": False}, "jsonl.gz": {"compression": "gzip"}}
-    write |= dict.fromkeys(("json", "jsonl", "jsonl.gz"), data.to_json)
-    write[kind](name, **options.get(kind, {}))
+    write["jsonl.gz"] = partial(data.to_json, compression="gzip")
+    write[kind](name)
     assert rlhf.load_dataset(name)[:] == ROWS
     if kind == "saved":
         with pytest.raises(SystemExit, match=r"^error: s\[12\].saved has no splits$"):
