@@ -86,13 +86,7 @@ class Setting:
     def run(self, runs_dir, **flags):
         """Trains as the same command would: begins, continues, or finds the run finished. Returns
         (summary.json, the run's folder)."""
-        args = self.args(runs_dir, **flags)
-        digests = digests_of(self.script, args)
-        folder = self.script.run_folder(args, digests)
-        folder.mkdir(parents=True, exist_ok=True)
-        if not (folder / "summary.json").exists():
-            self.script.begin_session(args, digests, folder)
-            load_and_train(self.script, args, folder)
+        folder = train(self.script, self.args(runs_dir, **flags))
         return json.loads((folder / "summary.json").read_text()), folder
 
     def interrupt(self, runs_dir, rollouts, **flags):
@@ -208,15 +202,23 @@ def digests_of(script, args):
     return script.file_digests() | local
 
 
-def load_and_train(script, args, folder):
-    """Language models are loaded and environments made first."""
-    if hasattr(script, "load"):
-        script.train(script.load(args), args, folder)
-    elif hasattr(script, "NormalizedEnvs"):
-        with contextlib.closing(script.NormalizedEnvs(args)) as envs:
-            script.train(envs, args, folder)
-    else:
-        script.train(args, folder)
+def train(script, args):
+    """Does what `main` of a script does: begins or continues a run, or finds it finished. Language
+    models are loaded and environments made first. Returns the run's folder."""
+    digests = digests_of(script, args)
+    folder = script.run_folder(args, digests)
+    if (folder / "summary.json").exists():
+        return folder
+    with contextlib.ExitStack() as stack:
+        made = []
+        if hasattr(script, "load"):
+            made = [script.load(args)]
+        elif hasattr(script, "NormalizedEnvs"):
+            made = [stack.enter_context(contextlib.closing(script.NormalizedEnvs(args)))]
+        folder.mkdir(parents=True, exist_ok=True)
+        script.begin_session(args, digests, folder)
+        script.train(*made, args, folder)
+    return folder
 
 
 def record(monkeypatch, module, name):

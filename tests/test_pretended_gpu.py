@@ -7,7 +7,7 @@ from pathlib import Path
 import helpers
 import pytest
 from accelerate.state import AcceleratorState
-from helpers import Setting, Signals, load_and_train, work_in
+from helpers import Setting, Signals, train, work_in
 from pretended_gpu import WrongDevice, pretend
 from test_copies import edited
 
@@ -79,12 +79,12 @@ def test_a_tensor_on_the_wrong_device_is_found(setting, right, wrong, tmp_path, 
     script = edited(setting.script, tmp_path / "copy", (right, wrong))
     args = replace(setting, script=script).args(tmp_path)
     with pytest.raises(WrongDevice):
-        load_and_train(script, args, tmp_path)
+        train(script, args)
 
 
 @pytest.mark.parametrize("setting", [*ATARI, SPPO_RLHF], ids=str)
 def test_no_line_of_a_loss_function_waits_for_the_gpu(setting, tmp_path, gpu):
-    """But where it copies texts to the GPU. Other functions wait, for actions of games for example."""
+    """Except for copies to the GPU. Other functions wait, for example for actions of games."""
     setting.run(tmp_path)
     lines, first = inspect.getsourcelines(setting.loss_function)
     places = [f"{setting.script.__file__}:{first + i} " for i in range(len(lines))]

@@ -24,7 +24,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from helpers import SMALL_TEXTS as SMALL
-from helpers import Setting, checkpoint, digests_of, progress, record, weights, work_in
+from helpers import Setting, checkpoint, progress, record, train, weights, work_in
 from helpers import words as typed
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -109,25 +109,13 @@ def make_args(task="toy", **flags):
     return args
 
 
-def folder_of(args):
-    return rlhf.run_folder(args, digests_of(rlhf, args))
-
-
 @pytest.fixture
 def run(toy, tmp_path, monkeypatch):
-    """Trains with flags over `SMALL` as a command does, but in a folder of this `name`: begins,
-    continues, or finds the run finished. Returns the folder."""
+    """Trains with flags over `SMALL`, below a folder of this name. Returns the run's folder."""
     work_in(monkeypatch, toy.parent.parent)
 
     def run_(name="run", **flags):
-        args = make_args(**SMALL | flags)
-        folder = tmp_path / name
-        if not (folder / "summary.json").exists():
-            setup = rlhf.load(args)
-            folder.mkdir(exist_ok=True)
-            rlhf.begin_session(args, digests_of(rlhf, args), folder)
-            rlhf.train(setup, args, folder)
-        return folder
+        return train(rlhf, make_args(**SMALL | flags, runs_dir=str(tmp_path / name)))
 
     return run_
 
@@ -335,7 +323,7 @@ def test_a_policy_that_samples_otherwise_than_it_is_trained_is_refused(
     monkeypatch.setattr(transformers.GPT2LMHeadModel, "forward", wrong_with_cache)
     with pytest.raises(SystemExit, match="^error: .* samples otherwise than it is trained, by"):
         run(policy_model=str(tmp_path / kind))
-    assert not list((tmp_path / "run").glob("*.csv"))
+    assert not list((tmp_path / "run").glob("*/*.csv"))
 
 
 @pytest.mark.parametrize(("top_k", "temperature"), [(0, 1.0), (3, 1.0), (1, 1.0), (0, 3.0)])
