@@ -1,5 +1,6 @@
 """What the five scripts promise about a run: what it leaves, how it continues, what it refuses."""
 
+import csv
 import errno
 import fcntl
 import hashlib
@@ -34,7 +35,6 @@ from helpers import (
     digests_of,
     needs_gpu,
     progress,
-    record,
     scalars,
     weights,
     words,
@@ -188,8 +188,6 @@ def test_a_run_leaves_what_it_promises(setting, launch, monkeypatch):
     expected |= {"directory": str(path.parent), "working_directory": str(Path.cwd())}
     assert expected.items() <= session.items()
     assert session["files"][str(path)] == hashlib.sha256(path.read_bytes()).hexdigest()
-    started = time.mktime(time.strptime(session["started"], "%Y-%m-%d %H:%M:%S"))
-    assert 0 <= time.time() - started < 600
     library = "transformers" if setting.is_text else "ale-py" if setting.atari else "mujoco"
     versions = {"torch": torch.__version__, library: version(library)}
     assert versions.items() <= session["versions"].items()
@@ -214,46 +212,34 @@ def test_progress_has_the_means_of_what_was_logged_since_the_evaluation_before(s
 
 @only(SPPO_CONTINUOUS, SA2C_ATARI)
 def test_a_metric_may_be_missing_or_nan(setting, monkeypatch):
-    """It is a column of progress.csv, and summary.json is valid JSON."""
-    calls = []
+    """It is a column of progress.csv, and summary.json is valid JSON. Before an episode has ended,
+    here after ten steps, its length is missing."""
 
     def loss(*arguments):
-        calls.append(arguments)
         result, metrics = original(*arguments)
-        late = len(calls) > (24 if setting.ppo else 3)
-        return result, metrics | ({"losses/mine": torch.tensor(torch.nan)} if late else {})
+        return result, metrics | {"losses/mine": torch.tensor(torch.nan)}
 
     original = setting.loss_function
     monkeypatch.setattr(setting.script, setting.loss_name, loss)
-    _, folder = setting.run(RUNS, **every(setting, 1))
-    header, *rows = (folder / "progress.csv").read_text().splitlines()
-    column = header.split(",").index("losses/mine")
-    assert [row.split(",")[column] for row in rows] == ["", "", "", "nan"]
+    flags = {} if setting.atari else {"env_id": "TenSteps-v0", "num_minibatches": 1}
+    flags |= {"num_envs": 1, "num_steps": 4, "eval_freq": 4, "total_timesteps": 16}
+    _, folder = setting.run(RUNS, **flags)
+    with (folder / "progress.csv").open() as file:
+        rows = list(csv.DictReader(file))
+    assert [row["charts/episodic_length"] for row in rows] == ["", "", "10.0", "10.0"]
+    assert {row["losses/mine"] for row in rows} == {"nan"}
     summary = (folder / "summary.json").read_text()
     assert "losses/mine" not in json.loads(summary, parse_constant=fail)
 
 
-@only(SPPO_CONTINUOUS, SA2C_ATARI)
-def test_scores_are_logged_once_an_episode_has_ended(setting):
-    """Episodes and games here have ten steps."""
-    flags = {} if setting.atari else {"env_id": "TenSteps-v0", "num_minibatches": 1}
-    flags |= {"num_envs": 1, "num_steps": 4, "eval_freq": 4, "total_timesteps": 16}
-    _, folder = setting.run(RUNS, **flags)
-    assert scalars(folder)["charts/episodic_length"] == [(12, 10.0), (16, 10.0)]
-
-
 @only(*A2C)
-def test_an_entry_in_a2cs_log_has_the_means_of_all_updates_since_the_last(setting, monkeypatch):
+def test_an_entry_in_a2cs_log_has_the_means_of_all_updates_since_the_last(setting):
     each = scalars(setting.run(RUNS)[1])
-    gae = record(monkeypatch, setting.script, "compute_gae")
     rare = scalars(setting.run(RUNS, log_freq=128)[1])
     for name in ("losses/value_loss", "losses/entropy", "losses/grad_norm"):
         a, b, c, d = (value for _, value in each[name])
         means = [(128, pytest.approx((a + b) / 2)), (256, pytest.approx((c + d) / 2))]
         assert rare[name] == means
-    for i, (_, explained) in enumerate(rare["losses/explained_variance"]):
-        advantage, returns = np.stack([result for _, result in gae[2 * i : 2 * i + 2]], axis=1)
-        assert explained == pytest.approx(1 - advantage.var() / returns.var(), abs=1e-5)
 
 
 def test_a_tracked_run_tells_weights_and_biases_its_arguments(setting, monkeypatch):
@@ -322,12 +308,9 @@ def test_files_that_are_imported_and_not_installed_count(setting, tmp_path, monk
 
 @only(SA2C_CONTINUOUS)
 def test_a_script_that_is_edited_while_it_runs_is_recorded_as_it_was(setting, tmp_path):
-    """It is recorded by its own place, if a link led to it."""
     path = tmp_path / f"{setting}.py"
-    link = tmp_path / "link.py"
-    link.symlink_to(path)
     was = shutil.copy(setting.script.__file__, path).read_bytes()
-    spec = importlib.util.spec_from_file_location("edited_later", link)
+    spec = importlib.util.spec_from_file_location("edited_later", path)
     script = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     path.write_text("# an edit")
