@@ -51,7 +51,7 @@ def test_the_worked_example_is_right():
         values += [*slopes, 0.5 * slopes[0] + 20 * slopes[1]]
         cells = [float(cell) for cell in row.split("|")]
         assert cells == pytest.approx(values, abs=0.005)
-    assert rf"$\alpha=0.5$ and $\beta=20$, {100 * 20 / 20.5:.0f} %" in PAGE  # of all weights
+    assert rf"$\alpha=0.5$ and $\beta=20$, {100 * 20 / 20.5:.0f} %" in PAGE  # kept where clipped
 
 
 def test_the_reverse_a2c_loss_lowers_the_best_actions_logit():
