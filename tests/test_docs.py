@@ -279,13 +279,12 @@ def test_your_own_environment(tmp_path, monkeypatch, capsys):
     script, args = parse(commands(SECTIONS["Your own environment"])[0])
     folder = train(script, args, tmp_path, **SHORT)
     play(folder, monkeypatch, capsys)
-    row = progress(folder)[-1]
-    assert row["length_mean"] == 50
-    assert -300 < row["return_mean"] < 0
+    assert progress(folder)[-1]["length_mean"] == 50
+    assert -300 < progress(folder)[-1]["return_mean"] < 0
 
 
 def test_your_own_reward(tmp_path, monkeypatch, capsys):
-    """The learner's is shaped, reported returns are not."""
+    """The learner's reward is shaped, reported returns are not."""
     script, args = changed("Your own reward", tmp_path, monkeypatch)
     shaped, plain = script.NormalizedEnvs(args), sppo_continuous.NormalizedEnvs(args)
     action = np.array([[0.5, -1.0, 0.25]])
@@ -310,14 +309,15 @@ def test_your_own_noise(tmp_path, monkeypatch, capsys):
 def test_your_own_loss_is_not_divided_by_the_old_probability(tmp_path, monkeypatch, capsys):
     script, args = changed("Your own loss", tmp_path, monkeypatch)
     torch.manual_seed(0)
-    log_p_old = torch.full((1000,), 0.3, dtype=torch.float64).log()
+    log_p_old = torch.rand(1000, dtype=torch.float64).log()
     log_p = (log_p_old + 0.3 * torch.randn(1000)).requires_grad_()
     batch = log_p, log_p_old, torch.randn(1000), 0.2, -2.0
     losses = script.symmetric_policy_losses(*batch), sppo_continuous.symmetric_policy_losses(*batch)
     (policy_loss, reverse_loss), (ppo_loss, divided_loss) = losses
     assert policy_loss == ppo_loss
     (gradient,) = torch.autograd.grad(reverse_loss, log_p)
-    torch.testing.assert_close(gradient, 0.3 * torch.autograd.grad(divided_loss, log_p)[0])
+    (divided,) = torch.autograd.grad(divided_loss, log_p)
+    torch.testing.assert_close(gradient, log_p_old.exp() * divided)
     play(train(script, args, tmp_path, **SHORT), monkeypatch, capsys)
 
 
@@ -333,10 +333,9 @@ def test_your_own_network(tmp_path, monkeypatch, capsys):
 def test_stacked_observations_and_a_changing_learning_rate(tmp_path, monkeypatch, capsys):
     heading = "Stacked observations, learning rates with warm-up and decay"
     script, args = changed(heading, tmp_path, monkeypatch)
-    flags = SHORT | {"learning_rate": 0.01, "total_timesteps": 384}
-    folder = train(script, args, tmp_path, **flags)
-    play(folder, monkeypatch, capsys)
-    saved = checkpoint(folder)
+    run = train(script, args, tmp_path, **SHORT | {"learning_rate": 0.01, "total_timesteps": 384})
+    play(run, monkeypatch, capsys)
+    saved = checkpoint(run)
     # In the last of three rollouts of 128 steps, where the warm-up takes 20,000
     assert saved["optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.01 * 384 / 20_000 / 3)
     assert saved["agent"]["actor.0.weight"].shape[1] == 4 * 11
@@ -374,7 +373,7 @@ def test_a_success_rate_is_logged(tmp_path, monkeypatch):
 
 @pytest.mark.parametrize("optimizer", ["AdamW", "SGD"])
 def test_your_own_optimizer(optimizer, tmp_path):
-    """With the page's arguments, in place of the line that makes the script's own."""
+    """Each optimizer of the page replaces the one that the script makes in one line."""
     (call,) = re.findall(rf"`(torch\.optim\.{optimizer}\(.+?\))`", SECTIONS["Your own optimizer"])
     (line,) = re.findall(r"torch\.optim\.Adam\(.+\)", Path(sppo_continuous.__file__).read_text())
     script = edited(sppo_continuous, tmp_path / "copy", (line, call))
@@ -456,8 +455,9 @@ def test_data_and_reward_functions_of_the_page_on_language_models(here):
     script.prepare(args)
     script.load_data(args)  # there are enough
     answers = [[{"role": "assistant", "content": f"It is {number}."}] for number in (4, 5)]
-    assert correct(answers, ["4", "4"]) == [1, 0]
-    scores = runpy.run_path("rouge.py")["rouge_l"](["the plot", "dull"], ["the plot was dull"] * 2)
+    assert correct(completions=answers, answer=["4", "4"]) == [1, 0]
+    rouge_l = runpy.run_path("rouge.py")["rouge_l"]
+    scores = rouge_l(completions=["the plot", "dull"], label=["the plot was dull"] * 2)
     assert scores == pytest.approx([2 / 3, 2 / 5])  # precision is 1, recall 1/2 and 1/4
 
 
@@ -472,7 +472,7 @@ def test_a_reward_that_knows_the_answer(here):
     correct = runpy.run_path("correct.py")["correct"]
     for sample in read_lines(folder / "samples.jsonl"):
         assert [sample["reward"]] == correct([sample["response"]], [sums[sample["prompt"]]])
-    assert correct(["42", "4"], ["42", "42"]) == [1, 0]
+    assert correct(completions=["42", "4"], label=["42", "42"]) == [1, 0]
 
 
 def test_a_new_metric(tmp_path, monkeypatch, capsys):
