@@ -450,12 +450,12 @@ def test_data_and_reward_functions_of_the_page_on_language_models(here):
     mine, rouge = code_blocks(page, "python")
     Path("mine.py").write_text(mine)
     Path("rouge.py").write_text(rouge)
-    correct = runpy.run_path("mine.py", run_name="__main__")["correct"]
+    runpy.run_path("mine.py", run_name="__main__")
     script, args = parse(commands(sections(page)["Your own model and data"])[1])
-    script.prepare(args)
     script.load_data(args)  # there are enough
-    answers = [[{"role": "assistant", "content": f"It is {number}."}] for number in (4, 5)]
-    assert correct(completions=answers, answer=["4", "4"]) == [1, 0]
+    shutil.copytree("runs/toy/policy", "own")
+    Path("own/chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    train(script, args, "a", policy_model="own", prompt_length=16, response_length=16, **SHORT_LM)
     rouge_l = runpy.run_path("rouge.py")["rouge_l"]
     scores = rouge_l(completions=["the plot", "dull"], label=["the plot was dull"] * 2)
     assert scores == pytest.approx([2 / 3, 2 / 5])  # precision is 1, recall 1/2 and 1/4
