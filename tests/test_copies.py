@@ -1,4 +1,4 @@
-"""What a copy of a control script changes works, or stops it: optimizers, networks, metrics."""
+"""What a copy of a control script changes works, or stops the run: optimizers, networks."""
 
 import importlib.util
 import shutil
@@ -8,21 +8,11 @@ from pathlib import Path
 import pytest
 import safetensors.torch
 import torch
-from helpers import (
-    EACH,
-    SA2C_CONTINUOUS,
-    SETTINGS,
-    SPPO_CONTINUOUS,
-    Signals,
-    checkpoint,
-    progress,
-    record,
-    weights,
-)
+from helpers import EACH, SETTINGS, Signals, progress, record
 from torch import nn
 
-CONTINUOUS = [SPPO_CONTINUOUS, SA2C_CONTINUOUS]
 all_scripts = pytest.mark.parametrize("setting", SETTINGS, ids=str)
+CONTINUOUS = [setting for setting in SETTINGS if not setting.atari]
 continuous_scripts = pytest.mark.parametrize("setting", CONTINUOUS, ids=str)
 
 
@@ -70,63 +60,51 @@ def run_copy(setting, folder, *edits, change=lambda agent: None, **flags):
     return {name for name in first if torch.equal(first[name], last[name])}, folder
 
 
-# ---- What stops a run: the policy that acts is not the one that is trained
-
-
-class Memory(nn.Module):
-    """Adds what it saw in the call before."""
-
-    seen = 0.0
-
-    def forward(self, x):
-        x = x + self.seen
-        self.seen = x.mean(0).detach()
-        return x
+# ---- What stops a run
 
 
 NOT_THE_SAME = "error: the policy that acts is not the one that is trained"
-TRAPS = {
-    "random numbers": lambda width: nn.Dropout(0.5),
-    "statistics of the batch": lambda width: nn.BatchNorm1d(width, momentum=0.9),
-    "memory": lambda width: Memory(),
-}
 
 
 @all_scripts
-@pytest.mark.parametrize("kind", TRAPS)
-def test_a_policy_that_differs_from_pass_to_pass_stops_the_run(setting, kind, tmp_path):
+def test_dropout_in_the_policy_stops_the_run(setting, tmp_path):
     """Outputs are not as small as they usually are at first, so that the difference shows."""
 
     def change(agent):
         if setting.atari:
-            agent.trunk[-1] = TRAPS[kind](512)
+            agent.trunk[-1] = nn.Dropout(0.5)
             nn.init.normal_(agent.actor.weight, std=0.3)
         else:
-            agent.actor.insert(4, TRAPS[kind](64))
+            agent.actor.insert(4, nn.Dropout(0.5))
             nn.init.normal_(agent.actor[-1].weight, std=0.3)
 
-    with pytest.raises((SystemExit, ValueError), match=f"{NOT_THE_SAME}|more than 1 value per"):
+    with pytest.raises(SystemExit, match=NOT_THE_SAME):
         run_copy(setting, tmp_path / "copy", change=change)
 
 
-NORMAL = "Normal(output, self.log_std.exp(), validate_args=False)\n        else:\n"
-EDITS = {
-    "categorical": ("Categorical(logits=output,", "Categorical(logits=output / 0.9,"),
-    "gaussian": (NORMAL, NORMAL.replace("output", "output.tanh()")),
-}
-
-
 @continuous_scripts
-@pytest.mark.parametrize("policy", EDITS)
-def test_a_policy_edited_only_where_it_is_trained_stops_the_run(setting, policy, tmp_path):
+def test_a_policy_edited_only_where_it_is_trained_stops_the_run(setting, tmp_path):
     def change(agent):
         nn.init.normal_(agent.actor[-1].weight)
 
+    edit = "Categorical(logits=output,", "Categorical(logits=output / 0.9,"
     with pytest.raises(SystemExit, match=NOT_THE_SAME):
-        run_copy(setting, tmp_path / "copy", EDITS[policy], change=change, policy=policy)
+        run_copy(setting, tmp_path / "copy", edit, change=change)
 
 
-# ---- Optimizers and networks
+@all_scripts
+def test_a_critic_that_returns_a_mean_value_stops_the_run(setting, tmp_path):
+    def change(agent):
+        if not setting.atari:
+            agent.critic.register_forward_hook(lambda *io: io[-1].mean())
+        forward = agent.forward
+        agent.forward = lambda obs: (forward(obs)[0], forward(obs)[1].mean())
+
+    with pytest.raises(RuntimeError, match="shape|size"):
+        run_copy(setting, tmp_path / "copy", change=change)
+
+
+# ---- What works: optimizers, networks, a copied checkpoint
 
 
 @all_scripts
@@ -156,20 +134,15 @@ def test_frozen_and_unused_parameters_are_left_out(setting, tmp_path):
 
 
 @continuous_scripts
-def test_actor_and_critic_may_share_a_layer(setting, tmp_path):
+def test_a_critic_may_share_a_layer_with_the_actor_and_normalise_batches(setting, tmp_path):
+    """One of two rollouts has a truncated episode, the other none."""
+
     def change(agent):
         agent.critic[0] = agent.actor[0]
-
-    assert run_copy(setting, tmp_path / "copy", change=change)[0] == set()
-
-
-@continuous_scripts
-def test_a_critic_may_normalise_batches_where_one_episode_or_none_is_truncated(setting, tmp_path):
-    def change(agent):
         agent.critic.insert(1, nn.BatchNorm1d(64))
 
-    flags = {"env_id": "Pendulum-v1", "num_steps": 200, "num_envs": 1, "total_timesteps": 200}
-    assert run_copy(setting, tmp_path / "copy", change=change, **flags)[1].exists()
+    flags = {"env_id": "Pendulum-v1", "num_steps": 100, "num_envs": 1, "total_timesteps": 200}
+    assert run_copy(setting, tmp_path / "copy", change=change, **flags)[0] == set()
 
 
 @continuous_scripts
@@ -182,22 +155,6 @@ def test_a_layer_may_normalise_raw_observations(setting, tmp_path):
     edit = "((obs - self.mean) / self.std).clip(-10, 10).astype(np.float32)", "obs"
     flags = {"change": change, "env_id": "Hopper-v4"}
     assert run_copy(setting, tmp_path / "copy", edit, **flags)[1].exists()
-
-
-@all_scripts
-def test_a_critic_with_a_state_and_random_numbers_is_continued(setting, tmp_path):
-    """Power iteration moves the state of the spectral norm with each pass."""
-
-    def change(agent):
-        width = 512 if setting.atari else 11
-        last = nn.utils.parametrizations.spectral_norm(nn.Linear(width, 1))
-        agent.critic = nn.Sequential(nn.Dropout(0.1), last)
-
-    copy = make_copy(setting, tmp_path / "copy", change=change)
-    _, whole = copy.run(tmp_path / "whole", **EACH)
-    folder = copy.interrupt(tmp_path / "continued", 2, **EACH)
-    copy.run(tmp_path / "continued", **EACH)
-    assert torch.equal(weights(folder), weights(whole))
 
 
 @continuous_scripts
@@ -218,33 +175,6 @@ def test_the_layout_in_memory_changes_no_update(setting, tmp_path):
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-5)
 
 
-# ---- Values and metrics
-
-
-@all_scripts
-def test_a_mean_value_does_not_broadcast(setting, tmp_path):
-    def change(agent):
-        if not setting.atari:
-            agent.critic.register_forward_hook(lambda *io: io[-1].mean())
-        forward = agent.forward
-        agent.forward = lambda obs: (forward(obs)[0], forward(obs)[1].mean())
-
-    with pytest.raises(RuntimeError, match="shape|size"):
-        run_copy(setting, tmp_path / "copy", change=change)
-
-
-@all_scripts
-def test_a_metric_may_be_a_number_of_any_type(setting, tmp_path):
-    """In an evaluation, or in the log."""
-    length = '"length_mean": lengths.mean(),\n'
-    evaluated = (length, f'{length}        "a": scores.min(),\n')
-    logged = ("history.append(", "scalars['b'] = torch.tensor(2.0); history.append(")
-    _, folder = run_copy(setting, tmp_path / "copy", evaluated, logged)
-    (row,) = checkpoint(folder)["progress"][1]
-    assert (row["a"], row["b"], row["step"]) == (row["return_mean"], 2, 64)
-    assert {type(number) for name, number in row.items() if name != "step"} == {float}
-
-
 @all_scripts
 def test_an_edited_script_continues_from_a_checkpoint_that_is_copied(
     setting, tmp_path, monkeypatch
@@ -260,7 +190,6 @@ def test_an_edited_script_continues_from_a_checkpoint_that_is_copied(
     rollouts = record(monkeypatch, copy.script, "compute_gae")
     copy.run(tmp_path / "runs", **EACH)
     assert len(rollouts) == 2
-    old, new = (
-        [(row["step"], row["return_mean"]) for row in progress(run)] for run in (before, folder)
-    )
-    assert new[:2] == old and [step for step, _ in new] == [64, 128, 192, 256]
+    rows = progress(folder)
+    assert rows[:2] == progress(before)
+    assert [row["step"] for row in rows] == [64, 128, 192, 256]

@@ -16,27 +16,16 @@ import gymnasium as gym
 import nbformat
 import numpy as np
 import pandas as pd
-import peft
 import pytest
 import torch
 import tyro
-from helpers import (
-    ATARI,
-    PPO,
-    SETTINGS,
-    SMALL,
-    SPPO_CONTINUOUS,
-    Signals,
-    checkpoint,
-    digests_of,
-    load_and_train,
-    progress,
-    record,
-)
+from gymnasium.envs.classic_control import PendulumEnv
+from helpers import SETTINGS, Signals, checkpoint, digests_of, load_and_train, progress, record
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
-from transformers import AutoModelForCausalLM, AutoTokenizer
+from test_copies import edited
 
 import enjoy
+import sppo_continuous
 import sppo_rlhf
 
 ROOT = Path(__file__).resolve().parent.parent
@@ -48,11 +37,6 @@ PAGES = {
     for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
 }
 EXAMPLES = PAGES["docs/copy-and-modify.md"]
-SCRIPT_PAGES = {
-    "docs/control.md": ["sppo_continuous.py", "sa2c_continuous.py"],
-    "docs/atari.md": ["sppo_atari.py", "sa2c_atari.py"],
-    "docs/language-models.md": ["sppo_rlhf.py"],
-}
 SCRIPTS = {path.name: importlib.import_module(path.stem) for path in sorted(ROOT.glob("s*_*.py"))}
 
 
@@ -82,23 +66,6 @@ def is_defined(function, file):
     return re.search(rf"(?m)^(def|class) {function}\b", (ROOT / file).read_text())
 
 
-@pytest.mark.parametrize("page", SCRIPT_PAGES)
-def test_a_detail_names_functions_of_its_script(page):
-    """Details are numbered through, and name functions in parentheses."""
-    text = PAGES[page]
-    files = SCRIPT_PAGES[page]
-    parts = re.split(r"(?m)^## (?=\w+\.py$)", text)
-    named = [part.splitlines()[0] for part in parts[1:]] or files
-    assert named == files
-    for file, part in zip(files, parts[-len(files) :]):
-        details = re.findall(r"(?m)^\d+\. \*\*(?:.+\n)+?(?=\d+\. |\n)", part)
-        names = re.findall(r"\(`([A-Za-z]\w+)`\)", " ".join(details))
-        assert len(details) > 1 and names
-        assert [name for name in names if not is_defined(name, file)] == []
-    details = re.findall(r"(?m)^(\d+)\. \*\*", text)
-    assert details == [str(i) for i in range(1, len(details) + 1)]
-
-
 def test_readme_quotes_the_two_lines_of_the_script():
     (block,) = code_blocks(PAGES["README.md"], "python")
     name, *lines = block.splitlines()
@@ -111,15 +78,17 @@ def test_the_functions_and_flags_that_a_page_names_exist(text):
     for file, function in re.findall(r"`([\w/]+\.py):(\w+)`", text):
         if (ROOT / file).exists():  # else an example's own file
             assert is_defined(function, file)
+    # Implementation details name functions of scripts in parentheses
+    for name in set(re.findall(r"\(`([A-Za-z]\w+)`\)", text)) - set(sppo_rlhf.TASKS):
+        assert any(is_defined(name, script) for script in SCRIPTS), name
     flags = {"--help"}
     for script in SCRIPTS.values():
         flags |= {"--" + field.name.replace("_", "-") for field in dataclasses.fields(script.Args)}
     flags |= {flag.replace("--", "--no-", 1) for flag in flags}
     for other in ("benchmark.sh", "report.py", "benchmarks/speed.py", "enjoy.py"):
         flags |= set(re.findall(r"--[a-z][a-z-]+", (ROOT / other).read_text()))
-    flags |= {"--episodes", "--video"}  # of enjoy.py
     flags |= {"--divide-by-p-old", "--no-divide-by-p-old", "--correct-flips"}  # at 8ec68c6
-    flags |= {"--gpus", "--requeue", "--time"}  # Slurm's
+    flags |= {"--gpus", "--requeue", "--time", "--episodes", "--video"}  # Slurm's, enjoy.py's
     code = re.findall(r"`[^`\n]*`", re.sub(r"(?ms)^```.*?^```", "", text))
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", " ".join(code))) <= flags
 
@@ -155,15 +124,6 @@ def parse(words):
     return SCRIPTS[name], tyro.cli(SCRIPTS[name].Args, args=arguments)
 
 
-@pytest.mark.parametrize("text", PAGES.values(), ids=PAGES)
-def test_comments_do_no_harm_in_zsh(text):
-    """Typed into it, as in macOS's terminal, # is a word: an argument, or an unknown command, whose
-    arguments must be plain."""
-    for line in "".join(code_blocks(text, "sh")).splitlines():
-        if re.search(r"(^|\s)#(\s|$)", line):
-            assert re.fullmatch(r" *# [\w ,.:+/-]+", line)
-
-
 COMMANDS = {shlex.join(words): words for text in PAGES.values() for words in commands(text)}
 
 
@@ -183,16 +143,12 @@ def test_a_command_is_valid(words):
         elif words[1] != "-m":  # another program, or an example's script
             assert (ROOT / words[1]).exists() or f"python {words[1]}" in EXAMPLES
     else:
-        is_assignment = "=" in words[0]
-        assert is_assignment or words[0] in NOT_OURS, "a command that this test does not know"
+        assert "=" in words[0] or words[0] in NOT_OURS, "a command that this test does not know"
 
 
 def train(script, args, folder, **flags):
     """A run with `flags` over `args`. Returns its folder."""
-    flags |= {"runs_dir": str(folder)}
-    if hasattr(args, "device"):
-        flags["device"] = "cpu"
-    args = dataclasses.replace(args, **flags)
+    args = dataclasses.replace(args, runs_dir=str(folder), **flags)
     if hasattr(script, "prepare"):
         script.prepare(args)
     digests = digests_of(script, args)
@@ -204,63 +160,35 @@ def train(script, args, folder, **flags):
 
 
 def play(folder, monkeypatch, capsys):
-    """What enjoy.py prints of a run."""
+    """enjoy.py plays a run, and prints a return or a reward."""
     monkeypatch.setattr(sys, "argv", ["enjoy.py", str(folder), "--episodes", "2"])
-    capsys.readouterr()
     enjoy.main()
-    out, err = capsys.readouterr()
-    assert out.splitlines()[-1].startswith(f"{folder}: re")  # return or reward
-    return out
-
-
-def test_an_agent_acts_in_code_of_ones_own(tmp_path):
-    (block,) = code_blocks(PAGES["docs/usage.md"], "python")
-    folder = SPPO_CONTINUOUS.run(tmp_path, total_timesteps=64)[1]
-    names = {}
-    exec(block.replace("runs/NAME", str(folder)), names)
-    env = gym.make(SPPO_CONTINUOUS.small["env_id"])
-    assert env.action_space.contains(names["act"](env.reset(seed=0)[0]).astype(np.float32))
+    assert capsys.readouterr().out.splitlines()[-1].startswith(f"{folder}: re")
 
 
 # ---- The exercise
 
 
-def notebook_with(*sources):
-    """Of an exercise with two answers, and a claim on each; `sources` of the answers."""
-    claim = """
-from contextlib import contextmanager
-@contextmanager
-def claim(text):
-    try:
-        yield
-        print("holds:", text)
-    except NotImplementedError:
-        print("to do:", text)
-    except AssertionError as error:
-        print(f"fails: {text}: {error}")
-"""
-    cells = [nbformat.v4.new_code_cell(claim)]
-    for i, source in enumerate(sources):
-        tags = {"tags": ["student"]}
-        check = f"with claim('{i}a: f is {i}'):\n    assert f() == {i}, f'found {{f()}}: no'"
-        cells += [
-            nbformat.v4.new_code_cell(source, metadata=tags),
-            nbformat.v4.new_code_cell(check),
-        ]
+def exercise(*answers):
+    """A notebook with answers, functions that return the result of the claim below each."""
+    cells = []
+    for i, answer in enumerate(answers):
+        cells.append(nbformat.v4.new_code_cell(answer, metadata={"tags": ["student"]}))
+        cells.append(nbformat.v4.new_code_cell(f"print(f'{{f()}}: {i}a: a claim: why')"))
     return nbformat.v4.new_notebook(cells=cells)
 
 
 def test_a_class_is_graded_whatever_else_students_changed(tmp_path, monkeypatch, capsys):
-    to_do = "def f():\n    raise NotImplementedError"
+    to_do, right, wrong = (f"def f(): return '{word}'" for word in ("to do", "holds", "fails"))
     monkeypatch.setattr(grade, "EXERCISE", tmp_path / "exercise.ipynb")
-    nbformat.write(notebook_with(to_do, to_do), grade.EXERCISE)
+    nbformat.write(exercise(to_do, to_do), grade.EXERCISE)
     folder = tmp_path / "class"
     folder.mkdir()
-    cheating = notebook_with("def f():\n    return 0", "def f():\n    return 0")
-    cheating.cells[-1].source = "print('holds: 1a: f is 1')"
+    cheating = exercise(right, wrong)
+    cheating.cells[-1].source = "print('holds: 1a: a claim')"
     nbformat.write(cheating, folder / "ada.ipynb")
-    nbformat.write(notebook_with(to_do, "1 / 0"), folder / "bob.ipynb")
-    nbformat.write(notebook_with(to_do), folder / "eve.ipynb")
+    nbformat.write(exercise(to_do, "1 / 0"), folder / "bob.ipynb")
+    nbformat.write(exercise(to_do), folder / "eve.ipynb")
     grade.main(grade.Args(folder, tmp_path / "grades.csv"))
     grades = pd.read_csv(tmp_path / "grades.csv", index_col="notebook")
     assert grades.loc["ada"].to_list() == ["holds", "fails"]
@@ -270,7 +198,7 @@ def test_a_class_is_graded_whatever_else_students_changed(tmp_path, monkeypatch,
     assert "eve.ipynb: not graded: ValueError('1 cells for answers instead of 2')" in out + err
 
 
-def test_students_get_scripts_without_answers_that_train_as_before(tmp_path):
+def test_students_get_scripts_without_answers_that_train_as_before(tmp_path, monkeypatch):
     subprocess.run([sys.executable, ROOT / "docs/pack.py"], cwd=tmp_path, check=True)
     shutil.unpack_archive(tmp_path / "symmetric-loss.zip", tmp_path)
     folder = tmp_path / "symmetric-loss"
@@ -280,14 +208,15 @@ def test_students_get_scripts_without_answers_that_train_as_before(tmp_path):
     assert files == scripts | pages | {"pyproject.toml", "requirements.lock"}
     handout = (folder / "docs/handout.md").read_text()
     assert set(re.findall(r"\]\(([^h:)]\S*)\)", handout)) == {"symmetric_loss_exercise.ipynb"}
-    weights = []
-    for path in (ROOT / "sppo_continuous.py", folder / "sppo_continuous.py"):
-        flags = "--total-timesteps 64 --num-steps 64 --eval-episodes 1 --no-compile --runs-dir"
-        command = [sys.executable, path, *flags.split(), tmp_path / path.parent.name]
-        subprocess.run(command, check=True, capture_output=True)
-        (agent,) = (tmp_path / path.parent.name).glob("*/agent.safetensors")
-        weights.append(agent.read_bytes())
-    assert weights[0] == weights[1]
+    monkeypatch.syspath_prepend(folder)
+    monkeypatch.delitem(sys.modules, "sppo_continuous")
+    packed = importlib.import_module("sppo_continuous")
+    assert Path(packed.__file__).parent == folder
+    _, run = SETTINGS[0].run(tmp_path / "readable", total_timesteps=64)
+    setting = dataclasses.replace(SETTINGS[0], script=packed)
+    _, packed_run = setting.run(tmp_path / "packed", total_timesteps=64)
+    weights = "agent.safetensors"
+    assert (run / weights).read_bytes() == (packed_run / weights).read_bytes()
     for name in scripts:
         text = (folder / name).read_text()
         assert "def symmetric_policy_losses" not in text and "surrogate" not in text
@@ -296,9 +225,10 @@ def test_students_get_scripts_without_answers_that_train_as_before(tmp_path):
 
 # ---- Worked examples
 
-SHORT = SMALL | {"num_steps": 128} | PPO
+SHORT = {"total_timesteps": 256, "eval_episodes": 1, "eval_freq": 256, "compile": False}
+SHORT |= {"num_steps": 128, "num_minibatches": 4, "update_epochs": 2}
 SHORT_LM = {"total_timesteps": 8, "batch_size": 8, "num_minibatches": 2, "update_epochs": 1}
-SHORT_LM |= {"eval_episodes": 8}
+SHORT_LM |= {"eval_episodes": 8, "device": "cpu"}
 
 
 def sections(text):
@@ -325,7 +255,6 @@ def changed(heading, folder, monkeypatch, example=0):
     assert path.read_text() != (ROOT / script).read_text()
     module = importlib.import_module(path.stem)
     if script == "sppo_rlhf.py":
-        monkeypatch.setattr(module, "START", Path(folder))
         return module, module.parse_args(words[2:])
     return module, tyro.cli(module.Args, args=words[2:])
 
@@ -335,17 +264,12 @@ def test_discrete_actions(tmp_path, monkeypatch, capsys):
     folder = train(script, args, tmp_path, **SHORT)
     assert 5 < progress(folder)[-1]["return_mean"] <= 500
     play(folder, monkeypatch, capsys)
-    args = dataclasses.replace(args, env_id="Acrobot-v1", bins=3)
     acrobot = gym.make("Acrobot-v1").unwrapped
+    acrobot.action_space = gym.spaces.Discrete(3, start=-1)
     monkeypatch.setattr(gym, "make", lambda *_: acrobot)
-    for acrobot.action_space in (gym.spaces.Discrete(3), gym.spaces.Discrete(3, start=-1)):
-        env = script.make_env(args)
-        agent = script.Agent(env, args)
-        noise = agent.exploration((200,), torch.Generator())
-        action, _ = agent.actor_fn()(np.zeros((200, 6), np.float32), noise)
-        sampled = [env.action(a) for a in agent.to_env(action)]
-        assert len(set(sampled)) == 3
-        assert all(acrobot.action_space.contains(a) for a in sampled)
+    env = script.make_env(args)
+    assert (env.action_space.low, env.action_space.high) == (0, 2)
+    assert [env.action([index]) for index in range(3)] == [-1, 0, 1]
 
 
 def test_your_own_environment(tmp_path, monkeypatch, capsys):
@@ -354,16 +278,15 @@ def test_your_own_environment(tmp_path, monkeypatch, capsys):
     Path("docking.py").write_text(*code_blocks(PAGES["docs/tiny.md"], "python"))
     script, args = parse(commands(SECTIONS["Your own environment"])[0])
     folder = train(script, args, tmp_path, **SHORT)
-    row = progress(folder)[-1]
     play(folder, monkeypatch, capsys)
-    assert row["length_mean"] == 50
-    assert -300 < row["return_mean"] < 0
+    assert progress(folder)[-1]["length_mean"] == 50
+    assert -300 < progress(folder)[-1]["return_mean"] < 0
 
 
 def test_your_own_reward(tmp_path, monkeypatch, capsys):
-    """The learner's is shaped, reported returns are not."""
+    """The learner's reward is shaped, reported returns are not."""
     script, args = changed("Your own reward", tmp_path, monkeypatch)
-    shaped, plain = script.NormalizedEnvs(args), SPPO_CONTINUOUS.script.NormalizedEnvs(args)
+    shaped, plain = script.NormalizedEnvs(args), sppo_continuous.NormalizedEnvs(args)
     action = np.array([[0.5, -1.0, 0.25]])
     for envs in (shaped, plain):
         envs.reset(0)
@@ -383,118 +306,77 @@ def test_your_own_noise(tmp_path, monkeypatch, capsys):
     play(train(script, args, tmp_path, **SHORT), monkeypatch, capsys)
 
 
-def test_the_variant_has_the_gradient_of_its_formula(tmp_path, monkeypatch, capsys):
+def test_your_own_loss_is_not_divided_by_the_old_probability(tmp_path, monkeypatch, capsys):
     script, args = changed("Your own loss", tmp_path, monkeypatch)
     torch.manual_seed(0)
     log_p_old = torch.rand(1000, dtype=torch.float64).log()
     log_p = (log_p_old + 0.3 * torch.randn(1000)).requires_grad_()
-    A = torch.randn(1000, dtype=torch.float64)
-    alpha, beta, z, eps = 0.5, 3.0, -2.0, 0.2
-    r = (log_p - log_p_old).exp()
-    m = torch.where(A > 0, r < 1 + eps, r > 1 - eps)
-    losses = script.symmetric_policy_losses(log_p, log_p_old, A, eps, z)
-    (gradient,) = torch.autograd.grad(alpha * losses[0] + beta * losses[1], log_p)
-    weight = m * (alpha + beta * abs(z) * log_p_old.exp()) * r
-    torch.testing.assert_close(gradient, (-A * weight / 1000).detach())
+    batch = log_p, log_p_old, torch.randn(1000), 0.2, -2.0
+    losses = script.symmetric_policy_losses(*batch), sppo_continuous.symmetric_policy_losses(*batch)
+    (policy_loss, reverse_loss), (ppo_loss, divided_loss) = losses
+    assert policy_loss == ppo_loss
+    (gradient,) = torch.autograd.grad(reverse_loss, log_p)
+    (divided,) = torch.autograd.grad(divided_loss, log_p)
+    torch.testing.assert_close(gradient, log_p_old.exp() * divided)
     play(train(script, args, tmp_path, **SHORT), monkeypatch, capsys)
 
 
 def test_your_own_network(tmp_path, monkeypatch, capsys):
     script, args = changed("Your own network", tmp_path, monkeypatch)
-    folder = train(script, args, tmp_path, **SHORT)
-    play(folder, monkeypatch, capsys)
+    play(train(script, args, tmp_path, **SHORT), monkeypatch, capsys)
     agent = script.Agent(script.make_env(args), args)
     for network in (agent.actor, agent.critic):
         kinds = [type(layer).__name__ for layer in network]
         assert kinds == ["Linear", "LayerNorm", "Tanh"] * 2 + ["Linear"]
-    assert {"actor.1.weight", "critic.4.bias"} <= set(checkpoint(folder)["agent"])
 
 
-def test_stacked_observations_and_a_learning_rate_that_rises_and_falls(
-    tmp_path, monkeypatch, capsys
-):
+def test_stacked_observations_and_a_changing_learning_rate(tmp_path, monkeypatch, capsys):
     heading = "Stacked observations, learning rates with warm-up and decay"
     script, args = changed(heading, tmp_path, monkeypatch)
-    rates = record_learning_rates(monkeypatch)
-    flags = SHORT | {"learning_rate": 0.01, "total_timesteps": 384}
-    folder = train(script, args, tmp_path, **flags)
-    play(folder, monkeypatch, capsys)
-    # Three rollouts of 128 steps, where the warm-up takes 20,000
-    rollouts = rates[:: len(rates) // 3]
-    expected = [0.01 * 128 / 20_000, 0.01 * 256 / 20_000 * 2 / 3, 0.01 * 384 / 20_000 / 3]
-    assert rollouts == pytest.approx(expected)
-    assert checkpoint(folder)["agent"]["actor.0.weight"].shape[1] == 4 * 11
+    run = train(script, args, tmp_path, **SHORT | {"learning_rate": 0.01, "total_timesteps": 384})
+    play(run, monkeypatch, capsys)
+    saved = checkpoint(run)
+    # In the last of three rollouts of 128 steps, where the warm-up takes 20,000
+    assert saved["optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.01 * 384 / 20_000 / 3)
+    assert saved["agent"]["actor.0.weight"].shape[1] == 4 * 11
 
 
 @pytest.mark.parametrize(("learning_rate", "epochs"), [(1e-5, 3), (0.1, 1)])
 def test_an_update_stops_at_a_kl_divergence(learning_rate, epochs, tmp_path, monkeypatch):
     script, args = changed("Stopping an update at a KL divergence", tmp_path, monkeypatch)
-    rates = record_learning_rates(monkeypatch)
     flags = SHORT | {"learning_rate": learning_rate, "update_epochs": 3, "total_timesteps": 128}
-    train(script, args, tmp_path, **flags)
-    assert len(rates) == epochs * flags["num_minibatches"]
+    saved = checkpoint(train(script, args, tmp_path, **flags))
+    assert saved["optimizer"]["state"][0]["step"] == epochs * flags["num_minibatches"]
 
 
-@pytest.mark.parametrize(("learning_rate", "epochs"), [(1e-7, 3), (1.0, 1)])
-def test_an_update_of_a_language_model_stops_at_a_kl_divergence(
-    learning_rate, epochs, toy, here, monkeypatch
-):
+@pytest.mark.parametrize(("rate", "epochs"), [(1e-7, 3), (1.0, 1)])
+def test_a_language_models_update_stops_at_a_kl_divergence(rate, epochs, here, monkeypatch):
     script, args = changed("Stopping an update at a KL divergence", here, monkeypatch, example=1)
-    Path("runs").symlink_to(toy.parent)
     updates = record(monkeypatch, script, "update")
-    flags = SHORT_LM | {"learning_rate": learning_rate, "update_epochs": 3}
+    flags = SHORT_LM | {"learning_rate": rate, "update_epochs": 3}
     train(script, args, "here", **flags)
     ((_, history),) = updates
     assert len(history) == epochs * flags["num_minibatches"]
 
 
-class LuckyEnv(gym.Env):
-    """Every other episode, of ten steps, is a success."""
-
-    observation_space = gym.spaces.Box(-1, 1, (1,))
-    action_space = gym.spaces.Box(-1, 1, (1,))
-    episodes = 0
-
-    def reset(self, *, seed=None, options=None):
-        super().reset(seed=seed)
-        self.episodes += 1
-        return np.zeros(1, np.float32), {}
-
-    def step(self, action):
-        return np.zeros(1, np.float32), 0.0, False, False, {"is_success": self.episodes % 2 == 0}
-
-
 def test_a_success_rate_is_logged(tmp_path, monkeypatch):
-    gym.register("Lucky-v0", LuckyEnv, max_episode_steps=10)
+    step = PendulumEnv.step
+
+    def step_with_success(env, action):
+        return *step(env, action)[:4], {"is_success": 0.25}
+
+    monkeypatch.setattr(PendulumEnv, "step", step_with_success)
     script, args = changed("A success rate", tmp_path, monkeypatch)
-    folder = train(script, args, tmp_path, **SHORT | {"env_id": "Lucky-v0"})
-    first, last = progress(folder)[0], progress(folder)[-1]
-    assert first["charts/success_rate"] == pytest.approx(0.5, abs=0.1)
-    assert last["charts/success_rate"] == pytest.approx(0.5, abs=0.1)
-
-
-def record_learning_rates(monkeypatch):
-    rates = []
-    step = torch.optim.Adam.step
-
-    def recording_step(self):
-        rates.append(self.param_groups[0]["lr"])
-        return step(self)
-
-    monkeypatch.setattr(torch.optim.Adam, "step", recording_step)
-    return rates
+    folder = train(script, args, tmp_path, **SHORT | {"env_id": "Pendulum-v1"})
+    assert progress(folder)[-1]["charts/success_rate"] == 0.25
 
 
 @pytest.mark.parametrize("optimizer", ["AdamW", "SGD"])
-def test_your_own_optimizer(optimizer, tmp_path, monkeypatch):
-    """With the page's arguments, in place of the line that makes the script's own."""
+def test_your_own_optimizer(optimizer, tmp_path):
+    """Each optimizer of the page replaces the one that the script makes in one line."""
     (call,) = re.findall(rf"`(torch\.optim\.{optimizer}\(.+?\))`", SECTIONS["Your own optimizer"])
-    source = (ROOT / "sppo_continuous.py").read_text()
-    (line,) = re.findall(r"torch\.optim\.Adam\(.+\)", source)
-    copy = tmp_path / f"sppo_{optimizer.lower()}.py"
-    copy.write_text(source.replace(line, call))
-    monkeypatch.syspath_prepend(tmp_path)
-    script = importlib.import_module(copy.stem)
+    (line,) = re.findall(r"torch\.optim\.Adam\(.+\)", Path(sppo_continuous.__file__).read_text())
+    script = edited(sppo_continuous, tmp_path / "copy", (line, call))
     saved = checkpoint(train(script, script.Args(env_id="Hopper-v4"), tmp_path, **SHORT))
     (group,) = saved["optimizer"]["param_groups"]
     assert (group["weight_decay"], group["lr"]) == (0.01 * (optimizer == "AdamW"), 3e-4)
@@ -518,18 +400,18 @@ def test_unbiased_rewards_under_flips(tmp_path, monkeypatch, capsys):
     gae = record(monkeypatch, script, "compute_gae")
     monkeypatch.setattr(script, "AtariVectorEnv", Signals)
     monkeypatch.setattr("ale_py.vector_env.AtariVectorEnv", Signals)  # of the run's own copy
-    play(train(script, args, tmp_path, **SMALL | ATARI | PPO), monkeypatch, capsys)
-    assert len(gae) == 4
+    play(train(script, args, tmp_path, **SETTINGS[1].small), monkeypatch, capsys)
     assert any((noisy == 1).any() for _, noisy in perturbations)
     for ((reward, *_), _), (_, noisy) in zip(gae, perturbations, strict=True):
         np.testing.assert_allclose(reward, (noisy - 0.1) / 0.8)
 
 
 @pytest.fixture
-def here(tmp_path, monkeypatch):
-    """An empty folder in which language models seem to have been started."""
+def here(toy, tmp_path, monkeypatch):
+    """A folder with the toy, in which language models seem to have been started."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sppo_rlhf, "START", tmp_path)
+    Path("runs").symlink_to(toy.parent)
     return tmp_path
 
 
@@ -537,29 +419,23 @@ def read_lines(path):
     return [json.loads(line) for line in Path(path).open()]
 
 
-def test_other_ways_of_sampling_in_an_edited_copy(toy, here, monkeypatch):
+def test_other_ways_of_sampling_in_an_edited_copy(here):
     """With the page's top_p, but so small that only the most likely token is left."""
     text = sections(PAGES["docs/language-models.md"])["Sampling"]
     added, above = re.search(r"`(top_p=[\d.]+,)` below `(.+?)`", text).groups()
-    source = (ROOT / "sppo_rlhf.py").read_text()
-    assert source.count(above) == 1
-    Path("sppo_top_p.py").write_text(source.replace(above, f"{above} top_p=1e-9,"))
-    monkeypatch.syspath_prepend(here)
-    script = importlib.import_module("sppo_top_p")
-    Path("runs").symlink_to(toy.parent)
-    args = script.parse_args([])
-    texts = [read_lines(train(script, args, "here", **SHORT_LM) / "samples.jsonl")]
-    args.eval_greedy = True
-    texts.append(read_lines(train(script, args, "here", **SHORT_LM) / "samples.jsonl"))
-    first, second = ([row["response"] for row in rows[:8]] for rows in texts)
-    assert first == second and eval(f"dict({added})")["top_p"] < 1
+    assert eval(f"dict({added})")["top_p"] < 1
+    script = edited(sppo_rlhf, here / "copy", (above, f"{above} top_p=1e-9,"))
+    texts = []
+    for greedy in (False, True):
+        folder = train(script, script.parse_args([]), "here", **SHORT_LM, eval_greedy=greedy)
+        texts.append([row["response"] for row in read_lines(folder / "samples.jsonl")[:8]])
+    assert texts[0] == texts[1]
 
 
-def test_a_function_as_reward(toy, here, monkeypatch, capsys):
+def test_a_function_as_reward(here, monkeypatch, capsys):
     text = SECTIONS["A Python function as the reward of a language model"]
     Path("variety.py").write_text(*code_blocks(text, "python"))
     script, args = parse(commands(text)[-1])
-    Path("runs").symlink_to(toy.parent)
     folder = train(script, args, "here", **SHORT_LM)
     variety = runpy.run_path("variety.py")["variety"]
     assert variety(["a b a b", ""]) == [0.5, 0]
@@ -569,28 +445,23 @@ def test_a_function_as_reward(toy, here, monkeypatch, capsys):
     play(folder, monkeypatch, capsys)
 
 
-def test_ones_own_model_and_data(toy, here):
-    """With the toy's policy in a chat template instead of the page's."""
-    text = sections(PAGES["docs/language-models.md"])["Your own model and data"]
-    (file,) = code_blocks(text, "python")
-    Path("mine.py").write_text(file)
+def test_data_and_reward_functions_of_the_page_on_language_models(here):
+    page = PAGES["docs/language-models.md"]
+    mine, rouge = code_blocks(page, "python")
+    Path("mine.py").write_text(mine)
+    Path("rouge.py").write_text(rouge)
     runpy.run_path("mine.py", run_name="__main__")
-    script, args = parse(commands(text)[1])
+    script, args = parse(commands(sections(page)["Your own model and data"])[1])
     script.load_data(args)  # there are enough
-    tokenizer = AutoTokenizer.from_pretrained(toy / "policy")
-    tokenizer.chat_template = "{% for m in messages %}{{ m.content }}{% endfor %}"
-    AutoModelForCausalLM.from_pretrained(toy / "policy").save_pretrained("own")
-    tokenizer.save_pretrained("own")
-    lengths = {"prompt_length": 16, "response_length": 16}  # the toy has 64 positions
-    folder = train(script, args, "runs", policy_model="own", **lengths, **SHORT_LM)
-    (loading,) = re.findall(r"`(peft.+)` loads", text)
-    assert loading.count("runs/NAME") == 1
-    assert eval(loading.replace("runs/NAME", str(folder)), {"peft": peft})
-    assert len(read_lines(folder / "samples.jsonl")) == 16
+    shutil.copytree("runs/toy/policy", "own")
+    Path("own/chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
+    train(script, args, "a", policy_model="own", prompt_length=16, response_length=16, **SHORT_LM)
+    rouge_l = runpy.run_path("rouge.py")["rouge_l"]
+    scores = rouge_l(completions=["the plot", "dull"], label=["the plot was dull"] * 2)
+    assert scores == pytest.approx([2 / 3, 2 / 5])  # precision is 1, recall 1/2 and 1/4
 
 
 def test_a_reward_that_knows_the_answer(here):
-    """It runs with all that TRL 1.12 passes to it, too."""
     text = SECTIONS["A reward that knows the answer"]
     Path("correct.py").write_text(*code_blocks(text, "python"))
     making, training = commands(text)
@@ -598,31 +469,17 @@ def test_a_reward_that_knows_the_answer(here):
     script, args = parse(training)
     folder = train(script, args, "here", **SHORT_LM)
     sums = {row["prompt"]: row["label"] for row in read_lines("sums/test.jsonl")}
-    assert len(sums) == 512
     correct = runpy.run_path("correct.py")["correct"]
     for sample in read_lines(folder / "samples.jsonl"):
-        completions, label = [sample["response"]], [sums[sample["prompt"]]]
-        trl = dict.fromkeys(["trainer_state", "log_extra", "log_metric"])
-        trl |= {"prompts": [sample["prompt"]], "completion_ids": [[]]}
-        assert [sample["reward"]] == correct(completions=completions, label=label, **trl)
+        assert [sample["reward"]] == correct([sample["response"]], [sums[sample["prompt"]]])
     assert correct(completions=["42", "4"], label=["42", "42"]) == [1, 0]
-
-
-def test_rouge(tmp_path):
-    """Precision 1, recall 1/2."""
-    *_, block = code_blocks(PAGES["docs/language-models.md"], "python")
-    (tmp_path / "rouge.py").write_text(block)
-    rouge_l = runpy.run_path(tmp_path / "rouge.py")["rouge_l"]
-    scores = rouge_l(completions=["the plot", "dull"], label=["the plot was dull"] * 2)
-    assert scores == pytest.approx([2 / 3, 2 / 5])
 
 
 def test_a_new_metric(tmp_path, monkeypatch, capsys):
     script, args = changed("A new metric", tmp_path, monkeypatch)
-    flags = SHORT | {"total_timesteps": 128, "eval_episodes": 4}
-    folder = train(script, args, tmp_path, **flags)
+    folder = train(script, args, tmp_path, **SHORT | {"total_timesteps": 128, "eval_episodes": 4})
     play(folder, monkeypatch, capsys)
-    (row,) = progress(folder)
+    (row,) = checkpoint(folder)["progress"][1]
     assert row["losses/probability"] == pytest.approx(1 / 11, rel=0.1)
     assert row["return_worst"] < row["return_mean"]
 
@@ -635,7 +492,7 @@ def test_the_numbers_for_sppo_elsewhere():
         _, args = parse(command.split())
         k = args.alpha + args.beta * abs(args.z)
         names = ["vf_coef", "ent_coef", "max_grad_norm", "adam_eps", "ce_coef"]
-        weights = [getattr(args, name) if hasattr(args, name) else None for name in names]
+        weights = [getattr(args, name, None) for name in names]
         divided = ["" if weight is None else f"{weight / k:.4g}" for weight in weights]
         assert [cell.strip() for cell in cells.split("|")] == [f"{k:g}", *divided]
 
@@ -644,8 +501,8 @@ def test_the_numbers_for_sppo_elsewhere():
 
 
 def metrics(*kinds, page="docs/usage.md"):
-    """Names of the metrics of `kinds` of scripts, and of all scripts, in the list of a page."""
-    text = sections(PAGES[page])["Metrics"]
+    """Names of metrics of `kinds` of scripts, and of all, in a page's list. NAME is the toy's."""
+    text = sections(PAGES[page])["Metrics"].replace("NAME", "runs/toy/reward")
     found = set()
     for names, kind in re.findall(r"(?m)^- ((?:`[^`]+`(?:, )?)+)(?: \((.+?)\))?: ", text):
         if kind in ("", *kinds):
@@ -660,22 +517,17 @@ def logged(folder):
     return set(tags), set(columns) - {"step", "return_mean", "return_std", "length_mean"}
 
 
-NOT_IN_CSV = {"charts/SPS", "eval/return_mean"}
-
-
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
 def test_the_list_of_metrics_is_complete_for_control(setting, tmp_path, monkeypatch):
     monkeypatch.setattr(setting.script, "AtariVectorEnv", Signals, raising=False)  # short games
     expected = metrics("PPO" if setting.ppo else "A2C")
     tags, columns = logged(setting.run(tmp_path)[1])
     assert tags == expected
-    assert columns == expected - NOT_IN_CSV
+    assert columns == expected - {"charts/SPS", "eval/return_mean"}
 
 
-def test_the_list_of_metrics_is_complete_for_language_models(toy, here):
+def test_the_list_of_metrics_is_complete_for_language_models(here):
     """Two runs: the toy with all that is optional, and summaries, by a model with LoRA."""
-    Path("runs").symlink_to(toy.parent)
-    reward = ("runs/toy/reward",)
     args = sppo_rlhf.parse_args(["--ce-coef", "0.1"])
     toy_tags, toy_columns = logged(train(sppo_rlhf, args, "a", **SHORT_LM))
     row = {"prompt": "the plot was dull . TL;DR:", "label": "it was dull ."}
@@ -688,19 +540,16 @@ def test_the_list_of_metrics_is_complete_for_language_models(toy, here):
     own = metrics(page="docs/language-models.md")
     expected = metrics("PPO") | own
     csv = metrics("csv", page="docs/language-models.md") - own
-    expected, csv = ({name.replace("NAME", *reward) for name in names} for names in (expected, csv))
     assert tags | toy_tags == expected
-    assert columns | toy_columns == csv | expected - NOT_IN_CSV
+    assert columns | toy_columns == csv | expected - {"charts/SPS", "eval/return_mean"}
 
 
 def test_the_page_on_what_is_normal_has_the_percentiles_of_packed_runs():
     text = sections(PAGES["docs/usage.md"])["What is normal"]
     rows = re.findall(r"(?m)^\| `(\w+)` \| (.+) \| (.+) \|$", text)
     assert len(rows) == 6 and "| `losses/` | DPPO | SPPO |" in text
-    runs, progress = (
-        pd.read_csv(ROOT / f"results/robustness/sweep-{name}.csv.gz")
-        for name in ("runs", "progress")
-    )
+    runs = pd.read_csv(ROOT / "results/robustness/sweep-runs.csv.gz")
+    progress = pd.read_csv(ROOT / "results/robustness/sweep-progress.csv.gz")
     default = runs[(runs["learning_rate"] == 3e-4) & (runs["clip_coef"] == 0.2)]
     methods = default.set_index("run_name")["exp_name"].str.split("-").str[0]
     method = progress["run_name"].map(methods)

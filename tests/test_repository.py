@@ -31,10 +31,6 @@ def source(script):
     return (ROOT / f"{script}.py").read_text()
 
 
-def imports(script):
-    return set(re.findall(r"(?m)^ *(?:import|from) (\w+)", source(script)))
-
-
 # ---- Dependencies
 
 
@@ -45,7 +41,8 @@ def metadata(script):
 
 
 @pytest.mark.parametrize("script", [*SCRIPTS, "toy"])
-def test_a_script_has_the_projects_bounds(script):
+def test_a_script_imports_only_dependencies_that_it_names_with_the_projects_bounds(script):
+    """So it needs no other file of the repository, and can be copied alone."""
     block = metadata(script)
     bounds = PROJECT["dependencies"] + ([] if script in CONTROL else EXTRAS["rlhf"])
     if script in ATARI:  # they need neither MuJoCo nor Box2D
@@ -54,7 +51,8 @@ def test_a_script_has_the_projects_bounds(script):
     assert set(block["dependencies"]) <= set(bounds)
     needed = {Requirement(text).name.replace("-", "_") for text in block["dependencies"]}
     needed |= {"wandb"}  # which --help tells whom to install
-    assert imports(script) - set(sys.stdlib_module_names) <= needed
+    imported = set(re.findall(r"(?m)^ *(?:import|from) (\w+)", source(script)))
+    assert imported - sys.stdlib_module_names <= needed
 
 
 def test_enjoy_has_the_bounds_of_all_scripts_and_of_films():
@@ -65,11 +63,10 @@ def test_enjoy_has_the_bounds_of_all_scripts_and_of_films():
 
 
 @pytest.mark.parametrize("minor", range(10, 15))
-@pytest.mark.parametrize("system", ["linux x86_64", "darwin arm64", "win32 AMD64"])
+@pytest.mark.parametrize("system", [("linux", "x86_64"), ("darwin", "arm64"), ("win32", "AMD64")])
 def test_the_lock_file_has_one_version_of_each_dependency(minor, system):
-    sys_platform, platform_machine = system.split()
     where = {"python_version": f"3.{minor}", "python_full_version": f"3.{minor}.1"}
-    where |= {"sys_platform": sys_platform, "platform_machine": platform_machine}
+    where |= {"sys_platform": system[0], "platform_machine": system[1]}
     locked = {}
     for requirement in map(Requirement, LOCK):
         if requirement.marker is None or requirement.marker.evaluate(where):
@@ -95,36 +92,22 @@ def test_a_lone_copy_gets_the_versions_of_the_lock_file(script):
         assert f"--torch-backend cpu torch=={version}\n" in (ROOT / page).read_text()
 
 
-@pytest.mark.parametrize("script", SCRIPTS)
-def test_a_script_can_be_copied_alone(script):
-    ours = {path.stem for path in ROOT.glob("*.py")} | {path.stem for path in ROOT.glob("*/*.py")}
-    assert script in ours
-    assert not imports(script) & ours
-    holder = re.search(r"(?m)^Copyright \(c\) (.*)$", (ROOT / "LICENSE").read_text()).group(1)
-    first, second, *_ = source(script).splitlines()
-    assert first == f"# SPDX-FileCopyrightText: {holder}"
-    assert second == f"# SPDX-License-Identifier: {PROJECT['license']}"
-
-
-# ---- The same text in several scripts
+# ---- Text of scripts: what several share, lengths, licence, comments
 
 
 @functools.cache
 def definitions(script):
-    """{name: text} of functions and classes, and of Args' methods, decorators included."""
-    nodes = {getattr(node, "name", ""): node for node in ast.parse(source(script)).body}
-    for node in nodes["Args"].body:
-        nodes[f"Args.{getattr(node, 'name', '')}"] = node
+    """{name: text} of functions and classes, decorators included."""
     found = {}
-    for name, node in nodes.items():
+    for node in ast.parse(source(script)).body:
         if isinstance(node, ast.FunctionDef | ast.ClassDef):
             first = min([node.lineno, *(decorator.lineno for decorator in node.decorator_list)])
-            found[name] = "\n".join(source(script).splitlines()[first - 1 : node.end_lineno])
+            found[node.name] = "\n".join(source(script).splitlines()[first - 1 : node.end_lineno])
     return found
 
 
 # Each script has its own
-OWN = {"Args", "Args.__post_init__", "gradient_and_metrics", "loss_and_metrics", "check", "train"}
+OWN = {"Args", "gradient_and_metrics", "loss_and_metrics", "check", "train"}
 SAME = [
     (SCRIPTS, "perturb_advantage file_digests means load_checkpoint atomic_write begin_session"),
     (CONTROL, "compute_gae run_folder evaluation_row"),
@@ -141,8 +124,7 @@ SAME = [
 def test_what_scripts_share_is_the_same_text(scripts, names):
     for name in names.split():
         for script in scripts[1:]:
-            same = definitions(script)[name] == definitions(scripts[0])[name]
-            assert same, f"{name}: {script} and {scripts[0]} have drifted apart"
+            assert definitions(script)[name] == definitions(scripts[0])[name], f"{name}: {script}"
 
 
 @pytest.mark.parametrize("script", CONTROL)
@@ -160,12 +142,12 @@ def test_a_diff_of_the_pair_is_short(pair, limit):
     assert sum(line[:2] in ("- ", "+ ") for line in difflib.ndiff(*lines)) <= limit
 
 
-# ---- Plain to read
-
-
 @pytest.mark.parametrize("script", SCRIPTS)
-def test_a_script_is_short_and_the_algorithm_comes_first(script):
+def test_a_script_names_its_licence_is_short_and_begins_with_the_algorithm(script):
     lines = source(script).splitlines()
+    holder = re.search(r"(?m)^Copyright \(c\) (.*)$", (ROOT / "LICENSE").read_text()).group(1)
+    assert lines[0] == f"# SPDX-FileCopyrightText: {holder}"
+    assert lines[1] == f"# SPDX-License-Identifier: {PROJECT['license']}"
     assert len(lines) <= (835 if script in CONTINUOUS else 755 if script in ATARI else 1500)
     assert max(map(len, lines)) <= 100 >= len(source("toy").splitlines())
     order = list(definitions(script))
