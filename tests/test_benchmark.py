@@ -188,7 +188,7 @@ def test_words_that_need_quotes_arrive_in_any_locale(stubs):
 
 @pytest.mark.parametrize(("name", "text"), [("sessions.jsonl", "{}"), ("summary.json", "")])
 def test_a_dry_run_lists_begun_and_broken_runs_but_no_finished_ones(name, text, stubs, monkeypatch):
-    """It names broken runs, and writes nothing."""
+    """A dry run names broken runs, and writes nothing."""
     monkeypatch.chdir(stubs)
     dry_run = "./benchmark.sh tiny --seeds 1 --dry-run".split()
     commands = sh(*dry_run, cwd=stubs).stdout.splitlines()
@@ -368,7 +368,7 @@ def test_the_documented_line_runs_in_gnu_parallel(stubs):
 @pytest.mark.skipif(not shutil.which("slurmctld"), reason="no Slurm here: apt install slurm-wlm")
 @pytest.mark.slow
 def test_the_documented_lines_run_on_slurm(stubs, monkeypatch):
-    """On one node, whose arrays are short."""
+    """The Slurm here has one node, and short arrays."""
     monkeypatch.setitem(ENVIRON, "SLURM_CONF", str(stubs / "slurm.conf"))
     host, user = sh("bash", "-c", "hostname -s; id -un").stdout.split()
     conf = (ROOT / "tests/slurm.conf").read_text()

@@ -383,7 +383,7 @@ def test_differences_are_welchs_and_those_of_chosen_pairs_are_corrected_and_show
     assert chosen["p_corrected"].to_list() == pytest.approx(corrected)
     rows = table_after(page, "## Differences, task by task")[1:]
     assert [row[-1] for row in rows] == [f"{value:.3f}" for value in corrected]
-    assert " of 9 differences have p < 0.05" in page
+    assert " of 9 differences have p < 0.05" in page and "| mine minus ppo |" in page
 
 
 def test_a_method_is_compared_with_one_baseline(tmp_path):
@@ -423,7 +423,7 @@ def test_figures_show_every_method_in_its_own_colour(tmp_path, kept):
 
 
 def test_chosen_methods_and_names_are_shown_in_narrow_figures_and_in_tables(tmp_path, kept):
-    """Colours, order and baselines stay those of the methods."""
+    """A renamed method keeps its colour, its place in the order and its baseline."""
     runs = make_grid(tmp_path / "runs", noise="normal")
     make_run(runs, "sppo", 3)
     make_run(runs, "mine", 3, noise="normal")
@@ -559,7 +559,7 @@ def test_any_name_of_a_method_is_shown_as_it_is(tmp_path, kept):
 
 
 def test_folders_without_finished_runs_are_refused(grid, tmp_path, capsys, monkeypatch):
-    """On the command line, in one line."""
+    """On the command line a refusal is one line."""
     (tmp_path / "runs/logs").mkdir(parents=True)
     begun = make_run(tmp_path / "runs", "sppo", 1, finished=False)
     copied = shutil.copytree(grid / "runs", tmp_path / "copied")
