@@ -302,8 +302,7 @@ def test_an_interval_of_a_win_rate_is_brunner_and_munzels():
     assert (low, high) == pytest.approx((value - half, value + half))
     won = [(x > y) + (x == y) / 2 for x in a for y in b]
     assert value == pytest.approx(np.mean(won))
-    mirrored = 1 - value, 1 - high, 1 - low
-    assert report.win_rate([(b, a)]) == pytest.approx(mirrored, rel=1e-12)
+    assert report.win_rate([(b, a)]) == pytest.approx((1 - value, 1 - high, 1 - low), rel=1e-12)
 
 
 def test_scores_that_do_not_vary_have_no_interval():
@@ -492,13 +491,14 @@ def test_runs_of_a_cell_may_differ_in_where_they_ran_and_comparisons_not_alike_a
     free["noise_level"] = 0.1  # of no noise
     make_run(tmp_path / "runs", "sppo", 1, seed=1)
     make_run(tmp_path / "runs", "sppo", 2, seed=2, version="def", **free)
-    make_run(tmp_path / "runs", "ppo", 2, total_timesteps=4096)
+    make_run(tmp_path / "runs", "sppo", 3, task=LANDER)
+    make_run(tmp_path / "runs", "ppo", 3, task=LANDER, total_timesteps=4096)
     page = write_report(tmp_path / "runs", out=tmp_path / "out")
     rows = table_after(page, "## What was run")[1:]
     digests = {hashlib.sha256(version).hexdigest() for version in (b"abc", b"def")}
     assert {row[2] for row in rows} == digests
-    counts = "numbers of steps: 2, versions of a script: 2"
-    assert f"**Not alike: {HOPPER}, clean ({counts}).**" in page
+    assert f"**Not alike: {HOPPER}, clean (numbers of steps: 1, versions of a script: 2).**" in page
+    assert f"**Not alike: {LANDER}, clean (numbers of steps: 2, versions of a script: 1).**" in page
 
 
 @pytest.mark.parametrize(
