@@ -159,7 +159,8 @@ def test_a_layer_may_normalise_raw_observations(setting, tmp_path):
 
 @continuous_scripts
 def test_the_layout_in_memory_changes_no_update(setting, tmp_path):
-    """Fused optimizers pair gradient and parameter by place in memory."""
+    """Fused optimizers pair gradient and parameter by place in memory. The gradient of a
+    convolution is laid out like its input, and not always like its weights."""
     results = []
     for memory_format in (torch.contiguous_format, torch.channels_last):
 
@@ -168,7 +169,8 @@ def test_the_layout_in_memory_changes_no_update(setting, tmp_path):
             layers += [nn.Conv2d(4, 4, (1, 3)), nn.Tanh(), nn.Flatten(), nn.Linear(28, 11)]
             for i in (1, 3, 6):
                 nn.init.normal_(layers[i].weight, std=0.3)
-            agent.actor = nn.Sequential(*layers).to(memory_format=memory_format)
+            layers[2].register_forward_hook(lambda *io: io[-1].to(memory_format=memory_format))
+            agent.actor = nn.Sequential(*layers)
 
         _, run = run_copy(setting, tmp_path / str(memory_format), change=change, learning_rate=1e-3)
         results.append(safetensors.torch.load_file(run / "agent.safetensors"))

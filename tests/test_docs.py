@@ -13,6 +13,7 @@ import sys
 from pathlib import Path
 
 import gymnasium as gym
+import helpers
 import nbformat
 import numpy as np
 import pandas as pd
@@ -20,7 +21,7 @@ import pytest
 import torch
 import tyro
 from gymnasium.envs.classic_control import PendulumEnv
-from helpers import SETTINGS, Signals, checkpoint, digests_of, load_and_train, progress, record
+from helpers import SETTINGS, Signals, checkpoint, progress, record
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_copies import edited
 
@@ -151,12 +152,7 @@ def train(script, args, folder, **flags):
     args = dataclasses.replace(args, runs_dir=str(folder), **flags)
     if hasattr(script, "prepare"):
         script.prepare(args)
-    digests = digests_of(script, args)
-    run = script.run_folder(args, digests)
-    run.mkdir(parents=True)
-    script.begin_session(args, digests, run)
-    load_and_train(script, args, run)
-    return run
+    return helpers.train(script, args)
 
 
 def play(folder, monkeypatch, capsys):
@@ -164,6 +160,15 @@ def play(folder, monkeypatch, capsys):
     monkeypatch.setattr(sys, "argv", ["enjoy.py", str(folder), "--episodes", "2"])
     enjoy.main()
     assert capsys.readouterr().out.splitlines()[-1].startswith(f"{folder}: re")
+
+
+def test_an_agent_acts_in_code_of_ones_own(tmp_path):
+    (block,) = code_blocks(PAGES["docs/usage.md"], "python")
+    folder = SETTINGS[0].run(tmp_path, total_timesteps=64)[1]
+    names = {}
+    exec(block.replace("runs/NAME", str(folder)), names)
+    env = gym.make(SETTINGS[0].small["env_id"])
+    assert env.action_space.contains(names["act"](env.reset(seed=0)[0]).astype(np.float32))
 
 
 # ---- The exercise
