@@ -16,7 +16,7 @@ ppo_scripts = pytest.mark.parametrize("script", [sppo_continuous, sppo_atari, sp
 
 
 def random_batch():
-    """Logits (256, 3, 4) of three dimensions, those of an older policy, joint actions, advantages."""
+    """Logits (256, 3, 4) of three dimensions, an older policy's, joint actions and advantages."""
     torch.manual_seed(3)
     old_logits = torch.randn(256, 3, 4, dtype=torch.float64)
     logits = old_logits + 0.2 * torch.randn_like(old_logits)
