@@ -92,7 +92,7 @@ class Doubled(nn.Sequential):
         return 2 * super().forward(x)
 
 
-NORMALIZED = nn.Sequential(nn.Linear(11, 64, bias=False), nn.LayerNorm(64), nn.Tanh())
+NORMALIZED = nn.Sequential(nn.Linear(11, 64), nn.LayerNorm(64), nn.Tanh())
 ACTORS = {
     "plain": nn.Sequential(nn.Linear(11, 64), nn.Tanh(), nn.Linear(64, 33), nn.ReLU()),
     "nested": nn.Sequential(NORMALIZED, nn.Linear(64, 33, bias=False)),

@@ -260,7 +260,7 @@ def test_no_seed_comes_twice(setting, tmp_path, monkeypatch):
 @pytest.fixture(scope="module")
 def recorded(setting, tmp_path_factory):
     """A run of four rollouts of 32 steps in two environments, in which episodes end in all ways
-    that there are: the first observations, the agent after each rollout, and calls."""
+    that there are: observations, copies of the agent before each update, and recorded calls."""
     script, run = setting.script, SimpleNamespace(agents=[])
     envs = getattr(script, setting.envs)
 
