@@ -237,7 +237,7 @@ def test_an_episode_without_a_time_limit_is_cut_off_in_an_evaluation(limit, leng
 def test_actions_are_sampled_for_the_latest_observation_by_the_latest_weights(
     setting, tmp_path, monkeypatch
 ):
-    """Each by itself. They train as they were sampled, and reach the environment in its bounds."""
+    """Each is sampled by itself, trains as it was sampled, and reaches the environment clipped."""
     original = setting.script.Agent.actor_fn
     shown = record(monkeypatch, setting.script.RunningStats, "normalize")
     gradients = record(monkeypatch, setting.script, "gradient_and_metrics")
