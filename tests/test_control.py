@@ -9,7 +9,17 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from helpers import EACH, SETTINGS, SPPO_ATARI, SPPO_CONTINUOUS, Signals, progress, record
+from helpers import (
+    EACH,
+    SA2C_ATARI,
+    SETTINGS,
+    SPPO_ATARI,
+    SPPO_CONTINUOUS,
+    Signals,
+    needs_gpu,
+    progress,
+    record,
+)
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
@@ -219,6 +229,23 @@ def test_compiled_functions_compute_the_same(setting, capsys):
     result = gradient_and_metrics(setting, agent, args, minibatch, compiled)
     torch.testing.assert_close(result, expected, rtol=1e-3, atol=1e-5)
     assert "failed" not in capsys.readouterr().err
+
+
+@needs_gpu
+@pytest.mark.parametrize("setting", [SPPO_ATARI, SA2C_ATARI], ids=str)
+def test_a_gpu_computes_the_same_gradient(setting, tmp_path, monkeypatch):
+    """And runs: compiled and in bfloat16."""
+    summary, _ = setting.run(tmp_path, device="cuda", compile=True, amp="auto")
+    assert summary["step"] == 256
+    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
+    agent = make_agent(setting)
+    args = setting.script.Args()
+    minibatch = some_minibatch(setting, agent)
+    expected, _ = gradient_and_metrics(setting, agent, args, minibatch)
+    agent.to("cuda")
+    on_gpu = [tensor.to("cuda") for tensor in minibatch]
+    gradient, _ = gradient_and_metrics(setting, agent, args, on_gpu)
+    torch.testing.assert_close(gradient.cpu(), expected, rtol=1e-3, atol=1e-5)
 
 
 # ---- What `train` does

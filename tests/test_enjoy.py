@@ -2,6 +2,7 @@
 
 import contextlib
 import importlib
+import os
 import random
 import sys
 from dataclasses import replace
@@ -184,6 +185,26 @@ def test_two_plays_of_one_seed_are_the_same_and_a_long_film_is_cut(watch, tmp_pa
     monkeypatch.setattr(enjoy, "MAX_FRAMES", 4)
     again = watch(folder, "--video")[1].splitlines()[-2:]
     assert again == [score, f"film: {path}, 4 frames of 10 steps"]
+
+
+@pytest.mark.parametrize(("env_id", "follows"), [("Hopper-v4", True), ("Reacher-v4", False)])
+def test_films_follow_agents_that_move_away_and_need_no_display(
+    env_id, follows, watch, tmp_path, monkeypatch
+):
+    """By the only camera of the model, if it has one."""
+    monkeypatch.setitem(os.environ, "MUJOCO_GL", "osmesa")
+    del os.environ["MUJOCO_GL"]
+    monkeypatch.delenv("DISPLAY", raising=False)
+    monkeypatch.delenv("WAYLAND_DISPLAY", raising=False)
+    _, folder = SPPO_CONTINUOUS.run(tmp_path, env_id=env_id, total_timesteps=64)
+    keep_frames = record(monkeypatch, enjoy, "keep_frames")
+    picture = np.zeros((8, 8, 3), np.uint8)
+    renderer = gym.envs.mujoco.mujoco_rendering.MujocoRenderer
+    monkeypatch.setattr(renderer, "render", lambda *_: picture)
+    assert watch(folder, "--episodes", 1, "--video")[0] == 0
+    (((env, *_), _),) = keep_frames
+    assert env.unwrapped.mujoco_renderer.camera_id == (0 if follows else -1)
+    assert os.environ["MUJOCO_GL"] == "egl"
 
 
 # ---- In other code
