@@ -76,6 +76,14 @@ def test_a_suite_has_its_size_and_its_commands_are_valid(suite, per_seed, seeds,
     assert {args.total_timesteps for args in runs} == steps
 
 
+def test_tasks_have_the_papers_steps():
+    ppos = {"Walker2d-v4": 5 * M, "HumanoidStandup-v4": 10 * M}
+    for script, *words in listed("continuous --seeds 1"):
+        flags = dict(zip(words[::2], words[1::2]))
+        steps = ppos.get(flags["--env-id"], 2 * M) if "sppo" in script else 2 * M
+        assert flags["--total-timesteps"] == str(steps)
+
+
 FACTORS = {"norm": ["max_grad_norm"], "coef": ["vf_coef", "ent_coef"], "ce": ["ce_coef"]}
 FACTORS |= {"authors": ["norm_adv"], "k": ["alpha"]}
 LISTS = ["quick InvertedDoublePendulum-v4 normal", "atari Pong flip", "evidence Breakout flip"]
