@@ -129,6 +129,8 @@ def test_what_cannot_be_played_is_named(watch, tmp_path, monkeypatch):
 @pytest.mark.slow
 def test_a_film_of_a_run_at_work(setting, watch, tmp_path):
     """Of the first episode only, in a size that players can show."""
+    if not setting.atari:
+        pytest.importorskip("Box2D", reason="no wheel for Python 3.14")
     flags = {"env_id": setting.video_env, "eval_freq": 64, "total_timesteps": 128}
     folder = setting.interrupt(tmp_path, 1, **flags)
     end, out, _ = watch(folder, "--episodes", 2, "--video")

@@ -157,7 +157,8 @@ def test_what_runs_in_control_detect():
         gains.append(round(100 * gain))
     shown = "{} % pooled ({} % clean, {} % noisy)".format(*gains)
     assert shown in PAGES["control/README.md"] and shown in REPRODUCTION
-    assert f"below {gains[0]} to {gains[2]} % (pooled)" in (ROOT / "README.md").read_text()
+    shown = "below {} % (pooled; clean {} %, noisy {} %)".format(*gains)
+    assert shown in (ROOT / "README.md").read_text()
 
 
 def test_sentences_show_what_small_tables_give():
@@ -183,7 +184,8 @@ def test_sentences_show_what_small_tables_give():
     speeds = pd.read_csv(RESULTS / "speed/cpu.csv", dtype=str)
     control = speeds["script"].str.contains("continuous")
     measured = speeds[speeds["commit"] == np.where(control, "fdbdd6e", "bc33b3a")]
-    assert len(measured) == 10
+    measured = measured[measured["flags"] != "--no-compile"]
+    assert len(measured) == 8
     for row in measured.itertuples():
         cells = f"| {float(row.rate):,g} | {row.ratio} ({row.ratio_low} to {row.ratio_high}) |"
         assert cells in PAGES["speed/README.md"]
@@ -192,14 +194,15 @@ def test_sentences_show_what_small_tables_give():
 # ---- Runs
 
 
-LINES = r"(?m)^(bash results/(.+)\.sh.*) \| python benchmarks/run\.py .*--runs-dir runs/\S+$"
-DOCUMENTED = re.findall(LINES, "\n".join(PAGES.values()))
+# Of imdb.sh epsilon 1e-8 was the default then, and speed/memory.sh prints none
+SUITES = [path for path in sorted(RESULTS.glob("*/*.sh")) if path.stem not in ("imdb", "memory")]
 
 
-@pytest.mark.parametrize(("line", "name"), DOCUMENTED)
-def test_documented_lines_list_the_packed_runs(line, name):
-    assert len(DOCUMENTED) == 9
-    listed = subprocess.check_output(["bash", "-c", line], cwd=ROOT, text=True)
+@pytest.mark.parametrize("suite", SUITES, ids=lambda path: path.stem)
+def test_a_suites_script_prints_the_commands_of_its_pack(suite):
+    name = str(suite.relative_to(RESULTS).with_suffix(""))
+    assert f"#     bash results/{name}.sh | python benchmarks/run.py " in suite.read_text()
+    listed = subprocess.check_output(["bash", suite], cwd=ROOT, text=True)
     commands = set("python " + packed(name)["command"])
     assert commands <= {" ".join(line.split()) for line in listed.splitlines()}
 

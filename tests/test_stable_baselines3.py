@@ -155,6 +155,7 @@ def train_ppo(model, batches):
 @pytest.mark.parametrize("setting", [SPPO_CONTINUOUS, SA2C_CONTINUOUS], ids=str)
 def test_the_pages_models_take_our_symmetric_updates(setting, tmp_path, monkeypatch):
     """In float64: a whole rollout of PPO with all defaults, ten of A2C."""
+    pytest.importorskip("Box2D", reason="no wheel for Python 3.14")
     monkeypatch.syspath_prepend(tmp_path)
     page = (ROOT / "docs/copy-and-modify.md").read_text()
     for name, block in re.findall(r"(?ms)^```python\n# (\w+_sb3\.py)\n(.+?)^```$", page):
