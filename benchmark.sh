@@ -57,12 +57,12 @@ add() { # SCRIPT METHOD FLAG...: prints the command of a run
     [[ $script/$env != sa2c*/Swimmer-v4 ]] || set -- "$@" --gamma 0.9999
     [[ $kind = continuous ]] || set -- "$@" --device "$device"
     [[ $kind != rlhf ]] || which=--task
-    # A flag that a row sets, given to all rows, would make them alike under different names
+    # A flag in which methods differ, given to all, would make them alike under different names
     own="--alpha --beta --policy $which --seed --total-timesteps --exp-name --runs-dir $*"
     for flag in "${extra[@]%%=*}"; do
         flag=${flag//_/-}
         [[ $flag != --* || " ${own//--no-/--} " != *" ${flag/#--no-/--} "* ]] ||
-            die "-- $flag: rows differ in it, or an option sets it"
+            die "-- $flag: methods differ in it, or an option sets it"
     done
     [[ $total || $kind = rlhf ]] || case $suite/$script/$env in # the paper's number, if no other
         tiny/*) total=50000 ;;
@@ -79,7 +79,7 @@ add() { # SCRIPT METHOD FLAG...: prints the command of a run
 }
 
 # k = alpha + beta |Z| is 20.5 in continuous control, 1.5 on Atari, 0.9 for imdb and toy, 0.7 for
-# tldr. "norm", "coef" and "ce" are PPO with one setting that k changes divided by k, nothing else.
+# tldr. "norm", "coef" and "ce" are PPO with one setting divided by k (Atari: "coef" with two).
 tiny_continuous() {
     add sppo_continuous ppo --policy gaussian
     add sppo_continuous dppo --beta 0

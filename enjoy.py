@@ -56,14 +56,14 @@ def load_run(folder):
     session = json.loads((folder / "sessions.jsonl").read_text().splitlines()[-1])
     if "directory" not in session:
         raise FileNotFoundError(f"{folder}: a run of an earlier version")
-    sys.path.insert(0, session["directory"])  # where the script was, and its helpers are
+    sys.path.insert(0, session["directory"])  # the script's folder, where its modules are
     spec = importlib.util.spec_from_file_location(folder.name, folder / session["script"])
     script = sys.modules[folder.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
-    del sys.modules[folder.name]  # it is no file of a run that is started later in this process
-    script.START = Path(session["working_directory"])  # of relative paths in its arguments
+    del sys.modules[folder.name]  # a run started later in this process would list it
+    script.START = Path(session["working_directory"])  # where relative paths in its arguments begin
     kept = {name: x for name, x in session["args"].items() if name not in script.NO_EFFECT}
-    run_args = script.Args(**kept)  # on any device
+    run_args = script.Args(**kept)  # whatever the device
     is_text = hasattr(script, "local_digests")
     if is_text:
         os.chdir(script.START)
@@ -148,7 +148,7 @@ def keep_frames(env, get_frame, is_over):
 
 
 def play_control(script, run_args, tensors, args):
-    """Scores and lengths (episodes,). If filmed, also frames, frames per second, magnification."""
+    """Scores, lengths (episodes,), frames (if filmed), frames per second and magnification."""
     options = {"render_mode": "rgb_array"} if args.video else {}
     with closing(script.make_env(run_args, args.seed, **options)) as env:
         renderer = getattr(env.unwrapped, "mujoco_renderer", None)
@@ -169,7 +169,7 @@ def play_atari(script, run_args, tensors, args):
     if args.video:
         frames = keep_frames(
             games,
-            lambda result: result[0][0, -1, ..., None].repeat(3, axis=-1),  # the first game's last
+            lambda result: result[0][0, -1, ..., None].repeat(3, axis=-1),  # of the first game
             lambda result: 0 in games.results,
         )
     agent = atari_agent(script, run_args, tensors, games)
@@ -199,7 +199,7 @@ def newest_run():
 
 def main():
     args = tyro.cli(Args)
-    sys.stdout.reconfigure(errors="backslashreplace")  # for texts with letters it does not have
+    sys.stdout.reconfigure(errors="backslashreplace")  # for letters that a terminal does not have
     if args.episodes < 1 or not 0 <= args.seed < 2**32:
         sys.exit("error: --episodes must be at least 1, and --seed from 0 to 4294967295")
     if args.video and not importlib.util.find_spec("moviepy"):

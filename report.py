@@ -6,7 +6,7 @@
     python report.py runs/quick --narrow --names sppo=SPPO Hopper-v4=Hopper    # for a paper
 
 Packed runs are two files: runs.csv.gz, a row for each run, and progress.csv.gz, a row for each
-evaluation; where a folder has several packs, with NAME- before both."""
+evaluation. If a folder has several packs, NAME- stands before both names."""
 
 import hashlib
 import json
@@ -36,29 +36,29 @@ plt.rcParams["savefig.dpi"] = 200
 sns.set_context("paper", font_scale=0.8, rc={"figure.labelsize": "medium"})
 
 HOW_TO_READ = """\
-"Last evaluation" is its mean return, "training" that of the last 100 training episodes, averaged
-since the evaluation before. A cell is a method, a task and a kind of noise; its runs differ in
-seed. Intervals are 95 %: where the mean over many seeds may lie."""
+"Last evaluation" is the mean return of the last evaluation. "Training" is the mean return of the
+last 100 training episodes, averaged since the evaluation before. A cell is a method, a task and a
+kind of noise; its runs differ in seed. 95 % intervals say where the mean over many seeds may lie."""
 
 BOLD = """the best of a task and noise, if it differs from each method that it is compared with \
 (Welch's test, p below 0.05 after Benjamini and Hochberg's correction)"""
 
-COLUMNS = {  # what stands above a table that has them
+COLUMNS = {  # explained above a table that has them
     "cells": "how many cells have both methods",
     "wins": """the probability that a run of the first method beats one of the second, averaged
 over cells, with Brunner and Munzel's interval, unless a cell has fewer than five runs""",
     "percent": """by how much the first method's mean is higher, on tasks where all returns of both
 were above 0: the logarithm of the ratio of their means, averaged over cells, with Welch's interval.
 Each logarithm is corrected for the bias that few runs give it. So this is not the plain ratio of
-two means in scores.csv; the two are far apart where the scores of runs are""",
-    "tasks": "on how many tasks the percentage is",
-    "points": "the difference in returns, on tasks where a run of the two had one of 0 or less",
+two means in scores.csv, and differs from it much where a cell's scores differ much""",
+    "tasks": "on how many tasks the percentage is averaged",
+    "points": "the difference in returns, on tasks where a run of either had a return of 0 or less",
     "difference": "the first method's mean minus the second's, with Welch's interval and p",
     "p, corrected": "by Benjamini and Hochberg, for the number of differences in the table",
 }
 
 NOT_WHOLE = """To have a run whole (not a pack), delete its folder and run its command again. Until
-then the same command, and benchmark.sh, take a run with a summary.json for finished."""
+then its command and benchmark.sh treat a run with a summary.json as finished."""
 
 MEASURES = {  # columns of runs
     "return_mean": "last evaluation",
@@ -66,8 +66,8 @@ MEASURES = {  # columns of runs
     "training": "training",
 }
 
-# What a method is compared with: the first of them that is there. A variant, such as sppo-p, is
-# compared with its method, sb3-ppo with ppo, another method with a symmetric one
+# What a method is compared with: the first of these that has runs. A variant, such as sppo-p, is
+# compared with its method, sb3-ppo with ppo, any other method with sppo or sa2c
 BASELINES = {"sppo": "dppo ppo", "dppo": "ppo", "ppo": ""}
 BASELINES |= {"sa2c": "da2c a2c", "da2c": "a2c", "a2c": ""}
 
@@ -77,7 +77,7 @@ a2c goldenrod, da2c darkgreen, sa2c navy, ppo tab:orange, dppo tab:green, sppo t
 dppo-coef tab:red, ppo-coef firebrick, dppo-norm tab:purple, ppo-norm indigo, ppo-ce tab:pink"""
 COLORS = dict(item.split() for item in COLORS.split(", "))
 
-# What may differ between the runs of a cell, besides what follows from it
+# Columns in which runs of a cell may differ, beside SCORES and PROVENANCE
 FREE = "seed run_name runs_dir device compile track capture_video evaluate".split()
 PROVENANCE = ["commit", "script_sha256", "command", "started", "versions", "hardware"]
 SCORES = ["finished", "return_mean", "return_std", "last5", "training", "sps"]
@@ -85,7 +85,7 @@ RUN = ["run_name", "exp_name", "script", "env_id", "noise", "noise_level", "seed
 EVALUATION = ["run_name", "step", "return_mean", "return_std", "length_mean"]
 CELL = ["reward", "env_id", "exp_name"]
 DIFFERENCE = ["measure", "task", "noise", "method", "other", "difference", "low", "high", "p"]
-LOGGED = ["losses/clipped_gradients", "losses/norm_sign_changes"]  # those that get tables
+LOGGED = ["losses/clipped_gradients", "losses/norm_sign_changes"]  # these get tables
 FEW = 5  # with fewer runs a cell, wins have no interval: results/coverage.py
 RUN_FILES = ["sessions.jsonl", "progress.csv", "summary.json"]
 
@@ -127,7 +127,7 @@ def read_folders(folders: Iterable[Path]) -> tuple[DataFrame, DataFrame, list[st
         elif not folder.exists():
             raise Refusal(f"{folder}: no such folder")
         elif not paths:  # as runs/quick/logs of runs/quick/*
-            print(f"{folder}: no runs in it (of packs give NAME-runs.csv.gz)", file=sys.stderr)
+            print(f"{folder}: no runs in it (for packs, give NAME-runs.csv.gz)", file=sys.stderr)
         for path in paths:
             try:
                 found, evaluations, remark = read_run(path)
@@ -167,8 +167,8 @@ def tables_of(pack: Path) -> tuple[Path, Path]:
 
 
 def read_run(path: Path) -> tuple[list[dict], DataFrame, str]:
-    """A run's arguments, SCORES and PROVENANCE, in a list, its evaluations, and what it lacks; or
-    those of packed runs. Raises Refusal and what else broken files may raise."""
+    """A list with the run's arguments, SCORES and PROVENANCE, its evaluations, and what it lacks.
+    Of a pack, the same of all its runs. Broken files may raise anything."""
     packed, evaluations = tables_of(path)
     if packed.exists():
         runs = read_csv(packed)
@@ -224,12 +224,12 @@ def read_run(path: Path) -> tuple[list[dict], DataFrame, str]:
 
 
 def pack(runs: DataFrame, progress: DataFrame, place: Path) -> None:
-    """Writes both tables; equal runs give equal bytes. Raises Refusal if others are there."""
+    """Writes both tables; equal runs give equal bytes. Raises Refusal if it would lose runs."""
     packed, evaluations = tables_of(place)
     if packed.exists():
         lost = set(read_csv(packed)["run_name"]) - set(runs["run_name"])
         if lost:
-            raise Refusal(f"--pack {place}: it has other runs, such as {min(lost)}; give it, too")
+            raise Refusal(f"--pack {place}: it has other runs, such as {min(lost)}; read it, too")
     packed.parent.mkdir(parents=True, exist_ok=True)
     settings = runs.columns.difference([*RUN, *PROVENANCE], sort=False)
     logged = progress.columns.difference(EVALUATION, sort=False)
@@ -243,10 +243,10 @@ def pack(runs: DataFrame, progress: DataFrame, place: Path) -> None:
 
 
 def label_runs(runs: DataFrame, progress: DataFrame) -> DataFrame:
-    """Finished runs with `reward`, the kind they learned from, their `lowest` return, and what else
-    is in `progress`: logged quantities ("losses/entropy") as means over a run, others of the last
-    evaluation. The columns of CELL are categories, in the order of tables. Raises Refusal if a cell
-    mixes settings."""
+    """Finished runs with `reward` (clean, or noise and level), their `lowest` return, and the other
+    columns of `progress`: logged quantities ("losses/entropy") as means over a run, others as in
+    the last evaluation. The columns of CELL are categories, in the order of tables. Raises Refusal
+    if a cell mixes settings."""
     finished = runs[runs["finished"]].copy()
     clean = finished["noise"] == "none"
     finished["noise_level"] = finished["noise_level"].mask(clean, 0.0)
@@ -284,8 +284,8 @@ def rename(runs: DataFrame, pairs: list[tuple], names: tuple) -> list[tuple]:
 
 
 def check_cell(cell: str, runs: DataFrame) -> None:
-    """Raises Refusal if `runs` of one cell differ in a setting, or have the same seed. That a run
-    lacks a flag is no difference, if it is of another version of the script."""
+    """Raises Refusal if `runs` of one cell differ in a setting, or have the same seed. A
+    flag that another version of the script lacks is no difference."""
     for name in runs.columns.difference([*FREE, *SCORES, *PROVENANCE]):
         values = runs[name]
         versions = runs["script_sha256"]
@@ -369,7 +369,7 @@ def placements(a, b):
 def win_rate(cells: list):
     """Probability that a run of the first beats one of the second, the mean over `cells`, pairs of
     scores (..., runs), and its 95 % interval by Brunner and Munzel (Biometrical Journal 42, 2000):
-    as long as Welch's of the difference in placements. No interval if none varies."""
+    as long as Welch's for the difference in placements. No interval if no placement varies."""
     both = [(placements(a, b), placements(b, a)) for a, b in cells]
     difference, _, high, _ = pooled_difference(both, mean_and_variance)
     value = (1 + difference) / 2
@@ -381,13 +381,13 @@ def mean_and_variance(scores):
     """The mean of `scores` (..., runs), and its variance, 0 of a single score: (...,) each."""
     runs = scores.shape[-1]
     variance = scores.var(-1, ddof=min(1, runs - 1)) / runs
-    return scores.mean(-1), np.where(np.ptp(scores, -1) == 0, 0, variance)  # rounding is no spread
+    return scores.mean(-1), np.where(np.ptp(scores, -1) == 0, 0, variance)  # not a rounding error
 
 
 def log_mean_and_variance(scores):
     """The logarithm of the mean of positive `scores` (..., runs), and its variance: (...,) each.
-    That of a sample's mean is too low on average, exactly by what is added here if the mean is
-    lognormal. Its variance is too small where the mean is too large: hence `1 +`."""
+    The logarithm of a sample's mean is too low on average. The added term is the bias, exact if the
+    mean is lognormal. Variances are too small where means are too large, hence `1 +`."""
     mean, variance = mean_and_variance(scores)
     relative = variance / mean**2
     return np.log(mean) + np.log1p(relative) / 2, relative * (1 + relative)
@@ -396,7 +396,7 @@ def log_mean_and_variance(scores):
 def pooled_difference(cells: list, moments):
     """Mean over `cells`, pairs of scores (..., runs), of the difference in a value, its 95 %
     interval and two-sided p by Welch and Satterthwaite: (...,) each. `moments` gives the value and
-    its variance. No interval and p of a single score, or if none varies; all is nan of no cell."""
+    its variance. Interval and p are nan for single scores or equal scores, all four without cells."""
     if not cells:
         return math.nan, math.nan, math.nan, math.nan
     differences = []
@@ -441,8 +441,8 @@ def make_differences(runs: DataFrame, pairs: list[tuple]) -> DataFrame:
 def make_scores(runs: DataFrame, measures: list[str], differences: DataFrame) -> DataFrame:
     """Mean, standard error, number of runs and 95 % interval by t of each cell in each measure.
     `bold`: the best of a task and noise, if its corrected p is below 0.05 in all `differences` to
-    methods that it is compared with, at least one. `text`: mean ± standard error, and the number
-    of runs where others have more."""
+    methods that it is compared with, at least one. `text`: mean ± standard error, with the number
+    of runs if other cells have more."""
     each = runs.melt(CELL, measures, "measure", "score").dropna(subset="score")
     each = each.replace({"measure": MEASURES}).astype({"score": float})
     cells = each.groupby(["measure", *CELL], observed=True, sort=False)["score"]
@@ -510,7 +510,7 @@ def score_text(scores: DataFrame) -> list[str]:
 
 
 def latex(scores: DataFrame, narrow: bool) -> str:
-    """The same of last evaluations, for a paper: tasks down, noise and methods across."""
+    """A LaTeX table of last evaluations: tasks down, noise and methods across."""
     texts = scores["text"].str.replace("±", r"$\pm$").str.replace("-", "$-$")
     shown = scores.assign(text=texts.mask(scores["bold"], r"\textbf{" + texts + "}"))
     table = shown.pivot(index="task", columns=["noise", "method"], values="text").fillna("")
@@ -545,9 +545,9 @@ def pooled_text(runs: DataFrame, pairs: list[tuple]) -> list[str]:
 
 
 def pool(cells: dict, a: str, b: str, signed: set) -> dict[str, str]:
-    """What a table says of the cells that both have: how often a beats b, and their difference, in
-    percent and, on `signed` tasks, on which they had returns of 0 or less, in points: in all their
-    cells, since by its own scores a cell would drop out where noise has ruined the task."""
+    """A row of a table, over the cells that both have: how often a beats b, and their difference in
+    percent. On `signed` tasks, on which they had returns of 0 or less, it is in points, in all
+    cells, because otherwise only cells that noise has ruined would drop out."""
     groups = {}  # by task
     for (_, task), cell in cells.items():
         if a in cell and b in cell:
@@ -577,7 +577,7 @@ def pool(cells: dict, a: str, b: str, signed: set) -> dict[str, str]:
 
 
 def difference_text(differences: DataFrame) -> list[str]:
-    """Paragraphs: how many differences there are, how many of them may be chance; a table."""
+    """Paragraphs: how many differences have small p-values, also after correction; a table."""
     rows = []
     for row in differences.itertuples():
         texts = [row.task, row.noise, row.measure, f"{row.method} minus {row.other}"]
@@ -586,7 +586,7 @@ def difference_text(differences: DataFrame) -> list[str]:
     small = (differences["p"] < 0.05).sum()
     remaining = (differences["p_corrected"] <= 0.05).sum()
     text = f"{small} of {len(rows)} differences have p < 0.05, {remaining} also after correction. "
-    text += "Those between all methods are in differences.csv."
+    text += "Differences between all methods are in differences.csv."
     columns = ["task", "noise", "measure", "methods", "difference", "95 % interval", "p"]
     table = DataFrame(rows, columns=[*columns, "p, corrected"])
     return ["## Differences, task by task", text, *explained(table)]

@@ -27,7 +27,7 @@ SA2C differs from A2C in two lines, those with `reverse_loss = ` and `beta * rev
 gradient of the symmetric loss is -mean( A (alpha + beta |Z| p) grad log p ): likely actions gain
 weight over unlikely ones.
 
-The same command continues a run that was killed, from its last checkpoint and to the same bytes.
+The same command continues a killed run. It ends with the bytes of a run that was not killed.
 """
 
 import csv
@@ -66,7 +66,7 @@ gym.register_envs(ale_py)
 
 SOURCE = Path(__file__).read_bytes()  # read at once, since the file may be edited during the run
 START = Path.cwd()  # relative paths begin here, even where an environment changes directory
-# Arguments that change no result but by rounding
+# Arguments that change results by rounding at most
 NO_EFFECT = ["runs_dir", "device", "compile", "track"]
 
 
@@ -82,11 +82,11 @@ class Args:
     amp: Literal["auto", "off"] = "auto"  # auto: bfloat16 where the hardware has it; off: float32
     compile: bool = True  # compile on a GPU (never on a CPU, which would gain nothing)
     log_freq: int = 1000  # steps between entries in the log
-    checkpoint_freq: int = 31_250  # steps of each game between checkpoints, where all restart
+    checkpoint_freq: int = 31_250  # steps of each game between checkpoints, at which games restart
     track: bool = False  # log to Weights & Biases as well (pip install wandb)
 
     # Algorithm
-    repeat_action_probability: float = 0.0  # sticky actions: probability of a repeat; v5: 0.25
+    repeat_action_probability: float = 0.0  # sticky actions: probability of a repeat; 0.25 in v5
     num_envs: int = 16  # games played in parallel
     num_steps: int = 5  # steps of each game per rollout
     learning_rate: float = 7e-4  # RMSprop's learning rate, constant
@@ -117,7 +117,7 @@ class Args:
             self.noise_level = defaults.get(self.noise, 0.1)
         if self.eval_freq is None:
             self.eval_freq = max(1, self.total_timesteps // 20)
-        self.env_id = self.env_id.removesuffix("NoFrameskip-v4")  # the same, with another name
+        self.env_id = self.env_id.removesuffix("NoFrameskip-v4")  # the same game, with another name
         if self.exp_name is None:
             self.exp_name = "sa2c" if self.beta else "a2c"
         check(self)
@@ -324,9 +324,9 @@ def loss_and_metrics(agent, args, obs, action, acting_log_prob, advantage, retur
     """Loss on a rollout, and what to log. `mask` is 0 where FIRE replaced the agent's action, a
     step that trains only the critic, else 1."""
     count = mask.sum().clamp(min=1)  # a divisor, so not 0
-    weight = mask / count * len(mask)  # mean(weight * x): that of x where mask is 1
+    weight = mask / count * len(mask)  # mean(weight * x) is the mean of x where mask is 1
     normalized = advantage
-    if args.norm_adv:  # in float64: if all are equal, float32's rounding errors exceed the 1e-8
+    if args.norm_adv:  # float64: of equal advantages float32's rounding errors exceed 1e-8
         mean = (mask * advantage).sum() / count
         variance = (mask * (advantage - mean)).square().sum() / (count - 1).clamp(min=1)
         normalized = (advantage - mean) / (variance.sqrt() + 1e-8)
@@ -392,7 +392,7 @@ def train(args, folder):
             config=vars(args),
             sync_tensorboard=True,
             dir=folder,
-            resume="auto",  # one id per `dir`
+            resume="auto",  # W&B keeps the run's id in `dir`
         )
     writer = SummaryWriter(folder, purge_step=global_step + 1)
 
@@ -421,7 +421,7 @@ def train(args, folder):
             started = time.perf_counter()
         rng = np.random.default_rng([args.seed, global_step, 1])
         generator = torch.Generator().manual_seed(rng.integers(2**31).item())
-        torch.manual_seed(rng.integers(2**31).item())  # for layers that draw, as dropout does
+        torch.manual_seed(rng.integers(2**31).item())  # for layers that draw, such as dropout
         obs[0] = obs[T]
         final_value = np.zeros((T, N))  # of truncated games
         gumbel = sample_gumbel((T, N, games.num_actions), generator).to(device)
@@ -466,7 +466,7 @@ def train(args, folder):
         metrics = {name: x.clone() for name, x in metrics.items()}
         metrics["losses/grad_norm"] = grad_norm  # before clipping
         metrics["losses/clipped_gradients"] = grad_norm > args.max_grad_norm
-        # Also in the second rollout: a last layer that begins at zero hides the layers before it
+        # Checked in two rollouts: a last layer that begins at zero hides the layers before it
         if global_step <= 2 * batch_size and metrics["losses/approx_kl"] > 1e-8:
             found = "the policy that acts is not the one that is trained (dropout?)"
             if device.type == "cpu":
@@ -474,7 +474,7 @@ def train(args, folder):
             tqdm.write(f"warning: {found}, or this GPU rounds more", file=sys.stderr)
         updates.append((metrics, advantage[~overridden], returns[~overridden]))
 
-        # Log, evaluation and checkpoint at multiples of their frequency; the log is complete at all
+        # Log, evaluation and checkpoint at multiples of their frequency; the latter two also log
         finished = global_step >= args.total_timesteps
         evaluation_due = finished or global_step % args.eval_freq < batch_size
         checkpoint_due = finished or global_step % interval < batch_size
@@ -510,7 +510,7 @@ def train(args, folder):
                 writer.add_scalar("charts/gpu_memory_GiB", peak, global_step)
             tqdm.write(f"step {global_step:,}: return {scores.mean():.1f}")
         if checkpoint_due:
-            checkpoint = {  # an edit's own network or optimizer, too
+            checkpoint = {  # an edited script's own network or optimizer belongs here, too
                 "agent": agent.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "recent_episodes": list(games.recent_episodes),
@@ -519,11 +519,11 @@ def train(args, folder):
             writer.flush()
             with atomic_write(checkpoint_path) as path:
                 torch.save(checkpoint, path)
-                load_checkpoint(path)  # an edit may save what can't be read back
-            obs[T] = torch.from_numpy(games.reset([args.seed, global_step]))  # as when continued
+                load_checkpoint(path)  # an edited script may save what can't be read
+            obs[T] = torch.from_numpy(games.reset([args.seed, global_step]))  # as when continuing
 
     writer.close()
-    summary = {name: x for name, x in evaluations[-1].items() if math.isfinite(x)}  # as JSON wants
+    summary = {name: x for name, x in evaluations[-1].items() if math.isfinite(x)}  # JSON lacks nan
     summary["sps"] = float(np.median(speeds))
     with atomic_write(folder / "summary.json") as path:  # last: marks the end
         path.write_text(json.dumps(summary, indent=2))
@@ -566,11 +566,11 @@ def check(args):
     for name in "gamma gae_lambda repeat_action_probability".split():
         require(0 <= getattr(args, name) <= 1, f"{name} must be between 0 and 1")
     require(args.max_grad_norm > 0, "max_grad_norm must be positive; 1e9 turns clipping off")
-    require(-math.inf < args.z < 0, "z stands for log 0: negative and finite")
+    require(-math.inf < args.z < 0, "z stands for log 0: it must be negative and finite")
     require(args.alpha + args.beta > 0, "with alpha and beta 0 nothing trains the policy")
     if args.norm_adv:
         require(args.num_envs * args.num_steps > 1, "norm_adv needs more than one step")
-    require(args.noise != "none" or not args.noise_level, "noise_level needs a kind of noise")
+    require(args.noise != "none" or not args.noise_level, "noise_level needs a --noise")
     if args.noise.endswith("flip"):
         require(args.noise_level <= 1, "noise_level is the probability of a flip, so at most 1")
     try:
@@ -609,7 +609,7 @@ def run_folder(args, digests):
 
 def compiled(function, **options):
     """`function`, compiled at its first call. If that fails, for example without a C++ compiler, it
-    runs uncompiled, so that errors of an edited copy show as plain ones."""
+    runs uncompiled. Then an edited copy shows Python's own error."""
     current = torch.compile(function, **options)
 
     def call(*inputs):
@@ -619,7 +619,7 @@ def compiled(function, **options):
         except Exception as error:  # any is possible here
             if current is function:
                 raise
-            tqdm.write(f"torch.compile failed, continuing without: {error!r:.200}", file=sys.stderr)
+            tqdm.write(f"torch.compile failed, running uncompiled: {error!r:.200}", file=sys.stderr)
             current = function
             return function(*inputs)
 
@@ -653,7 +653,7 @@ def means(rows):
 def evaluation_row(step, scores, lengths, history):
     """A row of progress.csv: an evaluation, and means of what was logged since the one before."""
     if not np.isfinite(scores).all():
-        sys.exit(f"error: a return of the evaluation at step {step} is not finite")
+        sys.exit(f"error: a return of the evaluation at step {step} is not finite; check rewards")
     evaluation = {
         "return_mean": scores.mean(),
         "return_std": scores.std(),
@@ -694,7 +694,7 @@ def atomic_write(path):
         os.fsync(file.fileno())
     try:
         os.replace(temporary, path)
-    except PermissionError:  # on Windows, while a spreadsheet, for one, has the file open
+    except PermissionError:  # on Windows, while a spreadsheet, for example, has it open
         time.sleep(5)
         os.replace(temporary, path)
 

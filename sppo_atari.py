@@ -26,10 +26,10 @@ constant that stands for log 0:
 
 SPPO differs from PPO in two lines, those with `reverse_loss = ` and `beta * reverse_loss`. The
 gradient of Lr is |Z| times that of L, so SPPO's policy gradient is (alpha + beta |Z|) times PPO's.
-That raises its weight relative to the value loss and the entropy bonus, and makes gradient clipping
-more frequent.
+A factor above 1 raises the weight of the policy loss relative to value loss and entropy bonus, and
+makes gradient clipping more frequent.
 
-The same command continues a run that was killed, from its last checkpoint and to the same bytes.
+The same command continues a killed run. It ends with the bytes of a run that was not killed.
 """
 
 import csv
@@ -68,7 +68,7 @@ gym.register_envs(ale_py)
 
 SOURCE = Path(__file__).read_bytes()  # read at once, since the file may be edited during the run
 START = Path.cwd()  # relative paths begin here, even where an environment changes directory
-# Arguments that change no result but by rounding
+# Arguments that change results by rounding at most
 NO_EFFECT = ["runs_dir", "device", "compile", "track"]
 
 
@@ -83,11 +83,11 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU, where there is one
     amp: Literal["auto", "off"] = "auto"  # auto: bfloat16 where the hardware has it; off: float32
     compile: bool = True  # compile on a GPU (never on a CPU, which would gain nothing)
-    checkpoint_freq: int = 31_250  # steps of each game between checkpoints, where all restart
+    checkpoint_freq: int = 31_250  # steps of each game between checkpoints, at which games restart
     track: bool = False  # log to Weights & Biases as well (pip install wandb)
 
     # Algorithm
-    repeat_action_probability: float = 0.0  # sticky actions: probability of a repeat; v5: 0.25
+    repeat_action_probability: float = 0.0  # sticky actions: probability of a repeat; 0.25 in v5
     num_envs: int = 8  # games played in parallel
     num_steps: int = 128  # steps of each game per rollout
     num_minibatches: int = 4  # minibatches per epoch
@@ -123,7 +123,7 @@ class Args:
             self.noise_level = defaults.get(self.noise, 0.1)
         if self.eval_freq is None:
             self.eval_freq = max(1, self.total_timesteps // 20)
-        self.env_id = self.env_id.removesuffix("NoFrameskip-v4")  # the same, with another name
+        self.env_id = self.env_id.removesuffix("NoFrameskip-v4")  # the same game, with another name
         if self.exp_name is None:
             self.exp_name = "sppo" if self.beta else "ppo"
         check(self)
@@ -313,9 +313,9 @@ def loss_and_metrics(agent, args, clip_coef, obs, action, old_log_prob, advantag
     """Loss on a minibatch, and what to log. `mask` is 0 where FIRE replaced the agent's action, a
     step that trains only the critic, else 1."""
     count = mask.sum().clamp(min=1)  # a divisor, so not 0
-    weight = mask / count * len(mask)  # mean(weight * x): that of x where mask is 1
+    weight = mask / count * len(mask)  # mean(weight * x) is the mean of x where mask is 1
     normalized = advantage
-    if args.norm_adv:  # in float64: if all are equal, float32's rounding errors exceed the 1e-8
+    if args.norm_adv:  # float64: of equal advantages float32's rounding errors exceed 1e-8
         mean = (mask * advantage).sum() / count
         variance = (mask * (advantage - mean)).square().sum() / (count - 1).clamp(min=1)
         normalized = (advantage - mean) / (variance.sqrt() + 1e-8)
@@ -383,7 +383,7 @@ def train(args, folder):
             config=vars(args),
             sync_tensorboard=True,
             dir=folder,
-            resume="auto",  # one id per `dir`
+            resume="auto",  # W&B keeps the run's id in `dir`
         )
     writer = SummaryWriter(folder, purge_step=global_step + 1)
 
@@ -411,12 +411,12 @@ def train(args, folder):
         started = time.perf_counter()
         rng = np.random.default_rng([args.seed, global_step, 1])
         generator = torch.Generator().manual_seed(rng.integers(2**31).item())
-        torch.manual_seed(rng.integers(2**31).item())  # for layers that draw, as dropout does
+        torch.manual_seed(rng.integers(2**31).item())  # for layers that draw, such as dropout
         remaining = 1 - global_step / args.total_timesteps
         if args.anneal_lr:
             optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
         clip_coef = args.clip_coef * remaining if args.anneal_clip else args.clip_coef
-        clip_coef = torch.tensor(clip_coef, device=device)  # a number would be compiled in
+        clip_coef = torch.tensor(clip_coef, device=device)  # a float would be a constant
         obs[0] = obs[T]
         final_value = np.zeros((T, N))  # of truncated games
         gumbel = sample_gumbel((T, N, games.num_actions), generator).to(device)
@@ -468,7 +468,7 @@ def train(args, folder):
                 minibatch_metrics["losses/grad_norm"] = grad_norm  # before clipping
                 minibatch_metrics["losses/clipped_gradients"] = grad_norm > args.max_grad_norm
                 metrics.append(minibatch_metrics)
-        # Also in the second rollout: a last layer that begins at zero hides the layers before it
+        # Checked in two rollouts: a last layer that begins at zero hides the layers before it
         if global_step <= 2 * batch_size and metrics[0]["losses/approx_kl"] > 1e-8:
             found = "the policy that acts is not the one that is trained (dropout?)"
             if device.type == "cpu":
@@ -507,7 +507,7 @@ def train(args, folder):
                 writer.add_scalar("charts/gpu_memory_GiB", peak, global_step)
             tqdm.write(f"step {global_step:,}: return {scores.mean():.1f}")
         if finished or global_step % interval < batch_size:
-            checkpoint = {  # an edit's own network or optimizer, too
+            checkpoint = {  # an edited script's own network or optimizer belongs here, too
                 "agent": agent.state_dict(),
                 "optimizer": optimizer.state_dict(),
                 "recent_episodes": list(games.recent_episodes),
@@ -516,11 +516,11 @@ def train(args, folder):
             writer.flush()
             with atomic_write(checkpoint_path) as path:
                 torch.save(checkpoint, path)
-                load_checkpoint(path)  # an edit may save what can't be read back
-            obs[T] = torch.from_numpy(games.reset([args.seed, global_step]))  # as when continued
+                load_checkpoint(path)  # an edited script may save what can't be read
+            obs[T] = torch.from_numpy(games.reset([args.seed, global_step]))  # as when continuing
 
     writer.close()
-    summary = {name: x for name, x in evaluations[-1].items() if math.isfinite(x)}  # as JSON wants
+    summary = {name: x for name, x in evaluations[-1].items() if math.isfinite(x)}  # JSON lacks nan
     summary["sps"] = float(np.median(speeds))
     with atomic_write(folder / "summary.json") as path:  # last: marks the end
         path.write_text(json.dumps(summary, indent=2))
@@ -562,9 +562,9 @@ def check(args):
     for name in "gamma gae_lambda repeat_action_probability".split():
         require(0 <= getattr(args, name) <= 1, f"{name} must be between 0 and 1")
     require(args.max_grad_norm > 0, "max_grad_norm must be positive; 1e9 turns clipping off")
-    require(-math.inf < args.z < 0, "z stands for log 0: negative and finite")
+    require(-math.inf < args.z < 0, "z stands for log 0: it must be negative and finite")
     require(args.alpha + args.beta > 0, "with alpha and beta 0 nothing trains the policy")
-    require(args.noise != "none" or not args.noise_level, "noise_level needs a kind of noise")
+    require(args.noise != "none" or not args.noise_level, "noise_level needs a --noise")
     if args.noise.endswith("flip"):
         require(args.noise_level <= 1, "noise_level is the probability of a flip, so at most 1")
     batch_size = args.num_envs * args.num_steps
@@ -608,7 +608,7 @@ def run_folder(args, digests):
 
 def compiled(function, **options):
     """`function`, compiled at its first call. If that fails, for example without a C++ compiler, it
-    runs uncompiled, so that errors of an edited copy show as plain ones."""
+    runs uncompiled. Then an edited copy shows Python's own error."""
     current = torch.compile(function, **options)
 
     def call(*inputs):
@@ -618,7 +618,7 @@ def compiled(function, **options):
         except Exception as error:  # any is possible here
             if current is function:
                 raise
-            tqdm.write(f"torch.compile failed, continuing without: {error!r:.200}", file=sys.stderr)
+            tqdm.write(f"torch.compile failed, running uncompiled: {error!r:.200}", file=sys.stderr)
             current = function
             return function(*inputs)
 
@@ -652,7 +652,7 @@ def means(rows):
 def evaluation_row(step, scores, lengths, history):
     """A row of progress.csv: an evaluation, and means of what was logged since the one before."""
     if not np.isfinite(scores).all():
-        sys.exit(f"error: a return of the evaluation at step {step} is not finite")
+        sys.exit(f"error: a return of the evaluation at step {step} is not finite; check rewards")
     evaluation = {
         "return_mean": scores.mean(),
         "return_std": scores.std(),
@@ -693,7 +693,7 @@ def atomic_write(path):
         os.fsync(file.fileno())
     try:
         os.replace(temporary, path)
-    except PermissionError:  # on Windows, while a spreadsheet, for one, has the file open
+    except PermissionError:  # on Windows, while a spreadsheet, for example, has it open
         time.sleep(5)
         os.replace(temporary, path)
 

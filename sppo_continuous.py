@@ -30,7 +30,7 @@ SPPO differs from PPO in two lines, those with `reverse_loss = ` and `beta * rev
 policy gradient is (alpha + beta |Z|) times PPO's. Lr needs probabilities, so each action dimension
 is discretised into bins, and p is the product over the dimensions.
 
-The same command continues a run that was killed, from its last checkpoint and to the same bytes.
+The same command continues a killed run. It ends with the bytes of a run that was not killed.
 """
 
 import csv
@@ -130,9 +130,9 @@ class Args:
 
 def make_env(args, seed=0, **options):
     """Makes the environment. Seeds its spaces, since some environments sample from them."""
-    warnings.filterwarnings("ignore", message=".*is out of date.*")  # the paper's MuJoCo v4 is
+    warnings.filterwarnings("ignore", message=".*is out of date.*")  # as the paper's MuJoCo v4 is
     env = gym.make(args.env_id, **options)
-    rng = np.random.default_rng([seed, 3])  # `seed` alone gives the environment's own numbers
+    rng = np.random.default_rng([seed, 3])  # `seed` alone would repeat the environment's numbers
     parts = [env]
     while isinstance(parts[-1], gym.Wrapper):  # each may have spaces of its own
         parts.append(parts[-1].env)
@@ -152,7 +152,7 @@ def prepare(args):
             if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
                 sys.exit(f"error: {args.env_id}: {space} is no vector; see docs/copy-and-modify.md")
         action_space = env.action_space
-    bound = np.abs([action_space.low, action_space.high]).max()  # float32's maximum stands for none
+    bound = np.abs([action_space.low, action_space.high]).max()  # float32's maximum: no bound
     if action_space.dtype.kind != "f" or (bound > 1e30 and args.policy == "categorical"):
         sys.exit(f"error: {args.env_id}: needs float actions, bounded unless --policy gaussian")
 
@@ -196,7 +196,7 @@ class NormalizedEnvs:
         self.envs = []
         self.obs_stats = RunningStats()
         self.return_stats = RunningStats()
-        self.recent_episodes = deque(maxlen=100)  # (return, length) of the last ones that ended
+        self.recent_episodes = deque(maxlen=100)  # (return, length) of the last episodes
 
     def reset(self, seed):
         """Begins all episodes. Returns normalised observations (num_envs, obs_dim)."""
@@ -308,7 +308,7 @@ class Agent(nn.Module):
     output = actor(obs)               logits (batch, action_dim, bins), or means (batch, action_dim)
     action                            arg max over bins of output + exploration, or this sum itself
     to_env(action)                    the environment's action
-    policy(output).log_prob(action)   log-probability (batch,), which is trained
+    policy(output).log_prob(action)   log-probability (batch,), for the losses
     """
 
     def __init__(self, env, args):
@@ -348,7 +348,7 @@ class Agent(nn.Module):
 
     def actor_fn(self):
         """The actor in NumPy. `act(obs, exploration)` returns actions (batch, action_dim), bin
-        indices or Gaussian values, and the actor's output; without exploration, greedy actions."""
+        indices or Gaussian values, and the output. Without exploration, actions are greedy."""
         layers = self.actor if type(self.actor) is nn.Sequential else [self.actor]
         layers = [numpy_layer(layer) for layer in layers]
 
@@ -419,7 +419,7 @@ def gradient_and_metrics(agent, trained, args, obs, action, old_log_prob, advant
     """Clipped gradients of the loss on a minibatch, one for each of the `trained` parameters, and
     what to log."""
     normalized = advantage
-    if args.norm_adv:  # in float64: if all are equal, float32's rounding errors exceed the 1e-8
+    if args.norm_adv:  # float64: of equal advantages float32's rounding errors exceed 1e-8
         normalized = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
     normalized = normalized.to(returns.dtype)
     policy = agent.policy(agent.actor(obs))
@@ -469,7 +469,7 @@ def train(envs, args, folder):
     evaluations = []  # rows of progress.csv
     history = []  # what was logged since the last evaluation
     speeds = []  # steps per second of each rollout and update
-    stateful = {  # an edit's own network or optimizer belongs here, too
+    stateful = {  # an edited script's own network or optimizer belongs here, too
         "agent": agent,
         "optimizer": optimizer,
         "obs_stats": envs.obs_stats,
@@ -491,7 +491,7 @@ def train(envs, args, folder):
             config=vars(args),
             sync_tensorboard=True,
             dir=folder,
-            resume="auto",  # one id per `dir`
+            resume="auto",  # W&B keeps the run's id in `dir`
         )
     writer = SummaryWriter(folder, purge_step=global_step + 1)
 
@@ -563,7 +563,7 @@ def train(envs, args, folder):
                     p.grad = gradient
                 optimizer.step()
                 metrics.append(minibatch_metrics)
-        # Also in the second rollout: a last layer that begins at zero hides the layers before it
+        # Checked in two rollouts: a last layer that begins at zero hides the layers before it
         if global_step <= 2 * batch_size and metrics[0]["losses/approx_kl"] > 1e-8:
             sys.exit("error: the policy that acts is not the one that is trained (dropout?)")
 
@@ -602,11 +602,11 @@ def train(envs, args, folder):
             writer.flush()
             with atomic_write(checkpoint_path) as path:
                 torch.save(checkpoint, path)
-                load_checkpoint(path)  # an edit may save what can't be read back
+                load_checkpoint(path)  # an edited script may save what can't be read
             obs[T] = envs.reset([args.seed, global_step])  # as in a run that is continued
 
     writer.close()
-    summary = {name: x for name, x in evaluations[-1].items() if math.isfinite(x)}  # as JSON wants
+    summary = {name: x for name, x in evaluations[-1].items() if math.isfinite(x)}  # JSON lacks nan
     summary["sps"] = float(np.median(speeds))
     with atomic_write(folder / "summary.json") as path:  # last: marks the end
         path.write_text(json.dumps(summary, indent=2))
@@ -652,11 +652,11 @@ def check(args):
     require(args.bins >= 2, "bins must be at least 2")
     require(min(args.hidden_sizes, default=1) >= 1, "hidden_sizes must be at least 1")
     require(args.max_grad_norm > 0, "max_grad_norm must be positive; 1e9 turns clipping off")
-    require(-math.inf < args.z < 0, "z stands for log 0: negative and finite")
+    require(-math.inf < args.z < 0, "z stands for log 0: it must be negative and finite")
     require(args.alpha + args.beta > 0, "with alpha and beta 0 nothing trains the policy")
     if args.policy == "gaussian":
-        require(args.beta == 0, "beta needs probabilities: use bins")
-    require(args.noise != "none" or not args.noise_level, "noise_level needs a kind of noise")
+        require(args.beta == 0, "beta needs probabilities: --policy categorical, or --beta 0")
+    require(args.noise != "none" or not args.noise_level, "noise_level needs a --noise")
     if args.noise == "adv_flip":
         require(args.noise_level <= 1, "noise_level is the probability of a flip, so at most 1")
     batch_size = args.num_envs * args.num_steps
@@ -696,7 +696,7 @@ def run_folder(args, digests):
 
 def compiled(function, **options):
     """`function`, compiled at its first call. If that fails, for example without a C++ compiler, it
-    runs uncompiled, so that errors of an edited copy show as plain ones."""
+    runs uncompiled. Then an edited copy shows Python's own error."""
     torch._dynamo.config.trace_autograd_ops = True  # one graph for the gradient and the loss
     current = torch.compile(function, **options)
 
@@ -707,7 +707,7 @@ def compiled(function, **options):
         except Exception as error:  # any is possible here
             if current is function:
                 raise
-            tqdm.write(f"torch.compile failed, continuing without: {error!r:.200}", file=sys.stderr)
+            tqdm.write(f"torch.compile failed, running uncompiled: {error!r:.200}", file=sys.stderr)
             current = function
             return function(*inputs)
 
@@ -725,7 +725,7 @@ def means(rows):
 def evaluation_row(step, scores, lengths, history):
     """A row of progress.csv: an evaluation, and means of what was logged since the one before."""
     if not np.isfinite(scores).all():
-        sys.exit(f"error: a return of the evaluation at step {step} is not finite")
+        sys.exit(f"error: a return of the evaluation at step {step} is not finite; check rewards")
     evaluation = {
         "return_mean": scores.mean(),
         "return_std": scores.std(),
@@ -766,7 +766,7 @@ def atomic_write(path):
         os.fsync(file.fileno())
     try:
         os.replace(temporary, path)
-    except PermissionError:  # on Windows, while a spreadsheet, for one, has the file open
+    except PermissionError:  # on Windows, while a spreadsheet, for example, has it open
         time.sleep(5)
         os.replace(temporary, path)
 

@@ -37,11 +37,11 @@ SPPO differs from PPO in two lines, those with `reverse_loss = ` and `beta * rev
 gradient of Lr is |Z| times that of L, so SPPO's policy gradient is (alpha + beta |Z|) times PPO's:
 0.9 times (imdb) and 0.7 times (tldr) with the authors' weights. Policy and critic share no trained
 weights, and Adam hardly sees the scale of a gradient. So the factor acts through gradient clipping
-and Adam's epsilon only, unless there is a supervised loss (in imdb and tldr), whose relative weight
-it changes.
+and Adam's epsilon only. With a supervised loss (imdb, tldr) it also changes the relative weight of
+that loss.
 
-A reward model scores prompt and response; that reward is given at the last token. Every token pays
-a KL penalty, `kl_coef` times log(p_old / p under the reference policy). The reference policy is the
+A reward model scores prompt and response. The reward is given at the last token. Every token pays
+a KL penalty, `kl_coef` times log(p_old / p_ref). The reference policy, with p_ref, is the
 frozen initial policy. Advantages are normalised over sampled tokens (the authors' code counts
 padding, too). Dropout is off. Steps and frequencies count texts, that is a prompt and its response;
 `return_mean` and `episodic_return` are mean rewards.
@@ -109,7 +109,7 @@ class Args:
     chat_template_kwargs: str = "{}"  # JSON, for the policy's template: {"enable_thinking": false}
     reward_model: tuple[str, ...] = (f"{TOY}/reward",)  # classifiers or FILE.py:NAME
     reward_weights: tuple[float, ...] = ()  # 0: only logged; negative: a penalty; default: the mean
-    reward_label: int | None = None  # label whose probability is the reward; of two: label 1
+    reward_label: int | None = None  # label whose probability is the reward; with two labels: 1
     dataset: str = f"{TOY}/train.jsonl"  # JSONL(.gz) or hub name:split; text, or prompt and label
     eval_dataset: str | None = None  # held-out data; default: the task's, or 10% of --dataset
     prompt_length: int = 16  # maximum tokens of a prompt (or of a text's first half): the last ones
@@ -156,7 +156,7 @@ class Args:
         """Replaces None by the default, where that depends on other arguments."""
         self.eval_dataset = self.eval_dataset or EVAL_DATASETS.get(self.dataset)
         if self.dataset != TASKS[self.task].get("dataset", Args.dataset):
-            self.task = re.split("[.:]", Path(self.dataset).name)[0]  # one's own data
+            self.task = re.split("[.:]", Path(self.dataset).name)[0]  # own data: the file's name
         if self.alpha is None:
             self.alpha = 0.5 if self.beta else 1.0
         if self.noise_level is None:
@@ -189,11 +189,11 @@ class Args:
             require(0 <= getattr(self, name) <= 1, f"{name} must be between 0 and 1")
         for name in "temperature max_grad_norm".split():
             require(getattr(self, name) > 0, f"{name} must be positive")
-        require(-math.inf < self.z < 0, "z stands for log 0: negative and finite")
+        require(-math.inf < self.z < 0, "z stands for log 0: it must be negative and finite")
         require(self.alpha + self.beta > 0, "with alpha and beta 0 nothing trains the policy")
         if self.noise.endswith("flip"):
             require(self.noise_level <= 1, "noise_level is the probability of a flip, so at most 1")
-        require(self.reward_model, "reward_model: at least one")
+        require(self.reward_model, "reward_model: give at least one")
         for name in self.reward_model:
             require(not name.endswith(".py"), f"reward_model {name}: which function? FILE.py:NAME")
         weights = self.reward_weights
@@ -203,8 +203,8 @@ class Args:
         except (TypeError, ValueError) as error:
             sys.exit(f"error: chat_template_kwargs must be a JSON object: {error}")
         is_word = {"true", "false"} & set(map(str, options.values()))
-        require(not is_word, "chat_template_kwargs: true and false have no quotation marks")
-        require(self.noise != "none" or not self.noise_level, "noise_level needs a kind of noise")
+        require(not is_word, "chat_template_kwargs: write true and false without quotation marks")
+        require(self.noise != "none" or not self.noise_level, "noise_level needs a --noise")
         processes = int(os.environ.get("WORLD_SIZE", 1))
         rest = self.batch_size % (self.num_minibatches * processes)
         require(rest == 0, "num_minibatches times processes must divide batch_size")
@@ -261,7 +261,7 @@ def parse_args(argv=None):
 
 
 if __name__ == "__main__":
-    parse_args()  # before the slow imports: --help and a mistyped flag take no seconds
+    parse_args()  # before the slow imports: --help and a mistyped flag are answered at once
 
 import datasets
 import numpy as np
@@ -285,7 +285,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 def load_dataset(name):
     """`name`: a file (.jsonl, .json, .csv, Parquet); or NAME:SPLIT or NAME:CONFIGURATION:SPLIT, of
-    a folder of files, one that `datasets` has saved, or a hub name."""
+    a folder of files, a folder that `datasets` has saved, or a hub name."""
     path = Path(name)
     if path.is_file():  # with pandas, since `datasets` turns texts into dates and numbers
         if ".json" in path.name:
@@ -304,7 +304,7 @@ def load_dataset(name):
     if isinstance(data, dict):
         return data[split]
     if source != name:
-        sys.exit(f"error: {source} has no splits")
+        sys.exit(f"error: {source} has no splits: leave out the split")
     return data
 
 
@@ -329,15 +329,15 @@ def tokenize(rows, tokenizer, args):
     """Returns new columns, column -> values, for rows of data. Rows have `prompt` (texts or
     messages) and perhaps `label`, or they have `text`, whose first half is the prompt.
 
-    prompt_ids: the start tokens of a text, then the last `prompt_length` tokens of the prompt, or
-    fewer. target_ids: at most `response_length` tokens of the label or of the second half, if there
-    is one.
+    prompt_ids: at most `prompt_length` tokens, the start tokens of a text, then the last tokens of
+    the prompt. target_ids: at most `response_length` tokens of the label or of the second half, if
+    there is one.
     """
     encode = partial(tokenizer, add_special_tokens=False)
     start = []
     end = tokenizer.eos_token_id
     if end is None:
-        sys.exit("error: the tokenizer has no end-of-text token")
+        sys.exit("error: the tokenizer has no end-of-text token; give another --tokenizer")
     if has_messages(rows):
         tools = rows.get("tools", [None] * len(rows["prompt"]))
         prompts = [chat_tokens(*row, tokenizer, args) for row in zip(rows["prompt"], tools)]
@@ -413,7 +413,7 @@ def tokenized(data, kind, tokenizer, args):
     cut = sum(data["prompt_is_cut"])
     found = f"--prompt-length {args.prompt_length} cuts {cut:,} of {len(data):,} {kind} prompts"
     if cut and has_messages(data[:1]):
-        sys.exit(f"error: {found}: cut, messages would lose their template's beginning")
+        sys.exit(f"error: {found}: messages would be cut; raise --prompt-length")
     if args.ce_coef and kind == "training" and not any(data["target_ids"]):
         sys.exit("error: --ce-coef needs a column 'label' of texts in the training data")
     return data.remove_columns("prompt_is_cut"), found
@@ -511,7 +511,7 @@ class ActorCritic(nn.Module):
 def load_frozen(args, dtype):
     """The initial policy, whose weights do not change."""
     if transformers.utils.find_adapter_config_file(args.policy_model):
-        sys.exit(f"error: {args.policy_model} has an adapter_config.json: merge it, or remove that")
+        sys.exit(f"error: {args.policy_model} has an adapter_config.json: merge or remove it")
     config = transformers.AutoConfig.from_pretrained(args.policy_model)
     own_config = copy.deepcopy(config)
     if getattr(config, "activation_function", None) == "gelu_new":
@@ -632,17 +632,17 @@ def import_function(name):
 
 
 def function_reward(name):
-    """The Python function FILE.py:NAME. It gets the inputs it names, or all with `**kwargs`:
-    `texts`, prompts and responses together; what TRL gives reward functions, that is `prompts` and
-    `completions`, messages or texts without special tokens, and `completion_ids`; the columns of
-    the data. It returns a score for each text, or None where it does not score one."""
+    """The Python function FILE.py:NAME. It gets the inputs that it names, or all with `**kwargs`.
+    Inputs are `texts` (prompt and response together), TRL's `prompts`, `completions` (messages, or
+    texts without special tokens) and `completion_ids`, and the columns of the data. It returns a
+    score for each text, or None where it does not score one."""
     function = import_function(name)
     parameters = inspect.signature(function).parameters
     takes_all = any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values())
 
     def reward_model(**inputs):
         named = inputs if takes_all else {key: inputs[key] for key in parameters if key in inputs}
-        count = len(inputs["texts"])  # which the function may change
+        count = len(inputs["texts"])  # the function may change the list
         scores = function(**named)
         if len(scores) != count:
             sys.exit(f"error: {name} must return a score for each of {count} texts")
@@ -726,7 +726,7 @@ def check_sampling(setup, args):
         trained = token_log_probs(actor.policy, response).view(tokens.shape)
     acts = torch.stack(found.logits, 1).float().log_softmax(-1)
     difference = (acts.gather(-1, tokens[..., None])[..., 0] - trained).abs().max().item()
-    # Rounding makes 1e-5 in float32 and 0.05 in bfloat16 with 28 layers; a mistake 0.5 or more
+    # Rounding gives 1e-5 in float32, 0.05 in bfloat16 with 28 layers; a mistake gives 0.5 or more
     if difference > (1e-2 if actor.dtype == torch.float32 else 0.3):
         found = f"samples otherwise than it is trained, by {difference:.2g} nats a token"
         sys.exit(f"error: {args.policy_model} {found}")
@@ -735,7 +735,7 @@ def check_sampling(setup, args):
 def padded(setup, prompts):
     options = {"padding_side": "left", "return_attention_mask": True, "return_tensors": "pt"}
     inputs = setup.tokenizer.pad({"input_ids": prompts}, **options)
-    inputs["input_ids"] *= inputs["attention_mask"]  # its padding token may have no embedding
+    inputs["input_ids"] *= inputs["attention_mask"]  # a padding token may have no embedding
     return inputs.to(setup.actor_critic.policy.device)
 
 
@@ -760,7 +760,7 @@ def collect(setup, args, data, evaluating=False):
         targets = rows.pop("target_ids")
         responses = generate(setup, prompts, do_sample=not (evaluating and args.eval_greedy))
 
-        # The forward pass of the update, not `generate`, computes these, so that ratios start at 1
+        # The forward pass of the update, not `generate`, is used, so that ratios start at 1
         response = collate(prompts, responses, accelerator.device)
         target = collate(prompts, targets, accelerator.device) if evaluating else None
         log_prob, value, target_log_prob = actor(response, target)
@@ -794,7 +794,7 @@ def score(setup, args, rows, prompts, responses):
         inputs["prompts"] = []
         for i, chat in enumerate(rows["prompt"]):
             text = inputs["completions"][i]
-            if chat[-1]["role"] == "assistant":  # as in TRL, it is in the completion
+            if chat[-1]["role"] == "assistant":  # as in TRL, the completion has its text
                 *chat, turn = chat
                 text = turn["content"] + text
             inputs["prompts"].append(chat)
@@ -806,7 +806,7 @@ def score(setup, args, rows, prompts, responses):
             sys.exit(f"error: a score of {name} is not finite")
     scores = np.array(scores, np.float32).T  # None becomes NaN
     if np.isnan(scores).all(1).any():
-        sys.exit("error: a text that no reward model scores")
+        sys.exit("error: no reward model scores one of the texts; one must give a number")
     return scores
 
 
@@ -933,7 +933,7 @@ def update(setup, args, samples, rng):
                 raw = perturb_advantage(raw, args.noise_level, rng)
             advantage = raw
             if args.norm_adv:
-                # Of equal advantages, float32's standard deviation may exceed the 1e-8
+                # float64: of equal advantages float32's standard deviation may exceed 1e-8
                 std = raw.double().std(correction=min(1, len(raw) - 1))
                 advantage = (raw - raw.double().mean()) / (std + 1e-8)
             lengths = [len(sample.response) for sample in minibatch]
@@ -951,7 +951,7 @@ def update(setup, args, samples, rng):
                     loss, metrics = loss_and_metrics(
                         setup.model, args, own[start : start + size], len(raw), target_count
                     )
-                    # Times their number, since DDP averages over processes
+                    # Times the number of processes, since DDP averages over them
                     (loss * accelerator.num_processes).backward()
                 for name, metric in metrics.items():
                     totals[name] = totals.get(name, 0) + metric
@@ -1010,9 +1010,9 @@ def train(setup, args, folder):
                 config=vars(args),
                 sync_tensorboard=True,
                 dir=folder,
-                resume="auto",  # one id per `dir`
+                resume="auto",  # W&B keeps the run's id in `dir`
             )
-        # TensorBoard hides what was logged after the checkpoint; without one, everything
+        # TensorBoard hides what was logged after the checkpoint, without one everything
         writer = SummaryWriter(folder, purge_step=progress.global_step + bool(progress.evaluations))
     begun = f"{folder.name}: from step {progress.global_step:,}"
     accelerator.print(f"{begun}, with a checkpoint every {args.eval_freq:,} texts")
@@ -1046,7 +1046,7 @@ def train(setup, args, folder):
         # Update
         minibatch_metrics = update(setup, args, samples, rng)
         # Before the optimizer's first step, `collect` and the update give the same
-        # log-probabilities. Rounding makes 3e-13 in float32 and 6e-5 in bfloat16
+        # log-probabilities. Rounding gives 3e-13 in float32 and 6e-5 in bfloat16
         limit = 1e-8 if setup.actor_critic.dtype == torch.float32 else 1e-3
         if step == args.batch_size and minibatch_metrics[0]["losses/approx_kl"] > limit:
             found = "the policy that acts is not the one that is trained (dropout, memory?)"
@@ -1091,7 +1091,7 @@ def train(setup, args, folder):
         writer.close()
         save_policy(setup, folder)
         row = progress.evaluations[-1]
-        summary = {name: x for name, x in row.items() if math.isfinite(x)}  # as JSON wants
+        summary = {name: x for name, x in row.items() if math.isfinite(x)}  # JSON lacks nan
         summary["sps"] = float(np.median(progress.speeds))
         with atomic_write(folder / "summary.json") as path:  # last: marks the end
             path.write_text(json.dumps(summary, indent=2))
@@ -1208,7 +1208,7 @@ def load(args):
     template = str(tokenizer.chat_template) if is_chat else ""
     for name in json.loads(args.chat_template_kwargs):
         if not re.search(rf"\b{name}\b", template):
-            sys.exit(f"error: --chat-template-kwargs: no chat template with {name!r} is used")
+            sys.exit(f"error: --chat-template-kwargs: no chat template has {name!r}")
     train_data, train_found = tokenized(train_data, "training", tokenizer, args)
     eval_data, eval_found = tokenized(eval_data, "held-out", tokenizer, args)
     accelerator.print(f"{train_found}\n{eval_found}")
@@ -1284,12 +1284,12 @@ def refuse_missing(names, source):
 
 def load_tokenizer(name, **sides):
     """The tokenizer of a model. It pads with the end-of-text token if it has no padding token.
-    Refuses the empty one that AutoTokenizer makes for a folder without its files."""
+    Refuses the empty tokenizer that AutoTokenizer makes for a folder without tokenizer files."""
     tokenizer = AutoTokenizer.from_pretrained(TOKENIZERS.get(name, name), **sides)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     words = len(tokenizer) - len(tokenizer.all_special_tokens)
     if words < 3:  # an empty tokenizer of T5 has one word, of DeBERTa two
-        sys.exit(f"error: {name} has no tokenizer (for a policy: --tokenizer)")
+        sys.exit(f"error: {name} has no tokenizer; for a policy, give --tokenizer")
     return tokenizer
 
 
@@ -1319,7 +1319,7 @@ def save_checkpoint(setup, folder, progress):
     }
     with atomic_write(folder / "checkpoint.pt") as path:
         torch.save(checkpoint, path)
-        load_checkpoint(path)  # an edit may save what can't be read back
+        load_checkpoint(path)  # an edited script may save what can't be read
 
 
 def restore(setup, folder):
@@ -1345,7 +1345,7 @@ def save_policy(setup, run_folder):
     policy.generation_config.eos_token_id = ends or None
     try:
         policy.generation_config.validate(strict=True)
-    except ValueError:  # a model's own may load but not save, as a temperature with greedy decoding
+    except ValueError:  # a model's own may be invalid, such as a temperature with greedy decoding
         policy.generation_config = transformers.GenerationConfig(eos_token_id=ends or None)
     policy.save_pretrained(temporary)
     setup.tokenizer.save_pretrained(temporary)
@@ -1422,7 +1422,7 @@ def atomic_write(path):
         os.fsync(file.fileno())
     try:
         os.replace(temporary, path)
-    except PermissionError:  # on Windows, while a spreadsheet, for one, has the file open
+    except PermissionError:  # on Windows, while a spreadsheet, for example, has it open
         time.sleep(5)
         os.replace(temporary, path)
 
@@ -1459,7 +1459,7 @@ def begin_session(args, digests, folder):
 
 def main():
     args = parse_args()
-    sys.stdout.reconfigure(errors="backslashreplace")  # for letters that it does not have
+    sys.stdout.reconfigure(errors="backslashreplace")  # for letters that a terminal does not have
     try:
         prepare(args)
         digests = file_digests() | local_digests(args)

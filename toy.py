@@ -35,7 +35,7 @@ def toy_review(rng):
 
 
 def toy_sentiment(text):
-    """Share of positive judgements, 0.5 where there are none."""
+    """Share of positive judgements, 0.5 for a text without judgements."""
     positive = [word in GOOD for word in text.split() if word in GOOD + BAD]
     return sum(positive) / len(positive) if positive else 0.5
 
@@ -66,7 +66,7 @@ def make_toy(folder):
     policy = AutoModelForCausalLM.from_config(config)
     train_toy_model(policy, data, 400, 3e-3, tokenizer, temporary / "policy")
 
-    # Trained word pieces would differ from time to time
+    # Trained word pieces would differ from run to run
     words = sorted({word for review in reviews for word in review.split()})
     words = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", *words]
     tokenizer = transformers.BertTokenizer({word: i for i, word in enumerate(words)})

@@ -77,7 +77,7 @@ def unfinished(commands, runs_dir):
 
 
 def visible_gpus():
-    """As CUDA does, which takes CUDA_VISIBLE_DEVICES up to what names no GPU."""
+    """The GPUs that CUDA uses: CUDA_VISIBLE_DEVICES up to the first entry that names no GPU."""
     import torch  # slow, so only for lists that can use a GPU
 
     count = torch.cuda.device_count()
@@ -141,7 +141,7 @@ def main():
     bar.mininterval = 1 if sys.stderr.isatty() else 60
     running = {}
     failed = 0
-    signals = []  # noted only, so that none cuts short how a run begins or all runs end
+    signals = []  # only noted, so that no signal interrupts the start of a run or the end of all
     for number in (signal.SIGINT, signal.SIGTERM):
         signal.signal(number, lambda *arrived: signals.append(arrived))
     try:

@@ -4,8 +4,8 @@
     python docs/grade.py FOLDER
 
 Each notebook takes some minutes. The answers of a notebook are put into a fresh copy of the
-exercise, so it does not matter what else a student has changed. They are other people's code, and
-run with your rights: use an account in which they can do no harm."""
+exercise, so it does not matter what else a student has changed. Answers are other people's code,
+and run with your rights: use an account in which they can do no harm."""
 
 import re
 import subprocess

@@ -2,8 +2,8 @@
 
     python docs/pack.py                    # writes symmetric-loss.zip
 
-In the two scripts the losses are encoded, and docstrings and comments are left out: they run as
-before, but cannot be read by accident."""
+The scripts run as before, but their losses are encoded, and docstrings and comments left out, so
+that nobody reads the answers by accident."""
 
 import ast
 import base64

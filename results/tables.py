@@ -32,12 +32,12 @@ METHODS = {  # labels on pages, where they are not the --exp-name in capitals
 REWARDS = {"clean": ["none"], "noisy": ["normal"], "flipped": ["flip"]}
 
 
-# ---- Rows and columns are {label: {column of the runs: [value]}}, which says what runs are meant.
-# With [a, b] it is those with a minus those with b
+# ---- Rows and columns are {label: {column of the runs: [value]}}, the runs with this value.
+# [a, b]: the runs with a minus the runs with b
 
 
 def methods(*labels):
-    """Such as "PPO" and "SPPO minus PPO"."""
+    """Rows or columns by labels such as "PPO" and "SPPO minus PPO"."""
     found = {}
     for label in labels:
         pair = label.split(" minus ")

@@ -557,7 +557,7 @@ REFUSED = [  # scripts, flags, and what they say; None: these flags are not refu
     (ALL, "--gae-lambda 95", "gae_lambda must be between 0 and 1"),
     (ALL, "--alpha 0 --beta 0", "with alpha and beta 0 nothing trains the policy"),
     (ALL, "--max-grad-norm 0", "max_grad_norm must be positive"),
-    (ALL, "--noise-level 0.1", "noise_level needs a kind of noise"),
+    (ALL, "--noise-level 0.1", "noise_level needs a --noise"),
     (ALL, "--noise adv_flip --noise-level 1.5", "noise_level is the probability of a flip"),
     (ALL, "--eval-episodes 0", "eval_episodes must be at least 1"),
     (PPO, "--num-minibatches 5", "num_minibatches must divide the 64 steps of a rollout"),
@@ -615,7 +615,7 @@ def test_without_a_compiler_a_run_says_so_and_goes_on(setting, monkeypatch, caps
     assert (call(4), call(9)) == (2, 3)
     with pytest.raises(ValueError, match="a copy's own mistake"):
         call(-1)
-    failed = "torch.compile failed, continuing without: ZeroDivisionError"
+    failed = "torch.compile failed, running uncompiled: ZeroDivisionError"
     assert capsys.readouterr().err.count(failed) == 1
 
 

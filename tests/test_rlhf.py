@@ -444,7 +444,7 @@ def test_models_that_do_not_fit_are_refused_before_a_folder_is_made(
         (["--device", "cuda"], "there is no GPU$"),
         (["--prompt-length", "40"], "has 64 positions for 72 tokens$"),
         ([*long, 10], "long has 16 positions for 17 tokens$"),
-        (["--chat-template-kwargs", '{"brief": true}'], "no chat template with 'brief' is used$"),
+        (["--chat-template-kwargs", '{"brief": true}'], "no chat template has 'brief'$"),
         (["--reward-label", 2], "reward: --reward-label must be one of {0.*, not 2$"),
         (["--dataset", "./none/texts.jsonl"], "none/texts.jsonl"),
         (["--reward-model", reward, adapter], "adapter lacks 4 weights, such as .*lora_A.weight$"),
@@ -707,9 +707,9 @@ def test_a_function_gets_what_trl_gives_it(toy, tmp_path, monkeypatch, chat):
         return
     prompt = read_samples(folder)[0]["prompt"]
     assert re.fullmatch(r"<\|user\|>the plot was superb \d+<\|end\|>\n<\|assistant\|>", prompt)
-    refused(monkeypatch, tmp_path, "messages would lose their template's beginning$", *words)
+    refused(monkeypatch, tmp_path, "messages would be cut; raise --prompt-length$", *words)
     for variables, message in {
-        '{"thinking": true}': "no chat template with 'thinking' is used$",
+        '{"thinking": true}': "no chat template has 'thinking'$",
         '{"enable_thinking": "false"}': "true and false have no quotation marks$",
         "[1]": "chat_template_kwargs must be a JSON object",
     }.items():
@@ -794,8 +794,8 @@ def toy_text(sample):
 
 
 @pytest.mark.parametrize(("names", "message"), [
-    (["of_some_texts"], "a text that no reward model scores$"),
-    (["of_no_text"], "a text that no reward model scores$"),
+    (["of_some_texts"], "no reward model scores one of the texts; one must give a number$"),
+    (["of_no_text"], "no reward model scores one of the texts; one must give a number$"),
     (["text_lengths", "infinite_scores"], "a score of .*:infinite_scores is not finite$"),
 ])  # fmt: skip
 def test_scores_that_are_no_numbers_are_refused(run, names, message):
@@ -865,7 +865,7 @@ def test_data_come_in_many_formats(tmp_path, monkeypatch, kind):
     write[kind](name)
     assert rlhf.load_dataset(name)[:] == ROWS
     if kind == "saved":
-        with pytest.raises(SystemExit, match=r"^error: s\[12\].saved has no splits$"):
+        with pytest.raises(SystemExit, match=r"^error: s\[12\].saved has no splits: leave"):
             rlhf.load_dataset(f"{name}:train")
 
 
