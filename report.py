@@ -38,7 +38,7 @@ sns.set_context("paper", font_scale=0.8, rc={"figure.labelsize": "medium"})
 HOW_TO_READ = """\
 "Last evaluation" is the mean return of the last evaluation. "Training" is the mean return of the
 last 100 training episodes, averaged since the evaluation before. A cell is a method, a task and a
-kind of noise; its runs differ in seed. 95 % intervals say where the mean over many seeds may lie."""
+kind of noise; its runs differ in seed. 95 % intervals: where the mean over many seeds may lie."""
 
 BOLD = """the best of a task and noise, if it differs from each method that it is compared with \
 (Welch's test, p below 0.05 after Benjamini and Hochberg's correction)"""
@@ -396,7 +396,7 @@ def log_mean_and_variance(scores):
 def pooled_difference(cells: list, moments):
     """Mean over `cells`, pairs of scores (..., runs), of the difference in a value, its 95 %
     interval and two-sided p by Welch and Satterthwaite: (...,) each. `moments` gives the value and
-    its variance. Interval and p are nan for single scores or equal scores, all four without cells."""
+    its variance. Interval and p are nan for single or equal scores, all are without cells."""
     if not cells:
         return math.nan, math.nan, math.nan, math.nan
     differences = []

@@ -215,7 +215,7 @@ def test_a_dry_run_lists_begun_and_broken_runs_but_no_finished_ones(name, text, 
 
 def test_what_cannot_run_is_refused_before_any_run(stubs):
     refusals = {
-        "quick -- --vf_coef=1": "--vf-coef: rows differ in it",
+        "quick -- --vf_coef=1": "--vf-coef: methods differ in it",
         "rlhf --envs toy": "no runs/toy; this makes it: python toy.py\n",
     }
     for words, why in refusals.items():

@@ -440,7 +440,7 @@ def test_models_that_do_not_fit_are_refused_before_a_folder_is_made(
     refusals = [
         (["--reward-model", policy], "policy lacks 1 weights, such as score.weight$"),
         (["--policy-model", reward, "--tokenizer", policy], r"reward lacks \d+ weights, such as"),
-        (["--policy-model", adapted], "adapted has an adapter_config.json: merge it"),
+        (["--policy-model", adapted], "adapted has an adapter_config.json: merge or remove it$"),
         (["--device", "cuda"], "there is no GPU$"),
         (["--prompt-length", "40"], "has 64 positions for 72 tokens$"),
         ([*long, 10], "long has 16 positions for 17 tokens$"),
@@ -710,7 +710,7 @@ def test_a_function_gets_what_trl_gives_it(toy, tmp_path, monkeypatch, chat):
     refused(monkeypatch, tmp_path, "messages would be cut; raise --prompt-length$", *words)
     for variables, message in {
         '{"thinking": true}': "no chat template has 'thinking'$",
-        '{"enable_thinking": "false"}': "true and false have no quotation marks$",
+        '{"enable_thinking": "false"}': "write true and false without quotation marks$",
         "[1]": "chat_template_kwargs must be a JSON object",
     }.items():
         options = ["--chat-template-kwargs", variables]
