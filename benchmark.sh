@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# Runs the scripts of this repository over environments, methods, noise and seeds: a list of
-# commands that benchmarks/run.py runs several at a time; --dry-run prints those that are left.
+# Runs the scripts of this repository over environments, methods, noise and seeds: writes a list of
+# commands, which benchmarks/run.py runs several at a time. --dry-run prints the unfinished ones.
 [ "${BASH_VERSION:-}" ] || { echo "benchmark.sh needs bash: run ./benchmark.sh" >&2; exit 2; }
 set -e
 CDPATH='' cd "$(dirname "${BASH_SOURCE[0]}")"
@@ -12,9 +12,9 @@ suites
   tiny         one task, 50,000 steps, PPO, DPPO and SPPO, five seeds: some minutes on two cores
   quick        three tasks of continuous control, 200,000 steps: an hour on two cores
   continuous   the paper's nine tasks of continuous control, 30 seeds
-  atari        22 games, 5 seeds; the first twelve are the paper's, by public reviews of it
+  atari        22 games, 5 seeds; the first twelve are the paper's, according to public reviews
   rlhf         language models: imdb and tldr, 5 seeds (offline: python toy.py, then --envs toy)
-  evidence     three tasks, a million steps, 8 seeds: what explains SPPO; also Breakout and imdb
+  evidence     three tasks, a million steps, 8 seeds: what explains SPPO (--envs: Breakout, imdb)
   sweep        learning rate x clip range, DPPO and SPPO, two tasks, 200,000 steps, 5 seeds
 
 options
@@ -22,7 +22,7 @@ options
   --envs E ...     environments, games or language tasks instead of the suite's own
   --steps N        steps of each run
   --jobs N         runs at a time: on the CPU (default: one a core), and on each GPU (see the docs)
-  --device D       of games and language models: auto, cpu or cuda; the others stay on the CPU
+  --device D       of games and language models: auto, cpu or cuda; control stays on the CPU
   --runs-dir DIR   folder of the runs (default: runs/SUITE)
   --dry-run        print the commands that are left, one a line, and run nothing
   -- FLAGS         flags for every command, for example: -- --learning-rate 0.001
@@ -146,7 +146,7 @@ list() { # METHODS SEEDS ENVIRONMENT...: seed by seed, so that half a list compa
         for env in ${envs:-"$@"}; do
             env=${env%NoFrameskip-v4} # the same game, with another name
             case $env in
-                ALE/*) die "$env: give the game, such as Breakout (sticky actions: see its --help)" ;;
+                ALE/*) die "$env: give the game, such as Breakout (sticky actions: sppo_atari.py --help)" ;;
                 Humanoid-v4) die "$env: has settings of its own, see docs/control.md" ;;
                 *-v[0-9]*) kind=continuous noisy=normal ;;
                 tldr) kind=rlhf noisy=adv_flip ;; # its rewards have no known scale

@@ -52,10 +52,10 @@ def load_run(folder):
     """Imports the run's own copy of its script. Returns it, the run's arguments, and the tensors of
     agent.safetensors, which a language model does not have."""
     if not (folder / "sessions.jsonl").exists():
-        raise FileNotFoundError(f"{folder}: not a run")
+        raise FileNotFoundError(f"{folder}: not a run, it has no sessions.jsonl")
     session = json.loads((folder / "sessions.jsonl").read_text().splitlines()[-1])
     if "directory" not in session:
-        raise FileNotFoundError(f"{folder}: a run of an earlier version")
+        raise FileNotFoundError(f"{folder}: a run of an earlier version; use its enjoy.py")
     sys.path.insert(0, session["directory"])  # the script's folder, where its modules are
     spec = importlib.util.spec_from_file_location(folder.name, folder / session["script"])
     script = sys.modules[folder.name] = importlib.util.module_from_spec(spec)
@@ -179,8 +179,8 @@ def play_atari(script, run_args, tensors, args):
 
 
 def play_text(script, run_args, folder, args):
-    """Prints responses of a language model to held-out prompts, and what its script's evaluations
-    measure, over all `episodes` of them."""
+    """Prints responses to some held-out prompts, then the measures of the script's evaluation over
+    `episodes` prompts."""
     setup = script.load(run_args)
     progress = script.restore(setup, folder)
     row, samples = script.evaluate(setup, run_args, progress.global_step)

@@ -2,7 +2,7 @@
 
     ./benchmark.sh quick --dry-run | python benchmarks/run.py --jobs 2 --runs-dir runs/quick
 
-The same list again continues. Jobs share the cores, or set OMP_NUM_THREADS (docs/benchmark.md)."""
+Run the same list again to continue. Jobs share the cores, unless OMP_NUM_THREADS is set."""
 
 import contextlib
 import functools
@@ -23,7 +23,7 @@ from tqdm import tqdm
 
 
 def cores(quota=Path("/sys/fs/cgroup/cpu.max")):
-    """In a container or a job of a cluster, fewer than the machine has."""
+    """Cores for this program: in a container or a job of a cluster, fewer than the machine has."""
     count = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
     try:
         microseconds, period = map(int, quota.read_text().split())
@@ -38,7 +38,7 @@ CORES = cores()
 @dataclass
 class Args:
     jobs: int = CORES  # commands at a time on the CPU
-    jobs_per_gpu: int | None = None  # on each GPU; default: four of games, else one
+    jobs_per_gpu: int | None = None  # on each GPU; default: up to four if all are games, else one
     runs_dir: Path = Path("runs")  # folder of the runs, for their logs
     dry_run: bool = False  # print the commands that are left, and run nothing
 
@@ -50,8 +50,8 @@ def key_of(script, *words):
 
 
 def unfinished(commands, runs_dir):
-    """The commands without a finished run of equal flags and files: its script, and what that has
-    imported or read. Files in the script's folder may have moved with it."""
+    """The commands without a finished run. A run matches if its flags are equal and its files (the
+    script, what it imported or read) are unchanged. The script's folder may have moved."""
 
     @functools.cache
     def digest(path):
@@ -136,7 +136,7 @@ def main():
     jobs = sum(min(len(waiting), len(free)) for waiting, free in pools)
     counts = f"{done} of {len(commands)} runs have finished, {len(left)} are left"
     print(counts, file=sys.stderr)
-    # The time left is by the mean of all runs so far; a line a second, in files one a minute
+    # The time left is by the mean of all runs so far. A line each second, in files each minute
     bar = tqdm(total=len(commands), initial=done, unit="run", smoothing=0, miniters=0)
     bar.mininterval = 1 if sys.stderr.isatty() else 60
     running = {}

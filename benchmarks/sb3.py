@@ -9,11 +9,11 @@ of our baselines and without a reverse loss: a yardstick.
     python benchmarks/sb3.py --atari --env-id Breakout --algo a2c   # sa2c_atari.py, the same
 
 For continuous control all follow Stable-Baselines3's defaults, with VecNormalize; A2C takes eight
-steps in four environments. For Atari the settings are those of its own benchmark, with its usual
-wrappers. SBX has no A2C. Scores are taken as in our scripts: raw rewards, and greedy actions and
-the statistics of the training, or sampled actions in whole games. Writes sessions.jsonl,
-progress.csv and summary.json like our scripts, for report.py and run.py; `sps` is without start-up
-and evaluation."""
+steps in four environments. For Atari the settings are those of Stable-Baselines3's own benchmark,
+with its usual wrappers. SBX has no A2C. Scores are taken as in our scripts: raw rewards; in control
+greedy actions and the training's statistics, on Atari sampled actions in whole games. Writes
+sessions.jsonl, progress.csv and summary.json like our scripts, for report.py and run.py; `sps` is
+without start-up and evaluation."""
 
 import csv
 import hashlib
@@ -156,7 +156,7 @@ def main(args: Args):
     model = make_model(args)
     if args.library == "sbx":
         if args.total_timesteps <= model.n_steps:
-            sys.exit(f"error: --total-timesteps: more than {model.n_steps}, the first rollout")
+            sys.exit(f"error: --total-timesteps must be more than a rollout, {model.n_steps}")
         model.learn(1)  # one rollout and update: JAX compiles, which is start-up
     first_step = model.num_timesteps
     started = time.perf_counter()

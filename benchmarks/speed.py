@@ -1,5 +1,5 @@
-"""Steps per second of our scripts over those of Stable-Baselines3's PPO and A2C, of SBX's PPO (in
-JAX) and of TRL's PPO, in one run.
+"""Compares our scripts' steps per second with those of Stable-Baselines3's PPO and A2C, SBX's PPO
+(in JAX) and TRL's PPO, in one run.
 
     pip install -e ".[rlhf,peers]"
     python benchmarks/speed.py                             # sppo_continuous.py
@@ -7,22 +7,22 @@ JAX) and of TRL's PPO, in one run.
     python benchmarks/speed.py --script sppo_atari --env-id Breakout --total-timesteps 20480
     python benchmarks/speed.py --script sppo_rlhf --total-timesteps 336
 
-Or of two versions of one script, here the committed one and the one at work:
+Or compares two versions of one script, here the committed one and the one that is being edited:
 
     git worktree add ../before
     python benchmarks/speed.py --against ../before/sppo_continuous.py --repeats 7
 
-The same work for all. Continuous, on one thread, observations and rewards normalised by running
+All do the same work. Continuous, on one thread, observations and rewards normalised by running
 statistics: PPO in one environment, with 2048 steps between updates, 10 epochs of 32 minibatches of
 64; A2C in four, with 8 steps of each between updates. Atari, on all cores: PPO with 8 games, 128
 steps between updates, 4 epochs of 4 minibatches of 256; A2C with 16 games and 5 steps. RLHF, on all
-cores: 112 texts an update, prompts of 64 tokens and 48 new ones, sampled among all, 5 epochs of 4
+cores: 112 texts an update, prompts of 64 tokens and 48 new ones (no top-k), 5 epochs of 4
 minibatches of 28, a critic, no cross entropy on reference texts; a step is a text. Policy and
 reward model are untrained GPT-2s of 4 layers of 256, the texts random words. The programs take
 turns, so that a slow spell of the machine hits them all; a ratio is the median of those in each
-turn. Start-up and evaluation are not counted. Of peers it is the mean over all updates, of our
-scripts the median. Two versions are compared by the median between entries of their logs, since
-older ones have a mean.
+turn. Start-up and evaluation are not counted. A peer's speed is the mean over all updates,
+ours the median. Two versions are compared by the median between entries of their logs, since older
+versions have a mean.
 """
 
 import json

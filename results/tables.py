@@ -1,5 +1,5 @@
 """Writes the tables of packed runs into the pages of these folders. Each stands below a marker, a
-comment with its name in TABLES, or with a function of an analysis that prints it: in
+comment with a name in TABLES, or with the function of an analysis that prints the table: in
 control/README.md `<!--k.print_measures-->` means print_measures in control/k.py.
 
 python results/tables.py            # writes all tables anew
@@ -88,7 +88,7 @@ def make_cell(runs, place, digits):
             group = group[group[column] == value]
         if group.empty:
             return ""
-        assert group["seed"].is_unique, f"{place}: runs of several cells"
+        assert group["seed"].is_unique, f"{place}: two runs with one seed"
         second = sum(number for number, _ in chosen)
         (subtracted if second % 2 else added).append(group[measure].to_numpy())
     if subtracted:
@@ -218,7 +218,7 @@ TABLES = {
 
 
 def make_table(folder, name):
-    """The last table that is printed."""
+    """The last table that the entry of TABLES, or the analysis, prints."""
     printed = io.StringIO()
     with contextlib.redirect_stdout(printed):
         if name in TABLES:
@@ -243,7 +243,7 @@ def main(check=False):
         text = write(page)
         if text != page.read_text(encoding="utf-8"):
             if check:
-                sys.exit(f"{page}: python results/tables.py would change it")
+                sys.exit(f"{page}: not up to date; run python results/tables.py")
             page.write_text(text, encoding="utf-8")
 
 
