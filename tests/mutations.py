@@ -29,7 +29,7 @@ sppo_continuous.py: contract equals_an_uninterrupted
 sa2c_continuous.py: contract edited_while_it_runs
 - temporary.write_bytes(SOURCE)
 + temporary.write_bytes(script.read_bytes())
-benchmarks/run.py: benchmark imports_or_reads
+benchmarks/run.py: benchmark file_of_its_run
 - digest(folder / p) == d for
 + digest(folder / p.name) == d for
 sppo_atari.py: stable_baselines3 ppo_takes
@@ -38,7 +38,7 @@ sppo_atari.py: stable_baselines3 ppo_takes
 sppo_rlhf.py: rlhf in_any_family
 - torch.arange(len(x) - 1, len(x) + len(y) - 1)
 + torch.arange(len(x), len(x) + len(y))
-sppo_rlhf.py: rlhf evaluation_by_hand
+sppo_rlhf.py: rlhf computed_by_hand
 - reference_log_prob = joined(samples, "reference_log_prob")
 + reference_log_prob = joined(samples, "log_prob")
 sppo_rlhf.py: rlhf micro_batches

@@ -269,7 +269,7 @@ def test_a_failed_run_is_named_and_the_others_go_on(stubs):
 
 
 @pytest.mark.parametrize("name", ["sppo_continuous.py", "parts/helper.py", "../data.jsonl"])
-def test_a_run_is_left_if_what_it_imports_or_reads_has_changed(name, tmp_path, monkeypatch):
+def test_a_command_runs_again_if_a_file_of_its_run_has_changed(name, tmp_path, monkeypatch):
     """Files in the script's folder may have moved with it, others not."""
     (tmp_path / "here/parts").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "here")
@@ -303,7 +303,7 @@ except KeyboardInterrupt:
 
 
 @pytest.mark.parametrize("kill, number", [(os.kill, signal.SIGTERM), (os.killpg, signal.SIGINT)])
-def test_a_signal_ends_all_runs_at_once_and_another_cuts_none_short(kill, number, stubs):
+def test_a_signal_ends_all_runs_and_a_second_signal_interrupts_none(kill, number, stubs):
     """A scheduler signals run.py alone, Ctrl-C its group. Children of runs end with them."""
     (stubs / "sppo_continuous.py").write_text(SLOW_TO_CLOSE + STUB)
     lines = [f"python sppo_continuous.py --seed {seed}\n" for seed in range(4)]

@@ -130,7 +130,7 @@ def fail(*_, **__):
 # ---- What a run leaves
 
 
-def test_a_run_leaves_what_it_promises(setting, launch, monkeypatch):
+def test_a_run_writes_its_files_and_messages(setting, launch, monkeypatch):
     """Each file is on the disk before it gets its name. A checkpoint comes after the agent, and the
     summary comes last."""
     synced, named = set(), []
@@ -283,7 +283,7 @@ def test_only_what_may_change_results_changes_the_folder(setting, monkeypatch):
 
 
 @only(SA2C_CONTINUOUS)
-def test_files_that_are_imported_and_not_installed_count(setting, tmp_path, monkeypatch):
+def test_imported_files_that_are_not_installed_are_recorded(setting, tmp_path, monkeypatch):
     """Helpers that the script imports, and what these import, count. Libraries, Python's own files
     and what torch.compile, a debugger or an editor has made or imported do not."""
     monkeypatch.syspath_prepend(tmp_path)
@@ -467,7 +467,7 @@ FAULTS = [  # what goes wrong in the second update, what is said, and whether it
 
 
 @pytest.mark.parametrize(("fault", "message", "has_row"), FAULTS, ids="full_disk more nan".split())
-def test_what_goes_wrong_leaves_the_checkpoint_before(setting, launch, fault, message, has_row):
+def test_an_error_leaves_the_checkpoint_before_it(setting, launch, fault, message, has_row):
     """The same command continues from there; what was written after it does not come twice."""
     flags = every(setting, 1)
     one, two, three, four = (i * setting.batch for i in (1, 2, 3, 4))
@@ -736,7 +736,7 @@ LONGER = {
 
 @pytest.mark.slow
 @only(*KINDS)
-def test_a_run_killed_at_random_times_is_the_same_run(setting):
+def test_a_run_killed_at_random_times_ends_with_the_same_bytes(setting):
     """It is killed twice, and once more when it has a checkpoint."""
     if setting.script.__name__ == "sppo_continuous":
         pytest.importorskip("Box2D", reason="no wheel for Python 3.14")

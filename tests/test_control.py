@@ -251,7 +251,7 @@ def test_a_gpu_computes_the_same_gradient(setting, tmp_path, monkeypatch):
 # ---- What `train` does
 
 
-def test_no_seed_comes_twice(setting, tmp_path, monkeypatch):
+def test_no_random_seed_is_used_twice(setting, tmp_path, monkeypatch):
     """In runs with neighbouring seeds, after each checkpoint, and evaluations: else noise would
     repeat the numbers that environments start from, or those of another run."""
     seeds = []
@@ -460,7 +460,7 @@ LEARNING = {
 
 
 @pytest.mark.slow
-def test_it_learns(setting, tmp_path, monkeypatch):
+def test_a_script_learns_a_simple_task(setting, tmp_path, monkeypatch):
     """A pendulum that random play balances for about 6 steps, or signals, by chance 6.7 points."""
     monkeypatch.setattr(setting.script, "AtariVectorEnv", Signals, raising=False)
     summary, _ = setting.run(tmp_path, **LEARNING[str(setting)])

@@ -52,7 +52,7 @@ def anchors(text):
 
 
 @pytest.mark.parametrize("page", [*PAGES, *(str(p) for p in ROOT.glob("results/**/*.md"))])
-def test_links_lead_somewhere(page):
+def test_links_lead_to_files_and_headings(page):
     page = ROOT / page
     for link in re.findall(r"\]\(([^)\s]+)\)", page.read_text()):
         file, _, anchor = link.partition("#")

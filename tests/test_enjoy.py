@@ -57,7 +57,7 @@ def watch(monkeypatch, capsys, tmp_path):
     return watch
 
 
-def test_it_gives_the_score_of_the_evaluation(setting, watch, tmp_path, capsys):
+def test_enjoy_prints_the_score_of_the_evaluation(setting, watch, tmp_path, capsys):
     """With its seed, of a run at work and of a finished one, and changes no file."""
     flags = {"eval_freq": 64, "eval_episodes": 3, "total_timesteps": 128}
     runs = [lambda: setting.interrupt(tmp_path, 1, **flags), lambda: setting.run(tmp_path, **flags)]

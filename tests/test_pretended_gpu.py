@@ -56,7 +56,9 @@ RUNS += [(SPPO_RLHF, {}), (SPPO_RLHF, {"lora_r": 2, "ce_coef": 0.1} | FUNCTION)]
 
 
 @pytest.mark.parametrize(("setting", "flags"), RUNS, ids=str)
-def test_a_run_is_begun_and_continued(setting, flags, tmp_path, monkeypatch, gpu):
+def test_a_run_on_a_pretended_gpu_has_its_tensors_on_the_right_device(
+    setting, flags, tmp_path, monkeypatch, gpu
+):
     monkeypatch.setattr(setting.script, "AtariVectorEnv", CutOff, raising=False)
     flags = flags | {"total_timesteps": 2 * setting.small["total_timesteps"], "eval_freq": 1}
     setting.interrupt(tmp_path, 1, **flags)

@@ -205,7 +205,7 @@ BROKEN = [
 
 
 @pytest.mark.parametrize(("name", "left", "why"), BROKEN)
-def test_a_broken_file_is_named_and_the_rest_goes_on(name, left, why, grid, tmp_path, capsys):
+def test_a_broken_run_is_named_and_the_others_are_reported(name, left, why, grid, tmp_path, capsys):
     folder = make_run(tmp_path / "runs", "sppo", 9)
     place = folder.parent
     if name.endswith(".gz"):
@@ -284,7 +284,7 @@ def test_methods_with_equal_means_differ_by_no_percentage(pair, seeds, bias):
 
 @pytest.mark.parametrize("pair", coverage.PAIRS)
 @pytest.mark.parametrize("cells", [1, 4])
-def test_intervals_of_win_rates_hold_the_truth(pair, cells):
+def test_intervals_of_win_rates_cover_the_true_rate(pair, cells):
     """At five seeds, in at least 93 % of the cases."""
     rng = np.random.default_rng(1)
     scores = coverage.simulate(rng, pair, 5, cells, data_sets=500)
@@ -337,7 +337,7 @@ def test_wins_have_an_interval_from_five_runs_on_and_one_run_has_no_intervals(tm
 @pytest.mark.parametrize(
     "below", [{"return_mean": [9.0, *10 * [-1.0], 9.0]}, {"charts/episodic_return": -1.0}]
 )
-def test_a_pair_with_returns_below_0_has_points_there(below, tmp_path):
+def test_a_pair_is_compared_in_points_where_returns_are_below_0(below, tmp_path):
     """In all its cells of the task, though only one return, in a noisy run, shows it. What other
     methods do there changes nothing."""
     runs = make_grid(tmp_path / "runs")

@@ -143,7 +143,7 @@ def test_corrected_p_of_slopes(name, function, line, shown, capsys):
     assert shown.format(float(corrected)) in page_of(name)
 
 
-def test_what_runs_in_control_detect():
+def test_gains_that_control_could_detect_are_on_the_pages():
     """A gain whose interval by t is above 0 in 80 % of the cases."""
     runs = packed("control/three-tasks").query("exp_name in ('dppo', 'sppo')")
     runs = runs[runs["env_id"] != "LunarLanderContinuous-v3"]
@@ -161,7 +161,7 @@ def test_what_runs_in_control_detect():
     assert shown in (ROOT / "README.md").read_text()
 
 
-def test_sentences_show_what_small_tables_give():
+def test_numbers_in_sentences_are_those_of_small_tables():
     rounding = pd.read_csv(RESULTS / "control/rounding.csv")
     gap = (rounding["dppo-k"] - rounding["sppo"]).abs()
     method = (rounding["dppo"] - rounding["sppo"]).abs().mean()

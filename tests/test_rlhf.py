@@ -378,7 +378,7 @@ def test_in_bfloat16_the_last_layers_are_in_float32(models):
 
 
 @pytest.mark.parametrize("lora_r", [0, 2])
-def test_of_a_multimodal_model_the_language_part_learns(toy, run, tmp_path, lora_r):
+def test_only_the_language_part_of_a_multimodal_model_is_trained(toy, run, tmp_path, lora_r):
     """All that is trained has a gradient, without which DDP stops. The rest is saved as it was."""
     make_policy("Gemma3Text", tmp_path / "text", toy)
     text = transformers.AutoConfig.from_pretrained(tmp_path / "text").to_dict()
@@ -575,7 +575,7 @@ def test_messages_are_written_in_the_template(
     assert chat_tokenizer.convert_ids_to_tokens(ends) == [END]
 
 
-def test_a_completion_has_the_turn_that_was_begun(chat_tokenizer):
+def test_a_completion_includes_the_assistants_text_in_the_prompt(chat_tokenizer):
     """As in TRL, so that classifiers read one turn of it."""
     rows = {"prompt": [[*CHAT, BEGUN], CHAT]}
     prompts = rlhf.tokenize(rows, chat_tokenizer, rlhf.Args())["prompt_ids"]
@@ -636,7 +636,7 @@ def classifier_scores(folder, texts, label=None, dtype=torch.float32, **inputs):
 
 
 @pytest.mark.parametrize("kind", CLASSIFIERS)
-def test_a_classifier_scores_a_text_as_if_it_were_alone(toy, tmp_path, models, kind):
+def test_a_classifier_scores_a_text_alike_alone_and_in_a_batch(toy, tmp_path, models, kind):
     """Decoders are read at the last token, where nothing says what padding is: also where the text
     closes with the token that pads. A text that is too long loses its beginning."""
     model, tokenizer = make_classifier(kind, tmp_path, toy, models)
@@ -732,7 +732,7 @@ def whatever(**kwargs): return [float(kwargs["answer"][0] == 3 and "texts" in kw
 """
 
 
-def test_a_reward_function_is_imported_with_its_neighbours(tmp_path):
+def test_a_reward_file_may_import_files_beside_it(tmp_path):
     """It gets the arguments that it names, may be TRL's, and gives one score for each text."""
     (tmp_path / "own_neighbour.py").write_text("length = len")
     (tmp_path / "own_rewards.py").write_text(OWN_REWARDS)
@@ -828,7 +828,7 @@ def test_advantages_are_sums_over_the_tokens_of_a_text(length, seed, gamma, gae_
 
 
 @pytest.mark.parametrize("gamma", [1.0, 0.9])
-def test_what_a_rollout_logs(run, monkeypatch, gamma):
+def test_a_rollout_logs_kl_entropy_length_and_explained_variance(run, monkeypatch, gamma):
     """KL divergence and entropy are estimated from sampled tokens. The explained variance of a
     constant reward is a number: returns and advantages differ by rounding only."""
     collected = record(monkeypatch, rlhf, "collect")
@@ -854,7 +854,7 @@ if Version(pandas.__version__) >= Version("3.1"):  # earlier ones make dates of 
 
 
 @pytest.mark.parametrize("kind", ["csv", "parquet", "jsonl.gz", "saved"])
-def test_data_come_in_many_formats(tmp_path, monkeypatch, kind):
+def test_data_files_of_each_format_are_loaded(tmp_path, monkeypatch, kind):
     """A file is loaded as itself, whatever its name and its neighbours. Texts stay texts."""
     data = datasets.Dataset.from_dict(ROWS)
     work_in(monkeypatch, tmp_path)
@@ -968,7 +968,9 @@ def test_the_saved_policy_is_configured_as_before(run, models, tmp_path):
 
 
 @pytest.mark.parametrize("greedy", [True, False])
-def test_an_evaluation_by_hand(run, toy, models, monkeypatch, capsys, greedy):
+def test_an_evaluation_has_the_measures_computed_by_hand(
+    run, toy, models, monkeypatch, capsys, greedy
+):
     """Rewards by an ensemble, means of its models and of one that is only watched, responses, KL
     divergence and perplexities, of a trained policy. Some responses and targets end early.
     `--temperature` divides the logits of all tokens, not only of the likeliest k, but those of
@@ -1036,9 +1038,7 @@ def test_seeds_and_evaluations_have_random_numbers_of_their_own(run):
 
 
 @pytest.mark.parametrize("amp", ["off", "auto"])
-def test_a_policy_that_is_trained_with_dropout_is_not_the_one_that_acts(
-    run, models, monkeypatch, amp
-):
+def test_a_policy_that_is_trained_with_dropout_stops_the_run(run, models, monkeypatch, amp):
     """That ends the run on a CPU."""
     init = rlhf.ActorCritic.__init__
     monkeypatch.setattr(rlhf, "has_bfloat16", lambda device: True)
@@ -1204,7 +1204,7 @@ def test_the_adapter_of_any_family_is_merged_into_its_model(run, toy, tmp_path, 
         assert (trained.policy(ids).logits - expected).abs().max() > 0.01
 
 
-def test_reward_models_that_are_watched_do_not_change_the_training(run, models, summaries):
+def test_reward_models_of_weight_0_do_not_change_the_training(run, models, summaries):
     """Loading a LoRA adapter draws random numbers, as the policy's own initial weights do."""
     watched = (str(models["adapter"]), str(models["classifier"]))
     without = weights(run(name="without", **summaries))
@@ -1216,7 +1216,7 @@ def test_reward_models_that_are_watched_do_not_change_the_training(run, models, 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["toy", "tldr"])
-def test_two_processes_do_what_one_does(run, summaries, tmp_path, task):
+def test_two_processes_train_the_same_weights_as_one(run, summaries, tmp_path, task):
     """Weights and metrics within rounding, which Adam magnifies near zero gradients. Here each
     process has but one text to sample, and minibatches are whole batches: else the processes would
     sample and divide them otherwise than one does."""
@@ -1321,7 +1321,7 @@ def test_the_authors_settings():
 
 
 @pytest.mark.parametrize("word", ["--help", "--no-such-flag"])
-def test_a_mistyped_flag_waits_for_no_library(tmp_path, word):
+def test_a_mistyped_flag_is_refused_before_libraries_are_imported(tmp_path, word):
     """Here PyTorch cannot be imported."""
     (tmp_path / "torch.py").write_text("raise ImportError")
     environment = os.environ | {"PYTHONPATH": str(tmp_path)}
