@@ -152,14 +152,15 @@ def summaries(models, tmp_path):
     return flags | models | {"lora_r": 4}
 
 
-FAMILIES = "GPT2 GPTJ GPTNeoX OPT Llama Mistral Qwen3 Qwen3Moe Qwen3_5Text Gemma2 Gemma3Text Phi3"
-FAMILIES = f"{FAMILIES} Falcon Bloom Mpt Lfm2 Granite Cohere".split()
+FAMILIES = "GPT2 GPTJ GPTNeoX OPT Llama Mistral Qwen2 Qwen3 Qwen3Moe Qwen3_5Text Gemma Gemma2"
+FAMILIES = f"{FAMILIES} Gemma3Text Phi3 Olmo2 SmolLM3 Falcon Bloom Mpt Lfm2 Granite Cohere".split()
 SHAPES = {
     "GPTJ": {"rotary_dim": 4},
     "OPT": {"ffn_dim": 16, "word_embed_proj_dim": 8, "do_layer_norm_before": False},
     "Mistral": {"sliding_window": 4},  # shorter than the texts
     "Qwen3Moe": {"moe_intermediate_size": 16, "num_experts": 8},
     "Qwen3_5Text": {"layer_types": ["linear_attention", "full_attention"]},
+    "Gemma": {"head_dim": 8},
     "Gemma2": {"head_dim": 8, "final_logit_softcapping": 1.0},
     "Gemma3Text": {"layer_types": ["sliding_attention", "full_attention"], "sliding_window": 4},
     "Bloom": {"n_head": 2},  # ALiBi, as MPT
