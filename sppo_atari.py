@@ -416,7 +416,7 @@ def train(args, folder):
         if args.anneal_lr:
             optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
         clip_coef = args.clip_coef * remaining if args.anneal_clip else args.clip_coef
-        clip_coef = torch.tensor(clip_coef, device=device)  # a float would be a constant
+        clip_coef = torch.tensor(clip_coef, device=device)  # compiling would fix a float's value
         obs[0] = obs[T]
         final_value = np.zeros((T, N))  # of truncated games
         gumbel = sample_gumbel((T, N, games.num_actions), generator).to(device)
