@@ -6,7 +6,7 @@
 #   "gymnasium[box2d]>=1.2.3; python_version < '3.14' and platform_machine != 'aarch64'",
 #   "numpy>=2.0", "tyro>=1.0.16", "filelock>=3.30", "safetensors>=0.4.5", "tensorboard>=2.19",
 #   "tqdm>=4.66.5", "transformers>=5.0", "datasets>=4.0", "accelerate>=1.10", "peft>=0.18",
-#   "pandas>=2.2.3", "moviepy>=2.1"]
+#   "pyarrow>=21.0", "moviepy>=2.1"]
 # [tool.uv]  # the versions of requirements.lock
 # exclude-newer = "2026-11-17T00:00:00Z"
 # constraint-dependencies = ["torch==2.13.0"]

@@ -594,7 +594,7 @@ def train(envs, args, folder):
             writer.flush()
             with atomic_write(checkpoint_path) as path:
                 torch.save(checkpoint, path)
-                load_checkpoint(path)  # an edited script may save what can't be read
+                load_checkpoint(path, "meta")  # checks only: an edit may save what can't be read
             obs[T] = envs.reset([args.seed, global_step])  # as in a run that is continued
 
     writer.close()
@@ -738,9 +738,9 @@ def save_agent(agent, obs_stats, evaluations, folder):
         path.write_bytes(safetensors.torch.save(tensors))
 
 
-def load_checkpoint(path):
+def load_checkpoint(path, device="cpu"):
     try:
-        return torch.load(path, weights_only=True, map_location="cpu")
+        return torch.load(path, weights_only=True, map_location=device)
     except Exception as error:  # any is possible here
         cause = "it is damaged, or has more than tensors and Python's own types"
         sys.exit(f"error: {path} can't be read: {cause}: {error!r:.200}")

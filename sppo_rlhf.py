@@ -4,7 +4,7 @@
 # requires-python = ">=3.10,<3.15"
 # dependencies = ["torch>=2.11", "transformers>=5.0", "tensorboard>=2.19", "accelerate>=1.10",
 #   "peft>=0.18", "numpy>=2.0", "tyro>=1.0.16", "filelock>=3.30", "datasets>=4.0", "tqdm>=4.66.5",
-#   "pandas>=2.2.3"]
+#   "pyarrow>=21.0"]
 # [tool.uv]  # the versions of requirements.lock
 # exclude-newer = "2026-11-17T00:00:00Z"
 # constraint-dependencies = ["torch==2.13.0"]
@@ -52,6 +52,7 @@ import argparse
 import copy
 import csv
 import glob
+import gzip
 import hashlib
 import inspect
 import json
@@ -63,7 +64,7 @@ import shutil
 import sys
 import time
 from contextlib import contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
 from importlib.metadata import distributions
@@ -72,6 +73,7 @@ from typing import Literal, NamedTuple
 
 import tyro
 
+os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # torch's idle threads leave cores to others
 SOURCE = Path(__file__).read_bytes()  # read at once, since the file may be edited during the run
 START = Path.cwd()  # relative paths begin here, even where other code changes directory
 # The same run continues although these differ
@@ -87,6 +89,11 @@ EVAL_DATASETS = {
     "stanfordnlp/imdb:train": "stanfordnlp/imdb:test",
     "CarperAI/openai_summarize_tldr:train": "CarperAI/openai_summarize_tldr:valid",
 }
+
+
+def require(condition, message):
+    if not condition:
+        sys.exit(f"error: {message}")
 
 
 @dataclass
@@ -152,6 +159,10 @@ class Args:
     eval_episodes: int = 128  # held-out prompts in an evaluation; rewards are clean
     eval_greedy: bool = False  # greedy decoding in evaluations; else sampled as in training
 
+    @property
+    def template_options(self):
+        return dict(json.loads(self.chat_template_kwargs))
+
     def resolve(self):
         """Replaces None by the default, where that depends on other arguments."""
         self.eval_dataset = self.eval_dataset or EVAL_DATASETS.get(self.dataset)
@@ -172,11 +183,6 @@ class Args:
 
     def check(self):
         """Refuses settings that would run, but not do what they say."""
-
-        def require(condition, message):
-            if not condition:
-                sys.exit(f"error: {message}")
-
         counts = "batch_size num_minibatches update_epochs prompt_length response_length "
         counts += "total_timesteps eval_freq eval_episodes"
         for name in counts.split():
@@ -187,8 +193,10 @@ class Args:
                 require(0 <= value < math.inf, f"{name} must be finite and not negative")
         for name in "gamma gae_lambda".split():
             require(0 <= getattr(self, name) <= 1, f"{name} must be between 0 and 1")
-        for name in "temperature max_grad_norm".split():
+        for name in "temperature max_grad_norm lora_alpha".split():
             require(getattr(self, name) > 0, f"{name} must be positive")
+        is_used = self.lora_r or self.lora_alpha == Args.lora_alpha
+        require(is_used, "lora_alpha needs --lora-r")
         require(-math.inf < self.z < 0, "z stands for log 0: it must be negative and finite")
         require(self.alpha + self.beta > 0, "with alpha and beta 0 nothing trains the policy")
         if self.noise.endswith("flip"):
@@ -198,11 +206,12 @@ class Args:
             require(not name.endswith(".py"), f"reward_model {name}: which function? FILE.py:NAME")
         weights = self.reward_weights
         require(len(weights) == len(self.reward_model), "reward_weights: one for each reward_model")
+        require(all(map(math.isfinite, weights)), "reward_weights must be finite")
         try:
-            options = dict(json.loads(self.chat_template_kwargs))
+            options = self.template_options.values()
         except (TypeError, ValueError) as error:
             sys.exit(f"error: chat_template_kwargs must be a JSON object: {error}")
-        is_word = {"true", "false"} & set(map(str, options.values()))
+        is_word = "true" in options or "false" in options
         require(not is_word, "chat_template_kwargs: write true and false without quotation marks")
         require(self.noise != "none" or not self.noise_level, "noise_level needs a --noise")
         processes = int(os.environ.get("WORLD_SIZE", 1))
@@ -265,13 +274,13 @@ if __name__ == "__main__":
 
 import datasets
 import numpy as np
-import pandas
 import peft
+import pyarrow.parquet
 import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import gather_object
-from filelock import FileLock, Timeout
+from filelock import FileLock
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -280,108 +289,42 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-# ---- Data
+# ---- Data: lists of rows {column: value}
 
 
-def load_dataset(name):
-    """`name`: a file (.jsonl, .json, .csv, Parquet); or NAME:SPLIT or NAME:CONFIGURATION:SPLIT, of
-    a folder of files, a folder that `datasets` has saved, or a hub name."""
-    path = Path(name)
-    if path.is_file():  # with pandas, since `datasets` turns texts into dates and numbers
-        if ".json" in path.name:
-            frame = pandas.read_json(path, lines=".jsonl" in path.name, dtype=False)
-        elif ".csv" in path.name:
-            frame = pandas.read_csv(path, dtype=str, keep_default_na=False)
-        else:
-            frame = pandas.read_parquet(path)
-        return datasets.Dataset.from_pandas(frame)
-    source, *configuration = name.split(":")
-    split = configuration.pop() if configuration else "train"
-    try:
-        data = datasets.load_from_disk(source).with_format(None)
-    except FileNotFoundError:  # not saved by `datasets`
-        return datasets.load_dataset(source, *configuration, split=split)
-    if isinstance(data, dict):
-        return data[split]
-    if source != name:
-        sys.exit(f"error: {source} has no splits: leave out the split")
-    return data
-
-
-def load_data(args):
-    """Training data, and `eval_episodes` held-out rows."""
-    train_data = load_dataset(args.dataset)
-    if args.eval_dataset:
-        eval_data = load_dataset(args.eval_dataset)
-    else:
-        train_data, eval_data = train_data.train_test_split(test_size=0.1, seed=0).values()
-    if args.batch_size > len(train_data) or args.eval_episodes > len(eval_data):
-        found = f"{len(train_data)} rows of training data and {len(eval_data)} held out"
-        sys.exit(f"error: {found} are too few for --batch-size and --eval-episodes")
-    return train_data, eval_data.shuffle(seed=0).select(range(args.eval_episodes))
-
-
-def has_messages(rows):
-    return isinstance(rows.get("prompt", [None])[0], list)
-
-
-def tokenize(rows, tokenizer, args):
-    """Returns new columns, column -> values, for rows of data. Rows have `prompt` (texts or
-    messages) and perhaps `label`, or they have `text`, whose first half is the prompt.
-
-    prompt_ids: at most `prompt_length` tokens, the start tokens of a text, then the last tokens of
-    the prompt. target_ids: at most `response_length` tokens of the label or of the second half, if
-    there is one.
-    """
-    encode = partial(tokenizer, add_special_tokens=False)
-    start = []
-    end = tokenizer.eos_token_id
-    if end is None:
-        sys.exit("error: the tokenizer has no end-of-text token; give another --tokenizer")
-    if has_messages(rows):
-        tools = rows.get("tools", [None] * len(rows["prompt"]))
-        prompts = [chat_tokens(*row, tokenizer, args) for row in zip(rows["prompt"], tools)]
-        end = turn_end(tokenizer, args)
-    else:
-        start = start_tokens(tokenizer)
-        plain = encode(rows["prompt"] if "prompt" in rows else rows["text"])["input_ids"]
-        prompts = [ids if ids[: len(start)] == start else start + ids for ids in plain]
-    targets = [[] for _ in prompts]
-    if "prompt" not in rows:
-        targets = [[*ids[len(ids) // 2 :], end] for ids in prompts]
-        prompts = [ids[: len(ids) // 2] for ids in prompts]
-    for i, label in enumerate(rows.get("label", [])):
-        if "prompt" in rows and isinstance(label, str):  # not a class
-            targets[i] = [*encode(label)["input_ids"], end]
-    cut = [len(ids) > args.prompt_length for ids in prompts]
-    for i in np.flatnonzero(cut):
-        prompts[i] = start + prompts[i][len(prompts[i]) + len(start) - args.prompt_length :]
-    return {
-        "prompt_ids": [ids or [end] for ids in prompts],
-        "target_ids": [ids[: args.response_length] for ids in targets],
-        "prompt_is_cut": cut,
-    }
+def prompt_kind(row):
+    """What a row has: "messages", a list in `prompt`; "prompt", a text; "text", whose first half is
+    the prompt; or "", nothing that can be used. The text of a list is no prompt."""
+    if not isinstance(row, dict):
+        return ""
+    name = "prompt" if "prompt" in row else "text"
+    value = row.get(name)
+    if name == "prompt" and value and isinstance(value, list):
+        is_chat = all(isinstance(one, dict) and "role" in one for one in value)
+        return "messages" if is_chat else ""
+    is_text = isinstance(value, str) and not re.match(r"\s*\[\s*\{\s*[\"']", value)
+    return name if is_text and (value.strip() or name == "prompt") else ""
 
 
 def start_tokens(tokenizer):
     """Tokens that the tokenizer adds before a text. Tokens that it adds after a text are left out,
     because a response follows the prompt."""
-    probe = tokenizer(tokenizer.eos_token or "a", return_special_tokens_mask=True)
+    probe = tokenizer(tokenizer.eos_token, return_special_tokens_mask=True)
     return probe["input_ids"][: probe["special_tokens_mask"].index(0)]
 
 
-def chat_tokens(chat, tools, tokenizer, args):
+def chat_tokens(row, tokenizer, args):
     """Tokens of messages, and of the beginning of the response. If the last message is the
     assistant's, such as "<think>", the response continues it. Otherwise the response is a new
     turn."""
-    continues = chat[-1]["role"] == "assistant"
+    continues = row["prompt"][-1]["role"] == "assistant"
     return tokenizer.apply_chat_template(
-        chat,
-        tools=tools or None,
+        row["prompt"],
+        tools=row.get("tools") or None,
         add_generation_prompt=not continues,
         continue_final_message=continues,
         return_dict=False,
-        **json.loads(args.chat_template_kwargs),
+        **args.template_options,
     )
 
 
@@ -390,33 +333,149 @@ def turn_end(tokenizer, args):
     end-of-text token."""
     said = "***"
     chat = [{"role": "user", "content": said}, {"role": "assistant", "content": said}]
-    options = json.loads(args.chat_template_kwargs)
-    text = tokenizer.apply_chat_template(chat, tokenize=False, **options)
+    text = tokenizer.apply_chat_template(chat, tokenize=False, **args.template_options)
     after = tokenizer(text.rpartition(said)[2], add_special_tokens=False)["input_ids"]
     special = [token for token in after if token in tokenizer.added_tokens_decoder]
     return special[0] if special else tokenizer.eos_token_id
 
 
-def tokenized(data, kind, tokenizer, args):
-    """Returns data with the columns of `tokenize`, and a sentence that says how many prompts were
-    cut. Messages that are too long are refused, because a cut would remove the beginning of their
+def tokenize(row, tokenizer, args):
+    """Returns the prompt and the target of a row, as lists of tokens, and whether the prompt is
+    cut: to the start tokens of a text, then its last ones, `prompt_length` in all. The target is
+    the first `response_length` tokens of the label, or of the second half of a text, if any."""
+    encode = partial(tokenizer.encode, add_special_tokens=False)
+    kind = prompt_kind(row)
+    start = []
+    end = tokenizer.eos_token_id
+    if kind == "messages":
+        prompt = chat_tokens(row, tokenizer, args)
+        end = turn_end(tokenizer, args)
+    else:
+        prompt = encode(row[kind])
+        start = start_tokens(tokenizer)
+        if prompt[: len(start)] != start:
+            prompt = start + prompt
+    target = []
+    label = row.get("label")  # a text, or a class
+    if kind == "text":
+        half = len(prompt) // 2
+        target = [*prompt[half:], end]
+        prompt = prompt[:half]
+    elif isinstance(label, str) and label.strip():
+        target = [*encode(label), end]
+    is_cut = len(prompt) > args.prompt_length
+    if is_cut:
+        prompt = start + prompt[len(prompt) + len(start) - args.prompt_length :]
+    return prompt or [end], target[: args.response_length], is_cut
+
+
+def load_dataset(name):
+    """What `datasets` loads: NAME:SPLIT or NAME:CONFIGURATION:SPLIT, of a folder of files, a folder
+    that it has saved, or a hub name."""
+    source, *configuration = name.split(":")
+    split = configuration.pop() if configuration else "train"
+    try:
+        data = datasets.load_from_disk(source)
+    except FileNotFoundError:  # not saved by `datasets`
+        return datasets.load_dataset(source, *configuration, split=split)
+    if isinstance(data, dict):
+        return data[split]
+    require(source == name, f"{source} has no splits: leave out the split")
+    return data
+
+
+def read_csv(file):
+    """The rows of a CSV file. All values are texts."""
+    csv.field_size_limit(2**31 - 1)  # of a text
+    reader = csv.DictReader(file, strict=True)
+    rows = []
+    for row in reader:
+        if None in row or None in row.values():
+            raise ValueError(f"line {reader.line_num} and line 1 differ in their number of values")
+        rows.append(row)
+    return rows
+
+
+def read_json(file):
+    """The rows of a JSON file: a list of objects, or an object in each line."""
+    text = file.read()
+    if not text.lstrip().startswith("["):
+        lines = filter(str.strip, text.split("\n"))
+        text = "[" + ",\n".join(lines) + "]"
+    return json.loads(text)
+
+
+def read_rows(name):
+    """The rows of a file, which is CSV, JSON or Parquet, or those of `load_dataset`."""
+    path = Path(name)
+    if not path.is_file():
+        return load_dataset(name).to_list()
+    if path.suffix == ".parquet":
+        return pyarrow.parquet.ParquetFile(path).read().to_pylist()
+    is_compressed = path.suffix == ".gz"
+    suffix = Path(path.stem).suffix if is_compressed else path.suffix
+    read = {".csv": read_csv, ".json": read_json, ".jsonl": read_json}.get(suffix)
+    if not read:
+        raise ValueError("its name must end with .csv, .json, .jsonl (.gz may follow) or .parquet")
+    open_file = gzip.open if is_compressed else open
+    with open_file(path, "rt", encoding="utf-8-sig", newline="") as file:
+        return read(file)
+
+
+def load_rows(name, accelerator, tokenizer, args):
+    """The rows of the data `name`. Refuses what cannot be used, and says how many prompts are cut.
+    Messages that are too long are refused, because a cut would remove the beginning of their
     template."""
-    if not {"prompt", "text"} & set(data.column_names):
-        sys.exit(f"error: no column 'prompt' or 'text' in the data, only {data.column_names}")
-    prompt = data[0].get("prompt")
-    if isinstance(prompt, str) and prompt.lstrip().startswith('[{"'):
-        sys.exit("error: prompts are messages as JSON text; they must be lists")
-    new = {name: [datasets.Value("int64")] for name in ("prompt_ids", "target_ids")}
-    new["prompt_is_cut"] = datasets.Value("bool")
-    function = partial(tokenize, tokenizer=tokenizer, args=args)
-    data = data.map(function, batched=True, features=datasets.Features(data.features | new))
-    cut = sum(data["prompt_is_cut"])
-    found = f"--prompt-length {args.prompt_length} cuts {cut:,} of {len(data):,} {kind} prompts"
-    if cut and has_messages(data[:1]):
-        sys.exit(f"error: {found}: messages would be cut; raise --prompt-length")
-    if args.ce_coef and kind == "training" and not any(data["target_ids"]):
-        sys.exit("error: --ce-coef needs a column 'label' of texts in the training data")
-    return data.remove_columns("prompt_is_cut"), found
+    try:
+        rows = read_rows(name)
+    except Exception as error:  # each format has its own
+        sys.exit(f"error: {name} can't be read: {error}")
+    require(rows, f"{name} has no rows")
+    kind = prompt_kind(rows[0])
+    is_chat = kind == "messages"
+    template = tokenizer.chat_template if is_chat else ""
+    require(template is not None, "messages need a tokenizer with a chat template: --tokenizer")
+    for option in args.template_options:
+        found = re.search(rf"\b{re.escape(option)}\b", str(template))
+        require(found, f"--chat-template-kwargs: no chat template has {option!r}")
+    has_targets = False
+    cut = 0
+    for i, row in enumerate(rows, 1):
+        if not kind or prompt_kind(row) != kind:
+            needs = "a 'prompt' (a text, or messages as a list) or a 'text', as all rows"
+            sys.exit(f"error: row {i} of {name} needs {needs}: {row!r:.99}")
+        _, target, is_cut = tokenize(row, tokenizer, args)
+        if is_chat and is_cut:
+            sys.exit(f"error: row {i} of {name}: messages would be cut; raise --prompt-length")
+        has_targets = has_targets or bool(target)
+        cut += is_cut
+    if args.ce_coef and name == args.dataset:
+        require(has_targets, "--ce-coef needs a column 'label' of texts in the training data")
+    length = f"--prompt-length {args.prompt_length}"
+    accelerator.print(f"{length} cuts {cut:,} of {len(rows):,} prompts in {name}")
+    return rows
+
+
+def split_rows(rows, eval_rows, args):
+    """Returns training rows, and `eval_episodes` held-out rows. Without `eval_rows`, the rows of a
+    tenth of the distinct prompts (or texts) are held out."""
+    rng = np.random.default_rng(0)
+    if eval_rows:
+        kinds = [prompt_kind(rows[0]), prompt_kind(eval_rows[0])]
+        are_alike = kinds.count("messages") != 1
+        require(are_alike, "--dataset or --eval-dataset has messages, the other has texts")
+    else:
+        prompts = [str(row.get("prompt", row.get("text"))) for row in rows]
+        distinct = sorted(set(prompts))
+        order = rng.permutation(len(distinct))
+        held_out = {distinct[i] for i in order[: math.ceil(len(distinct) / 10)]}
+        eval_rows = [row for row, prompt in zip(rows, prompts) if prompt in held_out]
+        rows = [row for row, prompt in zip(rows, prompts) if prompt not in held_out]
+    if args.batch_size > len(rows) or args.eval_episodes > len(eval_rows):
+        found = f"{len(rows)} rows of training data and {len(eval_rows)} held out"
+        sys.exit(f"error: {found} are too few for --batch-size and --eval-episodes")
+    chosen = rng.permutation(len(eval_rows))[: args.eval_episodes]
+    return rows, [eval_rows[i] for i in chosen]
 
 
 # ---- Models
@@ -434,8 +493,11 @@ def collate(prompts, continuations, device):
     """`Inputs` from lists of lists of tokens; each prompt has at least one."""
     texts = [torch.tensor(x + y) for x, y in zip(prompts, continuations)]
     ids = pad_sequence(texts, batch_first=True)
-    places = [torch.arange(len(x) - 1, len(x) + len(y) - 1) for x, y in zip(prompts, continuations)]
-    places = torch.cat([i * ids.shape[1] + columns for i, columns in enumerate(places)])
+    places = []
+    for i, (x, y) in enumerate(zip(prompts, continuations)):
+        first = i * ids.shape[1] + len(x) - 1
+        places += range(first, first + len(y))
+    places = torch.tensor(places, dtype=torch.long)
     tokens = ids.flatten()[places + 1]
     return Inputs(ids.to(device), places.to(device), tokens.to(device))
 
@@ -456,7 +518,7 @@ def patch_head(model):
     head.forward = forward
 
 
-def token_log_probs(model, inputs, temperature=1.0):
+def token_log_probs(model, inputs, temperature):
     """Log-probabilities (n,) of the tokens under a language model."""
     head = model.get_output_embeddings()
     head.places = inputs.places
@@ -465,53 +527,23 @@ def token_log_probs(model, inputs, temperature=1.0):
     return -F.cross_entropy(logits / temperature, inputs.tokens, reduction="none")
 
 
-class ActorCritic(nn.Module):
-    """Policy, critic and reference policy, that is the frozen initial policy.
+def refuse_missing(names, source):
+    """Refuses a checkpoint without weights of these `names`, which would stay random."""
+    if names:
+        sys.exit(f"error: {source} lacks {len(names)} weights, such as {min(names)}")
 
-    Without LoRA these are three models. With LoRA policy and critic are adapters: all three share
-    the other weights.
-    """
 
-    def __init__(self, args, device, dtype):
-        super().__init__()
-        self.temperature = args.temperature
-        self.dtype = dtype
-        self.reference = load_frozen(args, dtype)
-        self.policy = trainable_copy(self.reference, args)
-        self.critic = trainable_copy(self.reference, args).get_decoder()
-        patch_head(self.reference)
-        patch_head(self.policy)
-        # Not the configuration's hidden_size, since OPT-350m projects its states
-        hidden_size = self.policy.get_output_embeddings().weight.shape[1]
-        self.value_head = nn.Linear(hidden_size, 1)
-        nn.init.zeros_(self.value_head.weight)
-        nn.init.zeros_(self.value_head.bias)
-        self.eval()  # disables dropout
-        self.to(device)
-
-    def autocast(self):
-        device = self.value_head.weight.device.type
-        return torch.autocast(device, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
-
-    def forward(self, response, target=None):
-        """Returns the log-probabilities (n,) of the tokens of responses, the values (n,) of the
-        texts before each token and, if targets are given, the log-probabilities of their tokens.
-        All gradients flow through this method, so that DDP can wrap it."""
-        target_log_prob = None
-        with self.autocast():
-            log_prob = token_log_probs(self.policy, response, self.temperature)
-            states = self.critic(input_ids=response.ids, use_cache=False).last_hidden_state
-            if target is not None:
-                target_log_prob = token_log_probs(self.policy, target)
-        states = states.flatten(0, 1)[response.places]
-        value = self.value_head(states.float()).squeeze(-1)
-        return log_prob, value, target_log_prob
+def load_pretrained(auto_class, name, **options):
+    """Loads a model, with all its weights."""
+    model, info = auto_class.from_pretrained(name, output_loading_info=True, **options)
+    refuse_missing(info["missing_keys"], name)
+    return model
 
 
 def load_frozen(args, dtype):
     """The initial policy, whose weights do not change."""
-    if transformers.utils.find_adapter_config_file(args.policy_model):
-        sys.exit(f"error: {args.policy_model} has an adapter_config.json: merge or remove it")
+    has_adapter = transformers.utils.find_adapter_config_file(args.policy_model)
+    require(not has_adapter, f"{args.policy_model} has an adapter_config.json: merge or remove it")
     config = transformers.AutoConfig.from_pretrained(args.policy_model)
     own_config = copy.deepcopy(config)
     if getattr(config, "activation_function", None) == "gelu_new":
@@ -519,7 +551,7 @@ def load_frozen(args, dtype):
     if args.gradient_checkpointing:  # it needs train mode, which would turn dropout on
         text_config = config.get_text_config()
         for name in vars(text_config):
-            if "drop" in name or "jitter" in name:
+            if "drop" in name:
                 setattr(text_config, name, 0.0)
     dtype = dtype if args.lora_r else torch.float32
     model = load_pretrained(AutoModelForCausalLM, args.policy_model, config=config, dtype=dtype)
@@ -544,12 +576,70 @@ def trainable_copy(model, args):
         )
         # A copy shares the weights in `shared`. Adapters are in float32
         trained = peft.get_peft_model(copy.deepcopy(model, shared), config)
+        folder = Path(START, args.policy_model)
+        if folder.exists():  # the adapter finds its base from wherever it is loaded
+            config.base_model_name_or_path = str(folder)
     else:
         trained = copy.deepcopy(model).requires_grad_()
     used = nn.ModuleList([trained.get_decoder(), trained.get_output_embeddings()])
     for parameter in set(trained.parameters()) - set(used.parameters()):
         parameter.requires_grad_(False)
     return trained
+
+
+class ActorCritic(nn.Module):
+    """Policy, critic and reference policy, that is the frozen initial policy.
+
+    Without LoRA these are three models. With LoRA policy and critic are adapters: all three share
+    the other weights.
+    """
+
+    def __init__(self, args, device, dtype):
+        super().__init__()
+        self.temperature = args.temperature
+        self.dtype = dtype
+        self.reference = load_frozen(args, dtype)
+        self.policy = trainable_copy(self.reference, args)
+        self.critic = trainable_copy(self.reference, args).get_decoder()
+        patch_head(self.reference)
+        patch_head(self.policy)
+        # Measured, since OPT-350m and RemBERT have other sizes than their configurations say
+        token = torch.zeros(1, 1, dtype=torch.long, device=self.critic.device)
+        hidden_size = self.critic(token).last_hidden_state.shape[-1]
+        self.value_head = nn.Linear(hidden_size, 1)
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
+        self.eval()  # disables dropout
+        self.to(device)
+
+    def autocast(self):
+        device = self.value_head.weight.device.type
+        return torch.autocast(device, torch.bfloat16, enabled=self.dtype == torch.bfloat16)
+
+    def forward(self, response, target=None):
+        """Returns the log-probabilities (n,) of the tokens of responses, the values (n,) of the
+        texts before each token and, if targets are given, the log-probabilities of their tokens.
+        All gradients flow through this method, so that DDP can wrap it."""
+        target_log_prob = None
+        with self.autocast():
+            log_prob = token_log_probs(self.policy, response, self.temperature)
+            states = self.critic(input_ids=response.ids, use_cache=False).last_hidden_state
+            if target is not None:
+                target_log_prob = token_log_probs(self.policy, target, self.temperature)
+        states = states.flatten(0, 1)[response.places]
+        value = self.value_head(states.float()).squeeze(-1)
+        return log_prob, value, target_log_prob
+
+
+def load_tokenizer(name, **sides):
+    """The tokenizer of a model. It pads with the end-of-text token if it has no padding token.
+    Refuses the empty tokenizer that AutoTokenizer makes for a folder without tokenizer files."""
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZERS.get(name, name), **sides)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    words = len(tokenizer) - len(tokenizer.all_special_tokens)
+    # An empty tokenizer of T5 has one word, of DeBERTa two
+    require(words > 2, f"{name} has no tokenizer; for a policy, give --tokenizer")
+    return tokenizer
 
 
 # ---- Reward models: functions of the keyword inputs in `score`, which return a score for each text
@@ -569,6 +659,8 @@ def load_classifier(name, device, dtype):
         name, num_labels=labels, **options
     )
     refuse_missing(peft.get_peft_model_state_dict(model).keys() - saved.keys(), name)
+    can_merge = hasattr(model, "merge_and_unload")
+    require(can_merge, f"{name}: this kind of adapter cannot be merged into its model")
     return model.merge_and_unload().to(device, dtype)  # modules_to_save may have another dtype
 
 
@@ -581,12 +673,13 @@ def classifier_reward(name, args, device, dtype):
     label = {1: 0, 2: 1}.get(config.num_labels)
     if args.reward_label is not None and config.num_labels > 1:
         label = args.reward_label
-    if label not in config.id2label:
-        sys.exit(f"error: {name}: --reward-label must be one of {config.id2label}, not {label}")
+    labels = config.id2label
+    require(label in labels, f"{name}: --reward-label must be one of {labels}, not {label}")
+    config.id2label = {i: str(i) for i in labels}  # several labels may have one name
     # An adapter may have no tokenizer. Texts that are too long lose their beginning
-    sides = {"truncation_side": "left", "padding_side": "right"}
     has_own = transformers.utils.has_file(name, "tokenizer_config.json")
-    tokenizer = load_tokenizer(name if has_own else config.name_or_path, **sides)
+    name = name if has_own else config.name_or_path
+    tokenizer = load_tokenizer(name, truncation_side="left", padding_side="right")
     positions = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
     tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
     pad = getattr(config.get_text_config(), "pad_token_id", None)
@@ -609,11 +702,9 @@ def classifier_reward(name, args, device, dtype):
         if in_template:
             chats = [prompt + completion for prompt, completion in zip(prompts, completions)]
             texts = tokenizer.apply_chat_template(chats, tokenize=False)
-        results = classify(
-            texts, add_special_tokens=not in_template
-        )  # the template has special tokens
-        by_label = [{found["label"]: found["score"] for found in result} for result in results]
-        return [scores[config.id2label[label]] for scores in by_label]
+        # The template has special tokens
+        results = classify(texts, add_special_tokens=not in_template)
+        return [x["score"] for result in results for x in result if x["label"] == str(label)]
 
     return reward_model
 
@@ -622,33 +713,153 @@ def import_function(name):
     """The Python function FILE.py:NAME."""
     file, _, function_name = name.rpartition(":")
     path = Path(file).resolve()
+    require(path.is_file(), f"{file}: no such file")
+    require("." not in path.stem, f"{file}: Python cannot import a name with a dot: rename it")
     sys.path.append(str(path.parent))
     module = import_module(path.stem)
-    if getattr(module, "__file__", None) != str(path):
-        sys.exit(f"error: {file}: another module is called {path.stem}: rename it")
-    if not hasattr(module, function_name):
-        sys.exit(f"error: {file} has no function {function_name}")
+    is_own = getattr(module, "__file__", None) == str(path)
+    require(is_own, f"{file}: another module is called {path.stem}: rename it")
+    require(hasattr(module, function_name), f"{file} has no function {function_name}")
     return getattr(module, function_name)
 
 
-def function_reward(name):
+def function_reward(name, columns):
     """The Python function FILE.py:NAME. It gets the inputs that it names, or all with `**kwargs`.
     Inputs are `texts` (prompt and response together), TRL's `prompts`, `completions` (messages, or
     texts without special tokens) and `completion_ids`, and the columns of the data. It returns a
     score for each text, or None where it does not score one."""
     function = import_function(name)
-    parameters = inspect.signature(function).parameters
-    takes_all = any(parameter.kind == parameter.VAR_KEYWORD for parameter in parameters.values())
+    signature = inspect.signature(function)
+    takes_all = any(one.kind == one.VAR_KEYWORD for one in signature.parameters.values())
+    inputs = ["texts", "prompts", "completions", "completion_ids", *columns]
+    names = [key for key in inputs if takes_all or key in signature.parameters]
+    try:
+        signature.bind(**dict.fromkeys(names))
+    except TypeError as error:
+        sys.exit(f"error: {name}: {error}; there are {', '.join(inputs)}")
 
     def reward_model(**inputs):
-        named = inputs if takes_all else {key: inputs[key] for key in parameters if key in inputs}
         count = len(inputs["texts"])  # the function may change the list
-        scores = function(**named)
-        if len(scores) != count:
-            sys.exit(f"error: {name} must return a score for each of {count} texts")
+        scores = function(**{key: x for key, x in inputs.items() if key in names})
+        require(len(scores) == count, f"{name} must return a score for each of {count} texts")
         return [None if one is None else float(one) for one in scores]
 
     return reward_model
+
+
+# ---- Loading
+
+
+@dataclass
+class Setup:
+    """Models and data of a run, from `load`."""
+
+    accelerator: Accelerator
+    actor_critic: ActorCritic
+    model: nn.Module  # `actor_critic`, wrapped in DDP if there are several processes
+    optimizer: torch.optim.Optimizer
+    tokenizer: transformers.PreTrainedTokenizerBase
+    reward_models: list
+    columns: list[str]  # of the data, for reward models
+    train_data: list[dict]
+    eval_data: list[dict]
+
+
+def sources(args):
+    """Names of the run's data and models."""
+    names = [args.dataset, args.eval_dataset, args.policy_model, args.tokenizer, *args.reward_model]
+    return [name for name in names if name]
+
+
+def prepare(args):
+    """Imports reward functions, for `file_digests`, and silences libraries."""
+    if args.device == "cuda":
+        require(torch.cuda.is_available(), "--device cuda: there is no GPU")
+    for name in sources(args):
+        is_there = not name.startswith(f"{TOY}/") or Path(START, TOY).exists()
+        require(is_there, f"no {TOY}; this makes it: python toy.py")
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    for name in args.reward_model:
+        if ".py:" in name:
+            import_function(name)
+    os.chdir(START)  # an imported file may have changed directory
+    torch.set_grad_enabled(True)  # or these settings
+    torch.set_default_dtype(torch.float32)
+
+
+def has_bfloat16(device):
+    """Whether this hardware computes in bfloat16 and does not merely emulate it."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    return torch.cpu.get_capabilities().get("avx512_bf16", False)
+
+
+def end_tokens(row, tokenizer, policy, args):
+    """Tokens that end a response: the end-of-text tokens of the tokenizer and of the policy, and
+    for messages also the token that ends a turn, because a policy that is no chat model does not
+    name it."""
+    ends = [tokenizer.eos_token_id]
+    if prompt_kind(row) == "messages":
+        ends.append(turn_end(tokenizer, args))
+    own = policy.generation_config.eos_token_id
+    ends += own if isinstance(own, list) else [own]
+    vocabulary = len(policy.get_output_embeddings().weight)
+    return [token for token in ends if token is not None and token < vocabulary]
+
+
+def load(args):
+    """Loads models and data."""
+    cpu = args.device == "cpu" or not torch.cuda.is_available()
+    accelerator = Accelerator(cpu=cpu, mixed_precision="no")  # but see ActorCritic.autocast
+    device = accelerator.device
+    bfloat16 = args.amp == "auto" and has_bfloat16(device)
+    dtype = torch.bfloat16 if bfloat16 else torch.float32
+    tokenizer = load_tokenizer(args.tokenizer or args.policy_model)
+    require(tokenizer.eos_token, "the tokenizer has no end-of-text token: give --tokenizer")
+    rows = load_rows(args.dataset, accelerator, tokenizer, args)
+    eval_rows = []
+    if args.eval_dataset:
+        eval_rows = load_rows(args.eval_dataset, accelerator, tokenizer, args)
+    columns = list(dict.fromkeys(name for row in rows + eval_rows for name in row))
+    data = split_rows(rows, eval_rows, args)
+    reward_dtype = dtype if args.lora_r else torch.float32  # with LoRA, models are large
+    reward_models = [
+        function_reward(name, columns)
+        if ".py:" in name
+        else classifier_reward(name, args, device, reward_dtype)
+        for name in args.reward_model
+    ]
+    torch.manual_seed(args.seed)  # initial weights of LoRA
+    actor_critic = ActorCritic(args, device, dtype)
+    policy = actor_critic.policy
+    longest = args.prompt_length + args.response_length
+    text_config = policy.config.get_text_config()
+    positions = getattr(text_config, "max_position_embeddings", longest)
+    positions = getattr(text_config, "max_seq_len", positions)  # MPT's name
+    if "longrope" in str(text_config):  # it changes all positions in longer texts
+        positions = text_config.original_max_position_embeddings
+    if positions < longest:
+        sys.exit(f"error: {args.policy_model} has {positions} positions for {longest} tokens")
+    policy.generation_config = transformers.GenerationConfig(
+        temperature=args.temperature,
+        top_k=args.top_k,
+        max_new_tokens=args.response_length,
+        min_new_tokens=None if args.stop_at_eos else args.response_length,
+        eos_token_id=end_tokens(rows[0], tokenizer, policy, args),
+        pad_token_id=0,  # comes after the end of a response, and is cut off
+    )
+    optimizer = torch.optim.AdamW(
+        [parameter for parameter in actor_critic.parameters() if parameter.requires_grad],
+        lr=args.learning_rate,
+        eps=args.adam_eps,
+        weight_decay=args.weight_decay,
+        fused=True,
+    )
+    model = accelerator.prepare(actor_critic)
+    return Setup(
+        accelerator, actor_critic, model, optimizer, tokenizer, reward_models, columns, *data
+    )
 
 
 # ---- Rollout
@@ -658,6 +869,7 @@ def function_reward(name):
 class Sample:
     """A prompt and its response of T tokens, and what was computed for them, on the CPU."""
 
+    row: dict  # of the data
     prompt: list[int]
     response: list[int]
     target: list[int]  # from the data, for the supervised loss
@@ -670,29 +882,11 @@ class Sample:
     returns: Tensor | None = None  # (T,), in training
 
 
-def joined(samples, name):
-    """Joins a field of samples into one tensor (n,) over all their tokens."""
-    return torch.cat([getattr(sample, name) for sample in samples])
-
-
-def rewards(samples, args):
-    """The reward of each sample (samples,), the weighted sum of its scores. Missing scores count
-    0."""
-    scores = np.array([sample.scores for sample in samples])
-    return np.nansum(scores * np.float32(args.reward_weights), axis=1)
-
-
-def mean_scores(samples, args):
-    """{name of a reward model: its mean score}. Missing scores are left out."""
-    scores = np.array([sample.scores for sample in samples])
-    return dict(zip(args.reward_model, np.nanmean(scores, axis=0).tolist()))
-
-
-def kl_per_text(samples):
-    """KL divergence between policy and reference policy, in nats per text. It is an estimate, and
-    biased where sampling is filtered or greedy."""
-    log_ratio = joined(samples, "log_prob") - joined(samples, "reference_log_prob")
-    return log_ratio.sum().item() / len(samples)
+def padded(setup, prompts):
+    options = {"padding_side": "left", "return_attention_mask": True, "return_tensors": "pt"}
+    inputs = setup.tokenizer.pad({"input_ids": prompts}, **options)
+    inputs["input_ids"] *= inputs["attention_mask"]  # a padding token may have no embedding
+    return inputs.to(setup.actor_critic.policy.device)
 
 
 def generate(setup, prompts, do_sample):
@@ -705,8 +899,8 @@ def generate(setup, prompts, do_sample):
     ends = actor.policy.generation_config.eos_token_id
     responses = []
     for tokens in ids[:, inputs["input_ids"].shape[1] :].tolist():
-        lengths = [i + 1 for i, token in enumerate(tokens) if token in ends]
-        responses.append(tokens[: lengths[0]] if lengths else tokens)
+        length = next((i + 1 for i, token in enumerate(tokens) if token in ends), None)
+        responses.append(tokens[:length])
     return responses
 
 
@@ -716,27 +910,54 @@ def check_sampling(setup, args):
     may be that `generate` pads on the left and has a cache, which changes positions or recurrent
     states."""
     actor = setup.actor_critic
-    longest = max(setup.eval_data["prompt_ids"], key=len)
-    prompts = [longest, longest[: len(longest) // 2 + 1]]
-    options = {"output_logits": True, "return_dict_in_generate": True, "do_sample": True}
+    prompts = [tokenize(row, setup.tokenizer, args)[0] for row in setup.eval_data]
+    # As long as prompts may become, and half as long, so that there is padding
+    longest = (max(prompts, key=len) * args.prompt_length)[: args.prompt_length]
+    prompts = [longest, longest[: (len(longest) + 1) // 2]]
     with actor.autocast():
-        found = actor.policy.generate(**padded(setup, prompts), **options)
-        tokens = found.sequences[:, len(longest) :]
+        options = {"output_logits": True, "return_dict_in_generate": True, "do_sample": True}
+        generated = actor.policy.generate(**padded(setup, prompts), **options)
+        tokens = generated.sequences[:, len(longest) :]
         response = collate(prompts, tokens.tolist(), actor.policy.device)
-        trained = token_log_probs(actor.policy, response).view(tokens.shape)
-    acts = torch.stack(found.logits, 1).float().log_softmax(-1)
-    difference = (acts.gather(-1, tokens[..., None])[..., 0] - trained).abs().max().item()
+        trained = token_log_probs(actor.policy, response, 1.0).view(tokens.shape)
+    acts = -F.cross_entropy(torch.stack(generated.logits, -1).float(), tokens, reduction="none")
+    difference = (acts - trained).abs().max().item()
     # Rounding gives 1e-5 in float32, 0.05 in bfloat16 with 28 layers; a mistake gives 0.5 or more
-    if difference > (1e-2 if actor.dtype == torch.float32 else 0.3):
+    limit = 1e-2 if actor.dtype == torch.float32 else 0.3
+    if difference > limit:
         found = f"samples otherwise than it is trained, by {difference:.2g} nats a token"
         sys.exit(f"error: {args.policy_model} {found}")
 
 
-def padded(setup, prompts):
-    options = {"padding_side": "left", "return_attention_mask": True, "return_tensors": "pt"}
-    inputs = setup.tokenizer.pad({"input_ids": prompts}, **options)
-    inputs["input_ids"] *= inputs["attention_mask"]  # a padding token may have no embedding
-    return inputs.to(setup.actor_critic.policy.device)
+def score(setup, args, rows, prompts, responses):
+    """Scores (texts, reward models) of responses. Reward models get `inputs`, with the data's
+    columns, as keywords."""
+    decode = partial(setup.tokenizer.batch_decode, skip_special_tokens=True)
+    inputs = {name: [row.get(name) for row in rows] for name in setup.columns}
+    inputs |= {
+        "texts": decode([x + y for x, y in zip(prompts, responses)]),
+        "prompts": decode(prompts),
+        "completions": decode(responses),
+        "completion_ids": responses,
+    }
+    for i, row in enumerate(rows):
+        if prompt_kind(row) == "messages":
+            chat = row["prompt"]
+            text = inputs["completions"][i]
+            if chat[-1]["role"] == "assistant":  # as in TRL, the completion has its text
+                *chat, turn = chat
+                text = turn["content"] + text
+            inputs["prompts"][i] = chat
+            inputs["completions"][i] = [{"role": "assistant", "content": text}]
+    # A reward function may change its arguments
+    scores = [reward_model(**copy.deepcopy(inputs)) for reward_model in setup.reward_models]
+    for name, its_scores in zip(args.reward_model, scores):
+        finite = all(one is None or math.isfinite(one) for one in its_scores)
+        require(finite, f"a score of {name} is not finite")
+    scores = np.array(scores, np.float32).T  # None becomes NaN
+    unscored = np.isnan(scores).all(1).any()
+    require(not unscored, "no reward model scores one of the texts; one must give a number")
+    return scores
 
 
 def by_text(tensor, texts):
@@ -747,17 +968,17 @@ def by_text(tensor, texts):
 
 @torch.no_grad()
 def collect(setup, args, data, evaluating=False):
-    """Samples responses to the prompts of `data`. Each process samples a part, and gets all
-    `Sample`s."""
+    """Samples responses to the prompts of the rows `data`. Each process samples a part, and gets
+    all `Sample`s."""
     accelerator = setup.accelerator
     actor = setup.actor_critic
     samples = []
     own = range(accelerator.process_index, len(data), accelerator.num_processes)
     size = 8 * (args.micro_batch_size or 16)  # inference takes less memory than training
     for start in range(0, len(own), size):
-        rows = data[own[start : start + size]]
-        prompts = rows.pop("prompt_ids")
-        targets = rows.pop("target_ids")
+        rows = [data[i] for i in own[start : start + size]]
+        tokens = [tokenize(row, setup.tokenizer, args) for row in rows]
+        prompts, targets, _ = map(list, zip(*tokens))
         responses = generate(setup, prompts, do_sample=not (evaluating and args.eval_greedy))
 
         # The forward pass of the update, not `generate`, is used, so that ratios start at 1
@@ -768,6 +989,7 @@ def collect(setup, args, data, evaluating=False):
             reference_log_prob = token_log_probs(actor.reference, response, args.temperature)
         samples += map(
             Sample,  # of these fields
+            rows,
             prompts,
             responses,
             targets,
@@ -778,36 +1000,6 @@ def collect(setup, args, data, evaluating=False):
             by_text(target_log_prob, targets) if evaluating else [None] * len(prompts),
         )
     return gather_object(samples)
-
-
-def score(setup, args, rows, prompts, responses):
-    """Scores (texts, reward models) of responses. Reward models get `inputs`, and the data's other
-    columns, as keywords."""
-    decode = partial(setup.tokenizer.batch_decode, skip_special_tokens=True)
-    inputs = rows | {
-        "texts": decode([x + y for x, y in zip(prompts, responses)]),
-        "prompts": decode(prompts),
-        "completions": decode(responses),
-        "completion_ids": responses,
-    }
-    if has_messages(rows):
-        inputs["prompts"] = []
-        for i, chat in enumerate(rows["prompt"]):
-            text = inputs["completions"][i]
-            if chat[-1]["role"] == "assistant":  # as in TRL, the completion has its text
-                *chat, turn = chat
-                text = turn["content"] + text
-            inputs["prompts"].append(chat)
-            inputs["completions"][i] = [{"role": "assistant", "content": text}]
-    # A reward function may change its arguments
-    scores = [reward_model(**copy.deepcopy(inputs)) for reward_model in setup.reward_models]
-    for name, its_scores in zip(args.reward_model, scores):
-        if not all(one is None or math.isfinite(one) for one in its_scores):
-            sys.exit(f"error: a score of {name} is not finite")
-    scores = np.array(scores, np.float32).T  # None becomes NaN
-    if np.isnan(scores).all(1).any():
-        sys.exit("error: no reward model scores one of the texts; one must give a number")
-    return scores
 
 
 # ---- Noise
@@ -877,7 +1069,12 @@ def token_advantages(reward, log_ratio, value, args):
     return advantage, advantage + value
 
 
-# ---- Training
+# ---- Update
+
+
+def joined(samples, name):
+    """Joins a field of samples into one tensor (n,) over all their tokens."""
+    return torch.cat([getattr(sample, name) for sample in samples])
 
 
 def loss_and_metrics(model, args, micro_batch, token_count, target_count):
@@ -958,33 +1155,20 @@ def update(setup, args, samples, rng):
             metrics = accelerator.reduce(totals, "sum")
 
             parameters = setup.model.parameters()
-            metrics["losses/grad_norm"] = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
-            metrics["losses/clipped_gradients"] = metrics["losses/grad_norm"] > args.max_grad_norm
+            norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
             setup.optimizer.step()
             setup.optimizer.zero_grad()
-            metrics["losses/norm_sign_changes"] = ((raw > 0) != (advantage > 0)).float().mean()
+            metrics |= {
+                "losses/grad_norm": norm,
+                "losses/clipped_gradients": norm > args.max_grad_norm,
+                "losses/norm_sign_changes": ((raw > 0) != (advantage > 0)).float().mean(),
+            }
             history.append(metrics)
     setup.actor_critic.eval()
     return history
 
 
-def means(rows):
-    """Means of numbers by their names, over the `rows` that have them."""
-    names = dict.fromkeys(name for row in rows for name in row)
-    return {
-        name: np.mean([float(row[name]) for row in rows if name in row]).item() for name in names
-    }
-
-
-@dataclass
-class Progress:
-    """What a checkpoint holds besides weights and optimizer."""
-
-    global_step: int = 0
-    speeds: list[float] = field(default_factory=list)  # texts per second of each update
-    evaluations: list[dict] = field(default_factory=list)  # rows of progress.csv
-    samples: list[dict] = field(default_factory=list)
-    history: list[dict] = field(default_factory=list)  # what was logged since the last evaluation
+# ---- Evaluation
 
 
 def seed_all(accelerator, *numbers):
@@ -995,110 +1179,33 @@ def seed_all(accelerator, *numbers):
     return rng
 
 
-def train(setup, args, folder):
-    accelerator = setup.accelerator
-    check_sampling(setup, args)
-    progress = restore(setup, folder)
-    writer = None  # in all processes but the first
-    if accelerator.is_main_process:
-        if args.track:
-            import wandb
+def rewards(samples, args):
+    """The reward of each sample (samples,), the weighted sum of its scores. Missing scores count
+    0."""
+    scores = np.array([sample.scores for sample in samples])
+    return np.nansum(scores * np.float32(args.reward_weights), axis=1)
 
-            wandb.init(
-                project="symmetric-rl",
-                name=folder.name,
-                config=vars(args),
-                sync_tensorboard=True,
-                dir=folder,
-                resume="auto",  # W&B keeps the run's id in `dir`
-            )
-        # TensorBoard hides what was logged after the checkpoint, without one everything
-        writer = SummaryWriter(folder, purge_step=progress.global_step + bool(progress.evaluations))
-    begun = f"{folder.name}: from step {progress.global_step:,}"
-    accelerator.print(f"{begun}, with a checkpoint every {args.eval_freq:,} texts")
-    progress_bar = tqdm(
-        total=args.total_timesteps,
-        initial=progress.global_step,
-        unit=" texts",
-        disable=None if writer else True,
-    )
-    if not progress.evaluations:
-        evaluate_and_log(setup, args, progress, folder, writer)  # the initial policy
 
-    while progress.global_step < args.total_timesteps:
-        # Rollout
-        started = time.perf_counter()
-        rng = seed_all(accelerator, args.seed, progress.global_step, 1)
-        rows = rng.permutation(len(setup.train_data))[: args.batch_size]
-        samples = collect(setup, args, setup.train_data.select(rows))
-        progress.global_step += args.batch_size
-        step = progress.global_step
+def means(rows):
+    """Means of numbers by their names, over the `rows` that have them."""
+    names = dict.fromkeys(name for row in rows for name in row)
+    return {
+        name: np.mean([float(row[name]) for row in rows if name in row]).item() for name in names
+    }
 
-        # Advantages
-        reward = rewards(samples, args)
-        noisy_reward = perturb_reward(reward, args.noise, args.noise_level, rng)
-        for sample, its_reward in zip(samples, noisy_reward.tolist()):
-            log_ratio = sample.log_prob - sample.reference_log_prob
-            sample.advantage, sample.returns = token_advantages(
-                its_reward, log_ratio, sample.value, args
-            )
 
-        # Update
-        minibatch_metrics = update(setup, args, samples, rng)
-        # Before the optimizer's first step, `collect` and the update give the same
-        # log-probabilities. Rounding gives 3e-13 in float32 and 6e-5 in bfloat16
-        limit = 1e-8 if setup.actor_critic.dtype == torch.float32 else 1e-3
-        if step == args.batch_size and minibatch_metrics[0]["losses/approx_kl"] > limit:
-            found = "the policy that acts is not the one that is trained (dropout, memory?)"
-            if accelerator.device.type == "cpu":
-                sys.exit(f"error: {found}")
-            tqdm.write(f"warning: {found}, or this GPU rounds more", file=sys.stderr)
-        metrics = means(minibatch_metrics)
-        if not math.isfinite(metrics["losses/grad_norm"]):
-            sys.exit(f"error: gradient not finite, step {step} (learning rate? reward?)")
+def mean_scores(samples, args, prefix):
+    """{prefix + name of a reward model: its mean score}, of the texts that have a score by it."""
+    names = [prefix + name for name in args.reward_model]
+    pairs = [zip(names, sample.scores) for sample in samples]
+    return means([{name: x for name, x in found if not np.isnan(x)} for found in pairs])
 
-        # Log
-        # advantage = return - value. Clamped, since all returns may be equal
-        returns_variance = joined(samples, "returns").var().clamp(min=1e-8)
-        unexplained = joined(samples, "advantage").var() / returns_variance
-        log_prob = joined(samples, "log_prob")
-        scalars = metrics | {
-            "losses/entropy": -log_prob.mean().item(),  # an estimate from the samples
-            "losses/explained_variance": 1 - unexplained.item(),
-            "charts/kl": kl_per_text(samples),
-            "charts/episodic_return": reward.mean().item(),
-            "charts/episodic_length": len(log_prob) / len(samples),
-        }
-        for name, score_mean in mean_scores(samples, args).items():
-            scalars[f"rewards/{name}"] = score_mean
-        progress.history.append(scalars)
-        progress.speeds.append(args.batch_size / (time.perf_counter() - started))
-        if writer:
-            for name, scalar in scalars.items():
-                writer.add_scalar(name, scalar, step)
-            writer.add_scalar("charts/SPS", progress.speeds[-1], step)
-        progress_bar.set_postfix_str(f"reward {reward.mean():.3f}, KL {scalars['charts/kl']:.1f}")
-        progress_bar.update(args.batch_size)
 
-        # Evaluation and checkpoint
-        finished = step >= args.total_timesteps
-        if finished or step % args.eval_freq < args.batch_size:  # passed a multiple
-            evaluate_and_log(setup, args, progress, folder, writer)
-            if writer:
-                save_checkpoint(setup, folder, progress)
-
-    if writer:  # only the first process has one
-        writer.close()
-        save_policy(setup, folder)
-        row = progress.evaluations[-1]
-        summary = {name: x for name, x in row.items() if math.isfinite(x)}  # JSON lacks nan
-        summary["sps"] = float(np.median(progress.speeds))
-        with atomic_write(folder / "summary.json") as path:  # last: marks the end
-            path.write_text(json.dumps(summary, indent=2))
-    accelerator.wait_for_everyone()  # the first process may still be writing
-    # If DDP is freed after its process group, PyTorch may deadlock (its issue 56297)
-    setup.model = None
-    accelerator.end_training()
+def kl_per_text(samples):
+    """KL divergence between policy and reference policy, in nats per text. It is an estimate, and
+    biased where sampling is filtered or greedy."""
+    log_ratio = joined(samples, "log_prob") - joined(samples, "reference_log_prob")
+    return log_ratio.sum().item() / len(samples)
 
 
 def evaluate(setup, args, step):
@@ -1120,14 +1227,13 @@ def evaluate(setup, args, step):
     }
     if len(target_log_prob):
         row["perplexity_real"] = (-target_log_prob.mean()).exp().item()
-    for name, score_mean in mean_scores(samples, args).items():
-        row[f"eval_{name}"] = score_mean
+    row |= mean_scores(samples, args, "eval_")
 
     decode = partial(setup.tokenizer.decode, skip_special_tokens=True)
     shown = []
     for sample, its_reward in zip(samples[:8], reward.tolist()):
         texts = {"prompt": decode(sample.prompt), "response": decode(sample.response)}
-        shown.append({"step": step} | texts | {"reward": its_reward})
+        shown.append(sample.row | {"step": step} | texts | {"reward": its_reward})
     return row, shown
 
 
@@ -1148,7 +1254,8 @@ def evaluate_and_log(setup, args, progress, folder, writer):
         table.writeheader()
         table.writerows(progress.evaluations)
     with atomic_write(folder / "samples.jsonl") as path:
-        path.write_text("".join(json.dumps(sample) + "\n" for sample in progress.samples))
+        lines = [json.dumps(sample, default=str) + "\n" for sample in progress.samples]
+        path.write_text("".join(lines))
     writer.add_scalar("eval/return_mean", row["return_mean"], step)
     if torch.cuda.is_available():
         peak = torch.cuda.max_memory_allocated() / 2**30
@@ -1160,144 +1267,124 @@ def evaluate_and_log(setup, args, progress, folder, writer):
         tqdm.write(f"    {text!r:.200}")
 
 
-# ---- Loading
+# ---- Training
 
 
 @dataclass
-class Setup:
-    """Models and data of a run, from `load`."""
+class Progress:
+    """What a checkpoint holds besides weights and optimizer."""
 
-    accelerator: Accelerator
-    actor_critic: ActorCritic
-    model: nn.Module  # `actor_critic`, wrapped in DDP if there are several processes
-    optimizer: torch.optim.Optimizer
-    tokenizer: transformers.PreTrainedTokenizerBase
-    reward_models: list
-    train_data: datasets.Dataset  # with the columns of `tokenize`
-    eval_data: datasets.Dataset
+    global_step: int
+    speeds: list[float]  # texts per second of each update
+    evaluations: list[dict]  # rows of progress.csv
+    samples: list[dict]
+    history: list[dict]  # what was logged since the last evaluation
 
 
-def prepare(args):
-    """Imports reward functions, for `file_digests`, and silences libraries."""
-    if args.device == "cuda" and not torch.cuda.is_available():
-        sys.exit("error: --device cuda: there is no GPU")
-    if f"{TOY}/" in str(vars(args)) and not Path(START, TOY).exists():
-        sys.exit(f"error: no {TOY}; this makes it: python toy.py")
-    datasets.disable_caching()  # a cache in the data's folder would change its digest
-    datasets.disable_progress_bars()
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    for name in args.reward_model:
-        if ".py:" in name:
-            import_function(name)
-    os.chdir(START)  # an imported file may have changed directory
+def train(setup, args, folder):
+    accelerator = setup.accelerator
+    check_sampling(setup, args)
+    progress = restore(setup, folder)
+    writer = None  # in all processes but the first
+    if accelerator.is_main_process:
+        if args.track:
+            import wandb
 
-
-def load(args):
-    """Loads models and data."""
-    cpu = args.device == "cpu" or not torch.cuda.is_available()
-    accelerator = Accelerator(cpu=cpu, mixed_precision="no")  # but see ActorCritic.autocast
-    device = accelerator.device
-    bfloat16 = args.amp == "auto" and has_bfloat16(device)
-    dtype = torch.bfloat16 if bfloat16 else torch.float32
-    train_data, eval_data = load_data(args)
-    tokenizer = load_tokenizer(args.tokenizer or args.policy_model)
-    is_chat = has_messages(train_data[:1])
-    if is_chat and not tokenizer.chat_template:
-        sys.exit("error: prompts are messages, but the tokenizer has no chat template: --tokenizer")
-    template = str(tokenizer.chat_template) if is_chat else ""
-    for name in json.loads(args.chat_template_kwargs):
-        if not re.search(rf"\b{name}\b", template):
-            sys.exit(f"error: --chat-template-kwargs: no chat template has {name!r}")
-    train_data, train_found = tokenized(train_data, "training", tokenizer, args)
-    eval_data, eval_found = tokenized(eval_data, "held-out", tokenizer, args)
-    accelerator.print(f"{train_found}\n{eval_found}")
-    reward_dtype = dtype if args.lora_r else torch.float32  # with LoRA, models are large
-    reward_models = []
-    for name in args.reward_model:
-        if ".py:" in name:
-            reward_models.append(function_reward(name))
-        else:
-            reward_models.append(classifier_reward(name, args, device, reward_dtype))
-    torch.manual_seed(args.seed)  # initial weights of LoRA
-    actor_critic = ActorCritic(args, device, dtype)
-    policy = actor_critic.policy
-    longest = args.prompt_length + args.response_length
-    text_config = policy.config.get_text_config()
-    positions = getattr(text_config, "max_position_embeddings", longest)
-    if "longrope" in str(text_config):  # it changes all positions in longer texts
-        positions = text_config.original_max_position_embeddings
-    if positions < longest:
-        sys.exit(f"error: {args.policy_model} has {positions} positions for {longest} tokens")
-    policy.generation_config = transformers.GenerationConfig(
-        temperature=args.temperature,
-        top_k=args.top_k,
-        max_new_tokens=args.response_length,
-        min_new_tokens=None if args.stop_at_eos else args.response_length,
-        eos_token_id=end_tokens(train_data[:1], tokenizer, policy, args),
-        pad_token_id=0,  # comes after the end of a response, and is cut off
+            wandb.init(
+                project="symmetric-rl",
+                name=folder.name,
+                config=vars(args),
+                sync_tensorboard=True,
+                dir=folder,
+                resume="auto",  # W&B keeps the run's id in `dir`
+            )
+        # TensorBoard hides what was logged after the checkpoint, without one everything
+        writer = SummaryWriter(folder, purge_step=progress.global_step + bool(progress.evaluations))
+    accelerator.print(
+        f"{folder.name}: from step {progress.global_step:,}, "
+        f"with a checkpoint every {args.eval_freq:,} texts"
     )
-    optimizer = torch.optim.AdamW(
-        [parameter for parameter in actor_critic.parameters() if parameter.requires_grad],
-        lr=args.learning_rate,
-        eps=args.adam_eps,
-        weight_decay=args.weight_decay,
-        fused=True,
+    progress_bar = tqdm(
+        total=args.total_timesteps,
+        initial=progress.global_step,
+        unit=" texts",
+        disable=None if writer else True,
     )
-    return Setup(
-        accelerator=accelerator,
-        actor_critic=actor_critic,
-        model=accelerator.prepare(actor_critic),
-        optimizer=optimizer,
-        tokenizer=tokenizer,
-        reward_models=reward_models,
-        train_data=train_data,
-        eval_data=eval_data,
-    )
+    if not progress.evaluations:
+        evaluate_and_log(setup, args, progress, folder, writer)  # the initial policy
 
+    while progress.global_step < args.total_timesteps:
+        # Rollout
+        started = time.perf_counter()
+        rng = seed_all(accelerator, args.seed, progress.global_step, 1)
+        chosen = rng.permutation(len(setup.train_data))[: args.batch_size]
+        samples = collect(setup, args, [setup.train_data[i] for i in chosen])
+        progress.global_step += args.batch_size
+        step = progress.global_step
 
-def end_tokens(rows, tokenizer, policy, args):
-    """Tokens that end a response: the end-of-text tokens of the tokenizer and of the policy, and
-    for messages also the token that ends a turn, because a policy that is no chat model does not
-    name it."""
-    ends = [tokenizer.eos_token_id]
-    if has_messages(rows):
-        ends.append(turn_end(tokenizer, args))
-    own = policy.generation_config.eos_token_id
-    ends += own if isinstance(own, list) else [own]
-    vocabulary = len(policy.get_output_embeddings().weight)
-    return [token for token in ends if token is not None and token < vocabulary]
+        # Advantages
+        reward = rewards(samples, args)
+        noisy_reward = perturb_reward(reward, args.noise, args.noise_level, rng)
+        for sample, its_reward in zip(samples, noisy_reward.tolist()):
+            log_ratio = sample.log_prob - sample.reference_log_prob
+            sample.advantage, sample.returns = token_advantages(
+                its_reward, log_ratio, sample.value, args
+            )
 
+        # Update
+        minibatch_metrics = update(setup, args, samples, rng)
+        # Before the optimizer's first step, `collect` and the update give the same
+        # log-probabilities. Rounding gives 3e-13 in float32 and 6e-5 in bfloat16
+        limit = 1e-8 if setup.actor_critic.dtype == torch.float32 else 1e-3
+        if step == args.batch_size and minibatch_metrics[0]["losses/approx_kl"] > limit:
+            found = "the policy that acts is not the one that is trained (dropout, memory?)"
+            require(accelerator.device.type != "cpu", found)
+            tqdm.write(f"warning: {found}, or this GPU rounds more", file=sys.stderr)
+        metrics = means(minibatch_metrics)
+        if not math.isfinite(metrics["losses/grad_norm"]):
+            sys.exit(f"error: gradient not finite, step {step} (learning rate? reward?)")
 
-def load_pretrained(auto_class, name, **options):
-    """Loads a model, with all its weights."""
-    model, info = auto_class.from_pretrained(name, output_loading_info=True, **options)
-    refuse_missing(info["missing_keys"], name)
-    return model
+        # Log
+        # advantage = return - value. Clamped, since all returns may be equal
+        returns_variance = joined(samples, "returns").var().clamp(min=1e-8)
+        unexplained = joined(samples, "advantage").var() / returns_variance
+        log_prob = joined(samples, "log_prob")
+        scalars = metrics | {
+            "losses/entropy": -log_prob.mean().item(),  # an estimate from the samples
+            "losses/explained_variance": 1 - unexplained.item(),
+            "charts/kl": kl_per_text(samples),
+            "charts/episodic_return": reward.mean().item(),
+            "charts/episodic_length": len(log_prob) / len(samples),
+        }
+        scalars |= mean_scores(samples, args, "rewards/")
+        progress.history.append(scalars)
+        progress.speeds.append(args.batch_size / (time.perf_counter() - started))
+        if writer:
+            for name, scalar in scalars.items():
+                writer.add_scalar(name, scalar, step)
+            writer.add_scalar("charts/SPS", progress.speeds[-1], step)
+        progress_bar.set_postfix_str(f"reward {reward.mean():.3f}, KL {scalars['charts/kl']:.1f}")
+        progress_bar.update(args.batch_size)
 
+        # Evaluation and checkpoint
+        # At the end, and where a multiple was passed
+        if step >= args.total_timesteps or step % args.eval_freq < args.batch_size:
+            evaluate_and_log(setup, args, progress, folder, writer)
+            if writer:
+                save_checkpoint(setup, folder, progress)
 
-def refuse_missing(names, source):
-    """Refuses a checkpoint without weights of these `names`, which would stay random."""
-    if names:
-        sys.exit(f"error: {source} lacks {len(names)} weights, such as {min(names)}")
-
-
-def load_tokenizer(name, **sides):
-    """The tokenizer of a model. It pads with the end-of-text token if it has no padding token.
-    Refuses the empty tokenizer that AutoTokenizer makes for a folder without tokenizer files."""
-    tokenizer = AutoTokenizer.from_pretrained(TOKENIZERS.get(name, name), **sides)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    words = len(tokenizer) - len(tokenizer.all_special_tokens)
-    if words < 3:  # an empty tokenizer of T5 has one word, of DeBERTa two
-        sys.exit(f"error: {name} has no tokenizer; for a policy, give --tokenizer")
-    return tokenizer
-
-
-def has_bfloat16(device):
-    """Whether this hardware computes in bfloat16 and does not merely emulate it."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu.get_capabilities().get("avx512_bf16", False)
+    if writer:  # only the first process has one
+        writer.close()
+        save_policy(setup, folder)
+        row = progress.evaluations[-1]
+        summary = {name: x for name, x in row.items() if math.isfinite(x)}  # JSON lacks nan
+        summary["sps"] = float(np.median(progress.speeds))
+        with atomic_write(folder / "summary.json") as path:  # last: marks the end
+            path.write_text(json.dumps(summary, indent=2))
+    accelerator.wait_for_everyone()  # the first process may still be writing
+    # If DDP is freed after its process group, PyTorch may deadlock (its issue 56297)
+    setup.model = None
+    accelerator.end_training()
 
 
 # ---- Saving
@@ -1319,14 +1406,14 @@ def save_checkpoint(setup, folder, progress):
     }
     with atomic_write(folder / "checkpoint.pt") as path:
         torch.save(checkpoint, path)
-        load_checkpoint(path)  # an edited script may save what can't be read
+        load_checkpoint(path, "meta")  # checks only: an edit may save what can't be read
 
 
 def restore(setup, folder):
     """Continues from the checkpoint of a run, if it has one. Returns its `Progress`."""
     path = folder / "checkpoint.pt"
     if not path.exists():
-        return Progress()
+        return Progress(0, [], [], [], [])
     checkpoint = load_checkpoint(path)
     for name, parameter in trained_parameters(setup).items():
         parameter.copy_(checkpoint["agent"][name])
@@ -1339,18 +1426,44 @@ def save_policy(setup, run_folder):
     folder = run_folder / "policy"
     temporary = run_folder / "policy.tmp"
     policy = setup.actor_critic.policy
-    policy.config = setup.actor_critic.reference.own_config
-    ends = policy.generation_config.eos_token_id  # it may have learnt other end tokens
-    policy.generation_config = setup.actor_critic.reference.generation_config
-    policy.generation_config.eos_token_id = ends or None
+    reference = setup.actor_critic.reference
+    policy.config = reference.own_config
+    ends = policy.generation_config.eos_token_id or None  # it may have learnt other end tokens
+    policy.generation_config = reference.generation_config
+    policy.generation_config.eos_token_id = ends
     try:
         policy.generation_config.validate(strict=True)
     except ValueError:  # a model's own may be invalid, such as a temperature with greedy decoding
-        policy.generation_config = transformers.GenerationConfig(eos_token_id=ends or None)
+        policy.generation_config = transformers.GenerationConfig(eos_token_id=ends)
     policy.save_pretrained(temporary)
     setup.tokenizer.save_pretrained(temporary)
     shutil.rmtree(folder, ignore_errors=True)  # left by a run killed just before its summary
     temporary.rename(folder)
+
+
+def load_checkpoint(path, device="cpu"):
+    try:
+        return torch.load(path, weights_only=True, map_location=device)
+    except Exception as error:  # any is possible here
+        cause = "it is damaged, or has more than tensors and Python's own types"
+        sys.exit(f"error: {path} can't be read: {cause}: {error!r:.200}")
+
+
+# ---- Files of a run
+
+
+@contextmanager
+def atomic_write(path):
+    """Yields the path of a temporary file that then replaces `path`: no file is half written."""
+    temporary = path.with_name(path.name + ".tmp")
+    yield temporary
+    with open(temporary, "rb+") as file:  # Windows syncs only what can be written
+        os.fsync(file.fileno())
+    try:
+        os.replace(temporary, path)
+    except PermissionError:  # on Windows, while a spreadsheet, for example, has it open
+        time.sleep(5)
+        os.replace(temporary, path)
 
 
 def file_digests():
@@ -1373,13 +1486,13 @@ def file_digests():
 def local_digests(args):
     """{path: SHA-256} of the files of local data and models, without byte code and hidden files,
     such as caches."""
-    names = [args.dataset, args.eval_dataset, args.policy_model, args.tokenizer, *args.reward_model]
+    names = sources(args)
     for name in args.reward_model:
         adapter = Path(START, name, "adapter_config.json")
         if adapter.exists():
             names.append(json.loads(adapter.read_text())["base_model_name_or_path"])
     digests = {}
-    for name in filter(None, names):
+    for name in names:
         root = Path(START, name)
         root = root if root.exists() else Path(START, name.split(":")[0])
         inside = glob.glob(f"{glob.escape(str(root))}/**", recursive=True)  # no hidden files
@@ -1403,28 +1516,6 @@ def run_folder(args, digests):
     name = f"{args.task}__{args.exp_name}__{args.noise}__{args.seed}"
     name = re.sub(r'[<>:"/\\|?*]', "-", name)  # Windows refuses these characters
     return Path(START, args.runs_dir, f"{name}__{digest[:8]}")
-
-
-def load_checkpoint(path):
-    try:
-        return torch.load(path, weights_only=True, map_location="cpu")
-    except Exception as error:  # any is possible here
-        cause = "it is damaged, or has more than tensors and Python's own types"
-        sys.exit(f"error: {path} can't be read: {cause}: {error!r:.200}")
-
-
-@contextmanager
-def atomic_write(path):
-    """Yields the path of a temporary file that then replaces `path`: no file is half written."""
-    temporary = path.with_name(path.name + ".tmp")
-    yield temporary
-    with open(temporary, "rb+") as file:  # Windows syncs only what can be written
-        os.fsync(file.fileno())
-    try:
-        os.replace(temporary, path)
-    except PermissionError:  # on Windows, while a spreadsheet, for example, has it open
-        time.sleep(5)
-        os.replace(temporary, path)
 
 
 def begin_session(args, digests, folder):
@@ -1464,21 +1555,22 @@ def main():
         prepare(args)
         digests = file_digests() | local_digests(args)
         folder = run_folder(args, digests)
-        setup = None
-        if not folder.exists():  # an error in a new run's input leaves no folder
-            setup = load(args)
+        # An error in a new run's input leaves no folder
+        setup = None if folder.exists() else load(args)
         is_first = os.environ.get("RANK", "0") == "0"  # only this process writes files
         lock = nullcontext()
         if is_first:
             folder.mkdir(parents=True, exist_ok=True)
-            lock = FileLock(folder / "lock", blocking=False)
+            try:
+                lock = FileLock(folder / "lock", blocking=False).acquire()
+            except OSError as error:
+                found = f"another process is at work on {folder}, or it cannot be locked"
+                sys.exit(f"error: {found}: {error}")
         with lock:
             if not (folder / "summary.json").exists():
                 if is_first:
                     begin_session(args, digests, folder)
                 train(setup or load(args), args, folder)
-    except Timeout as error:
-        sys.exit(f"error: another process is at work on {folder}: {error}")
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command continues from its last checkpoint, if any")
     if is_first:

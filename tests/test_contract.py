@@ -324,10 +324,10 @@ def test_a_script_that_is_edited_while_it_runs_is_recorded_as_it_was(setting, tm
 def test_an_edited_environment_makes_another_run(launch, tmp_path, monkeypatch):
     """Its file is imported only when the environment is made."""
     monkeypatch.syspath_prepend(tmp_path)
-    gym.register("Mine-v0", "mine:Mine")
+    gym.register("Mine-v0", "edited_env:Mine")
     flags = {"env_id": "Mine-v0", "total_timesteps": 64}
     for text, trains in (("", True), ("", False), ("# edited", True)):
-        Path("mine.py").write_text(f"from test_contract import TenStepsEnv as Mine{text}")
+        Path("edited_env.py").write_text(f"from test_contract import TenStepsEnv as Mine{text}")
         assert ("from step 0" in launch(**flags)[1]) == trains
 
 
@@ -363,7 +363,8 @@ def test_what_a_run_on_texts_reads_is_part_of_its_name():
     for held_out in ("two", None):
         args = TEXTS.args(RUNS, **flags | {"dataset": "one", "eval_dataset": held_out})
         digests = digests_of(rlhf, args)
-        rlhf.load_data(args)
+        for name in filter(None, (args.dataset, args.eval_dataset)):
+            rlhf.load_dataset(name).to_list()
         assert digests_of(rlhf, args) == digests
 
 
@@ -584,6 +585,9 @@ REFUSED = [  # scripts, flags, and what they say; None: these flags are not refu
     ([TEXTS], "--micro-batch-size 0", "micro_batch_size must be at least 1"),
     ([TEXTS], "--num-minibatches 8", "num_minibatches times processes must divide batch_size"),
     ([TEXTS], "--reward-weights 1 2", "reward_weights: one for each reward_model"),
+    ([TEXTS], "--reward-weights nan", "reward_weights must be finite"),
+    ([TEXTS], "--lora-r 8 --lora-alpha 0", "lora_alpha must be positive"),
+    ([TEXTS], "--lora-alpha 8", "lora_alpha needs --lora-r"),
     ([TEXTS], "--reward-model my.py", "which function? FILE.py:NAME"),
 ]
 REFUSED = [(setting, *rest) for settings, *rest in REFUSED for setting in settings]

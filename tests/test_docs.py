@@ -457,7 +457,7 @@ def test_data_and_reward_functions_of_the_page_on_language_models(here):
     Path("rouge.py").write_text(rouge)
     runpy.run_path("mine.py", run_name="__main__")
     script, args = parse(commands(sections(page)["Your own model and data"])[1])
-    script.load_data(args)  # there are enough
+    script.split_rows(script.read_rows(args.dataset), [], args)  # there are enough
     shutil.copytree("runs/toy/policy", "own")
     Path("own/chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
     train(script, args, "a", policy_model="own", prompt_length=16, response_length=16, **SHORT_LM)

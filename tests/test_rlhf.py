@@ -1,5 +1,8 @@
 """sppo_rlhf.py: tokens, losses and whole runs, on models small enough to be made here."""
 
+import csv
+import gzip
+import io
 import json
 import math
 import os
@@ -16,7 +19,6 @@ from types import SimpleNamespace
 
 import datasets
 import numpy as np
-import pandas
 import peft
 import pytest
 import safetensors.torch
@@ -28,7 +30,6 @@ from helpers import Setting, checkpoint, progress, record, train, weights, work_
 from helpers import words as typed
 from hypothesis import given, settings
 from hypothesis import strategies as st
-from packaging.version import Version
 from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -42,6 +43,10 @@ CPU = torch.device("cpu")
 
 def text_lengths(texts):  # a reward model, FILE.py:NAME
     return [len(text) for text in texts]
+
+
+def needs_answer(texts, answer):
+    return [0.0] * len(texts)
 
 
 def constant(texts, score):
@@ -133,6 +138,14 @@ def load(toy, tmp_path, monkeypatch):
         return rlhf.load(args), args
 
     return load_
+
+
+def rows_of(columns):
+    return datasets.Dataset.from_dict(columns).to_list()
+
+
+def function_reward(name, **inputs):
+    return rlhf.function_reward(name, list(inputs))(**inputs)
 
 
 def write_data(path, **columns):
@@ -283,7 +296,7 @@ def test_padding_changes_nothing_in_any_family(load, toy, tmp_path, kind, lora_r
     found = gradient(actor, log_prob.sum() + value.sum() + target_log_prob.sum())
     assert len(calls) == 2
     actor.eval()
-    reference_log_prob = rlhf.token_log_probs(actor.reference, texts[0])
+    reference_log_prob = rlhf.token_log_probs(actor.reference, texts[0], 1.0)
     assert torch.allclose(reference_log_prob, log_prob) == (lora_r == 0)
     rlhf.check_sampling(setup, args)
     samples = rlhf.generate(setup, prompts, do_sample=False)
@@ -307,23 +320,27 @@ def test_padding_changes_nothing_in_any_family(load, toy, tmp_path, kind, lora_r
         assert text[len(prompt) :] == sample
 
 
-@pytest.mark.parametrize("kind", ["GPT2", "Bert"])
+@pytest.mark.parametrize("fault", ["cache", "padding", "mask"])
 def test_a_policy_that_samples_otherwise_than_it_is_trained_is_refused(
-    run, toy, tmp_path, monkeypatch, kind
+    run, toy, tmp_path, monkeypatch, fault
 ):
-    """Here GPT-2 is wrong where it has a cache. BERT has no causal mask."""
+    """Here GPT-2 is wrong where it has a cache or padding, also where all held-out prompts have one
+    token. BERT has no causal mask."""
+    kind = "Bert" if fault == "mask" else "GPT2"
     make_policy(kind, tmp_path / kind, toy, biases=False)
     forward = transformers.GPT2LMHeadModel.forward
 
-    def wrong_with_cache(model, input_ids, **inputs):
-        output = forward(model, input_ids, **inputs)
-        if input_ids.shape[1] == 1:
+    def wrong(model, input_ids, attention_mask=None, **inputs):
+        output = forward(model, input_ids, attention_mask=attention_mask, **inputs)
+        is_padded = attention_mask is not None and not attention_mask.all()
+        if is_padded if fault == "padding" else input_ids.shape[1] == 1:
             output.logits = output.logits.flip(-1)
         return output
 
-    monkeypatch.setattr(transformers.GPT2LMHeadModel, "forward", wrong_with_cache)
+    monkeypatch.setattr(transformers.GPT2LMHeadModel, "forward", wrong)
+    short = write_data(tmp_path / "short.jsonl", prompt=["the"] * 8)
     with pytest.raises(SystemExit, match="^error: .* samples otherwise than it is trained, by"):
-        run(policy_model=str(tmp_path / kind))
+        run(policy_model=str(tmp_path / kind), eval_dataset=short)
     assert not list((tmp_path / "run").glob("*/*.csv"))
 
 
@@ -433,18 +450,35 @@ def test_models_that_do_not_fit_are_refused_before_a_folder_is_made(
     lengths = {"max_position_embeddings": 64, "original_max_position_embeddings": 16}
     make_policy("Phi3", tmp_path / "long", toy, rope_scaling=long_rope, **lengths)
     long = ["--policy-model", tmp_path / "long", "--prompt-length", 7, "--response-length"]
+    make_policy("Mpt", tmp_path / "mpt", toy, max_seq_len=16)
+    base = AutoModelForSequenceClassification.from_pretrained(models["gpt2"], num_labels=1)
+    prompts = peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3)
+    peft.get_peft_model(base, prompts).save_pretrained(tmp_path / "prompts")
+    dotted = tmp_path / "mine.v2.py"
+    dotted.write_text("def own(texts): return [0.0] * len(texts)")
     adapted = tmp_path / "adapted"
     shutil.copytree(models["gpt2"], adapted)
     shutil.copy(models["adapter"] / "adapter_config.json", adapted)
-    data = write_data(tmp_path / "few.jsonl", text=["the plot was superb and the cast dull"] * 40)
+    data = write_data(
+        tmp_path / "few.jsonl",
+        text=[f"the plot {i} was superb and the cast dull" for i in range(40)],
+    )
     few = ["--dataset", data, "--eval-episodes", 4, "--total-timesteps", 1, "--batch-size", 4]
-    refusals = [
+    refusals = [  # fmt: skip
         (["--reward-model", policy], "policy lacks 1 weights, such as score.weight$"),
         (["--policy-model", reward, "--tokenizer", policy], r"reward lacks \d+ weights, such as"),
         (["--policy-model", adapted], "adapted has an adapter_config.json: merge or remove it$"),
         (["--device", "cuda"], "there is no GPU$"),
         (["--prompt-length", "40"], "has 64 positions for 72 tokens$"),
         ([*long, 10], "long has 16 positions for 17 tokens$"),
+        (["--policy-model", tmp_path / "mpt"], "mpt has 16 positions for 48 tokens$"),
+        (["--reward-model", tmp_path / "prompts"], "this kind of adapter cannot be merged into"),
+        (["--reward-model", f"{dotted}:own"], "mine.v2.py: .* a name with a dot: rename it$"),
+        (["--reward-model", "runs/toy.py:own"], "error: runs/toy.py: no such file$"),
+        (
+            ["--reward-model", f"{__file__}:needs_answer"],
+            "'answer'; there are texts, prompts, completions, completion_ids, text$",
+        ),
         (["--chat-template-kwargs", '{"brief": true}'], "no chat template has 'brief'$"),
         (["--reward-label", 2], "reward: --reward-label must be one of {0.*, not 2$"),
         (["--dataset", "./none/texts.jsonl"], "none/texts.jsonl"),
@@ -508,22 +542,20 @@ def test_prompts_and_targets_are_the_tokens_of_texts(toy, template, rows, prompt
         single=template, special_tokens=list(special.items())
     )
     args = rlhf.Args(prompt_length=40, response_length=40)
-    new = rlhf.tokenize(rows, tokenizer, args)
+    new = [rlhf.tokenize(row, tokenizer, args) for row in rows_of(rows)]
     plain = AutoTokenizer.from_pretrained(toy / "policy", bos_token="<s>")
-    assert new["prompt_ids"] == plain(prompts)["input_ids"]
-    assert new["target_ids"] == plain(targets)["input_ids"]
-    assert not any(new["prompt_is_cut"])
+    texts = zip(plain(prompts)["input_ids"], plain(targets)["input_ids"])
+    assert new == [(prompt, target, False) for prompt, target in texts]
 
     start = [special[template[:3]]] if template[0] == "<" else []
     ids = plain(TEXT)["input_ids"]
-    new = rlhf.tokenize({"text": [TEXT]}, tokenizer, args)
-    (first,), (second,) = new["prompt_ids"], new["target_ids"]
+    first, second, _ = rlhf.tokenize({"text": TEXT}, tokenizer, args)
     assert first + second == [*start, *ids, tokenizer.eos_token_id]
     assert len(first) == len(start + ids) // 2
-    new = rlhf.tokenize({"text": [TEXT]}, tokenizer, replace(args, prompt_length=4))
-    assert new["prompt_ids"] == [start + first[len(start) - 4 :]]
-    new = rlhf.tokenize({"text": [TEXT]}, tokenizer, replace(args, response_length=3))
-    assert (new["prompt_ids"], new["target_ids"]) == ([first], [second[:3]])
+    new = rlhf.tokenize({"text": TEXT}, tokenizer, replace(args, prompt_length=4))
+    assert new == (start + first[len(start) - 4 :], second, True)
+    new = rlhf.tokenize({"text": TEXT}, tokenizer, replace(args, response_length=3))
+    assert new == (first, second[:3], False)
 
 
 CHATML = (
@@ -564,25 +596,25 @@ def test_messages_are_written_in_the_template(
     responses may, also of a base model that names the end of text only, as the template says."""
     args = rlhf.Args(prompt_length=40, response_length=9, chat_template_kwargs=variables)
     chat_tokenizer.chat_template = template
-    rows = {"prompt": [CHAT + messages], "label": [" was dull"]}
-    new = rlhf.tokenize(rows, chat_tokenizer, args)
-    assert chat_tokenizer.batch_decode(new["prompt_ids"]) == [text]
-    assert chat_tokenizer.batch_decode(new["target_ids"]) == [f" was dull{end}"]
+    row = {"prompt": CHAT + messages, "label": " was dull"}
+    prompt, target, _ = rlhf.tokenize(row, chat_tokenizer, args)
+    assert chat_tokenizer.decode(prompt) == text
+    assert chat_tokenizer.decode(target) == f" was dull{end}"
     base = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=None))
     base.get_output_embeddings = lambda: nn.Linear(1, len(chat_tokenizer))
-    ends = rlhf.end_tokens(rows, chat_tokenizer, base, args)
+    ends = rlhf.end_tokens(row, chat_tokenizer, base, args)
     assert set(chat_tokenizer.convert_ids_to_tokens(ends)) == {END, end}
-    ends = rlhf.end_tokens({"prompt": ["a"]}, chat_tokenizer, base, args)
+    ends = rlhf.end_tokens({"prompt": "a"}, chat_tokenizer, base, args)
     assert chat_tokenizer.convert_ids_to_tokens(ends) == [END]
 
 
 def test_a_completion_includes_the_assistants_text_in_the_prompt(chat_tokenizer):
     """As in TRL, so that classifiers read one turn of it."""
-    rows = {"prompt": [[*CHAT, BEGUN], CHAT]}
-    prompts = rlhf.tokenize(rows, chat_tokenizer, rlhf.Args())["prompt_ids"]
+    rows = [{"prompt": [*CHAT, BEGUN]}, {"prompt": CHAT}]
+    prompts = [rlhf.tokenize(row, chat_tokenizer, rlhf.Args())[0] for row in rows]
     ids = [chat_tokenizer(" dull")["input_ids"]] * 2
     seen = []
-    setup = SimpleNamespace(tokenizer=chat_tokenizer)
+    setup = SimpleNamespace(tokenizer=chat_tokenizer, columns=["prompt"])
     setup.reward_models = [lambda **inputs: seen.append(inputs) or [0.0, 0.0]]
     rlhf.score(setup, rlhf.Args(), rows, prompts, ids)
     assert seen[0]["prompts"] == [CHAT, CHAT] and seen[0]["completion_ids"] == ids
@@ -597,7 +629,7 @@ CLASSIFIERS = {  # kind: (folder of the base, changes of its configuration)
     "labels of their own": ("reward", {"problem_type": "multi_label_classification"}),
     "regressions": ("reward", {"problem_type": "regression"}),
     "left padding": ("classifier", {}),
-    "three labels": ("gptj", {"num_labels": 3}),
+    "three labels of one name": ("gptj", {"id2label": dict.fromkeys(range(3), "same")}),
     "no padding token": ("llama", {"num_labels": 1}),
     "adapter": ("gptj", {"num_labels": 1}),
     "adapter of three labels": ("gptj", {"num_labels": 3}),
@@ -740,16 +772,29 @@ def test_a_reward_file_may_import_files_beside_it(tmp_path):
     file = f"{tmp_path}/own_rewards.py"
     inputs = {"texts": ["ab", "abc"], "completions": ["b", "bc"], "answer": [3, 3]}
     for _ in range(2):
-        assert rlhf.function_reward(f"{file}:own")(**inputs) == [2, 3]
+        assert function_reward(f"{file}:own", **inputs) == [2, 3]
     for name in ("named", "with_default", "whatever"):
-        assert rlhf.function_reward(f"{file}:{name}")(**inputs) == [1, 1]
+        assert function_reward(f"{file}:{name}", **inputs) == [1, 1]
     repeating = {"completions": ["", ""], "completion_ids": [[1, 2, 3, 4], [5] * 5]}
-    assert rlhf.function_reward(f"{file}:trls")(**inputs | repeating) == [0, -0.75]
+    assert function_reward(f"{file}:trls", **inputs | repeating) == [0, -0.75]
     with pytest.raises((SystemExit, AttributeError), match="none"):
-        rlhf.function_reward(f"{file}:none")
+        function_reward(f"{file}:none")
     with pytest.raises(SystemExit, match="too_few must return a score for each of 2 texts$"):
-        rlhf.function_reward(f"{file}:too_few")(**inputs)
-    assert rlhf.function_reward(f"{file}:emptying")(texts=["abc", "ab"]) == [2, 3]
+        function_reward(f"{file}:too_few", **inputs)
+    assert function_reward(f"{file}:emptying", texts=["abc", "ab"]) == [2, 3]
+
+
+def test_a_reward_file_changes_no_settings(tmp_path, monkeypatch):
+    """Nor is the toy asked for where a path contains its name."""
+    work_in(monkeypatch, tmp_path)
+    file = Path("careless.py")
+    file.write_text("import os, torch\nos.chdir('/')\ntorch.set_grad_enabled(False)\n")
+    with file.open("a") as more:
+        more.write("torch.set_default_dtype(torch.float64)\ndef own(texts): return [0.0]")
+    names = {"policy_model": "my/runs/toy/policy", "reward_model": (f"{file}:own",)}
+    rlhf.prepare(make_args(**names, dataset="d", eval_dataset="d"))
+    assert torch.is_grad_enabled() and torch.ones(1).dtype == torch.float32
+    assert Path.cwd() == tmp_path
 
 
 @pytest.mark.parametrize("name", ["my-reward.py", "json.py"])
@@ -760,9 +805,9 @@ def test_two_files_of_one_name_are_refused(tmp_path, name):
         file.parent.mkdir()
         file.write_text("def own(texts): return [0.0] * len(texts)")
     if name == "my-reward.py":
-        assert rlhf.function_reward(f"{files[0]}:own")(texts=["x"]) == [0]
+        assert function_reward(f"{files[0]}:own", texts=["x"]) == [0]
     with pytest.raises(SystemExit, match=f"^error: {files[1]}.* is called .*: rename it$"):
-        rlhf.function_reward(f"{files[1]}:own")
+        function_reward(f"{files[1]}:own")
 
 
 @pytest.mark.parametrize("weights", [(), (2.0, 10.0, -0.5)])
@@ -850,24 +895,96 @@ def test_a_rollout_logs_kl_entropy_length_and_explained_variance(run, monkeypatc
 
 
 ROWS = {"prompt": ["the, plot", "the\nplot"], "label": ["2037-05-06", "0027"]}
-if Version(pandas.__version__) >= Version("3.1"):  # earlier ones make dates of columns of this name
-    ROWS["date"] = ["", "9"]
+ODD = [
+    {"prompt": "the, plot", "n": 3, "long": 2**53 + 1, "code": "007", "date": "2037-05-06"},
+    {"prompt": "the\nplot", "timestamp": "1e5", "none": None, "label": "", "nested": [[1, 2.5]]},
+    {"prompt": "a", "info": {"é": 1}, "long": -1, "date": "2037"},
+    {"prompt": "b", "info": {"b": "NaN", "c": [{}]}, "n": 2.0, "bool": True},
+]
 
 
-@pytest.mark.parametrize("kind", ["csv", "parquet", "jsonl.gz", "saved"])
-def test_data_files_of_each_format_are_loaded(tmp_path, monkeypatch, kind):
-    """A file is loaded as itself, whatever its name and its neighbours. Texts stay texts."""
-    data = datasets.Dataset.from_dict(ROWS)
+def as_csv(rows):
+    columns = dict.fromkeys(name for row in rows for name in row)
+    file = io.StringIO()
+    table = csv.DictWriter(file, columns)  # ends lines with CRLF
+    table.writeheader()
+    table.writerows(rows)
+    return file.getvalue(), [{name: str(row.get(name) or "") for name in columns} for row in rows]
+
+
+@pytest.mark.parametrize("end", ["", ".gz"])
+@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "saved"])
+def test_a_reward_function_gets_the_values_of_the_file(tmp_path, monkeypatch, kind, end):
+    """With their types, whatever the columns are called, and whatever the name of the file and its
+    neighbours. A file may begin with a byte order mark, and its lines end with CRLF."""
     work_in(monkeypatch, tmp_path)
     Path("poems.py").write_text("raise ImportError")
-    name = f"s[12].{kind}"
-    write = {"csv": data.to_csv, "parquet": data.to_parquet, "saved": data.save_to_disk}
-    write["jsonl.gz"] = partial(data.to_json, compression="gzip")
-    write[kind](name)
-    assert rlhf.load_dataset(name)[:] == ROWS
+    folder = Path("date=7")
+    folder.mkdir()
+    name = f"{folder}/s[12].csv.{kind}{end}"
+    expected, lines = ODD, [json.dumps(row) for row in ODD]
+    text = {"json": json.dumps(ODD, indent=1), "jsonl": "\r\n".join([lines[0], "", *lines[1:]])}
+    if kind == "csv":
+        text["csv"], expected = as_csv(ODD)
+    if kind in text:
+        compress = gzip.compress if end else bytes
+        Path(name).write_bytes(compress(text[kind].encode("utf-8-sig")))
+    else:
+        data = datasets.Dataset.from_dict(ROWS)
+        {"parquet": data.to_parquet, "saved": data.save_to_disk}[kind](name)
+        expected = rows_of(ROWS)
+    if kind == "parquet" and end:
+        with pytest.raises(ValueError, match="its name must end with .csv, .json, .jsonl"):
+            rlhf.read_rows(name)
+        return
     if kind == "saved":
-        with pytest.raises(SystemExit, match=r"^error: s\[12\].saved has no splits: leave"):
+        with pytest.raises(SystemExit, match=r"saved(.gz)? has no splits: leave out the split$"):
             rlhf.load_dataset(f"{name}:train")
+    rows = rlhf.read_rows(name)
+    assert [{n: (x, type(x)) for n, x in row.items()} for row in rows] == [
+        {n: (x, type(x)) for n, x in row.items()} for row in expected
+    ]
+    seen = []
+    columns = list(dict.fromkeys(column for row in rows for column in row))
+    tokenizer = SimpleNamespace(batch_decode=lambda ids, **_: [""] * len(ids))
+    setup = SimpleNamespace(tokenizer=tokenizer, columns=columns)
+    setup.reward_models = [lambda **inputs: seen.append(inputs) or [0.0] * len(rows)]
+    rlhf.score(setup, rlhf.Args(), rows, [[1]] * len(rows), [[2]] * len(rows))
+    for column in set(columns) - {"prompt"}:
+        assert seen[0][column] == [row.get(column) for row in rows]
+
+
+AS_TEXT = '[ {"role": "user", "content": "a"}]'
+LINE = b'{"prompt": "a"}\n'
+
+
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("a.jsonl", LINE + b'{"prompt": 3}', "row 2 of .*a.jsonl needs a 'prompt'"),
+    ("a.jsonl", LINE + b'{"prompt": [{"role": "user", "content": "a"}]}', "row 2 .* needs"),
+    ("a.jsonl", b'{"prompt": []}', "row 1 .* needs"),
+    ("a.json", b'["a", "b"]', "row 1 .* needs"),
+    ("a.json", b'{"prompt": ["a", "b"]}', "row 1 .* needs"),
+    ("a.jsonl", json.dumps({"prompt": AS_TEXT}).encode(), "row 1 .* messages as a list"),
+    ("a.csv", b"text\n[{'role': 'user'}]\n", "row 1 .* messages as a list"),
+    ("a.csv", b"text\na\n   \n", "row 2 .* needs"),
+    ("a.csv", b"prompt;label\na;b\n", "row 1 .* needs"),
+    ("a.csv", b"prompt,label\na,b\nc,d,e\n", "line 3 and line 1 differ in their number"),
+    ("a.csv", b"prompt,label\na,b\nc\n", "line 3 and line 1 differ in their number"),
+    ("a.csv", b'prompt,label\n"a,b\nc,d\n', "can't be read: unexpected end of data"),
+    ("a.csv", b"prompt\n", "has no rows"),
+    ("a.jsonl", LINE + b'{"prompt', "a.jsonl can't be read: .* line 2"),
+    ("a.jsonl.gz", gzip.compress(LINE * 9)[:-9], "a.jsonl.gz can't be read"),
+    ("a.jsonl", "\u00e9".encode("latin-1"), "a.jsonl can't be read: .* can't decode"),
+    ("a.txt", b"a\nb\n", "a.txt can't be read: its name must end with .csv, .json, .jsonl"),
+    ("a.parquet", b"PAR1", "a.parquet can't be read"),
+])  # fmt: skip
+def test_a_file_that_is_not_what_its_name_says_is_refused(tmp_path, toy, name, content, message):
+    """Rows without a prompt, with two kinds of prompts or with messages as text, too."""
+    path = tmp_path / name
+    path.write_bytes(content)
+    tokenizer = AutoTokenizer.from_pretrained(toy / "policy")
+    with pytest.raises(SystemExit, match=f"^error: .*{message}"):
+        rlhf.load_rows(str(path), None, tokenizer, rlhf.Args())
 
 
 def test_a_split_of_the_data_is_named(tmp_path, monkeypatch):
@@ -894,9 +1011,9 @@ def test_a_split_of_the_data_is_named(tmp_path, monkeypatch):
     ({"text": ["a", None]}, None),
     ({"prompt": ["a", "a"], "label": [1, 0]}, "--ce-coef needs a column 'label' of texts"),
     ({"prompt": ['[{"role": "user", "content": "a"}]'] * 2, "label": ["a", "a"]},
-     "prompts are messages as JSON text; they must be lists$"),
-    ({"prompt": [CHAT, CHAT], "label": ["a", "a"]}, "no chat template|chat_template is not set"),
-    ({"review": ["a", "a"]}, "no column 'prompt' or 'text' in the data, only .*review"),
+     "row 1 of .*bad.jsonl needs a .prompt. .a text, or messages as a list"),
+    ({"prompt": [CHAT] * 2, "label": ["a", "a"]}, "messages need a tokenizer with a chat template"),
+    ({"review": ["a", "a"]}, "row 1 of .*bad.jsonl needs a .prompt. .*review"),
 ])  # fmt: skip
 @pytest.mark.parametrize("flag", ["dataset", "eval_dataset"])
 def test_data_without_texts_end_a_run_before_it_begins(run, tmp_path, flag, data, message):
@@ -905,7 +1022,7 @@ def test_data_without_texts_end_a_run_before_it_begins(run, tmp_path, flag, data
     columns = {name: values * 4 for name, values in data.items()}
     flags = {"dataset": good, "eval_dataset": good}
     flags[flag] = write_data(tmp_path / "bad.jsonl", **columns)
-    if message and "--ce-coef" in message and flag == "eval_dataset":  # where nothing imitates
+    if "--ce-coef" in str(message) and flag == "eval_dataset":  # where nothing imitates
         run(ce_coef=1.0, total_timesteps=8, **flags)
         return
     with pytest.raises((SystemExit, TypeError, ValueError), match=message):
@@ -915,21 +1032,23 @@ def test_data_without_texts_end_a_run_before_it_begins(run, tmp_path, flag, data
 
 def test_without_held_out_data_a_tenth_is_held_out(tmp_path):
     """Whatever the seed. Too few rows are refused."""
-    path = write_data(tmp_path / "texts.jsonl", text=[f"text {i}" for i in range(200)])
-    args = make_args(dataset=path, batch_size=180, eval_episodes=20)
-    train_data, eval_data = rlhf.load_data(args)
+    rows = [{"text": f"text {i}"} for i in range(200)]
+    args = make_args(dataset="a", batch_size=180, eval_episodes=20)
+    train_data, eval_data = rlhf.split_rows(rows, [], args)
     assert len(train_data) == 180
-    assert len(set(train_data["text"]) | set(eval_data["text"])) == 200
-    other_train_data, other_eval_data = rlhf.load_data(replace(args, seed=2))
-    assert other_train_data["text"] == train_data["text"]
-    assert other_eval_data["text"] == eval_data["text"]
-    for kept, flags in {
-        "180 rows of training data and 20": {"batch_size": 184},
-        "180 rows of training data and 20 held": {"eval_episodes": 21},
-        "200 rows of training data and 200": {"eval_dataset": path, "eval_episodes": 201},
-    }.items():
+    assert len({row["text"] for row in train_data + eval_data}) == 200
+    assert rlhf.split_rows(rows, [], replace(args, seed=2)) == (train_data, eval_data)
+    twice, held_out = rlhf.split_rows(rows * 2, [], args)
+    assert len(twice) == 360 and not {row["text"] for row in twice} & {x["text"] for x in held_out}
+    for kept, held, flags in (
+        ("180 rows of training data and 20", [], {"batch_size": 184}),
+        ("180 rows of training data and 20 held", [], {"eval_episodes": 21}),
+        ("200 rows of training data and 200", rows, {"eval_episodes": 201}),
+    ):
         with pytest.raises(SystemExit, match=f"^error: {kept} .* too few for --batch-size"):
-            rlhf.load_data(replace(args, **flags))
+            rlhf.split_rows(rows, held, replace(args, **flags))
+    with pytest.raises(SystemExit, match="has messages, the other has texts$"):
+        rlhf.split_rows(rows, [{"prompt": CHAT}] * 20, args)
 
 
 def test_sppo_is_ppo_with_another_weight_to_the_last_bit(run):
@@ -974,7 +1093,7 @@ def test_an_evaluation_has_the_measures_computed_by_hand(
 ):
     """Rewards by an ensemble, means of its models and of one that is only watched, responses, KL
     divergence and perplexities, of a trained policy. Some responses and targets end early.
-    `--temperature` divides the logits of all tokens, not only of the likeliest k, but those of
+    `--temperature` divides the logits of all tokens, not only of the likeliest k, and those of
     targets."""
     ensemble = (str(models["classifier"]), f"{rlhf.TOY}/reward")
     watched = f"{__file__}:text_lengths"
@@ -1009,7 +1128,7 @@ def test_an_evaluation_has_the_measures_computed_by_hand(
         text = sample.prompt, sample.response, 2.0
         log_probs += log_probs_alone(policy, *text).tolist()
         reference_log_probs += log_probs_alone(reference, *text).tolist()
-        target_log_probs += log_probs_alone(policy, sample.prompt, sample.target).tolist()
+        target_log_probs += log_probs_alone(policy, sample.prompt, sample.target, 2.0).tolist()
         if greedy:
             greedily = {"max_new_tokens": 1, "do_sample": False}
             first = policy.generate(torch.tensor([sample.prompt]), **greedily)[0, -1]
@@ -1080,7 +1199,7 @@ def test_enjoy_repeats_the_last_evaluation(toy, summaries, tmp_path, monkeypatch
         expected += [f"{name}: {row[name]:.4g}" for name in ("step", "return_mean", "kl")]
         for text in [*expected, f"{folder}: reward {row['return_mean']:.3f} ("]:
             assert any(line.startswith(text) for line in lines)
-        assert lines[1].endswith("cuts 4 of 4 held-out prompts")
+        assert lines[1].endswith("prompts in runs/toy/test.jsonl") or lora
         assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 
