@@ -4,7 +4,7 @@ the folders in it.
     pip install -c requirements.lock -e ".[report]" nbclient nbformat ipykernel
     python docs/grade.py FOLDER
 
-Each notebook takes some minutes. The answers of a notebook are put into a fresh copy of the
+Each notebook takes less than a minute. The answers of a notebook are put into a fresh copy of the
 exercise, so it does not matter what else a student has changed. Answers are other people's code,
 and run with your rights: use an account in which they can do no harm."""
 
