@@ -321,7 +321,8 @@ def test_your_own_environment_and_its_agent_in_other_code(tmp_path, monkeypatch,
     names = {}
     exec(block.replace("runs/NAME", str(folder)), names)
     env = gym.make(args.env_id)
-    assert env.action_space.contains(names["act"](env.reset(seed=0)[0]).astype(np.float32))
+    obs = env.reset(seed=0)[0].tolist()  # float64, where the environment's is float32
+    assert env.action_space.contains(names["act"](obs).astype(np.float32))
 
 
 def test_your_own_reward_and_noise(tmp_path, monkeypatch, capsys):

@@ -249,7 +249,6 @@ def test_an_agent_acts_in_other_code_as_in_its_evaluations(setting, watch, tmp_p
                     score += reward
                     over = terminated or truncated
             assert score == pytest.approx(row["return_mean"])
-            act(obs.astype(np.float32))  # the script computes in it, too
         with pytest.raises(ValueError, match="act needs one observation"):
             act([obs, obs])
     assert capsys.readouterr().err == ""
