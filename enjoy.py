@@ -12,14 +12,13 @@
 # constraint-dependencies = ["torch==2.13.0"]
 # ///
 """Plays the agent of a run and prints its score; films the first episode, if asked. A language
-model responds to held-out prompts.
+model responds to held-out prompts. The script is the copy in the run's folder, so edited scripts
+and unfinished runs work, too.
 
     python enjoy.py                                            # the newest run
     python enjoy.py runs/NAME --episodes 100 --seed 7 --video
 
 In code of your own, `import enjoy; act = enjoy.load_agent("runs/NAME")`, then `action = act(obs)`.
-
-Imports the copy of the script in the run's folder, so edited scripts and unfinished runs work, too.
 """
 
 import importlib.util
@@ -28,7 +27,7 @@ import os
 import random
 import sys
 from contextlib import closing
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from pathlib import Path
 
 import gymnasium as gym
@@ -63,7 +62,8 @@ def load_run(folder):
     del sys.modules[folder.name]  # a run started later in this process would list it
     script.START = Path(session["working_directory"])  # where relative paths in its arguments begin
     kept = {name: x for name, x in session["args"].items() if name not in script.NO_EFFECT}
-    run_args = script.Args(**kept)  # whatever the device
+    run_args = object.__new__(script.Args)  # __post_init__ has already converted these values
+    vars(run_args).update(kept)  # whatever the device
     is_text = hasattr(script, "local_digests")
     if is_text:
         os.chdir(script.START)
@@ -110,19 +110,32 @@ def load_agent(folder, seed=1):
     if tensors is None:
         raise ValueError(f"{folder}: a language model; load its policy/ with from_pretrained")
     if hasattr(script, "AtariGames"):
-        agent = atari_agent(script, run_args, tensors, script.AtariGames(run_args, 1))
+        games = script.AtariGames(run_args, 1)
+        example = games.reset(seed)[0]
+        agent = atari_agent(script, run_args, tensors, games)
         generator = torch.Generator().manual_seed(seed)
 
-        def act(obs):
+        def choose(batch):
             with torch.no_grad():
-                logits, _ = agent(torch.from_numpy(np.array([obs])))
-            return (logits + script.sample_gumbel(logits.shape, generator)).argmax(-1).item()
+                logits, _ = agent(torch.from_numpy(batch))
+            return (logits + script.sample_gumbel(logits.shape, generator)).argmax(-1).tolist()
+    else:
+        with closing(script.make_env(run_args)) as env:
+            example = np.array(env.reset(seed=seed)[0])
+            agent, obs_stats = control_agent(script, run_args, tensors, env)
+        actor = agent.actor_fn()
 
-        return act
-    with closing(script.make_env(run_args)) as env:
-        agent, obs_stats = control_agent(script, run_args, tensors, env)
-    actor = agent.actor_fn()
-    return lambda obs: agent.to_env(actor(obs_stats.normalize(np.array([obs])))[0])[0]
+        def choose(batch):
+            return agent.to_env(actor(obs_stats.normalize(batch))[0])
+
+    def act(obs):
+        found = np.array(obs)
+        if found.shape != example.shape or not np.can_cast(found.dtype, example.dtype, "same_kind"):
+            needed = f"act needs one observation, {example.dtype} {example.shape}"
+            raise ValueError(f"{needed}, not {found.dtype} {found.shape}")
+        return choose(found[None])[0]
+
+    return act
 
 
 def keep_frames(env, get_frame, is_over):
@@ -135,10 +148,12 @@ def keep_frames(env, get_frame, is_over):
         if not over and len(frames) < MAX_FRAMES:
             try:
                 frame = np.array(get_frame(result))  # a copy: some environments reuse one array
-                in_unit_interval = frame.dtype.kind == "f" and frame.max() <= 1
-                frames.append((frame * 255 if in_unit_interval else frame).astype(np.uint8))
             except Exception as error:  # a renderer may raise any
-                sys.exit(f"error: no frame: {error!r:.200}; try MUJOCO_GL=egl, osmesa or glfw")
+                sys.exit(f"error: no frame: {error!r:.200}; MuJoCo: MUJOCO_GL=egl, osmesa or glfw?")
+            if frame.ndim != 3 or frame.shape[2] not in (3, 4):
+                sys.exit("error: no film: render() must return images (height, width, 3)")
+            in_unit_interval = frame.dtype.kind == "f" and frame.max() <= 1
+            frames.append((frame * 255 if in_unit_interval else frame).astype(np.uint8))
         if is_over(result):
             over.append(True)
         return result
@@ -150,7 +165,11 @@ def keep_frames(env, get_frame, is_over):
 def play_control(script, run_args, tensors, args):
     """Scores, lengths (episodes,), frames (if filmed), frames per second and magnification."""
     options = {"render_mode": "rgb_array"} if args.video else {}
-    with closing(script.make_env(run_args, args.seed, **options)) as env:
+    try:
+        env = script.make_env(run_args, args.seed, **options)
+    except TypeError as error:  # it takes no render_mode
+        sys.exit(f"error: --video: {error}")
+    with closing(env):
         renderer = getattr(env.unwrapped, "mujoco_renderer", None)
         if renderer and renderer.camera_id == -1 and renderer.model.ncam:
             renderer.camera_id = 0  # it follows the agent; Gymnasium 1.4's default does not
@@ -218,7 +237,8 @@ def main():
         script, run_args, tensors = load_run(folder)
     except (FileNotFoundError, ImportError, gym.error.Error) as error:
         sys.exit(f"error: {error}")
-    run_args = replace(run_args, eval_episodes=args.episodes, seed=args.seed)
+    run_args.eval_episodes = args.episodes
+    run_args.seed = args.seed
     if tensors is None:
         play_text(script, run_args, folder, args)
         return

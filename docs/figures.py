@@ -213,6 +213,34 @@ def draw_weights(folder):
     save(figure, folder / "gradient-weights.png")
 
 
+def draw_slope(folder):
+    """For a slide: of samples in and outside the clip range, SPPO's gradient against PPO's."""
+    figure, ax = plt.subplots(figsize=(4.6, 3.4))
+    ratio = torch.linspace(0.5, 1.5, 21, dtype=torch.float64)
+    p_old = torch.full_like(ratio, P_OLD)
+    gradients = {"PPO": [], "SPPO": []}
+    for advantage in (-2.0, -1.0, -0.5, 0.5, 1.0, 2.0):
+        for method, found in gradients.items():
+            _, weight = loss_and_weight(method, ratio * p_old, p_old, advantage)
+            found.append(-advantage * weight)
+    ppo, sppo = (torch.cat(found) for found in gradients.values())
+    k = ALPHA + BETA * abs(Z)
+    ends = torch.stack([ppo.min(), ppo.max()])
+    ax.plot(ends, k * ends, color="0.6", lw=1)
+    ax.plot(ends, ends, color=COLORS["PPO"], lw=1, ls="--")
+    ax.plot(ppo, sppo, "o", color=COLORS["SPPO"], ms=4)
+    label(ax, 1.5, 3.2, rf"slope $k = \alpha + \beta\,|Z| = {k:g}$", "SPPO", ha="right")
+    label(ax, 1.6, 0.7, "slope 1", "PPO")
+    ax.text(0.25, -0.35, "clipped: both 0", color="0.3", va="top")
+    ax.set_xlabel(r"gradient of PPO's loss in $\log p$")
+    ax.set_ylabel(r"gradient of SPPO's loss in $\log p$")
+    ax.grid(alpha=0.3)
+    path = folder / "slope.pdf"
+    figure.savefig(path, metadata={"CreationDate": None})  # the same bytes each time
+    plt.close(figure)
+    print(path)
+
+
 def copy_same_run(folder):
     """The notebook's picture of SPPO, of DPPO with alpha k, which lies on it, and of DPPO."""
     for cell in json.loads(NOTEBOOK.read_text())["cells"]:
@@ -341,10 +369,13 @@ def main():
         draw_agents(args.agents, folder)
         return
     matplotlib.use("agg")
+    plt.rcdefaults()  # importing report.py turns formulas off
     plt.rcParams |= {"figure.constrained_layout.use": True, "lines.linewidth": 2}
     plt.rcParams |= {"axes.titlesize": 11, "axes.labelsize": 11, "font.size": 10.5}
+    plt.rcParams["pdf.fonttype"] = 42  # text stays text
     draw_losses(folder)
     draw_weights(folder)
+    draw_slope(folder)
     copy_same_run(folder)
 
 

@@ -1,9 +1,10 @@
-"""Grades a class's copies of the exercise: how many claims hold in each notebook of a folder.
+"""Grades a class's copies of the exercise: how many claims hold in each notebook of a folder and of
+the folders in it.
 
-    pip install -e ".[report]" nbclient nbformat ipykernel
+    pip install -c requirements.lock -e ".[report]" nbclient nbformat ipykernel
     python docs/grade.py FOLDER
 
-Each notebook takes some minutes. The answers of a notebook are put into a fresh copy of the
+Each notebook takes less than a minute. The answers of a notebook are put into a fresh copy of the
 exercise, so it does not matter what else a student has changed. Answers are other people's code,
 and run with your rights: use an account in which they can do no harm."""
 
@@ -21,12 +22,13 @@ from tqdm import tqdm
 
 DOCS = Path(__file__).resolve().parent
 EXERCISE = DOCS / "symmetric_loss_exercise.ipynb"
+RESULTS = ["holds", "fails", "to do"]  # of a claim
 
 
 @dataclass
 class Args:
-    folder: tyro.conf.Positional[Path]  # with the notebooks of the class
-    out: Path = Path("grades.csv")  # a row for each notebook, a column for each claim
+    folder: tyro.conf.Positional[Path]  # with the notebooks of the class, or a folder for each
+    out: Path = Path("grades.csv")  # a row for each notebook: how many claims hold, and each claim
     timeout: int = 600  # seconds that a cell may take
 
 
@@ -53,22 +55,36 @@ def grade(path, timeout):
     return {claim: result for result, claim in lines}
 
 
+def notebooks(folder):
+    """{name: path} of the notebooks in a folder and below. Names are paths, since a learning
+    platform's export has the same file in a folder for each student."""
+    found = {}
+    for path in sorted(folder.rglob("*.ipynb")):
+        name = path.relative_to(folder).with_suffix("")
+        if not any(part.startswith(".") for part in name.parts):  # Jupyter's and macOS's copies
+            found[name.as_posix()] = path
+    return found
+
+
 def main(args):
-    paths = sorted(args.folder.glob("*.ipynb"))
+    paths = notebooks(args.folder)
     if not paths:
         sys.exit(f"error: {args.folder}: no notebooks (*.ipynb) in it")
-    grades = {}
-    for path in tqdm(paths, unit="notebook"):
+    rows = {}
+    for name, path in tqdm(paths.items(), unit="notebook"):
         try:
-            grades[path.stem] = grade(path, args.timeout)
+            claims = grade(path, args.timeout)
+            counts = {result: list(claims.values()).count(result) for result in RESULTS}
+            rows[name] = counts | claims
         except Exception as error:  # a student's file may be anything
-            tqdm.write(f"{path.name}: not graded: {error!r:.200}")
-    table = pd.DataFrame.from_dict(grades, orient="index")
+            rows[name] = {"not graded": f"{error!r:.200}"}
+            tqdm.write(f"{name}: not graded: {error!r:.200}")
+    table = pd.DataFrame.from_dict(rows, orient="index")
+    first = [*RESULTS, "not graded"]
+    table = table.reindex(columns=[*first, *table.columns.difference(first, sort=False)])
+    table[RESULTS] = table[RESULTS].astype("Int64")  # counts, also where some are missing
     table.to_csv(args.out, index_label="notebook")
-    counts = {
-        result: (table == result).sum(axis="columns") for result in ("holds", "fails", "to do")
-    }
-    print(pd.DataFrame(counts).to_string())
+    print(table[first].to_string(na_rep=""))
     print(f"claims one by one: {args.out}")
 
 

@@ -178,14 +178,19 @@ def test_the_layout_in_memory_changes_no_update(setting, tmp_path):
 
 
 @all_scripts
-def test_an_edited_script_continues_from_a_checkpoint_that_is_copied(
-    setting, tmp_path, monkeypatch
+@pytest.mark.parametrize("is_edited", [True, False])
+def test_a_checkpoint_that_is_copied_continues_with_an_edited_script_or_with_more_steps(
+    setting, is_edited, tmp_path, monkeypatch
 ):
     """As docs/usage.md says."""
     monkeypatch.setattr(setting.script, "AtariVectorEnv", Signals, raising=False)
-    before = setting.interrupt(tmp_path / "runs", 2, **EACH)
-    edit = ("gamma: float = 0.99", "gamma: float = 0.9")
-    copy = make_copy(setting, tmp_path / "copy", edit)
+    copy = setting
+    if is_edited:
+        before = setting.interrupt(tmp_path / "runs", 2, **EACH)
+        edit = ("gamma: float = 0.99", "gamma: float = 0.9")
+        copy = make_copy(setting, tmp_path / "copy", edit)
+    else:
+        before = setting.run(tmp_path / "runs", **EACH, total_timesteps=128)[1]
     folder = copy.interrupt(tmp_path / "runs", 0, **EACH)
     assert folder != before and not (folder / "checkpoint.pt").exists()
     shutil.copy(before / "checkpoint.pt", folder)

@@ -162,15 +162,6 @@ def play(folder, monkeypatch, capsys):
     assert capsys.readouterr().out.splitlines()[-1].startswith(f"{folder}: re")
 
 
-def test_an_agent_acts_in_code_of_ones_own(tmp_path):
-    (block,) = code_blocks(PAGES["docs/usage.md"], "python")
-    folder = SETTINGS[0].run(tmp_path, total_timesteps=64)[1]
-    names = {}
-    exec(block.replace("runs/NAME", str(folder)), names)
-    env = gym.make(SETTINGS[0].small["env_id"])
-    assert env.action_space.contains(names["act"](env.reset(seed=0)[0]).astype(np.float32))
-
-
 # ---- The exercise
 
 
@@ -191,16 +182,22 @@ def test_a_class_is_graded_whatever_else_students_changed(tmp_path, monkeypatch,
     folder.mkdir()
     cheating = exercise(right, wrong)
     cheating.cells[-1].source = "print('holds: 1a: a claim')"
-    nbformat.write(cheating, folder / "ada.ipynb")
-    nbformat.write(exercise(to_do, "1 / 0"), folder / "bob.ipynb")
-    nbformat.write(exercise(to_do), folder / "eve.ipynb")
+    notebooks = {"ada": exercise(to_do), "bob/same": cheating, ".copies/same": cheating}
+    notebooks["eve/same"] = exercise(to_do, "1 / 0")  # the second still has the first's f
+    for name, notebook in notebooks.items():
+        (folder / name).parent.mkdir(exist_ok=True)
+        nbformat.write(notebook, folder / f"{name}.ipynb")
     grade.main(grade.Args(folder, tmp_path / "grades.csv"))
-    grades = pd.read_csv(tmp_path / "grades.csv", index_col="notebook")
-    assert grades.loc["ada"].to_list() == ["holds", "fails"]
-    assert grades.loc["bob"].to_list() == ["to do", "to do"]  # the second still has the first's f
+    grades = pd.read_csv(tmp_path / "grades.csv", index_col="notebook", dtype=str).fillna("")
+    error = "ValueError('1 cells for answers instead of 2')"
+    assert grades.T.to_dict("list") == {
+        "ada": ["", "", "", error, "", ""],
+        "bob/same": ["1", "1", "0", "", "holds", "fails"],
+        "eve/same": ["0", "0", "2", "", "to do", "to do"],
+    }
     out, err = capsys.readouterr()
-    assert re.search(r"ada +1 +1 +0\nbob +0 +0 +2\n", out)
-    assert "eve.ipynb: not graded: ValueError('1 cells for answers instead of 2')" in out + err
+    assert re.search(r"bob/same +1 +1 +0 *\neve/same +0 +0 +2 *\n", out)
+    assert f"ada: not graded: {error}" in out + err
 
 
 def test_students_get_scripts_without_answers_that_train_as_before(tmp_path, monkeypatch):
@@ -243,41 +240,74 @@ def sections(text):
 
 
 SECTIONS = sections(EXAMPLES)
+DIFFS = {heading: code_blocks(text, "diff") for heading, text in SECTIONS.items()}
+# All hunks begin and end with a line of context
+DIFF = re.compile(r"--- (\w+\.py)\n\+\+\+ \1\n(?:@@.+\n +\S.*\n(?:[-+ ].*\n)+ +\S.*\n)+")
 
 
-def changed(heading, folder, monkeypatch, example=0):
-    """An example's copy of a script, with its diff, in `folder`: as a module, and the arguments of
-    its command. A section may have several examples."""
-    diff = code_blocks(SECTIONS[heading], "diff")[example]
-    script = re.match(r"--- (\w+\.py)\n\+\+\+ \1\n", diff).group(1)
-    words = commands(SECTIONS[heading])[example]
-    monkeypatch.syspath_prepend(folder)
-    path = shutil.copy(ROOT / script, folder / words[1])
-    command = ["git", "apply", "-p0", "--unidiff-zero", "-"]
-    diff = diff.replace(script, words[1])
+def patched(text, diff, folder):
+    """A script's text after `patch`, as the page says, which must find all lines of context."""
+    (folder / "copy.py").write_text(text)
+    command = ["patch", "copy.py"]
     done = subprocess.run(command, cwd=folder, input=diff, capture_output=True, text=True)
-    assert done.returncode == 0, f"see CONTRIBUTING.md\n{done.stderr}"
-    assert path.read_text() != (ROOT / script).read_text()
+    assert done.returncode == 0 and "fuzz" not in done.stdout, f"see CONTRIBUTING.md\n{done.stdout}"
+    return (folder / "copy.py").read_text()
+
+
+def test_diffs_find_their_places_in_longer_scripts_and_after_each_other(tmp_path):
+    links = re.findall(r"\]\(#(.+?)\)", EXAMPLES.partition("```")[0])
+    assert len(links) == len(set(links)) == len(SECTIONS)  # the list of examples is complete
+    texts = {name: (ROOT / name).read_text() for name in SCRIPTS}
+    scripts = {diff: DIFF.fullmatch(diff)[1] for diff in sum(DIFFS.values(), [])}
+    assert len(scripts) == 14
+    more = re.compile(r"(?m)^(?=# ---- |SOURCE = )")
+    for diff, name in scripts.items():
+        result = patched(texts[name], diff, tmp_path)
+        longer = patched(more.sub("# One more line\n" * 9, texts[name]), diff, tmp_path)
+        assert longer == more.sub("# One more line\n" * 9, result)
+        for other in scripts:
+            if other != diff and scripts[other] == name:
+                both = patched(result, other, tmp_path)
+                assert both == patched(patched(texts[name], other, tmp_path), diff, tmp_path)
+                compile(both, "copy.py", "exec")
+
+
+def changed(heading, folder, monkeypatch, example=0, after=None):
+    """An example's copy of a script, with its diff, in `folder`: as a module, and the arguments of
+    its command. A section may have several examples. `after`: another one's, applied first."""
+    words = commands(SECTIONS[heading])[example]
+    diffs = [DIFFS[heading][example]]
+    if after:
+        diffs.insert(0, DIFFS[after][0])
+    script = DIFF.match(diffs[0])[1]
+    text = (ROOT / script).read_text()
+    for diff in diffs:
+        text = patched(text, diff, folder)
+    path = folder / words[1]
+    path.write_text(text)
+    monkeypatch.syspath_prepend(folder)
     module = importlib.import_module(path.stem)
     if script == "sppo_rlhf.py":
         return module, module.parse_args(words[2:])
     return module, tyro.cli(module.Args, args=words[2:])
 
 
-def test_discrete_actions(tmp_path, monkeypatch, capsys):
-    script, args = changed("Discrete actions", tmp_path, monkeypatch)
+def test_discrete_actions_and_stacked_observations(tmp_path, monkeypatch, capsys):
+    after = "Stacked observations"
+    script, args = changed("Discrete actions", tmp_path, monkeypatch, after=after)
     folder = train(script, args, tmp_path, **SHORT)
     assert 5 < progress(folder)[-1]["return_mean"] <= 500
+    assert checkpoint(folder)["agent"]["actor.0.weight"].shape[1] == 4 * 4
     play(folder, monkeypatch, capsys)
     acrobot = gym.make("Acrobot-v1").unwrapped
     acrobot.action_space = gym.spaces.Discrete(3, start=-1)
     monkeypatch.setattr(gym, "make", lambda *_: acrobot)
     env = script.make_env(args)
     assert (env.action_space.low, env.action_space.high) == (0, 2)
-    assert [env.action([index]) for index in range(3)] == [-1, 0, 1]
+    assert [env.get_wrapper_attr("action")([index]) for index in range(3)] == [-1, 0, 1]
 
 
-def test_your_own_environment(tmp_path, monkeypatch, capsys):
+def test_your_own_environment_and_its_agent_in_other_code(tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     Path("docking.py").write_text(*code_blocks(PAGES["docs/tiny.md"], "python"))
@@ -286,11 +316,18 @@ def test_your_own_environment(tmp_path, monkeypatch, capsys):
     play(folder, monkeypatch, capsys)
     assert progress(folder)[-1]["length_mean"] == 50
     assert -300 < progress(folder)[-1]["return_mean"] < 0
+    assert 'py-modules = ["enjoy"]' in (ROOT / "pyproject.toml").read_text()
+    (block,) = code_blocks(PAGES["docs/usage.md"], "python")
+    names = {}
+    exec(block.replace("runs/NAME", str(folder)), names)
+    env = gym.make(args.env_id)
+    obs = env.reset(seed=0)[0].tolist()  # float64, where the environment's is float32
+    assert env.action_space.contains(names["act"](obs).astype(np.float32))
 
 
-def test_your_own_reward(tmp_path, monkeypatch, capsys):
+def test_your_own_reward_and_noise(tmp_path, monkeypatch, capsys):
     """The learner's reward is shaped, reported returns are not."""
-    script, args = changed("Your own reward", tmp_path, monkeypatch)
+    script, args = changed("Your own reward", tmp_path, monkeypatch, after="Your own noise")
     shaped, plain = script.NormalizedEnvs(args), sppo_continuous.NormalizedEnvs(args)
     action = np.array([[0.5, -1.0, 0.25]])
     for envs in (shaped, plain):
@@ -299,16 +336,12 @@ def test_your_own_reward(tmp_path, monkeypatch, capsys):
     cost = plain.discounted_return - shaped.discounted_return
     np.testing.assert_allclose(cost, 0.1 * np.square(action).sum())
     np.testing.assert_array_equal(shaped.episode_return, plain.episode_return)
-    play(train(script, args, tmp_path, **SHORT), monkeypatch, capsys)
-
-
-def test_your_own_noise(tmp_path, monkeypatch, capsys):
-    script, args = changed("Your own noise", tmp_path, monkeypatch)
     rng = np.random.default_rng(0)
     noisy = script.perturb_reward(np.full((100, 100), 2.0), "lost", 0.3, rng)
     assert set(np.unique(noisy)) == {0, 2}
     assert (noisy == 0).mean() == pytest.approx(0.3, abs=0.02)
-    play(train(script, args, tmp_path, **SHORT), monkeypatch, capsys)
+    noise = {"noise": "lost", "noise_level": 0.5}
+    play(train(script, args, tmp_path, **SHORT, **noise), monkeypatch, capsys)
 
 
 def test_your_own_loss_is_not_divided_by_the_old_probability(tmp_path, monkeypatch, capsys):
@@ -326,32 +359,30 @@ def test_your_own_loss_is_not_divided_by_the_old_probability(tmp_path, monkeypat
     play(train(script, args, tmp_path, **SHORT), monkeypatch, capsys)
 
 
-def test_your_own_network(tmp_path, monkeypatch, capsys):
-    script, args = changed("Your own network", tmp_path, monkeypatch)
-    play(train(script, args, tmp_path, **SHORT), monkeypatch, capsys)
+def test_your_own_network_and_optimizer(tmp_path, monkeypatch, capsys):
+    after = "Your own optimizer"
+    script, args = changed("Your own network", tmp_path, monkeypatch, after=after)
+    folder = train(script, args, tmp_path, **SHORT, adam_eps=1e-7)
+    play(folder, monkeypatch, capsys)
+    (group,) = checkpoint(folder)["optimizer"]["param_groups"]
+    expected = {"lr": 3e-4, "eps": 1e-7, "weight_decay": 0.01, "fused": True}
+    assert {name: group[name] for name in expected} == expected and group["decoupled_weight_decay"]
     agent = script.Agent(script.make_env(args), args)
     for network in (agent.actor, agent.critic):
         kinds = [type(layer).__name__ for layer in network]
         assert kinds == ["Linear", "LayerNorm", "Tanh"] * 2 + ["Linear"]
 
 
-def test_stacked_observations_and_a_changing_learning_rate(tmp_path, monkeypatch, capsys):
-    heading = "Stacked observations, learning rates with warm-up and decay"
-    script, args = changed(heading, tmp_path, monkeypatch)
-    run = train(script, args, tmp_path, **SHORT | {"learning_rate": 0.01, "total_timesteps": 384})
-    play(run, monkeypatch, capsys)
-    saved = checkpoint(run)
-    # In the last of three rollouts of 128 steps, where the warm-up takes 20,000
-    assert saved["optimizer"]["param_groups"][0]["lr"] == pytest.approx(0.01 * 384 / 20_000 / 3)
-    assert saved["agent"]["actor.0.weight"].shape[1] == 4 * 11
-
-
-@pytest.mark.parametrize(("learning_rate", "epochs"), [(1e-5, 3), (0.1, 1)])
-def test_an_update_stops_at_a_kl_divergence(learning_rate, epochs, tmp_path, monkeypatch):
-    script, args = changed("Stopping an update at a KL divergence", tmp_path, monkeypatch)
-    flags = SHORT | {"learning_rate": learning_rate, "update_epochs": 3, "total_timesteps": 128}
-    saved = checkpoint(train(script, args, tmp_path, **flags))
-    assert saved["optimizer"]["state"][0]["step"] == epochs * flags["num_minibatches"]
+@pytest.mark.parametrize(("learning_rate", "steps"), [(1e-3, 36), (10.0, 12)])
+def test_a_learning_rate_schedule_and_a_kl_target(learning_rate, steps, tmp_path, monkeypatch):
+    """Three rollouts with up to three epochs of four minibatches. The last begins after two thirds
+    of the run; the warm-up takes 20,000 steps."""
+    after = "Stopping an update at a KL divergence"
+    script, args = changed("A learning-rate schedule", tmp_path, monkeypatch, after=after)
+    flags = {"learning_rate": learning_rate, "update_epochs": 3, "total_timesteps": 384}
+    optimizer = checkpoint(train(script, args, tmp_path, **SHORT | flags))["optimizer"]
+    assert optimizer["state"][0]["step"] == steps
+    assert optimizer["param_groups"][0]["lr"] == pytest.approx(learning_rate * 384 / 20_000 / 3)
 
 
 @pytest.mark.parametrize(("rate", "epochs"), [(1e-7, 3), (1.0, 1)])
@@ -362,30 +393,6 @@ def test_a_language_models_update_stops_at_a_kl_divergence(rate, epochs, here, m
     train(script, args, "here", **flags)
     ((_, history),) = updates
     assert len(history) == epochs * flags["num_minibatches"]
-
-
-def test_a_success_rate_is_logged(tmp_path, monkeypatch):
-    step = PendulumEnv.step
-
-    def step_with_success(env, action):
-        return *step(env, action)[:4], {"is_success": 0.25}
-
-    monkeypatch.setattr(PendulumEnv, "step", step_with_success)
-    script, args = changed("A success rate", tmp_path, monkeypatch)
-    folder = train(script, args, tmp_path, **SHORT | {"env_id": "Pendulum-v1"})
-    assert progress(folder)[-1]["charts/success_rate"] == 0.25
-
-
-@pytest.mark.parametrize("optimizer", ["AdamW", "SGD"])
-def test_your_own_optimizer(optimizer, tmp_path):
-    """Each optimizer of the page replaces the one that the script makes in one line."""
-    (call,) = re.findall(rf"`(torch\.optim\.{optimizer}\(.+?\))`", SECTIONS["Your own optimizer"])
-    (line,) = re.findall(r"torch\.optim\.Adam\(.+\)", Path(sppo_continuous.__file__).read_text())
-    script = edited(sppo_continuous, tmp_path / "copy", (line, call))
-    saved = checkpoint(train(script, script.Args(env_id="Hopper-v4"), tmp_path, **SHORT))
-    (group,) = saved["optimizer"]["param_groups"]
-    assert (group["weight_decay"], group["lr"]) == (0.01 * (optimizer == "AdamW"), 3e-4)
-    assert len(group["params"]) == len(saved["agent"])
 
 
 def test_starting_from_a_trained_agent(tmp_path, monkeypatch, capsys):
@@ -480,13 +487,21 @@ def test_a_reward_that_knows_the_answer(here):
     assert correct(completions=["42", "4"], label=["42", "42"]) == [1, 0]
 
 
-def test_a_new_metric(tmp_path, monkeypatch, capsys):
-    script, args = changed("A new metric", tmp_path, monkeypatch)
-    folder = train(script, args, tmp_path, **SHORT | {"total_timesteps": 128, "eval_episodes": 4})
+def test_a_new_metric_and_a_success_rate(tmp_path, monkeypatch, capsys):
+    step = PendulumEnv.step
+
+    def step_with_success(env, action):
+        return *step(env, action)[:4], {"is_success": 0.25}
+
+    monkeypatch.setattr(PendulumEnv, "step", step_with_success)
+    script, args = changed("A new metric", tmp_path, monkeypatch, after="A success rate")
+    flags = SHORT | {"env_id": "Pendulum-v1", "eval_episodes": 4}
+    folder = train(script, args, tmp_path, **flags)
     play(folder, monkeypatch, capsys)
-    (row,) = checkpoint(folder)["progress"][1]
+    (row,) = progress(folder)
     assert row["losses/probability"] == pytest.approx(1 / 11, rel=0.1)
     assert row["return_worst"] < row["return_mean"]
+    assert row["charts/success_rate"] == 0.25
 
 
 def test_the_numbers_for_sppo_elsewhere():

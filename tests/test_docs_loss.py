@@ -102,12 +102,13 @@ def test_one_command_makes_all_figures_again(tmp_path, monkeypatch, figures):
     monkeypatch.setattr(sys, "argv", ["figures.py", "--out", str(tmp_path)])
     with plt.rc_context():
         figures.main()
+        assert plt.rcParams["text.parse_math"]  # report.py turns it off
     made = {path.name for path in tmp_path.iterdir()}
-    assert made == {path.name for path in (DOCS / "figures").glob("*.png")}
+    assert made == {path.name for path in (DOCS / "figures").iterdir()} - {"agents.gif"}
     assert made == set(re.findall(r"\]\(figures/([^)]+)\)", PAGE))
     same_run = "same-run.png"  # the notebook's
     assert (tmp_path / same_run).read_bytes() == (DOCS / "figures" / same_run).read_bytes()
-    for name in made - {same_run}:
+    for name in made - {same_run, "slope.pdf"}:
         new = json.loads(Image.open(tmp_path / name).text["Description"])
         committed = json.loads(Image.open(DOCS / "figures" / name).text["Description"])
         assert [panel["texts"] for panel in new] == [panel["texts"] for panel in committed]
@@ -161,7 +162,8 @@ def test_the_handout_has_none_of_the_answers_that_the_page_has():
     handout = (DOCS / "handout.md").read_text()
     for answer in (r"\alpha+\beta", r"Z\,(1-p)", r"\pi(b)^2", "linear in $A$", "times PPO's"):
         assert answer in PAGE and answer not in handout
-    assert "[the handout](handout.md)" in EXERCISE.read_text()
+    exercise = EXERCISE.read_text()
+    assert "[the handout](handout.md)" in exercise and "20.5" not in exercise
 
 
 @pytest.mark.slow
@@ -217,10 +219,10 @@ RIGHT = {
 }
 
 
-def failures(*kinds, steps=8192, **answers):
-    """Lines on claims that do not hold in the student's copy, all cells of which run, with a
-    student's `answers`. Heavy cells, the open task and the slow plot run only if `kinds` has them;
-    runs have `steps`, in a class 8192.
+def printed_lines(*kinds, steps=8192, **answers):
+    """What the student's copy prints, all cells of which run, with a student's `answers`. Heavy
+    cells, the open task and the slow plot run only if `kinds` has them; runs have `steps`, in a
+    class 8192.
     """
     namespace = {}
     printed = io.StringIO()
@@ -233,7 +235,12 @@ def failures(*kinds, steps=8192, **answers):
         if "student" in tags:
             namespace.update(answers)
     plt.close("all")
-    lines = printed.getvalue().splitlines()
+    return printed.getvalue().splitlines()
+
+
+def failures(*kinds, **options):
+    """Those of these lines that are on claims that do not hold."""
+    lines = printed_lines(*kinds, **options)
     return [line for line in lines if line.startswith(("fails: ", "to do: "))]
 
 
@@ -245,6 +252,10 @@ def check(failed, expected):
 
 def test_the_grader_passes_right_answers():
     assert failures("open", "plot", **RIGHT) == []
+
+
+def test_no_claim_holds_without_answers():
+    assert re.fullmatch(r"0 of (\d+) claims hold, \1 to do", printed_lines("open", "plot")[-1])
 
 
 CLAIMS = {
@@ -314,3 +325,5 @@ fails: 3: your prediction, with every gradient clipped: expected True, found Fal
 @pytest.mark.slow
 def test_the_grader_passes_right_predictions_of_runs():
     assert failures("heavy", steps=2048, **RIGHT) == []
+    without_answers = printed_lines("heavy", steps=2048)
+    assert not any(line.startswith("holds: ") for line in without_answers)

@@ -88,6 +88,7 @@ def test_an_agent_computes_as_in_its_training(setting, watch, tmp_path, monkeypa
 def test_an_edited_copy_plays_by_itself_and_a_helper_that_changed_is_named(
     setting, watch, tmp_path, monkeypatch
 ):
+    """The copy cuts an argument when it begins, which is recorded, and not cut again."""
     monkeypatch.syspath_prepend(tmp_path)
     helper = tmp_path / f"helper_of_{setting}.py"
     helper.write_text("BONUS = 1000.0\n")
@@ -95,11 +96,15 @@ def test_an_edited_copy_plays_by_itself_and_a_helper_that_changed_is_named(
     text = Path(setting.script.__file__).read_text()
     returned = "    return results[:, 0]," if setting.atari else "    return returns,"
     imported = "import numpy as np\n"
-    assert text.count(returned) == text.count(imported) == 1
+    converting = "    def __post_init__(self):\n"
+    for edited in (returned, imported, converting):
+        assert text.count(edited) == 1
     text = text.replace(imported, f"{imported}from {helper.stem} import BONUS\n")
+    text = text.replace(converting, f"{converting}        self.env_id = self.env_id[2:]\n")
     path.write_text(text.replace(returned, f"{returned[:-1]} + BONUS,"))
     script = importlib.import_module(path.stem)
-    summary, folder = replace(setting, script=script).run("runs", total_timesteps=64)
+    flags = {"total_timesteps": 64, "env_id": f"a/{setting.small['env_id']}"}
+    summary, folder = replace(setting, script=script).run("runs", **flags)
     assert summary["return_mean"] > 900
     end, out, err = watch()  # the newest run
     assert (end, err) == (0, "")
@@ -174,7 +179,8 @@ gym.register("Odd-v0", OddEnv)
 
 
 def test_two_plays_of_one_seed_are_the_same_and_a_long_film_is_cut(watch, tmp_path, monkeypatch):
-    """A film is of the first episode only; its frames are copied, and of even size."""
+    """A film is of the first episode only; its frames are copied, and of even size. A sentence says
+    why an environment cannot be filmed."""
     _, folder = SPPO_CONTINUOUS.run(tmp_path, env_id="Odd-v0", total_timesteps=64)
     score, film = watch(folder, "--video")[1].splitlines()[-2:]
     path = folder / "video/seed-1.mp4"
@@ -187,6 +193,12 @@ def test_two_plays_of_one_seed_are_the_same_and_a_long_film_is_cut(watch, tmp_pa
     monkeypatch.setattr(enjoy, "MAX_FRAMES", 4)
     again = watch(folder, "--video")[1].splitlines()[-2:]
     assert again == [score, f"film: {path}, 4 frames of 10 steps"]
+    for picture in (None, np.zeros((8, 8), np.uint8)):
+        monkeypatch.setattr(OddEnv, "render", lambda _, picture=picture: picture)
+        assert watch(folder, "--video")[0].startswith("error: no film: render() must return images")
+    begin = OddEnv.__init__
+    monkeypatch.setattr(OddEnv, "__init__", lambda self: begin(self))
+    assert " unexpected keyword argument 'render_mode'" in watch(folder, "--video")[0]
 
 
 @pytest.mark.parametrize(("env_id", "follows"), [("Hopper-v4", True), ("Reacher-v4", False)])
@@ -222,8 +234,11 @@ def test_an_agent_acts_in_other_code_as_in_its_evaluations(setting, watch, tmp_p
         script = setting.script
         if setting.atari:
             games = script.AtariGames(setting.args(tmp_path), 1)
-            actions = {act(games.reset(i)[0]) for i in range(20)}
+            obs, *others = [games.reset(i)[0] for i in range(20)]
+            actions = {act(other) for other in others}
             assert len(actions) == games.num_actions  # sampled by an agent that knows nothing
+            with pytest.raises(ValueError, match=r"one obs.+ uint8 \(4, 84, 84\), not float64"):
+                act(obs / 255)
         else:
             with contextlib.closing(script.make_env(setting.args(tmp_path))) as env:
                 row = progress(folder)[-1]
@@ -234,5 +249,7 @@ def test_an_agent_acts_in_other_code_as_in_its_evaluations(setting, watch, tmp_p
                     score += reward
                     over = terminated or truncated
             assert score == pytest.approx(row["return_mean"])
+        with pytest.raises(ValueError, match="act needs one observation"):
+            act([obs, obs])
     assert capsys.readouterr().err == ""
     assert setting.folder(tmp_path, total_timesteps=128) == folder
