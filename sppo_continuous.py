@@ -777,10 +777,8 @@ def begin_session(args, digests, folder):
     script = Path(__file__).resolve()
     versions = {"torch": torch.__version__}  # with its kind of build
     for package in distributions():
-        if str(package.name).replace("-", "_") in sys.modules:
-            versions.setdefault(package.name, package.version)
+        versions.setdefault(str(package.name), package.version)  # of two, Python imports the first
     session = {
-        "run": folder.name,
         "script": script.name,
         "args": vars(args),
         "command": sys.argv,
