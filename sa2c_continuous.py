@@ -42,6 +42,7 @@ import os
 import platform
 import random
 import re
+import site
 import sys
 import time
 import warnings
@@ -63,7 +64,8 @@ from torch.distributions import Categorical, Independent, Normal
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 
-SOURCE = Path(__file__).read_bytes()  # read at once, since the file may be edited during the run
+SCRIPT = Path(__file__).resolve()
+SOURCE = SCRIPT.read_bytes()  # read at once, since the file may be edited during the run
 START = Path.cwd()  # relative paths begin here, even where an environment changes directory
 NO_EFFECT = ["runs_dir", "compile", "track"]  # the same run continues although these differ
 
@@ -658,17 +660,18 @@ def check(args):
 def file_digests():
     """{path: SHA-256} of the files that decide what a run does: this script, and imported files
     that are the user's own. A program that imports this script is not part of the run."""
-    python = {Path(os.__file__).parent, Path(sys.base_prefix, "DLLs")}  # DLLs: on Windows
-    # Installed packages, debuggers, and what editors and systems run at each start
-    foreign = "site-packages dist-packages debugpy pydev sitecustomize.py usercustomize.py".split()
+    places = [*site.getsitepackages(), site.getusersitepackages(), f"{sys.base_prefix}/DLLs"]
+    installed = {Path(os.__file__).parent, *map(Path, places)}
+    # Modules of programs that import this script, of what runs at each start, of torch.compile
+    foreign = r"__(mp_)?main__$|(site|user)customize$|torch\.|.+\.inductor_entry_cpp$"
+    foreign += "|debugpy|_?pydevd|_pydev_|pydev_ipython|pydevconsole"  # debuggers
     digests = {}
     for name, module in list(sys.modules.items()):
         file = Path(getattr(module, "__file__", None) or "")
-        is_foreign = python & set(file.parents) or set(foreign) & set(file.parts)
-        is_compiled = name.startswith("torch.") or name.endswith(".inductor_entry_cpp")
-        if file.is_file() and not (is_foreign or is_compiled or name == "__main__"):
+        is_foreign = re.match(foreign, name) or installed & set(file.parents)
+        if file.is_file() and not is_foreign:
             digests[str(file.resolve())] = hashlib.sha256(file.read_bytes()).hexdigest()
-    digests[str(Path(__file__).resolve())] = hashlib.sha256(SOURCE).hexdigest()
+    digests[str(SCRIPT)] = hashlib.sha256(SOURCE).hexdigest()
     return digests
 
 
@@ -763,18 +766,15 @@ def atomic_write(path):
 def begin_session(args, digests, folder):
     """Adds a line to the run's sessions.jsonl, with what is needed to reproduce it, and copies this
     script into its folder."""
-    script = Path(__file__).resolve()
     versions = {"torch": torch.__version__}  # with its kind of build
     for package in distributions():
-        if str(package.name).replace("-", "_") in sys.modules:
-            versions.setdefault(package.name, package.version)
+        versions.setdefault(str(package.name), package.version)  # of two, Python imports the first
     session = {
-        "run": folder.name,
-        "script": script.name,
+        "script": SCRIPT.name,
         "args": vars(args),
         "command": sys.argv,
         "files": digests,
-        "directory": str(script.parent),
+        "directory": str(SCRIPT.parent),
         "working_directory": str(START),
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
         "versions": versions,
@@ -786,7 +786,7 @@ def begin_session(args, digests, folder):
     earlier = path.read_text() if path.exists() else ""
     with atomic_write(path) as temporary:
         temporary.write_text(earlier + json.dumps(session) + "\n")
-    with atomic_write(folder / script.name) as temporary:
+    with atomic_write(folder / SCRIPT.name) as temporary:
         temporary.write_bytes(SOURCE)
 
 

@@ -95,4 +95,5 @@ def train_toy_model(model, data, steps, learning_rate, tokenizer, folder):
 
 
 if __name__ == "__main__":
+    torch.set_num_threads(1)  # for models so small, threads cost more time than they save
     make_toy(Path("runs/toy"))

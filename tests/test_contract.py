@@ -9,11 +9,12 @@ import json
 import os
 import random
 import shutil
+import site
 import subprocess
 import sys
 import time
 from dataclasses import replace
-from importlib.metadata import version
+from importlib.metadata import distributions, version
 from pathlib import Path
 from types import SimpleNamespace
 
@@ -184,14 +185,12 @@ def test_a_run_writes_its_files_and_messages(setting, launch, monkeypatch):
     (session,) = sessions(folder)
     flags = {"seed": 7, "noise_level": 0.05, "alpha": 0.5, "exp_name": setting.symmetric_algo}
     assert flags.items() <= session["args"].items()
-    expected = {"run": folder.name, "script": script, "command": sys.argv}
-    expected |= {"directory": str(path.parent), "working_directory": str(Path.cwd())}
+    expected = {"script": script, "command": sys.argv, "directory": str(path.parent)}
+    expected |= {"working_directory": str(Path.cwd())}
     assert expected.items() <= session.items()
     assert session["files"][str(path)] == hashlib.sha256(path.read_bytes()).hexdigest()
-    library = "transformers" if setting.is_text else "ale-py" if setting.atari else "mujoco"
-    versions = {"torch": torch.__version__, library: version(library)}
-    assert versions.items() <= session["versions"].items()
-    assert "pip" not in session["versions"]  # not imported
+    versions = {one.name: version(one.name) for one in distributions()}
+    assert session["versions"] == versions | {"torch": torch.__version__}
 
 
 def test_progress_has_the_means_of_what_was_logged_since_the_evaluation_before(setting):
@@ -284,21 +283,30 @@ def test_only_what_may_change_results_changes_the_folder(setting, monkeypatch):
 
 @only(SA2C_CONTINUOUS)
 def test_imported_files_that_are_not_installed_are_recorded(setting, tmp_path, monkeypatch):
-    """Helpers that the script imports, and what these import, count. Libraries, Python's own files
-    and what torch.compile, a debugger or an editor has made or imported do not."""
-    monkeypatch.syspath_prepend(tmp_path)
-    helper, further = tmp_path / "helper_of_ours.py", tmp_path / "further_one.py"
+    """Helpers that the script imports, and what these import, count, whatever the folders above
+    them are called. Libraries, Python's own files and what torch.compile, a debugger or an editor
+    has made or imported do not, also where they lie in the project's folder."""
+    project = tmp_path / "pydev/site-packages/debugpy"
+    project.mkdir(parents=True)
+    monkeypatch.syspath_prepend(project)
+    helper, further = project / "helper_of_ours.py", project / "further_one.py"
     helper.write_text("import further_one")
     further.write_text("x = 1")
+    places = [*site.getsitepackages(), str(project / ".venv/lib")]
+    monkeypatch.setattr(site, "getsitepackages", lambda: places)
+    monkeypatch.setattr(site, "getusersitepackages", lambda: str(project / "home"))
     before = setting.script.file_digests()
     assert {setting.script.__file__, __file__} <= set(before)  # this module is not installed
     assert not {torch.__file__, json.__file__} & set(before)
     importlib.import_module("helper_of_ours")
     foreign = {"torch._inductor.runtime.compile_tasks.c": "c.py", "c.inductor_entry_cpp": "c.so"}
-    foreign |= {"pydevd": "debugpy/pydevd.py", "sitecustomize": "ide/sitecustomize.py"}
+    foreign |= {name: f"ide/{name}" for name in "debugpy.server _pydev_bundle pydevd".split()}
+    foreign |= {"sitecustomize": "sitecustomize.py", "usercustomize": "ide/usercustomize.py"}
+    foreign |= {"installed_one": ".venv/lib/one.py", "installed_two": "home/two.py"}
+    foreign |= {"__mp_main__": "program.py"}  # multiprocessing's name of `__main__`
     for name, place in foreign.items():
-        path = tmp_path / place
-        path.parent.mkdir(exist_ok=True)
+        path = project / place
+        path.parent.mkdir(parents=True, exist_ok=True)
         path.write_text("")
         monkeypatch.setitem(sys.modules, name, SimpleNamespace(__file__=str(path)))
     assert set(setting.script.file_digests()) - set(before) == {str(helper), str(further)}
