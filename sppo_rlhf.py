@@ -913,9 +913,9 @@ def check_sampling(setup, args):
     states."""
     actor = setup.actor_critic
     prompts = [tokenize(row, setup.tokenizer, args)[0] for row in setup.eval_data]
-    # As long as prompts may become, and half as long, so that there is padding
+    # As long as prompts may become, and one token, so that there is padding
     longest = (max(prompts, key=len) * args.prompt_length)[: args.prompt_length]
-    prompts = [longest, longest[: (len(longest) + 1) // 2]]
+    prompts = [longest, longest[:1]]
     with actor.autocast():
         options = {"output_logits": True, "return_dict_in_generate": True, "do_sample": True}
         generated = actor.policy.generate(**padded(setup, prompts), **options)
