@@ -285,7 +285,7 @@ def symmetric_policy_losses(log_prob, old_log_prob, advantage, clip_coef, z):
     log p, log p_old and A of n actions; `clip_coef` is PPO's epsilon.
 
     (1 - p) / p_old = 1 / p_old - r, where 1 / p_old is constant, and huge for unlikely actions. The
-    Lr returned leaves it out: it has the paper's gradient, but not its value.
+    Lr returned leaves it out: it has the gradient of the authors' code, but not the value.
     """
     ratio = (log_prob - old_log_prob).exp()
     surrogate = advantage * ratio

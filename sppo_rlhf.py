@@ -33,12 +33,11 @@ constant that stands for log 0:
     reverse PPO loss  Lr = -mean( m A Z (1 - p) / p_old ),  m = 1 where L has a gradient, else 0
     symmetric loss    alpha L + beta Lr
 
-SPPO differs from PPO in two lines, those with `reverse_loss = ` and `beta * reverse_loss`. The
+SPPO differs from PPO in two lines, "all that SPPO adds to PPO" and `beta * reverse_loss`. The
 gradient of Lr is |Z| times that of L, so SPPO's policy gradient is (alpha + beta |Z|) times PPO's:
 0.9 times (imdb) and 0.7 times (tldr) with the authors' weights. Policy and critic share no trained
-weights, and Adam hardly sees the scale of a gradient. So the factor acts through gradient clipping
-and Adam's epsilon only. With a supervised loss (imdb, tldr) it also changes the relative weight of
-that loss.
+weights, and Adam hardly sees the scale of a gradient. So the factor acts through gradient clipping,
+Adam's epsilon and, with a supervised loss (imdb, tldr), the relative weight of that loss.
 
 A reward model scores prompt and response. The reward is given at the last token. Every token pays
 a KL penalty, `kl_coef` times log(p_old / p_ref). The reference policy, with p_ref, is the
@@ -117,7 +116,7 @@ class Args:
     tokenizer: str | None = None  # folder or hub name; default: the policy's (imdb, tldr: gpt2)
     chat_template_kwargs: str = "{}"  # JSON, for the policy's template: {"enable_thinking": false}
     reward_model: tuple[str, ...] = (f"{TOY}/reward",)  # classifiers or FILE.py:NAME
-    reward_weights: tuple[float, ...] = ()  # 0: only logged; negative: a penalty; default: the mean
+    reward_weights: tuple[float, ...] = ()  # 0: only logged; negative: a penalty; default: equal
     reward_label: int | None = None  # label whose probability is the reward; with two labels: 1
     dataset: str = f"{TOY}/train.jsonl"  # JSONL(.gz) or hub name:split; text, or prompt and label
     eval_dataset: str | None = None  # held-out data; default: the task's, or 10% of --dataset
@@ -186,10 +185,9 @@ class Args:
     def check(self):
         """Refuses settings that would run, but not do what they say."""
         counts = "batch_size num_minibatches update_epochs prompt_length response_length "
-        counts += "total_timesteps eval_freq eval_episodes"
+        counts += "total_timesteps eval_freq eval_episodes micro_batch_size"
         for name in counts.split():
-            require(getattr(self, name) >= 1, f"{name} must be at least 1")
-        require(self.micro_batch_size != 0, "micro_batch_size must be at least 1")
+            require(getattr(self, name) != 0, f"{name} must be at least 1")
         for name, value in vars(self).items():
             if isinstance(value, (int, float)) and name != "z":
                 require(0 <= value < math.inf, f"{name} must be finite and not negative")
@@ -197,8 +195,7 @@ class Args:
             require(0 <= getattr(self, name) <= 1, f"{name} must be between 0 and 1")
         for name in "temperature max_grad_norm lora_alpha".split():
             require(getattr(self, name) > 0, f"{name} must be positive")
-        is_used = self.lora_r or self.lora_alpha == Args.lora_alpha
-        require(is_used, "lora_alpha needs --lora-r")
+        require(self.lora_r or self.lora_alpha == Args.lora_alpha, "lora_alpha needs --lora-r")
         require(-math.inf < self.z < 0, "z stands for log 0: it must be negative and finite")
         require(self.alpha + self.beta > 0, "with alpha and beta 0 nothing trains the policy")
         if self.noise.endswith("flip"):
@@ -208,7 +205,8 @@ class Args:
             require(not name.endswith(".py"), f"reward_model {name}: which function? FILE.py:NAME")
         weights = self.reward_weights
         require(len(weights) == len(self.reward_model), "reward_weights: one for each reward_model")
-        require(all(map(math.isfinite, weights)), "reward_weights must be finite")
+        is_finite = all(map(math.isfinite, weights))
+        require(is_finite and any(weights), "reward_weights must be finite, and not all 0")
         try:
             options = self.template_options.values()
         except (TypeError, ValueError) as error:
@@ -281,7 +279,7 @@ import pyarrow.parquet
 import torch
 import transformers
 from accelerate import Accelerator
-from accelerate.utils import gather_object
+from accelerate.utils import gather_object, set_seed
 from filelock import FileLock
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
@@ -296,7 +294,7 @@ from transformers import AutoModelForCausalLM, AutoModelForSequenceClassificatio
 
 def prompt_kind(row):
     """What a row has: "messages", a list in `prompt`; "prompt", a text; "text", whose first half is
-    the prompt; or "", nothing that can be used. The text of a list is no prompt."""
+    the prompt; or "", nothing that can be used. A text that looks like a JSON list is refused."""
     if not isinstance(row, dict):
         return ""
     name = "prompt" if "prompt" in row else "text"
@@ -372,8 +370,8 @@ def tokenize(row, tokenizer, args):
 
 
 def load_dataset(name):
-    """What `datasets` loads: NAME:SPLIT or NAME:CONFIGURATION:SPLIT, of a folder of files, a folder
-    that it has saved, or a hub name."""
+    """Loads NAME:SPLIT or NAME:CONFIGURATION:SPLIT with `datasets`. NAME is a folder of files, a
+    folder that `datasets` saved, or a hub name."""
     source, *configuration = name.split(":")
     split = configuration.pop() if configuration else "train"
     try:
@@ -388,7 +386,7 @@ def load_dataset(name):
 
 def read_csv(file):
     """The rows of a CSV file. All values are texts."""
-    csv.field_size_limit(2**31 - 1)  # of a text
+    csv.field_size_limit(2**31 - 1)  # allows long texts
     reader = csv.DictReader(file, strict=True)
     rows = []
     for row in reader:
@@ -414,12 +412,11 @@ def read_rows(name):
         return load_dataset(name).to_list()
     if path.suffix == ".parquet":
         return pyarrow.parquet.ParquetFile(path).read().to_pylist()
-    is_compressed = path.suffix == ".gz"
-    suffix = Path(path.stem).suffix if is_compressed else path.suffix
+    suffix = Path(path.name.removesuffix(".gz")).suffix
     read = {".csv": read_csv, ".json": read_json, ".jsonl": read_json}.get(suffix)
     if not read:
         raise ValueError("its name must end with .csv, .json, .jsonl (.gz may follow) or .parquet")
-    open_file = gzip.open if is_compressed else open
+    open_file = gzip.open if path.suffix == ".gz" else open
     with open_file(path, "rt", encoding="utf-8-sig", newline="") as file:
         return read(file)
 
@@ -430,7 +427,7 @@ def load_rows(name, accelerator, tokenizer, args):
     template."""
     try:
         rows = read_rows(name)
-    except Exception as error:  # each format has its own
+    except Exception as error:  # each format raises other errors
         sys.exit(f"error: {name} can't be read: {error}")
     require(rows, f"{name} has no rows")
     kind = prompt_kind(rows[0])
@@ -449,7 +446,7 @@ def load_rows(name, accelerator, tokenizer, args):
         _, target, is_cut = tokenize(row, tokenizer, args)
         if is_chat and is_cut:
             sys.exit(f"error: row {i} of {name}: messages would be cut; raise --prompt-length")
-        has_targets = has_targets or bool(target)
+        has_targets |= bool(target)
         cut += is_cut
     if args.ce_coef and name == args.dataset:
         require(has_targets, "--ce-coef needs a column 'label' of texts in the training data")
@@ -469,8 +466,8 @@ def split_rows(rows, eval_rows, args):
     else:
         prompts = [str(row.get("prompt", row.get("text"))) for row in rows]
         distinct = sorted(set(prompts))
-        order = rng.permutation(len(distinct))
-        held_out = {distinct[i] for i in order[: math.ceil(len(distinct) / 10)]}
+        rng.shuffle(distinct)
+        held_out = set(distinct[: math.ceil(len(distinct) / 10)])
         eval_rows = [row for row, prompt in zip(rows, prompts) if prompt in held_out]
         rows = [row for row, prompt in zip(rows, prompts) if prompt not in held_out]
     if args.batch_size > len(rows) or args.eval_episodes > len(eval_rows):
@@ -506,7 +503,7 @@ def collate(prompts, continuations, device):
 
 def patch_head(model):
     """Makes the last layer compute in float32, because bfloat16's 8 significant bits are too few
-    for ratios near 1. If `places` are set, it computes only there."""
+    for ratios near 1. If `places` are set, the layer computes only there."""
     head = model.get_output_embeddings()
     head.places = None
 
@@ -605,12 +602,12 @@ class ActorCritic(nn.Module):
         self.critic = trainable_copy(self.reference, args).get_decoder()
         patch_head(self.reference)
         patch_head(self.policy)
-        # Measured, since OPT-350m and RemBERT have other sizes than their configurations say
+        # Measured, because the configurations of OPT-350m and RemBERT give another size
         token = torch.zeros(1, 1, dtype=torch.long, device=self.critic.device)
         hidden_size = self.critic(token).last_hidden_state.shape[-1]
         self.value_head = nn.Linear(hidden_size, 1)
-        nn.init.zeros_(self.value_head.weight)
-        nn.init.zeros_(self.value_head.bias)
+        for parameter in self.value_head.parameters():
+            nn.init.zeros_(parameter)
         self.eval()  # disables dropout
         self.to(device)
 
@@ -774,7 +771,7 @@ def sources(args):
 
 
 def prepare(args):
-    """Imports reward functions, for `file_digests`, and silences libraries."""
+    """Checks device and toy, imports reward functions, and undoes what their files set globally."""
     if args.device == "cuda":
         require(torch.cuda.is_available(), "--device cuda: there is no GPU")
     for name in sources(args):
@@ -785,8 +782,8 @@ def prepare(args):
     for name in args.reward_model:
         if ".py:" in name:
             import_function(name)
-    os.chdir(START)  # an imported file may have changed directory
-    torch.set_grad_enabled(True)  # or these settings
+    os.chdir(START)  # an imported file may have changed this and the next settings
+    torch.set_grad_enabled(True)
     torch.set_default_dtype(torch.float32)
 
 
@@ -815,8 +812,7 @@ def load(args):
     cpu = args.device == "cpu" or not torch.cuda.is_available()
     accelerator = Accelerator(cpu=cpu, mixed_precision="no")  # but see ActorCritic.autocast
     device = accelerator.device
-    bfloat16 = args.amp == "auto" and has_bfloat16(device)
-    dtype = torch.bfloat16 if bfloat16 else torch.float32
+    dtype = torch.bfloat16 if args.amp == "auto" and has_bfloat16(device) else torch.float32
     tokenizer = load_tokenizer(args.tokenizer or args.policy_model)
     require(tokenizer.eos_token, "the tokenizer has no end-of-text token: give --tokenizer")
     rows = load_rows(args.dataset, accelerator, tokenizer, args)
@@ -879,15 +875,16 @@ class Sample:
     log_prob: Tensor  # (T,), under the policy that sampled the response
     reference_log_prob: Tensor  # (T,)
     value: Tensor  # (T,), of the text before each token
-    target_log_prob: Tensor | None = None  # in evaluations
+    target_log_prob: Tensor | None  # in evaluations
     advantage: Tensor | None = None  # (T,), in training
     returns: Tensor | None = None  # (T,), in training
 
 
 def padded(setup, prompts):
-    options = {"padding_side": "left", "return_attention_mask": True, "return_tensors": "pt"}
-    inputs = setup.tokenizer.pad({"input_ids": prompts}, **options)
-    inputs["input_ids"] *= inputs["attention_mask"]  # a padding token may have no embedding
+    inputs = setup.tokenizer.pad(
+        {"input_ids": prompts}, padding_side="left", return_attention_mask=True, return_tensors="pt"
+    )
+    inputs["input_ids"] *= inputs["attention_mask"]  # id 0: a padding token may have no embedding
     return inputs.to(setup.actor_critic.policy.device)
 
 
@@ -957,14 +954,14 @@ def score(setup, args, rows, prompts, responses):
         finite = all(one is None or math.isfinite(one) for one in its_scores)
         require(finite, f"a score of {name} is not finite")
     scores = np.array(scores, np.float32).T  # None becomes NaN
-    unscored = np.isnan(scores).all(1).any()
+    unscored = np.isnan(scores[:, np.array(args.reward_weights) != 0]).all(1).any()
     require(not unscored, "no reward model scores one of the texts; one must give a number")
     return scores
 
 
 def by_text(tensor, texts):
     """Splits a tensor (n,) over the tokens of all texts into one tensor for each text. They are
-    copies, because a view takes its whole tensor along to other processes."""
+    copies, because a pickled view contains its whole tensor."""
     return [part.clone() for part in tensor.cpu().split([len(ids) for ids in texts])]
 
 
@@ -975,10 +972,10 @@ def collect(setup, args, data, evaluating=False):
     accelerator = setup.accelerator
     actor = setup.actor_critic
     samples = []
-    own = range(accelerator.process_index, len(data), accelerator.num_processes)
+    own = data[accelerator.process_index :: accelerator.num_processes]
     size = 8 * (args.micro_batch_size or 16)  # inference takes less memory than training
     for start in range(0, len(own), size):
-        rows = [data[i] for i in own[start : start + size]]
+        rows = own[start : start + size]
         tokens = [tokenize(row, setup.tokenizer, args) for row in rows]
         prompts, targets, _ = map(list, zip(*tokens))
         responses = generate(setup, prompts, do_sample=not (evaluating and args.eval_greedy))
@@ -1034,7 +1031,7 @@ def symmetric_policy_losses(log_prob, old_log_prob, advantage, clip_coef, z):
     log p, log p_old and A of n actions; `clip_coef` is PPO's epsilon.
 
     (1 - p) / p_old = 1 / p_old - r, where 1 / p_old is constant, and huge for unlikely actions. The
-    Lr returned leaves it out: it has the paper's gradient, but not its value.
+    Lr returned leaves it out: it has the gradient of the authors' code, but not the value.
     """
     ratio = (log_prob - old_log_prob).exp()
     surrogate = advantage * ratio
@@ -1093,9 +1090,8 @@ def loss_and_metrics(model, args, micro_batch, token_count, target_count):
         target = collate(prompts, [sample.target for sample in samples], device)
     log_prob, value, target_log_prob = model(response, target)
     advantage = torch.cat(advantages).to(device)
-    old_log_prob = joined(samples, "log_prob").to(device)
-    old_value = joined(samples, "value").to(device)
-    returns = joined(samples, "returns").to(device)
+    names = ["log_prob", "value", "returns"]
+    old_log_prob, old_value, returns = (joined(samples, name).to(device) for name in names)
     policy_loss, reverse_loss = symmetric_policy_losses(
         log_prob, old_log_prob, advantage, args.clip_coef, args.z
     )
@@ -1135,8 +1131,8 @@ def update(setup, args, samples, rng):
                 # float64: of equal advantages float32's standard deviation may exceed 1e-8
                 std = raw.double().std(correction=min(1, len(raw) - 1))
                 advantage = (raw - raw.double().mean()) / (std + 1e-8)
-            lengths = [len(sample.response) for sample in minibatch]
-            pairs = list(zip(minibatch, advantage.split(lengths)))
+            responses = [sample.response for sample in minibatch]
+            pairs = list(zip(minibatch, by_text(advantage, responses)))
             target_count = max(1, sum(len(sample.target) for sample in minibatch))
 
             # Gradients and metrics add up, over micro batches and then over processes
@@ -1145,7 +1141,7 @@ def update(setup, args, samples, rng):
             size = args.micro_batch_size or len(own)
             totals = {}
             for start in range(0, len(own), size):
-                is_last = start + size >= len(own)  # after it, processes average gradients
+                is_last = start + size >= len(own)  # its backward pass averages over processes
                 with nullcontext() if is_last else accelerator.no_sync(setup.model):
                     loss, metrics = loss_and_metrics(
                         setup.model, args, own[start : start + size], len(raw), target_count
@@ -1156,8 +1152,7 @@ def update(setup, args, samples, rng):
                     totals[name] = totals.get(name, 0) + metric
             metrics = accelerator.reduce(totals, "sum")
 
-            parameters = setup.model.parameters()
-            norm = nn.utils.clip_grad_norm_(parameters, args.max_grad_norm)
+            norm = nn.utils.clip_grad_norm_(setup.model.parameters(), args.max_grad_norm)
             setup.optimizer.step()
             setup.optimizer.zero_grad()
             metrics |= {
@@ -1173,11 +1168,11 @@ def update(setup, args, samples, rng):
 # ---- Evaluation
 
 
-def seed_all(accelerator, *numbers):
+def seed_all(*numbers):
     """Seeds the global generators, each process with a number of its own, and returns a generator
     that is the same in all processes. Checkpoints hold no generators: seed and step suffice."""
     rng = np.random.default_rng(numbers)
-    transformers.set_seed(rng.integers(2**31).item() + accelerator.process_index)
+    set_seed(rng.integers(2**31).item(), device_specific=True)  # adds the process's number
     return rng
 
 
@@ -1214,7 +1209,7 @@ def evaluate(setup, args, step):
     """Returns a row for progress.csv, and up to eight samples. The row has the reward and what it
     costs: the KL divergence, the perplexity of responses under the reference policy and, if there
     are targets, their perplexity under the policy."""
-    seed_all(setup.accelerator, args.seed, step, 2)
+    seed_all(args.seed, step, 2)
     samples = collect(setup, args, setup.eval_data, evaluating=True)
     reward = rewards(samples, args)
     reference_log_prob = joined(samples, "reference_log_prob")
@@ -1235,8 +1230,19 @@ def evaluate(setup, args, step):
     shown = []
     for sample, its_reward in zip(samples[:8], reward.tolist()):
         texts = {"prompt": decode(sample.prompt), "response": decode(sample.response)}
-        shown.append(sample.row | {"step": step} | texts | {"reward": its_reward})
+        shown.append(sample.row | texts | {"step": step, "reward": its_reward})
     return row, shown
+
+
+@dataclass
+class Progress:
+    """What a checkpoint holds besides weights and optimizer."""
+
+    global_step: int
+    speeds: list[float]  # texts per second of each update
+    evaluations: list[dict]  # rows of progress.csv
+    samples: list[dict]
+    history: list[dict]  # what was logged since the last evaluation
 
 
 def evaluate_and_log(setup, args, progress, folder, writer):
@@ -1272,17 +1278,6 @@ def evaluate_and_log(setup, args, progress, folder, writer):
 # ---- Training
 
 
-@dataclass
-class Progress:
-    """What a checkpoint holds besides weights and optimizer."""
-
-    global_step: int
-    speeds: list[float]  # texts per second of each update
-    evaluations: list[dict]  # rows of progress.csv
-    samples: list[dict]
-    history: list[dict]  # what was logged since the last evaluation
-
-
 def train(setup, args, folder):
     accelerator = setup.accelerator
     check_sampling(setup, args)
@@ -1300,7 +1295,7 @@ def train(setup, args, folder):
                 dir=folder,
                 resume="auto",  # W&B keeps the run's id in `dir`
             )
-        # TensorBoard hides what was logged after the checkpoint, without one everything
+        # TensorBoard hides later entries than the checkpoint's; without a checkpoint, all
         writer = SummaryWriter(folder, purge_step=progress.global_step + bool(progress.evaluations))
     accelerator.print(
         f"{folder.name}: from step {progress.global_step:,}, "
@@ -1318,7 +1313,7 @@ def train(setup, args, folder):
     while progress.global_step < args.total_timesteps:
         # Rollout
         started = time.perf_counter()
-        rng = seed_all(accelerator, args.seed, progress.global_step, 1)
+        rng = seed_all(args.seed, progress.global_step, 1)
         chosen = rng.permutation(len(setup.train_data))[: args.batch_size]
         samples = collect(setup, args, [setup.train_data[i] for i in chosen])
         progress.global_step += args.batch_size
@@ -1347,7 +1342,7 @@ def train(setup, args, folder):
             sys.exit(f"error: gradient not finite, step {step} (learning rate? reward?)")
 
         # Log
-        # advantage = return - value. Clamped, since all returns may be equal
+        # The value's error is the advantage. The variance is clamped: all returns may be equal
         returns_variance = joined(samples, "returns").var().clamp(min=1e-8)
         unexplained = joined(samples, "advantage").var() / returns_variance
         log_prob = joined(samples, "log_prob")
@@ -1390,6 +1385,14 @@ def train(setup, args, folder):
 
 
 # ---- Saving
+
+
+def load_checkpoint(path, device="cpu"):
+    try:
+        return torch.load(path, weights_only=True, map_location=device)
+    except Exception as error:  # any is possible here
+        cause = "it is damaged, or has more than tensors and Python's own types"
+        sys.exit(f"error: {path} can't be read: {cause}: {error!r:.200}")
 
 
 def trained_parameters(setup):
@@ -1441,14 +1444,6 @@ def save_policy(setup, run_folder):
     setup.tokenizer.save_pretrained(temporary)
     shutil.rmtree(folder, ignore_errors=True)  # left by a run killed just before its summary
     temporary.rename(folder)
-
-
-def load_checkpoint(path, device="cpu"):
-    try:
-        return torch.load(path, weights_only=True, map_location=device)
-    except Exception as error:  # any is possible here
-        cause = "it is damaged, or has more than tensors and Python's own types"
-        sys.exit(f"error: {path} can't be read: {cause}: {error!r:.200}")
 
 
 # ---- Files of a run

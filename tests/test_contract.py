@@ -594,6 +594,7 @@ REFUSED = [  # scripts, flags, and what they say; None: these flags are not refu
     ([TEXTS], "--num-minibatches 8", "num_minibatches times processes must divide batch_size"),
     ([TEXTS], "--reward-weights 1 2", "reward_weights: one for each reward_model"),
     ([TEXTS], "--reward-weights nan", "reward_weights must be finite"),
+    ([TEXTS], "--reward-weights 0", "reward_weights must be finite, and not all 0"),
     ([TEXTS], "--lora-r 8 --lora-alpha 0", "lora_alpha must be positive"),
     ([TEXTS], "--lora-alpha 8", "lora_alpha needs --lora-r"),
     ([TEXTS], "--reward-model my.py", "which function? FILE.py:NAME"),

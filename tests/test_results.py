@@ -172,7 +172,8 @@ def test_numbers_in_sentences_are_those_of_small_tables():
     means = cosines.groupby(cosines["run_name"].str.split("-").str[0]).mean(numeric_only=True)
     tasks = ("Hopper", "HalfCheetah", "InvertedDoublePendulum")
     first, second, third = (f"{means.loc[task, 'beta20']:.3f} on {task}" for task in tasks)
-    shown = f"is {first}, {second} and {third}; of beta 0.5 at least {means['beta0.5'].min():.3f}."
+    least = means["beta0.5"].min()
+    shown = f"is {first}, {second} and {third}; with beta 0.5 instead, at least {least:.3f}."
     assert shown in PAGES["a2c/README.md"]
 
     games = report.read_csv(RESULTS / "atari/random.csv").groupby("game")["score"]
