@@ -973,7 +973,7 @@ LINE = b'{"prompt": "a"}\n'
     ("a.csv", b'prompt,label\n"a,b\nc,d\n', "can't be read: unexpected end of data"),
     ("a.csv", b"prompt\n", "has no rows"),
     ("a.jsonl", LINE + b'{"prompt', "a.jsonl can't be read: .* line 2"),
-    ("a.jsonl.gz", gzip.compress(LINE * 9)[:-9], "a.jsonl.gz can't be read"),
+    ("a.jsonl.gz", gzip.compress(LINE * 9, mtime=0)[:-9], "a.jsonl.gz can't be read"),
     ("a.jsonl", "\u00e9".encode("latin-1"), "a.jsonl can't be read: .* can't decode"),
     ("a.txt", b"a\nb\n", "a.txt can't be read: its name must end with .csv, .json, .jsonl"),
     ("a.parquet", b"PAR1", "a.parquet can't be read"),
