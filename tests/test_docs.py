@@ -578,3 +578,13 @@ def test_the_page_on_what_is_normal_has_the_percentiles_of_packed_runs():
             values = progress.loc[method == name, f"losses/{metric}"]
             low, high = values.quantile([0.05, 0.95])
             assert cell == f"{low:.2g} to {high:.2g}"
+    text = sections(PAGES["docs/language-models.md"])["Metrics"]
+    progress = pd.read_csv(ROOT / "results/text/toy-progress.csv.gz")
+    rows = re.findall(r"(?m)^\| (\d[\d,]*) \| (.+) \| (.+) \| (.+) \| (.+) \|$", text)
+    assert len(rows) == 3 and progress["run_name"].nunique() == 6
+    for step, *cells in rows:
+        values = progress[progress["step"] == int(step.replace(",", ""))]
+        for cell, metric in zip(cells, ("return_mean", "kl", "perplexity", "perplexity_real")):
+            assert cell == f"{values[metric].min():.2g} to {values[metric].max():.2g}"
+    begun = progress.loc[progress["step"] == 0, "return_mean"]
+    assert f"a reward of {begun.mean():.2f}:" in text
