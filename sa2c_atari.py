@@ -86,7 +86,6 @@ class Args:
     log_freq: int = 1000  # steps between entries in the log
     checkpoint_freq: int = 31_250  # steps of each game between checkpoints, at which games restart
     track: bool = False  # log to Weights & Biases as well (pip install wandb)
-
     # Algorithm
     repeat_action_probability: float = 0.0  # sticky actions: probability of a repeat; 0.25 in v5
     num_envs: int = 16  # games played in parallel
@@ -99,14 +98,12 @@ class Args:
     vf_coef: float = 0.25  # weight of the value loss, an MSE without CleanRL's factor of 1/2
     ent_coef: float = 0.01  # weight of the entropy bonus
     max_grad_norm: float = 0.5  # gradient clipping, over all parameters together
-
     # Symmetric loss, and noise on clipped rewards
     alpha: float | None = None  # weight of the A2C loss; default: 0.5, or 1 if beta is 0
     beta: float = 0.5  # weight of the reverse loss; 0: A2C
     z: float = -1.0  # Z, which stands for log 0
     noise: Literal["none", "flip", "normal", "uniform", "adv_flip"] = "none"  # adv_flip: advantages
     noise_level: float | None = None  # flip probability (default 0.1) or scale (default 0.05)
-
     # Evaluation
     eval_freq: int | None = None  # steps between evaluations; default: total / 20
     eval_episodes: int = 10  # games per evaluation: sampled actions, raw scores without noise
@@ -526,7 +523,7 @@ def train(args, folder):
 
     writer.close()
     summary = {name: x for name, x in evaluations[-1].items() if math.isfinite(x)}  # JSON lacks nan
-    summary["sps"] = float(np.median(speeds))
+    summary["sps"] = np.median(speeds)
     with atomic_write(folder / "summary.json") as path:  # last: marks the end
         path.write_text(json.dumps(summary, indent=2))
 
@@ -668,7 +665,7 @@ def evaluation_row(step, scores, lengths, history):
 def save_agent(agent, evaluations, folder):
     """Writes progress.csv, and agent.safetensors, the weights."""
     with atomic_write(folder / "progress.csv") as path, open(path, "w", encoding="utf-8") as file:
-        columns = dict.fromkeys(name for row in evaluations for name in row)  # a row may lack some
+        columns = means(evaluations)  # whose names are those of all rows: a row may lack some
         table = csv.DictWriter(file, columns, lineterminator="\n")
         table.writeheader()
         table.writerows(evaluations)
@@ -733,22 +730,22 @@ def main():
     args = tyro.cli(Args)
     digests = file_digests()
     folder = run_folder(args, digests)
-    folder.mkdir(parents=True, exist_ok=True)
+    summary_path = folder / "summary.json"
     try:
-        lock = FileLock(folder / "lock", blocking=False).acquire()
+        lock = FileLock(folder / "lock", blocking=False).acquire()  # makes the folder, too
     except OSError as error:
         sys.exit(f"error: another process is at work on {folder}, or it cannot be locked: {error}")
     with lock:
-        if not (folder / "summary.json").exists():
+        if not summary_path.exists():
             begin_session(args, digests, folder)
             try:
                 train(args, folder)
             except KeyboardInterrupt:
                 sys.exit("interrupted; the same command continues from its last checkpoint, if any")
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = json.loads(summary_path.read_text())
     score = f"return {summary['return_mean']:.1f}, {summary['sps']:,.0f} steps/s"
-    folder = Path(args.runs_dir, folder.name)  # as it was typed
-    print(f"{folder}: {score}; to watch it: python enjoy.py {folder}")
+    name = f"{args.runs_dir}/{folder.name}"  # as it was typed
+    print(f"{name}: {score}; to watch it: python enjoy.py {name}")
 
 
 if __name__ == "__main__":

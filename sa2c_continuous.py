@@ -134,10 +134,10 @@ def make_env(args, seed=0, **options):
     warnings.filterwarnings("ignore", message=".*is out of date.*")  # as the paper's MuJoCo v4 is
     env = gym.make(args.env_id, **options)
     rng = np.random.default_rng([seed, 3])  # `seed` alone would repeat the environment's numbers
-    parts = [env]
-    while isinstance(parts[-1], gym.Wrapper):  # each may have spaces of its own
-        parts.append(parts[-1].env)
-    for part in parts:
+    inner = env
+    while inner is not None:  # each wrapper may have spaces of its own
+        part = inner
+        inner = part.env if isinstance(part, gym.Wrapper) else None
         for name in ("action_space", "observation_space"):
             if hasattr(part, name):
                 getattr(part, name).seed(rng.integers(2**31).item())
@@ -601,7 +601,7 @@ def train(envs, args, folder):
 
     writer.close()
     summary = {name: x for name, x in evaluations[-1].items() if math.isfinite(x)}  # JSON lacks nan
-    summary["sps"] = float(np.median(speeds))
+    summary["sps"] = np.median(speeds)
     with atomic_write(folder / "summary.json") as path:  # last: marks the end
         path.write_text(json.dumps(summary, indent=2))
 
@@ -729,7 +729,7 @@ def evaluation_row(step, scores, lengths, history):
 def save_agent(agent, obs_stats, evaluations, folder):
     """Writes progress.csv, and agent.safetensors, weights and statistics."""
     with atomic_write(folder / "progress.csv") as path, open(path, "w", encoding="utf-8") as file:
-        columns = dict.fromkeys(name for row in evaluations for name in row)  # a row may lack some
+        columns = means(evaluations)  # whose names are those of all rows: a row may lack some
         table = csv.DictWriter(file, columns, lineterminator="\n")
         table.writeheader()
         table.writerows(evaluations)
@@ -798,23 +798,23 @@ def main():
         sys.exit(f"error: --env-id {args.env_id}: {error}")
     digests = file_digests()
     folder = run_folder(args, digests)
-    folder.mkdir(parents=True, exist_ok=True)
+    summary_path = folder / "summary.json"
     try:
-        lock = FileLock(folder / "lock", blocking=False).acquire()
+        lock = FileLock(folder / "lock", blocking=False).acquire()  # makes the folder, too
     except OSError as error:
         sys.exit(f"error: another process is at work on {folder}, or it cannot be locked: {error}")
     with lock:
-        if not (folder / "summary.json").exists():
+        if not summary_path.exists():
             begin_session(args, digests, folder)
             try:
                 with closing(NormalizedEnvs(args)) as envs:
                     train(envs, args, folder)
             except KeyboardInterrupt:
                 sys.exit("interrupted; the same command continues from its last checkpoint, if any")
-    summary = json.loads((folder / "summary.json").read_text())
+    summary = json.loads(summary_path.read_text())
     score = f"return {summary['return_mean']:.1f}, {summary['sps']:,.0f} steps/s"
-    folder = Path(args.runs_dir, folder.name)  # as it was typed
-    print(f"{folder}: {score}; to watch it: python enjoy.py {folder}")
+    name = f"{args.runs_dir}/{folder.name}"  # as it was typed
+    print(f"{name}: {score}; to watch it: python enjoy.py {name}")
 
 
 if __name__ == "__main__":
