@@ -70,8 +70,7 @@ gym.register_envs(ale_py)
 SCRIPT = Path(__file__).resolve()
 SOURCE = SCRIPT.read_bytes()  # read at once, since the file may be edited during the run
 START = Path.cwd()  # relative paths begin here, even where an environment changes directory
-# Arguments that change results by rounding at most
-NO_EFFECT = ["runs_dir", "device", "compile", "track"]
+NO_EFFECT = ["runs_dir", "device", "compile", "track"]  # change results by rounding at most
 
 
 @dataclass
@@ -231,7 +230,6 @@ class Agent(nn.Module):
     def __init__(self, num_actions, bfloat16=False):
         super().__init__()
         self.dtype = torch.bfloat16 if bfloat16 else torch.float32  # both exact for 0, ..., 255
-
         self.conv = nn.Conv2d(4, 32, 8, stride=4)
         self.trunk = nn.Sequential(
             nn.ReLU(),
@@ -270,8 +268,7 @@ class Agent(nn.Module):
 
 def sample_gumbel(shape, generator):
     """Gumbel-max trick: arg max of logits + these numbers is a sample; faster than Categorical."""
-    exponential = torch.empty(shape).exponential_(generator=generator)
-    return -exponential.log()
+    return -torch.empty(shape).exponential_(generator=generator).log()
 
 
 # ---- Losses
@@ -501,9 +498,6 @@ def train(args, folder):
             history = []
             save_agent(agent, evaluations, folder)
             writer.add_scalar("eval/return_mean", scores.mean(), global_step)
-            if device.type == "cuda":
-                peak = torch.cuda.max_memory_allocated() / 2**30
-                writer.add_scalar("charts/gpu_memory_GiB", peak, global_step)
             tqdm.write(f"step {global_step:,}: return {scores.mean():.1f}")
         if finished or global_step % interval < batch_size:
             checkpoint = {  # an edited script's own network or optimizer belongs here, too
