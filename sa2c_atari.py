@@ -131,8 +131,7 @@ class AtariGames:
     the last two frames, stacked over the last four steps. A game starts with FIRE (if it has that
     action) and no-ops, together fewer than 30 frames, and is truncated after 108,000 frames. For
     the learner a lost life ends the episode, but the game continues. The next action is FIRE,
-    whatever the agent chose, since many games wait for it.
-    """
+    whatever the agent chose, since many games wait for it."""
 
     def __init__(self, args, num_games, max_frames=108_000):
         num_threads = torch.get_num_threads()
@@ -280,8 +279,7 @@ def compute_gae(reward, value, done, gamma, gae_lambda):
     """Advantages and returns (T, N) by generalised advantage estimation (arXiv 1506.02438).
 
     `reward` and `done`, whether a step ended its episode, are (T, N); `value` is (T + 1, N), of
-    the observations before each step and after the last.
-    """
+    the observations before each step and after the last."""
     next_value = np.where(done, 0.0, value[1:])
     delta = reward + gamma * next_value - value[:-1]
     decay = np.where(done, 0.0, gamma * gae_lambda)
@@ -401,7 +399,7 @@ def train(args, folder):
     action = torch.zeros(T, N, dtype=torch.int64, device=device)
     reward = np.zeros((T, N))
     done = np.zeros((T, N), bool)
-    overridden = np.zeros((T, N), bool)  # FIRE replaced the agent's action
+    overridden = np.zeros_like(done)  # FIRE replaced the agent's action
     obs[T] = torch.from_numpy(games.reset([args.seed, global_step]))
     interval = args.checkpoint_freq * N
     print(f"{folder.name}: from step {global_step:,}, with a checkpoint every {interval:,} steps")
@@ -549,12 +547,10 @@ def check(args):
         if not condition:
             raise ValueError(message)
 
-    counts = "total_timesteps eval_freq eval_episodes checkpoint_freq num_envs num_steps "
-    counts += "log_freq"
+    counts = "total_timesteps log_freq eval_freq eval_episodes checkpoint_freq num_envs num_steps"
     for name in counts.split():
         require(getattr(args, name) >= 1, f"{name} must be at least 1")
-    numbers = "seed alpha beta noise_level learning_rate rmsprop_eps vf_coef ent_coef"
-    for name in numbers.split():
+    for name in "seed alpha beta noise_level learning_rate rmsprop_eps vf_coef ent_coef".split():
         require(0 <= getattr(args, name) < math.inf, f"{name} must be finite and not negative")
     for name in "gamma gae_lambda repeat_action_probability".split():
         require(0 <= getattr(args, name) <= 1, f"{name} must be between 0 and 1")

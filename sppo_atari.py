@@ -137,8 +137,7 @@ class AtariGames:
     the last two frames, stacked over the last four steps. A game starts with FIRE (if it has that
     action) and no-ops, together fewer than 30 frames, and is truncated after 108,000 frames. For
     the learner a lost life ends the episode, but the game continues. The next action is FIRE,
-    whatever the agent chose, since many games wait for it.
-    """
+    whatever the agent chose, since many games wait for it."""
 
     def __init__(self, args, num_games, max_frames=108_000):
         num_threads = torch.get_num_threads()
@@ -294,8 +293,7 @@ def compute_gae(reward, value, done, gamma, gae_lambda):
     """Advantages and returns (T, N) by generalised advantage estimation (arXiv 1506.02438).
 
     `reward` and `done`, whether a step ended its episode, are (T, N); `value` is (T + 1, N), of
-    the observations before each step and after the last.
-    """
+    the observations before each step and after the last."""
     next_value = np.where(done, 0.0, value[1:])
     delta = reward + gamma * next_value - value[:-1]
     decay = np.where(done, 0.0, gamma * gae_lambda)
@@ -392,7 +390,7 @@ def train(args, folder):
     action = torch.zeros(T, N, dtype=torch.int64, device=device)
     reward = np.zeros((T, N))
     done = np.zeros((T, N), bool)
-    overridden = np.zeros((T, N), bool)  # FIRE replaced the agent's action
+    overridden = np.zeros_like(done)  # FIRE replaced the agent's action
     obs[T] = torch.from_numpy(games.reset([args.seed, global_step]))
     interval = args.checkpoint_freq * N
     print(f"{folder.name}: from step {global_step:,}, with a checkpoint every {interval:,} steps")
@@ -546,9 +544,8 @@ def check(args):
         if not condition:
             raise ValueError(message)
 
-    counts = "total_timesteps eval_freq eval_episodes checkpoint_freq num_envs num_steps "
-    counts += "num_minibatches update_epochs"
-    for name in counts.split():
+    counts = "total_timesteps eval_freq eval_episodes checkpoint_freq num_envs num_steps"
+    for name in f"{counts} num_minibatches update_epochs".split():
         require(getattr(args, name) >= 1, f"{name} must be at least 1")
     for name in "seed alpha beta noise_level learning_rate clip_coef vf_coef ent_coef".split():
         require(0 <= getattr(args, name) < math.inf, f"{name} must be finite and not negative")
@@ -563,8 +560,7 @@ def check(args):
     batch_size = args.num_envs * args.num_steps
     minibatch_size, rest = divmod(batch_size, args.num_minibatches)
     require(rest == 0, f"num_minibatches must divide the {batch_size} steps of a rollout")
-    if args.norm_adv:
-        require(minibatch_size > 1, "norm_adv needs 2 or more steps in a minibatch")
+    require(minibatch_size > 1 or not args.norm_adv, "norm_adv needs 2 or more steps a minibatch")
     try:
         gym.spec(f"ALE/{args.env_id}-v5")
     except gym.error.Error as error:

@@ -135,10 +135,10 @@ def make_env(args, seed=0, **options):
     warnings.filterwarnings("ignore", message=".*is out of date.*")  # as the paper's MuJoCo v4 is
     env = gym.make(args.env_id, **options)
     rng = np.random.default_rng([seed, 3])  # `seed` alone would repeat the environment's numbers
-    inner = env
-    while inner is not None:  # each wrapper may have spaces of its own
-        part = inner
-        inner = part.env if isinstance(part, gym.Wrapper) else None
+    parts = [env]
+    for part in parts:  # which grows, since each wrapper may have spaces of its own
+        if isinstance(part, gym.Wrapper):
+            parts.append(part.env)
         for name in ("action_space", "observation_space"):
             if hasattr(part, name):
                 getattr(part, name).seed(rng.integers(2**31).item())
@@ -146,16 +146,15 @@ def make_env(args, seed=0, **options):
 
 
 def prepare(args):
-    """Makes the environment once, so that `file_digests` finds the files that it imports. Refuses
-    spaces that are no vectors."""
+    """Imports the environment's files, for `file_digests`. Refuses spaces that are no vectors."""
     with make_env(args) as env:
         env.reset(seed=0)  # some environments import files only here
         for space in (env.observation_space, env.action_space):
             if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
                 sys.exit(f"error: {args.env_id}: {space} is no vector; see docs/copy-and-modify.md")
         action_space = env.action_space
-    bound = np.abs([action_space.low, action_space.high]).max()  # float32's maximum: no bound
-    if action_space.dtype.kind != "f" or (bound > 1e30 and args.policy == "categorical"):
+    width = (action_space.high - action_space.low).max()  # float32's maximum means no bound
+    if action_space.dtype.kind != "f" or (width > 1e30 and args.policy == "categorical"):
         sys.exit(f"error: {args.env_id}: needs float actions, bounded unless --policy gaussian")
 
 
@@ -172,9 +171,10 @@ class RunningStats:
         for value in batch:
             self.count += 1
             delta = value - self.mean
-            self.mean = self.mean + delta / self.count
-            self.m2 = self.m2 + delta * (value - self.mean)
+            self.mean += delta / self.count
+            self.m2 += delta * (value - self.mean)
         self.std = np.sqrt(self.m2 / self.count + 1e-8)
+        return self
 
     def normalize(self, obs):
         return ((obs - self.mean) / self.std).clip(-10, 10).astype(np.float32)
@@ -190,8 +190,7 @@ class NormalizedEnvs:
     """Environments stepped one after the other; one whose episode ends is reset in the same step.
 
     As in Stable-Baselines3's VecNormalize, observations are standardised by running statistics,
-    rewards divided by the discounted return's standard deviation, and both clipped to [-10, 10].
-    """
+    rewards divided by the discounted return's standard deviation, and both clipped to [-10, 10]."""
 
     def __init__(self, args):
         self.args = args
@@ -210,12 +209,11 @@ class NormalizedEnvs:
         seeds = np.random.default_rng(seed).integers(2**31, size=n).tolist()
         random.seed(seeds[0])  # some environments draw from these global generators
         np.random.seed(seeds[0])
-        torch.default_generator.manual_seed(seeds[0])
+        torch.manual_seed(seeds[0])
         self.close()  # new environments follow, since BipedalWalker keeps state across resets
         self.envs = [make_env(self.args, s) for s in seeds]
         self.obs = np.array([env.reset(seed=s)[0] for env, s in zip(self.envs, seeds)], float)
-        self.obs_stats.update(self.obs)
-        return self.obs_stats.normalize(self.obs)
+        return self.obs_stats.update(self.obs).normalize(self.obs)
 
     def step(self, action):
         """Steps all environments by `action` (num_envs, action_dim).
@@ -227,7 +225,7 @@ class NormalizedEnvs:
         n = self.args.num_envs
         reward = np.zeros(n)
         terminated = np.zeros(n, bool)
-        truncated = np.zeros(n, bool)
+        truncated = np.zeros_like(terminated)
         for i, env in enumerate(self.envs):
             self.obs[i], reward[i], terminated[i], truncated[i], _ = env.step(action[i])
         self.episode_return += reward
@@ -236,7 +234,7 @@ class NormalizedEnvs:
         self.return_stats.update(self.discounted_return)
 
         done = terminated | truncated
-        final_obs = np.zeros(self.obs.shape, np.float32)
+        final_obs = np.zeros_like(self.obs, np.float32)
         for i in np.flatnonzero(done):
             final_obs[i] = self.obs_stats.normalize(self.obs[i])
             episode = float(self.episode_return[i]), float(self.episode_length[i])
@@ -246,8 +244,7 @@ class NormalizedEnvs:
             self.episode_length[i] = 0
             self.obs[i], _ = self.envs[i].reset()
 
-        self.obs_stats.update(self.obs)
-        obs = self.obs_stats.normalize(self.obs)
+        obs = self.obs_stats.update(self.obs).normalize(self.obs)
         reward = (reward / self.return_stats.std).clip(-10, 10)
         return obs, reward, done, truncated & ~terminated, final_obs
 
@@ -310,8 +307,7 @@ class Agent(nn.Module):
     output = actor(obs)               logits (batch, action_dim, bins), or means (batch, action_dim)
     action                            arg max over bins of output + exploration, or this sum itself
     to_env(action)                    the environment's action
-    policy(output).log_prob(action)   log-probability (batch,), for the losses
-    """
+    policy(output).log_prob(action)   log-probability (batch,), for the losses"""
 
     def __init__(self, env, args):
         super().__init__()
@@ -329,8 +325,7 @@ class Agent(nn.Module):
         self.critic = mlp(obs_dim, 1, 1.0, args)
 
     def policy(self, output):
-        """Distribution of the joint action, from the actor's output: log-probabilities are summed
-        over the action's dimensions."""
+        """Distribution of the joint action: log-probabilities are summed over its dimensions."""
         output = output.view(-1, *self.output_shape)
         if self.gaussian:
             distribution = Normal(output, self.log_std.exp(), validate_args=False)
@@ -406,8 +401,7 @@ def compute_gae(reward, value, done, gamma, gae_lambda):
     """Advantages and returns (T, N) by generalised advantage estimation (arXiv 1506.02438).
 
     `reward` and `done`, whether a step ended its episode, are (T, N); `value` is (T + 1, N), of
-    the observations before each step and after the last.
-    """
+    the observations before each step and after the last."""
     next_value = np.where(done, 0.0, value[1:])
     delta = reward + gamma * next_value - value[:-1]
     decay = np.where(done, 0.0, gamma * gae_lambda)
@@ -418,8 +412,7 @@ def compute_gae(reward, value, done, gamma, gae_lambda):
 
 
 def gradient_and_metrics(agent, trained, args, obs, action, old_log_prob, advantage, returns):
-    """Clipped gradients of the loss on a minibatch, one for each of the `trained` parameters, and
-    what to log."""
+    """Clipped gradients of the loss on a minibatch, by `trained` parameters, and what to log."""
     normalized = advantage
     if args.norm_adv:  # float64: of equal advantages float32's rounding errors exceed 1e-8
         normalized = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
@@ -471,12 +464,9 @@ def train(envs, args, folder):
     evaluations = []  # rows of progress.csv
     history = []  # what was logged since the last evaluation
     speeds = []  # steps per second of each rollout and update
-    stateful = {  # an edited script's own network or optimizer belongs here, too
-        "agent": agent,
-        "optimizer": optimizer,
-        "obs_stats": envs.obs_stats,
-        "return_stats": envs.return_stats,
-    }
+    # An edited script's own network or optimizer belongs here, too
+    stateful = {"agent": agent, "optimizer": optimizer}
+    stateful |= {"obs_stats": envs.obs_stats, "return_stats": envs.return_stats}
     checkpoint_path = folder / "checkpoint.pt"
     if checkpoint_path.exists():
         checkpoint = load_checkpoint(checkpoint_path)
@@ -619,10 +609,10 @@ def evaluate(agent, args, obs_stats, seed, env):
     longest = getattr(env.spec, "max_episode_steps", None) or 100_000
     act = agent.actor_fn()
     returns = np.zeros(args.eval_episodes)
-    lengths = np.zeros(args.eval_episodes)
+    lengths = np.zeros_like(returns)
     for episode in range(args.eval_episodes):
         # With seed + episode, runs with neighbouring seeds would share most initial states
-        obs, _ = env.reset(seed=seed if episode == 0 else None)
+        obs, _ = env.reset(seed=None if episode else seed)
         done = False
         while not done:
             action, _ = act(obs_stats.normalize(np.array([obs])))
@@ -643,9 +633,8 @@ def check(args):
         if not condition:
             raise ValueError(message)
 
-    counts = "total_timesteps eval_freq eval_episodes checkpoint_freq num_envs num_steps "
-    counts += "num_minibatches update_epochs"
-    for name in counts.split():
+    counts = "total_timesteps eval_freq eval_episodes checkpoint_freq num_envs num_steps"
+    for name in f"{counts} num_minibatches update_epochs".split():
         require(getattr(args, name) >= 1, f"{name} must be at least 1")
     for name in "seed alpha beta noise_level learning_rate clip_coef vf_coef ent_coef".split():
         require(0 <= getattr(args, name) < math.inf, f"{name} must be finite and not negative")
@@ -664,8 +653,7 @@ def check(args):
     batch_size = args.num_envs * args.num_steps
     minibatch_size, rest = divmod(batch_size, args.num_minibatches)
     require(rest == 0, f"num_minibatches must divide the {batch_size} steps of a rollout")
-    if args.norm_adv:
-        require(minibatch_size > 1, "norm_adv needs 2 or more steps in a minibatch")
+    require(minibatch_size > 1 or not args.norm_adv, "norm_adv needs 2 or more steps a minibatch")
 
 
 def file_digests():

@@ -533,7 +533,11 @@ def test_a_keyboard_interrupt_says_what_continues(setting, launch, monkeypatch):
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(setting.script, setting.advantages, interrupt)
+    def install(numpy):
+        pairs = ("numpy", numpy), ("Jinja2", "3"), ("numpy", "0")
+        found = [SimpleNamespace(name=name, version=number) for name, number in pairs]
+        monkeypatch.setattr(setting.script, "distributions", lambda: found)
+
     said = "interrupted; the same command continues from its last checkpoint, if any"
     assert launch()[0] == said
 
@@ -569,7 +573,7 @@ REFUSED = [  # scripts, flags, and what they say; None: these flags are not refu
     (ALL, "--noise adv_flip --noise-level 1.5", "noise_level is the probability of a flip"),
     (ALL, "--eval-episodes 0", "eval_episodes must be at least 1"),
     (PPO, "--num-minibatches 5", "num_minibatches must divide the 64 steps of a rollout"),
-    (PPO, "--num-minibatches 64", "norm_adv needs 2 or more steps in a minibatch"),
+    (PPO, "--num-minibatches 64", "norm_adv needs 2 or more steps a minibatch"),
     (PPO, "--num-minibatches 64 --no-norm-adv --total-timesteps 64", None),
     (A2C, "--norm-adv --num-envs 1 --num-steps 1", "norm_adv needs more than one step"),
     ([SA2C_ATARI], "--rmsprop-eps -1e-5", "rmsprop_eps must be finite and not negative"),
