@@ -215,13 +215,10 @@ class NormalizedEnvs:
         return self.obs_stats.update(self.obs).normalize(self.obs)
 
     def step(self, action):
-        """Steps all environments by `action` (num_envs, action_dim).
-
-        Returns normalised observations (num_envs, obs_dim) and rewards (num_envs,), whether each
-        episode is done, whether it was only truncated (by a time limit, for example), and the last
-        observations of episodes that are done.
-        """
-        n = self.args.num_envs
+        """Steps all environments by `action` (num_envs, action_dim). Returns normalised `obs` and
+        `reward`, `done` (terminated or truncated), `only_truncated` (by a time limit, for example),
+        and `final_obs`, the last observations of episodes that are done."""
+        n = len(action)
         reward = np.zeros(n)
         terminated = np.zeros(n, bool)
         truncated = np.zeros_like(terminated)
@@ -245,7 +242,8 @@ class NormalizedEnvs:
 
         obs = self.obs_stats.update(self.obs).normalize(self.obs)
         reward = (reward / self.return_stats.std).clip(-10, 10)
-        return obs, reward, done, truncated & ~terminated, final_obs
+        only_truncated = truncated & ~terminated
+        return obs, reward, done, only_truncated, final_obs
 
     def close(self):
         for env in self.envs:
@@ -488,7 +486,7 @@ def train(envs, args, folder):
     final_obs = np.zeros_like(obs[1:])  # of episodes that are done
     reward = np.zeros((T, N))
     done = np.zeros((T, N), bool)
-    truncated = np.zeros((T, N), bool)
+    only_truncated = np.zeros_like(done)
     gradient_fn = gradient_and_metrics
     if args.compile:
         gradient_fn = compiled(gradient_and_metrics, options={"cpp_wrapper": True})
@@ -513,7 +511,7 @@ def train(envs, args, folder):
             actions.append(action)
             outputs.append(output)
             step = envs.step(agent.to_env(action))
-            obs[t + 1], reward[t], done[t], truncated[t], final_obs[t] = step
+            obs[t + 1], reward[t], done[t], only_truncated[t], final_obs[t] = step
         global_step += batch_size
         bar.update(batch_size)
 
@@ -524,12 +522,12 @@ def train(envs, args, folder):
         b_output = torch.from_numpy(np.concatenate(outputs))
         with torch.no_grad():
             b_log_prob = agent.acting_log_prob(b_action, b_output)
-            valued_obs = torch.cat([all_obs, torch.from_numpy(final_obs[truncated])])
+            valued_obs = torch.cat([all_obs, torch.from_numpy(final_obs[only_truncated])])
             values = agent.critic(valued_obs).view(len(valued_obs)).numpy()
         value = values[: len(all_obs)].reshape(T + 1, N)
         noisy_reward = perturb_reward(reward.copy(), args.noise, args.noise_level, rng)
         # A truncated episode would have gone on: bootstrap from where it stopped
-        noisy_reward[truncated] += args.gamma * values[len(all_obs) :]
+        noisy_reward[only_truncated] += args.gamma * values[len(all_obs) :]
         advantage, returns = compute_gae(noisy_reward, value, done, args.gamma, args.gae_lambda)
         b_advantage = torch.from_numpy(advantage).flatten()  # float64, until it is normalised
         b_returns = torch.from_numpy(returns).float().flatten()
