@@ -710,6 +710,10 @@ def begin_session(args, digests, folder):
     }
     path = folder / "sessions.jsonl"
     earlier = path.read_text() if path.exists() else ""
+    if earlier:
+        before = json.loads(earlier.splitlines()[-1])["versions"].items()
+        if before - versions.items():
+            print(f"warning: last session had other versions: {dict(before - versions.items())}")
     with atomic_write(path) as temporary:
         temporary.write_text(earlier + json.dumps(session) + "\n")
     with atomic_write(folder / SCRIPT.name) as temporary:

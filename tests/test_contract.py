@@ -529,7 +529,11 @@ def test_a_run_has_one_process_at_a_time(setting, launch, monkeypatch):
 
 
 @only(*KINDS)
-def test_a_keyboard_interrupt_says_what_continues(setting, launch, monkeypatch):
+def test_an_interrupted_run_says_what_continues_it_and_then_which_versions_it_had(
+    setting, launch, monkeypatch
+):
+    """Of two installations of a package, Python imports the first one found."""
+
     def interrupt(*_):
         raise KeyboardInterrupt
 
@@ -539,7 +543,16 @@ def test_a_keyboard_interrupt_says_what_continues(setting, launch, monkeypatch):
         monkeypatch.setattr(setting.script, "distributions", lambda: found)
 
     said = "interrupted; the same command continues from its last checkpoint, if any"
-    assert launch()[0] == said
+    warning = "warning: last session had other versions: {'numpy': '1'}\n"
+    for version_, warnings in ("1", 0), ("1", 0), ("2", 1), ("2", 0):
+        install(version_)
+        with monkeypatch.context() as patch:
+            patch.setattr(setting.script, setting.advantages, interrupt)
+            end, out, _ = launch()
+        assert end == said
+        assert (out.count(warning), out.count("other versions")) == (warnings, warnings)
+    (folder,) = RUNS.iterdir()
+    assert [one["versions"]["numpy"] for one in sessions(folder)] == ["1", "1", "2", "2"]
 
 
 @needs_gpu
