@@ -257,7 +257,9 @@ def perturb_reward(reward, noise, level, rng):
         return reward + rng.normal(0, level, reward.shape)
     if noise == "uniform":
         return reward + rng.uniform(-level, level, reward.shape)
-    return reward
+    if noise in ("none", "adv_flip"):
+        return reward
+    raise ValueError(f"perturb_reward does not know the noise {noise!r}")
 
 
 def perturb_advantage(advantage, level, rng):

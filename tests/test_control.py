@@ -98,6 +98,8 @@ def test_noise_has_its_distribution(setting):
     assert len(np.unique(noise("normal"))) == len(np.unique(noise("uniform"))) == 20_000  # each own
     assert not noise("none").any()
     assert not noise("adv_flip").any()
+    with pytest.raises(ValueError, match="perturb_reward does not know the noise 'lost'"):
+        noise("lost")  # of a copy whose Args allows it
 
     advantage = torch.randn(300, 300)
     noisy = setting.script.perturb_advantage(advantage, 0.1, np.random.default_rng(0))
