@@ -712,7 +712,8 @@ def evaluation_row(step, scores, lengths, history):
         "return_std": scores.std(),
         "length_mean": lengths.mean(),
     }
-    return {"step": step} | means([evaluation, *history])
+    # Raises TypeError if a logged metric has the name of a column of the evaluation
+    return dict(step=step, **means([evaluation]), **means(history))
 
 
 def save_agent(agent, obs_stats, evaluations, folder):

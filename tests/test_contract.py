@@ -229,6 +229,9 @@ def test_a_metric_may_be_missing_or_nan(setting, monkeypatch):
     assert {row["losses/mine"] for row in rows} == {"nan"}
     summary = (folder / "summary.json").read_text()
     assert "losses/mine" not in json.loads(summary, parse_constant=fail)
+    for name in ("step", "length_mean"):  # a metric that would replace an evaluation's number
+        with pytest.raises(TypeError, match=f"multiple values for keyword argument '{name}'"):
+            setting.script.evaluation_row(4, np.ones(2), np.ones(2), [{name: 0.5}])
 
 
 @only(*A2C)
