@@ -598,7 +598,8 @@ def train(envs, args, folder):
 
 def evaluate(agent, args, obs_stats, seed, env):
     """Raw returns and lengths (eval_episodes,) of greedy episodes in `env`."""
-    longest = getattr(env.spec, "max_episode_steps", None) or 100_000
+    # Wrappers outside of a TimeLimit may join episodes; others have no limit
+    longest = max(100_000, getattr(env.spec, "max_episode_steps", None) or 0)
     act = agent.actor_fn()
     returns = np.zeros(args.eval_episodes)
     lengths = np.zeros_like(returns)
