@@ -42,7 +42,7 @@ import site
 import sys
 import time
 from collections import deque
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import distributions
 from pathlib import Path
@@ -725,13 +725,15 @@ def begin_session(args, digests, folder):
 
 def main():
     args = tyro.cli(Args)
+    with suppress(AttributeError):  # of a notebook's stdout, which has all letters
+        sys.stdout.reconfigure(errors="backslashreplace")  # for letters that a terminal lacks
     digests = file_digests()
     folder = run_folder(args, digests)
     summary_path = folder / "summary.json"
     try:
         lock = FileLock(folder / "lock", blocking=False).acquire()  # makes the folder, too
     except OSError as error:
-        sys.exit(f"error: another process is at work on {folder}, or it cannot be locked: {error}")
+        sys.exit(f"error: another process is at work on {folder}, or locks fail there: {error}")
     with lock:
         if not summary_path.exists():
             begin_session(args, digests, folder)
@@ -739,6 +741,10 @@ def main():
                 train(args, folder)
             except KeyboardInterrupt:
                 sys.exit("interrupted; the same command continues from its last checkpoint, if any")
+            except SystemExit as end:
+                if isinstance(end.code, str):  # a sentence of this script
+                    raise
+                raise RuntimeError("sys.exit() was called before the end of the run") from end
     summary = json.loads(summary_path.read_text())
     score = f"return {summary['return_mean']:.1f}, {summary['sps']:,.0f} steps/s"
     name = f"{args.runs_dir}/{folder.name}"  # as it was typed

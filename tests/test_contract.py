@@ -5,6 +5,7 @@ import errno
 import fcntl
 import hashlib
 import importlib
+import io
 import json
 import os
 import random
@@ -526,7 +527,7 @@ def test_a_run_has_one_process_at_a_time(setting, launch, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(fcntl, "flock", no_locks)
             end, _, _ = launch(**every(setting, 1))
-        assert end == f"{said}, or it cannot be locked: [Errno 5] Input/output error"
+        assert end == f"{said}, or locks fail there: [Errno 5] Input/output error"
     (folder / "lock").write_text("")  # as a killed process leaves it
     assert launch(**every(setting, 1))[0] == 0
 
@@ -556,6 +557,29 @@ def test_an_interrupted_run_says_what_continues_it_and_then_which_versions_it_ha
         assert (out.count(warning), out.count("other versions")) == (warnings, warnings)
     (folder,) = RUNS.iterdir()
     assert [one["versions"]["numpy"] for one in sessions(folder)] == ["1", "1", "2", "2"]
+
+
+EXITS = [(SA2C_ATARI, "compute_gae", 0), (SPPO_CONTINUOUS, "compute_gae", 3)]
+EXITS += [(SPPO_CONTINUOUS, "make_env", None), (SPPO_CONTINUOUS, "evaluate", 0)]
+
+
+@pytest.mark.parametrize(("setting", "place", "status"), EXITS, ids=str, indirect=["setting"])
+def test_an_exit_before_the_summary_is_an_error(setting, place, status, launch, monkeypatch):
+    """An environment may call `sys.exit`, with any status, when it is made, too."""
+    monkeypatch.setattr(setting.script, place, lambda *_, **__: sys.exit(status))
+    with pytest.raises(RuntimeError, match="exit.. was called before the end of the run"):
+        launch()
+
+
+@only(SPPO_CONTINUOUS, SA2C_ATARI)
+def test_letters_that_a_terminal_lacks_are_escaped(setting, launch, monkeypatch):
+    """A notebook's output, like StringIO, has all letters."""
+    terminal = io.TextIOWrapper(io.BytesIO(), "ascii")
+    for output in (terminal, io.StringIO()):
+        monkeypatch.setattr(sys, "stdout", output)
+        assert launch(exp_name="\u03b2")[0] == 0
+    terminal.seek(0)
+    assert terminal.read().count(r"__\u03b2__") == 3
 
 
 @needs_gpu
