@@ -573,8 +573,8 @@ def train(envs, args, folder):
         if evaluation_due:
             seed = (args.seed + global_step) % 2**31
             with make_env(args, seed) as env:  # a new one, as in training
-                scores, lengths = evaluate(agent, args, envs.obs_stats, seed, env)
-            evaluations.append(evaluation_row(global_step, scores, lengths, history))
+                scores, lengths, successes = evaluate(agent, args, envs.obs_stats, seed, env)
+            evaluations.append(evaluation_row(global_step, scores, lengths, successes + history))
             history = []
             save_agent(agent, envs.obs_stats, evaluations, folder)
             writer.add_scalar("eval/return_mean", scores.mean(), global_step)
@@ -597,23 +597,26 @@ def train(envs, args, folder):
 
 
 def evaluate(agent, args, obs_stats, seed, env):
-    """Raw returns and lengths (eval_episodes,) of greedy episodes in `env`."""
+    """Raw returns and lengths (eval_episodes,) of greedy episodes; successes if `info` has any."""
     # Wrappers outside of a TimeLimit may join episodes; others have no limit
     longest = max(100_000, getattr(env.spec, "max_episode_steps", None) or 0)
     act = agent.actor_fn()
     returns = np.zeros(args.eval_episodes)
     lengths = np.zeros_like(returns)
+    successes = []
     for episode in range(args.eval_episodes):
         # With seed + episode, runs with neighbouring seeds would share most initial states
         obs, _ = env.reset(seed=None if episode else seed)
         done = False
         while not done:
             action, _ = act(obs_stats.normalize(np.array([obs])))
-            obs, reward, terminated, truncated, _ = env.step(agent.to_env(action)[0])
+            obs, reward, terminated, truncated, info = env.step(agent.to_env(action)[0])
             returns[episode] += reward
             lengths[episode] += 1
             done = terminated or truncated or lengths[episode] == longest
-    return returns, lengths
+        if "is_success" in info:  # of the episode's last step
+            successes.append({"eval/success_rate": info["is_success"]})
+    return returns, lengths, successes
 
 
 # ---- Plumbing

@@ -229,7 +229,7 @@ def test_an_episode_that_does_not_end_is_cut_off_in_an_evaluation(limit, end, le
     env.spec = SimpleNamespace(max_episode_steps=limit) if limit else None
     agent = make_agent(hidden_sizes=())
     args = script.Args(eval_episodes=1)
-    scores, lengths = script.evaluate(agent, args, script.RunningStats(), 0, env)
+    scores, lengths, _ = script.evaluate(agent, args, script.RunningStats(), 0, env)
     assert (scores.tolist(), lengths.tolist()) == ([length / 2], [length])
 
 

@@ -755,9 +755,26 @@ def test_a_number_that_is_not_finite_stops_the_run_before_it_is_saved(setting, w
 
 @only(SPPO_CONTINUOUS, SA2C_ATARI)
 def test_an_evaluation_that_is_not_finite_stops_the_run(setting, monkeypatch):
-    monkeypatch.setattr(setting.script, "evaluate", lambda *_: (np.array([np.nan]), np.ones(1)))
+    results = [np.array([np.nan]), np.ones(1), []][: 2 if setting.atari else 3]
+    monkeypatch.setattr(setting.script, "evaluate", lambda *_: results)
     with pytest.raises(SystemExit, match="error: a return of the evaluation at step 64 is not fin"):
         setting.run(RUNS, **every(setting, 1))
+
+
+@only(*CONTINUOUS)
+def test_an_evaluation_has_the_share_of_episodes_whose_last_step_says_success(setting, monkeypatch):
+    def step_with_success(env, action):
+        *outcome, _ = step(env, action)
+        return *outcome, {"is_success": env.time == 10 and env.age < 20}
+
+    step = TenStepsEnv.step
+    flags = {"env_id": "TenSteps-v0", "eval_episodes": 4, "total_timesteps": 128}
+    _, folder = setting.run(RUNS, **flags)
+    assert "eval/success_rate" not in progress(folder)[0]
+    monkeypatch.setattr(TenStepsEnv, "step", step_with_success)
+    summary, folder = setting.run("more", **flags, **every(setting, 1))
+    rates = [row["eval/success_rate"] for row in progress(folder)]
+    assert rates == [summary["eval/success_rate"], 0.25]
 
 
 @only(*CONTINUOUS)
