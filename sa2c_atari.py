@@ -169,9 +169,8 @@ class AtariGames:
     def step(self, action):
         """Steps all games by `action` (num_games,). Returns images (num_games, 4, 84, 84), rewards
         clipped to -1, 0 or 1, done (a life was lost or the game is over), overridden (FIRE replaced
-        the action), and {index: last images} of truncated games.
-
-        `self.results` is then {index: (raw score, steps)} of the games that are over."""
+        the action), {index: last images} of truncated games, and {index: (raw score, steps)} of the
+        games that are over."""
         overridden = np.zeros_like(self.life_lost)
         if self.fire is not None:
             overridden = self.life_lost
@@ -183,16 +182,16 @@ class AtariGames:
         self.score += reward
         self.length += 1
 
-        self.results = {}
+        results = {}
         final_images = {}
         for i in np.flatnonzero(over):
-            self.results[i] = float(self.score[i]), float(self.length[i])
-            self.recent_episodes.append(self.results[i])
+            results[i] = float(self.score[i]), float(self.length[i])
+            self.recent_episodes.append(results[i])
             self.score[i] = 0
             self.length[i] = 0
             if not terminated[i]:
                 final_images[i] = info["final_obs"][i]
-        return images, np.sign(reward), over | self.life_lost, overridden, final_images
+        return images, np.sign(reward), over | self.life_lost, overridden, final_images, results
 
 
 def perturb_reward(reward, noise, level, rng):
@@ -426,7 +425,7 @@ def train(args, folder):
                 logits[t], value[t] = agent_fn(obs[t])
                 action[t] = (logits[t] + gumbel[t]).argmax(-1)
                 step = games.step(action[t].cpu().numpy())
-                images, reward[t], done[t], overridden[t], final_images = step
+                images, reward[t], done[t], overridden[t], final_images, _ = step
                 obs[t + 1] = torch.from_numpy(images)
                 for i, one_images in final_images.items():
                     _, one_value = agent(torch.from_numpy(one_images[None]).to(device))
@@ -533,8 +532,8 @@ def evaluate(agent, games, seed):
     while len(results) < games.num_games:
         logits, _ = agent(torch.from_numpy(images).to(device))
         gumbel = sample_gumbel(logits.shape, generator).to(device)
-        images, *_ = games.step((logits + gumbel).argmax(-1).cpu().numpy())
-        results = games.results | results  # the first game of each
+        images, *_, ended = games.step((logits + gumbel).argmax(-1).cpu().numpy())
+        results = ended | results  # the first game of each
     results = np.array([results[i] for i in range(games.num_games)])
     return results[:, 0], results[:, 1]
 
