@@ -42,7 +42,7 @@ import site
 import sys
 import time
 from collections import deque
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import distributions
 from pathlib import Path
@@ -68,8 +68,7 @@ gym.register_envs(ale_py)
 SCRIPT = Path(__file__).resolve()
 SOURCE = SCRIPT.read_bytes()  # read at once, since the file may be edited during the run
 START = Path.cwd()  # relative paths begin here, even where an environment changes directory
-# Arguments that change results by rounding at most
-NO_EFFECT = ["runs_dir", "device", "compile", "track"]
+NO_EFFECT = ["runs_dir", "device", "compile", "track"]  # change results by rounding at most
 
 
 @dataclass
@@ -86,7 +85,6 @@ class Args:
     log_freq: int = 1000  # steps between entries in the log
     checkpoint_freq: int = 31_250  # steps of each game between checkpoints, at which games restart
     track: bool = False  # log to Weights & Biases as well (pip install wandb)
-
     # Algorithm
     repeat_action_probability: float = 0.0  # sticky actions: probability of a repeat; 0.25 in v5
     num_envs: int = 16  # games played in parallel
@@ -99,14 +97,12 @@ class Args:
     vf_coef: float = 0.25  # weight of the value loss, an MSE without CleanRL's factor of 1/2
     ent_coef: float = 0.01  # weight of the entropy bonus
     max_grad_norm: float = 0.5  # gradient clipping, over all parameters together
-
     # Symmetric loss, and noise on clipped rewards
     alpha: float | None = None  # weight of the A2C loss; default: 0.5, or 1 if beta is 0
     beta: float = 0.5  # weight of the reverse loss; 0: A2C
     z: float = -1.0  # Z, which stands for log 0
     noise: Literal["none", "flip", "normal", "uniform", "adv_flip"] = "none"  # adv_flip: advantages
     noise_level: float | None = None  # flip probability (default 0.1) or scale (default 0.05)
-
     # Evaluation
     eval_freq: int | None = None  # steps between evaluations; default: total / 20
     eval_episodes: int = 10  # games per evaluation: sampled actions, raw scores without noise
@@ -135,8 +131,7 @@ class AtariGames:
     the last two frames, stacked over the last four steps. A game starts with FIRE (if it has that
     action) and no-ops, together fewer than 30 frames, and is truncated after 108,000 frames. For
     the learner a lost life ends the episode, but the game continues. The next action is FIRE,
-    whatever the agent chose, since many games wait for it.
-    """
+    whatever the agent chose, since many games wait for it."""
 
     def __init__(self, args, num_games, max_frames=108_000):
         num_threads = torch.get_num_threads()
@@ -174,9 +169,8 @@ class AtariGames:
     def step(self, action):
         """Steps all games by `action` (num_games,). Returns images (num_games, 4, 84, 84), rewards
         clipped to -1, 0 or 1, done (a life was lost or the game is over), overridden (FIRE replaced
-        the action), and {index: last images} of truncated games.
-
-        `self.results` is then {index: (raw score, steps)} of the games that are over."""
+        the action), {index: last images} of truncated games, and {index: (raw score, steps)} of the
+        games that are over."""
         overridden = np.zeros_like(self.life_lost)
         if self.fire is not None:
             overridden = self.life_lost
@@ -188,16 +182,16 @@ class AtariGames:
         self.score += reward
         self.length += 1
 
-        self.results = {}
+        results = {}
         final_images = {}
         for i in np.flatnonzero(over):
-            self.results[i] = float(self.score[i]), float(self.length[i])
-            self.recent_episodes.append(self.results[i])
+            results[i] = float(self.score[i]), float(self.length[i])
+            self.recent_episodes.append(results[i])
             self.score[i] = 0
             self.length[i] = 0
             if not terminated[i]:
                 final_images[i] = info["final_obs"][i]
-        return images, np.sign(reward), over | self.life_lost, overridden, final_images
+        return images, np.sign(reward), over | self.life_lost, overridden, final_images, results
 
 
 def perturb_reward(reward, noise, level, rng):
@@ -210,7 +204,9 @@ def perturb_reward(reward, noise, level, rng):
         return reward + rng.normal(0, level, reward.shape)
     if noise == "uniform":
         return reward + rng.uniform(-level, level, reward.shape)
-    return reward
+    if noise in ("none", "adv_flip"):
+        return reward
+    raise ValueError(f"perturb_reward does not know the noise {noise!r}")
 
 
 def perturb_advantage(advantage, level, rng):
@@ -228,7 +224,6 @@ class Agent(nn.Module):
     def __init__(self, num_actions, bfloat16=False):
         super().__init__()
         self.dtype = torch.bfloat16 if bfloat16 else torch.float32  # both exact for 0, ..., 255
-
         self.conv = nn.Conv2d(4, 32, 8, stride=4)
         self.trunk = nn.Sequential(
             nn.ReLU(),
@@ -267,8 +262,7 @@ class Agent(nn.Module):
 
 def sample_gumbel(shape, generator):
     """Gumbel-max trick: arg max of logits + these numbers is a sample; faster than Categorical."""
-    exponential = torch.empty(shape).exponential_(generator=generator)
-    return -exponential.log()
+    return -torch.empty(shape).exponential_(generator=generator).log()
 
 
 # ---- Losses
@@ -286,8 +280,7 @@ def compute_gae(reward, value, done, gamma, gae_lambda):
     """Advantages and returns (T, N) by generalised advantage estimation (arXiv 1506.02438).
 
     `reward` and `done`, whether a step ended its episode, are (T, N); `value` is (T + 1, N), of
-    the observations before each step and after the last.
-    """
+    the observations before each step and after the last."""
     next_value = np.where(done, 0.0, value[1:])
     delta = reward + gamma * next_value - value[:-1]
     decay = np.where(done, 0.0, gamma * gae_lambda)
@@ -407,7 +400,7 @@ def train(args, folder):
     action = torch.zeros(T, N, dtype=torch.int64, device=device)
     reward = np.zeros((T, N))
     done = np.zeros((T, N), bool)
-    overridden = np.zeros((T, N), bool)  # FIRE replaced the agent's action
+    overridden = np.zeros_like(done)  # FIRE replaced the agent's action
     obs[T] = torch.from_numpy(games.reset([args.seed, global_step]))
     interval = args.checkpoint_freq * N
     print(f"{folder.name}: from step {global_step:,}, with a checkpoint every {interval:,} steps")
@@ -432,7 +425,7 @@ def train(args, folder):
                 logits[t], value[t] = agent_fn(obs[t])
                 action[t] = (logits[t] + gumbel[t]).argmax(-1)
                 step = games.step(action[t].cpu().numpy())
-                images, reward[t], done[t], overridden[t], final_images = step
+                images, reward[t], done[t], overridden[t], final_images, _ = step
                 obs[t + 1] = torch.from_numpy(images)
                 for i, one_images in final_images.items():
                     _, one_value = agent(torch.from_numpy(one_images[None]).to(device))
@@ -507,9 +500,6 @@ def train(args, folder):
             history = []
             save_agent(agent, evaluations, folder)
             writer.add_scalar("eval/return_mean", scores.mean(), global_step)
-            if device.type == "cuda":
-                peak = torch.cuda.max_memory_allocated() / 2**30
-                writer.add_scalar("charts/gpu_memory_GiB", peak, global_step)
             tqdm.write(f"step {global_step:,}: return {scores.mean():.1f}")
         if checkpoint_due:
             checkpoint = {  # an edited script's own network or optimizer belongs here, too
@@ -526,7 +516,7 @@ def train(args, folder):
 
     writer.close()
     summary = {name: x for name, x in evaluations[-1].items() if math.isfinite(x)}  # JSON lacks nan
-    summary["sps"] = float(np.median(speeds))
+    summary["sps"] = np.median(speeds)
     with atomic_write(folder / "summary.json") as path:  # last: marks the end
         path.write_text(json.dumps(summary, indent=2))
 
@@ -542,8 +532,8 @@ def evaluate(agent, games, seed):
     while len(results) < games.num_games:
         logits, _ = agent(torch.from_numpy(images).to(device))
         gumbel = sample_gumbel(logits.shape, generator).to(device)
-        images, *_ = games.step((logits + gumbel).argmax(-1).cpu().numpy())
-        results = games.results | results  # the first game of each
+        images, *_, ended = games.step((logits + gumbel).argmax(-1).cpu().numpy())
+        results = ended | results  # the first game of each
     results = np.array([results[i] for i in range(games.num_games)])
     return results[:, 0], results[:, 1]
 
@@ -558,12 +548,10 @@ def check(args):
         if not condition:
             raise ValueError(message)
 
-    counts = "total_timesteps eval_freq eval_episodes checkpoint_freq num_envs num_steps "
-    counts += "log_freq"
+    counts = "total_timesteps log_freq eval_freq eval_episodes checkpoint_freq num_envs num_steps"
     for name in counts.split():
         require(getattr(args, name) >= 1, f"{name} must be at least 1")
-    numbers = "seed alpha beta noise_level learning_rate rmsprop_eps vf_coef ent_coef"
-    for name in numbers.split():
+    for name in "seed alpha beta noise_level learning_rate rmsprop_eps vf_coef ent_coef".split():
         require(0 <= getattr(args, name) < math.inf, f"{name} must be finite and not negative")
     for name in "gamma gae_lambda repeat_action_probability".split():
         require(0 <= getattr(args, name) <= 1, f"{name} must be between 0 and 1")
@@ -662,13 +650,14 @@ def evaluation_row(step, scores, lengths, history):
         "return_std": scores.std(),
         "length_mean": lengths.mean(),
     }
-    return {"step": step} | means([evaluation, *history])
+    # Raises TypeError if a logged metric has the name of a column of the evaluation
+    return dict(step=step, **means([evaluation]), **means(history))
 
 
 def save_agent(agent, evaluations, folder):
     """Writes progress.csv, and agent.safetensors, the weights."""
     with atomic_write(folder / "progress.csv") as path, open(path, "w", encoding="utf-8") as file:
-        columns = dict.fromkeys(name for row in evaluations for name in row)  # a row may lack some
+        columns = means(evaluations)  # whose names are those of all rows: a row may lack some
         table = csv.DictWriter(file, columns, lineterminator="\n")
         table.writeheader()
         table.writerows(evaluations)
@@ -723,6 +712,10 @@ def begin_session(args, digests, folder):
     }
     path = folder / "sessions.jsonl"
     earlier = path.read_text() if path.exists() else ""
+    if earlier:
+        before = json.loads(earlier.splitlines()[-1])["versions"].items()
+        if before - versions.items():
+            print(f"warning: last session had other versions: {dict(before - versions.items())}")
     with atomic_write(path) as temporary:
         temporary.write_text(earlier + json.dumps(session) + "\n")
     with atomic_write(folder / SCRIPT.name) as temporary:
@@ -731,24 +724,30 @@ def begin_session(args, digests, folder):
 
 def main():
     args = tyro.cli(Args)
+    with suppress(AttributeError):  # of a notebook's stdout, which has all letters
+        sys.stdout.reconfigure(errors="backslashreplace")  # for letters that a terminal lacks
     digests = file_digests()
     folder = run_folder(args, digests)
-    folder.mkdir(parents=True, exist_ok=True)
+    summary_path = folder / "summary.json"
     try:
-        lock = FileLock(folder / "lock", blocking=False).acquire()
+        lock = FileLock(folder / "lock", blocking=False).acquire()  # makes the folder, too
     except OSError as error:
-        sys.exit(f"error: another process is at work on {folder}, or it cannot be locked: {error}")
+        sys.exit(f"error: another process is at work on {folder}, or locks fail there: {error}")
     with lock:
-        if not (folder / "summary.json").exists():
+        if not summary_path.exists():
             begin_session(args, digests, folder)
             try:
                 train(args, folder)
             except KeyboardInterrupt:
                 sys.exit("interrupted; the same command continues from its last checkpoint, if any")
-    summary = json.loads((folder / "summary.json").read_text())
+            except SystemExit as end:
+                if isinstance(end.code, str):  # a sentence of this script
+                    raise
+                raise RuntimeError("sys.exit() was called before the end of the run") from end
+    summary = json.loads(summary_path.read_text())
     score = f"return {summary['return_mean']:.1f}, {summary['sps']:,.0f} steps/s"
-    folder = Path(args.runs_dir, folder.name)  # as it was typed
-    print(f"{folder}: {score}; to watch it: python enjoy.py {folder}")
+    name = f"{args.runs_dir}/{folder.name}"  # as it was typed
+    print(f"{name}: {score}; to watch it: python enjoy.py {name}")
 
 
 if __name__ == "__main__":

@@ -46,7 +46,7 @@ import sys
 import time
 import warnings
 from collections import deque
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import distributions
 from pathlib import Path
@@ -136,9 +136,9 @@ def make_env(args, seed=0, **options):
     env = gym.make(args.env_id, **options)
     rng = np.random.default_rng([seed, 3])  # `seed` alone would repeat the environment's numbers
     parts = [env]
-    while isinstance(parts[-1], gym.Wrapper):  # each may have spaces of its own
-        parts.append(parts[-1].env)
-    for part in parts:
+    for part in parts:  # which grows, since each wrapper may have spaces of its own
+        if isinstance(part, gym.Wrapper):
+            parts.append(part.env)
         for name in ("action_space", "observation_space"):
             if hasattr(part, name):
                 getattr(part, name).seed(rng.integers(2**31).item())
@@ -146,16 +146,15 @@ def make_env(args, seed=0, **options):
 
 
 def prepare(args):
-    """Makes the environment once, so that `file_digests` finds the files that it imports. Refuses
-    spaces that are no vectors."""
+    """Imports the environment's files, for `file_digests`. Refuses spaces that are no vectors."""
     with make_env(args) as env:
         env.reset(seed=0)  # some environments import files only here
         for space in (env.observation_space, env.action_space):
             if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
                 sys.exit(f"error: {args.env_id}: {space} is no vector; see docs/copy-and-modify.md")
         action_space = env.action_space
-    bound = np.abs([action_space.low, action_space.high]).max()  # float32's maximum: no bound
-    if action_space.dtype.kind != "f" or (bound > 1e30 and args.policy == "categorical"):
+    width = (action_space.high - action_space.low).max()  # float32's maximum means no bound
+    if action_space.dtype.kind != "f" or (width > 1e30 and args.policy == "categorical"):
         sys.exit(f"error: {args.env_id}: needs float actions, bounded unless --policy gaussian")
 
 
@@ -172,9 +171,10 @@ class RunningStats:
         for value in batch:
             self.count += 1
             delta = value - self.mean
-            self.mean = self.mean + delta / self.count
-            self.m2 = self.m2 + delta * (value - self.mean)
+            self.mean += delta / self.count
+            self.m2 += delta * (value - self.mean)
         self.std = np.sqrt(self.m2 / self.count + 1e-8)
+        return self
 
     def normalize(self, obs):
         return ((obs - self.mean) / self.std).clip(-10, 10).astype(np.float32)
@@ -190,8 +190,7 @@ class NormalizedEnvs:
     """Environments stepped one after the other; one whose episode ends is reset in the same step.
 
     As in Stable-Baselines3's VecNormalize, observations are standardised by running statistics,
-    rewards divided by the discounted return's standard deviation, and both clipped to [-10, 10].
-    """
+    rewards divided by the discounted return's standard deviation, and both clipped to [-10, 10]."""
 
     def __init__(self, args):
         self.args = args
@@ -210,24 +209,20 @@ class NormalizedEnvs:
         seeds = np.random.default_rng(seed).integers(2**31, size=n).tolist()
         random.seed(seeds[0])  # some environments draw from these global generators
         np.random.seed(seeds[0])
-        torch.default_generator.manual_seed(seeds[0])
+        torch.manual_seed(seeds[0])
         self.close()  # new environments follow, since BipedalWalker keeps state across resets
         self.envs = [make_env(self.args, s) for s in seeds]
         self.obs = np.array([env.reset(seed=s)[0] for env, s in zip(self.envs, seeds)], float)
-        self.obs_stats.update(self.obs)
-        return self.obs_stats.normalize(self.obs)
+        return self.obs_stats.update(self.obs).normalize(self.obs)
 
     def step(self, action):
-        """Steps all environments by `action` (num_envs, action_dim).
-
-        Returns normalised observations (num_envs, obs_dim) and rewards (num_envs,), whether each
-        episode is done, whether it was only truncated (by a time limit, for example), and the last
-        observations of episodes that are done.
-        """
-        n = self.args.num_envs
+        """Steps all environments by `action` (num_envs, action_dim). Returns normalised `obs` and
+        `reward`, `done` (terminated or truncated), `only_truncated` (by a time limit, for example),
+        and `final_obs`, the last observations of episodes that are done."""
+        n = len(action)
         reward = np.zeros(n)
         terminated = np.zeros(n, bool)
-        truncated = np.zeros(n, bool)
+        truncated = np.zeros_like(terminated)
         for i, env in enumerate(self.envs):
             self.obs[i], reward[i], terminated[i], truncated[i], _ = env.step(action[i])
         self.episode_return += reward
@@ -236,7 +231,7 @@ class NormalizedEnvs:
         self.return_stats.update(self.discounted_return)
 
         done = terminated | truncated
-        final_obs = np.zeros(self.obs.shape, np.float32)
+        final_obs = np.zeros_like(self.obs, np.float32)
         for i in np.flatnonzero(done):
             final_obs[i] = self.obs_stats.normalize(self.obs[i])
             episode = float(self.episode_return[i]), float(self.episode_length[i])
@@ -246,10 +241,10 @@ class NormalizedEnvs:
             self.episode_length[i] = 0
             self.obs[i], _ = self.envs[i].reset()
 
-        self.obs_stats.update(self.obs)
-        obs = self.obs_stats.normalize(self.obs)
+        obs = self.obs_stats.update(self.obs).normalize(self.obs)
         reward = (reward / self.return_stats.std).clip(-10, 10)
-        return obs, reward, done, truncated & ~terminated, final_obs
+        only_truncated = truncated & ~terminated
+        return obs, reward, done, only_truncated, final_obs
 
     def close(self):
         for env in self.envs:
@@ -262,7 +257,9 @@ def perturb_reward(reward, noise, level, rng):
         return reward + rng.normal(0, level, reward.shape)
     if noise == "uniform":
         return reward + rng.uniform(-level, level, reward.shape)
-    return reward
+    if noise in ("none", "adv_flip"):
+        return reward
+    raise ValueError(f"perturb_reward does not know the noise {noise!r}")
 
 
 def perturb_advantage(advantage, level, rng):
@@ -310,8 +307,7 @@ class Agent(nn.Module):
     output = actor(obs)               logits (batch, action_dim, bins), or means (batch, action_dim)
     action                            arg max over bins of output + exploration, or this sum itself
     to_env(action)                    the environment's action
-    policy(output).log_prob(action)   log-probability (batch,), for the losses
-    """
+    policy(output).log_prob(action)   log-probability (batch,), for the losses"""
 
     def __init__(self, env, args):
         super().__init__()
@@ -329,8 +325,7 @@ class Agent(nn.Module):
         self.critic = mlp(obs_dim, 1, 1.0, args)
 
     def policy(self, output):
-        """Distribution of the joint action, from the actor's output: log-probabilities are summed
-        over the action's dimensions."""
+        """Distribution of the joint action: log-probabilities are summed over its dimensions."""
         output = output.view(-1, *self.output_shape)
         if self.gaussian:
             distribution = Normal(output, self.log_std.exp(), validate_args=False)
@@ -406,8 +401,7 @@ def compute_gae(reward, value, done, gamma, gae_lambda):
     """Advantages and returns (T, N) by generalised advantage estimation (arXiv 1506.02438).
 
     `reward` and `done`, whether a step ended its episode, are (T, N); `value` is (T + 1, N), of
-    the observations before each step and after the last.
-    """
+    the observations before each step and after the last."""
     next_value = np.where(done, 0.0, value[1:])
     delta = reward + gamma * next_value - value[:-1]
     decay = np.where(done, 0.0, gamma * gae_lambda)
@@ -418,8 +412,7 @@ def compute_gae(reward, value, done, gamma, gae_lambda):
 
 
 def gradient_and_metrics(agent, trained, args, obs, action, old_log_prob, advantage, returns):
-    """Clipped gradients of the loss on a minibatch, one for each of the `trained` parameters, and
-    what to log."""
+    """Clipped gradients of the loss on a minibatch, by `trained` parameters, and what to log."""
     normalized = advantage
     if args.norm_adv:  # float64: of equal advantages float32's rounding errors exceed 1e-8
         normalized = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
@@ -471,12 +464,9 @@ def train(envs, args, folder):
     evaluations = []  # rows of progress.csv
     history = []  # what was logged since the last evaluation
     speeds = []  # steps per second of each rollout and update
-    stateful = {  # an edited script's own network or optimizer belongs here, too
-        "agent": agent,
-        "optimizer": optimizer,
-        "obs_stats": envs.obs_stats,
-        "return_stats": envs.return_stats,
-    }
+    # An edited script's own network or optimizer belongs here, too
+    stateful = {"agent": agent, "optimizer": optimizer}
+    stateful |= {"obs_stats": envs.obs_stats, "return_stats": envs.return_stats}
     checkpoint_path = folder / "checkpoint.pt"
     if checkpoint_path.exists():
         checkpoint = load_checkpoint(checkpoint_path)
@@ -505,7 +495,7 @@ def train(envs, args, folder):
     final_obs = np.zeros_like(obs[1:])  # of episodes that are done
     reward = np.zeros((T, N))
     done = np.zeros((T, N), bool)
-    truncated = np.zeros((T, N), bool)
+    only_truncated = np.zeros_like(done)
     gradient_fn = gradient_and_metrics
     if args.compile:
         gradient_fn = compiled(gradient_and_metrics, options={"cpp_wrapper": True})
@@ -529,7 +519,7 @@ def train(envs, args, folder):
             actions.append(action)
             outputs.append(output)
             step = envs.step(agent.to_env(action))
-            obs[t + 1], reward[t], done[t], truncated[t], final_obs[t] = step
+            obs[t + 1], reward[t], done[t], only_truncated[t], final_obs[t] = step
         global_step += batch_size
         bar.update(batch_size)
 
@@ -540,12 +530,12 @@ def train(envs, args, folder):
         b_output = torch.from_numpy(np.concatenate(outputs))
         with torch.no_grad():
             b_log_prob = agent.acting_log_prob(b_action, b_output)
-            valued_obs = torch.cat([all_obs, torch.from_numpy(final_obs[truncated])])
+            valued_obs = torch.cat([all_obs, torch.from_numpy(final_obs[only_truncated])])
             values = agent.critic(valued_obs).view(len(valued_obs)).numpy()
         value = values[: len(all_obs)].reshape(T + 1, N)
         noisy_reward = perturb_reward(reward.copy(), args.noise, args.noise_level, rng)
         # A truncated episode would have gone on: bootstrap from where it stopped
-        noisy_reward[truncated] += args.gamma * values[len(all_obs) :]
+        noisy_reward[only_truncated] += args.gamma * values[len(all_obs) :]
         advantage, returns = compute_gae(noisy_reward, value, done, args.gamma, args.gae_lambda)
         b_advantage = torch.from_numpy(advantage).flatten()  # float64, until it is normalised
         b_returns = torch.from_numpy(returns).float().flatten()
@@ -591,8 +581,8 @@ def train(envs, args, folder):
         if finished or global_step % args.eval_freq < batch_size:
             seed = (args.seed + global_step) % 2**31
             with make_env(args, seed) as env:  # a new one, as in training
-                scores, lengths = evaluate(agent, args, envs.obs_stats, seed, env)
-            evaluations.append(evaluation_row(global_step, scores, lengths, history))
+                scores, lengths, successes = evaluate(agent, args, envs.obs_stats, seed, env)
+            evaluations.append(evaluation_row(global_step, scores, lengths, successes + history))
             history = []
             save_agent(agent, envs.obs_stats, evaluations, folder)
             writer.add_scalar("eval/return_mean", scores.mean(), global_step)
@@ -609,28 +599,32 @@ def train(envs, args, folder):
 
     writer.close()
     summary = {name: x for name, x in evaluations[-1].items() if math.isfinite(x)}  # JSON lacks nan
-    summary["sps"] = float(np.median(speeds))
+    summary["sps"] = np.median(speeds)
     with atomic_write(folder / "summary.json") as path:  # last: marks the end
         path.write_text(json.dumps(summary, indent=2))
 
 
 def evaluate(agent, args, obs_stats, seed, env):
-    """Raw returns and lengths (eval_episodes,) of greedy episodes in `env`."""
-    longest = getattr(env.spec, "max_episode_steps", None) or 100_000
+    """Raw returns and lengths (eval_episodes,) of greedy episodes; successes if `info` has any."""
+    # Wrappers outside of a TimeLimit may join episodes; others have no limit
+    longest = max(100_000, getattr(env.spec, "max_episode_steps", None) or 0)
     act = agent.actor_fn()
     returns = np.zeros(args.eval_episodes)
-    lengths = np.zeros(args.eval_episodes)
+    lengths = np.zeros_like(returns)
+    successes = []
     for episode in range(args.eval_episodes):
         # With seed + episode, runs with neighbouring seeds would share most initial states
-        obs, _ = env.reset(seed=seed if episode == 0 else None)
+        obs, _ = env.reset(seed=None if episode else seed)
         done = False
         while not done:
             action, _ = act(obs_stats.normalize(np.array([obs])))
-            obs, reward, terminated, truncated, _ = env.step(agent.to_env(action)[0])
+            obs, reward, terminated, truncated, info = env.step(agent.to_env(action)[0])
             returns[episode] += reward
             lengths[episode] += 1
             done = terminated or truncated or lengths[episode] == longest
-    return returns, lengths
+        if "is_success" in info:  # of the episode's last step
+            successes.append({"eval/success_rate": info["is_success"]})
+    return returns, lengths, successes
 
 
 # ---- Plumbing
@@ -643,9 +637,8 @@ def check(args):
         if not condition:
             raise ValueError(message)
 
-    counts = "total_timesteps eval_freq eval_episodes checkpoint_freq num_envs num_steps "
-    counts += "num_minibatches update_epochs"
-    for name in counts.split():
+    counts = "total_timesteps eval_freq eval_episodes checkpoint_freq num_envs num_steps"
+    for name in f"{counts} num_minibatches update_epochs".split():
         require(getattr(args, name) >= 1, f"{name} must be at least 1")
     for name in "seed alpha beta noise_level learning_rate clip_coef vf_coef ent_coef".split():
         require(0 <= getattr(args, name) < math.inf, f"{name} must be finite and not negative")
@@ -664,8 +657,7 @@ def check(args):
     batch_size = args.num_envs * args.num_steps
     minibatch_size, rest = divmod(batch_size, args.num_minibatches)
     require(rest == 0, f"num_minibatches must divide the {batch_size} steps of a rollout")
-    if args.norm_adv:
-        require(minibatch_size > 1, "norm_adv needs 2 or more steps in a minibatch")
+    require(minibatch_size > 1 or not args.norm_adv, "norm_adv needs 2 or more steps a minibatch")
 
 
 def file_digests():
@@ -734,13 +726,14 @@ def evaluation_row(step, scores, lengths, history):
         "return_std": scores.std(),
         "length_mean": lengths.mean(),
     }
-    return {"step": step} | means([evaluation, *history])
+    # Raises TypeError if a logged metric has the name of a column of the evaluation
+    return dict(step=step, **means([evaluation]), **means(history))
 
 
 def save_agent(agent, obs_stats, evaluations, folder):
     """Writes progress.csv, and agent.safetensors, weights and statistics."""
     with atomic_write(folder / "progress.csv") as path, open(path, "w", encoding="utf-8") as file:
-        columns = dict.fromkeys(name for row in evaluations for name in row)  # a row may lack some
+        columns = means(evaluations)  # whose names are those of all rows: a row may lack some
         table = csv.DictWriter(file, columns, lineterminator="\n")
         table.writeheader()
         table.writerows(evaluations)
@@ -795,6 +788,10 @@ def begin_session(args, digests, folder):
     }
     path = folder / "sessions.jsonl"
     earlier = path.read_text() if path.exists() else ""
+    if earlier:
+        before = json.loads(earlier.splitlines()[-1])["versions"].items()
+        if before - versions.items():
+            print(f"warning: last session had other versions: {dict(before - versions.items())}")
     with atomic_write(path) as temporary:
         temporary.write_text(earlier + json.dumps(session) + "\n")
     with atomic_write(folder / SCRIPT.name) as temporary:
@@ -803,29 +800,35 @@ def begin_session(args, digests, folder):
 
 def main():
     args = tyro.cli(Args)
+    with suppress(AttributeError):  # of a notebook's stdout, which has all letters
+        sys.stdout.reconfigure(errors="backslashreplace")  # for letters that a terminal lacks
     try:
-        prepare(args)
-    except (ImportError, gym.error.Error) as error:
-        sys.exit(f"error: --env-id {args.env_id}: {error}")
-    digests = file_digests()
-    folder = run_folder(args, digests)
-    folder.mkdir(parents=True, exist_ok=True)
-    try:
-        lock = FileLock(folder / "lock", blocking=False).acquire()
-    except OSError as error:
-        sys.exit(f"error: another process is at work on {folder}, or it cannot be locked: {error}")
-    with lock:
-        if not (folder / "summary.json").exists():
-            begin_session(args, digests, folder)
-            try:
+        try:
+            prepare(args)
+        except (ImportError, gym.error.Error) as error:
+            sys.exit(f"error: --env-id {args.env_id}: {error}")
+        digests = file_digests()
+        folder = run_folder(args, digests)
+        summary_path = folder / "summary.json"
+        try:
+            lock = FileLock(folder / "lock", blocking=False).acquire()  # makes the folder, too
+        except OSError as error:
+            sys.exit(f"error: another process is at work on {folder}, or locks fail there: {error}")
+        with lock:
+            if not summary_path.exists():
+                begin_session(args, digests, folder)
                 with closing(NormalizedEnvs(args)) as envs:
                     train(envs, args, folder)
-            except KeyboardInterrupt:
-                sys.exit("interrupted; the same command continues from its last checkpoint, if any")
-    summary = json.loads((folder / "summary.json").read_text())
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command continues from its last checkpoint, if any")
+    except SystemExit as end:
+        if isinstance(end.code, str):  # a sentence of this script
+            raise
+        raise RuntimeError("sys.exit() was called before the end of the run") from end
+    summary = json.loads(summary_path.read_text())
     score = f"return {summary['return_mean']:.1f}, {summary['sps']:,.0f} steps/s"
-    folder = Path(args.runs_dir, folder.name)  # as it was typed
-    print(f"{folder}: {score}; to watch it: python enjoy.py {folder}")
+    name = f"{args.runs_dir}/{folder.name}"  # as it was typed
+    print(f"{name}: {score}; to watch it: python enjoy.py {name}")
 
 
 if __name__ == "__main__":

@@ -1014,7 +1014,9 @@ def perturb_reward(reward, noise, level, rng):
         return reward + rng.normal(0, level, reward.shape)
     if noise == "uniform":
         return reward + rng.uniform(-level, level, reward.shape)
-    return reward
+    if noise in ("none", "adv_flip"):
+        return reward
+    raise ValueError(f"perturb_reward does not know the noise {noise!r}")
 
 
 def perturb_advantage(advantage, level, rng):
@@ -1537,6 +1539,10 @@ def begin_session(args, digests, folder):
     }
     path = folder / "sessions.jsonl"
     earlier = path.read_text() if path.exists() else ""
+    if earlier:
+        before = json.loads(earlier.splitlines()[-1])["versions"].items()
+        if before - versions.items():
+            print(f"warning: last session had other versions: {dict(before - versions.items())}")
     with atomic_write(path) as temporary:
         temporary.write_text(earlier + json.dumps(session) + "\n")
     with atomic_write(folder / SCRIPT.name) as temporary:

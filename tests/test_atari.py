@@ -90,19 +90,19 @@ def test_games_are_those_of_a_plain_emulator(game, steps):
     playing, lives_lost, overridden_steps, largest = {0, 1, 2}, 0, 0, 0
     for step in range(steps):
         action = rng.choice(actions, 3)
-        images, reward, ended, overridden, final_images = games.step(action)
+        images, reward, ended, overridden, final_images, results = games.step(action)
         assert not final_images
         for i in sorted(playing):
             stack, raw_reward, lost, over = plain[i].step(action[i])
             assert reward[i] == np.sign(raw_reward)
             assert ended[i] == lost
             assert overridden[i] == plain[i].overridden
-            assert (i in games.results) == over
+            assert (i in results) == over
             lives_lost += lost and not over
             overridden_steps += plain[i].overridden
             largest = max(largest, raw_reward)
             if over:
-                assert games.results[i] == (plain[i].score, plain[i].length)
+                assert results[i] == (plain[i].score, plain[i].length)
                 playing.remove(i)
             elif step >= 3:
                 np.testing.assert_array_equal(images[i], stack)
@@ -118,7 +118,7 @@ def test_a_game_that_is_cut_off_is_truncated_with_its_last_images():
     games, plain, _ = begin_games("Breakout", 2, seed=1, max_frames=120)
     for step in range(30):
         action = np.array([2, 3])
-        images, _, ended, _, final_images = games.step(action)
+        images, _, ended, _, final_images, results = games.step(action)
         stacks = [one.step(a)[0] for one, a in zip(plain, action)]
         assert len(final_images) == (2 if step == 29 else 0)
     assert ended.all()
@@ -126,7 +126,7 @@ def test_a_game_that_is_cut_off_is_truncated_with_its_last_images():
         np.testing.assert_array_equal(final_images[i][:3], stack[:3])
         assert (final_images[i][3] != stack[3]).sum() <= 45
         assert not images[i][:3].any()  # which are those of the next game
-        assert games.results[i] == (plain[i].score, 30)
+        assert results[i] == (plain[i].score, 30)
 
 
 def test_fire_does_not_follow_a_life_that_was_lost_before_a_reset(monkeypatch):
@@ -137,7 +137,7 @@ def test_fire_does_not_follow_a_life_that_was_lost_before_a_reset(monkeypatch):
         games.envs.info = {"lives": np.array([2, 2])}
         games.reset(0)
         games.envs.info = {"lives": np.array([1, 2])}
-        *_, overridden, _ = games.step(np.zeros(2))
+        _, _, _, overridden, _, _ = games.step(np.zeros(2))
         assert not overridden.any()
         assert games.life_lost.tolist() == [True, False]
 
@@ -281,7 +281,7 @@ def test_overridden_steps_are_not_in_the_explained_variance(setting, tmp_path, m
 
     def overriding_step(self, action):
         outcome = step(self, action)
-        return *outcome[:3], self.length >= 5, outcome[4]
+        return *outcome[:3], self.length >= 5, *outcome[4:]
 
     monkeypatch.setattr(setting.script, "compute_gae", lambda *_: (advantage, returns))
     monkeypatch.setattr(setting.script.AtariGames, "step", overriding_step)

@@ -217,16 +217,19 @@ def test_an_evaluation_is_greedy_with_the_statistics_of_the_training_and_clean(s
     assert saved["obs_stats"]["count"] == 256 + 1  # with the first observation
 
 
-@pytest.mark.parametrize(("limit", "length"), [(None, 100_000), (100_500, 100_500)])
-def test_an_episode_without_a_time_limit_is_cut_off_in_an_evaluation(limit, length):
-    """Observations may be lists."""
+@pytest.mark.parametrize(
+    ("limit", "end", "length"),
+    [(None, None, 100_000), (100_500, 100_500, 100_500), (10, 25, 25), (10, None, 100_000)],
+)
+def test_an_episode_that_does_not_end_is_cut_off_in_an_evaluation(limit, end, length):
+    """A time limit inside of a wrapper that joins episodes is no end. Observations may be lists."""
     obs, time = [0.0] * 11, itertools.count(1)
     env = SimpleNamespace(reset=lambda seed: (obs, {}), close=lambda: None)
-    env.step = lambda _: (obs, 0.5, False, next(time) == limit, {})
+    env.step = lambda _: (obs, 0.5, False, next(time) == end, {})
     env.spec = SimpleNamespace(max_episode_steps=limit) if limit else None
     agent = make_agent(hidden_sizes=())
     args = script.Args(eval_episodes=1)
-    scores, lengths = script.evaluate(agent, args, script.RunningStats(), 0, env)
+    scores, lengths, _ = script.evaluate(agent, args, script.RunningStats(), 0, env)
     assert (scores.tolist(), lengths.tolist()) == ([length / 2], [length])
 
 

@@ -5,6 +5,7 @@ import errno
 import fcntl
 import hashlib
 import importlib
+import io
 import json
 import os
 import random
@@ -229,6 +230,9 @@ def test_a_metric_may_be_missing_or_nan(setting, monkeypatch):
     assert {row["losses/mine"] for row in rows} == {"nan"}
     summary = (folder / "summary.json").read_text()
     assert "losses/mine" not in json.loads(summary, parse_constant=fail)
+    for name in ("step", "length_mean"):  # a metric that would replace an evaluation's number
+        with pytest.raises(TypeError, match=f"multiple values for keyword argument '{name}'"):
+            setting.script.evaluation_row(4, np.ones(2), np.ones(2), [{name: 0.5}])
 
 
 @only(*A2C)
@@ -524,19 +528,59 @@ def test_a_run_has_one_process_at_a_time(setting, launch, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(fcntl, "flock", no_locks)
             end, _, _ = launch(**every(setting, 1))
-        assert end == f"{said}, or it cannot be locked: [Errno 5] Input/output error"
+        assert end == f"{said}, or locks fail there: [Errno 5] Input/output error"
     (folder / "lock").write_text("")  # as a killed process leaves it
     assert launch(**every(setting, 1))[0] == 0
 
 
 @only(*KINDS)
-def test_a_keyboard_interrupt_says_what_continues(setting, launch, monkeypatch):
+def test_an_interrupted_run_says_what_continues_it_and_then_which_versions_it_had(
+    setting, launch, monkeypatch
+):
+    """Of two installations of a package, Python imports the first one found."""
+
     def interrupt(*_):
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(setting.script, setting.advantages, interrupt)
+    def install(numpy):
+        pairs = ("numpy", numpy), ("Jinja2", "3"), ("numpy", "0")
+        found = [SimpleNamespace(name=name, version=number) for name, number in pairs]
+        monkeypatch.setattr(setting.script, "distributions", lambda: found)
+
     said = "interrupted; the same command continues from its last checkpoint, if any"
-    assert launch()[0] == said
+    warning = "warning: last session had other versions: {'numpy': '1'}\n"
+    for version_, warnings in ("1", 0), ("1", 0), ("2", 1), ("2", 0):
+        install(version_)
+        with monkeypatch.context() as patch:
+            patch.setattr(setting.script, setting.advantages, interrupt)
+            end, out, _ = launch()
+        assert end == said
+        assert (out.count(warning), out.count("other versions")) == (warnings, warnings)
+    (folder,) = RUNS.iterdir()
+    assert [one["versions"]["numpy"] for one in sessions(folder)] == ["1", "1", "2", "2"]
+
+
+EXITS = [(SA2C_ATARI, "compute_gae", 0), (SPPO_CONTINUOUS, "compute_gae", 3)]
+EXITS += [(SPPO_CONTINUOUS, "make_env", None), (SPPO_CONTINUOUS, "evaluate", 0)]
+
+
+@pytest.mark.parametrize(("setting", "place", "status"), EXITS, ids=str, indirect=["setting"])
+def test_an_exit_before_the_summary_is_an_error(setting, place, status, launch, monkeypatch):
+    """An environment may call `sys.exit`, with any status, when it is made, too."""
+    monkeypatch.setattr(setting.script, place, lambda *_, **__: sys.exit(status))
+    with pytest.raises(RuntimeError, match="exit.. was called before the end of the run"):
+        launch()
+
+
+@only(SPPO_CONTINUOUS, SA2C_ATARI)
+def test_letters_that_a_terminal_lacks_are_escaped(setting, launch, monkeypatch):
+    """A notebook's output, like StringIO, has all letters."""
+    terminal = io.TextIOWrapper(io.BytesIO(), "ascii")
+    for output in (terminal, io.StringIO()):
+        monkeypatch.setattr(sys, "stdout", output)
+        assert launch(exp_name="\u03b2")[0] == 0
+    terminal.seek(0)
+    assert terminal.read().count(r"__\u03b2__") == 3
 
 
 @needs_gpu
@@ -570,7 +614,7 @@ REFUSED = [  # scripts, flags, and what they say; None: these flags are not refu
     (ALL, "--noise adv_flip --noise-level 1.5", "noise_level is the probability of a flip"),
     (ALL, "--eval-episodes 0", "eval_episodes must be at least 1"),
     (PPO, "--num-minibatches 5", "num_minibatches must divide the 64 steps of a rollout"),
-    (PPO, "--num-minibatches 64", "norm_adv needs 2 or more steps in a minibatch"),
+    (PPO, "--num-minibatches 64", "norm_adv needs 2 or more steps a minibatch"),
     (PPO, "--num-minibatches 64 --no-norm-adv --total-timesteps 64", None),
     (A2C, "--norm-adv --num-envs 1 --num-steps 1", "norm_adv needs more than one step"),
     ([SA2C_ATARI], "--rmsprop-eps -1e-5", "rmsprop_eps must be finite and not negative"),
@@ -716,9 +760,26 @@ def test_a_number_that_is_not_finite_stops_the_run_before_it_is_saved(setting, w
 
 @only(SPPO_CONTINUOUS, SA2C_ATARI)
 def test_an_evaluation_that_is_not_finite_stops_the_run(setting, monkeypatch):
-    monkeypatch.setattr(setting.script, "evaluate", lambda *_: (np.array([np.nan]), np.ones(1)))
+    results = [np.array([np.nan]), np.ones(1), []][: 2 if setting.atari else 3]
+    monkeypatch.setattr(setting.script, "evaluate", lambda *_: results)
     with pytest.raises(SystemExit, match="error: a return of the evaluation at step 64 is not fin"):
         setting.run(RUNS, **every(setting, 1))
+
+
+@only(*CONTINUOUS)
+def test_an_evaluation_has_the_share_of_episodes_whose_last_step_says_success(setting, monkeypatch):
+    def step_with_success(env, action):
+        *outcome, _ = step(env, action)
+        return *outcome, {"is_success": env.time == 10 and env.age < 20}
+
+    step = TenStepsEnv.step
+    flags = {"env_id": "TenSteps-v0", "eval_episodes": 4, "total_timesteps": 128}
+    _, folder = setting.run(RUNS, **flags)
+    assert "eval/success_rate" not in progress(folder)[0]
+    monkeypatch.setattr(TenStepsEnv, "step", step_with_success)
+    summary, folder = setting.run("more", **flags, **every(setting, 1))
+    rates = [row["eval/success_rate"] for row in progress(folder)]
+    assert rates == [summary["eval/success_rate"], 0.25]
 
 
 @only(*CONTINUOUS)
