@@ -177,7 +177,7 @@ def play_control(script, run_args, tensors, args):
         if args.video:
             frames = keep_frames(env, lambda _: env.render(), lambda result: result[2] or result[3])
         agent, obs_stats = control_agent(script, run_args, tensors, env)
-        scores, lengths = script.evaluate(agent, run_args, obs_stats, args.seed, env)
+        scores, lengths, *_ = script.evaluate(agent, run_args, obs_stats, args.seed, env)
     return scores, lengths, frames, env.metadata.get("render_fps") or 30, 1
 
 
@@ -189,7 +189,7 @@ def play_atari(script, run_args, tensors, args):
         frames = keep_frames(
             games,
             lambda result: result[0][0, -1, ..., None].repeat(3, axis=-1),  # of the first game
-            lambda result: 0 in games.results,
+            lambda result: 0 in result[-1],  # it is among the games that are over
         )
     agent = atari_agent(script, run_args, tensors, games)
     scores, lengths = script.evaluate(agent, games, args.seed)
