@@ -738,7 +738,7 @@ class DrawingWrapper(gym.Wrapper):
 
 LARGEST = np.finfo(np.float32).max
 gym.register("TenSteps-v0", lambda **_: TenStepsEnv())
-gym.register("Drawing-v0", lambda **_: DrawingWrapper(DrawingEnv()))
+gym.register("Drawing-v0", lambda **_: DrawingWrapper(DrawingWrapper(DrawingEnv())))
 gym.register("Unbounded-v0", lambda **_: TenStepsEnv(-np.inf, np.inf))
 gym.register("Huge-v0", lambda **_: TenStepsEnv(-LARGEST, LARGEST))
 gym.register("Whole-v0", lambda **_: TenStepsEnv(dtype=int))
