@@ -47,7 +47,7 @@ import sys
 import time
 import warnings
 from collections import deque
-from contextlib import closing, contextmanager, suppress
+from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from importlib.metadata import distributions
 from pathlib import Path
@@ -152,8 +152,8 @@ def prepare(args):
             if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
                 sys.exit(f"error: {args.env_id}: {space} is no vector; see docs/copy-and-modify.md")
         action_space = env.action_space
-    width = (action_space.high - action_space.low).max()  # float32's maximum means no bound
-    if action_space.dtype.kind != "f" or (width > 1e30 and args.policy == "categorical"):
+    bound = np.abs([action_space.low, action_space.high]).max()  # float32's maximum: no bound
+    if action_space.dtype.kind != "f" or (bound > 1e30 and args.policy == "categorical"):
         sys.exit(f"error: {args.env_id}: needs float actions, bounded unless --policy gaussian")
 
 
@@ -242,8 +242,7 @@ class NormalizedEnvs:
 
         obs = self.obs_stats.update(self.obs).normalize(self.obs)
         reward = (reward / self.return_stats.std).clip(-10, 10)
-        only_truncated = truncated & ~terminated
-        return obs, reward, done, only_truncated, final_obs
+        return obs, reward, done, truncated & ~terminated, final_obs
 
     def close(self):
         for env in self.envs:
@@ -790,8 +789,7 @@ def begin_session(args, digests, folder):
 
 def main():
     args = tyro.cli(Args)
-    with suppress(AttributeError):  # of a notebook's stdout, which has all letters
-        sys.stdout.reconfigure(errors="backslashreplace")  # for letters that a terminal lacks
+    sys.stdout.reconfigure(errors="backslashreplace")  # for letters that a terminal lacks
     try:
         try:
             prepare(args)
