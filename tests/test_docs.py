@@ -20,7 +20,6 @@ import pandas as pd
 import pytest
 import torch
 import tyro
-from gymnasium.envs.classic_control import PendulumEnv
 from helpers import SETTINGS, Signals, checkpoint, progress, record
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_copies import edited
@@ -487,21 +486,14 @@ def test_a_reward_that_knows_the_answer(here):
     assert correct(completions=["42", "4"], label=["42", "42"]) == [1, 0]
 
 
-def test_a_new_metric_and_a_success_rate(tmp_path, monkeypatch, capsys):
-    step = PendulumEnv.step
-
-    def step_with_success(env, action):
-        return *step(env, action)[:4], {"is_success": 0.25}
-
-    monkeypatch.setattr(PendulumEnv, "step", step_with_success)
-    script, args = changed("A new metric", tmp_path, monkeypatch, after="A success rate")
+def test_a_new_metric(tmp_path, monkeypatch, capsys):
+    script, args = changed("A new metric", tmp_path, monkeypatch)
     flags = SHORT | {"env_id": "Pendulum-v1", "eval_episodes": 4}
     folder = train(script, args, tmp_path, **flags)
     play(folder, monkeypatch, capsys)
     (row,) = progress(folder)
     assert row["losses/probability"] == pytest.approx(1 / 11, rel=0.1)
     assert row["return_worst"] < row["return_mean"]
-    assert row["charts/success_rate"] == 0.25
 
 
 def test_the_numbers_for_sppo_elsewhere():
