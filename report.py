@@ -80,7 +80,7 @@ dppo-coef tab:red, ppo-coef firebrick, dppo-norm tab:purple, ppo-norm indigo, pp
 COLORS = dict(item.split() for item in COLORS.split(", "))
 
 # Columns in which runs of a cell may differ, beside SCORES and PROVENANCE
-FREE = "seed run_name runs_dir device compile track capture_video evaluate".split()
+FREE = "seed run_name runs_dir device compile track gradient_checkpointing capture_video".split()
 PROVENANCE = ["commit", "script_sha256", "command", "started", "versions", "hardware"]
 SCORES = ["finished", "return_mean", "return_std", "last5", "training", "sps"]
 RUN = ["run_name", "exp_name", "script", "env_id", "noise", "noise_level", "seed", *SCORES]
@@ -292,7 +292,7 @@ def rename(runs: DataFrame, pairs: list[tuple], names: tuple) -> list[tuple]:
     font = font_manager.get_font(font_manager.findfont("sans"))
     lacking = set("".join(new.values())) - set(map(chr, font.get_charmap()))
     if lacking:
-        print("figures lack letters, use --names:", *sorted(lacking), file=sys.stderr)
+        print("figures lack letters (use --names):", *sorted(lacking), file=sys.stderr)
     for column in CELL:
         runs[column] = runs[column].cat.rename_categories(new)
     return [(new[a], new[b]) for a, b in pairs]
