@@ -146,8 +146,7 @@ def read_folders(folders: Iterable[Path]) -> tuple[DataFrame, DataFrame, list[st
                 broken.append(f"{path.name}: {remark}")
             rows += found
             progress.append(evaluations)
-    for line in broken:
-        print(line, file=sys.stderr)
+    print(*broken, sep="\n", file=sys.stderr, end="\n" if broken else "")
     if not any(row["finished"] for row in rows):
         raise Refusal(f"none of {len(rows)} runs has finished; give folders such as runs/quick")
     runs = DataFrame(rows)
@@ -353,7 +352,7 @@ def pairs_of(runs: DataFrame, compare: Iterable[tuple]) -> list[tuple]:
     return chosen
 
 
-def remarks(runs: DataFrame) -> list[str]:
+def remarks(runs: DataFrame) -> list:
     """Paragraphs on methods without bins, and on tasks whose runs differ in steps or versions."""
     page = []
     if "policy" in runs:
@@ -523,7 +522,7 @@ def estimate(value, low, high, least=-99):
     return "{} ({} to {})".format(*texts)
 
 
-def notes(scores: DataFrame) -> list[str]:
+def notes(scores: DataFrame) -> list:
     """A sentence on the seeds that cells lack, if others have more runs."""
     seeds = set().union(*scores["seeds"])
     lines = []
@@ -637,7 +636,7 @@ def difference_text(differences: DataFrame) -> list[str]:
     return ["## Differences, task by task", text, *explained(table)]
 
 
-def provenance_text(runs: DataFrame, unfinished: list[str], broken: list[str]) -> list[str]:
+def provenance_text(runs: DataFrame, unfinished: list, broken: list) -> list[str]:
     """Paragraphs on what was run, what is not whole, and whether it is one version of a script."""
     page = []
     if broken:
@@ -695,16 +694,18 @@ def draw_curves(runs, progress, colors: dict, file: Path, narrow: bool) -> list[
     options = {"loc": "outside upper center", "columnspacing": 1}
     width = figure.legend(lines, methods, **options).get_window_extent().width
     figure.legends[0].remove()
-    figure.legend(lines, methods, ncols=int(figure.bbox.width / width) or 1, **options)
+    columns = int(figure.bbox.width / width) or 1
+    figure.legend(lines, methods, ncols=columns, **options)
+    figure.set_figheight(figure.get_figheight() + 0.15 * math.ceil(len(methods) / columns))
     return save(figure, file, "Learning curves")
 
 
 def draw_differences(differences: DataFrame, file: Path, narrow: bool) -> list[str]:
     """A panel for each task. Returns the Markdown that shows it."""
-    names = differences["method"] + " minus " + differences["other"] + ", " + differences["noise"]
+    names = differences["method"] + "\nminus " + differences["other"] + ", " + differences["noise"]
     heights, labels = pd.factorize(names, sort=True)
     panels = list(differences.assign(height=heights).groupby("task"))
-    height = 0.6 + 0.2 * len(labels)
+    height = 0.6 + 0.3 * len(labels)
     figure, axes = make_panels(len(panels), len(panels), height, narrow, sharey=True)
     for ax, (task, panel) in zip(axes, panels):
         half = panel["high"] - panel["difference"]
@@ -743,7 +744,6 @@ def main(args: Args) -> None:
     last = scores["measure"] == "last evaluation"
     paper = latex(make_scores(drawn, ["return_mean"], differences), args.narrow)
     (out / "scores.tex").write_text(paper, encoding="utf-8")
-
     page = ["# Report", HOW_TO_READ, "## Scores", f"Mean ± standard error over runs. Bold: {BOLD}."]
     page += score_text(scores[last]) + remarks(runs)
     page += ["## Learning curves", "Evaluations, mean and, shaded, standard error over runs:"]
