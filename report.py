@@ -264,7 +264,7 @@ def label_runs(runs: DataFrame, progress: DataFrame) -> DataFrame:
     last = evaluations.tail(1).set_index("run_name")
     lowest = finished["run_name"].map(evaluations["return_mean"].min())
     finished[LOWEST] = np.fmin(lowest, finished["training"].astype(float))
-    taken = [*finished, *MEASURES.values()]
+    taken = [*finished, *MEASURES.values(), "a score"]
     for name in progress.columns.difference(EVALUATION):
         values = evaluations[name].mean() if "/" in name else last[name]
         column = f"logged {name}" if name in taken else name

@@ -128,7 +128,8 @@ def test_shellcheck_finds_nothing():
     assert (found.returncode, found.stdout) == (0, "")
 
 
-STUB = """import json, os, sys, time
+STUB = """NO_EFFECT = ["runs_dir", "compile"]
+import json, os, sys, time
 began = time.time()
 time.sleep(0.1)
 with open(f"{began}-{os.getpid()}.json", "w") as file:
@@ -148,6 +149,7 @@ class cuda:
 def finish(folder, command, *more):
     """Leaves a finished run of `command`. `more`: files that it has imported or read."""
     folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(command[0], folder)
     files = [Path(name).resolve() for name in (command[0], *more)]
     digests = {str(file): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
     session = {"command": command, "directory": os.getcwd(), "files": digests}
@@ -258,9 +260,12 @@ def test_games_go_to_gpus_and_control_to_the_cpu(visible, envs, cores, flags, gp
 
 
 def test_a_failed_run_is_named_and_the_others_go_on(stubs):
+    """Without a `python` on PATH, and on a terminal that lacks a letter of the last line."""
     (stubs / "sppo_atari.py").write_text("raise ValueError('no')")
+    (stubs / "sppo_continuous.py").write_text(STUB + "sys.stdout.buffer.write('ö'.encode())")
     commands = [["sppo_atari.py", "--env-id", "Pong", "--seed", "1"], ["sppo_continuous.py"]]
-    result = run(commands, stubs, "--jobs", 1)
+    result = run(commands, stubs, "--jobs", 1, PATH="/nowhere", PYTHONIOENCODING="ascii")
+    assert "\n\\xf6\n" in result.stdout
     assert "0 of 2 runs have finished, 2 are left\n" in result.stderr
     assert result.returncode == 1 and result.stderr.endswith("1 of 2 failed\n")
     log = stubs / re.search(r"failed, see (runs/logs/Pong__1__\w+\.log)", result.stdout)[1]
@@ -283,6 +288,28 @@ def test_a_command_runs_again_if_a_file_of_its_run_has_changed(name, tmp_path, m
     assert run([files[:1]], clone, "--dry-run").stdout == "python sppo_continuous.py\n"
 
 
+FLAGS = {"runs_dir": ["--runs-dir=elsewhere"], "device": ["--device", "cuda"]}
+FLAGS |= {"compile": ["--no-compile"], "track": ["--track"]}
+FLAGS |= {"gradient_checkpointing": ["--gradient_checkpointing"]}
+
+
+def test_flags_without_effect_make_no_other_run(stubs, monkeypatch):
+    monkeypatch.chdir(stubs)
+    others = []
+    again = []
+    for name, script in (SCRIPTS | {"sppo_rlhf.py": sppo_rlhf}).items():
+        shutil.copy(ROOT / name, stubs)
+        finish(
+            Path("runs", name), [name, "--seed", "1", "--track-name", "a b", "--runs-dir", "any"]
+        )
+        flags = sum((FLAGS[flag] for flag in script.NO_EFFECT), [])
+        again.append([name, *flags, "--seed", "1", "--track-name", "a b"])
+        again.append([name, "--seed", "1", "--track-name", "a b", *flags])
+        others += [[name, *flags, "--seed", "2"], [name, *flags, "--seed", "1", "--no-track-name"]]
+    listed = run(again + others, stubs, "--dry-run").stdout.splitlines()
+    assert listed == [shlex.join(["python", *words]) for words in others]
+
+
 def wait_for(condition, seconds=600):
     started = time.monotonic()
     while not condition():
@@ -302,9 +329,13 @@ except KeyboardInterrupt:
 """
 
 
-@pytest.mark.parametrize("kill, number", [(os.kill, signal.SIGTERM), (os.killpg, signal.SIGINT)])
+KILLS = [(os.kill, signal.SIGTERM), (os.killpg, signal.SIGINT), (os.killpg, signal.SIGHUP)]
+
+
+@pytest.mark.parametrize("kill, number", KILLS)
 def test_a_signal_ends_all_runs_and_a_second_signal_interrupts_none(kill, number, stubs):
-    """A scheduler signals run.py alone, Ctrl-C its group. Children of runs end with them."""
+    """A scheduler signals run.py alone, Ctrl-C or a terminal that closes its group. Children of
+    runs end with them."""
     (stubs / "sppo_continuous.py").write_text(SLOW_TO_CLOSE + STUB)
     lines = [f"python sppo_continuous.py --seed {seed}\n" for seed in range(4)]
     (stubs / "list").write_text("".join(lines))
@@ -322,6 +353,18 @@ def test_a_signal_ends_all_runs_and_a_second_signal_interrupts_none(kill, number
     assert len(began) == 3 and max(began) < min(ended)
     for path in stubs.glob("*.started"):
         wait_for(lambda path=path: not Path("/proc", path.stem).exists(), seconds=10)
+
+
+def test_runs_go_on_if_nohup_ignores_that_the_terminal_closes(stubs):
+    (stubs / "sppo_continuous.py").write_text("open('started', 'w')\n" + STUB)
+    options = {"cwd": stubs, "env": ENVIRON, "stdin": subprocess.PIPE, "text": True}
+    command = ["nohup", "python", "benchmarks/run.py"]
+    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, **options)
+    process.stdin.write("python sppo_continuous.py\n")
+    process.stdin.close()
+    wait_for((stubs / "started").exists)
+    process.send_signal(signal.SIGHUP)
+    assert process.wait() == 0 and len(records(stubs)) == 1
 
 
 @pytest.mark.slow
