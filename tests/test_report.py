@@ -37,38 +37,25 @@ def make_run(
     runs, method, score, seed=1, task=HOPPER, finished=True, columns=(), version="abc", **changes
 ):
     """A folder as scripts leave it, with twelve evaluations, the first the best, the last `score`.
-    `columns` of progress.csv; `version`: all that is in the script; `changes` of arguments, or
-    those that are called as one of these parameters: `arguments`."""
+    `columns` of progress.csv; `version`: all that is in the script; `changes` of arguments."""
     language = task == "imdb"
     script = "sppo_rlhf.py" if language else "sppo_continuous.py"
     args = {"exp_name": method, "seed": seed, "noise": "none", "noise_level": 0.05}
     args |= {"total_timesteps": 1200, "vf_coef": 0.5, "hidden_sizes": [64, 64], "device": "cpu"}
-    args |= {"task" if language else "env_id": task} | changes.pop("arguments", {}) | changes
+    args |= {"task" if language else "env_id": task} | changes.pop("also", {}) | changes
     folder = runs / f"{task}__{method}__{args['noise']}__{seed}__{version}"
     folder.mkdir(parents=True)
     (folder / script).write_text(version)
     packages = ["torch", "numpy"][:: 1 if seed % 2 else -1]  # in the order of a folder's files
-    session = {
-        "run": folder.name,
-        "args": args,
-        "script": script,
-        "command": ["sppo_continuous.py", "--seed", str(seed)],
-        "started": f"2026-01-0{1 + seed} 12:00:00",
-        "versions": dict.fromkeys(packages, "2.13.0"),
-        "platform": "Linux-6.1",
-        "cpu": "AVX512",
-        "gpu": None,
-    }
+    session = {"args": args, "script": script, "versions": dict.fromkeys(packages, "2.13.0")}
+    session |= {"command": ["sppo_continuous.py", "--seed", str(seed)], "platform": "Linux-6.1"}
+    session |= {"started": f"2026-01-0{1 + seed} 12:00:00", "cpu": "AVX512", "gpu": None}
     later = session | {"started": "2026-02-01 12:00:00"}
     (folder / "sessions.jsonl").write_text(f"{json.dumps(session)}\n{json.dumps(later)}\n")
-    progress = {
-        "step": range(100, 1300, 100),
-        "return_mean": [2 * score, *np.linspace(0, score, 12)[1:]],
-        "return_std": 1.0,
-        "length_mean": 9.0,
-        "losses/clipped_gradients": np.linspace(0, 1, 12),
-        "charts/episodic_return": np.linspace(0, score / 2, 12),
-    }
+    progress = {"step": range(100, 1300, 100), "return_std": 1.0, "length_mean": 9.0}
+    progress["return_mean"] = [2 * score, *np.linspace(0, score, 12)[1:]]
+    progress["losses/clipped_gradients"] = np.linspace(0, 1, 12)
+    progress["charts/episodic_return"] = np.linspace(0, score / 2, 12)
     table = pd.DataFrame(progress | dict(columns))
     table.to_csv(folder / "progress.csv", index=False)
     if finished:
@@ -145,21 +132,12 @@ def test_tables_have_means_and_standard_errors_and_scores_csv_has_intervals_by_t
     assert [row["noise"], row["seeds"], row["text"]] == ["clean", "[0, 1, 2]", "15.0 ± 1.7"]
 
 
-DIGITS = [  # mean, standard error; as text
-    (100.217, 0.0726, "100.217 ± 0.073"),
-    (-1e-5, 6.7e-5, "-0.000010 ± 0.000067"),
-    (-1e-7, 6.7e-5, "0.000000 ± 0.000067"),
-    (12_766.7, 433.3, "12,770 ± 430"),
-    (50, 9.96, "50 ± 10"),
-    (100, 1e-14, "100.0 ± 0.0"),  # by rounding
-    (123_456, math.nan, "123,500"),
-    (math.inf, math.nan, "inf"),
-]
-
-
-@pytest.mark.parametrize(("mean", "error", "text"), DIGITS)
-def test_an_error_has_two_digits_and_a_mean_without_error_has_four(mean, error, text):
-    assert " ± ".join(report.digits(error, mean, error)) == text
+def test_an_error_has_two_digits_and_a_mean_without_error_has_four():
+    numbers = {(100.217, 0.0726): "100.217 ± 0.073", (-1e-7, 6.7e-5): "0.000000 ± 0.000067"}
+    numbers |= {(12_766.7, 433.3): "12,770 ± 430", (50, 9.96): "50 ± 10"}
+    numbers |= {(123_456, math.nan): "123,500", (math.inf, math.nan): "inf"}
+    for (mean, error), text in numbers.items():
+        assert " ± ".join(report.digits(error, mean, error)) == text
 
 
 def make_clear_differences(runs, scores):
@@ -172,29 +150,26 @@ def make_clear_differences(runs, scores):
 
 
 @pytest.mark.parametrize(
-    ("scores", "compare", "bold", "in_latex"),
+    ("scores", "bold"),
     [
-        ({"dppo": [10, 10], "sppo": [90, 10]}, [], [["sppo"], []], 1),
-        ({"dppo": [90, 10], "sppo": [10, 11]}, [], [["dppo"], []], 1),  # a baseline may be the best
-        ({"ppo": [10, 10], "dppo": [90, 50], "sppo": [91, 10]}, [], [[], ["dppo"]], 1),
-        ({"ppo": [10, 10], "sa2c": [90, 90]}, [], [[], []], 0),  # they are not compared
-        ({"ppo": [1, 1], "dppo": [9, 9], "sppo": [99, 99]}, [("dppo", "ppo")], [[], []], 2),
+        ({"dppo": [10, 10], "sppo": [90, 10]}, [["sppo"], []]),
+        ({"dppo": [90, 10], "sppo": [10, 11]}, [["dppo"], []]),  # a baseline may be the best
+        ({"ppo": [10, 10], "dppo": [90, 50], "sppo": [91, 10]}, [[], ["dppo"]]),
+        ({"ppo": [10, 10], "sa2c": [90, 90]}, [[], []]),  # they are not compared
     ],
 )
-def test_bold_is_the_best_if_it_differs_from_all_that_it_is_compared_with(
-    scores, compare, bold, in_latex, tmp_path
-):
-    """scores.tex has only the compared methods."""
-    runs = make_clear_differences(tmp_path / "runs", scores)
-    page = write_report(runs, out=tmp_path / "out", compare=tuple(compare))
+def test_bold_is_the_best_if_it_differs_from_all_that_it_is_compared_with(scores, bold, tmp_path):
+    page = write_report(make_clear_differences(tmp_path / "runs", scores), out=tmp_path / "out")
     header, *rows = table_after(page, "Last evaluation (runs: 3):")
     assert [[name for name, cell in zip(header, row) if "**" in cell] for row in rows] == bold
     table = (tmp_path / "out/scores.tex").read_text()
-    assert table.count(r"\textbf{") == in_latex
+    assert table.count(r"\textbf{") == len(sum(bold, []))
 
 
 def test_a_table_for_latex_has_tasks_down_and_noise_across(tmp_path):
-    runs = make_clear_differences(tmp_path / "runs", {"dppo": [-9, 10], "sppo_a": [90, 10]})
+    """Without a better method, which is not among those to compare."""
+    scores = {"dppo": [-9, 10], "sppo_a": [90, 10], "better": [99, 99]}
+    runs = make_clear_differences(tmp_path / "runs", scores)
     make_run(runs, "dppo", 5, noise="normal")
     names = ("sppo_a=100% & more", "normal 0.05=noisy", f"{HOPPER}=Hopper_#1")
     write_report(runs, out=tmp_path / "out", compare=(("sppo_a", "dppo"),), names=names)
@@ -271,8 +246,10 @@ def test_a_report_names_runs_that_are_not_finished_or_not_whole(tmp_path):
     assert f"- `{broken.name}: left out: JSONDecodeError: Expecting" in shown
     row = table_after(page, "Last evaluation (runs: 3):")[1]
     assert row == [HOPPER, "clean", "12.0 ± 1.2", "15.0 ± 1.7", "9.000 ± 0.000"]
-    assert f"\n\nMissing seeds: mine in {HOPPER}, clean: 0.\n\nWithout bins" in page
-    assert "\n\nWithout bins (Gaussian policy): mine.\n" in page
+    assert (
+        f"\nMissing seeds: mine in {HOPPER}, clean: 0.\n\nWithout bins (Gaussian policy): mine."
+        in page
+    )
 
 
 # ---- Statistics
@@ -400,11 +377,15 @@ def test_differences_are_welchs_and_those_of_chosen_pairs_are_corrected_and_show
     page = write_report(runs, out=tmp_path / "out", compare=(("mine", "ppo"), ("sppo", "dppo")))
     differences = pd.read_csv(tmp_path / "out/differences.csv")
     assert len(differences) == 3 * (6 + 1) and differences["p"].is_monotonic_increasing
-    row = differences.query("measure == 'last evaluation' and method == 'mine'").iloc[0]
-    assert row["other"] == "ppo"
+    rows = differences.query("measure == 'last evaluation'").set_index(["task", "method", "other"])
+    row = rows.loc[HOPPER, "mine", "ppo"]
     test = stats.ttest_ind(mine, ppo, equal_var=False)
     expected = [np.mean(mine) - np.mean(ppo), *test.confidence_interval(), test.pvalue]
     assert row[["difference", "low", "high", "p"]].to_list() == pytest.approx(expected)
+    size = rows["runs_for_power"][HOPPER, "sppo", "dppo"], 10_000
+    rng = np.random.default_rng(1)
+    test = stats.ttest_ind(rng.normal(12, 2, size), rng.normal(15, 3, size), equal_var=False)
+    assert 0.8 < (test.pvalue < 0.05).mean() < 0.84
     chosen = differences.dropna(subset="p_corrected")
     assert set(chosen["method"] + chosen["other"]) == {"mineppo", "sppodppo"}
     corrected = stats.false_discovery_control(chosen["p"])
@@ -413,18 +394,6 @@ def test_differences_are_welchs_and_those_of_chosen_pairs_are_corrected_and_show
     assert [row[-2] for row in rows] == [f"{value:.3f}" for value in corrected]
     assert [row[-1] for row in rows] == chosen["runs_for_power"].map(str).to_list()
     assert " of 9 differences have p < 0.05" in page and "| mine minus ppo |" in page
-
-
-@pytest.mark.parametrize(
-    ("scores", "runs"), [((12, 15, 18, 10, 12, 14), 13), ((0, 1, 2, 1, 5, 9), 11)]
-)
-def test_as_many_runs_as_the_table_says_see_a_difference_in_80_percent(scores, runs):
-    a, b = np.split(np.array(scores, float), 2)
-    assert report.runs_for_power(a, b) == runs
-    rng = np.random.default_rng(1)
-    many = [rng.normal(x.mean(), x.std(ddof=1), (runs, 10_000)) for x in (a, b)]
-    assert 0.8 < (stats.ttest_ind(*many, equal_var=False).pvalue < 0.05).mean() < 0.86
-    assert report.runs_for_power(a, a[::-1]) == 1000
 
 
 def test_a_method_is_compared_with_one_baseline(tmp_path):
@@ -457,8 +426,7 @@ def test_figures_show_every_method_in_its_own_colour(tmp_path, kept):
     assert curves.get_figwidth() == differences.get_figwidth() == 6.75
     drawn = pd.read_csv(tmp_path / "out/curves.csv").query("task == @HOPPER and method == 'sppo'")
     assert drawn["mean"].to_list() == pytest.approx(curves.axes[0].lines[2].get_ydata())
-    assert drawn.iloc[-1][["step", "mean", "size"]].to_list() == [1200, 15, 3]
-    assert drawn["sem"].iloc[-1] == pytest.approx(stats.sem(SCORES[HOPPER, "sppo"]))
+    assert drawn.iloc[-1, 3:].to_list() == pytest.approx([1200, 15, math.sqrt(3), 3])
     colors = [line.get_color() for line in curves.legends[0].get_lines()]
     assert colors[2] == "tab:blue" and len(set(colors)) == 6
     assert len(set(report.COLORS.values())) == len(report.COLORS)
@@ -554,9 +522,13 @@ def test_runs_of_a_cell_may_differ_in_where_they_ran_and_comparisons_not_alike_a
     assert f"**Not alike: {LANDER}, clean (numbers of steps: 2, versions of a script: 1).**" in page
 
 
+OWN = [*report.OWN, "task", "reward", "lowest", "score"]  # what an argument may be called, too
+
+
 @pytest.mark.parametrize(
     "changes, why",
     [
+        *(({"version": "abc", "also": {name: 1}}, f"differ in (--)?{name} ") for name in OWN),
         ({"vf_coef": 0.1}, r"clean Hopper-v4 sppo: runs differ in vf_coef \(0.5, 0.1\)"),
         ({"version": "abc", "vf_coef": None}, r"runs differ in vf_coef \(0.5, nan\)"),
         ({"seed": 1}, "clean Hopper-v4 sppo: the same seed in Hopper.*abc and Hopper.*def"),
@@ -565,40 +537,24 @@ def test_runs_of_a_cell_may_differ_in_where_they_ran_and_comparisons_not_alike_a
 def test_a_cell_with_two_settings_is_refused(tmp_path, changes, why):
     make_run(tmp_path / "runs", "sppo", 1, seed=1)
     make_run(tmp_path / "runs", "sppo", 2, **({"seed": 2, "version": "def"} | changes))
-    with pytest.raises(report.Refusal, match=why):
-        write_report(tmp_path / "runs", out=tmp_path / "out")
+    report.pack(*report.read_folders([tmp_path / "runs"])[:2], tmp_path / "pack")
+    for folder in ("runs", "pack"):
+        with pytest.raises(report.Refusal, match=why):
+            write_report(tmp_path / folder, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
 
 
-@pytest.mark.parametrize("name", [*report.OWN, "task", "reward", "lowest", "measure", "score"])
-def test_an_argument_may_be_called_as_a_column(name, tmp_path):
-    """Runs that differ in it are not averaged, nor are packed ones."""
-    for seed in (1, 2):
-        make_run(tmp_path / "runs", "sppo", 1, seed, arguments={name: seed})
-    with pytest.raises(report.Refusal, match=rf"runs differ in (--)?{name} \(1, 2\)"):
-        write_report(tmp_path / "runs", out=tmp_path / "out")
-    report.pack(*report.read_folders([tmp_path / "runs"])[:2], tmp_path / "pack")
-    with pytest.raises(report.Refusal, match=rf"runs differ in (--)?{name} \(1, 2\)"):
-        write_report(tmp_path / "pack", out=tmp_path / "out")
-
-
-def test_a_logged_quantity_may_be_called_as_a_column(tmp_path):
+def test_a_logged_quantity_may_be_called_as_a_column(grid, tmp_path):
     """It has a table of its own, and changes no other."""
-    names = {*report.RUN, *report.PROVENANCE, *report.MEASURES.values(), "total_timesteps"}
-    names -= {"run_name", *report.MEASURES, "return_std"}
-    logged = {f"Logged {name}": name for name in names} | {
-        "Reward": "reward",
-        "Logged a score": "a score",
-    }
-    for method, seed in (("dppo", 1), ("dppo", 2), ("sppo", 1), ("sppo", 2)):
-        columns = dict.fromkeys(logged.values(), [7 + seed] * 12)
-        make_run(tmp_path / "runs", method, seed, seed, columns=columns)
-    page = write_report(tmp_path / "runs", out=tmp_path / "out", pack=tmp_path / "pack")
-    titles = {"Last evaluation": "1.50 ± 0.50"} | dict.fromkeys(logged, "8.50 ± 0.50")
-    for title, text in titles.items():
-        row = table_after(page, f"{title} (runs: 2):")[1]
-        assert row == [HOPPER, "clean", text, text]
-    assert write_report(tmp_path / "pack", out=tmp_path / "out") == page
+    names = {*report.RUN, *report.PROVENANCE, "last evaluation", "a score"}
+    names -= {*report.EVALUATION}
+    runs = make_grid(tmp_path / "runs", columns=dict.fromkeys(names, 7))
+    page = write_report(runs, out=tmp_path / "out")
+    for title in ("Last evaluation", "Training"):
+        rows = table_after((grid / "report/report.md").read_text(), title)
+        assert table_after(page, title) == rows
+    for name in names:
+        assert table_after(page, f"Logged {name} ")[1][2:] == ["7.000 ± 0.000"] * 2
 
 
 @pytest.mark.parametrize(
@@ -615,28 +571,8 @@ def test_options_that_mean_nothing_are_refused(grid, tmp_path, options, why):
         write_report(grid / "runs", **({"out": tmp_path / "out"} | options))
 
 
-def test_a_folder_that_is_no_report_is_not_written_to(grid, tmp_path):
-    (tmp_path / "thesis.tex").write_text("mine")
-    with pytest.raises(report.Refusal, match="a folder that is not a report"):
-        write_report(grid / "runs", out=tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
-
-
-NAMES = [
-    "null",
-    "NA",
-    "None",
-    "nan",
-    "",
-    "_mine",
-    "a|b",
-    "$a$b",
-    "*a*",
-    "task",
-    "noise",
-    "a",
-    "a=方",
-]
+NAMES = ["null", "NA", "None", "nan", "", "_mine", "a|b", "$a$b", "*a*"]
+NAMES += ["task", "noise", "a", "a=方"]
 
 
 def test_any_name_of_a_method_is_shown_as_it_is(tmp_path, kept, capsys):
@@ -689,7 +625,7 @@ def test_a_report_needs_neither_a_notebooks_backend_nor_letters_of_the_terminal(
 
 
 def test_an_earlier_report_is_replaced_and_other_files_stay(grid, tmp_path, monkeypatch):
-    """Figures are pictures, and PDF files whose text is text."""
+    """A folder without a report is not written to. Figures are PNG, and PDF whose text is text."""
     monkeypatch.setenv("HOME", str(tmp_path))
     out = tmp_path / "out"
     out.mkdir()
@@ -699,6 +635,8 @@ def test_an_earlier_report_is_replaced_and_other_files_stay(grid, tmp_path, monk
         pdf = (out / f"{name}.pdf").read_bytes()
         assert pdf.startswith(b"%PDF") and b"/Type3" not in pdf
         assert (out / f"{name}.png").read_bytes()[1:4] == b"PNG"
+    with pytest.raises(report.Refusal, match="a folder that is not a report"):
+        write_report(grid / "runs", out=tmp_path)
     (out / "README.md").write_text("mine")
     one = make_run(tmp_path / "runs", "sppo", 1)
     write_report(one, out=out, figures=True)
