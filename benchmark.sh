@@ -176,4 +176,4 @@ esac
 set -- --runs-dir "$runs" ${dry_run:+--dry-run} ${jobs:+--jobs "$jobs" --jobs-per-gpu "$jobs"}
 [[ $dry_run || $commands != *"--task toy "* || -d runs/toy || ${extra[*]} = *--dataset* ]] ||
     die "no runs/toy; this makes it: python toy.py"
-exec python benchmarks/run.py "$@" <<<"$commands"
+exec "$(command -v python || echo python3)" benchmarks/run.py "$@" <<<"$commands"

@@ -11,34 +11,37 @@ evaluation. If a folder has several packs, NAME- stands before both names."""
 import hashlib
 import json
 import math
+import os
 import shlex
 import sys
+import warnings
 from collections.abc import Iterable
 from dataclasses import dataclass
+from decimal import Decimal
 from itertools import combinations, permutations
 from pathlib import Path
 
+os.environ["MPLBACKEND"] = "agg"  # before matplotlib reads that of a notebook, which may be missing
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 import seaborn as sns
 import tyro
+from matplotlib import font_manager
 from matplotlib.ticker import EngFormatter
 from pandas import DataFrame
 from scipy import stats
 
-plt.switch_backend("agg")
 plt.rcdefaults()  # a matplotlibrc may ask for what is not installed, such as LaTeX
 plt.rcParams["text.parse_math"] = False  # a method may be called "$a$b"
 plt.rcParams["pdf.fonttype"] = 42  # text stays text, in no Type 3 font, which publishers refuse
 plt.rcParams["figure.constrained_layout.use"] = True
-plt.rcParams["savefig.dpi"] = 200
+warnings.filterwarnings("ignore", "Glyph")  # `rename` has one line on letters without a glyph
 sns.set_context("paper", font_scale=0.8, rc={"figure.labelsize": "medium"})
 
-HOW_TO_READ = """\
-"Last evaluation" is the mean return of the last evaluation. "Training" is the mean return of the
-last 100 training episodes, averaged since the evaluation before. A cell is a method, a task and a
-kind of noise; its runs differ in seed. 95 % intervals: where the mean over many seeds may lie."""
+HOW_TO_READ = """Scores are mean returns. "Training" is that of the last 100 training episodes,
+averaged since the evaluation before. A cell is a method, a task and a kind of noise; its runs
+differ in seed. 95 % intervals: where the mean over many seeds may lie."""
 
 BOLD = """the best of a task and noise, if it differs from each method that it is compared with \
 (Welch's test, p below 0.05 after Benjamini and Hochberg's correction)"""
@@ -49,12 +52,12 @@ COLUMNS = {  # explained above a table that has them
 over cells, with Brunner and Munzel's interval, unless a cell has fewer than five runs""",
     "percent": """by how much the first method's mean is higher, on tasks where all returns of both
 were above 0: the logarithm of the ratio of their means, averaged over cells, with Welch's interval.
-Each logarithm is corrected for the bias that few runs give it. So this is not the plain ratio of
-two means in scores.csv, and differs from it much where a cell's scores differ much""",
-    "tasks": "on how many tasks the percentage is averaged",
+Logarithms are corrected for the bias of few runs, so this is not the ratio in scores.csv""",
+    "tasks": "over which tasks the percentage is averaged, of how many in this report",
     "points": "the difference in returns, on tasks where a run of either had a return of 0 or less",
     "difference": "the first method's mean minus the second's, with Welch's interval and p",
     "p, corrected": "by Benjamini and Hochberg, for the number of differences in the table",
+    "runs for 80 % power": "of each method, if difference and spread are as here; 1000: or more",
 }
 
 NOT_WHOLE = """To have a run whole (not a pack), delete its folder and run its command again. Until
@@ -66,8 +69,7 @@ MEASURES = {  # columns of runs
     "training": "training",
 }
 
-# What a method is compared with: the first of these that has runs. A variant, such as sppo-p, is
-# compared with its method, sb3-ppo with ppo, any other method with sppo or sa2c
+# A method's baseline: the first with runs; of sppo-p sppo, of sb3-ppo ppo, else sppo or sa2c
 BASELINES = {"sppo": "dppo ppo", "dppo": "ppo", "ppo": ""}
 BASELINES |= {"sa2c": "da2c a2c", "da2c": "a2c", "a2c": ""}
 
@@ -78,13 +80,18 @@ dppo-coef tab:red, ppo-coef firebrick, dppo-norm tab:purple, ppo-norm indigo, pp
 COLORS = dict(item.split() for item in COLORS.split(", "))
 
 # Columns in which runs of a cell may differ, beside SCORES and PROVENANCE
-FREE = "seed run_name runs_dir device compile track capture_video evaluate".split()
+FREE = "seed run_name runs_dir device compile track gradient_checkpointing capture_video".split()
 PROVENANCE = ["commit", "script_sha256", "command", "started", "versions", "hardware"]
 SCORES = ["finished", "return_mean", "return_std", "last5", "training", "sps"]
 RUN = ["run_name", "exp_name", "script", "env_id", "noise", "noise_level", "seed", *SCORES]
+OWN = ["run_name", "script", *SCORES, *PROVENANCE]  # an argument called so is called "--script"
 EVALUATION = ["run_name", "step", "return_mean", "return_std", "length_mean"]
-CELL = ["reward", "env_id", "exp_name"]
-DIFFERENCE = ["measure", "task", "noise", "method", "other", "difference", "low", "high", "p"]
+NOISE = "noise and level"  # as no argument can be called
+LOWEST = "lowest return"
+CELL = [NOISE, "env_id", "exp_name"]
+SHOWN = dict(zip(CELL, ["noise", "task", "method"]))
+DIFFERENCE = ["measure", "task", "noise", "method", "other"]
+DIFFERENCE += ["difference", "low", "high", "p", "runs_for_power"]
 LOGGED = ["losses/clipped_gradients", "losses/norm_sign_changes"]  # these get tables
 FEW = 5  # with fewer runs a cell, wins have no interval: results/coverage.py
 RUN_FILES = ["sessions.jsonl", "progress.csv", "summary.json"]
@@ -180,12 +187,10 @@ def read_run(path: Path) -> tuple[list[dict], DataFrame, str]:
     session = json.loads(first_line)
     script = (path / session["script"]).read_bytes()
     run = dict.fromkeys([*SCORES, *PROVENANCE])
-    versions = dict(sorted(session["versions"].items()))  # alike on all machines
-    hardware = [session[name] for name in ("platform", "cpu", "gpu")]
-    where = {"versions": versions, "hardware": hardware}
-    for name, value in (session["args"] | where).items():
-        run[name] = json.dumps(value) if isinstance(value, (list, dict)) else value
-    if "task" in run:
+    for name, value in session["args"].items():
+        column = f"--{name}" if name in OWN else name
+        run[column] = json.dumps(value) if isinstance(value, (list, dict)) else value
+    if "env_id" not in run:  # a language model
         run["env_id"] = run.pop("task")
     run |= {
         "run_name": path.name,
@@ -194,6 +199,8 @@ def read_run(path: Path) -> tuple[list[dict], DataFrame, str]:
         "started": session["started"],
         "script_sha256": hashlib.sha256(script).hexdigest(),
         "command": shlex.join(session["command"]),
+        "versions": json.dumps(session["versions"], sort_keys=True),
+        "hardware": json.dumps([session[name] for name in ("platform", "cpu", "gpu")]),
         "exp_name": run["exp_name"],
         "total_timesteps": int(run["total_timesteps"]),
         "seed": int(run["seed"]),
@@ -206,7 +213,7 @@ def read_run(path: Path) -> tuple[list[dict], DataFrame, str]:
         progress.to_numpy(float)  # raises if there are texts; a loss may be nan
         if not np.isfinite(progress[EVALUATION[1:]].to_numpy(float)).all():
             raise Refusal("progress.csv: an evaluation that is not a number")
-        progress["run_name"] = path.name
+        progress.insert(0, "run_name", path.name)
     if run["finished"]:
         summary = json.loads((path / "summary.json").read_text(encoding="utf-8"))
         run["sps"] = float(summary["sps"])
@@ -214,11 +221,11 @@ def read_run(path: Path) -> tuple[list[dict], DataFrame, str]:
         if end != summary["step"]:
             raise Refusal(f"progress.csv: cut at step {end} of {summary['step']}")
         last = progress.iloc[-1]
-        run |= {"return_mean": last["return_mean"], "return_std": last["return_std"]}
+        run |= dict(last[["return_mean", "return_std"]])
         run["training"] = last.get("charts/episodic_return")
         if len(progress) >= 10:
             run["last5"] = progress["return_mean"].tail(5).mean()
-    agent = "policy" if "task" in session["args"] else "agent.safetensors"
+    agent = "agent.safetensors" if "env_id" in session["args"] else "policy"
     saved = (path / agent).exists() or not run["finished"] or agent.encode() not in script
     return [run], progress, "" if saved else f"no {agent}, which enjoy.py plays; scores are used"
 
@@ -243,44 +250,51 @@ def pack(runs: DataFrame, progress: DataFrame, place: Path) -> None:
 
 
 def label_runs(runs: DataFrame, progress: DataFrame) -> DataFrame:
-    """Finished runs with `reward` (clean, or noise and level), their `lowest` return, and the other
-    columns of `progress`: logged quantities ("losses/entropy") as means over a run, others as in
-    the last evaluation. The columns of CELL are categories, in the order of tables. Raises Refusal
-    if a cell mixes settings."""
+    """Finished runs with NOISE ("clean" or noise and level), LOWEST and the other columns of
+    `progress`, after "logged" if their name is taken: "losses/..." as means over a run, others as
+    in the last evaluation. Columns of CELL are categories. Raises Refusal if a cell is mixed."""
     finished = runs[runs["finished"]].copy()
     clean = finished["noise"] == "none"
     finished["noise_level"] = finished["noise_level"].mask(clean, 0.0)
     noisy = finished["noise"] + finished["noise_level"].map(" {:g}".format)
-    finished["reward"] = noisy.mask(clean, "clean")
+    finished[NOISE] = noisy.mask(clean, "clean")
     for cell, group in finished.groupby(CELL):
         check_cell(" ".join(cell), group)
     evaluations = progress.groupby("run_name")
-    last = progress.drop_duplicates("run_name", keep="last").set_index("run_name")
+    last = evaluations.tail(1).set_index("run_name")
     lowest = finished["run_name"].map(evaluations["return_mean"].min())
-    finished["lowest"] = np.fmin(lowest, finished["training"].astype(float))
+    finished[LOWEST] = np.fmin(lowest, finished["training"].astype(float))
+    taken = [*finished, *MEASURES.values(), "a score"]
     for name in progress.columns.difference(EVALUATION):
         values = evaluations[name].mean() if "/" in name else last[name]
-        finished[name] = finished["run_name"].map(values)
-    rewards = finished.sort_values(["noise_level", "reward"])["reward"].unique()
-    orders = [rewards, sorted(set(finished["env_id"])), in_order(finished["exp_name"])]
+        column = f"logged {name}" if name in taken else name
+        finished[column] = finished["run_name"].map(values)
+    noise = finished.sort_values(["noise_level", NOISE])[NOISE].unique()
+    orders = [noise, sorted(set(finished["env_id"])), in_order(finished["exp_name"])]
     for name, order in zip(CELL, orders):
         finished[name] = pd.Categorical(finished[name], order)
     return finished.sort_values([*CELL, "seed"])
 
 
 def rename(runs: DataFrame, pairs: list[tuple], names: tuple) -> list[tuple]:
-    """Gives categories of `runs` the names that they have in `names`, texts such as "sppo=SPPO",
-    and returns the renamed pairs. Raises Refusal for what is not there, and for equal names."""
-    new = dict(name.partition("=")[::2] for name in names)
+    """Renames categories of `runs` by `names`, such as "sppo=SPPO", and returns the renamed pairs.
+    Raises Refusal for what is not there, and for equal names. Prints letters that figures lack."""
     there = {name for column in CELL for name in runs[column].cat.categories}
-    for old, shown in new.items():
-        if old not in there or not shown:
-            raise Refusal(f"--names {old}: not NAME=SHOWN; there are {', '.join(sorted(there))}")
-    if len({new.get(name, name) for name in there}) < len(there):
+    new = dict(zip(there, there))
+    for text in names:
+        old = max((name for name in there if text.startswith(name + "=")), default=None)  # longest
+        if old is None or text == old + "=":
+            raise Refusal(f"--names {text}: not NAME=SHOWN; there are {', '.join(sorted(there))}")
+        new[old] = text.removeprefix(old + "=")
+    if len(set(new.values())) < len(there):
         raise Refusal(f"--names {' '.join(names)}: two would be called the same")
+    font = font_manager.get_font(font_manager.findfont("sans"))
+    lacking = set("".join(new.values())) - set(map(chr, font.get_charmap()))
+    if lacking:
+        print("figures lack letters (use --names):", *sorted(lacking), file=sys.stderr)
     for column in CELL:
         runs[column] = runs[column].cat.rename_categories(new)
-    return [(new.get(a, a), new.get(b, b)) for a, b in pairs]
+    return [(new[a], new[b]) for a, b in pairs]
 
 
 def check_cell(cell: str, runs: DataFrame) -> None:
@@ -301,28 +315,23 @@ def check_cell(cell: str, runs: DataFrame) -> None:
 
 def in_order(methods) -> list[str]:
     """Each method once: the known ones first; variants, such as dppo-norm, after their method."""
-    known = list(COLORS)
-
-    def place(method: str):
-        base = method.partition("-")[0]
-        return known.index(base) if base in known else len(known), method
-
-    return sorted(set(methods), key=place)
+    rank = {name: place for place, name in enumerate(COLORS)}
+    return sorted(set(methods), key=lambda name: (rank.get(name.partition("-")[0], 99), name))
 
 
-def colors_of(methods: Iterable) -> list:
+def colors_of(methods: Iterable, shown: Iterable) -> dict:
+    """The colours of methods, by the names that they are shown with."""
     others = [name for name in methods if name not in COLORS]
     colors = COLORS | dict(zip(others, sns.husl_palette(len(others), h=0.2)))
-    return [colors[name] for name in methods]
+    return {name: colors[method] for method, name in zip(methods, shown)}
 
 
 def cells_of(runs: DataFrame, measure: str) -> dict:
-    """{(reward, task): {method: scores (seeds,)}} of runs that have the measure."""
+    """{(noise, task): {method: scores (seeds,)}} of runs that have the measure."""
     cells = {}
     there = runs.dropna(subset=measure)
-    for cell, scores in there.groupby(CELL, observed=True)[measure]:
-        *place, method = cell
-        cells.setdefault(tuple(place), {})[method] = scores.to_numpy(float)
+    for (noise, task, method), scores in there.groupby(CELL, observed=True)[measure]:
+        cells.setdefault((noise, task), {})[method] = scores.to_numpy(float)
     return cells
 
 
@@ -343,16 +352,18 @@ def pairs_of(runs: DataFrame, compare: Iterable[tuple]) -> list[tuple]:
     return chosen
 
 
-def mixtures(runs: DataFrame) -> list[str]:
-    """A paragraph for each task and noise whose runs have several numbers of steps, or several
-    versions of a script."""
+def remarks(runs: DataFrame) -> list:
+    """Paragraphs on methods without bins, and on tasks whose runs differ in steps or versions."""
     page = []
-    for (reward, task), group in runs.groupby(CELL[:2], observed=True):
+    if "policy" in runs:
+        names = runs.loc[runs["policy"] == "gaussian", "exp_name"].unique()
+        page.append(f"Without bins (Gaussian policy): {', '.join(names) or 'none'}.")
+    for (noise, task), group in runs.groupby(CELL[:2], observed=True):
         steps = group["total_timesteps"].nunique()
         versions = group.groupby("script")["script_sha256"].nunique().max()
         if max(steps, versions) > 1:
             counts = f"numbers of steps: {steps}, versions of a script: {versions}"
-            page.append(f"**Not alike: {task}, {reward} ({counts}).**")
+            page.append(f"**Not alike: {task}, {noise} ({counts}).**")
     return page
 
 
@@ -419,18 +430,30 @@ def pooled_difference(cells: list, moments):
     return value, value - half, value + half, p
 
 
+def runs_for_power(a, b):
+    """Runs of each method that detect a difference like that of scores `a` and `b` with 80 % power:
+    t's quantiles 0.975 and 0.8 times the standard error are at most as large. 1000: or more."""
+    runs = np.arange(2, 1000)
+    variances = np.array([a.var(ddof=1), b.var(ddof=1)])
+    errors = np.sqrt(variances.sum() / runs)
+    degrees = (runs - 1) * variances.sum() ** 2 / (variances**2).sum()
+    detected = errors * (stats.t.ppf(0.975, degrees) + stats.t.ppf(0.8, degrees))
+    return runs[detected <= abs(a.mean() - b.mean())].min(initial=1000)
+
+
 def make_differences(runs: DataFrame, pairs: list[tuple]) -> DataFrame:
-    """Every method minus every other one of its task and noise, in each of MEASURES, by the p of
-    Welch's test; for `pairs` also p as corrected by Benjamini and Hochberg for their number."""
+    """Every method minus every other one of its task and noise, in each of MEASURES, with Welch's
+    test; for `pairs` also p as corrected by Benjamini and Hochberg for their number."""
     rows = []
     for measure, title in MEASURES.items():
-        for (reward, task), cell in cells_of(runs, measure).items():
+        for (noise, task), cell in cells_of(runs, measure).items():
             for b, a in combinations(cell, 2):
                 if (b, a) in pairs:
                     a, b = b, a
                 found = pooled_difference([(cell[a], cell[b])], mean_and_variance)
                 if not math.isnan(found[-1]):
-                    rows.append([title, task, reward, a, b, *found])
+                    needed = runs_for_power(cell[a], cell[b])
+                    rows.append([title, task, noise, a, b, *found, needed])
     differences = DataFrame(rows, columns=DIFFERENCE).sort_values("p", ignore_index=True)
     chosen = [pair in pairs for pair in zip(differences["method"], differences["other"])]
     p = differences.loc[chosen, "p"].astype(float)
@@ -439,15 +462,15 @@ def make_differences(runs: DataFrame, pairs: list[tuple]) -> DataFrame:
 
 
 def make_scores(runs: DataFrame, measures: list[str], differences: DataFrame) -> DataFrame:
-    """Mean, standard error, number of runs and 95 % interval by t of each cell in each measure.
-    `bold`: the best of a task and noise, if its corrected p is below 0.05 in all `differences` to
-    methods that it is compared with, at least one. `text`: mean ± standard error, with the number
-    of runs if other cells have more."""
-    each = runs.melt(CELL, measures, "measure", "score").dropna(subset="score")
-    each = each.replace({"measure": MEASURES}).astype({"score": float})
-    cells = each.groupby(["measure", *CELL], observed=True, sort=False)["score"]
-    scores = cells.agg(mean="mean", standard_error="sem", runs="size").reset_index()
-    scores = scores.rename(columns={"env_id": "task", "reward": "noise", "exp_name": "method"})
+    """Mean, standard error, runs, their seeds, 95 % interval by t and text of each cell in each
+    measure. `bold`: as BOLD says, by `differences`, of which the best has at least one."""
+    each = runs[[*CELL, "seed", *measures]].rename(columns=MEASURES)
+    each = each.melt([*CELL, "seed"], var_name="measure", value_name="a score")
+    each = each.dropna().astype({"a score": float})
+    cells = each.groupby(["measure", *CELL], observed=True, sort=False)
+    scores = cells["a score"].agg(mean="mean", standard_error="sem", runs="size")
+    scores["seeds"] = cells["seed"].agg(list)
+    scores = scores.reset_index().rename(columns=SHOWN)
     half = scores["standard_error"] * stats.t.ppf(0.975, scores["runs"] - 1)
     scores["low"] = scores["mean"] - half
     scores["high"] = scores["mean"] + half
@@ -457,9 +480,8 @@ def make_scores(runs: DataFrame, measures: list[str], differences: DataFrame) ->
     p = both_ways.groupby([*place, "method"])["p_corrected"].max()
     p = scores.join(p, on=[*place, "method"])["p_corrected"]
     scores["bold"] = (scores["mean"] == best) & (p < 0.05)
-    most = scores.groupby("measure")["runs"].transform("max")
-    fewer = (" (runs: " + scores["runs"].astype(str) + ")").where(scores["runs"] < most, "")
-    scores["text"] = [*map(number, scores["mean"], scores["standard_error"])] + fewer
+    both = scores[["mean", "standard_error"]].to_numpy()
+    scores["text"] = [" ± ".join(digits(error, mean, error)) for mean, error in both]
     return scores
 
 
@@ -482,19 +504,32 @@ def explained(table: DataFrame) -> list[str]:
     return ["\n".join(lines), markdown(table)]
 
 
-def number(value: float, error: float = math.nan) -> str:
-    """A mean, and ± its standard error, with the digits that its size deserves."""
-    digits = sum(abs(value) < limit for limit in (100, 10, 1))
-    text = f"{value:,.{digits}f}"
-    return text if math.isnan(error) else f"{text} ± {error:,.{digits}f}"
+def digits(error, *values, least=-99):
+    """Those values that are not nan as texts, with the decimal places that two digits of the error
+    need, at least `least`. Without an error, the first value has four digits."""
+    if not error > 1e-9 * abs(values[0]):  # nan, or less than rounding
+        error = values[0] / 100
+    places = max(1 - Decimal(f"{error:.1e}").adjusted(), least)
+    there = [round(value, places) + 0.0 for value in values if not math.isnan(value)]  # no -0
+    return [f"{value:,.{max(places, 0)}f}" for value in there]
 
 
-def estimate(value: float, low: float, high: float, form: str) -> str:
-    """A value in the format `form`, with its interval; empty for nan."""
-    if math.isnan(value):
-        return ""
-    text = format(value, form)
-    return text if math.isnan(low) else f"{text} ({low:{form}} to {high:{form}})"
+def estimate(value, low, high, least=-99):
+    """A value with its interval, if it has one; empty for nan."""
+    texts = digits((high - low) / 2, value, low, high, least=least)
+    if len(texts) < 3:
+        return "".join(texts)
+    return "{} ({} to {})".format(*texts)
+
+
+def notes(scores: DataFrame) -> list:
+    """A sentence on the seeds that cells lack, if others have more runs."""
+    seeds = set().union(*scores["seeds"])
+    lines = []
+    for row in scores[scores["runs"] < scores["runs"].max()].itertuples():
+        missing = ", ".join(map(str, sorted(seeds.difference(row.seeds))))
+        lines.append(f"{row.method} in {row.task}, {row.noise}: {missing}")
+    return [f"Missing seeds: {'; '.join(lines)}."] if lines else []
 
 
 def score_text(scores: DataFrame) -> list[str]:
@@ -504,50 +539,56 @@ def score_text(scores: DataFrame) -> list[str]:
     for measure, part in shown.groupby("measure", sort=False):
         table = part.pivot(index=["task", "noise"], columns="method", values="text").fillna("")
         title = f"`{measure}`, mean over the run" if "/" in measure else measure.capitalize()
-        table = table.reset_index().astype(str)
-        page += [f"{title} (runs: {part['runs'].max()}):", markdown(table)]
+        table = table.reset_index(allow_duplicates=True).astype(str)
+        page += [f"{title} (runs: {part['runs'].max()}):", markdown(table), *notes(part)]
     return page
 
 
 def latex(scores: DataFrame, narrow: bool) -> str:
     """A LaTeX table of last evaluations: tasks down, noise and methods across."""
+    runs = scores["runs"]
     texts = scores["text"].str.replace("±", r"$\pm$").str.replace("-", "$-$")
-    shown = scores.assign(text=texts.mask(scores["bold"], r"\textbf{" + texts + "}"))
-    table = shown.pivot(index="task", columns=["noise", "method"], values="text").fillna("")
-    table = table.rename_axis(index=None, columns=[None, None])
+    texts = texts.mask(scores["bold"], r"\textbf{" + texts + "}")
+    texts = texts.mask(runs < runs.max(), texts + "$^*$")
+    table = scores.assign(text=texts).pivot(
+        index="task", columns=["noise", "method"], values="text"
+    )
+    table = table.fillna("").rename_axis(index=None, columns=[None, None])
     style = table.style.format_index(escape="latex").format_index(escape="latex", axis="columns")
-    runs = scores["runs"].max()
-    caption = rf"Last evaluation: mean return $\pm$ standard error over {runs} runs. Bold: {BOLD}."
+    caption = (
+        rf"Last evaluation: mean return $\pm$ standard error over {runs.max()} runs. Bold: {BOLD}."
+    )
     options = {"position": "t", "position_float": "centering", "multicol_align": "c"}
     options["environment"] = "table" if narrow else "table*"
     options["column_format"] = "l" + "r" * len(table.columns)
     text = style.to_latex(hrules=True, caption=caption, label="tab:scores", **options)
-    return "% \\usepackage{booktabs}\n" + text.replace("\\centering", "\\centering\\small")
+    text = "% \\usepackage{booktabs}\n" + text.replace("\\centering", "\\centering\\small")
+    note = f"\\\\[1ex]\n$^*$ fewer runs, at least {runs.min()}" if runs.nunique() > 1 else ""
+    return text.replace("\\end{tabular}", "\\end{tabular}" + note)
 
 
 def pooled_text(runs: DataFrame, pairs: list[tuple]) -> list[str]:
     """Paragraphs on all pairs: a table, which has each kind of noise, too, after its columns."""
     if not pairs:
         return ["No method has a baseline here; `--compare A B` compares two of them."]
-    parts = dict(list(runs.groupby("reward", observed=True)))
+    parts = dict(list(runs.groupby(NOISE, observed=True)))
     parts = {"all": runs} | parts if len(parts) > 1 else parts
     rows = []
     for a, b in pairs:
         both = runs[runs["exp_name"].isin([a, b])]
-        signed = set(both.loc[both["lowest"] <= 0, "env_id"])
-        for reward, part in parts.items():
+        signed = set(both.loc[both[LOWEST] <= 0, "env_id"])
+        for noise, part in parts.items():
             for measure, title in MEASURES.items():
                 found = pool(cells_of(part, measure), a, b, signed)
                 if found:
-                    place = {"methods": f"{a} against {b}", "noise": reward, "measure": title}
+                    place = {"methods": f"{a} against {b}", "noise": noise, "measure": title}
                     rows.append(place | found)
     return explained(DataFrame(rows))
 
 
-def pool(cells: dict, a: str, b: str, signed: set) -> dict[str, str]:
+def pool(cells: dict, a: str, b: str, signed: set) -> dict:
     """A row of a table, over the cells that both have: how often a beats b, and their difference in
-    percent. On `signed` tasks, on which they had returns of 0 or less, it is in points, in all
-    cells, because otherwise only cells that noise has ruined would drop out."""
+    percent; in points in all cells of `signed` tasks, else only cells ruined by noise drop out."""
     groups = {}  # by task
     for (_, task), cell in cells.items():
         if a in cell and b in cell:
@@ -555,23 +596,25 @@ def pool(cells: dict, a: str, b: str, signed: set) -> dict[str, str]:
     if not groups:
         return {}
     both = sum(groups.values(), [])
-    positive = []
+    positive = {}
     points = []
     for task, group in sorted(groups.items()):
         if task in signed:
             found = pooled_difference(group, mean_and_variance)[:3]
-            points.append(f"{estimate(*found, ',.2f')} in {task}")
+            points.append(f"{estimate(*found)} in {task}")
         else:
-            positive += group
-    logarithms = pooled_difference(positive, log_mean_and_variance)[:3]
+            positive[task] = group
+    logarithms = pooled_difference(sum(positive.values(), []), log_mean_and_variance)[:3]
     rate, low, high = win_rate(both)
     sizes = [len(scores) for pair in both for scores in pair]
+    tasks = len({task for _, task in cells})
+    names = f": {', '.join(positive)}" if len(positive) < tasks else ""
     return {
         "cells": str(len(both)),
         "runs": str(sum(sizes)),
-        "wins": estimate(rate, low if min(sizes) >= FEW else math.nan, high, ".2f"),
-        "percent": estimate(*np.expm1(logarithms), "+.1%"),
-        "tasks": f"{len(groups) - len(points)} of {len(groups)}" if positive else "",
+        "wins": estimate(rate, low, high) if min(sizes) >= FEW else f"{rate:.2f}",
+        "percent": estimate(*100 * np.expm1(logarithms), least=1),
+        "tasks": f"{len(positive)} of {tasks}{names}" if positive else "",
         "points": ", ".join(points),
     }
 
@@ -581,18 +624,19 @@ def difference_text(differences: DataFrame) -> list[str]:
     rows = []
     for row in differences.itertuples():
         texts = [row.task, row.noise, row.measure, f"{row.method} minus {row.other}"]
-        texts += [number(row.difference), f"{number(row.low)} to {number(row.high)}"]
-        rows.append([*texts, f"{row.p:.3f}", f"{row.p_corrected:.3f}"])
+        texts += [estimate(row.difference, row.low, row.high)]
+        texts += [f"{row.p:.3f}", f"{row.p_corrected:.3f}", str(row.runs_for_power)]
+        rows.append(texts)
     small = (differences["p"] < 0.05).sum()
     remaining = (differences["p_corrected"] <= 0.05).sum()
     text = f"{small} of {len(rows)} differences have p < 0.05, {remaining} also after correction. "
     text += "Differences between all methods are in differences.csv."
-    columns = ["task", "noise", "measure", "methods", "difference", "95 % interval", "p"]
-    table = DataFrame(rows, columns=[*columns, "p, corrected"])
+    columns = ["task", "noise", "measure", "methods", "difference", "p", "p, corrected"]
+    table = DataFrame(rows, columns=[*columns, "runs for 80 % power"])
     return ["## Differences, task by task", text, *explained(table)]
 
 
-def provenance_text(runs: DataFrame, unfinished: list[str], broken: list[str]) -> list[str]:
+def provenance_text(runs: DataFrame, unfinished: list, broken: list) -> list[str]:
     """Paragraphs on what was run, what is not whole, and whether it is one version of a script."""
     page = []
     if broken:
@@ -601,9 +645,8 @@ def provenance_text(runs: DataFrame, unfinished: list[str], broken: list[str]) -
     if unfinished:
         page.append(f"**Begun, not finished: {len(unfinished)}.** The same commands continue them:")
         page.append(", ".join(unfinished))
-    names = {"script": "script", "total_timesteps": "steps", "commit": "commit"}
-    names |= {"script_sha256": "SHA-256 of the script", "versions": "versions"}
-    origin = runs[list(names)].dropna(axis="columns", how="all").rename(columns=names).map(str)
+    names = ["script", "total_timesteps", "commit", "script_sha256", "versions"]
+    origin = runs[names].dropna(axis="columns", how="all").map(str)
     counts = origin.replace(["nan", "None"], "not recorded").value_counts()
     return [*page, markdown(counts.reset_index(name="runs").astype(str))]
 
@@ -624,38 +667,45 @@ def make_panels(count: int, columns: int, height: float, narrow: bool, **options
 
 def save(figure, file: Path, title: str) -> list[str]:
     """As PNG and PDF. Returns the Markdown that shows it."""
-    figure.savefig(file.with_suffix(".png"))
+    figure.savefig(file.with_suffix(".png"), dpi=200)
     figure.savefig(file.with_suffix(".pdf"))
     plt.close(figure)
     return [f"![{title}]({file.name}.png)"]
 
 
 def draw_curves(runs, progress, colors: dict, file: Path, narrow: bool) -> list[str]:
-    """A panel for each task and kind of noise. Returns the Markdown."""
-    curves = runs[["run_name", *CELL]].merge(progress[EVALUATION[:3]])
-    rows_first = ["env_id", "reward"] if narrow else ["reward", "env_id"]
+    """A panel for each task and kind of noise. Returns the Markdown. Its numbers are in a CSV."""
+    curves = runs[["run_name", *CELL]].merge(progress[EVALUATION[:3]]).rename(columns=SHOWN)
+    points = curves.groupby(["noise", "task", "method", "step"], observed=True)["return_mean"]
+    points.agg(["mean", "sem", "size"]).to_csv(file.with_suffix(".csv"))
+    rows_first = ["task", "noise"] if narrow else ["noise", "task"]
     panels = [panel for _, panel in curves.groupby(rows_first, observed=True)]
     columns = curves[rows_first[1]].nunique()
     figure, axes = make_panels(len(panels), columns if columns > 1 else len(panels), 1.7, narrow)
     for ax, panel in zip(axes, panels):
-        options = {"hue": "exp_name", "palette": colors, "errorbar": "se", "legend": False}
+        options = {"hue": "method", "palette": colors, "errorbar": "se", "legend": False}
         sns.lineplot(panel, x="step", y="return_mean", ax=ax, **options)
-        ax.set(title="\n".join(panel.iloc[0][["env_id", "reward"]]), xlabel="", ylabel="")
+        ax.set(title="\n".join(panel.iloc[0][["task", "noise"]]), xlabel="", ylabel="")
         ax.xaxis.set_major_formatter(EngFormatter(sep=""))  # 500k, 1M
     figure.supxlabel("texts" if runs["script"].str.contains("rlhf").all() else "steps")
     figure.supylabel("return of evaluations")
-    methods = [name for name in colors if name in set(curves["exp_name"])]
+    methods = [name for name in colors if name in set(curves["method"])]
     lines = [plt.Line2D([], [], color=colors[name]) for name in methods]
-    figure.legend(lines, methods, loc="outside upper center", ncols=3 if narrow else 6)
+    options = {"loc": "outside upper center", "columnspacing": 1}
+    width = figure.legend(lines, methods, **options).get_window_extent().width
+    figure.legends[0].remove()
+    columns = int(figure.bbox.width / width) or 1
+    figure.legend(lines, methods, ncols=columns, **options)
+    figure.set_figheight(figure.get_figheight() + 0.15 * math.ceil(len(methods) / columns))
     return save(figure, file, "Learning curves")
 
 
 def draw_differences(differences: DataFrame, file: Path, narrow: bool) -> list[str]:
     """A panel for each task. Returns the Markdown that shows it."""
-    names = differences["method"] + " minus " + differences["other"] + ", " + differences["noise"]
-    labels = sorted(names.unique())
-    panels = list(differences.assign(height=names.map(labels.index)).groupby("task"))
-    height = 0.6 + 0.2 * len(labels)
+    names = differences["method"] + "\nminus " + differences["other"] + ", " + differences["noise"]
+    heights, labels = pd.factorize(names, sort=True)
+    panels = list(differences.assign(height=heights).groupby("task"))
+    height = 0.6 + 0.3 * len(labels)
     figure, axes = make_panels(len(panels), len(panels), height, narrow, sharey=True)
     for ax, (task, panel) in zip(axes, panels):
         half = panel["high"] - panel["difference"]
@@ -676,30 +726,29 @@ def main(args: Args) -> None:
         raise Refusal(f"--out {out}: a folder that is not a report; choose another")
     everything, progress, broken = read_folders([path.expanduser() for path in args.folders])
     runs = label_runs(everything, progress)
-    colors = colors_of(runs["exp_name"].cat.categories)
+    methods = runs["exp_name"].cat.categories
     pairs = rename(runs, pairs_of(runs, args.compare), args.names)
-    colors = dict(zip(runs["exp_name"].cat.categories, colors))
+    colors = colors_of(methods, runs["exp_name"].cat.categories)
     differences = make_differences(runs, pairs)
-    others = progress.columns.difference(EVALUATION)
+    others = runs.columns.difference([*everything, NOISE, LOWEST])
     scores = make_scores(runs, [*MEASURES, *others], differences)
     if args.pack:
         pack(everything, progress, args.pack.expanduser())
     out.mkdir(parents=True, exist_ok=True)
-    for name in ("curves.png", "curves.pdf", "differences.png", "differences.pdf"):
-        (out / name).unlink(missing_ok=True)  # of an earlier report
+    for path in out.glob("differences.p*"):  # of an earlier report
+        path.unlink()
     differences.to_csv(out / "differences.csv", index=False)
     scores.to_csv(out / "scores.csv", index=False)
     chosen = set(sum(pairs, ())) if args.compare else set(colors)
-    last = scores["measure"] == "last evaluation"
-    paper = latex(scores[last & scores["method"].isin(chosen)], args.narrow)
-    (out / "scores.tex").write_text(paper, encoding="utf-8")
-
-    page = ["# Report", HOW_TO_READ, "## Scores", f"Mean ± standard error over runs. Bold: {BOLD}."]
-    page += score_text(scores[last]) + mixtures(runs)
     drawn = runs[runs["exp_name"].isin(chosen)]
+    last = scores["measure"] == "last evaluation"
+    paper = latex(make_scores(drawn, ["return_mean"], differences), args.narrow)
+    (out / "scores.tex").write_text(paper, encoding="utf-8")
+    page = ["# Report", HOW_TO_READ, "## Scores", f"Mean ± standard error over runs. Bold: {BOLD}."]
+    page += score_text(scores[last]) + remarks(runs)
     page += ["## Learning curves", "Evaluations, mean and, shaded, standard error over runs:"]
     page += draw_curves(drawn, progress, colors, out / "curves", args.narrow)
-    page += ["## Differences over all tasks", *pooled_text(runs, pairs)]
+    page += ["## Differences over tasks, uncorrected", *pooled_text(runs, pairs)]
     compared = differences.dropna(subset="p_corrected")
     shown = compared[compared["measure"] == "last evaluation"]
     if len(shown):
@@ -714,6 +763,7 @@ def main(args: Args) -> None:
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")  # for letters that a terminal does not have
     try:
         main(tyro.cli(Args))
     except (Refusal, OSError) as error:

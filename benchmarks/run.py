@@ -43,10 +43,13 @@ class Args:
     dry_run: bool = False  # print the commands that are left, and run nothing
 
 
-def key_of(script, *words):
-    """What tells commands apart: the script's name and its flags, but for --runs-dir."""
+def key_of(folder, script, *words):
+    """What tells commands apart: the script's name and flags, but for those in its NO_EFFECT."""
+    text = (folder / Path(script).name).read_text(encoding="utf-8")
+    no_effect = "".join(re.findall(r"(?ms)^NO_EFFECT = .*?\]", text))
+    names = "|".join(["runs_dir", *re.findall(r'"(\w+)"', no_effect)]).replace("_", "[-_]")
     flags = "".join(f"\n{word}" for word in words)
-    return Path(script).name + re.sub(r"\n--runs[-_]dir[\n=].*", "", flags)
+    return Path(script).name + re.sub(rf"(?m)\n--(no[-_])?({names})([\n=](?!--).*)?$", "", flags)
 
 
 def unfinished(commands, runs_dir):
@@ -65,13 +68,13 @@ def unfinished(commands, runs_dir):
                 for session in map(json.loads, path.read_text().strip().split("\n")):
                     inside = session["directory"] + os.sep
                     files = {Path(p.removeprefix(inside)): d for p, d in session["files"].items()}
-                    finished.setdefault(key_of(*session["command"]), []).append(files)
+                    finished.setdefault(key_of(path.parent, *session["command"]), []).append(files)
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             print(f"{path.parent}: a broken run ({error!r})", file=sys.stderr)
     for command in commands:
         script, *words = shlex.split(command)[1:]  # without "python"
         folder = Path(script).resolve(strict=True).parent
-        recorded = finished.get(key_of(script, *words), [])
+        recorded = finished.get(key_of(folder, script, *words), [])
         if not any(all(digest(folder / p) == d for p, d in files.items()) for files in recorded):
             yield command
 
@@ -95,7 +98,9 @@ def start(command, gpu, threads, runs_dir):
         print("$", command, file=file, flush=True)
         # Ctrl-C is for this program alone, which then ends the jobs with their children
         options = {"stdout": file, "stderr": file, "env": variables, "start_new_session": True}
-        return subprocess.Popen(shlex.split(command), **options), log
+        program, *words = shlex.split(command)
+        program = sys.executable if program == "python" else program  # PATH may have none
+        return subprocess.Popen([program, *words], **options), log
 
 
 def end(processes):
@@ -112,6 +117,7 @@ def end(processes):
 
 def main():
     args = tyro.cli(Args)
+    sys.stdout.reconfigure(errors="backslashreplace")  # for letters that a terminal does not have
     if min(args.jobs, args.jobs_per_gpu or 1) < 1:
         sys.exit("error: --jobs and --jobs-per-gpu must be at least 1")
     commands = list(dict.fromkeys(line.strip() for line in sys.stdin if line.strip()))
@@ -134,16 +140,16 @@ def main():
     pools = [(for_gpu if gpus else [], gpus), (for_cpu, [""] * args.jobs)]
     done = len(commands) - len(left)
     jobs = sum(min(len(waiting), len(free)) for waiting, free in pools)
-    counts = f"{done} of {len(commands)} runs have finished, {len(left)} are left"
-    print(counts, file=sys.stderr)
+    print(f"{done} of {len(commands)} runs have finished, {len(left)} are left", file=sys.stderr)
     # The time left is by the mean of all runs so far. A line each second, in files each minute
     bar = tqdm(total=len(commands), initial=done, unit="run", smoothing=0, miniters=0)
     bar.mininterval = 1 if sys.stderr.isatty() else 60
     running = {}
     failed = 0
     signals = []  # only noted, so that no signal interrupts the start of a run or the end of all
-    for number in (signal.SIGINT, signal.SIGTERM):
-        signal.signal(number, lambda *arrived: signals.append(arrived))
+    for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
+        if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # as by nohup
+            signal.signal(number, lambda *arrived: signals.append(arrived))
     try:
         while bar.n < len(commands) and not signals:
             for waiting, free in pools:
@@ -163,8 +169,8 @@ def main():
             bar.update(0)
             time.sleep(0.1)
     finally:
-        bar.close()
         end(list(running))
+        bar.close()
     if signals or failed:
         failures = f"{failed} of {len(commands)} failed"
         sys.exit("interrupted; the same command continues" if signals else failures)

@@ -148,6 +148,7 @@ class cuda:
 def finish(folder, command, *more):
     """Leaves a finished run of `command`. `more`: files that it has imported or read."""
     folder.mkdir(parents=True, exist_ok=True)
+    shutil.copy(command[0], folder)
     files = [Path(name).resolve() for name in (command[0], *more)]
     digests = {str(file): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
     session = {"command": command, "directory": os.getcwd(), "files": digests}
@@ -162,7 +163,8 @@ def stubs(tmp_path):
     for name in ("benchmark.sh", "benchmarks/run.py"):
         shutil.copy(ROOT / name, tmp_path / name)
     for script in [*SCRIPTS, "sppo_rlhf.py"]:
-        (tmp_path / script).write_text(STUB)
+        no_effect = re.search(r"(?ms)^NO_EFFECT = .*?\]\n?", (ROOT / script).read_text())[0]
+        (tmp_path / script).write_text(f"{no_effect}\n{STUB}")
     (tmp_path / "torch.py").write_text(TORCH)
     return tmp_path
 
@@ -196,14 +198,14 @@ def test_words_that_need_quotes_arrive_in_any_locale(stubs):
 
 @pytest.mark.parametrize(("name", "text"), [("sessions.jsonl", "{}"), ("summary.json", "")])
 def test_a_dry_run_lists_begun_and_broken_runs_but_no_finished_ones(name, text, stubs, monkeypatch):
-    """A dry run names broken runs, and writes nothing."""
+    """A dry run names broken runs, and writes nothing. Some flags have no effect on a run."""
     monkeypatch.chdir(stubs)
     dry_run = "./benchmark.sh tiny --seeds 1 --dry-run".split()
     commands = sh(*dry_run, cwd=stubs).stdout.splitlines()
     assert len(commands) == 6 and not Path("runs").exists()
     for number, command in enumerate(commands[:3]):
         *words, _ = shlex.split(command)[1:]
-        finish(Path(f"runs/tiny/{number}"), [*words, "it's elsewhere"])
+        finish(Path(f"runs/tiny/{number}"), [*words, "it's elsewhere", "--no-compile", "--track"])
     Path("runs/tiny/0", name).write_text(text)
     Path("runs/tiny/1/summary.json").unlink()  # begun only
     listed_again = sh(*dry_run, cwd=stubs)
@@ -258,9 +260,12 @@ def test_games_go_to_gpus_and_control_to_the_cpu(visible, envs, cores, flags, gp
 
 
 def test_a_failed_run_is_named_and_the_others_go_on(stubs):
+    """Without a `python` on PATH, and on a terminal that lacks a letter of the last line."""
     (stubs / "sppo_atari.py").write_text("raise ValueError('no')")
+    (stubs / "sppo_continuous.py").write_text(STUB + "sys.stdout.buffer.write('ö'.encode())")
     commands = [["sppo_atari.py", "--env-id", "Pong", "--seed", "1"], ["sppo_continuous.py"]]
-    result = run(commands, stubs, "--jobs", 1)
+    result = run(commands, stubs, "--jobs", 1, PATH="/nowhere", PYTHONIOENCODING="ascii")
+    assert "\n\\xf6\n" in result.stdout
     assert "0 of 2 runs have finished, 2 are left\n" in result.stderr
     assert result.returncode == 1 and result.stderr.endswith("1 of 2 failed\n")
     log = stubs / re.search(r"failed, see (runs/logs/Pong__1__\w+\.log)", result.stdout)[1]
@@ -302,9 +307,13 @@ except KeyboardInterrupt:
 """
 
 
-@pytest.mark.parametrize("kill, number", [(os.kill, signal.SIGTERM), (os.killpg, signal.SIGINT)])
+KILLS = [(os.kill, signal.SIGTERM), (os.killpg, signal.SIGINT), (os.kill, signal.SIGHUP)]
+
+
+@pytest.mark.parametrize("kill, number", KILLS)
 def test_a_signal_ends_all_runs_and_a_second_signal_interrupts_none(kill, number, stubs):
-    """A scheduler signals run.py alone, Ctrl-C its group. Children of runs end with them."""
+    """A scheduler or a closed terminal signals run.py alone, Ctrl-C its group. Children of runs end
+    with them."""
     (stubs / "sppo_continuous.py").write_text(SLOW_TO_CLOSE + STUB)
     lines = [f"python sppo_continuous.py --seed {seed}\n" for seed in range(4)]
     (stubs / "list").write_text("".join(lines))
@@ -322,6 +331,13 @@ def test_a_signal_ends_all_runs_and_a_second_signal_interrupts_none(kill, number
     assert len(began) == 3 and max(began) < min(ended)
     for path in stubs.glob("*.started"):
         wait_for(lambda path=path: not Path("/proc", path.stem).exists(), seconds=10)
+
+
+def test_runs_go_on_under_nohup_if_the_terminal_is_closed(stubs):
+    (stubs / "sppo_continuous.py").write_text("open('started', 'w')\n" + STUB)
+    command = "nohup python benchmarks/run.py <<<'python sppo_continuous.py' & "
+    command += "until [ -e started ]; do sleep 0.1; done; kill -HUP $!; wait $!"
+    assert sh("bash", "-c", command, cwd=stubs).returncode == 0 and len(records(stubs)) == 1
 
 
 @pytest.mark.slow

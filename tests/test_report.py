@@ -3,9 +3,11 @@
 import hashlib
 import json
 import math
+import os
 import re
 import runpy
 import shutil
+import subprocess
 import sys
 from pathlib import Path
 
@@ -22,7 +24,7 @@ import coverage  # noqa: E402
 
 HOPPER = "Hopper-v4"
 LANDER = "LunarLanderContinuous-v3"
-POOLED = "## Differences over all tasks"
+POOLED = "## Differences over tasks, uncorrected"
 SCORES = {  # {(task, method): last evaluations, a seed each}
     (HOPPER, "dppo"): [10, 12, 14],
     (HOPPER, "sppo"): [12, 15, 18],
@@ -40,32 +42,20 @@ def make_run(
     script = "sppo_rlhf.py" if language else "sppo_continuous.py"
     args = {"exp_name": method, "seed": seed, "noise": "none", "noise_level": 0.05}
     args |= {"total_timesteps": 1200, "vf_coef": 0.5, "hidden_sizes": [64, 64], "device": "cpu"}
-    args |= {"task" if language else "env_id": task} | changes
+    args |= {"task" if language else "env_id": task} | changes.pop("also", {}) | changes
     folder = runs / f"{task}__{method}__{args['noise']}__{seed}__{version}"
     folder.mkdir(parents=True)
     (folder / script).write_text(version)
     packages = ["torch", "numpy"][:: 1 if seed % 2 else -1]  # in the order of a folder's files
-    session = {
-        "run": folder.name,
-        "args": args,
-        "script": script,
-        "command": ["sppo_continuous.py", "--seed", str(seed)],
-        "started": f"2026-01-0{1 + seed} 12:00:00",
-        "versions": dict.fromkeys(packages, "2.13.0"),
-        "platform": "Linux-6.1",
-        "cpu": "AVX512",
-        "gpu": None,
-    }
+    session = {"args": args, "script": script, "versions": dict.fromkeys(packages, "2.13.0")}
+    session |= {"command": ["sppo_continuous.py", "--seed", str(seed)], "platform": "Linux-6.1"}
+    session |= {"started": f"2026-01-0{1 + seed} 12:00:00", "cpu": "AVX512", "gpu": None}
     later = session | {"started": "2026-02-01 12:00:00"}
     (folder / "sessions.jsonl").write_text(f"{json.dumps(session)}\n{json.dumps(later)}\n")
-    progress = {
-        "step": range(100, 1300, 100),
-        "return_mean": [2 * score, *np.linspace(0, score, 12)[1:]],
-        "return_std": 1.0,
-        "length_mean": 9.0,
-        "losses/clipped_gradients": np.linspace(0, 1, 12),
-        "charts/episodic_return": np.linspace(0, score / 2, 12),
-    }
+    progress = {"step": range(100, 1300, 100), "return_std": 1.0, "length_mean": 9.0}
+    progress["return_mean"] = [2 * score, *np.linspace(0, score, 12)[1:]]
+    progress["losses/clipped_gradients"] = np.linspace(0, 1, 12)
+    progress["charts/episodic_return"] = np.linspace(0, score / 2, 12)
     table = pd.DataFrame(progress | dict(columns))
     table.to_csv(folder / "progress.csv", index=False)
     if finished:
@@ -124,13 +114,13 @@ def test_tables_have_means_and_standard_errors_and_scores_csv_has_intervals_by_t
     rows = table_after(page, "Last evaluation (runs: 3):")
     assert rows[0] == ["task", "noise", "dppo", "sppo"]
     assert rows[1] == [HOPPER, "clean", "12.0 ± 1.2", f"15.0 ± {error:.1f}"]
-    assert rows[2] == [LANDER, "clean", "110 ± 6", "107 ± 4"]
+    assert rows[2] == [LANDER, "clean", "110.0 ± 5.8", "107.0 ± 4.0"]
     # of twelve evaluations that rise to the score the last five are 7/11 to 11/11 of it
     rows = table_after(page, "Mean of the last five evaluations (runs: 3):")
-    assert rows[1][2].startswith(f"{12 * 9 / 11:.2f} ±")
+    assert rows[1][2].startswith(f"{12 * 9 / 11:.2f} ± 0.")
     assert table_after(page, "Training (runs: 3):")[2][2] == "55.0 ± 2.9"
     rows = table_after(page, "`losses/clipped_gradients`, mean over the run (runs: 3):")
-    assert rows[1] == [HOPPER, "clean", "0.500 ± 0.000", "0.500 ± 0.000"]
+    assert rows[1] == [HOPPER, "clean", "0.5000 ± 0.0000", "0.5000 ± 0.0000"]
 
     scores = pd.read_csv(grid / "report/scores.csv")
     assert len(scores) == 4 * 5  # cells, measures
@@ -139,7 +129,15 @@ def test_tables_have_means_and_standard_errors_and_scores_csv_has_intervals_by_t
     interval = stats.ttest_1samp([12, 15, 18], 0).confidence_interval()
     assert (row["low"], row["high"]) == pytest.approx((interval.low, interval.high))
     assert row["mean"] == 15 and row["standard_error"] == pytest.approx(error)
-    assert [row["noise"], row["runs"], row["text"]] == ["clean", 3, "15.0 ± 1.7"]
+    assert [row["noise"], row["seeds"], row["text"]] == ["clean", "[0, 1, 2]", "15.0 ± 1.7"]
+
+
+def test_an_error_has_two_digits_and_a_mean_without_error_has_four():
+    numbers = {(100.217, 0.0726): "100.217 ± 0.073", (-1e-7, 6.7e-5): "0.000000 ± 0.000067"}
+    numbers |= {(12_766.7, 433.3): "12,770 ± 430", (50, 9.96): "50 ± 10"}
+    numbers |= {(123_456, math.nan): "123,500", (math.inf, math.nan): "inf"}
+    for (mean, error), text in numbers.items():
+        assert " ± ".join(report.digits(error, mean, error)) == text
 
 
 def make_clear_differences(runs, scores):
@@ -169,7 +167,9 @@ def test_bold_is_the_best_if_it_differs_from_all_that_it_is_compared_with(scores
 
 
 def test_a_table_for_latex_has_tasks_down_and_noise_across(tmp_path):
-    runs = make_clear_differences(tmp_path / "runs", {"dppo": [-9, 10], "sppo_a": [90, 10]})
+    """Without a better method, which is not among those to compare."""
+    scores = {"dppo": [-9, 10], "sppo_a": [90, 10], "better": [99, 99]}
+    runs = make_clear_differences(tmp_path / "runs", scores)
     make_run(runs, "dppo", 5, noise="normal")
     names = ("sppo_a=100% & more", "normal 0.05=noisy", f"{HOPPER}=Hopper_#1")
     write_report(runs, out=tmp_path / "out", compare=(("sppo_a", "dppo"),), names=names)
@@ -180,9 +180,10 @@ def test_a_table_for_latex_has_tasks_down_and_noise_across(tmp_path):
         r" & \multicolumn{2}{c}{clean} & noisy \\",
         r" & dppo & 100\% \& more & dppo \\",
         r"\midrule",
-        r"Hopper\_\#1 & $-$9.00 $\pm$ 0.58 & \textbf{90.0 $\pm$ 0.6} & 5.00 (runs: 1) \\",
-        rf"{LANDER} & 10.0 $\pm$ 0.6 & 10.0 $\pm$ 0.6 &  \\",
+        r"Hopper\_\#1 & $-$9.00 $\pm$ 0.58 & \textbf{90.00 $\pm$ 0.58} & 5.000$^*$ \\",
+        rf"{LANDER} & 10.00 $\pm$ 0.58 & 10.00 $\pm$ 0.58 &  \\",
     ]
+    assert "\\end{tabular}\\\\[1ex]\n$^*$ fewer runs, at least 1\n" in table
 
 
 def test_language_models_have_tables_of_their_columns_and_curves_over_texts(tmp_path, kept):
@@ -190,7 +191,7 @@ def test_language_models_have_tables_of_their_columns_and_curves_over_texts(tmp_
         columns = {"kl": np.linspace(0, kl, 12)}
         make_run(tmp_path / "runs", "sppo", 1, seed, "imdb", columns=columns)
     page = write_report(tmp_path / "runs", out=tmp_path / "out", figures=True)
-    assert table_after(page, "Kl (runs: 2):")[1] == ["imdb", "clean", "4.00 ± 1.00"]
+    assert table_after(page, "Kl (runs: 2):")[1] == ["imdb", "clean", "4.0 ± 1.0"]
     assert kept[0].get_supxlabel() == "texts"
 
 
@@ -233,7 +234,8 @@ def test_a_report_names_runs_that_are_not_finished_or_not_whole(tmp_path):
     broken = make_run(runs, "sppo", 1e6, seed=5)
     (broken / "summary.json").write_text("{")
     saves_one = "agent.safetensors"
-    whole, without = (make_run(runs, "mine", 9, seed, version=saves_one) for seed in (1, 2))
+    changes = {"version": saves_one, "policy": "gaussian"}
+    whole, without = (make_run(runs, "mine", 9, seed, **changes) for seed in (1, 2))
     (whole / "agent.safetensors").touch()
     page = write_report(runs, out=tmp_path / "out")
     shown = page.partition("## What was run")[2]
@@ -243,7 +245,11 @@ def test_a_report_names_runs_that_are_not_finished_or_not_whole(tmp_path):
     assert f"- `{without.name}: no agent.safetensors, which enjoy.py plays; scores" in shown
     assert f"- `{broken.name}: left out: JSONDecodeError: Expecting" in shown
     row = table_after(page, "Last evaluation (runs: 3):")[1]
-    assert row == [HOPPER, "clean", "12.0 ± 1.2", "15.0 ± 1.7", "9.00 ± 0.00 (runs: 2)"]
+    assert row == [HOPPER, "clean", "12.0 ± 1.2", "15.0 ± 1.7", "9.000 ± 0.000"]
+    assert (
+        f"\nMissing seeds: mine in {HOPPER}, clean: 0.\n\nWithout bins (Gaussian policy): mine."
+        in page
+    )
 
 
 # ---- Statistics
@@ -263,7 +269,7 @@ def test_pooled_wins_and_percentages_are_as_computed_by_hand(grid):
     assert [found["cells"], found["runs"], found["tasks"]] == ["2", "12", "2 of 2"]
     # 7.5 and 3.5 of nine pairs, since 12 ties 12, and 110 ties 110; three runs have no interval
     assert found["wins"] == "0.61"
-    assert found["percent"].startswith(f"{math.exp(np.mean(differences)) - 1:+.1%} (")
+    assert found["percent"].startswith(f"{100 * (math.exp(np.mean(differences)) - 1):.1f} (")
     explained = page.partition(POOLED)[2].partition("\n| methods")[0]
     assert re.findall(r"(?m)^- \*(.+?)\*: ", explained) == ["cells", "wins", "percent", "tasks"]
 
@@ -328,8 +334,8 @@ def test_wins_have_an_interval_from_five_runs_on_and_one_run_has_no_intervals(tm
     for folder in runs.glob("*__[1-4]__*"):
         shutil.rmtree(folder)
     page = write_report(runs, out=tmp_path / "out", figures=True)
-    assert table_after(page, POOLED)[1][5:7] == ["1.00", "+30.0%"]
-    assert table_after(page, "Last evaluation (runs: 1):")[1][2:] == ["10.0", "13.0"]
+    assert table_after(page, POOLED)[1][5:7] == ["1.00", "30.00"]
+    assert table_after(page, "Last evaluation (runs: 1):")[1][2:] == ["10.00", "13.00"]
     assert "task by task" not in page
     assert not (tmp_path / "out/differences.png").exists()
 
@@ -356,9 +362,9 @@ def test_a_pair_is_compared_in_points_where_returns_are_below_0(below, tmp_path)
     assert clean["tasks"] == "3 of 3" and not clean.get("points")
     make_run(runs, "dppo", 9, 2, "Pong", noise="normal", columns=below)
     after = pooled()
-    assert after["clean"]["tasks"] == "2 of 3"
+    assert after["clean"]["tasks"] == f"2 of 3: {HOPPER}, {LANDER}"
     assert after["normal 0.05"]["percent"] == after["normal 0.05"]["tasks"] == ""
-    assert re.fullmatch(r"10\.00 \([\d.]+ to [\d.]+\) in Pong", after["clean"]["points"])
+    assert after["clean"]["points"] == "10.0 (7.0 to 13.0) in Pong"
     assert re.fullmatch(r"[\d.]+ \([\d.]+ to [\d.]+\) in Pong", after["normal 0.05"]["points"])
 
 
@@ -371,17 +377,22 @@ def test_differences_are_welchs_and_those_of_chosen_pairs_are_corrected_and_show
     page = write_report(runs, out=tmp_path / "out", compare=(("mine", "ppo"), ("sppo", "dppo")))
     differences = pd.read_csv(tmp_path / "out/differences.csv")
     assert len(differences) == 3 * (6 + 1) and differences["p"].is_monotonic_increasing
-    row = differences.query("measure == 'last evaluation' and method == 'mine'").iloc[0]
-    assert row["other"] == "ppo"
+    rows = differences.query("measure == 'last evaluation'").set_index(["task", "method", "other"])
+    row = rows.loc[HOPPER, "mine", "ppo"]
     test = stats.ttest_ind(mine, ppo, equal_var=False)
     expected = [np.mean(mine) - np.mean(ppo), *test.confidence_interval(), test.pvalue]
     assert row[["difference", "low", "high", "p"]].to_list() == pytest.approx(expected)
+    size = rows["runs_for_power"][HOPPER, "sppo", "dppo"], 10_000
+    rng = np.random.default_rng(1)
+    test = stats.ttest_ind(rng.normal(12, 2, size), rng.normal(15, 3, size), equal_var=False)
+    assert 0.8 < (test.pvalue < 0.05).mean() < 0.84
     chosen = differences.dropna(subset="p_corrected")
     assert set(chosen["method"] + chosen["other"]) == {"mineppo", "sppodppo"}
     corrected = stats.false_discovery_control(chosen["p"])
     assert chosen["p_corrected"].to_list() == pytest.approx(corrected)
     rows = table_after(page, "## Differences, task by task")[1:]
-    assert [row[-1] for row in rows] == [f"{value:.3f}" for value in corrected]
+    assert [row[-2] for row in rows] == [f"{value:.3f}" for value in corrected]
+    assert [row[-1] for row in rows] == chosen["runs_for_power"].map(str).to_list()
     assert " of 9 differences have p < 0.05" in page and "| mine minus ppo |" in page
 
 
@@ -413,6 +424,9 @@ def test_figures_show_every_method_in_its_own_colour(tmp_path, kept):
     curves, differences = kept
     assert legend_of(curves) == ["dppo", "dppo-coef", "sppo", "sppo-p", "mine", "yours"]
     assert curves.get_figwidth() == differences.get_figwidth() == 6.75
+    drawn = pd.read_csv(tmp_path / "out/curves.csv").query("task == @HOPPER and method == 'sppo'")
+    assert drawn["mean"].to_list() == pytest.approx(curves.axes[0].lines[2].get_ydata())
+    assert drawn.iloc[-1, 3:].to_list() == pytest.approx([1200, 15, math.sqrt(3), 3])
     colors = [line.get_color() for line in curves.legends[0].get_lines()]
     assert colors[2] == "tab:blue" and len(set(colors)) == 6
     assert len(set(report.COLORS.values())) == len(report.COLORS)
@@ -422,23 +436,30 @@ def test_figures_show_every_method_in_its_own_colour(tmp_path, kept):
 
 
 def test_chosen_methods_and_names_are_shown_in_narrow_figures_and_in_tables(tmp_path, kept):
-    """A renamed method keeps its colour, its place in the order and its baseline."""
+    """A renamed method keeps its colour, its place in the order and its baseline. Long names stay
+    within the figure."""
     runs = make_grid(tmp_path / "runs", noise="normal")
     make_run(runs, "sppo", 3)
     make_run(runs, "mine", 3, noise="normal")
-    names = ("sppo=A", "dppo=B", f"{HOPPER}=Hopper", "normal 0.05=noisy")
+    name = "A with a name as long as this"
+    names = (f"sppo={name}", f"dppo=B{name}", f"{HOPPER}=Hopper", "normal 0.05=noisy")
     options = {"figures": True, "narrow": True, "compare": (("sppo", "dppo"),), "names": names}
     page = write_report(runs, out=tmp_path / "out", **options)
     curves, differences = kept
     assert curves.get_figwidth() == differences.get_figwidth() == 3.25
     assert "\\begin{table}[t]" in (tmp_path / "out/scores.tex").read_text()
-    assert legend_of(curves) == ["B", "A"]
+    assert legend_of(curves) == [f"B{name}", name]
+    for figure in kept:
+        figure.canvas.draw()
+    for text in (curves.legends[0], differences.axes[0].get_yticklabels()[0]):
+        box = text.get_window_extent()
+        assert 0 <= box.x0 < box.x1 <= text.figure.bbox.width
     assert curves.legends[0].get_lines()[1].get_color() == "tab:blue"
     titles = [ax.get_title() for ax in curves.axes]
     assert titles == ["Hopper\nclean", "Hopper\nnoisy", f"{LANDER}\nnoisy"]
     labels = [label.get_text() for label in differences.axes[0].get_yticklabels()]
-    assert labels == ["A minus B, noisy"]
-    assert table_after(page, "Last evaluation")[0] == ["task", "noise", "B", "A", "mine"]
+    assert labels == [f"{name}\nminus B{name}, noisy"]
+    assert table_after(page, "Last evaluation")[0] == ["task", "noise", f"B{name}", name, "mine"]
     assert "sppo" not in page.partition("## What was run")[0]
 
 
@@ -501,9 +522,13 @@ def test_runs_of_a_cell_may_differ_in_where_they_ran_and_comparisons_not_alike_a
     assert f"**Not alike: {LANDER}, clean (numbers of steps: 2, versions of a script: 1).**" in page
 
 
+OWN = [*report.OWN, "task", "reward", "lowest", "score"]  # what an argument may be called, too
+
+
 @pytest.mark.parametrize(
     "changes, why",
     [
+        *(({"version": "abc", "also": {name: 1}}, f"differ in (--)?{name} ") for name in OWN),
         ({"vf_coef": 0.1}, r"clean Hopper-v4 sppo: runs differ in vf_coef \(0.5, 0.1\)"),
         ({"version": "abc", "vf_coef": None}, r"runs differ in vf_coef \(0.5, nan\)"),
         ({"seed": 1}, "clean Hopper-v4 sppo: the same seed in Hopper.*abc and Hopper.*def"),
@@ -512,16 +537,32 @@ def test_runs_of_a_cell_may_differ_in_where_they_ran_and_comparisons_not_alike_a
 def test_a_cell_with_two_settings_is_refused(tmp_path, changes, why):
     make_run(tmp_path / "runs", "sppo", 1, seed=1)
     make_run(tmp_path / "runs", "sppo", 2, **({"seed": 2, "version": "def"} | changes))
-    with pytest.raises(report.Refusal, match=why):
-        write_report(tmp_path / "runs", out=tmp_path / "out")
+    report.pack(*report.read_folders([tmp_path / "runs"])[:2], tmp_path / "pack")
+    for folder in ("runs", "pack"):
+        with pytest.raises(report.Refusal, match=why):
+            write_report(tmp_path / folder, out=tmp_path / "out")
     assert not (tmp_path / "out").exists()
+
+
+def test_a_logged_quantity_may_be_called_as_a_column(grid, tmp_path):
+    """It has a table of its own, and changes no other."""
+    names = {*report.RUN, *report.PROVENANCE, "last evaluation", "a score"}
+    names -= {*report.EVALUATION}
+    runs = make_grid(tmp_path / "runs", columns=dict.fromkeys(names, 7))
+    page = write_report(runs, out=tmp_path / "out")
+    for title in ("Last evaluation", "Training"):
+        rows = table_after((grid / "report/report.md").read_text(), title)
+        assert table_after(page, title) == rows
+    for name in names:
+        assert table_after(page, f"Logged {name} ")[1][2:] == ["7.000 ± 0.000"] * 2
 
 
 @pytest.mark.parametrize(
     "options, why",
     [
         ({"compare": (("sppo", "ppo"),)}, "--compare sppo ppo: no task has both; .* dppo, sppo"),
-        ({"names": ("ppo=PPO",)}, "--names ppo: not NAME=SHOWN; there are .*, clean, dppo, sppo"),
+        ({"names": ("a=b",)}, "--names a=b: not NAME=SHOWN; there are .*, clean, dppo, sppo"),
+        ({"names": ("sppo=",)}, "--names sppo=: not NAME=SHOWN"),
         ({"names": ("sppo=dppo",)}, "--names sppo=dppo: two would be called the same"),
     ],
 )
@@ -530,23 +571,19 @@ def test_options_that_mean_nothing_are_refused(grid, tmp_path, options, why):
         write_report(grid / "runs", **({"out": tmp_path / "out"} | options))
 
 
-def test_a_folder_that_is_no_report_is_not_written_to(grid, tmp_path):
-    (tmp_path / "thesis.tex").write_text("mine")
-    with pytest.raises(report.Refusal, match="a folder that is not a report"):
-        write_report(grid / "runs", out=tmp_path)
-    assert [path.name for path in tmp_path.iterdir()] == ["thesis.tex"]
-
-
 NAMES = ["null", "NA", "None", "nan", "", "_mine", "a|b", "$a$b", "*a*"]
+NAMES += ["task", "noise", "a", "a=方"]
 
 
-def test_any_name_of_a_method_is_shown_as_it_is(tmp_path, kept):
+def test_any_name_of_a_method_is_shown_as_it_is(tmp_path, kept, capsys):
+    """Its letters may not be in figures."""
     runs = tmp_path / "runs"
     for i, name in enumerate(NAMES):
         for seed in range(2):
             make_run(runs, name, 10 + i + seed, seed).rename(runs / f"{i}{seed}")
     options = {"figures": True, "compare": (("null", ""), ("_mine", "a|b"))}
     page = write_report(runs, out=tmp_path / "out", pack=tmp_path / "pack", **options)
+    assert capsys.readouterr().err == "figures lack letters (use --names): 方\n"
     names = [name.replace("|", r"\|") for name in sorted(NAMES)]
     assert f"| {' | '.join(['task', 'noise', *names])} |\n" in page
     assert "| null minus  |" in page and r"| _mine minus a\|b |" in page
@@ -556,6 +593,8 @@ def test_any_name_of_a_method_is_shown_as_it_is(tmp_path, kept):
         texts = figure.findobj(report.plt.Text)
         assert not any(text.get_parse_math() for text in texts)
     assert legend_of(kept[0]) == legend_of(kept[2]) == ["", "_mine", "a|b", "null"]
+    page = write_report(runs, out=tmp_path / "out", names=("a=方=k=20", "a=first"))
+    assert {"k=20", "first"} <= set(table_after(page, "Last evaluation")[0])
 
 
 def test_folders_without_finished_runs_are_refused(grid, tmp_path, capsys, monkeypatch):
@@ -577,8 +616,16 @@ def test_folders_without_finished_runs_are_refused(grid, tmp_path, capsys, monke
         runpy.run_path(str(ROOT / "report.py"), run_name="__main__")
 
 
+def test_a_report_needs_neither_a_notebooks_backend_nor_letters_of_the_terminal(grid, tmp_path):
+    command = [sys.executable, ROOT / "report.py", grid / "runs", "--out", tmp_path / "größer"]
+    env = os.environ | {"MPLBACKEND": "module://missing", "PYTHONIOENCODING": "ascii"}
+    done = subprocess.run(command, env=env, capture_output=True, text=True)
+    assert (done.returncode, done.stderr) == (0, "")
+    assert done.stdout == f"{tmp_path}/gr\\xf6\\xdfer/report.md\n"
+
+
 def test_an_earlier_report_is_replaced_and_other_files_stay(grid, tmp_path, monkeypatch):
-    """Figures are pictures, and PDF files whose text is text."""
+    """A folder without a report is not written to. Figures are PNG, and PDF whose text is text."""
     monkeypatch.setenv("HOME", str(tmp_path))
     out = tmp_path / "out"
     out.mkdir()
@@ -588,6 +635,8 @@ def test_an_earlier_report_is_replaced_and_other_files_stay(grid, tmp_path, monk
         pdf = (out / f"{name}.pdf").read_bytes()
         assert pdf.startswith(b"%PDF") and b"/Type3" not in pdf
         assert (out / f"{name}.png").read_bytes()[1:4] == b"PNG"
+    with pytest.raises(report.Refusal, match="a folder that is not a report"):
+        write_report(grid / "runs", out=tmp_path)
     (out / "README.md").write_text("mine")
     one = make_run(tmp_path / "runs", "sppo", 1)
     write_report(one, out=out, figures=True)

@@ -99,7 +99,7 @@ def test_pooled_percentages_are_those_of_the_report():
     shown = percentages(before + (ROOT / "docs/symmetric-loss.md").read_text())
     assert len(shown) == 11
     for numbers in shown:
-        assert "{:+}% ({:+}% to {:+}%)".format(*numbers) in pooled
+        assert "| {} ({} to {}) |".format(*numbers) in pooled
 
 
 @pytest.mark.parametrize(("name", "count"), [("control/k", 2), ("robustness/sweep", 1)])
