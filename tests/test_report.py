@@ -383,8 +383,10 @@ def test_differences_are_welchs_and_those_of_chosen_pairs_are_corrected_and_show
     expected = [np.mean(mine) - np.mean(ppo), *test.confidence_interval(), test.pvalue]
     assert row[["difference", "low", "high", "p"]].to_list() == pytest.approx(expected)
     size = rows["runs_for_power"][HOPPER, "sppo", "dppo"], 10_000
+    scores = [SCORES[HOPPER, name] for name in ("sppo", "dppo")]
     rng = np.random.default_rng(1)
-    test = stats.ttest_ind(rng.normal(12, 2, size), rng.normal(15, 3, size), equal_var=False)
+    samples = [rng.normal(np.mean(x), np.std(x, ddof=1), size) for x in scores]
+    test = stats.ttest_ind(*samples, equal_var=False)
     assert 0.8 < (test.pvalue < 0.05).mean() < 0.84
     chosen = differences.dropna(subset="p_corrected")
     assert set(chosen["method"] + chosen["other"]) == {"mineppo", "sppodppo"}
