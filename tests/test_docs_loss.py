@@ -135,7 +135,7 @@ def test_a_film_shows_the_games_of_agents_side_by_side(tmp_path, monkeypatch, fi
         later = np.array(gif.convert("RGB"))
     moved = (first != later).any(axis=(0, 2))  # in which columns of pixels
     assert moved[: figures.SIDE].any() and moved[-figures.SIDE :].any()
-    assert any(overridden.any() for _, (*_, overridden, _) in seen[:-20])  # a life has been lost
+    assert any(overridden.any() for _, (*_, overridden, _, _) in seen[:-20])  # a life has been lost
     pictures = films[1][1]
     film = np.array([picture.convert("L").resize((84, 84)) for picture in pictures], float)
     game = np.array([images[0, -1] for _, (images, *_) in seen[-len(film) :]], float)
