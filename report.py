@@ -88,6 +88,7 @@ OWN = ["run_name", "script", *SCORES, *PROVENANCE]  # an argument called so is c
 EVALUATION = ["run_name", "step", "return_mean", "return_std", "length_mean"]
 NOISE = "noise and level"  # as no argument can be called
 LOWEST = "lowest return"
+PACKAGES = "torch numpy gymnasium mujoco ale-py transformers stable-baselines3 trl".split()
 CELL = [NOISE, "env_id", "exp_name"]
 SHOWN = dict(zip(CELL, ["noise", "task", "method"]))
 DIFFERENCE = ["measure", "task", "noise", "method", "other"]
@@ -192,6 +193,7 @@ def read_run(path: Path) -> tuple[list[dict], DataFrame, str]:
         run[column] = json.dumps(value) if isinstance(value, (list, dict)) else value
     if "env_id" not in run:  # a language model
         run["env_id"] = run.pop("task")
+    versions = sorted(session["versions"].items())
     run |= {
         "run_name": path.name,
         "script": session["script"],
@@ -199,7 +201,7 @@ def read_run(path: Path) -> tuple[list[dict], DataFrame, str]:
         "started": session["started"],
         "script_sha256": hashlib.sha256(script).hexdigest(),
         "command": shlex.join(session["command"]),
-        "versions": json.dumps(session["versions"], sort_keys=True),
+        "versions": json.dumps({name: x for name, x in versions if name in PACKAGES}),
         "hardware": json.dumps([session[name] for name in ("platform", "cpu", "gpu")]),
         "exp_name": run["exp_name"],
         "total_timesteps": int(run["total_timesteps"]),
@@ -549,15 +551,13 @@ def latex(scores: DataFrame, narrow: bool) -> str:
     runs = scores["runs"]
     texts = scores["text"].str.replace("±", r"$\pm$").str.replace("-", "$-$")
     texts = texts.mask(scores["bold"], r"\textbf{" + texts + "}")
-    texts = texts.mask(runs < runs.max(), texts + "$^*$")
-    table = scores.assign(text=texts).pivot(
-        index="task", columns=["noise", "method"], values="text"
-    )
+    most = runs.max()
+    texts = texts.mask(runs < most, texts + "$^*$")
+    columns = ["noise", "method"]
+    table = scores.assign(text=texts).pivot(index="task", columns=columns, values="text")
     table = table.fillna("").rename_axis(index=None, columns=[None, None])
     style = table.style.format_index(escape="latex").format_index(escape="latex", axis="columns")
-    caption = (
-        rf"Last evaluation: mean return $\pm$ standard error over {runs.max()} runs. Bold: {BOLD}."
-    )
+    caption = rf"Last evaluation: mean return $\pm$ standard error over {most} runs. Bold: {BOLD}."
     options = {"position": "t", "position_float": "centering", "multicol_align": "c"}
     options["environment"] = "table" if narrow else "table*"
     options["column_format"] = "l" + "r" * len(table.columns)

@@ -44,7 +44,7 @@ import site
 import sys
 import time
 from collections import deque
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import distributions
 from pathlib import Path
@@ -723,7 +723,8 @@ def begin_session(args, digests, folder):
 
 def main():
     args = tyro.cli(Args)
-    sys.stdout.reconfigure(errors="backslashreplace")  # for letters that a terminal lacks
+    with suppress(AttributeError):  # of a notebook's stdout, which has all letters
+        sys.stdout.reconfigure(errors="backslashreplace")  # for letters that a terminal lacks
     digests = file_digests()
     folder = run_folder(args, digests)
     summary_path = folder / "summary.json"

@@ -46,7 +46,7 @@ import sys
 import time
 import warnings
 from collections import deque
-from contextlib import closing, contextmanager
+from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import distributions
 from pathlib import Path
@@ -799,7 +799,8 @@ def begin_session(args, digests, folder):
 
 def main():
     args = tyro.cli(Args)
-    sys.stdout.reconfigure(errors="backslashreplace")  # for letters that a terminal lacks
+    with suppress(AttributeError):  # of a notebook's stdout, which has all letters
+        sys.stdout.reconfigure(errors="backslashreplace")  # for letters that a terminal lacks
     try:
         try:
             prepare(args)

@@ -574,9 +574,11 @@ def test_an_exit_before_the_summary_is_an_error(setting, place, status, launch, 
 
 @only(SPPO_CONTINUOUS, SA2C_ATARI)
 def test_letters_that_a_terminal_lacks_are_escaped(setting, launch, monkeypatch):
+    """A notebook's output, like StringIO, has all letters."""
     terminal = io.TextIOWrapper(io.BytesIO(), "ascii")
-    monkeypatch.setattr(sys, "stdout", terminal)
-    assert launch(exp_name="\u03b2")[0] == 0
+    for output in (terminal, io.StringIO()):
+        monkeypatch.setattr(sys, "stdout", output)
+        assert launch(exp_name="\u03b2")[0] == 0
     terminal.seek(0)
     assert terminal.read().count(r"__\u03b2__") == 3
 
