@@ -184,29 +184,29 @@ class Args:
 
     def check(self):
         """Refuses settings that would run, but not do what they say."""
-        counts = "batch_size num_minibatches update_epochs prompt_length response_length "
-        counts += "total_timesteps eval_freq eval_episodes micro_batch_size"
-        for name in counts.split():
-            require(getattr(self, name) != 0, f"{name} must be at least 1")
+        positive = (
+            "batch_size num_minibatches update_epochs prompt_length response_length "
+            "total_timesteps eval_freq eval_episodes micro_batch_size "
+            "temperature max_grad_norm lora_alpha"
+        )
         for name, value in vars(self).items():
             if isinstance(value, (int, float)) and name != "z":
                 require(0 <= value < math.inf, f"{name} must be finite and not negative")
+                require(value or name not in positive.split(), f"{name} must be positive")
         for name in "gamma gae_lambda".split():
             require(0 <= getattr(self, name) <= 1, f"{name} must be between 0 and 1")
-        for name in "temperature max_grad_norm lora_alpha".split():
-            require(getattr(self, name) > 0, f"{name} must be positive")
         require(self.lora_r or self.lora_alpha == Args.lora_alpha, "lora_alpha needs --lora-r")
         require(-math.inf < self.z < 0, "z stands for log 0: it must be negative and finite")
         require(self.alpha + self.beta > 0, "with alpha and beta 0 nothing trains the policy")
         if self.noise.endswith("flip"):
             require(self.noise_level <= 1, "noise_level is the probability of a flip, so at most 1")
-        require(self.reward_model, "reward_model: give at least one")
         for name in self.reward_model:
             require(not name.endswith(".py"), f"reward_model {name}: which function? FILE.py:NAME")
         weights = self.reward_weights
-        require(len(weights) == len(self.reward_model), "reward_weights: one for each reward_model")
-        is_finite = all(map(math.isfinite, weights))
-        require(is_finite and any(weights), "reward_weights must be finite, and not all 0")
+        is_whole = len(weights) == len(self.reward_model) > 0
+        require(is_whole, "reward_weights: one for each reward_model, at least one")
+        total = sum(map(abs, weights))
+        require(0 < total < math.inf, "reward_weights must be finite, and not all 0")
         try:
             options = self.template_options.values()
         except (TypeError, ValueError) as error:
@@ -335,8 +335,8 @@ def turn_end(tokenizer, args):
     chat = [{"role": "user", "content": said}, {"role": "assistant", "content": said}]
     text = tokenizer.apply_chat_template(chat, tokenize=False, **args.template_options)
     after = tokenizer(text.rpartition(said)[2], add_special_tokens=False)["input_ids"]
-    special = [token for token in after if token in tokenizer.added_tokens_decoder]
-    return special[0] if special else tokenizer.eos_token_id
+    special = (token for token in after if token in tokenizer.added_tokens_decoder)
+    return next(special, tokenizer.eos_token_id)
 
 
 def tokenize(row, tokenizer, args):
@@ -450,8 +450,7 @@ def load_rows(name, accelerator, tokenizer, args):
         cut += is_cut
     if args.ce_coef and name == args.dataset:
         require(has_targets, "--ce-coef needs a column 'label' of texts in the training data")
-    length = f"--prompt-length {args.prompt_length}"
-    accelerator.print(f"{length} cuts {cut:,} of {len(rows):,} prompts in {name}")
+    accelerator.print(f"--prompt-length cuts {cut:,} of {len(rows):,} prompts in {name}")
     return rows
 
 
@@ -491,14 +490,13 @@ class Inputs(NamedTuple):
 def collate(prompts, continuations, device):
     """`Inputs` from lists of lists of tokens; each prompt has at least one."""
     texts = [torch.tensor(x + y) for x, y in zip(prompts, continuations)]
-    ids = pad_sequence(texts, batch_first=True)
+    ids = pad_sequence(texts, batch_first=True).to(device)
     places = []
     for i, (x, y) in enumerate(zip(prompts, continuations)):
         first = i * ids.shape[1] + len(x) - 1
         places += range(first, first + len(y))
-    places = torch.tensor(places, dtype=torch.long)
-    tokens = ids.flatten()[places + 1]
-    return Inputs(ids.to(device), places.to(device), tokens.to(device))
+    places = torch.tensor(places, dtype=torch.long, device=device)
+    return Inputs(ids, places, ids.flatten()[places + 1])
 
 
 def patch_head(model):
@@ -610,6 +608,10 @@ class ActorCritic(nn.Module):
             nn.init.zeros_(parameter)
         self.eval()  # disables dropout
         self.to(device)
+
+    def trained(self):
+        """{name: parameter} of those that are trained."""
+        return {name: one for name, one in self.named_parameters() if one.requires_grad}
 
     def autocast(self):
         device = self.value_head.weight.device.type
@@ -739,7 +741,7 @@ def function_reward(name, columns):
 
     def reward_model(**inputs):
         count = len(inputs["texts"])  # the function may change the list
-        scores = function(**{key: x for key, x in inputs.items() if key in names})
+        scores = function(**{key: inputs[key] for key in names})
         require(len(scores) == count, f"{name} must return a score for each of {count} texts")
         return [None if one is None else float(one) for one in scores]
 
@@ -767,16 +769,15 @@ class Setup:
 def sources(args):
     """Names of the run's data and models."""
     names = [args.dataset, args.eval_dataset, args.policy_model, args.tokenizer, *args.reward_model]
-    return [name for name in names if name]
+    return list(filter(None, names))
 
 
 def prepare(args):
     """Checks device and toy, imports reward functions, and undoes what their files set globally."""
     if args.device == "cuda":
         require(torch.cuda.is_available(), "--device cuda: there is no GPU")
-    for name in sources(args):
-        is_there = not name.startswith(f"{TOY}/") or Path(START, TOY).exists()
-        require(is_there, f"no {TOY}; this makes it: python toy.py")
+    uses_toy = any(name.startswith(f"{TOY}/") for name in sources(args))
+    require(Path(START, TOY).exists() or not uses_toy, f"no {TOY}; this makes it: python toy.py")
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     for name in args.reward_model:
@@ -815,10 +816,10 @@ def load(args):
     dtype = torch.bfloat16 if args.amp == "auto" and has_bfloat16(device) else torch.float32
     tokenizer = load_tokenizer(args.tokenizer or args.policy_model)
     require(tokenizer.eos_token, "the tokenizer has no end-of-text token: give --tokenizer")
-    rows = load_rows(args.dataset, accelerator, tokenizer, args)
-    eval_rows = []
-    if args.eval_dataset:
-        eval_rows = load_rows(args.eval_dataset, accelerator, tokenizer, args)
+    rows, eval_rows = [
+        load_rows(name, accelerator, tokenizer, args) if name else []
+        for name in [args.dataset, args.eval_dataset]
+    ]
     columns = list(dict.fromkeys(name for row in rows + eval_rows for name in row))
     data = split_rows(rows, eval_rows, args)
     reward_dtype = dtype if args.lora_r else torch.float32  # with LoRA, models are large
@@ -837,8 +838,8 @@ def load(args):
     positions = getattr(text_config, "max_seq_len", positions)  # MPT's name
     if "longrope" in str(text_config):  # it changes all positions in longer texts
         positions = text_config.original_max_position_embeddings
-    if positions < longest:
-        sys.exit(f"error: {args.policy_model} has {positions} positions for {longest} tokens")
+    found = f"{args.policy_model} has {positions} positions for {longest} tokens"
+    require(positions >= longest, found)
     policy.generation_config = transformers.GenerationConfig(
         temperature=args.temperature,
         top_k=args.top_k,
@@ -848,7 +849,7 @@ def load(args):
         pad_token_id=0,  # comes after the end of a response, and is cut off
     )
     optimizer = torch.optim.AdamW(
-        [parameter for parameter in actor_critic.parameters() if parameter.requires_grad],
+        actor_critic.trained().values(),
         lr=args.learning_rate,
         eps=args.adam_eps,
         weight_decay=args.weight_decay,
@@ -914,8 +915,12 @@ def check_sampling(setup, args):
     longest = (max(prompts, key=len) * args.prompt_length)[: args.prompt_length]
     prompts = [longest, longest[:1]]
     with actor.autocast():
-        options = {"output_logits": True, "return_dict_in_generate": True, "do_sample": True}
-        generated = actor.policy.generate(**padded(setup, prompts), **options)
+        generated = actor.policy.generate(
+            **padded(setup, prompts),
+            do_sample=True,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
         tokens = generated.sequences[:, len(longest) :]
         response = collate(prompts, tokens.tolist(), actor.policy.device)
         trained = token_log_probs(actor.policy, response, 1.0).view(tokens.shape)
@@ -923,9 +928,8 @@ def check_sampling(setup, args):
     difference = (acts - trained).abs().max().item()
     # Rounding gives 1e-5 in float32, 0.05 in bfloat16 with 28 layers; a mistake gives 0.5 or more
     limit = 1e-2 if actor.dtype == torch.float32 else 0.3
-    if difference > limit:
-        found = f"samples otherwise than it is trained, by {difference:.2g} nats a token"
-        sys.exit(f"error: {args.policy_model} {found}")
+    found = f"samples otherwise than it is trained, by {difference:.2g} nats a token"
+    require(difference <= limit, f"{args.policy_model} {found}")
 
 
 def score(setup, args, rows, prompts, responses):
@@ -954,7 +958,7 @@ def score(setup, args, rows, prompts, responses):
         finite = all(one is None or math.isfinite(one) for one in its_scores)
         require(finite, f"a score of {name} is not finite")
     scores = np.array(scores, np.float32).T  # None becomes NaN
-    unscored = np.isnan(scores[:, np.array(args.reward_weights) != 0]).all(1).any()
+    unscored = np.isnan(scores[:, np.flatnonzero(args.reward_weights)]).all(1).any()
     require(not unscored, "no reward model scores one of the texts; one must give a number")
     return scores
 
@@ -1195,9 +1199,8 @@ def means(rows):
 
 def mean_scores(samples, args, prefix):
     """{prefix + name of a reward model: its mean score}, of the texts that have a score by it."""
-    names = [prefix + name for name in args.reward_model]
-    pairs = [zip(names, sample.scores) for sample in samples]
-    return means([{name: x for name, x in found if not np.isnan(x)} for found in pairs])
+    columns = zip(args.reward_model, np.array([sample.scores for sample in samples]).T)
+    return means([{prefix + name: x} for name, xs in columns for x in xs[~np.isnan(xs)]])
 
 
 def kl_per_text(samples):
@@ -1267,9 +1270,6 @@ def evaluate_and_log(setup, args, progress, folder, writer):
         lines = [json.dumps(sample, default=str) + "\n" for sample in progress.samples]
         path.write_text("".join(lines))
     writer.add_scalar("eval/return_mean", row["return_mean"], step)
-    if torch.cuda.is_available():
-        peak = torch.cuda.max_memory_allocated() / 2**30
-        writer.add_scalar("charts/gpu_memory_GiB", peak, step)
     tqdm.write(f"step {step:,}: reward {row['return_mean']:.3f}")
     for i, sample in enumerate(samples[:3]):
         text = f"{sample['prompt']} [{sample['response']}] {sample['reward']:.3f}"
@@ -1340,8 +1340,8 @@ def train(setup, args, folder):
             require(accelerator.device.type != "cpu", found)
             tqdm.write(f"warning: {found}, or this GPU rounds more", file=sys.stderr)
         metrics = means(minibatch_metrics)
-        if not math.isfinite(metrics["losses/grad_norm"]):
-            sys.exit(f"error: gradient not finite, step {step} (learning rate? reward?)")
+        is_finite = math.isfinite(metrics["losses/grad_norm"])
+        require(is_finite, f"gradient not finite, step {step} (learning rate? reward?)")
 
         # Log
         # The value's error is the advantage. The variance is clamped: all returns may be equal
@@ -1397,17 +1397,9 @@ def load_checkpoint(path, device="cpu"):
         sys.exit(f"error: {path} can't be read: {cause}: {error!r:.200}")
 
 
-def trained_parameters(setup):
-    return {
-        name: parameter.detach()
-        for name, parameter in setup.actor_critic.named_parameters()
-        if parameter.requires_grad
-    }
-
-
 def save_checkpoint(setup, folder, progress):
     checkpoint = {
-        "agent": trained_parameters(setup),
+        "agent": setup.actor_critic.trained(),
         "optimizer": setup.optimizer.state_dict(),
         "progress": vars(progress),
     }
@@ -1416,13 +1408,14 @@ def save_checkpoint(setup, folder, progress):
         load_checkpoint(path, "meta")  # checks only: an edit may save what can't be read
 
 
+@torch.no_grad()
 def restore(setup, folder):
     """Continues from the checkpoint of a run, if it has one. Returns its `Progress`."""
     path = folder / "checkpoint.pt"
     if not path.exists():
         return Progress(0, [], [], [], [])
     checkpoint = load_checkpoint(path)
-    for name, parameter in trained_parameters(setup).items():
+    for name, parameter in setup.actor_critic.trained().items():
         parameter.copy_(checkpoint["agent"][name])
     setup.optimizer.load_state_dict(checkpoint["optimizer"])
     return Progress(**checkpoint["progress"])
@@ -1498,11 +1491,9 @@ def local_digests(args):
         inside = glob.glob(f"{glob.escape(str(root))}/**", recursive=True)  # no hidden files
         for path in map(Path, [root, *inside]):
             if path.is_file() and "__pycache__" not in path.parts:
-                digest = hashlib.sha256()
-                with path.open("rb") as file:
-                    while block := file.read(2**24):
-                        digest.update(block)
-                digests[str(path.resolve())] = digest.hexdigest()
+                # A map, because a model may be larger than memory. Empty files have none
+                content = np.memmap(path, mode="r") if path.stat().st_size else b""
+                digests[str(path.resolve())] = hashlib.sha256(content).hexdigest()
     return digests
 
 
@@ -1565,7 +1556,7 @@ def main():
             try:
                 lock = FileLock(folder / "lock", blocking=False).acquire()
             except OSError as error:
-                found = f"another process is at work on {folder}, or it cannot be locked"
+                found = f"another process is at work on {folder}, or locks fail there"
                 sys.exit(f"error: {found}: {error}")
         with lock:
             if not (folder / "summary.json").exists():

@@ -438,8 +438,10 @@ def test_a_continued_run_equals_an_uninterrupted_one(setting, tmp_path):
     states = checkpoint(folder), checkpoint(whole)
     for state in states:
         step_and_speeds(state)[1].clear()
-    bits = [json.dumps(state, default=lambda x: x.numpy().tobytes().hex()) for state in states]
-    assert bits[0] == bits[1]
+    hexadecimal = [
+        json.dumps(state, default=lambda x: x.detach().numpy().tobytes().hex()) for state in states
+    ]
+    assert hexadecimal[0] == hexadecimal[1]
     for name in ("progress.csv", "samples.jsonl" if setting.is_text else "agent.safetensors"):
         assert (folder / name).read_bytes() == (whole / name).read_bytes()
     assert scalars(folder) == scalars(whole)
@@ -612,7 +614,8 @@ REFUSED = [  # scripts, flags, and what they say; None: these flags are not refu
     (ALL, "--max-grad-norm 0", "max_grad_norm must be positive"),
     (ALL, "--noise-level 0.1", "noise_level needs a --noise"),
     (ALL, "--noise adv_flip --noise-level 1.5", "noise_level is the probability of a flip"),
-    (ALL, "--eval-episodes 0", "eval_episodes must be at least 1"),
+    (SETTINGS, "--eval-episodes 0", "eval_episodes must be at least 1"),
+    ([TEXTS], "--eval-episodes 0", "eval_episodes must be positive"),
     (PPO, "--num-minibatches 5", "num_minibatches must divide the 64 steps of a rollout"),
     (PPO, "--num-minibatches 64", "norm_adv needs 2 or more steps a minibatch"),
     (PPO, "--num-minibatches 64 --no-norm-adv --total-timesteps 64", None),
@@ -634,9 +637,10 @@ REFUSED = [  # scripts, flags, and what they say; None: these flags are not refu
     (CONTINUOUS, "--env-id Whole-v0 --policy gaussian", "needs float actions"),
     ([TEXTS], "--temperature 0", "temperature must be positive"),
     ([TEXTS], "--noise flip --noise-level 1.5", "noise_level is the probability of a flip"),
-    ([TEXTS], "--micro-batch-size 0", "micro_batch_size must be at least 1"),
+    ([TEXTS], "--micro-batch-size 0", "micro_batch_size must be positive"),
     ([TEXTS], "--num-minibatches 8", "num_minibatches times processes must divide batch_size"),
     ([TEXTS], "--reward-weights 1 2", "reward_weights: one for each reward_model"),
+    ([TEXTS], "--reward-model", "reward_weights: one for each reward_model, at least one"),
     ([TEXTS], "--reward-weights nan", "reward_weights must be finite"),
     ([TEXTS], "--reward-weights 0", "reward_weights must be finite, and not all 0"),
     ([TEXTS], "--lora-r 8 --lora-alpha 0", "lora_alpha must be positive"),

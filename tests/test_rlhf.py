@@ -145,7 +145,8 @@ def rows_of(columns):
 
 
 def function_reward(name, **inputs):
-    return rlhf.function_reward(name, list(inputs))(**inputs)
+    others = dict.fromkeys(["prompts", "completions", "completion_ids"])
+    return rlhf.function_reward(name, list(inputs))(**others | inputs)
 
 
 def write_data(path, **columns):
