@@ -50,9 +50,8 @@ COLUMNS = {  # explained above a table that has them
     "cells": "how many cells have both methods",
     "wins": """the probability that a run of the first method beats one of the second, averaged
 over cells, with Brunner and Munzel's interval, unless a cell has fewer than five runs""",
-    "percent": """by how much the first method's mean is higher, on tasks where all returns of both
-were above 0: the logarithm of the ratio of their means, averaged over cells, with Welch's interval.
-Logarithms are corrected for the bias of few runs, so this is not the ratio in scores.csv""",
+    "percent": """by how much the first method's mean is higher, where all returns were above 0; by
+logarithms, corrected for the bias of few runs, so not the plain ratio; with Welch's interval""",
     "tasks": "over which tasks the percentage is averaged, of how many in this report",
     "points": "the difference in returns, on tasks where a run of either had a return of 0 or less",
     "difference": "the first method's mean minus the second's, with Welch's interval and p",
@@ -278,7 +277,7 @@ def label_runs(runs: DataFrame, progress: DataFrame) -> DataFrame:
     return finished.sort_values([*CELL, "seed"])
 
 
-def rename(runs: DataFrame, pairs: list[tuple], names: tuple) -> list[tuple]:
+def rename(runs: DataFrame, pairs: list, names: tuple) -> list:
     """Renames categories of `runs` by `names`, such as "sppo=SPPO", and returns the renamed pairs.
     Raises Refusal for what is not there, and for equal names. Prints letters that figures lack."""
     there = {name for column in CELL for name in runs[column].cat.categories}
@@ -337,7 +336,7 @@ def cells_of(runs: DataFrame, measure: str) -> dict:
     return cells
 
 
-def pairs_of(runs: DataFrame, compare: Iterable[tuple]) -> list[tuple]:
+def pairs_of(runs: DataFrame, compare: Iterable[tuple]) -> list:
     """Pairs of methods to compare. Raises Refusal for a pair that no task has."""
     cells = cells_of(runs, "return_mean").values()
     together = {pair for cell in cells for pair in permutations(cell, 2)}
@@ -443,7 +442,7 @@ def runs_for_power(a, b):
     return runs[detected <= abs(a.mean() - b.mean())].min(initial=1000)
 
 
-def make_differences(runs: DataFrame, pairs: list[tuple]) -> DataFrame:
+def make_differences(runs: DataFrame, pairs: list) -> DataFrame:
     """Every method minus every other one of its task and noise, in each of MEASURES, with Welch's
     test; for `pairs` also p as corrected by Benjamini and Hochberg for their number."""
     rows = []
@@ -499,7 +498,7 @@ def markdown(table: DataFrame) -> str:
     return "\n".join(lines)
 
 
-def explained(table: DataFrame) -> list[str]:
+def explained(table: DataFrame) -> list:
     """What the columns of a table mean, and the table, without columns that have no text."""
     table = table.loc[:, (table != "").any()]
     lines = [f"- *{name}*: {COLUMNS[name]}." for name in table if name in COLUMNS]
@@ -534,7 +533,7 @@ def notes(scores: DataFrame) -> list:
     return [f"Missing seeds: {'; '.join(lines)}."] if lines else []
 
 
-def score_text(scores: DataFrame) -> list[str]:
+def score_text(scores: DataFrame) -> list:
     """A table for each measure, tasks and noise down, methods across, after its title."""
     page = []
     shown = scores.assign(text=scores["text"].mask(scores["bold"], "**" + scores["text"] + "**"))
@@ -567,7 +566,7 @@ def latex(scores: DataFrame, narrow: bool) -> str:
     return text.replace("\\end{tabular}", "\\end{tabular}" + note)
 
 
-def pooled_text(runs: DataFrame, pairs: list[tuple]) -> list[str]:
+def pooled_text(runs: DataFrame, pairs: list) -> list:
     """Paragraphs on all pairs: a table, which has each kind of noise, too, after its columns."""
     if not pairs:
         return ["No method has a baseline here; `--compare A B` compares two of them."]
@@ -619,7 +618,7 @@ def pool(cells: dict, a: str, b: str, signed: set) -> dict:
     }
 
 
-def difference_text(differences: DataFrame) -> list[str]:
+def difference_text(differences: DataFrame) -> list:
     """Paragraphs: how many differences have small p-values, also after correction; a table."""
     rows = []
     for row in differences.itertuples():
@@ -636,7 +635,7 @@ def difference_text(differences: DataFrame) -> list[str]:
     return ["## Differences, task by task", text, *explained(table)]
 
 
-def provenance_text(runs: DataFrame, unfinished: list, broken: list) -> list[str]:
+def provenance_text(runs: DataFrame, unfinished: list, broken: list) -> list:
     """Paragraphs on what was run, what is not whole, and whether it is one version of a script."""
     page = []
     if broken:
@@ -665,7 +664,7 @@ def make_panels(count: int, columns: int, height: float, narrow: bool, **options
     return figure, axes.flat[:count]
 
 
-def save(figure, file: Path, title: str) -> list[str]:
+def save(figure, file: Path, title: str) -> list:
     """As PNG and PDF. Returns the Markdown that shows it."""
     figure.savefig(file.with_suffix(".png"), dpi=200)
     figure.savefig(file.with_suffix(".pdf"))
@@ -673,7 +672,7 @@ def save(figure, file: Path, title: str) -> list[str]:
     return [f"![{title}]({file.name}.png)"]
 
 
-def draw_curves(runs, progress, colors: dict, file: Path, narrow: bool) -> list[str]:
+def draw_curves(runs, progress, colors: dict, file: Path, narrow: bool) -> list:
     """A panel for each task and kind of noise. Returns the Markdown. Its numbers are in a CSV."""
     curves = runs[["run_name", *CELL]].merge(progress[EVALUATION[:3]]).rename(columns=SHOWN)
     points = curves.groupby(["noise", "task", "method", "step"], observed=True)["return_mean"]
@@ -700,7 +699,7 @@ def draw_curves(runs, progress, colors: dict, file: Path, narrow: bool) -> list[
     return save(figure, file, "Learning curves")
 
 
-def draw_differences(differences: DataFrame, file: Path, narrow: bool) -> list[str]:
+def draw_differences(differences: DataFrame, file: Path, narrow: bool) -> list:
     """A panel for each task. Returns the Markdown that shows it."""
     names = differences["method"] + "\nminus " + differences["other"] + ", " + differences["noise"]
     heights, labels = pd.factorize(names, sort=True)
@@ -743,7 +742,8 @@ def main(args: Args) -> None:
     drawn = runs[runs["exp_name"].isin(chosen)]
     last = scores["measure"] == "last evaluation"
     paper = latex(make_scores(drawn, ["return_mean"], differences), args.narrow)
-    (out / "scores.tex").write_text(paper, encoding="utf-8")
+    comments = "".join(f"% {remark}\n" for remark in remarks(drawn))
+    (out / "scores.tex").write_text(comments + paper, encoding="utf-8")
     page = ["# Report", HOW_TO_READ, "## Scores", f"Mean ± standard error over runs. Bold: {BOLD}."]
     page += score_text(scores[last]) + remarks(runs)
     page += ["## Learning curves", "Evaluations, mean and, shaded, standard error over runs:"]

@@ -23,11 +23,10 @@ A its advantage, and Z < 0 a constant that stands for log 0:
     reverse A2C loss  Lr = -mean( A Z (1 - p) )
     symmetric loss    alpha L + beta Lr
 
-SA2C differs from A2C in two lines, those with `reverse_loss = ` and `beta * reverse_loss`. The
-gradient of the symmetric loss is -mean( A (alpha + beta |Z| p) grad log p ): likely actions gain
-weight over unlikely ones.
+SA2C differs from A2C in two lines, those with `reverse_loss = ` and `beta * reverse_loss`. Its
+gradient is -mean( A (alpha + beta |Z| p) grad log p ), so likely actions weigh more.
 
-The same command continues a killed run. It ends with the bytes of a run that was not killed.
+The same command continues a killed run. On a CPU in float32 it ends with the same bytes.
 """
 
 import csv
@@ -80,7 +79,7 @@ class Args:
     exp_name: str | None = None  # name of the method in reports; default: the algorithm
     runs_dir: str = "runs"  # folder of all runs
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU, where there is one
-    amp: Literal["auto", "off"] = "auto"  # auto: bfloat16 where the hardware has it; off: float32
+    amp: Literal["auto", "off"] = "auto"  # auto: bfloat16 where it is faster; off: float32
     compile: bool = True  # compile on a GPU (never on a CPU, which would gain nothing)
     log_freq: int = 1000  # steps between entries in the log
     checkpoint_freq: int = 31_250  # steps of each game between checkpoints, at which games restart
@@ -618,10 +617,12 @@ def compiled(function, **options):
 
 
 def has_bfloat16(device):
-    """Whether this hardware computes in bfloat16 and does not merely emulate it."""
+    """Whether bfloat16 is faster. Intel's CPUs with avx512_fp16 need AMX, which may be hidden."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu.get_capabilities().get("avx512_bf16", False)
+    able = torch.cpu.get_capabilities()
+    needed = "amx_bf16" if able.get("avx512_fp16") else "avx512_bf16"
+    return able.get(needed, False)
 
 
 def keep_freed_memory():

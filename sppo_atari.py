@@ -29,7 +29,7 @@ gradient of Lr is |Z| times that of L, so SPPO's policy gradient is (alpha + bet
 A factor above 1 raises the weight of the policy loss relative to value loss and entropy bonus, and
 makes gradient clipping more frequent.
 
-The same command continues a killed run. It ends with the bytes of a run that was not killed.
+The same command continues a killed run. On a CPU in float32 it ends with the same bytes.
 """
 
 import csv
@@ -82,7 +82,7 @@ class Args:
     exp_name: str | None = None  # name of the method in reports; default: the algorithm
     runs_dir: str = "runs"  # folder of all runs
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU, where there is one
-    amp: Literal["auto", "off"] = "auto"  # auto: bfloat16 where the hardware has it; off: float32
+    amp: Literal["auto", "off"] = "auto"  # auto: bfloat16 where it is faster; off: float32
     compile: bool = True  # compile on a GPU (never on a CPU, which would gain nothing)
     checkpoint_freq: int = 31_250  # steps of each game between checkpoints, at which games restart
     track: bool = False  # log to Weights & Biases as well (pip install wandb)
@@ -617,10 +617,12 @@ def compiled(function, **options):
 
 
 def has_bfloat16(device):
-    """Whether this hardware computes in bfloat16 and does not merely emulate it."""
+    """Whether bfloat16 is faster. Intel's CPUs with avx512_fp16 need AMX, which may be hidden."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu.get_capabilities().get("avx512_bf16", False)
+    able = torch.cpu.get_capabilities()
+    needed = "amx_bf16" if able.get("avx512_fp16") else "avx512_bf16"
+    return able.get(needed, False)
 
 
 def keep_freed_memory():

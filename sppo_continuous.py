@@ -135,13 +135,12 @@ def make_env(args, seed=0, **options):
     warnings.filterwarnings("ignore", message=".*is out of date.*")  # as the paper's MuJoCo v4 is
     env = gym.make(args.env_id, **options)
     rng = np.random.default_rng([seed, 3])  # `seed` alone would repeat the environment's numbers
-    parts = [env]
-    for part in parts:  # which grows, since each wrapper may have spaces of its own
-        if isinstance(part, gym.Wrapper):
-            parts.append(part.env)
+    part = env
+    while part:  # a wrapper and the environment in it may each have spaces
         for name in ("action_space", "observation_space"):
             if hasattr(part, name):
                 getattr(part, name).seed(rng.integers(2**31).item())
+        part = getattr(part, "env", None)
     return env
 
 
@@ -275,7 +274,7 @@ def mlp(in_dim, out_dim, out_gain, args):
     layers = []
     for width in args.hidden_sizes:
         layers.append(nn.Linear(in_dim, width))
-        layers.append(nn.Tanh() if args.activation == "tanh" else nn.ReLU())
+        layers.append({"tanh": nn.Tanh, "relu": nn.ReLU}[args.activation]())
         in_dim = width
     layers.append(nn.Linear(in_dim, out_dim))
     for layer in layers:
@@ -622,7 +621,7 @@ def evaluate(agent, args, obs_stats, seed, env):
             lengths[episode] += 1
             done = terminated or truncated or lengths[episode] == longest
         if "is_success" in info:  # of the episode's last step
-            successes.append({"eval/success_rate": info["is_success"]})
+            successes.append({"success_rate": info["is_success"]})
     return returns, lengths, successes
 
 

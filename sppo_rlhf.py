@@ -108,7 +108,7 @@ class Args:
     exp_name: str | None = None  # name of the method in reports; default: the algorithm
     runs_dir: str = "runs"  # folder of all runs
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU, where there is one
-    amp: Literal["auto", "off"] = "auto"  # auto: bfloat16 where the hardware has it; off: float32
+    amp: Literal["auto", "off"] = "auto"  # auto: bfloat16 where it is faster; off: float32
     track: bool = False  # log to Weights & Biases as well (pip install wandb)
 
     # Models and data
@@ -118,7 +118,7 @@ class Args:
     reward_model: tuple[str, ...] = (f"{TOY}/reward",)  # classifiers or FILE.py:NAME
     reward_weights: tuple[float, ...] = ()  # 0: only logged; negative: a penalty; default: equal
     reward_label: int | None = None  # label whose probability is the reward; with two labels: 1
-    dataset: str = f"{TOY}/train.jsonl"  # JSONL(.gz) or hub name:split; text, or prompt and label
+    dataset: str = f"{TOY}/train.jsonl"  # file, folder or hub name:split; text, or prompt and label
     eval_dataset: str | None = None  # held-out data; default: the task's, or 10% of --dataset
     prompt_length: int = 16  # maximum tokens of a prompt (or of a text's first half): the last ones
     response_length: int = 32  # maximum tokens of a response
@@ -789,10 +789,12 @@ def prepare(args):
 
 
 def has_bfloat16(device):
-    """Whether this hardware computes in bfloat16 and does not merely emulate it."""
+    """Whether bfloat16 is faster. Intel's CPUs with avx512_fp16 need AMX, which may be hidden."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
-    return torch.cpu.get_capabilities().get("avx512_bf16", False)
+    able = torch.cpu.get_capabilities()
+    needed = "amx_bf16" if able.get("avx512_fp16") else "avx512_bf16"
+    return able.get(needed, False)
 
 
 def end_tokens(row, tokenizer, policy, args):
@@ -911,7 +913,7 @@ def check_sampling(setup, args):
     states."""
     actor = setup.actor_critic
     prompts = [tokenize(row, setup.tokenizer, args)[0] for row in setup.eval_data]
-    # As long as prompts may become, and one token, so that there is padding
+    # One prompt of the maximum length, and one of a single token, which gets padding
     longest = (max(prompts, key=len) * args.prompt_length)[: args.prompt_length]
     prompts = [longest, longest[:1]]
     with actor.autocast():
@@ -1271,9 +1273,8 @@ def evaluate_and_log(setup, args, progress, folder, writer):
         path.write_text("".join(lines))
     writer.add_scalar("eval/return_mean", row["return_mean"], step)
     tqdm.write(f"step {step:,}: reward {row['return_mean']:.3f}")
-    for i, sample in enumerate(samples[:3]):
+    for sample in samples[:3]:
         text = f"{sample['prompt']} [{sample['response']}] {sample['reward']:.3f}"
-        writer.add_text(f"samples/{i}", text, step)
         tqdm.write(f"    {text!r:.200}")
 
 
@@ -1297,7 +1298,7 @@ def train(setup, args, folder):
                 dir=folder,
                 resume="auto",  # W&B keeps the run's id in `dir`
             )
-        # TensorBoard hides later entries than the checkpoint's; without a checkpoint, all
+        # TensorBoard hides entries after the checkpoint; without a checkpoint, all entries
         writer = SummaryWriter(folder, purge_step=progress.global_step + bool(progress.evaluations))
     accelerator.print(
         f"{folder.name}: from step {progress.global_step:,}, "

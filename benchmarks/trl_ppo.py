@@ -56,10 +56,10 @@ def main(args: Args):
         sys.exit(f"error: {run_dir}: a finished run; choose another --runs-dir")
     run_dir.mkdir(parents=True, exist_ok=True)
     tokenizer = AutoTokenizer.from_pretrained(args.policy_model, padding_side="left")
-    rows = datasets.load_dataset("json", data_files=args.dataset, split="train")
     settings = sppo_rlhf.Args(**sppo_rlhf.TASKS["imdb"])  # prompts of 64 tokens
-    columns = sppo_rlhf.tokenize(rows[:], tokenizer, settings)
-    prompts = datasets.Dataset.from_dict({"input_ids": columns["prompt_ids"]})
+    rows = sppo_rlhf.read_rows(args.dataset)
+    prompts = [sppo_rlhf.tokenize(row, tokenizer, settings)[0] for row in rows]
+    prompts = datasets.Dataset.from_dict({"input_ids": prompts})
     policy, reference = (AutoModelForCausalLM.from_pretrained(args.policy_model) for _ in range(2))
     value, reward = (
         AutoModelForSequenceClassification.from_pretrained(name, num_labels=1)

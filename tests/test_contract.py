@@ -779,11 +779,11 @@ def test_an_evaluation_has_the_share_of_episodes_whose_last_step_says_success(se
     step = TenStepsEnv.step
     flags = {"env_id": "TenSteps-v0", "eval_episodes": 4, "total_timesteps": 128}
     _, folder = setting.run(RUNS, **flags)
-    assert "eval/success_rate" not in progress(folder)[0]
+    assert "success_rate" not in progress(folder)[0]
     monkeypatch.setattr(TenStepsEnv, "step", step_with_success)
     summary, folder = setting.run("more", **flags, **every(setting, 1))
-    rates = [row["eval/success_rate"] for row in progress(folder)]
-    assert rates == [summary["eval/success_rate"], 0.25]
+    rates = [row["success_rate"] for row in progress(folder)]
+    assert rates == [summary["success_rate"], 0.25]
 
 
 @only(*CONTINUOUS)

@@ -71,7 +71,7 @@ MISTAKES = [  # what is right in a script, and what is wrong
     (SPPO_ATARI, "action[t].cpu().numpy()", "action[t].numpy()"),
     (SA2C_ATARI, "(~overridden).float().to(device)", "(~overridden).float()"),
     (SA2C_ATARI, "flipped.to(advantage.device)", "flipped"),
-    (SPPO_RLHF, "places.to(device), tokens.to(device)", "places.to(device), tokens"),
+    (SPPO_RLHF, "batch_first=True).to(device)", "batch_first=True)"),
     (SPPO_RLHF, "return inputs.to(setup.actor_critic.policy.device)", "return inputs"),
 ]
 

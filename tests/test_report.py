@@ -170,11 +170,12 @@ def test_a_table_for_latex_has_tasks_down_and_noise_across(tmp_path):
     """Without a better method, which is not among those to compare."""
     scores = {"dppo": [-9, 10], "sppo_a": [90, 10], "better": [99, 99]}
     runs = make_clear_differences(tmp_path / "runs", scores)
-    make_run(runs, "dppo", 5, noise="normal")
+    make_run(runs, "dppo", 5, noise="normal", policy="categorical")
     names = ("sppo_a=100% & more", "normal 0.05=noisy", f"{HOPPER}=Hopper_#1")
     write_report(runs, out=tmp_path / "out", compare=(("sppo_a", "dppo"),), names=names)
     table = (tmp_path / "out/scores.tex").read_text()
-    assert table.startswith("% \\usepackage{booktabs}\n\\begin{table*}[t]\n")
+    assert table.startswith("% Without bins (Gaussian policy): none.\n% \\usepackage{booktabs}\n")
+    assert "\n\\begin{table*}[t]\n" in table
     rows = table.partition("\\toprule\n")[2].partition("\\bottomrule")[0].splitlines()
     assert rows == [
         r" & \multicolumn{2}{c}{clean} & noisy \\",
