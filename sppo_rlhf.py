@@ -216,7 +216,7 @@ class Args:
         require(self.noise != "none" or not self.noise_level, "noise_level needs a --noise")
         processes = int(os.environ.get("WORLD_SIZE", 1))
         rest = self.batch_size % (self.num_minibatches * processes)
-        require(rest == 0, "num_minibatches times processes must divide batch_size")
+        require(not rest, "num_minibatches times processes must divide batch_size")
 
 
 # The authors' settings, except that their base model for tldr is 4-bit. The toy's are ours.
@@ -1158,7 +1158,7 @@ def update(setup, args, samples, rng):
                     (loss * accelerator.num_processes).backward()
                 for name, metric in metrics.items():
                     totals[name] = totals.get(name, 0) + metric
-            metrics = accelerator.reduce(totals, "sum")
+            metrics = accelerator.reduce(totals)  # sums
 
             norm = nn.utils.clip_grad_norm_(setup.model.parameters(), args.max_grad_norm)
             setup.optimizer.step()
@@ -1371,13 +1371,14 @@ def train(setup, args, folder):
         if step >= args.total_timesteps or step % args.eval_freq < args.batch_size:
             evaluate_and_log(setup, args, progress, folder, writer)
             if writer:
+                writer.flush()
                 save_checkpoint(setup, folder, progress)
 
     if writer:  # only the first process has one
         writer.close()
         save_policy(setup, folder)
-        row = progress.evaluations[-1]
-        summary = {name: x for name, x in row.items() if math.isfinite(x)}  # JSON lacks nan
+        # JSON lacks nan
+        summary = {name: x for name, x in progress.evaluations[-1].items() if math.isfinite(x)}
         summary["sps"] = float(np.median(progress.speeds))
         with atomic_write(folder / "summary.json") as path:  # last: marks the end
             path.write_text(json.dumps(summary, indent=2))

@@ -597,6 +597,88 @@ def test_on_a_gpu_a_run_is_compiled_and_continued(setting, launch):
     assert len(sessions(folder)) == 2
 
 
+# ---- What a run checks, and its defaults
+
+FIRST_KL = [  # scripts; the first approximate KL divergence of each rollout; whether it ends a run
+    (ALL, [2e-8], True),
+    (SETTINGS, [0.0, 2e-8], True),
+    (SETTINGS, [9e-9, 9e-9, 1.0], False),
+    ([TEXTS], [9e-9, 1.0], False),
+]
+FIRST_KL = [(setting, *rest) for settings, *rest in FIRST_KL for setting in settings]
+IN_BFLOAT16 = [(TEXTS, [2e-3], True, "auto"), (TEXTS, [9e-4], False, "auto")]
+
+
+@pytest.mark.parametrize(
+    ("setting", "first_kl", "stops", "amp"),
+    [*((*case, "off") for case in FIRST_KL), *IN_BFLOAT16],
+    ids=str,
+    indirect=["setting"],
+)
+def test_the_policy_that_acts_is_compared_with_the_one_that_is_trained(
+    setting, first_kl, stops, amp, monkeypatch
+):
+    """In its first rollouts, before anything but rounding can tell them apart."""
+
+    def loss(*arguments):
+        result, metrics = original(*arguments)
+        now = len(rollouts) + setting.is_text  # whose update is recorded when it ends
+        kl = torch.tensor(dict(enumerate(first_kl, 1)).get(now, 0.0))
+        return result, metrics | {"losses/approx_kl": kl}
+
+    original = setting.loss_function
+    monkeypatch.setattr(setting.script, setting.loss_name, loss)
+    rollouts = helpers.record(monkeypatch, setting.script, setting.advantages)
+    flags = {"total_timesteps": 3 * setting.batch}
+    if setting.is_text:
+        monkeypatch.setattr(rlhf, "has_bfloat16", lambda device: True)
+        flags["amp"] = amp
+    if not stops:
+        setting.run(RUNS, **flags)
+        return
+    with pytest.raises(SystemExit, match="the policy that acts is not the one that is trained"):
+        setting.run(RUNS, **flags)
+    assert len(rollouts) == len(first_kl)
+
+
+@only(*SETTINGS)
+def test_the_log_on_disk_reaches_as_far_as_a_checkpoint(setting, monkeypatch):
+    """A kill leaves no gap. Control trains on one thread, and gives environments 31-bit seeds."""
+
+    def save(state, path):
+        logged = scalars(Path(path).parent)["losses/policy_loss"]
+        steps.append((step_and_speeds(state)[0], logged[-1][0], len(flushes)))
+        original(state, path)
+
+    flushes = helpers.record(monkeypatch, setting.script.SummaryWriter, "flush")
+    steps, original = [], torch.save
+    monkeypatch.setattr(torch, "save", save)
+    monkeypatch.setattr(setting.script.torch, "save", save)
+    flags = {} if setting.atari else {"env_id": "TenSteps-v0", "seed": 2**40}
+
+    def reset(env, seed=None, options=None):
+        seeds.append(seed or 0)
+        return original_reset(env, seed=seed)
+
+    seeds, original_reset = [], TenStepsEnv.reset
+    monkeypatch.setattr(TenStepsEnv, "reset", reset)
+    torch.set_num_threads(2)
+    setting.run(RUNS, **flags, **every(setting, 2))
+    assert steps == [(128, 128, 1), (256, 256, 2)]
+    assert torch.get_num_threads() == (2 if setting.atari else 1)
+    assert max(seeds, default=0) < 2**31
+
+
+@only(*SETTINGS)
+def test_defaults_that_depend_on_others(setting):
+    assert setting.script.Args(total_timesteps=1000).eval_freq == 50
+    assert setting.script.Args(total_timesteps=7).eval_freq == 1
+    games = [8] if setting.atari else []
+    envs = getattr(setting.script, setting.envs)(setting.args(RUNS), *games)
+    envs.recent_episodes.extend([(0.0, 1.0)] * 150)
+    assert len(envs.recent_episodes) == 100
+
+
 # ---- What a run refuses
 
 REFUSED = [  # scripts, flags, and what they say; None: these flags are not refused
