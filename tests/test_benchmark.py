@@ -417,3 +417,17 @@ def test_the_documented_lines_run_on_slurm(stubs, monkeypatch):
             daemon.wait()
     expected = listed("tiny --runs-dir runs/tiny")
     assert sorted(argv for _, _, argv, *_ in records(stubs)) == sorted(expected)
+
+
+@pytest.mark.slow
+def test_trl_can_be_measured(tmp_path):
+    """benchmarks/trl_ppo.py, which uses functions of sppo_rlhf.py."""
+    make = "import pathlib, speed; speed.save_models_and_texts(pathlib.Path())"
+    made = sh(
+        sys.executable, "-c", make, cwd=tmp_path, env=ENVIRON | {"PYTHONPATH": ROOT / "benchmarks"}
+    )
+    assert made.returncode == 0, made.stderr
+    flags = "--policy-model policy --reward-model reward --dataset texts.jsonl --total-timesteps 1"
+    done = sh(sys.executable, ROOT / "benchmarks/trl_ppo.py", *flags.split(), cwd=tmp_path)
+    assert done.returncode == 0, done.stderr
+    assert json.loads((tmp_path / "runs/trl/summary.json").read_text())["sps"] > 0
