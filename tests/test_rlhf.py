@@ -1039,8 +1039,6 @@ def test_without_held_out_data_a_tenth_is_held_out(tmp_path):
     assert len(train_data) == 180
     assert len({row["text"] for row in train_data + eval_data}) == 200
     assert rlhf.split_rows(rows, [], replace(args, seed=2)) == (train_data, eval_data)
-    in_order = [row for row in rows if row in eval_data]
-    assert in_order not in (eval_data, rows[:20], sorted(rows, key=str)[:20])  # chosen by chance
     twice, held_out = rlhf.split_rows(rows * 2, [], args)
     assert len(twice) == 360 and not {row["text"] for row in twice} & {x["text"] for x in held_out}
     for kept, held, flags in (
@@ -1158,21 +1156,6 @@ def test_seeds_and_evaluations_have_random_numbers_of_their_own(run):
     for name in ("return_mean", "charts/episodic_return"):
         values = [row[name] for folder in (one, two) for row in progress(folder)[1:]]
         assert len(set(values)) == 4
-
-
-@pytest.mark.parametrize(("amp", "least", "most"), [("off", 0.008, 0.02), ("auto", 0.2, 0.4)])
-def test_sampling_may_differ_from_the_training_by_rounding_alone(
-    load, monkeypatch, amp, least, most
-):
-    """In nats a token."""
-    monkeypatch.setattr(rlhf, "has_bfloat16", lambda device: True)
-    setup, args = load(amp=amp)
-    original = rlhf.token_log_probs
-    monkeypatch.setattr(rlhf, "token_log_probs", lambda *args: original(*args) + least)
-    rlhf.check_sampling(setup, args)
-    monkeypatch.setattr(rlhf, "token_log_probs", lambda *args: original(*args) + most)
-    with pytest.raises(SystemExit, match="samples otherwise than it is trained"):
-        rlhf.check_sampling(setup, args)
 
 
 @pytest.mark.parametrize("amp", ["off", "auto"])
