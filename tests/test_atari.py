@@ -142,6 +142,16 @@ def test_fire_does_not_follow_a_life_that_was_lost_before_a_reset(monkeypatch):
         assert games.life_lost.tolist() == [True, False]
 
 
+def test_the_results_of_the_last_100_games_are_kept(monkeypatch):
+    monkeypatch.setattr(script, "AtariVectorEnv", Countdown)
+    games = script.AtariGames(script.Args(), 2)
+    games.reset(0)
+    results = []
+    for _ in range(300):
+        results += games.step(np.zeros(2))[-1].values()
+    assert list(games.recent_episodes) == results[-100:] != results
+
+
 # ---- Evaluation
 
 

@@ -160,7 +160,7 @@ def test_steps_are_normalised_by_all_that_was_seen_before(monkeypatch):
     episodes = []
     clipped = 0
     cuts = 0
-    for action in np.random.default_rng(0).uniform(-1, 1, (80, 3, 1)):
+    for action in np.random.default_rng(0).uniform(-1, 1, (300, 3, 1)):
         resets.clear()
         obs, reward, ended, cut_off, final_obs = envs.step(action)
         results = [result for _, result in steps[-3:]]
@@ -185,7 +185,8 @@ def test_steps_are_normalised_by_all_that_was_seen_before(monkeypatch):
         expected = raw_reward / np.sqrt(np.var(all_discounted) + 1e-8)
         np.testing.assert_allclose(reward, np.clip(expected, -10, 10))
         clipped += (expected > 10).sum()
-    np.testing.assert_allclose(envs.recent_episodes, episodes)
+    assert len(episodes) > 110
+    np.testing.assert_allclose(envs.recent_episodes, episodes[-100:])
     assert cuts > 3
     assert clipped > 0  # the first rewards: there is no spread yet
 
@@ -195,16 +196,19 @@ def test_steps_are_normalised_by_all_that_was_seen_before(monkeypatch):
 
 @pytest.mark.parametrize("setting", [SPPO_CONTINUOUS, SA2C_CONTINUOUS], ids=str)
 def test_an_evaluation_is_greedy_with_the_statistics_of_the_training_and_clean(setting, tmp_path):
-    """Noise of this level would change its score by hundreds."""
-    flags = {"noise": "normal", "noise_level": 1.0, "eval_episodes": 2, "seed": 3}
+    """Noise of this level would change its score by hundreds. Its environment's seed, that of the
+    run plus the step, has 31 bits. Training takes one thread, also where PyTorch has more."""
+    torch.set_num_threads(2)
+    flags = {"noise": "normal", "noise_level": 1.0, "eval_episodes": 2, "seed": 2**31 - 200}
     summary, folder = setting.run(tmp_path, **flags)
+    assert torch.get_num_threads() == 1
     env = gym.wrappers.RecordEpisodeStatistics(gym.make(setting.small["env_id"]))
     saved = checkpoint(folder)
     obs_mean, obs_std = (saved["obs_stats"][name].numpy() for name in ("mean", "std"))
     agent = make_agent(env_id=setting.small["env_id"])
     agent.load_state_dict(saved["agent"])
     for episode in range(2):
-        obs, _ = env.reset(seed=3 + 256 if episode == 0 else None)
+        obs, _ = env.reset(seed=256 - 200 if episode == 0 else None)
         ended = False
         while not ended:
             z = ((obs - obs_mean) / obs_std).clip(-10, 10)

@@ -82,6 +82,29 @@ def test_dropout_in_the_policy_stops_the_run(setting, tmp_path):
         run_copy(setting, tmp_path / "copy", change=change)
 
 
+@all_scripts
+@pytest.mark.parametrize(("rollout", "shift", "stops"), [(1, 2e-4, 1), (2, 2e-4, 1), (1, 5e-5, 0)])
+def test_first_ratios_of_two_rollouts_are_1(setting, tmp_path, monkeypatch, rollout, shift, stops):
+    """Up to a KL divergence of 1e-8. A shift s of log-probabilities gives s ** 2 / 2."""
+
+    def shifted_loss(*arguments):
+        arguments = list(arguments)
+        if len(rollouts) == rollout:
+            arguments[-4 if setting.atari else -3] += shift  # old log-probabilities
+        return loss(*arguments)
+
+    monkeypatch.setattr(setting.script, "AtariVectorEnv", Signals, raising=False)
+    rollouts = record(monkeypatch, setting.script, "compute_gae")
+    loss = setting.loss_function
+    monkeypatch.setattr(setting.script, setting.loss_name, shifted_loss)
+    if stops:
+        with pytest.raises(SystemExit, match=NOT_THE_SAME):
+            setting.run(tmp_path)
+        assert len(rollouts) == rollout
+    else:
+        setting.run(tmp_path)
+
+
 @continuous_scripts
 def test_a_policy_edited_only_where_it_is_trained_stops_the_run(setting, tmp_path):
     def change(agent):

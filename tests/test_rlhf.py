@@ -345,6 +345,22 @@ def test_a_policy_that_samples_otherwise_than_it_is_trained_is_refused(
     assert not list((tmp_path / "run").glob("*/*.csv"))
 
 
+@pytest.mark.parametrize(("amp", "shift", "is_refused"), [
+    ("off", 0.02, True), ("off", 0.005, False), ("auto", 0.4, True), ("auto", 0.2, False)
+])  # fmt: skip
+def test_sampling_may_differ_from_training_by_rounding(load, monkeypatch, amp, shift, is_refused):
+    """By 0.01 nats a token in float32, and by 0.3 in bfloat16."""
+    monkeypatch.setattr(rlhf, "has_bfloat16", lambda device: True)
+    setup, args = load(amp=amp)
+    log_probs = rlhf.token_log_probs
+    monkeypatch.setattr(rlhf, "token_log_probs", lambda *texts: log_probs(*texts) + shift)
+    if is_refused:
+        with pytest.raises(SystemExit, match=rf"samples otherwise .*, by {shift} nats"):
+            rlhf.check_sampling(setup, args)
+    else:
+        rlhf.check_sampling(setup, args)
+
+
 @pytest.mark.parametrize(("top_k", "temperature"), [(0, 1.0), (3, 1.0), (1, 1.0), (0, 3.0)])
 def test_each_token_is_sampled_as_often_as_is_probable(load, models, top_k, temperature):
     """Among the likeliest k, if asked for."""
@@ -1039,6 +1055,9 @@ def test_without_held_out_data_a_tenth_is_held_out(tmp_path):
     assert len(train_data) == 180
     assert len({row["text"] for row in train_data + eval_data}) == 200
     assert rlhf.split_rows(rows, [], replace(args, seed=2)) == (train_data, eval_data)
+    first = sorted(rows, key=lambda row: row["text"])[:20]
+    for held_out in (eval_data, rlhf.split_rows(rows, first + rows, args)[1]):
+        assert sum(row in first for row in held_out) < 10  # it is drawn
     twice, held_out = rlhf.split_rows(rows * 2, [], args)
     assert len(twice) == 360 and not {row["text"] for row in twice} & {x["text"] for x in held_out}
     for kept, held, flags in (
@@ -1158,21 +1177,42 @@ def test_seeds_and_evaluations_have_random_numbers_of_their_own(run):
         assert len(set(values)) == 4
 
 
-@pytest.mark.parametrize("amp", ["off", "auto"])
-def test_a_policy_that_is_trained_with_dropout_stops_the_run(run, models, monkeypatch, amp):
+NOT_THE_SAME = "^error: the policy that acts is not the one that is"
+
+
+def test_a_policy_that_is_trained_with_dropout_stops_the_run(run, models, monkeypatch):
     """That ends the run on a CPU."""
     init = rlhf.ActorCritic.__init__
-    monkeypatch.setattr(rlhf, "has_bfloat16", lambda device: True)
 
     def with_dropout(actor, *args):
         init(actor, *args)
         actor.policy.transformer.drop.p = 0.5
 
-    flags = {"policy_model": str(models["gpt2"]), "gradient_checkpointing": True, "amp": amp}
-    run("without", total_timesteps=8, **flags)
     monkeypatch.setattr(rlhf.ActorCritic, "__init__", with_dropout)
-    with pytest.raises(SystemExit, match="^error: the policy that acts is not the one that is"):
-        run(total_timesteps=8, **flags)
+    with pytest.raises(SystemExit, match=NOT_THE_SAME):
+        run(policy_model=str(models["gpt2"]), gradient_checkpointing=True, total_timesteps=8)
+
+
+@pytest.mark.parametrize(("amp", "shift", "stops"), [
+    ("off", 2e-4, True), ("off", 1e-4, False), ("auto", 0.06, True), ("auto", 0.03, False)
+])  # fmt: skip
+def test_the_first_ratios_are_1_up_to_rounding(run, monkeypatch, amp, shift, stops):
+    """Up to a KL divergence of 1e-8 in float32, and of 1e-3 in bfloat16. A shift s of
+    log-probabilities gives s ** 2 / 2."""
+
+    def shifted_update(setup, args, samples, rng):
+        for sample in samples:
+            sample.log_prob += shift
+        return update(setup, args, samples, rng)
+
+    monkeypatch.setattr(rlhf, "has_bfloat16", lambda device: True)
+    update = rlhf.update
+    monkeypatch.setattr(rlhf, "update", shifted_update)
+    if stops:
+        with pytest.raises(SystemExit, match=NOT_THE_SAME):
+            run(amp=amp, total_timesteps=8)
+    else:
+        run(amp=amp, total_timesteps=8)
 
 
 @pytest.mark.parametrize("lora", [False, True])
@@ -1429,16 +1469,22 @@ def test_the_examples_in_the_docstring_are_commands(capsys):
             assert rlhf.parse_args(words).total_timesteps > 1000
 
 
-def test_the_authors_settings():
-    names = "total_timesteps batch_size num_minibatches update_epochs prompt_length response_length"
-    names += " top_k lora_r lora_alpha learning_rate weight_decay adam_eps gamma gae_lambda"
-    names += " clip_coef vf_coef ce_coef kl_coef max_grad_norm alpha beta z"
-    imdb = [6720, 112, 4, 5, 64, 48, 50, 0, 64, 5e-6, 1e-6, 1e-5, 0.99, 0.95]
-    imdb += [0.2, 0.5, 0.1, 0.001, 1, 0.5, 0.4, -1]
-    tldr = [12800, 64, 4, 4, 500, 50, 0, 8, 64, 5e-6, 0.01, 1e-5, 1, 0.95]
-    tldr += [0.2, 0.1, 0.1, 0.002, 1, 0.5, 0.2, -1]
-    for task, values in (("imdb", imdb), ("tldr", tldr)):
-        assert [getattr(make_args(task), name) for name in names.split()] == values
+NAMES = "total_timesteps batch_size num_minibatches update_epochs prompt_length response_length"
+NAMES += " top_k lora_r lora_alpha learning_rate weight_decay adam_eps gamma gae_lambda clip_coef"
+NAMES += " vf_coef ce_coef kl_coef max_grad_norm alpha beta z stop_at_eos eval_greedy eval_episodes"
+TOY = [4480, 112, 4, 5, 16, 32, 0, 0, 64, 5e-4, 1e-6, 1e-5, 0.99, 0.95, 0.2]
+IMDB = [6720, 112, 4, 5, 64, 48, 50, 0, 64, 5e-6, 1e-6, 1e-5, 0.99, 0.95, 0.2]
+TLDR = [12800, 64, 4, 4, 500, 50, 0, 8, 64, 5e-6, 0.01, 1e-5, 1, 0.95, 0.2]
+TOY += [0.5, 0, 0.005, 1, 0.5, 0.4, -1, True, False, 128]
+IMDB += [0.5, 0.1, 0.001, 1, 0.5, 0.4, -1, False, False, 128]
+TLDR += [0.1, 0.1, 0.002, 1, 0.5, 0.2, -1, True, True, 128]
+
+
+@pytest.mark.parametrize(("task", "values"), [("toy", TOY), ("imdb", IMDB), ("tldr", TLDR)])
+def test_the_settings_of_a_task_are_the_authors_or_the_toys(task, values):
+    assert [getattr(make_args(task), name) for name in NAMES.split()] == values
+    common = {"seed": 1, "temperature": 1.0, "norm_adv": True, "device": "auto", "amp": "auto"}
+    assert common.items() <= vars(make_args(task)).items()
 
 
 @pytest.mark.parametrize("word", ["--help", "--no-such-flag"])
