@@ -187,6 +187,7 @@ def test_steps_are_normalised_by_all_that_was_seen_before(monkeypatch):
         clipped += (expected > 10).sum()
     assert len(episodes) > 110
     np.testing.assert_allclose(envs.recent_episodes, episodes[-100:])
+    assert set(envs.obs_stats.normalize(np.full(11, 1e9))) == {10}
     assert cuts > 3
     assert clipped > 0  # the first rewards: there is no spread yet
 

@@ -124,7 +124,11 @@ def parse(words):
     return SCRIPTS[name], tyro.cli(SCRIPTS[name].Args, args=arguments)
 
 
-COMMANDS = {shlex.join(words): words for text in PAGES.values() for words in commands(text)}
+DOCSTRINGS = [
+    re.sub(r"(?m)^    (.*\.py.*)$", r"```sh\n\1\n```", x.__doc__) for x in SCRIPTS.values()
+]
+COMMANDS = [words for text in [*PAGES.values(), *DOCSTRINGS] for words in commands(text)]
+COMMANDS = {shlex.join(words): words for words in COMMANDS if "--help" not in words}
 
 
 @pytest.mark.parametrize("words", COMMANDS.values(), ids=COMMANDS)
@@ -507,6 +511,37 @@ def test_the_numbers_for_sppo_elsewhere():
         weights = [getattr(args, name, None) for name in names]
         divided = ["" if weight is None else f"{weight / k:.4g}" for weight in weights]
         assert [cell.strip() for cell in cells.split("|")] == [f"{k:g}", *divided]
+
+
+STATED = {  # sentences with defaults
+    "control": [
+        "{ppo.bins} bins per action dimension",
+        "every {ppo.checkpoint_freq:,} steps of an environment (Atari: {atari.checkpoint_freq:,},",
+        "of {a2c.num_envs} x {a2c.num_steps} steps (Atari: {games.num_envs} x {games.num_steps})",
+        "Alpha and beta are {a2c.beta}.",
+    ],
+    "atari": ["Alpha and beta are {games.beta}, as"],
+    "usage": ["at most {enjoy.MAX_FRAMES:,} frames"],
+    "symmetric-loss": [
+        "| continuous control | {ppo.alpha}, {ppo.beta:g} |",
+        "| Atari | {atari.alpha}, {atari.beta:g} |",
+        "| language models, IMDB | {imdb.alpha}, {imdb.beta} |",
+        "| language models, TL;DR | {tldr.alpha}, {tldr.beta} |",
+    ],
+}
+
+
+def test_defaults_on_pages_are_those_of_the_scripts():
+    ppo, atari, a2c, games = (setting.script.Args() for setting in SETTINGS)
+    imdb, tldr = (sppo_rlhf.parse_args(["--task", task]) for task in ("imdb", "tldr"))
+    named = {"ppo": ppo, "atari": atari, "a2c": a2c, "games": games, "imdb": imdb, "tldr": tldr}
+    for page, sentences in STATED.items():
+        for sentence in sentences:
+            assert sentence.format(enjoy=enjoy, **named) in PAGES[f"docs/{page}.md"]
+    levels = re.findall(r"(?m)^- `(\w+)`.*: .*, default (.+)\.$", PAGES["docs/usage.md"])
+    assert len(levels) == 4
+    for noise, level in levels:
+        assert sppo_rlhf.parse_args(["--noise", noise]).noise_level == float(level)
 
 
 # ---- Metrics

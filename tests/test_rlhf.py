@@ -1445,7 +1445,7 @@ def test_the_toy_learns_reward_and_true_sentiment(tmp_path, monkeypatch):
 # Arguments
 
 
-def test_defaults_depend_on_the_task_and_on_other_flags():
+def test_defaults_depend_on_the_task_and_on_other_flags(capsys):
     for task in rlhf.TASKS:
         assert rlhf.parse_args([f"--task={task}", "--gamma", "0.5"]) == make_args(task, gamma=0.5)
     sppo = rlhf.parse_args([])
@@ -1454,19 +1454,9 @@ def test_defaults_depend_on_the_task_and_on_other_flags():
     assert (ppo.alpha, ppo.noise_level, ppo.exp_name) == (1.0, 0.1, "ppo")
     assert make_args(dataset="a").eval_dataset is None
     assert make_args("imdb").eval_dataset == "stanfordnlp/imdb:test"
-
-
-def test_the_examples_in_the_docstring_are_commands(capsys):
-    lines = re.findall(r"(?m)^    .*sppo_rlhf\.py(.*)$", rlhf.__doc__)
-    assert len(lines) == 6
-    for line in lines:
-        words = line.partition("#")[0].split()
-        if "--help" in words:
-            with pytest.raises(SystemExit, match="^0$"):
-                rlhf.parse_args(words)
-            assert "jdchang/tldr_rm_adapter" in capsys.readouterr().out  # its task's defaults
-        else:
-            assert rlhf.parse_args(words).total_timesteps > 1000
+    with pytest.raises(SystemExit, match="^0$"):
+        rlhf.parse_args(["--task", "tldr", "--help"])
+    assert "jdchang/tldr_rm_adapter" in capsys.readouterr().out
 
 
 NAMES = "total_timesteps batch_size num_minibatches update_epochs prompt_length response_length"
