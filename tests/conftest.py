@@ -6,6 +6,7 @@ from importlib.metadata import distributions
 from types import SimpleNamespace
 
 import pytest
+from helpers import SETTINGS, Signals
 
 # The networks here are small, and two workers of pytest-xdist, and what they start, share two cores
 os.environ["OMP_NUM_THREADS"] = "1"
@@ -20,10 +21,16 @@ def known_versions():
             module.distributions = lambda: found
 
 
+@pytest.fixture
+def signals(monkeypatch):
+    """Games made here take the place of the emulator, which test_atari.py tests."""
+    for setting in SETTINGS:
+        monkeypatch.setattr(setting.script, "AtariVectorEnv", Signals, raising=False)
+
+
 @pytest.fixture(scope="session")
 def toy(tmp_path_factory):
-    """The toy's texts, and its models after a tenth of their training: runs/toy, which scripts find
-    that run in the folder two above."""
+    """Texts, and models after a tenth of their training: runs/toy, found from two folders above."""
     import toy  # slow to import, and few tests need it
 
     folder = tmp_path_factory.mktemp("toy") / "runs/toy"

@@ -7,6 +7,7 @@ import json
 import sys
 import types
 from dataclasses import dataclass
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -59,12 +60,6 @@ class Setting:
         return self.script.__name__.split("_")[0]
 
     @property
-    def optimizer(self) -> type[torch.optim.Optimizer]:
-        if self.ppo:
-            return torch.optim.Adam
-        return self.script.RMSpropTF if self.atari else torch.optim.RMSprop
-
-    @property
     def loss_name(self) -> str:
         continuous = hasattr(self.script, "gradient_and_metrics")
         return "gradient_and_metrics" if continuous else "loss_and_metrics"
@@ -113,18 +108,6 @@ class Setting:
         args = self.args(runs_dir, **flags)
         return self.script.run_folder(args, digests_of(self.script, args))
 
-    def record_actions(self, monkeypatch) -> list:
-        """The actions of all steps from here on, a list that goes on growing."""
-        envs, actions = getattr(self.script, self.envs), []
-        step = envs.step
-
-        def recording_step(games, action):
-            actions.append(action.copy())
-            return step(games, action)
-
-        monkeypatch.setattr(envs, "step", recording_step)
-        return actions
-
 
 SMALL = {"total_timesteps": 256, "eval_episodes": 1, "eval_freq": 256}
 SMALL |= {"compile": False}
@@ -149,8 +132,6 @@ SMALL_TEXTS |= {"prompt_length": 8, "response_length": 10, "eval_freq": 16, "eva
 SMALL_TEXTS |= {"amp": "off", "device": "cpu"}
 # An evaluation and a checkpoint after each rollout
 EACH = {"eval_freq": 1, "checkpoint_freq": 1}
-# Both algorithms and both kinds of environments, for text that all four scripts share
-ONE_OF_EACH = [SPPO_CONTINUOUS, SA2C_ATARI]
 
 
 class Signals:
@@ -234,6 +215,11 @@ def record(monkeypatch, module, name):
 
     monkeypatch.setattr(module, name, recording)
     return calls
+
+
+def read_lines(path):
+    """Of a file of JSON lines."""
+    return [json.loads(line) for line in Path(path).open()]
 
 
 def checkpoint(folder):

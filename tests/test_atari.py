@@ -10,7 +10,7 @@ import numpy as np
 import pytest
 import torch
 from ale_py import Action
-from helpers import SA2C_ATARI, SPPO_ATARI, Signals, progress, record
+from helpers import SA2C_ATARI, SPPO_ATARI, progress, record
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -20,9 +20,7 @@ ale_py.ALEInterface.setLoggerMode(ale_py.LoggerMode.Error)
 
 
 @pytest.fixture(params=[SPPO_ATARI, SA2C_ATARI], ids=str)
-def setting(request, monkeypatch):
-    """With games of ten steps that are made here."""
-    monkeypatch.setattr(request.param.script, "AtariVectorEnv", Signals)
+def setting(request, signals):
     return request.param
 
 
@@ -30,11 +28,9 @@ def setting(request, monkeypatch):
 
 
 class PlainGame:
-    """Gymnasium's preprocessing of one emulator, brought to where AtariVectorEnv's game began.
-
-    A game there begins with one frame of FIRE, where there is such an action, then a random number
-    of idle ones. How many in all, `frames`, is the only thing that the reference takes from what it
-    checks."""
+    """Gymnasium's preprocessing of one emulator, brought to where AtariVectorEnv's game began:
+    after one frame of FIRE, where there is such an action, and a random number of idle ones, in all
+    `frames`, the only thing that the reference takes from what it checks."""
 
     def __init__(self, game, frames):
         env = gym.make(f"ALE/{game}-v5", frameskip=1, repeat_action_probability=0.0)
@@ -49,8 +45,7 @@ class PlainGame:
         self.score, self.length, self.life_lost = 0.0, 0, False
 
     def step(self, action):
-        """Returns the stack of images, the raw reward, whether a life or the game was lost, and
-        whether the game was."""
+        """Returns images, the raw reward, whether a life or the game was lost, or the game."""
         self.overridden = self.life_lost and Action.FIRE in self.actions
         if self.overridden:
             action = self.actions.index(Action.FIRE)
@@ -76,11 +71,8 @@ def begin_games(game, num_games, seed, **flags):
 
 @pytest.mark.parametrize(("game", "steps"), [("Breakout", 600), ("MsPacman", 300), ("Pong", 200)])
 def test_games_are_those_of_a_plain_emulator(game, steps):
-    """Images, clipped rewards, lives, ends and raw scores, in the first game of each.
-
-    Two things cannot match: the three images before the first one, which AtariVectorEnv leaves
-    black (as DeepMind's stack does), and what follows the end of a game, since the number of idle
-    frames is drawn anew."""
+    """In the first game of each. Two things cannot match: the three images before the first one,
+    which AtariVectorEnv leaves black, and what follows, where the idle frames are drawn anew."""
     games, plain, images = begin_games(game, 3, seed=11)
     for i, one in enumerate(plain):
         screen = cv2.resize(one.ale.getScreenGrayscale(), (84, 84), interpolation=cv2.INTER_AREA)
@@ -113,8 +105,7 @@ def test_games_are_those_of_a_plain_emulator(game, steps):
 
 
 def test_a_game_that_is_cut_off_is_truncated_with_its_last_images():
-    """But for the very last: there AtariVectorEnv shows Breakout's ball, a dozen pixels, a bit
-    elsewhere."""
+    """But for the very last: there AtariVectorEnv shows Breakout's ball a bit elsewhere."""
     games, plain, _ = begin_games("Breakout", 2, seed=1, max_frames=120)
     for step in range(30):
         action = np.array([2, 3])
@@ -156,8 +147,7 @@ def test_the_results_of_the_last_100_games_are_kept(monkeypatch):
 
 
 class Countdown:
-    """Atari's vector interface on two games, of 3 and of 20 steps, that pay 1 and 10 a step, and
-    100 times as much from the second round on."""
+    """Two games, of 3 and 20 steps, that pay 1 and 10 a step, in later rounds 100 times that."""
 
     def __init__(self, *_, **options):
         Countdown.options = options
@@ -180,8 +170,7 @@ class Countdown:
 
 
 def test_evaluation_counts_the_first_game_of_each(monkeypatch):
-    """The last ones, or those that end first, would favour short games. Noise has no part in it.
-    AtariVectorEnv gets the flag of sticky actions, and cuts a game off after half an hour."""
+    """Others would favour short games. Noise has no part; after half an hour it is cut off."""
     monkeypatch.setattr(script, "AtariVectorEnv", Countdown)
     args = script.Args(noise="flip", noise_level=1.0, repeat_action_probability=0.25)
     scores, lengths = script.evaluate(script.Agent(2), script.AtariGames(args, 2), 0)
@@ -269,11 +258,8 @@ def test_a_flip_has_its_rate_and_three_outcomes():
 
 
 @pytest.mark.parametrize(("anneal_lr", "anneal_clip"), [(True, False), (False, True)])
-def test_learning_rate_and_clip_range_fall_linearly_on_request(
-    tmp_path, monkeypatch, anneal_lr, anneal_clip
-):
-    """In a run that was interrupted, too."""
-    monkeypatch.setattr(script, "AtariVectorEnv", Signals)
+def test_what_is_annealed_falls_linearly(tmp_path, monkeypatch, signals, anneal_lr, anneal_clip):
+    """Learning rate, or clip range, also in a run that was interrupted."""
     losses = record(monkeypatch, script, "loss_and_metrics")
     learning_rates = []
 

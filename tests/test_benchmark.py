@@ -135,8 +135,6 @@ with open(f"{began}-{os.getpid()}.json", "w") as file:
     variables = [os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")]
     json.dump([began, time.time(), sys.argv, *variables], file)
 """
-
-
 TORCH = """import os
 from itertools import takewhile
 names = os.environ.get("CUDA_VISIBLE_DEVICES", "0,1,2").split(",")
@@ -305,15 +303,12 @@ except KeyboardInterrupt:
         time.sleep(600)  # does not notice
     time.sleep(0.7)
 """
-
-
 KILLS = [(os.kill, signal.SIGTERM), (os.killpg, signal.SIGINT), (os.kill, signal.SIGHUP)]
 
 
 @pytest.mark.parametrize("kill, number", KILLS)
 def test_a_signal_ends_all_runs_and_a_second_signal_interrupts_none(kill, number, stubs):
-    """A scheduler or a closed terminal signals run.py alone, Ctrl-C its group. Children of runs end
-    with them."""
+    """Of run.py alone, as by a scheduler, or its group. Children of runs end with them."""
     (stubs / "sppo_continuous.py").write_text(SLOW_TO_CLOSE + STUB)
     lines = [f"python sppo_continuous.py --seed {seed}\n" for seed in range(4)]
     (stubs / "list").write_text("".join(lines))

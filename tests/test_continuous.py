@@ -138,8 +138,7 @@ def test_networks_are_as_the_flags_say(ortho_init):
 
 
 def test_steps_are_normalised_by_all_that_was_seen_before(monkeypatch):
-    """Against NumPy's mean and variance of the whole stream of three environments, pendulums that
-    fall, mostly, within 4 to 10 steps; a truncated episode's last observation does not count."""
+    """By three pendulums that fall within 4 to 10 steps; a truncated one's last does not count."""
     with_episodes = gym.wrappers.RecordEpisodeStatistics
     steps = record(monkeypatch, with_episodes, "step")
     resets = record(monkeypatch, with_episodes, "reset")
@@ -242,14 +241,12 @@ def test_an_episode_that_does_not_end_is_cut_off_in_an_evaluation(limit, end, le
 
 
 @pytest.mark.parametrize("setting", [SPPO_CONTINUOUS, SA2C_CONTINUOUS], ids=str)
-def test_actions_are_sampled_for_the_latest_observation_by_the_latest_weights(
-    setting, tmp_path, monkeypatch
-):
+def test_actions_follow_the_latest_observation_and_weights(setting, tmp_path, monkeypatch):
     """Each is sampled by itself, trains as it was sampled, and reaches the environment clipped."""
     original = setting.script.Agent.actor_fn
     shown = record(monkeypatch, setting.script.RunningStats, "normalize")
     gradients = record(monkeypatch, setting.script, "gradient_and_metrics")
-    played = setting.record_actions(monkeypatch)
+    steps = record(monkeypatch, setting.script.NormalizedEnvs, "step")
     means, sampled, explored = [], [], []
 
     def actor_fn(agent):
@@ -276,6 +273,7 @@ def test_actions_are_sampled_for_the_latest_observation_by_the_latest_weights(
     setting.run(tmp_path, num_envs=2, learning_rate=0.01, **flags)
     assert len(np.unique(explored)) == np.size(explored) == 256
     assert max(means) > 5 * max(means[:64])  # the weights have changed
+    played = [action for (_, action), _ in steps]
     np.testing.assert_array_equal(played, np.clip(sampled, -3, 3))
     assert 0.5 < (np.abs(played) < 3).mean() < 0.9
     trained = np.concatenate([arguments[4].numpy() for arguments, _ in gradients])

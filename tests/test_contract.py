@@ -27,23 +27,11 @@ import pytest
 import safetensors.torch
 import torch
 from filelock import FileLock
-from helpers import (
-    SA2C_ATARI,
-    SA2C_CONTINUOUS,
-    SETTINGS,
-    SPPO_ATARI,
-    SPPO_CONTINUOUS,
-    checkpoint,
-    digests_of,
-    needs_gpu,
-    progress,
-    scalars,
-    weights,
-    words,
-)
+from helpers import SETTINGS, checkpoint, digests_of, progress, read_lines, scalars, weights, words
 
 import sppo_rlhf as rlhf
 
+SPPO_CONTINUOUS, SPPO_ATARI, SA2C_CONTINUOUS, SA2C_ATARI = SETTINGS
 SMALL_TEXTS = helpers.SMALL_TEXTS | {"eval_freq": 32}
 TEXTS = helpers.Setting(rlhf, "", SMALL_TEXTS, "", advantages="update", batch=8)
 ALL = [*SETTINGS, TEXTS]
@@ -55,13 +43,10 @@ RUNS = Path("all")  # in the folder of the test
 
 
 @pytest.fixture(autouse=True)
-def workplace(monkeypatch, tmp_path):
-    """Scripts are started in `tmp_path`. A game made here takes the place of the emulator, which
-    `test_atari.py` tests."""
+def workplace(monkeypatch, tmp_path, signals):
+    """Scripts are started in `tmp_path`."""
     helpers.work_in(monkeypatch, tmp_path)
     monkeypatch.setattr(sys, "path", [*sys.path])
-    for setting in ATARI:
-        monkeypatch.setattr(setting.script, "AtariVectorEnv", helpers.Signals)
 
 
 @pytest.fixture(params=ALL, ids=str)
@@ -78,8 +63,8 @@ def only(*settings):
 
 @pytest.fixture
 def launch(setting, monkeypatch, capsys):
-    """Runs the script's `main` with flags over those of a small run. Returns (what it exits with:
-    0, a status or a message; output; errors)."""
+    """Runs `main` with flags over those of a small run. Returns (exit status or message, output,
+    errors)."""
 
     def launch(*more, **flags):
         typed = words(setting.small | {"runs_dir": RUNS} | flags)
@@ -109,7 +94,7 @@ def files(folder):
 
 
 def sessions(folder):
-    return [json.loads(line) for line in (folder / "sessions.jsonl").read_text().splitlines()]
+    return read_lines(folder / "sessions.jsonl")
 
 
 def evaluated(folder):
@@ -133,8 +118,7 @@ def fail(*_, **__):
 
 
 def test_a_run_writes_its_files_and_messages(setting, launch, monkeypatch):
-    """Each file is on the disk before it gets its name. A checkpoint comes after the agent, and the
-    summary comes last."""
+    """Each is on the disk before it gets its name; the summary comes last."""
     synced, named = set(), []
     rename = os.replace
     open_elsewhere = [PermissionError()]
@@ -214,9 +198,8 @@ def test_progress_has_the_means_of_what_was_logged_since_the_evaluation_before(s
 
 
 @only(SPPO_CONTINUOUS, SA2C_ATARI)
-def test_a_metric_may_be_missing_or_nan(setting, monkeypatch):
-    """It is a column of progress.csv, and summary.json is valid JSON. Before an episode has ended,
-    here after ten steps, its length is missing."""
+def test_a_metric_may_be_missing_or_nan_but_no_return(setting, monkeypatch):
+    """And summary.json is valid JSON. Before an episode has ended, its length is missing."""
 
     def loss(*arguments):
         result, metrics = original(*arguments)
@@ -236,6 +219,10 @@ def test_a_metric_may_be_missing_or_nan(setting, monkeypatch):
     for name in ("step", "length_mean"):  # a metric that would replace an evaluation's number
         with pytest.raises(TypeError, match=f"multiple values for keyword argument '{name}'"):
             setting.script.evaluation_row(4, np.ones(2), np.ones(2), [{name: 0.5}])
+    results = [np.array([np.nan]), np.ones(1), []][: 2 if setting.atari else 3]
+    monkeypatch.setattr(setting.script, "evaluate", lambda *_: results)
+    with pytest.raises(SystemExit, match="error: a return of the evaluation at step 4 is not fini"):
+        setting.run("more", **flags)
 
 
 @only(*A2C)
@@ -290,9 +277,8 @@ def test_only_what_may_change_results_changes_the_folder(setting, monkeypatch):
 
 @only(SA2C_CONTINUOUS)
 def test_imported_files_that_are_not_installed_are_recorded(setting, tmp_path, monkeypatch):
-    """Helpers that the script imports, and what these import, count, whatever the folders above
-    them are called. Libraries, Python's own files and what torch.compile, a debugger or an editor
-    has made or imported do not, also where they lie in the project's folder."""
+    """Whatever the folders above them are called. Libraries, Python's own files and what
+    torch.compile, a debugger or an editor has made or imported are not, also in the project."""
     project = tmp_path / "pydev/site-packages/debugpy"
     project.mkdir(parents=True)
     monkeypatch.syspath_prepend(project)
@@ -356,8 +342,7 @@ READ = {name: name for name in READ} | {
 
 
 def test_what_a_run_on_texts_reads_is_part_of_its_name():
-    """Reward functions with what they import, local models with the base of an adapter, and data
-    count; hidden files and byte code do not. Data stay as they are where they are split."""
+    """But for hidden files and byte code. Data stay as they are where they are split."""
     hidden = {"other.py": "", "policy/.cache/other": "", "saved/__pycache__/1": ""}
     for name, content in (READ | hidden).items():
         Path(name).parent.mkdir(exist_ok=True)
@@ -388,7 +373,8 @@ def test_what_a_run_on_texts_reads_is_part_of_its_name():
 
 @only(*KINDS)
 def test_a_finished_run_is_not_trained_again(setting, launch, monkeypatch):
-    """The same command prints its score again. It writes a summary that a kill has prevented."""
+    """The same command prints its score again. It writes a summary that a kill has prevented, but
+    not from a damaged checkpoint, which is kept."""
     _, first, _ = launch()
     (folder,) = RUNS.iterdir()
     before = files(folder)
@@ -402,6 +388,10 @@ def test_a_finished_run_is_not_trained_again(setting, launch, monkeypatch):
     after = files(folder)
     changed = {path.name for path in before if after[path] != before[path]}
     assert changed == {"sessions.jsonl"}
+    (folder / "summary.json").unlink()
+    (folder / "checkpoint.pt").write_bytes(b"half")
+    assert "checkpoint.pt can't be read: it is damaged" in launch()[0]
+    assert (folder / "checkpoint.pt").read_bytes() == b"half"
 
 
 def lucky(texts):
@@ -414,9 +404,8 @@ LORA = replace(TEXTS, small=TEXTS.small | {"lora_r": 2})
 
 @only(*ALL, LORA)
 def test_a_continued_run_equals_an_uninterrupted_one(setting, tmp_path):
-    """It does to the last bit, whatever environments draw from. A kill comes before the first
-    checkpoint, and another after an evaluation or an update that no checkpoint has: in the middle
-    of episodes and, for A2C, of an entry in the log."""
+    """To the last bit. A kill comes before the first checkpoint, and another after an evaluation or
+    an update that no checkpoint has: in the middle of episodes and of an entry in A2C's log."""
     batch = setting.batch
     flags = {"total_timesteps": 5 * batch, "seed": 5, "noise": "normal", "noise_level": 2.0}
     flags |= every(setting, 3)
@@ -506,15 +495,6 @@ def test_an_error_leaves_the_checkpoint_before_it(setting, launch, fault, messag
 
 
 @only(*KINDS)
-def test_a_damaged_checkpoint_is_named_and_kept(setting, launch):
-    folder = setting.interrupt(RUNS, 1, **every(setting, 1))
-    (folder / "checkpoint.pt").write_bytes(b"half")
-    end, _, _ = launch(**every(setting, 1))
-    assert "checkpoint.pt can't be read: it is damaged" in end
-    assert (folder / "checkpoint.pt").read_bytes() == b"half"
-
-
-@only(*KINDS)
 def test_a_run_has_one_process_at_a_time(setting, launch, monkeypatch):
     """Models are not even loaded. On some disks, nothing can be locked."""
 
@@ -539,9 +519,7 @@ def test_a_run_has_one_process_at_a_time(setting, launch, monkeypatch):
 
 
 @only(*KINDS)
-def test_an_interrupted_run_says_what_continues_it_and_then_which_versions_it_had(
-    setting, launch, monkeypatch
-):
+def test_an_interrupted_run_says_what_continues_it_and_its_versions(setting, launch, monkeypatch):
     """Of two installations of a package, Python imports the first one found."""
 
     def interrupt(*_):
@@ -588,7 +566,7 @@ def test_letters_that_a_terminal_lacks_are_escaped(setting, launch, monkeypatch)
     assert terminal.read().count(r"__\u03b2__") == 3
 
 
-@needs_gpu
+@helpers.needs_gpu
 @only(*ATARI, TEXTS, replace(TEXTS, small=TEXTS.small | {"amp": "auto"}))
 def test_on_a_gpu_a_run_is_compiled_and_continued(setting, launch):
     flags = every(setting, 1) | {"device": "cuda"}
@@ -718,8 +696,7 @@ class TenStepsEnv(gym.Env):
 
 
 class DrawingEnv(TenStepsEnv):
-    """Draws from all random numbers that there are, also when it is made, and leaves the working
-    directory."""
+    """Draws from all random numbers, also when it is made, and leaves the working directory."""
 
     def __init__(self):
         super().__init__()
@@ -763,14 +740,6 @@ def test_a_number_that_is_not_finite_stops_the_run_before_it_is_saved(setting, w
     monkeypatch.setattr(TenStepsEnv, "wrong", {0: NAN, 2: True})  # after an end, anything may come
     _, folder = setting.run(RUNS, env_id="TenSteps-v0", **every(setting, 1))
     assert weights(folder).isfinite().all()
-
-
-@only(SPPO_CONTINUOUS, SA2C_ATARI)
-def test_an_evaluation_that_is_not_finite_stops_the_run(setting, monkeypatch):
-    results = [np.array([np.nan]), np.ones(1), []][: 2 if setting.atari else 3]
-    monkeypatch.setattr(setting.script, "evaluate", lambda *_: results)
-    with pytest.raises(SystemExit, match="error: a return of the evaluation at step 64 is not fin"):
-        setting.run(RUNS, **every(setting, 1))
 
 
 @only(*CONTINUOUS)

@@ -9,17 +9,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from helpers import (
-    EACH,
-    SA2C_ATARI,
-    SETTINGS,
-    SPPO_ATARI,
-    SPPO_CONTINUOUS,
-    Signals,
-    needs_gpu,
-    progress,
-    record,
-)
+from helpers import EACH, SETTINGS, Signals, needs_gpu, progress, record
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
@@ -151,8 +141,7 @@ def log_prob_entropy_value(setting, agent, obs, action):
 
 
 def some_minibatch(setting, agent):
-    """Arguments of the loss function for a categorical policy, in PPO on Atari those after the clip
-    range, a mask last."""
+    """Arguments of the loss function, in PPO on Atari those after the clip range, a mask last."""
     obs, action = torch.randn(48, 11), torch.randint(11, (48, 3))
     if setting.atari:
         obs, action = torch.randint(256, (48, 4, 84, 84)).byte(), torch.randint(4, (48,))
@@ -178,8 +167,7 @@ def gradient_and_metrics(setting, agent, args, minibatch, function=None):
 
 @pytest.mark.parametrize(("max_grad_norm", "norm_adv"), [(0.2, True), (1e6, False)])
 def test_gradient_and_metrics_are_those_of_alpha_l_plus_beta_lr(setting, max_grad_norm, norm_adv):
-    """With backward() and clip_grad_norm_, and metrics by their definitions; steps on which FIRE
-    replaced the agent's action are left out, but for the critic. On Atari `train` clips."""
+    """Steps on which FIRE replaced the agent's action are left out, but for the critic."""
     agent = make_agent(setting)
     flags = dict(alpha=2.0, beta=3.0, z=-2.0, ent_coef=0.3, vf_coef=0.7)
     args = setting.script.Args(max_grad_norm=max_grad_norm, norm_adv=norm_adv, **flags)
@@ -247,7 +235,7 @@ def test_compiled_functions_compute_the_same(setting, capsys):
 
 
 @needs_gpu
-@pytest.mark.parametrize("setting", [SPPO_ATARI, SA2C_ATARI], ids=str)
+@pytest.mark.parametrize("setting", [each for each in SETTINGS if each.atari], ids=str)
 def test_a_gpu_computes_the_same_gradient(setting, tmp_path, monkeypatch):
     """And runs: compiled and in bfloat16."""
     summary, _ = setting.run(tmp_path, device="cuda", compile=True, amp="auto")
@@ -267,8 +255,7 @@ def test_a_gpu_computes_the_same_gradient(setting, tmp_path, monkeypatch):
 
 
 def test_no_random_seed_is_used_twice(setting, tmp_path, monkeypatch):
-    """In runs with neighbouring seeds, after each checkpoint, and evaluations: else noise would
-    repeat the numbers that environments start from, or those of another run."""
+    """Else noise would repeat numbers that environments start from, or those of another run."""
     seeds = []
     SeedSequence = np.random.SeedSequence
 
@@ -301,8 +288,8 @@ def test_no_random_seed_is_used_twice(setting, tmp_path, monkeypatch):
 
 @pytest.fixture(scope="module")
 def recorded(setting, tmp_path_factory):
-    """A run of four rollouts of 32 steps in two environments, in which episodes end in all ways
-    that there are: observations, copies of the agent before each update, and recorded calls."""
+    """Of four rollouts of 32 steps in two environments: observations, copies of the agent before
+    each update, and recorded calls. Episodes end in all ways that there are."""
     script, run = setting.script, SimpleNamespace(agents=[])
     envs = getattr(script, setting.envs)
 
@@ -329,15 +316,14 @@ def recorded(setting, tmp_path_factory):
     return run
 
 
-def critic(setting, agent, obs):
-    obs = torch.from_numpy(obs)
-    return agent(obs)[1] if setting.atari else agent.critic(obs).squeeze(-1)
-
-
 @torch.no_grad()
 def test_gae_gets_rewards_with_noise_and_the_critics_values(setting, recorded):
-    """Rewards were normalised or clipped before. Episodes that were cut off bootstrap from their
-    last observation, with gamma."""
+    """Episodes that were cut off bootstrap from their last observation, with gamma."""
+
+    def critic(agent, obs):
+        obs = torch.from_numpy(obs)
+        return agent(obs)[1] if setting.atari else agent.critic(obs).squeeze(-1)
+
     noise, bootstrapped, all_ended = [], 0, 0
     for i, ((noisy_reward, value, ended, gamma, lam), _) in enumerate(recorded.gae):
         agent = recorded.agents[i]
@@ -346,11 +332,11 @@ def test_gae_gets_rewards_with_noise_and_the_critics_values(setting, recorded):
             np.testing.assert_array_equal(ended[t], expected_ended)
             bootstrap = np.zeros(2)
             for n in last_obs if setting.atari else np.flatnonzero(cut_off):
-                bootstrap[n] = critic(setting, agent, last_obs[n][None]).item()
+                bootstrap[n] = critic(agent, last_obs[n][None]).item()
             noise.append(noisy_reward[t] - 0.9 * bootstrap - reward)
             bootstrapped += np.count_nonzero(bootstrap)
         for t in range(33):
-            expected = critic(setting, agent, recorded.obs[32 * i + t])
+            expected = critic(agent, recorded.obs[32 * i + t])
             np.testing.assert_allclose(value[t], expected, atol=1e-5)
         all_ended += ended.sum()
         assert (gamma, lam) == (0.9, 0.7)
@@ -363,8 +349,7 @@ def test_gae_gets_rewards_with_noise_and_the_critics_values(setting, recorded):
 
 @torch.no_grad()
 def test_an_epoch_trains_on_every_step_once(setting, recorded):
-    """Each observation goes with its action, the probability of that when it was sampled, its
-    advantage and return, and on Atari with whether the action was the agent's."""
+    """With what belongs to it: action, its probability, advantage, return, on Atari the mask."""
     epochs = setting.small["update_epochs"] if setting.ppo else 1
     minibatches = [arguments[-6 if setting.atari else -5 :] for arguments, _ in recorded.losses]
     trained = [np.concatenate(tensors) for tensors in zip(*minibatches)]
@@ -393,12 +378,11 @@ def test_an_epoch_trains_on_every_step_once(setting, recorded):
         assert len(set(first_advantages)) > 4
 
 
-def test_advantages_flip_anew_in_each_epoch(setting, tmp_path, monkeypatch):
+def test_advantages_flip_anew_in_each_epoch(setting, tmp_path, monkeypatch, signals):
     """Before they are normalised."""
     script = setting.script
     gae = record(monkeypatch, script, "compute_gae")
     losses = record(monkeypatch, script, setting.loss_name)
-    monkeypatch.setattr(script, "AtariVectorEnv", Signals, raising=False)
     setting.run(tmp_path, total_timesteps=128, noise="adv_flip", noise_level=0.4, norm_adv=True)
     trained = [arguments[-3 if setting.atari else -2] for arguments, _ in losses]
     epochs = setting.small["update_epochs"] if setting.ppo else 1
@@ -414,10 +398,7 @@ def test_advantages_flip_anew_in_each_epoch(setting, tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize("max_grad_norm", [1e-3, 1e6])
-def test_the_optimizer_gets_gradients_clipped_as_the_log_says(
-    setting, tmp_path, monkeypatch, max_grad_norm
-):
-    monkeypatch.setattr(setting.script, "AtariVectorEnv", Signals, raising=False)
+def test_the_optimizer_gets_gradients_clipped_as_logged(setting, tmp_path, signals, max_grad_norm):
     norms = []
 
     def record_norm(optimizer, *_):
@@ -434,11 +415,9 @@ def test_the_optimizer_gets_gradients_clipped_as_the_log_says(
     assert np.mean(norms) == pytest.approx(expected, rel=0.01)
 
 
-@pytest.mark.parametrize("setting", [SPPO_CONTINUOUS, SPPO_ATARI], ids=str)
-def test_sppo_is_ppo_with_another_weight_to_the_last_bit(setting, tmp_path, monkeypatch):
-    """alpha L + beta Lr has the gradient of (alpha + beta) L. That sum does not round if alpha is
-    beta, nor with the authors' weights, where the number of samples is a power of two."""
-    monkeypatch.setattr(setting.script, "AtariVectorEnv", Signals, raising=False)
+@pytest.mark.parametrize("setting", [each for each in SETTINGS if each.ppo], ids=str)
+def test_sppo_is_ppo_with_another_weight_to_the_last_bit(setting, tmp_path, signals):
+    """Where alpha + beta does not round, in a minibatch whose size is a power of two."""
     short = {"noise": "adv_flip", "learning_rate": 0.01, "clip_coef": 0.05}
     short |= {"total_timesteps": 128}
 
@@ -475,8 +454,7 @@ LEARNING = {
 
 
 @pytest.mark.slow
-def test_a_script_learns_a_simple_task(setting, tmp_path, monkeypatch):
+def test_a_script_learns_a_simple_task(setting, tmp_path, signals):
     """A pendulum that random play balances for about 6 steps, or signals, by chance 6.7 points."""
-    monkeypatch.setattr(setting.script, "AtariVectorEnv", Signals, raising=False)
     summary, _ = setting.run(tmp_path, **LEARNING[str(setting)])
     assert summary["return_mean"] > (15 if setting.atari else 300)

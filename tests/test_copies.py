@@ -33,8 +33,7 @@ def edited(script, folder, *edits):
 
 
 def make_copy(setting, folder, *edits, change=lambda agent: None):
-    """`setting` with such a copy, whose agents are changed, and have the tensors of the start as
-    `first`."""
+    """`setting` with such a copy; its agents are changed, and keep their tensors as `first`."""
     script = edited(setting.script, folder, *edits)
 
     class Agent(script.Agent):
@@ -48,8 +47,7 @@ def make_copy(setting, folder, *edits, change=lambda agent: None):
 
 
 def run_copy(setting, folder, *edits, change=lambda agent: None, **flags):
-    """Runs such a copy for a rollout. Returns the names of the tensors that have not moved, and the
-    run's folder."""
+    """Runs it for a rollout. Returns the names of tensors that have not moved, and the folder."""
     copy = make_copy(setting, folder, *edits, change=change)
     flags = {"total_timesteps": 64, "num_envs": 2, "num_steps": 32} | flags
     if setting.atari and setting.ppo:
@@ -62,24 +60,37 @@ def run_copy(setting, folder, *edits, change=lambda agent: None, **flags):
 
 # ---- What stops a run
 
-
 NOT_THE_SAME = "error: the policy that acts is not the one that is trained"
 
 
 @all_scripts
-def test_dropout_in_the_policy_stops_the_run(setting, tmp_path):
+def test_dropout_another_policy_in_training_and_a_mean_value_stop_the_run(setting, tmp_path):
     """Outputs are not as small as they usually are at first, so that the difference shows."""
 
-    def change(agent):
+    def widen(agent):
+        nn.init.normal_((agent.actor if setting.atari else agent.actor[-1]).weight, std=0.3)
+
+    def drop_out(agent):
+        widen(agent)
         if setting.atari:
             agent.trunk[-1] = nn.Dropout(0.5)
-            nn.init.normal_(agent.actor.weight, std=0.3)
         else:
             agent.actor.insert(4, nn.Dropout(0.5))
-            nn.init.normal_(agent.actor[-1].weight, std=0.3)
 
+    def average(agent):
+        if not setting.atari:
+            agent.critic.register_forward_hook(lambda *io: io[-1].mean())
+        forward = agent.forward
+        agent.forward = lambda obs: (forward(obs)[0], forward(obs)[1].mean())
+
+    with pytest.raises(RuntimeError, match="shape|size"):
+        run_copy(setting, tmp_path / "mean", change=average)
     with pytest.raises(SystemExit, match=NOT_THE_SAME):
-        run_copy(setting, tmp_path / "copy", change=change)
+        run_copy(setting, tmp_path / "dropout", change=drop_out)
+    if not setting.atari:
+        edit = "Categorical(logits=output,", "Categorical(logits=output / 0.9,"
+        with pytest.raises(SystemExit, match=NOT_THE_SAME):
+            run_copy(setting, tmp_path / "edited", edit, change=widen)
 
 
 @all_scripts
@@ -103,28 +114,6 @@ def test_first_ratios_of_two_rollouts_are_1(setting, tmp_path, monkeypatch, roll
         assert len(rollouts) == rollout
     else:
         setting.run(tmp_path)
-
-
-@continuous_scripts
-def test_a_policy_edited_only_where_it_is_trained_stops_the_run(setting, tmp_path):
-    def change(agent):
-        nn.init.normal_(agent.actor[-1].weight)
-
-    edit = "Categorical(logits=output,", "Categorical(logits=output / 0.9,"
-    with pytest.raises(SystemExit, match=NOT_THE_SAME):
-        run_copy(setting, tmp_path / "copy", edit, change=change)
-
-
-@all_scripts
-def test_a_critic_that_returns_a_mean_value_stops_the_run(setting, tmp_path):
-    def change(agent):
-        if not setting.atari:
-            agent.critic.register_forward_hook(lambda *io: io[-1].mean())
-        forward = agent.forward
-        agent.forward = lambda obs: (forward(obs)[0], forward(obs)[1].mean())
-
-    with pytest.raises(RuntimeError, match="shape|size"):
-        run_copy(setting, tmp_path / "copy", change=change)
 
 
 # ---- What works: optimizers, networks, a copied checkpoint
@@ -157,33 +146,27 @@ def test_frozen_and_unused_parameters_are_left_out(setting, tmp_path):
 
 
 @continuous_scripts
-def test_a_critic_may_share_a_layer_with_the_actor_and_normalise_batches(setting, tmp_path):
-    """One of two rollouts has a truncated episode, the other none."""
+def test_layers_may_be_shared_and_normalise_batches_or_raw_observations(setting, tmp_path):
+    """One of two rollouts has a truncated episode, the other none. Raw ones have float64."""
 
-    def change(agent):
+    def share_and_normalise(agent):
         agent.critic[0] = agent.actor[0]
         agent.critic.insert(1, nn.BatchNorm1d(64))
 
-    flags = {"env_id": "Pendulum-v1", "num_steps": 100, "num_envs": 1, "total_timesteps": 200}
-    assert run_copy(setting, tmp_path / "copy", change=change, **flags)[0] == set()
-
-
-@continuous_scripts
-def test_a_layer_may_normalise_raw_observations(setting, tmp_path):
-    """Instead of the script, which then passes on the float64 of the environment."""
-
-    def change(agent):
+    def normalise_obs(agent):
         agent.actor.insert(0, nn.LayerNorm(11))
 
+    flags = {"env_id": "Pendulum-v1", "num_steps": 100, "num_envs": 1, "total_timesteps": 200}
+    copy = tmp_path / "batches"
+    assert run_copy(setting, copy, change=share_and_normalise, **flags)[0] == set()
     edit = "((obs - self.mean) / self.std).clip(-10, 10).astype(np.float32)", "obs"
-    flags = {"change": change, "env_id": "Hopper-v4"}
-    assert run_copy(setting, tmp_path / "copy", edit, **flags)[1].exists()
+    copy = tmp_path / "raw"
+    assert run_copy(setting, copy, edit, change=normalise_obs, env_id="Hopper-v4")[1].exists()
 
 
 @continuous_scripts
 def test_the_layout_in_memory_changes_no_update(setting, tmp_path):
-    """Fused optimizers pair gradient and parameter by place in memory. The gradient of a
-    convolution is laid out like its input, and not always like its weights."""
+    """The gradient of a convolution is laid out like its input, not always like its weights."""
     results = []
     for memory_format in (torch.contiguous_format, torch.channels_last):
 
@@ -202,11 +185,8 @@ def test_the_layout_in_memory_changes_no_update(setting, tmp_path):
 
 @all_scripts
 @pytest.mark.parametrize("is_edited", [True, False])
-def test_a_checkpoint_that_is_copied_continues_with_an_edited_script_or_with_more_steps(
-    setting, is_edited, tmp_path, monkeypatch
-):
-    """As docs/usage.md says."""
-    monkeypatch.setattr(setting.script, "AtariVectorEnv", Signals, raising=False)
+def test_a_copied_checkpoint_continues(setting, is_edited, tmp_path, monkeypatch, signals):
+    """With an edited script, or with more steps, as docs/usage.md says."""
     copy = setting
     if is_edited:
         before = setting.interrupt(tmp_path / "runs", 2, **EACH)

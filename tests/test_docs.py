@@ -20,7 +20,7 @@ import pandas as pd
 import pytest
 import torch
 import tyro
-from helpers import SETTINGS, Signals, checkpoint, progress, record
+from helpers import SETTINGS, Signals, checkpoint, progress, read_lines, record, work_in
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_copies import edited
 
@@ -64,13 +64,6 @@ def test_links_lead_to_files_and_headings(page):
 
 def is_defined(function, file):
     return re.search(rf"(?m)^(def|class) {function}\b", (ROOT / file).read_text())
-
-
-def test_readme_quotes_the_two_lines_of_the_script():
-    (block,) = code_blocks(PAGES["README.md"], "python")
-    name, *lines = block.splitlines()
-    assert len(lines) == 2
-    assert set(lines) <= set((ROOT / name.removeprefix("# ")).read_text().splitlines())
 
 
 @pytest.mark.parametrize("text", PAGES.values(), ids=PAGES)
@@ -168,16 +161,15 @@ def play(folder, monkeypatch, capsys):
 # ---- The exercise
 
 
-def exercise(*answers):
-    """A notebook with answers, functions that return the result of the claim below each."""
-    cells = []
-    for i, answer in enumerate(answers):
-        cells.append(nbformat.v4.new_code_cell(answer, metadata={"tags": ["student"]}))
-        cells.append(nbformat.v4.new_code_cell(f"print(f'{{f()}}: {i}a: a claim: why')"))
-    return nbformat.v4.new_notebook(cells=cells)
-
-
 def test_a_class_is_graded_whatever_else_students_changed(tmp_path, monkeypatch, capsys):
+    def exercise(*answers):
+        """A notebook with answers, functions that return the result of the claim below each."""
+        cells = []
+        for i, answer in enumerate(answers):
+            cells.append(nbformat.v4.new_code_cell(answer, metadata={"tags": ["student"]}))
+            cells.append(nbformat.v4.new_code_cell(f"print(f'{{f()}}: {i}a: a claim: why')"))
+        return nbformat.v4.new_notebook(cells=cells)
+
     to_do, right, wrong = (f"def f(): return '{word}'" for word in ("to do", "holds", "fails"))
     monkeypatch.setattr(grade, "EXERCISE", tmp_path / "exercise.ipynb")
     nbformat.write(exercise(to_do, to_do), grade.EXERCISE)
@@ -276,8 +268,8 @@ def test_diffs_find_their_places_in_longer_scripts_and_after_each_other(tmp_path
 
 
 def changed(heading, folder, monkeypatch, example=0, after=None):
-    """An example's copy of a script, with its diff, in `folder`: as a module, and the arguments of
-    its command. A section may have several examples. `after`: another one's, applied first."""
+    """One of a section's examples, a module in `folder`, and the arguments of its command. `after`:
+    the section whose diff is applied first."""
     words = commands(SECTIONS[heading])[example]
     diffs = [DIFFS[heading][example]]
     if after:
@@ -378,8 +370,7 @@ def test_your_own_network_and_optimizer(tmp_path, monkeypatch, capsys):
 
 @pytest.mark.parametrize(("learning_rate", "steps"), [(1e-3, 36), (10.0, 12)])
 def test_a_learning_rate_schedule_and_a_kl_target(learning_rate, steps, tmp_path, monkeypatch):
-    """Three rollouts with up to three epochs of four minibatches. The last begins after two thirds
-    of the run; the warm-up takes 20,000 steps."""
+    """The last of three rollouts begins after two thirds of the run; the warm-up is longer."""
     after = "Stopping an update at a KL divergence"
     script, args = changed("A learning-rate schedule", tmp_path, monkeypatch, after=after)
     flags = {"learning_rate": learning_rate, "update_epochs": 3, "total_timesteps": 384}
@@ -424,14 +415,9 @@ def test_unbiased_rewards_under_flips(tmp_path, monkeypatch, capsys):
 @pytest.fixture
 def here(toy, tmp_path, monkeypatch):
     """A folder with the toy, in which language models seem to have been started."""
-    monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(sppo_rlhf, "START", tmp_path)
+    work_in(monkeypatch, tmp_path)
     Path("runs").symlink_to(toy.parent)
     return tmp_path
-
-
-def read_lines(path):
-    return [json.loads(line) for line in Path(path).open()]
 
 
 def test_other_ways_of_sampling_in_an_edited_copy(here):
@@ -565,8 +551,7 @@ def logged(folder):
 
 
 @pytest.mark.parametrize("setting", SETTINGS, ids=str)
-def test_the_list_of_metrics_is_complete_for_control(setting, tmp_path, monkeypatch):
-    monkeypatch.setattr(setting.script, "AtariVectorEnv", Signals, raising=False)  # short games
+def test_the_list_of_metrics_is_complete_for_control(setting, tmp_path, signals):
     expected = metrics("PPO" if setting.ppo else "A2C")
     tags, columns = logged(setting.run(tmp_path)[1])
     assert tags == expected

@@ -56,14 +56,16 @@ RUNS += [(SPPO_RLHF, {}), (SPPO_RLHF, {"lora_r": 2, "ce_coef": 0.1} | FUNCTION)]
 
 
 @pytest.mark.parametrize(("setting", "flags"), RUNS, ids=str)
-def test_a_run_on_a_pretended_gpu_has_its_tensors_on_the_right_device(
-    setting, flags, tmp_path, monkeypatch, gpu
-):
+def test_a_run_on_a_pretended_gpu(setting, flags, tmp_path, monkeypatch, gpu):
+    """Its tensors are on the right device, and no line of a loss waits, but for copies to it."""
     monkeypatch.setattr(setting.script, "AtariVectorEnv", CutOff, raising=False)
     flags = flags | {"total_timesteps": 2 * setting.small["total_timesteps"], "eval_freq": 1}
     setting.interrupt(tmp_path, 1, **flags)
     setting.run(tmp_path, **flags)
-    assert gpu.waits
+    lines, first = inspect.getsourcelines(setting.loss_function)
+    places = [f"{setting.script.__file__}:{first + i} " for i in range(len(lines))]
+    waits = [wait for wait in gpu.waits if not wait.endswith(" to")]
+    assert waits and not [wait for wait in waits if wait.startswith(tuple(places))]
 
 
 MISTAKES = [  # what is right in a script, and what is wrong
@@ -82,13 +84,3 @@ def test_a_tensor_on_the_wrong_device_is_found(setting, right, wrong, tmp_path, 
     args = replace(setting, script=script).args(tmp_path)
     with pytest.raises(WrongDevice):
         train(script, args)
-
-
-@pytest.mark.parametrize("setting", [*ATARI, SPPO_RLHF], ids=str)
-def test_no_line_of_a_loss_function_waits_for_the_gpu(setting, tmp_path, gpu):
-    """Except for copies to the GPU. Other functions wait, for example for actions of games."""
-    setting.run(tmp_path)
-    lines, first = inspect.getsourcelines(setting.loss_function)
-    places = [f"{setting.script.__file__}:{first + i} " for i in range(len(lines))]
-    waits = [wait for wait in gpu.waits if not wait.endswith(" to")]
-    assert waits and not [wait for wait in waits if wait.startswith(tuple(places))]

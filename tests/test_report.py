@@ -345,8 +345,7 @@ def test_wins_have_an_interval_from_five_runs_on_and_one_run_has_no_intervals(tm
     "below", [{"return_mean": [9.0, *10 * [-1.0], 9.0]}, {"charts/episodic_return": -1.0}]
 )
 def test_a_pair_is_compared_in_points_where_returns_are_below_0(below, tmp_path):
-    """In all its cells of the task, though only one return, in a noisy run, shows it. What other
-    methods do there changes nothing."""
+    """In all its cells of the task, though only one return shows it, and not another method's."""
     runs = make_grid(tmp_path / "runs")
     for noise in ("none", "normal"):
         for method, score in {"dppo": 10, "sppo": 20}.items():
@@ -439,8 +438,7 @@ def test_figures_show_every_method_in_its_own_colour(tmp_path, kept):
 
 
 def test_chosen_methods_and_names_are_shown_in_narrow_figures_and_in_tables(tmp_path, kept):
-    """A renamed method keeps its colour, its place in the order and its baseline. Long names stay
-    within the figure."""
+    """A renamed method keeps its colour, place and baseline. Long names stay within the figure."""
     runs = make_grid(tmp_path / "runs", noise="normal")
     make_run(runs, "sppo", 3)
     make_run(runs, "mine", 3, noise="normal")

@@ -52,14 +52,12 @@ def welch(a, b, digits):
     return f"{a.mean() - b.mean():.{digits}f} ({low:.{digits}f} to {high:.{digits}f})"
 
 
-def test_a_row_of_a_table_has_means_standard_errors_and_welchs_difference():
+def test_rows_of_tables_have_means_standard_errors_and_welchs_differences():
     runs = packed("text/sums").query("noise == 'none'")
     ppo, sppo = (runs.loc[runs["exp_name"] == name, "return_mean"] for name in ("ppo", "sppo"))
     row = f"| clean | {ppo.mean():.3f} ± {ppo.sem():.3f} | {sppo.mean():.3f} ± {sppo.sem():.3f} |"
     assert f"{row} {welch(sppo, ppo, digits=3)} |" in page_of("text/sums")
 
-
-def test_steps_to_sppo_on_crazyclimber_are_welchs():
     scores = packed("atari/crazyclimber").groupby("exp_name")["training"].apply(np.array)
     authors, ppo, sppo = scores[["ppo-authors", "ppo", "sppo"]] / scores["ppo-authors"].mean()
     row = f"| training | {welch(ppo, authors, 2)} | {welch(sppo, ppo, 2)} |"
@@ -207,8 +205,9 @@ def test_a_suites_script_prints_the_commands_of_its_pack(suite):
     assert commands <= {" ".join(line.split()) for line in listed.splitlines()}
 
 
-def test_pairs_of_sppo_and_ppo_are_equal_to_the_last_bit():
-    """Only the pair with alpha 0.5 and beta 0.4 differs, since the sum of these rounds."""
+def test_runs_that_are_said_to_be_equal_are_equal_to_the_last_bit():
+    """Of pairs only that with alpha 0.5 and beta 0.4 differs, since their sum rounds. CrazyClimber
+    was repeated."""
     runs = packed("control/pairs").set_index("run_name")
     hashes = report.read_csv(RESULTS / "control/pairs-sha256.csv")
     runs["sha256"] = hashes.set_index("run_name")["sha256"]
@@ -220,8 +219,6 @@ def test_pairs_of_sppo_and_ppo_are_equal_to_the_last_bit():
         assert (pair["sha256"].nunique() == 1) == (k != 0.9)
     assert runs["sha256"].nunique() == len(runs) / 2 + 1
 
-
-def test_crazyclimber_repeats_its_packed_runs():
     files = [RESULTS / f"atari/{name}-progress.csv.gz" for name in ("crazyclimber", "games")]
     first, again = (report.read_csv(file).set_index("run_name") for file in files)
     names = again.index[again.index.str.startswith("CrazyClimber")].unique()

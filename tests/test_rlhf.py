@@ -1,5 +1,6 @@
 """sppo_rlhf.py: tokens, losses and whole runs, on models small enough to be made here."""
 
+import copy
 import csv
 import gzip
 import io
@@ -26,7 +27,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from helpers import SMALL_TEXTS as SMALL
-from helpers import Setting, checkpoint, progress, record, train, weights, work_in
+from helpers import Setting, checkpoint, progress, read_lines, record, train, weights, work_in
 from helpers import words as typed
 from hypothesis import given, settings
 from hypothesis import strategies as st
@@ -218,10 +219,6 @@ def refused(monkeypatch, folder, message, *words):
     assert not (folder / "refused").exists()
 
 
-def read_lines(path):
-    return [json.loads(line) for line in path.open()]
-
-
 def read_samples(folder):
     return read_lines(folder / "samples.jsonl")
 
@@ -257,9 +254,18 @@ def log_probs_alone(model, prompt, tokens, temperature=1.0):
     return log_prob.gather(1, torch.tensor(tokens, dtype=int)[:, None])[:, 0]
 
 
-def values_alone(actor, prompt, tokens):
-    states = actor.critic(torch.tensor([prompt + tokens])).last_hidden_state
-    return actor.value_head(states[0, len(prompt) - 1 : -1])[:, 0]
+def all_alone(actor, prompts, responses, targets):
+    """Log-probabilities and values of responses, and log-probabilities of targets, text by text."""
+    del actor.policy.get_output_embeddings().forward  # which `patch_head` has replaced
+    values = []
+    for prompt, response in zip(prompts, responses):
+        states = actor.critic(torch.tensor([prompt + response])).last_hidden_state
+        values.append(actor.value_head(states[0, len(prompt) - 1 : -1])[:, 0])
+    log_probs, target_log_probs = (
+        [log_probs_alone(actor.policy, *text) for text in zip(prompts, parts)]
+        for parts in (responses, targets)
+    )
+    return map(torch.cat, (log_probs, values, target_log_probs))
 
 
 def gradient(actor, loss):
@@ -279,9 +285,7 @@ def assert_near(found, expected, share=1e-3):
 @pytest.mark.parametrize("lora_r", [0, 2])
 @pytest.mark.parametrize("kind", FAMILIES)
 def test_padding_changes_nothing_in_any_family(load, toy, tmp_path, kind, lora_r):
-    """Log-probabilities of responses and targets, values, gradients and samples, against the plain
-    model on each text alone; with LoRA, adapters are not zero. Nor do dropout or gradient
-    checkpointing, which computes layers once more."""
+    """Nor do dropout or gradient checkpointing, against the plain model on each text alone."""
     make_policy(kind, tmp_path / kind, toy, **DROPOUTS)
     flags = {"lora_r": lora_r, "stop_at_eos": False, "gradient_checkpointing": True}
     setup, args = load(policy_model=str(tmp_path / kind), **flags)
@@ -302,12 +306,7 @@ def test_padding_changes_nothing_in_any_family(load, toy, tmp_path, kind, lora_r
     rlhf.check_sampling(setup, args)
     samples = rlhf.generate(setup, prompts, do_sample=False)
 
-    head = actor.policy.get_output_embeddings()
-    del head.forward  # which `patch_head` has replaced
-    expected = [log_probs_alone(actor.policy, *text) for text in zip(prompts, responses)]
-    values = [values_alone(actor, *text) for text in zip(prompts, responses)]
-    targets_expected = [log_probs_alone(actor.policy, *text) for text in zip(prompts, targets)]
-    expected, values, targets_expected = map(torch.cat, (expected, values, targets_expected))
+    expected, values, targets_expected = all_alone(actor, prompts, responses, targets)
     torch.testing.assert_close(log_prob, expected, atol=1e-4, rtol=0)
     torch.testing.assert_close(value, values, atol=1e-4, rtol=0)
     torch.testing.assert_close(target_log_prob, targets_expected, atol=1e-4, rtol=0)
@@ -322,11 +321,8 @@ def test_padding_changes_nothing_in_any_family(load, toy, tmp_path, kind, lora_r
 
 
 @pytest.mark.parametrize("fault", ["cache", "padding", "mask"])
-def test_a_policy_that_samples_otherwise_than_it_is_trained_is_refused(
-    run, toy, tmp_path, monkeypatch, fault
-):
-    """Here GPT-2 is wrong where it has a cache or padding, also where all held-out prompts have one
-    token. BERT has no causal mask."""
+def test_a_policy_that_samples_otherwise_is_refused(run, toy, tmp_path, monkeypatch, fault):
+    """GPT-2 that is wrong where it has a cache or padding, and BERT, which has no causal mask."""
     kind = "Bert" if fault == "mask" else "GPT2"
     make_policy(kind, tmp_path / kind, toy, biases=False)
     forward = transformers.GPT2LMHeadModel.forward
@@ -450,11 +446,8 @@ def test_with_lora_policy_and_critic_are_adapters_on_one_frozen_model(models):
         assert {name.split(".")[0] for name in learning} == expected
 
 
-def test_models_that_do_not_fit_are_refused_before_a_folder_is_made(
-    toy, models, tmp_path, monkeypatch
-):
-    """A language model has no head for scores, and a classifier none for tokens. An adapter may
-    have other names. What a library refuses, it says by itself."""
+def test_models_that_do_not_fit_are_refused(toy, models, tmp_path, monkeypatch):
+    """Also those without a tokenizer, for which AutoTokenizer makes one that knows no word."""
     work_in(monkeypatch, toy.parent.parent)
     adapter = tmp_path / "adapter"
     shutil.copytree(models["adapter"], adapter)
@@ -511,23 +504,17 @@ def test_models_that_do_not_fit_are_refused_before_a_folder_is_made(
     for words in (["--policy-model", tmp_path / "exact"], [*long, 9]):
         call_main(monkeypatch, *few, *words, "--runs-dir", tmp_path / "runs")
 
-
-def test_a_folder_without_a_tokenizer_is_refused(toy, models, tmp_path, monkeypatch):
-    """Of a policy and of each reward model. AutoTokenizer makes a tokenizer for such a folder, with
-    which every text is [UNK], "▁ <unk> ▁ <unk>", or nothing."""
-    work_in(monkeypatch, toy.parent.parent)
     shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
     for kind in ("Bert", "T5", "DebertaV2"):
         config = getattr(transformers, f"{kind}Config")(vocab_size=300, pad_token_id=0, **shape)
         model = AutoModelForSequenceClassification.from_config(config)
         model.save_pretrained(tmp_path / kind)
         message = f"^error: {tmp_path / kind} has no tokenizer"
-        words = ["--reward-model", f"{rlhf.TOY}/reward", tmp_path / kind]
-        refused(monkeypatch, tmp_path, message, *words)
-    policy = tmp_path / "policy"
-    shutil.copytree(models["gpt2"], policy, ignore=shutil.ignore_patterns("tokenizer*"))
-    message = f"^error: {policy} has no tokenizer"
-    refused(monkeypatch, tmp_path, message, "--policy-model", policy)
+        refused(monkeypatch, tmp_path, message, "--reward-model", reward, tmp_path / kind)
+    bare = tmp_path / "bare"
+    shutil.copytree(models["gpt2"], bare, ignore=shutil.ignore_patterns("tokenizer*"))
+    message = f"^error: {bare} has no tokenizer"
+    refused(monkeypatch, tmp_path, message, "--policy-model", bare)
 
 
 TEXT = "the plot was superb and the cast was dull ."
@@ -551,8 +538,7 @@ END = "<|endoftext|>"
              [f"{END}{TEXT}", f"{END}{TEXT}{END}", END], [f"{TEXT}{END}"] * 3),
 }.values())  # fmt: skip
 def test_prompts_and_targets_are_the_tokens_of_texts(toy, template, rows, prompts, targets):
-    """Whatever the tokenizer writes around a text, here with <s> or <e>, the end of text. `text`
-    has two halves, of which the second ends; a prompt loses what is behind its start."""
+    """Whatever the tokenizer writes around a text, here with <s> or <e>, the end of text."""
     tokenizer = AutoTokenizer.from_pretrained(toy / "policy", bos_token="<s>")
     special = {"<s>": tokenizer.bos_token_id, "<e>": tokenizer.eos_token_id}
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
@@ -592,8 +578,6 @@ def chat_tokenizer(toy):
 
 
 CHAT = [{"role": "user", "content": "the plot"}]
-
-
 BEGUN = {"role": "assistant", "content": "it was"}
 ASKED = "<|user|>the plot<|end|>\n<|assistant|>"
 
@@ -606,11 +590,8 @@ ASKED = "<|user|>the plot<|end|>\n<|assistant|>"
     ("<s>" + CHATML, [], "{}", f"<s>{ASKED}", "<|end|>"),
     (CHATML.replace("<|end|>", ""), [], "{}", ASKED.replace("<|end|>", ""), END),
 ])  # fmt: skip
-def test_messages_are_written_in_the_template(
-    chat_tokenizer, template, messages, variables, text, end
-):
-    """A turn that was begun is continued. A template's own variables are flags. Targets end, and
-    responses may, also of a base model that names the end of text only, as the template says."""
+def test_chat_is_written_in_the_template(chat_tokenizer, template, messages, variables, text, end):
+    """Targets end, and responses may, as the template says; a turn that was begun is continued."""
     args = rlhf.Args(prompt_length=40, response_length=9, chat_template_kwargs=variables)
     chat_tokenizer.chat_template = template
     row = {"prompt": CHAT + messages, "label": " was dull"}
@@ -687,8 +668,7 @@ def classifier_scores(folder, texts, label=None, dtype=torch.float32, **inputs):
 
 @pytest.mark.parametrize("kind", CLASSIFIERS)
 def test_a_classifier_scores_a_text_alike_alone_and_in_a_batch(toy, tmp_path, models, kind):
-    """Decoders are read at the last token, where nothing says what padding is: also where the text
-    closes with the token that pads. A text that is too long loses its beginning."""
+    """Also where it closes with the token that pads. One that is too long loses its beginning."""
     model, tokenizer = make_classifier(kind, tmp_path, toy, models)
     texts = [f"{TEXT}{END}", f"the plot{END}", "the cast was warm", " ".join([TEXT] * 20)]
     texts += ["the cast was awful ."] * 20
@@ -733,8 +713,7 @@ def test_a_classifier_reads_messages_in_its_own_template(toy, tmp_path):
 
 @pytest.mark.parametrize("chat", [False, True])
 def test_a_function_gets_what_trl_gives_it(toy, tmp_path, monkeypatch, chat):
-    """It gets its own row, in training and in evaluations, whatever the split. A prompt may be a
-    chat, without labels: messages are read in the policy's chat template."""
+    """Its own row, in training and in evaluations, whatever the split, and messages of a chat."""
     work_in(monkeypatch, toy.parent.parent)
     policy = shutil.copytree(toy / "policy", tmp_path / "policy")
     (policy / "chat_template.jinja").write_text(CHATML)
@@ -814,31 +793,31 @@ def test_a_reward_file_changes_no_settings(tmp_path, monkeypatch):
     assert Path.cwd() == tmp_path
 
 
-@pytest.mark.parametrize("name", ["my-reward.py", "json.py"])
-def test_two_files_of_one_name_are_refused(tmp_path, name):
+def test_two_files_of_one_name_are_refused(tmp_path):
     """Reward files, or one that is named as an installed module."""
-    files = [tmp_path / folder / name for folder in ("a", "b")]
-    for file in files:
-        file.parent.mkdir()
-        file.write_text("def own(texts): return [0.0] * len(texts)")
-    if name == "my-reward.py":
-        assert function_reward(f"{files[0]}:own", texts=["x"]) == [0]
-    with pytest.raises(SystemExit, match=f"^error: {files[1]}.* is called .*: rename it$"):
-        function_reward(f"{files[1]}:own")
+    (tmp_path / "a").mkdir()
+    names = ["my-reward.py", "a/my-reward.py", "json.py"]
+    for name in names:
+        (tmp_path / name).write_text("def own(texts): return [0.0] * len(texts)")
+    first, *others = [tmp_path / name for name in names]
+    assert function_reward(f"{first}:own", texts=["x"]) == [0]
+    for file in others:
+        with pytest.raises(SystemExit, match=f"^error: {file}.* is called .*: rename it$"):
+            function_reward(f"{file}:own")
 
 
 @pytest.mark.parametrize("weights", [(), (2.0, 10.0, -0.5)])
 def test_the_reward_is_the_weighted_sum_or_else_the_mean(run, monkeypatch, weights):
-    """In training and in evaluations. A function may return None for texts that others score, as in
-    TRL, and change its arguments. Each is logged under its own name, as far as it scores."""
+    """A function may return None for texts that others score, and change its arguments."""
     names = tuple(f"{__file__}:{name}" for name in ("of_some_texts", "text_lengths", "of_no_text"))
     collected = record(monkeypatch, rlhf, "collect")
     advantages = record(monkeypatch, rlhf, "token_advantages")
     flags = {"total_timesteps": 8, "reward_model": names, "eval_episodes": 8}
     row = progress(run(reward_weights=weights, **flags))[-1]
     expected = []
+    decode = AutoTokenizer.from_pretrained("runs/toy/policy").decode
     for _, samples in collected[-2:]:  # in training, and at its end
-        texts = [toy_text(sample) for sample in samples]
+        texts = [decode(x.prompt + x.response, skip_special_tokens=True) for x in samples]
         scores = np.array([of_some_texts([*texts]), text_lengths(texts)], float)
         found = ~np.isnan(scores[0])
         assert found.any() and not found.all()
@@ -849,11 +828,6 @@ def test_the_reward_is_the_weighted_sum_or_else_the_mean(run, monkeypatch, weigh
     assert np.mean([args[0] for args, _ in advantages]) == pytest.approx(expected[0][0])
     columns = ["return_mean", *(f"eval_{name}" for name in names[:2])]
     assert [row[name] for name in columns] == pytest.approx(expected[1], rel=1e-5)
-
-
-def toy_text(sample):
-    tokenizer = AutoTokenizer.from_pretrained("runs/toy/policy")
-    return tokenizer.decode(sample.prompt + sample.response, skip_special_tokens=True)
 
 
 @pytest.mark.parametrize(("names", "message"), [
@@ -892,8 +866,7 @@ def test_advantages_are_sums_over_the_tokens_of_a_text(length, seed, gamma, gae_
 
 @pytest.mark.parametrize("gamma", [1.0, 0.9])
 def test_a_rollout_logs_kl_entropy_length_and_explained_variance(run, monkeypatch, gamma):
-    """KL divergence and entropy are estimated from sampled tokens. The explained variance of a
-    constant reward is a number: returns and advantages differ by rounding only."""
+    """Of a constant reward returns and advantages differ by rounding only."""
     collected = record(monkeypatch, rlhf, "collect")
     flags = {"gamma": gamma, "gae_lambda": 1.0, "kl_coef": 0.0, "total_timesteps": 8}
     row = progress(run(reward_model=(f"{__file__}:twos",), **flags))[-1]
@@ -920,20 +893,10 @@ ODD = [
 ]
 
 
-def as_csv(rows):
-    columns = dict.fromkeys(name for row in rows for name in row)
-    file = io.StringIO()
-    table = csv.DictWriter(file, columns)  # ends lines with CRLF
-    table.writeheader()
-    table.writerows(rows)
-    return file.getvalue(), [{name: str(row.get(name) or "") for name in columns} for row in rows]
-
-
 @pytest.mark.parametrize("end", ["", ".gz"])
 @pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "saved"])
 def test_a_reward_function_gets_the_values_of_the_file(tmp_path, monkeypatch, kind, end):
-    """With their types, whatever the columns are called, and whatever the name of the file and its
-    neighbours. A file may begin with a byte order mark, and its lines end with CRLF."""
+    """With their types, whatever columns, file and neighbours are called; also from Windows."""
     work_in(monkeypatch, tmp_path)
     Path("poems.py").write_text("raise ImportError")
     folder = Path("date=7")
@@ -942,7 +905,13 @@ def test_a_reward_function_gets_the_values_of_the_file(tmp_path, monkeypatch, ki
     expected, lines = ODD, [json.dumps(row) for row in ODD]
     text = {"json": json.dumps(ODD, indent=1), "jsonl": "\r\n".join([lines[0], "", *lines[1:]])}
     if kind == "csv":
-        text["csv"], expected = as_csv(ODD)
+        columns = dict.fromkeys(name for row in ODD for name in row)
+        file = io.StringIO()
+        table = csv.DictWriter(file, columns)  # ends lines with CRLF
+        table.writeheader()
+        table.writerows(ODD)
+        text["csv"] = file.getvalue()
+        expected = [{name: str(row.get(name) or "") for name in columns} for row in ODD]
     if kind in text:
         compress = gzip.compress if end else bytes
         Path(name).write_bytes(compress(text[kind].encode("utf-8-sig")))
@@ -979,6 +948,7 @@ LINE = b'{"prompt": "a"}\n'
     ("a.jsonl", LINE + b'{"prompt": 3}', "row 2 of .*a.jsonl needs a 'prompt'"),
     ("a.jsonl", LINE + b'{"prompt": [{"role": "user", "content": "a"}]}', "row 2 .* needs"),
     ("a.jsonl", b'{"prompt": []}', "row 1 .* needs"),
+    ("a.jsonl", b'{"text": null}', "row 1 .* needs"),
     ("a.json", b'["a", "b"]', "row 1 .* needs"),
     ("a.json", b'{"prompt": ["a", "b"]}', "row 1 .* needs"),
     ("a.jsonl", json.dumps({"prompt": AS_TEXT}).encode(), "row 1 .* messages as a list"),
@@ -1024,25 +994,20 @@ def test_a_split_of_the_data_is_named(tmp_path, monkeypatch):
 
 
 @pytest.mark.parametrize(("data", "message"), [
-    ({"prompt": [3, 4]}, None),
-    ({"text": ["a", None]}, None),
     ({"prompt": ["a", "a"], "label": [1, 0]}, "--ce-coef needs a column 'label' of texts"),
-    ({"prompt": ['[{"role": "user", "content": "a"}]'] * 2, "label": ["a", "a"]},
-     "row 1 of .*bad.jsonl needs a .prompt. .a text, or messages as a list"),
     ({"prompt": [CHAT] * 2, "label": ["a", "a"]}, "messages need a tokenizer with a chat template"),
     ({"review": ["a", "a"]}, "row 1 of .*bad.jsonl needs a .prompt. .*review"),
 ])  # fmt: skip
 @pytest.mark.parametrize("flag", ["dataset", "eval_dataset"])
 def test_data_without_texts_end_a_run_before_it_begins(run, tmp_path, flag, data, message):
-    """Tokenizers say what they cannot read."""
     good = write_data(tmp_path / "good.jsonl", text=["a"] * 8)
     columns = {name: values * 4 for name, values in data.items()}
     flags = {"dataset": good, "eval_dataset": good}
     flags[flag] = write_data(tmp_path / "bad.jsonl", **columns)
-    if "--ce-coef" in str(message) and flag == "eval_dataset":  # where nothing imitates
+    if "--ce-coef" in message and flag == "eval_dataset":  # where nothing imitates
         run(ce_coef=1.0, total_timesteps=8, **flags)
         return
-    with pytest.raises((SystemExit, TypeError, ValueError), match=message):
+    with pytest.raises(SystemExit, match=message):
         run(ce_coef=1.0, **flags)
     assert not (tmp_path / "run").exists()
 
@@ -1086,8 +1051,7 @@ def test_sppo_is_ppo_with_another_weight_to_the_last_bit(run):
 
 
 def test_the_saved_policy_is_configured_as_before(run, models, tmp_path):
-    """Gradient checkpointing turns off dropout in training only, and the tokenizer's sides do not
-    matter there. Of a generation configuration that cannot be saved, end tokens are kept."""
+    """Of a generation configuration that cannot be saved, end tokens are kept."""
     folder = tmp_path / "policy"
     shutil.copytree(models["gpt2"], folder)
     (folder / "generation_config.json").write_text('{"do_sample": false, "temperature": 0.7}')
@@ -1108,13 +1072,8 @@ def test_the_saved_policy_is_configured_as_before(run, models, tmp_path):
 
 
 @pytest.mark.parametrize("greedy", [True, False])
-def test_an_evaluation_has_the_measures_computed_by_hand(
-    run, toy, models, monkeypatch, capsys, greedy
-):
-    """Rewards by an ensemble, means of its models and of one that is only watched, responses, KL
-    divergence and perplexities, of a trained policy. Some responses and targets end early.
-    `--temperature` divides the logits of all tokens, not only of the likeliest k, and those of
-    targets."""
+def test_an_evaluation_is_as_computed_by_hand(run, toy, models, monkeypatch, capsys, greedy):
+    """`--temperature` divides all logits, those of targets, too, not only of the likeliest k."""
     ensemble = (str(models["classifier"]), f"{rlhf.TOY}/reward")
     watched = f"{__file__}:text_lengths"
     flags = {"reward_model": (*ensemble, watched), "reward_weights": (0.5, 0.5, 0.0)}
@@ -1278,8 +1237,7 @@ def test_advantages_are_normalised_after_flips_drawn_anew_each_epoch(run, monkey
 
 @pytest.mark.parametrize(("lora_r", "checkpointing"), [(0, False), (2, False), (2, True)])
 def test_micro_batches_add_up_to_the_minibatch(load, models, monkeypatch, lora_r, checkpointing):
-    """Gradients and metrics, of texts with different numbers of tokens, some without a target,
-    against the losses of all tokens, by the plain model on each text alone."""
+    """Gradients and metrics, against the losses by the plain model on each text alone."""
     flags = {"ce_coef": 0.1, "num_minibatches": 1, "update_epochs": 1, "max_grad_norm": 1e9}
     flags |= {"lora_r": lora_r, "gradient_checkpointing": checkpointing, "norm_adv": False}
     setup, args = load(policy_model=str(models["gpt2"]), response_length=40, **flags)
@@ -1307,12 +1265,8 @@ def test_micro_batches_add_up_to_the_minibatch(load, models, monkeypatch, lora_r
         sized = replace(args, micro_batch_size=size)
         history += rlhf.update(setup, sized, samples, np.random.default_rng(0))
 
-    head = actor.policy.get_output_embeddings()
-    del head.forward  # which `patch_head` has replaced
-    log_prob = [log_probs_alone(actor.policy, x.prompt, x.response) for x in samples]
-    value = [values_alone(actor, x.prompt, x.response) for x in samples]
-    targets = [log_probs_alone(actor.policy, x.prompt, x.target) for x in samples]
-    log_prob, value = torch.cat(log_prob), torch.cat(value)
+    texts = zip(*((x.prompt, x.response, x.target) for x in samples))
+    log_prob, value, target_log_prob = all_alone(actor, *texts)
     old, old_value, advantage, returns = (
         rlhf.joined(samples, name) for name in ("log_prob", "value", "advantage", "returns")
     )
@@ -1322,7 +1276,7 @@ def test_micro_batches_add_up_to_the_minibatch(load, models, monkeypatch, lora_r
     reverse_loss = torch.where(surrogate <= clipped, -surrogate, 0).mean()
     clipped = old_value + (value - old_value).clamp(-0.2, 0.2)
     value_loss = 0.5 * torch.maximum((value - returns) ** 2, (clipped - returns) ** 2).mean()
-    sft_loss = -torch.cat(targets).mean()
+    sft_loss = -target_log_prob.mean()
     loss = 0.5 * policy_loss + 0.4 * reverse_loss + 0.5 * value_loss + 0.1 * sft_loss
     expected = gradient(actor, loss)
     numbers = {"policy_loss": policy_loss, "reverse_loss": reverse_loss, "value_loss": value_loss}
@@ -1378,9 +1332,8 @@ def test_reward_models_of_weight_0_do_not_change_the_training(run, models, summa
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["toy", "tldr"])
 def test_two_processes_train_the_same_weights_as_one(run, summaries, tmp_path, task):
-    """Weights and metrics within rounding, which Adam magnifies near zero gradients. Here each
-    process has but one text to sample, and minibatches are whole batches: else the processes would
-    sample and divide them otherwise than one does."""
+    """With one text for each process to sample, and minibatches that are whole batches: else the
+    processes would sample and divide them otherwise than one does."""
     flags = {"ce_coef": 0.1, "adam_eps": 1e-4, "micro_batch_size": 1, "top_k": 1}
     flags |= {"num_minibatches": 1, "eval_greedy": True}
     if task == "tldr":
@@ -1404,16 +1357,11 @@ def test_two_processes_train_the_same_weights_as_one(run, summaries, tmp_path, t
 
 
 def test_ddp_is_freed_before_its_process_group(run, monkeypatch):
-    """Else a process may never end: DDP's destructor, which holds the GIL, would wait for a thread
-    of the process group that waits for the GIL."""
+    """Else its destructor, which holds the GIL, may wait for a thread that waits for the GIL."""
     wrappers, alive = [], []
 
-    class Wrapper(nn.Sequential):
-        def forward(self, *texts):
-            return self[0](*texts)
-
     def prepare(_, model):
-        wrapper = Wrapper(model)
+        wrapper = copy.copy(model)
         wrappers.append(weakref.ref(wrapper))
         return wrapper
 
@@ -1425,8 +1373,7 @@ def test_ddp_is_freed_before_its_process_group(run, monkeypatch):
 
 @pytest.mark.slow
 def test_the_toy_learns_reward_and_true_sentiment(tmp_path, monkeypatch):
-    """The toy's models get their whole training. A full run has 40 updates. In twelve, of three
-    seeds, the reward rose by 0.22 or more, the true sentiment by 0.48 or more."""
+    """In twelve updates, of three seeds, the one rose by 0.22 or more, the other by 0.48."""
     work_in(monkeypatch, tmp_path)
     toy_script.make_toy(Path(rlhf.TOY))
     sentiment = "from toy import toy_sentiment\n"

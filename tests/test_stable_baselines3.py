@@ -177,7 +177,8 @@ def test_the_pages_models_take_our_symmetric_updates(setting, tmp_path, monkeypa
     agent = setting.script.Agent(setting.script.make_env(args), args)
     agent.load_state_dict(before)
     trained = list(agent.double().parameters())
-    optimizer = setting.optimizer(trained, lr=args.learning_rate, eps=1e-5)
+    optimizer = torch.optim.Adam if setting.ppo else torch.optim.RMSprop
+    optimizer = optimizer(trained, lr=args.learning_rate, eps=1e-5)
     for batch in batches:
         gradients, _ = setting.script.gradient_and_metrics(agent, trained, args, *batch)
         for parameter, gradient in zip(trained, gradients):
