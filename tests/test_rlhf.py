@@ -1,6 +1,5 @@
 """sppo_rlhf.py: tokens, losses and whole runs, on models small enough to be made here."""
 
-import copy
 import csv
 import gzip
 import io
@@ -12,7 +11,7 @@ import re
 import shutil
 import subprocess
 import sys
-import weakref
+from contextlib import nullcontext
 from dataclasses import replace
 from functools import partial
 from pathlib import Path
@@ -207,6 +206,11 @@ def make_policy(kind, folder, toy, biases=True, **shape):
     tokenizer.save_pretrained(folder)
 
 
+def refusal(message, is_refused=True):
+    """That the block ends with this message, or, if not, that it does not."""
+    return pytest.raises(SystemExit, match=message) if is_refused else nullcontext()
+
+
 def call_main(monkeypatch, *words):
     monkeypatch.setattr(sys, "argv", ["sppo_rlhf.py", *map(str, words)])
     rlhf.main()
@@ -350,10 +354,7 @@ def test_sampling_may_differ_from_training_by_rounding(load, monkeypatch, amp, s
     setup, args = load(amp=amp)
     log_probs = rlhf.token_log_probs
     monkeypatch.setattr(rlhf, "token_log_probs", lambda *texts: log_probs(*texts) + shift)
-    if is_refused:
-        with pytest.raises(SystemExit, match=rf"samples otherwise .*, by {shift} nats"):
-            rlhf.check_sampling(setup, args)
-    else:
+    with refusal(f"samples otherwise .*, by {shift} nats", is_refused):
         rlhf.check_sampling(setup, args)
 
 
@@ -964,14 +965,22 @@ LINE = b'{"prompt": "a"}\n'
     ("a.jsonl", "\u00e9".encode("latin-1"), "a.jsonl can't be read: .* can't decode"),
     ("a.txt", b"a\nb\n", "a.txt can't be read: its name must end with .csv, .json, .jsonl"),
     ("a.parquet", b"PAR1", "a.parquet can't be read"),
+    ("a.jsonl", b'{"review": "a"}', "row 1 of .*a.jsonl needs .*review"),
+    ("a.jsonl", b'{"text": "a"}\n{"text": null}', "row 2 .* needs"),
+    ("a.jsonl", json.dumps({"prompt": CHAT}).encode(), "messages need a tokenizer with a chat te"),
+    ("a.csv", b"prompt,label\na,\n", "--ce-coef needs a column 'label' of texts in the training d"),
 ])  # fmt: skip
-def test_a_file_that_is_not_what_its_name_says_is_refused(tmp_path, toy, name, content, message):
-    """Rows without a prompt, with two kinds of prompts or with messages as text, too."""
+@pytest.mark.parametrize("flag", ["dataset", "eval_dataset"])
+def test_data_that_cannot_be_used_are_refused(load, tmp_path, flag, name, content, message):
+    """Files that are not what their names say. Rows without a prompt, with two kinds of prompts or
+    with messages as text. Held-out data need no targets, but there are too few here."""
+    good = write_data(tmp_path / "good.jsonl", prompt=["a"] * 8, label=["a"] * 8)
     path = tmp_path / name
     path.write_bytes(content)
-    tokenizer = AutoTokenizer.from_pretrained(toy / "policy")
+    if "--ce-coef" in message and flag == "eval_dataset":
+        message = "too few"
     with pytest.raises(SystemExit, match=f"^error: .*{message}"):
-        rlhf.load_rows(str(path), None, tokenizer, rlhf.Args())
+        load(**{"dataset": good, "eval_dataset": good, "ce_coef": 1.0, flag: str(path)})
 
 
 def test_a_split_of_the_data_is_named(tmp_path, monkeypatch):
@@ -991,25 +1000,6 @@ def test_a_split_of_the_data_is_named(tmp_path, monkeypatch):
         rlhf.load_dataset(name)
     hub = [("me/sums",), ("me/sums",), ("gsm8k", "main")]
     assert asked == [(a, {"split": s}) for a, s in zip(hub, ("train", "test", "test"))]
-
-
-@pytest.mark.parametrize(("data", "message"), [
-    ({"prompt": ["a", "a"], "label": [1, 0]}, "--ce-coef needs a column 'label' of texts"),
-    ({"prompt": [CHAT] * 2, "label": ["a", "a"]}, "messages need a tokenizer with a chat template"),
-    ({"review": ["a", "a"]}, "row 1 of .*bad.jsonl needs a .prompt. .*review"),
-])  # fmt: skip
-@pytest.mark.parametrize("flag", ["dataset", "eval_dataset"])
-def test_data_without_texts_end_a_run_before_it_begins(run, tmp_path, flag, data, message):
-    good = write_data(tmp_path / "good.jsonl", text=["a"] * 8)
-    columns = {name: values * 4 for name, values in data.items()}
-    flags = {"dataset": good, "eval_dataset": good}
-    flags[flag] = write_data(tmp_path / "bad.jsonl", **columns)
-    if "--ce-coef" in message and flag == "eval_dataset":  # where nothing imitates
-        run(ce_coef=1.0, total_timesteps=8, **flags)
-        return
-    with pytest.raises(SystemExit, match=message):
-        run(ce_coef=1.0, **flags)
-    assert not (tmp_path / "run").exists()
 
 
 def test_without_held_out_data_a_tenth_is_held_out(tmp_path):
@@ -1167,10 +1157,7 @@ def test_the_first_ratios_are_1_up_to_rounding(run, monkeypatch, amp, shift, sto
     monkeypatch.setattr(rlhf, "has_bfloat16", lambda device: True)
     update = rlhf.update
     monkeypatch.setattr(rlhf, "update", shifted_update)
-    if stops:
-        with pytest.raises(SystemExit, match=NOT_THE_SAME):
-            run(amp=amp, total_timesteps=8)
-    else:
+    with refusal(NOT_THE_SAME, stops):
         run(amp=amp, total_timesteps=8)
 
 
@@ -1204,6 +1191,10 @@ def test_enjoy_repeats_the_last_evaluation(toy, summaries, tmp_path, monkeypatch
 
 
 def test_rewards_are_noisy_in_training_and_clean_in_reports(run, monkeypatch):
+    """At the end DDP is freed before its process group, or PyTorch may deadlock."""
+    ended = []
+    loaded = record(monkeypatch, rlhf, "load")
+    monkeypatch.setattr(Accelerator, "end_training", lambda _: ended.append(loaded[-1][1].model))
     calls = record(monkeypatch, rlhf, "token_advantages")
     flags = {"total_timesteps": 8, "learning_rate": 0.0}
     clean = progress(run(name="clean", **flags))[-1]
@@ -1213,6 +1204,7 @@ def test_rewards_are_noisy_in_training_and_clean_in_reports(run, monkeypatch):
     assert clean["charts/episodic_return"] == pytest.approx(rewards[:8].mean())
     for name in ("return_mean", "return_std", "charts/episodic_return"):
         assert flipped[name] == clean[name]
+    assert ended == [None, None]
 
 
 @pytest.mark.parametrize("level", [0.0, 0.5])
@@ -1354,21 +1346,6 @@ def test_two_processes_train_the_same_weights_as_one(run, summaries, tmp_path, t
     torch.testing.assert_close(weights(two), weights(one), rtol=0, atol=2e-5)
     for row, expected in zip(progress(two), progress(one), strict=True):
         assert row == pytest.approx(expected, rel=1e-3, abs=1e-4, nan_ok=True)
-
-
-def test_ddp_is_freed_before_its_process_group(run, monkeypatch):
-    """Else its destructor, which holds the GIL, may wait for a thread that waits for the GIL."""
-    wrappers, alive = [], []
-
-    def prepare(_, model):
-        wrapper = copy.copy(model)
-        wrappers.append(weakref.ref(wrapper))
-        return wrapper
-
-    monkeypatch.setattr(Accelerator, "prepare", prepare)
-    monkeypatch.setattr(Accelerator, "end_training", lambda _: alive.append(wrappers[0]()))
-    run(total_timesteps=8)
-    assert alive == [None]
 
 
 @pytest.mark.slow
