@@ -121,13 +121,14 @@ def test_a_game_that_is_cut_off_is_truncated_with_its_last_images():
 
 
 def test_fire_does_not_follow_a_life_that_was_lost_before_a_reset(monkeypatch):
-    """In games of two lives, of which the first ends with the first step."""
+    """In games of two lives, of which the first ends with the first step. Without lives a game is
+    about to end, as Q*bert is for a few frames."""
     monkeypatch.setattr(script, "AtariVectorEnv", Countdown)
     games = script.AtariGames(script.Args(), 2)
     for _ in range(2):
         games.envs.info = {"lives": np.array([2, 2])}
         games.reset(0)
-        games.envs.info = {"lives": np.array([1, 2])}
+        games.envs.info = {"lives": np.array([1, 0])}
         _, _, _, overridden, _, _ = games.step(np.zeros(2))
         assert not overridden.any()
         assert games.life_lost.tolist() == [True, False]

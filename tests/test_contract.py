@@ -271,6 +271,9 @@ def test_only_what_may_change_results_changes_the_folder(setting, monkeypatch):
     if setting.atari:
         assert name(env_id="BreakoutNoFrameskip-v4") == plain
     assert not set(name(exp_name='a/b\\c<d>"e"|f?g*h:i')) & set('<>:"/\\|?*')
+    with monkeypatch.context() as patch:  # each process samples with a seed of its own
+        patch.setenv("WORLD_SIZE", "2")
+        assert (name() != plain) == setting.is_text
     monkeypatch.setattr(setting.script, "SOURCE", setting.script.SOURCE + b"# an edit\n")
     assert name() != plain
 
@@ -585,6 +588,7 @@ REFUSED = [  # scripts, flags, and what they say; None: these flags are not refu
     (ALL, "--seed -1", "seed must be finite and not negative"),
     (ALL, "--vf-coef nan", "vf_coef must be finite and not negative"),
     (ALL, "--alpha -1", "alpha must be finite and not negative"),
+    (ALL, "--beta -1", "beta must be finite and not negative"),
     (ALL, "--learning-rate -1e-4", "learning_rate must be finite and not negative"),
     (ALL, "--gamma 1.01", "gamma must be between 0 and 1"),
     ([*PPO, TEXTS], "--clip-coef -0.1", "clip_coef must be finite and not negative"),
@@ -613,6 +617,7 @@ REFUSED = [  # scripts, flags, and what they say; None: these flags are not refu
     (CONTINUOUS, "--env-id Hoper-v4", "--env-id Hoper-v4: Environment `Hoper` doesn't exist"),
     (CONTINUOUS, "--env-id nowhere:Task-v0", "nowhere:Task-v0: No module named 'nowhere'"),
     (CONTINUOUS, "--env-id CartPole-v1", "Discrete(2) is no vector; see docs/copy-and"),
+    (CONTINUOUS, "--env-id Pictures-v0", "(2, 1), float32) is no vector; see docs/copy-and"),
     (CONTINUOUS, "--env-id Unbounded-v0 --policy gaussian", None),
     (CONTINUOUS, "--env-id Huge-v0", "needs float actions, bounded unless --policy gaussian"),
     (CONTINUOUS, "--env-id Whole-v0 --policy gaussian", "needs float actions"),
@@ -628,6 +633,12 @@ REFUSED = [  # scripts, flags, and what they say; None: these flags are not refu
     ([TEXTS], "--lora-alpha 8", "lora_alpha needs --lora-r"),
     ([TEXTS], "--reward-model my.py", "which function? FILE.py:NAME"),
 ]
+COUNTS = "total_timesteps eval_freq checkpoint_freq num_envs num_steps".split()
+REFUSED += [(SETTINGS, f"--{name} 0", f"{name} must be at least 1") for name in COUNTS]
+COUNTS = "num_minibatches update_epochs".split()
+REFUSED += [(PPO, f"--{name} 0", f"{name} must be at least 1") for name in COUNTS]
+COUNTS += "total_timesteps eval_freq batch_size prompt_length response_length".split()
+REFUSED += [([TEXTS], f"--{name} 0", f"{name} must be positive") for name in COUNTS]
 REFUSED = [(setting, *rest) for settings, *rest in REFUSED for setting in settings]
 
 
@@ -723,6 +734,7 @@ class DrawingWrapper(gym.Wrapper):
 LARGEST = np.finfo(np.float32).max
 gym.register("TenSteps-v0", lambda **_: TenStepsEnv())
 gym.register("Drawing-v0", lambda **_: DrawingWrapper(DrawingWrapper(DrawingEnv())))
+gym.register("Pictures-v0", lambda **_: gym.wrappers.ReshapeObservation(TenStepsEnv(), (2, 1)))
 gym.register("Unbounded-v0", lambda **_: TenStepsEnv(-np.inf, np.inf))
 gym.register("Huge-v0", lambda **_: TenStepsEnv(-LARGEST, LARGEST))
 gym.register("Whole-v0", lambda **_: TenStepsEnv(dtype=int))

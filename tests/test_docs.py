@@ -598,5 +598,9 @@ def test_the_page_on_what_is_normal_has_the_percentiles_of_packed_runs():
         values = progress[progress["step"] == int(step.replace(",", ""))]
         for cell, metric in zip(cells, ("return_mean", "kl", "perplexity", "perplexity_real")):
             assert cell == f"{values[metric].min():.2g} to {values[metric].max():.2g}"
+    runs = pd.read_csv(ROOT / "results/text/toy-runs.csv.gz")
+    packed = runs[(runs["exp_name"] == "sppo") & (runs["seed"] == 1)].iloc[0]
+    for name, value in vars(sppo_rlhf.parse_args([])).items():  # which the page calls default
+        assert not isinstance(value, int | float) or packed[name] == value, name
     begun = progress.loc[progress["step"] == 0, "return_mean"]
     assert f"a reward of {begun.mean():.2f}:" in text

@@ -889,7 +889,7 @@ ROWS = {"prompt": ["the, plot", "the\nplot"], "label": ["2037-05-06", "0027"]}
 ODD = [
     {"prompt": "the, plot", "n": 3, "long": 2**53 + 1, "code": "007", "date": "2037-05-06"},
     {"prompt": "the\nplot", "timestamp": "1e5", "none": None, "label": "", "nested": [[1, 2.5]]},
-    {"prompt": "a", "info": {"é": 1}, "long": -1, "date": "2037"},
+    {"prompt": "a" * 2**18, "info": {"é": 1}, "long": -1, "date": "2037"},
     {"prompt": "b", "info": {"b": "NaN", "c": [{}]}, "n": 2.0, "bool": True},
 ]
 
@@ -1230,7 +1230,7 @@ def test_advantages_are_normalised_after_flips_drawn_anew_each_epoch(run, monkey
 @pytest.mark.parametrize(("lora_r", "checkpointing"), [(0, False), (2, False), (2, True)])
 def test_micro_batches_add_up_to_the_minibatch(load, models, monkeypatch, lora_r, checkpointing):
     """Gradients and metrics, against the losses by the plain model on each text alone."""
-    flags = {"ce_coef": 0.1, "num_minibatches": 1, "update_epochs": 1, "max_grad_norm": 1e9}
+    flags = {"ce_coef": 0.1, "num_minibatches": 1, "update_epochs": 1}
     flags |= {"lora_r": lora_r, "gradient_checkpointing": checkpointing, "norm_adv": False}
     setup, args = load(policy_model=str(models["gpt2"]), response_length=40, **flags)
     actor = setup.actor_critic
@@ -1253,8 +1253,9 @@ def test_micro_batches_add_up_to_the_minibatch(load, models, monkeypatch, lora_r
 
     monkeypatch.setattr(setup.optimizer, "step", step)
     history = []
-    for size in (None, 1, 3):
-        sized = replace(args, micro_batch_size=size)
+    limits = {None: 1e9, 1: 0.01, 3: 1e9}  # of the gradient's norm, by the size of micro batches
+    for size, limit in limits.items():
+        sized = replace(args, micro_batch_size=size, max_grad_norm=limit)
         history += rlhf.update(setup, sized, samples, np.random.default_rng(0))
 
     texts = zip(*((x.prompt, x.response, x.target) for x in samples))
@@ -1275,8 +1276,11 @@ def test_micro_batches_add_up_to_the_minibatch(load, models, monkeypatch, lora_r
     numbers |= {"sft_loss": sft_loss, "grad_norm": expected.norm()}
     numbers["clipfrac"] = ((ratio - 1).abs() > 0.2).float().mean()
     numbers["approx_kl"] = (ratio - 1 - ratio.log()).mean()
-    for found, metrics in zip(gradients, history, strict=True):
-        assert_near(found, expected)
+    numbers["norm_sign_changes"] = torch.tensor(0.0)
+    for limit, found, metrics in zip(limits.values(), gradients, history, strict=True):
+        share = min(1, limit / expected.norm().item())
+        assert_near(found, share * expected)
+        assert metrics["losses/clipped_gradients"] == (share < 1)
         for name, number in numbers.items():
             assert float(metrics[f"losses/{name}"]) == pytest.approx(number.item(), rel=1e-3)
 
@@ -1378,6 +1382,7 @@ def test_defaults_depend_on_the_task_and_on_other_flags(capsys):
     assert (ppo.alpha, ppo.noise_level, ppo.exp_name) == (1.0, 0.1, "ppo")
     assert make_args(dataset="a").eval_dataset is None
     assert make_args("imdb").eval_dataset == "stanfordnlp/imdb:test"
+    assert make_args("tldr").eval_dataset == "CarperAI/openai_summarize_tldr:valid"
     with pytest.raises(SystemExit, match="^0$"):
         rlhf.parse_args(["--task", "tldr", "--help"])
     assert "jdchang/tldr_rm_adapter" in capsys.readouterr().out
