@@ -23,6 +23,18 @@ sppo_atari.py: control to_the_last_bit
 sppo_atari.py: contract equals_an_uninterrupted
 - np.random.default_rng([args.seed, global_step, 1])
 + np.random.default_rng()
+sppo_continuous.py: copies first_ratios
+- global_step <= 2 * batch_size
++ global_step <= batch_size
+sppo_rlhf.py: rlhf by_rounding
+- limit = 1e-2 if
++ limit = 1e-1 if
+sa2c_atari.py: contract writes_its_files
+- writer.flush()
++ pass
+sppo_continuous.py: control defaults_are
+- total_timesteps // 20
++ total_timesteps // 7
 sppo_continuous.py: contract equals_an_uninterrupted
 - torch.manual_seed(seeds[0])
 + pass
@@ -36,8 +48,8 @@ sppo_atari.py: stable_baselines3 ppo_takes
 - + args.vf_coef * value_loss
 + + 0.9 * args.vf_coef * value_loss
 sppo_rlhf.py: rlhf in_any_family
-- torch.arange(len(x) - 1, len(x) + len(y) - 1)
-+ torch.arange(len(x), len(x) + len(y))
+- first = i * ids.shape[1] + len(x) - 1
++ first = i * ids.shape[1] + len(x) - 2
 sppo_rlhf.py: rlhf computed_by_hand
 - reference_log_prob = joined(samples, "reference_log_prob")
 + reference_log_prob = joined(samples, "log_prob")

@@ -503,7 +503,8 @@ STATED = {  # sentences with defaults
     "control": [
         "{ppo.bins} bins per action dimension",
         "every {ppo.checkpoint_freq:,} steps of an environment (Atari: {atari.checkpoint_freq:,},",
-        "of {a2c.num_envs} environments x {a2c.num_steps} steps (Atari: {games.num_envs} x {games.num_steps})",
+        "of {a2c.num_envs} environments x {a2c.num_steps} steps",
+        "(Atari: {games.num_envs} x {games.num_steps})",
         "Alpha and beta are {a2c.beta}.",
     ],
     "atari": ["Alpha and beta are {games.beta}, as"],
