@@ -225,6 +225,24 @@ def test_a_metric_may_be_missing_or_nan_but_no_return(setting, monkeypatch):
         setting.run("more", **flags)
 
 
+def test_evaluations_and_checkpoints_follow_where_a_multiple_was_passed(setting, monkeypatch):
+    """Here of one and a half updates."""
+
+    def save(state, path):
+        saved.append(step_and_speeds(state)[0])
+        original(state, path)
+
+    saved, original = [], torch.save
+    monkeypatch.setattr(torch, "save", save)
+    flags = {"eval_freq": 3 * setting.batch // 2}
+    if not setting.is_text:
+        flags["checkpoint_freq"] = flags["eval_freq"] // setting.small["num_envs"]
+    _, folder = setting.run(RUNS, **flags)
+    steps = [updates * setting.batch for updates in (2, 3, 4)]
+    assert evaluated(folder) == steps
+    assert saved == steps
+
+
 @only(*A2C)
 def test_an_entry_in_a2cs_log_has_the_means_of_all_updates_since_the_last(setting):
     each = scalars(setting.run(RUNS)[1])
