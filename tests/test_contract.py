@@ -603,6 +603,7 @@ def test_on_a_gpu_a_run_is_compiled_and_continued(setting, launch):
 
 REFUSED = [  # scripts, flags, and what they say; None: these flags are not refused
     (ALL, "--z 0", "z stands for log 0"),
+    (ALL, "--z -inf", "z stands for log 0"),
     (ALL, "--seed -1", "seed must be finite and not negative"),
     (ALL, "--vf-coef nan", "vf_coef must be finite and not negative"),
     (ALL, "--alpha -1", "alpha must be finite and not negative"),
@@ -646,6 +647,7 @@ REFUSED = [  # scripts, flags, and what they say; None: these flags are not refu
     ([TEXTS], "--reward-weights 1 2", "reward_weights: one for each reward_model"),
     ([TEXTS], "--reward-model", "reward_weights: one for each reward_model, at least one"),
     ([TEXTS], "--reward-weights nan", "reward_weights must be finite"),
+    ([TEXTS], "--reward-weights inf", "reward_weights must be finite"),
     ([TEXTS], "--reward-weights 0", "reward_weights must be finite, and not all 0"),
     ([TEXTS], "--lora-r 8 --lora-alpha 0", "lora_alpha must be positive"),
     ([TEXTS], "--lora-alpha 8", "lora_alpha needs --lora-r"),

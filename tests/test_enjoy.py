@@ -93,6 +93,10 @@ def test_an_edited_copy_plays_and_a_changed_helper_is_named(setting, watch, tmp_
     flags = {"total_timesteps": 64, "env_id": f"a/{setting.small['env_id']}"}
     summary, folder = replace(setting, script=script).run("runs", **flags)
     assert summary["return_mean"] > 900
+    older = Path("runs/older/agent.safetensors")
+    older.parent.mkdir()
+    older.touch()
+    os.utime(older, (0, 0))
     end, out, err = watch()  # the newest run
     assert (end, err) == (0, "")
     assert float(out.split("return ")[1].split()[0]) > 900
