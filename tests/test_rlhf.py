@@ -1118,12 +1118,14 @@ def test_the_optimizer_gets_its_settings(load):
     assert [group[name] for name in ("lr", "weight_decay", "eps")] == [0.1, 0.2, 0.3]
 
 
-def test_seeds_and_evaluations_have_random_numbers_of_their_own(run):
+def test_seeds_and_evaluations_have_random_numbers_of_their_own(run, monkeypatch):
+    calls = record(monkeypatch, rlhf, "set_seed")
     flags = {"learning_rate": 0.0, "total_timesteps": 16, "eval_freq": 8}
     one, two = (run(name=str(seed), seed=seed, **flags) for seed in (1, 2))
     for name in ("return_mean", "charts/episodic_return"):
         values = [row[name] for folder in (one, two) for row in progress(folder)[1:]]
         assert len(set(values)) == 4
+    assert len({seed for (seed,), _ in calls}) == len(calls) == 10
 
 
 NOT_THE_SAME = "^error: the policy that acts is not the one that is"
