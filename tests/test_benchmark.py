@@ -312,7 +312,7 @@ def test_a_signal_ends_all_runs_and_a_second_signal_interrupts_none(kill, number
     (stubs / "sppo_continuous.py").write_text(SLOW_TO_CLOSE + STUB)
     lines = [f"python sppo_continuous.py --seed {seed}\n" for seed in range(4)]
     (stubs / "list").write_text("".join(lines))
-    command = "exec env --default-signal=INT python benchmarks/run.py --jobs 3 < list"
+    command = "exec env --default-signal=INT,HUP python benchmarks/run.py --jobs 3 < list"
     options = {"env": ENVIRON, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
     process = subprocess.Popen(["bash", "-c", command], cwd=stubs, **options)
     wait_for(lambda: len(list(stubs.glob("*.started"))) == 6)
