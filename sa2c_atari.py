@@ -26,7 +26,7 @@ A its advantage, and Z < 0 a constant that stands for log 0:
 SA2C differs from A2C in two lines, those with `reverse_loss = ` and `beta * reverse_loss`. Its
 gradient is -mean( A (alpha + beta |Z| p) grad log p ), so likely actions weigh more.
 
-The same command continues a killed run. On a CPU in float32 it ends with the same bytes.
+The same command continues a killed run. On a CPU in float32 it ends as if it had not been killed.
 """
 
 import csv

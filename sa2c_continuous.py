@@ -135,8 +135,8 @@ def make_env(args, seed=0, **options):
     env = gym.make(args.env_id, **options)
     rng = np.random.default_rng([seed, 3])  # `seed` alone would repeat the environment's numbers
     part = env
-    while part:  # a wrapper and the environment in it may each have spaces
-        for name in ("action_space", "observation_space"):
+    while isinstance(part, gym.Env):  # a wrapper and the environment in it may each have spaces
+        for name in "action_space", "observation_space":
             if hasattr(part, name):
                 getattr(part, name).seed(rng.integers(2**31).item())
         part = getattr(part, "env", None)
@@ -485,7 +485,7 @@ def train(envs, args, folder):
     obs[T] = first_obs  # the next rollout begins with it
     final_obs = np.zeros_like(obs[1:])  # of episodes that are done
     reward = np.zeros((T, N))
-    done = np.zeros((T, N), bool)
+    done = np.zeros_like(reward, bool)
     only_truncated = np.zeros_like(done)
     gradient_fn = gradient_and_metrics
     if args.compile:

@@ -29,7 +29,7 @@ gradient of Lr is |Z| times that of L, so SPPO's policy gradient is (alpha + bet
 A factor above 1 raises the weight of the policy loss relative to value loss and entropy bonus, and
 makes gradient clipping more frequent.
 
-The same command continues a killed run. On a CPU in float32 it ends with the same bytes.
+The same command continues a killed run. On a CPU in float32 it ends as if it had not been killed.
 """
 
 import csv

@@ -611,7 +611,7 @@ class ActorCritic(nn.Module):
 
     def trained(self):
         """{name: parameter} of those that are trained."""
-        return {name: one for name, one in self.named_parameters() if one.requires_grad}
+        return {name: p for name, p in self.named_parameters() if p.requires_grad}
 
     def autocast(self):
         device = self.value_head.weight.device.type

@@ -261,11 +261,13 @@ def test_a_failed_run_is_named_and_the_others_go_on(stubs):
     """Without a `python` on PATH, and on a terminal that lacks a letter of the last line."""
     (stubs / "sppo_atari.py").write_text("raise ValueError('no')")
     (stubs / "sppo_continuous.py").write_text(STUB + "sys.stdout.buffer.write('ö'.encode())")
+    (stubs / "sa2c_atari.py").write_text("import os\nos.kill(os.getpid(), 9)")  # out of memory
     commands = [["sppo_atari.py", "--env-id", "Pong", "--seed", "1"], ["sppo_continuous.py"]]
+    commands.append(["sa2c_atari.py"])
     result = run(commands, stubs, "--jobs", 1, PATH="/nowhere", PYTHONIOENCODING="ascii")
     assert "\n\\xf6\n" in result.stdout
-    assert "0 of 2 runs have finished, 2 are left\n" in result.stderr
-    assert result.returncode == 1 and result.stderr.endswith("1 of 2 failed\n")
+    assert "0 of 3 runs have finished, 3 are left\n" in result.stderr
+    assert result.returncode == 1 and result.stderr.endswith("2 of 3 failed\n")
     log = stubs / re.search(r"failed, see (runs/logs/Pong__1__\w+\.log)", result.stdout)[1]
     assert log.read_text().endswith("ValueError: no\n")
     assert len(records(stubs)) == 1

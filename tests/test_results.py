@@ -215,3 +215,10 @@ def test_runs_that_are_said_to_be_equal_are_equal_to_the_last_bit():
     names = again.index[again.index.str.startswith("CrazyClimber")].unique()
     assert len(names) == 3 and first.loc[names].equals(again.loc[names])
     assert "losses/norm_sign_changes" in first  # this pack has an older name for it
+
+
+@pytest.mark.slow
+def test_the_random_agent_plays_the_recorded_games_again():
+    played = analysis("atari/random_agent")["play"]("Breakout")
+    recorded = pd.read_csv(RESULTS / "atari/random.csv").query("game == 'Breakout'")
+    assert np.array_equal(played[["score", "steps"]], recorded[["score", "steps"]])

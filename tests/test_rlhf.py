@@ -25,6 +25,7 @@ import safetensors.torch
 import torch
 import transformers
 from accelerate import Accelerator
+from accelerate.state import PartialState
 from helpers import SMALL_TEXTS as SMALL
 from helpers import Setting, checkpoint, progress, read_lines, record, train, weights, work_in
 from helpers import words as typed
@@ -1126,6 +1127,11 @@ def test_seeds_and_evaluations_have_random_numbers_of_their_own(run, monkeypatch
         values = [row[name] for folder in (one, two) for row in progress(folder)[1:]]
         assert len(set(values)) == 4
     assert len({seed for (seed,), _ in calls}) == len(calls) == 10
+    draws = []
+    for index in (0, 1):  # of two processes
+        monkeypatch.setattr(PartialState(), "process_index", index)
+        draws.append((rlhf.seed_all(1, 2).random(), torch.rand(1).item()))
+    assert draws[0][0] == draws[1][0] and draws[0][1] != draws[1][1]
 
 
 NOT_THE_SAME = "^error: the policy that acts is not the one that is"

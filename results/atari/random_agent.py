@@ -26,8 +26,8 @@ def play(game, num_games=40, seed=1):
     games.reset(seed)
     results = {}
     while len(results) < num_games:
-        games.step(rng.integers(games.num_actions, size=num_games))
-        results = games.results | results  # the first game of each
+        *_, ended = games.step(rng.integers(games.num_actions, size=num_games))
+        results = ended | results  # the first game of each
     rows = [(game, *results[i]) for i in range(num_games)]
     return pd.DataFrame(rows, columns=["game", "score", "steps"])
 
