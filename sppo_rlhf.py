@@ -63,7 +63,7 @@ import shutil
 import site
 import sys
 import time
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
 from importlib import import_module
@@ -193,7 +193,7 @@ class Args:
             if isinstance(value, (int, float)) and name != "z":
                 require(0 <= value < math.inf, f"{name} must be finite and not negative")
                 require(value or name not in positive.split(), f"{name} must be positive")
-        for name in "gamma gae_lambda".split():
+        for name in "gamma", "gae_lambda":
             require(0 <= getattr(self, name) <= 1, f"{name} must be between 0 and 1")
         require(self.lora_r or self.lora_alpha == Args.lora_alpha, "lora_alpha needs --lora-r")
         require(-math.inf < self.z < 0, "z stands for log 0: it must be negative and finite")
@@ -263,8 +263,8 @@ def parse_args(argv=None):
     """Parses flags with the defaults of the chosen --task, which --help then shows."""
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--task", choices=TASKS, default="toy")
-    known, _ = parser.parse_known_args(argv)
-    args = tyro.cli(Args, default=Args(known.task, **TASKS[known.task]), args=argv)
+    task = parser.parse_known_args(argv)[0].task
+    args = tyro.cli(Args, default=Args(task, **TASKS[task]), args=argv)
     args.resolve()
     return args
 
@@ -803,7 +803,7 @@ def end_tokens(row, tokenizer, policy, args):
     name it."""
     ends = [tokenizer.eos_token_id]
     if prompt_kind(row) == "messages":
-        ends.append(turn_end(tokenizer, args))
+        ends += [turn_end(tokenizer, args)]
     own = policy.generation_config.eos_token_id
     ends += own if isinstance(own, list) else [own]
     vocabulary = len(policy.get_output_embeddings().weight)
@@ -968,7 +968,7 @@ def score(setup, args, rows, prompts, responses):
 def by_text(tensor, texts):
     """Splits a tensor (n,) over the tokens of all texts into one tensor for each text. They are
     copies, because a pickled view contains its whole tensor."""
-    return [part.clone() for part in tensor.cpu().split([len(ids) for ids in texts])]
+    return [part.clone() for part in tensor.cpu().split(list(map(len, texts)))]
 
 
 @torch.no_grad()
@@ -1090,7 +1090,6 @@ def loss_and_metrics(model, args, micro_batch, token_count, target_count):
     in responses and `target_count` in targets."""
     samples, advantages = zip(*micro_batch)
     device = next(model.parameters()).device
-
     prompts = [sample.prompt for sample in samples]
     response = collate(prompts, [sample.response for sample in samples], device)
     target = None
@@ -1366,8 +1365,7 @@ def train(setup, args, folder):
         progress_bar.set_postfix_str(f"reward {reward.mean():.3f}, KL {scalars['charts/kl']:.1f}")
         progress_bar.update(args.batch_size)
 
-        # Evaluation and checkpoint
-        # At the end, and where a multiple was passed
+        # Evaluation and checkpoint, at the end and where a multiple was passed
         if step >= args.total_timesteps or step % args.eval_freq < args.batch_size:
             evaluate_and_log(setup, args, progress, folder, writer)
             if writer:
@@ -1544,34 +1542,38 @@ def begin_session(args, digests, folder):
 
 def main():
     args = parse_args()
-    sys.stdout.reconfigure(errors="backslashreplace")  # for letters that a terminal does not have
+    with suppress(AttributeError):  # of a notebook's stdout, which has all letters
+        sys.stdout.reconfigure(errors="backslashreplace")  # for letters that a terminal lacks
     try:
         prepare(args)
         digests = file_digests() | local_digests(args)
         folder = run_folder(args, digests)
-        # An error in a new run's input leaves no folder
-        setup = None if folder.exists() else load(args)
+        summary_path = folder / "summary.json"
+        setup = None if folder.exists() else load(args)  # an error in input leaves no folder
         is_first = os.environ.get("RANK", "0") == "0"  # only this process writes files
         lock = nullcontext()
         if is_first:
-            folder.mkdir(parents=True, exist_ok=True)
             try:
-                lock = FileLock(folder / "lock", blocking=False).acquire()
+                lock = FileLock(folder / "lock", blocking=False).acquire()  # makes the folder, too
             except OSError as error:
                 found = f"another process is at work on {folder}, or locks fail there"
                 sys.exit(f"error: {found}: {error}")
         with lock:
-            if not (folder / "summary.json").exists():
+            if not summary_path.exists():
                 if is_first:
                     begin_session(args, digests, folder)
                 train(setup or load(args), args, folder)
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command continues from its last checkpoint, if any")
+    except SystemExit as end:
+        if isinstance(end.code, str):  # a sentence of this script
+            raise
+        raise RuntimeError("sys.exit() was called before the end of the run") from end
     if is_first:
-        summary = json.loads((folder / "summary.json").read_text())
+        summary = json.loads(summary_path.read_text())
         score = f"reward {summary['return_mean']:.3f}, {summary['sps']:,.1f} texts/s"
-        folder = Path(args.runs_dir, folder.name)  # runs_dir as it was typed
-        print(f"{folder}: {score}; to watch it: python enjoy.py {folder}")
+        name = f"{args.runs_dir}/{folder.name}"  # as it was typed
+        print(f"{name}: {score}; to watch it: python enjoy.py {name}")
 
 
 if __name__ == "__main__":

@@ -118,7 +118,7 @@ def end(processes):
 def main():
     args = tyro.cli(Args)
     sys.stdout.reconfigure(errors="backslashreplace")  # for letters that a terminal does not have
-    if min(args.jobs, args.jobs_per_gpu or 1) < 1:
+    if args.jobs < 1 or (args.jobs_per_gpu is not None and args.jobs_per_gpu < 1):
         sys.exit("error: --jobs and --jobs-per-gpu must be at least 1")
     commands = list(dict.fromkeys(line.strip() for line in sys.stdin if line.strip()))
     try:
@@ -145,7 +145,6 @@ def main():
     bar = tqdm(total=len(commands), initial=done, unit="run", smoothing=0, miniters=0)
     bar.mininterval = 1 if sys.stderr.isatty() else 60
     running = {}
-    failed = 0
     signals = []  # only noted, so that no signal interrupts the start of a run or the end of all
     for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
         if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # as by nohup
@@ -164,16 +163,17 @@ def main():
                 code = process.returncode
                 cause = signal.strsignal(-code) if code < 0 else "failed"
                 tqdm.write(f"{cause}, see {log}" if code else last_line)
-                failed += code != 0
                 bar.update()
             bar.update(0)
             time.sleep(0.1)
     finally:
         end(list(running))
         bar.close()
-    if signals or failed:
-        failures = f"{failed} of {len(commands)} failed"
-        sys.exit("interrupted; the same command continues" if signals else failures)
+    if signals:
+        sys.exit("interrupted; the same command continues")
+    left = list(unfinished(commands, args.runs_dir))  # a run may also end early without an error
+    if left:
+        sys.exit(f"{len(left)} of {len(commands)} have no finished run in {args.runs_dir}")
 
 
 if __name__ == "__main__":

@@ -128,12 +128,20 @@ def test_shellcheck_finds_nothing():
     assert (found.returncode, found.stdout) == (0, "")
 
 
-STUB = """import json, os, sys, time
+STUB = """import json, os, shutil, sys, time
+from pathlib import Path
 began = time.time()
 time.sleep(0.1)
 with open(f"{began}-{os.getpid()}.json", "w") as file:
     variables = [os.environ.get(name) for name in ("CUDA_VISIBLE_DEVICES", "OMP_NUM_THREADS")]
     json.dump([began, time.time(), sys.argv, *variables], file)
+runs = sys.argv[sys.argv.index("--runs-dir") + 1] if "--runs-dir" in sys.argv else "runs"
+run = Path(runs, f"{began}-{os.getpid()}")
+run.mkdir(parents=True)
+shutil.copy(sys.argv[0], run)
+session = {"command": sys.argv, "directory": os.getcwd(), "files": {}}
+(run / "sessions.jsonl").write_text(json.dumps(session))
+(run / "summary.json").write_text("{}")
 """
 TORCH = """import os
 from itertools import takewhile
@@ -223,6 +231,9 @@ def test_what_cannot_run_is_refused_before_any_run(stubs):
         assert refused.returncode == 2 and why in refused.stderr
     refused = run([["sppo_atari.py"], ["none.py"]], stubs)
     assert refused.stderr.startswith("error: each line must be `python SCRIPT FLAGS`: ")
+    for flag in "--jobs", "--jobs-per-gpu":
+        refused = run([["sppo_atari.py"]], stubs, flag, 0)
+        assert refused.stderr == "error: --jobs and --jobs-per-gpu must be at least 1\n"
     assert not records(stubs)
 
 
@@ -243,7 +254,7 @@ def test_games_go_to_gpus_and_control_to_the_cpu(visible, envs, cores, flags, gp
     games = listed(f"evidence --envs {envs} --seeds 1 --device cuda")
     games = [shlex.split(shlex.join(words).replace("--device ", "--device=")) for words in games]
     variables = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
-    flags = ["--jobs", 2, *flags.split()]
+    flags = ["--runs-dir", "none", "--jobs", 2, *flags.split()]
     assert run(control + games, stubs, *flags, cores=cores, **variables).returncode == 0
     found = records(stubs)
     assert sorted(argv for _, _, argv, *_ in found) == sorted(control + games)
@@ -258,16 +269,19 @@ def test_games_go_to_gpus_and_control_to_the_cpu(visible, envs, cores, flags, gp
 
 
 def test_a_failed_run_is_named_and_the_others_go_on(stubs):
-    """Without a `python` on PATH, and on a terminal that lacks a letter of the last line."""
+    """Without a `python` on PATH, and on a terminal that lacks a letter of the last line. One run
+    is ended by a library, with status 0."""
     (stubs / "sppo_atari.py").write_text("raise ValueError('no')")
     (stubs / "sppo_continuous.py").write_text(STUB + "sys.stdout.buffer.write('ö'.encode())")
     (stubs / "sa2c_atari.py").write_text("import os\nos.kill(os.getpid(), 9)")  # out of memory
     commands = [["sppo_atari.py", "--env-id", "Pong", "--seed", "1"], ["sppo_continuous.py"]]
-    commands.append(["sa2c_atari.py"])
+    (stubs / "sa2c_continuous.py").write_text("import os\nos._exit(0)")
+    commands += [["sa2c_atari.py"], ["sa2c_continuous.py"]]
     result = run(commands, stubs, "--jobs", 1, PATH="/nowhere", PYTHONIOENCODING="ascii")
     assert "\n\\xf6\n" in result.stdout
-    assert "0 of 3 runs have finished, 3 are left\n" in result.stderr
-    assert result.returncode == 1 and result.stderr.endswith("2 of 3 failed\n")
+    assert "0 of 4 runs have finished, 4 are left\n" in result.stderr
+    assert result.returncode == 1
+    assert result.stderr.endswith("3 of 4 have no finished run in runs\n")
     log = stubs / re.search(r"failed, see (runs/logs/Pong__1__\w+\.log)", result.stdout)[1]
     assert log.read_text().endswith("ValueError: no\n")
     assert len(records(stubs)) == 1

@@ -565,18 +565,22 @@ def test_an_interrupted_run_says_what_continues_it_and_its_versions(setting, lau
 
 
 EXITS = [(SA2C_ATARI, "compute_gae", 0), (SPPO_CONTINUOUS, "compute_gae", 3)]
-EXITS += [(SPPO_CONTINUOUS, "make_env", None), (SPPO_CONTINUOUS, "evaluate", 0)]
+EXITS += [
+    (SPPO_CONTINUOUS, "make_env", None),
+    (SPPO_CONTINUOUS, "evaluate", 0),
+    (TEXTS, "score", 0),
+]
 
 
 @pytest.mark.parametrize(("setting", "place", "status"), EXITS, ids=str, indirect=["setting"])
 def test_an_exit_before_the_summary_is_an_error(setting, place, status, launch, monkeypatch):
-    """An environment may call `sys.exit`, with any status, when it is made, too."""
+    """An environment, when it is made, too, or a reward function may call `sys.exit`."""
     monkeypatch.setattr(setting.script, place, lambda *_, **__: sys.exit(status))
     with pytest.raises(RuntimeError, match="exit.. was called before the end of the run"):
         launch()
 
 
-@only(SPPO_CONTINUOUS, SA2C_ATARI)
+@only(SPPO_CONTINUOUS, SA2C_ATARI, TEXTS)
 def test_letters_that_a_terminal_lacks_are_escaped(setting, launch, monkeypatch):
     """A notebook's output, like StringIO, has all letters."""
     terminal = io.TextIOWrapper(io.BytesIO(), "ascii")
