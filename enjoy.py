@@ -11,9 +11,8 @@
 # exclude-newer = "2026-11-17T00:00:00Z"
 # constraint-dependencies = ["torch==2.13.0"]
 # ///
-"""Plays the agent of a run and prints its score; films the first episode, if asked. A language
-model responds to held-out prompts. The script is the copy in the run's folder, so edited scripts
-and unfinished runs work, too.
+"""Plays the agent of a run, unfinished runs', too, by the copy of the script in its folder. Prints
+its score; films the first episode, if asked. A language model responds to held-out prompts.
 
     python enjoy.py                                            # the newest run
     python enjoy.py runs/NAME --episodes 100 --seed 7 --video
@@ -26,7 +25,7 @@ import json
 import os
 import random
 import sys
-from contextlib import closing
+from contextlib import closing, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -218,7 +217,8 @@ def newest_run():
 
 def main():
     args = tyro.cli(Args)
-    sys.stdout.reconfigure(errors="backslashreplace")  # for letters that a terminal does not have
+    with suppress(AttributeError):  # of a notebook's stdout, which has all letters
+        sys.stdout.reconfigure(errors="backslashreplace")  # for letters that a terminal lacks
     if args.episodes < 1 or not 0 <= args.seed < 2**32:
         sys.exit("error: --episodes must be at least 1, and --seed from 0 to 4294967295")
     if args.video and not importlib.util.find_spec("moviepy"):

@@ -2,8 +2,10 @@
 
 import contextlib
 import importlib
+import io
 import os
 import random
+import re
 import sys
 from dataclasses import replace
 from pathlib import Path
@@ -110,7 +112,8 @@ def test_an_edited_copy_plays_and_a_changed_helper_is_named(setting, watch, tmp_
 
 def test_what_cannot_be_played_is_named(watch, tmp_path, monkeypatch):
     assert watch()[0] == "error: no agent in runs/; a run saves one at its first evaluation"
-    assert watch(tmp_path)[0].startswith(f"error: {tmp_path}: not a run")
+    with contextlib.redirect_stdout(io.StringIO()):  # as a notebook's
+        assert watch(tmp_path)[0].startswith(f"error: {tmp_path}: not a run")
     folder = SPPO_CONTINUOUS.interrupt(tmp_path, 0)
     assert watch(folder)[0].startswith(f"error: {folder}: no agent yet")
     monkeypatch.setitem(sys.modules, "moviepy", None)
@@ -133,6 +136,8 @@ def test_a_film_of_a_run_at_work(setting, watch, tmp_path):
     assert end == 0
     assert out.splitlines()[-1].startswith(f"film: {folder / 'video' / 'seed-1.mp4'}, ")
     (film,) = (folder / "video").iterdir()
+    kept, length = map(int, re.search(r"(\d+) frames of (\d+) steps", out).groups())
+    assert kept == length - setting.atari  # the last image is the next game's first
     frames = imageio.v3.imread(film)
     assert not (np.array(frames.shape[1:3]) % 2).any()
     assert len(frames) > 3
