@@ -630,7 +630,7 @@ def check(args):
     counts = "total_timesteps log_freq eval_freq eval_episodes checkpoint_freq num_envs num_steps"
     for name in counts.split():
         require(getattr(args, name) >= 1, f"{name} must be at least 1")
-    for name in "seed alpha beta noise_level learning_rate vf_coef ent_coef".split():
+    for name in "seed alpha beta noise_level learning_rate rmsprop_eps vf_coef ent_coef".split():
         require(0 <= getattr(args, name) < math.inf, f"{name} must be finite and not negative")
     for name in "gamma gae_lambda".split():
         require(0 <= getattr(args, name) <= 1, f"{name} must be between 0 and 1")

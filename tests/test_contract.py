@@ -628,7 +628,7 @@ REFUSED = [  # scripts, flags, and what they say; None: these flags are not refu
     (PPO, "--num-minibatches 64", "norm_adv needs 2 or more steps a minibatch"),
     (PPO, "--num-minibatches 64 --no-norm-adv --total-timesteps 64", None),
     (A2C, "--norm-adv --num-envs 1 --num-steps 1", "norm_adv needs more than one step"),
-    ([SA2C_ATARI], "--rmsprop-eps -1e-5", "rmsprop_eps must be finite and not negative"),
+    (A2C, "--rmsprop-eps -1e-5", "rmsprop_eps must be finite and not negative"),
     (ATARI, "--repeat-action-probability 25", "repeat_action_probability must be between 0"),
     (ATARI, "--env-id Brekout", "`Brekout` doesn't exist in namespace ALE. Did you mean: `Break"),
     (ATARI, "--env-id ALE/Breakout-v5", "env_id must be the NAME of an ALE/NAME-v5"),
