@@ -357,7 +357,6 @@ def train(args, folder):
     optimizer = torch.optim.Adam(
         agent.parameters(), lr=args.learning_rate, eps=args.adam_eps, fused=True
     )
-
     global_step = 0
     evaluations = []  # rows of progress.csv
     history = []  # what was logged since the last evaluation
@@ -366,9 +365,11 @@ def train(args, folder):
     if checkpoint_path.exists():
         checkpoint = load_checkpoint(checkpoint_path)
         agent.load_state_dict(checkpoint["agent"])
+        groups = optimizer.param_groups
         optimizer.load_state_dict(checkpoint["optimizer"])
-        games.recent_episodes.extend(checkpoint["recent_episodes"])
-        global_step, evaluations, history, speeds = checkpoint["progress"]
+        optimizer.param_groups = groups  # such as a learning rate that has been edited
+        global_step, evaluations, history, episodes, speeds = checkpoint["progress"]
+        games.recent_episodes.extend(episodes)
     if args.track:
         import wandb
 
@@ -390,7 +391,7 @@ def train(args, folder):
     value = torch.zeros(T + 1, N, device=device)
     action = torch.zeros(T, N, dtype=torch.int64, device=device)
     reward = np.zeros((T, N))
-    done = np.zeros((T, N), bool)
+    done = np.zeros_like(reward, bool)
     overridden = np.zeros_like(done)  # FIRE replaced the agent's action
     obs[T] = torch.from_numpy(games.reset([args.seed, global_step]))
     interval = args.checkpoint_freq * N
@@ -413,7 +414,7 @@ def train(args, folder):
         clip_coef = args.clip_coef * remaining if args.anneal_clip else args.clip_coef
         clip_coef = torch.tensor(clip_coef, device=device)  # compiling would fix a float's value
         obs[0] = obs[T]
-        final_value = np.zeros((T, N))  # of truncated games
+        final_value = np.zeros_like(reward)  # of truncated games
         gumbel = sample_gumbel((T, N, games.num_actions), generator).to(device)
         with torch.no_grad(), agent.autocast():  # so that weights are cast once a rollout
             for t in range(T):
@@ -499,11 +500,11 @@ def train(args, folder):
             writer.add_scalar("eval/return_mean", scores.mean(), global_step)
             tqdm.write(f"step {global_step:,}: return {scores.mean():.1f}")
         if finished or global_step % interval < batch_size:
+            episodes = list(games.recent_episodes)
             checkpoint = {  # an edited script's own network or optimizer belongs here, too
                 "agent": agent.state_dict(),
                 "optimizer": optimizer.state_dict(),
-                "recent_episodes": list(games.recent_episodes),
-                "progress": (global_step, evaluations, history, speeds),
+                "progress": (global_step, evaluations, history, episodes, speeds),
             }
             writer.flush()
             with atomic_write(checkpoint_path) as path:
@@ -658,8 +659,7 @@ def evaluation_row(step, scores, lengths, history):
 def save_agent(agent, evaluations, folder):
     """Writes progress.csv, and agent.safetensors, the weights."""
     with atomic_write(folder / "progress.csv") as path, open(path, "w", encoding="utf-8") as file:
-        columns = means(evaluations)  # whose names are those of all rows: a row may lack some
-        table = csv.DictWriter(file, columns, lineterminator="\n")
+        table = csv.DictWriter(file, means(evaluations), lineterminator="\n")  # all rows' names
         table.writeheader()
         table.writerows(evaluations)
     tensors = {  # copies, since safetensors refuses tensors that share memory or are not contiguous

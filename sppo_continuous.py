@@ -45,7 +45,7 @@ import site
 import sys
 import time
 import warnings
-from collections import deque
+from collections import Counter, deque
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import distributions
@@ -117,8 +117,8 @@ class Args:
         if self.alpha is None:
             self.alpha = 0.5 if self.beta else 1.0
         if self.noise_level is None:
-            defaults = {"none": 0.0, "normal": 0.05, "uniform": 0.05, "adv_flip": 0.1}
-            self.noise_level = defaults[self.noise]
+            defaults = {"none": 0.0, "normal": 0.05, "uniform": 0.05}
+            self.noise_level = defaults.get(self.noise, 0.1)
         if self.eval_freq is None:
             self.eval_freq = max(1, self.total_timesteps // 20)
         if self.exp_name is None:
@@ -218,9 +218,8 @@ class NormalizedEnvs:
         """Steps all environments by `action` (num_envs, action_dim). Returns normalised `obs` and
         `reward`, `done` (terminated or truncated), `only_truncated` (by a time limit, for example),
         and `final_obs`, the last observations of episodes that are done."""
-        n = len(action)
-        reward = np.zeros(n)
-        terminated = np.zeros(n, bool)
+        reward = np.zeros_like(self.episode_return)
+        terminated = np.zeros_like(reward, bool)
         truncated = np.zeros_like(terminated)
         for i, env in enumerate(self.envs):
             self.obs[i], reward[i], terminated[i], truncated[i], _ = env.step(action[i])
@@ -468,10 +467,12 @@ def train(envs, args, folder):
     checkpoint_path = folder / "checkpoint.pt"
     if checkpoint_path.exists():
         checkpoint = load_checkpoint(checkpoint_path)
+        groups = optimizer.param_groups
         for name, part in stateful.items():
             part.load_state_dict(checkpoint[name])
-        envs.recent_episodes.extend(checkpoint["recent_episodes"])
-        global_step, evaluations, history, speeds = checkpoint["progress"]
+        optimizer.param_groups = groups  # such as a learning rate that has been edited
+        global_step, evaluations, history, episodes, speeds = checkpoint["progress"]
+        envs.recent_episodes.extend(episodes)
     if args.track:
         import wandb
 
@@ -529,7 +530,7 @@ def train(envs, args, folder):
         with torch.no_grad():
             b_log_prob = agent.acting_log_prob(b_action, b_output)
             valued_obs = torch.cat([all_obs, torch.from_numpy(final_obs[only_truncated])])
-            values = agent.critic(valued_obs).view(len(valued_obs)).numpy()
+            values = agent.critic(valued_obs).flatten().numpy()
         value = values[: len(all_obs)].reshape(T + 1, N)
         noisy_reward = perturb_reward(reward.copy(), args.noise, args.noise_level, rng)
         # A truncated episode would have gone on: bootstrap from where it stopped
@@ -579,16 +580,16 @@ def train(envs, args, folder):
         if finished or global_step % args.eval_freq < batch_size:
             seed = (args.seed + global_step) % 2**31
             with make_env(args, seed) as env:  # a new one, as in training
-                scores, lengths, successes = evaluate(agent, args, envs.obs_stats, seed, env)
-            evaluations.append(evaluation_row(global_step, scores, lengths, successes + history))
+                scores, lengths, success = evaluate(agent, args, envs.obs_stats, seed, env)
+            evaluations.append(evaluation_row(global_step, scores, lengths, success + history))
             history = []
             save_agent(agent, envs.obs_stats, evaluations, folder)
             writer.add_scalar("eval/return_mean", scores.mean(), global_step)
             tqdm.write(f"step {global_step:,}: return {scores.mean():.1f}")
         if finished or global_step % interval < batch_size:
             checkpoint = {name: part.state_dict() for name, part in stateful.items()}
-            checkpoint["recent_episodes"] = list(envs.recent_episodes)
-            checkpoint["progress"] = global_step, evaluations, history, speeds
+            episodes = list(envs.recent_episodes)
+            checkpoint["progress"] = global_step, evaluations, history, episodes, speeds
             writer.flush()
             with atomic_write(checkpoint_path) as path:
                 torch.save(checkpoint, path)
@@ -603,13 +604,14 @@ def train(envs, args, folder):
 
 
 def evaluate(agent, args, obs_stats, seed, env):
-    """Raw returns and lengths (eval_episodes,) of greedy episodes; successes if `info` has any."""
+    """Raw returns and lengths (eval_episodes,) of greedy episodes; a success rate if `info` has
+    successes: an episode without one has failed."""
     # Wrappers outside of a TimeLimit may join episodes; others have no limit
     longest = max(100_000, getattr(env.spec, "max_episode_steps", None) or 0)
     act = agent.actor_fn()
     returns = np.zeros(args.eval_episodes)
     lengths = np.zeros_like(returns)
-    successes = []
+    success = Counter()
     for episode in range(args.eval_episodes):
         # With seed + episode, runs with neighbouring seeds would share most initial states
         obs, _ = env.reset(seed=None if episode else seed)
@@ -621,8 +623,8 @@ def evaluate(agent, args, obs_stats, seed, env):
             lengths[episode] += 1
             done = terminated or truncated or lengths[episode] == longest
         if "is_success" in info:  # of the episode's last step
-            successes.append({"success_rate": info["is_success"]})
-    return returns, lengths, successes
+            success["success_rate"] += info["is_success"] / args.eval_episodes
+    return returns, lengths, [success]
 
 
 # ---- Plumbing
@@ -640,7 +642,7 @@ def check(args):
         require(getattr(args, name) >= 1, f"{name} must be at least 1")
     for name in "seed alpha beta noise_level learning_rate clip_coef vf_coef ent_coef".split():
         require(0 <= getattr(args, name) < math.inf, f"{name} must be finite and not negative")
-    for name in "gamma gae_lambda".split():
+    for name in "gamma", "gae_lambda":
         require(0 <= getattr(args, name) <= 1, f"{name} must be between 0 and 1")
     require(args.bins >= 2, "bins must be at least 2")
     require(min(args.hidden_sizes, default=1) >= 1, "hidden_sizes must be at least 1")
@@ -731,8 +733,7 @@ def evaluation_row(step, scores, lengths, history):
 def save_agent(agent, obs_stats, evaluations, folder):
     """Writes progress.csv, and agent.safetensors, weights and statistics."""
     with atomic_write(folder / "progress.csv") as path, open(path, "w", encoding="utf-8") as file:
-        columns = means(evaluations)  # whose names are those of all rows: a row may lack some
-        table = csv.DictWriter(file, columns, lineterminator="\n")
+        table = csv.DictWriter(file, means(evaluations), lineterminator="\n")  # all rows' names
         table.writeheader()
         table.writerows(evaluations)
     tensors = {f"obs_{name}": tensor for name, tensor in obs_stats.state_dict().items()}

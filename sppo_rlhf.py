@@ -63,6 +63,7 @@ import shutil
 import site
 import sys
 import time
+from collections import Counter
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
 from functools import partial
@@ -1146,7 +1147,7 @@ def update(setup, args, samples, rng):
             own = pairs[accelerator.process_index :: accelerator.num_processes]
             own.sort(key=lambda pair: len(pair[0].prompt + pair[0].response))  # least padding
             size = args.micro_batch_size or len(own)
-            totals = {}
+            totals = Counter()
             for start in range(0, len(own), size):
                 is_last = start + size >= len(own)  # its backward pass averages over processes
                 with nullcontext() if is_last else accelerator.no_sync(setup.model):
@@ -1155,9 +1156,8 @@ def update(setup, args, samples, rng):
                     )
                     # Times the number of processes, since DDP averages over them
                     (loss * accelerator.num_processes).backward()
-                for name, metric in metrics.items():
-                    totals[name] = totals.get(name, 0) + metric
-            metrics = accelerator.reduce(totals)  # sums
+                totals.update(metrics)  # adds
+            metrics = dict(accelerator.reduce(totals))  # sums
 
             norm = nn.utils.clip_grad_norm_(setup.model.parameters(), args.max_grad_norm)
             setup.optimizer.step()
@@ -1231,7 +1231,6 @@ def evaluate(setup, args, step):
     if len(target_log_prob):
         row["perplexity_real"] = (-target_log_prob.mean()).exp().item()
     row |= mean_scores(samples, args, "eval_")
-
     decode = partial(setup.tokenizer.decode, skip_special_tokens=True)
     shown = []
     for sample, its_reward in zip(samples[:8], reward.tolist()):
@@ -1377,7 +1376,7 @@ def train(setup, args, folder):
         save_policy(setup, folder)
         # JSON lacks nan
         summary = {name: x for name, x in progress.evaluations[-1].items() if math.isfinite(x)}
-        summary["sps"] = float(np.median(progress.speeds))
+        summary["sps"] = np.median(progress.speeds)
         with atomic_write(folder / "summary.json") as path:  # last: marks the end
             path.write_text(json.dumps(summary, indent=2))
     accelerator.wait_for_everyone()  # the first process may still be writing
@@ -1417,7 +1416,9 @@ def restore(setup, folder):
     checkpoint = load_checkpoint(path)
     for name, parameter in setup.actor_critic.trained().items():
         parameter.copy_(checkpoint["agent"][name])
+    groups = setup.optimizer.param_groups
     setup.optimizer.load_state_dict(checkpoint["optimizer"])
+    setup.optimizer.param_groups = groups  # such as a learning rate that has been edited
     return Progress(**checkpoint["progress"])
 
 

@@ -461,6 +461,18 @@ def test_a_continued_run_equals_an_uninterrupted_one(setting, tmp_path):
     assert summary | {"sps": 0} == whole_summary | {"sps": 0}
 
 
+def test_a_run_that_goes_on_in_another_folder_has_its_own_learning_rate(setting):
+    """As docs/usage.md extends a finished run. With 0, weights stay."""
+    _, first = setting.run("first", **every(setting, 1), learning_rate=1e-2)
+    flags = every(setting, 1) | {"total_timesteps": 6 * setting.batch, "learning_rate": 0.0}
+    folder = setting.folder("longer", **flags)
+    folder.mkdir(parents=True)
+    shutil.copy(first / "checkpoint.pt", folder)
+    setting.run("longer", **flags)
+    assert evaluated(folder)[-1] == 6 * setting.batch
+    assert torch.equal(weights(folder), weights(first))
+
+
 def break_disk(setting, patch):
     def half(content, path):
         Path(path).write_bytes(b"half")
@@ -780,9 +792,11 @@ def test_a_number_that_is_not_finite_stops_the_run_before_it_is_saved(setting, w
 
 @only(*CONTINUOUS)
 def test_an_evaluation_has_the_share_of_episodes_whose_last_step_says_success(setting, monkeypatch):
+    """An episode whose last step does not have it has failed."""
+
     def step_with_success(env, action):
         *outcome, _ = step(env, action)
-        return *outcome, {"is_success": env.time == 10 and env.age < 20}
+        return *outcome, {"is_success": True} if env.time == 10 and env.age < 20 else {}
 
     step = TenStepsEnv.step
     flags = {"env_id": "TenSteps-v0", "eval_episodes": 4, "total_timesteps": 128}
