@@ -50,6 +50,7 @@ COLUMNS = {  # explained above a table that has them
     "cells": "how many cells have both methods",
     "wins": """the probability that a run of the first method beats one of the second, averaged
 over cells, with Brunner and Munzel's interval, unless a cell has fewer than five runs""",
+    "runs": "of both methods together",
     "percent": """by how much the first method's mean is higher, where all returns were above 0; by
 logarithms, corrected for the bias of few runs, so not the plain ratio; with Welch's interval""",
     "tasks": "over which tasks the percentage is averaged, of how many in this report",
@@ -80,14 +81,14 @@ COLORS = dict(item.split() for item in COLORS.split(", "))
 
 # Columns in which runs of a cell may differ, beside SCORES and PROVENANCE
 FREE = "seed run_name runs_dir device compile track gradient_checkpointing capture_video".split()
-PROVENANCE = ["commit", "script_sha256", "command", "started", "versions", "hardware"]
+PROVENANCE = "commit script_sha256 files_sha256 command started versions hardware".split()
 SCORES = ["finished", "return_mean", "return_std", "last5", "training", "sps"]
 RUN = ["run_name", "exp_name", "script", "env_id", "noise", "noise_level", "seed", *SCORES]
 OWN = ["run_name", "script", *SCORES, *PROVENANCE]  # an argument called so is called "--script"
 EVALUATION = ["run_name", "step", "return_mean", "return_std", "length_mean"]
 NOISE = "noise and level"  # as no argument can be called
 LOWEST = "lowest return"
-PACKAGES = "torch numpy gymnasium mujoco ale-py transformers stable-baselines3 trl".split()
+PACKAGES = "torch numpy gymnasium mujoco Box2D ale-py transformers stable-baselines3 trl".split()
 CELL = [NOISE, "env_id", "exp_name"]
 SHOWN = dict(zip(CELL, ["noise", "task", "method"]))
 DIFFERENCE = ["measure", "task", "noise", "method", "other"]
@@ -122,8 +123,8 @@ class Refusal(ValueError):
 
 
 def read_folders(folders: Iterable[Path]) -> tuple[DataFrame, DataFrame, list[str]]:
-    """All runs, a row each, their evaluations, and what is broken, a line for each run or pack that
-    is. Raises Refusal if a folder is not there, no run has finished, or one is there twice."""
+    """All runs, a row each, their evaluations, and a line for each run or pack that is broken.
+    Raises Refusal if a folder is not there, no run has finished, or one is there twice."""
     rows = []
     progress = []
     broken = []
@@ -137,13 +138,11 @@ def read_folders(folders: Iterable[Path]) -> tuple[DataFrame, DataFrame, list[st
             print(f"{folder}: no runs in it (for packs, give NAME-runs.csv.gz)", file=sys.stderr)
         for path in paths:
             try:
-                found, evaluations, remark = read_run(path)
+                found, evaluations = read_run(path)
             except Exception as error:  # a broken file may raise anything
                 why = f"{type(error).__name__}: {error}".removeprefix("Refusal: ")
                 broken.append(f"{path.name}: left out: {why.replace(str(path), '')}")
                 continue
-            if remark:
-                broken.append(f"{path.name}: {remark}")
             rows += found
             progress.append(evaluations)
     print(*broken, sep="\n", file=sys.stderr, end="\n" if broken else "")
@@ -173,16 +172,17 @@ def tables_of(pack: Path) -> tuple[Path, Path]:
     return runs, runs.with_name(runs.name.replace("runs.csv", "progress.csv"))
 
 
-def read_run(path: Path) -> tuple[list[dict], DataFrame, str]:
-    """A list with the run's arguments, SCORES and PROVENANCE, its evaluations, and what it lacks.
-    Of a pack, the same of all its runs. Broken files may raise anything."""
+def read_run(path: Path) -> tuple[list[dict], DataFrame]:
+    """A list with the run's arguments, SCORES and PROVENANCE, and its evaluations. Of a pack, the
+    same of all its runs. Broken files may raise anything."""
     packed, evaluations = tables_of(path)
     if packed.exists():
         runs = read_csv(packed)
-        lacking = {*RUN, "total_timesteps", *PROVENANCE} - {"started", "hardware", *runs}
+        lacking = {*RUN, "total_timesteps", "script_sha256"} - {*runs}
         if lacking:
             raise Refusal(f"no column {min(lacking)} in it")
-        return runs.to_dict("records"), read_csv(evaluations), ""
+        runs = runs.reindex(columns=runs.columns.union(PROVENANCE, sort=False))
+        return runs.to_dict("records"), read_csv(evaluations)
     first_line, *_ = (path / "sessions.jsonl").read_text(encoding="utf-8").split("\n")
     session = json.loads(first_line)
     script = (path / session["script"]).read_bytes()
@@ -193,6 +193,7 @@ def read_run(path: Path) -> tuple[list[dict], DataFrame, str]:
     if "env_id" not in run:  # a language model
         run["env_id"] = run.pop("task")
     versions = sorted(session["versions"].items())
+    files = sorted(session["files"].values())
     run |= {
         "run_name": path.name,
         "script": session["script"],
@@ -200,6 +201,7 @@ def read_run(path: Path) -> tuple[list[dict], DataFrame, str]:
         "started": session["started"],
         "script_sha256": hashlib.sha256(script).hexdigest(),
         "command": shlex.join(session["command"]),
+        "files_sha256": hashlib.sha256("".join(files).encode()).hexdigest(),
         "versions": json.dumps({name: x for name, x in versions if name in PACKAGES}),
         "hardware": json.dumps([session[name] for name in ("platform", "cpu", "gpu")]),
         "exp_name": run["exp_name"],
@@ -226,9 +228,7 @@ def read_run(path: Path) -> tuple[list[dict], DataFrame, str]:
         run["training"] = last.get("charts/episodic_return")
         if len(progress) >= 10:
             run["last5"] = progress["return_mean"].tail(5).mean()
-    agent = "agent.safetensors" if "env_id" in session["args"] else "policy"
-    saved = (path / agent).exists() or not run["finished"] or agent.encode() not in script
-    return [run], progress, "" if saved else f"no {agent}, which enjoy.py plays; scores are used"
+    return [run], progress
 
 
 def pack(runs: DataFrame, progress: DataFrame, place: Path) -> None:
@@ -302,12 +302,15 @@ def check_cell(cell: str, runs: DataFrame) -> None:
     """Raises Refusal if `runs` of one cell differ in a setting, or have the same seed. A
     flag that another version of the script lacks is no difference."""
     for name in runs.columns.difference([*FREE, *SCORES, *PROVENANCE]):
-        values = runs[name]
+        numbers = pd.to_numeric(runs[name], errors="coerce")  # a pack does not know texts from them
+        values = numbers.astype(object).where(numbers.notna(), runs[name])
         versions = runs["script_sha256"]
         lacking = versions[values.isna()]
         if values.nunique() > 1 or lacking.isin(versions[values.notna()]).any():
             several = ", ".join(map(str, values.unique()))
-            raise Refusal(f"{cell}: runs differ in {name} ({several}); report them separately")
+            rare = runs.loc[values.map(values.value_counts(dropna=False)).idxmin(), "run_name"]
+            found = f"{name} ({several}), such as {rare}"
+            raise Refusal(f"{cell}: runs differ in {found}; report them separately")
     twice = runs[runs["seed"].duplicated(keep=False)]
     if len(twice):
         names = " and ".join(twice["run_name"])
@@ -340,7 +343,7 @@ def pairs_of(runs: DataFrame, compare: Iterable[tuple]) -> list:
     """Pairs of methods to compare. Raises Refusal for a pair that no task has."""
     cells = cells_of(runs, "return_mean").values()
     together = {pair for cell in cells for pair in permutations(cell, 2)}
-    chosen = list(compare)
+    chosen = list(dict.fromkeys(compare))
     for a, b in chosen:
         if (a, b) not in together:
             there = ", ".join(in_order(runs["exp_name"]))
@@ -353,17 +356,20 @@ def pairs_of(runs: DataFrame, compare: Iterable[tuple]) -> list:
     return chosen
 
 
-def remarks(runs: DataFrame) -> list:
-    """Paragraphs on methods without bins, and on tasks whose runs differ in steps or versions."""
-    page = []
+def remarks(runs: DataFrame, pairs: list) -> list:
+    """Paragraphs on what is compared, on methods without bins, and on tasks whose runs differ in
+    steps or versions."""
+    compared = ", ".join(f"{a} with {b}" for a, b in pairs)
+    page = [f"Compared: {compared or 'nothing'}."]
     if "policy" in runs:
         names = runs.loc[runs["policy"] == "gaussian", "exp_name"].unique()
         page.append(f"Without bins (Gaussian policy): {', '.join(names) or 'none'}.")
     for (noise, task), group in runs.groupby(CELL[:2], observed=True):
         steps = group["total_timesteps"].nunique()
-        versions = group.groupby("script")["script_sha256"].nunique().max()
+        digests = group["files_sha256"].fillna(group["script_sha256"])
+        versions = digests.groupby(group["script"]).nunique().max()
         if max(steps, versions) > 1:
-            counts = f"numbers of steps: {steps}, versions of a script: {versions}"
+            counts = f"numbers of steps: {steps}, versions of a script and its files: {versions}"
             page.append(f"**Not alike: {task}, {noise} ({counts}).**")
     return page
 
@@ -444,7 +450,8 @@ def runs_for_power(a, b):
 
 def make_differences(runs: DataFrame, pairs: list) -> DataFrame:
     """Every method minus every other one of its task and noise, in each of MEASURES, with Welch's
-    test; for `pairs` also p as corrected by Benjamini and Hochberg for their number."""
+    test; for `pairs` also p as corrected by Benjamini and Hochberg for their number. What cannot be
+    tested, single or equal scores, counts there with p = 1."""
     rows = []
     for measure, title in MEASURES.items():
         for (noise, task), cell in cells_of(runs, measure).items():
@@ -452,13 +459,14 @@ def make_differences(runs: DataFrame, pairs: list) -> DataFrame:
                 if (b, a) in pairs:
                     a, b = b, a
                 found = pooled_difference([(cell[a], cell[b])], mean_and_variance)
-                if not math.isnan(found[-1]):
-                    needed = runs_for_power(cell[a], cell[b])
-                    rows.append([title, task, noise, a, b, *found, needed])
-    differences = DataFrame(rows, columns=DIFFERENCE).sort_values("p", ignore_index=True)
+                tested = not math.isnan(found[-1])
+                needed = runs_for_power(cell[a], cell[b]) if tested else pd.NA
+                rows.append([title, task, noise, a, b, *found, needed])
+    differences = DataFrame(rows, columns=DIFFERENCE).astype({"runs_for_power": "Int64"})
+    differences = differences.sort_values("p", ignore_index=True)
     chosen = [pair in pairs for pair in zip(differences["method"], differences["other"])]
     p = differences.loc[chosen, "p"].astype(float)
-    differences.loc[chosen, "p_corrected"] = stats.false_discovery_control(p)
+    differences.loc[chosen, "p_corrected"] = stats.false_discovery_control(p.fillna(1))
     return differences
 
 
@@ -524,10 +532,10 @@ def estimate(value, low, high, least=-99):
 
 
 def notes(scores: DataFrame) -> list:
-    """A sentence on the seeds that cells lack, if others have more runs."""
+    """A sentence on the seeds that cells lack, if others have them."""
     seeds = set().union(*scores["seeds"])
     lines = []
-    for row in scores[scores["runs"] < scores["runs"].max()].itertuples():
+    for row in scores[scores["seeds"].map(len) < len(seeds)].itertuples():
         missing = ", ".join(map(str, sorted(seeds.difference(row.seeds))))
         lines.append(f"{row.method} in {row.task}, {row.noise}: {missing}")
     return [f"Missing seeds: {'; '.join(lines)}."] if lines else []
@@ -540,27 +548,30 @@ def score_text(scores: DataFrame) -> list:
     for measure, part in shown.groupby("measure", sort=False):
         table = part.pivot(index=["task", "noise"], columns="method", values="text").fillna("")
         title = f"`{measure}`, mean over the run" if "/" in measure else measure.capitalize()
+        title += "" if "/" in measure or measure in MEASURES.values() else ", last evaluation"
         table = table.reset_index(allow_duplicates=True).astype(str)
         page += [f"{title} (runs: {part['runs'].max()}):", markdown(table), *notes(part)]
     return page
 
 
 def latex(scores: DataFrame, narrow: bool) -> str:
-    """A LaTeX table of last evaluations: tasks down, noise and methods across."""
+    """A LaTeX table of last evaluations: tasks down, methods across, noise across or, if narrow,
+    down."""
     runs = scores["runs"]
     texts = scores["text"].str.replace("±", r"$\pm$").str.replace("-", "$-$")
     texts = texts.mask(scores["bold"], r"\textbf{" + texts + "}")
     most = runs.max()
     texts = texts.mask(runs < most, texts + "$^*$")
-    columns = ["noise", "method"]
-    table = scores.assign(text=texts).pivot(index="task", columns=columns, values="text")
-    table = table.fillna("").rename_axis(index=None, columns=[None, None])
+    down, across = (["task", "noise"], ["method"]) if narrow else (["task"], ["noise", "method"])
+    table = scores.assign(text=texts).pivot(index=down, columns=across, values="text").fillna("")
+    table = table.rename_axis(index=[None] * len(down), columns=[None] * len(across))
     style = table.style.format_index(escape="latex").format_index(escape="latex", axis="columns")
     caption = rf"Last evaluation: mean return $\pm$ standard error over {most} runs. Bold: {BOLD}."
     options = {"position": "t", "position_float": "centering", "multicol_align": "c"}
     options["environment"] = "table" if narrow else "table*"
-    options["column_format"] = "l" + "r" * len(table.columns)
-    text = style.to_latex(hrules=True, caption=caption, label="tab:scores", **options)
+    options["column_format"] = "l" * len(down) + "r" * len(table.columns)
+    options |= {"sparse_index": False, "label": "tab:scores"}
+    text = style.to_latex(hrules=True, caption=caption, **options)
     text = "% \\usepackage{booktabs}\n" + text.replace("\\centering", "\\centering\\small")
     note = f"\\\\[1ex]\n$^*$ fewer runs, at least {runs.min()}" if runs.nunique() > 1 else ""
     return text.replace("\\end{tabular}", "\\end{tabular}" + note)
@@ -624,7 +635,8 @@ def difference_text(differences: DataFrame) -> list:
     for row in differences.itertuples():
         texts = [row.task, row.noise, row.measure, f"{row.method} minus {row.other}"]
         texts += [estimate(row.difference, row.low, row.high)]
-        texts += [f"{row.p:.3f}", f"{row.p_corrected:.3f}", str(row.runs_for_power)]
+        tested = [f"{row.p:.2g}", f"{row.p_corrected:.2g}", str(row.runs_for_power)]
+        texts += [""] * 3 if math.isnan(row.p) else tested
         rows.append(texts)
     small = (differences["p"] < 0.05).sum()
     remaining = (differences["p_corrected"] <= 0.05).sum()
@@ -635,19 +647,28 @@ def difference_text(differences: DataFrame) -> list:
     return ["## Differences, task by task", text, *explained(table)]
 
 
-def provenance_text(runs: DataFrame, unfinished: list, broken: list) -> list:
-    """Paragraphs on what was run, what is not whole, and whether it is one version of a script."""
+def provenance_text(runs: DataFrame, arguments, unfinished: list, broken: list) -> list:
+    """Paragraphs on what was run, what is not whole, whether it is one version of a script, and in
+    which of the columns `arguments` methods differ."""
     page = []
     if broken:
         page.append(f"**Not whole: {len(broken)}.** {NOT_WHOLE}")
         page.append("\n".join(f"- `{line}`" for line in broken))
     if unfinished:
-        page.append(f"**Begun, not finished: {len(unfinished)}.** The same commands continue them:")
+        how = "The same commands continue them; if they fail again, logs/ says why:"
+        page.append(f"**Begun, not finished, not in scores: {len(unfinished)}.** {how}")
         page.append(", ".join(unfinished))
-    names = ["script", "total_timesteps", "commit", "script_sha256", "versions"]
-    origin = runs[names].dropna(axis="columns", how="all").map(str)
+    names = ["script", "total_timesteps", *PROVENANCE]
+    origin = runs[names].drop(columns=["command", "started"])
+    origin = origin.dropna(axis="columns", how="all").map(str)
     counts = origin.replace(["nan", "None"], "not recorded").value_counts()
-    return [*page, markdown(counts.reset_index(name="runs").astype(str))]
+    page.append(markdown(counts.reset_index(name="runs").astype(str)))
+    by_method = runs.groupby("exp_name", observed=True)[arguments]
+    table = by_method.agg(lambda values: ", ".join(sorted(set(values.map(str))))).T
+    differs = table[table.nunique(axis="columns") > 1].rename_axis("argument").reset_index()
+    if len(differs):
+        page += ["Arguments in which methods differ:", markdown(differs.astype(str))]
+    return page
 
 
 # ---- Figures
@@ -742,22 +763,23 @@ def main(args: Args) -> None:
     drawn = runs[runs["exp_name"].isin(chosen)]
     last = scores["measure"] == "last evaluation"
     paper = latex(make_scores(drawn, ["return_mean"], differences), args.narrow)
-    comments = "".join(f"% {remark}\n" for remark in remarks(drawn))
+    comments = "".join(f"% {remark}\n" for remark in remarks(drawn, pairs))
     (out / "scores.tex").write_text(comments + paper, encoding="utf-8")
     page = ["# Report", HOW_TO_READ, "## Scores", f"Mean ± standard error over runs. Bold: {BOLD}."]
-    page += score_text(scores[last]) + remarks(runs)
+    page += score_text(scores[last]) + remarks(runs, pairs)
     page += ["## Learning curves", "Evaluations, mean and, shaded, standard error over runs:"]
     page += draw_curves(drawn, progress, colors, out / "curves", args.narrow)
     page += ["## Differences over tasks, uncorrected", *pooled_text(runs, pairs)]
     compared = differences.dropna(subset="p_corrected")
     shown = compared[compared["measure"] == "last evaluation"]
-    if len(shown):
+    if shown["p"].any():
         page += draw_differences(shown, out / "differences", args.narrow)
         page += difference_text(compared)
     shown = ~last & (scores["measure"].isin(LOGGED) | ~scores["measure"].str.contains("/"))
-    page += ["## Other measures", *score_text(scores[shown])]
+    page += ["## Other measures", "Of these, only returns are tested.", *score_text(scores[shown])]
     unfinished = everything["run_name"][~everything["finished"]]
-    page += ["## What was run", *provenance_text(runs, list(unfinished), broken)]
+    arguments = everything.columns.difference([*FREE, *RUN, *PROVENANCE])
+    page += ["## What was run", *provenance_text(runs, arguments, list(unfinished), broken)]
     (out / "report.md").write_text("\n\n".join(page) + "\n", encoding="utf-8")
     print(out / "report.md")
 

@@ -37,8 +37,10 @@ def make_run(
     runs, method, score, seed=1, task=HOPPER, finished=True, columns=(), version="abc", **changes
 ):
     """A folder as scripts leave it, with twelve evaluations, the first the best, the last `score`.
-    `columns` of progress.csv; `version`: all that is in the script; `changes` of arguments."""
+    `columns` of progress.csv; `version`: all that is in the script; `changes` of arguments, or of
+    a helper's content."""
     language = task == "imdb"
+    files = [version, changes.pop("helper", "")]
     script = "sppo_rlhf.py" if language else "sppo_continuous.py"
     args = {"exp_name": method, "seed": seed, "noise": "none", "noise_level": 0.05}
     args |= {"total_timesteps": 1200, "vf_coef": 0.5, "hidden_sizes": [64, 64], "device": "cpu"}
@@ -49,6 +51,7 @@ def make_run(
     packages = ["torch", "numpy"][:: 1 if seed % 2 else -1]  # in the order of a folder's files
     session = {"args": args, "script": script, "versions": dict.fromkeys(packages, "2.13.0")}
     session |= {"command": ["sppo_continuous.py", "--seed", str(seed)], "platform": "Linux-6.1"}
+    session["files"] = dict(enumerate(files))
     session |= {"started": f"2026-01-0{1 + seed} 12:00:00", "cpu": "AVX512", "gpu": None}
     later = session | {"started": "2026-02-01 12:00:00"}
     (folder / "sessions.jsonl").write_text(f"{json.dumps(session)}\n{json.dumps(later)}\n")
@@ -166,6 +169,24 @@ def test_bold_is_the_best_if_it_differs_from_all_that_it_is_compared_with(scores
     assert table.count(r"\textbf{") == len(sum(bold, []))
 
 
+def test_what_cannot_be_tested_is_not_bold_but_shown(tmp_path):
+    """Equal scores, and a single run. In the correction their p counts as 1."""
+    scores = {"ppo": [10, 11, 12], "dppo": [500] * 3, "sppo": [500] * 3, "mine": [90]}
+    for method, of_seeds in scores.items():
+        for seed, score in enumerate(of_seeds):
+            make_run(tmp_path / "runs", method, score, seed)
+    pairs = ("sppo", "dppo"), ("sppo", "ppo"), ("mine", "ppo")
+    page = write_report(tmp_path / "runs", out=tmp_path / "out", compare=pairs)
+    assert not any("**" in cell for cell in table_after(page, "Last evaluation (runs: 3):")[1])
+    rows = table_after(page, "## Differences, task by task")
+    shown = {row[3]: row[4:] for row in rows if row[2] == "last evaluation"}
+    assert shown["sppo minus dppo"] == ["0.00", "", "", ""]
+    assert shown["mine minus ppo"] == ["79.00", "", "", ""]
+    differences = pd.read_csv(tmp_path / "out/differences.csv").dropna(subset="p_corrected")
+    corrected = stats.false_discovery_control(differences["p"].fillna(1))
+    assert differences["p_corrected"].to_list() == pytest.approx(corrected)
+
+
 def test_a_table_for_latex_has_tasks_down_and_noise_across(tmp_path):
     """Without a better method, which is not among those to compare."""
     scores = {"dppo": [-9, 10], "sppo_a": [90, 10], "better": [99, 99]}
@@ -174,7 +195,8 @@ def test_a_table_for_latex_has_tasks_down_and_noise_across(tmp_path):
     names = ("sppo_a=100% & more", "normal 0.05=noisy", f"{HOPPER}=Hopper_#1")
     write_report(runs, out=tmp_path / "out", compare=(("sppo_a", "dppo"),), names=names)
     table = (tmp_path / "out/scores.tex").read_text()
-    assert table.startswith("% Without bins (Gaussian policy): none.\n% \\usepackage{booktabs}\n")
+    begin = "% Compared: 100% & more with dppo.\n% Without bins (Gaussian policy): none.\n"
+    assert table.startswith(begin + "% \\usepackage{booktabs}\n")
     assert "\n\\begin{table*}[t]\n" in table
     rows = table.partition("\\toprule\n")[2].partition("\\bottomrule")[0].splitlines()
     assert rows == [
@@ -192,7 +214,7 @@ def test_language_models_have_tables_of_their_columns_and_curves_over_texts(tmp_
         columns = {"kl": np.linspace(0, kl, 12)}
         make_run(tmp_path / "runs", "sppo", 1, seed, "imdb", columns=columns)
     page = write_report(tmp_path / "runs", out=tmp_path / "out", figures=True)
-    assert table_after(page, "Kl (runs: 2):")[1] == ["imdb", "clean", "4.0 ± 1.0"]
+    assert table_after(page, "Kl, last evaluation (runs: 2):")[1] == ["imdb", "clean", "4.0 ± 1.0"]
     assert kept[0].get_supxlabel() == "texts"
 
 
@@ -234,23 +256,22 @@ def test_a_report_names_runs_that_are_not_finished_or_not_whole(tmp_path):
     (early / "progress.csv").unlink()
     broken = make_run(runs, "sppo", 1e6, seed=5)
     (broken / "summary.json").write_text("{")
-    saves_one = "agent.safetensors"
-    changes = {"version": saves_one, "policy": "gaussian"}
-    whole, without = (make_run(runs, "mine", 9, seed, **changes) for seed in (1, 2))
-    (whole / "agent.safetensors").touch()
+    for seed in (1, 2, 3):
+        make_run(runs, "mine", 9, seed, policy="gaussian")
     page = write_report(runs, out=tmp_path / "out")
     shown = page.partition("## What was run")[2]
     names = f"{begun.name}, {early.name}"
-    assert f"**Begun, not finished: 2.** The same commands continue them:\n\n{names}\n" in shown
-    assert "**Not whole: 2.** To have a run whole (not a pack), delete its folder" in shown
-    assert f"- `{without.name}: no agent.safetensors, which enjoy.py plays; scores" in shown
+    assert "**Begun, not finished, not in scores: 2.** The same commands continue them" in shown
+    assert f"; if they fail again, logs/ says why:\n\n{names}\n" in shown
+    assert "**Not whole: 1.** To have a run whole (not a pack), delete its folder" in shown
     assert f"- `{broken.name}: left out: JSONDecodeError: Expecting" in shown
     row = table_after(page, "Last evaluation (runs: 3):")[1]
     assert row == [HOPPER, "clean", "12.0 ± 1.2", "15.0 ± 1.7", "9.000 ± 0.000"]
-    assert (
-        f"\nMissing seeds: mine in {HOPPER}, clean: 0.\n\nWithout bins (Gaussian policy): mine."
-        in page
-    )
+    places = [f"{method} in {HOPPER}, clean" for method in ("dppo", "sppo", "mine")]
+    places += [f"{method} in {LANDER}, clean" for method in ("dppo", "sppo")]
+    missing = "; ".join(f"{place}: {0 if 'mine' in place else 3}" for place in places)
+    assert f"\nMissing seeds: {missing}.\n" in page
+    assert "\nWithout bins (Gaussian policy): mine.\n" in page
 
 
 # ---- Statistics
@@ -272,7 +293,13 @@ def test_pooled_wins_and_percentages_are_as_computed_by_hand(grid):
     assert found["wins"] == "0.61"
     assert found["percent"].startswith(f"{100 * (math.exp(np.mean(differences)) - 1):.1f} (")
     explained = page.partition(POOLED)[2].partition("\n| methods")[0]
-    assert re.findall(r"(?m)^- \*(.+?)\*: ", explained) == ["cells", "wins", "percent", "tasks"]
+    assert re.findall(r"(?m)^- \*(.+?)\*: ", explained) == [
+        "cells",
+        "runs",
+        "wins",
+        "percent",
+        "tasks",
+    ]
 
 
 @pytest.mark.parametrize("pair", coverage.PAIRS)
@@ -374,7 +401,8 @@ def test_differences_are_welchs_and_those_of_chosen_pairs_are_corrected_and_show
     for seed in range(3):
         make_run(runs, "ppo", ppo[seed], seed)
         make_run(runs, "mine", mine[seed], seed)
-    page = write_report(runs, out=tmp_path / "out", compare=(("mine", "ppo"), ("sppo", "dppo")))
+    pairs = ("mine", "ppo"), ("sppo", "dppo"), ("mine", "ppo")
+    page = write_report(runs, out=tmp_path / "out", compare=pairs)
     differences = pd.read_csv(tmp_path / "out/differences.csv")
     assert len(differences) == 3 * (6 + 1) and differences["p"].is_monotonic_increasing
     rows = differences.query("measure == 'last evaluation'").set_index(["task", "method", "other"])
@@ -393,7 +421,7 @@ def test_differences_are_welchs_and_those_of_chosen_pairs_are_corrected_and_show
     corrected = stats.false_discovery_control(chosen["p"])
     assert chosen["p_corrected"].to_list() == pytest.approx(corrected)
     rows = table_after(page, "## Differences, task by task")[1:]
-    assert [row[-2] for row in rows] == [f"{value:.3f}" for value in corrected]
+    assert [row[-2] for row in rows] == [f"{value:.2g}" for value in corrected]
     assert [row[-1] for row in rows] == chosen["runs_for_power"].map(str).to_list()
     small, remaining = (chosen["p"] < 0.05).sum(), (corrected < 0.05).sum()
     assert f"\n{small} of 9 differences have p < 0.05, {remaining} also after correction." in page
@@ -450,7 +478,8 @@ def test_chosen_methods_and_names_are_shown_in_narrow_figures_and_in_tables(tmp_
     page = write_report(runs, out=tmp_path / "out", **options)
     curves, differences = kept
     assert curves.get_figwidth() == differences.get_figwidth() == 3.25
-    assert "\\begin{table}[t]" in (tmp_path / "out/scores.tex").read_text()
+    table = (tmp_path / "out/scores.tex").read_text()
+    assert "\\begin{table}[t]" in table and "\nHopper & noisy & " in table
     assert legend_of(curves) == [f"B{name}", name]
     for figure in kept:
         figure.canvas.draw()
@@ -494,8 +523,9 @@ def test_packed_runs_give_the_same_report_and_pack_and_say_how_to_repeat_a_run(g
 
 
 def test_a_pack_grows_by_runs_of_other_versions_but_loses_none(tmp_path):
-    old = make_run(tmp_path / "runs", "sppo", 1, seed=1)
-    new = make_run(tmp_path / "runs", "sppo", 2, seed=2, version="def", new_flag=1)
+    text = {"schedule": "1e-3"}  # which is a number in a pack
+    old = make_run(tmp_path / "runs", "sppo", 1, seed=1, **text)
+    new = make_run(tmp_path / "runs", "sppo", 2, seed=2, version="def", new_flag=1, **text)
     pack = tmp_path / "pack"
     write_report(old, out=tmp_path / "out", pack=pack)
     with pytest.raises(report.Refusal, match="has other runs, such as Hopper"):
@@ -515,14 +545,17 @@ def test_runs_of_a_cell_may_differ_in_where_they_ran_and_comparisons_not_alike_a
     free["noise_level"] = 0.1  # of no noise
     make_run(tmp_path / "runs", "sppo", 1, seed=1)
     make_run(tmp_path / "runs", "sppo", 2, seed=2, version="def", **free)
-    make_run(tmp_path / "runs", "sppo", 3, task=LANDER)
+    make_run(tmp_path / "runs", "sppo", 3, task=LANDER, helper="edited")
     make_run(tmp_path / "runs", "ppo", 3, task=LANDER, total_timesteps=4096)
     page = write_report(tmp_path / "runs", out=tmp_path / "out")
     rows = table_after(page, "## What was run")[1:]
     digests = {hashlib.sha256(version).hexdigest() for version in (b"abc", b"def")}
     assert {row[2] for row in rows} == digests
-    assert f"**Not alike: {HOPPER}, clean (numbers of steps: 1, versions of a script: 2).**" in page
-    assert f"**Not alike: {LANDER}, clean (numbers of steps: 2, versions of a script: 1).**" in page
+    for place, steps in (f"{HOPPER}, clean", 1), (f"{LANDER}, clean", 2):
+        counts = f"(numbers of steps: {steps}, versions of a script and its files: 2)"
+        assert f"**Not alike: {place} {counts}.**" in page
+    rows = table_after(page, "Arguments in which methods differ:")
+    assert rows == [["argument", "ppo", "sppo"], ["total_timesteps", "4096", "1200"]]
 
 
 OWN = [*report.OWN, "task", "reward", "lowest", "score"]  # what an argument may be called, too
@@ -557,7 +590,7 @@ def test_a_logged_quantity_may_be_called_as_a_column(grid, tmp_path):
         rows = table_after((grid / "report/report.md").read_text(), title)
         assert table_after(page, title) == rows
     for name in names:
-        assert table_after(page, f"Logged {name} ")[1][2:] == ["7.000 ± 0.000"] * 2
+        assert table_after(page, f"Logged {name}, last evaluation ")[1][2:] == ["7.000 ± 0.000"] * 2
 
 
 @pytest.mark.parametrize(
