@@ -148,7 +148,7 @@ list() { # METHODS SEEDS ENVIRONMENT...: seed by seed, so that half a list compa
             case $env in
                 ALE/*) die "$env: give the game, such as Breakout (sticky actions: sppo_atari.py --help)" ;;
                 Humanoid-v4) die "$env: has settings of its own, see docs/control.md" ;;
-                *-v[0-9]*) kind=continuous noisy=normal ;;
+                *:* | *-v[0-9]*) kind=continuous noisy=normal ;; # MODULE:ID, too
                 tldr) kind=rlhf noisy=adv_flip ;; # its rewards have no known scale
                 toy | imdb) kind=rlhf noisy=flip ;;
                 *) kind=atari noisy=flip ;;

@@ -4,9 +4,10 @@ the folders in it.
     pip install -c requirements.lock -e ".[report]" nbclient nbformat ipykernel
     python docs/grade.py FOLDER
 
-Each notebook takes less than a minute. The answers of a notebook are put into a fresh copy of the
-exercise, so it does not matter what else a student has changed. Answers are other people's code,
-and run with your rights: use an account in which they can do no harm."""
+Each notebook takes less than a minute. A student's answers, and cells added before them, are put
+into a fresh copy of the exercise, so it does not matter what else was changed. What answers do to
+the exercise's own variables is undone. Answers are other people's code, and run with your rights:
+use an account in which they can do no harm."""
 
 import re
 import subprocess
@@ -18,11 +19,21 @@ import nbformat
 import pandas as pd
 import tyro
 from nbclient import NotebookClient
+from nbclient.exceptions import DeadKernelError
+from nbformat.v4 import new_code_cell
 from tqdm import tqdm
 
 DOCS = Path(__file__).resolve().parent
 EXERCISE = DOCS / "symmetric_loss_exercise.ipynb"
-RESULTS = ["holds", "fails", "to do"]  # of a claim
+RESULTS = ["holds", "fails", "to do", "not reached"]  # of a claim
+FIRST = [*RESULTS, "look at", "remark"]  # columns before the claims
+# An answer with one of these may use what checks it
+LOOK_AT = "claim compare results factor quotient sppo_over_ppo weights_in exec eval globals "
+LOOK_AT += "sppo_continuous sa2c_continuous"
+# Run before and after an answer
+BEGIN = "_own = set()"
+KEEP = "_kept = {x: y for x, y in globals().items() if x[0] != '_' and x not in _own}"
+RESTORE = "_own |= set(globals()) - set(_kept)\nglobals().update(_kept)"
 
 
 @dataclass
@@ -33,58 +44,90 @@ class Args:
 
 
 def answers_of(notebook):
-    """The cells into which students write."""
-    return [cell for cell in notebook.cells if "student" in cell.metadata.get("tags", [])]
+    """For each answer a list of cells: those that the student has added before it, and its own,
+    which may be split. Cells of the exercise have tags, added ones have none."""
+    answers = []
+    cells = []
+    has_answer = False
+    for cell in notebook.cells:
+        tags = cell.metadata.get("tags", [])
+        if cell.cell_type == "code" and ("student" in tags or not tags):
+            cells.append(cell)
+            has_answer |= "student" in tags
+        elif cell.cell_type == "code" and has_answer:
+            answers.append(cells)
+            cells = []
+            has_answer = False
+    return answers + [cells] * has_answer
 
 
 def grade(path, timeout):
-    """{claim: holds, fails or to do} of a student's notebook."""
+    """Returns {claim: holds, fails or to do} of a student's notebook, words to look at, and what
+    ended it early, if anything did."""
+    text = path.read_text(encoding="utf-8-sig")  # some editors write a byte order mark
+    answers = answers_of(nbformat.reads(text, as_version=4))
     graded = nbformat.read(EXERCISE, as_version=4)
-    cells = answers_of(graded)
-    answers = answers_of(nbformat.read(path, as_version=4))
-    if len(answers) != len(cells):
-        raise ValueError(f"{len(answers)} cells for answers instead of {len(cells)}")
-    for cell, answer in zip(cells, answers):
-        cell.source = answer.source
+    own = [i for i, x in enumerate(graded.cells) if "student" in x.metadata.get("tags", [])]
+    if len(answers) != len(own):
+        raise ValueError(f"{len(answers)} answers instead of {len(own)}")
+    for i, cells in reversed(list(zip(own, answers))):
+        sources = [KEEP, *(cell.source for cell in cells), RESTORE]
+        graded.cells[i : i + 1] = map(new_code_cell, sources)
+    graded.cells.insert(0, new_code_cell(BEGIN))
     where = {"metadata": {"path": DOCS}}
-    client = NotebookClient(graded, timeout=timeout, allow_errors=True, resources=where)
-    client.execute(stderr=subprocess.DEVNULL)  # of the kernel, which warns about its own network
+    options = {"timeout": timeout, "interrupt_on_timeout": True, "allow_errors": True}
+    client = NotebookClient(graded, resources=where, **options)
+    remark = ""
+    try:
+        client.execute(stderr=subprocess.DEVNULL)  # of the kernel, which warns about its network
+    except DeadKernelError:
+        remark = "the notebook ended itself, as by exit()"
     outputs = [output for cell in graded.cells for output in cell.get("outputs", [])]
     printed = "".join(output.get("text", "") for output in outputs)
-    lines = re.findall(r"(?m)^(holds|fails|to do): (\w+(?: \(needs \w+\))?: [^:\n]+)", printed)
-    return {claim: result for result, claim in lines}
+    lines = re.findall(r"(holds|fails|to do): (\w+(?: \(needs \w+\))?: [^:\n]+)", printed)
+    written = "\n".join(cell.source for cell in sum(answers, []))
+    words = [word for word in LOOK_AT.split() if re.search(rf"\b{word}\b", written)]
+    return {claim: result for result, claim in lines}, " ".join(words), remark
 
 
 def notebooks(folder):
     """{name: path} of the notebooks in a folder and below. Names are paths, since a learning
-    platform's export has the same file in a folder for each student."""
+    platform's export has the same file in a folder for each student. A folder without a notebook
+    has None."""
     found = {}
-    for path in sorted(folder.rglob("*.ipynb")):
-        name = path.relative_to(folder).with_suffix("")
-        if not any(part.startswith(".") for part in name.parts):  # Jupyter's and macOS's copies
-            found[name.as_posix()] = path
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder)
+        if any(part.startswith(".") for part in name.parts):  # Jupyter's and macOS's copies
+            continue
+        if path.suffix.lower() == ".ipynb":
+            found[name.with_suffix("").as_posix()] = path
+        elif path.parent == folder and path.is_dir():
+            there = [x for x in path.rglob("*") if x.suffix.lower() == ".ipynb"]
+            found |= {} if there else {name.as_posix(): None}
     return found
 
 
 def main(args):
     paths = notebooks(args.folder)
-    if not paths:
-        sys.exit(f"error: {args.folder}: no notebooks (*.ipynb) in it")
+    if not any(paths.values()):
+        sys.exit(f"error: {args.folder}: no notebooks (*.ipynb) in it; unzip an export first")
+    expected, *_ = grade(EXERCISE, args.timeout)
     rows = {}
     for name, path in tqdm(paths.items(), unit="notebook"):
         try:
-            claims = grade(path, args.timeout)
+            if path is None:
+                raise ValueError("no notebook (*.ipynb) in this folder")
+            found, words, remark = grade(path, args.timeout)
+            claims = {claim: found.get(claim, "not reached") for claim in expected}
             counts = {result: list(claims.values()).count(result) for result in RESULTS}
-            rows[name] = counts | claims
+            rows[name] = counts | claims | {"look at": words, "remark": remark}
         except Exception as error:  # a student's file may be anything
-            rows[name] = {"not graded": f"{error!r:.200}"}
+            rows[name] = {"remark": f"not graded: {error!r:.200}"}
             tqdm.write(f"{name}: not graded: {error!r:.200}")
-    table = pd.DataFrame.from_dict(rows, orient="index")
-    first = [*RESULTS, "not graded"]
-    table = table.reindex(columns=[*first, *table.columns.difference(first, sort=False)])
+    table = pd.DataFrame.from_dict(rows, orient="index").reindex(columns=[*FIRST, *expected])
     table[RESULTS] = table[RESULTS].astype("Int64")  # counts, also where some are missing
     table.to_csv(args.out, index_label="notebook")
-    print(table[first].to_string(na_rep=""))
+    print(table[FIRST].to_string(na_rep=""))
     print(f"claims one by one: {args.out}")
 
 

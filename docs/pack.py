@@ -14,13 +14,16 @@ from pathlib import Path
 import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
-AS_THEY_ARE = ["pyproject.toml", "requirements.lock", "docs/handout.md"]
+AS_THEY_ARE = ["LICENSE", "pyproject.toml", "requirements.lock", "docs/handout.md"]
 AS_THEY_ARE += ["docs/symmetric_loss_exercise.ipynb"]
 
 
 @dataclass
 class Args:
     out: Path = Path("symmetric-loss.zip")
+
+
+ENCODED = ["symmetric_policy_losses", "gradient_and_metrics"]  # the latter logs SA2C's weights
 
 
 def without_answers(source):
@@ -32,7 +35,7 @@ def without_answers(source):
         ):
             node.body[0] = ast.Pass()
     for i, node in enumerate(tree.body):
-        if isinstance(node, ast.FunctionDef) and node.name == "symmetric_policy_losses":
+        if isinstance(node, ast.FunctionDef) and node.name in ENCODED:
             encoded = base64.b64encode(ast.unparse(node).encode()).decode()
             tree.body[i] = ast.parse(f"exec(__import__('base64').b64decode('{encoded}'))").body[0]
     return ast.unparse(tree)

@@ -123,6 +123,10 @@ def test_options_and_flags_for_every_command():
         assert args.gamma == (0.9999 if swimmer else 0.99)
 
 
+def test_an_environment_of_a_module_is_control():
+    assert {words[0] for words in listed("tiny --envs reach:Reach")} == {"sppo_continuous.py"}
+
+
 def test_shellcheck_finds_nothing():
     found = sh("shellcheck", "benchmark.sh", ".ci/run")
     assert (found.returncode, found.stdout) == (0, "")

@@ -162,37 +162,54 @@ def play(folder, monkeypatch, capsys):
 
 
 def test_a_class_is_graded_whatever_else_students_changed(tmp_path, monkeypatch, capsys):
+    """Helpers in cells of their own count, what answers do to the exercise does not."""
+
+    def cell(source, *tags):
+        return nbformat.v4.new_code_cell(source, metadata={"tags": tags} if tags else {})
+
     def exercise(*answers):
         """A notebook with answers, functions that return the result of the claim below each."""
-        cells = []
+        cells = [cell("right = 'holds'", "setup")]
         for i, answer in enumerate(answers):
-            cells.append(nbformat.v4.new_code_cell(answer, metadata={"tags": ["student"]}))
-            cells.append(nbformat.v4.new_code_cell(f"print(f'{{f()}}: {i}a: a claim: why')"))
+            cells.append(cell(answer, "student"))
+            check = f"print(f'{{f()}}: {i}a: ' + ('a claim' if right == 'holds' else '') + ': why')"
+            cells.append(cell(check, "grader"))
         return nbformat.v4.new_notebook(cells=cells)
 
     to_do, right, wrong = (f"def f(): return '{word}'" for word in ("to do", "holds", "fails"))
     monkeypatch.setattr(grade, "EXERCISE", tmp_path / "exercise.ipynb")
     nbformat.write(exercise(to_do, to_do), grade.EXERCISE)
     folder = tmp_path / "class"
-    folder.mkdir()
-    cheating = exercise(right, wrong)
+    (folder / "zoe").mkdir(parents=True)
+    cheating = exercise(f"{wrong}  # weights_in", "right = 'fails'")
     cheating.cells[-1].source = "print('holds: 1a: a claim')"
+    helped = exercise(right, "import nowhere")
+    helped.cells[1:2] = [cell("h = 'holds'"), cell("def f():", "student"), cell("", "student")]
+    helped.cells[2].source = "def f(): return h\nprint('f', end=' ')"
+    left = exercise(right, "import os; os._exit(0)")
     notebooks = {"ada": exercise(to_do), "bob/same": cheating, ".copies/same": cheating}
-    notebooks["eve/same"] = exercise(to_do, "1 / 0")  # the second still has the first's f
+    notebooks |= {"eve/same": exercise(to_do, wrong), "fay": helped, "gil": left}
     for name, notebook in notebooks.items():
         (folder / name).parent.mkdir(exist_ok=True)
-        nbformat.write(notebook, folder / f"{name}.ipynb")
+        nbformat.write(notebook, folder / f"{name}.IPYNB")
+    with_mark = "\ufeff" + (folder / "fay.IPYNB").read_text()
+    (folder / "fay.IPYNB").write_text(with_mark)
     grade.main(grade.Args(folder, tmp_path / "grades.csv"))
     grades = pd.read_csv(tmp_path / "grades.csv", index_col="notebook", dtype=str).fillna("")
-    error = "ValueError('1 cells for answers instead of 2')"
+    few = "not graded: ValueError('1 answers instead of 2')"
+    none = "not graded: ValueError('no notebook (*.ipynb) in this folder')"
+    left = "the notebook ended itself, as by exit()"
     assert grades.T.to_dict("list") == {
-        "ada": ["", "", "", error, "", ""],
-        "bob/same": ["1", "1", "0", "", "holds", "fails"],
-        "eve/same": ["0", "0", "2", "", "to do", "to do"],
+        "ada": [""] * 5 + [few, "", ""],
+        "bob/same": ["0", "2", "0", "0", "weights_in", "", "fails", "fails"],
+        "eve/same": ["0", "1", "1", "0", "", "", "to do", "fails"],
+        "fay": ["2", "0", "0", "0", "", "", "holds", "holds"],
+        "gil": ["1", "0", "0", "1", "", left, "holds", "not reached"],
+        "zoe": [""] * 5 + [none, "", ""],
     }
     out, err = capsys.readouterr()
-    assert re.search(r"bob/same +1 +1 +0 *\neve/same +0 +0 +2 *\n", out)
-    assert f"ada: not graded: {error}" in out + err
+    assert re.search(r"eve/same +0 +1 +1 +0 *\nfay +2 +0 +0 +0 *\n", out)
+    assert f"ada: {few}" in out + err
 
 
 def test_students_get_scripts_without_answers_that_train_as_before(tmp_path, monkeypatch):
@@ -202,7 +219,7 @@ def test_students_get_scripts_without_answers_that_train_as_before(tmp_path, mon
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     scripts = {"sa2c_continuous.py", "sppo_continuous.py"}
     pages = {"docs/handout.md", "docs/symmetric_loss_exercise.ipynb"}
-    assert files == scripts | pages | {"pyproject.toml", "requirements.lock"}
+    assert files == scripts | pages | {"LICENSE", "pyproject.toml", "requirements.lock"}
     handout = (folder / "docs/handout.md").read_text()
     assert set(re.findall(r"\]\(([^h:)]\S*)\)", handout)) == {"symmetric_loss_exercise.ipynb"}
     monkeypatch.syspath_prepend(folder)
@@ -217,6 +234,7 @@ def test_students_get_scripts_without_answers_that_train_as_before(tmp_path, mon
     for name in scripts:
         text = (folder / name).read_text()
         assert "def symmetric_policy_losses" not in text and "surrogate" not in text
+        assert "log_prob.exp()" not in text
         assert not re.search("constant|rescaled|PPO's times", text)
 
 

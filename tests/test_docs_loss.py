@@ -6,6 +6,7 @@ import io
 import json
 import os
 import re
+import shutil
 import subprocess
 import sys
 from contextlib import redirect_stdout
@@ -202,8 +203,9 @@ def test_the_notebooks_first_cell_finds_or_clones_the_scripts_or_says_what_to_do
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
         return done.stdout.splitlines() or done.stderr
 
-    help = "Open it in the folder docs/ of a clone, or put the repository's address"
-    assert help in start(empty)
+    assert "unpack the ZIP file beside it, or put the repository's address into" in start(empty)
+    unpacked = shutil.copytree(clone, tmp_path / "zip/symmetric-loss")
+    assert start(unpacked.parent) == [f"{unpacked}/sppo_continuous.py"]
     fetched = empty / "symmetric-rl-loss"
     where = f"{fetched}/sppo_continuous.py"
     assert start(empty, clone.as_uri()) == [f"install --quiet {fetched}[report]", where]
@@ -262,8 +264,16 @@ def no_mask(log_prob, old_log_prob, advantage, clip_coef, z):
     return policy_loss, z * (advantage * (log_prob - old_log_prob).exp()).mean()
 
 
+def mean_of_unclipped(log_prob, old_log_prob, advantage, *others):
+    loss, reverse_loss = RIGHT["ppo_losses"](log_prob, old_log_prob, advantage, *others)
+    ratio = (log_prob - old_log_prob).exp()
+    unclipped = advantage * ratio <= advantage * ratio.clamp(0.8, 1.2)
+    return loss, reverse_loss * len(ratio) / unclipped.sum().clamp(min=1)
+
+
 @pytest.mark.parametrize(("answers", "expected"), [
     ({}, []),
+    ({"ppo_losses": mean_of_unclipped}, ["2a: L and Lr are means over the batch"]),
     ({"ppo_losses": no_mask}, ["2a: the slope of Lr in p: for r = 1.5 and A = 1 expected 0"]),
     ({"climbs": torch.dot}, ["4a: what the reverse A2C loss climbs", "4a: the same"]),
     ({"bandit": lambda: BANDIT | {"beta": 0.01}}, ["7: in your bandit SA2C learns better"]),
@@ -292,7 +302,8 @@ def test_the_grader_asks_for_each_answer(name, claims):
 
 
 def test_no_claim_holds_without_answers():
-    assert re.fullmatch(r"0 of (\d+) claims hold, \1 to do", printed_lines("open", "plot")[-1])
+    last = printed_lines("open", "plot")[-1]
+    assert last == "0 of 16 claims hold, 13 to do, 3 not reached"  # which take a minute
 
 
 @pytest.mark.slow
