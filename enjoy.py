@@ -11,8 +11,8 @@
 # exclude-newer = "2026-11-17T00:00:00Z"
 # constraint-dependencies = ["torch==2.13.0"]
 # ///
-"""Plays the agent of a run, unfinished runs', too, by the copy of the script in its folder. Prints
-its score; films the first episode, if asked. A language model responds to held-out prompts.
+"""Plays the agent of a run, which may be unfinished, with the copy of the script in its folder.
+Prints its score; films the first episode, if asked. A language model answers held-out prompts.
 
     python enjoy.py                                            # the newest run
     python enjoy.py runs/NAME --episodes 100 --seed 7 --video

@@ -193,7 +193,7 @@ def read_run(path: Path) -> tuple[list[dict], DataFrame]:
     if "env_id" not in run:  # a language model
         run["env_id"] = run.pop("task")
     versions = sorted(session["versions"].items())
-    files = sorted(session["files"].values())
+    files = sorted(session.get("files", {}).values())
     run |= {
         "run_name": path.name,
         "script": session["script"],
@@ -201,7 +201,7 @@ def read_run(path: Path) -> tuple[list[dict], DataFrame]:
         "started": session["started"],
         "script_sha256": hashlib.sha256(script).hexdigest(),
         "command": shlex.join(session["command"]),
-        "files_sha256": hashlib.sha256("".join(files).encode()).hexdigest(),
+        "files_sha256": hashlib.sha256("".join(files).encode()).hexdigest() if files else None,
         "versions": json.dumps({name: x for name, x in versions if name in PACKAGES}),
         "hardware": json.dumps([session[name] for name in ("platform", "cpu", "gpu")]),
         "exp_name": run["exp_name"],
@@ -270,6 +270,9 @@ def label_runs(runs: DataFrame, progress: DataFrame) -> DataFrame:
         values = evaluations[name].mean() if "/" in name else last[name]
         column = f"logged {name}" if name in taken else name
         finished[column] = finished["run_name"].map(values)
+        if name == "success_rate":  # some environments say it only of a success
+            is_known = finished.groupby("env_id")[column].transform("count") > 0
+            finished.loc[is_known, column] = finished.loc[is_known, column].fillna(0)
     noise = finished.sort_values(["noise_level", NOISE])[NOISE].unique()
     orders = [noise, sorted(set(finished["env_id"])), in_order(finished["exp_name"])]
     for name, order in zip(CELL, orders):
@@ -307,7 +310,7 @@ def check_cell(cell: str, runs: DataFrame) -> None:
         versions = runs["script_sha256"]
         lacking = versions[values.isna()]
         if values.nunique() > 1 or lacking.isin(versions[values.notna()]).any():
-            several = ", ".join(map(str, values.unique()))
+            several = ", ".join(map(str, runs[name].unique()))
             rare = runs.loc[values.map(values.value_counts(dropna=False)).idxmin(), "run_name"]
             found = f"{name} ({several}), such as {rare}"
             raise Refusal(f"{cell}: runs differ in {found}; report them separately")
@@ -366,8 +369,9 @@ def remarks(runs: DataFrame, pairs: list) -> list:
         page.append(f"Without bins (Gaussian policy): {', '.join(names) or 'none'}.")
     for (noise, task), group in runs.groupby(CELL[:2], observed=True):
         steps = group["total_timesteps"].nunique()
-        digests = group["files_sha256"].fillna(group["script_sha256"])
-        versions = digests.groupby(group["script"]).nunique().max()
+        has_files = group["files_sha256"].notna().all()
+        column = "files_sha256" if has_files else "script_sha256"
+        versions = group.groupby("script")[column].nunique().max()
         if max(steps, versions) > 1:
             counts = f"numbers of steps: {steps}, versions of a script and its files: {versions}"
             page.append(f"**Not alike: {task}, {noise} ({counts}).**")
@@ -664,8 +668,9 @@ def provenance_text(runs: DataFrame, arguments, unfinished: list, broken: list) 
     counts = origin.replace(["nan", "None"], "not recorded").value_counts()
     page.append(markdown(counts.reset_index(name="runs").astype(str)))
     by_method = runs.groupby("exp_name", observed=True)[arguments]
-    table = by_method.agg(lambda values: ", ".join(sorted(set(values.map(str))))).T
-    differs = table[table.nunique(axis="columns") > 1].rename_axis("argument").reset_index()
+    table = by_method.agg(lambda values: ", ".join(sorted(set(values.dropna().map(str))))).T
+    differs = table[table.nunique(axis="columns") > 1].rename_axis("argument")
+    differs = differs.reset_index(allow_duplicates=True)
     if len(differs):
         page += ["Arguments in which methods differ:", markdown(differs.astype(str))]
     return page
@@ -772,8 +777,9 @@ def main(args: Args) -> None:
     page += ["## Differences over tasks, uncorrected", *pooled_text(runs, pairs)]
     compared = differences.dropna(subset="p_corrected")
     shown = compared[compared["measure"] == "last evaluation"]
-    if shown["p"].any():
+    if shown["p"].notna().any():
         page += draw_differences(shown, out / "differences", args.narrow)
+    if compared["p"].notna().any():
         page += difference_text(compared)
     shown = ~last & (scores["measure"].isin(LOGGED) | ~scores["measure"].str.contains("/"))
     page += ["## Other measures", "Of these, only returns are tested.", *score_text(scores[shown])]

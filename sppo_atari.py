@@ -357,6 +357,7 @@ def train(args, folder):
     optimizer = torch.optim.Adam(
         agent.parameters(), lr=args.learning_rate, eps=args.adam_eps, fused=True
     )
+
     global_step = 0
     evaluations = []  # rows of progress.csv
     history = []  # what was logged since the last evaluation
@@ -365,11 +366,9 @@ def train(args, folder):
     if checkpoint_path.exists():
         checkpoint = load_checkpoint(checkpoint_path)
         agent.load_state_dict(checkpoint["agent"])
-        groups = optimizer.param_groups
         optimizer.load_state_dict(checkpoint["optimizer"])
-        optimizer.param_groups = groups  # such as a learning rate that has been edited
-        global_step, evaluations, history, episodes, speeds = checkpoint["progress"]
-        games.recent_episodes.extend(episodes)
+        games.recent_episodes.extend(checkpoint["recent_episodes"])
+        global_step, evaluations, history, speeds = checkpoint["progress"]
     if args.track:
         import wandb
 
@@ -500,11 +499,11 @@ def train(args, folder):
             writer.add_scalar("eval/return_mean", scores.mean(), global_step)
             tqdm.write(f"step {global_step:,}: return {scores.mean():.1f}")
         if finished or global_step % interval < batch_size:
-            episodes = list(games.recent_episodes)
             checkpoint = {  # an edited script's own network or optimizer belongs here, too
                 "agent": agent.state_dict(),
                 "optimizer": optimizer.state_dict(),
-                "progress": (global_step, evaluations, history, episodes, speeds),
+                "recent_episodes": list(games.recent_episodes),
+                "progress": (global_step, evaluations, history, speeds),
             }
             writer.flush()
             with atomic_write(checkpoint_path) as path:

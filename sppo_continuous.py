@@ -45,7 +45,7 @@ import site
 import sys
 import time
 import warnings
-from collections import Counter, deque
+from collections import deque
 from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import distributions
@@ -467,12 +467,10 @@ def train(envs, args, folder):
     checkpoint_path = folder / "checkpoint.pt"
     if checkpoint_path.exists():
         checkpoint = load_checkpoint(checkpoint_path)
-        groups = optimizer.param_groups
         for name, part in stateful.items():
             part.load_state_dict(checkpoint[name])
-        optimizer.param_groups = groups  # such as a learning rate that has been edited
-        global_step, evaluations, history, episodes, speeds = checkpoint["progress"]
-        envs.recent_episodes.extend(episodes)
+        envs.recent_episodes.extend(checkpoint["recent_episodes"])
+        global_step, evaluations, history, speeds = checkpoint["progress"]
     if args.track:
         import wandb
 
@@ -580,16 +578,16 @@ def train(envs, args, folder):
         if finished or global_step % args.eval_freq < batch_size:
             seed = (args.seed + global_step) % 2**31
             with make_env(args, seed) as env:  # a new one, as in training
-                scores, lengths, success = evaluate(agent, args, envs.obs_stats, seed, env)
-            evaluations.append(evaluation_row(global_step, scores, lengths, success + history))
+                scores, lengths, successes = evaluate(agent, args, envs.obs_stats, seed, env)
+            evaluations.append(evaluation_row(global_step, scores, lengths, successes + history))
             history = []
             save_agent(agent, envs.obs_stats, evaluations, folder)
             writer.add_scalar("eval/return_mean", scores.mean(), global_step)
             tqdm.write(f"step {global_step:,}: return {scores.mean():.1f}")
         if finished or global_step % interval < batch_size:
             checkpoint = {name: part.state_dict() for name, part in stateful.items()}
-            episodes = list(envs.recent_episodes)
-            checkpoint["progress"] = global_step, evaluations, history, episodes, speeds
+            checkpoint["recent_episodes"] = list(envs.recent_episodes)
+            checkpoint["progress"] = global_step, evaluations, history, speeds
             writer.flush()
             with atomic_write(checkpoint_path) as path:
                 torch.save(checkpoint, path)
@@ -604,14 +602,14 @@ def train(envs, args, folder):
 
 
 def evaluate(agent, args, obs_stats, seed, env):
-    """Raw returns and lengths (eval_episodes,) of greedy episodes; a success rate if `info` has
-    successes: an episode without one has failed."""
+    """Raw returns and lengths (eval_episodes,) of greedy episodes; successes if `info` has any."""
     # Wrappers outside of a TimeLimit may join episodes; others have no limit
     longest = max(100_000, getattr(env.spec, "max_episode_steps", None) or 0)
     act = agent.actor_fn()
     returns = np.zeros(args.eval_episodes)
     lengths = np.zeros_like(returns)
-    success = Counter()
+    successes = []
+    is_known = False
     for episode in range(args.eval_episodes):
         # With seed + episode, runs with neighbouring seeds would share most initial states
         obs, _ = env.reset(seed=None if episode else seed)
@@ -622,9 +620,10 @@ def evaluate(agent, args, obs_stats, seed, env):
             returns[episode] += reward
             lengths[episode] += 1
             done = terminated or truncated or lengths[episode] == longest
-        if "is_success" in info:  # of the episode's last step
-            success["success_rate"] += info["is_success"] / args.eval_episodes
-    return returns, lengths, [success]
+        # Of the episode's last step. Some environments say it only of a success
+        successes.append({"success_rate": info.get("is_success", False)})
+        is_known |= "is_success" in info
+    return returns, lengths, successes if is_known else []
 
 
 # ---- Plumbing

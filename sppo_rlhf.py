@@ -743,7 +743,8 @@ def function_reward(name, columns):
     def reward_model(**inputs):
         count = len(inputs["texts"])  # the function may change the list
         scores = function(**{key: inputs[key] for key in names})
-        require(len(scores) == count, f"{name} must return a score for each of {count} texts")
+        is_list = not isinstance(scores, dict | str) and len(scores) == count
+        require(is_list, f"{name} must return a score for each of {count} texts")
         return [None if one is None else float(one) for one in scores]
 
     return reward_model
@@ -1416,9 +1417,7 @@ def restore(setup, folder):
     checkpoint = load_checkpoint(path)
     for name, parameter in setup.actor_critic.trained().items():
         parameter.copy_(checkpoint["agent"][name])
-    groups = setup.optimizer.param_groups
     setup.optimizer.load_state_dict(checkpoint["optimizer"])
-    setup.optimizer.param_groups = groups  # such as a learning rate that has been edited
     return Progress(**checkpoint["progress"])
 
 

@@ -145,6 +145,8 @@ def main():
     bar = tqdm(total=len(commands), initial=done, unit="run", smoothing=0, miniters=0)
     bar.mininterval = 1 if sys.stderr.isatty() else 60
     running = {}
+    failed = 0
+    silent = []  # without a score: a library may end a run early, without an error
     signals = []  # only noted, so that no signal interrupts the start of a run or the end of all
     for number in (signal.SIGINT, signal.SIGTERM, getattr(signal, "SIGHUP", signal.SIGTERM)):
         if number == signal.SIGINT or signal.getsignal(number) != signal.SIG_IGN:  # as by nohup
@@ -154,26 +156,28 @@ def main():
             for waiting, free in pools:
                 while waiting and free:
                     gpu = free.pop(0)
-                    process, log = start(waiting.pop(0), gpu, max(1, CORES // jobs), args.runs_dir)
-                    running[process] = log, gpu, free
+                    command = waiting.pop(0)
+                    process, log = start(command, gpu, max(1, CORES // jobs), args.runs_dir)
+                    running[process] = command, log, gpu, free
             for process in [process for process in running if process.poll() is not None]:
-                log, gpu, free = running.pop(process)
+                command, log, gpu, free = running.pop(process)
                 free.append(gpu)
                 last_line = log.read_text(errors="replace").rstrip().rsplit("\n", 1)[-1]
                 code = process.returncode
                 cause = signal.strsignal(-code) if code < 0 else "failed"
                 tqdm.write(f"{cause}, see {log}" if code else last_line)
+                failed += code != 0
+                silent += [command] * (code == 0 and "; to watch it: " not in last_line)
                 bar.update()
             bar.update(0)
             time.sleep(0.1)
     finally:
         end(list(running))
         bar.close()
-    if signals:
-        sys.exit("interrupted; the same command continues")
-    left = list(unfinished(commands, args.runs_dir))  # a run may also end early without an error
-    if left:
-        sys.exit(f"{len(left)} of {len(commands)} have no finished run in {args.runs_dir}")
+    failed += len(list(unfinished(silent, args.runs_dir)))
+    if signals or failed:
+        failures = f"{failed} of {len(commands)} failed"
+        sys.exit("interrupted; the same command continues" if signals else failures)
 
 
 if __name__ == "__main__":

@@ -19,7 +19,7 @@ import nbformat
 import pandas as pd
 import tyro
 from nbclient import NotebookClient
-from nbclient.exceptions import DeadKernelError
+from nbclient.exceptions import CellTimeoutError, DeadKernelError
 from nbformat.v4 import new_code_cell
 from tqdm import tqdm
 
@@ -28,12 +28,14 @@ EXERCISE = DOCS / "symmetric_loss_exercise.ipynb"
 RESULTS = ["holds", "fails", "to do", "not reached"]  # of a claim
 FIRST = [*RESULTS, "look at", "remark"]  # columns before the claims
 # An answer with one of these may use what checks it
-LOOK_AT = "claim compare results factor quotient sppo_over_ppo weights_in exec eval globals "
+LOOK_AT = "claim compare isclose results factor quotient sppo_over_ppo weights_in exec globals "
 LOOK_AT += "sppo_continuous sa2c_continuous"
 # Run before and after an answer
 BEGIN = "_own = set()"
 KEEP = "_kept = {x: y for x, y in globals().items() if x[0] != '_' and x not in _own}"
-RESTORE = "_own |= set(globals()) - set(_kept)\nglobals().update(_kept)"
+RESTORE = """_own |= set(globals()) - set(_kept)
+print("undone:", *[x for x, y in _kept.items() if globals().get(x) is not y])
+globals().update(_kept)"""
 
 
 @dataclass
@@ -62,8 +64,8 @@ def answers_of(notebook):
 
 
 def grade(path, timeout):
-    """Returns {claim: holds, fails or to do} of a student's notebook, words to look at, and what
-    ended it early, if anything did."""
+    """Returns {claim: holds, fails or to do} of a student's notebook, words to look at, and a
+    remark on what ended it early, or which of the exercise's names the student has used."""
     text = path.read_text(encoding="utf-8-sig")  # some editors write a byte order mark
     answers = answers_of(nbformat.reads(text, as_version=4))
     graded = nbformat.read(EXERCISE, as_version=4)
@@ -75,19 +77,21 @@ def grade(path, timeout):
         graded.cells[i : i + 1] = map(new_code_cell, sources)
     graded.cells.insert(0, new_code_cell(BEGIN))
     where = {"metadata": {"path": DOCS}}
-    options = {"timeout": timeout, "interrupt_on_timeout": True, "allow_errors": True}
-    client = NotebookClient(graded, resources=where, **options)
-    remark = ""
+    client = NotebookClient(graded, timeout=timeout, allow_errors=True, resources=where)
+    remark = []
     try:
         client.execute(stderr=subprocess.DEVNULL)  # of the kernel, which warns about its network
-    except DeadKernelError:
-        remark = "the notebook ended itself, as by exit()"
-    outputs = [output for cell in graded.cells for output in cell.get("outputs", [])]
-    printed = "".join(output.get("text", "") for output in outputs)
-    lines = re.findall(r"(holds|fails|to do): (\w+(?: \(needs \w+\))?: [^:\n]+)", printed)
+    except (CellTimeoutError, DeadKernelError) as error:
+        remark.append(type(error).__name__)
+    printed = {True: "", False: ""}  # by cells of the exercise, and by others
+    for cell in graded.cells:
+        for output in cell.get("outputs", []):
+            printed["tags" in cell.metadata] += output.get("text", "")
+    lines = re.findall(r"(holds|fails|to do): (\w+(?: \(needs \w+\))?: [^:\n]+)", printed[True])
+    remark += re.findall(r"undone: .+", printed[False])
     written = "\n".join(cell.source for cell in sum(answers, []))
     words = [word for word in LOOK_AT.split() if re.search(rf"\b{word}\b", written)]
-    return {claim: result for result, claim in lines}, " ".join(words), remark
+    return {claim: result for result, claim in lines}, " ".join(words), ", ".join(remark)
 
 
 def notebooks(folder):
@@ -97,14 +101,16 @@ def notebooks(folder):
     found = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
-        if any(part.startswith(".") for part in name.parts):  # Jupyter's and macOS's copies
-            continue
-        if path.suffix.lower() == ".ipynb":
+        copied = any(part.startswith((".", "__")) for part in name.parts)  # by Jupyter or macOS
+        if path.suffix.lower() == ".ipynb" and not copied:
             found[name.with_suffix("").as_posix()] = path
-        elif path.parent == folder and path.is_dir():
-            there = [x for x in path.rglob("*") if x.suffix.lower() == ".ipynb"]
-            found |= {} if there else {name.as_posix(): None}
-    return found
+        elif path.is_dir() and path.parent == folder and not copied:
+            found[name.as_posix()] = None
+    return {
+        name: path
+        for name, path in found.items()
+        if path or not any(other.startswith(f"{name}/") for other in found)
+    }
 
 
 def main(args):

@@ -285,7 +285,7 @@ def test_a_failed_run_is_named_and_the_others_go_on(stubs):
     assert "\n\\xf6\n" in result.stdout
     assert "0 of 4 runs have finished, 4 are left\n" in result.stderr
     assert result.returncode == 1
-    assert result.stderr.endswith("3 of 4 have no finished run in runs\n")
+    assert result.stderr.endswith("3 of 4 failed\n")
     log = stubs / re.search(r"failed, see (runs/logs/Pong__1__\w+\.log)", result.stdout)[1]
     assert log.read_text().endswith("ValueError: no\n")
     assert len(records(stubs)) == 1

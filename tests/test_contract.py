@@ -461,18 +461,6 @@ def test_a_continued_run_equals_an_uninterrupted_one(setting, tmp_path):
     assert summary | {"sps": 0} == whole_summary | {"sps": 0}
 
 
-def test_a_run_that_goes_on_in_another_folder_has_its_own_learning_rate(setting):
-    """As docs/usage.md extends a finished run. With 0, weights stay."""
-    _, first = setting.run("first", **every(setting, 1), learning_rate=1e-2)
-    flags = every(setting, 1) | {"total_timesteps": 6 * setting.batch, "learning_rate": 0.0}
-    folder = setting.folder("longer", **flags)
-    folder.mkdir(parents=True)
-    shutil.copy(first / "checkpoint.pt", folder)
-    setting.run("longer", **flags)
-    assert evaluated(folder)[-1] == 6 * setting.batch
-    assert torch.equal(weights(folder), weights(first))
-
-
 def break_disk(setting, patch):
     def half(content, path):
         Path(path).write_bytes(b"half")

@@ -181,12 +181,14 @@ def test_a_class_is_graded_whatever_else_students_changed(tmp_path, monkeypatch,
     nbformat.write(exercise(to_do, to_do), grade.EXERCISE)
     folder = tmp_path / "class"
     (folder / "zoe").mkdir(parents=True)
-    cheating = exercise(f"{wrong}  # weights_in", "right = 'fails'")
+    cheating = exercise(f"{wrong}  # weights_in", "right = 'fails'\nprint('holds: 0a: a claim')")
     cheating.cells[-1].source = "print('holds: 1a: a claim')"
     helped = exercise(right, "import nowhere")
     helped.cells[1:2] = [cell("h = 'holds'"), cell("def f():", "student"), cell("", "student")]
     helped.cells[2].source = "def f(): return h\nprint('f', end=' ')"
     left = exercise(right, "import os; os._exit(0)")
+    (folder / "zoe/.ipynb_checkpoints").mkdir()
+    nbformat.write(left, folder / "zoe/.ipynb_checkpoints/left.ipynb")
     notebooks = {"ada": exercise(to_do), "bob/same": cheating, ".copies/same": cheating}
     notebooks |= {"eve/same": exercise(to_do, wrong), "fay": helped, "gil": left}
     for name, notebook in notebooks.items():
@@ -198,13 +200,12 @@ def test_a_class_is_graded_whatever_else_students_changed(tmp_path, monkeypatch,
     grades = pd.read_csv(tmp_path / "grades.csv", index_col="notebook", dtype=str).fillna("")
     few = "not graded: ValueError('1 answers instead of 2')"
     none = "not graded: ValueError('no notebook (*.ipynb) in this folder')"
-    left = "the notebook ended itself, as by exit()"
     assert grades.T.to_dict("list") == {
         "ada": [""] * 5 + [few, "", ""],
-        "bob/same": ["0", "2", "0", "0", "weights_in", "", "fails", "fails"],
+        "bob/same": ["0", "2", "0", "0", "claim weights_in", "undone: right", "fails", "fails"],
         "eve/same": ["0", "1", "1", "0", "", "", "to do", "fails"],
         "fay": ["2", "0", "0", "0", "", "", "holds", "holds"],
-        "gil": ["1", "0", "0", "1", "", left, "holds", "not reached"],
+        "gil": ["1", "0", "0", "1", "", "DeadKernelError", "holds", "not reached"],
         "zoe": [""] * 5 + [none, "", ""],
     }
     out, err = capsys.readouterr()

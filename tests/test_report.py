@@ -209,6 +209,15 @@ def test_a_table_for_latex_has_tasks_down_and_noise_across(tmp_path):
     assert "\\end{tabular}\\\\[1ex]\n$^*$ fewer runs, at least 1\n" in table
 
 
+def test_an_environment_may_say_success_only_where_there_is_one(tmp_path):
+    for seed, rate in enumerate([0.5, math.nan, 1.0]):
+        make_run(tmp_path / "runs", "sppo", 1, seed, columns={"success_rate": rate})
+    page = write_report(tmp_path / "runs", out=tmp_path / "out")
+    error = stats.sem([0.5, 0, 1])
+    expected = [HOPPER, "clean", f"0.50 ± {error:.2f}"]
+    assert table_after(page, "Success_rate, last evaluation (runs: 3):")[1] == expected
+
+
 def test_language_models_have_tables_of_their_columns_and_curves_over_texts(tmp_path, kept):
     for seed, kl in enumerate([3.0, 5.0]):
         columns = {"kl": np.linspace(0, kl, 12)}

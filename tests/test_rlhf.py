@@ -756,6 +756,7 @@ trls = get_repetition_penalty_reward(2)
 
 def own(texts): return [own_neighbour.length(text) for text in texts]
 def too_few(texts): return [0.5]
+def keyed(texts): return dict(enumerate(texts))
 def emptying(texts): return [float(len(texts.pop())) for _ in texts[:]]
 def named(completions, answer): return [float(answer[0] == 3) for _ in completions]
 def with_default(texts, answer=None, other=5): return [float(answer[0] == 3 and other == 5)] * 2
@@ -777,8 +778,9 @@ def test_a_reward_file_may_import_files_beside_it(tmp_path):
     assert function_reward(f"{file}:trls", **inputs | repeating) == [0, -0.75]
     with pytest.raises((SystemExit, AttributeError), match="none"):
         function_reward(f"{file}:none")
-    with pytest.raises(SystemExit, match="too_few must return a score for each of 2 texts$"):
-        function_reward(f"{file}:too_few", **inputs)
+    for name in ("too_few", "keyed"):
+        with pytest.raises(SystemExit, match=f"{name} must return a score for each of 2 texts$"):
+            function_reward(f"{file}:{name}", **inputs)
     assert function_reward(f"{file}:emptying", texts=["abc", "ab"]) == [2, 3]
 
 
