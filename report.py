@@ -573,10 +573,11 @@ def latex(scores: DataFrame, narrow: bool) -> str:
     caption = rf"Last evaluation: mean return $\pm$ standard error over {most} runs. Bold: {BOLD}."
     options = {"position": "t", "position_float": "centering", "multicol_align": "c"}
     options["environment"] = "table" if narrow else "table*"
-    options["column_format"] = "l" * len(down) + "r" * len(table.columns)
+    options["column_format"] = f"@{{}}{'l' * len(down)}{'r' * len(table.columns)}@{{}}"
     options |= {"sparse_index": False, "label": "tab:scores"}
     text = style.to_latex(hrules=True, caption=caption, **options)
-    text = "% \\usepackage{booktabs}\n" + text.replace("\\centering", "\\centering\\small")
+    size = "\\scriptsize\\setlength{\\tabcolsep}{2pt}" if narrow else "\\small"
+    text = "% \\usepackage{booktabs}\n" + text.replace("\\centering", f"\\centering{size}")
     note = f"\\\\[1ex]\n$^*$ fewer runs, at least {runs.min()}" if runs.nunique() > 1 else ""
     return text.replace("\\end{tabular}", "\\end{tabular}" + note)
 
