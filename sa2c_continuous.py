@@ -31,7 +31,7 @@ probabilities, so each action dimension is discretised into bins; the probabilit
 the product over its dimensions. In many dimensions p, and with it the gradient of Lr, is almost 0
 until the policy becomes nearly deterministic.
 
-The same command continues a killed run. It ends with the bytes of a run that was not killed.
+The same command continues a killed run, with the same bytes if seeds determine the environment.
 """
 
 import csv

@@ -30,7 +30,7 @@ SPPO differs from PPO in two lines, those with `reverse_loss = ` and `beta * rev
 policy gradient is (alpha + beta |Z|) times PPO's. Lr needs probabilities, so each action dimension
 is discretised into bins, and p is the product over the dimensions.
 
-The same command continues a killed run. It ends with the bytes of a run that was not killed.
+The same command continues a killed run, with the same bytes if seeds determine the environment.
 """
 
 import csv

@@ -88,7 +88,7 @@ def detected(error, freedom):
 
 def estimate(value, low, high, digits=2):
     if np.isnan(value):
-        return "below the floor"
+        return "mean below floor"
     value, low, high = np.round([value, low, high], digits) + 0.0  # no -0.00
     return f"{value:,.{digits}f} ({low:,.{digits}f} to {high:,.{digits}f})"
 

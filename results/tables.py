@@ -24,7 +24,7 @@ MARKED = re.compile(r"(?m)(?<=^<!--)([\w.-]+)-->\n(?:\|.*\n)+")
 HOPPER, PENDULUM, LANDER = "Hopper-v4", "InvertedDoublePendulum-v4", "LunarLanderContinuous-v3"
 METHODS = {  # labels on pages, where they are not the --exp-name in capitals
     "Gaussian PPO": "ppo",
-    "PPO, corrected rewards": "ppo-corrected",
+    "PPO, unbiased rewards": "ppo-corrected",
     "PPO, epsilon 1e-8": "ppo-eps",
     "PPO, ce-coef / k, epsilon 1e-8": "ppo-ce-eps",
     "SPPO, epsilon 1e-8": "sppo-eps",
@@ -162,7 +162,7 @@ TABLES = {
         packs="atari/breakout",
         heading="rewards",
         rows=rewards("clean", "flipped"),
-        columns=PPO_AND_SPPO | methods("PPO, corrected rewards"),
+        columns=PPO_AND_SPPO | methods("PPO, unbiased rewards"),
         digits=1,
         measure=LAST,
     ),

@@ -28,7 +28,7 @@ STEPS = {  # weights of the methods' means
 }
 MEASURES = {
     "training": "training",
-    "last5": "last five evaluations",
+    "last5": "mean of five evaluations",  # all that these runs have
     "return_mean": "last evaluation",
 }
 
