@@ -311,7 +311,8 @@ def check_cell(cell: str, runs: DataFrame) -> None:
         lacking = versions[values.isna()]
         if values.nunique() > 1 or lacking.isin(versions[values.notna()]).any():
             several = ", ".join(map(str, runs[name].unique()))
-            rare = runs.loc[values.map(values.value_counts(dropna=False)).idxmin(), "run_name"]
+            counts = values.map(values.value_counts(dropna=False))
+            rare = runs.loc[counts.idxmin(), "run_name"]
             found = f"{name} ({several}), such as {rare}"
             raise Refusal(f"{cell}: runs differ in {found}; report them separately")
     twice = runs[runs["seed"].duplicated(keep=False)]
@@ -566,7 +567,10 @@ def latex(scores: DataFrame, narrow: bool) -> str:
     texts = texts.mask(scores["bold"], r"\textbf{" + texts + "}")
     most = runs.max()
     texts = texts.mask(runs < most, texts + "$^*$")
-    down, across = (["task", "noise"], ["method"]) if narrow else (["task"], ["noise", "method"])
+    down = ["task"]
+    across = ["noise", "method"]
+    if narrow:
+        down.append(across.pop(0))
     table = scores.assign(text=texts).pivot(index=down, columns=across, values="text").fillna("")
     table = table.rename_axis(index=[None] * len(down), columns=[None] * len(across))
     style = table.style.format_index(escape="latex").format_index(escape="latex", axis="columns")
