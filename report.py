@@ -305,7 +305,7 @@ def check_cell(cell: str, runs: DataFrame) -> None:
     """Raises Refusal if `runs` of one cell differ in a setting, or have the same seed. A
     flag that another version of the script lacks is no difference."""
     for name in runs.columns.difference([*FREE, *SCORES, *PROVENANCE]):
-        numbers = pd.to_numeric(runs[name], errors="coerce")  # a pack does not know texts from them
+        numbers = pd.to_numeric(runs[name], errors="coerce")  # a text may be a number in a pack
         values = numbers.astype(object).where(numbers.notna(), runs[name])
         versions = runs["script_sha256"]
         lacking = versions[values.isna()]
@@ -664,7 +664,7 @@ def provenance_text(runs: DataFrame, arguments, unfinished: list, broken: list) 
         page.append(f"**Not whole: {len(broken)}.** {NOT_WHOLE}")
         page.append("\n".join(f"- `{line}`" for line in broken))
     if unfinished:
-        how = "The same commands continue them; if they fail again, logs/ says why:"
+        how = "The same commands continue them, or say again why they fail:"
         page.append(f"**Begun, not finished, not in scores: {len(unfinished)}.** {how}")
         page.append(", ".join(unfinished))
     names = ["script", "total_timesteps", *PROVENANCE]

@@ -1158,7 +1158,7 @@ def update(setup, args, samples, rng):
                     # Times the number of processes, since DDP averages over them
                     (loss * accelerator.num_processes).backward()
                 totals.update(metrics)  # adds
-            metrics = dict(accelerator.reduce(totals))  # sums
+            metrics = dict(accelerator.reduce(totals))  # sums; a Counter's |= drops negative ones
 
             norm = nn.utils.clip_grad_norm_(setup.model.parameters(), args.max_grad_norm)
             setup.optimizer.step()

@@ -167,7 +167,8 @@ def main():
                 cause = signal.strsignal(-code) if code < 0 else "failed"
                 tqdm.write(f"{cause}, see {log}" if code else last_line)
                 failed += code != 0
-                silent += [command] * (code == 0 and "; to watch it: " not in last_line)
+                if code == 0 and "; to watch it: " not in last_line:
+                    silent.append(command)
                 bar.update()
             bar.update(0)
             time.sleep(0.1)

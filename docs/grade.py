@@ -60,7 +60,9 @@ def answers_of(notebook):
             answers.append(cells)
             cells = []
             has_answer = False
-    return answers + [cells] * has_answer
+    if has_answer:
+        answers.append(cells)
+    return answers
 
 
 def grade(path, timeout):
@@ -83,12 +85,16 @@ def grade(path, timeout):
         client.execute(stderr=subprocess.DEVNULL)  # of the kernel, which warns about its network
     except (CellTimeoutError, DeadKernelError) as error:
         remark.append(type(error).__name__)
-    printed = {True: "", False: ""}  # by cells of the exercise, and by others
+    checked = ""  # what the exercise's own cells print
+    answered = ""
     for cell in graded.cells:
-        for output in cell.get("outputs", []):
-            printed["tags" in cell.metadata] += output.get("text", "")
-    lines = re.findall(r"(holds|fails|to do): (\w+(?: \(needs \w+\))?: [^:\n]+)", printed[True])
-    remark += re.findall(r"undone: .+", printed[False])
+        printed = "".join(output.get("text", "") for output in cell.get("outputs", []))
+        if "tags" in cell.metadata:
+            checked += printed
+        else:
+            answered += printed
+    lines = re.findall(r"(holds|fails|to do): (\w+(?: \(needs \w+\))?: [^:\n]+)", checked)
+    remark += re.findall(r"undone: .+", answered)
     written = "\n".join(cell.source for cell in sum(answers, []))
     words = [word for word in LOOK_AT.split() if re.search(rf"\b{word}\b", written)]
     return {claim: result for result, claim in lines}, " ".join(words), ", ".join(remark)

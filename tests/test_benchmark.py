@@ -274,18 +274,19 @@ def test_games_go_to_gpus_and_control_to_the_cpu(visible, envs, cores, flags, gp
 
 def test_a_failed_run_is_named_and_the_others_go_on(stubs):
     """Without a `python` on PATH, and on a terminal that lacks a letter of the last line. One run
-    is ended by a library, with status 0."""
+    is ended by a library, with status 0. One prints the score of an earlier session."""
     (stubs / "sppo_atari.py").write_text("raise ValueError('no')")
     (stubs / "sppo_continuous.py").write_text(STUB + "sys.stdout.buffer.write('ö'.encode())")
     (stubs / "sa2c_atari.py").write_text("import os\nos.kill(os.getpid(), 9)")  # out of memory
     commands = [["sppo_atari.py", "--env-id", "Pong", "--seed", "1"], ["sppo_continuous.py"]]
     (stubs / "sa2c_continuous.py").write_text("import os\nos._exit(0)")
-    commands += [["sa2c_atari.py"], ["sa2c_continuous.py"]]
+    (stubs / "sppo_rlhf.py").write_text("print('runs/a: reward 1; to watch it: python enjoy.py')")
+    commands += [["sa2c_atari.py"], ["sa2c_continuous.py"], ["sppo_rlhf.py"]]
     result = run(commands, stubs, "--jobs", 1, PATH="/nowhere", PYTHONIOENCODING="ascii")
     assert "\n\\xf6\n" in result.stdout
-    assert "0 of 4 runs have finished, 4 are left\n" in result.stderr
+    assert "0 of 5 runs have finished, 5 are left\n" in result.stderr
     assert result.returncode == 1
-    assert result.stderr.endswith("3 of 4 failed\n")
+    assert result.stderr.endswith("3 of 5 failed\n")
     log = stubs / re.search(r"failed, see (runs/logs/Pong__1__\w+\.log)", result.stdout)[1]
     assert log.read_text().endswith("ValueError: no\n")
     assert len(records(stubs)) == 1
