@@ -407,6 +407,7 @@ def test_differences_are_welchs_and_those_of_chosen_pairs_are_corrected_and_show
         make_run(runs, "mine", mine[seed], seed)
     pairs = ("mine", "ppo"), ("sppo", "dppo"), ("mine", "ppo")
     page = write_report(runs, out=tmp_path / "out", compare=pairs)
+    assert page.count("| mine against ppo | clean | last evaluation |") == 1
     differences = pd.read_csv(tmp_path / "out/differences.csv")
     assert len(differences) == 3 * (6 + 1) and differences["p"].is_monotonic_increasing
     rows = differences.query("measure == 'last evaluation'").set_index(["task", "method", "other"])

@@ -1245,7 +1245,7 @@ def test_micro_batches_add_up_to_the_minibatch(load, models, monkeypatch, lora_r
     setup, args = load(policy_model=str(models["gpt2"]), response_length=40, **flags)
     actor = setup.actor_critic
     randomise(actor)
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator().manual_seed(3)  # a loss is negative
     samples = rlhf.collect(setup, args, setup.train_data)
     for i, sample in enumerate(samples):
         length = len(sample.response)
