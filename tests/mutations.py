@@ -80,7 +80,7 @@ def outcome(folder, file, tests, names, right, wrong):
     path.write_text(text.replace(right, wrong))
     command = [sys.executable, "-m", "pytest", "-q", "-x", "-n", "0", "-p", "no:cacheprovider"]
     command += [f"tests/test_{tests}.py", "-k", names]
-    done = subprocess.run(command, cwd=folder, capture_output=True, text=True)
+    done = subprocess.run(command, cwd=folder, capture_output=True, text=True, timeout=900)
     path.write_text(text)
     seen = re.search(r"(?m)^FAILED \S+::(\S+)", done.stdout)
     return f"seen by {seen[1]}" if done.returncode == 1 and seen else "SURVIVED"
