@@ -19,7 +19,7 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from decimal import Decimal
 from itertools import combinations, permutations
-from pathlib import Path
+from pathlib import Path, PureWindowsPath
 
 os.environ["MPLBACKEND"] = "agg"  # before matplotlib reads that of a notebook, which may be missing
 import matplotlib.pyplot as plt
@@ -40,8 +40,9 @@ warnings.filterwarnings("ignore", "Glyph")  # `rename` has one line on letters w
 sns.set_context("paper", font_scale=0.8, rc={"figure.labelsize": "medium"})
 
 HOW_TO_READ = """Scores are mean returns. "Training" is that of the last 100 training episodes,
-averaged since the evaluation before. A cell is a method, a task and a kind of noise; its runs
-differ in seed. 95 % intervals: where the mean over many seeds may lie."""
+averaged since the evaluation before (language models: of the batch). "Last five" needs ten
+evaluations. A cell is a method, a task and a kind of noise; its runs differ in seed. 95 %
+intervals: where the mean over many seeds may lie."""
 
 BOLD = """the best of a task and noise, if it differs from each method that it is compared with \
 (Welch's test, p below 0.05 after Benjamini and Hochberg's correction)"""
@@ -81,13 +82,14 @@ COLORS = dict(item.split() for item in COLORS.split(", "))
 
 # Columns in which runs of a cell may differ, beside SCORES and PROVENANCE
 FREE = "seed run_name runs_dir device compile track gradient_checkpointing capture_video".split()
-PROVENANCE = "commit script_sha256 files_sha256 command started versions hardware".split()
+PROVENANCE = "commit script_sha256 files command started versions hardware".split()
 SCORES = ["finished", "return_mean", "return_std", "last5", "training", "sps"]
 RUN = ["run_name", "exp_name", "script", "env_id", "noise", "noise_level", "seed", *SCORES]
 OWN = ["run_name", "script", *SCORES, *PROVENANCE]  # an argument called so is called "--script"
 EVALUATION = ["run_name", "step", "return_mean", "return_std", "length_mean"]
 NOISE = "noise and level"  # as no argument can be called
 LOWEST = "lowest return"
+LAST_STEP = "last step"
 PACKAGES = "torch numpy gymnasium mujoco Box2D ale-py transformers stable-baselines3 trl".split()
 CELL = [NOISE, "env_id", "exp_name"]
 SHOWN = dict(zip(CELL, ["noise", "task", "method"]))
@@ -95,6 +97,8 @@ DIFFERENCE = ["measure", "task", "noise", "method", "other"]
 DIFFERENCE += ["difference", "low", "high", "p", "runs_for_power"]
 LOGGED = ["losses/clipped_gradients", "losses/norm_sign_changes"]  # these get tables
 FEW = 5  # with fewer runs a cell, wins have no interval: results/coverage.py
+LATEX = str.maketrans({letter: f"\\{letter}" for letter in "&%$#_{}"})
+LATEX |= str.maketrans({"~": r"\~{}", "^": r"\^{}", "\\": r"\textbackslash{}"})
 RUN_FILES = ["sessions.jsonl", "progress.csv", "summary.json"]
 
 
@@ -131,7 +135,7 @@ def read_folders(folders: Iterable[Path]) -> tuple[DataFrame, DataFrame, list[st
     for folder in folders:
         paths = sorted({file.parent for name in RUN_FILES for file in folder.glob(f"*/{name}")})
         if any((folder / name).exists() for name in RUN_FILES) or tables_of(folder)[0].exists():
-            paths = [folder.resolve()]  # "." has no name
+            paths.append(folder.resolve())  # "." has no name
         elif not folder.exists():
             raise Refusal(f"{folder}: no such folder")
         elif not paths:  # as runs/quick/logs of runs/quick/*
@@ -182,7 +186,11 @@ def read_run(path: Path) -> tuple[list[dict], DataFrame]:
         if lacking:
             raise Refusal(f"no column {min(lacking)} in it")
         runs = runs.reindex(columns=runs.columns.union(PROVENANCE, sort=False))
-        return runs.to_dict("records"), read_csv(evaluations)
+        progress = read_csv(evaluations)
+        lacking = set(runs["run_name"][runs["finished"]]) - set(progress["run_name"])
+        if lacking:
+            raise Refusal(f"{evaluations.name} does not have {min(lacking)}")
+        return runs.to_dict("records"), progress
     first_line, *_ = (path / "sessions.jsonl").read_text(encoding="utf-8").split("\n")
     session = json.loads(first_line)
     script = (path / session["script"]).read_bytes()
@@ -190,10 +198,13 @@ def read_run(path: Path) -> tuple[list[dict], DataFrame]:
     for name, value in session["args"].items():
         column = f"--{name}" if name in OWN else name
         run[column] = json.dumps(value) if isinstance(value, (list, dict)) else value
+        if value is None:
+            run[column] = "None"  # nan: a flag that the script lacks
     if "env_id" not in run:  # a language model
         run["env_id"] = run.pop("task")
     versions = sorted(session["versions"].items())
-    files = sorted(session.get("files", {}).values())
+    files = [[PureWindowsPath(path).name, x[:8]] for path, x in session.get("files", {}).items()]
+    files = sorted(file for file in files if file[0] != session["script"])
     run |= {
         "run_name": path.name,
         "script": session["script"],
@@ -201,7 +212,7 @@ def read_run(path: Path) -> tuple[list[dict], DataFrame]:
         "started": session["started"],
         "script_sha256": hashlib.sha256(script).hexdigest(),
         "command": shlex.join(session["command"]),
-        "files_sha256": hashlib.sha256("".join(files).encode()).hexdigest() if files else None,
+        "files": json.dumps(files),
         "versions": json.dumps({name: x for name, x in versions if name in PACKAGES}),
         "hardware": json.dumps([session[name] for name in ("platform", "cpu", "gpu")]),
         "exp_name": run["exp_name"],
@@ -251,7 +262,7 @@ def pack(runs: DataFrame, progress: DataFrame, place: Path) -> None:
 
 
 def label_runs(runs: DataFrame, progress: DataFrame) -> DataFrame:
-    """Finished runs with NOISE ("clean" or noise and level), LOWEST and the other columns of
+    """Finished runs with NOISE ("clean" or noise and level), LOWEST, LAST_STEP, and columns of
     `progress`, after "logged" if their name is taken: "losses/..." as means over a run, others as
     in the last evaluation. Columns of CELL are categories. Raises Refusal if a cell is mixed."""
     finished = runs[runs["finished"]].copy()
@@ -265,6 +276,7 @@ def label_runs(runs: DataFrame, progress: DataFrame) -> DataFrame:
     last = evaluations.tail(1).set_index("run_name")
     lowest = finished["run_name"].map(evaluations["return_mean"].min())
     finished[LOWEST] = np.fmin(lowest, finished["training"].astype(float))
+    finished[LAST_STEP] = finished["run_name"].map(last["step"])
     taken = [*finished, *MEASURES.values(), "a score"]
     for name in progress.columns.difference(EVALUATION):
         values = evaluations[name].mean() if "/" in name else last[name]
@@ -309,7 +321,8 @@ def check_cell(cell: str, runs: DataFrame) -> None:
         values = numbers.astype(object).where(numbers.notna(), runs[name])
         versions = runs["script_sha256"]
         lacking = versions[values.isna()]
-        if values.nunique() > 1 or lacking.isin(versions[values.notna()]).any():
+        others = versions[values.notna() & (values != "None")]  # older packs lack None
+        if values.nunique() > 1 or lacking.isin(others).any():
             several = ", ".join(map(str, runs[name].unique()))
             counts = values.map(values.value_counts(dropna=False))
             rare = runs.loc[counts.idxmin(), "run_name"]
@@ -351,7 +364,7 @@ def pairs_of(runs: DataFrame, compare: Iterable[tuple]) -> list:
     for a, b in chosen:
         if (a, b) not in together:
             there = ", ".join(in_order(runs["exp_name"]))
-            raise Refusal(f"--compare {a} {b}: no task has both; there are {there}")
+            raise Refusal(f"--compare {a} {b}: no task has both; before --names, there are {there}")
     if not chosen:
         for method in in_order(runs["exp_name"]):
             baselines = BASELINES.get(method, f"{method.replace('-', ' ', 1)} sppo sa2c")
@@ -360,22 +373,33 @@ def pairs_of(runs: DataFrame, compare: Iterable[tuple]) -> list:
     return chosen
 
 
+def compared(pairs: list) -> str:
+    return f"Compared: {', '.join(f'{a} with {b}' for a, b in pairs) or 'nothing'}."
+
+
+def versions_of(run) -> dict[str, str]:
+    """What the run may have in another version than other runs. Older packs lack files."""
+    versions = {run.script: run.script_sha256, "packages": run.versions}
+    for name, digest in json.loads(run.files) if isinstance(run.files, str) else []:
+        versions[name] = versions.get(name, "") + digest  # of all files of that name
+    return versions
+
+
 def remarks(runs: DataFrame, pairs: list) -> list:
     """Paragraphs on what is compared, on methods without bins, and on tasks whose runs differ in
-    steps or versions."""
-    compared = ", ".join(f"{a} with {b}" for a, b in pairs)
-    page = [f"Compared: {compared or 'nothing'}."]
+    files, packages or steps."""
+    page = [compared(pairs)]
     if "policy" in runs:
         names = runs.loc[runs["policy"] == "gaussian", "exp_name"].unique()
         page.append(f"Without bins (Gaussian policy): {', '.join(names) or 'none'}.")
     for (noise, task), group in runs.groupby(CELL[:2], observed=True):
-        steps = group["total_timesteps"].nunique()
-        has_files = group["files_sha256"].notna().all()
-        column = "files_sha256" if has_files else "script_sha256"
-        versions = group.groupby("script")[column].nunique().max()
-        if max(steps, versions) > 1:
-            counts = f"numbers of steps: {steps}, versions of a script and its files: {versions}"
-            page.append(f"**Not alike: {task}, {noise} ({counts}).**")
+        versions = DataFrame(map(versions_of, group.itertuples())).nunique()
+        unlike = [f"versions of {name}" for name in versions.index[versions > 1]]
+        fewest, most = group[LAST_STEP].min(), group[LAST_STEP].max()
+        if most > 1.01 * fewest:  # else rounded up to whole rollouts
+            unlike.append(f"{fewest:,} to {most:,} steps")
+        if unlike:
+            page.append(f"**Not alike: {task}, {noise}: {', '.join(unlike)}.**")
     return page
 
 
@@ -468,6 +492,7 @@ def make_differences(runs: DataFrame, pairs: list) -> DataFrame:
                 needed = runs_for_power(cell[a], cell[b]) if tested else pd.NA
                 rows.append([title, task, noise, a, b, *found, needed])
     differences = DataFrame(rows, columns=DIFFERENCE).astype({"runs_for_power": "Int64"})
+    differences["task"] = pd.Categorical(differences["task"], runs["env_id"].cat.categories)
     differences = differences.sort_values("p", ignore_index=True)
     chosen = [pair in pairs for pair in zip(differences["method"], differences["other"])]
     p = differences.loc[chosen, "p"].astype(float)
@@ -491,7 +516,7 @@ def make_scores(runs: DataFrame, measures: list[str], differences: DataFrame) ->
     place = ["measure", "task", "noise"]
     best = scores.groupby(place, observed=True)["mean"].transform("max")
     both_ways = pd.concat([differences, differences.assign(method=differences["other"])])
-    p = both_ways.groupby([*place, "method"])["p_corrected"].max()
+    p = both_ways.groupby([*place, "method"], observed=True)["p_corrected"].max()
     p = scores.join(p, on=[*place, "method"])["p_corrected"]
     scores["bold"] = (scores["mean"] == best) & (p < 0.05)
     both = scores[["mean", "standard_error"]].to_numpy()
@@ -559,9 +584,9 @@ def score_text(scores: DataFrame) -> list:
     return page
 
 
-def latex(scores: DataFrame, narrow: bool) -> str:
-    """A LaTeX table of last evaluations: tasks down, methods across, noise across or, if narrow,
-    down."""
+def latex(scores: DataFrame, pairs: list, narrow: bool) -> str:
+    """A LaTeX table of last evaluations: tasks down, methods across, noise across or, if this is
+    too wide, down."""
     runs = scores["runs"]
     texts = scores["text"].str.replace("±", r"$\pm$").str.replace("-", "$-$")
     texts = texts.mask(scores["bold"], r"\textbf{" + texts + "}")
@@ -569,12 +594,13 @@ def latex(scores: DataFrame, narrow: bool) -> str:
     texts = texts.mask(runs < most, texts + "$^*$")
     down = ["task"]
     across = ["noise", "method"]
-    if narrow:
+    if narrow or len(scores[across].drop_duplicates()) > 7:
         down.append(across.pop(0))
     table = scores.assign(text=texts).pivot(index=down, columns=across, values="text").fillna("")
     table = table.rename_axis(index=[None] * len(down), columns=[None] * len(across))
     style = table.style.format_index(escape="latex").format_index(escape="latex", axis="columns")
-    caption = rf"Last evaluation: mean return $\pm$ standard error over {most} runs. Bold: {BOLD}."
+    caption = rf"Last evaluation: mean return $\pm$ standard error over {most} runs. Bold: {BOLD}. "
+    caption += compared(pairs).translate(LATEX)
     options = {"position": "t", "position_float": "centering", "multicol_align": "c"}
     options["environment"] = "table" if narrow else "table*"
     options["column_format"] = f"@{{}}{'l' * len(down)}{'r' * len(table.columns)}@{{}}"
@@ -672,12 +698,15 @@ def provenance_text(runs: DataFrame, arguments, unfinished: list, broken: list) 
     origin = origin.dropna(axis="columns", how="all").map(str)
     counts = origin.replace(["nan", "None"], "not recorded").value_counts()
     page.append(markdown(counts.reset_index(name="runs").astype(str)))
-    by_method = runs.groupby("exp_name", observed=True)[arguments]
-    table = by_method.agg(lambda values: ", ".join(sorted(set(values.dropna().map(str))))).T
-    differs = table[table.nunique(axis="columns") > 1].rename_axis("argument")
-    differs = differs.reset_index(allow_duplicates=True)
-    if len(differs):
-        page += ["Arguments in which methods differ:", markdown(differs.astype(str))]
+    texts = runs[arguments].map(lambda x: f"{x:.12g}" if isinstance(x, float) else str(x))
+    texts = texts.where(runs[arguments].notna(), "")
+    cells = texts.groupby([runs[name] for name in CELL], observed=True).max()  # "": flag lacking
+    differ = cells.groupby(CELL[:2], observed=True).nunique().max() > 1
+    by_method = cells.loc[:, differ].groupby("exp_name", observed=True)
+    table = by_method.agg(lambda values: ", ".join(sorted(set(values)))).T.rename_axis("argument")
+    if len(table):
+        table = table.reset_index(allow_duplicates=True)
+        page += ["Arguments in which methods differ:", markdown(table.astype(str))]
     return page
 
 
@@ -734,7 +763,7 @@ def draw_differences(differences: DataFrame, file: Path, narrow: bool) -> list:
     """A panel for each task. Returns the Markdown that shows it."""
     names = differences["method"] + "\nminus " + differences["other"] + ", " + differences["noise"]
     heights, labels = pd.factorize(names, sort=True)
-    panels = list(differences.assign(height=heights).groupby("task"))
+    panels = list(differences.assign(height=heights).groupby("task", observed=True))
     height = 0.6 + 0.3 * len(labels)
     figure, axes = make_panels(len(panels), len(panels), height, narrow, sharey=True)
     for ax, (task, panel) in zip(axes, panels):
@@ -760,8 +789,10 @@ def main(args: Args) -> None:
     pairs = rename(runs, pairs_of(runs, args.compare), args.names)
     colors = colors_of(methods, runs["exp_name"].cat.categories)
     differences = make_differences(runs, pairs)
-    others = runs.columns.difference([*everything, NOISE, LOWEST])
+    others = runs.columns.difference([*everything, NOISE, LOWEST, LAST_STEP])
     scores = make_scores(runs, [*MEASURES, *others], differences)
+    if args.pack and broken:
+        raise Refusal("--pack: delete the runs that are left out (named above), or run them again")
     if args.pack:
         pack(everything, progress, args.pack.expanduser())
     out.mkdir(parents=True, exist_ok=True)
@@ -772,7 +803,7 @@ def main(args: Args) -> None:
     chosen = set(sum(pairs, ())) if args.compare else set(colors)
     drawn = runs[runs["exp_name"].isin(chosen)]
     last = scores["measure"] == "last evaluation"
-    paper = latex(make_scores(drawn, ["return_mean"], differences), args.narrow)
+    paper = latex(make_scores(drawn, ["return_mean"], differences), pairs, args.narrow)
     comments = "".join(f"% {remark}\n" for remark in remarks(drawn, pairs))
     (out / "scores.tex").write_text(comments + paper, encoding="utf-8")
     page = ["# Report", HOW_TO_READ, "## Scores", f"Mean ± standard error over runs. Bold: {BOLD}."]

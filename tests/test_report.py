@@ -40,8 +40,8 @@ def make_run(
     `columns` of progress.csv; `version`: all that is in the script; `changes` of arguments, or of
     a helper's content."""
     language = task == "imdb"
-    files = [version, changes.pop("helper", "")]
     script = "sppo_rlhf.py" if language else "sppo_continuous.py"
+    files = {"/home/helper.py": changes.pop("helper", ""), rf"C:\{script}": version}
     args = {"exp_name": method, "seed": seed, "noise": "none", "noise_level": 0.05}
     args |= {"total_timesteps": 1200, "vf_coef": 0.5, "hidden_sizes": [64, 64], "device": "cpu"}
     args |= {"task" if language else "env_id": task} | changes.pop("also", {}) | changes
@@ -51,8 +51,12 @@ def make_run(
     packages = ["torch", "numpy"][:: 1 if seed % 2 else -1]  # in the order of a folder's files
     session = {"args": args, "script": script, "versions": dict.fromkeys(packages, "2.13.0")}
     session |= {"command": ["sppo_continuous.py", "--seed", str(seed)], "platform": "Linux-6.1"}
-    session["files"] = dict(enumerate(files))
-    session |= {"started": f"2026-01-0{1 + seed} 12:00:00", "cpu": "AVX512", "gpu": None}
+    session |= {
+        "files": files,
+        "started": f"2026-01-0{1 + seed} 12:00:00",
+        "cpu": "AVX512",
+        "gpu": None,
+    }
     later = session | {"started": "2026-02-01 12:00:00"}
     (folder / "sessions.jsonl").write_text(f"{json.dumps(session)}\n{json.dumps(later)}\n")
     progress = {"step": range(100, 1300, 100), "return_std": 1.0, "length_mean": 9.0}
@@ -197,7 +201,7 @@ def test_a_table_for_latex_has_tasks_down_and_noise_across(tmp_path):
     table = (tmp_path / "out/scores.tex").read_text()
     begin = "% Compared: 100% & more with dppo.\n% Without bins (Gaussian policy): none.\n"
     assert table.startswith(begin + "% \\usepackage{booktabs}\n")
-    assert "\n\\begin{table*}[t]\n" in table
+    assert "\n\\begin{table*}[t]\n" in table and "Compared: 100\\% \\& more with dppo.}" in table
     rows = table.partition("\\toprule\n")[2].partition("\\bottomrule")[0].splitlines()
     assert rows == [
         r" & \multicolumn{2}{c}{clean} & noisy \\",
@@ -234,6 +238,7 @@ BROKEN = [
     ("progress.csv", 391, "progress.csv: cut at step 500 of 1200"),
     ("progress.csv", "inf", "an evaluation that is not a number"),
     ("progress.csv.gz", 200, "EOFError: Compressed file ended"),
+    ("progress.csv.gz", "others", f"progress.csv.gz does not have {HOPPER}__sppo__none__1__abc"),
 ]
 
 
@@ -247,6 +252,8 @@ def test_a_broken_run_is_named_and_the_others_are_reported(name, left, why, grid
     content = (folder / name).read_bytes()
     if left is None:
         (folder / name).unlink()
+    elif left == "others":
+        pd.read_csv(folder / name)[:0].to_csv(folder / name)
     elif left == "inf":
         (folder / name).write_bytes(content.replace(b",18.0,", b",inf,"))
     else:
@@ -256,6 +263,8 @@ def test_a_broken_run_is_named_and_the_others_are_reported(name, left, why, grid
     (line,) = broken
     assert line.startswith(f"{folder.name}: left out: ") and why in line
     assert capsys.readouterr().err == f"{line}\n"
+    with pytest.raises(report.Refusal, match="--pack: delete the runs that are left out"):
+        write_report(place, grid / "runs", out=tmp_path / "out", pack=tmp_path / "packed")
 
 
 def test_a_report_names_runs_that_are_not_finished_or_not_whole(tmp_path):
@@ -478,13 +487,13 @@ def test_chosen_methods_and_names_are_shown_in_narrow_figures_and_in_tables(tmp_
     make_run(runs, "sppo", 3)
     make_run(runs, "mine", 3, noise="normal")
     name = "A with a name as long as this"
-    names = (f"sppo={name}", f"dppo=B{name}", f"{HOPPER}=Hopper", "normal 0.05=noisy")
+    names = (f"sppo={name}", f"dppo=B{name}", f"{HOPPER}=The hopper", "normal 0.05=noisy")
     options = {"figures": True, "narrow": True, "compare": (("sppo", "dppo"),), "names": names}
     page = write_report(runs, out=tmp_path / "out", **options)
     curves, differences = kept
     assert curves.get_figwidth() == differences.get_figwidth() == 3.25
     table = (tmp_path / "out/scores.tex").read_text()
-    assert "\\begin{table}[t]" in table and "\nHopper & noisy & " in table
+    assert "\\begin{table}[t]" in table and "\nThe hopper & noisy & " in table
     assert legend_of(curves) == [f"B{name}", name]
     for figure in kept:
         figure.canvas.draw()
@@ -493,7 +502,8 @@ def test_chosen_methods_and_names_are_shown_in_narrow_figures_and_in_tables(tmp_
         assert 0 <= box.x0 < box.x1 <= text.figure.bbox.width
     assert curves.legends[0].get_lines()[1].get_color() == "tab:blue"
     titles = [ax.get_title() for ax in curves.axes]
-    assert titles == ["Hopper\nclean", "Hopper\nnoisy", f"{LANDER}\nnoisy"]
+    assert titles == ["The hopper\nclean", "The hopper\nnoisy", f"{LANDER}\nnoisy"]
+    assert [ax.get_title() for ax in differences.axes] == ["The hopper", LANDER]
     labels = [label.get_text() for label in differences.axes[0].get_yticklabels()]
     assert labels == [f"{name}\nminus B{name}, noisy"]
     assert table_after(page, "Last evaluation")[0] == ["task", "noise", f"B{name}", name, "mine"]
@@ -550,17 +560,26 @@ def test_runs_of_a_cell_may_differ_in_where_they_ran_and_comparisons_not_alike_a
     free["noise_level"] = 0.1  # of no noise
     make_run(tmp_path / "runs", "sppo", 1, seed=1)
     make_run(tmp_path / "runs", "sppo", 2, seed=2, version="def", **free)
+    for noise, weights in {"none": (0.5, 0.1), "normal": (0.1, 0.5)}.items():
+        for method, weight in zip(("sppo", "ppo"), weights):
+            make_run(tmp_path / "runs", method, 1, 3, noise=noise, vf_coef=weight)
     make_run(tmp_path / "runs", "sppo", 3, task=LANDER, helper="edited")
-    make_run(tmp_path / "runs", "ppo", 3, task=LANDER, total_timesteps=4096)
+    longer = {"step": range(200, 2600, 200)}
+    ppo = make_run(tmp_path / "runs", "ppo", 3, task=LANDER, total_timesteps=4096, columns=longer)
+    # Of one method in two scripts, a helper's versions are compared, too
+    (ppo / "sppo_continuous.py").rename(ppo / "mine.py")
+    sessions = (ppo / "sessions.jsonl").read_text().replace("sppo_continuous.py", "mine.py")
+    (ppo / "sessions.jsonl").write_text(sessions)
     page = write_report(tmp_path / "runs", out=tmp_path / "out")
     rows = table_after(page, "## What was run")[1:]
     digests = {hashlib.sha256(version).hexdigest() for version in (b"abc", b"def")}
     assert {row[2] for row in rows} == digests
-    for place, steps in (f"{HOPPER}, clean", 1), (f"{LANDER}, clean", 2):
-        counts = f"(numbers of steps: {steps}, versions of a script and its files: 2)"
-        assert f"**Not alike: {place} {counts}.**" in page
+    assert f"**Not alike: {HOPPER}, clean: versions of sppo_continuous.py.**" in page
+    unlike = "versions of helper.py, 1,200 to 2,400 steps"
+    assert f"**Not alike: {LANDER}, clean: {unlike}.**" in page
     rows = table_after(page, "Arguments in which methods differ:")
-    assert rows == [["argument", "ppo", "sppo"], ["total_timesteps", "4096", "1200"]]
+    of_vf_coef = ["vf_coef", "0.1, 0.5", "0.1, 0.5"]  # of either one in each kind of noise
+    assert rows[1:] == [["total_timesteps", "1200, 4096", "1200"], of_vf_coef]
 
 
 OWN = [*report.OWN, "task", "reward", "lowest", "score"]  # what an argument may be called, too
@@ -571,7 +590,7 @@ OWN = [*report.OWN, "task", "reward", "lowest", "score"]  # what an argument may
     [
         *(({"version": "abc", "also": {name: 1}}, f"differ in (--)?{name} ") for name in OWN),
         ({"vf_coef": 0.1}, r"clean Hopper-v4 sppo: runs differ in vf_coef \(0.5, 0.1\)"),
-        ({"version": "abc", "vf_coef": None}, r"runs differ in vf_coef \(0.5, nan\)"),
+        ({"vf_coef": None}, r"runs differ in vf_coef \(0.5, None\)"),
         ({"seed": 1}, "clean Hopper-v4 sppo: the same seed in Hopper.*abc and Hopper.*def"),
     ],
 )
@@ -601,7 +620,10 @@ def test_a_logged_quantity_may_be_called_as_a_column(grid, tmp_path):
 @pytest.mark.parametrize(
     "options, why",
     [
-        ({"compare": (("sppo", "ppo"),)}, "--compare sppo ppo: no task has both; .* dppo, sppo"),
+        (
+            {"compare": (("sppo", "ppo"),)},
+            "--compare sppo ppo: no task has both; before --names, .* dppo, sppo",
+        ),
         ({"names": ("a=b",)}, "--names a=b: not NAME=SHOWN; there are .*, clean, dppo, sppo"),
         ({"names": ("sppo=",)}, "--names sppo=: not NAME=SHOWN"),
         ({"names": ("sppo=dppo",)}, "--names sppo=dppo: two would be called the same"),
@@ -636,6 +658,8 @@ def test_any_name_of_a_method_is_shown_as_it_is(tmp_path, kept, capsys):
     assert legend_of(kept[0]) == legend_of(kept[2]) == ["", "_mine", "a|b", "null"]
     page = write_report(runs, out=tmp_path / "out", names=("a=方=k=20", "a=first"))
     assert {"k=20", "first"} <= set(table_after(page, "Last evaluation")[0])
+    # Too wide with noise across
+    assert f"\n{HOPPER} & clean & " in (tmp_path / "out/scores.tex").read_text()
 
 
 def test_folders_without_finished_runs_are_refused(grid, tmp_path, capsys, monkeypatch):
@@ -643,10 +667,13 @@ def test_folders_without_finished_runs_are_refused(grid, tmp_path, capsys, monke
     (tmp_path / "runs/logs").mkdir(parents=True)
     begun = make_run(tmp_path / "runs", "sppo", 1, finished=False)
     copied = shutil.copytree(grid / "runs", tmp_path / "copied")
+    with_pack = shutil.copytree(grid / "runs", tmp_path / "with_pack")
+    report.pack(*report.read_folders((with_pack,))[:2], with_pack)
     refused = {
         (begun, tmp_path / "runs/logs"): "none of 1 runs has finished",
         (begun, tmp_path / "run"): "run: no such folder",
         (grid / "runs", copied): "Hopper-v4__dppo__none__0__abc: in two places",
+        (with_pack,): "Hopper-v4__dppo__none__0__abc: in two places",
     }
     for folders, why in refused.items():
         with pytest.raises(report.Refusal, match=why):

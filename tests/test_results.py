@@ -84,6 +84,7 @@ def test_pooled_percentages_are_those_of_the_report():
     runs = report.label_runs(*report.read_folders([pack])[:2])
     pairs = [("sppo", "dppo"), ("ppo", "dppo"), ("sppo-p", "dppo")]
     pooled = "\n\n".join(report.pooled_text(runs, pairs))
+    assert "Not alike" not in "".join(report.remarks(runs, pairs))  # packs without files
     before, _, _ = PAGES["control/README.md"].partition("\n## The ends of k\n")
     shown = percentages(before + (ROOT / "docs/symmetric-loss.md").read_text())
     assert len(shown) == 11
