@@ -17,8 +17,7 @@ Prints its score; films the first episode, if asked. A language model answers he
     python enjoy.py                                            # the newest run
     python enjoy.py runs/NAME --episodes 100 --seed 7 --video
 
-In code of your own, `import enjoy; act = enjoy.load_agent("runs/NAME")`, then `action = act(obs)`.
-"""
+In your own code, `import enjoy; act = enjoy.load_agent("runs/NAME")`, then `action = act(obs)`."""
 
 import importlib.util
 import json
@@ -60,9 +59,10 @@ def load_run(folder):
     spec.loader.exec_module(script)
     del sys.modules[folder.name]  # a run started later in this process would list it
     script.START = Path(session["working_directory"])  # where relative paths in its arguments begin
-    kept = {name: x for name, x in session["args"].items() if name not in script.NO_EFFECT}
     run_args = object.__new__(script.Args)  # __post_init__ has already converted these values
-    vars(run_args).update(kept)  # whatever the device
+    for name, value in session["args"].items():
+        if name not in script.NO_EFFECT:  # whatever the device
+            setattr(run_args, name, tuple(value) if isinstance(value, list) else value)
     is_text = hasattr(script, "local_digests")
     if is_text:
         os.chdir(script.START)
@@ -103,8 +103,8 @@ def atari_agent(script, run_args, tensors, games):
 def load_agent(folder, seed=1):
     """The agent of a run as a function `act(obs)`, which returns an action as in evaluations.
 
-    In continuous control, `obs` is what the environment returns; actions are greedy. On Atari,
-    `obs` is the last four images (4, 84, 84), uint8; actions are sampled, with `seed`."""
+    In control, `obs` and actions are those of the script's `make_env`, and actions are greedy. On
+    Atari, `obs` is the last four images (4, 84, 84), uint8; actions are sampled, with `seed`."""
     script, run_args, tensors = load_run(Path(folder).absolute())
     if tensors is None:
         raise ValueError(f"{folder}: a language model; load its policy/ with from_pretrained")

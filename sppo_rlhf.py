@@ -206,8 +206,7 @@ class Args:
         weights = self.reward_weights
         is_whole = len(weights) == len(self.reward_model) > 0
         require(is_whole, "reward_weights: one for each reward_model, at least one")
-        total = sum(map(abs, weights))
-        require(0 < total < math.inf, "reward_weights must be finite, and not all 0")
+        require(0 < sum(map(abs, weights)) < math.inf, "reward_weights must be finite, not all 0")
         try:
             options = self.template_options.values()
         except (TypeError, ValueError) as error:
@@ -216,8 +215,8 @@ class Args:
         require(not is_word, "chat_template_kwargs: write true and false without quotation marks")
         require(self.noise != "none" or not self.noise_level, "noise_level needs a --noise")
         processes = int(os.environ.get("WORLD_SIZE", 1))
-        rest = self.batch_size % (self.num_minibatches * processes)
-        require(not rest, "num_minibatches times processes must divide batch_size")
+        parts = self.num_minibatches * processes
+        require(self.batch_size % parts == 0, "num_minibatches * processes must divide batch_size")
 
 
 # The authors' settings, except that their base model for tldr is 4-bit. The toy's are ours.
@@ -371,14 +370,17 @@ def tokenize(row, tokenizer, args):
 
 
 def load_dataset(name):
-    """Loads NAME:SPLIT or NAME:CONFIGURATION:SPLIT with `datasets`. NAME is a folder of files, a
-    folder that `datasets` saved, or a hub name."""
+    """Loads NAME:SPLIT or NAME:CONFIGURATION:SPLIT with `datasets`. NAME is a folder of Parquet
+    files, a folder that `datasets` saved, or a hub name."""
     source, *configuration = name.split(":")
     split = configuration.pop() if configuration else "train"
     try:
         data = datasets.load_from_disk(source)
     except FileNotFoundError:  # not saved by `datasets`
-        return datasets.load_dataset(source, *configuration, split=split)
+        data = datasets.load_dataset(source, *configuration, split=split)
+        has_types = not Path(source).is_dir() or data.info.builder_name == "parquet"
+        require(has_types, f"{source} is no folder of Parquet files: give a file")
+        return data
     if isinstance(data, dict):
         return data[split]
     require(source == name, f"{source} has no splits: leave out the split")
@@ -391,8 +393,8 @@ def read_csv(file):
     reader = csv.DictReader(file, strict=True)
     rows = []
     for row in reader:
-        if None in row or None in row.values():
-            raise ValueError(f"line {reader.line_num} and line 1 differ in their number of values")
+        if [*row] != reader.fieldnames or None in row.values():
+            raise ValueError(f"line {reader.line_num} lacks values or has more, or a name is twice")
         rows.append(row)
     return rows
 
@@ -401,8 +403,7 @@ def read_json(file):
     """The rows of a JSON file: a list of objects, or an object in each line."""
     text = file.read()
     if not text.lstrip().startswith("["):
-        lines = filter(str.strip, text.split("\n"))
-        text = "[" + ",\n".join(lines) + "]"
+        text = "[" + re.sub(r"\n(?=.*\S)", ",\n", text.lstrip()) + "]"  # lines keep their numbers
     return json.loads(text)
 
 
@@ -438,7 +439,7 @@ def load_rows(name, accelerator, tokenizer, args):
     for option in args.template_options:
         found = re.search(rf"\b{re.escape(option)}\b", str(template))
         require(found, f"--chat-template-kwargs: no chat template has {option!r}")
-    has_targets = False
+    targets = 0
     cut = 0
     for i, row in enumerate(rows, 1):
         if not kind or prompt_kind(row) != kind:
@@ -447,11 +448,11 @@ def load_rows(name, accelerator, tokenizer, args):
         _, target, is_cut = tokenize(row, tokenizer, args)
         if is_chat and is_cut:
             sys.exit(f"error: row {i} of {name}: messages would be cut; raise --prompt-length")
-        has_targets |= bool(target)
+        targets += bool(target)
         cut += is_cut
     if args.ce_coef and name == args.dataset:
-        require(has_targets, "--ce-coef needs a column 'label' of texts in the training data")
-    accelerator.print(f"--prompt-length cuts {cut:,} of {len(rows):,} prompts in {name}")
+        require(targets, "--ce-coef needs a column 'label' of texts in the training data")
+    accelerator.print(f"{name}: {len(rows):,} prompts, {cut:,} are cut; {targets:,} targets")
     return rows
 
 
@@ -461,8 +462,7 @@ def split_rows(rows, eval_rows, args):
     rng = np.random.default_rng(0)
     if eval_rows:
         kinds = [prompt_kind(rows[0]), prompt_kind(eval_rows[0])]
-        are_alike = kinds.count("messages") != 1
-        require(are_alike, "--dataset or --eval-dataset has messages, the other has texts")
+        require(kinds.count("messages") != 1, "only one of --dataset, --eval-dataset has messages")
     else:
         prompts = [str(row.get("prompt", row.get("text"))) for row in rows]
         distinct = sorted(set(prompts))
@@ -661,8 +661,7 @@ def load_classifier(name, device, dtype):
         name, num_labels=labels, **options
     )
     refuse_missing(peft.get_peft_model_state_dict(model).keys() - saved.keys(), name)
-    can_merge = hasattr(model, "merge_and_unload")
-    require(can_merge, f"{name}: this kind of adapter cannot be merged into its model")
+    require(hasattr(model, "merge_and_unload"), f"{name}: this kind of adapter cannot be merged")
     return model.merge_and_unload().to(device, dtype)  # modules_to_save may have another dtype
 
 
@@ -842,8 +841,7 @@ def load(args):
     positions = getattr(text_config, "max_seq_len", positions)  # MPT's name
     if "longrope" in str(text_config):  # it changes all positions in longer texts
         positions = text_config.original_max_position_embeddings
-    found = f"{args.policy_model} has {positions} positions for {longest} tokens"
-    require(positions >= longest, found)
+    require(positions >= longest, f"{args.policy_model} has {positions} positions, not {longest}")
     policy.generation_config = transformers.GenerationConfig(
         temperature=args.temperature,
         top_k=args.top_k,
@@ -1263,8 +1261,7 @@ def evaluate_and_log(setup, args, progress, folder, writer):
     if not writer:
         return
     with atomic_write(folder / "progress.csv") as path, open(path, "w", encoding="utf-8") as file:
-        columns = dict.fromkeys(name for row in progress.evaluations for name in row)
-        table = csv.DictWriter(file, columns, lineterminator="\n")  # the first row has fewer
+        table = csv.DictWriter(file, means(progress.evaluations), lineterminator="\n")
         table.writeheader()
         table.writerows(progress.evaluations)
     with atomic_write(folder / "samples.jsonl") as path:

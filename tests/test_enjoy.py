@@ -89,12 +89,14 @@ def test_an_edited_copy_plays_and_a_changed_helper_is_named(setting, watch, tmp_
     for edited in (returned, imported, converting):
         assert text.count(edited) == 1
     text = text.replace(imported, f"{imported}from {helper.stem} import BONUS\n")
+    text = text.replace(converting, f"    sizes: tuple[int, ...] = (64,)\n\n{converting}")
     text = text.replace(converting, f"{converting}        self.env_id = self.env_id[2:]\n")
     path.write_text(text.replace(returned, f"{returned[:-1]} + BONUS,"))
     script = importlib.import_module(path.stem)
     flags = {"total_timesteps": 64, "env_id": f"a/{setting.small['env_id']}"}
     summary, folder = replace(setting, script=script).run("runs", **flags)
     assert summary["return_mean"] > 900
+    assert enjoy.load_run(folder)[1].sizes == (64,)  # not a list, which adds otherwise
     older = Path("runs/older/agent.safetensors")
     older.parent.mkdir()
     older.touch()

@@ -481,10 +481,10 @@ def test_models_that_do_not_fit_are_refused(toy, models, tmp_path, monkeypatch):
         (["--policy-model", reward, "--tokenizer", policy], r"reward lacks \d+ weights, such as"),
         (["--policy-model", adapted], "adapted has an adapter_config.json: merge or remove it$"),
         (["--device", "cuda"], "there is no GPU$"),
-        (["--prompt-length", "40"], "has 64 positions for 72 tokens$"),
-        ([*long, 10], "long has 16 positions for 17 tokens$"),
-        (["--policy-model", tmp_path / "mpt"], "mpt has 16 positions for 48 tokens$"),
-        (["--reward-model", tmp_path / "prompts"], "this kind of adapter cannot be merged into"),
+        (["--prompt-length", "40"], "has 64 positions, not 72$"),
+        ([*long, 10], "long has 16 positions, not 17$"),
+        (["--policy-model", tmp_path / "mpt"], "mpt has 16 positions, not 48$"),
+        (["--reward-model", tmp_path / "prompts"], "this kind of adapter cannot be merged"),
         (["--reward-model", f"{dotted}:own"], "mine.v2.py: .* a name with a dot: rename it$"),
         (["--reward-model", "runs/toy.py:own"], "error: runs/toy.py: no such file$"),
         (
@@ -959,11 +959,12 @@ LINE = b'{"prompt": "a"}\n'
     ("a.csv", b"text\n[{'role': 'user'}]\n", "row 1 .* messages as a list"),
     ("a.csv", b"text\na\n   \n", "row 2 .* needs"),
     ("a.csv", b"prompt;label\na;b\n", "row 1 .* needs"),
-    ("a.csv", b"prompt,label\na,b\nc,d,e\n", "line 3 and line 1 differ in their number"),
-    ("a.csv", b"prompt,label\na,b\nc\n", "line 3 and line 1 differ in their number"),
+    ("a.csv", b"prompt,label\na,b\nc,d,e\n", "line 3 lacks values or has more"),
+    ("a.csv", b"prompt,label\na,b\nc\n", "line 3 lacks values"),
+    ("a.csv", b"prompt,label,prompt\na,b,c\n", "line 2 .* a name is twice"),
     ("a.csv", b'prompt,label\n"a,b\nc,d\n', "can't be read: unexpected end of data"),
     ("a.csv", b"prompt\n", "has no rows"),
-    ("a.jsonl", LINE + b'{"prompt', "a.jsonl can't be read: .* line 2"),
+    ("a.jsonl", LINE + b'\n\n{"prompt', "a.jsonl can't be read: .* line 4"),
     ("a.jsonl.gz", gzip.compress(LINE * 9, mtime=0)[:-9], "a.jsonl.gz can't be read"),
     ("a.jsonl", "\u00e9".encode("latin-1"), "a.jsonl can't be read: .* can't decode"),
     ("a.txt", b"a\nb\n", "a.txt can't be read: its name must end with .csv, .json, .jsonl"),
@@ -987,7 +988,8 @@ def test_data_that_cannot_be_used_are_refused(load, tmp_path, flag, name, conten
 
 
 def test_a_split_of_the_data_is_named(tmp_path, monkeypatch):
-    """Of a folder, such as a clone from the hub, of one that `datasets` saved, or on the hub."""
+    """Of a folder, such as a clone from the hub, of one that `datasets` saved, or on the hub. Types
+    in a folder of other files would be guessed, and some files left out."""
     work_in(monkeypatch, tmp_path)
     data = datasets.Dataset.from_dict(ROWS)
     other = datasets.Dataset.from_dict({name: ["other"] for name in ROWS})
@@ -997,6 +999,10 @@ def test_a_split_of_the_data_is_named(tmp_path, monkeypatch):
     for folder in ("clone", "both"):
         assert rlhf.load_dataset(f"{folder}:test")[:] == ROWS
         assert rlhf.load_dataset(folder)[:] == other[:]
+    Path("loose").mkdir()
+    Path("loose/train.csv").write_text("prompt\n007\n")
+    with pytest.raises(SystemExit, match="loose is no folder of Parquet files: give a file$"):
+        rlhf.load_dataset("loose")
     asked = []
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **b: asked.append((a, b)) or data)
     for name in ("me/sums", "me/sums:test", "gsm8k:main:test"):
@@ -1025,7 +1031,7 @@ def test_without_held_out_data_a_tenth_is_held_out(tmp_path):
     ):
         with pytest.raises(SystemExit, match=f"^error: {kept} .* too few for --batch-size"):
             rlhf.split_rows(rows, held, replace(args, **flags))
-    with pytest.raises(SystemExit, match="has messages, the other has texts$"):
+    with pytest.raises(SystemExit, match="only one of --dataset, --eval-dataset has messages$"):
         rlhf.split_rows(rows, [{"prompt": CHAT}] * 20, args)
 
 
@@ -1196,7 +1202,7 @@ def test_enjoy_repeats_the_last_evaluation(toy, summaries, tmp_path, monkeypatch
         expected += [f"{name}: {row[name]:.4g}" for name in ("step", "return_mean", "kl")]
         for text in [*expected, f"{folder}: reward {row['return_mean']:.3f} ("]:
             assert any(line.startswith(text) for line in lines)
-        assert lines[1].endswith("prompts in runs/toy/test.jsonl") or lora
+        assert lines[1].startswith("runs/toy/test.jsonl: 256 prompts, ") or lora
         assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 
