@@ -4,11 +4,12 @@ the folders in it.
     pip install -c requirements.lock -e ".[report]" nbclient nbformat ipykernel
     python docs/grade.py FOLDER
 
-Each notebook takes less than a minute. A student's answers, and cells added before them, are put
-into a fresh copy of the exercise, so it does not matter what else was changed. What answers do to
-the exercise's own variables is undone. Answers are other people's code, and run with your rights:
-use an account in which they can do no harm."""
+Each notebook takes less than a minute. A student's answers, cells added before them, and imports
+added to the first cells are put into a fresh copy of the exercise, so it does not matter what else
+was changed. What answers do to the exercise's own variables is undone. Answers are other people's
+code, and run with your rights: use an account in which they can do no harm."""
 
+import ast
 import re
 import subprocess
 import sys
@@ -28,8 +29,8 @@ EXERCISE = DOCS / "symmetric_loss_exercise.ipynb"
 RESULTS = ["holds", "fails", "to do", "not reached"]  # of a claim
 FIRST = [*RESULTS, "look at", "remark"]  # columns before the claims
 # An answer with one of these may use what checks it
-LOOK_AT = "claim compare isclose results factor quotient sppo_over_ppo weights_in exec globals "
-LOOK_AT += "sppo_continuous sa2c_continuous"
+LOOK_AT = "claim compare isclose results factor quotient sppo_over_ppo weights_in settings samples "
+LOOK_AT += "sppo_continuous sa2c_continuous exec global globals"
 # Run before and after an answer
 BEGIN = "_own = set()"
 KEEP = "_kept = {x: y for x, y in globals().items() if x[0] != '_' and x not in _own}"
@@ -65,11 +66,34 @@ def answers_of(notebook):
     return answers
 
 
+def imports_of(notebook):
+    """Statements that import, in the exercise's cells, as text."""
+    found = []
+    for cell in notebook.cells:
+        if cell.cell_type == "code" and "setup" in cell.metadata.get("tags", []):
+            try:
+                statements = ast.parse(cell.source).body
+            except SyntaxError:  # a command of Jupyter, for example
+                continue
+            kinds = (ast.Import, ast.ImportFrom)
+            found += [ast.unparse(one) for one in statements if isinstance(one, kinds)]
+    return found
+
+
+def own_count(notebook):
+    """How many claims hold by what the student's copy has last printed, or None."""
+    outputs = sum((cell.get("outputs", []) for cell in notebook.cells), [])
+    counts = re.findall(r"(\d+) of \d+ claims hold", "".join(o.get("text", "") for o in outputs))
+    return int(counts[-1]) if counts else None
+
+
 def grade(path, timeout):
-    """Returns {claim: holds, fails or to do} of a student's notebook, words to look at, and a
-    remark on what ended it early, or which of the exercise's names the student has used."""
+    """Returns {claim: holds, to do, or fails and why} of a student's notebook, words to look at,
+    and a remark on what ended it early, which of the exercise's names the student has used, and
+    whether the student's copy says something else."""
     text = path.read_text(encoding="utf-8-sig")  # some editors write a byte order mark
-    answers = answers_of(nbformat.reads(text, as_version=4))
+    notebook = nbformat.reads(text, as_version=4)
+    answers = answers_of(notebook)
     graded = nbformat.read(EXERCISE, as_version=4)
     own = [i for i, x in enumerate(graded.cells) if "student" in x.metadata.get("tags", [])]
     if len(answers) != len(own):
@@ -77,6 +101,8 @@ def grade(path, timeout):
     for i, cells in reversed(list(zip(own, answers))):
         sources = [KEEP, *(cell.source for cell in cells), RESTORE]
         graded.cells[i : i + 1] = map(new_code_cell, sources)
+    added = [one for one in imports_of(notebook) if one not in imports_of(graded)]
+    graded.cells[own[0] : own[0]] = map(new_code_cell, added)
     graded.cells.insert(0, new_code_cell(BEGIN))
     where = {"metadata": {"path": DOCS}}
     client = NotebookClient(graded, timeout=timeout, allow_errors=True, resources=where)
@@ -93,24 +119,36 @@ def grade(path, timeout):
             checked += printed
         else:
             answered += printed
-    lines = re.findall(r"(holds|fails|to do): (\w+(?: \(needs \w+\))?: [^:\n]+)", checked)
+    found = {}
+    for line in checked.splitlines():
+        match = re.match(r"(holds|fails|to do): (\w+(?: \(needs \w+\))?: [^:]+)(: .*)?", line)
+        if match:
+            result, claim, why = match.groups("")
+            twice = "fails: an answer has printed this claim"
+            found[claim] = twice if claim in found else result + why
+    count = sum(result.startswith("holds") for result in found.values())
+    said = own_count(notebook)
+    if said not in (None, count):
+        remark.append(f"the student's copy says {said}")
     remark += re.findall(r"undone: .+", answered)
     written = "\n".join(cell.source for cell in sum(answers, []))
     words = [word for word in LOOK_AT.split() if re.search(rf"\b{word}\b", written)]
-    return {claim: result for result, claim in lines}, " ".join(words), ", ".join(remark)
+    return found, " ".join(words), ", ".join(remark)
 
 
 def notebooks(folder):
     """{name: path} of the notebooks in a folder and below. Names are paths, since a learning
-    platform's export has the same file in a folder for each student. A folder without a notebook
-    has None."""
+    platform's export has the same file in a folder for each student. A folder without a notebook,
+    and a file of another kind, have None."""
     found = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
-        copied = any(part.startswith((".", "__")) for part in name.parts)  # by Jupyter or macOS
-        if path.suffix.lower() == ".ipynb" and not copied:
+        if any(part.startswith((".", "__")) for part in name.parts):  # copies of Jupyter or macOS
+            continue
+        is_other = path.name.lower().endswith((".ipynb.txt", ".json", ".zip"))
+        if path.suffix.lower() == ".ipynb":
             found[name.with_suffix("").as_posix()] = path
-        elif path.is_dir() and path.parent == folder and not copied:
+        elif is_other or path.is_dir() and path.parent == folder:
             found[name.as_posix()] = None
     return {
         name: path
@@ -124,21 +162,23 @@ def main(args):
     if not any(paths.values()):
         sys.exit(f"error: {args.folder}: no notebooks (*.ipynb) in it; unzip an export first")
     expected, *_ = grade(EXERCISE, args.timeout)
+    columns = [*FIRST, *expected]
     rows = {}
     for name, path in tqdm(paths.items(), unit="notebook"):
         try:
             if path is None:
-                raise ValueError("no notebook (*.ipynb) in this folder")
+                raise ValueError("no notebook (*.ipynb)")
             found, words, remark = grade(path, args.timeout)
             claims = {claim: found.get(claim, "not reached") for claim in expected}
-            counts = {result: list(claims.values()).count(result) for result in RESULTS}
+            kinds = [result.partition(":")[0] for result in claims.values()]
+            counts = {result: kinds.count(result) for result in RESULTS}
             rows[name] = counts | claims | {"look at": words, "remark": remark}
         except Exception as error:  # a student's file may be anything
             rows[name] = {"remark": f"not graded: {error!r:.200}"}
             tqdm.write(f"{name}: not graded: {error!r:.200}")
-    table = pd.DataFrame.from_dict(rows, orient="index").reindex(columns=[*FIRST, *expected])
-    table[RESULTS] = table[RESULTS].astype("Int64")  # counts, also where some are missing
-    table.to_csv(args.out, index_label="notebook")
+        table = pd.DataFrame.from_dict(rows, orient="index").reindex(columns=columns)
+        table[RESULTS] = table[RESULTS].astype("Int64")  # counts, also where some are missing
+        table.to_csv(args.out, index_label="notebook")  # after each one, since all take long
     print(table[FIRST].to_string(na_rep=""))
     print(f"claims one by one: {args.out}")
 

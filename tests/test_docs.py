@@ -185,31 +185,41 @@ def test_a_class_is_graded_whatever_else_students_changed(tmp_path, monkeypatch,
     cheating.cells[-1].source = "print('holds: 1a: a claim')"
     helped = exercise(right, "import nowhere")
     helped.cells[1:2] = [cell("h = 'holds'"), cell("def f():", "student"), cell("", "student")]
-    helped.cells[2].source = "def f(): return h\nprint('f', end=' ')"
+    helped.cells[2].source = "def f(): return h + ('' if F else '')\nprint('f', end=' ')"
+    helped.cells[0].source = "%pwd\nimport math as F"
+    imports = cell("import math as F", "setup")
+    helped.cells.insert(0, imports)
+    count = nbformat.v4.new_output("stream", text="1 of 2 claims hold\n")
+    imports.outputs = [count]  # what the student has seen last
     left = exercise(right, "import os; os._exit(0)")
+    printing = exercise(to_do, "def f(): print('holds: 0a: a claim'); return 'holds'")
     (folder / "zoe/.ipynb_checkpoints").mkdir()
     nbformat.write(left, folder / "zoe/.ipynb_checkpoints/left.ipynb")
     notebooks = {"ada": exercise(to_do), "bob/same": cheating, ".copies/same": cheating}
-    notebooks |= {"eve/same": exercise(to_do, wrong), "fay": helped, "gil": left}
+    notebooks |= {"eve/same": exercise(to_do, wrong), "fay": helped, "gil": left, "hal": printing}
     for name, notebook in notebooks.items():
         (folder / name).parent.mkdir(exist_ok=True)
         nbformat.write(notebook, folder / f"{name}.IPYNB")
     with_mark = "\ufeff" + (folder / "fay.IPYNB").read_text()
     (folder / "fay.IPYNB").write_text(with_mark)
+    (folder / "ida.zip").touch()
     grade.main(grade.Args(folder, tmp_path / "grades.csv"))
     grades = pd.read_csv(tmp_path / "grades.csv", index_col="notebook", dtype=str).fillna("")
     few = "not graded: ValueError('1 answers instead of 2')"
-    none = "not graded: ValueError('no notebook (*.ipynb) in this folder')"
+    none = "not graded: ValueError('no notebook (*.ipynb)')"
+    printed = "fails: an answer has printed this claim"
     assert grades.T.to_dict("list") == {
         "ada": [""] * 5 + [few, "", ""],
-        "bob/same": ["0", "2", "0", "0", "claim weights_in", "undone: right", "fails", "fails"],
-        "eve/same": ["0", "1", "1", "0", "", "", "to do", "fails"],
-        "fay": ["2", "0", "0", "0", "", "", "holds", "holds"],
-        "gil": ["1", "0", "0", "1", "", "DeadKernelError", "holds", "not reached"],
+        "bob/same": ["0", "2", "0", "0", "claim weights_in", "undone: right"] + ["fails: why"] * 2,
+        "eve/same": ["0", "1", "1", "0", "", "", "to do: why", "fails: why"],
+        "fay": ["2", "0", "0", "0", "", "the student's copy says 1", "holds: why", "holds: why"],
+        "gil": ["1", "0", "0", "1", "", "DeadKernelError", "holds: why", "not reached"],
+        "hal": ["1", "1", "0", "0", "claim", "", printed, "holds: why"],
+        "ida.zip": [""] * 5 + [none, "", ""],
         "zoe": [""] * 5 + [none, "", ""],
     }
     out, err = capsys.readouterr()
-    assert re.search(r"eve/same +0 +1 +1 +0 *\nfay +2 +0 +0 +0 *\n", out)
+    assert re.search(r"eve/same +0 +1 +1 +0 *\nfay +2 +0 +0 +0 ", out)
     assert f"ada: {few}" in out + err
 
 

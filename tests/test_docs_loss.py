@@ -218,9 +218,9 @@ BEST = torch.tensor([0.0, 0.0, 1.0])
 BANDIT = dict(pays=BEST, start=2 * BEST, flip_rate=0.4, batch_size=2, steps=20, beta=5.0)
 RIGHT = {
     "a2c_losses": sa2c_continuous.symmetric_policy_losses,
-    "a2c_weight": lambda p, alpha, beta, z: alpha + beta * abs(z) * p,
+    "a2c_weight": lambda p, alpha, beta, z: (alpha + beta * abs(z) * p).numpy(),
     "ppo_losses": sppo_continuous.symmetric_policy_losses,
-    "ppo_weight": lambda p, p_old, alpha, beta, z: (alpha + beta * abs(z)) * p / p_old,
+    "ppo_weight": lambda p, p_old, alpha, beta, z: ((alpha + beta * abs(z)) * p / p_old).tolist(),
     "k": 20.5,
     "climbs": lambda prob, advantage: (advantage * prob.square()).sum() / 2,
     "climbs_divided": torch.dot,
@@ -271,8 +271,18 @@ def mean_of_unclipped(log_prob, old_log_prob, advantage, *others):
     return loss, reverse_loss * len(ratio) / unclipped.sum().clamp(min=1)
 
 
+def without_gradient(log_prob, advantage, z):
+    return RIGHT["a2c_losses"](log_prob.detach(), advantage, z)
+
+
+def with_a_fixed_clip_range(log_prob, old_log_prob, advantage, clip_coef, z):
+    return RIGHT["ppo_losses"](log_prob, old_log_prob, advantage, 0.2, z)
+
+
 @pytest.mark.parametrize(("answers", "expected"), [
     ({}, []),
+    ({"a2c_losses": without_gradient}, ["1a: L is", "1a: Lr is"]),
+    ({"ppo_losses": with_a_fixed_clip_range}, ["2a: L and Lr are means over the batch"]),
     ({"ppo_losses": mean_of_unclipped}, ["2a: L and Lr are means over the batch"]),
     ({"ppo_losses": no_mask}, ["2a: the slope of Lr in p: for r = 1.5 and A = 1 expected 0"]),
     ({"climbs": torch.dot}, ["4a: what the reverse A2C loss climbs", "4a: the same"]),
