@@ -326,6 +326,9 @@ def test_discrete_actions_and_stacked_observations(tmp_path, monkeypatch, capsys
     acrobot = gym.make("Acrobot-v1").unwrapped
     acrobot.action_space = gym.spaces.Discrete(3, start=-1)
     monkeypatch.setattr(gym, "make", lambda *_: acrobot)
+    with pytest.raises(SystemExit, match="--bins must be 3$"):
+        script.make_env(args)
+    args.bins = 3
     env = script.make_env(args)
     assert (env.action_space.low, env.action_space.high) == (0, 2)
     assert [env.get_wrapper_attr("action")([index]) for index in range(3)] == [-1, 0, 1]
