@@ -373,10 +373,6 @@ def pairs_of(runs: DataFrame, compare: Iterable[tuple]) -> list:
     return chosen
 
 
-def compared(pairs: list) -> str:
-    return f"Compared: {', '.join(f'{a} with {b}' for a, b in pairs) or 'nothing'}."
-
-
 def versions_of(run) -> dict[str, str]:
     """What the run may have in another version than other runs. Older packs lack files."""
     versions = {run.script: run.script_sha256, "packages": run.versions}
@@ -386,9 +382,10 @@ def versions_of(run) -> dict[str, str]:
 
 
 def remarks(runs: DataFrame, pairs: list) -> list:
-    """Paragraphs on what is compared, on methods without bins, and on tasks whose runs differ in
+    """Paragraphs: first what is compared, then methods without bins, and tasks whose runs differ in
     files, packages or steps."""
-    page = [compared(pairs)]
+    compared = ", ".join(f"{a} with {b}" for a, b in pairs)
+    page = [f"Compared: {compared or 'nothing'}."]
     if "policy" in runs:
         names = runs.loc[runs["policy"] == "gaussian", "exp_name"].unique()
         page.append(f"Without bins (Gaussian policy): {', '.join(names) or 'none'}.")
@@ -584,9 +581,9 @@ def score_text(scores: DataFrame) -> list:
     return page
 
 
-def latex(scores: DataFrame, pairs: list, narrow: bool) -> str:
+def latex(scores: DataFrame, compared: str, narrow: bool) -> str:
     """A LaTeX table of last evaluations: tasks down, methods across, noise across or, if this is
-    too wide, down."""
+    too wide, down. The caption ends with the sentence `compared`."""
     runs = scores["runs"]
     texts = scores["text"].str.replace("±", r"$\pm$").str.replace("-", "$-$")
     texts = texts.mask(scores["bold"], r"\textbf{" + texts + "}")
@@ -600,7 +597,7 @@ def latex(scores: DataFrame, pairs: list, narrow: bool) -> str:
     table = table.rename_axis(index=[None] * len(down), columns=[None] * len(across))
     style = table.style.format_index(escape="latex").format_index(escape="latex", axis="columns")
     caption = rf"Last evaluation: mean return $\pm$ standard error over {most} runs. Bold: {BOLD}. "
-    caption += compared(pairs).translate(LATEX)
+    caption += compared.translate(LATEX)
     options = {"position": "t", "position_float": "centering", "multicol_align": "c"}
     options["environment"] = "table" if narrow else "table*"
     options["column_format"] = f"@{{}}{'l' * len(down)}{'r' * len(table.columns)}@{{}}"
@@ -803,8 +800,9 @@ def main(args: Args) -> None:
     chosen = set(sum(pairs, ())) if args.compare else set(colors)
     drawn = runs[runs["exp_name"].isin(chosen)]
     last = scores["measure"] == "last evaluation"
-    paper = latex(make_scores(drawn, ["return_mean"], differences), pairs, args.narrow)
-    comments = "".join(f"% {remark}\n" for remark in remarks(drawn, pairs))
+    said = remarks(drawn, pairs)
+    paper = latex(make_scores(drawn, ["return_mean"], differences), said[0], args.narrow)
+    comments = "".join(f"% {remark}\n" for remark in said)
     (out / "scores.tex").write_text(comments + paper, encoding="utf-8")
     page = ["# Report", HOW_TO_READ, "## Scores", f"Mean ± standard error over runs. Bold: {BOLD}."]
     page += score_text(scores[last]) + remarks(runs, pairs)
