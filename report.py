@@ -154,7 +154,7 @@ def read_folders(folders: Iterable[Path]) -> tuple[DataFrame, DataFrame, list[st
         raise Refusal(f"none of {len(rows)} runs has finished; give folders such as runs/quick")
     runs = DataFrame(rows)
     for name in runs["run_name"][runs["run_name"].duplicated()]:
-        raise Refusal(f"{name}: in two places; leave one out")
+        raise Refusal(f"{name}: in two places (a pack among its runs?); leave one out")
     return runs, pd.concat(progress, ignore_index=True), broken
 
 
@@ -193,7 +193,7 @@ def read_run(path: Path) -> tuple[list[dict], DataFrame]:
         return runs.to_dict("records"), progress
     first_line, *_ = (path / "sessions.jsonl").read_text(encoding="utf-8").split("\n")
     session = json.loads(first_line)
-    script = (path / session["script"]).read_bytes()
+    script_sha256 = hashlib.sha256((path / session["script"]).read_bytes()).hexdigest()
     run = dict.fromkeys([*SCORES, *PROVENANCE])
     for name, value in session["args"].items():
         column = f"--{name}" if name in OWN else name
@@ -203,16 +203,16 @@ def read_run(path: Path) -> tuple[list[dict], DataFrame]:
     if "env_id" not in run:  # a language model
         run["env_id"] = run.pop("task")
     versions = sorted(session["versions"].items())
-    files = [[PureWindowsPath(path).name, x[:8]] for path, x in session.get("files", {}).items()]
-    files = sorted(file for file in files if file[0] != session["script"])
+    files = session.get("files", {}).items()
+    helpers = [[PureWindowsPath(path).name, x[:8]] for path, x in files if x != script_sha256]
     run |= {
         "run_name": path.name,
         "script": session["script"],
         "finished": (path / "summary.json").exists(),
         "started": session["started"],
-        "script_sha256": hashlib.sha256(script).hexdigest(),
+        "script_sha256": script_sha256,
         "command": shlex.join(session["command"]),
-        "files": json.dumps(files),
+        "files": json.dumps(sorted(helpers)),
         "versions": json.dumps({name: x for name, x in versions if name in PACKAGES}),
         "hardware": json.dumps([session[name] for name in ("platform", "cpu", "gpu")]),
         "exp_name": run["exp_name"],
@@ -375,9 +375,12 @@ def pairs_of(runs: DataFrame, compare: Iterable[tuple]) -> list:
 
 def versions_of(run) -> dict[str, str]:
     """What the run may have in another version than other runs. Older packs lack files."""
-    versions = {run.script: run.script_sha256, "packages": run.versions}
-    for name, digest in json.loads(run.files) if isinstance(run.files, str) else []:
-        versions[name] = versions.get(name, "") + digest  # of all files of that name
+    versions = {run.script: run.script_sha256[:8], "packages": run.versions}
+    if isinstance(run.files, str):
+        helpers = json.loads(run.files)
+        versions[f"{run.script}'s imports"] = " ".join(name for name, _ in helpers)
+        for name, digest in helpers:
+            versions[name] = versions.get(name, "") + digest  # of all files of that name
     return versions
 
 
@@ -679,6 +682,14 @@ def difference_text(differences: DataFrame) -> list:
     return ["## Differences, task by task", text, *explained(table)]
 
 
+def plain(value) -> str:
+    """Numbers without a needless ".0", also where a pack has them as texts."""
+    try:
+        return f"{float(str(value)):.12g}"
+    except ValueError:
+        return str(value)
+
+
 def provenance_text(runs: DataFrame, arguments, unfinished: list, broken: list) -> list:
     """Paragraphs on what was run, what is not whole, whether it is one version of a script, and in
     which of the columns `arguments` methods differ."""
@@ -695,14 +706,13 @@ def provenance_text(runs: DataFrame, arguments, unfinished: list, broken: list) 
     origin = origin.dropna(axis="columns", how="all").map(str)
     counts = origin.replace(["nan", "None"], "not recorded").value_counts()
     page.append(markdown(counts.reset_index(name="runs").astype(str)))
-    texts = runs[arguments].map(lambda x: f"{x:.12g}" if isinstance(x, float) else str(x))
-    texts = texts.where(runs[arguments].notna(), "")
-    cells = texts.groupby([runs[name] for name in CELL], observed=True).max()  # "": flag lacking
+    texts = runs[arguments].map(plain).where(runs[arguments].notna(), "")  # "": flag lacking
+    cells = texts.groupby([runs[name] for name in CELL], observed=True).max()
     differ = cells.groupby(CELL[:2], observed=True).nunique().max() > 1
     by_method = cells.loc[:, differ].groupby("exp_name", observed=True)
-    table = by_method.agg(lambda values: ", ".join(sorted(set(values)))).T.rename_axis("argument")
+    table = by_method.agg(lambda values: ", ".join(sorted(set(values) - {""}))).T
     if len(table):
-        table = table.reset_index(allow_duplicates=True)
+        table = table.rename_axis("argument").reset_index(allow_duplicates=True)
         page += ["Arguments in which methods differ:", markdown(table.astype(str))]
     return page
 

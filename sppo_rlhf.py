@@ -403,7 +403,7 @@ def read_json(file):
     """The rows of a JSON file: a list of objects, or an object in each line."""
     text = file.read()
     if not text.lstrip().startswith("["):
-        text = "[" + re.sub(r"\n(?=.*\S)", ",\n", text.lstrip()) + "]"  # lines keep their numbers
+        text = "[" + re.sub(r"\n(?=.*\S)", ",\n", text.lstrip()) + "]"  # errors name lines
     return json.loads(text)
 
 
@@ -1261,7 +1261,7 @@ def evaluate_and_log(setup, args, progress, folder, writer):
     if not writer:
         return
     with atomic_write(folder / "progress.csv") as path, open(path, "w", encoding="utf-8") as file:
-        table = csv.DictWriter(file, means(progress.evaluations), lineterminator="\n")
+        table = csv.DictWriter(file, means(progress.evaluations), lineterminator="\n")  # all names
         table.writeheader()
         table.writerows(progress.evaluations)
     with atomic_write(folder / "samples.jsonl") as path:

@@ -83,7 +83,8 @@ def imports_of(notebook):
 def own_count(notebook):
     """How many claims hold by what the student's copy has last printed, or None."""
     outputs = sum((cell.get("outputs", []) for cell in notebook.cells), [])
-    counts = re.findall(r"(\d+) of \d+ claims hold", "".join(o.get("text", "") for o in outputs))
+    printed = "".join(output.get("text") or "" for output in outputs)
+    counts = re.findall(r"(\d+) of \d+ claims hold", printed)
     return int(counts[-1]) if counts else None
 
 
@@ -98,11 +99,11 @@ def grade(path, timeout):
     own = [i for i, x in enumerate(graded.cells) if "student" in x.metadata.get("tags", [])]
     if len(answers) != len(own):
         raise ValueError(f"{len(answers)} answers instead of {len(own)}")
+    added = [one for one in imports_of(notebook) if one not in imports_of(graded)]
+    answers[0][:0] = map(new_code_cell, added)
     for i, cells in reversed(list(zip(own, answers))):
         sources = [KEEP, *(cell.source for cell in cells), RESTORE]
         graded.cells[i : i + 1] = map(new_code_cell, sources)
-    added = [one for one in imports_of(notebook) if one not in imports_of(graded)]
-    graded.cells[own[0] : own[0]] = map(new_code_cell, added)
     graded.cells.insert(0, new_code_cell(BEGIN))
     where = {"metadata": {"path": DOCS}}
     client = NotebookClient(graded, timeout=timeout, allow_errors=True, resources=where)
@@ -120,12 +121,10 @@ def grade(path, timeout):
         else:
             answered += printed
     found = {}
-    for line in checked.splitlines():
-        match = re.match(r"(holds|fails|to do): (\w+(?: \(needs \w+\))?: [^:]+)(: .*)?", line)
-        if match:
-            result, claim, why = match.groups("")
-            twice = "fails: an answer has printed this claim"
-            found[claim] = twice if claim in found else result + why
+    lines = r"(holds|fails|to do): (\w+(?: \(needs \w+\))?: [^:\n]+)(: .*)?"
+    for result, claim, why in re.findall(lines, checked):
+        twice = "fails: an answer has printed this claim"
+        found[claim] = twice if claim in found else result + why
     count = sum(result.startswith("holds") for result in found.values())
     said = own_count(notebook)
     if said not in (None, count):
@@ -148,7 +147,7 @@ def notebooks(folder):
         is_other = path.name.lower().endswith((".ipynb.txt", ".json", ".zip"))
         if path.suffix.lower() == ".ipynb":
             found[name.with_suffix("").as_posix()] = path
-        elif is_other or path.is_dir() and path.parent == folder:
+        elif path.parent == folder and (is_other or path.is_dir()):
             found[name.as_posix()] = None
     return {
         name: path

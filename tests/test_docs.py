@@ -185,11 +185,11 @@ def test_a_class_is_graded_whatever_else_students_changed(tmp_path, monkeypatch,
     cheating.cells[-1].source = "print('holds: 1a: a claim')"
     helped = exercise(right, "import nowhere")
     helped.cells[1:2] = [cell("h = 'holds'"), cell("def f():", "student"), cell("", "student")]
-    helped.cells[2].source = "def f(): return h + ('' if F else '')\nprint('f', end=' ')"
+    helped.cells[2].source = "def f(): print(F.e, end=' '); return h\nprint('f', end=' ')"
     helped.cells[0].source = "%pwd\nimport math as F"
     imports = cell("import math as F", "setup")
     helped.cells.insert(0, imports)
-    count = nbformat.v4.new_output("stream", text="1 of 2 claims hold\n")
+    count = nbformat.v4.new_output("stream", text="0 of 2 claims hold\n1 of 2 claims hold\n")
     imports.outputs = [count]  # what the student has seen last
     left = exercise(right, "import os; os._exit(0)")
     printing = exercise(to_do, "def f(): print('holds: 0a: a claim'); return 'holds'")

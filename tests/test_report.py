@@ -37,26 +37,24 @@ def make_run(
     runs, method, score, seed=1, task=HOPPER, finished=True, columns=(), version="abc", **changes
 ):
     """A folder as scripts leave it, with twelve evaluations, the first the best, the last `score`.
-    `columns` of progress.csv; `version`: all that is in the script; `changes` of arguments, or of
-    a helper's content."""
+    `columns` of progress.csv; `version`: all that is in the script; `changes` of arguments, of the
+    script's name, the texts of what it imports, or the version of PyTorch."""
     language = task == "imdb"
-    script = "sppo_rlhf.py" if language else "sppo_continuous.py"
-    files = {"/home/helper.py": changes.pop("helper", ""), rf"C:\{script}": version}
+    script = changes.pop("script", "sppo_rlhf.py" if language else "sppo_continuous.py")
+    texts = {rf"C:\{script}": version} | changes.pop("imported", {})
+    files = {path: hashlib.sha256(text.encode()).hexdigest() for path, text in texts.items()}
+    versions = {"torch": changes.pop("torch", "2.13.0"), "numpy": "2.13.0"}
+    if seed % 2:  # in the order of a folder's files
+        versions = dict(reversed(versions.items()))
     args = {"exp_name": method, "seed": seed, "noise": "none", "noise_level": 0.05}
     args |= {"total_timesteps": 1200, "vf_coef": 0.5, "hidden_sizes": [64, 64], "device": "cpu"}
     args |= {"task" if language else "env_id": task} | changes.pop("also", {}) | changes
     folder = runs / f"{task}__{method}__{args['noise']}__{seed}__{version}"
     folder.mkdir(parents=True)
     (folder / script).write_text(version)
-    packages = ["torch", "numpy"][:: 1 if seed % 2 else -1]  # in the order of a folder's files
-    session = {"args": args, "script": script, "versions": dict.fromkeys(packages, "2.13.0")}
+    session = {"args": args, "script": script, "versions": versions, "files": files}
     session |= {"command": ["sppo_continuous.py", "--seed", str(seed)], "platform": "Linux-6.1"}
-    session |= {
-        "files": files,
-        "started": f"2026-01-0{1 + seed} 12:00:00",
-        "cpu": "AVX512",
-        "gpu": None,
-    }
+    session |= {"started": f"2026-01-0{1 + seed} 12:00:00", "cpu": "AVX512", "gpu": None}
     later = session | {"started": "2026-02-01 12:00:00"}
     (folder / "sessions.jsonl").write_text(f"{json.dumps(session)}\n{json.dumps(later)}\n")
     progress = {"step": range(100, 1300, 100), "return_std": 1.0, "length_mean": 9.0}
@@ -555,7 +553,7 @@ def test_a_pack_grows_by_runs_of_other_versions_but_loses_none(tmp_path):
 # ---- What it refuses
 
 
-def test_runs_of_a_cell_may_differ_in_where_they_ran_and_comparisons_not_alike_are_named(tmp_path):
+def test_runs_of_a_cell_may_differ_in_where_they_ran_and_methods_in_arguments(tmp_path):
     free = {"device": "cuda", "compile": False, "track": True, "runs_dir": "elsewhere"}
     free["noise_level"] = 0.1  # of no noise
     make_run(tmp_path / "runs", "sppo", 1, seed=1)
@@ -563,23 +561,58 @@ def test_runs_of_a_cell_may_differ_in_where_they_ran_and_comparisons_not_alike_a
     for noise, weights in {"none": (0.5, 0.1), "normal": (0.1, 0.5)}.items():
         for method, weight in zip(("sppo", "ppo"), weights):
             make_run(tmp_path / "runs", method, 1, 3, noise=noise, vf_coef=weight)
-    make_run(tmp_path / "runs", "sppo", 3, task=LANDER, helper="edited")
-    longer = {"step": range(200, 2600, 200)}
-    ppo = make_run(tmp_path / "runs", "ppo", 3, task=LANDER, total_timesteps=4096, columns=longer)
-    # Of one method in two scripts, a helper's versions are compared, too
-    (ppo / "sppo_continuous.py").rename(ppo / "mine.py")
-    sessions = (ppo / "sessions.jsonl").read_text().replace("sppo_continuous.py", "mine.py")
-    (ppo / "sessions.jsonl").write_text(sessions)
+    for method, bins in {"sppo": 11, "ppo": 7.0}.items():
+        make_run(tmp_path / "runs", method, 3, task=LANDER, bins=bins, depth=[None, 1e5][bins < 9])
     page = write_report(tmp_path / "runs", out=tmp_path / "out")
     rows = table_after(page, "## What was run")[1:]
     digests = {hashlib.sha256(version).hexdigest() for version in (b"abc", b"def")}
     assert {row[2] for row in rows} == digests
-    assert f"**Not alike: {HOPPER}, clean: versions of sppo_continuous.py.**" in page
-    unlike = "versions of helper.py, 1,200 to 2,400 steps"
-    assert f"**Not alike: {LANDER}, clean: {unlike}.**" in page
-    rows = table_after(page, "Arguments in which methods differ:")
-    of_vf_coef = ["vf_coef", "0.1, 0.5", "0.1, 0.5"]  # of either one in each kind of noise
-    assert rows[1:] == [["total_timesteps", "1200, 4096", "1200"], of_vf_coef]
+    report.pack(*report.read_folders([tmp_path / "runs"])[:2], tmp_path / "pack")
+    for shown in (page, write_report(tmp_path / "pack", out=tmp_path / "out")):
+        rows = table_after(shown, "Arguments in which methods differ:")
+        of_vf_coef = ["vf_coef", "0.1, 0.5", "0.1, 0.5"]  # of either one in each kind of noise
+        assert rows[1:] == [["bins", "7", "11"], ["depth", "100000", "None"], of_vf_coef]
+
+
+TWO = {"/x/__init__.py": "x11", "/y/__init__.py": ""}  # the first has the largest digest
+EDITED = TWO | {"/y/__init__.py": "edited"}
+STEPS = [*range(100, 1200, 100)]
+
+
+@pytest.mark.parametrize(
+    ("changes", "unlike"),
+    [
+        ({"imported": {"C:\\a\\__init__.py": "x11", "C:\\b\\__init__.py": ""}}, ""),
+        ({"version": "def"}, "versions of sppo_continuous.py"),
+        ({"imported": EDITED}, "versions of __init__.py"),
+        ({"imported": {}}, "versions of sppo_continuous.py's imports"),
+        ({"script": "mine.py", "imported": TWO | {"/sppo_continuous.py": "abc"}}, ""),
+        ({"script": "mine.py", "version": "mine", "imported": EDITED}, "versions of __init__.py"),
+        ({"torch": "2.14.0"}, "versions of packages"),
+        ({"columns": {"step": [*STEPS, 1212]}}, ""),
+        ({"columns": {"step": [*STEPS, 1224]}}, "1,200 to 1,224 steps"),
+    ],
+)
+def test_a_task_whose_runs_are_not_alike_is_named(changes, unlike, tmp_path):
+    make_run(tmp_path / "runs", "sppo", 1, imported=TWO)
+    make_run(tmp_path / "runs", "ppo", 2, **{"imported": TWO} | changes)
+    page = write_report(tmp_path / "runs", out=tmp_path / "out")
+    lines = re.findall(r"(?m)^\*\*Not alike: Hopper-v4, clean: (.+)\.\*\*$", page)
+    assert lines == ([unlike] if unlike else [])
+
+
+def test_older_packs_have_no_digests_of_helpers_and_nothing_for_none(tmp_path):
+    old = make_run(tmp_path / "runs", "sppo", 1, imported=EDITED, depth=None)
+    new = make_run(tmp_path / "runs", "sppo", 2, seed=2, imported=TWO, depth=None)
+    report.pack(*report.read_folders([old])[:2], tmp_path / "pack")
+    packed = pd.read_csv(tmp_path / "pack/runs.csv.gz").drop(columns="files")
+    packed.replace("None", "").to_csv(tmp_path / "pack/runs.csv.gz", index=False)
+    page = write_report(tmp_path / "pack", new, out=tmp_path / "out")
+    assert "(runs: 2)" in page and "Not alike" not in page
+
+
+def test_letters_that_latex_reserves():
+    assert r"a_~b^c\d".translate(report.LATEX) == r"a\_\~{}b\^{}c\textbackslash{}d"
 
 
 OWN = [*report.OWN, "task", "reward", "lowest", "score"]  # what an argument may be called, too

@@ -907,7 +907,7 @@ def test_a_reward_function_gets_the_values_of_the_file(tmp_path, monkeypatch, ki
     folder.mkdir()
     name = f"{folder}/s[12].csv.{kind}{end}"
     expected, lines = ODD, [json.dumps(row) for row in ODD]
-    text = {"json": json.dumps(ODD, indent=1), "jsonl": "\r\n".join([lines[0], "", *lines[1:]])}
+    text = {"json": json.dumps(ODD, indent=1), "jsonl": "\r\n".join(["", lines[0], "", *lines[1:]])}
     if kind == "csv":
         columns = dict.fromkeys(name for row in ODD for name in row)
         file = io.StringIO()
