@@ -343,7 +343,8 @@ def in_order(methods) -> list[str]:
 def colors_of(methods: Iterable, shown: Iterable) -> dict:
     """The colours of methods, by the names that they are shown with."""
     others = [name for name in methods if name not in COLORS]
-    colors = COLORS | dict(zip(others, sns.husl_palette(len(others), h=0.2)))
+    palette = sns.husl_palette(len(others), h=0.49, l=0.5)  # far from COLORS
+    colors = COLORS | dict(zip(others, palette))
     return {name: colors[method] for method, name in zip(methods, shown)}
 
 
