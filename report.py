@@ -90,6 +90,7 @@ EVALUATION = ["run_name", "step", "return_mean", "return_std", "length_mean"]
 NOISE = "noise and level"  # as no argument can be called
 LOWEST = "lowest return"
 LAST_STEP = "last step"
+EVALUATIONS = "number of evaluations"
 PACKAGES = "torch numpy gymnasium mujoco Box2D ale-py transformers stable-baselines3 trl".split()
 CELL = [NOISE, "env_id", "exp_name"]
 SHOWN = dict(zip(CELL, ["noise", "task", "method"]))
@@ -140,6 +141,9 @@ def read_folders(folders: Iterable[Path]) -> tuple[DataFrame, DataFrame, list[st
             raise Refusal(f"{folder}: no such folder")
         elif not paths:  # as runs/quick/logs of runs/quick/*
             print(f"{folder}: no runs in it (for packs, give NAME-runs.csv.gz)", file=sys.stderr)
+        below = [file.parents[1] for file in folder.glob("*/*/summary.json")]
+        for place in [*below, *folder.glob("*-runs.csv.gz")][:1]:
+            print(f"not read: {place}; to read it, give it, too", file=sys.stderr)
         for path in paths:
             try:
                 found, evaluations = read_run(path)
@@ -202,9 +206,11 @@ def read_run(path: Path) -> tuple[list[dict], DataFrame]:
             run[column] = "None"  # nan: a flag that the script lacks
     if "env_id" not in run:  # a language model
         run["env_id"] = run.pop("task")
-    versions = sorted(session["versions"].items())
+    versions = {name: x for name, x in session["versions"].items() if name in PACKAGES}
+    others = sorted(session["versions"].items() - versions.items())
+    versions["others"] = hashlib.sha256(json.dumps(others).encode()).hexdigest()[:8]
     files = session.get("files", {}).items()
-    helpers = [[PureWindowsPath(path).name, x[:8]] for path, x in files if x != script_sha256]
+    helpers = [[PureWindowsPath(path).name, x] for path, x in files if x != script_sha256]
     run |= {
         "run_name": path.name,
         "script": session["script"],
@@ -213,7 +219,7 @@ def read_run(path: Path) -> tuple[list[dict], DataFrame]:
         "script_sha256": script_sha256,
         "command": shlex.join(session["command"]),
         "files": json.dumps(sorted(helpers)),
-        "versions": json.dumps({name: x for name, x in versions if name in PACKAGES}),
+        "versions": json.dumps(versions, sort_keys=True),
         "hardware": json.dumps([session[name] for name in ("platform", "cpu", "gpu")]),
         "exp_name": run["exp_name"],
         "total_timesteps": int(run["total_timesteps"]),
@@ -262,9 +268,10 @@ def pack(runs: DataFrame, progress: DataFrame, place: Path) -> None:
 
 
 def label_runs(runs: DataFrame, progress: DataFrame) -> DataFrame:
-    """Finished runs with NOISE ("clean" or noise and level), LOWEST, LAST_STEP, and columns of
-    `progress`, after "logged" if their name is taken: "losses/..." as means over a run, others as
-    in the last evaluation. Columns of CELL are categories. Raises Refusal if a cell is mixed."""
+    """Finished runs with NOISE ("clean" or noise and level), LOWEST, LAST_STEP, EVALUATIONS, and
+    columns of `progress`, after "logged" if their name is taken: "losses/..." as means over a run,
+    others as in the last evaluation. Columns of CELL are categories. Raises Refusal if a cell is
+    mixed."""
     finished = runs[runs["finished"]].copy()
     clean = finished["noise"] == "none"
     finished["noise_level"] = finished["noise_level"].mask(clean, 0.0)
@@ -277,6 +284,7 @@ def label_runs(runs: DataFrame, progress: DataFrame) -> DataFrame:
     lowest = finished["run_name"].map(evaluations["return_mean"].min())
     finished[LOWEST] = np.fmin(lowest, finished["training"].astype(float))
     finished[LAST_STEP] = finished["run_name"].map(last["step"])
+    finished[EVALUATIONS] = finished["run_name"].map(evaluations.size())
     taken = [*finished, *MEASURES.values(), "a score"]
     for name in progress.columns.difference(EVALUATION):
         values = evaluations[name].mean() if "/" in name else last[name]
@@ -376,7 +384,7 @@ def pairs_of(runs: DataFrame, compare: Iterable[tuple]) -> list:
 
 def versions_of(run) -> dict[str, str]:
     """What the run may have in another version than other runs. Older packs lack files."""
-    versions = {run.script: run.script_sha256[:8], "packages": run.versions}
+    versions = {run.script: run.script_sha256, "packages": run.versions}
     if isinstance(run.files, str):
         helpers = json.loads(run.files)
         versions[f"{run.script}'s imports"] = " ".join(name for name, _ in helpers)
@@ -387,20 +395,21 @@ def versions_of(run) -> dict[str, str]:
 
 def remarks(runs: DataFrame, pairs: list) -> list:
     """Paragraphs: first what is compared, then methods without bins, and tasks whose runs differ in
-    files, packages or steps."""
+    files, packages, steps or evaluations."""
     compared = ", ".join(f"{a} with {b}" for a, b in pairs)
     page = [f"Compared: {compared or 'nothing'}."]
     if "policy" in runs:
         names = runs.loc[runs["policy"] == "gaussian", "exp_name"].unique()
         page.append(f"Without bins (Gaussian policy): {', '.join(names) or 'none'}.")
-    for (noise, task), group in runs.groupby(CELL[:2], observed=True):
+    for task, group in runs.groupby("env_id", observed=True):
         versions = DataFrame(map(versions_of, group.itertuples())).nunique()
         unlike = [f"versions of {name}" for name in versions.index[versions > 1]]
-        fewest, most = group[LAST_STEP].min(), group[LAST_STEP].max()
-        if most > 1.01 * fewest:  # else rounded up to whole rollouts
-            unlike.append(f"{fewest:,} to {most:,} steps")
+        for column in (LAST_STEP, EVALUATIONS):  # "Training" is averaged between evaluations
+            least, most = group[column].min(), group[column].max()
+            if most > 1.01 * least:  # else rounded up to whole rollouts
+                unlike.append(f"{column} {least:,} to {most:,}")
         if unlike:
-            page.append(f"**Not alike: {task}, {noise}: {', '.join(unlike)}.**")
+            page.append(f"**Not alike: {task}: {', '.join(unlike)}.**")
     return page
 
 
@@ -693,7 +702,7 @@ def plain(value) -> str:
 
 def provenance_text(runs: DataFrame, arguments, unfinished: list, broken: list) -> list:
     """Paragraphs on what was run, what is not whole, whether it is one version of a script, and in
-    which of the columns `arguments` methods differ."""
+    which of the columns `arguments` runs of a task differ."""
     page = []
     if broken:
         page.append(f"**Not whole: {len(broken)}.** {NOT_WHOLE}")
@@ -705,16 +714,17 @@ def provenance_text(runs: DataFrame, arguments, unfinished: list, broken: list) 
     names = ["script", "total_timesteps", *PROVENANCE]
     origin = runs[names].drop(columns=["command", "started"])
     origin = origin.dropna(axis="columns", how="all").map(str)
-    counts = origin.replace(["nan", "None"], "not recorded").value_counts()
-    page.append(markdown(counts.reset_index(name="runs").astype(str)))
+    origin = origin.replace(["nan", "None"], "not recorded")
+    origin.insert(0, "method", runs["exp_name"].astype(str))
+    page.append(markdown(origin.value_counts().reset_index(name="runs").astype(str)))
     texts = runs[arguments].map(plain).where(runs[arguments].notna(), "")  # "": flag lacking
     cells = texts.groupby([runs[name] for name in CELL], observed=True).max()
-    differ = cells.groupby(CELL[:2], observed=True).nunique().max() > 1
+    differ = cells.groupby("env_id", observed=True).nunique().max() > 1
     by_method = cells.loc[:, differ].groupby("exp_name", observed=True)
     table = by_method.agg(lambda values: ", ".join(sorted(set(values) - {""}))).T
     if len(table):
         table = table.rename_axis("argument").reset_index(allow_duplicates=True)
-        page += ["Arguments in which methods differ:", markdown(table.astype(str))]
+        page += ["Arguments in which runs of a task differ:", markdown(table.astype(str))]
     return page
 
 
@@ -797,7 +807,7 @@ def main(args: Args) -> None:
     pairs = rename(runs, pairs_of(runs, args.compare), args.names)
     colors = colors_of(methods, runs["exp_name"].cat.categories)
     differences = make_differences(runs, pairs)
-    others = runs.columns.difference([*everything, NOISE, LOWEST, LAST_STEP])
+    others = runs.columns.difference([*everything, NOISE, LOWEST, LAST_STEP, EVALUATIONS])
     scores = make_scores(runs, [*MEASURES, *others], differences)
     if args.pack and broken:
         raise Refusal("--pack: delete the runs that are left out (named above), or run them again")

@@ -38,12 +38,13 @@ def make_run(
 ):
     """A folder as scripts leave it, with twelve evaluations, the first the best, the last `score`.
     `columns` of progress.csv; `version`: all that is in the script; `changes` of arguments, of the
-    script's name, the texts of what it imports, or the version of PyTorch."""
+    script's name, the texts of what it imports, or a package's version."""
     language = task == "imdb"
     script = changes.pop("script", "sppo_rlhf.py" if language else "sppo_continuous.py")
     texts = {rf"C:\{script}": version} | changes.pop("imported", {})
+    evaluations = changes.pop("evaluations", 12)
     files = {path: hashlib.sha256(text.encode()).hexdigest() for path, text in texts.items()}
-    versions = {"torch": changes.pop("torch", "2.13.0"), "numpy": "2.13.0"}
+    versions = {"torch": "2.13.0", "numpy": "2.13.0", "highway-env": changes.pop("highway", "1.8")}
     if seed % 2:  # in the order of a folder's files
         versions = dict(reversed(versions.items()))
     args = {"exp_name": method, "seed": seed, "noise": "none", "noise_level": 0.05}
@@ -61,7 +62,7 @@ def make_run(
     progress["return_mean"] = [2 * score, *np.linspace(0, score, 12)[1:]]
     progress["losses/clipped_gradients"] = np.linspace(0, 1, 12)
     progress["charts/episodic_return"] = np.linspace(0, score / 2, 12)
-    table = pd.DataFrame(progress | dict(columns))
+    table = pd.DataFrame(progress | dict(columns))[-evaluations:]
     table.to_csv(folder / "progress.csv", index=False)
     if finished:
         summary = table.iloc[-1].to_dict() | {"sps": 1000.0}
@@ -527,7 +528,8 @@ def test_packed_runs_give_the_same_report_and_pack_and_say_how_to_repeat_a_run(g
     assert run["command"] == "sppo_continuous.py --seed 2"
     assert run["started"] == "2026-01-03 12:00:00"
     assert run["script_sha256"] == hashlib.sha256(b"abc").hexdigest()
-    assert set(packed["versions"]) == {'{"numpy": "2.13.0", "torch": "2.13.0"}'}
+    (versions,) = map(json.loads, set(packed["versions"]))
+    assert versions.keys() == {"numpy", "torch", "others"} and versions["torch"] == "2.13.0"
     assert json.loads(run["hardware"]) == ["Linux-6.1", "AVX512", None]
     scores = ["vf_coef", "return_mean", "training", "seed"]
     assert run[scores].to_list() == [0.5, 112, 56, 2]
@@ -566,10 +568,10 @@ def test_runs_of_a_cell_may_differ_in_where_they_ran_and_methods_in_arguments(tm
     page = write_report(tmp_path / "runs", out=tmp_path / "out")
     rows = table_after(page, "## What was run")[1:]
     digests = {hashlib.sha256(version).hexdigest() for version in (b"abc", b"def")}
-    assert {row[2] for row in rows} == digests
+    assert {row[3] for row in rows} == digests and {row[0] for row in rows} == {"ppo", "sppo"}
     report.pack(*report.read_folders([tmp_path / "runs"])[:2], tmp_path / "pack")
     for shown in (page, write_report(tmp_path / "pack", out=tmp_path / "out")):
-        rows = table_after(shown, "Arguments in which methods differ:")
+        rows = table_after(shown, "Arguments in which runs of a task differ:")
         of_vf_coef = ["vf_coef", "0.1, 0.5", "0.1, 0.5"]  # of either one in each kind of noise
         assert rows[1:] == [["bins", "7", "11"], ["depth", "100000", "None"], of_vf_coef]
 
@@ -588,16 +590,18 @@ STEPS = [*range(100, 1200, 100)]
         ({"imported": {}}, "versions of sppo_continuous.py's imports"),
         ({"script": "mine.py", "imported": TWO | {"/sppo_continuous.py": "abc"}}, ""),
         ({"script": "mine.py", "version": "mine", "imported": EDITED}, "versions of __init__.py"),
-        ({"torch": "2.14.0"}, "versions of packages"),
+        ({"highway": "1.10"}, "versions of packages"),
+        ({"noise": "normal", "version": "def"}, "versions of sppo_continuous.py"),
         ({"columns": {"step": [*STEPS, 1212]}}, ""),
-        ({"columns": {"step": [*STEPS, 1224]}}, "1,200 to 1,224 steps"),
+        ({"columns": {"step": [*STEPS, 1224]}}, "last step 1,200 to 1,224"),
+        ({"evaluations": 6}, "number of evaluations 6 to 12"),
     ],
 )
 def test_a_task_whose_runs_are_not_alike_is_named(changes, unlike, tmp_path):
     make_run(tmp_path / "runs", "sppo", 1, imported=TWO)
     make_run(tmp_path / "runs", "ppo", 2, **{"imported": TWO} | changes)
     page = write_report(tmp_path / "runs", out=tmp_path / "out")
-    lines = re.findall(r"(?m)^\*\*Not alike: Hopper-v4, clean: (.+)\.\*\*$", page)
+    lines = re.findall(r"(?m)^\*\*Not alike: Hopper-v4: (.+)\.\*\*$", page)
     assert lines == ([unlike] if unlike else [])
 
 
@@ -711,7 +715,11 @@ def test_folders_without_finished_runs_are_refused(grid, tmp_path, capsys, monke
     for folders, why in refused.items():
         with pytest.raises(report.Refusal, match=why):
             write_report(*folders, out=tmp_path / "out")
-    assert f"{tmp_path}/runs/logs: no runs in it " in capsys.readouterr().err
+    said = capsys.readouterr().err
+    assert f"{tmp_path}/runs/logs: no runs in it " in said
+    shutil.copytree(grid / "runs", copied / "more")
+    assert len(report.read_folders((copied,))[0]) == 12
+    assert f"not read: {copied}/more; to read it, give it, too" in capsys.readouterr().err
     monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path)])
     with pytest.raises(SystemExit, match="^error: none of 0 runs has finished; give folders .*$"):
         runpy.run_path(str(ROOT / "report.py"), run_name="__main__")
