@@ -563,17 +563,22 @@ def test_runs_of_a_cell_may_differ_in_where_they_ran_and_methods_in_arguments(tm
     for noise, weights in {"none": (0.5, 0.1), "normal": (0.1, 0.5)}.items():
         for method, weight in zip(("sppo", "ppo"), weights):
             make_run(tmp_path / "runs", method, 1, 3, noise=noise, vf_coef=weight)
-    for method, bins in {"sppo": 11, "ppo": 7.0}.items():
-        make_run(tmp_path / "runs", method, 3, task=LANDER, bins=bins, depth=[None, 1e5][bins < 9])
+    for noise, width in {"none": 1, "normal": 2}.items():
+        for method, (bins, depth) in {"sppo": (11, None), "ppo": (7.0, 1e5)}.items():
+            flags = {"noise": noise, "width": width, "bins": bins, "depth": depth}
+            make_run(tmp_path / "runs", method, 3, task=LANDER, **flags)
     page = write_report(tmp_path / "runs", out=tmp_path / "out")
-    rows = table_after(page, "## What was run")[1:]
+    header, *rows = table_after(page, "## What was run")
+    assert header[:2] == ["method", "script"]
     digests = {hashlib.sha256(version).hexdigest() for version in (b"abc", b"def")}
     assert {row[3] for row in rows} == digests and {row[0] for row in rows} == {"ppo", "sppo"}
     report.pack(*report.read_folders([tmp_path / "runs"])[:2], tmp_path / "pack")
     for shown in (page, write_report(tmp_path / "pack", out=tmp_path / "out")):
         rows = table_after(shown, "Arguments in which runs of a task differ:")
         of_vf_coef = ["vf_coef", "0.1, 0.5", "0.1, 0.5"]  # of either one in each kind of noise
-        assert rows[1:] == [["bins", "7", "11"], ["depth", "100000", "None"], of_vf_coef]
+        of_width = ["width", "1, 2", "1, 2"]  # of each method in one kind of noise
+        of_depth = ["depth", "100000", "None"]
+        assert rows[1:] == [["bins", "7", "11"], of_depth, of_vf_coef, of_width]
 
 
 TWO = {"/x/__init__.py": "x11", "/y/__init__.py": ""}  # the first has the largest digest
