@@ -208,7 +208,7 @@ def read_run(path: Path) -> tuple[list[dict], DataFrame]:
         run["env_id"] = run.pop("task")
     versions = {name: x for name, x in session["versions"].items() if name in PACKAGES}
     others = sorted(session["versions"].items() - versions.items())
-    versions["others"] = hashlib.sha256(json.dumps(others).encode()).hexdigest()[:8]
+    versions["others, SHA-256"] = hashlib.sha256(json.dumps(others).encode()).hexdigest()[:8]
     files = session.get("files", {}).items()
     helpers = [[PureWindowsPath(path).name, x] for path, x in files if x != script_sha256]
     run |= {
