@@ -143,7 +143,7 @@ def read_folders(folders: Iterable[Path]) -> tuple[DataFrame, DataFrame, list[st
             print(f"{folder}: no runs in it (for packs, give NAME-runs.csv.gz)", file=sys.stderr)
         below = [file.parents[1] for file in folder.glob("*/*/summary.json")]
         for place in [*below, *folder.glob("*-runs.csv.gz")][:1]:
-            print(f"not read: {place}; to read it, give it, too", file=sys.stderr)
+            print(f"{folder}: {place} is read only if it is given, too", file=sys.stderr)
         for path in paths:
             try:
                 found, evaluations = read_run(path)
@@ -407,7 +407,7 @@ def remarks(runs: DataFrame, pairs: list) -> list:
         for column in (LAST_STEP, EVALUATIONS):  # "Training" is averaged between evaluations
             least, most = group[column].min(), group[column].max()
             if most > 1.01 * least:  # else rounded up to whole rollouts
-                unlike.append(f"{column} {least:,} to {most:,}")
+                unlike.append(f"{column} {least:,.0f} to {most:,.0f}")
         if unlike:
             page.append(f"**Not alike: {task}: {', '.join(unlike)}.**")
     return page

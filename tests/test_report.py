@@ -724,7 +724,7 @@ def test_folders_without_finished_runs_are_refused(grid, tmp_path, capsys, monke
     assert f"{tmp_path}/runs/logs: no runs in it " in said
     shutil.copytree(grid / "runs", copied / "more")
     assert len(report.read_folders((copied,))[0]) == 12
-    assert f"not read: {copied}/more; to read it, give it, too" in capsys.readouterr().err
+    assert f"{copied}/more is read only if it is given, too" in capsys.readouterr().err
     monkeypatch.setattr(sys, "argv", ["report.py", str(tmp_path)])
     with pytest.raises(SystemExit, match="^error: none of 0 runs has finished; give folders .*$"):
         runpy.run_path(str(ROOT / "report.py"), run_name="__main__")
