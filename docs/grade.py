@@ -146,7 +146,8 @@ def notebooks(folder):
             continue
         is_other = path.name.lower().endswith((".ipynb.txt", ".json", ".zip"))
         if path.suffix.lower() == ".ipynb":
-            found[name.with_suffix("").as_posix()] = path
+            short = name.with_suffix("").as_posix()
+            found[name.as_posix() if short in found else short] = path  # ada.ipynb, ada.IPYNB
         elif path.parent == folder and (is_other or path.is_dir()):
             found[name.as_posix()] = None
     return {

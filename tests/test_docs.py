@@ -203,6 +203,7 @@ def test_a_class_is_graded_whatever_else_students_changed(tmp_path, monkeypatch,
     with_mark = "\ufeff" + (folder / "fay.IPYNB").read_text()
     (folder / "fay.IPYNB").write_text(with_mark)
     (folder / "ida.zip").touch()
+    shutil.copy(folder / "ada.IPYNB", folder / "ada.ipynb")
     grade.main(grade.Args(folder, tmp_path / "grades.csv"))
     grades = pd.read_csv(tmp_path / "grades.csv", index_col="notebook", dtype=str).fillna("")
     few = "not graded: ValueError('1 answers instead of 2')"
@@ -210,6 +211,7 @@ def test_a_class_is_graded_whatever_else_students_changed(tmp_path, monkeypatch,
     printed = "fails: an answer has printed this claim"
     assert grades.T.to_dict("list") == {
         "ada": [""] * 5 + [few, "", ""],
+        "ada.ipynb": [""] * 5 + [few, "", ""],
         "bob/same": ["0", "2", "0", "0", "claim weights_in", "undone: right"] + ["fails: why"] * 2,
         "eve/same": ["0", "1", "1", "0", "", "", "to do: why", "fails: why"],
         "fay": ["2", "0", "0", "0", "", "the student's copy says 1", "holds: why", "holds: why"],
