@@ -29,6 +29,7 @@ CONTRASTS = {  # (method, kind of rewards), and what it is divided by
     "loss": (("sppo", "none"), ("ppo", "none")),
     "normalisation": (("ppo", "none"), ("ppo-authors", "none")),
     "both": (("sppo", "none"), ("ppo-authors", "none")),
+    "loss, flipped": (("sppo", "flip"), ("ppo", "flip")),
     "noise, PPO": (("ppo", "flip"), ("ppo", "none")),
     "noise, SPPO": (("sppo", "flip"), ("sppo", "none")),
 }
@@ -62,8 +63,8 @@ def log_ratios(scores):
     """Log ratios (games x contrasts); NaN where a game lacks a method."""
     pairs = {name: pair for name, pair in CONTRASTS.items() if set(pair) <= set(scores)}
     ratios = pd.DataFrame({name: np.log(scores[a] / scores[b]) for name, (a, b) in pairs.items()})
-    if {"noise, SPPO", "noise, PPO"} <= set(pairs):
-        ratios[NOISY_LOSS] = ratios["noise, SPPO"] - ratios["noise, PPO"]
+    if "loss, flipped" in pairs:
+        ratios[NOISY_LOSS] = ratios["loss, flipped"] - ratios["loss"]
     return ratios
 
 
@@ -126,13 +127,12 @@ def draw(folder=HERE):
     quoted = pd.read_csv(HERE / "quoted.csv", index_col="game")
     paper = np.log(quoted["sppo"] / quoted["ppo"])
     points = {
-        "SPPO to PPO": (ratios["loss"], "o", "tab:blue"),
-        "SPPO to the authors' PPO": (ratios["both"], "s", "tab:green"),
-        "the paper's SPPO to its PPO, quoted": (paper, "X", "black"),
+        "loss: SPPO to PPO": (ratios["loss"], "o", "tab:blue"),
+        "both: SPPO to the authors' PPO": (ratios["both"], "s", "tab:green"),
+        "both, quoted: the paper's SPPO to its PPO": (paper, "X", "black"),
     }
-    if NOISY_LOSS in ratios:
-        flipped = ratios["loss"] + ratios[NOISY_LOSS]
-        points["SPPO to PPO, flipped rewards"] = (flipped, "D", "tab:orange")
+    if "loss, flipped" in ratios:
+        points["loss, flipped: SPPO to PPO"] = (ratios["loss, flipped"], "D", "tab:orange")
     order = ratios["loss"].sort_values().index
     at_random = (scores.max(axis="columns") / random_scores() < 1.2)[order]
     y = np.arange(len(order))
@@ -146,7 +146,7 @@ def draw(folder=HERE):
         mean, low, high, _ = paired(values.dropna())
         ax.errorbar(mean, -2 - row, xerr=[[mean - low], [high - mean]], fmt=marker, color=color)
     games = [f"{game} (at random)" if at_random[game] else game for game in order]
-    means = [f"mean of {values.count()} games" for values, _, _ in points.values()]
+    means = [f"{x.split(':')[0]}, {points[x][0].count()} games" for x in points]
     ax.set_yticks([*y, *(-2 - np.arange(len(points)))], [*games, *means])
     ax.set_xlabel("log ratio of scores (dotted: a tenth more)")
     figure.legend(loc="outside upper center", ncols=2)
