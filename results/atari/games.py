@@ -3,8 +3,8 @@
 python results/atari/games.py
 
 The unit is the game. Each gives one log ratio of two methods' scores, which are means over seeds.
-Contrasts of which no game is there yet are left out. The registered tests are made once, over all
-games: p-values are printed only when each contrast has all games that were registered for it.
+Contrasts of which no game is there yet are left out. The registered tests are made once: p-values
+are printed only when each contrast has as many games as TESTED says.
 """
 
 import sys
@@ -47,7 +47,12 @@ def read_scores(folder=HERE):
     """Means over seeds (games x methods and rewards) of each measure."""
     runs = pd.read_csv(folder / "games-runs.csv.gz").query("finished")
     progress = pd.read_csv(folder / "games-progress.csv.gz")
-    runs["evaluations"] = runs["run_name"].map(progress.groupby("run_name")["return_mean"].mean())
+    evaluations = runs["run_name"].map(progress.groupby("run_name")["return_mean"].apply(list))
+    assert set(evaluations.map(len)) == {5}
+    seeds = runs.sort_values("seed").groupby(["env_id", "exp_name", "noise"])["seed"].apply(tuple)
+    alike = seeds.groupby("env_id").nunique() == 1
+    assert alike.all(), f"methods with other seeds: {alike.index[~alike].tolist()}"
+    runs["evaluations"] = evaluations.map(np.mean)
     runs["last"] = runs["return_mean"]
     runs["random"] = runs["env_id"].map(random_scores())
     assert runs["random"].notna().all(), "first play the other games: random_agent.py"
@@ -57,6 +62,13 @@ def read_scores(folder=HERE):
         runs[measure] = np.maximum(runs[measure], runs["random"] / 10)
     cells = runs.groupby(["env_id", "exp_name", "noise"])[list(MEASURES)].mean()
     return {measure: cells[measure].unstack(["exp_name", "noise"]) for measure in MEASURES}
+
+
+def is_learned(scores):
+    """Whether PPO and SPPO, by their geometric mean on clean rewards, exceed a random agent by a
+    fifth: a value for each game."""
+    clean = np.sqrt(scores["ppo", "none"] * scores["sppo", "none"])
+    return clean >= 1.2 * random_scores()[clean.index]
 
 
 def log_ratios(scores):
@@ -78,6 +90,12 @@ def holm(p):
     return corrected
 
 
+def in_share(gains):
+    """How many games gain, with Clopper and Pearson's interval for their share."""
+    low, high = stats.binomtest(gains.sum(), gains.count()).proportion_ci()
+    return f"{gains.sum()} of {gains.count()} ({100 * low:.0f} to {100 * high:.0f} %)"
+
+
 def print_measures(folder=HERE):
     """Mean log ratios over games, by t."""
     rows = {}
@@ -86,8 +104,11 @@ def print_measures(folder=HERE):
         parts = {MEASURES[measure]: ratios}
         if measure == "evaluations":  # of CrazyClimber the gain was known
             parts["the same, without CrazyClimber"] = ratios.drop("CrazyClimber")
+            parts["the same, learned games"] = ratios[is_learned(scores)]
+            gains = [in_share(ratios[name].dropna() > 0) for name in ratios]
         for title, part in parts.items():
             rows[title] = [estimate(*paired(part[name].dropna())[:3]) for name in ratios]
+    rows["games with a gain in the first row"] = gains
     print_table(rows, "log ratio", *ratios)
 
 
@@ -97,7 +118,7 @@ def print_games(folder=HERE):
     names = {(a, b): METHODS[a] + REWARDS[b] for b in REWARDS for a in METHODS if (a, b) in scores}
     scores = scores[list(names)].set_axis([*names.values()], axis="columns")
     scores.insert(0, "random agent", random_scores())
-    texts = scores.map("{:,.0f}".format).replace("nan", "")
+    texts = scores.map(lambda x: f"{x:,.{0 if x > 99 else 1}f}").replace("nan", "")
     print_table(dict(zip(texts.index, texts.to_numpy())), "game", *texts)
 
 
@@ -134,7 +155,7 @@ def draw(folder=HERE):
     if "loss, flipped" in ratios:
         points["loss, flipped: SPPO to PPO"] = (ratios["loss, flipped"], "D", "tab:orange")
     order = ratios["loss"].sort_values().index
-    at_random = (scores.max(axis="columns") / random_scores() < 1.2)[order]
+    at_random = ~is_learned(scores)
     y = np.arange(len(order))
     size = (7, 2 + 0.3 * (len(order) + len(points)))
     figure, ax = plt.subplots(figsize=size, layout="constrained")
