@@ -10,9 +10,6 @@ from helpers import SETTINGS, Signals
 
 # The networks here are small, and two workers of pytest-xdist, and what they start, share two cores
 os.environ["OMP_NUM_THREADS"] = "1"
-# With either of these, pytest prints all that differs: of two agents' bytes, after hours
-for name in ("CI", "BUILD_NUMBER"):
-    os.environ.pop(name, None)
 
 
 @pytest.fixture(autouse=True, scope="session")

@@ -3,6 +3,7 @@
 import contextlib
 import copy
 import csv
+import hashlib
 import json
 import sys
 import types
@@ -175,6 +176,11 @@ def work_in(monkeypatch, folder):
     for name, module in list(sys.modules.items()):
         if name.startswith(("sppo_", "sa2c_")):
             monkeypatch.setattr(module, "START", folder, raising=False)
+
+
+def sha256(path):
+    """Of a file. Tests compare these, since pytest takes hours to show how two agents differ."""
+    return hashlib.sha256(path.read_bytes()).hexdigest()
 
 
 def digests_of(script, args):

@@ -1,7 +1,6 @@
 """benchmark.sh: its lists of commands. benchmarks/run.py: where and whether runs start."""
 
 import functools
-import hashlib
 import json
 import os
 import re
@@ -18,7 +17,7 @@ import ale_py
 import gymnasium as gym
 import pytest
 import tyro
-from helpers import SETTINGS
+from helpers import SETTINGS, sha256
 
 import sppo_rlhf
 
@@ -160,7 +159,7 @@ def finish(folder, command, *more):
     folder.mkdir(parents=True, exist_ok=True)
     shutil.copy(command[0], folder)
     files = [Path(name).resolve() for name in (command[0], *more)]
-    digests = {str(file): hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
+    digests = {str(file): sha256(file) for file in files}
     session = {"command": command, "directory": os.getcwd(), "files": digests}
     (folder / "sessions.jsonl").write_text(json.dumps(session) + "\n")
     (folder / "summary.json").write_text("{}")

@@ -87,10 +87,14 @@ def every(setting, updates):
     return {"eval_freq": steps, "checkpoint_freq": steps // setting.small["num_envs"]}
 
 
+def tensor_sha256(tensor):
+    return hashlib.sha256(tensor.detach().numpy().tobytes()).hexdigest()
+
+
 def files(folder):
-    """{path: content}, but for the lock."""
+    """{path: SHA-256}, but for the lock."""
     paths = (path for path in folder.rglob("*") if path.is_file() and path.name != "lock")
-    return {path: path.read_bytes() for path in paths}
+    return {path: helpers.sha256(path) for path in paths}
 
 
 def sessions(folder):
@@ -151,7 +155,7 @@ def test_a_run_writes_its_files_and_messages(setting, launch, monkeypatch):
     left = {path.name for path in folder.iterdir() if not path.name.startswith("events")}
     assert left - {"lock"} == {*named, *(["policy"] if setting.is_text else [])}
     path = Path(setting.script.__file__)
-    assert (folder / script).read_bytes() == path.read_bytes()
+    assert helpers.sha256(folder / script) == helpers.sha256(path)
 
     rows = progress(folder)
     form = "reward {return_mean:.3f}" if setting.is_text else "return {return_mean:.1f}"
@@ -176,7 +180,7 @@ def test_a_run_writes_its_files_and_messages(setting, launch, monkeypatch):
     expected = {"script": script, "command": sys.argv, "directory": str(path.parent)}
     expected |= {"working_directory": str(Path.cwd())}
     assert expected.items() <= session.items()
-    assert session["files"][str(path)] == hashlib.sha256(path.read_bytes()).hexdigest()
+    assert session["files"][str(path)] == helpers.sha256(path)
     versions = {one.name: version(one.name) for one in distributions()}
     assert session["versions"] == versions | {"torch": torch.__version__}
 
@@ -451,12 +455,10 @@ def test_a_continued_run_equals_an_uninterrupted_one(setting, tmp_path):
     states = checkpoint(folder), checkpoint(whole)
     for state in states:
         step_and_speeds(state)[1].clear()
-    hexadecimal = [
-        json.dumps(state, default=lambda x: x.detach().numpy().tobytes().hex()) for state in states
-    ]
-    assert hexadecimal[0] == hexadecimal[1]
+    texts = [json.dumps(state, default=tensor_sha256) for state in states]
+    assert texts[0] == texts[1]
     for name in ("progress.csv", "samples.jsonl" if setting.is_text else "agent.safetensors"):
-        assert (folder / name).read_bytes() == (whole / name).read_bytes()
+        assert helpers.sha256(folder / name) == helpers.sha256(whole / name)
     assert scalars(folder) == scalars(whole)
     assert summary | {"sps": 0} == whole_summary | {"sps": 0}
 
@@ -853,5 +855,5 @@ def test_a_run_killed_at_random_times_ends_with_the_same_bytes(setting):
     assert killed.name == whole.name
     assert len(sessions(killed)) > 1
     for name in {"progress.csv", "agent.safetensors", "samples.jsonl"} & set(os.listdir(whole)):
-        assert (killed / name).read_bytes() == (whole / name).read_bytes()
+        assert helpers.sha256(killed / name) == helpers.sha256(whole / name)
     assert torch.equal(weights(killed), weights(whole))

@@ -12,6 +12,7 @@ from pathlib import Path
 
 import ale_py.vector_env
 import gymnasium as gym
+import helpers
 import imageio.v3
 import numpy as np
 import pytest
@@ -55,13 +56,13 @@ def test_enjoy_prints_the_score_of_the_evaluation(setting, watch, tmp_path, caps
     for run in runs:
         run()
         (folder,) = tmp_path.glob("*__*")
-        before = {path: path.read_bytes() for path in folder.iterdir()}
+        before = {path: helpers.sha256(path) for path in folder.iterdir()}
         row = progress(folder)[-1]
         capsys.readouterr()
         end, out, err = watch(folder, "--episodes", 3, "--seed", 1 + int(row["step"]))
         score = f"{row['return_mean']:.1f} (standard deviation {row['return_std']:.1f})"
         assert (end, out, err) == (0, f"{folder}: return {score}\n", "")
-        assert {path: path.read_bytes() for path in folder.iterdir()} == before
+        assert {path: helpers.sha256(path) for path in folder.iterdir()} == before
 
 
 @pytest.mark.parametrize("setting", [SPPO_ATARI, SA2C_ATARI], ids=str)
