@@ -30,7 +30,7 @@ import tyro
 from matplotlib import font_manager
 from matplotlib.ticker import EngFormatter
 from pandas import DataFrame
-from scipy import stats
+from scipy import special, stats
 
 plt.rcdefaults()  # a matplotlibrc may ask for what is not installed, such as LaTeX
 plt.rcParams["text.parse_math"] = False  # a method may be called "$a$b"
@@ -54,7 +54,7 @@ over cells, with Brunner and Munzel's interval, unless a cell has fewer than fiv
     "runs": "of both methods together",
     "percent": """by how much the first method's mean is higher, where all returns were above 0; by
 logarithms, corrected for the bias of few runs, so not the plain ratio; with Welch's interval""",
-    "tasks": "over which tasks the percentage is averaged, of how many in this report",
+    "tasks": "over which tasks the percentage is averaged, of how many with such noise",
     "points": "the difference in returns, on tasks where a run of either had a return of 0 or less",
     "difference": "the first method's mean minus the second's, with Welch's interval and p",
     "p, corrected": "by Benjamini and Hochberg, for the number of differences in the table",
@@ -62,7 +62,7 @@ logarithms, corrected for the bias of few runs, so not the plain ratio; with Wel
 }
 
 NOT_WHOLE = """To have a run whole (not a pack), delete its folder and run its command again. Until
-then its command and benchmark.sh treat a run with a summary.json as finished."""
+then its command and benchmark.sh treat a run with a whole summary.json as finished."""
 
 MEASURES = {  # columns of runs
     "return_mean": "last evaluation",
@@ -202,8 +202,8 @@ def read_run(path: Path) -> tuple[list[dict], DataFrame]:
     for name, value in session["args"].items():
         column = f"--{name}" if name in OWN else name
         run[column] = json.dumps(value) if isinstance(value, (list, dict)) else value
-        if value is None:
-            run[column] = "None"  # nan: a flag that the script lacks
+        if value is None or (value in ("", "nan") and name != "exp_name"):  # else: no such flag
+            run[column] = repr(value)
     if "env_id" not in run:  # a language model
         run["env_id"] = run.pop("task")
     versions = {name: x for name, x in session["versions"].items() if name in PACKAGES}
@@ -260,8 +260,12 @@ def pack(runs: DataFrame, progress: DataFrame, place: Path) -> None:
     logged = progress.columns.difference(EVALUATION, sort=False)
     options = {"index": False, "lineterminator": "\n"}
     options["compression"] = {"method": "gzip", "mtime": 0}
-    runs.reindex(columns=[*RUN, *settings, *PROVENANCE]).to_csv(packed, **options)
-    progress[[*EVALUATION, *logged]].to_csv(evaluations, **options)
+    tables = {packed: runs.reindex(columns=[*RUN, *settings, *PROVENANCE])}
+    tables[evaluations] = progress[[*EVALUATION, *logged]]
+    for file, table in tables.items():
+        table.to_csv(f"{file}.tmp", **options)
+    for file in tables:  # both are whole, also if the disk is full
+        os.replace(f"{file}.tmp", file)
 
 
 # ---- What is compared
@@ -291,7 +295,8 @@ def label_runs(runs: DataFrame, progress: DataFrame) -> DataFrame:
         column = f"logged {name}" if name in taken else name
         finished[column] = finished["run_name"].map(values)
         if name == "success_rate":  # some environments say it only of a success
-            is_known = finished.groupby("env_id")[column].transform("count") > 0
+            versions = finished.groupby(["env_id", "script_sha256"], dropna=False)
+            is_known = versions[column].transform("count") > 0
             finished.loc[is_known, column] = finished.loc[is_known, column].fillna(0)
     noise = finished.sort_values(["noise_level", NOISE])[NOISE].unique()
     orders = [noise, sorted(set(finished["env_id"])), in_order(finished["exp_name"])]
@@ -325,8 +330,7 @@ def check_cell(cell: str, runs: DataFrame) -> None:
     """Raises Refusal if `runs` of one cell differ in a setting, or have the same seed. A
     flag that another version of the script lacks is no difference."""
     for name in runs.columns.difference([*FREE, *SCORES, *PROVENANCE]):
-        numbers = pd.to_numeric(runs[name], errors="coerce")  # a text may be a number in a pack
-        values = numbers.astype(object).where(numbers.notna(), runs[name])
+        values = runs[name].map(plain).where(runs[name].notna())  # a pack has other types
         versions = runs["script_sha256"]
         lacking = versions[values.isna()]
         others = versions[values.notna() & (values != "None")]  # older packs lack None
@@ -426,12 +430,15 @@ def placements(a, b):
 def win_rate(cells: list):
     """Probability that a run of the first beats one of the second, the mean over `cells`, pairs of
     scores (..., runs), and its 95 % interval by Brunner and Munzel (Biometrical Journal 42, 2000):
-    as long as Welch's for the difference in placements. No interval if no placement varies."""
+    as long as Welch's for the difference in placements, but for the logit, which is right also near
+    0 and 1 (results/coverage.py). No interval if no placement varies."""
     both = [(placements(a, b), placements(b, a)) for a, b in cells]
     difference, _, high, _ = pooled_difference(both, mean_and_variance)
     value = (1 + difference) / 2
-    half = high - difference
-    return value, np.maximum(value - half, 0), np.minimum(value + half, 1)
+    with np.errstate(invalid="ignore"):  # no interval
+        half = (high - difference) / (value * (1 - value))
+    low, high = special.logit(value) - half, special.logit(value) + half
+    return value, special.expit(low), special.expit(high)
 
 
 def mean_and_variance(scores):
@@ -538,12 +545,9 @@ def make_scores(runs: DataFrame, measures: list[str], differences: DataFrame) ->
 
 
 def markdown(table: DataFrame) -> str:
-    rule = ["---"] * len(table.columns)
-    lines = []
-    for row in [table.columns, rule, *table.to_numpy()]:
-        cells = [text.replace("|", r"\|") for text in row]
-        lines.append(f"| {' | '.join(cells)} |")
-    return "\n".join(lines)
+    rows = [table.columns, ["---"] * len(table.columns), *table.to_numpy()]
+    rows = [[text.replace("|", r"\|") for text in row] for row in rows]
+    return "\n".join(f"| {' | '.join(row)} |" for row in rows)
 
 
 def explained(table: DataFrame) -> list:
@@ -566,9 +570,7 @@ def digits(error, *values, least=-99):
 def estimate(value, low, high, least=-99):
     """A value with its interval, if it has one; empty for nan."""
     texts = digits((high - low) / 2, value, low, high, least=least)
-    if len(texts) < 3:
-        return "".join(texts)
-    return "{} ({} to {})".format(*texts)
+    return "{} ({} to {})".format(*texts) if len(texts) == 3 else "".join(texts)
 
 
 def notes(scores: DataFrame) -> list:
@@ -651,14 +653,11 @@ def pool(cells: dict, a: str, b: str, signed: set) -> dict:
     if not groups:
         return {}
     both = sum(groups.values(), [])
-    positive = {}
+    positive = {task: group for task, group in sorted(groups.items()) if task not in signed}
     points = []
-    for task, group in sorted(groups.items()):
-        if task in signed:
-            found = pooled_difference(group, mean_and_variance)[:3]
-            points.append(f"{estimate(*found)} in {task}")
-        else:
-            positive[task] = group
+    for task in sorted(signed & groups.keys()):
+        found = pooled_difference(groups[task], mean_and_variance)[:3]
+        points.append(f"{estimate(*found)} in {task}")
     logarithms = pooled_difference(sum(positive.values(), []), log_mean_and_variance)[:3]
     rate, low, high = win_rate(both)
     sizes = [len(scores) for pair in both for scores in pair]

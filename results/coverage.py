@@ -67,10 +67,11 @@ def difference_outside(scores, moments):
     return outside(0, low, high)
 
 
-def win_rate_outside(rng, scores, pair):
+def win_rate_outside(rng, scores, pair, lead=0.0):
+    """`lead` is added to the scores of the first method."""
     ((many, others),) = simulate(rng, pair, seeds=500, cells=1, data_sets=100)
-    truth = report.placements(many, others).mean()
-    _, low, high = report.win_rate(scores)
+    truth = report.placements(many + lead, others).mean()
+    _, low, high = report.win_rate([(a + lead, b) for a, b in scores])
     return outside(truth, low, high)
 
 
@@ -85,6 +86,7 @@ def main():
         }
         if seeds >= report.FEW:
             found["win rate"] = win_rate_outside(rng, scores, pair)
+            found["win rate, means 1.4 and 1"] = win_rate_outside(rng, scores, pair, lead=0.4)
         for statistic, (above, below) in found.items():
             rows.append([statistic, cells, seeds, pair, round(above, 1), round(below, 1)])
     columns = ["statistic", "cells", "seeds", "pair", "above", "below"]

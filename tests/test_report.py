@@ -5,6 +5,7 @@ import json
 import math
 import os
 import re
+import resource
 import runpy
 import shutil
 import subprocess
@@ -14,7 +15,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
-from scipy import optimize, stats
+from scipy import optimize, special, stats
 
 import report
 
@@ -213,6 +214,8 @@ def test_a_table_for_latex_has_tasks_down_and_noise_across(tmp_path):
 
 
 def test_an_environment_may_say_success_only_where_there_is_one(tmp_path):
+    """A run of another version, which never says it, has no rate."""
+    make_run(tmp_path / "runs", "sppo", 1, seed=4, version="def")
     for seed, rate in enumerate([0.5, math.nan, 1.0]):
         make_run(tmp_path / "runs", "sppo", 1, seed, columns={"success_rate": rate})
     page = write_report(tmp_path / "runs", out=tmp_path / "out")
@@ -329,23 +332,25 @@ def test_methods_with_equal_means_differ_by_no_percentage(pair, seeds, bias):
 
 
 @pytest.mark.parametrize("pair", coverage.PAIRS)
+@pytest.mark.parametrize("lead", [0, 0.4])
 @pytest.mark.parametrize("cells", [1, 4])
-def test_intervals_of_win_rates_cover_the_true_rate(pair, cells):
-    """At five seeds, in at least 93 % of the cases."""
+def test_intervals_of_win_rates_cover_the_true_rate(pair, cells, lead):
+    """At five seeds, in at least 97 % of the cases on either side."""
     rng = np.random.default_rng(1)
     scores = coverage.simulate(rng, pair, 5, cells, data_sets=500)
-    assert sum(coverage.win_rate_outside(rng, scores, pair)) <= 7
+    assert max(coverage.win_rate_outside(rng, scores, pair, lead)) <= 3
 
 
 def test_an_interval_of_a_win_rate_is_brunner_and_munzels():
-    """SciPy has their test: at the p of 0.05 where the interval ends, and 1/2 begins."""
+    """Of the logit. SciPy has their test: at the p of 0.05 where the interval ends."""
     a, b = np.random.default_rng(1).normal([[0.3], [0]], 1, (2, 20)).round()  # with ties
     value, low, high = report.win_rate([(a, b)])
     test = stats.brunnermunzel(a, b)
     half_of_error = abs((value - 0.5) / test.statistic)
     degrees = optimize.brentq(lambda n: 2 * stats.t.sf(abs(test.statistic), n) - test.pvalue, 1, 99)
     half = half_of_error * stats.t.ppf(0.975, degrees)
-    assert (low, high) == pytest.approx((value - half, value + half))
+    ends = special.logit(value) + np.array([-half, half]) / (value * (1 - value))
+    assert (low, high) == pytest.approx(special.expit(ends))
     won = [(x > y) + (x == y) / 2 for x in a for y in b]
     assert value == pytest.approx(np.mean(won))
     assert report.win_rate([(b, a)]) == pytest.approx((1 - value, 1 - high, 1 - low), rel=1e-12)
@@ -367,7 +372,7 @@ def test_wins_have_an_interval_from_five_runs_on_and_one_run_has_no_intervals(tm
         make_run(runs, "dppo", a, seed)
         make_run(runs, "sppo", b, seed)
     page = write_report(runs, out=tmp_path / "out")
-    assert re.fullmatch(r"0\.82 \(0\.\d\d to 1\.00\)", table_after(page, POOLED)[1][5])
+    assert re.fullmatch(r"0\.82 \(0\.\d\d to 0\.\d\d\)", table_after(page, POOLED)[1][5])
     shutil.rmtree(next(runs.glob("*dppo__none__4__*")))
     page = write_report(runs, out=tmp_path / "out")
     assert table_after(page, POOLED)[1][5] == f"{17.5 / 20:.2f}"
@@ -538,11 +543,19 @@ def test_packed_runs_give_the_same_report_and_pack_and_say_how_to_repeat_a_run(g
 
 
 def test_a_pack_grows_by_runs_of_other_versions_but_loses_none(tmp_path):
-    text = {"schedule": "1e-3"}  # which is a number in a pack
-    old = make_run(tmp_path / "runs", "sppo", 1, seed=1, **text)
-    new = make_run(tmp_path / "runs", "sppo", 2, seed=2, version="def", new_flag=1, **text)
+    # Which have other types in a pack
+    flags = {"schedule": "1e-3", "prefix": "", "fill": "nan", "maybe": True, "never": None}
+    old = make_run(tmp_path / "runs", "sppo", 1, seed=1, **flags)
+    new = make_run(tmp_path / "runs", "sppo", 2, seed=2, version="def", new_flag=1, **flags)
     pack = tmp_path / "pack"
     write_report(old, out=tmp_path / "out", pack=pack)
+    before = (pack / "runs.csv.gz").read_bytes()
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))  # as on a full disk
+    with pytest.raises(OSError):
+        report.pack(*report.read_folders([old, new])[:2], pack)
+    resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+    assert (pack / "runs.csv.gz").read_bytes() == before
     with pytest.raises(report.Refusal, match="has other runs, such as Hopper"):
         write_report(new, out=tmp_path / "out", pack=pack)
     page = write_report(pack, new, out=tmp_path / "out", pack=pack)
