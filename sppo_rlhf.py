@@ -208,14 +208,12 @@ class Args:
         require(is_whole, "reward_weights: one for each reward_model, at least one")
         require(0 < sum(map(abs, weights)) < math.inf, "reward_weights must be finite, not all 0")
         try:
-            options = self.template_options.values()
+            is_word = re.search("(?i)'(true|false)'", str(self.template_options))
         except (TypeError, ValueError) as error:
             sys.exit(f"error: chat_template_kwargs must be a JSON object: {error}")
-        is_word = "true" in options or "false" in options
         require(not is_word, "chat_template_kwargs: write true and false without quotation marks")
         require(self.noise != "none" or not self.noise_level, "noise_level needs a --noise")
-        processes = int(os.environ.get("WORLD_SIZE", 1))
-        parts = self.num_minibatches * processes
+        parts = self.num_minibatches * int(os.environ.get("WORLD_SIZE", 1))  # processes
         require(self.batch_size % parts == 0, "num_minibatches * processes must divide batch_size")
 
 
@@ -678,8 +676,8 @@ def classifier_reward(name, args, device, dtype):
     require(label in labels, f"{name}: --reward-label must be one of {labels}, not {label}")
     config.id2label = {i: str(i) for i in labels}  # several labels may have one name
     # An adapter may have no tokenizer. Texts that are too long lose their beginning
-    has_own = transformers.utils.has_file(name, "tokenizer_config.json")
-    name = name if has_own else config.name_or_path
+    if not transformers.utils.has_file(name, "tokenizer_config.json"):
+        name = config.name_or_path
     tokenizer = load_tokenizer(name, truncation_side="left", padding_side="right")
     positions = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
     tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
@@ -734,6 +732,7 @@ def function_reward(name, columns):
     takes_all = any(one.kind == one.VAR_KEYWORD for one in signature.parameters.values())
     inputs = ["texts", "prompts", "completions", "completion_ids", *columns]
     names = [key for key in inputs if takes_all or key in signature.parameters]
+    require(len({*names}) == len(names), f"{name}: in the data, rename a column of {inputs[:4]}")
     try:
         signature.bind(**dict.fromkeys(names))
     except TypeError as error:
@@ -777,8 +776,8 @@ def prepare(args):
     """Checks device and toy, imports reward functions, and undoes what their files set globally."""
     if args.device == "cuda":
         require(torch.cuda.is_available(), "--device cuda: there is no GPU")
-    uses_toy = any(name.startswith(f"{TOY}/") for name in sources(args))
-    require(Path(START, TOY).exists() or not uses_toy, f"no {TOY}; this makes it: python toy.py")
+    needed = any(name.startswith(f"{TOY}/") for name in sources(args))
+    require(Path(START, TOY).exists() or not needed, f"no {TOY}, a default: python toy.py makes it")
     transformers.utils.logging.disable_progress_bar()
     transformers.utils.logging.set_verbosity_error()
     for name in args.reward_model:
@@ -1233,8 +1232,11 @@ def evaluate(setup, args, step):
     decode = partial(setup.tokenizer.decode, skip_special_tokens=True)
     shown = []
     for sample, its_reward in zip(samples[:8], reward.tolist()):
-        texts = {"prompt": decode(sample.prompt), "response": decode(sample.response)}
-        shown.append(sample.row | texts | {"step": step, "reward": its_reward})
+        shown.append(
+            sample.row
+            | {"prompt": decode(sample.prompt), "response": decode(sample.response)}
+            | {"step": step, "reward": its_reward}
+        )
     return row, shown
 
 
@@ -1245,7 +1247,7 @@ class Progress:
     global_step: int
     speeds: list[float]  # texts per second of each update
     evaluations: list[dict]  # rows of progress.csv
-    samples: list[dict]
+    samples: list[str]  # lines of samples.jsonl
     history: list[dict]  # what was logged since the last evaluation
 
 
@@ -1257,7 +1259,7 @@ def evaluate_and_log(setup, args, progress, folder, writer):
     row |= means(progress.history)  # since the last evaluation
     progress.history = []
     progress.evaluations.append(row)
-    progress.samples += samples
+    progress.samples += [json.dumps(sample, default=str) + "\n" for sample in samples]
     if not writer:
         return
     with atomic_write(folder / "progress.csv") as path, open(path, "w", encoding="utf-8") as file:
@@ -1265,8 +1267,7 @@ def evaluate_and_log(setup, args, progress, folder, writer):
         table.writeheader()
         table.writerows(progress.evaluations)
     with atomic_write(folder / "samples.jsonl") as path:
-        lines = [json.dumps(sample, default=str) + "\n" for sample in progress.samples]
-        path.write_text("".join(lines))
+        path.write_text("".join(progress.samples))
     writer.add_scalar("eval/return_mean", row["return_mean"], step)
     tqdm.write(f"step {step:,}: reward {row['return_mean']:.3f}")
     for sample in samples[:3]:

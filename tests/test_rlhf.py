@@ -13,6 +13,7 @@ import subprocess
 import sys
 from contextlib import nullcontext
 from dataclasses import replace
+from datetime import date
 from functools import partial
 from pathlib import Path
 from types import SimpleNamespace
@@ -147,12 +148,13 @@ def rows_of(columns):
 
 
 def function_reward(name, **inputs):
-    others = dict.fromkeys(["prompts", "completions", "completion_ids"])
-    return rlhf.function_reward(name, list(inputs))(**others | inputs)
+    others = dict.fromkeys(["texts", "prompts", "completions", "completion_ids"])
+    return rlhf.function_reward(name, inputs.keys() - others.keys())(**others | inputs)
 
 
 def write_data(path, **columns):
-    datasets.Dataset.from_dict(columns).to_json(path)
+    data = datasets.Dataset.from_dict(columns)
+    data.to_parquet(path) if path.suffix == ".parquet" else data.to_json(path)
     return str(path)
 
 
@@ -722,9 +724,11 @@ def test_a_function_gets_what_trl_gives_it(toy, tmp_path, monkeypatch, chat):
     (policy / "chat_template.jinja").write_text(CHATML)
     prompts = [f"the plot was superb {i}" for i in range(40)]
     rows = {"prompt": prompts, "label": [" and moving"] * 40}
+    rows["day"] = [date(2037, 5, 6)] * 40  # which a checkpoint cannot hold
     if chat:
         rows = {"prompt": [[{"role": "user", "content": prompt}] for prompt in prompts]}
-    path = write_data(tmp_path / "mine.jsonl", **rows, number=list(range(40)))
+    kind = "jsonl" if chat else "parquet"
+    path = write_data(tmp_path / f"mine.{kind}", **rows, number=list(range(40)))
     words = ["--policy-model", policy, "--dataset", path, "--response-length", 8]
     words += ["--reward-model", f"{__file__}:agreement", "--total-timesteps", 16]
     words += ["--batch-size", 16, "--eval-episodes", 4, "--micro-batch-size", 1]
@@ -736,13 +740,17 @@ def test_a_function_gets_what_trl_gives_it(toy, tmp_path, monkeypatch, chat):
     assert (row["return_mean"], row["charts/episodic_return"]) == (1, 1)
     assert ("perplexity_real" in row) != chat
     if not chat:
+        assert read_samples(folder)[0]["day"] == "2037-05-06"
+        path = write_data(tmp_path / "mine.parquet", **rows, completions=prompts)
+        message = "agreement: in the data, rename a column of .*'completions'"
+        refused(monkeypatch, tmp_path, message, *words)
         return
     prompt = read_samples(folder)[0]["prompt"]
     assert re.fullmatch(r"<\|user\|>the plot was superb \d+<\|end\|>\n<\|assistant\|>", prompt)
     refused(monkeypatch, tmp_path, "messages would be cut; raise --prompt-length$", *words)
     for variables, message in {
         '{"thinking": true}': "no chat template has 'thinking'$",
-        '{"enable_thinking": "false"}': "write true and false without quotation marks$",
+        '{"enable_thinking": "False"}': "write true and false without quotation marks$",
         "[1]": "chat_template_kwargs must be a JSON object",
     }.items():
         options = ["--chat-template-kwargs", variables]
