@@ -5,7 +5,7 @@
 set -e
 CDPATH='' cd "$(dirname "${BASH_SOURCE[0]}")"
 
-[[ ${1:---help} != @(-h|--help) ]] || exec cat <<'END'
+[[ ! ${1:---help} =~ ^(-h|--help)$ ]] || exec cat <<'END'
 usage: ./benchmark.sh SUITE [options] [-- FLAGS]
 
 suites
@@ -57,12 +57,13 @@ add() { # SCRIPT METHOD FLAG...: prints the command of a run
     [[ $script/$env != sa2c*/Swimmer-v4 ]] || set -- "$@" --gamma 0.9999
     [[ $kind = continuous ]] || set -- "$@" --device "$device"
     [[ $kind != rlhf ]] || which=--task
-    # A flag in which methods differ, given to all, would make them alike under different names
-    own="--alpha --beta --policy $which --seed --total-timesteps --exp-name --runs-dir $*"
+    # With these, given to all, methods would be alike under different names, or "/ k" not by k
+    own="--alpha --beta --z --ent-coef --policy $which --noise-level --seed --total-timesteps"
+    own+=" --exp-name --runs-dir $*"
     for flag in "${extra[@]%%=*}"; do
         flag=${flag//_/-}
         [[ $flag != --* || " ${own//--no-/--} " != *" ${flag/#--no-/--} "* ]] ||
-            die "-- $flag: methods differ in it, or an option sets it"
+            die "-- $flag: methods differ in it, or in what depends on it, or an option sets it"
     done
     [[ $total || $kind = rlhf ]] || case $suite/$script/$env in # the paper's number, if no other
         tiny/*) total=50000 ;;
@@ -73,7 +74,7 @@ add() { # SCRIPT METHOD FLAG...: prints the command of a run
         */*-v[0-9]*) total=2000000 ;;
     esac
     set -- "$which" "$env" --seed "$seed" "$@" ${total:+--total-timesteps "$total"}
-    [[ $suite/$total != @(tiny|quick|sweep)/?* ]] || set -- "$@" --eval-freq $(((total + 9) / 10))
+    [[ ! $suite/$total =~ ^(tiny|quick|sweep)/. ]] || set -- "$@" --eval-freq $(((total + 9) / 10))
     set -- "$@" --exp-name "$method" --runs-dir "$runs" "${extra[@]}"
     echo "python $script.py$(LC_ALL=C.UTF-8 printf ' %q' "$@")" # in quotes that Python reads, too
 }
@@ -123,6 +124,7 @@ evidence_atari() {
     [[ $noise = none ]] || add sppo_atari ppo-coef --beta 0 --vf-coef 0.333333 --ent-coef 0.00666667
 }
 evidence_rlhf() { # with beta 20, so that k is 20.5: at the authors' k, 0.9, there is little to see
+    [[ $env != tldr ]] || die "evidence: not with tldr"
     [[ $noise = flip ]] || return 0
     add sppo_rlhf ppo --noise-level 0.2 --beta 0
     add sppo_rlhf sppo --noise-level 0.2 --beta 20
@@ -172,7 +174,6 @@ case $suite in
     sweep) commands=$(list sweep 5 Hopper-v4 LunarLanderContinuous-v3) ;;
     *) die "$suite: no such suite; see ./benchmark.sh --help" ;;
 esac
-[[ $commands ]] || die "$suite: not with $envs"
 set -- --runs-dir "$runs" ${dry_run:+--dry-run} ${jobs:+--jobs "$jobs" --jobs-per-gpu "$jobs"}
 [[ $dry_run || $commands != *"--task toy "* || -d runs/toy || ${extra[*]} = *--dataset* ]] ||
     die "no runs/toy; this makes it: python toy.py"

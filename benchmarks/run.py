@@ -72,7 +72,7 @@ def unfinished(commands, runs_dir):
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             print(f"{path.parent}: a broken run ({error!r})", file=sys.stderr)
     for command in commands:
-        script, *words = shlex.split(command)[1:]  # without "python"
+        script, *words = shlex.split(command.removeprefix("python "))
         folder = Path(script).resolve(strict=True).parent
         recorded = finished.get(key_of(folder, script, *words), [])
         if not any(all(digest(folder / p) == d for p, d in files.items()) for files in recorded):
@@ -98,9 +98,8 @@ def start(command, gpu, threads, runs_dir):
         print("$", command, file=file, flush=True)
         # Ctrl-C is for this program alone, which then ends the jobs with their children
         options = {"stdout": file, "stderr": file, "env": variables, "start_new_session": True}
-        program, *words = shlex.split(command)
-        program = sys.executable if program == "python" else program  # PATH may have none
-        return subprocess.Popen([program, *words], **options), log
+        words = shlex.split(command)[1:]  # without "python", which PATH may lack
+        return subprocess.Popen([sys.executable, *words], **options), log
 
 
 def end(processes):

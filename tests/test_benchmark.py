@@ -112,10 +112,10 @@ def test_methods_between_ppo_and_sppo_differ_from_ppo_in_one_factor(name):
 
 def test_options_and_flags_for_every_command():
     options = "--envs Swimmer-v4 Pong --seeds 2 --steps 5000 --device cpu --runs-dir 'a b'"
-    runs = [parse(words) for words in listed(f"quick {options} -- --z -2")]
+    runs = [parse(words) for words in listed(f"quick {options} -- --gae-lambda 0.9")]
     assert len(runs) == (8 + 7) * 2 * 2
     for args in runs:
-        assert (args.total_timesteps, args.eval_freq, args.z) == (5000, 500, -2)
+        assert (args.total_timesteps, args.eval_freq, args.gae_lambda) == (5000, 500, 0.9)
         assert args.runs_dir == "a b"
         assert getattr(args, "device", "cpu") == "cpu"  # control has only that
         swimmer = args.env_id == "Swimmer-v4" and "a2c" in args.exp_name
@@ -178,9 +178,9 @@ def stubs(tmp_path):
     return tmp_path
 
 
-def run(commands, folder, *flags, cores=2, **variables):
-    """benchmarks/run.py on a machine with `cores`."""
-    lines = "\n".join(shlex.join(["python", *words]) for words in commands)
+def run(commands, folder, *flags, more="", cores=2, **variables):
+    """benchmarks/run.py on a machine with `cores`. `more`: further lines of its input."""
+    lines = "\n".join(shlex.join(["python", *words]) for words in commands) + f"\n{more}"
     env = ENVIRON | {"PYTHONPATH": f"{folder}:{ROOT}/benchmarks"} | variables
     program = f"import run; run.CORES = {cores}; run.main()"
     return sh(sys.executable, "-c", program, *flags, cwd=folder, env=env, input=lines)
@@ -227,13 +227,17 @@ def test_a_dry_run_lists_begun_and_broken_runs_but_no_finished_ones(name, text, 
 def test_what_cannot_run_is_refused_before_any_run(stubs):
     refusals = {
         "quick -- --vf_coef=1": "--vf-coef: methods differ in it",
+        "quick -- --z -2": "--z: methods differ in it, or in what depends on it",
+        "atari -- --noise-level 0.2": "--noise-level: methods differ in it",
+        "evidence --envs imdb tldr --dry-run": "evidence: not with tldr\n",
         "rlhf --envs toy": "no runs/toy; this makes it: python toy.py\n",
     }
     for words, why in refusals.items():
         refused = sh("./benchmark.sh", *words.split(), cwd=stubs)
         assert refused.returncode == 2 and why in refused.stderr
-    refused = run([["sppo_atari.py"], ["none.py"]], stubs)
-    assert refused.stderr.startswith("error: each line must be `python SCRIPT FLAGS`: ")
+    for line in "python none.py", "pyhton sppo_atari.py":
+        refused = run([["sppo_atari.py"]], stubs, more=line)
+        assert refused.stderr.startswith("error: each line must be `python SCRIPT FLAGS`: ")
     for flag in "--jobs", "--jobs-per-gpu":
         refused = run([["sppo_atari.py"]], stubs, flag, 0)
         assert refused.stderr == "error: --jobs and --jobs-per-gpu must be at least 1\n"
