@@ -558,9 +558,10 @@ def test_a_pack_grows_by_runs_of_other_versions_but_loses_none(tmp_path):
     assert (pack / "runs.csv.gz").read_bytes() == before
     with pytest.raises(report.Refusal, match="has other runs, such as Hopper"):
         write_report(new, out=tmp_path / "out", pack=pack)
-    page = write_report(pack, new, out=tmp_path / "out", pack=pack)
-    rows = table_after(page, "Last evaluation (runs: 2):")
-    assert rows[1] == [HOPPER, "clean", "1.50 ± 0.50"]
+    alike = make_run(tmp_path / "runs", "sppo", 3, seed=3, **flags)
+    page = write_report(pack, new, alike, out=tmp_path / "out", pack=pack)
+    rows = table_after(page, "Last evaluation (runs: 3):")
+    assert rows[1] == [HOPPER, "clean", "2.00 ± 0.58"]
     flags = report.read_csv(pack / "runs.csv.gz").set_index("seed")["new_flag"]
     assert np.isnan(flags[1]) and flags[2] == 1
 
