@@ -20,6 +20,7 @@ from dataclasses import dataclass
 from decimal import Decimal
 from itertools import combinations, permutations
 from pathlib import Path, PureWindowsPath
+from tempfile import TemporaryDirectory
 
 os.environ["MPLBACKEND"] = "agg"  # before matplotlib reads that of a notebook, which may be missing
 import matplotlib.pyplot as plt
@@ -54,7 +55,7 @@ over cells, with Brunner and Munzel's interval, unless a cell has fewer than fiv
     "runs": "of both methods together",
     "percent": """by how much the first method's mean is higher, where all returns were above 0; by
 logarithms, corrected for the bias of few runs, so not the plain ratio; with Welch's interval""",
-    "tasks": "over which tasks the percentage is averaged, of how many with such noise",
+    "tasks": "over which tasks the percentage is averaged, of how many with the row's noise",
     "points": "the difference in returns, on tasks where a run of either had a return of 0 or less",
     "difference": "the first method's mean minus the second's, with Welch's interval and p",
     "p, corrected": "by Benjamini and Hochberg, for the number of differences in the table",
@@ -262,10 +263,11 @@ def pack(runs: DataFrame, progress: DataFrame, place: Path) -> None:
     options["compression"] = {"method": "gzip", "mtime": 0}
     tables = {packed: runs.reindex(columns=[*RUN, *settings, *PROVENANCE])}
     tables[evaluations] = progress[[*EVALUATION, *logged]]
-    for file, table in tables.items():
-        table.to_csv(f"{file}.tmp", **options)
-    for file in tables:  # both are whole, also if the disk is full
-        os.replace(f"{file}.tmp", file)
+    with TemporaryDirectory(dir=packed.parent) as folder:  # a full disk destroys no pack
+        for file, table in tables.items():
+            table.to_csv(Path(folder, file.name), **options)
+        for file in tables:
+            os.replace(Path(folder, file.name), file)
 
 
 # ---- What is compared
