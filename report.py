@@ -51,7 +51,7 @@ BOLD = """the best of a task and noise, if it differs from each method that it i
 COLUMNS = {  # explained above a table that has them
     "cells": "how many cells have both methods",
     "wins": """the probability that a run of the first method beats one of the second, averaged
-over cells, with Brunner and Munzel's interval, unless a cell has fewer than five runs""",
+over cells, with Brunner and Munzel's interval, of the logit, if cells have at least five runs""",
     "runs": "of both methods together",
     "percent": """by how much the first method's mean is higher, where all returns were above 0; by
 logarithms, corrected for the bias of few runs, so not the plain ratio; with Welch's interval""",
@@ -101,6 +101,7 @@ LOGGED = ["losses/clipped_gradients", "losses/norm_sign_changes"]  # these get t
 FEW = 5  # with fewer runs a cell, wins have no interval: results/coverage.py
 LATEX = str.maketrans({letter: f"\\{letter}" for letter in "&%$#_{}"})
 LATEX |= str.maketrans({"~": r"\~{}", "^": r"\^{}", "\\": r"\textbackslash{}"})
+EMPTY = ["None", "''", "'nan'"]
 RUN_FILES = ["sessions.jsonl", "progress.csv", "summary.json"]
 
 
@@ -203,7 +204,7 @@ def read_run(path: Path) -> tuple[list[dict], DataFrame]:
     for name, value in session["args"].items():
         column = f"--{name}" if name in OWN else name
         run[column] = json.dumps(value) if isinstance(value, (list, dict)) else value
-        if value is None or (value in ("", "nan") and name != "exp_name"):  # else: no such flag
+        if repr(value) in EMPTY and name != "exp_name":  # nothing: a flag that the script lacks
             run[column] = repr(value)
     if "env_id" not in run:  # a language model
         run["env_id"] = run.pop("task")
@@ -297,8 +298,7 @@ def label_runs(runs: DataFrame, progress: DataFrame) -> DataFrame:
         column = f"logged {name}" if name in taken else name
         finished[column] = finished["run_name"].map(values)
         if name == "success_rate":  # some environments say it only of a success
-            versions = finished.groupby(["env_id", "script_sha256"], dropna=False)
-            is_known = versions[column].transform("count") > 0
+            is_known = finished.groupby("env_id")[column].transform("count") > 0
             finished.loc[is_known, column] = finished.loc[is_known, column].fillna(0)
     noise = finished.sort_values(["noise_level", NOISE])[NOISE].unique()
     orders = [noise, sorted(set(finished["env_id"])), in_order(finished["exp_name"])]
@@ -335,7 +335,7 @@ def check_cell(cell: str, runs: DataFrame) -> None:
         values = runs[name].map(plain).where(runs[name].notna())  # a pack has other types
         versions = runs["script_sha256"]
         lacking = versions[values.isna()]
-        others = versions[values.notna() & (values != "None")]  # older packs lack None
+        others = versions[values.notna() & ~values.isin(EMPTY)]  # older packs lack these
         if values.nunique() > 1 or lacking.isin(others).any():
             several = ", ".join(map(str, runs[name].unique()))
             counts = values.map(values.value_counts(dropna=False))
@@ -432,8 +432,8 @@ def placements(a, b):
 def win_rate(cells: list):
     """Probability that a run of the first beats one of the second, the mean over `cells`, pairs of
     scores (..., runs), and its 95 % interval by Brunner and Munzel (Biometrical Journal 42, 2000):
-    as long as Welch's for the difference in placements, but for the logit, which is right also near
-    0 and 1 (results/coverage.py). No interval if no placement varies."""
+    as long as Welch's for the difference in placements, but for the logit. So it holds the truth
+    near 0 and 1, too, and is cautious with few runs. No interval if no placement varies."""
     both = [(placements(a, b), placements(b, a)) for a, b in cells]
     difference, _, high, _ = pooled_difference(both, mean_and_variance)
     value = (1 + difference) / 2

@@ -208,7 +208,7 @@ class Args:
         require(is_whole, "reward_weights: one for each reward_model, at least one")
         require(0 < sum(map(abs, weights)) < math.inf, "reward_weights must be finite, not all 0")
         try:
-            is_word = re.search("(?i)'(true|false)'", str(self.template_options))
+            is_word = re.search(r"(?i)': '(true|false)'[,}]", str(self.template_options))
         except (TypeError, ValueError) as error:
             sys.exit(f"error: chat_template_kwargs must be a JSON object: {error}")
         require(not is_word, "chat_template_kwargs: write true and false without quotation marks")

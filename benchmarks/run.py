@@ -72,7 +72,9 @@ def unfinished(commands, runs_dir):
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             print(f"{path.parent}: a broken run ({error!r})", file=sys.stderr)
     for command in commands:
-        script, *words = shlex.split(command.removeprefix("python "))
+        program, script, *words = shlex.split(command)
+        if program != "python":
+            raise ValueError(command)
         folder = Path(script).resolve(strict=True).parent
         recorded = finished.get(key_of(folder, script, *words), [])
         if not any(all(digest(folder / p) == d for p, d in files.items()) for files in recorded):

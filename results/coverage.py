@@ -58,7 +58,9 @@ def simulate(rng, pair, seeds, cells, data_sets=DATA_SETS):
 
 
 def outside(truth, low, high):
-    """Percentages of intervals above and below the truth."""
+    """Percentages of intervals above and below the truth, of those that exist."""
+    exists = ~np.isnan(low)
+    low, high = low[exists], high[exists]
     return 100 * np.mean(low > truth), 100 * np.mean(high < truth)
 
 

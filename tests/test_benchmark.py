@@ -235,7 +235,7 @@ def test_what_cannot_run_is_refused_before_any_run(stubs):
     for words, why in refusals.items():
         refused = sh("./benchmark.sh", *words.split(), cwd=stubs)
         assert refused.returncode == 2 and why in refused.stderr
-    for line in "python none.py", "pyhton sppo_atari.py":
+    for line in "python none.py", "pyhton sppo_atari.py", "sppo_atari.py --env-id Pong":
         refused = run([["sppo_atari.py"]], stubs, more=line)
         assert refused.stderr.startswith("error: each line must be `python SCRIPT FLAGS`: ")
     for flag in "--jobs", "--jobs-per-gpu":

@@ -749,8 +749,8 @@ def test_a_function_gets_what_trl_gives_it(toy, tmp_path, monkeypatch, chat):
     assert re.fullmatch(r"<\|user\|>the plot was superb \d+<\|end\|>\n<\|assistant\|>", prompt)
     refused(monkeypatch, tmp_path, "messages would be cut; raise --prompt-length$", *words)
     for variables, message in {
-        '{"thinking": true}': "no chat template has 'thinking'$",
-        '{"enable_thinking": "False"}': "write true and false without quotation marks$",
+        json.dumps({"thinking": "'true', or 'false'"}): "no chat template has 'thinking'$",
+        '{"enable_thinking": {"a": "False"}}': "write true and false without quotation marks$",
         "[1]": "chat_template_kwargs must be a JSON object",
     }.items():
         options = ["--chat-template-kwargs", variables]
