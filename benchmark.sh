@@ -57,13 +57,13 @@ add() { # SCRIPT METHOD FLAG...: prints the command of a run
     [[ $script/$env != sa2c*/Swimmer-v4 ]] || set -- "$@" --gamma 0.9999
     [[ $kind = continuous ]] || set -- "$@" --device "$device"
     [[ $kind != rlhf ]] || which=--task
-    # With these, given to all, methods would be alike under different names, or "/ k" not by k
+    # Given to all, these would make methods alike, divide by another k, or give clean runs noise
     own="--alpha --beta --z --ent-coef --policy $which --noise-level --seed --total-timesteps"
     own+=" --exp-name --runs-dir $*"
     for flag in "${extra[@]%%=*}"; do
         flag=${flag//_/-}
         [[ $flag != --* || " ${own//--no-/--} " != *" ${flag/#--no-/--} "* ]] ||
-            die "-- $flag: methods differ in it, or in what depends on it, or an option sets it"
+            die "-- $flag: not for all commands: the suite or an option sets it, or what goes with it"
     done
     [[ $total || $kind = rlhf ]] || case $suite/$script/$env in # the paper's number, if no other
         tiny/*) total=50000 ;;
@@ -124,8 +124,7 @@ evidence_atari() {
     [[ $noise = none ]] || add sppo_atari ppo-coef --beta 0 --vf-coef 0.333333 --ent-coef 0.00666667
 }
 evidence_rlhf() { # with beta 20, so that k is 20.5: at the authors' k, 0.9, there is little to see
-    [[ $env != tldr ]] || die "evidence: not with tldr"
-    [[ $noise = flip ]] || return 0
+    case $noise in none) return 0 ;; adv_flip) die "evidence: not with $env" ;; esac
     add sppo_rlhf ppo --noise-level 0.2 --beta 0
     add sppo_rlhf sppo --noise-level 0.2 --beta 20
     [[ $env = toy ]] || add sppo_rlhf ppo-ce --noise-level 0.2 --beta 0 --ce-coef 0.00487805
@@ -174,6 +173,7 @@ case $suite in
     sweep) commands=$(list sweep 5 Hopper-v4 LunarLanderContinuous-v3) ;;
     *) die "$suite: no such suite; see ./benchmark.sh --help" ;;
 esac
+[[ $commands ]] || die "$suite: not with $envs"
 set -- --runs-dir "$runs" ${dry_run:+--dry-run} ${jobs:+--jobs "$jobs" --jobs-per-gpu "$jobs"}
 [[ $dry_run || $commands != *"--task toy "* || -d runs/toy || ${extra[*]} = *--dataset* ]] ||
     die "no runs/toy; this makes it: python toy.py"

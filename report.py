@@ -204,7 +204,7 @@ def read_run(path: Path) -> tuple[list[dict], DataFrame]:
     for name, value in session["args"].items():
         column = f"--{name}" if name in OWN else name
         run[column] = json.dumps(value) if isinstance(value, (list, dict)) else value
-        if repr(value) in EMPTY and name != "exp_name":  # nothing: a flag that the script lacks
+        if repr(value) in EMPTY and name != "exp_name":  # a pack's empty cell: no such flag
             run[column] = repr(value)
     if "env_id" not in run:  # a language model
         run["env_id"] = run.pop("task")

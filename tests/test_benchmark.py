@@ -226,9 +226,9 @@ def test_a_dry_run_lists_begun_and_broken_runs_but_no_finished_ones(name, text, 
 
 def test_what_cannot_run_is_refused_before_any_run(stubs):
     refusals = {
-        "quick -- --vf_coef=1": "--vf-coef: methods differ in it",
-        "quick --dry-run -- --z -2": "--z: methods differ in it, or in what depends on it",
-        "atari --dry-run -- --noise-level 0.2": "--noise-level: methods differ in it",
+        "quick -- --vf_coef=1": "--vf-coef: not for all commands: ",
+        "quick --dry-run -- --z -2": "--z: not for all commands: ",
+        "atari --dry-run -- --noise-level 0.2": "--noise-level: not for all commands: ",
         "evidence --envs imdb tldr --dry-run": "evidence: not with tldr\n",
         "rlhf --envs toy": "no runs/toy; this makes it: python toy.py\n",
     }
