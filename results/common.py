@@ -65,10 +65,10 @@ def welch(*cells):
 
 
 def log_ratio(cells):
-    """Bias-corrected log ratio of means, averaged over `cells`; and p. All are nan if a score is
-    not positive."""
+    """Bias-corrected log ratio of means, averaged over `cells`; and p. All are nan if a mean is not
+    positive."""
     cells = list(cells)
-    if min(scores.min() for pair in cells for scores in pair) <= 0:
+    if min(scores.mean() for pair in cells for scores in pair) <= 0:
         return np.full(4, np.nan)
     return pooled_difference(cells, log_mean_and_variance)
 
