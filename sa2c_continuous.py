@@ -42,7 +42,6 @@ import os
 import platform
 import random
 import re
-import site
 import sys
 import time
 import warnings
@@ -652,8 +651,8 @@ def check(args):
 def file_digests():
     """{path: SHA-256} of the files that decide what a run does: this script, and imported files
     that are the user's own. A program that imports this script is not part of the run."""
-    places = [*site.getsitepackages(), site.getusersitepackages(), f"{sys.base_prefix}/DLLs"]
-    installed = {Path(os.__file__).parent, *map(Path, places)}
+    installed = {Path(os.__file__).parent}
+    installed |= {x for x in map(Path, sys.path) if re.match("(site|dist)-packages$|DLLs$", x.name)}
     # Modules of programs that import this script, of what runs at each start, of torch.compile
     foreign = r"__(mp_)?main__$|(site|user)customize$|torch\.|.+\.inductor_entry_cpp$"
     foreign += "|debugpy|_?pydevd|_pydev_|pydev_ipython|pydevconsole"  # debuggers
@@ -801,7 +800,7 @@ def main():
         try:
             lock = FileLock(folder / "lock", blocking=False).acquire()  # makes the folder, too
         except OSError as error:
-            sys.exit(f"error: another process is at work on {folder}, or locks fail there: {error}")
+            sys.exit(f"error: another process is at work on {folder}, or locking fails: {error}")
         with lock:
             if not summary_path.exists():
                 begin_session(args, digests, folder)

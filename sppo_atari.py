@@ -40,7 +40,6 @@ import math
 import os
 import platform
 import re
-import site
 import sys
 import time
 from collections import deque
@@ -144,7 +143,7 @@ class AtariGames:
         on_gpu = args.device != "cpu" and torch.cuda.is_available()
         if on_gpu and hasattr(os, "sched_getaffinity"):  # torch needs no core, the games get all
             cores = len(os.sched_getaffinity(0))
-            num_threads = int(os.environ.get("OMP_NUM_THREADS", cores))
+            num_threads = int(os.environ.get("OMP_NUM_THREADS") or cores)
         self.envs = AtariVectorEnv(
             gym.spec(f"ALE/{args.env_id}-v5").kwargs["game"],
             num_games,
@@ -571,8 +570,8 @@ def check(args):
 def file_digests():
     """{path: SHA-256} of the files that decide what a run does: this script, and imported files
     that are the user's own. A program that imports this script is not part of the run."""
-    places = [*site.getsitepackages(), site.getusersitepackages(), f"{sys.base_prefix}/DLLs"]
-    installed = {Path(os.__file__).parent, *map(Path, places)}
+    installed = {Path(os.__file__).parent}
+    installed |= {x for x in map(Path, sys.path) if re.match("(site|dist)-packages$|DLLs$", x.name)}
     # Modules of programs that import this script, of what runs at each start, of torch.compile
     foreign = r"__(mp_)?main__$|(site|user)customize$|torch\.|.+\.inductor_entry_cpp$"
     foreign += "|debugpy|_?pydevd|_pydev_|pydev_ipython|pydevconsole"  # debuggers
@@ -732,7 +731,7 @@ def main():
     try:
         lock = FileLock(folder / "lock", blocking=False).acquire()  # makes the folder, too
     except OSError as error:
-        sys.exit(f"error: another process is at work on {folder}, or locks fail there: {error}")
+        sys.exit(f"error: another process is at work on {folder}, or locking fails: {error}")
     with lock:
         if not summary_path.exists():
             begin_session(args, digests, folder)

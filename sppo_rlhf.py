@@ -60,7 +60,6 @@ import os
 import platform
 import re
 import shutil
-import site
 import sys
 import time
 from collections import Counter
@@ -1459,8 +1458,8 @@ def atomic_write(path):
 def file_digests():
     """{path: SHA-256} of the files that decide what a run does: this script, and imported files
     that are the user's own. A program that imports this script is not part of the run."""
-    places = [*site.getsitepackages(), site.getusersitepackages(), f"{sys.base_prefix}/DLLs"]
-    installed = {Path(os.__file__).parent, *map(Path, places)}
+    installed = {Path(os.__file__).parent}
+    installed |= {x for x in map(Path, sys.path) if re.match("(site|dist)-packages$|DLLs$", x.name)}
     # Modules of programs that import this script, of what runs at each start, of torch.compile
     foreign = r"__(mp_)?main__$|(site|user)customize$|torch\.|.+\.inductor_entry_cpp$"
     foreign += "|debugpy|_?pydevd|_pydev_|pydev_ipython|pydevconsole"  # debuggers
@@ -1554,7 +1553,7 @@ def main():
             try:
                 lock = FileLock(folder / "lock", blocking=False).acquire()  # makes the folder, too
             except OSError as error:
-                found = f"another process is at work on {folder}, or locks fail there"
+                found = f"another process is at work on {folder}, or locking fails"
                 sys.exit(f"error: {found}: {error}")
         with lock:
             if not summary_path.exists():

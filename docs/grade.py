@@ -138,7 +138,7 @@ def grade(path, timeout):
 def notebooks(folder):
     """{name: path} of the notebooks in a folder and below. Names are paths, since a learning
     platform's export has the same file in a folder for each student. A folder without a notebook,
-    and a file of another kind, have None."""
+    and files that end with .ipynb.txt, .json or .zip, have None."""
     found = {}
     for path in sorted(folder.rglob("*")):
         name = path.relative_to(folder)
@@ -151,7 +151,7 @@ def notebooks(folder):
         elif path.parent == folder and (is_other or path.is_dir()):
             found[name.as_posix()] = None
     return {
-        name: path
+        name.encode(errors="backslashreplace").decode(): path  # an old ZIP file's may be no text
         for name, path in found.items()
         if path or not any(other.startswith(f"{name}/") for other in found)
     }
@@ -161,6 +161,7 @@ def main(args):
     paths = notebooks(args.folder)
     if not any(paths.values()):
         sys.exit(f"error: {args.folder}: no notebooks (*.ipynb) in it; unzip an export first")
+    args.out.touch()  # fails now if it will
     expected, *_ = grade(EXERCISE, args.timeout)
     columns = [*FIRST, *expected]
     rows = {}
@@ -184,4 +185,5 @@ def main(args):
 
 
 if __name__ == "__main__":
+    sys.stdout.reconfigure(errors="backslashreplace")
     main(tyro.cli(Args))

@@ -10,7 +10,6 @@ import json
 import os
 import random
 import shutil
-import site
 import subprocess
 import sys
 import time
@@ -310,9 +309,8 @@ def test_imported_files_that_are_not_installed_are_recorded(setting, tmp_path, m
     helper, further = project / "helper_of_ours.py", project / "further_one.py"
     helper.write_text("import further_one")
     further.write_text("x = 1")
-    places = [*site.getsitepackages(), str(project / ".venv/lib")]
-    monkeypatch.setattr(site, "getsitepackages", lambda: places)
-    monkeypatch.setattr(site, "getusersitepackages", lambda: str(project / "home"))
+    places = [project / ".venv/site-packages", str(project / "home/dist-packages")]  # not site's
+    monkeypatch.setattr(sys, "path", [*sys.path, *places])
     before = setting.script.file_digests()
     assert {setting.script.__file__, __file__} <= set(before)  # this module is not installed
     assert not {torch.__file__, json.__file__} & set(before)
@@ -320,7 +318,8 @@ def test_imported_files_that_are_not_installed_are_recorded(setting, tmp_path, m
     foreign = {"torch._inductor.runtime.compile_tasks.c": "c.py", "c.inductor_entry_cpp": "c.so"}
     foreign |= {name: f"ide/{name}" for name in "debugpy.server _pydev_bundle pydevd".split()}
     foreign |= {"sitecustomize": "sitecustomize.py", "usercustomize": "ide/usercustomize.py"}
-    foreign |= {"installed_one": ".venv/lib/one.py", "installed_two": "home/two.py"}
+    foreign |= {"installed_one": ".venv/site-packages/one.py"}
+    foreign |= {"installed_two": "home/dist-packages/two/more.py"}
     foreign |= {"__mp_main__": "program.py"}  # multiprocessing's name of `__main__`
     for name, place in foreign.items():
         path = project / place
@@ -536,7 +535,7 @@ def test_a_run_has_one_process_at_a_time(setting, launch, monkeypatch):
         with monkeypatch.context() as patch:
             patch.setattr(fcntl, "flock", no_locks)
             end, _, _ = launch(**every(setting, 1))
-        assert end == f"{said}, or locks fail there: [Errno 5] Input/output error"
+        assert end == f"{said}, or locking fails: [Errno 5] Input/output error"
     (folder / "lock").write_text("")  # as a killed process leaves it
     assert launch(**every(setting, 1))[0] == 0
 

@@ -203,6 +203,8 @@ def test_a_class_is_graded_whatever_else_students_changed(tmp_path, monkeypatch,
     with_mark = "\ufeff" + (folder / "fay.IPYNB").read_text()
     (folder / "fay.IPYNB").write_text(with_mark)
     (folder / "ida.zip").touch()
+    old_name = os.fsdecode(b"jo\xeb.ipynb")  # from a ZIP file of Windows
+    nbformat.write(exercise(right, right), folder / old_name)
     shutil.copy(folder / "ada.IPYNB", folder / "ada.ipynb")
     grade.main(grade.Args(folder, tmp_path / "grades.csv"))
     grades = pd.read_csv(tmp_path / "grades.csv", index_col="notebook", dtype=str).fillna("")
@@ -218,6 +220,7 @@ def test_a_class_is_graded_whatever_else_students_changed(tmp_path, monkeypatch,
         "gil": ["1", "0", "0", "1", "", "DeadKernelError", "holds: why", "not reached"],
         "hal": ["1", "1", "0", "0", "claim", "", printed, "holds: why"],
         "ida.zip": [""] * 5 + [none, "", ""],
+        "jo\\udceb": ["2", "0", "0", "0", "", "", "holds: why", "holds: why"],
         "zoe": [""] * 5 + [none, "", ""],
     }
     out, err = capsys.readouterr()
