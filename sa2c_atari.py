@@ -23,7 +23,7 @@ A its advantage, and Z < 0 a constant that stands for log 0:
     reverse A2C loss  Lr = -mean( A Z (1 - p) )
     symmetric loss    alpha L + beta Lr
 
-SA2C differs from A2C in two lines, those with `reverse_loss = ` and `beta * reverse_loss`. Its
+SA2C differs from A2C in two lines, "all that SA2C adds to A2C" and `beta * reverse_loss`. Its
 gradient is -mean( A (alpha + beta |Z| p) grad log p ), so likely actions weigh more.
 
 The same command continues a killed run. On a CPU in float32 it ends as if it had not been killed.
@@ -319,7 +319,7 @@ def loss_and_metrics(agent, args, obs, action, acting_log_prob, advantage, retur
     count = mask.sum().clamp(min=1)  # a divisor, so not 0
     weight = mask / count * len(mask)  # mean(weight * x) is the mean of x where mask is 1
     normalized = advantage
-    if args.norm_adv:  # float64: of equal advantages float32's rounding errors exceed 1e-8
+    if args.norm_adv:  # float64, as float32 can give equal advantages a deviation above 1e-8
         mean = (mask * advantage).sum() / count
         variance = (mask * (advantage - mean)).square().sum() / (count - 1).clamp(min=1)
         normalized = (advantage - mean) / (variance.sqrt() + 1e-8)
@@ -459,7 +459,7 @@ def train(args, folder):
         metrics = {name: x.clone() for name, x in metrics.items()}
         metrics["losses/grad_norm"] = grad_norm  # before clipping
         metrics["losses/clipped_gradients"] = grad_norm > args.max_grad_norm
-        # Checked in two rollouts: a last layer that begins at zero hides the layers before it
+        # In two rollouts, since at first a last layer near zero hides mistakes before it
         if global_step <= 2 * batch_size and metrics["losses/approx_kl"] > 1e-8:
             found = "the policy that acts is not the one that is trained (dropout?)"
             if device.type == "cpu":

@@ -25,7 +25,7 @@ A its advantage, and Z < 0 a constant that stands for log 0:
     reverse A2C loss  Lr = -mean( A Z (1 - p) )
     symmetric loss    alpha L + beta Lr
 
-SA2C differs from A2C in two lines, those with `reverse_loss = ` and `beta * reverse_loss`. Its
+SA2C differs from A2C in two lines, "all that SA2C adds to A2C" and `beta * reverse_loss`. Its
 gradient is -mean( A (alpha + beta |Z| p) grad log p ), so likely actions weigh more. Lr needs
 probabilities, so each action dimension is discretised into bins; the probability of an action is
 the product over its dimensions. In many dimensions p, and with it the gradient of Lr, is almost 0
@@ -79,7 +79,7 @@ class Args:
     runs_dir: str = "runs"  # folder of all runs
     compile: bool = True  # compile the gradient (needs a C++ compiler): slower start, faster run
     log_freq: int = 1000  # steps between entries in the log
-    checkpoint_freq: int = 100_000  # steps of each environment between checkpoints, which reset it
+    checkpoint_freq: int = 100_000  # steps of each environment between checkpoints (ends episodes)
     track: bool = False  # log to Weights & Biases as well (pip install wandb)
     # Algorithm
     policy: Literal["categorical", "gaussian"] = "categorical"  # gaussian: plain A2C
@@ -300,7 +300,7 @@ class Agent(nn.Module):
     """Separate actor and critic.
 
     output = actor(obs)               logits (batch, action_dim, bins), or means (batch, action_dim)
-    action                            arg max over bins of output + exploration, or this sum itself
+    action                            output + exploration; with bins, the bin where this is highest
     to_env(action)                    the environment's action
     policy(output).log_prob(action)   log-probability (batch,), for the losses"""
 
@@ -401,7 +401,7 @@ def compute_gae(reward, value, done, gamma, gae_lambda):
 def gradient_and_metrics(agent, trained, args, obs, action, acting_log_prob, advantage, returns):
     """Clipped gradients of the loss on a rollout, by `trained` parameters, and what to log."""
     normalized = advantage
-    if args.norm_adv:  # float64: of equal advantages float32's rounding errors exceed 1e-8
+    if args.norm_adv:  # float64, as float32 can give equal advantages a deviation above 1e-8
         normalized = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
     normalized = normalized.to(returns.dtype)
     policy = agent.policy(agent.actor(obs))
@@ -417,7 +417,7 @@ def gradient_and_metrics(agent, trained, args, obs, action, acting_log_prob, adv
     grad_norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()
     scale = (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1)
     # A gradient may have other strides than its parameter: fused optimizers would mix elements up
-    clipped = [torch.empty_like(p).copy_(scale * g) for p, g in zip(trained, gradients)]
+    clipped_gradients = [torch.empty_like(p).copy_(scale * g) for p, g in zip(trained, gradients)]
 
     log_ratio = log_prob - acting_log_prob  # 0, as each rollout is used only once
     reverse_weight = args.beta * abs(args.z) * log_prob.exp()  # what Lr adds to alpha
@@ -432,7 +432,7 @@ def gradient_and_metrics(agent, trained, args, obs, action, acting_log_prob, adv
         "losses/reverse_share": (reverse_weight / (args.alpha + reverse_weight)).mean(),
         "losses/approx_kl": (log_ratio.expm1() - log_ratio).mean(),
     }
-    return clipped, {name: metric.detach() for name, metric in metrics.items()}
+    return clipped_gradients, {name: metric.detach() for name, metric in metrics.items()}
 
 
 # ---- Training
@@ -521,11 +521,11 @@ def train(envs, args, folder):
         with torch.no_grad():
             b_log_prob = agent.acting_log_prob(b_action, b_output)
             valued_obs = torch.cat([all_obs, torch.from_numpy(final_obs[only_truncated])])
-            values = agent.critic(valued_obs).flatten().numpy()
-        value = values[: len(all_obs)].reshape(T + 1, N)
+            all_values = agent.critic(valued_obs).flatten().numpy()
+        value = all_values[: len(all_obs)].reshape(T + 1, N)
         noisy_reward = perturb_reward(reward.copy(), args.noise, args.noise_level, rng)
         # A truncated episode would have gone on: bootstrap from where it stopped
-        noisy_reward[only_truncated] += args.gamma * values[len(all_obs) :]
+        noisy_reward[only_truncated] += args.gamma * all_values[len(all_obs) :]
         advantage, returns = compute_gae(noisy_reward, value, done, args.gamma, args.gae_lambda)
         b_advantage = torch.from_numpy(advantage).flatten()  # float64, until it is normalised
         b_returns = torch.from_numpy(returns).float().flatten()
@@ -538,7 +538,7 @@ def train(envs, args, folder):
         for p, gradient in zip(trained, gradients):
             p.grad = gradient
         optimizer.step()
-        # Checked in two rollouts: a last layer that begins at zero hides the layers before it
+        # In two rollouts, since at first a last layer near zero hides mistakes before it
         if global_step <= 2 * batch_size and metrics["losses/approx_kl"] > 1e-8:
             sys.exit("error: the policy that acts is not the one that is trained (dropout?)")
         updates.append((metrics, advantage, returns))
@@ -583,7 +583,7 @@ def train(envs, args, folder):
             with atomic_write(checkpoint_path) as path:
                 torch.save(checkpoint, path)
                 load_checkpoint(path, "meta")  # checks only: an edit may save what can't be read
-            obs[T] = envs.reset([args.seed, global_step])  # as in a run that is continued
+            obs[T] = envs.reset([args.seed, global_step])  # ends episodes, as continuing does
 
     writer.close()
     summary = {name: x for name, x in evaluations[-1].items() if math.isfinite(x)}  # JSON lacks nan

@@ -24,7 +24,7 @@ constant that stands for log 0:
     reverse PPO loss  Lr = -mean( m A Z (1 - p) / p_old ),  m = 1 where L has a gradient, else 0
     symmetric loss    alpha L + beta Lr
 
-SPPO differs from PPO in two lines, those with `reverse_loss = ` and `beta * reverse_loss`. The
+SPPO differs from PPO in two lines, "all that SPPO adds to PPO" and `beta * reverse_loss`. The
 gradient of Lr is |Z| times that of L, so SPPO's policy gradient is (alpha + beta |Z|) times PPO's.
 A factor above 1 raises the weight of the policy loss relative to value loss and entropy bonus, and
 makes gradient clipping more frequent.
@@ -284,7 +284,7 @@ def symmetric_policy_losses(log_prob, old_log_prob, advantage, clip_coef, z):
     surrogate = advantage * ratio
     clipped = advantage * ratio.clamp(1 - clip_coef, 1 + clip_coef)
     unclipped = surrogate <= clipped  # m: where PPO's gradient flows
-    policy_loss = -torch.where(unclipped, surrogate, clipped).mean()
+    policy_loss = -torch.where(unclipped, surrogate, clipped).mean()  # the minimum of both
     reverse_loss = torch.where(unclipped, z * surrogate, 0.0).mean()  # all that SPPO adds to PPO
     return policy_loss, reverse_loss
 
@@ -309,7 +309,7 @@ def loss_and_metrics(agent, args, clip_coef, obs, action, old_log_prob, advantag
     count = mask.sum().clamp(min=1)  # a divisor, so not 0
     weight = mask / count * len(mask)  # mean(weight * x) is the mean of x where mask is 1
     normalized = advantage
-    if args.norm_adv:  # float64: of equal advantages float32's rounding errors exceed 1e-8
+    if args.norm_adv:  # float64, as float32 can give equal advantages a deviation above 1e-8
         mean = (mask * advantage).sum() / count
         variance = (mask * (advantage - mean)).square().sum() / (count - 1).clamp(min=1)
         normalized = (advantage - mean) / (variance.sqrt() + 1e-8)
@@ -462,7 +462,7 @@ def train(args, folder):
                 minibatch_metrics["losses/grad_norm"] = grad_norm  # before clipping
                 minibatch_metrics["losses/clipped_gradients"] = grad_norm > args.max_grad_norm
                 metrics.append(minibatch_metrics)
-        # Checked in two rollouts: a last layer that begins at zero hides the layers before it
+        # In two rollouts, since at first a last layer near zero hides mistakes before it
         if global_step <= 2 * batch_size and metrics[0]["losses/approx_kl"] > 1e-8:
             found = "the policy that acts is not the one that is trained (dropout?)"
             if device.type == "cpu":

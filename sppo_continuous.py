@@ -26,7 +26,7 @@ constant that stands for log 0:
     reverse PPO loss  Lr = -mean( m A Z (1 - p) / p_old ),  m = 1 where L has a gradient, else 0
     symmetric loss    alpha L + beta Lr
 
-SPPO differs from PPO in two lines, those with `reverse_loss = ` and `beta * reverse_loss`. Its
+SPPO differs from PPO in two lines, "all that SPPO adds to PPO" and `beta * reverse_loss`. Its
 policy gradient is (alpha + beta |Z|) times PPO's. Lr needs probabilities, so each action dimension
 is discretised into bins, and p is the product over the dimensions.
 
@@ -77,7 +77,7 @@ class Args:
     exp_name: str | None = None  # name of the method in reports; default: the algorithm
     runs_dir: str = "runs"  # folder of all runs
     compile: bool = True  # compile the gradient (needs a C++ compiler): slower start, faster run
-    checkpoint_freq: int = 100_000  # steps of each environment between checkpoints, which reset it
+    checkpoint_freq: int = 100_000  # steps of each environment between checkpoints (ends episodes)
     track: bool = False  # log to Weights & Biases as well (pip install wandb)
     # Algorithm
     policy: Literal["categorical", "gaussian"] = "categorical"  # gaussian: plain PPO
@@ -301,7 +301,7 @@ class Agent(nn.Module):
     """Separate actor and critic.
 
     output = actor(obs)               logits (batch, action_dim, bins), or means (batch, action_dim)
-    action                            arg max over bins of output + exploration, or this sum itself
+    action                            output + exploration; with bins, the bin where this is highest
     to_env(action)                    the environment's action
     policy(output).log_prob(action)   log-probability (batch,), for the losses"""
 
@@ -388,7 +388,7 @@ def symmetric_policy_losses(log_prob, old_log_prob, advantage, clip_coef, z):
     surrogate = advantage * ratio
     clipped = advantage * ratio.clamp(1 - clip_coef, 1 + clip_coef)
     unclipped = surrogate <= clipped  # m: where PPO's gradient flows
-    policy_loss = -torch.where(unclipped, surrogate, clipped).mean()
+    policy_loss = -torch.where(unclipped, surrogate, clipped).mean()  # the minimum of both
     reverse_loss = torch.where(unclipped, z * surrogate, 0.0).mean()  # all that SPPO adds to PPO
     return policy_loss, reverse_loss
 
@@ -410,7 +410,7 @@ def compute_gae(reward, value, done, gamma, gae_lambda):
 def gradient_and_metrics(agent, trained, args, obs, action, old_log_prob, advantage, returns):
     """Clipped gradients of the loss on a minibatch, by `trained` parameters, and what to log."""
     normalized = advantage
-    if args.norm_adv:  # float64: of equal advantages float32's rounding errors exceed 1e-8
+    if args.norm_adv:  # float64, as float32 can give equal advantages a deviation above 1e-8
         normalized = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
     normalized = normalized.to(returns.dtype)
     policy = agent.policy(agent.actor(obs))
@@ -428,7 +428,7 @@ def gradient_and_metrics(agent, trained, args, obs, action, old_log_prob, advant
     grad_norm = torch.cat([gradient.flatten() for gradient in gradients]).norm()
     scale = (args.max_grad_norm / (grad_norm + 1e-6)).clamp(max=1)
     # A gradient may have other strides than its parameter: fused optimizers would mix elements up
-    clipped = [torch.empty_like(p).copy_(scale * g) for p, g in zip(trained, gradients)]
+    clipped_gradients = [torch.empty_like(p).copy_(scale * g) for p, g in zip(trained, gradients)]
 
     log_ratio = log_prob - old_log_prob
     metrics = {
@@ -442,7 +442,7 @@ def gradient_and_metrics(agent, trained, args, obs, action, old_log_prob, advant
         "losses/approx_kl": (log_ratio.expm1() - log_ratio).mean(),  # joschu.net/blog/kl-approx
         "losses/clipfrac": (log_ratio.expm1().abs() > args.clip_coef).float().mean(),
     }
-    return clipped, {name: metric.detach() for name, metric in metrics.items()}
+    return clipped_gradients, {name: metric.detach() for name, metric in metrics.items()}
 
 
 # ---- Training
@@ -527,11 +527,11 @@ def train(envs, args, folder):
         with torch.no_grad():
             b_log_prob = agent.acting_log_prob(b_action, b_output)
             valued_obs = torch.cat([all_obs, torch.from_numpy(final_obs[only_truncated])])
-            values = agent.critic(valued_obs).flatten().numpy()
-        value = values[: len(all_obs)].reshape(T + 1, N)
+            all_values = agent.critic(valued_obs).flatten().numpy()
+        value = all_values[: len(all_obs)].reshape(T + 1, N)
         noisy_reward = perturb_reward(reward.copy(), args.noise, args.noise_level, rng)
         # A truncated episode would have gone on: bootstrap from where it stopped
-        noisy_reward[only_truncated] += args.gamma * values[len(all_obs) :]
+        noisy_reward[only_truncated] += args.gamma * all_values[len(all_obs) :]
         advantage, returns = compute_gae(noisy_reward, value, done, args.gamma, args.gae_lambda)
         b_advantage = torch.from_numpy(advantage).flatten()  # float64, until it is normalised
         b_returns = torch.from_numpy(returns).float().flatten()
@@ -551,7 +551,7 @@ def train(envs, args, folder):
                     p.grad = gradient
                 optimizer.step()
                 metrics.append(minibatch_metrics)
-        # Checked in two rollouts: a last layer that begins at zero hides the layers before it
+        # In two rollouts, since at first a last layer near zero hides mistakes before it
         if global_step <= 2 * batch_size and metrics[0]["losses/approx_kl"] > 1e-8:
             sys.exit("error: the policy that acts is not the one that is trained (dropout?)")
 
@@ -591,7 +591,7 @@ def train(envs, args, folder):
             with atomic_write(checkpoint_path) as path:
                 torch.save(checkpoint, path)
                 load_checkpoint(path, "meta")  # checks only: an edit may save what can't be read
-            obs[T] = envs.reset([args.seed, global_step])  # as in a run that is continued
+            obs[T] = envs.reset([args.seed, global_step])  # ends episodes, as continuing does
 
     writer.close()
     summary = {name: x for name, x in evaluations[-1].items() if math.isfinite(x)}  # JSON lacks nan

@@ -1043,7 +1043,7 @@ def symmetric_policy_losses(log_prob, old_log_prob, advantage, clip_coef, z):
     surrogate = advantage * ratio
     clipped = advantage * ratio.clamp(1 - clip_coef, 1 + clip_coef)
     unclipped = surrogate <= clipped  # m: where PPO's gradient flows
-    policy_loss = -torch.where(unclipped, surrogate, clipped).mean()
+    policy_loss = -torch.where(unclipped, surrogate, clipped).mean()  # the minimum of both
     reverse_loss = torch.where(unclipped, z * surrogate, 0.0).mean()  # all that SPPO adds to PPO
     return policy_loss, reverse_loss
 
