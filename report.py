@@ -53,13 +53,14 @@ COLUMNS = {  # explained above a table that has them
     "wins": """the probability that a run of the first method beats one of the second, averaged
 over cells, with Brunner and Munzel's interval, of the logit, if cells have at least five runs""",
     "runs": "of both methods together",
-    "percent": """by how much the first method's mean is higher, where all returns were above 0; by
+    "percent": """by how much the first method's mean is higher, where all scores were above 0; by
 logarithms, corrected for the bias of few runs, so not the plain ratio; with Welch's interval""",
     "tasks": "over which tasks the percentage is averaged, of how many with the row's noise",
     "points": "the difference in returns, on tasks where a run of either had a return of 0 or less",
     "difference": "the first method's mean minus the second's, with Welch's interval and p",
     "p, corrected": "by Benjamini and Hochberg, for the number of differences in the table",
-    "runs for 80 % power": "of each method, if difference and spread are as here; 1000: or more",
+    "runs for 80 % power": """of each method, if difference and spread are as here; below 5 too few;
+1000: or more""",
 }
 
 NOT_WHOLE = """To have a run whole (not a pack), delete its folder and run its command again. Until
@@ -149,12 +150,11 @@ def read_folders(folders: Iterable[Path]) -> tuple[DataFrame, DataFrame, list[st
         for path in paths:
             try:
                 found, evaluations = read_run(path)
+                rows += found
+                progress.append(evaluations)
             except Exception as error:  # a broken file may raise anything
                 why = f"{type(error).__name__}: {error}".removeprefix("Refusal: ")
                 broken.append(f"{path.name}: left out: {why.replace(str(path), '')}")
-                continue
-            rows += found
-            progress.append(evaluations)
     print(*broken, sep="\n", file=sys.stderr, end="\n" if broken else "")
     if not any(row["finished"] for row in rows):
         raise Refusal(f"none of {len(rows)} runs has finished; give folders such as runs/quick")
@@ -197,8 +197,8 @@ def read_run(path: Path) -> tuple[list[dict], DataFrame]:
         if lacking:
             raise Refusal(f"{evaluations.name} does not have {min(lacking)}")
         return runs.to_dict("records"), progress
-    first_line, *_ = (path / "sessions.jsonl").read_text(encoding="utf-8").split("\n")
-    session = json.loads(first_line)
+    lines = (path / "sessions.jsonl").read_text(encoding="utf-8").strip().split("\n")
+    session, *later = map(json.loads, lines)
     script_sha256 = hashlib.sha256((path / session["script"]).read_bytes()).hexdigest()
     run = dict.fromkeys([*SCORES, *PROVENANCE])
     for name, value in session["args"].items():
@@ -209,6 +209,9 @@ def read_run(path: Path) -> tuple[list[dict], DataFrame]:
     if "env_id" not in run:  # a language model
         run["env_id"] = run.pop("task")
     versions = {name: x for name, x in session["versions"].items() if name in PACKAGES}
+    recorded = ("versions", "platform", "cpu", "gpu")
+    if any(other[name] != session[name] for other in later for name in recorded):
+        versions["continued"] = "with other versions or hardware"
     others = sorted(session["versions"].items() - versions.items())
     versions["others, SHA-256"] = hashlib.sha256(json.dumps(others).encode()).hexdigest()[:8]
     files = session.get("files", {}).items()
@@ -254,16 +257,17 @@ def pack(runs: DataFrame, progress: DataFrame, place: Path) -> None:
     """Writes both tables; equal runs give equal bytes. Raises Refusal if it would lose runs."""
     packed, evaluations = tables_of(place)
     if packed.exists():
-        lost = set(read_csv(packed)["run_name"]) - set(runs["run_name"])
+        old = read_csv(packed)
+        lost = set(old["run_name"]) - set(runs["run_name"])
+        lost |= set(old["run_name"][old["finished"]]) - set(runs["run_name"][runs["finished"]])
         if lost:
-            raise Refusal(f"--pack {place}: it has other runs, such as {min(lost)}; read it, too")
+            raise Refusal(f"--pack {place}: it would lose runs, such as {min(lost)}; read it, too")
     packed.parent.mkdir(parents=True, exist_ok=True)
     settings = runs.columns.difference([*RUN, *PROVENANCE], sort=False)
-    logged = progress.columns.difference(EVALUATION, sort=False)
     options = {"index": False, "lineterminator": "\n"}
     options["compression"] = {"method": "gzip", "mtime": 0}
     tables = {packed: runs.reindex(columns=[*RUN, *settings, *PROVENANCE])}
-    tables[evaluations] = progress[[*EVALUATION, *logged]]
+    tables[evaluations] = progress[list(dict.fromkeys([*EVALUATION, *progress]))]
     with TemporaryDirectory(dir=packed.parent) as folder:  # a full disk destroys no pack
         for file, table in tables.items():
             table.to_csv(Path(folder, file.name), **options)
@@ -298,7 +302,7 @@ def label_runs(runs: DataFrame, progress: DataFrame) -> DataFrame:
         column = f"logged {name}" if name in taken else name
         finished[column] = finished["run_name"].map(values)
         if name == "success_rate":  # some environments say it only of a success
-            is_known = finished.groupby("env_id")[column].transform("count") > 0
+            is_known = finished.groupby(["env_id", "script"])[column].transform("count") > 0
             finished.loc[is_known, column] = finished.loc[is_known, column].fillna(0)
     noise = finished.sort_values(["noise_level", NOISE])[NOISE].unique()
     orders = [noise, sorted(set(finished["env_id"])), in_order(finished["exp_name"])]
@@ -333,19 +337,16 @@ def check_cell(cell: str, runs: DataFrame) -> None:
     flag that another version of the script lacks is no difference."""
     for name in runs.columns.difference([*FREE, *SCORES, *PROVENANCE]):
         values = runs[name].map(plain).where(runs[name].notna())  # a pack has other types
-        versions = runs["script_sha256"]
-        lacking = versions[values.isna()]
-        others = versions[values.notna() & ~values.isin(EMPTY)]  # older packs lack these
+        lacking = runs["script_sha256"][values.isna()]
+        others = runs["script_sha256"][values.notna() & ~values.isin(EMPTY)]  # not in older packs
         if values.nunique() > 1 or lacking.isin(others).any():
+            rare = values.map(values.value_counts(dropna=False)).idxmin()
             several = ", ".join(map(str, runs[name].unique()))
-            counts = values.map(values.value_counts(dropna=False))
-            rare = runs.loc[counts.idxmin(), "run_name"]
-            found = f"{name} ({several}), such as {rare}"
+            found = f"{name} ({several}), such as {runs['run_name'][rare]}"
             raise Refusal(f"{cell}: runs differ in {found}; report them separately")
-    twice = runs[runs["seed"].duplicated(keep=False)]
-    if len(twice):
-        names = " and ".join(twice["run_name"])
-        raise Refusal(f"{cell}: the same seed in {names}; leave one out")
+    twice = " and ".join(runs["run_name"][runs["seed"].duplicated(keep=False)])
+    if twice:
+        raise Refusal(f"{cell}: the same seed in {twice}; leave one out")
 
 
 def in_order(methods) -> list[str]:
@@ -383,8 +384,11 @@ def pairs_of(runs: DataFrame, compare: Iterable[tuple]) -> list:
     if not chosen:
         for method in in_order(runs["exp_name"]):
             baselines = BASELINES.get(method, f"{method.replace('-', ' ', 1)} sppo sa2c")
-            there = [(method, other) for other in baselines.split() if (method, other) in together]
-            chosen += there[:1]
+            for cell in cells:  # control may have other baselines than games
+                pairs = set(permutations(cell, 2))
+                there = [(method, other) for other in baselines.split() if (method, other) in pairs]
+                chosen += there[:1]
+        chosen = list(dict.fromkeys(chosen))
     return chosen
 
 
@@ -439,8 +443,7 @@ def win_rate(cells: list):
     value = (1 + difference) / 2
     with np.errstate(invalid="ignore"):  # no interval
         half = (high - difference) / (value * (1 - value))
-    low, high = special.logit(value) - half, special.logit(value) + half
-    return value, special.expit(low), special.expit(high)
+    return value, *special.expit(special.logit(value) + np.array([-half, half]))
 
 
 def mean_and_variance(scores):
@@ -464,17 +467,11 @@ def pooled_difference(cells: list, moments):
     interval and two-sided p by Welch and Satterthwaite: (...,) each. `moments` gives the value and
     its variance. Interval and p are nan for single or equal scores, all are without cells."""
     if not cells:
-        return math.nan, math.nan, math.nan, math.nan
-    differences = []
-    variances = []
-    freedom = []
-    for a, b in cells:
-        value_a, variance_a = moments(a)
-        value_b, variance_b = moments(b)
-        differences.append(value_a - value_b)
-        variances += [variance_a, variance_b]
-        freedom += [a.shape[-1] - 1, b.shape[-1] - 1]
-    value = np.mean(differences, axis=0)
+        return np.full(4, np.nan)
+    scores = [one for pair in cells for one in pair]
+    values, variances = zip(*map(moments, scores))
+    freedom = [one.shape[-1] - 1 for one in scores]
+    value = np.mean(np.subtract(values[::2], values[1::2]), axis=0)
     variances = np.stack(variances, axis=-1)
     total = variances.sum(axis=-1)
     error = np.sqrt(total) / len(cells)
@@ -507,7 +504,7 @@ def make_differences(runs: DataFrame, pairs: list) -> DataFrame:
                 if (b, a) in pairs:
                     a, b = b, a
                 found = pooled_difference([(cell[a], cell[b])], mean_and_variance)
-                tested = not math.isnan(found[-1])
+                tested = not np.isnan(found[-1])
                 needed = runs_for_power(cell[a], cell[b]) if tested else pd.NA
                 rows.append([title, task, noise, a, b, *found, needed])
     differences = DataFrame(rows, columns=DIFFERENCE).astype({"runs_for_power": "Int64"})
@@ -530,8 +527,7 @@ def make_scores(runs: DataFrame, measures: list[str], differences: DataFrame) ->
     scores["seeds"] = cells["seed"].agg(list)
     scores = scores.reset_index().rename(columns=SHOWN)
     half = scores["standard_error"] * stats.t.ppf(0.975, scores["runs"] - 1)
-    scores["low"] = scores["mean"] - half
-    scores["high"] = scores["mean"] + half
+    scores = scores.assign(low=scores["mean"] - half, high=scores["mean"] + half)
     place = ["measure", "task", "noise"]
     best = scores.groupby(place, observed=True)["mean"].transform("max")
     both_ways = pd.concat([differences, differences.assign(method=differences["other"])])
@@ -565,7 +561,7 @@ def digits(error, *values, least=-99):
     if not error > 1e-9 * abs(values[0]):  # nan, or less than rounding
         error = values[0] / 100
     places = max(1 - Decimal(f"{error:.1e}").adjusted(), least)
-    there = [round(value, places) + 0.0 for value in values if not math.isnan(value)]  # no -0
+    there = [round(value, places) + 0.0 for value in values if not np.isnan(value)]  # no -0
     return [f"{value:,.{max(places, 0)}f}" for value in there]
 
 
@@ -638,14 +634,14 @@ def pooled_text(runs: DataFrame, pairs: list) -> list:
         signed = set(both.loc[both[LOWEST] <= 0, "env_id"])
         for noise, part in parts.items():
             for measure, title in MEASURES.items():
-                found = pool(cells_of(part, measure), a, b, signed)
+                found = pool(cells_of(part, measure), a, b, signed, part["env_id"].nunique())
                 if found:
                     place = {"methods": f"{a} against {b}", "noise": noise, "measure": title}
                     rows.append(place | found)
     return explained(DataFrame(rows))
 
 
-def pool(cells: dict, a: str, b: str, signed: set) -> dict:
+def pool(cells: dict, a: str, b: str, signed: set, tasks: int) -> dict:
     """A row of a table, over the cells that both have: how often a beats b, and their difference in
     percent; in points in all cells of `signed` tasks, else only cells ruined by noise drop out."""
     groups = {}  # by task
@@ -663,7 +659,6 @@ def pool(cells: dict, a: str, b: str, signed: set) -> dict:
     logarithms = pooled_difference(sum(positive.values(), []), log_mean_and_variance)[:3]
     rate, low, high = win_rate(both)
     sizes = [len(scores) for pair in both for scores in pair]
-    tasks = len({task for _, task in cells})
     names = f": {', '.join(positive)}" if len(positive) < tasks else ""
     return {
         "cells": str(len(both)),
@@ -680,12 +675,10 @@ def difference_text(differences: DataFrame) -> list:
     rows = []
     for row in differences.itertuples():
         texts = [row.task, row.noise, row.measure, f"{row.method} minus {row.other}"]
-        texts += [estimate(row.difference, row.low, row.high)]
         tested = [f"{row.p:.2g}", f"{row.p_corrected:.2g}", str(row.runs_for_power)]
-        texts += [""] * 3 if math.isnan(row.p) else tested
-        rows.append(texts)
-    small = (differences["p"] < 0.05).sum()
-    remaining = (differences["p_corrected"] <= 0.05).sum()
+        tested = [""] * 3 if np.isnan(row.p) else tested
+        rows.append([*texts, estimate(row.difference, row.low, row.high), *tested])
+    small, remaining = (differences[["p", "p_corrected"]] < 0.05).sum()
     text = f"{small} of {len(rows)} differences have p < 0.05, {remaining} also after correction. "
     text += "Differences between all methods are in differences.csv."
     columns = ["task", "noise", "measure", "methods", "difference", "p", "p, corrected"]
@@ -712,10 +705,8 @@ def provenance_text(runs: DataFrame, arguments, unfinished: list, broken: list) 
         how = "The same commands continue them, or say again why they fail:"
         page.append(f"**Begun, not finished, not in scores: {len(unfinished)}.** {how}")
         page.append(", ".join(unfinished))
-    names = ["script", "total_timesteps", *PROVENANCE]
-    origin = runs[names].drop(columns=["command", "started"])
-    origin = origin.dropna(axis="columns", how="all").map(str)
-    origin = origin.replace(["nan", "None"], "not recorded")
+    origin = runs[["script", "total_timesteps", *PROVENANCE]].drop(columns=["command", "started"])
+    origin = origin.dropna(axis=1, how="all").map(str).replace(["nan", "None"], "not recorded")
     origin.insert(0, "method", runs["exp_name"].astype(str))
     page.append(markdown(origin.value_counts().reset_index(name="runs").astype(str)))
     texts = runs[arguments].map(plain).where(runs[arguments].notna(), "")  # "": flag lacking

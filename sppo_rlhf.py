@@ -312,8 +312,7 @@ def start_tokens(tokenizer):
 
 def chat_tokens(row, tokenizer, args):
     """Tokens of messages, and of the beginning of the response. If the last message is the
-    assistant's, such as "<think>", the response continues it. Otherwise the response is a new
-    turn."""
+    assistant's, the response continues it. Otherwise the response is a new turn."""
     continues = row["prompt"][-1]["role"] == "assistant"
     return tokenizer.apply_chat_template(
         row["prompt"],

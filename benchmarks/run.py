@@ -25,11 +25,10 @@ from tqdm import tqdm
 def cores(quota=Path("/sys/fs/cgroup/cpu.max")):
     """Cores for this program: in a container or a job of a cluster, fewer than the machine has."""
     count = len(os.sched_getaffinity(0)) if sys.platform == "linux" else os.cpu_count()
-    try:
+    with contextlib.suppress(OSError, ValueError):  # not in a container, or "max"
         microseconds, period = map(int, quota.read_text().split())
-    except (OSError, ValueError):  # not in a container, or "max"
-        return count
-    return max(1, min(count, microseconds // period))
+        count = max(1, min(count, microseconds // period))
+    return count
 
 
 CORES = cores()
@@ -95,7 +94,8 @@ def start(command, gpu, threads, runs_dir):
     named = re.findall(r"--(?:env-id|task|seed|noise|exp-name)[ =]([^ /]+)", command)
     digest = hashlib.sha256(command.encode()).hexdigest()[:8]
     log = runs_dir / "logs" / f"{'__'.join([*named, digest])}.log"
-    variables = {"OMP_NUM_THREADS": str(threads)} | os.environ | {"CUDA_VISIBLE_DEVICES": gpu}
+    variables = os.environ | {"CUDA_VISIBLE_DEVICES": gpu}
+    variables["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or str(threads)
     with open(log, "a") as file:
         print("$", command, file=file, flush=True)
         # Ctrl-C is for this program alone, which then ends the jobs with their children
@@ -138,7 +138,7 @@ def main():
         games = all("atari" in shlex.split(command)[1] for command in for_gpu)
         gpus *= args.jobs_per_gpu or (min(4, max(1, CORES // len(gpus))) if games else 1)
     for_cpu = [command for command in left if not gpus or command not in for_gpu]
-    pools = [(for_gpu if gpus else [], gpus), (for_cpu, [""] * args.jobs)]
+    pools = [(for_gpu, gpus), (for_cpu, [""] * args.jobs)]
     done = len(commands) - len(left)
     jobs = sum(min(len(waiting), len(free)) for waiting, free in pools)
     print(f"{done} of {len(commands)} runs have finished, {len(left)} are left", file=sys.stderr)

@@ -160,7 +160,8 @@ def main(args: Args):
                 print(f"{repeat + 1}/{args.repeats} {name}: {sps:,.1f} steps/s", file=sys.stderr)
     subject = args.script if args.script == "sppo_rlhf" else f"{args.script}, {args.env_id}"
     digits = 2 if args.script == "sppo_rlhf" else 0
-    print(f"{subject}, {args.total_timesteps:,} steps, torch {torch.__version__}\n")
+    how = f"{args.device} {args.flags}".strip()
+    print(f"{subject}, {args.total_timesteps:,} steps, torch {torch.__version__}, {how}\n")
     print("| program | steps/s, median (range) | ratio | in each turn |")
     print("|---|---|---|---|")
     peer = next(iter(results.values()))

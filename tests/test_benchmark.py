@@ -388,26 +388,6 @@ def test_a_suite_killed_three_times_continues_and_has_then_nothing_to_do(tmp_pat
     assert "10 of 10 runs have finished, 0 are left" in sh(*command).stderr
 
 
-def documented(heading):
-    """Lines of docs/benchmark.md, with the suite tiny."""
-    page = (ROOT / "docs/benchmark.md").read_text()
-    lines = re.search(rf"With {heading}.*?```sh\n(.*?)```", page, re.DOTALL)[1]
-    return lines.replace("continuous", "tiny")
-
-
-@pytest.mark.skipif(not shutil.which("parallel"), reason="no GNU parallel here")
-def test_the_documented_line_runs_in_gnu_parallel(stubs):
-    """Through a pretended ssh, whose shells know no virtual environment."""
-    bare = "env -i HOME=/tmp USER=me SHELL=/bin/bash PATH=/usr/bin:/bin bash -c"
-    (stubs / "ssh").write_text(f'#!/bin/sh\nshift\n[ "$1" != -- ] || shift\nexec {bare} "$*"\n')
-    (stubs / "ssh").chmod(0o755)
-    env = ENVIRON | {"PARALLEL_SSH": f"{stubs}/ssh", "PARALLEL_HOME": str(stubs / "home")}
-    done = sh("bash", "-c", documented("GNU parallel"), cwd=stubs, env=env)
-    assert done.returncode == 0, done.stderr
-    expected = listed("tiny --runs-dir runs/tiny")
-    assert sorted(argv for _, _, argv, *_ in records(stubs)) == sorted(expected)
-
-
 @pytest.mark.skipif(not shutil.which("slurmctld"), reason="no Slurm here: apt install slurm-wlm")
 @pytest.mark.slow
 def test_the_documented_lines_run_on_slurm(stubs, monkeypatch):
@@ -423,7 +403,9 @@ def test_the_documented_lines_run_on_slurm(stubs, monkeypatch):
     daemons = [subprocess.Popen([name, "-D"], **quiet) for name in ("slurmctld", "slurmd")]
     try:
         wait_for(lambda: "idle" in sh("sinfo").stdout)
-        lines = documented("Slurm").replace("-l 1000", "-l 6")
+        page = (ROOT / "docs/benchmark.md").read_text()
+        lines = re.search(r"With Slurm.*?```sh\n(.*?)```", page, re.DOTALL)[1]
+        lines = lines.replace("continuous", "tiny").replace("-l 1000", "-l 6")
         done = sh("bash", "-euo", "pipefail", "-c", lines, cwd=stubs)
         assert done.returncode == 0 and not done.stderr, done.stderr
         assert done.stdout.count("Submitted batch job") == 5

@@ -44,6 +44,7 @@ def make_run(
     script = changes.pop("script", "sppo_rlhf.py" if language else "sppo_continuous.py")
     texts = {rf"C:\{script}": version} | changes.pop("imported", {})
     evaluations = changes.pop("evaluations", 12)
+    continued = changes.pop("continued", {})
     files = {path: hashlib.sha256(text.encode()).hexdigest() for path, text in texts.items()}
     versions = {"torch": "2.13.0", "numpy": "2.13.0", "highway-env": changes.pop("highway", "1.8")}
     if seed % 2:  # in the order of a folder's files
@@ -57,7 +58,7 @@ def make_run(
     session = {"args": args, "script": script, "versions": versions, "files": files}
     session |= {"command": ["sppo_continuous.py", "--seed", str(seed)], "platform": "Linux-6.1"}
     session |= {"started": f"2026-01-0{1 + seed} 12:00:00", "cpu": "AVX512", "gpu": None}
-    later = session | {"started": "2026-02-01 12:00:00"}
+    later = session | {"started": "2026-02-01 12:00:00"} | continued
     (folder / "sessions.jsonl").write_text(f"{json.dumps(session)}\n{json.dumps(later)}\n")
     progress = {"step": range(100, 1300, 100), "return_std": 1.0, "length_mean": 9.0}
     progress["return_mean"] = [2 * score, *np.linspace(0, score, 12)[1:]]
@@ -216,6 +217,7 @@ def test_a_table_for_latex_has_tasks_down_and_noise_across(tmp_path):
 def test_an_environment_may_say_success_only_where_there_is_one(tmp_path):
     for seed, rate in enumerate([0.5, math.nan, 1.0]):
         make_run(tmp_path / "runs", "sppo", 1, seed, columns={"success_rate": rate})
+    make_run(tmp_path / "runs", "other", 1, script="logs_none.py")
     page = write_report(tmp_path / "runs", out=tmp_path / "out")
     error = stats.sem([0.5, 0, 1])
     expected = [HOPPER, "clean", f"0.50 ± {error:.2f}"]
@@ -392,16 +394,18 @@ def test_a_pair_is_compared_in_points_where_returns_are_0_or_less(below, tmp_pat
     for noise in ("none", "normal"):
         for method, score in {"dppo": 10, "sppo": 20}.items():
             for seed in range(2):
-                make_run(runs, method, score + seed, seed, "Pong", noise=noise)
+                make_run(runs, method, score + seed, seed, "Pong", noise=noise, evaluations=6)
 
-    def pooled():
+    def pooled(measure="last evaluation"):
         header, *rows = table_after(write_report(runs, out=tmp_path / "out"), POOLED)
         rows = [dict(zip(header, row)) for row in rows if row[0] == "sppo against dppo"]
-        return {row["noise"]: row for row in rows if row["measure"] == "last evaluation"}
+        return {row["noise"]: row for row in rows if row["measure"] == measure}
 
     make_run(runs, "ppo", 9, 0, "Pong", noise="normal", columns=below)
     clean = pooled()["clean"]
     assert clean["tasks"] == "3 of 3" and not clean.get("points")
+    last5 = pooled("mean of the last five evaluations")["clean"]  # there are six
+    assert last5["tasks"] == f"2 of 3: {HOPPER}, {LANDER}"
     make_run(runs, "dppo", 9, 2, "Pong", noise="normal", columns=below)
     after = pooled()
     assert after["clean"]["tasks"] == f"2 of 3: {HOPPER}, {LANDER}"
@@ -453,8 +457,10 @@ def test_a_method_is_compared_with_one_baseline(tmp_path):
         make_run(tmp_path, method, 1)
     runs = report.label_runs(*report.read_folders((tmp_path,))[:2])
     assert set(report.pairs_of(runs, ())) == expected
-    runs = runs[~runs["exp_name"].isin(["dppo", "a2c", "da2c"])]
-    assert ("sppo", "ppo") in report.pairs_of(runs, ())
+    for method in ("sppo", "ppo"):  # games have no bins
+        make_run(tmp_path, method, 1, task="Pong")
+    runs = report.label_runs(*report.read_folders((tmp_path,))[:2])
+    assert set(report.pairs_of(runs, ())) == expected | {("sppo", "ppo")}
 
 
 # ---- Figures
@@ -556,8 +562,10 @@ def test_a_pack_grows_by_runs_of_other_versions_but_loses_none(tmp_path):
     finally:
         resource.setrlimit(resource.RLIMIT_FSIZE, limits)
     assert (pack / "runs.csv.gz").read_bytes() == before
-    with pytest.raises(report.Refusal, match="has other runs, such as Hopper"):
-        write_report(new, out=tmp_path / "out", pack=pack)
+    (old / "summary.json").unlink()  # as of a run that has begun anew
+    for folders in ((new,), (old, new)):
+        with pytest.raises(report.Refusal, match="would lose runs, such as Hopper"):
+            write_report(*folders, out=tmp_path / "out", pack=pack)
     alike = make_run(tmp_path / "runs", "sppo", 3, seed=3, **flags)
     page = write_report(pack, new, alike, out=tmp_path / "out", pack=pack)
     rows = table_after(page, "Last evaluation (runs: 3):")
@@ -610,6 +618,7 @@ STEPS = [*range(100, 1200, 100)]
         ({"script": "mine.py", "imported": TWO | {"/sppo_continuous.py": "abc"}}, ""),
         ({"script": "mine.py", "version": "mine", "imported": EDITED}, "versions of __init__.py"),
         ({"highway": "1.10"}, "versions of packages"),
+        ({"continued": {"cpu": "AVX2"}}, "versions of packages"),
         ({"noise": "normal", "version": "def"}, "versions of sppo_continuous.py"),
         ({"columns": {"step": [*STEPS, 1212]}}, ""),
         ({"columns": {"step": [*STEPS, 1224]}}, "last step 1,200 to 1,224"),

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Prints the suite's commands:
+# Prints the suite's commands (of the small models, two seeds were run):
 #     bash results/text/imdb.sh | python benchmarks/run.py --runs-dir runs/imdb
 # They need folders with models and files with reviews, which are not published. At 497c801 the
 # model that is only watched, reward2, was that of --eval-reward-model.
