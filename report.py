@@ -59,8 +59,8 @@ logarithms, corrected for the bias of few runs, so not the plain ratio; with Wel
     "points": "the difference in returns, on tasks where a run of either had a return of 0 or less",
     "difference": "the first method's mean minus the second's, with Welch's interval and p",
     "p, corrected": "by Benjamini and Hochberg, for the number of differences in the table",
-    "runs for 80 % power": """of each method, if difference and spread are as here; below 5 too few;
-1000: or more""",
+    "runs for 80 % power": """of each method, if difference and spread are as here; numbers below 5
+are too low; 1000: or more""",
 }
 
 NOT_WHOLE = """To have a run whole (not a pack), delete its folder and run its command again. Until
@@ -198,7 +198,9 @@ def read_run(path: Path) -> tuple[list[dict], DataFrame]:
             raise Refusal(f"{evaluations.name} does not have {min(lacking)}")
         return runs.to_dict("records"), progress
     lines = (path / "sessions.jsonl").read_text(encoding="utf-8").strip().split("\n")
-    session, *later = map(json.loads, lines)
+    sessions = [json.loads(line) for line in lines]
+    session = sessions[0]
+    hardware = [json.dumps([one[name] for name in ("platform", "cpu", "gpu")]) for one in sessions]
     script_sha256 = hashlib.sha256((path / session["script"]).read_bytes()).hexdigest()
     run = dict.fromkeys([*SCORES, *PROVENANCE])
     for name, value in session["args"].items():
@@ -209,9 +211,8 @@ def read_run(path: Path) -> tuple[list[dict], DataFrame]:
     if "env_id" not in run:  # a language model
         run["env_id"] = run.pop("task")
     versions = {name: x for name, x in session["versions"].items() if name in PACKAGES}
-    recorded = ("versions", "platform", "cpu", "gpu")
-    if any(other[name] != session[name] for other in later for name in recorded):
-        versions["continued"] = "with other versions or hardware"
+    if any(one["versions"] != session["versions"] for one in sessions):
+        versions["continued"] = "with other versions"
     others = sorted(session["versions"].items() - versions.items())
     versions["others, SHA-256"] = hashlib.sha256(json.dumps(others).encode()).hexdigest()[:8]
     files = session.get("files", {}).items()
@@ -225,7 +226,7 @@ def read_run(path: Path) -> tuple[list[dict], DataFrame]:
         "command": shlex.join(session["command"]),
         "files": json.dumps(sorted(helpers)),
         "versions": json.dumps(versions, sort_keys=True),
-        "hardware": json.dumps([session[name] for name in ("platform", "cpu", "gpu")]),
+        "hardware": ", then ".join(dict.fromkeys(hardware)),
         "exp_name": run["exp_name"],
         "total_timesteps": int(run["total_timesteps"]),
         "seed": int(run["seed"]),
@@ -302,7 +303,7 @@ def label_runs(runs: DataFrame, progress: DataFrame) -> DataFrame:
         column = f"logged {name}" if name in taken else name
         finished[column] = finished["run_name"].map(values)
         if name == "success_rate":  # some environments say it only of a success
-            is_known = finished.groupby(["env_id", "script"])[column].transform("count") > 0
+            is_known = finished.groupby("env_id")[column].transform("count") > 0
             finished.loc[is_known, column] = finished.loc[is_known, column].fillna(0)
     noise = finished.sort_values(["noise_level", NOISE])[NOISE].unique()
     orders = [noise, sorted(set(finished["env_id"])), in_order(finished["exp_name"])]
@@ -384,11 +385,8 @@ def pairs_of(runs: DataFrame, compare: Iterable[tuple]) -> list:
     if not chosen:
         for method in in_order(runs["exp_name"]):
             baselines = BASELINES.get(method, f"{method.replace('-', ' ', 1)} sppo sa2c")
-            for cell in cells:  # control may have other baselines than games
-                pairs = set(permutations(cell, 2))
-                there = [(method, other) for other in baselines.split() if (method, other) in pairs]
-                chosen += there[:1]
-        chosen = list(dict.fromkeys(chosen))
+            there = [(method, other) for other in baselines.split() if (method, other) in together]
+            chosen += there[:1]
     return chosen
 
 
@@ -404,14 +402,18 @@ def versions_of(run) -> dict[str, str]:
 
 
 def remarks(runs: DataFrame, pairs: list) -> list:
-    """Paragraphs: first what is compared, then methods without bins, and tasks whose runs differ in
-    files, packages, steps or evaluations."""
+    """Paragraphs: first what is compared, then methods without bins, tasks without a compared pair,
+    as where games lack a baseline of control, and tasks whose runs differ in files, packages, steps
+    or evaluations."""
     compared = ", ".join(f"{a} with {b}" for a, b in pairs)
     page = [f"Compared: {compared or 'nothing'}."]
     if "policy" in runs:
         names = runs.loc[runs["policy"] == "gaussian", "exp_name"].unique()
         page.append(f"Without bins (Gaussian policy): {', '.join(names) or 'none'}.")
     for task, group in runs.groupby("env_id", observed=True):
+        methods = set(group["exp_name"])
+        if len(methods) > 1 and not any(methods.issuperset(pair) for pair in pairs):
+            page.append(f"**Not compared: {task}: give `--compare`.**")
         versions = DataFrame(map(versions_of, group.itertuples())).nunique()
         unlike = [f"versions of {name}" for name in versions.index[versions > 1]]
         for column in (LAST_STEP, EVALUATIONS):  # "Training" is averaged between evaluations
@@ -454,7 +456,7 @@ def mean_and_variance(scores):
 
 
 def log_mean_and_variance(scores):
-    """The logarithm of the mean of positive `scores` (..., runs), and its variance: (...,) each.
+    """The logarithm of the mean, above 0, of `scores` (..., runs), and its variance: (...,) each.
     The logarithm of a sample's mean is too low on average. The added term is the bias, exact if the
     mean is lognormal. Variances are too small where means are too large, hence `1 +`."""
     mean, variance = mean_and_variance(scores)
