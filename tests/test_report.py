@@ -456,8 +456,8 @@ def test_a_method_is_compared_with_one_baseline(tmp_path):
         make_run(tmp_path, method, 1)
     runs = report.label_runs(*report.read_folders((tmp_path,))[:2])
     assert set(report.pairs_of(runs, ())) == expected
-    for method in ("sppo", "ppo"):  # games have no bins
-        make_run(tmp_path, method, 1, task="Pong")
+    for task, method in (("Pong", "sppo"), ("Pong", "ppo"), ("alone", "ppo")):  # without bins
+        make_run(tmp_path, method, 1, task=task)
     page = write_report(tmp_path, out=tmp_path / "out")
     assert re.findall(r"\*\*Not compared: (.+): give", page) == ["Pong"]
     runs = runs[~runs["exp_name"].isin(["dppo", "a2c", "da2c"])]
