@@ -413,7 +413,7 @@ def remarks(runs: DataFrame, pairs: list) -> list:
     for task, group in runs.groupby("env_id", observed=True):
         methods = set(group["exp_name"])
         if len(methods) > 1 and not any(methods.issuperset(pair) for pair in pairs):
-            page.append(f"**Not compared: {task}: give `--compare`.**")
+            page.append(f"**Not compared: {task}: name a pair with `--compare`.**")
         versions = DataFrame(map(versions_of, group.itertuples())).nunique()
         unlike = [f"versions of {name}" for name in versions.index[versions > 1]]
         for column in (LAST_STEP, EVALUATIONS):  # "Training" is averaged between evaluations

@@ -215,7 +215,7 @@ def test_the_notebooks_first_cell_finds_or_clones_the_scripts_or_says_what_to_do
 
 BEST = torch.tensor([0.0, 0.0, 1.0])
 # Few steps from a policy that prefers the best arm, many flips
-BANDIT = dict(pays=BEST, start=2 * BEST, flip_rate=0.4, batch_size=2, steps=20, beta=5.0)
+BANDIT = dict(pays=BEST.int(), start=2 * BEST, flip_rate=0.4, batch_size=2, steps=20, beta=5.0)
 RIGHT = {
     "a2c_losses": sa2c_continuous.symmetric_policy_losses,
     "a2c_weight": lambda p, alpha, beta, z: (alpha + beta * abs(z) * p).numpy(),
@@ -224,7 +224,7 @@ RIGHT = {
     "k": 20.5,
     "climbs": lambda prob, advantage: (advantage * prob.square()).sum() / 2,
     "climbs_divided": torch.dot,
-    "bandit": BANDIT.copy,
+    "bandit": lambda: BANDIT,
     "same_without_clipping": True,
     "same_if_all_are_clipped": True,
 }
@@ -275,16 +275,24 @@ def without_gradient(log_prob, advantage, z):
     return RIGHT["a2c_losses"](log_prob.detach(), advantage, z)
 
 
+def with_a_wide_clip_range(log_prob, old_log_prob, advantage, clip_coef, z):
+    return RIGHT["ppo_losses"](log_prob, old_log_prob, advantage, 2 * clip_coef, z)
+
+
 def with_a_fixed_clip_range(log_prob, old_log_prob, advantage, clip_coef, z):
     return RIGHT["ppo_losses"](log_prob, old_log_prob, advantage, 0.2, z)
+
+
+MEANS = "2a: L and Lr are means over the batch"
 
 
 @pytest.mark.parametrize(("answers", "expected"), [
     ({}, []),
     ({"a2c_losses": without_gradient}, ["1a: L is", "1a: Lr is"]),
-    ({"ppo_losses": with_a_fixed_clip_range}, ["2a: L and Lr are means over the batch"]),
-    ({"ppo_losses": mean_of_unclipped}, ["2a: L and Lr are means over the batch"]),
-    ({"ppo_losses": no_mask}, ["2a: the slope of Lr in p: for r = 1.5 and A = 1 expected 0"]),
+    ({"ppo_losses": with_a_fixed_clip_range}, [MEANS]),
+    ({"ppo_losses": mean_of_unclipped}, [MEANS]),
+    ({"ppo_losses": with_a_wide_clip_range}, ["2a: the slope of L ", "2a: the slope of Lr", MEANS]),
+    ({"ppo_losses": no_mask}, ["2a: the slope of Lr in p: for r = 1.25 and A = 1 expected", MEANS]),
     ({"climbs": torch.dot}, ["4a: what the reverse A2C loss climbs", "4a: the same"]),
     ({"bandit": lambda: BANDIT | {"beta": 0.01}}, ["7: in your bandit SA2C learns better"]),
 ])  # fmt: skip
@@ -323,6 +331,7 @@ def test_the_grader_checks_predictions_of_runs():
     answers |= {"same_without_clipping": False, "same_if_all_are_clipped": False}
     expected = """\
 fails: 2a: the slope of Lr
+fails: 2a: L and Lr are means over the batch
 fails: 3: SPPO's gradient divided by k
 fails: 3 (needs 2a): SPPO with your loss is the same run: expected a difference below
 fails: 3: your prediction, without clipping: expected True, found False

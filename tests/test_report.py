@@ -459,7 +459,7 @@ def test_a_method_is_compared_with_one_baseline(tmp_path):
     for task, method in (("Pong", "sppo"), ("Pong", "ppo"), ("alone", "ppo")):  # without bins
         make_run(tmp_path, method, 1, task=task)
     page = write_report(tmp_path, out=tmp_path / "out")
-    assert re.findall(r"\*\*Not compared: (.+): give", page) == ["Pong"]
+    assert re.findall(r"\*\*Not compared: (.+): name", page) == ["Pong"]
     runs = runs[~runs["exp_name"].isin(["dppo", "a2c", "da2c"])]
     assert ("sppo", "ppo") in report.pairs_of(runs, ())
 
