@@ -402,9 +402,9 @@ def versions_of(run) -> dict[str, str]:
 
 
 def remarks(runs: DataFrame, pairs: list) -> list:
-    """Paragraphs: first what is compared, then methods without bins, tasks without a compared pair,
-    as where games lack a baseline of control, and tasks whose runs differ in files, packages, steps
-    or evaluations."""
+    """Paragraphs: first what is compared, then methods without bins, those that lack their partner
+    in a task, as games lack a baseline of control, and tasks whose runs differ in files, packages,
+    steps or evaluations."""
     compared = ", ".join(f"{a} with {b}" for a, b in pairs)
     page = [f"Compared: {compared or 'nothing'}."]
     if "policy" in runs:
@@ -412,8 +412,12 @@ def remarks(runs: DataFrame, pairs: list) -> list:
         page.append(f"Without bins (Gaussian policy): {', '.join(names) or 'none'}.")
     for task, group in runs.groupby("env_id", observed=True):
         methods = set(group["exp_name"])
-        if len(methods) > 1 and not any(methods.issuperset(pair) for pair in pairs):
-            page.append(f"**Not compared: {task}: name a pair with `--compare`.**")
+        there = [pair for pair in pairs if methods.issuperset(pair)]
+        of_interest = set(sum(pairs, ())) if there else methods
+        alone = methods & of_interest - set(sum(there, ()))
+        if len(methods) > 1 and alone:
+            names = ", ".join(in_order(alone))
+            page.append(f"**Not compared: {task}: {names}: name a pair with `--compare`.**")
         versions = DataFrame(map(versions_of, group.itertuples())).nunique()
         unlike = [f"versions of {name}" for name in versions.index[versions > 1]]
         for column in (LAST_STEP, EVALUATIONS):  # "Training" is averaged between evaluations
@@ -758,7 +762,8 @@ def draw_curves(runs, progress, colors: dict, file: Path, narrow: bool) -> list:
         sns.lineplot(panel, x="step", y="return_mean", ax=ax, **options)
         ax.set(title="\n".join(panel.iloc[0][["task", "noise"]]), xlabel="", ylabel="")
         ax.xaxis.set_major_formatter(EngFormatter(sep=""))  # 500k, 1M
-    figure.supxlabel("texts" if runs["script"].str.contains("rlhf").all() else "steps")
+    is_text = "policy_model" in runs and runs["policy_model"].notna().all()
+    figure.supxlabel("texts" if is_text else "steps")
     figure.supylabel("return of evaluations")
     methods = [name for name in colors if name in set(curves["method"])]
     lines = [plt.Line2D([], [], color=colors[name]) for name in methods]
@@ -793,7 +798,7 @@ def main(args: Args) -> None:
     """Reads all runs and writes report.md and what it shows. Raises Refusal, OSError."""
     out = args.out.expanduser()
     there = {path.name for path in out.glob("[!.]*")}
-    if there and not there & {"report.md", "runs.csv.gz"}:
+    if there and not there & {"report.md", "differences.csv", "runs.csv.gz"}:
         raise Refusal(f"--out {out}: a folder that is not a report; choose another")
     everything, progress, broken = read_folders([path.expanduser() for path in args.folders])
     runs = label_runs(everything, progress)

@@ -39,10 +39,11 @@ def read(pack):
 def scores_of(runs, measure, **axes):
     """Scores above their task's floor: an array with an axis for each of `axes`, {column: values},
     and one for seeds, in the same order everywhere."""
-    runs = runs.sort_values("seed")
+    runs = runs.sort_values("seed").set_index("seed")
     above = runs[measure] - runs["env_id"].map(FLOORS).fillna(0)
     groups = above.groupby([runs[name] for name in axes])
     cells = [groups.get_group(cell) for cell in product(*axes.values())]
+    assert all(cell.index.equals(cells[0].index) for cell in cells), "other seeds"
     return np.reshape(cells, (*map(len, axes.values()), -1))
 
 

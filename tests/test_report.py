@@ -51,7 +51,8 @@ def make_run(
         versions = dict(reversed(versions.items()))
     args = {"exp_name": method, "seed": seed, "noise": "none", "noise_level": 0.05}
     args |= {"total_timesteps": 1200, "vf_coef": 0.5, "hidden_sizes": [64, 64], "device": "cpu"}
-    args |= {"task" if language else "env_id": task} | changes.pop("also", {}) | changes
+    args |= {"task": task, "policy_model": "gpt2"} if language else {"env_id": task}
+    args |= changes.pop("also", {}) | changes
     folder = runs / f"{task}__{method}__{args['noise']}__{seed}__{version}"
     folder.mkdir(parents=True)
     (folder / script).write_text(version)
@@ -226,7 +227,8 @@ def test_an_environment_may_say_success_only_where_there_is_one(tmp_path):
 def test_language_models_have_tables_of_their_columns_and_curves_over_texts(tmp_path, kept):
     for seed, kl in enumerate([3.0, 5.0]):
         columns = {"kl": np.linspace(0, kl, 12)}
-        make_run(tmp_path / "runs", "sppo", 1, seed, "imdb", columns=columns)
+        script = "sppo_text_kl.py"  # a copy
+        make_run(tmp_path / "runs", "sppo", 1, seed, "imdb", columns=columns, script=script)
     page = write_report(tmp_path / "runs", out=tmp_path / "out", figures=True)
     assert table_after(page, "Kl, last evaluation (runs: 2):")[1] == ["imdb", "clean", "4.0 ± 1.0"]
     assert kept[0].get_supxlabel() == "texts"
@@ -456,10 +458,14 @@ def test_a_method_is_compared_with_one_baseline(tmp_path):
         make_run(tmp_path, method, 1)
     runs = report.label_runs(*report.read_folders((tmp_path,))[:2])
     assert set(report.pairs_of(runs, ())) == expected
-    for task, method in (("Pong", "sppo"), ("Pong", "ppo"), ("alone", "ppo")):  # without bins
-        make_run(tmp_path, method, 1, task=task)
+    for method in ("ppo", "sppo"):  # without bins
+        for task in ("Breakout", "Pong"):
+            make_run(tmp_path, method, 1, task=task)
+    make_run(tmp_path, "ppo-ce-eps", 1, task="Breakout")
+    make_run(tmp_path, "ppo", 1, task="alone")
     page = write_report(tmp_path, out=tmp_path / "out")
-    assert re.findall(r"\*\*Not compared: (.+): name", page) == ["Pong"]
+    found = re.findall(r"\*\*Not compared: (.+): name", page)
+    assert found == ["Breakout: sppo", "Pong: ppo, sppo"]
     runs = runs[~runs["exp_name"].isin(["dppo", "a2c", "da2c"])]
     assert ("sppo", "ppo") in report.pairs_of(runs, ())
 
@@ -777,6 +783,7 @@ def test_an_earlier_report_is_replaced_and_other_files_stay(grid, tmp_path, monk
     with pytest.raises(report.Refusal, match="a folder that is not a report"):
         write_report(grid / "runs", out=tmp_path)
     (out / "README.md").write_text("mine")
+    (out / "report.md").unlink()  # as if the report had been interrupted
     one = make_run(tmp_path / "runs", "sppo", 1)
     write_report(one, out=out, figures=True)
     assert (out / "README.md").read_text() == "mine" and (out / "curves.png").exists()
