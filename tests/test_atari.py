@@ -3,6 +3,8 @@
 Text that both scripts share, which `test_repository.py` guards, is tested on `sppo_atari.py` alone.
 Advantages, noise and seeds: see test_control.py."""
 
+from collections import Counter
+
 import ale_py
 import cv2
 import gymnasium as gym
@@ -118,6 +120,8 @@ def test_a_game_that_is_cut_off_is_truncated_with_its_last_images():
         assert (final_images[i][3] != stack[3]).sum() <= 45
         assert not images[i][:3].any()  # which are those of the next game
         assert results[i] == (plain[i].score, 30)
+    assert list(games.recent_episodes) == [results[0], results[1]]
+    assert games.recent_episodes.maxlen == 100
 
 
 def test_fire_does_not_follow_a_life_that_was_lost_before_a_reset(monkeypatch):
@@ -132,16 +136,6 @@ def test_fire_does_not_follow_a_life_that_was_lost_before_a_reset(monkeypatch):
         _, _, _, overridden, _, _ = games.step(np.zeros(2))
         assert not overridden.any()
         assert games.life_lost.tolist() == [True, False]
-
-
-def test_the_results_of_the_last_100_games_are_kept(monkeypatch):
-    monkeypatch.setattr(script, "AtariVectorEnv", Countdown)
-    games = script.AtariGames(script.Args(), 2)
-    games.reset(0)
-    results = []
-    for _ in range(300):
-        results += games.step(np.zeros(2))[-1].values()
-    assert list(games.recent_episodes) == results[-100:] != results
 
 
 # ---- Evaluation
@@ -244,6 +238,31 @@ def test_samples_follow_the_softmax():
     action = (logits + noise).argmax(-1)
     frequency = nn.functional.one_hot(action, 6).float().mean(0)
     assert (frequency - logits[0].softmax(-1)).abs().max() < 5 * (0.25 / 60_000) ** 0.5
+
+
+def test_each_action_has_its_own_sample_of_the_latest_policy(setting, tmp_path, monkeypatch):
+    """In rollouts and in evaluations."""
+    noises = record(monkeypatch, setting.script, "sample_gumbel")
+    outputs = record(monkeypatch, setting.script.Agent, "forward")
+    step = setting.script.AtariGames.step
+    steps_of = Counter()
+    used = []
+
+    def checked_step(games, action):
+        _, noise = noises[-1]
+        if noise.ndim == 3:  # of a rollout
+            noise = noise[steps_of[len(noises)]]
+            steps_of[len(noises)] += 1
+        _, (logits, _) = outputs[-1]
+        np.testing.assert_array_equal(action, (logits + noise).argmax(-1))
+        used.append(noise.flatten())
+        return step(games, action)
+
+    monkeypatch.setattr(setting.script.AtariGames, "step", checked_step)
+    setting.run(tmp_path)
+    values = torch.cat(used)
+    assert len(used) > sum(steps_of.values()) == 32
+    assert len(values.unique()) > 0.99 * len(values)
 
 
 def test_a_flip_has_its_rate_and_three_outcomes():

@@ -111,19 +111,17 @@ def test_methods_between_ppo_and_sppo_differ_from_ppo_in_one_factor(name):
 
 
 def test_options_and_flags_for_every_command():
-    options = "--envs Swimmer-v4 Pong --seeds 2 --steps 5000 --device cpu --runs-dir 'a b'"
+    options = (
+        "--envs Swimmer-v4 reach:Reach Pong --seeds 2 --steps 5000 --device cpu --runs-dir 'a b'"
+    )
     runs = [parse(words) for words in listed(f"quick {options} -- --gae-lambda 0.9")]
-    assert len(runs) == (8 + 7) * 2 * 2
+    assert len(runs) == (8 + 8 + 7) * 2 * 2  # an environment of a module is control
     for args in runs:
         assert (args.total_timesteps, args.eval_freq, args.gae_lambda) == (5000, 500, 0.9)
         assert args.runs_dir == "a b"
         assert getattr(args, "device", "cpu") == "cpu"  # control has only that
         swimmer = args.env_id == "Swimmer-v4" and "a2c" in args.exp_name
         assert args.gamma == (0.9999 if swimmer else 0.99)
-
-
-def test_an_environment_of_a_module_is_control():
-    assert {words[0] for words in listed("tiny --envs reach:Reach")} == {"sppo_continuous.py"}
 
 
 def test_shellcheck_finds_nothing():

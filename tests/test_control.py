@@ -397,6 +397,15 @@ def test_advantages_flip_anew_in_each_epoch(setting, tmp_path, monkeypatch, sign
     assert len(np.unique(flips, axis=0)) == 2 * epochs
 
 
+@pytest.mark.parametrize("setting", [each for each in SETTINGS if not each.atari], ids=str)
+def test_explained_variance_is_that_of_returns(setting, tmp_path, monkeypatch):
+    rollouts = record(monkeypatch, setting.script, "compute_gae")
+    _, folder = setting.run(tmp_path)
+    explained = [1 - advantage.var() / returns.var() for _, (advantage, returns) in rollouts]
+    row = progress(folder)[0]
+    assert row["losses/explained_variance"] == pytest.approx(np.mean(explained))
+
+
 @pytest.mark.parametrize("max_grad_norm", [1e-3, 1e6])
 def test_the_optimizer_gets_gradients_clipped_as_logged(setting, tmp_path, signals, max_grad_norm):
     norms = []

@@ -118,21 +118,6 @@ def test_first_ratios_of_two_rollouts_are_1(setting, tmp_path, monkeypatch, roll
 
 
 @all_scripts
-def test_two_optimizers_of_ones_own_train_all_parameters(setting, tmp_path):
-    """Muon, on matrices that are small (it is slow on others), and SGD."""
-    made = "    global_step = 0\n"  # the line after the optimizer
-    optimizers = """
-    small = [p for p in agent.parameters() if p.ndim == 2 and len(p) < 512]
-    others = [p for p in agent.parameters() if p.ndim != 2 or len(p) >= 512]
-    muon = torch.optim.Muon(small)
-    optimizer = torch.optim.SGD(others, lr=0.1)
-"""
-    step = "optimizer.step()\n"
-    edits = (made, optimizers + made), (step, "optimizer.step(); muon.step()\n")
-    assert run_copy(setting, tmp_path / "copy", *edits)[0] == set()
-
-
-@all_scripts
 def test_frozen_and_unused_parameters_are_left_out(setting, tmp_path):
     def change(agent):
         agent.unused = nn.Linear(3, 2)

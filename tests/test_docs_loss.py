@@ -60,16 +60,6 @@ def test_the_worked_example_is_right():
     assert rf"$\alpha=0.5$ and $\beta=20$, {100 * 20 / 20.5:.0f} %" in PAGE  # kept where clipped
 
 
-def test_the_reverse_a2c_loss_lowers_the_best_actions_logit():
-    """Where another good one is more likely; with A2C's loss it still rises."""
-    prob, pays = torch.tensor([[0.1, 0.8, 0.1], [0.0, 0.9, 1.0]])
-    weighted = 3 * prob * (pays - prob @ pays)  # the loss averages over the three
-    logits = prob.log().requires_grad_()
-    losses = sa2c_continuous.symmetric_policy_losses(logits.log_softmax(-1), weighted, -1.0)
-    a2c, reverse = (torch.autograd.grad(-loss, logits, retain_graph=True)[0] for loss in losses)
-    assert a2c[2] > 0.01 and reverse[2] < -0.001
-
-
 def test_shares_of_training_are_those_of_the_packed_runs():
     """The least and the most of all methods on all tasks with all rewards, in percent."""
     ends = []

@@ -1,18 +1,16 @@
-"""The symmetric losses against brute force over all actions, their gradients against autograd."""
+"""The symmetric losses against brute force over all actions, their gradients against autograd.
+
+The other scripts have the same text, which `test_repository.py` guards."""
 
 import itertools
 
 import pytest
 import torch
 
-import sa2c_atari
 import sa2c_continuous
-import sppo_atari
 import sppo_continuous
-import sppo_rlhf
 
 CLIP = 0.2
-ppo_scripts = pytest.mark.parametrize("script", [sppo_continuous, sppo_atari, sppo_rlhf])
 
 
 def random_batch():
@@ -39,14 +37,15 @@ def probability_of_all_others(action, logits):
     return total
 
 
-@ppo_scripts
 @pytest.mark.parametrize("z", [-1.0, -4.0])
-def test_sppo_losses_are_those_of_the_paper_and_multiply_ppos_gradient(script, z):
+def test_sppo_losses_are_those_of_the_paper_and_multiply_ppos_gradient(z):
     """L by its formula, Lr by the gradient of its formula, and its value without 1 / p_old."""
     logits, old_logits, action, advantage = random_batch()
     log_prob = log_prob_of(action, logits)
     old_log_prob = log_prob_of(action, old_logits)
-    loss, reverse_loss = script.symmetric_policy_losses(log_prob, old_log_prob, advantage, CLIP, z)
+    loss, reverse_loss = sppo_continuous.symmetric_policy_losses(
+        log_prob, old_log_prob, advantage, CLIP, z
+    )
 
     ratio = (log_prob - old_log_prob).exp()
     too_high = (ratio > 1 + CLIP) & (advantage > 0)
@@ -69,13 +68,14 @@ def test_sppo_losses_are_those_of_the_paper_and_multiply_ppos_gradient(script, z
     torch.testing.assert_close(sppo, (0.5 - 20.0 * z) * ppo, rtol=0, atol=1e-12)
 
 
-@ppo_scripts
-def test_unlikely_actions_do_not_overflow(script):
+def test_unlikely_actions_do_not_overflow():
     """1 / p_old is infinite in float32 from log p_old = -89 on."""
     log_prob = torch.tensor([-200.1, -199.8], requires_grad=True)
     old_log_prob = torch.tensor([-200.0, -200.0])
     advantage = torch.tensor([1.0, -2.0])
-    loss, reverse_loss = script.symmetric_policy_losses(log_prob, old_log_prob, advantage, 0.5, -3)
+    loss, reverse_loss = sppo_continuous.symmetric_policy_losses(
+        log_prob, old_log_prob, advantage, 0.5, -3
+    )
     surrogate = advantage * torch.tensor([-0.1, 0.2]).exp()
     torch.testing.assert_close(loss, -surrogate.mean(), rtol=1e-4, atol=0)
     torch.testing.assert_close(reverse_loss, -3 * surrogate.mean(), rtol=1e-4, atol=0)
@@ -83,15 +83,16 @@ def test_unlikely_actions_do_not_overflow(script):
     torch.testing.assert_close(gradient, -3 * surrogate / 2, rtol=1e-4, atol=0)
 
 
-@ppo_scripts
 @pytest.mark.parametrize("bound", [0.8, 1.2])
-def test_a_ratio_on_the_bound_has_its_whole_gradient(script, bound):
+def test_a_ratio_on_the_bound_has_its_whole_gradient(bound):
     """With a minimum it would have half where the two products, which are rounded, are equal."""
     torch.manual_seed(0)
     neighbours = torch.tensor(bound).log() + 1e-7 * torch.arange(-4, 5)
     log_prob = neighbours.repeat(1000).requires_grad_()
     advantage = torch.randn(9000)
-    losses = script.symmetric_policy_losses(log_prob, torch.zeros(9000), advantage, CLIP, -1.0)
+    losses = sppo_continuous.symmetric_policy_losses(
+        log_prob, torch.zeros(9000), advantage, CLIP, -1.0
+    )
     ratio = log_prob.detach().exp()
     on_bound = ratio == torch.tensor(bound)
     assert on_bound.any() and not on_bound.all()
@@ -102,12 +103,11 @@ def test_a_ratio_on_the_bound_has_its_whole_gradient(script, bound):
         assert share[on_bound].min() > 0.99
 
 
-@pytest.mark.parametrize("script", [sa2c_continuous, sa2c_atari])
 @pytest.mark.parametrize("z", [-1.0, -4.0])
-def test_sa2c_losses_are_sums_over_all_joint_actions(script, z):
+def test_sa2c_losses_are_sums_over_all_joint_actions(z):
     logits, _, action, advantage = random_batch()
     log_prob = log_prob_of(action, logits)
-    loss, reverse_loss = script.symmetric_policy_losses(log_prob, advantage, z)
+    loss, reverse_loss = sa2c_continuous.symmetric_policy_losses(log_prob, advantage, z)
     others = probability_of_all_others(action, logits)
     torch.testing.assert_close(loss, -(advantage * log_prob).sum() / 256)
     torch.testing.assert_close(reverse_loss, -(advantage * z * others).sum() / 256)

@@ -1088,6 +1088,7 @@ def test_an_evaluation_is_as_computed_by_hand(run, toy, models, monkeypatch, cap
     flags |= {"reward_label": 0, "response_length": 30, "learning_rate": 3e-3}
     flags |= {"top_k": 3, "temperature": 2.0, "eval_greedy": greedy, "total_timesteps": 16}
     collected = record(monkeypatch, rlhf, "collect")
+    advantages = record(monkeypatch, rlhf, "token_advantages")
     folder = run(**flags)
     row = progress(folder)[-1]
     samples = read_samples(folder)
@@ -1104,6 +1105,12 @@ def test_an_evaluation_is_as_computed_by_hand(run, toy, models, monkeypatch, cap
     expected[f"eval_{watched}"] = np.mean(text_lengths(texts))
     assert {name: row[name] for name in expected} == pytest.approx(expected, abs=1e-4)
 
+    def begins_greedily(model, sample):
+        prompt = torch.tensor([sample.prompt])
+        return (
+            model.generate(prompt, max_new_tokens=1, do_sample=False)[0, -1] == sample.response[0]
+        )
+
     load = AutoModelForCausalLM.from_pretrained
     policy, reference = load(folder / "policy").eval(), load(toy / "policy").eval()
     tokenizer = AutoTokenizer.from_pretrained(toy / "policy")
@@ -1116,16 +1123,21 @@ def test_an_evaluation_is_as_computed_by_hand(run, toy, models, monkeypatch, cap
         log_probs += log_probs_alone(policy, *text).tolist()
         reference_log_probs += log_probs_alone(reference, *text).tolist()
         target_log_probs += log_probs_alone(policy, sample.prompt, sample.target, 2.0).tolist()
-        if greedy:
-            greedily = {"max_new_tokens": 1, "do_sample": False}
-            first = policy.generate(torch.tensor([sample.prompt]), **greedily)[0, -1]
-            assert first == sample.response[0]
+        assert begins_greedily(policy, sample) or not greedy
     assert len(log_probs) < 4 * 30 > len(target_log_probs) != len(log_probs)
     assert row["length_mean"] == len(log_probs) / 4
     kl = np.sum(log_probs) - np.sum(reference_log_probs)
     assert row["kl"] == pytest.approx(kl / 4, abs=1e-4)
     assert row["perplexity"] == pytest.approx(np.exp(-np.mean(reference_log_probs)), rel=1e-4)
     assert row["perplexity_real"] == pytest.approx(np.exp(-np.mean(target_log_probs)), rel=1e-4)
+
+    # Training: sampled, of other prompts each time, and what has become likelier pays for it
+    _, (_, first), (_, second), _ = collected
+    assert not all(begins_greedily(reference, sample) for sample in first)
+    assert [sample.prompt for sample in first] != [sample.prompt for sample in second]
+    for ((_, log_ratio, *_), _), sample in zip(advantages, [*first, *second], strict=True):
+        assert torch.equal(log_ratio, sample.log_prob - sample.reference_log_prob)
+    assert log_ratio.abs().max() > 1e-3
 
 
 def test_the_optimizer_gets_its_settings(load):
