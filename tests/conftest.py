@@ -21,6 +21,12 @@ def known_versions():
             module.distributions = lambda: found
 
 
+@pytest.fixture(scope="session", params=SETTINGS, ids=str)
+def setting(request):
+    """Each control script, with flags for a short run."""
+    return request.param
+
+
 @pytest.fixture
 def signals(monkeypatch):
     """Games made here take the place of the emulator, which test_atari.py tests."""

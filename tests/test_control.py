@@ -23,11 +23,6 @@ DOUBLE_PENDULUM = "gymnasium.envs.mujoco.inverted_double_pendulum_v4:InvertedDou
 gym.register("EightSteps-v0", DOUBLE_PENDULUM, max_episode_steps=8)
 
 
-@pytest.fixture(scope="module", params=SETTINGS, ids=str)
-def setting(request):
-    return request.param
-
-
 # ---- Settings
 
 COMMON = {"gamma": 0.99, "max_grad_norm": 0.5, "alpha": 0.5, "z": -1.0, "eval_episodes": 10}

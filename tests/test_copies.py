@@ -12,7 +12,6 @@ import torch
 from helpers import EACH, SETTINGS, Signals, progress, record
 from torch import nn
 
-all_scripts = pytest.mark.parametrize("setting", SETTINGS, ids=str)
 CONTINUOUS = [setting for setting in SETTINGS if not setting.atari]
 continuous_scripts = pytest.mark.parametrize("setting", CONTINUOUS, ids=str)
 
@@ -64,7 +63,6 @@ def run_copy(setting, folder, *edits, change=lambda agent: None, **flags):
 NOT_THE_SAME = "error: the policy that acts is not the one that is trained"
 
 
-@all_scripts
 def test_dropout_another_policy_in_training_and_a_mean_value_stop_the_run(setting, tmp_path):
     """Outputs are not as small as they usually are at first, so that the difference shows."""
 
@@ -94,7 +92,6 @@ def test_dropout_another_policy_in_training_and_a_mean_value_stop_the_run(settin
             run_copy(setting, tmp_path / "edited", edit, change=widen)
 
 
-@all_scripts
 @pytest.mark.parametrize(("rollout", "shift", "stops"), [(1, 2e-4, 1), (2, 2e-4, 1), (1, 5e-5, 0)])
 def test_first_ratios_of_two_rollouts_are_1(setting, tmp_path, monkeypatch, rollout, shift, stops):
     """Up to a KL divergence of 1e-8. A shift s of log-probabilities gives s ** 2 / 2."""
@@ -117,7 +114,6 @@ def test_first_ratios_of_two_rollouts_are_1(setting, tmp_path, monkeypatch, roll
 # ---- What works: optimizers, networks, a copied checkpoint
 
 
-@all_scripts
 def test_frozen_and_unused_parameters_are_left_out(setting, tmp_path):
     def change(agent):
         agent.unused = nn.Linear(3, 2)
@@ -166,7 +162,6 @@ def test_the_layout_in_memory_changes_no_update(setting, tmp_path):
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-5)
 
 
-@all_scripts
 @pytest.mark.parametrize("is_edited", [True, False])
 def test_a_copied_checkpoint_continues(setting, is_edited, tmp_path, monkeypatch, signals):
     """With an edited script, or with more steps, as docs/usage.md says."""

@@ -584,7 +584,6 @@ def logged(folder):
     return set(tags), set(columns) - {"step", "return_mean", "return_std", "length_mean"}
 
 
-@pytest.mark.parametrize("setting", SETTINGS, ids=str)
 def test_the_list_of_metrics_is_complete_for_control(setting, tmp_path, signals):
     expected = metrics("PPO" if setting.ppo else "A2C")
     tags, columns = logged(setting.run(tmp_path)[1])

@@ -22,11 +22,6 @@ from helpers import SA2C_ATARI, SETTINGS, SPPO_ATARI, SPPO_CONTINUOUS, Signals, 
 import enjoy
 
 
-@pytest.fixture(params=SETTINGS, ids=str)
-def setting(request):
-    return request.param
-
-
 @pytest.fixture
 def watch(monkeypatch, capsys, tmp_path, signals):
     """Runs enjoy.py with words in `tmp_path`. Returns (what it exits with, output, errors)."""

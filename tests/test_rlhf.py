@@ -1166,19 +1166,6 @@ def test_seeds_and_evaluations_have_random_numbers_of_their_own(run, monkeypatch
 NOT_THE_SAME = "^error: the policy that acts is not the one that is"
 
 
-def test_a_policy_that_is_trained_with_dropout_stops_the_run(run, models, monkeypatch):
-    """That ends the run on a CPU."""
-    init = rlhf.ActorCritic.__init__
-
-    def with_dropout(actor, *args):
-        init(actor, *args)
-        actor.policy.transformer.drop.p = 0.5
-
-    monkeypatch.setattr(rlhf.ActorCritic, "__init__", with_dropout)
-    with pytest.raises(SystemExit, match=NOT_THE_SAME):
-        run(policy_model=str(models["gpt2"]), gradient_checkpointing=True, total_timesteps=8)
-
-
 @pytest.mark.parametrize(("amp", "shift", "stops"), [
     ("off", 2e-4, True), ("off", 1e-4, False), ("auto", 0.06, True), ("auto", 0.03, False)
 ])  # fmt: skip
