@@ -3,8 +3,6 @@
 python results/atari/games.py
 
 The unit is the game. Each gives one log ratio of two methods' scores, which are means over seeds.
-Contrasts of which no game is there yet are left out. The registered tests are made once: p-values
-are printed only when each contrast has as many games as TESTED says.
 """
 
 import sys
@@ -16,7 +14,7 @@ import pandas as pd
 from scipy import stats
 
 sys.path.append(str(Path(__file__).parents[1]))
-from common import detected, estimate, paired, print_table
+from common import detected, estimate, in_percent, paired, print_table
 
 HERE = Path(__file__).parent
 MEASURES = {
@@ -36,7 +34,7 @@ CONTRASTS = {  # (method, kind of rewards), and what it is divided by
 METHODS = {"ppo-authors": "the authors' PPO", "ppo": "PPO", "sppo": "SPPO"}
 REWARDS = {"none": "", "flip": ", flipped"}
 NOISY_LOSS = "loss, noisy minus clean"
-# Games, as registered. If some are left out: how many there are
+# Games, as registered
 TESTED = {"loss": 18, "normalisation": 8, "both": 8, NOISY_LOSS: 10}
 
 
@@ -80,11 +78,9 @@ def is_learned(scores):
 
 def log_ratios(scores):
     """Log ratios (games x contrasts); NaN where a game lacks a method."""
-    pairs = {name: pair for name, pair in CONTRASTS.items() if set(pair) <= set(scores)}
-    ratios = pd.DataFrame({name: np.log(scores[a] / scores[b]) for name, (a, b) in pairs.items()})
-    if "loss, flipped" in pairs:
-        ratios[NOISY_LOSS] = ratios["loss, flipped"] - ratios["loss"]
-    return ratios
+    ratios = {name: np.log(scores[a] / scores[b]) for name, (a, b) in CONTRASTS.items()}
+    ratios[NOISY_LOSS] = ratios["loss, flipped"] - ratios["loss"]
+    return pd.DataFrame(ratios)
 
 
 def holm(p):
@@ -103,20 +99,51 @@ def in_share(holds):
     return f"{holds.sum()} of {holds.count()} ({100 * low:.0f} to {100 * high:.0f} %)"
 
 
-def print_measures(folder=HERE):
-    """Mean log ratios over games, by t."""
+def registered_tests(ratios):
+    """p-values: a row for each contrast in TESTED, a column for each kind."""
+    values = {name: ratios[name].dropna() for name in TESTED}
+    assert {name: len(x) for name, x in values.items()} == TESTED
+    tests = pd.DataFrame(index=list(TESTED))
+    tests["p, by t"] = [paired(x)[3] for x in values.values()]
+    tests["p, by Holm"] = holm(tests["p, by t"])
+    tests["p, by Wilcoxon"] = [stats.wilcoxon(x).pvalue for x in values.values()]
+    return tests
+
+
+def print_measures(folder=HERE, contrasts=("loss", "normalisation", "both")):
+    """Mean log ratios over games, by t; of the first row the registered tests."""
     rows = {}
     for measure, scores in read_scores(folder).items():
         ratios = log_ratios(scores)
         parts = {MEASURES[measure]: ratios}
-        if measure == "evaluations":  # of CrazyClimber the gain was known
-            parts["the same, without CrazyClimber"] = ratios.drop("CrazyClimber")
+        if measure == "evaluations":
+            primary = ratios
+            if "both" in contrasts:  # of CrazyClimber the gain was known; it ran on clean rewards
+                parts["the same, without CrazyClimber"] = ratios.drop("CrazyClimber")
             parts["the same, learned games"] = ratios[is_learned(scores)]
-            above = [in_share(ratios[name].dropna() > 0) for name in ratios]
         for title, part in parts.items():
-            rows[title] = [estimate(*paired(part[name].dropna())[:3]) for name in ratios]
-    rows["games above 0 in the first row"] = above
-    print_table(rows, "log ratio", *ratios)
+            rows[title] = [estimate(*paired(part[name].dropna())[:3]) for name in contrasts]
+    values = [primary[name].dropna() for name in contrasts]
+    without = [(x.sum() - x) / (len(x) - 1) for x in values]
+    rows["mean without any one game"] = [f"{x.min():.2f} to {x.max():.2f}" for x in without]
+    rows["games above 0 in the first row"] = [in_share(x > 0) for x in values]
+    rows["could detect"] = [f"{detected(x.sem(), len(x) - 1):.2f}" for x in values]
+    for title, p in registered_tests(primary).reindex(contrasts).items():
+        rows[title] = [f"{x:.3f}".replace("nan", "") for x in p]
+    print_table(rows, "log ratio", *contrasts)
+
+
+def print_noise(folder=HERE):
+    """The same of flipped rewards."""
+    print_measures(folder, ("loss, flipped", "noise, PPO", "noise, SPPO", NOISY_LOSS))
+
+
+def print_percent(folder=HERE):
+    """The loss's mean log ratios, as gains in percent."""
+    ratios = log_ratios(read_scores(folder)["evaluations"])
+    for name in ("loss", "loss, flipped"):
+        gain = np.expm1(paired(ratios[name].dropna())[:3])
+        print(f"{name}: {in_percent(*gain)}")
 
 
 def print_games(folder=HERE):
@@ -129,25 +156,6 @@ def print_games(folder=HERE):
     print_table(dict(zip(texts.index, texts.to_numpy())), "game", *texts)
 
 
-def print_tests(folder=HERE):
-    """What games of this number detect; the registered tests, if all games are there."""
-    ratios = log_ratios(read_scores(folder)["evaluations"])
-    complete = all(name in ratios and ratios[name].count() == n for name, n in TESTED.items())
-    corrected = {}
-    if complete:
-        corrected = dict(zip(TESTED, holm([paired(ratios[name].dropna())[3] for name in TESTED])))
-    for name in ratios:
-        values = ratios[name].dropna()
-        text = f"{name}: {len(values)} games, deviation {values.std():.2f}, "
-        text += f"detects {detected(values.sem(), len(values) - 1):.2f}"
-        if name in corrected:
-            p, wilcoxon = paired(values)[3], stats.wilcoxon(values).pvalue
-            text += f", p {p:.4f}, by Holm {corrected[name]:.4f}, by Wilcoxon {wilcoxon:.4f}"
-        print(text)
-    if not complete:
-        print("No p-values: not all games are there, and the registered tests are made once.")
-
-
 def draw(folder=HERE):
     """A row per game: log ratios, the paper's beside ours; below, means over games."""
     scores = read_scores(folder)["evaluations"]
@@ -158,9 +166,8 @@ def draw(folder=HERE):
         "loss: SPPO to PPO": (ratios["loss"], "o", "tab:blue"),
         "both: SPPO to the authors' PPO": (ratios["both"], "s", "tab:green"),
         "both, quoted: the paper's SPPO to its PPO": (paper, "X", "black"),
+        "loss, flipped: SPPO to PPO": (ratios["loss, flipped"], "D", "tab:orange"),
     }
-    if "loss, flipped" in ratios:
-        points["loss, flipped: SPPO to PPO"] = (ratios["loss, flipped"], "D", "tab:orange")
     order = ratios["loss"].sort_values().index
     at_random = ~is_learned(scores)
     y = np.arange(len(order))
@@ -185,7 +192,9 @@ if __name__ == "__main__":
     plt.switch_backend("agg")
     print_measures()
     print()
-    print_games()
+    print_noise()
     print()
-    print_tests()
+    print_percent()
+    print()
+    print_games()
     draw()
