@@ -1107,9 +1107,8 @@ def test_an_evaluation_is_as_computed_by_hand(run, toy, models, monkeypatch, cap
 
     def begins_greedily(model, sample):
         prompt = torch.tensor([sample.prompt])
-        return (
-            model.generate(prompt, max_new_tokens=1, do_sample=False)[0, -1] == sample.response[0]
-        )
+        text = model.generate(prompt, max_new_tokens=1, do_sample=False)[0]
+        return text[-1] == sample.response[0]
 
     load = AutoModelForCausalLM.from_pretrained
     policy, reference = load(folder / "policy").eval(), load(toy / "policy").eval()
