@@ -1,0 +1,103 @@
+"""Whether nine.py's pooled interval holds the truth, and how wide it is: made-up runs, whose true
+effect is known. Writes nine-coverage.csv.
+
+python -m results.control.nine_coverage    # four minutes
+
+Made-up scores are drawn from packed runs of DPPO, where there are any (three-tasks, ant and
+locomotion), and else from a distribution that the column `others` names: normal with this
+coefficient of variation, or "two modes", where three runs in ten score a quarter of what others do.
+The true effect is 0 ("equal") or a tenth; with "packed", SPPO's scores are from its packed runs.
+"""
+
+from itertools import product
+from pathlib import Path
+
+import numpy as np
+import pandas as pd
+from tqdm import tqdm
+
+from results.control.nine import NOISES, TASKS, counts, effect, estimate, pooled, random_scores
+
+HERE = Path(__file__).parent
+DATA_SETS = 2000
+OTHERS = ["0.15", "0.3", "0.5", "two modes"]
+TRUTHS = ["equal", "a tenth", "packed"]
+
+
+def packed_scores():
+    """{(task, noise, method): mean of the last five evaluations of its runs}"""
+    found = {}
+    for pack in ["three-tasks", "locomotion", "ant"]:
+        runs = pd.read_csv(HERE / f"{pack}-runs.csv.gz", dtype={"run_name": str})
+        progress = pd.read_csv(HERE / f"{pack}-progress.csv.gz")
+        returns = progress.groupby("run_name")["return_mean"].apply(lambda x: x.tail(5).mean())
+        runs["score"] = runs["run_name"].map(returns)
+        for place, cell in runs[runs["finished"]].groupby(["env_id", "noise", "exp_name"]):
+            found[place] = cell["score"].to_numpy()
+    return found
+
+
+def population(packed, task, noise, method, others):
+    """A large sample of scores above a random agent's, in units of DPPO's mean."""
+    rng = np.random.default_rng(1)
+    if (task, "none", "dppo") in packed:
+        noise = noise if (task, noise, "dppo") in packed else "none"  # Ant has only clean runs
+        baseline = packed[task, noise, "dppo"].mean() - random_scores()[task]
+        scores = packed[task, noise, method] - random_scores()[task]
+        # Draws with replacement have a smaller variance than the runs were drawn from
+        n = len(scores)
+        return (scores.mean() + (scores - scores.mean()) * np.sqrt(n / (n - 1))) / baseline
+    if others == "two modes":
+        scores = rng.normal(1, 0.1, 10_000)
+        scores[:3000] /= 4
+        return scores / scores.mean()
+    return rng.normal(1, float(others), 10_000)
+
+
+def simulate(rng, packed, noise, seeds, others, truth):
+    """Share of data sets whose interval lies above the truth, below it, and mean half width."""
+    populations = {}
+    for task in TASKS:
+        dppo = population(packed, task, noise, "dppo", others)
+        if truth == "packed":
+            sppo = population(packed, task, noise, "sppo", others)
+        else:
+            sppo = dppo * (1.105 if truth == "a tenth" else 1)
+        populations[task] = sppo, dppo
+    true = {
+        task: 2 * (sppo.mean() - dppo.mean()) / (sppo.mean() + dppo.mean())
+        for task, (sppo, dppo) in populations.items()
+    }
+    rows = []
+    for _ in range(DATA_SETS):
+        effects = {}
+        for task, pair in populations.items():
+            a, b = (rng.choice(scores, seeds) for scores in pair)
+            if counts(a, b, 0):
+                effects[task] = effect(a, b, 0)
+        found = estimate(pooled([*effects.values()]))
+        target = np.mean([true[task] for task in effects])
+        half = found.high - found.value
+        rows.append([found.low > target, found.high < target, half, len(effects)])
+    above, below, half, counted = np.mean(rows, axis=0)
+    return {
+        "percent above": round(100 * above, 1),
+        "percent below": round(100 * below, 1),
+        "half width": round(half, 3),
+        "tasks": round(counted, 1),
+    }
+
+
+def main():
+    rng = np.random.default_rng(0)
+    packed = packed_scores()
+    settings = list(product(NOISES, [5, 8], OTHERS, TRUTHS))
+    rows = []
+    for noise, seeds, others, truth in tqdm(settings):
+        place = {"noise": noise, "seeds": seeds, "others": others, "truth": truth}
+        rows.append(place | simulate(rng, packed, noise, seeds, others, truth))
+    pd.DataFrame(rows).to_csv(HERE / "nine-coverage.csv", index=False)
+
+
+if __name__ == "__main__":
+    main()
