@@ -38,7 +38,7 @@ NOTEBOOK = ROOT / "docs/symmetric_loss.ipynb"
 sys.path.insert(0, str(ROOT))
 
 import sa2c_atari  # noqa: E402
-from report import COLORS as REPORT_COLORS  # noqa: E402
+from analysis.methods import COLORS as REPORT_COLORS  # noqa: E402
 from sa2c_continuous import symmetric_policy_losses as a2c_losses  # noqa: E402
 from sppo_continuous import Agent, Args, RunningStats  # noqa: E402
 from sppo_continuous import symmetric_policy_losses as ppo_losses  # noqa: E402
@@ -369,7 +369,6 @@ def main():
         draw_agents(args.agents, folder)
         return
     matplotlib.use("agg")
-    plt.rcdefaults()  # importing report.py turns formulas off
     plt.rcParams |= {"figure.constrained_layout.use": True, "lines.linewidth": 2}
     plt.rcParams |= {"axes.titlesize": 11, "axes.labelsize": 11, "font.size": 10.5}
     plt.rcParams["pdf.fonttype"] = 42  # text stays text

@@ -1,115 +1,135 @@
-"""What the analyses in these folders share: packed runs as arrays, intervals, numbers as text.
+"""What the analyses in these folders share: scores of packs, estimates, and their texts.
 
-Statistics are report.py's; what else a page registered is in its own analysis.
+Reading, statistics and number format are the report's, in analysis/; what a page registered is in
+its own analysis.
 """
 
-import sys
+from functools import cache
 from itertools import product
 from pathlib import Path
 
 import numpy as np
 from scipy import stats
 
-sys.path.append(str(Path(__file__).parents[1]))
-from report import log_mean_and_variance, mean_and_variance, pooled_difference, read_csv, tables_of
+from analysis.compare import (
+    FIVE,
+    LAST,
+    TRAINING,
+    contrast,
+    difference,
+    mean_and_variance,
+    pooled_difference,
+    scores_of,
+)
+from analysis.runs import CELL, in_cells
+from analysis.runs import read as read_runs
+from analysis.tables import interval_text, markdown, mean_text
 
 RESULTS = Path(__file__).parent
-FLOORS = {"LunarLanderContinuous-v3": -200, "HalfCheetah-v4": -300}  # else 0
-MEASURES = {
-    "last5": "last five evaluations",
-    "return_mean": "last evaluation",
-    "training": "training",
-}
+HOPPER, PENDULUM, LANDER = "Hopper-v4", "InvertedDoublePendulum-v4", "LunarLanderContinuous-v3"
+FLOORS = {LANDER: -200, "HalfCheetah-v4": -300}  # else 0
+MEASURES = {FIVE: "last five evaluations", LAST: "last evaluation", TRAINING: "training"}
 SAMPLES = 10_000  # of a registered bootstrap interval
 
 
-def read(pack):
-    """Finished runs of `pack`, such as "control/k", and their evaluations. `last5` is there with
-    five evaluations, too, while the report wants ten."""
-    runs_file, progress_file = tables_of(RESULTS / f"{pack}-runs.csv.gz")
-    runs = read_csv(runs_file).query("finished")
-    progress = read_csv(progress_file)
-    returns = progress["return_mean"].groupby(progress["run_name"])
-    five = returns.nth[-5:].groupby(progress["run_name"]).mean()
-    enough = returns.size() >= 5
-    runs["last5"] = runs["last5"].fillna(runs["run_name"].map(five[enough]))
-    return runs, progress
+# ---- Scores
 
 
-def scores_of(runs, measure, **axes):
-    """Scores above their task's floor: an array with an axis for each of `axes`, {column: values},
-    and one for seeds, in the same order everywhere."""
-    runs = runs.sort_values("seed").set_index("seed")
-    above = runs[measure] - runs["env_id"].map(FLOORS).fillna(0)
-    groups = above.groupby([runs[name] for name in axes])
-    cells = [groups.get_group(cell) for cell in product(*axes.values())]
+@cache
+def read(pack, fewest=5):
+    """Scores of a pack, such as "control/k", as analysis/compare.py has them. For a mean of five
+    evaluations `fewest` are enough, while the report wants ten."""
+    runs, progress, broken = read_runs([RESULTS / f"{pack}-runs.csv.gz"])
+    assert not broken, broken
+    return scores_of(in_cells(runs).query("finished"), progress, fewest)
+
+
+def above_floors(scores, measure, tasks, noises, methods):
+    """Scores above the task's floor (tasks, noises, methods, seeds), the same seeds everywhere."""
+    chosen = scores[scores["measure"] == measure].set_index("seed")
+    groups = chosen.groupby(CELL)["score"]
+    cells = [groups.get_group(cell) for cell in product(tasks, noises, methods)]
     assert all(cell.index.equals(cells[0].index) for cell in cells), "other seeds"
-    return np.reshape(cells, (*map(len, axes.values()), -1))
+    array = np.reshape(cells, (len(tasks), len(noises), len(methods), -1))
+    floors = np.array([FLOORS.get(task, 0) for task in tasks])
+    return array - floors[:, None, None, None]
 
 
 def short(task):
     return task.partition("-")[0].removesuffix("Continuous")
 
 
-# ---- Estimates: a value and its 95 % interval
+# ---- Estimates
 
 
-def paired(values):
-    """Mean of seeds' values, by t; and p."""
-    test = stats.ttest_1samp(values, 0)
-    return values.mean(), *test.confidence_interval(), test.pvalue
+def mean(sample):
+    """By Student's t."""
+    return contrast([sample], [1])
 
 
-def welch(*cells):
-    """Mean over `cells`, pairs of scores, of the difference in means, by Welch's t; and p."""
-    return pooled_difference(list(cells), mean_and_variance)
+def log_mean_and_variance(scores):
+    """The logarithm of the mean, above 0, of `scores` (..., runs), and its variance: (...,) each.
+    The logarithm of a sample's mean is too low on average. The added term is the bias, exact if the
+    mean is lognormal. Variances are too small where means are too large, hence `1 +`."""
+    average, variance = mean_and_variance(scores)
+    relative = variance / average**2
+    return np.log(average) + np.log1p(relative) / 2, relative * (1 + relative)
 
 
-def log_ratio(cells):
-    """Bias-corrected log ratio of means, averaged over `cells`; and p. All are nan if a mean is not
-    positive."""
-    cells = list(cells)
-    if min(scores.mean() for pair in cells for scores in pair) <= 0:
-        return np.full(4, np.nan)
-    return pooled_difference(cells, log_mean_and_variance)
+def gain_text(cells):
+    """In percent, by the bias-corrected log ratio of means, averaged over `cells`."""
+    found = pooled_difference(list(cells), log_mean_and_variance)
+    return percent_text(*np.expm1([found.value, found.low, found.high]))
 
 
-def percent(cells):
-    """The same as a difference in percent."""
-    return np.expm1(log_ratio(cells)[:3])
+def resampled_means(scores, count=SAMPLES):
+    """Means (..., rows, 1 + count) of `scores` (..., rows, seeds): the estimate, then those of
+    resampled seeds, the same for all rows."""
+    *cells, _, seeds = scores.shape
+    rng = np.random.default_rng(0)
+    drawn = rng.integers(seeds, size=(*cells, 1, count, seeds))
+    samples = np.take_along_axis(scores[..., None, :], drawn, axis=-1).mean(axis=-1)
+    return np.concatenate([scores.mean(axis=-1, keepdims=True), samples], axis=-1)
 
 
-def detected(error, freedom):
-    """What t detects with 80 % power: the true difference is above 0.975's limit in 80 %."""
-    return error * stats.t.ppf([0.975, 0.8], freedom).sum()
+def bootstrapped(samples):
+    """The estimate, which is the first sample, and the interval of the others."""
+    return samples[..., 0], *np.quantile(samples[..., 1:], [0.025, 0.975], axis=-1)
 
 
-# ---- Text
+# ---- Texts
 
 
-def estimate(value, low, high, digits=2):
-    if np.isnan(value):
-        return "mean below floor"
-    value, low, high = np.round([value, low, high], digits) + 0.0  # no -0.00
-    return f"{value:,.{digits}f} ({low:,.{digits}f} to {high:,.{digits}f})"
+def score_text(sample, places=0):
+    return mean_text(sample.mean(), stats.sem(sample), places)
 
 
-def in_percent(value, low, high):
+def estimate_text(found, places=2):
+    return interval_text(found.value, found.low, found.high, places)
+
+
+def minus_text(a, b, places=0):
+    return estimate_text(difference(a, b), places)
+
+
+def percent_text(value, low, high):
     return f"{100 * value:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
 
 
-def print_p(estimates):
-    """p of {name: (value, low, high, p)}, and after Benjamini and Hochberg's correction."""
-    every_p = {name: found[3] for name, found in estimates.items() if np.isfinite(found[3])}
-    corrected = stats.false_discovery_control(list(every_p.values()))
-    for (name, p), after in zip(every_p.items(), corrected):
-        print(f"{name}: p = {p:.2g}, corrected for {len(every_p)} {after:.2g}")
+def estimate_table(name, rows, places=2):
+    """A table of `rows`, {title: {column: estimate}}; `name` stands above the titles."""
+    lines = []
+    for title, found in rows.items():
+        lines.append([title, *(estimate_text(x, places) for x in found.values())])
+    return markdown([name, *found], lines)
 
 
-def print_table(rows, *headings):
-    """`rows`: {name: texts}; the first heading is that of names, which None leaves out."""
-    first = 1 if headings[0] is None else 0
-    headings = headings[first:]
-    print(f"| {' | '.join(headings)} |\n|{'---|' * len(headings)}")
-    for name, texts in rows.items():
-        print(f"| {' | '.join([name, *texts][first:])} |")
+def power_table(rows):
+    """p of `rows`, as corrected by Benjamini and Hochberg for all, and what each could detect."""
+    found = {(title, name): x for title, row in rows.items() for name, x in row.items()}
+    p = [x.p for x in found.values()]
+    corrected = stats.false_discovery_control(p)
+    lines = []
+    for place, x, after in zip(found, found.values(), corrected):
+        lines.append([*place, f"{x.p:.2g}", f"{after:.2g}", f"{x.detected:.2f}"])
+    return markdown(["measure", "difference", "p", f"p, corrected for {len(p)}", "detects"], lines)

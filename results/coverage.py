@@ -1,10 +1,9 @@
-"""Whether report.py's 95 % intervals hold the truth: simulated runs of two methods whose true
-difference is known. Writes coverage.csv: how many intervals in a hundred lie above it, and below.
+"""Whether 95 % intervals hold the truth: simulated runs of two methods whose true difference is
+known. Writes coverage.csv: how many intervals in a hundred lie above it, and below.
 
-python results/coverage.py    # ten seconds
+python -m results.coverage    # four minutes
 """
 
-import sys
 from functools import partial
 from itertools import product
 from pathlib import Path
@@ -13,8 +12,14 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-sys.path.append(str(Path(__file__).parents[1]))
-import report
+from analysis.compare import (
+    FEWEST,
+    mean_and_variance,
+    placements,
+    pooled_difference,
+    probability_of_improvement,
+)
+from results.common import log_mean_and_variance
 
 DATA_SETS = 2000
 CELLS = [1, 3, 18]
@@ -65,30 +70,49 @@ def outside(truth, low, high):
 
 
 def difference_outside(scores, moments):
-    _, low, high, _ = report.pooled_difference(scores, moments)
-    return outside(0, low, high)
+    found = pooled_difference(scores, moments)
+    return outside(0, found.low, found.high)
 
 
-def win_rate_outside(rng, scores, pair, lead=0.0):
+def improvement_outside(rng, scores, pair, lead=0.0):
     """`lead` is added to the scores of the first method."""
     ((many, others),) = simulate(rng, pair, seeds=500, cells=1, data_sets=100)
-    truth = report.placements(many + lead, others).mean()
-    _, low, high = report.win_rate([(a + lead, b) for a, b in scores])
+    truth = placements(many + lead, others).mean()
+    _, low, high = probability_of_improvement([(a + lead, b) for a, b in scores])
     return outside(truth, low, high)
+
+
+def bootstrap_outside(rng, scores, pair, lead, samples=300):
+    """The same of the usual interval instead: quantiles over resampled runs."""
+    ((many, others),) = simulate(rng, pair, seeds=500, cells=1, data_sets=100)
+    truth = placements(many + lead, others).mean()
+    means = []
+    for _ in range(samples):
+        placed = []
+        for a, b in scores:
+            first, second = rng.integers(a.shape[1], size=(2, *a.shape))
+            a = np.take_along_axis(a + lead, first, axis=1)
+            b = np.take_along_axis(b, second, axis=1)
+            placed.append(placements(a, b).mean(axis=-1))
+        means.append(np.mean(placed, axis=0))
+    return outside(truth, *np.quantile(means, [0.025, 0.975], axis=0))
 
 
 def main():
     rng = np.random.default_rng(0)
+    bootstrap_rng = np.random.default_rng(1)
     rows = []
     for cells, seeds, pair in tqdm(list(product(CELLS, SEEDS, PAIRS))):
         scores = simulate(rng, pair, seeds, cells)
         found = {
-            "points": difference_outside(scores, report.mean_and_variance),
-            "percent": difference_outside(scores, report.log_mean_and_variance),
+            "points": difference_outside(scores, mean_and_variance),
+            "percent": difference_outside(scores, log_mean_and_variance),
         }
-        if seeds >= report.FEW:
-            found["win rate"] = win_rate_outside(rng, scores, pair)
-            found["win rate, means 1.4 and 1"] = win_rate_outside(rng, scores, pair, lead=0.4)
+        if seeds >= FEWEST:
+            found["improvement"] = improvement_outside(rng, scores, pair)
+            found["improvement, means 1.4 and 1"] = improvement_outside(rng, scores, pair, lead=0.4)
+            by_bootstrap = bootstrap_outside(bootstrap_rng, scores, pair, lead=0.4)
+            found["improvement, means 1.4 and 1, by bootstrap"] = by_bootstrap
         for statistic, (above, below) in found.items():
             rows.append([statistic, cells, seeds, pair, round(above, 1), round(below, 1)])
     columns = ["statistic", "cells", "seeds", "pair", "above", "below"]

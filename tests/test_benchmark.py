@@ -418,6 +418,25 @@ def test_the_documented_lines_run_on_slurm(stubs, monkeypatch):
     assert sorted(argv for _, _, argv, *_ in records(stubs)) == sorted(expected)
 
 
+def test_an_own_method_joins_the_suites_with_the_pages_line(tmp_path):
+    """Once for each task, kind of noise and seed, and with the weights that the page says."""
+    page = (ROOT / "docs/benchmark.md").read_text()
+    (diff,) = re.findall(r"```diff\n(.*?)```", page, re.DOTALL)
+    before = "".join(line[1:] for line in diff.splitlines(True) if line[0] != "+")
+    after = "".join(line[1:] for line in diff.splitlines(True))
+    text = (ROOT / "benchmark.sh").read_text()
+    assert text.count(before) == 1
+    (tmp_path / "benchmark.sh").write_text(text.replace(before, after))
+    for name in ("benchmarks", *SCRIPTS):
+        (tmp_path / name).symlink_to(ROOT / name)
+    (tmp_path / "sppo_mine.py").write_text((ROOT / "sppo_continuous.py").read_text())
+    done = sh("bash", "benchmark.sh", "quick", "--dry-run", cwd=tmp_path)
+    mine = [line.split()[1:] for line in done.stdout.splitlines() if "sppo_mine" in line]
+    assert len(mine) == 3 * 2 * 3
+    args = [parse(["sppo_continuous.py", *words[1:]]) for words in mine]
+    assert {(one.exp_name, one.alpha, one.beta) for one in args} == {("mine", 1, 0)}
+
+
 @pytest.mark.slow
 def test_trl_can_be_measured(tmp_path):
     """benchmarks/trl_ppo.py, which uses functions of sppo_rlhf.py."""

@@ -15,13 +15,13 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import nbformat
 import numpy as np
+import pandas as pd
 import pytest
 import torch
 from helpers import SA2C_ATARI, SPPO_CONTINUOUS, record, sha256
 from nbclient import NotebookClient
 from PIL import Image
 
-import report
 import sa2c_atari
 import sa2c_continuous
 import sppo_continuous
@@ -68,7 +68,7 @@ def test_shares_of_training_are_those_of_the_packed_runs():
         ("k", "__k0.2__", "clipped_gradients"),
         ("three-tasks", "", "norm_sign_changes"),
     ):
-        progress = report.read_csv(ROOT / f"results/control/{pack}-progress.csv.gz")
+        progress = pd.read_csv(ROOT / f"results/control/{pack}-progress.csv.gz")
         progress = progress[progress["run_name"].str.contains(methods, regex=False)]
         cell = progress["run_name"].str.replace(r"__\d{5}.*", "", regex=True)  # of all seeds
         shares = 100 * progress.groupby(cell)[f"losses/{name}"].mean()
@@ -104,7 +104,6 @@ def test_one_command_makes_all_figures_again(tmp_path, monkeypatch, figures):
     monkeypatch.setattr(sys, "argv", ["figures.py", "--out", str(tmp_path)])
     with plt.rc_context():
         figures.main()
-        assert plt.rcParams["text.parse_math"]  # report.py turns it off
     made = {path.name for path in tmp_path.iterdir()}
     assert made == {path.name for path in (DOCS / "figures").iterdir()} - {"agents.gif"}
     assert made == set(re.findall(r"\]\(figures/([^)]+)\)", PAGE))

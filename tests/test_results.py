@@ -3,9 +3,7 @@
 import importlib
 import itertools
 import re
-import runpy
 import subprocess
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -13,21 +11,20 @@ import pandas as pd
 import pytest
 from scipy import stats
 
-import report
+from analysis import compare
+from analysis.runs import read_pack, read_progress
+from results import common, tables
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
-sys.path.append(str(RESULTS))
-import tables  # noqa: E402
-
 PAGES = {str(path.relative_to(RESULTS)): path.read_text() for path in RESULTS.glob("**/*.md")}
 REPRODUCTION = (ROOT / "docs/reproduction.md").read_text()
 NUMBER = r"([+-]?[\d,]*\.?\d+)"
 
 
 def analysis(name):
-    """Functions of a script, such as control/k."""
-    return runpy.run_path(str(RESULTS / f"{name}.py"))
+    """The module of an analysis, such as control/k."""
+    return importlib.import_module(f"results.{name.replace('/', '.')}")
 
 
 def page_of(name):
@@ -36,7 +33,8 @@ def page_of(name):
 
 
 def packed(name):
-    return report.read_csv(RESULTS / f"{name}-runs.csv.gz")
+    runs, _ = read_pack(RESULTS / f"{name}-runs.csv.gz")
+    return runs
 
 
 # ---- Tables
@@ -44,13 +42,16 @@ def packed(name):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_tables_are_as_generated_and_tables_of_means_have_markers(page):
-    assert tables.write(RESULTS / page) == PAGES[page]
+    assert tables.with_tables(RESULTS / page) == PAGES[page]
     assert not re.findall(r"(?m)^\|.*±.*", tables.MARKED.sub("", PAGES[page]))
 
 
 def test_a_row_of_a_table_has_means_standard_errors_and_welchs_difference():
-    runs = packed("text/sums").query("noise == 'none'")
-    ppo, sppo = (runs.loc[runs["exp_name"] == name, "return_mean"] for name in ("ppo", "sppo"))
+    runs = packed("text/sums").set_index("run_name")
+    progress = read_progress(RESULTS / "text/sums-progress.csv.gz")
+    last = progress.groupby("run_name")["return_mean"].last()
+    clean = runs[runs["noise"] == "none"]
+    ppo, sppo = (last[clean.index[clean["exp_name"] == name]] for name in ("ppo", "sppo"))
     row = f"| clean | {ppo.mean():.3f} ± {ppo.sem():.3f} | {sppo.mean():.3f} ± {sppo.sem():.3f} |"
     low, high = stats.ttest_ind(sppo, ppo, equal_var=False).confidence_interval()
     row += f" {sppo.mean() - ppo.mean():.3f} ({low:.3f} to {high:.3f}) |"
@@ -80,78 +81,59 @@ def percentages(text):
     return [tuple(map(float, numbers)) for numbers in found]
 
 
-def test_pooled_percentages_are_those_of_the_report():
-    """Of three tasks of continuous control, but for those of k."""
-    pack = RESULTS / "control/three-tasks-runs.csv.gz"
-    runs = report.label_runs(*report.read_folders([pack])[:2])
-    pairs = [("sppo", "dppo"), ("ppo", "dppo"), ("sppo-p", "dppo")]
-    pooled = "\n\n".join(report.pooled_text(runs, pairs))
-    assert "Not alike" not in "".join(report.remarks(runs, pairs))  # packs without files
-    before, _, _ = PAGES["control/README.md"].partition("\n## The ends of k\n")
-    shown = percentages(before + (ROOT / "docs/symmetric-loss.md").read_text())
-    assert len(shown) == 11
-    for numbers in shown:
-        assert "| {} ({} to {}) |".format(*numbers) in pooled
+def test_the_variants_percentage_is_that_of_its_analysis():
+    assert analysis("control/tables").variant() in (ROOT / "docs/symmetric-loss.md").read_text()
 
 
 @pytest.mark.parametrize(
     ("name", "count"), [("control/k", 2), ("robustness/sweep", 1), ("atari/games", 2)]
 )
-def test_percentages_of_an_analysis_are_on_its_page(name, count, capsys):
-    analysis(name)["print_percent"]()
-    printed = percentages(capsys.readouterr().out)
+def test_percentages_of_an_analysis_are_on_its_page(name, count):
+    printed = percentages(analysis(name).gains())
     assert len([numbers for numbers in percentages(page_of(name)) if numbers in printed]) == count
 
 
-CORRECTED = [  # a suite; a row of its differences; how its page shows the p of that
-    ("atari/breakout", "clean, last evaluation, sppo, ppo", "(corrected p = {:.2f})"),
-    ("atari/epsilon", "clean, training, sa2c, a2c", "(corrected p = {:.2f})"),
-    ("atari/crazyclimber", "clean, training, ppo, ppo-authors", "0.02; corrected p = {:.3f})"),
-    ("text/imdb-k20.5", "flip 0.2, last evaluation, sppo-eps, ppo-eps", "(corrected p = {:.2f})"),
-    ("text/imdb-k20.5", "flip 0.2, last evaluation, ppo-ce-eps, ppo-eps", "corrected p = {:.3f})"),
+CORRECTED = [  # a pack; a measure, task and noise; a pair; how its page shows the p of that
+    ("atari/breakout", ("last_evaluation", "Breakout", "clean"), ("sppo", "ppo")),
+    ("atari/epsilon", ("training", "Breakout", "clean"), ("sa2c", "a2c")),
+    ("atari/crazyclimber", ("training", "CrazyClimber", "clean"), ("ppo", "ppo-authors")),
+    ("text/imdb-k20.5", ("last_evaluation", "imdb", "flip 0.2"), ("sppo-eps", "ppo-eps")),
+    ("text/imdb-k20.5", ("last_evaluation", "imdb", "flip 0.2"), ("ppo-ce-eps", "ppo-eps")),
 ]
 
 
-@pytest.mark.parametrize(("name", "row", "shown"), CORRECTED)
-def test_corrected_p_is_over_all_differences_of_a_suite(name, row, shown):
-    runs = report.label_runs(*report.read_folders([RESULTS / f"{name}-runs.csv.gz"])[:2])
-    noise, measure, *pair = row.split(", ")
-    differences = report.make_differences(runs, [tuple(pair)])
-    differences["corrected"] = stats.false_discovery_control(differences["p"])
-    rows = differences.set_index(["noise", "measure", "method", "other"])
-    assert shown.format(rows.loc[(noise, measure, *pair), "corrected"]) in page_of(name)
+@pytest.mark.parametrize(("name", "place", "pair"), CORRECTED)
+def test_corrected_p_is_over_all_differences_of_a_suite(name, place, pair):
+    """Between all methods, in all measures."""
+    p = {}
+    for measure in common.MEASURES:
+        for cell, scores in compare.cells_of(common.read(name, fewest=10), measure).items():
+            for a, b in itertools.combinations(scores, 2):
+                found = compare.difference(scores[a], scores[b])
+                p[(measure, *cell), frozenset([a, b])] = found.p
+    corrected = dict(zip(p, stats.false_discovery_control(list(p.values()))))
+    found = corrected[place, frozenset(pair)]
+    assert f"corrected p = {found:.{2 if found > 0.05 else 3}f})" in page_of(name)
 
 
-SLOPES = [  # an analysis; a function; the line that it prints; how the page shows the last p
-    ("control/k", "corrected", "training, slope over log10 k", "(corrected p = {:.2f})"),
-    ("a2c/dose", "corrected", "training, noisy minus clean", "noisy rewards (p = {:.3f})"),
-    ("a2c/dose", "corrected", "training, flipped minus clean", "for flips ({:.2f})"),
-    ("a2c/dose", "interactions", "training, log ratio, noisy", "(corrected p = {:.2f})"),
-    ("a2c/dose", "interactions", "evaluation, log ratio, flipped", "reverse ({:.2f})"),
+SLOPES = [  # an analysis; a table; the row's measure, difference; how the page shows the last p
+    ("control/k", "power", "training | slope over log10 k", "(corrected p = {:.2f})"),
+    ("a2c/dose", "power", "training | noisy minus clean", "noisy rewards (p = {:.3f})"),
+    ("a2c/dose", "power", "training | flipped minus clean", "for flips ({:.2f})"),
+    ("a2c/dose", "power_of_interactions", "training | noisy minus", "(corrected p = {:.2f})"),
+    ("a2c/dose", "power_of_interactions", "last evaluation | flipped", "reverse ({:.2f})"),
 ]
 
 
-@pytest.mark.parametrize(("name", "function", "line", "shown"), SLOPES)
-def test_corrected_p_of_slopes(name, function, line, shown, capsys):
-    analysis(name)[f"print_{function}"]()
-    (corrected,) = re.findall(rf"{line}.*: p = .* corrected for \d+ (.+)", capsys.readouterr().out)
+@pytest.mark.parametrize(("name", "table", "row", "shown"), SLOPES)
+def test_corrected_p_of_slopes(name, table, row, shown):
+    text = getattr(analysis(name), table)()
+    (corrected,) = re.findall(rf"\| {re.escape(row)}[^|]*\| [^|]+ \| ([^|]+) \|", text)
     assert shown.format(float(corrected)) in page_of(name)
 
 
 def test_gains_that_control_could_detect_are_on_its_page():
-    """A gain whose interval by t is above 0 in 80 % of the cases."""
-    runs = packed("control/three-tasks").query("exp_name in ('dppo', 'sppo')")
-    runs = runs[runs["env_id"] != "LunarLanderContinuous-v3"]
-    gains = []
-    for part in (runs, runs.query("noise == 'none'"), runs.query("noise == 'normal'")):
-        scores = part.groupby(["env_id", "noise", "exp_name"])["return_mean"].apply(list)
-        _, variances = report.log_mean_and_variance(np.stack(scores))
-        error = np.sqrt(variances.sum()) / (len(scores) / 2)
-        freedom = variances.sum() ** 2 / (variances**2 / 7).sum()
-        gain = np.expm1(error * stats.t.ppf([0.975, 0.8], freedom).sum())
-        gains.append(round(100 * gain))
-    shown = "{} % pooled ({} % clean, {} % noisy)".format(*gains)
-    assert shown in PAGES["control/README.md"]
+    assert analysis("control/tables").detected_gains() in PAGES["control/README.md"]
 
 
 def test_numbers_in_sentences_are_those_of_small_tables():
@@ -162,7 +144,7 @@ def test_numbers_in_sentences_are_those_of_small_tables():
     shown += f" (SPPO and DPPO on the same seeds: {method:.0f})"
     assert shown in PAGES["control/README.md"]
 
-    cosines = report.read_csv(RESULTS / "a2c/cosines.csv")
+    cosines = pd.read_csv(RESULTS / "a2c/cosines.csv")
     means = cosines.groupby(cosines["run_name"].str.split("-").str[0]).mean(numeric_only=True)
     tasks = ("Hopper", "HalfCheetah", "InvertedDoublePendulum")
     first, second, third = (f"{means.loc[task, 'beta20']:.3f} on {task}" for task in tasks)
@@ -170,7 +152,7 @@ def test_numbers_in_sentences_are_those_of_small_tables():
     shown = f"is {first}, {second} and {third}; with beta 0.5 instead, at least {least:.3f}."
     assert shown in PAGES["a2c/README.md"]
 
-    games = report.read_csv(RESULTS / "atari/random.csv").groupby("game")["score"]
+    games = pd.read_csv(RESULTS / "atari/random.csv").groupby("game")["score"]
     for game, digits in (("WizardOfWor", 0), ("Breakout", 1), ("CrazyClimber", 0)):
         score, error = games.mean()[game], games.sem()[game]
         assert f"{score:,.{digits}f} ± {error:.{digits}f}" in PAGES["atari/README.md"]
@@ -211,10 +193,11 @@ def test_runs_that_are_said_to_be_equal_are_equal_to_the_last_bit():
     """Of pairs only that with alpha 0.5 and beta 0.4 differs, since their sum rounds. CrazyClimber
     was repeated."""
     runs = packed("control/pairs").set_index("run_name")
-    hashes = report.read_csv(RESULTS / "control/pairs-sha256.csv")
+    hashes = pd.read_csv(RESULTS / "control/pairs-sha256.csv")
     runs["sha256"] = hashes.set_index("run_name")["sha256"]
-    progress = report.read_csv(RESULTS / "control/pairs-progress.csv.gz").set_index("run_name")
-    for (_, _, k), pair in runs.groupby(["env_id", "noise", runs["alpha"] + runs["beta"]]):
+    progress = read_progress(RESULTS / "control/pairs-progress.csv.gz").set_index("run_name")
+    k_of_run = runs["alpha"].astype(float) + runs["beta"].astype(float)
+    for (_, _, k), pair in runs.groupby(["env_id", "noise", k_of_run]):
         first, second = (progress.loc[name].to_numpy() for name in pair.index)
         assert len(first) == len(second) >= 4
         assert np.array_equal(first, second, equal_nan=True) == (k != 0.9)
@@ -222,15 +205,14 @@ def test_runs_that_are_said_to_be_equal_are_equal_to_the_last_bit():
     assert runs["sha256"].nunique() == len(runs) / 2 + 1
 
     files = [RESULTS / f"atari/{name}-progress.csv.gz" for name in ("crazyclimber", "games")]
-    first, again = (report.read_csv(file).set_index("run_name") for file in files)
+    first, again = (read_progress(file).set_index("run_name") for file in files)
     names = again.index[again.index.str.startswith("CrazyClimber")].unique()
     assert len(names) == 3 and first.loc[names].equals(again.loc[names])
-    assert "losses/norm_sign_changes" in first  # this pack has an older name for it
 
 
 @pytest.mark.slow
 def test_the_random_agent_plays_the_recorded_games_again():
-    played = analysis("atari/random_agent")["play"]("Breakout")
+    played = analysis("atari/random_agent").play("Breakout")
     recorded = pd.read_csv(RESULTS / "atari/random.csv").query("game == 'Breakout'")
     assert np.array_equal(played[["score", "steps"]], recorded[["score", "steps"]])
 
@@ -242,8 +224,7 @@ def test_the_random_agent_plays_the_recorded_games_again():
 def nine(tmp_path, monkeypatch):
     """The analysis, and made-up runs of eight seeds: seed 20007 lacks a run, SPPO on noisy Swimmer
     stopped with seed 20000, BipedalWalker is as good as a random agent."""
-    monkeypatch.syspath_prepend(ROOT)
-    nine = importlib.import_module("results.control.nine")
+    nine = analysis("control/nine")
     pd.read_csv(nine.HERE / "random.csv").to_csv(tmp_path / "random.csv")
     monkeypatch.setattr(nine, "HERE", tmp_path)
     rng = np.random.default_rng(0)

@@ -210,5 +210,4 @@ def test_runs_of_stable_baselines3_and_ours_share_a_folder(tmp_path, monkeypatch
     assert list(benchmark_run.unfinished(commands, runs)) == commands[2:]
     args = report.Args(folders=(runs,), out=tmp_path / "report", compare=(("a2c", "sb3-a2c"),))
     report.main(args)
-    compared = "| a2c against sb3-a2c | clean | last evaluation | 1 | 2 |"
-    assert compared in (args.out / "report.md").read_text()
+    assert "Compared: a2c with sb3-a2c." in (args.out / "report.md").read_text()

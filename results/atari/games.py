@@ -1,11 +1,10 @@
 """Tables and figure of the Atari games, a row each: how SPPO, PPO and the authors' PPO differ.
 
-python results/atari/games.py
+python -m results.atari.games
 
 The unit is the game. Each gives one log ratio of two methods' scores, which are means over seeds.
 """
 
-import sys
 from pathlib import Path
 
 import matplotlib.pyplot as plt
@@ -13,29 +12,39 @@ import numpy as np
 import pandas as pd
 from scipy import stats
 
-sys.path.append(str(Path(__file__).parents[1]))
-from common import detected, estimate, in_percent, paired, print_table
+from analysis.compare import FIVE, LAST, TRAINING
+from analysis.tables import markdown
+from results.common import estimate_text, mean, percent_text, read
 
 HERE = Path(__file__).parent
+ABOVE_RANDOM = "mean of five, minus a random agent's"
 MEASURES = {
-    "evaluations": "mean of five evaluations",
-    "training": "training",
-    "last": "last evaluation",
-    "above_random": "mean of five, minus a random agent's",
+    FIVE: "mean of five evaluations",
+    TRAINING: "training",
+    LAST: "last evaluation",
+    ABOVE_RANDOM: ABOVE_RANDOM,
 }
-CONTRASTS = {  # (method, kind of rewards), and what it is divided by
-    "loss": (("sppo", "none"), ("ppo", "none")),
-    "normalisation": (("ppo", "none"), ("ppo-authors", "none")),
-    "both": (("sppo", "none"), ("ppo-authors", "none")),
-    "loss, flipped": (("sppo", "flip"), ("ppo", "flip")),
-    "noise, PPO": (("ppo", "flip"), ("ppo", "none")),
-    "noise, SPPO": (("sppo", "flip"), ("sppo", "none")),
+CONTRASTS = {  # (method, noise), and what it is divided by
+    "loss": (("sppo", "clean"), ("ppo", "clean")),
+    "normalisation": (("ppo", "clean"), ("ppo-authors", "clean")),
+    "both": (("sppo", "clean"), ("ppo-authors", "clean")),
+    "loss, flipped": (("sppo", "flip 0.1"), ("ppo", "flip 0.1")),
+    "noise, PPO": (("ppo", "flip 0.1"), ("ppo", "clean")),
+    "noise, SPPO": (("sppo", "flip 0.1"), ("sppo", "clean")),
 }
-METHODS = {"ppo-authors": "the authors' PPO", "ppo": "PPO", "sppo": "SPPO"}
-REWARDS = {"none": "", "flip": ", flipped"}
 NOISY_LOSS = "loss, noisy minus clean"
+COLUMNS = {
+    ("ppo-authors", "clean"): "the authors' PPO",
+    ("ppo", "clean"): "PPO",
+    ("sppo", "clean"): "SPPO",
+    ("ppo", "flip 0.1"): "PPO, flipped",
+    ("sppo", "flip 0.1"): "SPPO, flipped",
+}
 # Games, as registered
 TESTED = {"loss": 18, "normalisation": 8, "both": 8, NOISY_LOSS: 10}
+
+
+# ---- Scores
 
 
 def quoted_scores():
@@ -46,33 +55,24 @@ def random_scores():
     return pd.read_csv(HERE / "random.csv").groupby("game")["score"].mean()
 
 
-def read_scores(folder=HERE):
-    """Means over seeds (games x methods and rewards) of each measure."""
-    runs = pd.read_csv(folder / "games-runs.csv.gz").query("finished")
-    progress = pd.read_csv(folder / "games-progress.csv.gz")
-    evaluations = runs["run_name"].map(progress.groupby("run_name")["return_mean"].apply(list))
-    assert set(evaluations.map(len)) == {5}
-    seeds = runs.sort_values("seed").groupby(["env_id", "exp_name", "noise"])["seed"].apply(tuple)
-    games = seeds.groupby("env_id").agg(["size", "nunique"])
-    methods = np.where(games.index.isin(quoted_scores().index), 3, 4)  # and kinds of rewards
-    whole = (games["size"] == methods) & (games["nunique"] == 1)
-    assert whole.all(), f"games that are not whole: {games.index[~whole].tolist()}"
-    runs["evaluations"] = evaluations.map(np.mean)
-    runs["last"] = runs["return_mean"]
-    runs["random"] = runs["env_id"].map(random_scores())
-    assert runs["random"].notna().all(), "first play the other games: random_agent.py"
-    runs["above_random"] = runs["evaluations"] - runs["random"]
-    # As registered, a score below a tenth of a random agent's counts as that, so logarithms exist
-    for measure in MEASURES:
-        runs[measure] = np.maximum(runs[measure], runs["random"] / 10)
-    cells = runs.groupby(["env_id", "exp_name", "noise"])[list(MEASURES)].mean()
-    return {measure: cells[measure].unstack(["exp_name", "noise"]) for measure in MEASURES}
+def scores_of(measure):
+    """Means over seeds: games down, methods and noises across. As registered, a score below a tenth
+    of a random agent's counts as that, so logarithms exist."""
+    runs = read("atari/games").pivot(
+        index=["task", "seed"], columns=["measure", "method", "noise"], values="score"
+    )
+    missing = runs[FIVE].isna().groupby("task").mean()
+    assert missing.isin([0, 1]).all(axis=None), "a game that is not whole"
+    of_random = random_scores()[runs.index.get_level_values("task")].to_numpy()
+    scores = runs[FIVE].sub(of_random, axis=0) if measure == ABOVE_RANDOM else runs[measure]
+    scores = scores.clip(lower=of_random / 10, axis=0)
+    return scores.groupby("task").mean()
 
 
 def is_learned(scores):
     """Whether PPO and SPPO, by their geometric mean on clean rewards, exceed a random agent by a
     fifth: a value for each game."""
-    clean = np.sqrt(scores["ppo", "none"] * scores["sppo", "none"])
+    clean = np.sqrt(scores["ppo", "clean"] * scores["sppo", "clean"])
     return clean >= 1.2 * random_scores()[clean.index]
 
 
@@ -83,9 +83,15 @@ def log_ratios(scores):
     return pd.DataFrame(ratios)
 
 
+def mean_over_games(ratios):
+    return mean(ratios.dropna().to_numpy())
+
+
+# ---- Tables
+
+
 def holm(p):
     """p-values (tests,), corrected by Holm's method."""
-    p = np.asarray(p)
     order = np.argsort(p)
     factors = np.arange(len(p), 0, -1)
     corrected = np.empty(len(p))
@@ -93,72 +99,87 @@ def holm(p):
     return corrected
 
 
-def in_share(holds):
+def registered_tests(ratios):
+    """p-values: a row for each kind, a column for each contrast in TESTED."""
+    values = {name: ratios[name].dropna() for name in TESTED}
+    assert {name: len(x) for name, x in values.items()} == TESTED
+    by_t = np.array([mean_over_games(x).p for x in values.values()])
+    by_wilcoxon = [stats.wilcoxon(x).pvalue for x in values.values()]
+    tests = {"p, by t": by_t, "p, by Holm": holm(by_t), "p, by Wilcoxon": by_wilcoxon}
+    return pd.DataFrame(tests, index=list(TESTED)).T
+
+
+def share_text(holds):
     """For how many games it holds, with Clopper and Pearson's interval for their share."""
     low, high = stats.binomtest(holds.sum(), holds.count()).proportion_ci()
     return f"{holds.sum()} of {holds.count()} ({100 * low:.0f} to {100 * high:.0f} %)"
 
 
-def registered_tests(ratios):
-    """p-values: a row for each contrast in TESTED, a column for each kind."""
-    values = {name: ratios[name].dropna() for name in TESTED}
-    assert {name: len(x) for name, x in values.items()} == TESTED
-    tests = pd.DataFrame(index=list(TESTED))
-    tests["p, by t"] = [paired(x)[3] for x in values.values()]
-    tests["p, by Holm"] = holm(tests["p, by t"])
-    tests["p, by Wilcoxon"] = [stats.wilcoxon(x).pvalue for x in values.values()]
-    return tests
+def without_one(ratios):
+    """The lowest and highest mean without any one game."""
+    means = (ratios.sum() - ratios) / (len(ratios) - 1)
+    return f"{means.min():.2f} to {means.max():.2f}"
 
 
-def print_measures(folder=HERE, contrasts=("loss", "normalisation", "both")):
+def table_of(contrasts):
     """Mean log ratios over games, by t; of the first row the registered tests."""
-    rows = {}
-    for measure, scores in read_scores(folder).items():
-        ratios = log_ratios(scores)
-        parts = {MEASURES[measure]: ratios}
-        if measure == "evaluations":
-            primary = ratios
-            if "both" in contrasts:  # of CrazyClimber the gain was known; it ran on clean rewards
-                parts["the same, without CrazyClimber"] = ratios.drop("CrazyClimber")
-            parts["the same, learned games"] = ratios[is_learned(scores)]
-        for title, part in parts.items():
-            rows[title] = [estimate(*paired(part[name].dropna())[:3]) for name in contrasts]
-    values = [primary[name].dropna() for name in contrasts]
-    without = [(x.sum() - x) / (len(x) - 1) for x in values]
-    rows["mean without any one game"] = [f"{x.min():.2f} to {x.max():.2f}" for x in without]
-    rows["games above 0 in the first row"] = [in_share(x > 0) for x in values]
-    rows["could detect"] = [f"{detected(x.sem(), len(x) - 1):.2f}" for x in values]
-    for title, p in registered_tests(primary).reindex(contrasts).items():
-        rows[title] = [f"{x:.3f}".replace("nan", "") for x in p]
-    print_table(rows, "log ratio", *contrasts)
+    ratios = {title: log_ratios(scores_of(measure)) for measure, title in MEASURES.items()}
+    first = ratios.pop(MEASURES[FIVE])
+    parts = {MEASURES[FIVE]: first}
+    if "both" in contrasts:  # of CrazyClimber the gain was known; it ran on clean rewards
+        parts["the same, without CrazyClimber"] = first.drop("CrazyClimber")
+    parts["the same, learned games"] = first[is_learned(scores_of(FIVE))]
+    rows = []
+    for title, part in (parts | ratios).items():
+        rows.append([title, *(estimate_text(mean_over_games(part[name])) for name in contrasts)])
+    values = [first[name].dropna() for name in contrasts]
+    rows.append(["mean without any one game", *map(without_one, values)])
+    rows.append(["games above 0 in the first row", *(share_text(x > 0) for x in values)])
+    rows.append(["could detect", *(f"{mean_over_games(x).detected:.2f}" for x in values)])
+    tests = registered_tests(first).reindex(columns=contrasts)
+    for title, row in tests.iterrows():
+        rows.append([title, *("" if np.isnan(p) else f"{p:.3f}" for p in row)])
+    return markdown(["log ratio", *contrasts], rows)
 
 
-def print_noise(folder=HERE):
-    """The same of flipped rewards."""
-    print_measures(folder, ("loss, flipped", "noise, PPO", "noise, SPPO", NOISY_LOSS))
+def measures():
+    return table_of(["loss", "normalisation", "both"])
 
 
-def print_percent(folder=HERE):
+def noise():
+    return table_of(["loss, flipped", "noise, PPO", "noise, SPPO", NOISY_LOSS])
+
+
+def gains():
     """The loss's mean log ratios, as gains in percent."""
-    ratios = log_ratios(read_scores(folder)["evaluations"])
-    for name in ("loss", "loss, flipped"):
-        gain = np.expm1(paired(ratios[name].dropna())[:3])
-        print(f"{name}: {in_percent(*gain)}")
+    ratios = log_ratios(scores_of(FIVE))
+    lines = []
+    for name in ["loss", "loss, flipped"]:
+        found = mean_over_games(ratios[name])
+        gain = np.expm1([found.value, found.low, found.high])
+        lines.append(f"{name}: {percent_text(*gain)}")
+    return "\n".join(lines)
 
 
-def print_games(folder=HERE):
+def games():
     """Primary scores, and a random agent's."""
-    scores = read_scores(folder)["evaluations"]
-    names = {(a, b): METHODS[a] + REWARDS[b] for b in REWARDS for a in METHODS if (a, b) in scores}
-    scores = scores[list(names)].set_axis([*names.values()], axis="columns")
-    scores.insert(0, "random agent", random_scores())
-    texts = scores.map(lambda x: f"{x:,.{0 if x > 99 else 1}f}").replace("nan", "")
-    print_table(dict(zip(texts.index, texts.to_numpy())), "game", *texts)
+    scores = scores_of(FIVE)[list(COLUMNS)]
+    rows = []
+    for game, numbers in scores.iterrows():
+        row = [game]
+        for number in [random_scores()[game], *numbers]:
+            places = 0 if number > 99 else 1
+            row.append("" if np.isnan(number) else f"{number:,.{places}f}")
+        rows.append(row)
+    return markdown(["game", "random agent", *COLUMNS.values()], rows)
 
 
-def draw(folder=HERE):
+# ---- Figure
+
+
+def draw():
     """A row per game: log ratios, the paper's beside ours; below, means over games."""
-    scores = read_scores(folder)["evaluations"]
+    scores = scores_of(FIVE)
     ratios = log_ratios(scores)
     quoted = quoted_scores()
     paper = np.log(quoted["sppo"] / quoted["ppo"])
@@ -169,7 +190,6 @@ def draw(folder=HERE):
         "loss, flipped: SPPO to PPO": (ratios["loss, flipped"], "D", "tab:orange"),
     }
     order = ratios["loss"].sort_values().index
-    at_random = ~is_learned(scores)
     y = np.arange(len(order))
     size = (7, 2 + 0.3 * (len(order) + len(points)))
     figure, ax = plt.subplots(figsize=size, layout="constrained")
@@ -178,23 +198,18 @@ def draw(folder=HERE):
     ax.axhline(-1, color="lightgray", linewidth=0.8)
     for row, (label, (values, marker, color)) in enumerate(points.items()):
         ax.plot(values.reindex(order), y + 0.12 - 0.12 * row, marker, color=color, label=label)
-        mean, low, high, _ = paired(values.dropna())
-        ax.errorbar(mean, -2 - row, xerr=[[mean - low], [high - mean]], fmt=marker, color=color)
-    games = [f"{game} (at random)" if at_random[game] else game for game in order]
+        found = mean_over_games(values)
+        ax.errorbar(found.value, -2 - row, xerr=found.half_width(), fmt=marker, color=color)
+    learned = is_learned(scores)
+    labels = [game if learned[game] else f"{game} (at random)" for game in order]
     means = [f"{x.split(':')[0]}, {points[x][0].count()} games" for x in points]
-    ax.set_yticks([*y, *(-2 - np.arange(len(points)))], [*games, *means])
+    ax.set_yticks([*y, *(-2 - np.arange(len(points)))], [*labels, *means])
     ax.set_xlabel("log ratio of scores (dotted: a tenth more)")
     figure.legend(loc="outside upper center", ncols=2)
-    figure.savefig(folder / "games.png", dpi=160)
+    figure.savefig(HERE / "games.png", dpi=160)
 
 
 if __name__ == "__main__":
     plt.switch_backend("agg")
-    print_measures()
-    print()
-    print_noise()
-    print()
-    print_percent()
-    print()
-    print_games()
+    print(measures(), noise(), gains(), games(), sep="\n\n")
     draw()

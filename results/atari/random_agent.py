@@ -1,13 +1,14 @@
 """A random agent's games of Atari.
 
-python results/atari/random_agent.py    # plays the games that random.csv lacks
+python -m results.atari.random_agent    # plays the games that random.csv lacks
 """
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
+
+from sppo_atari import Args, AtariGames
 
 HERE = Path(__file__).parent
 PLAYED = HERE / "random.csv"
@@ -18,9 +19,6 @@ Gopher StarGunner VideoPinball Assault Asterix BeamRider DemonAttack RoadRunner"
 
 def play(game, num_games=40, seed=1):
     """Raw scores and steps of whole games, as in an evaluation, but with uniform actions."""
-    sys.path.append(str(HERE.parents[1]))
-    from sppo_atari import Args, AtariGames
-
     rng = np.random.default_rng(seed)
     games = AtariGames(Args(env_id=game, device="cpu"), num_games)
     games.reset(seed)

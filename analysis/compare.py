@@ -1,0 +1,214 @@
+"""Scores as one long table, and the statistics of them."""
+
+from dataclasses import dataclass
+from itertools import permutations
+
+import numpy as np
+import pandas as pd
+from scipy import special, stats
+
+from analysis.methods import baselines_of, in_order
+from analysis.runs import CELL, EVALUATION, Refusal
+
+# Measures, beside the columns of progress.csv
+LAST = "last_evaluation"
+FIVE = "last_five_evaluations"
+TRAINING = "training"
+# Of which column of progress.csv a measure is
+COLUMNS = {LAST: "return_mean", FIVE: "return_mean", TRAINING: "charts/episodic_return"}
+FEWEST = 5  # runs for an interval by Brunner and Munzel: results/coverage.csv
+
+
+def scores_of(runs, progress, fewest=10):
+    """A row for each run and measure, with the columns CELL, seed, measure and score. A mean of
+    five evaluations needs `fewest` evaluations."""
+    evaluations = progress[progress["run_name"].isin(runs["run_name"])].groupby("run_name")
+    last = evaluations.tail(1).set_index("run_name")
+    measured = last.drop(columns=EVALUATION)
+    for name in measured.filter(like="/"):  # losses and charts, of training
+        measured[name] = evaluations[name].mean()
+    if "success_rate" in measured:  # some environments say it only of a success
+        task_and_script = runs.set_index("run_name")[["task", "script"]].agg(" ".join, axis=1)
+        rates = measured["success_rate"]
+        is_said = rates.groupby(task_and_script).transform("count") > 0
+        measured["success_rate"] = rates.fillna(0).where(is_said)
+    returns = evaluations["return_mean"]
+    measured[LAST] = last["return_mean"]
+    measured[FIVE] = returns.apply(lambda x: x.tail(5).mean() if len(x) >= fewest else np.nan)
+    measured[TRAINING] = last.get("charts/episodic_return", np.nan)
+    scores = measured.rename_axis(columns="measure").stack().rename("score").reset_index()
+    table = runs[["run_name", *CELL, "seed"]].merge(scores.dropna(), on="run_name")
+    return table.drop(columns="run_name").sort_values([*CELL, "seed"])
+
+
+def cells_of(scores, measure=LAST):
+    """{(task, noise): {method: scores (seeds,)}}"""
+    cells = {}
+    chosen = scores[scores["measure"] == measure]
+    for (task, noise, method), cell in chosen.groupby(CELL)["score"]:
+        cells.setdefault((task, noise), {})[method] = cell.to_numpy(float)
+    return cells
+
+
+def pairs_of(runs, chosen=()):
+    """Chosen pairs of methods, or each method with its baseline."""
+    there = set()
+    for _, methods in runs.groupby(["task", "noise"])["method"]:
+        there.update(permutations(set(methods), 2))
+    methods = in_order(runs["method"])
+    for a, b in chosen:
+        if (a, b) not in there:
+            raise Refusal(f"--compare {a} {b}: no task has both; there are {', '.join(methods)}")
+    if chosen:
+        return list(dict.fromkeys(chosen))
+    pairs = []
+    for method in methods:
+        possible = [(method, other) for other in baselines_of(method)]
+        pairs += [pair for pair in possible if pair in there][:1]
+    return pairs
+
+
+def not_compared(runs, pairs):
+    """A line for each task in which a method is compared with no other."""
+    lines = []
+    for task, group in runs.groupby("task"):
+        methods = set(group["method"])
+        there = [pair for pair in pairs if methods.issuperset(pair)]
+        alone = ", ".join(in_order(methods.difference(*there)))
+        if alone and len(methods) > 1:
+            lines.append(f"**Not compared: {task}: {alone}: use `--compare`.**")
+    return lines
+
+
+@dataclass
+class Estimate:
+    """A value, its standard error and the degrees of freedom of that. Without a variance, as of
+    single or equal scores, interval and p are nan."""
+
+    value: float
+    error: float
+    freedom: float
+
+    def half_width(self, level=0.95):
+        """Of the interval, by t."""
+        return self.error * stats.t.ppf((1 + level) / 2, self.freedom)
+
+    @property
+    def low(self):
+        return self.value - self.half_width()
+
+    @property
+    def high(self):
+        return self.value + self.half_width()
+
+    @property
+    def p(self):
+        return 2 * stats.t.sf(np.abs(self.value) / self.error, self.freedom)
+
+    @property
+    def detected(self):
+        """The smallest true value that t tells from 0 in 80 % of cases."""
+        return self.error * stats.t.ppf([0.975, 0.8], self.freedom).sum()
+
+
+def mean_and_variance(scores):
+    """The mean of `scores` (..., runs), and its variance: (...,) each."""
+    runs = scores.shape[-1]
+    variance = scores.var(axis=-1, ddof=min(1, runs - 1)) / runs
+    varies = np.ptp(scores, axis=-1) > 0  # by more than a rounding error
+    return scores.mean(axis=-1), np.where(varies, variance, 0)
+
+
+def contrast(samples, weights, moments=mean_and_variance):
+    """The weighted sum of the means of `samples` (..., runs), by Welch and Satterthwaite. One
+    sample with the weight 1 has its mean by Student's t, two with 1 and -1 have Welch's test."""
+    values, variances = zip(*map(moments, samples))
+    parts = np.stack(variances, axis=-1) * np.square(weights)
+    total = parts.sum(axis=-1)
+    freedom_of_parts = [sample.shape[-1] - 1 for sample in samples]
+    with np.errstate(divide="ignore", invalid="ignore"):  # no variance
+        freedom = total**2 / (parts**2 / freedom_of_parts).sum(axis=-1)
+        error = np.where(total > 0, np.sqrt(total), np.nan)
+    return Estimate(np.stack(values, axis=-1) @ np.asarray(weights), error, freedom)
+
+
+def difference(a, b):
+    return contrast([a, b], [1, -1])
+
+
+def pooled_difference(cells, moments=mean_and_variance):
+    """The mean over `cells`, pairs of scores (..., runs), of the difference in means."""
+    samples = [sample for pair in cells for sample in pair]
+    weights = np.tile([1, -1], len(cells)) / len(cells)
+    return contrast(samples, weights, moments)
+
+
+def placements(a, b):
+    """For each run of `a` (..., n) the share of the runs `b` (..., m) that it beats, ties half."""
+    a = a[..., :, None]
+    b = b[..., None, :]
+    return ((a > b).mean(axis=-1) + (a >= b).mean(axis=-1)) / 2
+
+
+def probability_of_improvement(cells):
+    """That a run of the first beats one of the second, the mean over `cells`, pairs of scores
+    (..., runs), with its 95 % interval by Brunner and Munzel (Biometrical Journal 42, 2000), of the
+    logit. It is cautious with few runs, where bootstrap intervals are too narrow, and holds the
+    truth near 0 and 1, too. No interval with fewer than FEWEST runs, or if no placement varies."""
+    placed = pooled_difference([(placements(a, b), placements(b, a)) for a, b in cells])
+    value = (1 + placed.value) / 2
+    # Not halved: the second mean is 1 minus the first, so both variances are of the first
+    half = placed.half_width() / (value * (1 - value))
+    if min(sample.shape[-1] for pair in cells for sample in pair) < FEWEST:
+        half = np.nan
+    return value, *special.expit(special.logit(value) + np.array([-half, half]))
+
+
+def means_of(scores):
+    """Of each cell and measure: mean, standard error and 95 % interval by t, runs and seeds."""
+    cells = scores.groupby(["measure", *CELL])
+    means = cells["score"].agg(mean="mean", standard_error="sem", runs="size")
+    half = means["standard_error"] * stats.t.ppf(0.975, means["runs"] - 1)
+    means["low"] = means["mean"] - half
+    means["high"] = means["mean"] + half
+    means["seeds"] = cells["seed"].agg(list)
+    return means.reset_index()
+
+
+def differences_of(scores, pairs, measure=LAST):
+    """Of `pairs`, with p as corrected by Benjamini and Hochberg for the number of rows, where what
+    cannot be tested counts with p = 1. `detected`: which difference t finds in 80 % of cases."""
+    rows = []
+    for (task, noise), cell in cells_of(scores, measure).items():
+        for a, b in pairs:
+            if a in cell and b in cell:
+                found = difference(cell[a], cell[b])
+                row = {"task": task, "noise": noise, "method": a, "other": b}
+                row |= {"difference": found.value, "low": found.low, "high": found.high}
+                rows.append(row | {"p": found.p, "detected": found.detected})
+    columns = [*CELL, "other", "difference", "low", "high", "detected", "p"]
+    table = pd.DataFrame(rows, columns=columns).astype({"p": float})
+    table = table.sort_values("p", ignore_index=True)
+    table["p_corrected"] = stats.false_discovery_control(table["p"].fillna(1))
+    return table
+
+
+def is_best(means, differences):
+    """Whether a mean is the highest of its measure, task and noise, and differs, after correction,
+    from all that it is compared with."""
+    highest = means.groupby(["measure", "task", "noise"])["mean"].transform("max")
+    turned = differences.assign(method=differences["other"])
+    largest_p = pd.concat([differences, turned]).groupby(CELL)["p_corrected"].max()
+    p = means.join(largest_p, on=CELL)["p_corrected"]
+    return (means["mean"] == highest) & (p < 0.05)
+
+
+def improvements_of(scores, pairs, measure=LAST):
+    """A row for each pair: its probability of improvement over the cells that have both."""
+    rows = []
+    for a, b in pairs:
+        cells = cells_of(scores, measure).values()
+        both = [(cell[a], cell[b]) for cell in cells if a in cell and b in cell]
+        if both:
+            rows.append([a, b, len(both), *probability_of_improvement(both)])
+    return pd.DataFrame(rows, columns=["method", "other", "cells", "probability", "low", "high"])

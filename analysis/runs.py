@@ -1,0 +1,203 @@
+"""Runs as two tables, from run folders or packs: a row for each run, a row for each evaluation.
+
+A pack is NAME-runs.csv.gz and NAME-progress.csv.gz. In both, settings are texts. What would make a
+wrong table is refused or named here, so that all readers of runs are protected.
+"""
+
+import hashlib
+import json
+import os
+import shlex
+from pathlib import Path
+from tempfile import TemporaryDirectory
+
+import numpy as np
+import pandas as pd
+
+CELL = ["task", "noise", "method"]  # runs of a cell differ in their seed only
+EVALUATION = ["step", "return_mean", "return_std", "length_mean"]
+FILES = ["sessions.jsonl", "progress.csv", "summary.json"]
+# Columns of runs that are no settings
+IDENTITY = ["run_name", "script", "env_id", "exp_name", "noise_level", "seed", "finished"]
+PROVENANCE = ["commit", "script_sha256", "files", "command", "started", "versions", "hardware"]
+FREE = ["runs_dir", "device", "compile", "track", "gradient_checkpointing"]
+NO_SETTINGS = [*CELL, *IDENTITY, *PROVENANCE, *FREE]
+
+
+class Refusal(ValueError):
+    """One sentence that says what is wrong with the input and what to do."""
+
+
+def read(folders):
+    """All runs in `folders` or packs, their evaluations, and a line for each that is broken."""
+    tables = []
+    broken = []
+    for place in places_in(folders):
+        try:
+            tables.append(read_run(place) if place.is_dir() else read_pack(place))
+        except Exception as error:  # a broken file may raise anything
+            broken.append(f"{place.name}: left out: {error!r}")
+    if not any(runs["finished"].any() for runs, _ in tables):
+        found = f"no finished run, {len(broken)} broken"
+        raise Refusal(f"{found}; give folders such as runs/quick, or packs")
+    runs, progress = (pd.concat(parts, ignore_index=True) for parts in zip(*tables))
+    runs = runs.fillna("")  # a flag that another version lacks
+    runs["seed"] = runs["seed"].astype(int)
+    return runs, progress, broken
+
+
+def places_in(folders):
+    """All run folders and packs in `folders`, at any depth."""
+    places = []
+    for folder in folders:
+        if not folder.exists():
+            raise Refusal(f"{folder}: no such file or folder; give folders such as runs/quick")
+        packs = [folder] if folder.is_file() else folder.rglob("*runs.csv.gz")
+        files = [file for name in FILES for file in folder.rglob(name)]
+        places += sorted({*packs, *(file.parent for file in files)})
+    return places
+
+
+def read_pack(file):
+    runs = pd.read_csv(file, dtype=str, keep_default_na=False)  # a method may be called "null"
+    runs["finished"] = runs["finished"] == "True"
+    progress = read_progress(progress_of(file))
+    finished = runs["run_name"][runs["finished"]]
+    lacking = set(finished) - set(progress["run_name"])
+    if lacking:
+        raise ValueError(f"{progress_of(file).name} does not have {min(lacking)}")
+    return runs, progress
+
+
+def progress_of(file):
+    return file.with_name(file.name.replace("runs.csv", "progress.csv"))
+
+
+def read_progress(file):
+    return pd.read_csv(file, dtype={"run_name": str}, float_precision="round_trip")
+
+
+def read_run(folder):
+    lines = (folder / "sessions.jsonl").read_text(encoding="utf-8").splitlines()
+    sessions = [json.loads(line) for line in lines]
+    first = sessions[0]
+    args = first["args"]
+    args.setdefault("env_id", args.pop("task", None))  # of language models
+    script = folder / first["script"]
+    facts = {
+        "run_name": folder.name,
+        "script": script.name,
+        "finished": (folder / "summary.json").exists(),
+        "script_sha256": hashlib.sha256(script.read_bytes()).hexdigest(),
+        "files": str(sorted(first["files"].values())),
+        "command": shlex.join(first["command"]),
+        "started": first["started"],
+        "versions": distinct(sessions, ["versions"]),
+        "hardware": distinct(sessions, ["platform", "cpu", "gpu"]),
+    }
+    for name in set(args) & {*facts, "task", "method", "commit"}:
+        raise ValueError(f"an argument is called {name}: rename it")
+    run = {name: str(value) or "''" for name, value in args.items()} | facts  # "": no such flag
+    progress = pd.DataFrame(columns=EVALUATION, dtype=float)
+    if run["finished"] or (folder / "progress.csv").exists():  # not before the first evaluation
+        progress = read_progress(folder / "progress.csv")
+    if run["finished"]:
+        summary = json.loads((folder / "summary.json").read_text(encoding="utf-8"))
+        if progress["step"].max() != summary["step"]:
+            raise ValueError(f"progress.csv: cut before step {summary['step']}")
+    if not np.isfinite(progress[EVALUATION].to_numpy()).all():
+        raise ValueError("progress.csv: an evaluation that is not a number")
+    return pd.DataFrame([run]), progress.assign(run_name=folder.name)
+
+
+def distinct(sessions, names):
+    """What the sessions of a run say; of a continued run all that differ."""
+    texts = {json.dumps([session[name] for name in names], sort_keys=True) for session in sessions}
+    return ", then ".join(sorted(texts))
+
+
+def write_pack(runs, progress, file):
+    """Equal runs give equal bytes."""
+    if file.exists():
+        old, _ = read_pack(file)
+        lost = set(old["run_name"]) - set(runs["run_name"])
+        lost |= set(old["run_name"][old["finished"]]) - set(runs["run_name"][runs["finished"]])
+        if lost:
+            raise Refusal(f"--pack {file}: it would lose runs, such as {min(lost)}; read it, too")
+    file.parent.mkdir(parents=True, exist_ok=True)
+    options = {"index": False, "lineterminator": "\n"}
+    options["compression"] = {"method": "gzip", "mtime": 0}
+    tables = {file: runs, progress_of(file): progress}
+    with TemporaryDirectory(dir=file.parent) as folder:  # a full disk destroys no pack
+        for target, table in tables.items():
+            table.to_csv(Path(folder, target.name), **options)
+        for target in tables:
+            os.replace(Path(folder, target.name), target)
+
+
+def in_cells(runs):
+    """The runs with the columns of CELL: noise is "clean", or its kind and level. Refuses mixed
+    cells of finished runs."""
+    noisy = runs["noise"] + " " + runs["noise_level"]
+    noise = noisy.mask(runs["noise"] == "none", "clean")
+    runs = runs.assign(task=runs["env_id"], noise=noise, method=runs["exp_name"])
+    check(runs[runs["finished"]])
+    return runs
+
+
+def check(runs):
+    """Refuses a run that is there twice, and cells of two settings or with a seed twice."""
+    for name in runs["run_name"][runs["run_name"].duplicated()]:
+        raise Refusal(f"{name}: in two places (a pack among its runs?); leave one out")
+    settings = runs.columns.difference(NO_SETTINGS)
+    for cell, group in runs.groupby(CELL):
+        where = " ".join(cell)
+        for name in ["script", *settings]:
+            if differ(group[name]):
+                values = ", ".join(sorted(set(group[name])))
+                raise Refusal(f"{where}: runs differ in {name} ({values}); report them separately")
+        for seed in group["seed"][group["seed"].duplicated()]:
+            raise Refusal(f"{where}: seed {seed} is there twice; leave one out")
+
+
+def differ(values):
+    """An older version of a script may lack a flag: that is no difference."""
+    return len(set(values) - {""}) > 1
+
+
+def not_alike(runs, progress):
+    """A line for each task whose runs have several versions, or were evaluated otherwise."""
+    evaluations = progress.groupby("run_name")["step"]
+    counts = {"steps": evaluations.max(), "evaluations": evaluations.size()}
+    lines = []
+    for task, group in runs.groupby("task"):
+        unlike = ["versions of packages"] if differ(group["versions"]) else []
+        for script, part in group.groupby("script"):
+            if differ(part["script_sha256"]) or differ(part.get("files", [])):
+                unlike.append(f"versions of {script} or its imports")
+        for name, of_run in counts.items():
+            numbers = of_run[group["run_name"]]
+            if numbers.max() > 1.01 * numbers.min():  # else rounded up to whole rollouts
+                unlike.append(f"{numbers.min():,.0f} to {numbers.max():,.0f} {name}")
+        if unlike:
+            lines.append(f"**Not alike: {task}: {', '.join(unlike)}.**")
+    return lines
+
+
+def shared_text(runs):
+    """What all runs have in common, but for settings."""
+    facts = runs[["script", "script_sha256", "total_timesteps", "hardware"]].copy()
+    facts["script_sha256"] = facts["script_sha256"].str[:12]
+    facts["torch"] = runs["versions"].str.extract(r'"torch": "([^"]*)"', expand=False).fillna("")
+    texts = []
+    for name, values in facts.items():
+        if values.nunique() == 1 and values.iloc[0]:
+            texts.append(f"{name} {values.iloc[0]}")
+    return f"All runs: {', '.join(texts)}."
+
+
+def settings_table(runs):
+    """Settings in which methods differ."""
+    settings = runs[runs.columns.difference(NO_SETTINGS)].groupby(runs["method"])
+    table = settings.agg(lambda values: ", ".join(sorted(set(values))))
+    return table.loc[:, table.nunique() > 1].T.reset_index(names="setting")

@@ -1,0 +1,60 @@
+"""Tables of this folder's page."""
+
+from analysis.compare import LAST, cells_of, contrast
+from analysis.tables import markdown
+from results.common import estimate_text, minus_text, read, score_text
+
+NOISES = {"clean": "clean", "flip 0.2": "flipped"}
+
+
+def imdb():
+    return markdown(["rewards", "PPO", "SPPO", "SPPO minus PPO"], ppo_and_sppo("text/imdb", "imdb"))
+
+
+def ppo_and_sppo(pack, task):
+    cells = cells_of(read(pack))
+    rows = []
+    for noise, rewards in NOISES.items():
+        ppo, sppo = cells[task, noise]["ppo"], cells[task, noise]["sppo"]
+        rows.append([rewards, score_text(ppo, 3), score_text(sppo, 3), minus_text(sppo, ppo, 3)])
+    return rows
+
+
+def imdb_k20_5():
+    columns = []
+    for measure, places in {LAST: 3, "perplexity_real": 1}.items():
+        cell = cells_of(read("text/imdb-k20.5"), measure)["imdb", "flip 0.2"]
+        column = [
+            score_text(cell["ppo"], places),
+            score_text(cell["sppo"], places),
+            minus_text(cell["sppo"], cell["ppo"], places),
+            score_text(cell["ppo-eps"], places),
+            score_text(cell["ppo-ce-eps"], places),
+            score_text(cell["sppo-eps"], places),
+            minus_text(cell["sppo-eps"], cell["ppo-eps"], places),
+        ]
+        columns.append(column)
+    names = [
+        "PPO",
+        "SPPO",
+        "SPPO minus PPO",
+        "PPO, epsilon 1e-8",
+        "PPO, ce-coef / k, epsilon 1e-8",
+        "SPPO, epsilon 1e-8",
+        "SPPO, epsilon 1e-8 minus PPO, epsilon 1e-8",
+    ]
+    return markdown(["method", "reward", "perplexity_real"], zip(names, *columns))
+
+
+def sums():
+    rows = ppo_and_sppo("text/sums", "toy")
+    cells = cells_of(read("text/sums"))
+    clean, flipped = (cells["toy", noise] for noise in NOISES)
+    samples = [clean["sppo"], flipped["sppo"], clean["ppo"], flipped["ppo"]]
+    cost = [
+        "cost of noise",
+        minus_text(clean["ppo"], flipped["ppo"], 3),
+        minus_text(clean["sppo"], flipped["sppo"], 3),
+        estimate_text(contrast(samples, [1, -1, -1, 1]), 3),
+    ]
+    return markdown(["rewards", "PPO", "SPPO", "SPPO minus PPO"], [*rows, cost])
