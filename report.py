@@ -19,15 +19,15 @@ from analysis.methods import colors_of
 from analysis.runs import CELL, Refusal
 from analysis.tables import interval_text, markdown_of, with_interval
 
-BOLD = """Bold: the best of a task and noise, if it differs from each method that it is compared \
-with (p below 0.05 after correction)."""
+BOLD = """Bold: the best of its row, if it differs from each method that it is compared with \
+(p below 0.05 after correction)."""
 CURVES = "Means over runs and, shaded, standard errors."
-DIFFERENCES = """The first method's mean minus the other's, with Welch's 95 % interval and p. \
-p_corrected: by Benjamini and Hochberg, for the number of rows. detected: the smallest true \
-difference that such runs find in 80 % of cases."""
-IMPROVEMENTS = """The probability that a run of the first method is better than one of the other, \
-averaged over tasks and kinds of noise, with Brunner and Munzel's 95 % interval if all have five \
-runs. Uncorrected."""
+DIFFERENCES = """The method's mean minus the baseline's, with Welch's 95 % interval and p. \
+p_corrected: by Benjamini and Hochberg, over all rows. detectable: the true difference that such \
+runs find in 80 % of cases, without correction."""
+IMPROVEMENTS = """The probability that a run of the method beats one of the baseline, averaged \
+over tasks and kinds of noise. Brunner and Munzel's 95 % intervals, uncorrected, need five runs."""
+OTHERS = """These are not tested. Training: the mean return of the last 100 training episodes."""
 
 
 @dataclass
@@ -76,18 +76,22 @@ def verdict(means, tested, improvements):
     page = [f"**{len(found)} of {len(tested)} differences have p below 0.05 after correction.**"]
     for row in found.head(3).itertuples():
         text = interval_text(row.difference, row.low, row.high)
-        page.append(f"{row.method} minus {row.other} in {row.task}, {row.noise}: {text}.")
+        page.append(f"{row.method} minus {row.baseline} in {row.task}, {row.noise}: {text}.")
     rest = tested.drop(found.index)
     if len(rest):
-        baselines = means[[*CELL, "mean"]].rename(columns={"method": "other"})
+        baselines = means[[*CELL, "mean"]].rename(columns={"method": "baseline"})
         rest = rest.merge(baselines)
-        shares = 100 * rest["detected"] / rest["mean"].abs()
-        detected = f"{shares.min():.0f} to {shares.max():.0f} % of the other method's mean"
-        page.append(f"The others could have found differences of {detected} (80 % power).")
+        shares = 100 * rest["detectable"] / rest["mean"].abs()
+        page.append(
+            f"The other {len(rest)} would find, in 80 % of cases and without correction, a true "
+            f"difference of {shares.min():.0f} % (the most sensitive) to {shares.max():.0f} % (the "
+            "least) of the baseline's mean."
+        )
     clear = improvements[(improvements["low"] > 0.5) | (improvements["high"] < 0.5)]
     for row in clear.itertuples():
         text = interval_text(row.probability, row.low, row.high)
-        page.append(f"Over tasks {row.method} is better than {row.other} with probability {text}.")
+        beats = f"Over tasks, a run of {row.method} beats one of {row.baseline}"
+        page.append(f"{beats} with probability {text}, uncorrected.")
     return " ".join(page)
 
 
@@ -172,7 +176,7 @@ def main(args):
     if len(improvements):
         table = with_interval(improvements, "probability")
         page += ["## Over tasks", IMPROVEMENTS, markdown_of(table)]
-    page += ["## Other measures", "These are not tested."]
+    page += ["## Other measures", OTHERS]
     for measure, part in means[~chosen].groupby("measure"):
         if "/" not in measure:
             page += [

@@ -106,7 +106,7 @@ class Estimate:
         return 2 * stats.t.sf(np.abs(self.value) / self.error, self.freedom)
 
     @property
-    def detected(self):
+    def detectable(self):
         """The smallest true value that t tells from 0 in 80 % of cases."""
         return self.error * stats.t.ppf([0.975, 0.8], self.freedom).sum()
 
@@ -177,16 +177,16 @@ def means_of(scores):
 
 def differences_of(scores, pairs, measure=LAST):
     """Of `pairs`, with p as corrected by Benjamini and Hochberg for the number of rows, where what
-    cannot be tested counts with p = 1. `detected`: which difference t finds in 80 % of cases."""
+    cannot be tested counts with p = 1. `detectable`: the true difference that t finds in 80 %."""
     rows = []
     for (task, noise), cell in cells_of(scores, measure).items():
         for a, b in pairs:
             if a in cell and b in cell:
                 found = difference(cell[a], cell[b])
-                row = {"task": task, "noise": noise, "method": a, "other": b}
+                row = {"task": task, "noise": noise, "method": a, "baseline": b}
                 row |= {"difference": found.value, "low": found.low, "high": found.high}
-                rows.append(row | {"p": found.p, "detected": found.detected})
-    columns = [*CELL, "other", "difference", "low", "high", "detected", "p"]
+                rows.append(row | {"p": found.p, "detectable": found.detectable})
+    columns = [*CELL, "baseline", "difference", "low", "high", "detectable", "p"]
     table = pd.DataFrame(rows, columns=columns).astype({"p": float})
     table = table.sort_values("p", ignore_index=True)
     table["p_corrected"] = stats.false_discovery_control(table["p"].fillna(1))
@@ -197,7 +197,7 @@ def is_best(means, differences):
     """Whether a mean is the highest of its measure, task and noise, and differs, after correction,
     from all that it is compared with."""
     highest = means.groupby(["measure", "task", "noise"])["mean"].transform("max")
-    turned = differences.assign(method=differences["other"])
+    turned = differences.assign(method=differences["baseline"])
     largest_p = pd.concat([differences, turned]).groupby(CELL)["p_corrected"].max()
     p = means.join(largest_p, on=CELL)["p_corrected"]
     return (means["mean"] == highest) & (p < 0.05)
@@ -211,4 +211,4 @@ def improvements_of(scores, pairs, measure=LAST):
         both = [(cell[a], cell[b]) for cell in cells if a in cell and b in cell]
         if both:
             rows.append([a, b, len(both), *probability_of_improvement(both)])
-    return pd.DataFrame(rows, columns=["method", "other", "cells", "probability", "low", "high"])
+    return pd.DataFrame(rows, columns=["method", "baseline", "cells", "probability", "low", "high"])

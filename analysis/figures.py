@@ -62,7 +62,7 @@ def draw_curves(runs, progress, column, colors, file, narrow):
 
 def draw_differences(differences, file, narrow):
     """A panel for each task; pairs of methods and kinds of noise down."""
-    pairs = differences["method"] + " minus " + differences["other"]
+    pairs = differences["method"] + " minus " + differences["baseline"]
     table = differences.assign(row=pairs + ", " + differences["noise"])
     table = table.sort_values("row", ascending=False)
     tasks = sorted(set(table["task"]))

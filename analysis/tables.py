@@ -71,7 +71,7 @@ def difference_table(differences):
     table = with_interval(differences, "difference")
     for name in ["p", "p_corrected"]:
         table[name] = table[name].map("{:.2g}".format)
-    table["detected"] = [texts_of([x], x)[0] for x in table["detected"]]
+    table["detectable"] = [texts_of([x], x)[0] for x in table["detectable"]]
     return table
 
 
@@ -97,6 +97,6 @@ def latex_of_scores(means, begun, caption):
 
 def latex_of_differences(differences, caption):
     table = difference_table(differences)
-    names = [*CELL, "other"]
+    names = [*CELL, "baseline"]
     table[names] = table[names].map(latex_text)
     return latex(table, caption, "tab:differences", "scriptsize")

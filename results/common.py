@@ -5,7 +5,7 @@ its own analysis.
 """
 
 from functools import cache
-from itertools import product
+from itertools import combinations, product
 from pathlib import Path
 
 import numpy as np
@@ -15,6 +15,7 @@ from analysis.compare import (
     FIVE,
     LAST,
     TRAINING,
+    cells_of,
     contrast,
     difference,
     mean_and_variance,
@@ -36,12 +37,12 @@ SAMPLES = 10_000  # of a registered bootstrap interval
 
 
 @cache
-def read(pack, fewest=5):
-    """Scores of a pack, such as "control/k", as analysis/compare.py has them. For a mean of five
-    evaluations `fewest` are enough, while the report wants ten."""
+def read(pack):
+    """Scores of a pack, such as "control/k", as analysis/compare.py has them. Five evaluations are
+    enough for their mean, while the report wants ten."""
     runs, progress, broken = read_runs([RESULTS / f"{pack}-runs.csv.gz"])
     assert not broken, broken
-    return scores_of(in_cells(runs).query("finished"), progress, fewest)
+    return scores_of(in_cells(runs).query("finished"), progress, fewest=5)
 
 
 def above_floors(scores, measure, tasks, noises, methods):
@@ -76,10 +77,22 @@ def log_mean_and_variance(scores):
     return np.log(average) + np.log1p(relative) / 2, relative * (1 + relative)
 
 
-def gain_text(cells):
-    """In percent, by the bias-corrected log ratio of means, averaged over `cells`."""
+def gain(cells):
+    """With its interval: by the bias-corrected log ratio of means, averaged over `cells`."""
     found = pooled_difference(list(cells), log_mean_and_variance)
-    return percent_text(*np.expm1([found.value, found.low, found.high]))
+    return np.expm1([found.value, found.low, found.high])
+
+
+def corrected_suite(pack):
+    """p of the differences between all methods of a pack, in all measures, by Benjamini and
+    Hochberg: {(measure, task, noise, methods): p}."""
+    p = {}
+    for measure in MEASURES:
+        for place, cell in cells_of(read(pack), measure).items():
+            for a, b in combinations(cell, 2):
+                p[(measure, *place, frozenset([a, b]))] = difference(cell[a], cell[b]).p
+    corrected = stats.false_discovery_control([1 if np.isnan(x) else x for x in p.values()])
+    return dict(zip(p, corrected))
 
 
 def resampled_means(scores, count=SAMPLES):
@@ -112,6 +125,10 @@ def minus_text(a, b, places=0):
     return estimate_text(difference(a, b), places)
 
 
+def gain_text(cells):
+    return percent_text(*gain(cells))
+
+
 def percent_text(value, low, high):
     return f"{100 * value:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
 
@@ -124,12 +141,18 @@ def estimate_table(name, rows, places=2):
     return markdown([name, *found], lines)
 
 
+def corrected_p(rows):
+    """p of `rows`, {title: {name: estimate}}, by Benjamini and Hochberg: {(title, name): p}."""
+    found = {(title, name): x.p for title, row in rows.items() for name, x in row.items()}
+    return dict(zip(found, stats.false_discovery_control(list(found.values()))))
+
+
 def power_table(rows):
-    """p of `rows`, as corrected by Benjamini and Hochberg for all, and what each could detect."""
-    found = {(title, name): x for title, row in rows.items() for name, x in row.items()}
-    p = [x.p for x in found.values()]
-    corrected = stats.false_discovery_control(p)
+    """p of `rows`, as corrected for all, and what each could detect."""
+    corrected = corrected_p(rows)
     lines = []
-    for place, x, after in zip(found, found.values(), corrected):
-        lines.append([*place, f"{x.p:.2g}", f"{after:.2g}", f"{x.detected:.2f}"])
-    return markdown(["measure", "difference", "p", f"p, corrected for {len(p)}", "detects"], lines)
+    for (title, name), p in corrected.items():
+        x = rows[title][name]
+        lines.append([title, name, f"{x.p:.2g}", f"{p:.2g}", f"{x.detectable:.2f}"])
+    header = ["measure", "difference", "p", f"p, corrected for {len(corrected)}", "detects"]
+    return markdown(header, lines)

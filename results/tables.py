@@ -1,5 +1,6 @@
-"""Writes the tables of packed runs into the pages of these folders. Each stands below a marker, a
-comment with its function: in control/README.md `<!--k.measures-->` is measures() in control/k.py.
+"""Writes the tables of packed runs into pages. Each stands below a marker, a comment with its
+function: in control/README.md `<!--k.measures-->` is measures() in control/k.py, anywhere
+`<!--results.verdicts.claims-->` is claims() in verdicts.py.
 
 python -m results.tables            # writes all tables anew
 python -m results.tables --check    # fails if a page would change
@@ -11,7 +12,9 @@ from importlib import import_module
 from pathlib import Path
 
 RESULTS = Path(__file__).parent
-MARKED = re.compile(r"(?m)^<!--(\w+)\.(\w+)-->\n(?:\|.*\n)+")
+ROOT = RESULTS.parent
+PAGES = [ROOT / "README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(RESULTS.glob("**/*.md"))]
+MARKED = re.compile(r"(?m)^<!--([\w.]+)\.(\w+)-->\n(?:\|.*\n)+")
 
 
 def with_tables(page):
@@ -19,14 +22,15 @@ def with_tables(page):
 
     def marked(found):
         module, function = found.groups()
-        analysis = import_module(f"results.{page.parent.name}.{module}")
-        return f"<!--{module}.{function}-->\n{getattr(analysis, function)()}\n"
+        name = module if module.startswith("results.") else f"results.{page.parent.name}.{module}"
+        table = getattr(import_module(name), function)()
+        return f"<!--{module}.{function}-->\n{table}\n"
 
     return MARKED.sub(marked, page.read_text(encoding="utf-8"))
 
 
 def main(check):
-    for page in sorted(RESULTS.glob("**/*.md")):
+    for page in PAGES:
         text = with_tables(page)
         if text != page.read_text(encoding="utf-8"):
             if check:

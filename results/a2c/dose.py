@@ -79,18 +79,27 @@ def measures():
     return estimate_table("", found, places=3)
 
 
+def tested():
+    return {MEASURES[measure]: effects(measure) for measure in [TRAINING, FIVE, LAST]}
+
+
 def power():
-    return power_table({MEASURES[measure]: effects(measure) for measure in [TRAINING, FIVE, LAST]})
+    return power_table(tested())
+
+
+def dose_effects():
+    """Differences of other betas from beta 0 in the last evaluation, averaged over the tasks:
+    {beta: {rewards: estimate}}."""
+    by_seed = relative_scores(LAST).mean(axis=0)
+    found = {}
+    for i, beta in enumerate(BETAS[1:], start=1):
+        of_beta = [mean(scores[i] - scores[0]) for scores in by_seed]
+        found[f"{beta:g}"] = dict(zip(REWARDS.values(), of_beta))
+    return found
 
 
 def doses():
-    """Differences of other betas from beta 0 in the last evaluation, averaged over the tasks."""
-    by_seed = relative_scores(LAST).mean(axis=0)
-    rows = {}
-    for i, beta in enumerate(BETAS[1:], start=1):
-        found = [mean(scores[i] - scores[0]) for scores in by_seed]
-        rows[f"{beta:g}"] = dict(zip(REWARDS.values(), found))
-    return estimate_table("beta", rows, places=3)
+    return estimate_table("beta", dose_effects(), places=3)
 
 
 def interactions_in(measure):
@@ -105,14 +114,16 @@ def interactions_in(measure):
     return dict(zip(["noisy minus clean", "flipped minus clean"], found))
 
 
+def tested_interactions():
+    return {MEASURES[measure]: interactions_in(measure) for measure in [TRAINING, FIVE, LAST]}
+
+
 def interactions():
-    rows = {MEASURES[measure]: interactions_in(measure) for measure in [TRAINING, FIVE, LAST]}
-    return estimate_table("log ratio, beta 20 to 0", rows, places=3)
+    return estimate_table("log ratio, beta 20 to 0", tested_interactions(), places=3)
 
 
 def power_of_interactions():
-    rows = {MEASURES[measure]: interactions_in(measure) for measure in [TRAINING, FIVE, LAST]}
-    return power_table(rows)
+    return power_table(tested_interactions())
 
 
 def smallest_dose():

@@ -56,7 +56,7 @@ def power():
     rows = []
     for measure, title in MEASURES.items():
         found = steps(measure).values()
-        rows.append([title, *(f"{x.p:.4f}, detects {x.detected:.2f}" for x in found)])
+        rows.append([title, *(f"{x.p:.4f}, detects {x.detectable:.2f}" for x in found)])
     return markdown(["p", *STEPS], rows)
 
 

@@ -135,7 +135,7 @@ def table_of(contrasts):
     values = [first[name].dropna() for name in contrasts]
     rows.append(["mean without any one game", *map(without_one, values)])
     rows.append(["games above 0 in the first row", *(share_text(x > 0) for x in values)])
-    rows.append(["could detect", *(f"{mean_over_games(x).detected:.2f}" for x in values)])
+    rows.append(["could detect", *(f"{mean_over_games(x).detectable:.2f}" for x in values)])
     tests = registered_tests(first).reindex(columns=contrasts)
     for title, row in tests.iterrows():
         rows.append([title, *("" if np.isnan(p) else f"{p:.3f}" for p in row)])

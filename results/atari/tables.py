@@ -35,5 +35,5 @@ def epsilon():
         cell = cells_of(read("atari/epsilon"), measure)["Breakout", "clean"]
         a2c, sa2c = cell["a2c"], cell["sa2c"]
         scores = [score_text(a2c, 1), score_text(sa2c, 1), minus_text(sa2c, a2c, 1)]
-        rows.append([measure, *scores])
+        rows.append([MEASURES[measure], *scores])
     return markdown(["measure", "A2C", "SA2C", "SA2C minus A2C"], rows)

@@ -63,7 +63,7 @@ def detected_gains():
     texts = []
     for noises in [NOISES, NOISES[:1], NOISES[1:]]:
         found = pooled_difference(pairs("sppo", "dppo", noises=noises), log_mean_and_variance)
-        texts.append(f"{100 * np.expm1(found.detected):.0f} %")
+        texts.append(f"{100 * np.expm1(found.detectable):.0f} %")
     return "{} pooled ({} clean, {} noisy)".format(*texts)
 
 

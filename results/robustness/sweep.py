@@ -68,6 +68,14 @@ def each_rewards():
     return "\n\n".join(texts)
 
 
+def difference_in_share():
+    """SPPO minus DPPO in measure A, with its bootstrap interval."""
+    means = resampled_means(scores_above())
+    shares = means / means.max(axis=-2, keepdims=True)
+    dppo, sppo = mean_share(shares).mean(axis=(0, 1))
+    return bootstrapped(sppo - dppo)
+
+
 def rows_of(rewards):
     """Both measures, averaged over tasks and `rewards`, of each method and of SPPO minus DPPO."""
     means = resampled_means(scores_above())
