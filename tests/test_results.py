@@ -3,23 +3,22 @@
 import importlib
 import itertools
 import re
+import shlex
 import subprocess
 from pathlib import Path
 
 import numpy as np
 import pandas as pd
 import pytest
+import tyro
 from scipy import stats
 
-from analysis import compare
 from analysis.runs import read_pack, read_progress
-from results import common, tables
+from results import commands, common, comparisons, predictions, tables, verdicts
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = ROOT / "results"
-PAGES = {str(path.relative_to(RESULTS)): path.read_text() for path in RESULTS.glob("**/*.md")}
-REPRODUCTION = (ROOT / "docs/reproduction.md").read_text()
-NUMBER = r"([+-]?[\d,]*\.?\d+)"
+PAGES = {str(path.relative_to(ROOT)): path.read_text() for path in tables.PAGES}
 
 
 def analysis(name):
@@ -29,7 +28,7 @@ def analysis(name):
 
 def page_of(name):
     """The page on a pack or an analysis, such as control/k."""
-    return PAGES[f"{name.partition('/')[0]}/README.md"]
+    return PAGES[f"results/{name.partition('/')[0]}/README.md"]
 
 
 def packed(name):
@@ -42,7 +41,7 @@ def packed(name):
 
 @pytest.mark.parametrize("page", PAGES)
 def test_tables_are_as_generated_and_tables_of_means_have_markers(page):
-    assert tables.with_tables(RESULTS / page) == PAGES[page]
+    assert tables.with_tables(ROOT / page) == PAGES[page]
     assert not re.findall(r"(?m)^\|.*±.*", tables.MARKED.sub("", PAGES[page]))
 
 
@@ -58,113 +57,68 @@ def test_a_row_of_a_table_has_means_standard_errors_and_welchs_difference():
     assert row in page_of("text/sums")
 
 
-# ---- Numbers in sentences
+# ---- Predictions and verdicts
 
 
-def test_intervals_of_claims_are_on_pages_of_results():
-    """A claim in words may round its interval."""
-    number = rf"{NUMBER}(?: %| points)?"
-    interval = re.compile(rf"{number}(?: \(| could be ){NUMBER} to {NUMBER}")
-    pages = "\n".join(PAGES.values()).replace(",", "")
-    there = [list(map(float, texts)) for texts in interval.findall(pages)]
-    readme = re.sub(r"\[(.+?)\]\(.+?\)", r"\1", (ROOT / "README.md").read_text())
-    claims = interval.findall((REPRODUCTION + readme).replace(",", ""))
-    assert len(claims) > 43
-    for claim in claims:
-        digits = [len(text.partition(".")[2]) for text in claim]
-        assert [*map(float, claim)] in [[*map(round, values, digits)] for values in there], claim
+def test_outcomes_of_predictions_are_those_that_packs_confirm():
+    table = predictions.table()
+    found = list(predictions.computed())
+    assert len(found) == len({row[:2] for row in found}) > 25
+    for pack, beginning, holds in found:
+        rows = table[(table["pack"] == pack) & table["prediction"].str.startswith(beginning)]
+        assert rows["outcome"].to_list() == ["kept" if holds else "failed"], (pack, beginning)
 
 
-def percentages(text):
-    """Numbers of "1.6 % (-8.9 to 13.3)", as often as it is there."""
-    found = re.findall(rf"{NUMBER} % \((?:95 % interval )?{NUMBER} to {NUMBER}\)", text)
-    return [tuple(map(float, numbers)) for numbers in found]
+def test_corrected_p_is_over_all_differences_of_a_pack_in_all_measures():
+    p = {}
+    scores = common.read("atari/crazyclimber")
+    for measure in common.MEASURES:
+        cell = scores[scores["measure"] == measure].groupby("method")["score"].apply(np.array)
+        for a, b in itertools.combinations(cell.index, 2):
+            p[measure, a, b] = stats.ttest_ind(cell[a], cell[b], equal_var=False).pvalue
+    corrected = stats.false_discovery_control(list(p.values()))
+    found = common.corrected_suite("atari/crazyclimber")
+    for (measure, *methods), after in zip(p, corrected):
+        place = (measure, "CrazyClimber", "clean", frozenset(methods))
+        assert found[place] == pytest.approx(after)
+    assert len(found) == 9
 
 
-def test_the_variants_percentage_is_that_of_its_analysis():
-    assert analysis("control/tables").variant() in (ROOT / "docs/symmetric-loss.md").read_text()
+def test_verdicts_are_those_that_packs_give():
+    assert verdicts.csv_table().to_csv(index=False) == (RESULTS / "verdicts.csv").read_text()
 
 
 @pytest.mark.parametrize(
-    ("name", "count"), [("control/k", 2), ("robustness/sweep", 1), ("atari/games", 2)]
+    ("low", "value", "high", "p", "verdict"),
+    [
+        (0.1, 0.2, 0.3, 0.04, "seen"),
+        (-0.3, -0.2, -0.1, 0.04, "reversed"),
+        (0.1, 0.2, 0.3, 0.06, "leaning for"),
+        (-0.3, -0.2, -0.1, 0.06, "leaning against"),
+        (-0.1, 0.0, 0.09, 0.9, "not seen"),
+        (-0.1, 0.0, 0.11, 0.9, "undecided"),
+    ],
 )
-def test_percentages_of_an_analysis_are_on_its_page(name, count):
-    printed = percentages(analysis(name).gains())
-    assert len([numbers for numbers in percentages(page_of(name)) if numbers in printed]) == count
+def test_a_verdict_is_the_first_that_holds(low, value, high, p, verdict):
+    found = comparisons.Interval(value, low, high)
+    assert comparisons.Comparison("1", "", "k", found, 8, corrected=p).verdict() == verdict
 
 
-CORRECTED = [  # a pack; a measure, task and noise; a pair; how its page shows the p of that
-    ("atari/breakout", ("last_evaluation", "Breakout", "clean"), ("sppo", "ppo")),
-    ("atari/epsilon", ("training", "Breakout", "clean"), ("sa2c", "a2c")),
-    ("atari/crazyclimber", ("training", "CrazyClimber", "clean"), ("ppo", "ppo-authors")),
-    ("text/imdb-k20.5", ("last_evaluation", "imdb", "flip 0.2"), ("sppo-eps", "ppo-eps")),
-    ("text/imdb-k20.5", ("last_evaluation", "imdb", "flip 0.2"), ("ppo-ce-eps", "ppo-eps")),
-]
-
-
-@pytest.mark.parametrize(("name", "place", "pair"), CORRECTED)
-def test_corrected_p_is_over_all_differences_of_a_suite(name, place, pair):
-    """Between all methods, in all measures."""
-    p = {}
-    for measure in common.MEASURES:
-        for cell, scores in compare.cells_of(common.read(name, fewest=10), measure).items():
-            for a, b in itertools.combinations(scores, 2):
-                found = compare.difference(scores[a], scores[b])
-                p[(measure, *cell), frozenset([a, b])] = found.p
-    corrected = dict(zip(p, stats.false_discovery_control(list(p.values()))))
-    found = corrected[place, frozenset(pair)]
-    assert f"corrected p = {found:.{2 if found > 0.05 else 3}f})" in page_of(name)
-
-
-SLOPES = [  # an analysis; a table; the row's measure, difference; how the page shows the last p
-    ("control/k", "power", "training | slope over log10 k", "(corrected p = {:.2f})"),
-    ("a2c/dose", "power", "training | noisy minus clean", "noisy rewards (p = {:.3f})"),
-    ("a2c/dose", "power", "training | flipped minus clean", "for flips ({:.2f})"),
-    ("a2c/dose", "power_of_interactions", "training | noisy minus", "(corrected p = {:.2f})"),
-    ("a2c/dose", "power_of_interactions", "last evaluation | flipped", "reverse ({:.2f})"),
-]
-
-
-@pytest.mark.parametrize(("name", "table", "row", "shown"), SLOPES)
-def test_corrected_p_of_slopes(name, table, row, shown):
-    text = getattr(analysis(name), table)()
-    (corrected,) = re.findall(rf"\| {re.escape(row)}[^|]*\| [^|]+ \| ([^|]+) \|", text)
-    assert shown.format(float(corrected)) in page_of(name)
-
-
-def test_gains_that_control_could_detect_are_on_its_page():
-    assert analysis("control/tables").detected_gains() in PAGES["control/README.md"]
-
-
-def test_numbers_in_sentences_are_those_of_small_tables():
-    rounding = pd.read_csv(RESULTS / "control/rounding.csv")
-    gap = (rounding["dppo-k"] - rounding["sppo"]).abs()
-    method = (rounding["dppo"] - rounding["sppo"]).abs().mean()
-    shown = f"by {gap.mean():.0f} on average, up to {gap.max():,.0f}"
-    shown += f" (SPPO and DPPO on the same seeds: {method:.0f})"
-    assert shown in PAGES["control/README.md"]
-
-    cosines = pd.read_csv(RESULTS / "a2c/cosines.csv")
-    means = cosines.groupby(cosines["run_name"].str.split("-").str[0]).mean(numeric_only=True)
-    tasks = ("Hopper", "HalfCheetah", "InvertedDoublePendulum")
-    first, second, third = (f"{means.loc[task, 'beta20']:.3f} on {task}" for task in tasks)
-    least = means["beta0.5"].min()
-    shown = f"is {first}, {second} and {third}; with beta 0.5 instead, at least {least:.3f}."
-    assert shown in PAGES["a2c/README.md"]
-
-    games = pd.read_csv(RESULTS / "atari/random.csv").groupby("game")["score"]
-    for game, digits in (("WizardOfWor", 0), ("Breakout", 1), ("CrazyClimber", 0)):
-        score, error = games.mean()[game], games.sem()[game]
-        assert f"{score:,.{digits}f} ± {error:.{digits}f}" in PAGES["atari/README.md"]
-
-    speeds = pd.read_csv(RESULTS / "speed/cpu.csv", dtype=str)
-    control = speeds["script"].str.contains("continuous")
-    measured = speeds[speeds["commit"] == np.where(control, "fdbdd6e", "bc33b3a")]
-    measured = measured[measured["flags"].isna() | measured["script"].str.contains("rlhf")]
-    assert len(measured) == 6
-    for row in measured.itertuples():
-        cells = f"| {float(row.rate):,g} | {row.ratio} ({row.ratio_low} to {row.ratio_high}) |"
-        assert cells in PAGES["speed/README.md"]
+@pytest.mark.parametrize("path", sorted(RESULTS.glob("*/*-runs.csv.gz")), ids=lambda x: x.name)
+def test_commands_of_packs_are_those_of_todays_scripts(path, monkeypatch):
+    """All are accepted, with the recorded method and seed."""
+    pack = str(path.relative_to(RESULTS)).removesuffix("-runs.csv.gz")
+    listed, left_out = commands.commands_of(pack)
+    runs = packed(pack)
+    assert len(listed) + len(left_out) == len(runs)
+    edited = {"control/three-tasks", "atari/breakout", "atari/epsilon"}
+    assert bool(left_out) == (pack in edited or pack.startswith("text/imdb"))
+    kept = runs[~runs["run_name"].isin(left_out)].sort_values("seed", kind="stable")
+    for line, run in list(zip(listed, kept.itertuples()))[:: max(1, len(listed) // 20)]:
+        script, *words = shlex.split(line)[1:]
+        module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
+        args = module.parse_args(words) if "rlhf" in script else tyro.cli(module.Args, args=words)
+        assert args.seed == int(run.seed) and run.exp_name in (args.exp_name or "sb3-a2c sb3-ppo")
 
 
 # ---- Runs

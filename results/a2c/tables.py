@@ -1,5 +1,7 @@
 """Tables of this folder's page, but for those of dose.py."""
 
+from pathlib import Path
+
 import pandas as pd
 
 from analysis.compare import cells_of
@@ -30,3 +32,11 @@ def against_stable_baselines3():
     ours, theirs = cell["a2c"], cell["sb3-a2c"]
     row = [score_text(ours), score_text(theirs), minus_text(ours, theirs)]
     return markdown(["A2C", "Stable-Baselines3", "A2C minus Stable-Baselines3"], [row])
+
+
+def cosines():
+    """Between the gradients of DA2C and of SA2C with other betas, of the final agents."""
+    found = pd.read_csv(Path(__file__).with_name("cosines.csv")).set_index("run_name")
+    means = found.groupby(found.index.str.split("-").str[0]).mean()
+    rows = [[task, *(f"{x:.3f}" for x in row)] for task, row in means.iterrows()]
+    return markdown(["task", "beta 0.5", "beta 2", "beta 20"], rows)

@@ -17,12 +17,10 @@ from analysis.tables import markdown
 from results.common import estimate_text, mean, percent_text, read
 
 HERE = Path(__file__).parent
-ABOVE_RANDOM = "mean of five, minus a random agent's"
 MEASURES = {
     FIVE: "mean of five evaluations",
     TRAINING: "training",
     LAST: "last evaluation",
-    ABOVE_RANDOM: ABOVE_RANDOM,
 }
 CONTRASTS = {  # (method, noise), and what it is divided by
     "loss": (("sppo", "clean"), ("ppo", "clean")),
@@ -64,9 +62,7 @@ def scores_of(measure):
     missing = runs[FIVE].isna().groupby("task").mean()
     assert missing.isin([0, 1]).all(axis=None), "a game that is not whole"
     of_random = random_scores()[runs.index.get_level_values("task")].to_numpy()
-    scores = runs[FIVE].sub(of_random, axis=0) if measure == ABOVE_RANDOM else runs[measure]
-    scores = scores.clip(lower=of_random / 10, axis=0)
-    return scores.groupby("task").mean()
+    return runs[measure].clip(lower=of_random / 10, axis=0).groupby("task").mean()
 
 
 def is_learned(scores):
@@ -100,13 +96,11 @@ def holm(p):
 
 
 def registered_tests(ratios):
-    """p-values: a row for each kind, a column for each contrast in TESTED."""
+    """p-values by t of the contrasts in TESTED, corrected by Holm's method."""
     values = {name: ratios[name].dropna() for name in TESTED}
     assert {name: len(x) for name, x in values.items()} == TESTED
-    by_t = np.array([mean_over_games(x).p for x in values.values()])
-    by_wilcoxon = [stats.wilcoxon(x).pvalue for x in values.values()]
-    tests = {"p, by t": by_t, "p, by Holm": holm(by_t), "p, by Wilcoxon": by_wilcoxon}
-    return pd.DataFrame(tests, index=list(TESTED)).T
+    p = np.array([mean_over_games(x).p for x in values.values()])
+    return pd.Series(holm(p), index=list(TESTED))
 
 
 def share_text(holds):
@@ -121,24 +115,27 @@ def without_one(ratios):
     return f"{means.min():.2f} to {means.max():.2f}"
 
 
+def gain_text(ratios):
+    found = mean_over_games(ratios)
+    return percent_text(*np.expm1([found.value, found.low, found.high]))
+
+
 def table_of(contrasts):
     """Mean log ratios over games, by t; of the first row the registered tests."""
     ratios = {title: log_ratios(scores_of(measure)) for measure, title in MEASURES.items()}
     first = ratios.pop(MEASURES[FIVE])
-    parts = {MEASURES[FIVE]: first}
-    if "both" in contrasts:  # of CrazyClimber the gain was known; it ran on clean rewards
-        parts["the same, without CrazyClimber"] = first.drop("CrazyClimber")
-    parts["the same, learned games"] = first[is_learned(scores_of(FIVE))]
+    learned = first[is_learned(scores_of(FIVE))]
+    parts = {MEASURES[FIVE]: first, "the same, learned games": learned} | ratios
     rows = []
-    for title, part in (parts | ratios).items():
+    for title, part in parts.items():
         rows.append([title, *(estimate_text(mean_over_games(part[name])) for name in contrasts)])
+    rows.insert(1, ["the same in percent", *(gain_text(first[name]) for name in contrasts)])
     values = [first[name].dropna() for name in contrasts]
     rows.append(["mean without any one game", *map(without_one, values)])
     rows.append(["games above 0 in the first row", *(share_text(x > 0) for x in values)])
     rows.append(["could detect", *(f"{mean_over_games(x).detectable:.2f}" for x in values)])
-    tests = registered_tests(first).reindex(columns=contrasts)
-    for title, row in tests.iterrows():
-        rows.append([title, *("" if np.isnan(p) else f"{p:.3f}" for p in row)])
+    p = registered_tests(first).reindex(contrasts)
+    rows.append(["p, by Holm", *("" if np.isnan(x) else f"{x:.2f}" for x in p)])
     return markdown(["log ratio", *contrasts], rows)
 
 
@@ -148,17 +145,6 @@ def measures():
 
 def noise():
     return table_of(["loss, flipped", "noise, PPO", "noise, SPPO", NOISY_LOSS])
-
-
-def gains():
-    """The loss's mean log ratios, as gains in percent."""
-    ratios = log_ratios(scores_of(FIVE))
-    lines = []
-    for name in ["loss", "loss, flipped"]:
-        found = mean_over_games(ratios[name])
-        gain = np.expm1([found.value, found.low, found.high])
-        lines.append(f"{name}: {percent_text(*gain)}")
-    return "\n".join(lines)
 
 
 def games():
@@ -211,5 +197,5 @@ def draw():
 
 if __name__ == "__main__":
     plt.switch_backend("agg")
-    print(measures(), noise(), gains(), games(), sep="\n\n")
+    print(measures(), noise(), games(), sep="\n\n")
     draw()

@@ -10,7 +10,6 @@ import numpy as np
 
 from analysis.compare import CELL, FIVE, contrast, difference
 from analysis.methods import COLORS
-from analysis.tables import markdown
 from results.common import (
     HOPPER,
     LANDER,
@@ -18,7 +17,6 @@ from results.common import (
     PENDULUM,
     above_floors,
     estimate_table,
-    gain_text,
     mean,
     power_table,
     read,
@@ -81,18 +79,6 @@ def power():
     return power_table(tested())
 
 
-def gains():
-    """Ratios to k = 1, pooled over the six cells without the bias of a ratio."""
-    rows = []
-    for measure, title in MEASURES.items():
-        ends, earlier = (scores.reshape(6, -1, 8) for scores in both_suites(measure))
-        low, one, high = ends.swapaxes(0, 1)
-        dppo, sppo = earlier.swapaxes(0, 1)
-        pairs = [(low, one), (high, one), (sppo, dppo)]
-        rows.append([title, *(gain_text(zip(a, b)) for a, b in pairs)])
-    return markdown(["log ratios", "k = 0.2 to 1", "k = 100 to 1", "k = 20.5 to 1"], rows)
-
-
 def each_task():
     rows = {}
     for i, task in enumerate(TASKS):
@@ -145,5 +131,5 @@ def draw():
 
 if __name__ == "__main__":
     plt.switch_backend("agg")
-    print(measures(), power(), gains(), each_task(), best_runs(), clipped(), sep="\n\n")
+    print(measures(), power(), each_task(), best_runs(), clipped(), sep="\n\n")
     draw()

@@ -1,6 +1,9 @@
 """Tables of this folder's page, but for those of k.py."""
 
+from pathlib import Path
+
 import numpy as np
+import pandas as pd
 
 from analysis.compare import FIVE, LAST, TRAINING, cells_of, pooled_difference
 from analysis.tables import markdown
@@ -47,28 +50,45 @@ def pairs(a, b, measure=LAST, noises=NOISES):
 
 
 def gains():
+    """Differences from DPPO."""
+    methods = ["sppo", "sppo-p", "ppo"]
     rows = []
     for measure in [LAST, FIVE, TRAINING]:
-        texts = [gain_text(pairs(method, "dppo", measure)) for method in ["sppo", "ppo"]]
+        texts = [gain_text(pairs(method, "dppo", measure)) for method in methods]
         rows.append([MEASURES[measure], *texts])
-        if measure == LAST:
-            for title, noise in zip(["the same, clean", "the same, noisy"], NOISES):
-                found = [pairs(method, "dppo", noises=[noise]) for method in ["sppo", "ppo"]]
-                rows.append([title, *map(gain_text, found)])
-    return markdown(["measure", "SPPO", "Gaussian PPO"], rows)
+    return markdown(["measure", "SPPO", "our variant", "Gaussian PPO"], rows)
 
 
-def detected_gains():
-    """What gains of SPPO the runs could detect."""
-    texts = []
-    for noises in [NOISES, NOISES[:1], NOISES[1:]]:
+def more_tasks():
+    cells = cells_of(read("control/locomotion"))
+    rows = []
+    for task in ["HalfCheetah-v4", "Walker2d-v4"]:
+        for noise, rewards in zip(NOISES, ["clean", "noisy"]):
+            cell = cells[task, noise]
+            scores = [score_text(cell[method]) for method in ["ppo", "dppo", "sppo"]]
+            difference = minus_text(cell["sppo"], cell["dppo"])
+            rows.append([f"{short(task)}, {rewards}", *scores, difference])
+    return markdown(["task", "PPO", "DPPO", "SPPO", "SPPO minus DPPO"], rows)
+
+
+def detected():
+    """What gains of SPPO over DPPO the runs could detect."""
+    rows = []
+    for title, noises in {"both": NOISES, "clean": NOISES[:1], "noisy": NOISES[1:]}.items():
         found = pooled_difference(pairs("sppo", "dppo", noises=noises), log_mean_and_variance)
-        texts.append(f"{100 * np.expm1(found.detectable):.0f} %")
-    return "{} pooled ({} clean, {} noisy)".format(*texts)
+        rows.append([title, f"{100 * np.expm1(found.detectable):.0f} %"])
+    return markdown(["rewards", "gain"], rows)
 
 
-def variant():
-    return gain_text(pairs("sppo-p", "dppo"))
+def rounding():
+    """Gaps between last evaluations of ten pairs of runs on the same seeds."""
+    runs = pd.read_csv(Path(__file__).with_name("rounding.csv"))
+    rows = []
+    names = {"dppo-k": "the same run, sums in another order", "dppo": "DPPO, k = 1"}
+    for method, title in names.items():
+        gap = (runs[method] - runs["sppo"]).abs()
+        rows.append([title, f"{gap.mean():,.0f}", f"{gap.max():,.0f}"])
+    return markdown(["SPPO against", "mean gap", "largest gap"], rows)
 
 
 def ant():

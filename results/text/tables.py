@@ -8,7 +8,11 @@ NOISES = {"clean": "clean", "flip 0.2": "flipped"}
 
 
 def imdb():
-    return markdown(["rewards", "PPO", "SPPO", "SPPO minus PPO"], ppo_and_sppo("text/imdb", "imdb"))
+    rows = ppo_and_sppo("text/imdb", "imdb")
+    cell = cells_of(read("text/imdb"))["imdb", "clean"]
+    ppo, sppo = cell["ppo-small"], cell["sppo-small"]
+    rows.append(["clean, small", score_text(ppo, 3), score_text(sppo, 3), minus_text(sppo, ppo, 3)])
+    return markdown(["rewards", "PPO", "SPPO", "SPPO minus PPO"], rows)
 
 
 def ppo_and_sppo(pack, task):
