@@ -15,7 +15,6 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import nbformat
 import numpy as np
-import pandas as pd
 import pytest
 import torch
 from helpers import SA2C_ATARI, SPPO_CONTINUOUS, record, sha256
@@ -58,22 +57,6 @@ def test_the_worked_example_is_right():
         cells = [float(cell) for cell in row.split("|")]
         assert cells == pytest.approx(values, abs=0.005)
     assert rf"$\alpha=0.5$ and $\beta=20$, {100 * 20 / 20.5:.0f} %" in PAGE  # kept where clipped
-
-
-def test_shares_of_training_are_those_of_the_packed_runs():
-    """The least and the most of all methods on all tasks with all rewards, in percent."""
-    ends = []
-    for pack, methods, name in (
-        ("three-tasks", "", "clipped_gradients"),
-        ("k", "__k0.2__", "clipped_gradients"),
-        ("three-tasks", "", "norm_sign_changes"),
-    ):
-        progress = pd.read_csv(ROOT / f"results/control/{pack}-progress.csv.gz")
-        progress = progress[progress["run_name"].str.contains(methods, regex=False)]
-        cell = progress["run_name"].str.replace(r"__\d{5}.*", "", regex=True)  # of all seeds
-        shares = 100 * progress.groupby(cell)[f"losses/{name}"].mean()
-        ends.append((f"{shares.min():.0f}", f"{shares.max():.0f}"))
-    assert re.findall(r"(\d+) to (\d+) %", PAGE) == ends
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.compare import FIVE, LAST, TRAINING, cells_of, pooled_difference
+from analysis.runs import CELL
 from analysis.tables import markdown
 from results.common import (
     HOPPER,
@@ -89,6 +90,27 @@ def rounding():
         gap = (runs[method] - runs["sppo"]).abs()
         rows.append([title, f"{gap.mean():,.0f}", f"{gap.max():,.0f}"])
     return markdown(["SPPO against", "mean gap", "largest gap"], rows)
+
+
+def shares():
+    """Lowest and highest mean share over methods, tasks and kinds of noise."""
+    rows = []
+    for title, pack, metric in [
+        ("updates that are clipped, k of 1 or more", "three-tasks", "losses/clipped_gradients"),
+        ("updates that are clipped, k = 0.2", "k", "losses/clipped_gradients"),
+        (
+            "advantages whose sign changes in normalisation",
+            "three-tasks",
+            "losses/norm_sign_changes",
+        ),
+    ]:
+        scores = read(f"control/{pack}")
+        chosen = scores[scores["measure"] == metric]
+        if pack == "k":
+            chosen = chosen[chosen["method"] == "k0.2"]
+        means = 100 * chosen.groupby(CELL)["score"].mean()
+        rows.append([title, f"{means.min():.0f} %", f"{means.max():.0f} %"])
+    return markdown(["share", "lowest", "highest"], rows)
 
 
 def ant():
