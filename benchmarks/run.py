@@ -42,18 +42,16 @@ class Args:
     dry_run: bool = False  # print the commands that are left, and run nothing
 
 
-def key_of(folder, script, *words):
-    """What tells commands apart: the script's name and flags, but for those in its NO_EFFECT."""
-    text = (folder / Path(script).name).read_text(encoding="utf-8")
-    no_effect = "".join(re.findall(r"(?ms)^NO_EFFECT = .*?\]", text))
-    names = "|".join(["runs_dir", *re.findall(r'"(\w+)"', no_effect)]).replace("_", "[-_]")
-    flags = "".join(f"\n{word}" for word in words)
-    return Path(script).name + re.sub(rf"(?m)\n--(no[-_])?({names})([\n=](?!--).*)?$", "", flags)
+def key_of(script, *words):
+    """What tells commands apart: the script's name and its flags, but for the folder of runs."""
+    flags = re.sub(r"(?m)^--runs[-_]dir(=|\n).*$", "", "\n".join(words))
+    return Path(script).name, *flags.split()
 
 
 def unfinished(commands, runs_dir):
     """The commands without a finished run. A run matches if its flags are equal and its files (the
-    script, what it imported or read) are unchanged. The script's folder may have moved."""
+    script, what it imported or read) are unchanged. The script's folder may have moved. Where only
+    flags without an effect differ, such as --no-compile, the script finds its finished run."""
 
     @functools.cache
     def digest(path):
@@ -67,7 +65,7 @@ def unfinished(commands, runs_dir):
                 for session in map(json.loads, path.read_text().strip().split("\n")):
                     inside = session["directory"] + os.sep
                     files = {Path(p.removeprefix(inside)): d for p, d in session["files"].items()}
-                    finished.setdefault(key_of(path.parent, *session["command"]), []).append(files)
+                    finished.setdefault(key_of(*session["command"]), []).append(files)
         except (OSError, ValueError, LookupError, TypeError, AttributeError) as error:
             print(f"{path.parent}: a broken run ({error!r})", file=sys.stderr)
     for command in commands:
@@ -75,7 +73,7 @@ def unfinished(commands, runs_dir):
         if program != "python":
             raise ValueError(command)
         folder = Path(script).resolve(strict=True).parent
-        recorded = finished.get(key_of(folder, script, *words), [])
+        recorded = finished.get(key_of(script, *words), [])
         if not any(all(digest(folder / p) == d for p, d in files.items()) for files in recorded):
             yield command
 
