@@ -97,9 +97,10 @@ def of_control():
             place = (task, rewards)
             yield in_points(claim, short(task), "locomotion", "control/locomotion", place, pair)
     effects = k.effects(FIVE)
+    titles = {"k = 20.5 minus 1": "three tasks, clean and noisy (k = 20.5 minus 1)"}
     for name in ["k = 20.5 minus 1", "k = 0.2 minus 1", "k = 100 minus 1"]:
-        options = {"tasks": 3, "direct": "20.5" in name, "measure": MEASURES[FIVE]}
-        yield Comparison("1 2", name, "k", effects[name], 8, **options)
+        options = {"tasks": 3, "direct": name in titles, "measure": MEASURES[FIVE]}
+        yield Comparison("1 2", titles.get(name, name), "k", effects[name], 8, **options)
     name = "slope over log10 k"
     found = k.effects(TRAINING)[name]
     options = {"tasks": 3, "direct": False, "measure": MEASURES[TRAINING]}
@@ -139,7 +140,8 @@ def of_a2c():
     for beta, of_beta in dose.dose_effects().items():
         for rewards, found in of_beta.items():
             claim = "3" if rewards == "clean" else "4"
-            yield Comparison(claim, f"beta {beta} minus 0, {rewards}", found=found, **options)
+            name = f"three tasks, {rewards} (beta {beta} minus 0)"
+            yield Comparison(claim, name, found=found, **options)
     options |= {"direct": False, "measure": MEASURES[TRAINING]}
     found = dose.effects(TRAINING)
     p = corrected_p(dose.tested())
@@ -203,7 +205,7 @@ def of_atari():
 
 def of_text():
     rows = [
-        ("10", "IMDB", "text/imdb", "clean", ("sppo", "ppo")),
+        ("10", "IMDB, k = 0.9", "text/imdb", "clean", ("sppo", "ppo")),
         ("10", "IMDB, flipped", "text/imdb", "flip 0.2", ("sppo", "ppo")),
         ("10", "IMDB, flipped, k = 20.5", "text/imdb-k20.5", "flip 0.2", ("sppo", "ppo")),
         ("10", "the same, epsilon 1e-8", "text/imdb-k20.5", "flip 0.2", ("sppo-eps", "ppo-eps")),

@@ -81,8 +81,13 @@ def claims():
     return markdown(header, rows)
 
 
-FRONT_PAGE = {"PPO, control": "1", "A2C, control": "3", "PPO, Atari": "5", "PPO, flipped": "7"}
-FRONT_PAGE |= {"PPO, language models": "10"}
+FRONT_PAGE = {
+    "PPO, control": "1",
+    "A2C, control": "3",
+    "PPO, Atari": "5",
+    "PPO, Atari, flipped rewards": "7",
+    "PPO, language models": "10",
+}
 
 
 def front_page():
