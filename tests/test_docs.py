@@ -223,10 +223,11 @@ def test_students_get_scripts_without_answers_that_train_as_before(tmp_path, mon
     folder = tmp_path / "symmetric-loss"
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     scripts = {"sa2c_continuous.py", "sppo_continuous.py"}
-    pages = {"docs/handout.md", "docs/symmetric_loss_exercise.ipynb"}
+    pages = {"docs/handout.md", "docs/symmetric_loss_exercise.ipynb", "docs/loss.html"}
     assert files == scripts | pages | {"LICENSE", "pyproject.toml", "requirements.lock"}
     handout = (folder / "docs/handout.md").read_text()
-    assert set(re.findall(r"\]\(([^h:)]\S*)\)", handout)) == {"symmetric_loss_exercise.ipynb"}
+    links = set(re.findall(r"\]\(([^h:)]\S*)\)", handout))
+    assert links == {"symmetric_loss_exercise.ipynb", "loss.html"}
     monkeypatch.syspath_prepend(folder)
     monkeypatch.delitem(sys.modules, "sppo_continuous")
     packed = importlib.import_module("sppo_continuous")

@@ -144,6 +144,94 @@ def test_a_film_shows_the_games_of_agents_side_by_side(tmp_path, monkeypatch, fi
     assert error < 0.8 * np.abs(film[:-5] - game[5:]).mean()
 
 
+LOSS_PAGE = DOCS / "loss.html"
+in_a_browser = pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
+MOVE_SLIDERS = """<script>
+const shown = STATES.map((state) => {
+  for (const [id, value] of Object.entries(state)) {
+    element(id)[id === "mask" ? "checked" : "value"] = value;
+    element(id).dispatchEvent(new Event("input", { bubbles: true }));
+  }
+  element("mask").dispatchEvent(new Event("change", { bubbles: true }));
+  const cells = [...document.querySelectorAll("td[id]")].map((cell) => [cell.id, cell.textContent]);
+  return { hash: location.hash, ...Object.fromEntries(cells) };
+});
+document.body.innerHTML = `<pre>${JSON.stringify(shown)}</pre>`;
+</script>"""
+
+
+def in_chromium(address, folder):
+    """The page, as text, after its scripts have run."""
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", address]
+    command.append(f"--user-data-dir={folder}/profile")
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+
+
+def losses_and_slopes(state):
+    """What the page has to show, by the script's function and automatic differentiation."""
+    p = torch.tensor(state["p"], dtype=torch.float64, requires_grad=True)
+    p_old = torch.tensor(state["p_old"], dtype=torch.float64)
+    inputs = (p.log(), p_old.log(), state["A"])
+    loss, reverse_loss = sppo_continuous.symmetric_policy_losses(*inputs, 0.2, -1)
+    if not state["mask"]:  # a wide range clips nothing
+        _, reverse_loss = sppo_continuous.symmetric_policy_losses(*inputs, 1e9, -1)
+    both = state["alpha"] * loss + state["beta"] * reverse_loss
+    found = {}
+    for name, value in {"L": loss, "Lr": reverse_loss, "S": both}.items():
+        found[name] = value.item()
+        found[f"d{name}"] = torch.autograd.grad(value, p, retain_graph=True)[0].item()
+    return found
+
+
+@in_a_browser
+def test_the_page_shows_the_scripts_losses_and_slopes_as_sliders_move(tmp_path):
+    rng = np.random.default_rng(0)
+    states = []
+    while len(states) < 100:
+        state = {"A": rng.integers(-30, 31) / 10, "mask": bool(rng.integers(2))}
+        state |= {"p": rng.integers(1, 100) / 100, "p_old": rng.integers(5, 96) / 100}
+        state |= {"alpha": rng.integers(0, 21) / 10, "beta": rng.integers(0, 201) / 10}
+        ratio = state["p"] / state["p_old"]
+        if min(abs(ratio - 0.8), abs(ratio - 1.2)) > 1e-6:  # at an edge, rounding decides
+            states.append(state)
+    page = tmp_path / "loss.html"
+    script = MOVE_SLIDERS.replace("STATES", json.dumps(states))
+    page.write_text(LOSS_PAGE.read_text().replace("</body>", f"{script}</body>"))
+    printed = in_chromium(page.as_uri(), tmp_path)
+    shown = json.loads(re.search("<pre>(.+)</pre>", printed)[1].replace("&amp;", "&"))
+    clipped = 0
+    for state, cells in zip(states, shown, strict=True):
+        expected = losses_and_slopes(state)
+        for name, value in expected.items():
+            assert float(cells[name]) == pytest.approx(value, abs=0.00501), (state, name)
+        assert float(cells["k"]) == pytest.approx(state["alpha"] + state["beta"], abs=0.00501)
+        assert cells["quotient"] == ("none" if expected["dL"] == 0 else cells["k"])
+        clipped += expected["dL"] == 0 != expected["dS"]
+        address = dict(pair.split("=") for pair in cells["hash"][1:].split("&"))
+        assert (address.pop("mask") == "on") == state["mask"]
+        assert all(float(value) == state[name] for name, value in address.items())
+    assert clipped > 10  # without the mask PPO has no slope, but SPPO has
+
+
+@in_a_browser
+def test_a_link_opens_the_page_in_a_state(tmp_path):
+    state = {"A": -1.5, "p": 0.1, "p_old": 0.4, "alpha": 0.7, "beta": 3.0, "mask": False}
+    link = "#A=-1.5&p=0.1&p_old=0.4&alpha=0.7&beta=3&mask=off"
+    printed = in_chromium(LOSS_PAGE.as_uri() + link, tmp_path)
+    shown = dict(re.findall(r'<td id="(\w+)">([^<]+)<', printed))
+    for name, value in losses_and_slopes(state).items():
+        assert float(shown[name]) == pytest.approx(value, abs=0.00501)
+
+
+def test_the_page_is_one_file_and_its_inputs_have_labels_and_take_keys():
+    page = LOSS_PAGE.read_text()
+    assert not re.search(r"src=|href=|url\(|https?:|@import|import\(|fetch\(", page)
+    inputs = re.findall(r'<input type="(range|checkbox)" id="(\w+)"', page)
+    assert len(inputs) == page.count("<input") == 6 and "tabindex" not in page
+    for kind, name in inputs:
+        assert kind == "checkbox" or f'<label for="{name}">' in page
+
+
 def code_cells(path):
     cells = nbformat.read(path, as_version=4).cells
     return [cell for cell in cells if cell.cell_type == "code"]
