@@ -152,8 +152,8 @@ const shown = STATES.map((state) => {
     element(id)[id === "mask" ? "checked" : "value"] = value;
     element(id).dispatchEvent(new Event("input", { bubbles: true }));
   }
-  element("mask").dispatchEvent(new Event("change", { bubbles: true }));
   const cells = [...document.querySelectorAll("td[id]")].map((cell) => [cell.id, cell.textContent]);
+  element("mask").dispatchEvent(new Event("change", { bubbles: true }));
   return { hash: location.hash, ...Object.fromEntries(cells) };
 });
 document.body.innerHTML = `<pre>${JSON.stringify(shown)}</pre>`;
