@@ -43,7 +43,7 @@ from sa2c_continuous import symmetric_policy_losses as a2c_losses  # noqa: E402
 from sppo_continuous import Agent, Args, RunningStats  # noqa: E402
 from sppo_continuous import symmetric_policy_losses as ppo_losses  # noqa: E402
 
-ALPHA, BETA, Z = 0.5, 1.0, -1.0  # k = 1.5, as on Atari; with k = 20.5 nothing else could be seen
+ALPHA, BETA, Z = 0.5, 1.0, -1.0  # k = 1.5, as on Atari; with 20.5, PPO's curves would look flat
 P_OLD = 0.3
 P_OLD_TEXT = r"$p_\mathrm{old}$"
 VARIANT = "SPPO without / p_old (ours)"
@@ -61,7 +61,7 @@ COLORS = {method: REPORT_COLORS[method.lower()] for method in ("A2C", "SA2C", "P
 COLORS |= {VARIANT: "tab:brown", "reverse": "black"}
 
 
-def policy_loss(method, log_prob, old_log_prob, advantage):
+def policy_loss(method, log_prob, old_log_prob, advantage, beta=BETA):
     """The loss of `method`, a scalar, on tensors (batch,)."""
     if method.endswith("A2C"):
         plain_loss, reverse_loss = a2c_losses(log_prob, advantage, Z)
@@ -74,10 +74,10 @@ def policy_loss(method, log_prob, old_log_prob, advantage):
         unclipped = advantage * ratio <= advantage * ratio.clamp(1 - CLIP, 1 + CLIP)
         reverse = advantage * Z * (1 - log_prob.exp())
         reverse_loss = -torch.where(unclipped, reverse, 0.0).mean()
-    return ALPHA * plain_loss + BETA * reverse_loss
+    return ALPHA * plain_loss + beta * reverse_loss
 
 
-def loss_and_weight(method, p, p_old, advantage):
+def loss_and_weight(method, p, p_old, advantage, beta=BETA):
     """Loss at each probability `p` and the factor w in its gradient -A w grad log p, both (n,)."""
     losses = torch.zeros_like(p)
     weights = torch.zeros_like(p)
@@ -85,7 +85,7 @@ def loss_and_weight(method, p, p_old, advantage):
     for i in range(len(p)):
         one = slice(i, i + 1)
         log_prob = p[one].log().requires_grad_()
-        loss = policy_loss(method, log_prob, p_old[one].log(), advantage[one])
+        loss = policy_loss(method, log_prob, p_old[one].log(), advantage[one], beta)
         (gradient,) = torch.autograd.grad(loss, log_prob)
         losses[i] = loss.detach()
         weights[i] = -gradient.item() / advantage[i]
@@ -214,24 +214,26 @@ def draw_weights(folder):
 
 
 def draw_slope(folder):
-    """For a slide: of samples in and outside the clip range, SPPO's gradient against PPO's."""
+    """For a slide: of samples in and outside the clip range, SPPO's gradient against PPO's. With
+    control's beta, 20."""
+    beta = 20.0
     figure, ax = plt.subplots(figsize=(4.6, 3.4))
     ratio = torch.linspace(0.5, 1.5, 21, dtype=torch.float64)
     p_old = torch.full_like(ratio, P_OLD)
     gradients = {"PPO": [], "SPPO": []}
     for advantage in (-2.0, -1.0, -0.5, 0.5, 1.0, 2.0):
         for method, found in gradients.items():
-            _, weight = loss_and_weight(method, ratio * p_old, p_old, advantage)
+            _, weight = loss_and_weight(method, ratio * p_old, p_old, advantage, beta)
             found.append(-advantage * weight)
     ppo, sppo = (torch.cat(found) for found in gradients.values())
-    k = ALPHA + BETA * abs(Z)
+    k = ALPHA + beta * abs(Z)
     ends = torch.stack([ppo.min(), ppo.max()])
     ax.plot(ends, k * ends, color="0.6", lw=1)
     ax.plot(ends, ends, color=COLORS["PPO"], lw=1, ls="--")
     ax.plot(ppo, sppo, "o", color=COLORS["SPPO"], ms=4)
-    label(ax, 1.5, 3.2, rf"slope $k = \alpha + \beta\,|Z| = {k:g}$", "SPPO", ha="right")
-    label(ax, 1.6, 0.7, "slope 1", "PPO")
-    ax.text(0.25, -0.35, "clipped: both 0", color="0.3", va="top")
+    label(ax, 1.5, 44, rf"slope $k = \alpha + \beta\,|Z| = {k:g}$", "SPPO", ha="right")
+    label(ax, 1.6, 7, "slope 1", "PPO")
+    ax.text(0.25, -5, "clipped: both 0", color="0.3", va="top")
     ax.set_xlabel(r"gradient of PPO's loss in $\log p$")
     ax.set_ylabel(r"gradient of SPPO's loss in $\log p$")
     ax.grid(alpha=0.3)

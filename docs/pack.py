@@ -15,7 +15,7 @@ import tyro
 
 ROOT = Path(__file__).resolve().parent.parent
 AS_THEY_ARE = ["LICENSE", "pyproject.toml", "requirements.lock", "docs/handout.md"]
-AS_THEY_ARE += ["docs/symmetric_loss_exercise.ipynb"]
+AS_THEY_ARE += ["docs/symmetric_loss_exercise.ipynb", "docs/loss.html"]
 
 
 @dataclass

@@ -161,71 +161,60 @@ def play(folder, monkeypatch, capsys):
 # ---- The exercise
 
 
-def test_a_class_is_graded_whatever_else_students_changed(tmp_path, monkeypatch, capsys):
-    """Helpers in cells of their own count, what answers do to the exercise does not."""
+def small_exercise(*answers):
+    """A notebook with answers, each a list of cells, that hold if the last defines f() as 1."""
+    cells = [nbformat.v4.new_code_cell("results = {}", metadata={"tags": ["setup"]})]
+    for i, answer in enumerate(answers):
+        cells += [nbformat.v4.new_code_cell(source) for source in answer]
+        cells[-1].metadata.tags = ["student"]
+        check = f"results['{i}, a: claim'] = 'holds' if f() == 1 else 'fails: why'"
+        cells.append(nbformat.v4.new_code_cell(check, metadata={"tags": ["grader"]}))
+    return nbformat.v4.new_notebook(cells=cells)
 
-    def cell(source, *tags):
-        return nbformat.v4.new_code_cell(source, metadata={"tags": tags} if tags else {})
 
-    def exercise(*answers):
-        """A notebook with answers, functions that return the result of the claim below each."""
-        cells = [cell("right = 'holds'", "setup")]
-        for i, answer in enumerate(answers):
-            cells.append(cell(answer, "student"))
-            check = f"print(f'{{f()}}: {i}a: ' + ('a claim' if right == 'holds' else '') + ': why')"
-            cells.append(cell(check, "grader"))
-        return nbformat.v4.new_notebook(cells=cells)
-
-    to_do, right, wrong = (f"def f(): return '{word}'" for word in ("to do", "holds", "fails"))
+def test_a_class_gets_points_and_feedback_for_answers_and_added_cells(tmp_path, monkeypatch):
+    """Changed checks do not count. Nor does one mistake, or a loop without end, cost all."""
+    right, wrong = ["def f(): return 1"], ["def f(): return 2"]
     monkeypatch.setattr(grade, "EXERCISE", tmp_path / "exercise.ipynb")
-    nbformat.write(exercise(to_do, to_do), grade.EXERCISE)
-    folder = tmp_path / "class"
-    (folder / "zoe").mkdir(parents=True)
-    cheating = exercise(f"{wrong}  # weights_in", "right = 'fails'\nprint('holds: 0a: a claim')")
-    cheating.cells[-1].source = "print('holds: 1a: a claim')"
-    helped = exercise(right, "import nowhere")
-    helped.cells[1:2] = [cell("h = 'holds'"), cell("def f():", "student"), cell("", "student")]
-    helped.cells[2].source = "def f(): print(F.e, end=' '); return h\nprint('f', end=' ')"
-    helped.cells[0].source = "%pwd\nimport math as F"
-    imports = cell("import math as F", "setup")
-    helped.cells.insert(0, imports)
-    count = nbformat.v4.new_output("stream", text="0 of 2 claims hold\n1 of 2 claims hold\n")
-    imports.outputs = [count]  # what the student has seen last
-    left = exercise(right, "import os; os._exit(0)")
-    printing = exercise(to_do, "def f(): print('holds: 0a: a claim'); return 'holds'")
-    (folder / "zoe/.ipynb_checkpoints").mkdir()
-    nbformat.write(left, folder / "zoe/.ipynb_checkpoints/left.ipynb")
-    notebooks = {"ada": exercise(to_do), "bob/same": cheating, ".copies/same": cheating}
-    notebooks |= {"eve/same": exercise(to_do, wrong), "fay": helped, "gil": left, "hal": printing}
-    for name, notebook in notebooks.items():
-        (folder / name).parent.mkdir(exist_ok=True)
-        nbformat.write(notebook, folder / f"{name}.IPYNB")
-    with_mark = "\ufeff" + (folder / "fay.IPYNB").read_text()
-    (folder / "fay.IPYNB").write_text(with_mark)
-    (folder / "ida.zip").touch()
-    old_name = os.fsdecode(b"jo\xeb.ipynb")  # from a ZIP file of Windows
-    nbformat.write(exercise(right, right), folder / old_name)
-    shutil.copy(folder / "ada.IPYNB", folder / "ada.ipynb")
-    grade.main(grade.Args(folder, tmp_path / "grades.csv"))
-    grades = pd.read_csv(tmp_path / "grades.csv", index_col="notebook", dtype=str).fillna("")
-    few = "not graded: ValueError('1 answers instead of 2')"
-    none = "not graded: ValueError('no notebook (*.ipynb)')"
-    printed = "fails: an answer has printed this claim"
+    nbformat.write(small_exercise(wrong, wrong), grade.EXERCISE)
+    changed = small_exercise(["one = 1", "def f(): return one"], wrong)
+    changed.cells[-1].source = "results['1, a: claim'] = 'holds'"
+    for name, notebook in {
+        "ada/a.ipynb": changed,
+        "ada/.ipynb_checkpoints/a.ipynb": changed,
+        "bob.ipynb": small_exercise(wrong, ["a mistake"]),
+        "eve/x/b.IPYNB": small_exercise(right, ["while True: pass"]),
+        "gil.ipynb": small_exercise(right),
+    }.items():
+        path = tmp_path / "class" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        nbformat.write(notebook, path)
+    (tmp_path / "class/zoe").mkdir()
+    points, out = tmp_path / "points.csv", tmp_path / "out"
+    points.write_text("task,points\n0,3\n1,0.5\n")
+    args = grade.Args(tmp_path / "class", out, points, timeout=5)
+    grade.main(args)
+    grades = pd.read_csv(out / "grades.csv", index_col="name", dtype=str).fillna("")
     assert grades.T.to_dict("list") == {
-        "ada": [""] * 5 + [few, "", ""],
-        "ada.ipynb": [""] * 5 + [few, "", ""],
-        "bob/same": ["0", "2", "0", "0", "claim weights_in", "undone: right"] + ["fails: why"] * 2,
-        "eve/same": ["0", "1", "1", "0", "", "", "to do: why", "fails: why"],
-        "fay": ["2", "0", "0", "0", "", "the student's copy says 1", "holds: why", "holds: why"],
-        "gil": ["1", "0", "0", "1", "", "DeadKernelError", "holds: why", "not reached"],
-        "hal": ["1", "1", "0", "0", "claim", "", printed, "holds: why"],
-        "ida.zip": [""] * 5 + [none, "", ""],
-        "jo\\udceb": ["2", "0", "0", "0", "", "", "holds: why", "holds: why"],
-        "zoe": [""] * 5 + [none, "", ""],
+        "ada/a.ipynb": ["3.0", "1", "", "holds", "fails: why"],
+        "bob.ipynb": ["0.0", "0", "", "fails: why", "fails: why"],
+        "eve/x/b.IPYNB": ["3.5", "2", "", "holds", "holds"],
+        "gil.ipynb": ["", "", "not graded: ValueError('1 answers instead of 2')", "", ""],
+        "zoe": ["", "", "not graded: ValueError('no notebook (*.ipynb)')", "", ""],
     }
-    out, err = capsys.readouterr()
-    assert re.search(r"eve/same +0 +1 +1 +0 *\nfay +2 +0 +0 +0 ", out)
-    assert f"ada: {few}" in out + err
+    feedback = (out / "ada/a.ipynb.txt").read_text().splitlines()
+    assert feedback[:3] == ["3 of 3.5 points", "task 0: 3 of 3", "task 1: 0 of 0.5"]
+    assert feedback[3:] == ["0, a: claim: holds", "1, a: claim: fails: why"]
+
+    points.write_text("task,points\n0,3\n")
+    with pytest.raises(SystemExit, match="must have the tasks 0, 1"):
+        grade.main(args)
+
+
+def test_the_table_of_points_has_the_exercises_tasks():
+    points = pd.read_csv(ROOT / "docs/points.csv", dtype={"task": str})
+    text = (ROOT / "docs/symmetric_loss_exercise.ipynb").read_text()
+    assert list(points["task"]) == list(dict.fromkeys(re.findall(r'claim\(f?\\"(\w+),', text)))
 
 
 def test_students_get_scripts_without_answers_that_train_as_before(tmp_path, monkeypatch):
@@ -234,10 +223,11 @@ def test_students_get_scripts_without_answers_that_train_as_before(tmp_path, mon
     folder = tmp_path / "symmetric-loss"
     files = {str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file()}
     scripts = {"sa2c_continuous.py", "sppo_continuous.py"}
-    pages = {"docs/handout.md", "docs/symmetric_loss_exercise.ipynb"}
+    pages = {"docs/handout.md", "docs/symmetric_loss_exercise.ipynb", "docs/loss.html"}
     assert files == scripts | pages | {"LICENSE", "pyproject.toml", "requirements.lock"}
     handout = (folder / "docs/handout.md").read_text()
-    assert set(re.findall(r"\]\(([^h:)]\S*)\)", handout)) == {"symmetric_loss_exercise.ipynb"}
+    links = set(re.findall(r"\]\(([^h:)]\S*)\)", handout))
+    assert links == {"symmetric_loss_exercise.ipynb", "loss.html"}
     monkeypatch.syspath_prepend(folder)
     monkeypatch.delitem(sys.modules, "sppo_continuous")
     packed = importlib.import_module("sppo_continuous")

@@ -127,6 +127,94 @@ def test_a_film_shows_the_games_of_agents_side_by_side(tmp_path, monkeypatch, fi
     assert error < 0.8 * np.abs(film[:-5] - game[5:]).mean()
 
 
+LOSS_PAGE = DOCS / "loss.html"
+in_a_browser = pytest.mark.skipif(not shutil.which("chromium"), reason="needs chromium")
+MOVE_SLIDERS = """<script>
+const shown = STATES.map((state) => {
+  for (const [id, value] of Object.entries(state)) {
+    element(id)[id === "mask" ? "checked" : "value"] = value;
+    element(id).dispatchEvent(new Event("input", { bubbles: true }));
+  }
+  const cells = [...document.querySelectorAll("td[id]")].map((cell) => [cell.id, cell.textContent]);
+  element("mask").dispatchEvent(new Event("change", { bubbles: true }));
+  return { hash: location.hash, ...Object.fromEntries(cells) };
+});
+document.body.innerHTML = `<pre>${JSON.stringify(shown)}</pre>`;
+</script>"""
+
+
+def in_chromium(address, folder):
+    """The page, as text, after its scripts have run."""
+    command = ["chromium", "--headless", "--no-sandbox", "--disable-gpu", "--dump-dom", address]
+    command.append(f"--user-data-dir={folder}/profile")
+    return subprocess.run(command, capture_output=True, text=True, timeout=120, check=True).stdout
+
+
+def losses_and_slopes(state):
+    """What the page has to show, by the script's function and automatic differentiation."""
+    p = torch.tensor(state["p"], dtype=torch.float64, requires_grad=True)
+    p_old = torch.tensor(state["p_old"], dtype=torch.float64)
+    inputs = (p.log(), p_old.log(), state["A"])
+    loss, reverse_loss = sppo_continuous.symmetric_policy_losses(*inputs, 0.2, -1)
+    if not state["mask"]:  # a wide range clips nothing
+        _, reverse_loss = sppo_continuous.symmetric_policy_losses(*inputs, 1e9, -1)
+    both = state["alpha"] * loss + state["beta"] * reverse_loss
+    found = {}
+    for name, value in {"L": loss, "Lr": reverse_loss, "S": both}.items():
+        found[name] = value.item()
+        found[f"d{name}"] = torch.autograd.grad(value, p, retain_graph=True)[0].item()
+    return found
+
+
+@in_a_browser
+def test_the_page_shows_the_scripts_losses_and_slopes_as_sliders_move(tmp_path):
+    rng = np.random.default_rng(0)
+    states = []
+    while len(states) < 100:
+        state = {"A": rng.integers(-30, 31) / 10, "mask": bool(rng.integers(2))}
+        state |= {"p": rng.integers(1, 100) / 100, "p_old": rng.integers(5, 96) / 100}
+        state |= {"alpha": rng.integers(0, 21) / 10, "beta": rng.integers(0, 201) / 10}
+        ratio = state["p"] / state["p_old"]
+        if min(abs(ratio - 0.8), abs(ratio - 1.2)) > 1e-6:  # at an edge, rounding decides
+            states.append(state)
+    page = tmp_path / "loss.html"
+    script = MOVE_SLIDERS.replace("STATES", json.dumps(states))
+    page.write_text(LOSS_PAGE.read_text().replace("</body>", f"{script}</body>"))
+    printed = in_chromium(page.as_uri(), tmp_path)
+    shown = json.loads(re.search("<pre>(.+)</pre>", printed)[1].replace("&amp;", "&"))
+    clipped = 0
+    for state, cells in zip(states, shown, strict=True):
+        expected = losses_and_slopes(state)
+        for name, value in expected.items():
+            assert float(cells[name]) == pytest.approx(value, abs=0.00501), (state, name)
+        assert float(cells["k"]) == pytest.approx(state["alpha"] + state["beta"], abs=0.00501)
+        assert cells["quotient"] == ("none" if expected["dL"] == 0 else cells["k"])
+        clipped += expected["dL"] == 0 != expected["dS"]
+        address = dict(pair.split("=") for pair in cells["hash"][1:].split("&"))
+        assert (address.pop("mask") == "on") == state["mask"]
+        assert all(float(value) == state[name] for name, value in address.items())
+    assert clipped > 10  # without the mask PPO has no slope, but SPPO has
+
+
+@in_a_browser
+def test_a_link_opens_the_page_in_a_state(tmp_path):
+    state = {"A": -1.5, "p": 0.1, "p_old": 0.4, "alpha": 0.7, "beta": 3.0, "mask": False}
+    link = "#A=-1.5&p=0.1&p_old=0.4&alpha=0.7&beta=3&mask=off"
+    printed = in_chromium(LOSS_PAGE.as_uri() + link, tmp_path)
+    shown = dict(re.findall(r'<td id="(\w+)">([^<]+)<', printed))
+    for name, value in losses_and_slopes(state).items():
+        assert float(shown[name]) == pytest.approx(value, abs=0.00501)
+
+
+def test_the_page_is_one_file_and_its_inputs_have_labels_and_take_keys():
+    page = LOSS_PAGE.read_text()
+    assert not re.search(r"src=|href=|url\(|https?:|@import|import\(|fetch\(", page)
+    inputs = re.findall(r'<input type="(range|checkbox)" id="(\w+)"', page)
+    assert len(inputs) == page.count("<input") == 6 and "tabindex" not in page
+    for kind, name in inputs:
+        assert kind == "checkbox" or f'<label for="{name}">' in page
+
+
 def code_cells(path):
     cells = nbformat.read(path, as_version=4).cells
     return [cell for cell in cells if cell.cell_type == "code"]
@@ -185,26 +273,31 @@ def test_the_notebooks_first_cell_finds_or_clones_the_scripts_or_says_what_to_do
     assert start(clone / "docs") == [f"{clone}/sppo_continuous.py"]
 
 
-BEST = torch.tensor([0.0, 0.0, 1.0])
-# Few steps from a policy that prefers the best arm, many flips
-BANDIT = dict(pays=BEST.int(), start=2 * BEST, flip_rate=0.4, batch_size=2, steps=20, beta=5.0)
+# A bandit of few steps, from a policy that prefers the best arm, with many flips
+START = torch.tensor([0.0, 0.0, 2.0])
+BANDIT = dict(pays=START / 2, start=START, flip_rate=0.4, batch_size=2, steps=20, beta=5.0)
 RIGHT = {
     "a2c_losses": sa2c_continuous.symmetric_policy_losses,
     "a2c_weight": lambda p, alpha, beta, z: (alpha + beta * abs(z) * p).numpy(),
     "ppo_losses": sppo_continuous.symmetric_policy_losses,
     "ppo_weight": lambda p, p_old, alpha, beta, z: ((alpha + beta * abs(z)) * p / p_old).tolist(),
+    "unmasked_weight": lambda p, p_old, alpha, beta, z: beta * abs(z) * p / p_old,
+    "varies": "SA2C / A2C",
     "k": 20.5,
-    "climbs": lambda prob, advantage: (advantage * prob.square()).sum() / 2,
-    "climbs_divided": torch.dot,
-    "bandit": lambda: BANDIT,
     "same_without_clipping": True,
     "same_if_all_are_clipped": True,
+    "climbs": lambda prob, advantage: (advantage * prob.square()).sum() / 2,
+    "climbs_divided": torch.dot,
+    "flip_factors": lambda e: (1 - 2 * e, 1 - 2 * e),
+    "largest_signal": "reverse loss alone",
+    "negative_push": True,
+    "bandit": lambda: BANDIT,
 }
 
 
-def printed_lines(*kinds, steps=8192, **answers):
-    """What the student's copy prints, with these `answers`. Cells with a tag heavy, open (task) or
-    plot run only if `kinds` has it; runs have `steps`, in a class 8192."""
+def run_exercise(*kinds, steps=8192, **answers):
+    """Claims that do not hold, and what is printed, with these `answers`. Cells with a tag heavy,
+    open (task) or plot run only if `kinds` has it; runs have `steps`, in a class 8192."""
     namespace = {}
     printed = io.StringIO()
     plt.switch_backend("agg")
@@ -216,19 +309,9 @@ def printed_lines(*kinds, steps=8192, **answers):
         if "student" in tags:
             namespace.update(answers)
     plt.close("all")
-    return printed.getvalue().splitlines()
-
-
-def failures(*kinds, **options):
-    """Those of these lines that are on claims that do not hold."""
-    lines = printed_lines(*kinds, **options)
-    return [line for line in lines if line.startswith(("fails: ", "to do: "))]
-
-
-def check(failed, expected):
-    """Each line begins as expected."""
-    assert [line[: len(start)] for line, start in zip(failed, expected)] == expected
-    assert len(failed) == len(expected), failed
+    results = namespace["results"].items()
+    wrong = [f"{result}: {claim}" for claim, result in results if result != "holds"]
+    return wrong, printed.getvalue()
 
 
 def no_mask(log_prob, old_log_prob, advantage, clip_coef, z):
@@ -243,72 +326,55 @@ def mean_of_unclipped(log_prob, old_log_prob, advantage, *others):
     return loss, reverse_loss * len(ratio) / unclipped.sum().clamp(min=1)
 
 
-def without_gradient(log_prob, advantage, z):
-    return RIGHT["a2c_losses"](log_prob.detach(), advantage, z)
-
-
-def with_a_wide_clip_range(log_prob, old_log_prob, advantage, clip_coef, z):
-    return RIGHT["ppo_losses"](log_prob, old_log_prob, advantage, 2 * clip_coef, z)
-
-
 def with_a_fixed_clip_range(log_prob, old_log_prob, advantage, clip_coef, z):
     return RIGHT["ppo_losses"](log_prob, old_log_prob, advantage, 0.2, z)
 
 
-MEANS = "2a: L and Lr are means over the batch"
+def to_do(*_):
+    raise NotImplementedError
 
 
-@pytest.mark.parametrize(("answers", "expected"), [
+WIDE = "for r = 1.25, A = 1 and clip_coef = 0.4 expected -3.3333, found 0: 2a, L"
+
+
+@pytest.mark.parametrize(("answers", "wrong"), [
     ({}, []),
-    ({"a2c_losses": without_gradient}, ["1a: L is", "1a: Lr is"]),
-    ({"ppo_losses": with_a_fixed_clip_range}, [MEANS]),
-    ({"ppo_losses": mean_of_unclipped}, [MEANS]),
-    ({"ppo_losses": with_a_wide_clip_range}, ["2a: the slope of L ", "2a: the slope of Lr", MEANS]),
-    ({"ppo_losses": no_mask}, ["2a: the slope of Lr in p: for r = 1.25 and A = 1 expected", MEANS]),
-    ({"climbs": torch.dot}, ["4a: what the reverse A2C loss climbs", "4a: the same"]),
-    ({"bandit": lambda: BANDIT | {"beta": 0.01}}, ["7: in your bandit SA2C learns better"]),
+    ({"a2c_losses": to_do, "ppo_losses": to_do}, ["to do: 1a, L:", "to do: 1a, Lr:"]
+        + ["to do: 2a, L:", "to do: 2a, Lr:", "to do: 2a, L and Lr:"]),
+    ({"a2c_losses": lambda log_prob, *others: RIGHT["a2c_losses"](log_prob.detach(), *others)},
+        ["fails: expected a gradient, found none: 1a, L", "fails: "]),
+    ({"a2c_weight": lambda p, *_: p}, ["fails: "]),
+    ({"ppo_losses": no_mask}, ["fails: for r = 1.25, A = 1 and clip_coef = 0.2 expected 0"]),
+    ({"ppo_losses": mean_of_unclipped}, ["fails: for Lr and the first of two samples expected"]),
+    ({"ppo_losses": with_a_fixed_clip_range}, [f"fails: {WIDE}:", "fails: for r = 1.25, A = 1"]),
+    ({"ppo_weight": RIGHT["unmasked_weight"]}, ["fails: "]),
+    ({"unmasked_weight": RIGHT["ppo_weight"]}, ["fails: "]),
+    ({"k": 20.0}, ["fails: "]),
+    ({"same_without_clipping": False}, ["fails: False is not right: 3, same_without_clipping"]),
+    ({"same_if_all_are_clipped": None}, ["to do: 3, same_if_all_are_clipped"]),
+    ({"climbs": torch.dot}, ["fails: for the logit"]),
+    ({"climbs_divided": RIGHT["climbs"]}, ["fails: for the logit"]),
+    ({"flip_factors": lambda e: (1 - 2 * e, 1.0)}, ["fails: for Lr and e = 0.1 expected 0.8"]),
+    ({"bandit": lambda: BANDIT | {"beta": 0.01}}, ["fails: expected a gain of more than"]),
 ])  # fmt: skip
-def test_the_grader_passes_right_answers_and_fails_wrong_ones(answers, expected):
-    failed = failures("open", "plot", **RIGHT | answers)
-    check(failed, [f"fails: {claim}" for claim in expected])
+def test_a_slip_costs_the_claims_on_its_answer_and_no_others(answers, wrong):
+    found, _ = run_exercise(*["open"] * (not answers or "bandit" in answers), **RIGHT | answers)
+    assert [line[: len(start)] for line, start in zip(found, wrong, strict=True)] == wrong
 
 
-@pytest.mark.parametrize(("name", "claims"), {
-    "a2c_losses": ["1a: L is", "1a: Lr is"],
-    "a2c_weight": ["1b: w is"],
-    "ppo_losses": ["2a: the slope of L ", "2a: the slope of Lr ", "2a: L and Lr are"],
-    "ppo_weight": ["2b: w is"],
-    "k": ["3: SPPO's gradient divided by k"],
-    "same_if_all_are_clipped": ["3: both predictions"],
-    "climbs": ["4a: what", "4a: the same"],
-    "climbs_divided": ["4b: what"],
-    "bandit": ["7: in your bandit"],
-}.items())  # fmt: skip
-def test_the_grader_asks_for_each_answer(name, claims):
-    """And only for this one: no other claim needs it."""
-    others = {other: RIGHT[other] for other in RIGHT if other != name}
-    failed = failures(*["open"] * (name == "bandit"), **others)
-    check(failed, [f"to do: {claim}" for claim in claims])
-
-
-def test_no_claim_holds_without_answers():
-    last = printed_lines("open", "plot")[-1]
-    assert last == "0 of 16 claims hold, 13 to do, 3 not reached"  # which take a minute
+SHOWN_AFTER_A_GUESS = ("largest / smallest", "clipping, SPPO", "clipped, SPPO", "signal to noise")
 
 
 @pytest.mark.slow
-def test_the_grader_checks_predictions_of_runs():
-    """Whatever is wrong with the student's loss and k, which once made wrong predictions hold."""
-    answers = {"ppo_losses": no_mask, "k": 20.0}
-    answers |= {"same_without_clipping": False, "same_if_all_are_clipped": False}
-    expected = """\
-fails: 2a: the slope of Lr
-fails: 2a: L and Lr are means over the batch
-fails: 3: SPPO's gradient divided by k
-fails: 3 (needs 2a): SPPO with your loss is the same run: expected a difference below
-fails: 3: your prediction, without clipping: expected True, found False
-fails: 3: your prediction, with every gradient clipped: expected True, found False"""
-    check(failures("heavy", steps=2048, **RIGHT | answers), expected.splitlines())
-    assert failures("heavy", steps=2048, **RIGHT) == []
-    without_answers = printed_lines("heavy", steps=2048)
-    assert not any(line.startswith("holds: ") for line in without_answers)
+def test_results_are_shown_after_a_guess_and_2a_costs_nothing_in_3():
+    _, printed = run_exercise("heavy", "plot", "open", steps=2048)
+    assert printed.endswith("\n0 of 16 claims hold, 16 to do\n")
+    assert not any(words in printed for words in SHOWN_AFTER_A_GUESS)
+    guesses = {"same_without_clipping": False, "same_if_all_are_clipped": False}
+    answers = RIGHT | guesses | {"ppo_losses": no_mask}
+    wrong, printed = run_exercise("heavy", "plot", steps=2048, **answers)
+    assert len(wrong) == 3 and "so the script's is used here" in printed
+    assert all(words in printed for words in SHOWN_AFTER_A_GUESS)
+    differences = re.findall(r"clip.+, SPPO and.+weights: (\S+)", printed)
+    assert len(differences) == 2 and max(map(float, differences)) < 1e-4  # both are one run
+    assert run_exercise("heavy", steps=2048, **RIGHT)[0] == []
