@@ -1,7 +1,7 @@
 """What a copy of a control script changes works, or stops the run: optimizers, networks."""
 
 import importlib.util
-import shutil
+import re
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -165,18 +165,21 @@ def test_the_layout_in_memory_changes_no_update(setting, tmp_path):
 @pytest.mark.parametrize("is_edited", [True, False])
 def test_a_copied_checkpoint_continues(setting, is_edited, tmp_path, monkeypatch, signals):
     """With an edited script, or with more steps, as docs/usage.md says."""
-    copy = setting
     if is_edited:
         before = setting.interrupt(tmp_path / "runs", 2, **EACH)
-        edit = ("gamma: float = 0.99", "gamma: float = 0.9")
-        copy = make_copy(setting, tmp_path / "copy", edit)
     else:
         before = setting.run(tmp_path / "runs", **EACH, total_timesteps=128)[1]
-    folder = copy.interrupt(tmp_path / "runs", 0, **EACH)
-    assert folder != before and not (folder / "checkpoint.pt").exists()
-    shutil.copy(before / "checkpoint.pt", folder)
+    page = (Path(__file__).parent.parent / "docs/usage.md").read_text()
+    above, line = re.search(
+        r"below `(checkpoint_path = .+?)`(?s:.+?)```python\n(.+?)\n```", page
+    ).groups()
+    edits = [(f"    {above}\n", f"    {above}\n{line.replace('runs/NAME', str(before))}\n")]
+    if is_edited:
+        edits.append(("gamma: float = 0.99", "gamma: float = 0.9"))
+    copy = make_copy(setting, tmp_path / "copy", *edits)
     rollouts = record(monkeypatch, copy.script, "compute_gae")
-    copy.run(tmp_path / "runs", **EACH)
+    _, folder = copy.run(tmp_path / "runs", **EACH)
+    assert folder != before
     assert len(rollouts) == 2
     rows = progress(folder)
     assert rows[:2] == progress(before)
