@@ -626,7 +626,7 @@ def evaluate(agent, args, obs_stats, seed, env):
             tqdm.write(f"warning: evaluation cut after {longest:,} steps; see --checkpoint-freq")
         success = info.get("is_success")  # of the episode's last step: true, a count, or an array
         if success is not None:
-            successes.append(np.min(success) > 0)
+            successes.append(np.min(success).clip(0, 1))
     # Some environments say it only of a success
     rates = [{"success_rate": sum(successes) / args.eval_episodes}] if successes else []
     return returns, lengths, rates
