@@ -6,6 +6,7 @@ from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+import gymnasium as gym
 import pytest
 import safetensors.torch
 import torch
@@ -109,6 +110,18 @@ def test_first_ratios_of_two_rollouts_are_1(setting, tmp_path, monkeypatch, roll
     with pytest.raises(SystemExit, match=NOT_THE_SAME) if stops else nullcontext():
         setting.run(tmp_path)
     assert len(rollouts) == (rollout if stops else 4)
+
+
+@continuous_scripts
+def test_rounding_in_thousands_of_dimensions_stops_no_run(setting, tmp_path):
+    """There log p is -7,200, and float32 has seven digits."""
+
+    def make_wide(**_):
+        box = gym.spaces.Box(-2, 2, (3000,))
+        return gym.wrappers.TransformAction(gym.make("Pendulum-v1"), lambda x: x[:1], box)
+
+    gym.register("Wide-v0", make_wide)
+    setting.run(tmp_path, env_id="Wide-v0", total_timesteps=128)
 
 
 # ---- What works: optimizers, networks, a copied checkpoint
