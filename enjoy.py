@@ -19,6 +19,7 @@ Prints its score; films the first episode, if asked. A language model answers he
 
 In your own code, `import enjoy; act = enjoy.load_agent("runs/NAME")`, then `action = act(obs)`."""
 
+import hashlib
 import importlib.util
 import json
 import os
@@ -45,15 +46,18 @@ class Args:
     video: bool = False  # films the first episode, not of language models (pip install moviepy)
 
 
-def load_run(folder):
-    """Imports the run's own copy of its script. Returns it, the run's arguments, and the tensors of
-    agent.safetensors, which a language model does not have."""
+def load_run(folder, plays=True):
+    """Imports the run's own copy of its script, and what it plays. Returns the script, the run's
+    arguments, and the tensors of agent.safetensors, which a language model does not have."""
     if not (folder / "sessions.jsonl").exists():
         raise FileNotFoundError(f"{folder}: not a run, it has no sessions.jsonl")
     session = json.loads((folder / "sessions.jsonl").read_text().splitlines()[-1])
     if "directory" not in session:
         raise FileNotFoundError(f"{folder}: a run of an earlier version; use its enjoy.py")
-    sys.path.insert(0, session["directory"])  # the script's folder, where its modules are
+    # Modules are found where the run found them; earlier runs have not recorded their path
+    used = {parent for file in session["files"] for parent in Path(file).parents}
+    path = [Path(session["working_directory"], x).resolve() for x in session.get("path", [])]
+    sys.path[:0] = [session["directory"], *(str(entry) for entry in path if entry in used)]
     spec = importlib.util.spec_from_file_location(folder.name, folder / session["script"])
     script = sys.modules[folder.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
@@ -66,9 +70,12 @@ def load_run(folder):
     is_text = hasattr(script, "local_digests")
     if is_text:
         os.chdir(script.START)
-    if hasattr(script, "prepare"):
+    if hasattr(script, "prepare") and plays:
         script.prepare(run_args)  # imports the environment or the reward functions
     local = script.local_digests(run_args) if is_text else {}
+    if not plays:  # an environment is not imported
+        files = filter(Path.is_file, map(Path, session["files"]))
+        local |= {file: hashlib.sha256(file.read_bytes()).hexdigest() for file in files}
     now = {}
     for path, digest in (script.file_digests() | local).items():
         now.setdefault(Path(path).name, []).append(digest)
@@ -85,6 +92,7 @@ def load_run(folder):
 
 def control_agent(script, run_args, tensors, env):
     """An agent of continuous control, and the statistics that normalise its observations."""
+    tensors.pop("action_bounds", None)
     agent = script.Agent(env, run_args)
     obs_stats = script.RunningStats()
     obs_stats.load_state_dict({n: tensors.pop(f"obs_{n}") for n in obs_stats.state_dict()})
@@ -105,7 +113,7 @@ def load_agent(folder, seed=1):
 
     In control, `obs` and actions are those of the script's `make_env`, and actions are greedy. On
     Atari, `obs` is the last four images (4, 84, 84), uint8; actions are sampled, with `seed`."""
-    script, run_args, tensors = load_run(Path(folder).absolute())
+    script, run_args, tensors = load_run(Path(folder).absolute(), plays=False)
     if tensors is None:
         raise ValueError(f"{folder}: a language model; load its policy/ with from_pretrained")
     if hasattr(script, "AtariGames"):
@@ -119,9 +127,14 @@ def load_agent(folder, seed=1):
                 logits, _ = agent(torch.from_numpy(batch))
             return (logits + script.sample_gumbel(logits.shape, generator)).argmax(-1).tolist()
     else:
-        with closing(script.make_env(run_args)) as env:
-            example = np.array(env.reset(seed=seed)[0])
-            agent, obs_stats = control_agent(script, run_args, tensors, env)
+        if "action_bounds" not in tensors:
+            raise ValueError(f"{folder}: a run of an earlier version; use its enjoy.py")
+        low, high = tensors["action_bounds"].numpy()
+        example = np.zeros(len(tensors["obs_mean"]))
+        env = gym.Env()  # which has only spaces
+        env.observation_space = gym.spaces.Box(-np.inf, np.inf, example.shape)
+        env.action_space = gym.spaces.Box(low, high, dtype=low.dtype)
+        agent, obs_stats = control_agent(script, run_args, tensors, env)
         actor = agent.actor_fn()
 
         def choose(batch):
@@ -132,14 +145,16 @@ def load_agent(folder, seed=1):
         if found.shape != example.shape or not np.can_cast(found.dtype, example.dtype, "same_kind"):
             needed = f"act needs one observation, {example.dtype} {example.shape}"
             raise ValueError(f"{needed}, not {found.dtype} {found.shape}")
+        if not np.isfinite(found).all():
+            raise ValueError(f"observation not finite: {found}")
         return choose(found[None])[0]
 
     return act
 
 
 def keep_frames(env, get_frame, is_over):
-    """Makes `env.step` keep frames until the first episode is over. `get_frame` and `is_over` are
-    functions of what `step` returns. Returns the list of frames, which grows to MAX_FRAMES."""
+    """Makes `env.step` keep frames until an episode is over, in the list that is returned.
+    `get_frame` and `is_over` are functions of what `step` returns."""
     frames, over, step = [], [], env.step
 
     def step_and_keep(action):
@@ -164,11 +179,7 @@ def keep_frames(env, get_frame, is_over):
 def play_control(script, run_args, tensors, args):
     """Scores, lengths (episodes,), frames (if filmed), frames per second and magnification."""
     options = {"render_mode": "rgb_array"} if args.video else {}
-    try:
-        env = script.make_env(run_args, args.seed, **options)
-    except TypeError as error:  # it takes no render_mode
-        sys.exit(f"error: --video: {error}")
-    with closing(env):
+    with closing(script.make_env(run_args, args.seed, **options)) as env:
         renderer = getattr(env.unwrapped, "mujoco_renderer", None)
         if renderer and renderer.camera_id == -1 and renderer.model.ncam:
             renderer.camera_id = 0  # it follows the agent; Gymnasium 1.4's default does not
@@ -197,8 +208,7 @@ def play_atari(script, run_args, tensors, args):
 
 
 def play_text(script, run_args, folder, args):
-    """Prints responses to some held-out prompts, then the measures of the script's evaluation over
-    `episodes` prompts."""
+    """Prints responses to some held-out prompts, then the measures of an evaluation."""
     setup = script.load(run_args)
     progress = script.restore(setup, folder)
     row, samples = script.evaluate(setup, run_args, progress.global_step)
@@ -207,12 +217,6 @@ def play_text(script, run_args, folder, args):
     for name, number in row.items():
         print(f"{name}: {number:.4g}")
     print(f"{folder}: reward {row['return_mean']:.3f} (standard deviation {row['return_std']:.3f})")
-
-
-def newest_run():
-    """Folder of the run in runs/ that has saved an agent last, if any has."""
-    saved = [*Path("runs").rglob("agent.safetensors"), *Path("runs").rglob("samples.jsonl")]
-    return max(saved, key=lambda path: path.stat().st_mtime).parent if saved else None
 
 
 def main():
@@ -229,13 +233,16 @@ def main():
     random.seed(args.seed)  # some environments draw from these global generators
     np.random.seed(args.seed)
     torch.manual_seed(args.seed)
-    folder = args.run or newest_run()
-    if not folder:
+    saved = [*Path("runs").rglob("agent.safetensors"), *Path("runs").rglob("samples.jsonl")]
+    if not args.run and not saved:
         sys.exit("error: no agent in runs/; a run saves one at its first evaluation")
+    folder = args.run or max(saved, key=lambda path: path.stat().st_mtime).parent
     folder = folder.absolute()  # since the run's files may change the working directory
     try:
         script, run_args, tensors = load_run(folder)
-    except (FileNotFoundError, ImportError, gym.error.Error) as error:
+    except ImportError as error:
+        sys.exit(f"error: {error} (is its module on PYTHONPATH?)")
+    except (FileNotFoundError, gym.error.Error) as error:
         sys.exit(f"error: {error}")
     run_args.eval_episodes = args.episodes
     run_args.seed = args.seed

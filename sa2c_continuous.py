@@ -79,7 +79,7 @@ class Args:
     runs_dir: str = "runs"  # folder of all runs
     compile: bool = True  # compile the gradient (needs a C++ compiler): slower start, faster run
     log_freq: int = 1000  # steps between entries in the log
-    checkpoint_freq: int = 100_000  # steps of each environment between checkpoints (ends episodes)
+    checkpoint_freq: int = 0  # steps between checkpoints (end episodes); 0: 100,000, or time limit
     track: bool = False  # log to Weights & Biases as well (pip install wandb)
     # Algorithm
     policy: Literal["categorical", "gaussian"] = "categorical"  # gaussian: plain A2C
@@ -174,6 +174,8 @@ class RunningStats:
         return self
 
     def normalize(self, obs):
+        if not np.isfinite(obs).all():  # with NaN, an agent would always take the lowest action
+            sys.exit(f"error: environment's observation not finite near step {self.count:,}: {obs}")
         return ((obs - self.mean) / self.std).clip(-10, 10).astype(np.float32)
 
     def state_dict(self):
@@ -215,7 +217,7 @@ class NormalizedEnvs:
     def step(self, action):
         """Steps all environments by `action` (num_envs, action_dim). Returns normalised `obs` and
         `reward`, `done` (terminated or truncated), `only_truncated` (by a time limit, for example),
-        and `final_obs`, the last observations of episodes that are done."""
+        and `final_obs`, the last observations of episodes that are only truncated."""
         reward = np.zeros_like(self.episode_return)
         terminated = np.zeros_like(reward, bool)
         truncated = np.zeros_like(terminated)
@@ -229,7 +231,8 @@ class NormalizedEnvs:
         done = terminated | truncated
         final_obs = np.zeros_like(self.obs, np.float32)
         for i in np.flatnonzero(done):
-            final_obs[i] = self.obs_stats.normalize(self.obs[i])
+            if not terminated[i]:  # after a termination, anything may come
+                final_obs[i] = self.obs_stats.normalize(self.obs[i])
             episode = float(self.episode_return[i]), float(self.episode_length[i])
             self.recent_episodes.append(episode)
             self.discounted_return[i] = 0
@@ -287,8 +290,6 @@ def numpy_layer(layer):
     observation NumPy takes a third of PyTorch's time."""
     if isinstance(layer, nn.Tanh):
         return np.tanh
-    if isinstance(layer, nn.ReLU):
-        return lambda x: np.maximum(x, 0)
     if type(layer) is nn.Linear and layer.bias is not None and not layer._forward_pre_hooks:
         weight = layer.weight.detach().numpy().T
         bias = layer.bias.detach().numpy()
@@ -409,6 +410,7 @@ def gradient_and_metrics(agent, trained, args, obs, action, acting_log_prob, adv
     policy_loss, reverse_loss = symmetric_policy_losses(log_prob, normalized, args.z)
     value_loss = (agent.critic(obs).view_as(returns) - returns).square().mean()
     entropy = policy.entropy().mean()
+    # A term added here competes with alpha + beta |Z| p times A2C's loss: see copy-and-modify.md
     loss = args.alpha * policy_loss + args.beta * reverse_loss
     loss = loss + args.vf_coef * value_loss - args.ent_coef * entropy
 
@@ -440,9 +442,10 @@ def gradient_and_metrics(agent, trained, args, obs, action, acting_log_prob, adv
 
 def train(envs, args, folder):
     torch.set_num_threads(1)  # the networks are too small to gain from more
-    with make_env(args, args.seed) as env:  # for its spaces
+    with make_env(args, args.seed) as env:  # for its spaces and its time limit
         torch.manual_seed(args.seed)  # initial weights
         agent = Agent(env, args)
+        limit = getattr(env.spec, "max_episode_steps", None) or 0
     trained = [p for p in agent.parameters() if p.requires_grad]
     optimizer = torch.optim.RMSprop(
         trained, lr=args.learning_rate, alpha=0.99, eps=args.rmsprop_eps, foreach=True
@@ -488,7 +491,7 @@ def train(envs, args, folder):
     gradient_fn = gradient_and_metrics
     if args.compile:
         gradient_fn = compiled(gradient_and_metrics, options={"cpp_wrapper": True})
-    interval = args.checkpoint_freq * N
+    interval = N * (args.checkpoint_freq or max(100_000, limit + T))  # whole episodes
     print(f"{folder.name}: from step {global_step:,}, with a checkpoint every {interval:,} steps")
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps", disable=None)
 
@@ -539,8 +542,9 @@ def train(envs, args, folder):
             p.grad = gradient
         optimizer.step()
         # In two rollouts, since at first a last layer near zero hides mistakes before it
-        if global_step <= 2 * batch_size and metrics["losses/approx_kl"] > 1e-8:
-            sys.exit("error: the policy that acts is not the one that is trained (dropout?)")
+        rounding = 1e-8 + 1e-14 * b_log_prob.mean() ** 2  # in many dimensions log p is large
+        if global_step <= 2 * batch_size and metrics["losses/approx_kl"] > rounding:
+            sys.exit("error: the policy that acts is not the one that is trained (dropout/memory?)")
         updates.append((metrics, advantage, returns))
 
         # Log, evaluation and checkpoint at multiples of their frequency; the latter two also log
@@ -595,26 +599,29 @@ def train(envs, args, folder):
 def evaluate(agent, args, obs_stats, seed, env):
     """Raw returns and lengths (eval_episodes,) of greedy episodes; successes if `info` has any."""
     # Wrappers outside of a TimeLimit may join episodes; others have no limit
-    longest = max(100_000, getattr(env.spec, "max_episode_steps", None) or 0)
+    longest = max(args.checkpoint_freq or 100_000, getattr(env.spec, "max_episode_steps", 0) or 0)
     act = agent.actor_fn()
     returns = np.zeros(args.eval_episodes)
     lengths = np.zeros_like(returns)
     successes = []
-    is_known = False
     for episode in range(args.eval_episodes):
         # With seed + episode, runs with neighbouring seeds would share most initial states
         obs, _ = env.reset(seed=None if episode else seed)
-        done = False
-        while not done:
+        while lengths[episode] < longest:
             action, _ = act(obs_stats.normalize(np.array([obs])))
             obs, reward, terminated, truncated, info = env.step(agent.to_env(action)[0])
             returns[episode] += reward
             lengths[episode] += 1
-            done = terminated or truncated or lengths[episode] == longest
-        # Of the episode's last step. Some environments say it only of a success
-        successes.append({"success_rate": info.get("is_success", False)})
-        is_known |= "is_success" in info
-    return returns, lengths, successes if is_known else []
+            if terminated or truncated:
+                break
+        else:
+            tqdm.write(f"warning: evaluation cut after {longest:,} steps; see --checkpoint-freq")
+        success = info.get("is_success")  # of the episode's last step: true, a count, or an array
+        if success is not None:
+            successes.append(np.min(success).clip(0, 1))
+    # Some environments say it only of a success
+    rates = [{"success_rate": sum(successes) / args.eval_episodes}] if successes else []
+    return returns, lengths, rates
 
 
 # ---- Plumbing
@@ -627,10 +634,10 @@ def check(args):
         if not condition:
             raise ValueError(message)
 
-    counts = "total_timesteps log_freq eval_freq eval_episodes checkpoint_freq num_envs num_steps"
-    for name in counts.split():
+    for name in "total_timesteps log_freq eval_freq eval_episodes num_envs num_steps".split():
         require(getattr(args, name) >= 1, f"{name} must be at least 1")
-    for name in "seed alpha beta noise_level learning_rate rmsprop_eps vf_coef ent_coef".split():
+    weights = "alpha beta noise_level learning_rate rmsprop_eps vf_coef ent_coef"
+    for name in f"seed checkpoint_freq {weights}".split():
         require(0 <= getattr(args, name) < math.inf, f"{name} must be finite and not negative")
     for name in "gamma", "gae_lambda":
         require(0 <= getattr(args, name) <= 1, f"{name} must be between 0 and 1")
@@ -690,7 +697,7 @@ def compiled(function, **options):
         except Exception as error:  # any is possible here
             if current is function:
                 raise
-            tqdm.write(f"torch.compile failed, running uncompiled: {error!r:.200}", file=sys.stderr)
+            tqdm.write(f"warning: torch.compile failed, running uncompiled: {error!r:.200}")
             current = function
             return function(*inputs)
 
@@ -728,6 +735,7 @@ def save_agent(agent, obs_stats, evaluations, folder):
     for name, tensor in agent.state_dict().items():
         # A copy, since safetensors refuses tensors that share memory or are not contiguous
         tensors[name] = tensor.clone(memory_format=torch.contiguous_format)
+    tensors["action_bounds"] = torch.tensor(np.array([agent.low, agent.high]))
     with atomic_write(folder / "agent.safetensors") as path:
         path.write_bytes(safetensors.torch.save(tensors))
 
@@ -765,8 +773,9 @@ def begin_session(args, digests, folder):
         "args": vars(args),
         "command": sys.argv,
         "files": digests,
-        "directory": str(SCRIPT.parent),
-        "working_directory": str(START),
+        "directory": SCRIPT.parent,
+        "path": sys.path,
+        "working_directory": START,
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
         "versions": versions,
         "platform": platform.platform(),
@@ -780,20 +789,22 @@ def begin_session(args, digests, folder):
         if before - versions.items():
             print(f"warning: last session had other versions: {dict(before - versions.items())}")
     with atomic_write(path) as temporary:
-        temporary.write_text(earlier + json.dumps(session) + "\n")
+        temporary.write_text(earlier + json.dumps(session, default=str) + "\n")
     with atomic_write(folder / SCRIPT.name) as temporary:
         temporary.write_bytes(SOURCE)
 
 
 def main():
     args = tyro.cli(Args)
-    with suppress(AttributeError):  # of a notebook's stdout, which has all letters
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115 (it may be closed)
+    with suppress(AttributeError, OSError):  # of a notebook's stdout, which has all letters
         sys.stdout.reconfigure(errors="backslashreplace")  # for letters that a terminal lacks
+        os.set_inheritable(2, True)  # for programs that libraries start
     try:
         try:
             prepare(args)
         except (ImportError, gym.error.Error) as error:
-            sys.exit(f"error: --env-id {args.env_id}: {error}")
+            sys.exit(f"error: --env-id {args.env_id}: {error} (is its module on PYTHONPATH?)")
         digests = file_digests()
         folder = run_folder(args, digests)
         summary_path = folder / "summary.json"

@@ -322,6 +322,7 @@ def loss_and_metrics(agent, args, clip_coef, obs, action, old_log_prob, advantag
     )
     value_loss = (value.view_as(returns) - returns).square().mean()
     entropy = (weight * policy.entropy()).mean()
+    # A term added here competes with k = alpha + beta |Z| times PPO's loss: 1.5 times by default
     loss = args.alpha * policy_loss + args.beta * reverse_loss
     loss = loss + args.vf_coef * value_loss - args.ent_coef * entropy
 
@@ -464,7 +465,7 @@ def train(args, folder):
                 metrics.append(minibatch_metrics)
         # In two rollouts, since at first a last layer near zero hides mistakes before it
         if global_step <= 2 * batch_size and metrics[0]["losses/approx_kl"] > 1e-8:
-            found = "the policy that acts is not the one that is trained (dropout?)"
+            found = "the policy that acts is not the one that is trained (dropout/memory?)"
             if device.type == "cpu":
                 sys.exit(f"error: {found}")
             tqdm.write(f"warning: {found}, or this GPU rounds more", file=sys.stderr)
@@ -608,7 +609,7 @@ def compiled(function, **options):
         except Exception as error:  # any is possible here
             if current is function:
                 raise
-            tqdm.write(f"torch.compile failed, running uncompiled: {error!r:.200}", file=sys.stderr)
+            tqdm.write(f"warning: torch.compile failed, running uncompiled: {error!r:.200}")
             current = function
             return function(*inputs)
 
@@ -701,8 +702,9 @@ def begin_session(args, digests, folder):
         "args": vars(args),
         "command": sys.argv,
         "files": digests,
-        "directory": str(SCRIPT.parent),
-        "working_directory": str(START),
+        "directory": SCRIPT.parent,
+        "path": sys.path,
+        "working_directory": START,
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
         "versions": versions,
         "platform": platform.platform(),
@@ -716,15 +718,17 @@ def begin_session(args, digests, folder):
         if before - versions.items():
             print(f"warning: last session had other versions: {dict(before - versions.items())}")
     with atomic_write(path) as temporary:
-        temporary.write_text(earlier + json.dumps(session) + "\n")
+        temporary.write_text(earlier + json.dumps(session, default=str) + "\n")
     with atomic_write(folder / SCRIPT.name) as temporary:
         temporary.write_bytes(SOURCE)
 
 
 def main():
     args = tyro.cli(Args)
-    with suppress(AttributeError):  # of a notebook's stdout, which has all letters
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115 (it may be closed)
+    with suppress(AttributeError, OSError):  # of a notebook's stdout, which has all letters
         sys.stdout.reconfigure(errors="backslashreplace")  # for letters that a terminal lacks
+        os.set_inheritable(2, True)  # for programs that libraries start
     digests = file_digests()
     folder = run_folder(args, digests)
     summary_path = folder / "summary.json"

@@ -1516,8 +1516,9 @@ def begin_session(args, digests, folder):
         "args": vars(args),
         "command": sys.argv,
         "files": digests,
-        "directory": str(SCRIPT.parent),
-        "working_directory": str(START),
+        "directory": SCRIPT.parent,
+        "path": sys.path,
+        "working_directory": START,
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
         "versions": versions,
         "platform": platform.platform(),
@@ -1531,7 +1532,7 @@ def begin_session(args, digests, folder):
         if before - versions.items():
             print(f"warning: last session had other versions: {dict(before - versions.items())}")
     with atomic_write(path) as temporary:
-        temporary.write_text(earlier + json.dumps(session) + "\n")
+        temporary.write_text(earlier + json.dumps(session, default=str) + "\n")
     with atomic_write(folder / SCRIPT.name) as temporary:
         temporary.write_bytes(SOURCE)
 

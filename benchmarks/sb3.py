@@ -39,6 +39,9 @@ from stable_baselines3.common.monitor import Monitor
 from stable_baselines3.common.sb2_compat.rmsprop_tf_like import RMSpropTFLike
 from stable_baselines3.common.vec_env import DummyVecEnv, VecFrameStack, VecNormalize
 
+sys.path.append(str(Path(__file__).resolve().parent.parent))  # environments beside our scripts, too
+import sppo_continuous  # noqa: E402
+
 
 @dataclass
 class Args:
@@ -116,14 +119,26 @@ def evaluate(args, model):
     }
 
 
-def folder_of(args):
-    """Folder of the run. The same command has the same folder, as long as this file is the same."""
-    digest = hashlib.sha256(Path(__file__).read_bytes() + json.dumps(vars(args)).encode())
+def file_digests(args):
+    """{path: SHA-256} of this file and of the environment's, as in our scripts."""
+    if not args.atari:
+        with gym.make(args.env_id) as env:  # imports its files
+            env.reset(seed=0)
+    script = Path(__file__).resolve()
+    digests = sppo_continuous.file_digests()
+    del digests[str(sppo_continuous.SCRIPT)]
+    return digests | {str(script): hashlib.sha256(script.read_bytes()).hexdigest()}
+
+
+def folder_of(args, digests):
+    """Folder of the run. The same command with the same files has the same folder."""
+    files = sorted((Path(path).name, digest) for path, digest in digests.items())
+    digest = hashlib.sha256(json.dumps([vars(args), files]).encode())
     name = f"{args.env_id}__{args.exp_name}__none__{args.seed}__{digest.hexdigest()[:8]}"
     return Path(args.runs_dir, name)
 
 
-def session_of(args, folder):
+def session_of(args, digests, folder):
     """The line of sessions.jsonl, by the names that our scripts give its parts."""
     script = Path(__file__).resolve()
     package = {"sb3": "stable-baselines3", "sbx": "sbx-rl"}[args.library]
@@ -132,7 +147,7 @@ def session_of(args, folder):
         "script": script.name,
         "args": vars(args) | {"noise": "none", "noise_level": 0.0},
         "command": sys.argv,
-        "files": {str(script): hashlib.sha256(script.read_bytes()).hexdigest()},
+        "files": digests,
         "directory": str(script.parent),
         "started": time.strftime("%Y-%m-%d %H:%M:%S"),
         "versions": {package: version(package), "torch": torch.__version__},
@@ -146,12 +161,13 @@ def main(args: Args):
     if args.library == "sbx" and (args.atari or args.algo != "ppo"):
         sys.exit("error: --library sbx: only PPO in continuous control")
     args.exp_name = args.exp_name or f"{args.library}-{args.algo}"
-    folder = folder_of(args)
+    warnings.filterwarnings("ignore", message=".*is out of date.*")
+    digests = file_digests(args)
+    folder = folder_of(args, digests)
     if (folder / "summary.json").exists():
         print(f"{folder}: finished")
         return
-    session = session_of(args, folder)
-    warnings.filterwarnings("ignore", message=".*is out of date.*")
+    session = session_of(args, digests, folder)
     gym.register_envs(ale_py)
     model = make_model(args)
     if args.library == "sbx":

@@ -222,19 +222,23 @@ def test_an_evaluation_is_greedy_with_the_statistics_of_the_training_and_clean(s
 
 
 @pytest.mark.parametrize(
-    ("limit", "end", "length"),
-    [(None, None, 100_000), (100_500, 100_500, 100_500), (10, 25, 25), (10, None, 100_000)],
+    ("freq", "limit", "end", "length"),
+    [(0, None, None, 100_000), (0, 100_500, 100_500, 100_500), (0, 10, 25, 25)]
+    + [(0, 10, None, 100_000), (300, None, None, 300), (300, 500, 500, 500)],
 )
-def test_an_episode_that_does_not_end_is_cut_off_in_an_evaluation(limit, end, length):
-    """A time limit inside of a wrapper that joins episodes is no end. Observations may be lists."""
+def test_an_episode_that_does_not_end_is_cut_off_in_an_evaluation(freq, limit, end, length, capsys):
+    """Where a checkpoint would end it in training, which is said. A time limit inside of a wrapper
+    that joins episodes is no end. Observations may be lists."""
     obs, time = [0.0] * 11, itertools.count(1)
     env = SimpleNamespace(reset=lambda seed: (obs, {}), close=lambda: None)
     env.step = lambda _: (obs, 0.5, False, next(time) == end, {})
     env.spec = SimpleNamespace(max_episode_steps=limit) if limit else None
     agent = make_agent(hidden_sizes=())
-    args = script.Args(eval_episodes=1)
+    args = script.Args(eval_episodes=1, checkpoint_freq=freq)
     scores, lengths, _ = script.evaluate(agent, args, script.RunningStats(), 0, env)
     assert (scores.tolist(), lengths.tolist()) == ([length / 2], [length])
+    said = f"warning: evaluation cut after {length:,} steps; see --checkpoint-freq\n"
+    assert capsys.readouterr().out == ("" if end else said)
 
 
 # ---- What `train` does

@@ -171,13 +171,15 @@ def test_a_run_writes_its_files_and_messages(setting, launch, monkeypatch):
         statistics = state.get("obs_stats", {}).items()
         tensors = state["agent"] | {f"obs_{name}": tensor for name, tensor in statistics}
         found = safetensors.torch.load_file(folder / "agent.safetensors")
+        if not setting.atari:  # what an actor needs without its environment
+            assert found.pop("action_bounds").tolist() == [[-1], [1]]
         torch.testing.assert_close(found, tensors, rtol=0, atol=0)
 
     (session,) = sessions(folder)
     flags = {"seed": 7, "noise_level": 0.05, "alpha": 0.5, "exp_name": setting.symmetric_algo}
     assert flags.items() <= session["args"].items()
     expected = {"script": script, "command": sys.argv, "directory": str(path.parent)}
-    expected |= {"working_directory": str(Path.cwd())}
+    expected |= {"working_directory": str(Path.cwd()), "path": [str(x) for x in sys.path]}
     assert expected.items() <= session.items()
     assert session["files"][str(path)] == helpers.sha256(path)
     versions = {one.name: version(one.name) for one in distributions()}
@@ -592,15 +594,24 @@ def test_letters_that_a_terminal_lacks_are_escaped(setting, launch, monkeypatch)
     assert terminal.read().count(r"__\u03b2__") == 3
 
 
+@only(SPPO_CONTINUOUS, SA2C_ATARI)
+def test_a_closed_stderr_ends_no_run(setting):
+    """Nor programs that libraries start, as glfw does to look for itself."""
+    command = [sys.executable, setting.script.__file__]
+    command += words(setting.small | {"runs_dir": RUNS, "total_timesteps": 64})
+    subprocess.run(["sh", "-c", '"$@" 2>&-', "sh", *command], check=True)
+    assert len(list(RUNS.glob("*/summary.json"))) == 1
+
+
 @helpers.needs_gpu
 @only(*ATARI, TEXTS, replace(TEXTS, small=TEXTS.small | {"amp": "auto"}))
 def test_on_a_gpu_a_run_is_compiled_and_continued(setting, launch):
     flags = every(setting, 1) | {"device": "cuda"}
     flags |= {"compile": True} if setting.atari else {}
     folder = setting.interrupt(RUNS, 2, **flags)
-    end, _, err = launch(**flags)
+    end, out, _ = launch(**flags)
     assert end == 0
-    assert "torch.compile failed" not in err
+    assert "torch.compile failed" not in out
     assert len(sessions(folder)) == 2
 
 
@@ -633,13 +644,16 @@ REFUSED = [  # scripts, flags, and what they say; None: these flags are not refu
     (ATARI, "--repeat-action-probability 25", "repeat_action_probability must be between 0"),
     (ATARI, "--env-id Brekout", "`Brekout` doesn't exist in namespace ALE. Did you mean: `Break"),
     (ATARI, "--env-id ALE/Breakout-v5", "env_id must be the NAME of an ALE/NAME-v5"),
+    (ATARI, "--checkpoint-freq 0", "checkpoint_freq must be at least 1"),
+    (CONTINUOUS, "--checkpoint-freq -1", "checkpoint_freq must be finite and not negative"),
     (CONTINUOUS, "--hidden-sizes 0", "hidden_sizes must be at least 1"),
     (ATARI, "--env-id PongDeterministic-v4", "env_id must be the NAME of an ALE/NAME-v5"),
     (CONTINUOUS, "--noise flip", "invalid choice 'flip'"),
     (CONTINUOUS, "--bins 1", "bins must be at least 2"),
     (CONTINUOUS, "--policy gaussian --beta 1", "beta needs probabilities"),
     (CONTINUOUS, "--env-id Hoper-v4", "--env-id Hoper-v4: Environment `Hoper` doesn't exist"),
-    (CONTINUOUS, "--env-id nowhere:Task-v0", "nowhere:Task-v0: No module named 'nowhere'"),
+    (CONTINUOUS, "--env-id nowhere:Task-v0", "No module named 'nowhere'. Environment registration"),
+    (CONTINUOUS, "--env-id nowhere:Task-v0", "(is its module on PYTHONPATH?)"),
     (CONTINUOUS, "--env-id CartPole-v1", "Discrete(2) is no vector; see docs/copy-and"),
     (CONTINUOUS, "--env-id Pictures-v0", "(2, 1), float32) is no vector; see docs/copy-and"),
     (CONTINUOUS, "--env-id Unbounded-v0 --policy gaussian", None),
@@ -658,7 +672,7 @@ REFUSED = [  # scripts, flags, and what they say; None: these flags are not refu
     ([TEXTS], "--lora-alpha 8", "lora_alpha needs --lora-r"),
     ([TEXTS], "--reward-model my.py", "which function? FILE.py:NAME"),
 ]
-COUNTS = "total_timesteps eval_freq checkpoint_freq num_envs num_steps".split()
+COUNTS = "total_timesteps eval_freq num_envs num_steps".split()
 REFUSED += [(SETTINGS, f"--{name} 0", f"{name} must be at least 1") for name in COUNTS]
 COUNTS = "num_minibatches update_epochs".split()
 REFUSED += [(PPO, f"--{name} 0", f"{name} must be at least 1") for name in COUNTS]
@@ -694,7 +708,7 @@ def test_without_a_compiler_a_run_says_so_and_goes_on(setting, monkeypatch, caps
     with pytest.raises(ValueError, match="a copy's own mistake"):
         call(-1)
     failed = "torch.compile failed, running uncompiled: ZeroDivisionError"
-    assert capsys.readouterr().err.count(failed) == 1
+    assert capsys.readouterr().out.count(failed) == 1
 
 
 # ---- Environments of one's own
@@ -758,19 +772,29 @@ class DrawingWrapper(gym.Wrapper):
 
 LARGEST = np.finfo(np.float32).max
 gym.register("TenSteps-v0", lambda **_: TenStepsEnv())
+gym.register("AYear-v0", lambda **_: TenStepsEnv(), max_episode_steps=105_120)
 gym.register("Drawing-v0", lambda **_: DrawingWrapper(DrawingWrapper(DrawingEnv())))
 gym.register("Pictures-v0", lambda **_: gym.wrappers.ReshapeObservation(TenStepsEnv(), (2, 1)))
 gym.register("Unbounded-v0", lambda **_: TenStepsEnv(-np.inf, np.inf))
 gym.register("Huge-v0", lambda **_: TenStepsEnv(-LARGEST, LARGEST))
 gym.register("Whole-v0", lambda **_: TenStepsEnv(dtype=int))
-NAN = np.array([np.nan, 0])
+NAN, INF = np.array([np.nan, 0]), np.array([0, np.inf])
+
+
+OBS = "error: environment's observation not finite near step [56]: "
+GRADIENT = "error: gradient not finite, step 64 .* reward"
+WRONG = [({0: NAN}, OBS), ({0: -NAN}, OBS), ({0: INF}, OBS), ({0: -INF}, OBS)]
+WRONG += [({0: NAN, 3: True}, OBS), ({1: -np.inf}, GRADIENT), ({1: None}, GRADIENT)]
 
 
 @only(*CONTINUOUS)
-@pytest.mark.parametrize("wrong", [{0: NAN}, {0: NAN, 3: True}, {1: -np.inf}, {1: None}])
-def test_a_number_that_is_not_finite_stops_the_run_before_it_is_saved(setting, wrong, monkeypatch):
+@pytest.mark.parametrize(("wrong", "message"), WRONG)
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+def test_a_number_that_is_not_finite_stops_the_run_where_it_begins(
+    setting, wrong, message, monkeypatch
+):
     monkeypatch.setattr(TenStepsEnv, "wrong", wrong)
-    with pytest.raises(SystemExit, match="error: gradient not finite, step 64 .* reward"):
+    with pytest.raises(SystemExit, match=message):
         setting.run(RUNS, env_id="TenSteps-v0", **every(setting, 1))
     (folder,) = RUNS.iterdir()
     left = {path.name for path in folder.iterdir()}
@@ -780,13 +804,35 @@ def test_a_number_that_is_not_finite_stops_the_run_before_it_is_saved(setting, w
     assert weights(folder).isfinite().all()
 
 
+@only(SPPO_CONTINUOUS)
+@pytest.mark.parametrize("wrong", [NAN, INF, -INF])
+def test_an_evaluation_ends_where_an_observation_is_not_finite(setting, wrong, monkeypatch):
+    """There the statistics stay finite: infinity would become 10 standard deviations."""
+    with setting.script.make_env(setting.args(RUNS, env_id="TenSteps-v0")) as env:
+        args = setting.args(RUNS)
+        agent, obs_stats = setting.script.Agent(env, args), setting.script.RunningStats()
+        setting.script.evaluate(agent, args, obs_stats, 0, env)
+        monkeypatch.setattr(TenStepsEnv, "wrong", {0: wrong})
+        env.unwrapped.age = 0
+        with pytest.raises(SystemExit, match="error: environment's observation not finite"):
+            setting.script.evaluate(agent, args, obs_stats, 0, env)
+
+
 @only(*CONTINUOUS)
-def test_an_evaluation_has_the_share_of_episodes_whose_last_step_says_success(setting, monkeypatch):
-    """An episode whose last step does not have it has failed."""
+@pytest.mark.parametrize(
+    ("said", "rate"),
+    [(True, 0.25), (3, 0.25), (np.ones(1), 0.25), (np.array([True, False]), 0), (0.5, 0.125)]
+    + [(0.0, 0), (-1, 0), (None, None)],
+    ids=str,
+)
+def test_an_evaluation_has_the_share_of_episodes_whose_last_step_says_success(
+    setting, said, rate, monkeypatch
+):
+    """An episode whose last step does not have it has failed. A count is one success."""
 
     def step_with_success(env, action):
         *outcome, _ = step(env, action)
-        return *outcome, {"is_success": True} if env.time == 10 and env.age < 20 else {}
+        return *outcome, {"is_success": said} if env.time == 10 and env.age < 20 else {}
 
     step = TenStepsEnv.step
     flags = {"env_id": "TenSteps-v0", "eval_episodes": 4, "total_timesteps": 128}
@@ -794,8 +840,21 @@ def test_an_evaluation_has_the_share_of_episodes_whose_last_step_says_success(se
     assert "success_rate" not in progress(folder)[0]
     monkeypatch.setattr(TenStepsEnv, "step", step_with_success)
     summary, folder = setting.run("more", **flags, **every(setting, 1))
-    rates = [row["success_rate"] for row in progress(folder)]
-    assert rates == [summary["success_rate"], 0.25]
+    rates = [row.get("success_rate") for row in progress(folder)]
+    assert rates == [summary.get("success_rate"), rate] == [rate, rate]
+
+
+@only(*CONTINUOUS)
+def test_an_episode_of_a_registered_limit_fits_between_two_checkpoints(setting, launch):
+    """Wherever in the rollout it begins, unless --checkpoint-freq says otherwise."""
+    flags = {"total_timesteps": 64, "num_envs": 2, "num_steps": 32}
+    for env_id, freq, interval in (
+        ("TenSteps-v0", 0, 200_000),
+        ("AYear-v0", 0, 2 * (105_120 + 32)),
+        ("AYear-v0", 500, 1000),
+    ):
+        end, out, _ = launch(env_id=env_id, checkpoint_freq=freq, **flags)
+        assert end == 0 and f", with a checkpoint every {interval:,} steps" in out
 
 
 @only(*CONTINUOUS)

@@ -1,11 +1,12 @@
 """What a copy of a control script changes works, or stops the run: optimizers, networks."""
 
 import importlib.util
-import shutil
+import re
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 
+import gymnasium as gym
 import pytest
 import safetensors.torch
 import torch
@@ -111,6 +112,18 @@ def test_first_ratios_of_two_rollouts_are_1(setting, tmp_path, monkeypatch, roll
     assert len(rollouts) == (rollout if stops else 4)
 
 
+@continuous_scripts
+def test_rounding_in_thousands_of_dimensions_stops_no_run(setting, tmp_path):
+    """There log p is -7,200, and float32 has seven digits."""
+
+    def make_wide(**_):
+        box = gym.spaces.Box(-2, 2, (3000,))
+        return gym.wrappers.TransformAction(gym.make("Pendulum-v1"), lambda x: x[:1], box)
+
+    gym.register("Wide-v0", make_wide)
+    setting.run(tmp_path, env_id="Wide-v0", total_timesteps=128)
+
+
 # ---- What works: optimizers, networks, a copied checkpoint
 
 
@@ -165,18 +178,21 @@ def test_the_layout_in_memory_changes_no_update(setting, tmp_path):
 @pytest.mark.parametrize("is_edited", [True, False])
 def test_a_copied_checkpoint_continues(setting, is_edited, tmp_path, monkeypatch, signals):
     """With an edited script, or with more steps, as docs/usage.md says."""
-    copy = setting
     if is_edited:
         before = setting.interrupt(tmp_path / "runs", 2, **EACH)
-        edit = ("gamma: float = 0.99", "gamma: float = 0.9")
-        copy = make_copy(setting, tmp_path / "copy", edit)
     else:
         before = setting.run(tmp_path / "runs", **EACH, total_timesteps=128)[1]
-    folder = copy.interrupt(tmp_path / "runs", 0, **EACH)
-    assert folder != before and not (folder / "checkpoint.pt").exists()
-    shutil.copy(before / "checkpoint.pt", folder)
+    page = (Path(__file__).parent.parent / "docs/usage.md").read_text()
+    above, line = re.search(
+        r"below `(checkpoint_path = .+?)`(?s:.+?)```python\n(.+?)\n```", page
+    ).groups()
+    edits = [(f"    {above}\n", f"    {above}\n{line.replace('runs/NAME', str(before))}\n")]
+    if is_edited:
+        edits.append(("gamma: float = 0.99", "gamma: float = 0.9"))
+    copy = make_copy(setting, tmp_path / "copy", *edits)
     rollouts = record(monkeypatch, copy.script, "compute_gae")
-    copy.run(tmp_path / "runs", **EACH)
+    _, folder = copy.run(tmp_path / "runs", **EACH)
+    assert folder != before
     assert len(rollouts) == 2
     rows = progress(folder)
     assert rows[:2] == progress(before)

@@ -278,7 +278,7 @@ def test_diffs_find_their_places_in_longer_scripts_and_after_each_other(tmp_path
     assert len(links) == len(set(links)) == len(SECTIONS)  # the list of examples is complete
     texts = {name: (ROOT / name).read_text() for name in SCRIPTS}
     scripts = {diff: DIFF.fullmatch(diff)[1] for diff in sum(DIFFS.values(), [])}
-    assert len(scripts) == 13
+    assert len(scripts) == 14
     more = re.compile(r"(?m)^(?=# ---- |SOURCE = )")
     for diff, name in scripts.items():
         result = patched(texts[name], diff, tmp_path)
@@ -339,7 +339,7 @@ def test_your_own_environment_and_its_agent_in_other_code(tmp_path, monkeypatch,
     assert progress(folder)[-1]["length_mean"] == 50
     assert -300 < progress(folder)[-1]["return_mean"] < 0
     assert 'py-modules = ["enjoy"]' in (ROOT / "pyproject.toml").read_text()
-    (block,) = code_blocks(PAGES["docs/usage.md"], "python")
+    block, _ = code_blocks(PAGES["docs/usage.md"], "python")
     names = {}
     exec(block.replace("runs/NAME", str(folder)), names)
     env = gym.make(args.env_id)
@@ -367,7 +367,7 @@ def test_your_own_reward_and_noise(tmp_path, monkeypatch, capsys):
 
 
 def test_your_own_loss_is_not_divided_by_the_old_probability(tmp_path, monkeypatch, capsys):
-    script, args = changed("Your own loss", tmp_path, monkeypatch)
+    script, args = changed("Your own loss", tmp_path, monkeypatch, example=1)
     torch.manual_seed(0)
     log_p_old = torch.rand(1000, dtype=torch.float64).log()
     log_p = (log_p_old + 0.3 * torch.randn(1000)).requires_grad_()
@@ -379,6 +379,41 @@ def test_your_own_loss_is_not_divided_by_the_old_probability(tmp_path, monkeypat
     (divided,) = torch.autograd.grad(divided_loss, log_p)
     torch.testing.assert_close(gradient, log_p_old.exp() * divided)
     play(train(script, args, tmp_path, **SHORT), monkeypatch, capsys)
+
+
+def test_a_term_of_ones_own_weighs_k_times_more_with_beta_0(tmp_path, monkeypatch, capsys):
+    """Beside SPPO it takes k times the weight to train the same policy, if nothing is clipped."""
+    script, args = changed("Your own loss", tmp_path, monkeypatch)
+    assert (args.alpha, args.beta) == (1, 0)
+    flags = SHORT | {"max_grad_norm": 1e9, "adam_eps": 1e-20, "learning_rate": 1e-3}
+
+    def actor(size_coef, **weights):
+        folder = train(script, args, tmp_path, **flags, size_coef=size_coef, **weights)
+        play(folder, monkeypatch, capsys)
+        state = checkpoint(folder)["agent"]
+        return torch.cat([state[name].flatten() for name in state if name.startswith("actor")])
+
+    ppo, sppo = {"alpha": 1.0, "beta": 0.0}, {"alpha": 0.5, "beta": 20.0}
+    expected = actor(1.0, **ppo)
+    torch.testing.assert_close(actor(20.5, **sppo), expected, rtol=0, atol=1e-4)
+    assert (actor(1.0, **sppo) - expected).abs().max() > 5e-3
+    torch.testing.assert_close(actor(1.0, **sppo), actor(1.0 / 20.5, **ppo), rtol=0, atol=1e-4)
+
+
+def test_an_evaluation_without_the_environments_own_noise(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.syspath_prepend(tmp_path)
+    Path("docking.py").write_text(*code_blocks(PAGES["docs/tiny.md"], "python"))
+    (line,) = code_blocks(PAGES["docs/control.md"], "python")
+    old = "            with make_env(args, seed) as env:"
+    script = edited(sppo_continuous, tmp_path / "copy", (old, line.rstrip()))
+    evaluations = record(monkeypatch, script, "evaluate")
+    resets = record(monkeypatch, script.NormalizedEnvs, "reset")
+    train(script, script.Args(env_id="docking:Windy-v0"), tmp_path, **SHORT)
+    ((*_, env), _), *_ = evaluations
+    assert env.unwrapped.wind[0] == 0
+    ((envs, _), _), *_ = resets
+    assert envs.envs[0].unwrapped.wind[0] == 0.5
 
 
 def test_your_own_network_and_optimizer(tmp_path, monkeypatch, capsys):
@@ -525,7 +560,7 @@ def test_the_numbers_for_sppo_elsewhere():
 STATED = {  # sentences with defaults
     "control": [
         "{ppo.bins} bins per action dimension",
-        "every {ppo.checkpoint_freq:,} steps of an environment (Atari: {atari.checkpoint_freq:,},",
+        "every 100,000 steps of an environment (Atari: {atari.checkpoint_freq:,},",
         "of {a2c.num_envs} environments x {a2c.num_steps} steps",
         "(Atari: {games.num_envs} x {games.num_steps})",
         "Alpha and beta are {a2c.beta}.",

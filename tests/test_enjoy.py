@@ -16,6 +16,7 @@ import helpers
 import imageio.v3
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from helpers import SA2C_ATARI, SETTINGS, SPPO_ATARI, SPPO_CONTINUOUS, Signals, progress, record
 
@@ -191,7 +192,8 @@ def test_two_plays_of_one_seed_are_the_same_and_a_long_film_is_cut(watch, tmp_pa
         assert watch(folder, "--video")[0].startswith("error: no film: render() must return images")
     begin = OddEnv.__init__
     monkeypatch.setattr(OddEnv, "__init__", lambda self: begin(self))
-    assert " unexpected keyword argument 'render_mode'" in watch(folder, "--video")[0]
+    with pytest.raises(TypeError, match="unexpected keyword argument 'render_mode'"):
+        watch(folder, "--video")
 
 
 @pytest.mark.parametrize(("env_id", "follows"), [("Hopper-v4", True), ("Reacher-v4", False)])
@@ -240,7 +242,77 @@ def test_an_agent_acts_in_other_code_as_in_its_evaluations(setting, watch, tmp_p
                     score += reward
                     over = terminated or truncated
             assert score == pytest.approx(row["return_mean"])
+            for number in (np.nan, np.inf, -np.inf):
+                with pytest.raises(ValueError, match="observation not finite"):
+                    act([number, *obs[1:]])
         with pytest.raises(ValueError, match="act needs one observation"):
             act([obs, obs])
     assert capsys.readouterr().err == ""
     assert setting.folder(tmp_path, total_timesteps=128) == folder
+
+
+ENVIRONMENT = """
+import gymnasium as gym
+from gain_elsewhere import GAIN
+
+class Push(gym.Env):
+    observation_space = gym.spaces.Box(-9, 9, (2,))
+    action_space = gym.spaces.Box(-2, 3, (1,))
+
+    def reset(self, seed=None, options=None):
+        super().reset(seed=seed)
+        return self.observation_space.sample(), {}
+
+    def step(self, action):
+        over = self.np_random.random() < 0.1
+        return self.observation_space.sample(), GAIN * action[0], over, False, {}
+
+gym.register("Push-v0", Push)
+"""
+
+
+def test_an_agent_finds_its_environment_where_the_run_did(watch, tmp_path, monkeypatch, capsys):
+    """Without PYTHONPATH. To act, it needs none: agent.safetensors has the bounds of actions."""
+    path = [*sys.path]
+
+    def forget():
+        sys.path[:] = path
+        for name in ("pushing", "pushing.envs", "gain_elsewhere"):
+            sys.modules.pop(name, None)
+        gym.registry.pop("Push-v0", None)
+        importlib.invalidate_caches()
+
+    module, helper = tmp_path / "a/pushing/envs.py", tmp_path / "b/gain_elsewhere.py"
+    for file, text in ((module, ENVIRONMENT), (helper, "GAIN = 1000.0")):
+        file.parent.mkdir(parents=True)
+        file.write_text(text)
+    sys.path[:0] = [str(tmp_path / "a"), str(helper.parent)]
+    flags = {"env_id": "pushing.envs:Push-v0", "total_timesteps": 64}
+    SPPO_CONTINUOUS.script.prepare(SPPO_CONTINUOUS.args(tmp_path, **flags))  # imports them
+    _, folder = SPPO_CONTINUOUS.run(tmp_path / "runs", **flags)
+    capsys.readouterr()
+    for changed in (None, helper, module):
+        forget()
+        if changed:
+            changed.write_text(changed.read_text() + "\n")
+        warnings = {f"warning: {file} has changed since this run" for file in (helper, module)}
+        warnings = {line for line in warnings if changed == module or str(changed) in line}
+        act = enjoy.load_agent(folder)
+        assert -2 <= act([0.0, 1.0])[0] <= 3
+        assert set(capsys.readouterr().err.splitlines()) == warnings
+        assert not {"pushing.envs", "gain_elsewhere"} & set(sys.modules)
+        end, out, err = watch(folder)
+        assert end == 0 and "return" in out
+        assert set(err.splitlines()) == warnings
+    forget()
+    module.unlink()
+    assert enjoy.load_agent(folder)([0.0, 1.0]) == act([0.0, 1.0])
+    end, _, _ = watch(folder)
+    assert end.startswith("error: No module named 'pushing") and "on PYTHONPATH?" in end
+    forget()
+
+    tensors = safetensors.torch.load_file(folder / "agent.safetensors")
+    np.testing.assert_array_equal(tensors.pop("action_bounds"), [[-2], [3]])
+    safetensors.torch.save_file(tensors, folder / "agent.safetensors")
+    with pytest.raises(ValueError, match="a run of an earlier version"):
+        enjoy.load_agent(folder)
