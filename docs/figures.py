@@ -265,6 +265,7 @@ def play(run):
     env = gym.make(args.env_id, render_mode="rgb_array", **camera)
     agent = Agent(env, args)
     tensors = safetensors.torch.load_file(run / "agent.safetensors")
+    tensors.pop("action_bounds", None)  # earlier runs lack it
     obs_stats = RunningStats()
     obs_stats.load_state_dict({n: tensors.pop(f"obs_{n}") for n in obs_stats.state_dict()})
     agent.load_state_dict(tensors)

@@ -186,7 +186,8 @@ def test_a_copied_checkpoint_continues(setting, is_edited, tmp_path, monkeypatch
     above, line = re.search(
         r"below `(checkpoint_path = .+?)`(?s:.+?)```python\n(.+?)\n```", page
     ).groups()
-    edits = [(f"    {above}\n", f"    {above}\n{line.replace('runs/NAME', str(before))}\n")]
+    line = line.replace("runs/NAME", str(before))
+    edits = [(f"    {above}\n", f"    {above}\n    {line}\n")]
     if is_edited:
         edits.append(("gamma: float = 0.99", "gamma: float = 0.9"))
     copy = make_copy(setting, tmp_path / "copy", *edits)
