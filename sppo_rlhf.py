@@ -286,7 +286,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-# ---- Data: lists of rows {column: value}
+# ---- A row as tokens. Data are lists of rows {column: value}
 
 
 def prompt_kind(row):
@@ -365,114 +365,6 @@ def tokenize(row, tokenizer, args):
     return prompt or [end], target[: args.response_length], is_cut
 
 
-def load_dataset(name):
-    """Loads NAME:SPLIT or NAME:CONFIGURATION:SPLIT with `datasets`. NAME is a folder of Parquet
-    files, a folder that `datasets` saved, or a hub name."""
-    source, *configuration = name.split(":")
-    split = configuration.pop() if configuration else "train"
-    try:
-        data = datasets.load_from_disk(source)
-    except FileNotFoundError:  # not saved by `datasets`
-        data = datasets.load_dataset(source, *configuration, split=split)
-        has_types = not Path(source).is_dir() or data.info.builder_name == "parquet"
-        require(has_types, f"{source} is no folder of Parquet files: give a file")
-        return data
-    if isinstance(data, dict):
-        return data[split]
-    require(source == name, f"{source} has no splits: leave out the split")
-    return data
-
-
-def read_csv(file):
-    """The rows of a CSV file. All values are texts."""
-    csv.field_size_limit(2**31 - 1)  # allows long texts
-    reader = csv.DictReader(file, strict=True)
-    rows = []
-    for row in reader:
-        if [*row] != reader.fieldnames or None in row.values():
-            raise ValueError(f"line {reader.line_num} lacks values or has more, or a name is twice")
-        rows.append(row)
-    return rows
-
-
-def read_json(file):
-    """The rows of a JSON file: a list of objects, or an object in each line."""
-    text = file.read()
-    if not text.lstrip().startswith("["):
-        text = "[" + re.sub(r"\n(?=.*\S)", ",\n", text.lstrip()) + "]"  # errors name lines
-    return json.loads(text)
-
-
-def read_rows(name):
-    """The rows of a file, which is CSV, JSON or Parquet, or those of `load_dataset`."""
-    path = Path(name)
-    if not path.is_file():
-        return load_dataset(name).to_list()
-    if path.suffix == ".parquet":
-        return pyarrow.parquet.ParquetFile(path).read().to_pylist()
-    suffix = Path(path.name.removesuffix(".gz")).suffix
-    read = {".csv": read_csv, ".json": read_json, ".jsonl": read_json}.get(suffix)
-    if not read:
-        raise ValueError("its name must end with .csv, .json, .jsonl (.gz may follow) or .parquet")
-    open_file = gzip.open if path.suffix == ".gz" else open
-    with open_file(path, "rt", encoding="utf-8-sig", newline="") as file:
-        return read(file)
-
-
-def load_rows(name, accelerator, tokenizer, args):
-    """The rows of the data `name`. Refuses what cannot be used, and says how many prompts are cut.
-    Messages that are too long are refused, because a cut would remove the beginning of their
-    template."""
-    try:
-        rows = read_rows(name)
-    except Exception as error:  # each format raises other errors
-        sys.exit(f"error: {name} can't be read: {error}")
-    require(rows, f"{name} has no rows")
-    kind = prompt_kind(rows[0])
-    is_chat = kind == "messages"
-    template = tokenizer.chat_template if is_chat else ""
-    require(template is not None, "messages need a tokenizer with a chat template: --tokenizer")
-    for option in args.template_options:
-        found = re.search(rf"\b{re.escape(option)}\b", str(template))
-        require(found, f"--chat-template-kwargs: no chat template has {option!r}")
-    targets = 0
-    cut = 0
-    for i, row in enumerate(rows, 1):
-        if not kind or prompt_kind(row) != kind:
-            needs = "a 'prompt' (a text, or messages as a list) or a 'text', as all rows"
-            sys.exit(f"error: row {i} of {name} needs {needs}: {row!r:.99}")
-        _, target, is_cut = tokenize(row, tokenizer, args)
-        if is_chat and is_cut:
-            sys.exit(f"error: row {i} of {name}: messages would be cut; raise --prompt-length")
-        targets += bool(target)
-        cut += is_cut
-    if args.ce_coef and name == args.dataset:
-        require(targets, "--ce-coef needs a column 'label' of texts in the training data")
-    accelerator.print(f"{name}: {len(rows):,} prompts, {cut:,} are cut; {targets:,} targets")
-    return rows
-
-
-def split_rows(rows, eval_rows, args):
-    """Returns training rows, and `eval_episodes` held-out rows. Without `eval_rows`, the rows of a
-    tenth of the distinct prompts (or texts) are held out."""
-    rng = np.random.default_rng(0)
-    if eval_rows:
-        kinds = [prompt_kind(rows[0]), prompt_kind(eval_rows[0])]
-        require(kinds.count("messages") != 1, "only one of --dataset, --eval-dataset has messages")
-    else:
-        prompts = [str(row.get("prompt", row.get("text"))) for row in rows]
-        distinct = sorted(set(prompts))
-        rng.shuffle(distinct)
-        held_out = set(distinct[: math.ceil(len(distinct) / 10)])
-        eval_rows = [row for row, prompt in zip(rows, prompts) if prompt in held_out]
-        rows = [row for row, prompt in zip(rows, prompts) if prompt not in held_out]
-    if args.batch_size > len(rows) or args.eval_episodes > len(eval_rows):
-        found = f"{len(rows)} rows of training data and {len(eval_rows)} held out"
-        sys.exit(f"error: {found} are too few for --batch-size and --eval-episodes")
-    chosen = rng.permutation(len(eval_rows))[: args.eval_episodes]
-    return rows, [eval_rows[i] for i in chosen]
-
-
 # ---- Models
 
 
@@ -519,40 +411,6 @@ def token_log_probs(model, inputs, temperature):
     logits = model(input_ids=inputs.ids, use_cache=False).logits[0]
     head.places = None
     return -F.cross_entropy(logits / temperature, inputs.tokens, reduction="none")
-
-
-def refuse_missing(names, source):
-    """Refuses a checkpoint without weights of these `names`, which would stay random."""
-    if names:
-        sys.exit(f"error: {source} lacks {len(names)} weights, such as {min(names)}")
-
-
-def load_pretrained(auto_class, name, **options):
-    """Loads a model, with all its weights."""
-    model, info = auto_class.from_pretrained(name, output_loading_info=True, **options)
-    refuse_missing(info["missing_keys"], name)
-    return model
-
-
-def load_frozen(args, dtype):
-    """The initial policy, whose weights do not change."""
-    has_adapter = transformers.utils.find_adapter_config_file(args.policy_model)
-    require(not has_adapter, f"{args.policy_model} has an adapter_config.json: merge or remove it")
-    config = transformers.AutoConfig.from_pretrained(args.policy_model)
-    own_config = copy.deepcopy(config)
-    if getattr(config, "activation_function", None) == "gelu_new":
-        config.activation_function = "gelu_pytorch_tanh"  # the same function, in one kernel
-    if args.gradient_checkpointing:  # it needs train mode, which would turn dropout on
-        text_config = config.get_text_config()
-        for name in vars(text_config):
-            if "drop" in name:
-                setattr(text_config, name, 0.0)
-    dtype = dtype if args.lora_r else torch.float32
-    model = load_pretrained(AutoModelForCausalLM, args.policy_model, config=config, dtype=dtype)
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.own_config = own_config  # for `save_policy`
-    return model.requires_grad_(False)
 
 
 def trainable_copy(model, args):
@@ -629,124 +487,7 @@ class ActorCritic(nn.Module):
         return log_prob, value, target_log_prob
 
 
-def load_tokenizer(name, **sides):
-    """The tokenizer of a model. It pads with the end-of-text token if it has no padding token.
-    Refuses the empty tokenizer that AutoTokenizer makes for a folder without tokenizer files."""
-    tokenizer = AutoTokenizer.from_pretrained(TOKENIZERS.get(name, name), **sides)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    words = len(tokenizer) - len(tokenizer.all_special_tokens)
-    # An empty tokenizer of T5 has one word, of DeBERTa two
-    require(words > 2, f"{name} has no tokenizer; for a policy, give --tokenizer")
-    return tokenizer
-
-
-# ---- Reward models: functions of the keyword inputs in `score`, which return a score for each text
-
-
-def load_classifier(name, device, dtype):
-    """Loads a classifier with all its weights. A LoRA adapter of a classifier is merged into its
-    base model."""
-    options = {"dtype": dtype, "device_map": device}
-    if not transformers.utils.find_adapter_config_file(name):
-        return load_pretrained(AutoModelForSequenceClassification, name, **options)
-    heads = peft.PeftConfig.from_pretrained(name).modules_to_save or []
-    saved = peft.load_peft_weights(name, device="cpu")
-    sizes = [len(weight) for key, weight in saved.items() if set(heads) & set(key.split("."))]
-    labels = min(sizes, default=1)  # the last layer is the narrowest
-    model = peft.AutoPeftModelForSequenceClassification.from_pretrained(
-        name, num_labels=labels, **options
-    )
-    refuse_missing(peft.get_peft_model_state_dict(model).keys() - saved.keys(), name)
-    require(hasattr(model, "merge_and_unload"), f"{name}: this kind of adapter cannot be merged")
-    return model.merge_and_unload().to(device, dtype)  # modules_to_save may have another dtype
-
-
-def classifier_reward(name, args, device, dtype):
-    """The classifier `name`, with its own tokenizer and, where prompts are messages, its own chat
-    template, if it has one. The score is its output, if it has only one. Otherwise the score is the
-    label's output in a regression, and the label's probability in a classification."""
-    model = load_classifier(name, device, dtype)
-    config = model.config
-    label = {1: 0, 2: 1}.get(config.num_labels)
-    if args.reward_label is not None and config.num_labels > 1:
-        label = args.reward_label
-    labels = config.id2label
-    require(label in labels, f"{name}: --reward-label must be one of {labels}, not {label}")
-    config.id2label = {i: str(i) for i in labels}  # several labels may have one name
-    # An adapter may have no tokenizer. Texts that are too long lose their beginning
-    if not transformers.utils.has_file(name, "tokenizer_config.json"):
-        name = config.name_or_path
-    tokenizer = load_tokenizer(name, truncation_side="left", padding_side="right")
-    positions = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
-    tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
-    pad = getattr(config.get_text_config(), "pad_token_id", None)
-    has_padding = pad is not None and pad >= 0  # without it decoders do not find a text's end
-    if has_padding:
-        tokenizer.pad_token_id = pad  # decoders look for this token
-    classify = transformers.pipeline(
-        "text-classification",
-        model,
-        tokenizer=tokenizer,
-        device=device,
-        batch_size=16 if has_padding else 1,
-        truncation=True,
-        top_k=None,  # scores of all labels
-        function_to_apply="none" if config.num_labels == 1 else None,  # None: by its problem_type
-    )
-
-    def reward_model(texts, prompts, completions, **_):
-        in_template = tokenizer.chat_template and isinstance(prompts[0], list)
-        if in_template:
-            chats = [prompt + completion for prompt, completion in zip(prompts, completions)]
-            texts = tokenizer.apply_chat_template(chats, tokenize=False)
-        # The template has special tokens
-        results = classify(texts, add_special_tokens=not in_template)
-        return [x["score"] for result in results for x in result if x["label"] == str(label)]
-
-    return reward_model
-
-
-def import_function(name):
-    """The Python function FILE.py:NAME."""
-    file, _, function_name = name.rpartition(":")
-    path = Path(file).resolve()
-    require(path.is_file(), f"{file}: no such file")
-    require("." not in path.stem, f"{file}: Python cannot import a name with a dot: rename it")
-    sys.path.append(str(path.parent))
-    module = import_module(path.stem)
-    is_own = getattr(module, "__file__", None) == str(path)
-    require(is_own, f"{file}: another module is called {path.stem}: rename it")
-    require(hasattr(module, function_name), f"{file} has no function {function_name}")
-    return getattr(module, function_name)
-
-
-def function_reward(name, columns):
-    """The Python function FILE.py:NAME. It gets the inputs that it names, or all with `**kwargs`.
-    Inputs are `texts` (prompt and response together), TRL's `prompts`, `completions` (messages, or
-    texts without special tokens) and `completion_ids`, and the columns of the data. It returns a
-    score for each text, or None where it does not score one."""
-    function = import_function(name)
-    signature = inspect.signature(function)
-    takes_all = any(one.kind == one.VAR_KEYWORD for one in signature.parameters.values())
-    inputs = ["texts", "prompts", "completions", "completion_ids", *columns]
-    names = [key for key in inputs if takes_all or key in signature.parameters]
-    require(len({*names}) == len(names), f"{name}: in the data, rename a column of {inputs[:4]}")
-    try:
-        signature.bind(**dict.fromkeys(names))
-    except TypeError as error:
-        sys.exit(f"error: {name}: {error}; there are {', '.join(inputs)}")
-
-    def reward_model(**inputs):
-        count = len(inputs["texts"])  # the function may change the list
-        scores = function(**{key: inputs[key] for key in names})
-        is_list = not isinstance(scores, dict | str) and len(scores) == count
-        require(is_list, f"{name} must return a score for each of {count} texts")
-        return [None if one is None else float(one) for one in scores]
-
-    return reward_model
-
-
-# ---- Loading
+# ---- What a run holds
 
 
 @dataclass
@@ -764,105 +505,6 @@ class Setup:
     eval_data: list[dict]
 
 
-def sources(args):
-    """Names of the run's data and models."""
-    names = [args.dataset, args.eval_dataset, args.policy_model, args.tokenizer, *args.reward_model]
-    return list(filter(None, names))
-
-
-def prepare(args):
-    """Checks device and toy, imports reward functions, and undoes what their files set globally."""
-    if args.device == "cuda":
-        require(torch.cuda.is_available(), "--device cuda: there is no GPU")
-    needed = any(name.startswith(f"{TOY}/") for name in sources(args))
-    require(Path(START, TOY).exists() or not needed, f"no {TOY}, a default: python toy.py makes it")
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    for name in args.reward_model:
-        if ".py:" in name:
-            import_function(name)
-    os.chdir(START)  # an imported file may have changed this and the next settings
-    torch.set_grad_enabled(True)
-    torch.set_default_dtype(torch.float32)
-
-
-def has_bfloat16(device):
-    """Whether bfloat16 is faster. Intel's CPUs with avx512_fp16 need AMX, which may be hidden."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    able = torch.cpu.get_capabilities()
-    needed = "amx_bf16" if able.get("avx512_fp16") else "avx512_bf16"
-    return able.get(needed, False)
-
-
-def end_tokens(row, tokenizer, policy, args):
-    """Tokens that end a response: the end-of-text tokens of the tokenizer and of the policy, and
-    for messages also the token that ends a turn, because a policy that is no chat model does not
-    name it."""
-    ends = [tokenizer.eos_token_id]
-    if prompt_kind(row) == "messages":
-        ends += [turn_end(tokenizer, args)]
-    own = policy.generation_config.eos_token_id
-    ends += own if isinstance(own, list) else [own]
-    vocabulary = len(policy.get_output_embeddings().weight)
-    return [token for token in ends if token is not None and token < vocabulary]
-
-
-def load(args):
-    """Loads models and data."""
-    cpu = args.device == "cpu" or not torch.cuda.is_available()
-    accelerator = Accelerator(cpu=cpu, mixed_precision="no")  # but see ActorCritic.autocast
-    device = accelerator.device
-    dtype = torch.bfloat16 if args.amp == "auto" and has_bfloat16(device) else torch.float32
-    tokenizer = load_tokenizer(args.tokenizer or args.policy_model)
-    require(tokenizer.eos_token, "the tokenizer has no end-of-text token: give --tokenizer")
-    rows, eval_rows = [
-        load_rows(name, accelerator, tokenizer, args) if name else []
-        for name in [args.dataset, args.eval_dataset]
-    ]
-    columns = list(dict.fromkeys(name for row in rows + eval_rows for name in row))
-    data = split_rows(rows, eval_rows, args)
-    reward_dtype = dtype if args.lora_r else torch.float32  # with LoRA, models are large
-    reward_models = [
-        function_reward(name, columns)
-        if ".py:" in name
-        else classifier_reward(name, args, device, reward_dtype)
-        for name in args.reward_model
-    ]
-    torch.manual_seed(args.seed)  # initial weights of LoRA
-    actor_critic = ActorCritic(args, device, dtype)
-    policy = actor_critic.policy
-    longest = args.prompt_length + args.response_length
-    text_config = policy.config.get_text_config()
-    positions = getattr(text_config, "max_position_embeddings", longest)
-    positions = getattr(text_config, "max_seq_len", positions)  # MPT's name
-    if "longrope" in str(text_config):  # it changes all positions in longer texts
-        positions = text_config.original_max_position_embeddings
-    require(positions >= longest, f"{args.policy_model} has {positions} positions, not {longest}")
-    policy.generation_config = transformers.GenerationConfig(
-        temperature=args.temperature,
-        top_k=args.top_k,
-        max_new_tokens=args.response_length,
-        min_new_tokens=None if args.stop_at_eos else args.response_length,
-        eos_token_id=end_tokens(rows[0], tokenizer, policy, args),
-        pad_token_id=0,  # comes after the end of a response, and is cut off
-    )
-    optimizer = torch.optim.AdamW(
-        actor_critic.trained().values(),
-        lr=args.learning_rate,
-        eps=args.adam_eps,
-        weight_decay=args.weight_decay,
-        fused=True,
-    )
-    model = accelerator.prepare(actor_critic)
-    return Setup(
-        accelerator, actor_critic, model, optimizer, tokenizer, reward_models, columns, *data
-    )
-
-
-# ---- Rollout
-
-
 @dataclass
 class Sample:
     """A prompt and its response of T tokens, and what was computed for them, on the CPU."""
@@ -878,6 +520,9 @@ class Sample:
     target_log_prob: Tensor | None  # in evaluations
     advantage: Tensor | None = None  # (T,), in training
     returns: Tensor | None = None  # (T,), in training
+
+
+# ---- Rollout
 
 
 def padded(setup, prompts):
@@ -901,34 +546,6 @@ def generate(setup, prompts, do_sample):
         length = next((i + 1 for i, token in enumerate(tokens) if token in ends), None)
         responses.append(tokens[:length])
     return responses
-
-
-@torch.no_grad()
-def check_sampling(setup, args):
-    """Refuses a policy that samples from other probabilities than it is trained with. The reason
-    may be that `generate` pads on the left and has a cache, which changes positions or recurrent
-    states."""
-    actor = setup.actor_critic
-    prompts = [tokenize(row, setup.tokenizer, args)[0] for row in setup.eval_data]
-    # One prompt of the maximum length, and one of a single token, which gets padding
-    longest = (max(prompts, key=len) * args.prompt_length)[: args.prompt_length]
-    prompts = [longest, longest[:1]]
-    with actor.autocast():
-        generated = actor.policy.generate(
-            **padded(setup, prompts),
-            do_sample=True,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
-        tokens = generated.sequences[:, len(longest) :]
-        response = collate(prompts, tokens.tolist(), actor.policy.device)
-        trained = token_log_probs(actor.policy, response, 1.0).view(tokens.shape)
-    acts = -F.cross_entropy(torch.stack(generated.logits, -1).float(), tokens, reduction="none")
-    difference = (acts - trained).abs().max().item()
-    # Rounding gives 1e-5 in float32, 0.05 in bfloat16 with 28 layers; a mistake gives 0.5 or more
-    limit = 1e-2 if actor.dtype == torch.float32 else 0.3
-    found = f"samples otherwise than it is trained, by {difference:.2g} nats a token"
-    require(difference <= limit, f"{args.policy_model} {found}")
 
 
 def score(setup, args, rows, prompts, responses):
@@ -1380,6 +997,395 @@ def train(setup, args, folder):
     # If DDP is freed after its process group, PyTorch may deadlock (its issue 56297)
     setup.model = None
     accelerator.end_training()
+
+
+# ---- Reading data
+
+
+def load_dataset(name):
+    """Loads NAME:SPLIT or NAME:CONFIGURATION:SPLIT with `datasets`. NAME is a folder of Parquet
+    files, a folder that `datasets` saved, or a hub name."""
+    source, *configuration = name.split(":")
+    split = configuration.pop() if configuration else "train"
+    try:
+        data = datasets.load_from_disk(source)
+    except FileNotFoundError:  # not saved by `datasets`
+        data = datasets.load_dataset(source, *configuration, split=split)
+        has_types = not Path(source).is_dir() or data.info.builder_name == "parquet"
+        require(has_types, f"{source} is no folder of Parquet files: give a file")
+        return data
+    if isinstance(data, dict):
+        return data[split]
+    require(source == name, f"{source} has no splits: leave out the split")
+    return data
+
+
+def read_csv(file):
+    """The rows of a CSV file. All values are texts."""
+    csv.field_size_limit(2**31 - 1)  # allows long texts
+    reader = csv.DictReader(file, strict=True)
+    rows = []
+    for row in reader:
+        if [*row] != reader.fieldnames or None in row.values():
+            raise ValueError(f"line {reader.line_num} lacks values or has more, or a name is twice")
+        rows.append(row)
+    return rows
+
+
+def read_json(file):
+    """The rows of a JSON file: a list of objects, or an object in each line."""
+    text = file.read()
+    if not text.lstrip().startswith("["):
+        text = "[" + re.sub(r"\n(?=.*\S)", ",\n", text.lstrip()) + "]"  # errors name lines
+    return json.loads(text)
+
+
+def read_rows(name):
+    """The rows of a file, which is CSV, JSON or Parquet, or those of `load_dataset`."""
+    path = Path(name)
+    if not path.is_file():
+        return load_dataset(name).to_list()
+    if path.suffix == ".parquet":
+        return pyarrow.parquet.ParquetFile(path).read().to_pylist()
+    suffix = Path(path.name.removesuffix(".gz")).suffix
+    read = {".csv": read_csv, ".json": read_json, ".jsonl": read_json}.get(suffix)
+    if not read:
+        raise ValueError("its name must end with .csv, .json, .jsonl (.gz may follow) or .parquet")
+    open_file = gzip.open if path.suffix == ".gz" else open
+    with open_file(path, "rt", encoding="utf-8-sig", newline="") as file:
+        return read(file)
+
+
+def load_rows(name, accelerator, tokenizer, args):
+    """The rows of the data `name`. Refuses what cannot be used, and says how many prompts are cut.
+    Messages that are too long are refused, because a cut would remove the beginning of their
+    template."""
+    try:
+        rows = read_rows(name)
+    except Exception as error:  # each format raises other errors
+        sys.exit(f"error: {name} can't be read: {error}")
+    require(rows, f"{name} has no rows")
+    kind = prompt_kind(rows[0])
+    is_chat = kind == "messages"
+    template = tokenizer.chat_template if is_chat else ""
+    require(template is not None, "messages need a tokenizer with a chat template: --tokenizer")
+    for option in args.template_options:
+        found = re.search(rf"\b{re.escape(option)}\b", str(template))
+        require(found, f"--chat-template-kwargs: no chat template has {option!r}")
+    targets = 0
+    cut = 0
+    for i, row in enumerate(rows, 1):
+        if not kind or prompt_kind(row) != kind:
+            needs = "a 'prompt' (a text, or messages as a list) or a 'text', as all rows"
+            sys.exit(f"error: row {i} of {name} needs {needs}: {row!r:.99}")
+        _, target, is_cut = tokenize(row, tokenizer, args)
+        if is_chat and is_cut:
+            sys.exit(f"error: row {i} of {name}: messages would be cut; raise --prompt-length")
+        targets += bool(target)
+        cut += is_cut
+    if args.ce_coef and name == args.dataset:
+        require(targets, "--ce-coef needs a column 'label' of texts in the training data")
+    accelerator.print(f"{name}: {len(rows):,} prompts, {cut:,} are cut; {targets:,} targets")
+    return rows
+
+
+def split_rows(rows, eval_rows, args):
+    """Returns training rows, and `eval_episodes` held-out rows. Without `eval_rows`, the rows of a
+    tenth of the distinct prompts (or texts) are held out."""
+    rng = np.random.default_rng(0)
+    if eval_rows:
+        kinds = [prompt_kind(rows[0]), prompt_kind(eval_rows[0])]
+        require(kinds.count("messages") != 1, "only one of --dataset, --eval-dataset has messages")
+    else:
+        prompts = [str(row.get("prompt", row.get("text"))) for row in rows]
+        distinct = sorted(set(prompts))
+        rng.shuffle(distinct)
+        held_out = set(distinct[: math.ceil(len(distinct) / 10)])
+        eval_rows = [row for row, prompt in zip(rows, prompts) if prompt in held_out]
+        rows = [row for row, prompt in zip(rows, prompts) if prompt not in held_out]
+    if args.batch_size > len(rows) or args.eval_episodes > len(eval_rows):
+        found = f"{len(rows)} rows of training data and {len(eval_rows)} held out"
+        sys.exit(f"error: {found} are too few for --batch-size and --eval-episodes")
+    chosen = rng.permutation(len(eval_rows))[: args.eval_episodes]
+    return rows, [eval_rows[i] for i in chosen]
+
+
+# ---- Reward models: functions of the keyword inputs in `score`, which return a score for each text
+
+
+def classifier_reward(name, args, device, dtype):
+    """The classifier `name`, with its own tokenizer and, where prompts are messages, its own chat
+    template, if it has one. The score is its output, if it has only one. Otherwise the score is the
+    label's output in a regression, and the label's probability in a classification."""
+    model = load_classifier(name, device, dtype)
+    config = model.config
+    label = {1: 0, 2: 1}.get(config.num_labels)
+    if args.reward_label is not None and config.num_labels > 1:
+        label = args.reward_label
+    labels = config.id2label
+    require(label in labels, f"{name}: --reward-label must be one of {labels}, not {label}")
+    config.id2label = {i: str(i) for i in labels}  # several labels may have one name
+    # An adapter may have no tokenizer. Texts that are too long lose their beginning
+    if not transformers.utils.has_file(name, "tokenizer_config.json"):
+        name = config.name_or_path
+    tokenizer = load_tokenizer(name, truncation_side="left", padding_side="right")
+    positions = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
+    pad = getattr(config.get_text_config(), "pad_token_id", None)
+    has_padding = pad is not None and pad >= 0  # without it decoders do not find a text's end
+    if has_padding:
+        tokenizer.pad_token_id = pad  # decoders look for this token
+    classify = transformers.pipeline(
+        "text-classification",
+        model,
+        tokenizer=tokenizer,
+        device=device,
+        batch_size=16 if has_padding else 1,
+        truncation=True,
+        top_k=None,  # scores of all labels
+        function_to_apply="none" if config.num_labels == 1 else None,  # None: by its problem_type
+    )
+
+    def reward_model(texts, prompts, completions, **_):
+        in_template = tokenizer.chat_template and isinstance(prompts[0], list)
+        if in_template:
+            chats = [prompt + completion for prompt, completion in zip(prompts, completions)]
+            texts = tokenizer.apply_chat_template(chats, tokenize=False)
+        # The template has special tokens
+        results = classify(texts, add_special_tokens=not in_template)
+        return [x["score"] for result in results for x in result if x["label"] == str(label)]
+
+    return reward_model
+
+
+def import_function(name):
+    """The Python function FILE.py:NAME."""
+    file, _, function_name = name.rpartition(":")
+    path = Path(file).resolve()
+    require(path.is_file(), f"{file}: no such file")
+    require("." not in path.stem, f"{file}: Python cannot import a name with a dot: rename it")
+    sys.path.append(str(path.parent))
+    module = import_module(path.stem)
+    is_own = getattr(module, "__file__", None) == str(path)
+    require(is_own, f"{file}: another module is called {path.stem}: rename it")
+    require(hasattr(module, function_name), f"{file} has no function {function_name}")
+    return getattr(module, function_name)
+
+
+def function_reward(name, columns):
+    """The Python function FILE.py:NAME. It gets the inputs that it names, or all with `**kwargs`.
+    Inputs are `texts` (prompt and response together), TRL's `prompts`, `completions` (messages, or
+    texts without special tokens) and `completion_ids`, and the columns of the data. It returns a
+    score for each text, or None where it does not score one."""
+    function = import_function(name)
+    signature = inspect.signature(function)
+    takes_all = any(one.kind == one.VAR_KEYWORD for one in signature.parameters.values())
+    inputs = ["texts", "prompts", "completions", "completion_ids", *columns]
+    names = [key for key in inputs if takes_all or key in signature.parameters]
+    require(len({*names}) == len(names), f"{name}: in the data, rename a column of {inputs[:4]}")
+    try:
+        signature.bind(**dict.fromkeys(names))
+    except TypeError as error:
+        sys.exit(f"error: {name}: {error}; there are {', '.join(inputs)}")
+
+    def reward_model(**inputs):
+        count = len(inputs["texts"])  # the function may change the list
+        scores = function(**{key: inputs[key] for key in names})
+        is_list = not isinstance(scores, dict | str) and len(scores) == count
+        require(is_list, f"{name} must return a score for each of {count} texts")
+        return [None if one is None else float(one) for one in scores]
+
+    return reward_model
+
+
+# ---- Loading
+
+
+def refuse_missing(names, source):
+    """Refuses a checkpoint without weights of these `names`, which would stay random."""
+    if names:
+        sys.exit(f"error: {source} lacks {len(names)} weights, such as {min(names)}")
+
+
+def load_pretrained(auto_class, name, **options):
+    """Loads a model, with all its weights."""
+    model, info = auto_class.from_pretrained(name, output_loading_info=True, **options)
+    refuse_missing(info["missing_keys"], name)
+    return model
+
+
+def load_tokenizer(name, **sides):
+    """The tokenizer of a model. It pads with the end-of-text token if it has no padding token.
+    Refuses the empty tokenizer that AutoTokenizer makes for a folder without tokenizer files."""
+    tokenizer = AutoTokenizer.from_pretrained(TOKENIZERS.get(name, name), **sides)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    words = len(tokenizer) - len(tokenizer.all_special_tokens)
+    # An empty tokenizer of T5 has one word, of DeBERTa two
+    require(words > 2, f"{name} has no tokenizer; for a policy, give --tokenizer")
+    return tokenizer
+
+
+def load_classifier(name, device, dtype):
+    """Loads a classifier with all its weights. A LoRA adapter of a classifier is merged into its
+    base model."""
+    options = {"dtype": dtype, "device_map": device}
+    if not transformers.utils.find_adapter_config_file(name):
+        return load_pretrained(AutoModelForSequenceClassification, name, **options)
+    heads = peft.PeftConfig.from_pretrained(name).modules_to_save or []
+    saved = peft.load_peft_weights(name, device="cpu")
+    sizes = [len(weight) for key, weight in saved.items() if set(heads) & set(key.split("."))]
+    labels = min(sizes, default=1)  # the last layer is the narrowest
+    model = peft.AutoPeftModelForSequenceClassification.from_pretrained(
+        name, num_labels=labels, **options
+    )
+    refuse_missing(peft.get_peft_model_state_dict(model).keys() - saved.keys(), name)
+    require(hasattr(model, "merge_and_unload"), f"{name}: this kind of adapter cannot be merged")
+    return model.merge_and_unload().to(device, dtype)  # modules_to_save may have another dtype
+
+
+def load_frozen(args, dtype):
+    """The initial policy, whose weights do not change."""
+    has_adapter = transformers.utils.find_adapter_config_file(args.policy_model)
+    require(not has_adapter, f"{args.policy_model} has an adapter_config.json: merge or remove it")
+    config = transformers.AutoConfig.from_pretrained(args.policy_model)
+    own_config = copy.deepcopy(config)
+    if getattr(config, "activation_function", None) == "gelu_new":
+        config.activation_function = "gelu_pytorch_tanh"  # the same function, in one kernel
+    if args.gradient_checkpointing:  # it needs train mode, which would turn dropout on
+        text_config = config.get_text_config()
+        for name in vars(text_config):
+            if "drop" in name:
+                setattr(text_config, name, 0.0)
+    dtype = dtype if args.lora_r else torch.float32
+    model = load_pretrained(AutoModelForCausalLM, args.policy_model, config=config, dtype=dtype)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    model.own_config = own_config  # for `save_policy`
+    return model.requires_grad_(False)
+
+
+def sources(args):
+    """Names of the run's data and models."""
+    names = [args.dataset, args.eval_dataset, args.policy_model, args.tokenizer, *args.reward_model]
+    return list(filter(None, names))
+
+
+def prepare(args):
+    """Checks device and toy, imports reward functions, and undoes what their files set globally."""
+    if args.device == "cuda":
+        require(torch.cuda.is_available(), "--device cuda: there is no GPU")
+    needed = any(name.startswith(f"{TOY}/") for name in sources(args))
+    require(Path(START, TOY).exists() or not needed, f"no {TOY}, a default: python toy.py makes it")
+    transformers.utils.logging.disable_progress_bar()
+    transformers.utils.logging.set_verbosity_error()
+    for name in args.reward_model:
+        if ".py:" in name:
+            import_function(name)
+    os.chdir(START)  # an imported file may have changed this and the next settings
+    torch.set_grad_enabled(True)
+    torch.set_default_dtype(torch.float32)
+
+
+def has_bfloat16(device):
+    """Whether bfloat16 is faster. Intel's CPUs with avx512_fp16 need AMX, which may be hidden."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    able = torch.cpu.get_capabilities()
+    needed = "amx_bf16" if able.get("avx512_fp16") else "avx512_bf16"
+    return able.get(needed, False)
+
+
+def end_tokens(row, tokenizer, policy, args):
+    """Tokens that end a response: the end-of-text tokens of the tokenizer and of the policy, and
+    for messages also the token that ends a turn, because a policy that is no chat model does not
+    name it."""
+    ends = [tokenizer.eos_token_id]
+    if prompt_kind(row) == "messages":
+        ends += [turn_end(tokenizer, args)]
+    own = policy.generation_config.eos_token_id
+    ends += own if isinstance(own, list) else [own]
+    vocabulary = len(policy.get_output_embeddings().weight)
+    return [token for token in ends if token is not None and token < vocabulary]
+
+
+@torch.no_grad()
+def check_sampling(setup, args):
+    """Refuses a policy that samples from other probabilities than it is trained with. The reason
+    may be that `generate` pads on the left and has a cache, which changes positions or recurrent
+    states."""
+    actor = setup.actor_critic
+    prompts = [tokenize(row, setup.tokenizer, args)[0] for row in setup.eval_data]
+    # One prompt of the maximum length, and one of a single token, which gets padding
+    longest = (max(prompts, key=len) * args.prompt_length)[: args.prompt_length]
+    prompts = [longest, longest[:1]]
+    with actor.autocast():
+        generated = actor.policy.generate(
+            **padded(setup, prompts),
+            do_sample=True,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        tokens = generated.sequences[:, len(longest) :]
+        response = collate(prompts, tokens.tolist(), actor.policy.device)
+        trained = token_log_probs(actor.policy, response, 1.0).view(tokens.shape)
+    acts = -F.cross_entropy(torch.stack(generated.logits, -1).float(), tokens, reduction="none")
+    difference = (acts - trained).abs().max().item()
+    # Rounding gives 1e-5 in float32, 0.05 in bfloat16 with 28 layers; a mistake gives 0.5 or more
+    limit = 1e-2 if actor.dtype == torch.float32 else 0.3
+    found = f"samples otherwise than it is trained, by {difference:.2g} nats a token"
+    require(difference <= limit, f"{args.policy_model} {found}")
+
+
+def load(args):
+    """Loads models and data."""
+    cpu = args.device == "cpu" or not torch.cuda.is_available()
+    accelerator = Accelerator(cpu=cpu, mixed_precision="no")  # but see ActorCritic.autocast
+    device = accelerator.device
+    dtype = torch.bfloat16 if args.amp == "auto" and has_bfloat16(device) else torch.float32
+    tokenizer = load_tokenizer(args.tokenizer or args.policy_model)
+    require(tokenizer.eos_token, "the tokenizer has no end-of-text token: give --tokenizer")
+    rows, eval_rows = [
+        load_rows(name, accelerator, tokenizer, args) if name else []
+        for name in [args.dataset, args.eval_dataset]
+    ]
+    columns = list(dict.fromkeys(name for row in rows + eval_rows for name in row))
+    data = split_rows(rows, eval_rows, args)
+    reward_dtype = dtype if args.lora_r else torch.float32  # with LoRA, models are large
+    reward_models = [
+        function_reward(name, columns)
+        if ".py:" in name
+        else classifier_reward(name, args, device, reward_dtype)
+        for name in args.reward_model
+    ]
+    torch.manual_seed(args.seed)  # initial weights of LoRA
+    actor_critic = ActorCritic(args, device, dtype)
+    policy = actor_critic.policy
+    longest = args.prompt_length + args.response_length
+    text_config = policy.config.get_text_config()
+    positions = getattr(text_config, "max_position_embeddings", longest)
+    positions = getattr(text_config, "max_seq_len", positions)  # MPT's name
+    if "longrope" in str(text_config):  # it changes all positions in longer texts
+        positions = text_config.original_max_position_embeddings
+    require(positions >= longest, f"{args.policy_model} has {positions} positions, not {longest}")
+    policy.generation_config = transformers.GenerationConfig(
+        temperature=args.temperature,
+        top_k=args.top_k,
+        max_new_tokens=args.response_length,
+        min_new_tokens=None if args.stop_at_eos else args.response_length,
+        eos_token_id=end_tokens(rows[0], tokenizer, policy, args),
+        pad_token_id=0,  # comes after the end of a response, and is cut off
+    )
+    optimizer = torch.optim.AdamW(
+        actor_critic.trained().values(),
+        lr=args.learning_rate,
+        eps=args.adam_eps,
+        weight_decay=args.weight_decay,
+        fused=True,
+    )
+    model = accelerator.prepare(actor_critic)
+    return Setup(
+        accelerator, actor_critic, model, optimizer, tokenizer, reward_models, columns, *data
+    )
 
 
 # ---- Saving
