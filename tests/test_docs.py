@@ -585,7 +585,7 @@ def logged(folder):
 
 
 def test_the_list_of_metrics_is_complete_for_control(setting, tmp_path, signals):
-    expected = metrics("PPO" if setting.ppo else "A2C")
+    expected = metrics("PPO" if setting.ppo else "A2C", "control, Atari")
     tags, columns = logged(setting.run(tmp_path)[1])
     assert tags == expected
     assert columns == expected - {"charts/SPS", "eval/return_mean"}

@@ -750,7 +750,6 @@ def test_a_function_gets_what_trl_gives_it(toy, tmp_path, monkeypatch, chat):
     refused(monkeypatch, tmp_path, "messages would be cut; raise --prompt-length$", *words)
     for variables, message in {
         json.dumps({"thinking": "'true', or 'false'"}): "no chat template has 'thinking'$",
-        '{"enable_thinking": {"a": "False"}}': "write true and false without quotation marks$",
         "[1]": "chat_template_kwargs must be a JSON object",
     }.items():
         options = ["--chat-template-kwargs", variables]
@@ -1299,11 +1298,8 @@ def test_micro_batches_add_up_to_the_minibatch(load, models, monkeypatch, lora_r
     numbers |= {"sft_loss": sft_loss, "grad_norm": expected.norm()}
     numbers["clipfrac"] = ((ratio - 1).abs() > 0.2).float().mean()
     numbers["approx_kl"] = (ratio - 1 - ratio.log()).mean()
-    numbers["norm_sign_changes"] = torch.tensor(0.0)
     for limit, found, metrics in zip(limits.values(), gradients, history, strict=True):
-        share = min(1, limit / expected.norm().item())
-        assert_near(found, share * expected)
-        assert metrics["losses/clipped_gradients"] == (share < 1)
+        assert_near(found, min(1, limit / expected.norm().item()) * expected)
         for name, number in numbers.items():
             assert float(metrics[f"losses/{name}"]) == pytest.approx(number.item(), rel=1e-3)
 
