@@ -16,7 +16,7 @@
     python sppo_rlhf.py --task imdb --policy-model DIR --reward-model DIR --dataset reviews.jsonl.gz
     accelerate launch sppo_rlhf.py --task tldr      # GPT-J with LoRA summarises, on several GPUs
     python sppo_rlhf.py --task tldr --help          # all flags, with that task's defaults
-    python sppo_rlhf.py --policy-model DIR --dataset my.jsonl --reward-model my.py:short
+    python sppo_rlhf.py --beta 0 --policy-model DIR --dataset my.jsonl --reward-model my.py:short
 
 where my.jsonl has lines such as {"prompt": "Say hi"}, and my.py a function such as
 
@@ -34,16 +34,15 @@ constant that stands for log 0:
     symmetric loss    alpha L + beta Lr
 
 SPPO differs from PPO in two lines, "all that SPPO adds to PPO" and `beta * reverse_loss`. The
-gradient of Lr is |Z| times that of L, so SPPO's policy gradient is (alpha + beta |Z|) times PPO's:
-0.9 times (imdb) and 0.7 times (tldr) with the authors' weights. Policy and critic share no trained
-weights, and Adam hardly sees the scale of a gradient. So the factor acts through gradient clipping,
-Adam's epsilon and, with a supervised loss (imdb, tldr), the relative weight of that loss.
+gradient of Lr is |Z| times that of L, so SPPO's policy gradient is k = alpha + beta |Z| times
+PPO's, with the authors' weights 0.9 times (imdb) or 0.7 times (tldr). Adam hardly sees the scale of
+a gradient. So k acts through gradient clipping, Adam's epsilon and the relative weight of a
+supervised loss (imdb, tldr). With --beta 0 the script is PPO.
 
 A reward model scores prompt and response. The reward is given at the last token. Every token pays
-a KL penalty, `kl_coef` times log(p_old / p_ref). The reference policy, with p_ref, is the
-frozen initial policy. Advantages are normalised over sampled tokens (the authors' code counts
-padding, too). Dropout is off. Steps and frequencies count texts, that is a prompt and its response;
-`return_mean` and `episodic_return` are mean rewards.
+a KL penalty, `kl_coef` times log(p_old / p_ref), against the frozen initial policy. Advantages are
+normalised over sampled tokens (the authors' code counts padding, too). Dropout is off. Steps count
+texts, that is a prompt and its response. `return_mean` and `episodic_return` are mean rewards.
 """
 
 # ruff: noqa: E402  (libraries that load slowly come after the arguments)
@@ -95,6 +94,15 @@ EVAL_DATASETS = {
 def require(condition, message):
     if not condition:
         sys.exit(f"error: {message}")
+
+
+@contextmanager
+def explained(subject):
+    """Ends the run with a sentence if an error is raised in the block."""
+    try:
+        yield
+    except Exception as error:  # libraries raise any
+        sys.exit(f"error: {subject}: {error}")
 
 
 @dataclass
@@ -162,7 +170,8 @@ class Args:
 
     @property
     def template_options(self):
-        return dict(json.loads(self.chat_template_kwargs))
+        with explained("chat_template_kwargs must be a JSON object"):
+            return dict(json.loads(self.chat_template_kwargs))
 
     def resolve(self):
         """Replaces None by the default, where that depends on other arguments."""
@@ -185,9 +194,8 @@ class Args:
     def check(self):
         """Refuses settings that would run, but not do what they say."""
         positive = (
-            "batch_size num_minibatches update_epochs prompt_length response_length "
-            "total_timesteps eval_freq eval_episodes micro_batch_size "
-            "temperature max_grad_norm lora_alpha"
+            "batch_size num_minibatches update_epochs prompt_length response_length lora_alpha "
+            "total_timesteps eval_freq eval_episodes micro_batch_size temperature max_grad_norm"
         )
         for name, value in vars(self).items():
             if isinstance(value, (int, float)) and name != "z":
@@ -201,13 +209,8 @@ class Args:
         if self.noise.endswith("flip"):
             require(self.noise_level <= 1, "noise_level is the probability of a flip, so at most 1")
         weights = self.reward_weights
-        is_whole = len(weights) == len(self.reward_model) > 0
-        require(is_whole, "reward_weights: one for each reward_model, at least one")
+        require(len(weights) == len(self.reward_model), "reward_weights: one for each reward_model")
         require(0 < sum(map(abs, weights)) < math.inf, "reward_weights must be finite, not all 0")
-        try:
-            dict(self.template_options)
-        except (TypeError, ValueError) as error:
-            sys.exit(f"error: chat_template_kwargs must be a JSON object: {error}")
         require(self.noise != "none" or not self.noise_level, "noise_level needs a --noise")
         parts = self.num_minibatches * int(os.environ.get("WORLD_SIZE", 1))  # processes
         require(self.batch_size % parts == 0, "num_minibatches * processes must divide batch_size")
@@ -321,21 +324,41 @@ def chat_tokens(row, tokenizer, args):
     )
 
 
+def check_template(row, tokenizer, args):
+    """Raises an error if a message says something that is no text, or if the chat template drops
+    what it says. Returns the messages in the template, with a mark in the place of each text."""
+    marked = []
+    for i, one in enumerate(row["prompt"]):
+        content = one.get("content")
+        if content is None and one.get("tool_calls"):
+            content = ""
+        if not isinstance(content, str):
+            raise ValueError(f"the content of a message is no text: {one!r:.99}")
+        marked.append(one | {"content": content and f"*{i}*"})
+    text = tokenizer.apply_chat_template(
+        marked, tools=row.get("tools") or None, tokenize=False, **args.template_options
+    )
+    for one in marked:
+        if one["content"] not in text:
+            raise ValueError(f"the chat template drops what {one['role']!r} says")
+    return text
+
+
 def turn_end(tokenizer, args):
     """The token with which the chat template ends an assistant's turn. If it has none, the
     end-of-text token."""
-    said = "***"
-    chat = [{"role": "user", "content": said}, {"role": "assistant", "content": said}]
-    text = tokenizer.apply_chat_template(chat, tokenize=False, **args.template_options)
-    after = tokenizer(text.rpartition(said)[2], add_special_tokens=False)["input_ids"]
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    text = check_template({"prompt": chat}, tokenizer, args)
+    after = tokenizer(text.rpartition("*1*")[2], add_special_tokens=False)["input_ids"]
     special = (token for token in after if token in tokenizer.added_tokens_decoder)
     return next(special, tokenizer.eos_token_id)
 
 
 def tokenize(row, tokenizer, args):
-    """Returns the prompt and the target of a row, as lists of tokens, and whether the prompt is
-    cut: to the start tokens of a text, then its last ones, `prompt_length` in all. The target is
-    the first `response_length` tokens of the label, or of the second half of a text, if any."""
+    """Returns the prompt and the target of a row, as lists of tokens, and the length of the prompt
+    before it is cut: to the start tokens of a text, then its last ones, `prompt_length` in all. The
+    target is the first `response_length` tokens of the label, or of a text's second half, if any.
+    """
     encode = partial(tokenizer.encode, add_special_tokens=False)
     kind = prompt_kind(row)
     start = []
@@ -356,10 +379,10 @@ def tokenize(row, tokenizer, args):
         prompt = prompt[:half]
     elif isinstance(label, str) and label.strip():
         target = [*encode(label), end]
-    is_cut = len(prompt) > args.prompt_length
-    if is_cut:
-        prompt = start + prompt[len(prompt) + len(start) - args.prompt_length :]
-    return prompt or [end], target[: args.response_length], is_cut
+    length = len(prompt)
+    if length > args.prompt_length:
+        prompt = start + prompt[length + len(start) - args.prompt_length :]
+    return prompt or [end], target[: args.response_length], length
 
 
 # ---- Models
@@ -510,11 +533,11 @@ class Sample:
     prompt: list[int]
     response: list[int]
     target: list[int]  # from the data, for the supervised loss
-    scores: np.ndarray  # (reward models,), NaN: not scored
     log_prob: Tensor  # (T,), under the policy that sampled the response
     reference_log_prob: Tensor  # (T,)
     value: Tensor  # (T,), of the text before each token
     target_log_prob: Tensor | None  # in evaluations
+    scores: np.ndarray | None = None  # (reward models,), NaN: not scored
     advantage: Tensor | None = None  # (T,), in training
     returns: Tensor | None = None  # (T,), in training
 
@@ -603,18 +626,16 @@ def collect(setup, args, data, evaluating=False):
         log_prob, value, target_log_prob = actor(response, target)
         with actor.autocast():
             reference_log_prob = token_log_probs(actor.reference, response, args.temperature)
-        samples += map(
-            Sample,  # of these fields
-            rows,
-            prompts,
-            responses,
-            targets,
-            score(setup, args, rows, prompts, responses),
-            by_text(log_prob, responses),
-            by_text(reference_log_prob, responses),
-            by_text(value, responses),
-            by_text(target_log_prob, targets) if evaluating else [None] * len(prompts),
-        )
+        parts = [by_text(x, responses) for x in (log_prob, reference_log_prob, value)]
+        target_parts = by_text(target_log_prob, targets) if evaluating else [None] * len(rows)
+        samples += map(Sample, rows, prompts, responses, targets, *parts, target_parts)
+
+    # All at once, because a reward function may compare the texts of a rollout
+    prompts = [sample.prompt for sample in samples]
+    responses = [sample.response for sample in samples]
+    scores = score(setup, args, own, prompts, responses) if own else []
+    for sample, sample_scores in zip(samples, scores):
+        sample.scores = sample_scores
     return gather_object(samples)
 
 
@@ -837,14 +858,12 @@ def evaluate(setup, args, step):
     if len(target_log_prob):
         row["perplexity_real"] = (-target_log_prob.mean()).exp().item()
     row |= mean_scores(samples, args, "eval_")
-    decode = partial(setup.tokenizer.decode, skip_special_tokens=True)
+    decode = setup.tokenizer.decode
     shown = []
     for sample, its_reward in zip(samples[:8], reward.tolist()):
-        shown.append(
-            sample.row
-            | {"prompt": decode(sample.prompt), "response": decode(sample.response)}
-            | {"step": step, "reward": its_reward}
-        )
+        response = decode(sample.response, skip_special_tokens=True)
+        texts = {"prompt": decode(sample.prompt), "response": response}
+        shown.append(sample.row | texts | {"step": step, "reward": its_reward})
     return row, shown
 
 
@@ -905,14 +924,11 @@ def train(setup, args, folder):
             )
         # TensorBoard hides entries after the checkpoint; without a checkpoint, all entries
         writer = SummaryWriter(folder, purge_step=progress.global_step + bool(progress.evaluations))
-    accelerator.print(
-        f"{folder.name}: from step {progress.global_step:,}, "
-        f"with a checkpoint every {args.eval_freq:,} texts"
-    )
+    steps = f"from step {progress.global_step:,}, with a checkpoint every {args.eval_freq:,} texts"
+    accelerator.print(f"{folder.name}: {steps}")
     progress_bar = tqdm(
         total=args.total_timesteps,
         initial=progress.global_step,
-        unit=" texts",
         disable=None if writer else True,
     )
     if not progress.evaluations:
@@ -932,9 +948,8 @@ def train(setup, args, folder):
         noisy_reward = perturb_reward(reward, args.noise, args.noise_level, rng)
         for sample, its_reward in zip(samples, noisy_reward.tolist()):
             log_ratio = sample.log_prob - sample.reference_log_prob
-            sample.advantage, sample.returns = token_advantages(
-                its_reward, log_ratio, sample.value, args
-            )
+            estimates = token_advantages(its_reward, log_ratio, sample.value, args)
+            sample.advantage, sample.returns = estimates
 
         # Update
         minibatch_metrics = update(setup, args, samples, rng)
@@ -1053,32 +1068,36 @@ def load_rows(name, accelerator, tokenizer, args):
     """The rows of the data `name`. Refuses what cannot be used, and says how many prompts are cut.
     Messages that are too long are refused, because a cut would remove the beginning of their
     template."""
-    try:
+    with explained(f"{name} can't be read"):
         rows = read_rows(name)
-    except Exception as error:  # each format raises other errors
-        sys.exit(f"error: {name} can't be read: {error}")
     require(rows, f"{name} has no rows")
     kind = prompt_kind(rows[0])
     is_chat = kind == "messages"
-    template = tokenizer.chat_template if is_chat else ""
-    require(template is not None, "messages need a tokenizer with a chat template: --tokenizer")
+    template = str(is_chat and tokenizer.chat_template)
     for option in args.template_options:
-        found = re.search(rf"\b{re.escape(option)}\b", str(template))
+        found = re.search(rf"\b{re.escape(option)}\b", template)
         require(found, f"--chat-template-kwargs: no chat template has {option!r}")
     targets = 0
     cut = 0
+    longest = 0
+    distinct = set()
     for i, row in enumerate(rows, 1):
         if not kind or prompt_kind(row) != kind:
             needs = "a 'prompt' (a text, or messages as a list) or a 'text', as all rows"
             sys.exit(f"error: row {i} of {name} needs {needs}: {row!r:.99}")
-        _, target, is_cut = tokenize(row, tokenizer, args)
-        if is_chat and is_cut:
-            sys.exit(f"error: row {i} of {name}: messages would be cut; raise --prompt-length")
+        with explained(f"row {i} of {name}"):
+            if is_chat:
+                check_template(row, tokenizer, args)
+            prompt, target, length = tokenize(row, tokenizer, args)
+        distinct.add(hash(tuple(prompt)))  # takes less memory than the tokens
         targets += bool(target)
-        cut += is_cut
+        cut += length > args.prompt_length
+        longest = max(longest, length)
+    require(not is_chat or not cut, f"{name}: to keep messages whole, --prompt-length {longest}")
     if args.ce_coef and name == args.dataset:
         require(targets, "--ce-coef needs a column 'label' of texts in the training data")
-    accelerator.print(f"{name}: {len(rows):,} prompts, {cut:,} are cut; {targets:,} targets")
+    found = f"{len(rows):,} prompts, {len(distinct):,} distinct, {cut:,} cut; {targets:,} targets"
+    accelerator.print(f"{name}: {found}")
     return rows
 
 
@@ -1098,7 +1117,8 @@ def split_rows(rows, eval_rows, args):
         rows = [row for row, prompt in zip(rows, prompts) if prompt not in held_out]
     if args.batch_size > len(rows) or args.eval_episodes > len(eval_rows):
         found = f"{len(rows)} rows of training data and {len(eval_rows)} held out"
-        sys.exit(f"error: {found} are too few for --batch-size and --eval-episodes")
+        needed = f"--batch-size {args.batch_size} and --eval-episodes {args.eval_episodes}"
+        sys.exit(f"error: {found} are too few for {needed}")
     chosen = rng.permutation(len(eval_rows))[: args.eval_episodes]
     return rows, [eval_rows[i] for i in chosen]
 
@@ -1110,7 +1130,8 @@ def classifier_reward(name, args, device, dtype):
     """The classifier `name`, with its own tokenizer and, where prompts are messages, its own chat
     template, if it has one. The score is its output, if it has only one. Otherwise the score is the
     label's output in a regression, and the label's probability in a classification."""
-    model = load_classifier(name, device, dtype)
+    with explained(name):
+        model = load_classifier(name, device, dtype)
     config = model.config
     label = {1: 0, 2: 1}.get(config.num_labels)
     if args.reward_label is not None and config.num_labels > 1:
@@ -1141,11 +1162,12 @@ def classifier_reward(name, args, device, dtype):
 
     def reward_model(texts, prompts, completions, **_):
         in_template = tokenizer.chat_template and isinstance(prompts[0], list)
-        if in_template:
-            chats = [prompt + completion for prompt, completion in zip(prompts, completions)]
-            texts = tokenizer.apply_chat_template(chats, tokenize=False)
-        # The template has special tokens
-        results = classify(texts, add_special_tokens=not in_template)
+        with explained(name):
+            if in_template:
+                chats = [prompt + completion for prompt, completion in zip(prompts, completions)]
+                texts = tokenizer.apply_chat_template(chats, tokenize=False)
+            # The template has special tokens
+            results = classify(texts, add_special_tokens=not in_template)
         return [x["score"] for result in results for x in result if x["label"] == str(label)]
 
     return reward_model
@@ -1155,13 +1177,10 @@ def import_function(name):
     """The Python function FILE.py:NAME."""
     file, _, function_name = name.rpartition(":")
     path = Path(file).resolve()
-    require(path.is_file(), f"{file}: no such file")
-    require("." not in path.stem, f"{file}: Python cannot import a name with a dot: rename it")
     sys.path.append(str(path.parent))
     module = import_module(path.stem)
     is_own = getattr(module, "__file__", None) == str(path)
-    require(is_own, f"{file}: another module is called {path.stem}: rename it")
-    require(hasattr(module, function_name), f"{file} has no function {function_name}")
+    require(is_own, f"{file}: no such file, or another module is called {path.stem}: rename it")
     return getattr(module, function_name)
 
 
@@ -1176,17 +1195,16 @@ def function_reward(name, columns):
     inputs = ["texts", "prompts", "completions", "completion_ids", *columns]
     names = [key for key in inputs if takes_all or key in signature.parameters]
     require(len({*names}) == len(names), f"{name}: in the data, rename a column of {inputs[:4]}")
-    try:
+    with explained(f"{name} gets {', '.join(inputs)}"):
         signature.bind(**dict.fromkeys(names))
-    except TypeError as error:
-        sys.exit(f"error: {name}: {error}; there are {', '.join(inputs)}")
 
     def reward_model(**inputs):
         count = len(inputs["texts"])  # the function may change the list
         scores = function(**{key: inputs[key] for key in names})
-        is_list = not isinstance(scores, dict | str) and len(scores) == count
-        require(is_list, f"{name} must return a score for each of {count} texts")
-        return [None if one is None else float(one) for one in scores]
+        with explained(f"{name} must return a score for each of {count} texts"):
+            if isinstance(scores, dict | str | set) or len(scores) != count:
+                raise ValueError(f"not {scores!r:.99}")
+            return [None if one is None else float(one) for one in scores]
 
     return reward_model
 
@@ -1201,16 +1219,23 @@ def refuse_missing(names, source):
 
 
 def load_pretrained(auto_class, name, **options):
-    """Loads a model, with all its weights."""
+    """Loads a model, with all its weights. A classifier must be what was saved, without unused
+    weights. A language model may lose some, such as a value head."""
     model, info = auto_class.from_pretrained(name, output_loading_info=True, **options)
     refuse_missing(info["missing_keys"], name)
+    if auto_class is AutoModelForSequenceClassification:
+        unused = info["unexpected_keys"]
+        saved_as = str(model.config.architectures or type(model).__name__)
+        is_whole = type(model).__name__ in saved_as and not unused
+        require(is_whole, f"{name} is no classifier, but {saved_as}; unused weights: {unused}")
     return model
 
 
 def load_tokenizer(name, **sides):
     """The tokenizer of a model. It pads with the end-of-text token if it has no padding token.
     Refuses the empty tokenizer that AutoTokenizer makes for a folder without tokenizer files."""
-    tokenizer = AutoTokenizer.from_pretrained(TOKENIZERS.get(name, name), **sides)
+    with explained(name):
+        tokenizer = AutoTokenizer.from_pretrained(TOKENIZERS.get(name, name), **sides)
     tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
     words = len(tokenizer) - len(tokenizer.all_special_tokens)
     # An empty tokenizer of T5 has one word, of DeBERTa two
@@ -1232,15 +1257,15 @@ def load_classifier(name, device, dtype):
         name, num_labels=labels, **options
     )
     refuse_missing(peft.get_peft_model_state_dict(model).keys() - saved.keys(), name)
-    require(hasattr(model, "merge_and_unload"), f"{name}: this kind of adapter cannot be merged")
     return model.merge_and_unload().to(device, dtype)  # modules_to_save may have another dtype
 
 
 def load_frozen(args, dtype):
     """The initial policy, whose weights do not change."""
-    has_adapter = transformers.utils.find_adapter_config_file(args.policy_model)
+    with explained(args.policy_model):
+        has_adapter = transformers.utils.find_adapter_config_file(args.policy_model)
+        config = transformers.AutoConfig.from_pretrained(args.policy_model)
     require(not has_adapter, f"{args.policy_model} has an adapter_config.json: merge or remove it")
-    config = transformers.AutoConfig.from_pretrained(args.policy_model)
     own_config = copy.deepcopy(config)
     if getattr(config, "activation_function", None) == "gelu_new":
         config.activation_function = "gelu_pytorch_tanh"  # the same function, in one kernel
@@ -1253,6 +1278,8 @@ def load_frozen(args, dtype):
     model = load_pretrained(AutoModelForCausalLM, args.policy_model, config=config, dtype=dtype)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
+    can_train = args.lora_r or not hasattr(model, "hf_quantizer")
+    require(can_train, f"{args.policy_model} has quantised weights, which need --lora-r")
     model.own_config = own_config  # for `save_policy`
     return model.requires_grad_(False)
 
@@ -1265,12 +1292,10 @@ def sources(args):
 
 def prepare(args):
     """Checks device and toy, imports reward functions, and undoes what their files set globally."""
-    if args.device == "cuda":
-        require(torch.cuda.is_available(), "--device cuda: there is no GPU")
+    require(args.device != "cuda" or torch.cuda.is_available(), "--device cuda: there is no GPU")
     needed = any(name.startswith(f"{TOY}/") for name in sources(args))
     require(Path(START, TOY).exists() or not needed, f"no {TOY}, a default: python toy.py makes it")
     transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
     for name in args.reward_model:
         if ".py:" in name:
             import_function(name)
@@ -1361,6 +1386,7 @@ def load(args):
         positions = text_config.original_max_position_embeddings
     require(positions >= longest, f"{args.policy_model} has {positions} positions, not {longest}")
     policy.generation_config = transformers.GenerationConfig(
+        do_sample=True,
         temperature=args.temperature,
         top_k=args.top_k,
         max_new_tokens=args.response_length,
@@ -1368,13 +1394,8 @@ def load(args):
         eos_token_id=end_tokens(rows[0], tokenizer, policy, args),
         pad_token_id=0,  # comes after the end of a response, and is cut off
     )
-    optimizer = torch.optim.AdamW(
-        actor_critic.trained().values(),
-        lr=args.learning_rate,
-        eps=args.adam_eps,
-        weight_decay=args.weight_decay,
-        fused=True,
-    )
+    options = {"lr": args.learning_rate, "eps": args.adam_eps, "weight_decay": args.weight_decay}
+    optimizer = torch.optim.AdamW(actor_critic.trained().values(), fused=True, **options)
     model = accelerator.prepare(actor_critic)
     return Setup(
         accelerator, actor_critic, model, optimizer, tokenizer, reward_models, columns, *data
@@ -1548,11 +1569,8 @@ def main():
         is_first = os.environ.get("RANK", "0") == "0"  # only this process writes files
         lock = nullcontext()
         if is_first:
-            try:
+            with explained(f"another process is at work on {folder}, or locking fails"):
                 lock = FileLock(folder / "lock", blocking=False).acquire()  # makes the folder, too
-            except OSError as error:
-                found = f"another process is at work on {folder}, or locking fails"
-                sys.exit(f"error: {found}: {error}")
         with lock:
             if not summary_path.exists():
                 if is_first:
