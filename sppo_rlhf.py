@@ -359,7 +359,7 @@ def tokenize(row, tokenizer, args):
     before it is cut: to the start tokens of a text, then its last ones, `prompt_length` in all. The
     target is the first `response_length` tokens of the label, or of a text's second half, if any.
     """
-    encode = partial(tokenizer.encode, add_special_tokens=False)
+    encode = partial(tokenizer.encode, add_special_tokens=False, verbose=False)  # texts are cut
     kind = prompt_kind(row)
     start = []
     end = tokenizer.eos_token_id
@@ -948,8 +948,9 @@ def train(setup, args, folder):
         noisy_reward = perturb_reward(reward, args.noise, args.noise_level, rng)
         for sample, its_reward in zip(samples, noisy_reward.tolist()):
             log_ratio = sample.log_prob - sample.reference_log_prob
-            estimates = token_advantages(its_reward, log_ratio, sample.value, args)
-            sample.advantage, sample.returns = estimates
+            sample.advantage, sample.returns = token_advantages(
+                its_reward, log_ratio, sample.value, args
+            )
 
         # Update
         minibatch_metrics = update(setup, args, samples, rng)
@@ -1115,10 +1116,9 @@ def split_rows(rows, eval_rows, args):
         held_out = set(distinct[: math.ceil(len(distinct) / 10)])
         eval_rows = [row for row, prompt in zip(rows, prompts) if prompt in held_out]
         rows = [row for row, prompt in zip(rows, prompts) if prompt not in held_out]
-    if args.batch_size > len(rows) or args.eval_episodes > len(eval_rows):
-        found = f"{len(rows)} rows of training data and {len(eval_rows)} held out"
-        needed = f"--batch-size {args.batch_size} and --eval-episodes {args.eval_episodes}"
-        sys.exit(f"error: {found} are too few for {needed}")
+    enough = args.batch_size <= len(rows) and args.eval_episodes <= len(eval_rows)
+    few = f"{len(rows)} rows of training data and {len(eval_rows)} held out are too few for"
+    require(enough, f"{few} --batch-size {args.batch_size}, --eval-episodes {args.eval_episodes}")
     chosen = rng.permutation(len(eval_rows))[: args.eval_episodes]
     return rows, [eval_rows[i] for i in chosen]
 
