@@ -16,7 +16,7 @@
     python sppo_rlhf.py --task imdb --policy-model DIR --reward-model DIR --dataset reviews.jsonl.gz
     accelerate launch sppo_rlhf.py --task tldr      # GPT-J with LoRA summarises, on several GPUs
     python sppo_rlhf.py --task tldr --help          # all flags, with that task's defaults
-    python sppo_rlhf.py --policy-model DIR --dataset my.jsonl --reward-model my.py:short
+    python sppo_rlhf.py --beta 0 --policy-model DIR --dataset my.jsonl --reward-model my.py:short
 
 where my.jsonl has lines such as {"prompt": "Say hi"}, and my.py a function such as
 
@@ -34,16 +34,15 @@ constant that stands for log 0:
     symmetric loss    alpha L + beta Lr
 
 SPPO differs from PPO in two lines, "all that SPPO adds to PPO" and `beta * reverse_loss`. The
-gradient of Lr is |Z| times that of L, so SPPO's policy gradient is (alpha + beta |Z|) times PPO's:
-0.9 times (imdb) and 0.7 times (tldr) with the authors' weights. Policy and critic share no trained
-weights, and Adam hardly sees the scale of a gradient. So the factor acts through gradient clipping,
-Adam's epsilon and, with a supervised loss (imdb, tldr), the relative weight of that loss.
+gradient of Lr is |Z| times that of L, so SPPO's policy gradient is k = alpha + beta |Z| times
+PPO's, with the authors' weights 0.9 times (imdb) or 0.7 times (tldr). Adam hardly sees the scale of
+a gradient. So k acts through gradient clipping, Adam's epsilon and the relative weight of a
+supervised loss (imdb, tldr). With --beta 0 the script is PPO.
 
 A reward model scores prompt and response. The reward is given at the last token. Every token pays
-a KL penalty, `kl_coef` times log(p_old / p_ref). The reference policy, with p_ref, is the
-frozen initial policy. Advantages are normalised over sampled tokens (the authors' code counts
-padding, too). Dropout is off. Steps and frequencies count texts, that is a prompt and its response;
-`return_mean` and `episodic_return` are mean rewards.
+a KL penalty, `kl_coef` times log(p_old / p_ref), against the frozen initial policy. Advantages are
+normalised over sampled tokens (the authors' code counts padding, too). Dropout is off. Steps count
+texts, that is a prompt and its response. `return_mean` and `episodic_return` are mean rewards.
 """
 
 # ruff: noqa: E402  (libraries that load slowly come after the arguments)
@@ -95,6 +94,15 @@ EVAL_DATASETS = {
 def require(condition, message):
     if not condition:
         sys.exit(f"error: {message}")
+
+
+@contextmanager
+def explained(subject):
+    """Ends the run with a sentence if an error is raised in the block."""
+    try:
+        yield
+    except Exception as error:  # libraries raise any
+        sys.exit(f"error: {subject}: {error}")
 
 
 @dataclass
@@ -162,7 +170,8 @@ class Args:
 
     @property
     def template_options(self):
-        return dict(json.loads(self.chat_template_kwargs))
+        with explained("chat_template_kwargs must be a JSON object"):
+            return dict(json.loads(self.chat_template_kwargs))
 
     def resolve(self):
         """Replaces None by the default, where that depends on other arguments."""
@@ -185,9 +194,8 @@ class Args:
     def check(self):
         """Refuses settings that would run, but not do what they say."""
         positive = (
-            "batch_size num_minibatches update_epochs prompt_length response_length "
-            "total_timesteps eval_freq eval_episodes micro_batch_size "
-            "temperature max_grad_norm lora_alpha"
+            "batch_size num_minibatches update_epochs prompt_length response_length lora_alpha "
+            "total_timesteps eval_freq eval_episodes micro_batch_size temperature max_grad_norm"
         )
         for name, value in vars(self).items():
             if isinstance(value, (int, float)) and name != "z":
@@ -200,17 +208,9 @@ class Args:
         require(self.alpha + self.beta > 0, "with alpha and beta 0 nothing trains the policy")
         if self.noise.endswith("flip"):
             require(self.noise_level <= 1, "noise_level is the probability of a flip, so at most 1")
-        for name in self.reward_model:
-            require(not name.endswith(".py"), f"reward_model {name}: which function? FILE.py:NAME")
         weights = self.reward_weights
-        is_whole = len(weights) == len(self.reward_model) > 0
-        require(is_whole, "reward_weights: one for each reward_model, at least one")
+        require(len(weights) == len(self.reward_model), "reward_weights: one for each reward_model")
         require(0 < sum(map(abs, weights)) < math.inf, "reward_weights must be finite, not all 0")
-        try:
-            is_word = re.search(r"(?i)': '(true|false)'[,}]", str(self.template_options))
-        except (TypeError, ValueError) as error:
-            sys.exit(f"error: chat_template_kwargs must be a JSON object: {error}")
-        require(not is_word, "chat_template_kwargs: write true and false without quotation marks")
         require(self.noise != "none" or not self.noise_level, "noise_level needs a --noise")
         parts = self.num_minibatches * int(os.environ.get("WORLD_SIZE", 1))  # processes
         require(self.batch_size % parts == 0, "num_minibatches * processes must divide batch_size")
@@ -286,7 +286,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-# ---- Data: lists of rows {column: value}
+# ---- A row as tokens. Data are lists of rows {column: value}
 
 
 def prompt_kind(row):
@@ -324,22 +324,42 @@ def chat_tokens(row, tokenizer, args):
     )
 
 
+def check_template(row, tokenizer, args):
+    """Raises an error if a message says something that is no text, or if the chat template drops
+    what it says. Returns the messages in the template, with a mark in the place of each text."""
+    marked = []
+    for i, one in enumerate(row["prompt"]):
+        content = one.get("content")
+        if content is None and one.get("tool_calls"):
+            content = ""
+        if not isinstance(content, str):
+            raise ValueError(f"the content of a message is no text: {one!r:.99}")
+        marked.append(one | {"content": content and f"*{i}*"})
+    text = tokenizer.apply_chat_template(
+        marked, tools=row.get("tools") or None, tokenize=False, **args.template_options
+    )
+    for one in marked:
+        if one["content"] not in text:
+            raise ValueError(f"the chat template drops what {one['role']!r} says")
+    return text
+
+
 def turn_end(tokenizer, args):
     """The token with which the chat template ends an assistant's turn. If it has none, the
     end-of-text token."""
-    said = "***"
-    chat = [{"role": "user", "content": said}, {"role": "assistant", "content": said}]
-    text = tokenizer.apply_chat_template(chat, tokenize=False, **args.template_options)
-    after = tokenizer(text.rpartition(said)[2], add_special_tokens=False)["input_ids"]
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
+    text = check_template({"prompt": chat}, tokenizer, args)
+    after = tokenizer(text.rpartition("*1*")[2], add_special_tokens=False)["input_ids"]
     special = (token for token in after if token in tokenizer.added_tokens_decoder)
     return next(special, tokenizer.eos_token_id)
 
 
 def tokenize(row, tokenizer, args):
-    """Returns the prompt and the target of a row, as lists of tokens, and whether the prompt is
-    cut: to the start tokens of a text, then its last ones, `prompt_length` in all. The target is
-    the first `response_length` tokens of the label, or of the second half of a text, if any."""
-    encode = partial(tokenizer.encode, add_special_tokens=False)
+    """Returns the prompt and the target of a row, as lists of tokens, and the length of the prompt
+    before it is cut: to the start tokens of a text, then its last ones, `prompt_length` in all. The
+    target is the first `response_length` tokens of the label, or of a text's second half, if any.
+    """
+    encode = partial(tokenizer.encode, add_special_tokens=False, verbose=False)  # texts are cut
     kind = prompt_kind(row)
     start = []
     end = tokenizer.eos_token_id
@@ -359,118 +379,10 @@ def tokenize(row, tokenizer, args):
         prompt = prompt[:half]
     elif isinstance(label, str) and label.strip():
         target = [*encode(label), end]
-    is_cut = len(prompt) > args.prompt_length
-    if is_cut:
-        prompt = start + prompt[len(prompt) + len(start) - args.prompt_length :]
-    return prompt or [end], target[: args.response_length], is_cut
-
-
-def load_dataset(name):
-    """Loads NAME:SPLIT or NAME:CONFIGURATION:SPLIT with `datasets`. NAME is a folder of Parquet
-    files, a folder that `datasets` saved, or a hub name."""
-    source, *configuration = name.split(":")
-    split = configuration.pop() if configuration else "train"
-    try:
-        data = datasets.load_from_disk(source)
-    except FileNotFoundError:  # not saved by `datasets`
-        data = datasets.load_dataset(source, *configuration, split=split)
-        has_types = not Path(source).is_dir() or data.info.builder_name == "parquet"
-        require(has_types, f"{source} is no folder of Parquet files: give a file")
-        return data
-    if isinstance(data, dict):
-        return data[split]
-    require(source == name, f"{source} has no splits: leave out the split")
-    return data
-
-
-def read_csv(file):
-    """The rows of a CSV file. All values are texts."""
-    csv.field_size_limit(2**31 - 1)  # allows long texts
-    reader = csv.DictReader(file, strict=True)
-    rows = []
-    for row in reader:
-        if [*row] != reader.fieldnames or None in row.values():
-            raise ValueError(f"line {reader.line_num} lacks values or has more, or a name is twice")
-        rows.append(row)
-    return rows
-
-
-def read_json(file):
-    """The rows of a JSON file: a list of objects, or an object in each line."""
-    text = file.read()
-    if not text.lstrip().startswith("["):
-        text = "[" + re.sub(r"\n(?=.*\S)", ",\n", text.lstrip()) + "]"  # errors name lines
-    return json.loads(text)
-
-
-def read_rows(name):
-    """The rows of a file, which is CSV, JSON or Parquet, or those of `load_dataset`."""
-    path = Path(name)
-    if not path.is_file():
-        return load_dataset(name).to_list()
-    if path.suffix == ".parquet":
-        return pyarrow.parquet.ParquetFile(path).read().to_pylist()
-    suffix = Path(path.name.removesuffix(".gz")).suffix
-    read = {".csv": read_csv, ".json": read_json, ".jsonl": read_json}.get(suffix)
-    if not read:
-        raise ValueError("its name must end with .csv, .json, .jsonl (.gz may follow) or .parquet")
-    open_file = gzip.open if path.suffix == ".gz" else open
-    with open_file(path, "rt", encoding="utf-8-sig", newline="") as file:
-        return read(file)
-
-
-def load_rows(name, accelerator, tokenizer, args):
-    """The rows of the data `name`. Refuses what cannot be used, and says how many prompts are cut.
-    Messages that are too long are refused, because a cut would remove the beginning of their
-    template."""
-    try:
-        rows = read_rows(name)
-    except Exception as error:  # each format raises other errors
-        sys.exit(f"error: {name} can't be read: {error}")
-    require(rows, f"{name} has no rows")
-    kind = prompt_kind(rows[0])
-    is_chat = kind == "messages"
-    template = tokenizer.chat_template if is_chat else ""
-    require(template is not None, "messages need a tokenizer with a chat template: --tokenizer")
-    for option in args.template_options:
-        found = re.search(rf"\b{re.escape(option)}\b", str(template))
-        require(found, f"--chat-template-kwargs: no chat template has {option!r}")
-    targets = 0
-    cut = 0
-    for i, row in enumerate(rows, 1):
-        if not kind or prompt_kind(row) != kind:
-            needs = "a 'prompt' (a text, or messages as a list) or a 'text', as all rows"
-            sys.exit(f"error: row {i} of {name} needs {needs}: {row!r:.99}")
-        _, target, is_cut = tokenize(row, tokenizer, args)
-        if is_chat and is_cut:
-            sys.exit(f"error: row {i} of {name}: messages would be cut; raise --prompt-length")
-        targets += bool(target)
-        cut += is_cut
-    if args.ce_coef and name == args.dataset:
-        require(targets, "--ce-coef needs a column 'label' of texts in the training data")
-    accelerator.print(f"{name}: {len(rows):,} prompts, {cut:,} are cut; {targets:,} targets")
-    return rows
-
-
-def split_rows(rows, eval_rows, args):
-    """Returns training rows, and `eval_episodes` held-out rows. Without `eval_rows`, the rows of a
-    tenth of the distinct prompts (or texts) are held out."""
-    rng = np.random.default_rng(0)
-    if eval_rows:
-        kinds = [prompt_kind(rows[0]), prompt_kind(eval_rows[0])]
-        require(kinds.count("messages") != 1, "only one of --dataset, --eval-dataset has messages")
-    else:
-        prompts = [str(row.get("prompt", row.get("text"))) for row in rows]
-        distinct = sorted(set(prompts))
-        rng.shuffle(distinct)
-        held_out = set(distinct[: math.ceil(len(distinct) / 10)])
-        eval_rows = [row for row, prompt in zip(rows, prompts) if prompt in held_out]
-        rows = [row for row, prompt in zip(rows, prompts) if prompt not in held_out]
-    if args.batch_size > len(rows) or args.eval_episodes > len(eval_rows):
-        found = f"{len(rows)} rows of training data and {len(eval_rows)} held out"
-        sys.exit(f"error: {found} are too few for --batch-size and --eval-episodes")
-    chosen = rng.permutation(len(eval_rows))[: args.eval_episodes]
-    return rows, [eval_rows[i] for i in chosen]
+    length = len(prompt)
+    if length > args.prompt_length:
+        prompt = start + prompt[length + len(start) - args.prompt_length :]
+    return prompt or [end], target[: args.response_length], length
 
 
 # ---- Models
@@ -519,40 +431,6 @@ def token_log_probs(model, inputs, temperature):
     logits = model(input_ids=inputs.ids, use_cache=False).logits[0]
     head.places = None
     return -F.cross_entropy(logits / temperature, inputs.tokens, reduction="none")
-
-
-def refuse_missing(names, source):
-    """Refuses a checkpoint without weights of these `names`, which would stay random."""
-    if names:
-        sys.exit(f"error: {source} lacks {len(names)} weights, such as {min(names)}")
-
-
-def load_pretrained(auto_class, name, **options):
-    """Loads a model, with all its weights."""
-    model, info = auto_class.from_pretrained(name, output_loading_info=True, **options)
-    refuse_missing(info["missing_keys"], name)
-    return model
-
-
-def load_frozen(args, dtype):
-    """The initial policy, whose weights do not change."""
-    has_adapter = transformers.utils.find_adapter_config_file(args.policy_model)
-    require(not has_adapter, f"{args.policy_model} has an adapter_config.json: merge or remove it")
-    config = transformers.AutoConfig.from_pretrained(args.policy_model)
-    own_config = copy.deepcopy(config)
-    if getattr(config, "activation_function", None) == "gelu_new":
-        config.activation_function = "gelu_pytorch_tanh"  # the same function, in one kernel
-    if args.gradient_checkpointing:  # it needs train mode, which would turn dropout on
-        text_config = config.get_text_config()
-        for name in vars(text_config):
-            if "drop" in name:
-                setattr(text_config, name, 0.0)
-    dtype = dtype if args.lora_r else torch.float32
-    model = load_pretrained(AutoModelForCausalLM, args.policy_model, config=config, dtype=dtype)
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.own_config = own_config  # for `save_policy`
-    return model.requires_grad_(False)
 
 
 def trainable_copy(model, args):
@@ -629,124 +507,7 @@ class ActorCritic(nn.Module):
         return log_prob, value, target_log_prob
 
 
-def load_tokenizer(name, **sides):
-    """The tokenizer of a model. It pads with the end-of-text token if it has no padding token.
-    Refuses the empty tokenizer that AutoTokenizer makes for a folder without tokenizer files."""
-    tokenizer = AutoTokenizer.from_pretrained(TOKENIZERS.get(name, name), **sides)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    words = len(tokenizer) - len(tokenizer.all_special_tokens)
-    # An empty tokenizer of T5 has one word, of DeBERTa two
-    require(words > 2, f"{name} has no tokenizer; for a policy, give --tokenizer")
-    return tokenizer
-
-
-# ---- Reward models: functions of the keyword inputs in `score`, which return a score for each text
-
-
-def load_classifier(name, device, dtype):
-    """Loads a classifier with all its weights. A LoRA adapter of a classifier is merged into its
-    base model."""
-    options = {"dtype": dtype, "device_map": device}
-    if not transformers.utils.find_adapter_config_file(name):
-        return load_pretrained(AutoModelForSequenceClassification, name, **options)
-    heads = peft.PeftConfig.from_pretrained(name).modules_to_save or []
-    saved = peft.load_peft_weights(name, device="cpu")
-    sizes = [len(weight) for key, weight in saved.items() if set(heads) & set(key.split("."))]
-    labels = min(sizes, default=1)  # the last layer is the narrowest
-    model = peft.AutoPeftModelForSequenceClassification.from_pretrained(
-        name, num_labels=labels, **options
-    )
-    refuse_missing(peft.get_peft_model_state_dict(model).keys() - saved.keys(), name)
-    require(hasattr(model, "merge_and_unload"), f"{name}: this kind of adapter cannot be merged")
-    return model.merge_and_unload().to(device, dtype)  # modules_to_save may have another dtype
-
-
-def classifier_reward(name, args, device, dtype):
-    """The classifier `name`, with its own tokenizer and, where prompts are messages, its own chat
-    template, if it has one. The score is its output, if it has only one. Otherwise the score is the
-    label's output in a regression, and the label's probability in a classification."""
-    model = load_classifier(name, device, dtype)
-    config = model.config
-    label = {1: 0, 2: 1}.get(config.num_labels)
-    if args.reward_label is not None and config.num_labels > 1:
-        label = args.reward_label
-    labels = config.id2label
-    require(label in labels, f"{name}: --reward-label must be one of {labels}, not {label}")
-    config.id2label = {i: str(i) for i in labels}  # several labels may have one name
-    # An adapter may have no tokenizer. Texts that are too long lose their beginning
-    if not transformers.utils.has_file(name, "tokenizer_config.json"):
-        name = config.name_or_path
-    tokenizer = load_tokenizer(name, truncation_side="left", padding_side="right")
-    positions = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
-    tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
-    pad = getattr(config.get_text_config(), "pad_token_id", None)
-    has_padding = pad is not None and pad >= 0  # without it decoders do not find a text's end
-    if has_padding:
-        tokenizer.pad_token_id = pad  # decoders look for this token
-    classify = transformers.pipeline(
-        "text-classification",
-        model,
-        tokenizer=tokenizer,
-        device=device,
-        batch_size=16 if has_padding else 1,
-        truncation=True,
-        top_k=None,  # scores of all labels
-        function_to_apply="none" if config.num_labels == 1 else None,  # None: by its problem_type
-    )
-
-    def reward_model(texts, prompts, completions, **_):
-        in_template = tokenizer.chat_template and isinstance(prompts[0], list)
-        if in_template:
-            chats = [prompt + completion for prompt, completion in zip(prompts, completions)]
-            texts = tokenizer.apply_chat_template(chats, tokenize=False)
-        # The template has special tokens
-        results = classify(texts, add_special_tokens=not in_template)
-        return [x["score"] for result in results for x in result if x["label"] == str(label)]
-
-    return reward_model
-
-
-def import_function(name):
-    """The Python function FILE.py:NAME."""
-    file, _, function_name = name.rpartition(":")
-    path = Path(file).resolve()
-    require(path.is_file(), f"{file}: no such file")
-    require("." not in path.stem, f"{file}: Python cannot import a name with a dot: rename it")
-    sys.path.append(str(path.parent))
-    module = import_module(path.stem)
-    is_own = getattr(module, "__file__", None) == str(path)
-    require(is_own, f"{file}: another module is called {path.stem}: rename it")
-    require(hasattr(module, function_name), f"{file} has no function {function_name}")
-    return getattr(module, function_name)
-
-
-def function_reward(name, columns):
-    """The Python function FILE.py:NAME. It gets the inputs that it names, or all with `**kwargs`.
-    Inputs are `texts` (prompt and response together), TRL's `prompts`, `completions` (messages, or
-    texts without special tokens) and `completion_ids`, and the columns of the data. It returns a
-    score for each text, or None where it does not score one."""
-    function = import_function(name)
-    signature = inspect.signature(function)
-    takes_all = any(one.kind == one.VAR_KEYWORD for one in signature.parameters.values())
-    inputs = ["texts", "prompts", "completions", "completion_ids", *columns]
-    names = [key for key in inputs if takes_all or key in signature.parameters]
-    require(len({*names}) == len(names), f"{name}: in the data, rename a column of {inputs[:4]}")
-    try:
-        signature.bind(**dict.fromkeys(names))
-    except TypeError as error:
-        sys.exit(f"error: {name}: {error}; there are {', '.join(inputs)}")
-
-    def reward_model(**inputs):
-        count = len(inputs["texts"])  # the function may change the list
-        scores = function(**{key: inputs[key] for key in names})
-        is_list = not isinstance(scores, dict | str) and len(scores) == count
-        require(is_list, f"{name} must return a score for each of {count} texts")
-        return [None if one is None else float(one) for one in scores]
-
-    return reward_model
-
-
-# ---- Loading
+# ---- What a run holds
 
 
 @dataclass
@@ -764,105 +525,6 @@ class Setup:
     eval_data: list[dict]
 
 
-def sources(args):
-    """Names of the run's data and models."""
-    names = [args.dataset, args.eval_dataset, args.policy_model, args.tokenizer, *args.reward_model]
-    return list(filter(None, names))
-
-
-def prepare(args):
-    """Checks device and toy, imports reward functions, and undoes what their files set globally."""
-    if args.device == "cuda":
-        require(torch.cuda.is_available(), "--device cuda: there is no GPU")
-    needed = any(name.startswith(f"{TOY}/") for name in sources(args))
-    require(Path(START, TOY).exists() or not needed, f"no {TOY}, a default: python toy.py makes it")
-    transformers.utils.logging.disable_progress_bar()
-    transformers.utils.logging.set_verbosity_error()
-    for name in args.reward_model:
-        if ".py:" in name:
-            import_function(name)
-    os.chdir(START)  # an imported file may have changed this and the next settings
-    torch.set_grad_enabled(True)
-    torch.set_default_dtype(torch.float32)
-
-
-def has_bfloat16(device):
-    """Whether bfloat16 is faster. Intel's CPUs with avx512_fp16 need AMX, which may be hidden."""
-    if device.type == "cuda":
-        return torch.cuda.is_bf16_supported(including_emulation=False)
-    able = torch.cpu.get_capabilities()
-    needed = "amx_bf16" if able.get("avx512_fp16") else "avx512_bf16"
-    return able.get(needed, False)
-
-
-def end_tokens(row, tokenizer, policy, args):
-    """Tokens that end a response: the end-of-text tokens of the tokenizer and of the policy, and
-    for messages also the token that ends a turn, because a policy that is no chat model does not
-    name it."""
-    ends = [tokenizer.eos_token_id]
-    if prompt_kind(row) == "messages":
-        ends += [turn_end(tokenizer, args)]
-    own = policy.generation_config.eos_token_id
-    ends += own if isinstance(own, list) else [own]
-    vocabulary = len(policy.get_output_embeddings().weight)
-    return [token for token in ends if token is not None and token < vocabulary]
-
-
-def load(args):
-    """Loads models and data."""
-    cpu = args.device == "cpu" or not torch.cuda.is_available()
-    accelerator = Accelerator(cpu=cpu, mixed_precision="no")  # but see ActorCritic.autocast
-    device = accelerator.device
-    dtype = torch.bfloat16 if args.amp == "auto" and has_bfloat16(device) else torch.float32
-    tokenizer = load_tokenizer(args.tokenizer or args.policy_model)
-    require(tokenizer.eos_token, "the tokenizer has no end-of-text token: give --tokenizer")
-    rows, eval_rows = [
-        load_rows(name, accelerator, tokenizer, args) if name else []
-        for name in [args.dataset, args.eval_dataset]
-    ]
-    columns = list(dict.fromkeys(name for row in rows + eval_rows for name in row))
-    data = split_rows(rows, eval_rows, args)
-    reward_dtype = dtype if args.lora_r else torch.float32  # with LoRA, models are large
-    reward_models = [
-        function_reward(name, columns)
-        if ".py:" in name
-        else classifier_reward(name, args, device, reward_dtype)
-        for name in args.reward_model
-    ]
-    torch.manual_seed(args.seed)  # initial weights of LoRA
-    actor_critic = ActorCritic(args, device, dtype)
-    policy = actor_critic.policy
-    longest = args.prompt_length + args.response_length
-    text_config = policy.config.get_text_config()
-    positions = getattr(text_config, "max_position_embeddings", longest)
-    positions = getattr(text_config, "max_seq_len", positions)  # MPT's name
-    if "longrope" in str(text_config):  # it changes all positions in longer texts
-        positions = text_config.original_max_position_embeddings
-    require(positions >= longest, f"{args.policy_model} has {positions} positions, not {longest}")
-    policy.generation_config = transformers.GenerationConfig(
-        temperature=args.temperature,
-        top_k=args.top_k,
-        max_new_tokens=args.response_length,
-        min_new_tokens=None if args.stop_at_eos else args.response_length,
-        eos_token_id=end_tokens(rows[0], tokenizer, policy, args),
-        pad_token_id=0,  # comes after the end of a response, and is cut off
-    )
-    optimizer = torch.optim.AdamW(
-        actor_critic.trained().values(),
-        lr=args.learning_rate,
-        eps=args.adam_eps,
-        weight_decay=args.weight_decay,
-        fused=True,
-    )
-    model = accelerator.prepare(actor_critic)
-    return Setup(
-        accelerator, actor_critic, model, optimizer, tokenizer, reward_models, columns, *data
-    )
-
-
-# ---- Rollout
-
-
 @dataclass
 class Sample:
     """A prompt and its response of T tokens, and what was computed for them, on the CPU."""
@@ -871,13 +533,16 @@ class Sample:
     prompt: list[int]
     response: list[int]
     target: list[int]  # from the data, for the supervised loss
-    scores: np.ndarray  # (reward models,), NaN: not scored
     log_prob: Tensor  # (T,), under the policy that sampled the response
     reference_log_prob: Tensor  # (T,)
     value: Tensor  # (T,), of the text before each token
     target_log_prob: Tensor | None  # in evaluations
+    scores: np.ndarray | None = None  # (reward models,), NaN: not scored
     advantage: Tensor | None = None  # (T,), in training
     returns: Tensor | None = None  # (T,), in training
+
+
+# ---- Rollout
 
 
 def padded(setup, prompts):
@@ -901,34 +566,6 @@ def generate(setup, prompts, do_sample):
         length = next((i + 1 for i, token in enumerate(tokens) if token in ends), None)
         responses.append(tokens[:length])
     return responses
-
-
-@torch.no_grad()
-def check_sampling(setup, args):
-    """Refuses a policy that samples from other probabilities than it is trained with. The reason
-    may be that `generate` pads on the left and has a cache, which changes positions or recurrent
-    states."""
-    actor = setup.actor_critic
-    prompts = [tokenize(row, setup.tokenizer, args)[0] for row in setup.eval_data]
-    # One prompt of the maximum length, and one of a single token, which gets padding
-    longest = (max(prompts, key=len) * args.prompt_length)[: args.prompt_length]
-    prompts = [longest, longest[:1]]
-    with actor.autocast():
-        generated = actor.policy.generate(
-            **padded(setup, prompts),
-            do_sample=True,
-            output_logits=True,
-            return_dict_in_generate=True,
-        )
-        tokens = generated.sequences[:, len(longest) :]
-        response = collate(prompts, tokens.tolist(), actor.policy.device)
-        trained = token_log_probs(actor.policy, response, 1.0).view(tokens.shape)
-    acts = -F.cross_entropy(torch.stack(generated.logits, -1).float(), tokens, reduction="none")
-    difference = (acts - trained).abs().max().item()
-    # Rounding gives 1e-5 in float32, 0.05 in bfloat16 with 28 layers; a mistake gives 0.5 or more
-    limit = 1e-2 if actor.dtype == torch.float32 else 0.3
-    found = f"samples otherwise than it is trained, by {difference:.2g} nats a token"
-    require(difference <= limit, f"{args.policy_model} {found}")
 
 
 def score(setup, args, rows, prompts, responses):
@@ -989,18 +626,16 @@ def collect(setup, args, data, evaluating=False):
         log_prob, value, target_log_prob = actor(response, target)
         with actor.autocast():
             reference_log_prob = token_log_probs(actor.reference, response, args.temperature)
-        samples += map(
-            Sample,  # of these fields
-            rows,
-            prompts,
-            responses,
-            targets,
-            score(setup, args, rows, prompts, responses),
-            by_text(log_prob, responses),
-            by_text(reference_log_prob, responses),
-            by_text(value, responses),
-            by_text(target_log_prob, targets) if evaluating else [None] * len(prompts),
-        )
+        parts = [by_text(x, responses) for x in (log_prob, reference_log_prob, value)]
+        target_parts = by_text(target_log_prob, targets) if evaluating else [None] * len(rows)
+        samples += map(Sample, rows, prompts, responses, targets, *parts, target_parts)
+
+    # All at once, because a reward function may compare the texts of a rollout
+    prompts = [sample.prompt for sample in samples]
+    responses = [sample.response for sample in samples]
+    scores = score(setup, args, own, prompts, responses) if own else []
+    for sample, sample_scores in zip(samples, scores):
+        sample.scores = sample_scores
     return gather_object(samples)
 
 
@@ -1127,14 +762,15 @@ def update(setup, args, samples, rng):
     for _ in range(args.update_epochs):
         for indices in rng.permutation(len(samples)).reshape(args.num_minibatches, -1):
             minibatch = [samples[i] for i in indices]
-            raw = joined(minibatch, "advantage")
+            advantage = joined(minibatch, "advantage")
             if args.noise == "adv_flip":
-                raw = perturb_advantage(raw, args.noise_level, rng)
-            advantage = raw
+                advantage = perturb_advantage(advantage, args.noise_level, rng)
+            token_count = len(advantage)
             if args.norm_adv:
                 # float64: of equal advantages float32's standard deviation may exceed 1e-8
-                std = raw.double().std(correction=min(1, len(raw) - 1))
-                advantage = (raw - raw.double().mean()) / (std + 1e-8)
+                precise = advantage.double()
+                std = precise.std(correction=min(1, token_count - 1))
+                advantage = (advantage - precise.mean()) / (std + 1e-8)
             responses = [sample.response for sample in minibatch]
             pairs = list(zip(minibatch, by_text(advantage, responses)))
             target_count = max(1, sum(len(sample.target) for sample in minibatch))
@@ -1148,7 +784,7 @@ def update(setup, args, samples, rng):
                 is_last = start + size >= len(own)  # its backward pass averages over processes
                 with nullcontext() if is_last else accelerator.no_sync(setup.model):
                     loss, metrics = loss_and_metrics(
-                        setup.model, args, own[start : start + size], len(raw), target_count
+                        setup.model, args, own[start : start + size], token_count, target_count
                     )
                     # Times the number of processes, since DDP averages over them
                     (loss * accelerator.num_processes).backward()
@@ -1158,12 +794,7 @@ def update(setup, args, samples, rng):
             norm = nn.utils.clip_grad_norm_(setup.model.parameters(), args.max_grad_norm)
             setup.optimizer.step()
             setup.optimizer.zero_grad()
-            metrics |= {
-                "losses/grad_norm": norm,
-                "losses/clipped_gradients": norm > args.max_grad_norm,
-                "losses/norm_sign_changes": ((raw > 0) != (advantage > 0)).float().mean(),
-            }
-            history.append(metrics)
+            history.append(metrics | {"losses/grad_norm": norm})
     setup.actor_critic.eval()
     return history
 
@@ -1227,14 +858,12 @@ def evaluate(setup, args, step):
     if len(target_log_prob):
         row["perplexity_real"] = (-target_log_prob.mean()).exp().item()
     row |= mean_scores(samples, args, "eval_")
-    decode = partial(setup.tokenizer.decode, skip_special_tokens=True)
+    decode = setup.tokenizer.decode
     shown = []
     for sample, its_reward in zip(samples[:8], reward.tolist()):
-        shown.append(
-            sample.row
-            | {"prompt": decode(sample.prompt), "response": decode(sample.response)}
-            | {"step": step, "reward": its_reward}
-        )
+        response = decode(sample.response, skip_special_tokens=True)
+        texts = {"prompt": decode(sample.prompt), "response": response}
+        shown.append(sample.row | texts | {"step": step, "reward": its_reward})
     return row, shown
 
 
@@ -1295,14 +924,11 @@ def train(setup, args, folder):
             )
         # TensorBoard hides entries after the checkpoint; without a checkpoint, all entries
         writer = SummaryWriter(folder, purge_step=progress.global_step + bool(progress.evaluations))
-    accelerator.print(
-        f"{folder.name}: from step {progress.global_step:,}, "
-        f"with a checkpoint every {args.eval_freq:,} texts"
-    )
+    steps = f"from step {progress.global_step:,}, with a checkpoint every {args.eval_freq:,} texts"
+    accelerator.print(f"{folder.name}: {steps}")
     progress_bar = tqdm(
         total=args.total_timesteps,
         initial=progress.global_step,
-        unit=" texts",
         disable=None if writer else True,
     )
     if not progress.evaluations:
@@ -1380,6 +1006,400 @@ def train(setup, args, folder):
     # If DDP is freed after its process group, PyTorch may deadlock (its issue 56297)
     setup.model = None
     accelerator.end_training()
+
+
+# ---- Reading data
+
+
+def load_dataset(name):
+    """Loads NAME:SPLIT or NAME:CONFIGURATION:SPLIT with `datasets`. NAME is a folder of Parquet
+    files, a folder that `datasets` saved, or a hub name."""
+    source, *configuration = name.split(":")
+    split = configuration.pop() if configuration else "train"
+    try:
+        data = datasets.load_from_disk(source)
+    except FileNotFoundError:  # not saved by `datasets`
+        data = datasets.load_dataset(source, *configuration, split=split)
+        has_types = not Path(source).is_dir() or data.info.builder_name == "parquet"
+        require(has_types, f"{source} is no folder of Parquet files: give a file")
+        return data
+    if isinstance(data, dict):
+        return data[split]
+    require(source == name, f"{source} has no splits: leave out the split")
+    return data
+
+
+def read_csv(file):
+    """The rows of a CSV file. All values are texts."""
+    csv.field_size_limit(2**31 - 1)  # allows long texts
+    reader = csv.DictReader(file, strict=True)
+    rows = []
+    for row in reader:
+        if [*row] != reader.fieldnames or None in row.values():
+            raise ValueError(f"line {reader.line_num} lacks values or has more, or a name is twice")
+        rows.append(row)
+    return rows
+
+
+def read_json(file):
+    """The rows of a JSON file: a list of objects, or an object in each line."""
+    text = file.read()
+    if not text.lstrip().startswith("["):
+        text = "[" + re.sub(r"\n(?=.*\S)", ",\n", text.lstrip()) + "]"  # errors name lines
+    return json.loads(text)
+
+
+def read_rows(name):
+    """The rows of a file, which is CSV, JSON or Parquet, or those of `load_dataset`."""
+    path = Path(name)
+    if not path.is_file():
+        return load_dataset(name).to_list()
+    if path.suffix == ".parquet":
+        return pyarrow.parquet.ParquetFile(path).read().to_pylist()
+    suffix = Path(path.name.removesuffix(".gz")).suffix
+    read = {".csv": read_csv, ".json": read_json, ".jsonl": read_json}.get(suffix)
+    if not read:
+        raise ValueError("its name must end with .csv, .json, .jsonl (.gz may follow) or .parquet")
+    open_file = gzip.open if path.suffix == ".gz" else open
+    with open_file(path, "rt", encoding="utf-8-sig", newline="") as file:
+        return read(file)
+
+
+def load_rows(name, accelerator, tokenizer, args):
+    """The rows of the data `name`. Refuses what cannot be used, and says how many prompts are cut.
+    Messages that are too long are refused, because a cut would remove the beginning of their
+    template."""
+    with explained(f"{name} can't be read"):
+        rows = read_rows(name)
+    require(rows, f"{name} has no rows")
+    kind = prompt_kind(rows[0])
+    is_chat = kind == "messages"
+    template = str(is_chat and tokenizer.chat_template)
+    for option in args.template_options:
+        found = re.search(rf"\b{re.escape(option)}\b", template)
+        require(found, f"--chat-template-kwargs: no chat template has {option!r}")
+    targets = 0
+    cut = 0
+    longest = 0
+    distinct = set()
+    for i, row in enumerate(rows, 1):
+        if not kind or prompt_kind(row) != kind:
+            needs = "a 'prompt' (a text, or messages as a list) or a 'text', as all rows"
+            sys.exit(f"error: row {i} of {name} needs {needs}: {row!r:.99}")
+        with explained(f"row {i} of {name}"):
+            if is_chat:
+                check_template(row, tokenizer, args)
+            prompt, target, length = tokenize(row, tokenizer, args)
+        distinct.add(hash(tuple(prompt)))  # takes less memory than the tokens
+        targets += bool(target)
+        cut += length > args.prompt_length
+        longest = max(longest, length)
+    require(not is_chat or not cut, f"{name}: to keep messages whole, --prompt-length {longest}")
+    if args.ce_coef and name == args.dataset:
+        require(targets, "--ce-coef needs a column 'label' of texts in the training data")
+    found = f"{len(rows):,} prompts, {len(distinct):,} distinct, {cut:,} cut; {targets:,} targets"
+    accelerator.print(f"{name}: {found}")
+    return rows
+
+
+def split_rows(rows, eval_rows, args):
+    """Returns training rows, and `eval_episodes` held-out rows. Without `eval_rows`, the rows of a
+    tenth of the distinct prompts (or texts) are held out."""
+    rng = np.random.default_rng(0)
+    if eval_rows:
+        kinds = [prompt_kind(rows[0]), prompt_kind(eval_rows[0])]
+        require(kinds.count("messages") != 1, "only one of --dataset, --eval-dataset has messages")
+    else:
+        prompts = [str(row.get("prompt", row.get("text"))) for row in rows]
+        distinct = sorted(set(prompts))
+        rng.shuffle(distinct)
+        held_out = set(distinct[: math.ceil(len(distinct) / 10)])
+        eval_rows = [row for row, prompt in zip(rows, prompts) if prompt in held_out]
+        rows = [row for row, prompt in zip(rows, prompts) if prompt not in held_out]
+    enough = args.batch_size <= len(rows) and args.eval_episodes <= len(eval_rows)
+    few = f"{len(rows)} rows of training data and {len(eval_rows)} held out are too few for"
+    require(enough, f"{few} --batch-size {args.batch_size}, --eval-episodes {args.eval_episodes}")
+    chosen = rng.permutation(len(eval_rows))[: args.eval_episodes]
+    return rows, [eval_rows[i] for i in chosen]
+
+
+# ---- Reward models: functions of the keyword inputs in `score`, which return a score for each text
+
+
+def classifier_reward(name, args, device, dtype):
+    """The classifier `name`, with its own tokenizer and, where prompts are messages, its own chat
+    template, if it has one. The score is its output, if it has only one. Otherwise the score is the
+    label's output in a regression, and the label's probability in a classification."""
+    with explained(name):
+        model = load_classifier(name, device, dtype)
+    config = model.config
+    label = {1: 0, 2: 1}.get(config.num_labels)
+    if args.reward_label is not None and config.num_labels > 1:
+        label = args.reward_label
+    labels = config.id2label
+    require(label in labels, f"{name}: --reward-label must be one of {labels}, not {label}")
+    config.id2label = {i: str(i) for i in labels}  # several labels may have one name
+    # An adapter may have no tokenizer. Texts that are too long lose their beginning
+    if not transformers.utils.has_file(name, "tokenizer_config.json"):
+        name = config.name_or_path
+    tokenizer = load_tokenizer(name, truncation_side="left", padding_side="right")
+    positions = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
+    tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
+    pad = getattr(config.get_text_config(), "pad_token_id", None)
+    has_padding = pad is not None and pad >= 0  # without it decoders do not find a text's end
+    if has_padding:
+        tokenizer.pad_token_id = pad  # decoders look for this token
+    classify = transformers.pipeline(
+        "text-classification",
+        model,
+        tokenizer=tokenizer,
+        device=device,
+        batch_size=16 if has_padding else 1,
+        truncation=True,
+        top_k=None,  # scores of all labels
+        function_to_apply="none" if config.num_labels == 1 else None,  # None: by its problem_type
+    )
+
+    def reward_model(texts, prompts, completions, **_):
+        in_template = tokenizer.chat_template and isinstance(prompts[0], list)
+        with explained(name):
+            if in_template:
+                chats = [prompt + completion for prompt, completion in zip(prompts, completions)]
+                texts = tokenizer.apply_chat_template(chats, tokenize=False)
+            # The template has special tokens
+            results = classify(texts, add_special_tokens=not in_template)
+        return [x["score"] for result in results for x in result if x["label"] == str(label)]
+
+    return reward_model
+
+
+def import_function(name):
+    """The Python function FILE.py:NAME."""
+    file, _, function_name = name.rpartition(":")
+    path = Path(file).resolve()
+    sys.path.append(str(path.parent))
+    module = import_module(path.stem)
+    is_own = getattr(module, "__file__", None) == str(path)
+    require(is_own, f"{file}: no such file, or another module is called {path.stem}: rename it")
+    return getattr(module, function_name)
+
+
+def function_reward(name, columns):
+    """The Python function FILE.py:NAME. It gets the inputs that it names, or all with `**kwargs`.
+    Inputs are `texts` (prompt and response together), TRL's `prompts`, `completions` (messages, or
+    texts without special tokens) and `completion_ids`, and the columns of the data. It returns a
+    score for each text, or None where it does not score one."""
+    function = import_function(name)
+    signature = inspect.signature(function)
+    takes_all = any(one.kind == one.VAR_KEYWORD for one in signature.parameters.values())
+    inputs = ["texts", "prompts", "completions", "completion_ids", *columns]
+    names = [key for key in inputs if takes_all or key in signature.parameters]
+    require(len({*names}) == len(names), f"{name}: in the data, rename a column of {inputs[:4]}")
+    with explained(f"{name} gets {', '.join(inputs)}"):
+        signature.bind(**dict.fromkeys(names))
+
+    def reward_model(**inputs):
+        count = len(inputs["texts"])  # the function may change the list
+        scores = function(**{key: inputs[key] for key in names})
+        with explained(f"{name} must return a score for each of {count} texts"):
+            if isinstance(scores, dict | str | set) or len(scores) != count:
+                raise ValueError(f"not {scores!r:.99}")
+            return [None if one is None else float(one) for one in scores]
+
+    return reward_model
+
+
+# ---- Loading
+
+
+def refuse_missing(names, source):
+    """Refuses a checkpoint without weights of these `names`, which would stay random."""
+    if names:
+        sys.exit(f"error: {source} lacks {len(names)} weights, such as {min(names)}")
+
+
+def load_pretrained(auto_class, name, **options):
+    """Loads a model, with all its weights. A classifier must be what was saved, without unused
+    weights. A language model may lose some, such as a value head."""
+    model, info = auto_class.from_pretrained(name, output_loading_info=True, **options)
+    refuse_missing(info["missing_keys"], name)
+    if auto_class is AutoModelForSequenceClassification:
+        unused = info["unexpected_keys"]
+        saved_as = str(model.config.architectures or type(model).__name__)
+        is_whole = type(model).__name__ in saved_as and not unused
+        require(is_whole, f"{name} is no classifier, but {saved_as}; unused weights: {unused}")
+    return model
+
+
+def load_tokenizer(name, **sides):
+    """The tokenizer of a model. It pads with the end-of-text token if it has no padding token.
+    Refuses the empty tokenizer that AutoTokenizer makes for a folder without tokenizer files."""
+    with explained(name):
+        tokenizer = AutoTokenizer.from_pretrained(TOKENIZERS.get(name, name), **sides)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    words = len(tokenizer) - len(tokenizer.all_special_tokens)
+    # An empty tokenizer of T5 has one word, of DeBERTa two
+    require(words > 2, f"{name} has no tokenizer; for a policy, give --tokenizer")
+    return tokenizer
+
+
+def load_classifier(name, device, dtype):
+    """Loads a classifier with all its weights. A LoRA adapter of a classifier is merged into its
+    base model."""
+    options = {"dtype": dtype, "device_map": device}
+    if not transformers.utils.find_adapter_config_file(name):
+        return load_pretrained(AutoModelForSequenceClassification, name, **options)
+    heads = peft.PeftConfig.from_pretrained(name).modules_to_save or []
+    saved = peft.load_peft_weights(name, device="cpu")
+    sizes = [len(weight) for key, weight in saved.items() if set(heads) & set(key.split("."))]
+    labels = min(sizes, default=1)  # the last layer is the narrowest
+    model = peft.AutoPeftModelForSequenceClassification.from_pretrained(
+        name, num_labels=labels, **options
+    )
+    refuse_missing(peft.get_peft_model_state_dict(model).keys() - saved.keys(), name)
+    return model.merge_and_unload().to(device, dtype)  # modules_to_save may have another dtype
+
+
+def load_frozen(args, dtype):
+    """The initial policy, whose weights do not change."""
+    with explained(args.policy_model):
+        has_adapter = transformers.utils.find_adapter_config_file(args.policy_model)
+        config = transformers.AutoConfig.from_pretrained(args.policy_model)
+    require(not has_adapter, f"{args.policy_model} has an adapter_config.json: merge or remove it")
+    own_config = copy.deepcopy(config)
+    if getattr(config, "activation_function", None) == "gelu_new":
+        config.activation_function = "gelu_pytorch_tanh"  # the same function, in one kernel
+    if args.gradient_checkpointing:  # it needs train mode, which would turn dropout on
+        text_config = config.get_text_config()
+        for name in vars(text_config):
+            if "drop" in name:
+                setattr(text_config, name, 0.0)
+    dtype = dtype if args.lora_r else torch.float32
+    model = load_pretrained(AutoModelForCausalLM, args.policy_model, config=config, dtype=dtype)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    can_train = args.lora_r or not hasattr(model, "hf_quantizer")
+    require(can_train, f"{args.policy_model} has quantised weights, which need --lora-r")
+    model.own_config = own_config  # for `save_policy`
+    return model.requires_grad_(False)
+
+
+def sources(args):
+    """Names of the run's data and models."""
+    names = [args.dataset, args.eval_dataset, args.policy_model, args.tokenizer, *args.reward_model]
+    return list(filter(None, names))
+
+
+def prepare(args):
+    """Checks device and toy, imports reward functions, and undoes what their files set globally."""
+    require(args.device != "cuda" or torch.cuda.is_available(), "--device cuda: there is no GPU")
+    needed = any(name.startswith(f"{TOY}/") for name in sources(args))
+    require(Path(START, TOY).exists() or not needed, f"no {TOY}, a default: python toy.py makes it")
+    transformers.utils.logging.disable_progress_bar()
+    for name in args.reward_model:
+        if ".py:" in name:
+            import_function(name)
+    os.chdir(START)  # an imported file may have changed this and the next settings
+    torch.set_grad_enabled(True)
+    torch.set_default_dtype(torch.float32)
+
+
+def has_bfloat16(device):
+    """Whether bfloat16 is faster. Intel's CPUs with avx512_fp16 need AMX, which may be hidden."""
+    if device.type == "cuda":
+        return torch.cuda.is_bf16_supported(including_emulation=False)
+    able = torch.cpu.get_capabilities()
+    needed = "amx_bf16" if able.get("avx512_fp16") else "avx512_bf16"
+    return able.get(needed, False)
+
+
+def end_tokens(row, tokenizer, policy, args):
+    """Tokens that end a response: the end-of-text tokens of the tokenizer and of the policy, and
+    for messages also the token that ends a turn, because a policy that is no chat model does not
+    name it."""
+    ends = [tokenizer.eos_token_id]
+    if prompt_kind(row) == "messages":
+        ends += [turn_end(tokenizer, args)]
+    own = policy.generation_config.eos_token_id
+    ends += own if isinstance(own, list) else [own]
+    vocabulary = len(policy.get_output_embeddings().weight)
+    return [token for token in ends if token is not None and token < vocabulary]
+
+
+@torch.no_grad()
+def check_sampling(setup, args):
+    """Refuses a policy that samples from other probabilities than it is trained with. The reason
+    may be that `generate` pads on the left and has a cache, which changes positions or recurrent
+    states."""
+    actor = setup.actor_critic
+    prompts = [tokenize(row, setup.tokenizer, args)[0] for row in setup.eval_data]
+    # One prompt of the maximum length, and one of a single token, which gets padding
+    longest = (max(prompts, key=len) * args.prompt_length)[: args.prompt_length]
+    prompts = [longest, longest[:1]]
+    with actor.autocast():
+        generated = actor.policy.generate(
+            **padded(setup, prompts),
+            do_sample=True,
+            output_logits=True,
+            return_dict_in_generate=True,
+        )
+        tokens = generated.sequences[:, len(longest) :]
+        response = collate(prompts, tokens.tolist(), actor.policy.device)
+        trained = token_log_probs(actor.policy, response, 1.0).view(tokens.shape)
+    acts = -F.cross_entropy(torch.stack(generated.logits, -1).float(), tokens, reduction="none")
+    difference = (acts - trained).abs().max().item()
+    # Rounding gives 1e-5 in float32, 0.05 in bfloat16 with 28 layers; a mistake gives 0.5 or more
+    limit = 1e-2 if actor.dtype == torch.float32 else 0.3
+    found = f"samples otherwise than it is trained, by {difference:.2g} nats a token"
+    require(difference <= limit, f"{args.policy_model} {found}")
+
+
+def load(args):
+    """Loads models and data."""
+    cpu = args.device == "cpu" or not torch.cuda.is_available()
+    accelerator = Accelerator(cpu=cpu, mixed_precision="no")  # but see ActorCritic.autocast
+    device = accelerator.device
+    dtype = torch.bfloat16 if args.amp == "auto" and has_bfloat16(device) else torch.float32
+    tokenizer = load_tokenizer(args.tokenizer or args.policy_model)
+    require(tokenizer.eos_token, "the tokenizer has no end-of-text token: give --tokenizer")
+    rows, eval_rows = [
+        load_rows(name, accelerator, tokenizer, args) if name else []
+        for name in [args.dataset, args.eval_dataset]
+    ]
+    columns = list(dict.fromkeys(name for row in rows + eval_rows for name in row))
+    data = split_rows(rows, eval_rows, args)
+    reward_dtype = dtype if args.lora_r else torch.float32  # with LoRA, models are large
+    reward_models = [
+        function_reward(name, columns)
+        if ".py:" in name
+        else classifier_reward(name, args, device, reward_dtype)
+        for name in args.reward_model
+    ]
+    torch.manual_seed(args.seed)  # initial weights of LoRA
+    actor_critic = ActorCritic(args, device, dtype)
+    policy = actor_critic.policy
+    longest = args.prompt_length + args.response_length
+    text_config = policy.config.get_text_config()
+    positions = getattr(text_config, "max_position_embeddings", longest)
+    positions = getattr(text_config, "max_seq_len", positions)  # MPT's name
+    if "longrope" in str(text_config):  # it changes all positions in longer texts
+        positions = text_config.original_max_position_embeddings
+    require(positions >= longest, f"{args.policy_model} has {positions} positions, not {longest}")
+    policy.generation_config = transformers.GenerationConfig(
+        do_sample=True,
+        temperature=args.temperature,
+        top_k=args.top_k,
+        max_new_tokens=args.response_length,
+        min_new_tokens=None if args.stop_at_eos else args.response_length,
+        eos_token_id=end_tokens(rows[0], tokenizer, policy, args),
+        pad_token_id=0,  # comes after the end of a response, and is cut off
+    )
+    options = {"lr": args.learning_rate, "eps": args.adam_eps, "weight_decay": args.weight_decay}
+    optimizer = torch.optim.AdamW(actor_critic.trained().values(), fused=True, **options)
+    model = accelerator.prepare(actor_critic)
+    return Setup(
+        accelerator, actor_critic, model, optimizer, tokenizer, reward_models, columns, *data
+    )
 
 
 # ---- Saving
@@ -1550,11 +1570,8 @@ def main():
         is_first = os.environ.get("RANK", "0") == "0"  # only this process writes files
         lock = nullcontext()
         if is_first:
-            try:
+            with explained(f"another process is at work on {folder}, or locking fails"):
                 lock = FileLock(folder / "lock", blocking=False).acquire()  # makes the folder, too
-            except OSError as error:
-                found = f"another process is at work on {folder}, or locking fails"
-                sys.exit(f"error: {found}: {error}")
         with lock:
             if not summary_path.exists():
                 if is_first:
@@ -1562,10 +1579,6 @@ def main():
                 train(setup or load(args), args, folder)
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command continues from its last checkpoint, if any")
-    except SystemExit as end:
-        if isinstance(end.code, str):  # a sentence of this script
-            raise
-        raise RuntimeError("sys.exit() was called before the end of the run") from end
     if is_first:
         summary = json.loads(summary_path.read_text())
         score = f"reward {summary['return_mean']:.3f}, {summary['sps']:,.1f} texts/s"

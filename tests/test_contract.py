@@ -568,16 +568,12 @@ def test_an_interrupted_run_says_what_continues_it_and_its_versions(setting, lau
 
 
 EXITS = [(SA2C_ATARI, "compute_gae", 0), (SPPO_CONTINUOUS, "compute_gae", 3)]
-EXITS += [
-    (SPPO_CONTINUOUS, "make_env", None),
-    (SPPO_CONTINUOUS, "evaluate", 0),
-    (TEXTS, "score", 0),
-]
+EXITS += [(SPPO_CONTINUOUS, "make_env", None), (SPPO_CONTINUOUS, "evaluate", 0)]
 
 
 @pytest.mark.parametrize(("setting", "place", "status"), EXITS, ids=str, indirect=["setting"])
 def test_an_exit_before_the_summary_is_an_error(setting, place, status, launch, monkeypatch):
-    """An environment, when it is made, too, or a reward function may call `sys.exit`."""
+    """An environment, when it is made, too, may call `sys.exit`."""
     monkeypatch.setattr(setting.script, place, lambda *_, **__: sys.exit(status))
     with pytest.raises(RuntimeError, match="exit.. was called before the end of the run"):
         launch()
@@ -670,7 +666,6 @@ REFUSED = [  # scripts, flags, and what they say; None: these flags are not refu
     ([TEXTS], "--reward-weights 0", "reward_weights must be finite, not all 0"),
     ([TEXTS], "--lora-r 8 --lora-alpha 0", "lora_alpha must be positive"),
     ([TEXTS], "--lora-alpha 8", "lora_alpha needs --lora-r"),
-    ([TEXTS], "--reward-model my.py", "which function? FILE.py:NAME"),
 ]
 COUNTS = "total_timesteps eval_freq num_envs num_steps".split()
 REFUSED += [(SETTINGS, f"--{name} 0", f"{name} must be at least 1") for name in COUNTS]

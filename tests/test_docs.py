@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import transformers
 import tyro
 from helpers import SETTINGS, Signals, checkpoint, progress, read_lines, record, sha256, work_in
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -82,6 +83,7 @@ def test_the_functions_and_flags_that_a_page_names_exist(text):
         flags |= set(re.findall(r"--[a-z][a-z-]+", (ROOT / other).read_text()))
     flags |= {"--divide-by-p-old", "--no-divide-by-p-old", "--correct-flips"}  # at 8ec68c6
     flags |= {"--gpus", "--requeue", "--time", "--episodes", "--video"}  # Slurm's, enjoy.py's
+    flags |= {"--group-size"}  # an example's
     code = re.findall(r"`[^`\n]*`", re.sub(r"(?ms)^```.*?^```", "", text))
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", " ".join(code))) <= flags
 
@@ -508,9 +510,26 @@ def test_a_function_as_reward(here, monkeypatch, capsys):
     play(folder, monkeypatch, capsys)
 
 
+def test_a_classifier_of_pairs(here, monkeypatch):
+    """Against the plain model, on each pair alone."""
+    _, pairs = code_blocks(PAGES["docs/language-models.md"], "python")
+    config = transformers.AutoConfig.from_pretrained("runs/toy/reward", problem_type=None)
+    config.num_labels = 1
+    model = transformers.AutoModelForSequenceClassification.from_config(config).eval()
+    tokenizer = transformers.AutoTokenizer.from_pretrained("runs/toy/reward")
+    model.save_pretrained("CLASSIFIER")
+    tokenizer.save_pretrained("CLASSIFIER")
+    Path("pairs.py").write_text(pairs)
+    texts = ["the plot was", "the cast"], ["superb .", "was dull ."]
+    scores = sppo_rlhf.import_function("pairs.py:pairs")(*texts, number=[1, 2])
+    for x, y, score in zip(*texts, scores, strict=True):
+        logits = model(**tokenizer(x, y, return_tensors="pt")).logits
+        assert score == pytest.approx(logits.item(), abs=1e-5)
+
+
 def test_data_and_reward_functions_of_the_page_on_language_models(here):
     page = PAGES["docs/language-models.md"]
-    (mine,) = code_blocks(page, "python")
+    mine, _ = code_blocks(page, "python")
     Path("mine.py").write_text(mine)
     runpy.run_path("mine.py", run_name="__main__")
     script, args = parse(commands(sections(page)["Your own model and data"])[1])
@@ -532,6 +551,64 @@ def test_a_reward_that_knows_the_answer(here):
     for sample in read_lines(folder / "samples.jsonl"):
         assert [sample["reward"]] == correct([sample["response"]], [sums[sample["prompt"]]])
     assert correct(completions=["42", "4"], label=["42", "42"]) == [1, 0]
+
+
+def reward_of(completion, number):
+    return float((len(completion) + number) % 3)
+
+
+def some_rewards(completions, number):
+    return list(map(reward_of, completions, number))
+
+
+def test_grpo(here, monkeypatch, capsys):
+    """Groups of one prompt, but of different rows. The symmetric loss only weighs the loss."""
+    script, args = changed("GRPO: a baseline from the group", here, monkeypatch)
+    assert (args.group_size, args.gamma, args.gae_lambda, args.kl_coef) == (8, 1, 1, 0)
+    rows = [{"prompt": "the plot was", "number": i, "answer": "."} for i in range(40)]
+    Path("same.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = SHORT_LM | {"batch_size": 16, "total_timesteps": 32, "group_size": 4}
+    flags |= {"dataset": "same.jsonl", "eval_dataset": "same.jsonl", "prompt_length": 9}
+    flags |= {"policy_model": "runs/toy/policy", "reward_model": (f"{__file__}:some_rewards",)}
+    updates = record(monkeypatch, script, "update")
+    folder = train(script, args, "grpo", **flags)
+    assert set(checkpoint(folder)["agent"]) == {
+        name for name in checkpoint(folder)["agent"] if name.startswith("policy.")
+    }
+    for (_, _, samples, _), _ in updates:
+        groups = {}
+        for sample in samples:
+            groups.setdefault(sample.row["number"], []).append(sample)
+        assert [len(group) for group in groups.values()] == [4] * 4
+        assert len({sample.advantage[0].item() for sample in samples}) > 3
+        for group in groups.values():
+            rewards = torch.tensor([sample.scores[0].item() for sample in group])
+            expected = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
+            for sample, advantage in zip(group, expected):
+                assert not sample.value.any()
+                tokens = advantage.expand(len(sample.response))
+                torch.testing.assert_close(sample.advantage, tokens, rtol=1e-5, atol=1e-5)
+    play(folder, monkeypatch, capsys)
+    twice = dataclasses.replace(args, alpha=0.5, beta=0.5)  # k = 1, as for alpha 1 and beta 0
+    symmetric = train(script, twice, "symmetric", **flags)
+    policy = "policy/model.safetensors"
+    assert sha256(symmetric / policy) == sha256(folder / policy)
+
+
+@pytest.mark.slow
+def test_grpo_learns(here, monkeypatch):
+    """The true sentiment of the toy's texts. In twelve updates it rose from 0.50 by GRPONUMBER."""
+    script, args = changed("GRPO: a baseline from the group", here, monkeypatch)
+    text = "from toy import toy_sentiment\n"
+    Path("sentiment.py").write_text(
+        text + "def true(completions): return [toy_sentiment(text) for text in completions]"
+    )
+    toy = {name: getattr(sppo_rlhf.parse_args([]), name) for name in ("dataset", "eval_dataset")}
+    flags = toy | {"policy_model": "runs/toy/policy", "reward_model": ("sentiment.py:true",)}
+    flags |= {"prompt_length": 16, "response_length": 32, "learning_rate": 5e-4}
+    flags |= {"total_timesteps": 12 * 112, "eval_freq": 12 * 112, "eval_episodes": 128}
+    first, last = progress(train(script, args, "own", **flags, device="cpu"))
+    assert last["return_mean"] - first["return_mean"] > 0.2
 
 
 def test_a_new_metric(tmp_path, monkeypatch, capsys):
@@ -610,7 +687,7 @@ def logged(folder):
 
 
 def test_the_list_of_metrics_is_complete_for_control(setting, tmp_path, signals):
-    expected = metrics("PPO" if setting.ppo else "A2C")
+    expected = metrics("PPO" if setting.ppo else "A2C", "control, Atari")
     tags, columns = logged(setting.run(tmp_path)[1])
     assert tags == expected
     assert columns == expected - {"charts/SPS", "eval/return_mean"}

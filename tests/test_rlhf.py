@@ -4,6 +4,7 @@ import csv
 import gzip
 import io
 import json
+import logging
 import math
 import os
 import random
@@ -36,6 +37,7 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.integrations.bitnet import pack_weights
 
 import sppo_rlhf as rlhf
 import toy as toy_script
@@ -469,8 +471,6 @@ def test_models_that_do_not_fit_are_refused(toy, models, tmp_path, monkeypatch):
     base = AutoModelForSequenceClassification.from_pretrained(models["gpt2"], num_labels=1)
     prompts = peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3)
     peft.get_peft_model(base, prompts).save_pretrained(tmp_path / "prompts")
-    dotted = tmp_path / "mine.v2.py"
-    dotted.write_text("def own(texts): return [0.0] * len(texts)")
     adapted = tmp_path / "adapted"
     shutil.copytree(models["gpt2"], adapted)
     shutil.copy(models["adapter"] / "adapter_config.json", adapted)
@@ -487,13 +487,15 @@ def test_models_that_do_not_fit_are_refused(toy, models, tmp_path, monkeypatch):
         (["--prompt-length", "40"], "has 64 positions, not 72$"),
         ([*long, 10], "long has 16 positions, not 17$"),
         (["--policy-model", tmp_path / "mpt"], "mpt has 16 positions, not 48$"),
-        (["--reward-model", tmp_path / "prompts"], "this kind of adapter cannot be merged"),
-        (["--reward-model", f"{dotted}:own"], "mine.v2.py: .* a name with a dot: rename it$"),
-        (["--reward-model", "runs/toy.py:own"], "error: runs/toy.py: no such file$"),
+        (["--reward-model", tmp_path / "prompts"], "error: .*prompts: .*'merge_and_unload'"),
+        (["--reward-model", "runs/toy.py:own"], "error: runs/toy.py: no such file, or another"),
         (
             ["--reward-model", f"{__file__}:needs_answer"],
-            "'answer'; there are texts, prompts, completions, completion_ids, text$",
+            "needs_answer gets texts, prompts, completions, completion_ids, text: .*'answer'$",
         ),
+        (["--reward-model", "not a name"], "error: not a name: "),
+        (["--policy-model", "not a name"], "error: not a name: "),
+        (["--policy-model", "not a name", "--tokenizer", policy], "error: not a name: "),
         (["--chat-template-kwargs", '{"brief": true}'], "no chat template has 'brief'$"),
         (["--reward-label", 2], "reward: --reward-label must be one of {0.*, not 2$"),
         (["--dataset", "./none/texts.jsonl"], "none/texts.jsonl"),
@@ -520,6 +522,62 @@ def test_models_that_do_not_fit_are_refused(toy, models, tmp_path, monkeypatch):
     shutil.copytree(models["gpt2"], bare, ignore=shutil.ignore_patterns("tokenizer*"))
     message = f"^error: {bare} has no tokenizer"
     refused(monkeypatch, tmp_path, message, "--policy-model", bare)
+
+
+@pytest.fixture
+def library(caplog):
+    """What transformers says."""
+    logger = logging.getLogger("transformers")
+    logger.addHandler(caplog.handler)
+    yield lambda: [record.getMessage() for record in caplog.records]
+    logger.removeHandler(caplog.handler)
+
+
+@pytest.mark.parametrize("kind", ["Llama", "ModernBert"])
+def test_a_token_classifier_is_no_reward_model(toy, tmp_path, kind):
+    """A classifier of texts lacks none of its weights. Llama's has no place for the bias."""
+    shape = {"vocab_size": 400, "hidden_size": 16, "intermediate_size": 16, "pad_token_id": 0}
+    shape |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
+    model = getattr(transformers, f"{kind}ForTokenClassification")
+    model(getattr(transformers, f"{kind}Config")(**shape)).save_pretrained(tmp_path)
+    AutoTokenizer.from_pretrained(toy / "policy").save_pretrained(tmp_path)
+    with refusal(f"^error: {tmp_path} is no classifier, but .*{kind}ForTokenClassification"):
+        classifier_scores(tmp_path, [TEXT])
+
+
+def test_the_library_is_heard(load, models, tmp_path, library):
+    """On the toy it says nothing. A policy may lose its value head, a classifier may not."""
+    for flags in ({}, {"eval_greedy": True, "temperature": 0.5, "top_k": 3}, {"lora_r": 2}):
+        setup, args = load(**flags)
+        rlhf.prepare(args)
+        rlhf.collect(setup, args, setup.eval_data, evaluating=True)
+    assert library() == []
+    for name in ("gpt2", "classifier"):
+        folder = shutil.copytree(models[name], tmp_path / name)
+        weights = safetensors.torch.load_file(folder / "model.safetensors")
+        weights["v_head.summary.weight"] = torch.ones(1, 16)
+        safetensors.torch.save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    load(policy_model=str(tmp_path / "gpt2"))
+    assert sum("v_head.summary.weight" in said for said in library()) == 1
+    with refusal(f"^error: {tmp_path}/classifier is no .*; unused weights: .*v_head.summary"):
+        load(reward_model=(str(tmp_path / "classifier"),))
+
+
+def test_quantised_weights_are_not_trained(load, toy, tmp_path):
+    """BitNet's are buffers, so that only the other layers would be."""
+    folder = tmp_path / "bitnet"
+    make_policy("Llama", folder, toy)
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    for name in [name for name in weights if "_proj" in name]:
+        weights[name] = pack_weights(weights[name].sign())
+        weights[name.replace(".weight", ".weight_scale")] = torch.ones(1)
+    safetensors.torch.save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    how = {"quant_method": "bitnet", "linear_class": "bitlinear", "quantization_mode": "offline"}
+    config["quantization_config"] = how | {"modules_to_not_convert": ["lm_head"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    with refusal(f"^error: {folder} has quantised weights, which need --lora-r$"):
+        load(policy_model=str(folder))
 
 
 TEXT = "the plot was superb and the cast was dull ."
@@ -553,7 +611,7 @@ def test_prompts_and_targets_are_the_tokens_of_texts(toy, template, rows, prompt
     new = [rlhf.tokenize(row, tokenizer, args) for row in rows_of(rows)]
     plain = AutoTokenizer.from_pretrained(toy / "policy", bos_token="<s>")
     texts = zip(plain(prompts)["input_ids"], plain(targets)["input_ids"])
-    assert new == [(prompt, target, False) for prompt, target in texts]
+    assert [(prompt, target) for prompt, target, _ in new] == [*texts]
 
     start = [special[template[:3]]] if template[0] == "<" else []
     ids = plain(TEXT)["input_ids"]
@@ -561,9 +619,9 @@ def test_prompts_and_targets_are_the_tokens_of_texts(toy, template, rows, prompt
     assert first + second == [*start, *ids, tokenizer.eos_token_id]
     assert len(first) == len(start + ids) // 2
     new = rlhf.tokenize({"text": TEXT}, tokenizer, replace(args, prompt_length=4))
-    assert new == (start + first[len(start) - 4 :], second, True)
+    assert new == (start + first[len(start) - 4 :], second, len(first))
     new = rlhf.tokenize({"text": TEXT}, tokenizer, replace(args, response_length=3))
-    assert new == (first, second[:3], False)
+    assert new == (first, second[:3], len(first))
 
 
 CHATML = (
@@ -609,6 +667,73 @@ def test_chat_is_written_in_the_template(chat_tokenizer, template, messages, var
     assert set(chat_tokenizer.convert_ids_to_tokens(ends)) == {END, end}
     ends = rlhf.end_tokens({"prompt": "a"}, chat_tokenizer, base, args)
     assert chat_tokenizer.convert_ids_to_tokens(ends) == [END]
+
+
+def read_chats(path, tokenizer, *chats):
+    """Loads rows of messages, as a run does."""
+    path.write_text(json.dumps([{"prompt": chat} for chat in chats]))
+    args = rlhf.Args(dataset=str(path), prompt_length=99)
+    return rlhf.load_rows(str(path), Accelerator(cpu=True), tokenizer, args)
+
+
+def said(role, content="the plot", **others):
+    return {"role": role, "content": content} | others
+
+
+def rendering(message):
+    return f"{{% for m in messages %}}{message}<|end|>{{% endfor %}}"
+
+
+TWO_ROLES = rendering("{% if m.role in ('user', 'assistant') %}{{ m.content }}{% endif %}")
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+
+
+@pytest.mark.parametrize(("template", "chat", "message"), [
+    (TWO_ROLES, [said("human")], "the chat template drops what 'human' says"),
+    (TWO_ROLES, [said("system"), *CHAT], "the chat template drops what 'system' says"),
+    (TWO_ROLES, [*CHAT, said("tool"), BEGUN], "the chat template drops what 'tool' says"),
+    (TWO_ROLES, [said("User")], "the chat template drops what 'User' says"),
+    ("{{ messages[-1].content }}", [*CHAT, BEGUN, *CHAT], "drops what 'user' says"),
+    (rendering("{{ m.text }}"), CHAT, "drops what 'user' says"),
+    (rendering("{{ m.content.none.none if m.content }}"), CHAT, "has no attribute 'none'"),
+    (rendering("{{ raise_exception('no!') if m.content }}"), CHAT, "no!"),
+    (CHATML, [said("user", [{"type": "text", "text": "a"}])], "content of a message is no text"),
+    (CHATML, [said("user", [{"type": "image"}])], "content of a message is no text"),
+    (CHATML, [said("user", {"text": "a"})], "content of a message is no text"),
+    (CHATML, [said("user", 7)], "content of a message is no text"),
+    (CHATML, [said("user", None)], "content of a message is no text"),
+    (CHATML, [{"role": "user", "text": "a"}], "content of a message is no text"),
+    (CHATML, [said("user", [], tool_calls=[CALL])], "content of a message is no text"),
+])  # fmt: skip
+def test_messages_that_do_not_reach_the_policy_are_refused(
+    chat_tokenizer, tmp_path, template, chat, message
+):
+    chat_tokenizer.chat_template = template
+    empty = [said("user", "")]  # nothing that could be dropped
+    with pytest.raises(SystemExit, match=f"^error: row . of .*a.json: .*{message}"):
+        read_chats(tmp_path / "a.json", chat_tokenizer, empty, chat)
+
+
+@pytest.mark.parametrize(("template", "chat"), [
+    (rendering("{{ m.content | trim }}"), [said("user", " the plot\n")]),
+    (rendering("{{ m.content | tojson }}"), [said("tool", 'the "plot"')]),
+    (rendering("{{ m.content.split('</think>')[-1] }}"), [said("assistant", "a</think>b"), *CHAT]),
+    (CHATML, [said("system", ""), *CHAT]),
+    (rendering("{{ m.content or m.tool_calls }}"), [said("a", None, tool_calls=[CALL]), *CHAT]),
+    (rendering("{{ m.content or m.tool_calls }}"), [{"role": "a", "tool_calls": [CALL]}, *CHAT]),
+])  # fmt: skip
+def test_a_template_may_change_a_text(chat_tokenizer, tmp_path, capsys, template, chat):
+    """Distinct prompts are counted."""
+    chat_tokenizer.chat_template = template
+    other = [said("user", "the cast")]
+    assert len(read_chats(tmp_path / "a.json", chat_tokenizer, chat, other, chat)) == 3
+    assert "a.json: 3 prompts, 2 distinct, 0 cut; 0 targets\n" in capsys.readouterr().out
+
+
+def test_a_template_without_the_assistants_text_has_no_end_of_turn(chat_tokenizer):
+    chat_tokenizer.chat_template = rendering("{{ m.content if m.role == 'user' }}")
+    with pytest.raises(ValueError, match="the chat template drops what 'assistant' says"):
+        rlhf.turn_end(chat_tokenizer, rlhf.Args())
 
 
 def test_a_completion_includes_the_assistants_text_in_the_prompt(chat_tokenizer):
@@ -702,6 +827,12 @@ def test_a_classifier_scores_a_text_alike_alone_and_in_a_batch(toy, tmp_path, mo
             classifier_scores(folder, texts)
 
 
+def test_a_text_without_tokens_is_an_error_of_the_classifier(toy, tmp_path, models):
+    make_classifier("left padding", tmp_path, toy, models)
+    with refusal("^error: .*/classifier: "):
+        classifier_scores(tmp_path / "classifier", [""])
+
+
 def test_a_classifier_reads_messages_in_its_own_template(toy, tmp_path):
     """With the special tokens of the template only. Without one it reads the text."""
     folder = tmp_path / "reward"
@@ -747,14 +878,37 @@ def test_a_function_gets_what_trl_gives_it(toy, tmp_path, monkeypatch, chat):
         return
     prompt = read_samples(folder)[0]["prompt"]
     assert re.fullmatch(r"<\|user\|>the plot was superb \d+<\|end\|>\n<\|assistant\|>", prompt)
-    refused(monkeypatch, tmp_path, "messages would be cut; raise --prompt-length$", *words)
+    chats = [f"<|user|>{prompt}<|end|>\n<|assistant|>" for prompt in prompts]
+    longest = max(map(len, AutoTokenizer.from_pretrained(policy)(chats).input_ids))
+    message = f"{path}: to keep messages whole, --prompt-length {longest}$"
+    for length in (16, longest - 1):
+        refused(monkeypatch, tmp_path, message, *words, "--prompt-length", length)
     for variables, message in {
         json.dumps({"thinking": "'true', or 'false'"}): "no chat template has 'thinking'$",
-        '{"enable_thinking": {"a": "False"}}': "write true and false without quotation marks$",
         "[1]": "chat_template_kwargs must be a JSON object",
     }.items():
         options = ["--chat-template-kwargs", variables]
         refused(monkeypatch, tmp_path, message, *words, *wide, *options)
+
+
+@pytest.mark.parametrize("evaluating", [False, True])
+@pytest.mark.parametrize("size", [1, 2, None])
+def test_a_reward_function_gets_all_texts_of_a_rollout_at_once(load, size, evaluating):
+    """Whatever the size of micro batches. Each sample gets its own score."""
+    setup, args = load(micro_batch_size=size)
+    seen = []
+
+    def rank(texts, **_):
+        seen.append(texts)
+        return [sorted(texts).index(text) for text in texts]
+
+    setup.reward_models = [rank]
+    samples = rlhf.collect(setup, args, setup.train_data, evaluating)
+    (texts,) = seen
+    decode = partial(setup.tokenizer.decode, skip_special_tokens=True)
+    assert texts == [decode(x.prompt + x.response) for x in samples]
+    assert [x.scores for x in samples] == rank(texts) and len(set(texts)) > 8
+    assert rlhf.collect(setup, args, [], evaluating) == []  # a process without texts of its own
 
 
 OWN_REWARDS = """
@@ -766,6 +920,12 @@ trls = get_repetition_penalty_reward(2)
 def own(texts): return [own_neighbour.length(text) for text in texts]
 def too_few(texts): return [0.5]
 def keyed(texts): return dict(enumerate(texts))
+def unordered(texts): return {1.0, 2.0}
+def nothing(texts): pass
+def words(texts): return ["good", "bad"]
+def pairs(texts): return [[1.0, 2.0]] * 2
+def one(texts): return 0.5
+def lazy(texts): return (1.0 for _ in texts)
 def emptying(texts): return [float(len(texts.pop())) for _ in texts[:]]
 def named(completions, answer): return [float(answer[0] == 3) for _ in completions]
 def with_default(texts, answer=None, other=5): return [float(answer[0] == 3 and other == 5)] * 2
@@ -787,8 +947,8 @@ def test_a_reward_file_may_import_files_beside_it(tmp_path):
     assert function_reward(f"{file}:trls", **inputs | repeating) == [0, -0.75]
     with pytest.raises((SystemExit, AttributeError), match="none"):
         function_reward(f"{file}:none")
-    for name in ("too_few", "keyed"):
-        with pytest.raises(SystemExit, match=f"{name} must return a score for each of 2 texts$"):
+    for name in ("too_few", "keyed", "unordered", "nothing", "words", "pairs", "one", "lazy"):
+        with pytest.raises(SystemExit, match=f"{name} must return a score for each of 2 texts: "):
             function_reward(f"{file}:{name}", **inputs)
     assert function_reward(f"{file}:emptying", texts=["abc", "ab"]) == [2, 3]
 
@@ -980,7 +1140,7 @@ LINE = b'{"prompt": "a"}\n'
     ("a.parquet", b"PAR1", "a.parquet can't be read"),
     ("a.jsonl", b'{"review": "a"}', "row 1 of .*a.jsonl needs .*review"),
     ("a.jsonl", b'{"text": "a"}\n{"text": null}', "row 2 .* needs"),
-    ("a.jsonl", json.dumps({"prompt": CHAT}).encode(), "messages need a tokenizer with a chat te"),
+    ("a.jsonl", json.dumps({"prompt": CHAT}).encode(), "row 1 .*chat_template is not set"),
     ("a.csv", b"prompt,label\na,\n", "--ce-coef needs a column 'label' of texts in the training d"),
 ])  # fmt: skip
 @pytest.mark.parametrize("flag", ["dataset", "eval_dataset"])
@@ -1137,6 +1297,14 @@ def test_an_evaluation_is_as_computed_by_hand(run, toy, models, monkeypatch, cap
     for ((_, log_ratio, *_), _), sample in zip(advantages, [*first, *second], strict=True):
         assert torch.equal(log_ratio, sample.log_prob - sample.reference_log_prob)
     assert log_ratio.abs().max() > 1e-3
+
+
+def test_samples_show_prompts_with_their_special_tokens(run, tmp_path):
+    path = write_data(tmp_path / "few.jsonl", prompt=[f"{END}the plot {i}" for i in range(8)])
+    folder = run(dataset=path, eval_dataset=path, total_timesteps=8)
+    samples = read_samples(folder)
+    assert all(re.fullmatch(rf"{re.escape(END)}the plot \d", x["prompt"]) for x in samples)
+    assert not any(END in x["response"] for x in samples)
 
 
 def test_the_optimizer_gets_its_settings(load):
@@ -1299,11 +1467,8 @@ def test_micro_batches_add_up_to_the_minibatch(load, models, monkeypatch, lora_r
     numbers |= {"sft_loss": sft_loss, "grad_norm": expected.norm()}
     numbers["clipfrac"] = ((ratio - 1).abs() > 0.2).float().mean()
     numbers["approx_kl"] = (ratio - 1 - ratio.log()).mean()
-    numbers["norm_sign_changes"] = torch.tensor(0.0)
     for limit, found, metrics in zip(limits.values(), gradients, history, strict=True):
-        share = min(1, limit / expected.norm().item())
-        assert_near(found, share * expected)
-        assert metrics["losses/clipped_gradients"] == (share < 1)
+        assert_near(found, min(1, limit / expected.norm().item()) * expected)
         for name, number in numbers.items():
             assert float(metrics[f"losses/{name}"]) == pytest.approx(number.item(), rel=1e-3)
 
