@@ -101,7 +101,7 @@ def front_page():
 
 
 def rounded(x):
-    return float(f"{x:.3g}")
+    return float(f"{x:.3g}")  # nan: not tested
 
 
 def csv_table():

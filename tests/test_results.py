@@ -104,6 +104,17 @@ def test_a_verdict_is_the_first_that_holds(low, value, high, p, verdict):
     assert comparisons.Comparison("1", "", "k", found, 8, corrected=p).verdict() == verdict
 
 
+def test_pages_put_the_runs_of_a_list_where_its_commands_do():
+    lines = "\n".join(PAGES.values())
+    shown = re.findall(
+        r"bash (results/\S+\.sh) \| .*python benchmarks/run.py --runs-dir (\S+)", lines
+    )
+    assert len(shown) == 5
+    for script, folder in shown:
+        listed = subprocess.check_output(["bash", script], cwd=ROOT, text=True)
+        assert set(re.findall(r"--runs-dir (\S+)", listed)) == {folder}
+
+
 @pytest.mark.parametrize("path", sorted(RESULTS.glob("*/*-runs.csv.gz")), ids=lambda x: x.name)
 def test_commands_of_packs_are_those_of_todays_scripts(path, monkeypatch):
     """All are accepted, with the recorded method and seed."""

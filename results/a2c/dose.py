@@ -15,6 +15,7 @@ from results.common import (
     MEASURES,
     PENDULUM,
     above_floors,
+    corrected_p,
     estimate_table,
     log_mean_and_variance,
     mean,
@@ -96,6 +97,11 @@ def dose_effects():
         of_beta = [mean(scores[i] - scores[0]) for scores in by_seed]
         found[f"{beta:g}"] = dict(zip(REWARDS.values(), of_beta))
     return found
+
+
+def corrected_doses():
+    """p of the nine differences, by Benjamini and Hochberg: {(beta, rewards): p}."""
+    return corrected_p(dose_effects())
 
 
 def doses():

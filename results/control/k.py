@@ -42,13 +42,13 @@ def relative(scores, baseline):
     return scores / scores[:, :, [baseline]].mean(axis=-1, keepdims=True)
 
 
-def effects(measure, tasks=slice(None)):
-    """{name: estimate} of the relative scores' differences from k = 1 and of their slope, over the
-    noises and `tasks`, a slice. The unit is the seed. Scores of k = 20.5 are relative to the k = 1
+def effects(measure, tasks=slice(None), noises=slice(None)):
+    """{name: estimate} of the relative scores' differences from k = 1 and of their slope, over
+    `noises` and `tasks`, slices. The unit is the seed. Scores of k = 20.5 are relative to the k = 1
     of the earlier runs."""
     ends, earlier = both_suites(measure)
-    low, one, high = relative(ends, baseline=1)[tasks].mean(axis=(0, 1))
-    dppo, sppo = relative(earlier, baseline=0)[tasks].mean(axis=(0, 1))
+    low, one, high = relative(ends, baseline=1)[tasks, noises].mean(axis=(0, 1))
+    dppo, sppo = relative(earlier, baseline=0)[tasks, noises].mean(axis=(0, 1))
     slopes = np.polyfit(np.log10(list(ENDS.values())), [low, one, high], deg=1)[0]
     # Through both baselines, whose means are subject to chance, too
     sppo_minus_high = contrast([sppo, dppo, one, high], [1, -1, 1, -1])
@@ -63,6 +63,8 @@ def effects(measure, tasks=slice(None)):
 
 def measures():
     rows = {title: effects(measure) for measure, title in MEASURES.items()}
+    rows["last five evaluations, clean"] = effects(FIVE, noises=[0])
+    rows["last five evaluations, noisy"] = effects(FIVE, noises=[1])
     return estimate_table("", rows, places=3)
 
 

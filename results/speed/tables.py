@@ -29,9 +29,9 @@ def peers():
         runs = rates()[rates()["script"] == script]
         row = [f"`{script}`", task, runs["cpu"].nunique()]
         for part in (runs[runs["flags"] == ""], runs[runs["flags"] != ""]):
-            row.append(f"{part['ratio'].min():.1f} to {part['ratio'].max():.1f}")
+            row.append(f"{part['ratio'].min():.2f} to {part['ratio'].max():.2f}")
         rows.append([*row, f"`{runs['flags'].max()}`"])
-    header = ["script", "task", "CPUs", "ratio", "ratio with the flag", "flag"]
+    header = ["script", "task", "CPUs", "ratio", "ratio with the next flag", "flag"]
     return markdown(header, rows)
 
 
