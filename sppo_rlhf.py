@@ -209,7 +209,7 @@ class Args:
         if self.noise.endswith("flip"):
             require(self.noise_level <= 1, "noise_level is the probability of a flip, so at most 1")
         weights = self.reward_weights
-        require(len(weights) == len(self.reward_model), "reward_weights: one for each reward_model")
+        require(0 < len(weights) == len(self.reward_model), "reward_weights: one each, one or more")
         require(0 < sum(map(abs, weights)) < math.inf, "reward_weights must be finite, not all 0")
         require(self.noise != "none" or not self.noise_level, "noise_level needs a --noise")
         parts = self.num_minibatches * int(os.environ.get("WORLD_SIZE", 1))  # processes

@@ -597,7 +597,7 @@ def test_grpo(here, monkeypatch, capsys):
 
 @pytest.mark.slow
 def test_grpo_learns(here, monkeypatch):
-    """The true sentiment of the toy's texts. In twelve updates, of three seeds, it rose by 0.49 or more."""
+    """The toy's true sentiment, which rose by 0.49 or more in twelve updates, of three seeds."""
     script, args = changed("GRPO: a baseline from the group", here, monkeypatch)
     text = "from toy import toy_sentiment\n"
     Path("sentiment.py").write_text(

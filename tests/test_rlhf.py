@@ -853,13 +853,14 @@ def test_a_function_gets_what_trl_gives_it(toy, tmp_path, monkeypatch, chat):
     work_in(monkeypatch, toy.parent.parent)
     policy = shutil.copytree(toy / "policy", tmp_path / "policy")
     (policy / "chat_template.jinja").write_text(CHATML)
-    prompts = [f"the plot was superb {i}" for i in range(40)]
+    numbers = [*reversed(range(40))]  # the longest first
+    prompts = [f"the plot was superb {i}" for i in numbers]
     rows = {"prompt": prompts, "label": [" and moving"] * 40}
     rows["day"] = [date(2037, 5, 6)] * 40  # which a checkpoint cannot hold
     if chat:
         rows = {"prompt": [[{"role": "user", "content": prompt}] for prompt in prompts]}
     kind = "jsonl" if chat else "parquet"
-    path = write_data(tmp_path / f"mine.{kind}", **rows, number=list(range(40)))
+    path = write_data(tmp_path / f"mine.{kind}", **rows, number=numbers)
     words = ["--policy-model", policy, "--dataset", path, "--response-length", 8]
     words += ["--reward-model", f"{__file__}:agreement", "--total-timesteps", 16]
     words += ["--batch-size", 16, "--eval-episodes", 4, "--micro-batch-size", 1]
