@@ -122,7 +122,7 @@ def test_commands_of_packs_are_those_of_todays_scripts(path, monkeypatch):
     listed, left_out = commands.commands_of(pack)
     runs = packed(pack)
     assert len(listed) + len(left_out) == len(runs)
-    edited = {"control/three-tasks", "atari/breakout", "atari/epsilon"}
+    edited = {"control/three-tasks", "atari/breakout", "atari/epsilon", "text/grpo"}
     assert bool(left_out) == (pack in edited or pack.startswith("text/imdb"))
     kept = runs[~runs["run_name"].isin(left_out)].sort_values("seed", kind="stable")
     for line, run in list(zip(listed, kept.itertuples()))[:: max(1, len(listed) // 20)]:

@@ -1,6 +1,9 @@
-"""Tables of this folder's page."""
+"""Tables of this folder's page, and of two examples in docs/."""
+
+from pathlib import Path
 
 from analysis.compare import LAST, cells_of, contrast
+from analysis.runs import read_pack
 from analysis.tables import markdown
 from results.common import estimate_text, minus_text, read, score_text
 
@@ -62,3 +65,33 @@ def sums():
         estimate_text(contrast(samples, [1, -1, -1, 1]), 3),
     ]
     return markdown(["rewards", "PPO", "SPPO", "SPPO minus PPO"], [*rows, cost])
+
+
+def ends(values, digits=2):
+    return f"{values.min():.{digits}g} to {values.max():.{digits}g}"
+
+
+def lora():
+    """Of each alpha and learning rate: least and most over seeds (approx_kl: and evaluations)."""
+    runs, progress = read_pack(Path(__file__).with_name("lora-runs.csv.gz"))
+    finished = runs[runs["finished"]]
+    rows = []
+    for (alpha, rate), cell in finished.groupby(["lora_alpha", "learning_rate"]):
+        evaluations = progress[progress["run_name"].isin(cell["run_name"])]
+        last = evaluations.groupby("run_name").last()
+        row = [alpha, rate, len(cell), ends(last["return_mean"]), ends(last["kl"])]
+        largest = f"{evaluations['kl'].max():.2g}"
+        rows.append([*row, largest, ends(evaluations["losses/approx_kl"])])
+    header = ["alpha", "learning rate", "seeds", "`return_mean`, end", "`kl`, end", "largest `kl`"]
+    return markdown([*header, "`losses/approx_kl`"], rows)
+
+
+def grpo():
+    """Least and most over seeds, before and after."""
+    runs, progress = read_pack(Path(__file__).with_name("grpo-runs.csv.gz"))
+    rows = []
+    for task, title in {"train": "sums, right answers", "toy": "the toy, positive"}.items():
+        names = runs["run_name"][runs["env_id"] == task]
+        returns = progress[progress["run_name"].isin(names)].groupby("run_name")["return_mean"]
+        rows.append([title, len(names), ends(returns.first()), ends(returns.last())])
+    return markdown(["share", "seeds", "before", "after"], rows)
