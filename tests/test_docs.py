@@ -280,7 +280,7 @@ def test_diffs_find_their_places_in_longer_scripts_and_after_each_other(tmp_path
     assert len(links) == len(set(links)) == len(SECTIONS)  # the list of examples is complete
     texts = {name: (ROOT / name).read_text() for name in SCRIPTS}
     scripts = {diff: DIFF.fullmatch(diff)[1] for diff in sum(DIFFS.values(), [])}
-    assert len(scripts) == 14
+    assert len(scripts) == 15
     more = re.compile(r"(?m)^(?=# ---- |SOURCE = )")
     for diff, name in scripts.items():
         result = patched(texts[name], diff, tmp_path)

@@ -526,8 +526,9 @@ def test_models_that_do_not_fit_are_refused(toy, models, tmp_path, monkeypatch):
 
 @pytest.fixture
 def library(caplog):
-    """What transformers says."""
+    """What transformers says, at its default level, which another test may have changed."""
     logger = logging.getLogger("transformers")
+    caplog.set_level(logging.WARNING, "transformers")
     logger.addHandler(caplog.handler)
     yield lambda: [record.getMessage() for record in caplog.records]
     logger.removeHandler(caplog.handler)
