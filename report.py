@@ -145,6 +145,7 @@ def main(args):
     means["method"] = pd.Categorical(means["method"], list(colors))
     chosen = means["measure"] == args.measure
     means["best"] = chosen & compare.is_best(means, differences)
+    primary = means[chosen]
 
     if args.pack:
         runs.write_pack(everything, progress, args.pack)
@@ -156,18 +157,18 @@ def main(args):
     by_run = scores.pivot(index=[*CELL, "seed"], columns="measure", values="score")
     by_run.to_csv(out / "runs.csv")
     title = title_of(args.measure)
-    compared = ", ".join(f"{a} with {b}" for a, b in pairs)
-    compared = f"Compared: {compared or 'nothing'}."
-    write_latex(out, title, means[chosen], begun, tested, compared)
+    compared = ", ".join(f"{a} with {b}" for a, b in pairs) or "nothing"
+    compared = f"Compared: {compared}."
+    write_latex(out, title, primary, begun, tested, compared)
     column = compare.COLUMNS.get(args.measure, args.measure)
     figures.draw_curves(finished, progress, column, colors, out / "curves", args.narrow)
 
-    warnings = not_whole(means[chosen], begun, broken) + compare.not_compared(finished, pairs)
+    warnings = not_whole(primary, begun, broken) + compare.not_compared(finished, pairs)
     warnings += runs.not_alike(finished, progress)
-    page = [f"# {title}", verdict(means[chosen], tested, improvements), *warnings]
-    count = means.loc[chosen, "runs"].max()
+    page = [f"# {title}", verdict(primary, tested, improvements), *warnings]
+    count = primary["runs"].max()
     page += ["## Scores", f"Mean ± standard error over {count} runs. {BOLD} {compared}"]
-    page += [markdown_of(tables.score_table(means[chosen], begun, "method", bold="**{}**"))]
+    page += [markdown_of(tables.score_table(primary, begun, "method", bold="**{}**"))]
     page += ["## Learning curves", f"`{column}`. {CURVES}", "![Learning curves](curves.png)"]
     if len(tested):
         figures.draw_differences(tested, out / "differences", args.narrow)
@@ -186,7 +187,8 @@ def main(args):
     page += ["## What was run", runs.shared_text(finished)]
     page += [markdown_of(runs.settings_table(finished))]
     (out / "report.md").write_text("\n\n".join(page) + "\n", encoding="utf-8")
-    print(*warnings, sep="\n", end="\n" if warnings else "", file=sys.stderr)
+    for line in warnings:
+        print(line, file=sys.stderr)
     print(out / "report.md")
 
 

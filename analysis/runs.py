@@ -186,14 +186,10 @@ def not_alike(runs, progress):
 
 def shared_text(runs):
     """What all runs have in common, but for settings."""
-    facts = runs[["script", "script_sha256", "total_timesteps", "hardware"]].copy()
-    facts["script_sha256"] = facts["script_sha256"].str[:12]
-    facts["torch"] = runs["versions"].str.extract(r'"torch": "([^"]*)"', expand=False).fillna("")
-    texts = []
-    for name, values in facts.items():
-        if values.nunique() == 1 and values.iloc[0]:
-            texts.append(f"{name} {values.iloc[0]}")
-    return f"All runs: {', '.join(texts)}."
+    torch = runs["versions"].str.extract(r'"torch": "([^"]*)"', expand=False).fillna("")
+    facts = runs[["script", "total_timesteps", "hardware"]].assign(torch=torch)
+    shared = facts.loc[:, facts.nunique() == 1].iloc[0]
+    return f"All runs: {', '.join(f'{name} {value}' for name, value in shared.items() if value)}."
 
 
 def settings_table(runs):
