@@ -525,13 +525,18 @@ def test_models_that_do_not_fit_are_refused(toy, models, tmp_path, monkeypatch):
 
 
 @pytest.fixture
-def library(caplog):
+def library():
     """What transformers says, at its default level, which another test may have changed."""
+    said = []
+    handler = logging.Handler()
+    handler.emit = lambda record: said.append(record.getMessage())
     logger = logging.getLogger("transformers")
-    caplog.set_level(logging.WARNING, "transformers")
-    logger.addHandler(caplog.handler)
-    yield lambda: [record.getMessage() for record in caplog.records]
-    logger.removeHandler(caplog.handler)
+    level = logger.level
+    logger.setLevel(logging.WARNING)
+    logger.addHandler(handler)
+    yield lambda: said
+    logger.removeHandler(handler)
+    logger.setLevel(level)
 
 
 @pytest.mark.parametrize("kind", ["Llama", "ModernBert"])
