@@ -1554,14 +1554,14 @@ def test_the_toy_learns_reward_and_true_sentiment(tmp_path, monkeypatch):
     toy_script.make_toy(Path(rlhf.TOY))
     sentiment = "from toy import toy_sentiment\n"
     sentiment += "def true(completions): return [toy_sentiment(text) for text in completions]"
-    Path("sentiment.py").write_text(sentiment)
+    Path("judge.py").write_text(sentiment)
     words = ["--total-timesteps", 12 * 112, "--eval-freq", 12 * 112, "--device", "cpu"]
-    words += ["--reward-model", "runs/toy/reward", "sentiment.py:true", "--reward-weights", 1, 0]
+    words += ["--reward-model", "runs/toy/reward", "judge.py:true", "--reward-weights", 1, 0]
     call_main(monkeypatch, *words, "--runs-dir", "own")
     (folder,) = Path("own").iterdir()
     first, last = progress(folder)
     assert last["return_mean"] - first["return_mean"] > 0.2
-    assert last["eval_sentiment.py:true"] - first["eval_sentiment.py:true"] > 0.3
+    assert last["eval_judge.py:true"] - first["eval_judge.py:true"] > 0.3
     assert 0 < last["kl"] < 20
 
 
