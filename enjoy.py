@@ -52,8 +52,6 @@ def load_run(folder, plays=True):
     if not (folder / "sessions.jsonl").exists():
         raise FileNotFoundError(f"{folder}: not a run, it has no sessions.jsonl")
     session = json.loads((folder / "sessions.jsonl").read_text().splitlines()[-1])
-    if "directory" not in session:
-        raise FileNotFoundError(f"{folder}: a run of an earlier version; use its enjoy.py")
     # Modules are found where the run found them; earlier runs have not recorded their path
     used = {parent for file in session["files"] for parent in Path(file).parents}
     path = [Path(session["working_directory"], x).resolve() for x in session.get("path", [])]
@@ -127,8 +125,6 @@ def load_agent(folder, seed=1):
                 logits, _ = agent(torch.from_numpy(batch))
             return (logits + script.sample_gumbel(logits.shape, generator)).argmax(-1).tolist()
     else:
-        if "action_bounds" not in tensors:
-            raise ValueError(f"{folder}: a run of an earlier version; use its enjoy.py")
         low, high = tensors["action_bounds"].numpy()
         example = np.zeros(len(tensors["obs_mean"]))
         env = gym.Env()  # which has only spaces
@@ -164,10 +160,9 @@ def keep_frames(env, get_frame, is_over):
                 frame = np.array(get_frame(result))  # a copy: some environments reuse one array
             except Exception as error:  # a renderer may raise any
                 sys.exit(f"error: no frame: {error!r:.200}; MuJoCo: MUJOCO_GL=egl, osmesa or glfw?")
-            if frame.ndim != 3 or frame.shape[2] not in (3, 4):
-                sys.exit("error: no film: render() must return images (height, width, 3)")
-            in_unit_interval = frame.dtype.kind == "f" and frame.max() <= 1
-            frames.append((frame * 255 if in_unit_interval else frame).astype(np.uint8))
+            if frame.ndim != 3 or frame.shape[2] not in (3, 4) or frame.dtype != np.uint8:
+                sys.exit("error: no film: render() must return images (height, width, 3), uint8")
+            frames.append(frame)
         if is_over(result):
             over.append(True)
         return result
@@ -227,8 +222,7 @@ def main():
         sys.exit("error: --episodes must be at least 1, and --seed from 0 to 4294967295")
     if args.video and not importlib.util.find_spec("moviepy"):
         sys.exit("error: --video needs moviepy: pip install moviepy")
-    has_display = os.environ.get("DISPLAY") or os.environ.get("WAYLAND_DISPLAY")
-    if args.video and sys.platform == "linux" and not has_display:
+    if args.video and sys.platform == "linux":
         os.environ.setdefault("MUJOCO_GL", "egl")  # before MuJoCo is imported
     random.seed(args.seed)  # some environments draw from these global generators
     np.random.seed(args.seed)

@@ -26,8 +26,6 @@ from pathlib import Path
 import gymnasium as gym
 import matplotlib
 import matplotlib.pyplot as plt
-import numpy as np
-import safetensors.torch
 import torch
 from ale_py.vector_env import AtariVectorEnv
 from matplotlib.colors import to_rgb
@@ -37,10 +35,9 @@ ROOT = Path(__file__).resolve().parent.parent
 NOTEBOOK = ROOT / "docs/symmetric_loss.ipynb"
 sys.path.insert(0, str(ROOT))
 
-import sa2c_atari  # noqa: E402
+import enjoy  # noqa: E402
 from analysis.methods import COLORS as REPORT_COLORS  # noqa: E402
 from sa2c_continuous import symmetric_policy_losses as a2c_losses  # noqa: E402
-from sppo_continuous import Agent, Args, RunningStats  # noqa: E402
 from sppo_continuous import symmetric_policy_losses as ppo_losses  # noqa: E402
 
 ALPHA, BETA, Z = 0.5, 1.0, -1.0  # k = 1.5, as on Atari; with 20.5, PPO's curves would look flat
@@ -254,46 +251,29 @@ def copy_same_run(folder):
 
 
 def play(run):
-    """Square pictures, FRAMES_PER_SECOND, of SECONDS that the agent of a run of sppo_continuous.py
-    or sa2c_atari.py plays: the last ones of an episode's first 600 steps."""
-    session = json.loads((run / "sessions.jsonl").read_text().splitlines()[0])
-    if session["script"] == "sa2c_atari.py":
-        return play_game(run, sa2c_atari.Args(**session["args"]))
-    args = Args(**session["args"])
-    # Gymnasium's own camera stays where the episode begins
-    camera = {"camera_name": "track"} if args.env_id.startswith("Hopper") else {}
-    env = gym.make(args.env_id, render_mode="rgb_array", **camera)
-    agent = Agent(env, args)
-    tensors = safetensors.torch.load_file(run / "agent.safetensors")
-    tensors.pop("action_bounds", None)  # earlier runs lack it
-    obs_stats = RunningStats()
-    obs_stats.load_state_dict({n: tensors.pop(f"obs_{n}") for n in obs_stats.state_dict()})
-    agent.load_state_dict(tensors)
-    act = agent.actor_fn()
-    every = max(1, round(env.metadata["render_fps"] / FRAMES_PER_SECOND))
+    """Square pictures, FRAMES_PER_SECOND, of SECONDS that the agent of a run plays: the last ones
+    of an episode's first 600 steps."""
+    script, args, tensors = enjoy.load_run(run.absolute())
+    if hasattr(script, "AtariGames"):
+        return play_game(script, args, tensors)
+    args.eval_episodes = 1
+    watched = enjoy.Args(seed=EPISODE, video=True)
+    *_, frames, fps, _ = enjoy.play_control(script, args, tensors, watched)
+    every = max(1, round(fps / FRAMES_PER_SECOND))
     pictures = []
-    obs, _ = env.reset(seed=EPISODE)
-    step = 0
-    done = False
-    while not done and step < 600:  # later, Hopper leaves the floor
-        if step % every == 0:
-            picture = Image.fromarray(env.render())
-            margin = (picture.width - picture.height) // 2
-            square = picture.crop((margin, 0, picture.width - margin, picture.height))
-            pictures.append(square.resize((SIDE, SIDE), Image.Resampling.LANCZOS))
-        action, _ = act(obs_stats.normalize(np.array([obs])))
-        obs, _, terminated, truncated, _ = env.step(agent.to_env(action)[0])
-        done = terminated or truncated
-        step += 1
-    env.close()
+    for frame in frames[:600:every]:  # later, Hopper leaves the floor
+        picture = Image.fromarray(frame)
+        margin = (picture.width - picture.height) // 2
+        square = picture.crop((margin, 0, picture.width - margin, picture.height))
+        pictures.append(square.resize((SIDE, SIDE), Image.Resampling.LANCZOS))
     number = SECONDS * FRAMES_PER_SECOND
     pictures += pictures[-1:] * (number - len(pictures))  # of a short episode the end stands still
     return pictures[-number:]
 
 
-def play_game(run, args):
+def play_game(script, args, tensors):
     """As `play`. The agent sees small grey images, so the same game runs once more in colour."""
-    games = sa2c_atari.AtariGames(args, 1)
+    games = script.AtariGames(args, 1)
     screen = AtariVectorEnv(
         gym.spec(f"ALE/{args.env_id}-v5").kwargs["game"],
         1,
@@ -304,27 +284,23 @@ def play_game(run, args):
         img_height=SIDE,
         img_width=SIDE,
     )
-    agent = sa2c_atari.Agent(games.num_actions)
-    agent.load_state_dict(safetensors.torch.load_file(run / "agent.safetensors"))
-    generator = torch.Generator().manual_seed(1)
     pictures = []
-    step_games = games.envs.step
+    reset_games, step_games = games.envs.reset, games.envs.step
+
+    def reset_both(seed):
+        screen.reset(seed=seed)
+        return reset_games(seed=seed)
 
     def step_both(action):
         colours = screen.step(action)[0]
         pictures.append(Image.fromarray(colours[0, 0]))
         return step_games(action)
 
+    games.envs.reset = reset_both
     games.envs.step = step_both
-    images = games.reset(seed=1)
-    screen.reset(seed=np.random.default_rng(1).integers(2**31, size=1))  # as `games.reset` does
+    script.evaluate(enjoy.atari_agent(script, args, tensors, games), games, seed=1)
     number = SECONDS * FRAMES_PER_SECOND
-    for _ in range(SKIPPED + number):
-        with torch.no_grad():
-            logits, _ = agent(torch.from_numpy(images))
-        noisy = logits + sa2c_atari.sample_gumbel(logits.shape, generator)
-        images, *_ = games.step(noisy.argmax(-1).numpy())
-    return pictures[-number:]
+    return pictures[: SKIPPED + number][-number:]
 
 
 def draw_agents(runs, folder):

@@ -12,6 +12,7 @@ import seaborn as sns
 
 from analysis.compare import FIVE
 from analysis.methods import COLORS
+from analysis.runs import read_pack
 from analysis.tables import interval_text, markdown
 from results.common import (
     HOPPER,
@@ -29,6 +30,8 @@ REWARDS = {"clean": "clean", "normal 0.05": "noisy"}
 METHODS = ["dppo", "sppo"]
 RATES = [0.0001, 0.0003, 0.001]
 CLIPS = [0.1, 0.2, 0.3]
+METRICS = """losses/approx_kl losses/clipfrac losses/clipped_gradients losses/entropy
+losses/explained_variance losses/grad_norm""".split()
 
 
 def name_of(method, rate, clip):
@@ -40,6 +43,21 @@ def scores_above():
     names = [name_of(*setting) for setting in product(METHODS, RATES, CLIPS)]
     scores = above_floors(read("robustness/sweep"), FIVE, TASKS, REWARDS, names)
     return scores.reshape(len(TASKS), len(REWARDS), len(METHODS), len(RATES) * len(CLIPS), -1)
+
+
+def normal():
+    """5th to 95th percentile of metrics over all evaluations with the default settings."""
+    runs, progress = read_pack(Path(__file__).with_name("sweep-runs.csv.gz"))
+    columns = []
+    for method in METHODS:
+        names = runs["run_name"][runs["exp_name"] == name_of(method, 0.0003, 0.2)]
+        evaluations = progress[progress["run_name"].isin(names)]
+        columns.append(evaluations.quantile([0.05, 0.95], numeric_only=True))
+    rows = []
+    for metric in METRICS:
+        cells = [f"{low:.2g} to {high:.2g}" for low, high in (c[metric] for c in columns)]
+        rows.append([f"`{metric}`", *cells])
+    return markdown(["", "DPPO", "SPPO"], rows)
 
 
 def mean_share(shares):

@@ -86,6 +86,17 @@ def lora():
     return markdown([*header, "`losses/approx_kl`"], rows)
 
 
+def toy():
+    """Least and most over both methods and all seeds, at three evaluations."""
+    _, progress = read_pack(Path(__file__).with_name("toy-runs.csv.gz"))
+    columns = ["return_mean", "kl", "perplexity", "perplexity_real"]
+    rows = []
+    for step in (0, 896, 2240, 4480):
+        evaluations = progress[progress["step"] == step]
+        rows.append([f"{step:,}", *(ends(evaluations[column]) for column in columns)])
+    return markdown(["step", *(f"`{column}`" for column in columns)], rows)
+
+
 def grpo():
     """Least and most over seeds, before and after."""
     runs, progress = read_pack(Path(__file__).with_name("grpo-runs.csv.gz"))
