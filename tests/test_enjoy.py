@@ -312,7 +312,4 @@ def test_an_agent_finds_its_environment_where_the_run_did(watch, tmp_path, monke
     forget()
 
     tensors = safetensors.torch.load_file(folder / "agent.safetensors")
-    np.testing.assert_array_equal(tensors.pop("action_bounds"), [[-2], [3]])
-    safetensors.torch.save_file(tensors, folder / "agent.safetensors")
-    with pytest.raises(ValueError, match="a run of an earlier version"):
-        enjoy.load_agent(folder)
+    np.testing.assert_array_equal(tensors["action_bounds"], [[-2], [3]])
