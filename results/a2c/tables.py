@@ -1,7 +1,5 @@
 """Tables of this folder's page, but for those of dose.py."""
 
-from pathlib import Path
-
 import pandas as pd
 
 from analysis.compare import cells_of
@@ -28,15 +26,10 @@ def million():
 
 
 def against_stable_baselines3():
-    cell = read_cells()[HOPPER, "clean"]
-    ours, theirs = cell["a2c"], cell["sb3-a2c"]
-    row = [score_text(ours), score_text(theirs), minus_text(ours, theirs)]
-    return markdown(["A2C", "Stable-Baselines3", "A2C minus Stable-Baselines3"], [row])
-
-
-def cosines():
-    """Between the gradients of DA2C and of SA2C with other betas, of the final agents."""
-    found = pd.read_csv(Path(__file__).with_name("cosines.csv")).set_index("run_name")
-    means = found.groupby(found.index.str.split("-").str[0]).mean()
-    rows = [[task, *(f"{x:.3f}" for x in row)] for task, row in means.iterrows()]
-    return markdown(["task", "beta 0.5", "beta 2", "beta 20"], rows)
+    cells = {"all eight seeds": read_cells(), "the last five seeds": cells_of(read("a2c/fresh"))}
+    rows = []
+    for title, found in cells.items():
+        cell = found[HOPPER, "clean"]
+        ours, theirs = cell["a2c"], cell["sb3-a2c"]
+        rows.append([title, score_text(ours), score_text(theirs), minus_text(ours, theirs)])
+    return markdown(["", "A2C", "Stable-Baselines3", "A2C minus Stable-Baselines3"], rows)

@@ -2,10 +2,9 @@
 
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
-from analysis.compare import FIVE, LAST, TRAINING, cells_of, pooled_difference
+from analysis.compare import FIVE, LAST, TRAINING, cells_of
 from analysis.runs import CELL
 from analysis.tables import markdown
 from results.common import (
@@ -14,7 +13,6 @@ from results.common import (
     MEASURES,
     PENDULUM,
     gain_text,
-    log_mean_and_variance,
     minus_text,
     read,
     score_text,
@@ -70,15 +68,6 @@ def more_tasks():
             difference = minus_text(cell["sppo"], cell["dppo"])
             rows.append([f"{short(task)}, {rewards}", *scores, difference])
     return markdown(["task", "PPO", "DPPO", "SPPO", "SPPO minus DPPO"], rows)
-
-
-def detected():
-    """What gains of SPPO over DPPO the runs could detect."""
-    rows = []
-    for title, noises in {"both": NOISES, "clean": NOISES[:1], "noisy": NOISES[1:]}.items():
-        found = pooled_difference(pairs("sppo", "dppo", noises=noises), log_mean_and_variance)
-        rows.append([title, f"{100 * np.expm1(found.detectable):.0f} %"])
-    return markdown(["rewards", "gain"], rows)
 
 
 def rounding():
