@@ -19,14 +19,15 @@ from analysis.methods import colors_of
 from analysis.runs import CELL, Refusal
 from analysis.tables import interval_text, markdown_of, with_interval
 
-BOLD = """Bold: the best of its row, if it differs from each method that it is compared with \
+BOLD = """Bold: the highest of its row, if it differs from each method that it is compared with \
 (p below 0.05 after correction)."""
 CURVES = "Means over runs and, shaded, standard errors."
 DIFFERENCES = """The method's mean minus the baseline's, with Welch's 95 % interval and p. \
 p_corrected: by Benjamini and Hochberg, over all rows. detectable: the true difference that such \
 runs find in 80 % of cases, without correction."""
-IMPROVEMENTS = """The probability that a run of the method beats one of the baseline, averaged \
-over tasks and kinds of noise. Brunner and Munzel's 95 % intervals, uncorrected, need five runs."""
+IMPROVEMENTS = """The probability that a run of the method scores higher than one of the \
+baseline, averaged over tasks and kinds of noise. Brunner and Munzel's 95 % intervals, \
+uncorrected, need five runs."""
 OTHERS = """These are not tested. Training: the mean return of the last 100 training episodes."""
 
 
@@ -90,8 +91,8 @@ def verdict(means, tested, improvements):
     clear = improvements[(improvements["low"] > 0.5) | (improvements["high"] < 0.5)]
     for row in clear.itertuples():
         text = interval_text(row.probability, row.low, row.high)
-        beats = f"Over tasks, a run of {row.method} beats one of {row.baseline}"
-        page.append(f"{beats} with probability {text}, uncorrected.")
+        higher = f"Over tasks, a run of {row.method} scores higher than one of {row.baseline}"
+        page.append(f"{higher} with probability {text}, uncorrected.")
     return " ".join(page)
 
 

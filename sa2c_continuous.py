@@ -616,9 +616,9 @@ def evaluate(agent, args, obs_stats, seed, env):
                 break
         else:
             tqdm.write(f"warning: evaluation cut after {longest:,} steps; see --checkpoint-freq")
-        success = info.get("is_success")  # of the episode's last step: true, a count, or an array
-        if success is not None:
-            successes.append(np.min(success).clip(0, 1))
+        success = np.min(np.float64(info.get("is_success"))).clip(0, 1)  # at the end; None is NaN
+        if success >= 0:
+            successes.append(success)
     # Some environments say it only of a success
     rates = [{"success_rate": sum(successes) / args.eval_episodes}] if successes else []
     return returns, lengths, rates
@@ -804,7 +804,7 @@ def main():
         try:
             prepare(args)
         except (ImportError, gym.error.Error) as error:
-            sys.exit(f"error: --env-id {args.env_id}: {error} (is its module on PYTHONPATH?)")
+            sys.exit(f"error: --env-id {args.env_id}: {error} (FILE:ID: FILE.py on PYTHONPATH?)")
         digests = file_digests()
         folder = run_folder(args, digests)
         summary_path = folder / "summary.json"

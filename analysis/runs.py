@@ -157,7 +157,8 @@ def check(runs):
                 values = ", ".join(sorted(set(group[name])))
                 raise Refusal(f"{where}: runs differ in {name} ({values}); report them separately")
         for seed in group["seed"][group["seed"].duplicated()]:
-            raise Refusal(f"{where}: seed {seed} is there twice; leave one out")
+            names = " and ".join(group["run_name"][group["seed"] == seed])
+            raise Refusal(f"{where}: seed {seed} is there twice ({names}); leave one out")
 
 
 def differ(values):

@@ -426,7 +426,7 @@ def test_an_own_method_joins_the_suites_with_the_pages_line(tmp_path):
     mine = [line.split()[1:] for line in done.stdout.splitlines() if "sppo_mine" in line]
     assert len(mine) == 3 * 2 * 3
     args = [parse(["sppo_continuous.py", *words[1:]]) for words in mine]
-    assert {(one.exp_name, one.alpha, one.beta) for one in args} == {("mine", 1, 0)}
+    assert {(one.exp_name, one.alpha, one.beta) for one in args} == {("dppo-mine", 1, 0)}
 
 
 @pytest.mark.slow

@@ -649,7 +649,7 @@ REFUSED = [  # scripts, flags, and what they say; None: these flags are not refu
     (CONTINUOUS, "--policy gaussian --beta 1", "beta needs probabilities"),
     (CONTINUOUS, "--env-id Hoper-v4", "--env-id Hoper-v4: Environment `Hoper` doesn't exist"),
     (CONTINUOUS, "--env-id nowhere:Task-v0", "No module named 'nowhere'. Environment registration"),
-    (CONTINUOUS, "--env-id nowhere:Task-v0", "(is its module on PYTHONPATH?)"),
+    (CONTINUOUS, "--env-id nowhere:Task-v0", "(FILE:ID: FILE.py on PYTHONPATH?)"),
     (CONTINUOUS, "--env-id CartPole-v1", "Discrete(2) is no vector; see docs/copy-and"),
     (CONTINUOUS, "--env-id Pictures-v0", "(2, 1), float32) is no vector; see docs/copy-and"),
     (CONTINUOUS, "--env-id Unbounded-v0 --policy gaussian", None),
@@ -817,7 +817,7 @@ def test_an_evaluation_ends_where_an_observation_is_not_finite(setting, wrong, m
 @pytest.mark.parametrize(
     ("said", "rate"),
     [(True, 0.25), (3, 0.25), (np.ones(1), 0.25), (np.array([True, False]), 0), (0.5, 0.125)]
-    + [(0.0, 0), (-1, 0), (None, None)],
+    + [(0.0, 0), (-1, 0), (None, None), (NAN, None)],
     ids=str,
 )
 def test_an_evaluation_has_the_share_of_episodes_whose_last_step_says_success(
