@@ -1078,9 +1078,7 @@ def load_rows(name, accelerator, tokenizer, args):
     for option in args.template_options:
         found = re.search(rf"\b{re.escape(option)}\b", template)
         require(found, f"--chat-template-kwargs: no chat template has {option!r}")
-    targets = 0
-    cut = 0
-    longest = 0
+    targets = cut = longest = 0
     distinct = set()
     for i, row in enumerate(rows, 1):
         if not kind or prompt_kind(row) != kind:
@@ -1286,8 +1284,8 @@ def load_frozen(args, dtype):
 
 def sources(args):
     """Names of the run's data and models."""
-    names = [args.dataset, args.eval_dataset, args.policy_model, args.tokenizer, *args.reward_model]
-    return list(filter(None, names))
+    given = filter(None, [args.dataset, args.eval_dataset, args.tokenizer])
+    return [args.policy_model, *given, *args.reward_model]
 
 
 def prepare(args):

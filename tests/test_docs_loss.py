@@ -17,7 +17,7 @@ import nbformat
 import numpy as np
 import pytest
 import torch
-from helpers import SA2C_ATARI, SPPO_CONTINUOUS, record, sha256
+from helpers import SA2C_ATARI, SPPO_CONTINUOUS, sha256
 from nbclient import NotebookClient
 from PIL import Image
 
@@ -43,20 +43,6 @@ def test_quoted_code_is_in_the_function_or_script_that_it_is_from():
             source = inspect.getsource(getattr(importlib.import_module(script), function))
         for part in [lines] if function else lines.splitlines(keepends=True):
             assert f"\n{part}" in source, part
-
-
-def test_the_worked_example_is_right():
-    rows = re.findall(r"(?m)^\| (-?1 \|.+) \|$", PAGE)
-    p_old = torch.tensor(0.3)
-    p = torch.tensor(0.33, requires_grad=True)
-    for row, advantage in zip(rows, (1.0, -1.0), strict=True):
-        losses = sppo_continuous.symmetric_policy_losses(p.log(), p_old.log(), advantage, 0.2, -1)
-        slopes = [torch.autograd.grad(loss, p, retain_graph=True)[0].item() for loss in losses]
-        values = [advantage, -1.1 * advantage, advantage * 0.67 / 0.3]  # L and the paper's L_r
-        values += [*slopes, 0.5 * slopes[0] + 20 * slopes[1]]
-        cells = [float(cell) for cell in row.split("|")]
-        assert cells == pytest.approx(values, abs=0.005)
-    assert rf"$\alpha=0.5$ and $\beta=20$, {100 * 20 / 20.5:.0f} %" in PAGE  # kept where clipped
 
 
 @pytest.fixture
@@ -101,15 +87,12 @@ def test_one_command_makes_all_figures_again(tmp_path, monkeypatch, figures):
                 np.testing.assert_allclose(line, committed_line, atol=1e-3)
 
 
-def test_a_film_shows_the_games_of_agents_side_by_side(tmp_path, monkeypatch, figures):
+def test_a_film_shows_agents_at_play_side_by_side(tmp_path, monkeypatch, figures):
     monkeypatch.setattr(figures, "SECONDS", 1)
-    monkeypatch.setattr(figures, "SKIPPED", 200)
     pytest.importorskip("Box2D", reason="no wheel for Python 3.14")
     lander = {"env_id": "LunarLanderContinuous-v3"}  # MuJoCo needs more to render
     runs = [SPPO_CONTINUOUS.run(tmp_path / "lander", total_timesteps=64, **lander)[1]]
     runs.append(SA2C_ATARI.run(tmp_path / "game", total_timesteps=64)[1])
-    films = record(monkeypatch, figures, "play")
-    seen = record(monkeypatch, figures.sa2c_atari.AtariGames, "step")
     figures.draw_agents(runs, tmp_path)
     with Image.open(tmp_path / "agents.gif") as gif:
         assert gif.n_frames == figures.FRAMES_PER_SECOND
@@ -119,12 +102,6 @@ def test_a_film_shows_the_games_of_agents_side_by_side(tmp_path, monkeypatch, fi
         later = np.array(gif.convert("RGB"))
     moved = (first != later).any(axis=(0, 2))  # in which columns of pixels
     assert moved[: figures.SIDE].any() and moved[-figures.SIDE :].any()
-    assert any(overridden.any() for _, (*_, overridden, _, _) in seen[:-20])  # a life has been lost
-    pictures = films[1][1]
-    film = np.array([picture.convert("L").resize((84, 84)) for picture in pictures], float)
-    game = np.array([images[0, -1] for _, (images, *_) in seen[-len(film) :]], float)
-    error = np.abs(film - game).mean()
-    assert error < 0.8 * np.abs(film[:-5] - game[5:]).mean()
 
 
 LOSS_PAGE = DOCS / "loss.html"
