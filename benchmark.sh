@@ -10,7 +10,7 @@ usage: ./benchmark.sh SUITE [options] [-- FLAGS]
 
 suites
   tiny         one task, 50,000 steps, PPO, DPPO and SPPO, five seeds: eight minutes on two cores
-  quick        three tasks of continuous control, 200,000 steps: 48 minutes on two cores
+  quick        three tasks of continuous control, 200,000 steps: one to three hours on two cores
   continuous   the paper's nine tasks of continuous control, 30 seeds
   atari        22 games, 5 seeds; the first twelve are the paper's, according to public reviews
   rlhf         language models: imdb and tldr, 5 seeds (offline: python toy.py, then --envs toy)

@@ -83,6 +83,7 @@ def claims():
 
 FRONT_PAGE = {
     "PPO, control": "1",
+    "PPO, control, noisy rewards": "2",
     "A2C, control": "3",
     "PPO, Atari": "5",
     "PPO, Atari, flipped rewards": "7",

@@ -278,7 +278,7 @@ def patched(text, diff, folder):
 def test_diffs_find_their_places_in_longer_scripts_and_after_each_other(tmp_path):
     texts = {name: (ROOT / name).read_text() for name in SCRIPTS}
     scripts = {diff: DIFF.fullmatch(diff)[1] for diff in sum(DIFFS.values(), [])}
-    assert len(scripts) == 15
+    assert len(scripts) == 14
     more = re.compile(r"(?m)^(?=# ---- |SOURCE = )")
     for diff, name in scripts.items():
         result = patched(texts[name], diff, tmp_path)
@@ -443,7 +443,11 @@ def test_a_learning_rate_schedule_and_a_kl_target(learning_rate, steps, tmp_path
 
 @pytest.mark.parametrize(("rate", "epochs"), [(1e-7, 3), (1.0, 1)])
 def test_a_language_models_update_stops_at_a_kl_divergence(rate, epochs, here, monkeypatch):
-    script, args = changed("Stopping an update at a KL divergence", here, monkeypatch, example=1)
+    text = SECTIONS["Stopping an update at a KL divergence"]
+    line, below = re.search(r"`(if metrics.+?)` ends .* above `(.+?)`", text).groups()
+    edit = (f"    {below}\n", f"        {line}\n    {below}\n")
+    script = edited(sppo_rlhf, here / "copy", edit)
+    args = script.parse_args([])
     updates = record(monkeypatch, script, "update")
     flags = SHORT_LM | {"learning_rate": rate, "update_epochs": 3}
     train(script, args, "here", **flags)

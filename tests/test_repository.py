@@ -88,7 +88,7 @@ def test_a_lone_copy_gets_the_versions_of_the_lock_file(script):
     assert f"echo {constraint} |" in page
     assert constraint in LOCK
     version = constraint.partition("==")[2]
-    for page in ("README.md", "docs/usage.md", "docs/handout.md"):
+    for page in ("README.md", "docs/handout.md"):
         assert f"--torch-backend cpu torch=={version}\n" in (ROOT / page).read_text()
 
 

@@ -31,7 +31,7 @@ def peers():
         for part in (runs[runs["flags"] == ""], runs[runs["flags"] != ""]):
             row.append(f"{part['ratio'].min():.2f} to {part['ratio'].max():.2f}")
         rows.append([*row, f"`{runs['flags'].max()}`"])
-    header = ["script", "task", "CPUs", "ratio", "ratio with the next flag", "flag"]
+    header = ["script", "task", "CPU models", "ratio", "ratio with the flag", "flag"]
     return markdown(header, rows)
 
 
