@@ -86,7 +86,6 @@ FRONT_PAGE = {
     "PPO, control, noisy rewards": "2",
     "A2C, control": "3",
     "PPO, Atari": "5",
-    "PPO, Atari, flipped rewards": "7",
     "PPO, language models": "10",
 }
 
