@@ -32,6 +32,11 @@ def needs_gpu(test):
     return pytest.mark.gpu(without(test))
 
 
+def only(*settings):
+    """A test of these scripts; others are of the four control scripts."""
+    return pytest.mark.parametrize("setting", settings, ids=str, indirect=True)
+
+
 @dataclass
 class Setting:
     """A script, and flags for a short run: four updates on 64 steps, in PPO 2 epochs of 4
@@ -110,23 +115,20 @@ class Setting:
         return self.script.run_folder(args, digests_of(self.script, args))
 
 
-SMALL = {"total_timesteps": 256, "eval_episodes": 1, "eval_freq": 256}
-SMALL |= {"compile": False}
-A2C = {"log_freq": 1}
-PPO = {"num_minibatches": 4, "update_epochs": 2}
-CONTINUOUS = {"env_id": "InvertedDoublePendulum-v4", "num_envs": 1, "num_steps": 64}
-ATARI = {"env_id": "Breakout", "num_envs": 8, "num_steps": 8, "amp": "off", "device": "cpu"}
-SPPO_CONTINUOUS, SA2C_CONTINUOUS = (
-    Setting(
-        script, "NormalizedEnvs", SMALL | CONTINUOUS | more, video_env="LunarLanderContinuous-v3"
-    )
-    for script, more in ((sppo_continuous, PPO), (sa2c_continuous, A2C))
-)
-SPPO_ATARI, SA2C_ATARI = (
-    Setting(script, "AtariGames", SMALL | ATARI | more, "Pong")
-    for script, more in ((sppo_atari, PPO), (sa2c_atari, A2C))
-)
-SETTINGS = [SPPO_CONTINUOUS, SPPO_ATARI, SA2C_CONTINUOUS, SA2C_ATARI]
+SMALL = {"total_timesteps": 256, "eval_episodes": 1, "eval_freq": 256, "compile": False}
+MINIBATCHES = {"num_minibatches": 4, "update_epochs": 2}
+VECTORS = SMALL | {"env_id": "InvertedDoublePendulum-v4", "num_envs": 1, "num_steps": 64}
+GAMES = SMALL | {"env_id": "Breakout", "num_envs": 8, "num_steps": 8, "amp": "off", "device": "cpu"}
+CONTINUOUS = SPPO_CONTINUOUS, SA2C_CONTINUOUS = [
+    Setting(script, "NormalizedEnvs", VECTORS | more, video_env="LunarLanderContinuous-v3")
+    for script, more in ((sppo_continuous, MINIBATCHES), (sa2c_continuous, {"log_freq": 1}))
+]
+ATARI = SPPO_ATARI, SA2C_ATARI = [
+    Setting(script, "AtariGames", GAMES | more, "Pong")
+    for script, more in ((sppo_atari, MINIBATCHES), (sa2c_atari, {"log_freq": 1}))
+]
+PPO, A2C = [SPPO_CONTINUOUS, SPPO_ATARI], [SA2C_CONTINUOUS, SA2C_ATARI]
+SETTINGS = PPO + A2C
 # For sppo_rlhf.py: four updates of four minibatches, evaluated after 0, 16 and 32 texts
 SMALL_TEXTS = {"total_timesteps": 32, "batch_size": 8, "num_minibatches": 2, "update_epochs": 2}
 SMALL_TEXTS |= {"prompt_length": 8, "response_length": 10, "eval_freq": 16, "eval_episodes": 4}

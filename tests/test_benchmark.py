@@ -186,24 +186,9 @@ def records(folder):
     return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
 
 
-def test_words_that_need_quotes_arrive_in_any_locale(stubs):
-    """printf %q would write ü as $'\\303\\274' in a locale without UTF-8, which only bash reads."""
-    runs, name = "runs/rün it's", "a & b $HOME \\ 'c' \"d\""
-    suite = ["./benchmark.sh", "tiny", "--seeds", 1, "--runs-dir", runs]
-    flags = ["--", "--track-name", name, ""]
-    for locale in ("C.UTF-8", "C"):
-        where = {"cwd": stubs, "env": ENVIRON | {"LC_ALL": locale}}
-        line = sh(*suite, "--dry-run", *flags, **where).stdout.splitlines()[0]
-        words = sh("dash", "-c", f"printf '%s\\n' {line}").stdout.splitlines()
-        assert words[-4:] == [runs, *flags[1:]]
-    assert sh(*suite, *flags, **where).returncode == 0
-    given = [argv[argv.index("--runs-dir") + 1 :] for _, _, argv, *_ in records(stubs)]
-    assert given == [[runs, *flags[1:]]] * 6
-
-
 @pytest.mark.parametrize(("name", "text"), [("sessions.jsonl", "{}"), ("summary.json", "")])
 def test_a_dry_run_lists_begun_and_broken_runs_but_no_finished_ones(name, text, stubs, monkeypatch):
-    """A dry run names broken runs, and writes nothing. The folder of runs may have moved."""
+    """And writes nothing. The folder of runs may have moved."""
     monkeypatch.chdir(stubs)
     dry_run = "./benchmark.sh tiny --seeds 1 --dry-run".split()
     commands = sh(*dry_run, cwd=stubs).stdout.splitlines()
@@ -215,8 +200,7 @@ def test_a_dry_run_lists_begun_and_broken_runs_but_no_finished_ones(name, text, 
     Path("runs/tiny/1/summary.json").unlink()  # begun only
     listed_again = sh(*dry_run, cwd=stubs)
     assert listed_again.stdout.splitlines() == commands[:2] + commands[3:]
-    (line,) = listed_again.stderr.splitlines()
-    assert line.startswith("runs/tiny/0: a broken run (")
+    assert listed_again.stderr.startswith("runs/tiny/0: a broken run (")
     assert not records(stubs) and not Path("runs/tiny/logs").exists()
 
 
@@ -272,20 +256,16 @@ def test_games_go_to_gpus_and_control_to_the_cpu(visible, envs, cores, flags, gp
 
 
 def test_a_failed_run_is_named_and_the_others_go_on(stubs):
-    """Without a `python` on PATH, and on a terminal that lacks a letter of the last line. One run
-    is ended by a library, with status 0. One prints the score of an earlier session."""
+    """One run is ended by a library, with status 0. One prints the score of an earlier session."""
     (stubs / "sppo_atari.py").write_text("raise ValueError('no')")
-    (stubs / "sppo_continuous.py").write_text(STUB + "sys.stdout.buffer.write('ö'.encode())")
-    (stubs / "sa2c_atari.py").write_text("import os\nos.kill(os.getpid(), 9)")  # out of memory
-    commands = [["sppo_atari.py", "--env-id", "Pong", "--seed", "1"], ["sppo_continuous.py"]]
     (stubs / "sa2c_continuous.py").write_text("import os\nos._exit(0)")
     (stubs / "sppo_rlhf.py").write_text("print('runs/a: reward 1; to watch it: python enjoy.py')")
-    commands += [["sa2c_atari.py"], ["sa2c_continuous.py"], ["sppo_rlhf.py"]]
-    result = run(commands, stubs, "--jobs", 1, PATH="/nowhere", PYTHONIOENCODING="ascii")
-    assert "\n\\xf6\n" in result.stdout
-    assert "0 of 5 runs have finished, 5 are left\n" in result.stderr
+    commands = [["sppo_atari.py", "--env-id", "Pong", "--seed", "1"], ["sa2c_continuous.py"]]
+    commands += [["sppo_rlhf.py"], ["sppo_continuous.py"]]
+    result = run(commands, stubs, "--jobs", 1, PATH="/nowhere")  # which has no `python`
+    assert "0 of 4 runs have finished, 4 are left\n" in result.stderr
     assert result.returncode == 1
-    assert result.stderr.endswith("3 of 5 failed\n")
+    assert result.stderr.endswith("2 of 4 failed\n")
     log = stubs / re.search(r"failed, see (runs/logs/Pong__1__\w+\.log)", result.stdout)[1]
     assert log.read_text().endswith("ValueError: no\n")
     assert len(records(stubs)) == 1
@@ -323,7 +303,7 @@ except KeyboardInterrupt:
         time.sleep(600)  # does not notice
     time.sleep(0.7)
 """
-KILLS = [(os.kill, signal.SIGTERM), (os.killpg, signal.SIGINT), (os.kill, signal.SIGHUP)]
+KILLS = [(os.kill, signal.SIGTERM), (os.killpg, signal.SIGINT)]
 
 
 @pytest.mark.parametrize("kill, number", KILLS)
@@ -332,7 +312,7 @@ def test_a_signal_ends_all_runs_and_a_second_signal_interrupts_none(kill, number
     (stubs / "sppo_continuous.py").write_text(SLOW_TO_CLOSE + STUB)
     lines = [f"python sppo_continuous.py --seed {seed}\n" for seed in range(4)]
     (stubs / "list").write_text("".join(lines))
-    command = "exec env --default-signal=INT,HUP python benchmarks/run.py --jobs 3 < list"
+    command = "exec env --default-signal=INT python benchmarks/run.py --jobs 3 < list"
     options = {"env": ENVIRON, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
     process = subprocess.Popen(["bash", "-c", command], cwd=stubs, **options)
     wait_for(lambda: len(list(stubs.glob("*.started"))) == 6)
@@ -346,42 +326,6 @@ def test_a_signal_ends_all_runs_and_a_second_signal_interrupts_none(kill, number
     assert len(began) == 3 and max(began) < min(ended)
     for path in stubs.glob("*.started"):
         wait_for(lambda path=path: not Path("/proc", path.stem).exists(), seconds=10)
-
-
-def test_runs_go_on_under_nohup_if_the_terminal_is_closed(stubs):
-    (stubs / "sppo_continuous.py").write_text("open('started', 'w')\n" + STUB)
-    command = "nohup python benchmarks/run.py <<<'python sppo_continuous.py' & "
-    command += "until [ -e started ]; do sleep 0.1; done; kill -HUP $!; wait $!"
-    assert sh("bash", "-c", command, cwd=stubs).returncode == 0 and len(records(stubs)) == 1
-
-
-@pytest.mark.slow
-def test_a_suite_killed_three_times_continues_and_has_then_nothing_to_do(tmp_path):
-    # What a shell starts in the background, pytest for one, ignores Ctrl-C, and passes it on
-    suite = "evidence --envs InvertedDoublePendulum-v4 --seeds 1 --jobs 2 --steps 4096 --runs-dir"
-    flags = "-- --no-compile --eval-freq 1024 --eval-episodes 1 --checkpoint-freq 1024"
-    command = f"env --default-signal=INT ./benchmark.sh {suite} {tmp_path} {flags}".split()
-
-    def summaries():
-        return {path.parent: path.read_text() for path in tmp_path.glob("*/summary.json")}
-
-    def unfinished():
-        return {path.parent for path in tmp_path.glob("*/checkpoint.pt")} - summaries().keys()
-
-    cut = set()
-    for signum in (signal.SIGINT, signal.SIGTERM, signal.SIGKILL):
-        process = subprocess.Popen(command, cwd=ROOT, env=ENVIRON, start_new_session=True)
-        wait_for(lambda: unfinished() - cut)
-        os.killpg(process.pid, signum)
-        assert process.wait(60) != 0
-        wait_for(lambda: sh("pgrep", "-f", f"runs-dir {tmp_path}").returncode)
-        cut.update(unfinished())
-    done = summaries()
-    assert sh(*command).returncode == 0
-    assert len(summaries()) == 10 and done.items() <= summaries().items()
-    for folder in cut:
-        assert len((folder / "sessions.jsonl").read_text().splitlines()) > 1
-    assert "10 of 10 runs have finished, 0 are left" in sh(*command).stderr
 
 
 SBATCH = """#!/usr/bin/env bash

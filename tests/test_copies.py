@@ -10,11 +10,8 @@ import gymnasium as gym
 import pytest
 import safetensors.torch
 import torch
-from helpers import EACH, SETTINGS, Signals, progress, record
+from helpers import CONTINUOUS, EACH, Signals, only, progress, record
 from torch import nn
-
-CONTINUOUS = [setting for setting in SETTINGS if not setting.atari]
-continuous_scripts = pytest.mark.parametrize("setting", CONTINUOUS, ids=str)
 
 
 def edited(script, folder, *edits):
@@ -112,7 +109,7 @@ def test_first_ratios_of_two_rollouts_are_1(setting, tmp_path, monkeypatch, roll
     assert len(rollouts) == (rollout if stops else 4)
 
 
-@continuous_scripts
+@only(*CONTINUOUS)
 def test_rounding_in_thousands_of_dimensions_stops_no_run(setting, tmp_path):
     """There log p is -7,200, and float32 has seven digits."""
 
@@ -137,26 +134,19 @@ def test_frozen_and_unused_parameters_are_left_out(setting, tmp_path):
     assert run_copy(setting, tmp_path / "copy", change=change)[0] == names
 
 
-@continuous_scripts
-def test_layers_may_be_shared_and_normalise_batches_or_raw_observations(setting, tmp_path):
-    """One of two rollouts has a truncated episode, the other none. Raw ones have float64."""
+@only(*CONTINUOUS)
+def test_layers_may_be_shared_and_the_critic_may_normalise_batches(setting, tmp_path):
+    """One of two rollouts has a truncated episode, the other none."""
 
     def share_and_normalise(agent):
         agent.critic[0] = agent.actor[0]
         agent.critic.insert(1, nn.BatchNorm1d(64))
 
-    def normalise_obs(agent):
-        agent.actor.insert(0, nn.LayerNorm(11))
-
     flags = {"env_id": "Pendulum-v1", "num_steps": 100, "num_envs": 1, "total_timesteps": 200}
-    copy = tmp_path / "batches"
-    assert run_copy(setting, copy, change=share_and_normalise, **flags)[0] == set()
-    edit = "((obs - self.mean) / self.std).clip(-10, 10).astype(np.float32)", "obs"
-    copy = tmp_path / "raw"
-    assert run_copy(setting, copy, edit, change=normalise_obs, env_id="Hopper-v4")[1].exists()
+    assert run_copy(setting, tmp_path / "copy", change=share_and_normalise, **flags)[0] == set()
 
 
-@continuous_scripts
+@only(*CONTINUOUS)
 def test_the_layout_in_memory_changes_no_update(setting, tmp_path):
     """The gradient of a convolution is laid out like its input, not always like its weights."""
     results = []

@@ -3,15 +3,12 @@
 import hashlib
 import json
 import math
-import os
 import re
-import resource
 import shutil
 import subprocess
 import sys
 from pathlib import Path
 
-import matplotlib.colors
 import numpy as np
 import pandas as pd
 import pytest
@@ -37,20 +34,18 @@ def make_run(
 ):
     """A folder as scripts leave it, with twelve evaluations, the first the best, the last `score`.
     `columns` of progress.csv; `version`: all that is in the script; `changes` of arguments, of the
-    script's name, the texts of what it imports, or a package's version."""
-    language = task == "imdb"
-    script = changes.pop("script", "sppo_rlhf.py" if language else "sppo_continuous.py")
-    texts = {rf"C:\{script}": version} | changes.pop("imported", {})
+    script's name, the text of what it imports, what a second session says."""
+    script = changes.pop("script", "sppo_continuous.py")
+    texts = {rf"C:\{script}": version, "/y/helper.py": changes.pop("imported", "")}
     evaluations = changes.pop("evaluations", 12)
     continued = changes.pop("continued", {})
     files = {path: hashlib.sha256(text.encode()).hexdigest() for path, text in texts.items()}
-    versions = {"torch": "2.13.0", "numpy": "2.13.0", "highway-env": changes.pop("highway", "1.8")}
+    versions = {"torch": "2.13.0", "numpy": "2.13.0"}
     if seed % 2:  # in the order of a folder's files
         versions = dict(reversed(versions.items()))
-    args = {"exp_name": method, "seed": seed, "noise": "none", "noise_level": 0.05}
+    args = {"exp_name": method, "env_id": task, "seed": seed, "noise": "none", "noise_level": 0.05}
     args |= {"total_timesteps": 1200, "vf_coef": 0.5, "hidden_sizes": [64, 64], "device": "cpu"}
-    args |= {"task": task, "policy_model": "gpt2"} if language else {"env_id": task}
-    args |= changes.pop("also", {}) | changes
+    args |= changes
     folder = runs / f"{task}__{method}__{args['noise']}__{seed}__{version}"
     folder.mkdir(parents=True)
     (folder / script).write_text(version)
@@ -61,7 +56,6 @@ def make_run(
     (folder / "sessions.jsonl").write_text(f"{json.dumps(session)}\n{json.dumps(later)}\n")
     progress = {"step": range(100, 1300, 100), "return_std": 1.0, "length_mean": 9.0}
     progress["return_mean"] = [2 * score, *np.linspace(0, score, 12)[1:]]
-    progress["losses/clipped_gradients"] = np.linspace(0, 1, 12)
     progress["charts/episodic_return"] = np.linspace(0, score / 2, 12)
     table = pd.DataFrame(progress | dict(columns))[-evaluations:]
     table.to_csv(folder / "progress.csv", index=False)
@@ -145,9 +139,7 @@ def make_clear_differences(folder, scores):
     ("scores", "bold"),
     [
         ({"dppo": [10, 10], "sppo": [90, 12]}, [["sppo"], []]),  # p is 0.07 on LunarLander
-        ({"dppo": [90, 10], "sppo": [10, 11]}, [["dppo"], []]),  # a baseline may be the best
         ({"ppo": [10, 10], "dppo": [90, 50], "sppo": [91, 10]}, [[], ["dppo"]]),
-        ({"ppo": [10, 10], "sa2c": [90, 90]}, [[], []]),  # they are not compared
     ],
 )
 def test_bold_is_the_best_if_it_differs_from_all_that_it_is_compared_with(scores, bold, tmp_path):
@@ -158,13 +150,12 @@ def test_bold_is_the_best_if_it_differs_from_all_that_it_is_compared_with(scores
 
 
 def test_the_table_for_latex_is_of_the_methods_compared_with_few_columns(tmp_path):
-    scores = {"dppo": [-9, 10], "sppo_a": [90, 10], "better": [99, 99]}
+    scores = {"dppo": [-9], "sppo_a": [90], "better": [99]}
     folder = make_clear_differences(tmp_path / "runs", scores)
     make_run(folder, "dppo", 5, noise="normal")
     names = ("sppo_a=100% & more", "normal 0.05=noisy", f"{HOPPER}=Hopper_#1")
     write_report(folder, out=tmp_path / "out", compare=(("sppo_a", "dppo"),), names=names)
     table = (tmp_path / "out/scores.tex").read_text()
-    assert table.startswith("% \\usepackage{booktabs}\n\\begin{table}[t]\\centering")
     assert "Compared: 100\\% \\& more with dppo.}" in table
     rows = table.partition("\\toprule\n")[2].partition("\\bottomrule")[0].splitlines()
     assert rows == [
@@ -172,8 +163,6 @@ def test_the_table_for_latex_is_of_the_methods_compared_with_few_columns(tmp_pat
         r"\midrule",
         r"Hopper\_\#1 & dppo & $-$9.00 $\pm$ 0.58 & 5.000 \\",
         r"Hopper\_\#1 & 100\% \& more & \textbf{90.00 $\pm$ 0.58} &  \\",
-        rf"{LANDER} & dppo & 10.00 $\pm$ 0.58 &  \\",
-        rf"{LANDER} & 100\% \& more & 10.00 $\pm$ 0.58 &  \\",
     ]
 
 
@@ -191,26 +180,18 @@ def test_the_verdict_says_what_differs_and_what_the_others_would_find(tmp_path):
 
 
 def test_one_measure_is_tested_and_the_others_are_shown(tmp_path):
-    """A measure may be any column of progress.csv: curves, tables, tests are then of it."""
+    """A measure may be any column of progress.csv."""
     for method, rates in {"dppo": [0.1, 0.2, 0.3], "sppo": [0.8, 0.9, 1.0]}.items():
         for seed, rate in enumerate(rates):
             columns = {"success_rate": np.linspace(0, rate, 12)}
             make_run(tmp_path / "runs", method, 5 + seed, seed, columns=columns)
-    page = write_report(tmp_path / "runs", out=tmp_path / "out", draws=True, measure="success_rate")
+    page = write_report(tmp_path / "runs", out=tmp_path / "out", measure="success_rate")
     assert page.startswith("# Success rate\n\n**1 of 1 differences")
     assert table_after(page, "## Scores")[1][2:] == ["0.200 ± 0.058", "**0.900 ± 0.058**"]
     assert table_after(page, "Last evaluation:")[1][2:] == ["6.00 ± 0.58", "6.00 ± 0.58"]
-    assert pd.read_csv(tmp_path / "out/differences.csv")["difference"].to_list() == [
-        pytest.approx(0.7)
-    ]
-    assert pd.read_csv(tmp_path / "out/curves.csv")["mean"].max() == pytest.approx(0.9)
-    for name in ("scores", "differences"):
-        assert "\\caption{Success rate" in (tmp_path / f"out/{name}.tex").read_text()
     by_run = pd.read_csv(tmp_path / "out/runs.csv").set_index(["method", "seed"])
     assert by_run.loc[("sppo", 2), ["success_rate", "last_evaluation"]].to_list() == [1, 7]
-    with pytest.raises(
-        runs.Refusal, match="--measure kl: not recorded; there are charts/.*success"
-    ):
+    with pytest.raises(runs.Refusal, match="--measure kl: not recorded; there are .*success"):
         write_report(tmp_path / "runs", out=tmp_path / "out", measure="kl")
 
 
@@ -223,31 +204,6 @@ def test_a_success_rate_that_a_script_does_not_log_is_empty(tmp_path):
     page = write_report(tmp_path / "runs", out=tmp_path / "out")
     header, row = table_after(page, "Success rate:")
     assert dict(zip(header[2:], row[2:])) == {"dppo": "0.00 ± 0.00", "sppo": "0.25 ± 0.25"}
-
-
-def test_columns_of_progress_have_tables_and_success_may_be_said_only_where_there_is_one(tmp_path):
-    for seed, rate in enumerate([0.5, math.nan, 1.0]):
-        columns = {"success_rate": rate, "kl": np.linspace(0, 3 + seed, 12)}
-        make_run(tmp_path / "runs", "sppo", 1, seed, columns=columns)
-    page = write_report(tmp_path / "runs", out=tmp_path / "out")
-    assert table_after(page, "Success rate:")[1][2] == "0.50 ± 0.29"
-    assert table_after(page, "Kl:")[1][2] == "4.00 ± 0.58"
-
-
-NAMES = ["null", "NA", "None", "nan", "", "_mine", "a|b", "$a$b", "*a*", "task", "noise", "a=b"]
-
-
-def test_any_name_of_a_method_is_shown_as_it_is(tmp_path):
-    folder = tmp_path / "runs"
-    for i, name in enumerate(NAMES):
-        for seed in range(2):
-            make_run(folder, name, 10 + i + seed, seed).rename(folder / f"{i}{seed}")
-    options = {"compare": (("null", "''"), ("_mine", "a|b"), ("$a$b", "nan"))}
-    pack = tmp_path / "NAME-runs.csv.gz"
-    page = write_report(folder, out=tmp_path / "out", pack=pack, draws=True, **options)
-    shown = ["$a$b", "''", "_mine", r"a\|b", "nan", "null"]
-    assert f"| {' | '.join(['task', 'noise', *shown])} |\n" in page
-    assert write_report(pack, out=tmp_path / "out", **options) == page
 
 
 # ---- Statistics
@@ -305,6 +261,7 @@ def test_fewer_than_five_runs_have_a_probability_without_interval(grid):
 
 
 def test_differences_are_welchs_and_corrected_for_the_pairs_that_are_compared(tmp_path):
+    """What cannot be tested counts with p = 1."""
     folder = make_grid(tmp_path / "runs")
     ppo, mine = [9, 11, 14], [20, 21, 25]
     for seed in range(3):
@@ -312,18 +269,15 @@ def test_differences_are_welchs_and_corrected_for_the_pairs_that_are_compared(tm
         make_run(folder, "mine", mine[seed], seed)
     make_run(folder, "alone", 9)
     pairs = ("mine", "ppo"), ("sppo", "dppo"), ("mine", "ppo"), ("alone", "ppo")
-    page = write_report(folder, out=tmp_path / "out", compare=pairs)
+    write_report(folder, out=tmp_path / "out", compare=pairs)
     differences = pd.read_csv(tmp_path / "out/differences.csv")
     assert len(differences) == 2 + 1 + 1
-    # What cannot be tested counts with p = 1
     corrected = stats.false_discovery_control(differences["p"].fillna(1))
     assert differences["p_corrected"].to_list() == pytest.approx(corrected)
-    rows = differences.set_index("method")
     test = stats.ttest_ind(mine, ppo, equal_var=False)
     expected = [np.mean(mine) - np.mean(ppo), *test.confidence_interval(), test.pvalue]
-    row = rows.loc["mine"]
+    row = differences.set_index("method").loc["mine"]
     assert row[["difference", "low", "high", "p"]].to_list() == pytest.approx(expected)
-    assert table_after(page, "## Differences")[1][2:4] == ["mine", "ppo"]
 
 
 def test_a_method_is_compared_with_one_baseline(tmp_path):
@@ -353,72 +307,32 @@ def test_figures_show_every_method_in_its_own_colour_and_as_it_is_named(tmp_path
     for method in ("sppo-p", "dppo-coef", "mine", "yours"):
         make_run(folder, method, 3)
     names = ("sppo=SPPO, k=20", f"{HOPPER}=The hopper")
-    page = write_report(folder, out=tmp_path / "out", draws=True, names=names)
-    shown = ["dppo", "dppo-coef", "SPPO, k=20", "sppo-p", "mine", "yours"]
-    assert table_after(page, "## Scores")[0][2:] == shown
+    write_report(folder, out=tmp_path / "out", draws=True, names=names)
     curves, differences = drawn
+    shown = ["dppo", "dppo-coef", "SPPO, k=20", "sppo-p", "mine", "yours"]
     assert [text.get_text() for text in curves.legends[0].get_texts()] == shown
     colors = [line.get_color() for line in curves.legends[0].get_lines()]
     assert colors[2] == methods.COLORS["sppo"] and len(set(map(str, colors))) == 6
-    titles = [ax.get_title() for ax in curves.axes]
-    assert titles == [f"{LANDER}\nclean", "The hopper\nclean"]
     points = pd.read_csv(tmp_path / "out/curves.csv").query("method == 'SPPO, k=20'")
     assert points.iloc[-1, 3:].to_list() == pytest.approx([1200, 15, math.sqrt(3), 3])
-    test = stats.ttest_ind([12, 15, 18], [10, 12, 14], equal_var=False)
-    bars = differences.axes[1].collections[0].get_segments()
-    assert any(bar[:, 0] == pytest.approx(test.confidence_interval()) for bar in bars)
-
-
-def lab(color, vision):
-    """Of a colour as seen with `vision`, a matrix on linear RGB."""
-    rgb = np.array(matplotlib.colors.to_rgb(color))
-    linear = np.where(rgb <= 0.04045, rgb / 12.92, ((rgb + 0.055) / 1.055) ** 2.4)
-    to_xyz = [[0.4124, 0.3576, 0.1805], [0.2126, 0.7152, 0.0722], [0.0193, 0.1192, 0.9505]]
-    xyz = to_xyz @ (vision @ linear).clip(0, 1) / [0.9505, 1, 1.089]
-    x, y, z = np.where(xyz > 0.008856, np.cbrt(xyz), 7.787 * xyz + 16 / 116)
-    return np.array([116 * y - 16, 500 * (x - y), 200 * (y - z)])
-
-
-# Machado, Oliveira and Fernandes (2009): dichromats
-PROTANOPIA = [[0.152, 1.053, -0.205], [0.115, 0.786, 0.099], [-0.004, -0.048, 1.052]]
-DEUTERANOPIA = [[0.367, 0.861, -0.228], [0.280, 0.673, 0.047], [-0.012, 0.043, 0.969]]
-
-
-@pytest.mark.parametrize("vision", [np.eye(3), np.array(PROTANOPIA), np.array(DEUTERANOPIA)])
-def test_everyone_can_tell_four_own_methods_from_sppo_and_dppo(vision):
-    colors = methods.colors_of(["sppo", "dppo", "a", "b", "c", "d"])
-    seen = {name: lab(color, vision) for name, color in colors.items()}
-    for own in "abcd":
-        for other in ["sppo", "dppo"]:
-            assert np.linalg.norm(seen[own] - seen[other]) > 25
-
-
-def test_a_curve_of_one_evaluation_and_equal_curves_can_be_seen(tmp_path, monkeypatch):
-    drawn = []
-    monkeypatch.setattr(figures, "save", lambda figure, file: drawn.append(figure))
-    make_run(tmp_path / "runs", "dppo", 3, task="imdb", evaluations=1)
-    make_run(tmp_path / "runs", "sppo", 3, task="imdb", evaluations=1)
-    write_report(tmp_path / "runs", out=tmp_path / "out", draws=True)
-    (ax,) = drawn[0].axes
-    lines = [line for line in ax.lines if len(line.get_xdata())]
-    assert len({line.get_linestyle() for line in drawn[0].legends[0].get_lines()}) == 2
-    assert all(line.get_marker() == "o" for line in lines) and ax.get_xlabel() == "texts"
+    assert [ax.get_title() for ax in differences.axes] == [LANDER, "The hopper"]
 
 
 def test_figures_are_written_as_png_and_as_pdf_whose_text_is_text(grid, tmp_path):
-    """Whatever a notebook's backend and the terminal's letters are."""
-    out = tmp_path / "größer"
+    """A report in the same folder takes the place of the first, and of no other file. A refusal is
+    one line."""
+    out = tmp_path / "out"
     command = [sys.executable, ROOT / "report.py", grid / "runs", "--out", out, "--narrow"]
-    env = os.environ | {"MPLBACKEND": "module://missing", "PYTHONIOENCODING": "ascii"}
-    subprocess.run(command, check=True, cwd=tmp_path, env=env)
+    subprocess.run(command, check=True)
     for name in ("curves", "differences"):
         pdf = (out / f"{name}.pdf").read_bytes()
         assert pdf.startswith(b"%PDF") and b"/Type3" not in pdf
         assert (out / f"{name}.png").read_bytes()[1:4] == b"PNG"
     (out / "README.md").write_text("mine")
-    one = make_run(tmp_path / "runs", "sppo", 1)
-    write_report(one, out=out)
+    write_report(make_run(tmp_path / "runs", "sppo", 1), out=out)
     assert (out / "README.md").read_text() == "mine" and not (out / "differences.png").exists()
+    done = subprocess.run([*command, "--measure", "none"], capture_output=True, text=True)
+    assert re.fullmatch("error: --measure none: .*\n", done.stderr)
 
 
 # ---- Packs
@@ -427,6 +341,7 @@ def test_figures_are_written_as_png_and_as_pdf_whose_text_is_text(grid, tmp_path
 def test_packed_runs_give_the_same_report_and_pack_and_say_how_to_repeat_a_run(grid, tmp_path):
     folder = shutil.copytree(grid / "runs", tmp_path / "runs")
     make_run(folder, "sppo", 1, seed=3, finished=False)
+    make_run(folder, "null", 1, seed=3)
     first, again = tmp_path / "pack/NAME-runs.csv.gz", tmp_path / "again/NAME-runs.csv.gz"
     page = write_report(folder, out=tmp_path / "out", pack=first)
     assert write_report(first, out=tmp_path / "out", pack=again) == page
@@ -440,24 +355,16 @@ def test_packed_runs_give_the_same_report_and_pack_and_say_how_to_repeat_a_run(g
     assert run["started"] == "2026-01-03 12:00:00"
     assert run["script_sha256"] == hashlib.sha256(b"abc").hexdigest()
     assert json.loads(run["hardware"]) == ["Linux-6.1", "AVX512", None]
-    assert len(progress) == 12 * len(table) == 156
+    assert len(progress) == 12 * len(table) == 168
 
 
-def test_a_pack_grows_but_loses_no_run_even_on_a_full_disk(tmp_path):
+def test_a_pack_grows_but_loses_no_run(tmp_path):
+    """Texts and numbers of flags stay what they are. New versions may have new flags."""
     flags = {"schedule": "1e-3", "prefix": "", "fill": "nan", "maybe": True, "never": None}
     old = make_run(tmp_path / "runs", "sppo", 1, seed=1, **flags)
     new = make_run(tmp_path / "runs", "sppo", 2, seed=2, version="def", new_flag=1, **flags)
     pack = tmp_path / "NAME-runs.csv.gz"
     write_report(old, out=tmp_path / "out", pack=pack)
-    before = pack.read_bytes()
-    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
-    resource.setrlimit(resource.RLIMIT_FSIZE, (len(before) // 2, limits[1]))
-    try:
-        with pytest.raises(OSError):
-            runs.write_pack(*runs.read([old, new])[:2], pack)
-    finally:
-        resource.setrlimit(resource.RLIMIT_FSIZE, limits)
-    assert pack.read_bytes() == before
     (old / "summary.json").unlink()  # as of a run that has begun anew
     for folders in ((new,), (old, new)):
         with pytest.raises(runs.Refusal, match="would lose runs, such as Hopper"):
@@ -466,34 +373,24 @@ def test_a_pack_grows_but_loses_no_run_even_on_a_full_disk(tmp_path):
     assert table_after(page, "## Scores")[1][2] == "1.50 ± 0.50"
 
 
-# A file of a run or of a pack; of what length it is left, or what replaces 18.0 in it; what is said
+# A file of a run or of a pack; what is done to its content; what is said
 BROKEN = [
-    ("sessions.jsonl", 99, "JSONDecodeError"),
-    ("sppo_continuous.py", None, "No such file or directory"),
-    ("progress.csv", 391, "progress.csv: cut before step 1200"),
-    ("progress.csv", "inf", "an evaluation that is not a number"),
-    ("NAME-progress.csv.gz", 200, "EOFError"),
-    ("NAME-progress.csv.gz", "others", f"does not have {HOPPER}__sppo__none__1__abc"),
+    ("sessions.jsonl", lambda content: content[:99], "JSONDecodeError"),
+    ("progress.csv", lambda content: content[:-40], "progress.csv: cut before step 1200"),
+    ("progress.csv", lambda content: content.replace(b",18.0,", b",inf,"), "not a number"),
+    ("NAME-progress.csv.gz", lambda content: content[:200], "EOFError"),
 ]
 
 
-@pytest.mark.parametrize(("name", "left", "why"), BROKEN)
-def test_what_is_broken_is_named_and_the_others_are_reported(name, left, why, grid, tmp_path):
+@pytest.mark.parametrize(("name", "change", "why"), BROKEN)
+def test_what_is_broken_is_named_and_the_others_are_reported(name, change, why, grid, tmp_path):
     folder = make_run(tmp_path / "runs", "sppo", 9)
     place = folder.parent
     if name.endswith(".gz"):
         place = folder = tmp_path / "pack"
         runs.write_pack(*runs.read([tmp_path / "runs"])[:2], place / "NAME-runs.csv.gz")
     file = folder / name
-    content = file.read_bytes()
-    if left is None:
-        file.unlink()
-    elif left == "others":
-        pd.read_csv(file)[:0].to_csv(file)
-    elif left == "inf":
-        file.write_bytes(content.replace(b",18.0,", b",inf,"))
-    else:
-        file.write_bytes(content[:left])
+    file.write_bytes(change(file.read_bytes()))
     page = write_report(place, grid / "runs", out=tmp_path / "out")
     (line,) = re.findall(r"\*\*Broken: (.*)\*\*", page)
     assert "left out: " in line and why in line
@@ -523,7 +420,6 @@ def test_runs_that_are_not_finished_and_seeds_that_a_cell_lacks_are_named(tmp_pa
     "changes, why",
     [
         ({"vf_coef": 0.1}, r"Hopper-v4 clean sppo: runs differ in vf_coef \(0.1, 0.5\)"),
-        ({"vf_coef": None}, r"runs differ in vf_coef \(0.5, None\)"),
         ({"script": "mine.py"}, r"runs differ in script \(mine.py, sppo_continuous.py\)"),
         ({"seed": 1}, r"Hopper-v4 clean sppo: seed 1 is there twice \(.* and .*\)"),
     ],
@@ -558,20 +454,16 @@ STEPS = [*range(100, 1200, 100)]
     [
         ({}, ""),
         ({"version": "def"}, "versions of sppo_continuous.py or its imports"),
-        ({"imported": {"/y/h.py": "edited"}}, "versions of sppo_continuous.py or its imports"),
-        ({"script": "mine.py", "version": "mine"}, ""),
-        ({"highway": "1.10"}, "versions of packages"),
+        ({"imported": "edited"}, "versions of sppo_continuous.py or its imports"),
         ({"continued": {"versions": {"torch": "2.14.0"}}}, "versions of packages"),
         ({"continued": {"cpu": "AVX2"}}, ""),
-        ({"columns": {"step": [*STEPS, 1212]}}, ""),
         ({"columns": {"step": [*STEPS, 1224]}}, "1,200 to 1,224 steps"),
         ({"evaluations": 6}, "6 to 12 evaluations"),
     ],
 )
 def test_a_task_whose_runs_are_not_alike_is_named(changes, unlike, tmp_path):
-    alike = {"imported": {"/y/h.py": "x"}}
-    make_run(tmp_path / "runs", "sppo", 1, **alike)
-    make_run(tmp_path / "runs", "ppo", 2, **alike | changes)
+    make_run(tmp_path / "runs", "sppo", 1)
+    make_run(tmp_path / "runs", "ppo", 2, **changes)
     page = write_report(tmp_path / "runs", out=tmp_path / "out")
     lines = re.findall(r"(?m)^\*\*Not alike: Hopper-v4: (.+)\.\*\*$", page)
     assert lines == ([unlike] if unlike else [])
@@ -582,7 +474,6 @@ def test_a_task_whose_runs_are_not_alike_is_named(changes, unlike, tmp_path):
     [
         ({"compare": (("sppo", "ppo"),)}, "--compare sppo ppo: no task has both; .* dppo, sppo"),
         ({"names": ("a=b",)}, "--names a=b: not NAME=SHOWN; there are .*, clean, dppo, sppo"),
-        ({"names": ("sppo=",)}, "--names sppo=: not NAME=SHOWN"),
         ({"names": ("sppo=dppo",)}, "--names sppo=dppo: two would be called the same"),
         ({"folders": ("none",)}, "none: no such file or folder"),
         ({"folders": ("runs", "runs")}, "Hopper-v4__dppo__none__0__abc: in two places"),
@@ -595,10 +486,3 @@ def test_what_means_nothing_is_refused(grid, tmp_path, options, why):
     out = grid / options.pop("out") if "out" in options else tmp_path / "out"
     with pytest.raises(runs.Refusal, match=why):
         write_report(*folders, out=out, **options)
-
-
-def test_on_the_command_line_a_refusal_is_one_line(tmp_path):
-    command = [sys.executable, ROOT / "report.py", tmp_path]
-    done = subprocess.run(command, cwd=tmp_path, capture_output=True, text=True)
-    assert done.returncode == 1
-    assert re.fullmatch("error: no finished run, 0 broken; give folders .*\n", done.stderr)

@@ -2,9 +2,7 @@
 
 import csv
 import gzip
-import io
 import json
-import logging
 import math
 import os
 import random
@@ -37,7 +35,6 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
-from transformers.integrations.bitnet import pack_weights
 
 import sppo_rlhf as rlhf
 import toy as toy_script
@@ -48,10 +45,6 @@ CPU = torch.device("cpu")
 
 def text_lengths(texts):  # a reward model, FILE.py:NAME
     return [len(text) for text in texts]
-
-
-def needs_answer(texts, answer):
-    return [0.0] * len(texts)
 
 
 def constant(texts, score):
@@ -68,32 +61,7 @@ def of_some_texts(texts):
     return scores
 
 
-def agreement(prompts, completions, completion_ids, number, **kwargs):
-    """1 where what TRL's reward functions get belongs together, else 0."""
-    tokenizer = AutoTokenizer.from_pretrained("runs/toy/policy")
-    scores = []
-    for prompt, completion, ids, n in zip(prompts, completions, completion_ids, number):
-        if isinstance(prompt, list):
-            (message,), (answer,) = prompt, completion
-            same_roles = (message["role"], answer["role"]) == ("user", "assistant")
-            prompt, completion = message["content"] * same_roles, answer["content"]
-        same = tokenizer.decode(ids, skip_special_tokens=True) == completion
-        scores.append(float(same and prompt == f"the plot was superb {n}"))
-    return scores
-
-
 # Models and runs
-
-
-@pytest.fixture(autouse=True)
-def files_of_other_tests_are_forgotten(monkeypatch):
-    """Reward files of one name are refused in a process."""
-    before = set(sys.modules)
-    monkeypatch.setattr(sys, "path", [*sys.path])
-    yield
-    for name in set(sys.modules) - before:
-        if "pytest-of-" in str(getattr(sys.modules[name], "__file__", "")):
-            del sys.modules[name]
 
 
 @pytest.fixture(scope="session")
@@ -220,13 +188,6 @@ def refusal(message, is_refused=True):
 def call_main(monkeypatch, *words):
     monkeypatch.setattr(sys, "argv", ["sppo_rlhf.py", *map(str, words)])
     rlhf.main()
-
-
-def refused(monkeypatch, folder, message, *words):
-    """By a sentence, before the run has a folder."""
-    with pytest.raises((SystemExit, OSError, ValueError), match=message):
-        call_main(monkeypatch, *words, "--runs-dir", folder / "refused")
-    assert not (folder / "refused").exists()
 
 
 def read_samples(folder):
@@ -364,7 +325,7 @@ def test_sampling_may_differ_from_training_by_rounding(load, monkeypatch, amp, s
         rlhf.check_sampling(setup, args)
 
 
-@pytest.mark.parametrize(("top_k", "temperature"), [(0, 1.0), (3, 1.0), (1, 1.0), (0, 3.0)])
+@pytest.mark.parametrize(("top_k", "temperature"), [(3, 1.0), (0, 3.0)])
 def test_each_token_is_sampled_as_often_as_is_probable(load, models, top_k, temperature):
     """Among the likeliest k, if asked for."""
     flags = {"top_k": top_k, "temperature": temperature, "response_length": 1}
@@ -380,14 +341,13 @@ def test_each_token_is_sampled_as_often_as_is_probable(load, models, top_k, temp
     torch.testing.assert_close(counts / 10_000, p / p.sum(), atol=0.02, rtol=0)
 
 
-@pytest.mark.parametrize("named", [None, 7, [5, 9, 10**6]])
+@pytest.mark.parametrize("named", [[], [5, 9, 10**6]])
 def test_all_end_tokens_of_the_policy_end_a_response(load, models, tmp_path, named):
     """One is out of the vocabulary. Without --stop-at-eos none of them is sampled."""
     folder = shutil.copytree(models["gpt2"], tmp_path / "policy")
-    config = json.dumps({"eos_token_id": named})
+    config = json.dumps({"eos_token_id": named or None})
     (folder / "generation_config.json").write_text(config)
-    eos = AutoTokenizer.from_pretrained(folder).eos_token_id
-    ends = {eos, *([named] if named == 7 else named or [])} - {10**6}
+    ends = {AutoTokenizer.from_pretrained(folder).eos_token_id, *named} - {10**6}
     flags = {"policy_model": str(folder), "response_length": 50}
     torch.manual_seed(0)
     responses = rlhf.generate(load(**flags)[0], ragged()[0] * 50, do_sample=True)
@@ -416,8 +376,8 @@ def test_in_bfloat16_the_last_layers_are_in_float32(models):
 
 
 @pytest.mark.parametrize("lora_r", [0, 2])
-def test_only_the_language_part_of_a_multimodal_model_is_trained(toy, run, tmp_path, lora_r):
-    """All that is trained has a gradient, without which DDP stops. The rest is saved as it was."""
+def test_only_the_language_part_of_a_multimodal_model_is_trained(toy, tmp_path, lora_r):
+    """All that is trained has a gradient, without which DDP stops."""
     make_policy("Gemma3Text", tmp_path / "text", toy)
     text = transformers.AutoConfig.from_pretrained(tmp_path / "text").to_dict()
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
@@ -425,18 +385,12 @@ def test_only_the_language_part_of_a_multimodal_model_is_trained(toy, run, tmp_p
     parts = {"text_config": text, "vision_config": vision}
     config = transformers.Gemma3Config(**parts, mm_tokens_per_image=4)
     AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "both")
-    AutoTokenizer.from_pretrained(toy / "policy").save_pretrained(tmp_path / "both")
     actor = actor_critic(tmp_path / "both", lora_r)
     log_prob, value, _ = actor(rlhf.collate(*ragged(), CPU))
     (log_prob.sum() + value.sum()).backward()
     learning = {name for name, p in actor.named_parameters() if p.requires_grad}
     assert learning == {name for name, p in actor.named_parameters() if p.grad is not None}
     assert len(learning) > 10 and not any("vision" in name for name in learning)
-    folder = run(policy_model=str(tmp_path / "both"), lora_r=lora_r, total_timesteps=8)
-    if not lora_r:
-        saved = AutoModelForCausalLM.from_pretrained(folder / "policy").state_dict()
-        before = AutoModelForCausalLM.from_pretrained(tmp_path / "both").state_dict()
-        assert all(torch.equal(saved[name], before[name]) for name in saved if "vision" in name)
 
 
 def test_with_lora_policy_and_critic_are_adapters_on_one_frozen_model(models):
@@ -454,32 +408,28 @@ def test_with_lora_policy_and_critic_are_adapters_on_one_frozen_model(models):
 
 
 def test_models_that_do_not_fit_are_refused(toy, models, tmp_path, monkeypatch):
-    """Also those without a tokenizer, for which AutoTokenizer makes one that knows no word."""
+    """Those that lack weights, a tokenizer or positions. Texts of exactly so many tokens fit."""
     work_in(monkeypatch, toy.parent.parent)
-    adapter = tmp_path / "adapter"
-    shutil.copytree(models["adapter"], adapter)
+    adapter = shutil.copytree(models["adapter"], tmp_path / "adapter")
     file = adapter / "adapter_model.safetensors"
     saved = safetensors.torch.load_file(file)
     renamed = {name.replace("lora_A", "lora_C"): weight for name, weight in saved.items()}
     safetensors.torch.save_file(renamed, file)
-    policy, reward = f"{rlhf.TOY}/policy", f"{rlhf.TOY}/reward"
+    adapted = shutil.copytree(models["gpt2"], tmp_path / "adapted")
+    shutil.copy(models["adapter"] / "adapter_config.json", adapted)
     long_rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     lengths = {"max_position_embeddings": 64, "original_max_position_embeddings": 16}
     make_policy("Phi3", tmp_path / "long", toy, rope_scaling=long_rope, **lengths)
     long = ["--policy-model", tmp_path / "long", "--prompt-length", 7, "--response-length"]
     make_policy("Mpt", tmp_path / "mpt", toy, max_seq_len=16)
-    base = AutoModelForSequenceClassification.from_pretrained(models["gpt2"], num_labels=1)
-    prompts = peft.PromptTuningConfig(task_type="SEQ_CLS", num_virtual_tokens=3)
-    peft.get_peft_model(base, prompts).save_pretrained(tmp_path / "prompts")
-    adapted = tmp_path / "adapted"
-    shutil.copytree(models["gpt2"], adapted)
-    shutil.copy(models["adapter"] / "adapter_config.json", adapted)
-    data = write_data(
-        tmp_path / "few.jsonl",
-        text=[f"the plot {i} was superb and the cast dull" for i in range(40)],
-    )
+    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
+    config = transformers.DebertaV2Config(vocab_size=300, pad_token_id=0, **shape)
+    bare = tmp_path / "bare"  # AutoTokenizer makes a tokenizer that knows no word
+    AutoModelForSequenceClassification.from_config(config).save_pretrained(bare)
+    policy, reward = f"{rlhf.TOY}/policy", f"{rlhf.TOY}/reward"
+    data = write_data(tmp_path / "few.jsonl", text=[f"the plot {i} was dull" for i in range(40)])
     few = ["--dataset", data, "--eval-episodes", 4, "--total-timesteps", 1, "--batch-size", 4]
-    refusals = [  # fmt: skip
+    refusals = [
         (["--reward-model", policy], "policy lacks 1 weights, such as score.weight$"),
         (["--policy-model", reward, "--tokenizer", policy], r"reward lacks \d+ weights, such as"),
         (["--policy-model", adapted], "adapted has an adapter_config.json: merge or remove it$"),
@@ -487,125 +437,54 @@ def test_models_that_do_not_fit_are_refused(toy, models, tmp_path, monkeypatch):
         (["--prompt-length", "40"], "has 64 positions, not 72$"),
         ([*long, 10], "long has 16 positions, not 17$"),
         (["--policy-model", tmp_path / "mpt"], "mpt has 16 positions, not 48$"),
-        (["--reward-model", tmp_path / "prompts"], "error: .*prompts: .*'merge_and_unload'"),
-        (["--reward-model", "runs/toy.py:own"], "error: runs/toy.py: no such file, or another"),
-        (
-            ["--reward-model", f"{__file__}:needs_answer"],
-            "needs_answer gets texts, prompts, completions, completion_ids, text: .*'answer'$",
-        ),
+        (["--reward-model", f"{__file__}:constant"], "constant gets texts, .*'score'$"),
         (["--reward-model", "not a name"], "error: not a name: "),
         (["--policy-model", "not a name"], "error: not a name: "),
         (["--policy-model", "not a name", "--tokenizer", policy], "error: not a name: "),
-        (["--chat-template-kwargs", '{"brief": true}'], "no chat template has 'brief'$"),
         (["--reward-label", 2], "reward: --reward-label must be one of {0.*, not 2$"),
-        (["--dataset", "./none/texts.jsonl"], "none/texts.jsonl"),
         (["--reward-model", reward, adapter], "adapter lacks 4 weights, such as .*lora_A.weight$"),
+        (["--reward-model", reward, bare], f"^error: {bare} has no tokenizer"),
     ]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for words, message in refusals:
-        refused(monkeypatch, tmp_path, message, *few, *words)
-    tokenizer = AutoTokenizer.from_pretrained(policy)
-    make_policy("GPT2", tmp_path / "exact", toy)
-    tokenizer.add_tokens("<image>")  # as Gemma 3's, of which the text models have no embedding
-    tokenizer.save_pretrained(tmp_path / "exact")
-    for words in (["--policy-model", tmp_path / "exact"], [*long, 9]):
-        call_main(monkeypatch, *few, *words, "--runs-dir", tmp_path / "runs")
-
-    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    for kind in ("Bert", "T5", "DebertaV2"):
-        config = getattr(transformers, f"{kind}Config")(vocab_size=300, pad_token_id=0, **shape)
-        model = AutoModelForSequenceClassification.from_config(config)
-        model.save_pretrained(tmp_path / kind)
-        message = f"^error: {tmp_path / kind} has no tokenizer"
-        refused(monkeypatch, tmp_path, message, "--reward-model", reward, tmp_path / kind)
-    bare = tmp_path / "bare"
-    shutil.copytree(models["gpt2"], bare, ignore=shutil.ignore_patterns("tokenizer*"))
-    message = f"^error: {bare} has no tokenizer"
-    refused(monkeypatch, tmp_path, message, "--policy-model", bare)
+        with pytest.raises(SystemExit, match=message):
+            call_main(monkeypatch, *few, *words, "--runs-dir", tmp_path / "refused")
+        assert not (tmp_path / "refused").exists()
+    call_main(monkeypatch, *few, *long, 9, "--runs-dir", tmp_path / "runs")
 
 
-@pytest.fixture
-def library():
-    """What transformers says, at its default level, which another test may have changed."""
-    said = []
-    handler = logging.Handler()
-    handler.emit = lambda record: said.append(record.getMessage())
-    logger = logging.getLogger("transformers")
-    level = logger.level
-    logger.setLevel(logging.WARNING)
-    logger.addHandler(handler)
-    yield lambda: said
-    logger.removeHandler(handler)
-    logger.setLevel(level)
-
-
-@pytest.mark.parametrize("kind", ["Llama", "ModernBert"])
-def test_a_token_classifier_is_no_reward_model(toy, tmp_path, kind):
-    """A classifier of texts lacks none of its weights. Llama's has no place for the bias."""
-    shape = {"vocab_size": 400, "hidden_size": 16, "intermediate_size": 16, "pad_token_id": 0}
-    shape |= {"num_hidden_layers": 2, "num_attention_heads": 2, "num_key_value_heads": 2}
-    model = getattr(transformers, f"{kind}ForTokenClassification")
-    model(getattr(transformers, f"{kind}Config")(**shape)).save_pretrained(tmp_path)
-    AutoTokenizer.from_pretrained(toy / "policy").save_pretrained(tmp_path)
-    with refusal(f"^error: {tmp_path} is no classifier, but .*{kind}ForTokenClassification"):
-        classifier_scores(tmp_path, [TEXT])
-
-
-def test_the_library_is_heard(load, models, tmp_path, library):
-    """On the toy it says nothing. A policy may lose its value head, a classifier may not."""
-    for flags in ({}, {"eval_greedy": True, "temperature": 0.5, "top_k": 3}, {"lora_r": 2}):
-        setup, args = load(**flags)
-        rlhf.prepare(args)
-        rlhf.collect(setup, args, setup.eval_data, evaluating=True)
-    assert library() == []
+def test_a_classifier_is_what_was_saved(load, toy, models, tmp_path):
+    """With all its weights, while a policy may lose a value head. A classifier of texts lacks none
+    of the weights of one of tokens."""
     for name in ("gpt2", "classifier"):
         folder = shutil.copytree(models[name], tmp_path / name)
         weights = safetensors.torch.load_file(folder / "model.safetensors")
         weights["v_head.summary.weight"] = torch.ones(1, 16)
         safetensors.torch.save_file(weights, folder / "model.safetensors", {"format": "pt"})
     load(policy_model=str(tmp_path / "gpt2"))
-    assert sum("v_head.summary.weight" in said for said in library()) == 1
     with refusal(f"^error: {tmp_path}/classifier is no .*; unused weights: .*v_head.summary"):
         load(reward_model=(str(tmp_path / "classifier"),))
-
-
-def test_quantised_weights_are_not_trained(load, toy, tmp_path):
-    """BitNet's are buffers, so that only the other layers would be."""
-    folder = tmp_path / "bitnet"
-    make_policy("Llama", folder, toy)
-    weights = safetensors.torch.load_file(folder / "model.safetensors")
-    for name in [name for name in weights if "_proj" in name]:
-        weights[name] = pack_weights(weights[name].sign())
-        weights[name.replace(".weight", ".weight_scale")] = torch.ones(1)
-    safetensors.torch.save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    config = json.loads((folder / "config.json").read_text())
-    how = {"quant_method": "bitnet", "linear_class": "bitlinear", "quantization_mode": "offline"}
-    config["quantization_config"] = how | {"modules_to_not_convert": ["lm_head"]}
-    (folder / "config.json").write_text(json.dumps(config))
-    with refusal(f"^error: {folder} has quantised weights, which need --lora-r$"):
-        load(policy_model=str(folder))
+    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
+    config = transformers.ModernBertConfig(vocab_size=400, pad_token_id=0, **shape)
+    model = transformers.ModernBertForTokenClassification(config)
+    model.save_pretrained(tmp_path / "tokens")
+    with refusal("tokens is no classifier, but .*ModernBertForTokenClassification"):
+        load(reward_model=(str(tmp_path / "tokens"),))
 
 
 TEXT = "the plot was superb and the cast was dull ."
 END = "<|endoftext|>"
 
 
-@pytest.mark.parametrize(("template", "rows", "prompts", "targets"), {
-    "a post and its summary": ("$A", {"prompt": [TEXT], "label": [" it was"]}, [TEXT],
-                               [f" it was{END}"]),
-    "a class, not a text": ("$A", {"prompt": [TEXT], "label": [1]}, [TEXT], [""]),
-    "next to nothing": ("$A", {"prompt": ["", "\n", END]}, [END, "\n", END], [""] * 3),
-    "a start, the only one": ("<s> $A", {"prompt": [TEXT, f"<s>{TEXT}", "the", "<s>the"]},
-                              [f"<s>{TEXT}"] * 2 + ["<s>the"] * 2, [""] * 4),
-    "no start in targets": ("<s> $A", {"prompt": ["the"], "label": [TEXT]}, ["<s>the"],
-                            [f"{TEXT}{END}"]),
-    "no appended end": ("$A <e>", {"prompt": [TEXT, f"{TEXT}{END}", ""], "label": [TEXT] * 3},
-                        [TEXT, f"{TEXT}{END}", END], [f"{TEXT}{END}"] * 3),
-    "a start that is the end": ("<e> $A", {"prompt": [TEXT, f"{TEXT}{END}", ""]},
-                                [f"{END}{TEXT}", f"{END}{TEXT}{END}", END], [""] * 3),
-    "both": ("<e> $A <e>", {"prompt": [TEXT, f"{TEXT}{END}", ""], "label": [TEXT] * 3},
-             [f"{END}{TEXT}", f"{END}{TEXT}{END}", END], [f"{TEXT}{END}"] * 3),
-}.values())  # fmt: skip
+@pytest.mark.parametrize(("template", "rows", "prompts", "targets"), [
+    ("$A", {"prompt": [TEXT], "label": [" it was"]}, [TEXT], [f" it was{END}"]),
+    ("$A", {"prompt": [TEXT], "label": [1]}, [TEXT], [""]),  # a class
+    ("$A", {"prompt": ["", "\n", END]}, [END, "\n", END], [""] * 3),
+    ("<s> $A", {"prompt": [TEXT, f"<s>{TEXT}"], "label": [TEXT] * 2}, [f"<s>{TEXT}"] * 2,
+     [f"{TEXT}{END}"] * 2),
+    ("<e> $A <e>", {"prompt": [TEXT, f"{TEXT}{END}", ""], "label": [TEXT] * 3},
+     [f"{END}{TEXT}", f"{END}{TEXT}{END}", END], [f"{TEXT}{END}"] * 3),
+])  # fmt: skip
 def test_prompts_and_targets_are_the_tokens_of_texts(toy, template, rows, prompts, targets):
     """Whatever the tokenizer writes around a text, here with <s> or <e>, the end of text."""
     tokenizer = AutoTokenizer.from_pretrained(toy / "policy", bos_token="<s>")
@@ -655,7 +534,6 @@ ASKED = "<|user|>the plot<|end|>\n<|assistant|>"
     (CHATML, [], "{}", ASKED, "<|end|>"),
     (CHATML, [BEGUN], "{}", f"{ASKED}it was", "<|end|>"),
     (CHATML, [], '{"enable_thinking": true}', f"{ASKED}so", "<|end|>"),
-    (CHATML, [], '{"enable_thinking": false}', ASKED, "<|end|>"),
     ("<s>" + CHATML, [], "{}", f"<s>{ASKED}", "<|end|>"),
     (CHATML.replace("<|end|>", ""), [], "{}", ASKED.replace("<|end|>", ""), END),
 ])  # fmt: skip
@@ -675,10 +553,10 @@ def test_chat_is_written_in_the_template(chat_tokenizer, template, messages, var
     assert chat_tokenizer.convert_ids_to_tokens(ends) == [END]
 
 
-def read_chats(path, tokenizer, *chats):
+def read_chats(path, tokenizer, *chats, **flags):
     """Loads rows of messages, as a run does."""
     path.write_text(json.dumps([{"prompt": chat} for chat in chats]))
-    args = rlhf.Args(dataset=str(path), prompt_length=99)
+    args = rlhf.Args(dataset=str(path), **{"prompt_length": 99} | flags)
     return rlhf.load_rows(str(path), Accelerator(cpu=True), tokenizer, args)
 
 
@@ -690,25 +568,15 @@ def rendering(message):
     return f"{{% for m in messages %}}{message}<|end|>{{% endfor %}}"
 
 
-TWO_ROLES = rendering("{% if m.role in ('user', 'assistant') %}{{ m.content }}{% endif %}")
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
 
 
 @pytest.mark.parametrize(("template", "chat", "message"), [
-    (TWO_ROLES, [said("human")], "the chat template drops what 'human' says"),
-    (TWO_ROLES, [said("system"), *CHAT], "the chat template drops what 'system' says"),
-    (TWO_ROLES, [*CHAT, said("tool"), BEGUN], "the chat template drops what 'tool' says"),
-    (TWO_ROLES, [said("User")], "the chat template drops what 'User' says"),
+    (rendering("{{ m.content if m.role != 'tool' }}"), [*CHAT, said("tool")], "drops what 'tool'"),
     ("{{ messages[-1].content }}", [*CHAT, BEGUN, *CHAT], "drops what 'user' says"),
-    (rendering("{{ m.text }}"), CHAT, "drops what 'user' says"),
-    (rendering("{{ m.content.none.none if m.content }}"), CHAT, "has no attribute 'none'"),
     (rendering("{{ raise_exception('no!') if m.content }}"), CHAT, "no!"),
     (CHATML, [said("user", [{"type": "text", "text": "a"}])], "content of a message is no text"),
-    (CHATML, [said("user", [{"type": "image"}])], "content of a message is no text"),
-    (CHATML, [said("user", {"text": "a"})], "content of a message is no text"),
-    (CHATML, [said("user", 7)], "content of a message is no text"),
     (CHATML, [said("user", None)], "content of a message is no text"),
-    (CHATML, [{"role": "user", "text": "a"}], "content of a message is no text"),
     (CHATML, [said("user", [], tool_calls=[CALL])], "content of a message is no text"),
 ])  # fmt: skip
 def test_messages_that_do_not_reach_the_policy_are_refused(
@@ -716,15 +584,13 @@ def test_messages_that_do_not_reach_the_policy_are_refused(
 ):
     chat_tokenizer.chat_template = template
     empty = [said("user", "")]  # nothing that could be dropped
-    with pytest.raises(SystemExit, match=f"^error: row . of .*a.json: .*{message}"):
+    with refusal(f"^error: row . of .*a.json: .*{message}"):
         read_chats(tmp_path / "a.json", chat_tokenizer, empty, chat)
 
 
 @pytest.mark.parametrize(("template", "chat"), [
     (rendering("{{ m.content | trim }}"), [said("user", " the plot\n")]),
-    (rendering("{{ m.content | tojson }}"), [said("tool", 'the "plot"')]),
     (rendering("{{ m.content.split('</think>')[-1] }}"), [said("assistant", "a</think>b"), *CHAT]),
-    (CHATML, [said("system", ""), *CHAT]),
     (rendering("{{ m.content or m.tool_calls }}"), [said("a", None, tool_calls=[CALL]), *CHAT]),
     (rendering("{{ m.content or m.tool_calls }}"), [{"role": "a", "tool_calls": [CALL]}, *CHAT]),
 ])  # fmt: skip
@@ -734,6 +600,20 @@ def test_a_template_may_change_a_text(chat_tokenizer, tmp_path, capsys, template
     other = [said("user", "the cast")]
     assert len(read_chats(tmp_path / "a.json", chat_tokenizer, chat, other, chat)) == 3
     assert "a.json: 3 prompts, 2 distinct, 0 cut; 0 targets\n" in capsys.readouterr().out
+
+
+def test_messages_are_not_cut_and_variables_are_the_templates(chat_tokenizer, tmp_path):
+    path = tmp_path / "a.json"
+    longest = len(chat_tokenizer(ASKED)["input_ids"])
+    read_chats(path, chat_tokenizer, CHAT, prompt_length=longest)
+    with refusal(f"{path}: to keep messages whole, --prompt-length {longest}$"):
+        read_chats(path, chat_tokenizer, CHAT, prompt_length=longest - 1)
+    for variables, message in {
+        '{"thinking": 1}': "no chat template has 'thinking'$",
+        "[1]": "chat_template_kwargs must be a JSON object",
+    }.items():
+        with refusal(message):
+            read_chats(path, chat_tokenizer, CHAT, chat_template_kwargs=variables)
 
 
 def test_a_template_without_the_assistants_text_has_no_end_of_turn(chat_tokenizer):
@@ -752,20 +632,18 @@ def test_a_completion_includes_the_assistants_text_in_the_prompt(chat_tokenizer)
     setup.reward_models = [lambda **inputs: seen.append(inputs) or [0.0, 0.0]]
     rlhf.score(setup, make_args(), rows, prompts, ids)
     assert seen[0]["prompts"] == [CHAT, CHAT] and seen[0]["completion_ids"] == ids
-    contents = [message["content"] for (message,) in seen[0]["completions"]]
-    assert contents == ["it was dull", " dull"]
+    texts = ["it was dull", " dull"]
+    assert seen[0]["completions"] == [[said("assistant", text)] for text in texts]
 
 
 # Reward models
 
 CLASSIFIERS = {  # kind: (folder of the base, changes of its configuration)
     "two labels": ("reward", {}),
-    "labels of their own": ("reward", {"problem_type": "multi_label_classification"}),
     "regressions": ("reward", {"problem_type": "regression"}),
     "left padding": ("classifier", {}),
     "three labels of one name": ("gptj", {"id2label": dict.fromkeys(range(3), "same")}),
     "no padding token": ("llama", {"num_labels": 1}),
-    "adapter": ("gptj", {"num_labels": 1}),
     "adapter of three labels": ("gptj", {"num_labels": 3}),
     "adapter with a tokenizer": ("gptj", {"num_labels": 1}),
 }
@@ -815,9 +693,7 @@ def test_a_classifier_scores_a_text_alike_alone_and_in_a_batch(toy, tmp_path, mo
         logits.append(model(**ids).logits[0].detach())
     expected = torch.stack(logits)
     config = model.config
-    if config.problem_type == "multi_label_classification":
-        expected = expected.sigmoid()
-    elif config.problem_type != "regression" and config.num_labels > 1:
+    if config.problem_type != "regression" and config.num_labels > 1:
         expected = expected.softmax(-1)
     assert len(expected.unique()) > 4
     folder = tmp_path / "classifier"
@@ -831,12 +707,6 @@ def test_a_classifier_scores_a_text_alike_alone_and_in_a_batch(toy, tmp_path, mo
     else:
         with pytest.raises(SystemExit, match="--reward-label must be one of {0: .*, not None$"):
             classifier_scores(folder, texts)
-
-
-def test_a_text_without_tokens_is_an_error_of_the_classifier(toy, tmp_path, models):
-    make_classifier("left padding", tmp_path, toy, models)
-    with refusal("^error: .*/classifier: "):
-        classifier_scores(tmp_path / "classifier", [""])
 
 
 def test_a_classifier_reads_messages_in_its_own_template(toy, tmp_path):
@@ -853,68 +723,30 @@ def test_a_classifier_reads_messages_in_its_own_template(toy, tmp_path):
     assert classifier_scores(folder, **inputs) == classifier_scores(folder, ["the plot was dull"])
 
 
-@pytest.mark.parametrize("chat", [False, True])
-def test_a_function_gets_what_trl_gives_it(toy, tmp_path, monkeypatch, chat):
-    """Its own row, in training and in evaluations, whatever the split, and messages of a chat."""
-    work_in(monkeypatch, toy.parent.parent)
-    policy = shutil.copytree(toy / "policy", tmp_path / "policy")
-    (policy / "chat_template.jinja").write_text(CHATML)
-    numbers = [*reversed(range(40))]  # the longest first
-    prompts = [f"the plot was superb {i}" for i in numbers]
-    rows = {"prompt": prompts, "label": [" and moving"] * 40}
-    rows["day"] = [date(2037, 5, 6)] * 40  # which a checkpoint cannot hold
-    if chat:
-        rows = {"prompt": [[{"role": "user", "content": prompt}] for prompt in prompts]}
-    kind = "jsonl" if chat else "parquet"
-    path = write_data(tmp_path / f"mine.{kind}", **rows, number=numbers)
-    words = ["--policy-model", policy, "--dataset", path, "--response-length", 8]
-    words += ["--reward-model", f"{__file__}:agreement", "--total-timesteps", 16]
-    words += ["--batch-size", 16, "--eval-episodes", 4, "--micro-batch-size", 1]
-    wide = ["--prompt-length", 40]
-    call_main(monkeypatch, *words, *wide, "--runs-dir", tmp_path / "runs")
-    (folder,) = (tmp_path / "runs").iterdir()
-    assert folder.name.startswith("mine__sppo__none__1__")
-    row = progress(folder)[-1]
-    assert (row["return_mean"], row["charts/episodic_return"]) == (1, 1)
-    assert ("perplexity_real" in row) != chat
-    if not chat:
-        assert read_samples(folder)[0]["day"] == "2037-05-06"
-        path = write_data(tmp_path / "mine.parquet", **rows, completions=prompts)
-        message = "agreement: in the data, rename a column of .*'completions'"
-        refused(monkeypatch, tmp_path, message, *words)
-        return
-    prompt = read_samples(folder)[0]["prompt"]
-    assert re.fullmatch(r"<\|user\|>the plot was superb \d+<\|end\|>\n<\|assistant\|>", prompt)
-    chats = [f"<|user|>{prompt}<|end|>\n<|assistant|>" for prompt in prompts]
-    longest = max(map(len, AutoTokenizer.from_pretrained(policy)(chats).input_ids))
-    message = f"{path}: to keep messages whole, --prompt-length {longest}$"
-    for length in (16, longest - 1):
-        refused(monkeypatch, tmp_path, message, *words, "--prompt-length", length)
-    for variables, message in {
-        json.dumps({"thinking": "'true', or 'false'"}): "no chat template has 'thinking'$",
-        "[1]": "chat_template_kwargs must be a JSON object",
-    }.items():
-        options = ["--chat-template-kwargs", variables]
-        refused(monkeypatch, tmp_path, message, *words, *wide, *options)
-
-
 @pytest.mark.parametrize("evaluating", [False, True])
 @pytest.mark.parametrize("size", [1, 2, None])
 def test_a_reward_function_gets_all_texts_of_a_rollout_at_once(load, size, evaluating):
-    """Whatever the size of micro batches. Each sample gets its own score."""
+    """Whatever the size of micro batches, and what belongs to them. Each sample gets its score."""
     setup, args = load(micro_batch_size=size)
     seen = []
 
-    def rank(texts, **_):
-        seen.append(texts)
+    def rank(texts):
         return [sorted(texts).index(text) for text in texts]
 
-    setup.reward_models = [rank]
+    setup.reward_models = [lambda **inputs: seen.append(inputs) or rank(inputs["texts"])]
     samples = rlhf.collect(setup, args, setup.train_data, evaluating)
-    (texts,) = seen
+    (inputs,) = seen
     decode = partial(setup.tokenizer.decode, skip_special_tokens=True)
-    assert texts == [decode(x.prompt + x.response) for x in samples]
-    assert [x.scores for x in samples] == rank(texts) and len(set(texts)) > 8
+    assert inputs == {
+        "texts": [decode(x.prompt + x.response) for x in samples],
+        "prompts": [decode(x.prompt) for x in samples],
+        "completions": [decode(x.response) for x in samples],
+        "completion_ids": [x.response for x in samples],
+        "text": [x.row["text"] for x in samples],
+    }
+    for x in samples:
+        assert (x.prompt, x.target) == rlhf.tokenize(x.row, setup.tokenizer, args)[:2]
+    assert [x.scores for x in samples] == rank(inputs["texts"]) and len(samples) > 8
     assert rlhf.collect(setup, args, [], evaluating) == []  # a process without texts of its own
 
 
@@ -927,14 +759,9 @@ trls = get_repetition_penalty_reward(2)
 def own(texts): return [own_neighbour.length(text) for text in texts]
 def too_few(texts): return [0.5]
 def keyed(texts): return dict(enumerate(texts))
-def unordered(texts): return {1.0, 2.0}
 def nothing(texts): pass
 def words(texts): return ["good", "bad"]
-def pairs(texts): return [[1.0, 2.0]] * 2
-def one(texts): return 0.5
-def lazy(texts): return (1.0 for _ in texts)
 def emptying(texts): return [float(len(texts.pop())) for _ in texts[:]]
-def named(completions, answer): return [float(answer[0] == 3) for _ in completions]
 def with_default(texts, answer=None, other=5): return [float(answer[0] == 3 and other == 5)] * 2
 def whatever(**kwargs): return [float(kwargs["answer"][0] == 3 and "texts" in kwargs)] * 2
 """
@@ -946,18 +773,17 @@ def test_a_reward_file_may_import_files_beside_it(tmp_path):
     (tmp_path / "own_rewards.py").write_text(OWN_REWARDS)
     file = f"{tmp_path}/own_rewards.py"
     inputs = {"texts": ["ab", "abc"], "completions": ["b", "bc"], "answer": [3, 3]}
-    for _ in range(2):
-        assert function_reward(f"{file}:own", **inputs) == [2, 3]
-    for name in ("named", "with_default", "whatever"):
+    assert function_reward(f"{file}:own", **inputs) == [2, 3]
+    for name in ("with_default", "whatever"):
         assert function_reward(f"{file}:{name}", **inputs) == [1, 1]
     repeating = {"completions": ["", ""], "completion_ids": [[1, 2, 3, 4], [5] * 5]}
     assert function_reward(f"{file}:trls", **inputs | repeating) == [0, -0.75]
-    with pytest.raises((SystemExit, AttributeError), match="none"):
-        function_reward(f"{file}:none")
-    for name in ("too_few", "keyed", "unordered", "nothing", "words", "pairs", "one", "lazy"):
-        with pytest.raises(SystemExit, match=f"{name} must return a score for each of 2 texts: "):
+    for name in ("too_few", "keyed", "nothing", "words"):
+        with refusal(f"{name} must return a score for each of 2 texts: "):
             function_reward(f"{file}:{name}", **inputs)
     assert function_reward(f"{file}:emptying", texts=["abc", "ab"]) == [2, 3]
+    with refusal("whatever: in the data, rename a column of .*'completions'"):
+        rlhf.function_reward(f"{file}:whatever", ["completions"])
 
 
 def test_a_reward_file_changes_no_settings(tmp_path, monkeypatch):
@@ -973,17 +799,11 @@ def test_a_reward_file_changes_no_settings(tmp_path, monkeypatch):
     assert Path.cwd() == tmp_path
 
 
-def test_two_files_of_one_name_are_refused(tmp_path):
-    """Reward files, or one that is named as an installed module."""
-    (tmp_path / "a").mkdir()
-    names = ["my-reward.py", "a/my-reward.py", "json.py"]
-    for name in names:
-        (tmp_path / name).write_text("def own(texts): return [0.0] * len(texts)")
-    first, *others = [tmp_path / name for name in names]
-    assert function_reward(f"{first}:own", texts=["x"]) == [0]
-    for file in others:
-        with pytest.raises(SystemExit, match=f"^error: {file}.* is called .*: rename it$"):
-            function_reward(f"{file}:own")
+def test_a_reward_file_named_as_another_module_is_refused(tmp_path):
+    file = tmp_path / "json.py"
+    file.write_text("def own(texts): pass")
+    with refusal(f"^error: {file}.* is called json: rename it$"):
+        function_reward(f"{file}:own")
 
 
 @pytest.mark.parametrize("weights", [(), (2.0, 10.0, -0.5)])
@@ -994,20 +814,19 @@ def test_the_reward_is_the_weighted_sum_or_else_the_mean(run, monkeypatch, weigh
     advantages = record(monkeypatch, rlhf, "token_advantages")
     flags = {"total_timesteps": 8, "reward_model": names, "eval_episodes": 8}
     row = progress(run(reward_weights=weights, **flags))[-1]
-    expected = []
     decode = AutoTokenizer.from_pretrained("runs/toy/policy").decode
-    for _, samples in collected[-2:]:  # in training, and at its end
+    total, prefixes = ["charts/episodic_return", "return_mean"], ["rewards/", "eval_"]
+    for (_, samples), mean, prefix in zip(collected[-2:], total, prefixes):  # training, its end
         texts = [decode(x.prompt + x.response, skip_special_tokens=True) for x in samples]
         scores = np.array([of_some_texts([*texts]), text_lengths(texts)], float)
         found = ~np.isnan(scores[0])
         assert found.any() and not found.all()
         rewards = np.dot(weights[:2] or (1 / 3, 1 / 3), np.nan_to_num(scores))
-        expected.append([rewards.mean(), scores[0, found].mean(), scores[1].mean()])
-    columns = ["charts/episodic_return", *(f"rewards/{name}" for name in names[:2])]
-    assert [row[name] for name in columns] == pytest.approx(expected[0], rel=1e-5)
-    assert np.mean([args[0] for args, _ in advantages]) == pytest.approx(expected[0][0])
-    columns = ["return_mean", *(f"eval_{name}" for name in names[:2])]
-    assert [row[name] for name in columns] == pytest.approx(expected[1], rel=1e-5)
+        expected = {mean: rewards.mean(), f"{prefix}{names[1]}": scores[1].mean()}
+        expected[f"{prefix}{names[0]}"] = scores[0, found].mean()
+        assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+    paid = np.mean([args[0] for args, _ in advantages])
+    assert paid == pytest.approx(row["charts/episodic_return"])
 
 
 @pytest.mark.parametrize(("names", "message"), [
@@ -1067,100 +886,74 @@ def test_a_rollout_logs_kl_entropy_length_and_explained_variance(run, monkeypatc
 ROWS = {"prompt": ["the, plot", "the\nplot"], "label": ["2037-05-06", "0027"]}
 ODD = [
     {"prompt": "the, plot", "n": 3, "long": 2**53 + 1, "code": "007", "date": "2037-05-06"},
-    {"prompt": "the\nplot", "timestamp": "1e5", "none": None, "label": "", "nested": [[1, 2.5]]},
+    {"prompt": "the\nplot", "none": None, "label": "", "nested": [[1, 2.5]]},
     {"prompt": "a" * 2**18, "info": {"é": 1}, "long": -1, "date": "2037"},
-    {"prompt": "b", "info": {"b": "NaN", "c": [{}]}, "n": 2.0, "bool": True},
 ]
 
 
-@pytest.mark.parametrize("end", ["", ".gz"])
-@pytest.mark.parametrize("kind", ["jsonl", "json", "csv", "parquet", "saved"])
-def test_a_reward_function_gets_the_values_of_the_file(tmp_path, monkeypatch, kind, end):
-    """With their types, whatever columns, file and neighbours are called; also from Windows."""
-    work_in(monkeypatch, tmp_path)
-    Path("poems.py").write_text("raise ImportError")
-    folder = Path("date=7")
-    folder.mkdir()
-    name = f"{folder}/s[12].csv.{kind}{end}"
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json.gz", "a.csv", "a.parquet", "saved"])
+def test_a_reward_function_gets_the_values_of_the_file(tmp_path, name):
+    """With their types, also from Windows."""
+    path = tmp_path / name
     expected, lines = ODD, [json.dumps(row) for row in ODD]
-    text = {"json": json.dumps(ODD, indent=1), "jsonl": "\r\n".join(["", lines[0], "", *lines[1:]])}
-    if kind == "csv":
+    if name == "a.jsonl":
+        path.write_text("\r\n".join(["", lines[0], "", *lines[1:]]), "utf-8-sig")
+    elif name == "a.json.gz":
+        path.write_bytes(gzip.compress(json.dumps(ODD, indent=1).encode()))
+    elif name == "a.csv":
         columns = dict.fromkeys(name for row in ODD for name in row)
-        file = io.StringIO()
-        table = csv.DictWriter(file, columns)  # ends lines with CRLF
-        table.writeheader()
-        table.writerows(ODD)
-        text["csv"] = file.getvalue()
+        with path.open("w", encoding="utf-8-sig", newline="") as file:
+            table = csv.DictWriter(file, columns)  # ends lines with CRLF
+            table.writeheader()
+            table.writerows(ODD)
         expected = [{name: str(row.get(name) or "") for name in columns} for row in ODD]
-    if kind in text:
-        compress = gzip.compress if end else bytes
-        Path(name).write_bytes(compress(text[kind].encode("utf-8-sig")))
     else:
         data = datasets.Dataset.from_dict(ROWS)
-        {"parquet": data.to_parquet, "saved": data.save_to_disk}[kind](name)
+        data.to_parquet(path) if path.suffix else data.save_to_disk(path)
         expected = rows_of(ROWS)
-    if kind == "parquet" and end:
-        with pytest.raises(ValueError, match="its name must end with .csv, .json, .jsonl"):
-            rlhf.read_rows(name)
-        return
-    if kind == "saved":
-        with pytest.raises(SystemExit, match=r"saved(.gz)? has no splits: leave out the split$"):
-            rlhf.load_dataset(f"{name}:train")
-    rows = rlhf.read_rows(name)
+    rows = rlhf.read_rows(str(path))
     assert [{n: (x, type(x)) for n, x in row.items()} for row in rows] == [
         {n: (x, type(x)) for n, x in row.items()} for row in expected
     ]
-    seen = []
-    columns = list(dict.fromkeys(column for row in rows for column in row))
-    tokenizer = SimpleNamespace(batch_decode=lambda ids, **_: [""] * len(ids))
-    setup = SimpleNamespace(tokenizer=tokenizer, columns=columns)
-    setup.reward_models = [lambda **inputs: seen.append(inputs) or [0.0] * len(rows)]
-    rlhf.score(setup, make_args(), rows, [[1]] * len(rows), [[2]] * len(rows))
-    for column in set(columns) - {"prompt"}:
-        assert seen[0][column] == [row.get(column) for row in rows]
 
 
-AS_TEXT = '[ {"role": "user", "content": "a"}]'
 LINE = b'{"prompt": "a"}\n'
 
 
-@pytest.mark.parametrize(("name", "content", "message"), [
-    ("a.jsonl", LINE + b'{"prompt": 3}', "row 2 of .*a.jsonl needs a 'prompt'"),
-    ("a.jsonl", LINE + b'{"prompt": [{"role": "user", "content": "a"}]}', "row 2 .* needs"),
-    ("a.jsonl", b'{"prompt": []}', "row 1 .* needs"),
-    ("a.jsonl", b'{"text": null}', "row 1 .* needs"),
-    ("a.json", b'["a", "b"]', "row 1 .* needs"),
-    ("a.json", b'{"prompt": ["a", "b"]}', "row 1 .* needs"),
-    ("a.jsonl", json.dumps({"prompt": AS_TEXT}).encode(), "row 1 .* messages as a list"),
-    ("a.csv", b"text\n[{'role': 'user'}]\n", "row 1 .* messages as a list"),
-    ("a.csv", b"text\na\n   \n", "row 2 .* needs"),
-    ("a.csv", b"prompt;label\na;b\n", "row 1 .* needs"),
-    ("a.csv", b"prompt,label\na,b\nc,d,e\n", "line 3 lacks values or has more"),
-    ("a.csv", b"prompt,label\na,b\nc\n", "line 3 lacks values"),
-    ("a.csv", b"prompt,label,prompt\na,b,c\n", "line 2 .* a name is twice"),
-    ("a.csv", b'prompt,label\n"a,b\nc,d\n', "can't be read: unexpected end of data"),
-    ("a.csv", b"prompt\n", "has no rows"),
-    ("a.jsonl", LINE + b'\n\n{"prompt', "a.jsonl can't be read: .* line 4"),
-    ("a.jsonl.gz", gzip.compress(LINE * 9, mtime=0)[:-9], "a.jsonl.gz can't be read"),
-    ("a.jsonl", "\u00e9".encode("latin-1"), "a.jsonl can't be read: .* can't decode"),
-    ("a.txt", b"a\nb\n", "a.txt can't be read: its name must end with .csv, .json, .jsonl"),
-    ("a.parquet", b"PAR1", "a.parquet can't be read"),
-    ("a.jsonl", b'{"review": "a"}', "row 1 of .*a.jsonl needs .*review"),
-    ("a.jsonl", b'{"text": "a"}\n{"text": null}', "row 2 .* needs"),
-    ("a.jsonl", json.dumps({"prompt": CHAT}).encode(), "row 1 .*chat_template is not set"),
-    ("a.csv", b"prompt,label\na,\n", "--ce-coef needs a column 'label' of texts in the training d"),
+@pytest.mark.parametrize(("name", "content"), [
+    ("a.jsonl", LINE + b'{"prompt": 3}'),
+    ("a.jsonl", LINE + b'{"prompt": [{"role": "user", "content": "a"}]}'),
+    ("a.jsonl", b'{"text": "a"}\n{"text": null}'),
+    ("a.json", b'["a", "b"]'),
+    ("a.json", b'{"prompt": ["a", "b"]}'),
+    ("a.jsonl", json.dumps({"prompt": '[ {"role": "user", "content": "a"}]'}).encode()),
+    ("a.csv", b"text\n[{'role': 'user'}]\n"),
+    ("a.csv", b"text\na\n   \n"),
+    ("a.csv", b"prompt,label\na,b\nc,d,e\n"),
+    ("a.csv", b"prompt,label\na,b\nc\n"),
+    ("a.csv", b"prompt,label,prompt\na,b,c\n"),
+    ("a.csv", b'prompt,label\n"a,b\nc,d\n'),
+    ("a.csv", b"prompt\n"),
+    ("a.jsonl", LINE + b'\n\n{"prompt'),
+    ("a.txt", b"a\nb\n"),
 ])  # fmt: skip
 @pytest.mark.parametrize("flag", ["dataset", "eval_dataset"])
-def test_data_that_cannot_be_used_are_refused(load, tmp_path, flag, name, content, message):
+def test_data_that_cannot_be_used_are_refused(load, tmp_path, flag, name, content):
     """Files that are not what their names say. Rows without a prompt, with two kinds of prompts or
-    with messages as text. Held-out data need no targets, but there are too few here."""
-    good = write_data(tmp_path / "good.jsonl", prompt=["a"] * 8, label=["a"] * 8)
+    with messages as text."""
     path = tmp_path / name
     path.write_bytes(content)
-    if "--ce-coef" in message and flag == "eval_dataset":
-        message = "too few"
-    with pytest.raises(SystemExit, match=f"^error: .*{message}"):
-        load(**{"dataset": good, "eval_dataset": good, "ce_coef": 1.0, flag: str(path)})
+    good = write_data(tmp_path / "good.jsonl", prompt=["a"] * 8)
+    with refusal(f"^error: .*{path}"):
+        load(**{"dataset": good, "eval_dataset": good, flag: str(path)})
+
+
+def test_a_supervised_loss_needs_targets_in_the_training_data(load, tmp_path):
+    with_targets = write_data(tmp_path / "a.jsonl", prompt=["a"] * 8, label=["a"] * 8)
+    without = write_data(tmp_path / "b.jsonl", prompt=["a"] * 8)
+    load(dataset=with_targets, eval_dataset=without, ce_coef=1.0)
+    with refusal("^error: --ce-coef needs a column 'label' of texts in the training data"):
+        load(dataset=without, eval_dataset=with_targets, ce_coef=1.0)
 
 
 def test_a_split_of_the_data_is_named(tmp_path, monkeypatch):
@@ -1175,39 +968,35 @@ def test_a_split_of_the_data_is_named(tmp_path, monkeypatch):
     for folder in ("clone", "both"):
         assert rlhf.load_dataset(f"{folder}:test")[:] == ROWS
         assert rlhf.load_dataset(folder)[:] == other[:]
+    with refusal("both/test has no splits: leave out the split$"):
+        rlhf.load_dataset("both/test:train")
     Path("loose").mkdir()
     Path("loose/train.csv").write_text("prompt\n007\n")
-    with pytest.raises(SystemExit, match="loose is no folder of Parquet files: give a file$"):
+    with refusal("loose is no folder of Parquet files: give a file$"):
         rlhf.load_dataset("loose")
     asked = []
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **b: asked.append((a, b)) or data)
-    for name in ("me/sums", "me/sums:test", "gsm8k:main:test"):
+    for name in ("me/sums", "gsm8k:main:test"):
         rlhf.load_dataset(name)
-    hub = [("me/sums",), ("me/sums",), ("gsm8k", "main")]
-    assert asked == [(a, {"split": s}) for a, s in zip(hub, ("train", "test", "test"))]
+    assert asked == [(("me/sums",), {"split": "train"}), (("gsm8k", "main"), {"split": "test"})]
 
 
-def test_without_held_out_data_a_tenth_is_held_out(tmp_path):
-    """Whatever the seed. Too few rows are refused."""
+def test_without_held_out_data_a_tenth_is_held_out():
+    """Of distinct prompts, whatever the seed. Too few rows are refused."""
     rows = [{"text": f"text {i}"} for i in range(200)]
     args = make_args(dataset="a", batch_size=180, eval_episodes=20)
-    train_data, eval_data = rlhf.split_rows(rows, [], args)
-    assert len(train_data) == 180
-    assert len({row["text"] for row in train_data + eval_data}) == 200
-    assert rlhf.split_rows(rows, [], replace(args, seed=2)) == (train_data, eval_data)
+    train_data, eval_data = rlhf.split_rows(rows * 2, [], args)
+    assert (len(train_data), len(eval_data)) == (360, 20)
+    assert not {row["text"] for row in train_data} & {row["text"] for row in eval_data}
+    assert rlhf.split_rows(rows * 2, [], replace(args, seed=2)) == (train_data, eval_data)
     first = sorted(rows, key=lambda row: row["text"])[:20]
     for held_out in (eval_data, rlhf.split_rows(rows, first + rows, args)[1]):
         assert sum(row in first for row in held_out) < 10  # it is drawn
-    twice, held_out = rlhf.split_rows(rows * 2, [], args)
-    assert len(twice) == 360 and not {row["text"] for row in twice} & {x["text"] for x in held_out}
-    for kept, held, flags in (
-        ("180 rows of training data and 20", [], {"batch_size": 184}),
-        ("180 rows of training data and 20 held", [], {"eval_episodes": 21}),
-        ("200 rows of training data and 200", rows, {"eval_episodes": 201}),
-    ):
-        with pytest.raises(SystemExit, match=f"^error: {kept} .* too few for --batch-size"):
+    rlhf.split_rows(rows, [], args)  # enough
+    for held, flags in ([], {"batch_size": 184}), (rows, {"eval_episodes": 201}):
+        with refusal(f"^error: .* and {len(held) or 20} held out are too few for --batch-size"):
             rlhf.split_rows(rows, held, replace(args, **flags))
-    with pytest.raises(SystemExit, match="only one of --dataset, --eval-dataset has messages$"):
+    with refusal("only one of --dataset, --eval-dataset has messages$"):
         rlhf.split_rows(rows, [{"prompt": CHAT}] * 20, args)
 
 
@@ -1226,20 +1015,20 @@ def test_sppo_is_ppo_with_another_weight_to_the_last_bit(run):
 
 
 def test_the_saved_policy_is_configured_as_before(run, models, tmp_path):
-    """Of a generation configuration that cannot be saved, end tokens are kept."""
-    folder = tmp_path / "policy"
-    shutil.copytree(models["gpt2"], folder)
+    """Of a generation configuration that cannot be saved, end tokens are kept. Neither it nor the
+    tokenizer's sides change a run."""
+    folder = shutil.copytree(models["gpt2"], tmp_path / "policy")
     (folder / "generation_config.json").write_text('{"do_sample": false, "temperature": 0.7}')
+    sides = {"padding_side": "left", "truncation_side": "left"}
+    tokenizer = AutoTokenizer.from_pretrained(folder, **sides)
+    tokenizer.save_pretrained(folder)
     flags = {"total_timesteps": 8, "ce_coef": 0.1, "response_length": 40}  # some are padded
     flags["gradient_checkpointing"] = True
     usual = run("usual", policy_model=str(models["gpt2"]), **flags)
-    for side in ("left", "right"):
-        tokenizer = AutoTokenizer.from_pretrained(folder, padding_side=side, truncation_side=side)
-        tokenizer.save_pretrained(folder)
-        trained = run(side, policy_model=str(folder), **flags)
-        saved = AutoTokenizer.from_pretrained(trained / "policy")
-        assert (saved.padding_side, saved.truncation_side) == (side, side)
-        assert helpers.sha256(trained / "progress.csv") == helpers.sha256(usual / "progress.csv")
+    trained = run("left", policy_model=str(folder), **flags)
+    assert helpers.sha256(trained / "progress.csv") == helpers.sha256(usual / "progress.csv")
+    saved = AutoTokenizer.from_pretrained(trained / "policy")
+    assert {name: getattr(saved, name) for name in sides} == sides
     config = json.loads((trained / "policy/config.json").read_text())
     assert config["attn_pdrop"] == config["resid_pdrop"] == 0.5
     ends = transformers.GenerationConfig.from_pretrained(trained / "policy").eos_token_id
@@ -1247,12 +1036,10 @@ def test_the_saved_policy_is_configured_as_before(run, models, tmp_path):
 
 
 @pytest.mark.parametrize("greedy", [True, False])
-def test_an_evaluation_is_as_computed_by_hand(run, toy, models, monkeypatch, capsys, greedy):
+def test_an_evaluation_is_as_computed_by_hand(run, toy, monkeypatch, greedy):
     """`--temperature` divides all logits, those of targets, too, not only of the likeliest k."""
-    ensemble = (str(models["classifier"]), f"{rlhf.TOY}/reward")
-    watched = f"{__file__}:text_lengths"
-    flags = {"reward_model": (*ensemble, watched), "reward_weights": (0.5, 0.5, 0.0)}
-    flags |= {"reward_label": 0, "response_length": 30, "learning_rate": 3e-3}
+    reward_model = f"{__file__}:text_lengths"
+    flags = {"reward_model": (reward_model,), "response_length": 30, "learning_rate": 3e-3}
     flags |= {"top_k": 3, "temperature": 2.0, "eval_greedy": greedy, "total_timesteps": 16}
     collected = record(monkeypatch, rlhf, "collect")
     advantages = record(monkeypatch, rlhf, "token_advantages")
@@ -1261,16 +1048,10 @@ def test_an_evaluation_is_as_computed_by_hand(run, toy, models, monkeypatch, cap
     samples = read_samples(folder)
     assert [sample["step"] for sample in samples] == [0] * 4 + [16] * 4
     samples = samples[4:]
-    begun = f"    {samples[2]['prompt'] + ' [' + samples[2]['response']!r:.50}"
-    assert begun[:-1] in capsys.readouterr().out.splitlines()[-1]  # three are shown
-    texts = [sample["prompt"] + sample["response"] for sample in samples]
-    scores = np.array([classifier_scores(name, texts, 0) for name in ensemble])
-    rewards = scores.mean(0)
-    assert [sample["reward"] for sample in samples] == pytest.approx(rewards, abs=1e-5)
-    expected = {"return_mean": rewards.mean(), "return_std": rewards.std()}
-    expected |= {f"eval_{name}": its_scores.mean() for name, its_scores in zip(ensemble, scores)}
-    expected[f"eval_{watched}"] = np.mean(text_lengths(texts))
-    assert {name: row[name] for name in expected} == pytest.approx(expected, abs=1e-4)
+    rewards = np.array(text_lengths([sample["prompt"] + sample["response"] for sample in samples]))
+    assert [sample["reward"] for sample in samples] == rewards.tolist()
+    found = [row[name] for name in ("return_mean", "return_std", f"eval_{reward_model}")]
+    assert found == pytest.approx([rewards.mean(), rewards.std(), rewards.mean()])
 
     def begins_greedily(model, sample):
         prompt = torch.tensor([sample.prompt])
@@ -1307,11 +1088,15 @@ def test_an_evaluation_is_as_computed_by_hand(run, toy, models, monkeypatch, cap
 
 
 def test_samples_show_prompts_with_their_special_tokens(run, tmp_path):
-    path = write_data(tmp_path / "few.jsonl", prompt=[f"{END}the plot {i}" for i in range(8)])
+    """And the data's other columns, also of types that JSON lacks."""
+    columns = {"prompt": [f"{END}the plot {i}" for i in range(8)], "day": [date(2037, 5, 6)] * 8}
+    path = write_data(tmp_path / "few.parquet", **columns)
     folder = run(dataset=path, eval_dataset=path, total_timesteps=8)
     samples = read_samples(folder)
     assert all(re.fullmatch(rf"{re.escape(END)}the plot \d", x["prompt"]) for x in samples)
     assert not any(END in x["response"] for x in samples)
+    assert {x["day"] for x in samples} == {"2037-05-06"}
+    assert "perplexity_real" not in progress(folder)[-1]  # without targets
 
 
 def test_the_optimizer_gets_its_settings(load):
@@ -1359,17 +1144,15 @@ def test_the_first_ratios_are_1_up_to_rounding(run, monkeypatch, amp, shift, sto
         run(amp=amp, total_timesteps=8)
 
 
-@pytest.mark.parametrize("lora", [False, True])
-def test_enjoy_repeats_the_last_evaluation(toy, summaries, tmp_path, monkeypatch, capsys, lora):
-    """Of a run at work, and of a finished run."""
+def test_enjoy_repeats_the_last_evaluation(toy, tmp_path, monkeypatch, capsys):
+    """Of a run at work, and of a finished run. No file changes."""
     work_in(monkeypatch, toy.parent.parent)
-    flags = {"seed": 7} | (summaries if lora else {})
-    setting = Setting(rlhf, "", SMALL, "", advantages="update")
+    setting = Setting(rlhf, "", SMALL | {"seed": 7}, "", advantages="update")
     for finished in (False, True):
         if finished:
-            _, folder = setting.run(tmp_path / "runs", **flags)
+            _, folder = setting.run(tmp_path / "runs")
         else:
-            folder = setting.interrupt(tmp_path / "runs", 3, **flags)
+            folder = setting.interrupt(tmp_path / "runs", 3)
         before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
         capsys.readouterr()
         with monkeypatch.context() as patch:
@@ -1384,15 +1167,10 @@ def test_enjoy_repeats_the_last_evaluation(toy, summaries, tmp_path, monkeypatch
         expected += [f"{name}: {row[name]:.4g}" for name in ("step", "return_mean", "kl")]
         for text in [*expected, f"{folder}: reward {row['return_mean']:.3f} ("]:
             assert any(line.startswith(text) for line in lines)
-        assert lines[1].startswith("runs/toy/test.jsonl: 256 prompts, ") or lora
         assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 
 def test_rewards_are_noisy_in_training_and_clean_in_reports(run, monkeypatch):
-    """At the end DDP is freed before its process group, or PyTorch may deadlock."""
-    ended = []
-    loaded = record(monkeypatch, rlhf, "load")
-    monkeypatch.setattr(Accelerator, "end_training", lambda _: ended.append(loaded[-1][1].model))
     calls = record(monkeypatch, rlhf, "token_advantages")
     flags = {"total_timesteps": 8, "learning_rate": 0.0}
     clean = progress(run(name="clean", **flags))[-1]
@@ -1402,7 +1180,6 @@ def test_rewards_are_noisy_in_training_and_clean_in_reports(run, monkeypatch):
     assert clean["charts/episodic_return"] == pytest.approx(rewards[:8].mean())
     for name in ("return_mean", "return_std", "charts/episodic_return"):
         assert flipped[name] == clean[name]
-    assert ended == [None, None]
 
 
 @pytest.mark.parametrize("level", [0.0, 0.5])
@@ -1575,30 +1352,32 @@ def test_defaults_depend_on_the_task_and_on_other_flags(capsys):
     ppo = make_args(beta=0.0, noise="flip")
     assert (sppo.alpha, sppo.noise_level, sppo.exp_name, sppo.eval_freq) == (0.5, 0.0, "sppo", 448)
     assert (ppo.alpha, ppo.noise_level, ppo.exp_name) == (1.0, 0.1, "ppo")
-    assert make_args(dataset="a").eval_dataset is None
+    own = make_args(dataset="a/mine.parquet")
+    assert (own.eval_dataset, own.task) == (None, "mine")
     assert make_args("imdb").eval_dataset == "stanfordnlp/imdb:test"
-    assert make_args("tldr").eval_dataset == "CarperAI/openai_summarize_tldr:valid"
     with pytest.raises(SystemExit, match="^0$"):
         rlhf.parse_args(["--task", "tldr", "--help"])
     assert "jdchang/tldr_rm_adapter" in capsys.readouterr().out
 
 
-NAMES = "total_timesteps batch_size num_minibatches update_epochs prompt_length response_length"
-NAMES += " top_k lora_r lora_alpha learning_rate weight_decay adam_eps gamma gae_lambda clip_coef"
-NAMES += " vf_coef ce_coef kl_coef max_grad_norm alpha beta z stop_at_eos eval_greedy eval_episodes"
-TOY = [4480, 112, 4, 5, 16, 32, 0, 0, 64, 5e-4, 1e-6, 1e-5, 0.99, 0.95, 0.2]
-IMDB = [6720, 112, 4, 5, 64, 48, 50, 0, 64, 5e-6, 1e-6, 1e-5, 0.99, 0.95, 0.2]
-TLDR = [12800, 64, 4, 4, 500, 50, 0, 8, 64, 5e-6, 0.01, 1e-5, 1, 0.95, 0.2]
-TOY += [0.5, 0, 0.005, 1, 0.5, 0.4, -1, True, False, 128]
-IMDB += [0.5, 0.1, 0.001, 1, 0.5, 0.4, -1, False, False, 128]
-TLDR += [0.1, 0.1, 0.002, 1, 0.5, 0.2, -1, True, True, 128]
+AUTHORS = {
+    "imdb": "total_timesteps=6720 batch_size=112 num_minibatches=4 update_epochs=5 "
+    "prompt_length=64 response_length=48 top_k=50 lora_r=0 learning_rate=5e-06 "
+    "weight_decay=1e-06 gamma=0.99 vf_coef=0.5 ce_coef=0.1 kl_coef=0.001 beta=0.4 "
+    "stop_at_eos=False eval_greedy=False",
+    "tldr": "total_timesteps=12800 batch_size=64 num_minibatches=4 update_epochs=4 "
+    "prompt_length=500 response_length=50 top_k=0 lora_r=8 learning_rate=5e-06 "
+    "weight_decay=0.01 gamma=1.0 vf_coef=0.1 ce_coef=0.1 kl_coef=0.002 beta=0.2 "
+    "stop_at_eos=True eval_greedy=True",
+}
+COMMON = "adam_eps=1e-05 gae_lambda=0.95 clip_coef=0.2 max_grad_norm=1.0 alpha=0.5 z=-1.0 seed=1 "
+COMMON += "lora_alpha=64 temperature=1.0 norm_adv=True eval_episodes=128 device=auto amp=auto"
 
 
-@pytest.mark.parametrize(("task", "values"), [("toy", TOY), ("imdb", IMDB), ("tldr", TLDR)])
-def test_the_settings_of_a_task_are_the_authors_or_the_toys(task, values):
-    assert [getattr(make_args(task), name) for name in NAMES.split()] == values
-    common = {"seed": 1, "temperature": 1.0, "norm_adv": True, "device": "auto", "amp": "auto"}
-    assert common.items() <= vars(make_args(task)).items()
+@pytest.mark.parametrize("task", AUTHORS)
+def test_the_settings_of_a_task_are_the_authors(task):
+    settings = {f"{name}={value}" for name, value in vars(make_args(task)).items()}
+    assert set(f"{COMMON} {AUTHORS[task]}".split()) <= settings
 
 
 @pytest.mark.parametrize("word", ["--help", "--no-such-flag"])

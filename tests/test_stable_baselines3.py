@@ -3,21 +3,19 @@ SA2C and SPPO as docs/copy-and-modify.md makes them of these. benchmarks/sb3.py'
 ours."""
 
 import copy
-import json
-import os
 import re
 import runpy
 import shlex
-import subprocess
 import sys
 from functools import partial
 from pathlib import Path
 
 import gymnasium as gym
+import helpers
 import numpy as np
 import pytest
 import torch
-from helpers import SA2C_ATARI, SA2C_CONTINUOUS, SPPO_ATARI, SPPO_CONTINUOUS, checkpoint, record
+from helpers import CONTINUOUS, SPPO_ATARI, SPPO_CONTINUOUS, checkpoint, only, record
 from stable_baselines3 import A2C, PPO
 from stable_baselines3.common import policies
 from stable_baselines3.common.buffers import RolloutBufferSamples
@@ -93,7 +91,7 @@ def check_same_update(theirs, before, after):
         torch.testing.assert_close(weight, parameter.detach(), rtol=0, atol=1e-6)
 
 
-@pytest.mark.parametrize("setting", [SA2C_CONTINUOUS, SA2C_ATARI], ids=str)
+@only(*helpers.A2C)
 def test_a2c_takes_stable_baselines3s_updates(setting, tmp_path, monkeypatch):
     """From the same weights and the same rollouts: three updates, so that RMSprop has a past."""
     flags = {"num_steps": T, "total_timesteps": 3 * T * N}
@@ -155,7 +153,7 @@ def train_ppo(model, batches):
     model.train()
 
 
-@pytest.mark.parametrize("setting", [SPPO_CONTINUOUS, SA2C_CONTINUOUS], ids=str)
+@only(*CONTINUOUS)
 def test_the_pages_models_take_our_symmetric_updates(setting, tmp_path, monkeypatch):
     """In float64: a whole rollout of PPO with all defaults, ten of A2C."""
     pytest.importorskip("Box2D", reason="no wheel for Python 3.14")
@@ -197,42 +195,15 @@ def test_the_pages_models_take_our_symmetric_updates(setting, tmp_path, monkeypa
     assert max(differences) < (2e-7 if setting.ppo else 1e-15)
 
 
-def test_a_run_of_stable_baselines3_begins_anew_with_an_edited_environment(tmp_path):
-    """As our own runs do. No script of ours is part of it."""
-    begin = "import gymnasium as gym\n"
-    begin += "gym.register('Mine-v0', lambda: gym.make('Pendulum-v1'), max_episode_steps=20)\n"
+def test_runs_of_stable_baselines3_are_read_like_ours(tmp_path, monkeypatch):
+    """In reports, and in lists of commands."""
     runs = tmp_path / "runs"
-    words = (
-        "--env-id own_pendulum:Mine-v0 --algo a2c --total-timesteps 64 --eval-episodes 1".split()
-    )
-    command = [sys.executable, ROOT / "benchmarks/sb3.py", *words, "--runs-dir", runs]
-    env = os.environ | {"PYTHONPATH": str(tmp_path)}
-    listed = [shlex.join(["python", "benchmarks/sb3.py", *words])]
-    for edit, count in ("", 1), ("", 1), ("# edited", 2):
-        (tmp_path / "own_pendulum.py").write_text(begin + edit)
-        assert len(list(benchmark_run.unfinished(listed, runs))) == (
-            edit != "" or not runs.exists()
-        )
-        subprocess.run(command, env=env, check=True)
-        assert len(list(runs.iterdir())) == count
-    files = json.loads(next(runs.glob("*/sessions.jsonl")).read_text())["files"]
-    assert {Path(path).name for path in files} == {"sb3.py", "own_pendulum.py"}
-
-
-def test_runs_of_stable_baselines3_and_ours_share_a_folder(tmp_path, monkeypatch):
-    """A report compares them, and a list that has both is done."""
-    runs = tmp_path / "runs"
-    common = ["--env-id", "InvertedDoublePendulum-v4", "--total-timesteps", "64"]
-    common += ["--eval-episodes", "1", "--runs-dir", str(runs)]
-    ours = ["sa2c_continuous.py", "--policy", "gaussian", "--no-compile", *common]
-    theirs = ["benchmarks/sb3.py", "--algo", "a2c", *common]
+    command = ["benchmarks/sb3.py", "--algo", "a2c", "--env-id", "InvertedDoublePendulum-v4"]
+    command += ["--total-timesteps", "64", "--eval-episodes", "1", "--runs-dir", str(runs)]
     monkeypatch.chdir(ROOT)
-    for command in (ours, theirs):
-        monkeypatch.setattr(sys, "argv", command)
-        runpy.run_path(command[0], run_name="__main__")
-
-    commands = [shlex.join(["python", *words]) for words in (ours, theirs, [*theirs, "--seed=2"])]
-    assert list(benchmark_run.unfinished(commands, runs)) == commands[2:]
-    args = report.Args(folders=(runs,), out=tmp_path / "report", compare=(("a2c", "sb3-a2c"),))
-    report.main(args)
-    assert "Compared: a2c with sb3-a2c." in (args.out / "report.md").read_text()
+    monkeypatch.setattr(sys, "argv", command)
+    runpy.run_path(command[0], run_name="__main__")
+    commands = [shlex.join(["python", *words]) for words in (command, [*command, "--seed=2"])]
+    assert list(benchmark_run.unfinished(commands, runs)) == commands[1:]
+    report.main(report.Args(folders=(runs,), out=tmp_path / "report"))
+    assert "| sb3-a2c |" in (tmp_path / "report/report.md").read_text()
