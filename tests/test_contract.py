@@ -540,6 +540,15 @@ def test_an_exit_before_the_summary_is_an_error(setting, status, launch, monkeyp
         launch()
 
 
+@only(SPPO_CONTINUOUS, SA2C_ATARI)
+def test_a_closed_stderr_ends_no_run(setting):
+    """Nor programs that libraries start, as glfw does to look for itself."""
+    command = [sys.executable, setting.script.__file__]
+    command += words(setting.small | {"runs_dir": RUNS, "total_timesteps": 64})
+    subprocess.run(["sh", "-c", '"$@" 2>&-', "sh", *command], check=True)
+    assert len(list(RUNS.glob("*/summary.json"))) == 1
+
+
 @helpers.needs_gpu
 @only(*ATARI, TEXTS, replace(TEXTS, small=TEXTS.small | {"amp": "auto"}))
 def test_on_a_gpu_a_run_is_compiled_and_continued(setting, launch):

@@ -300,6 +300,18 @@ def test_a_method_is_compared_with_one_baseline(tmp_path):
 # ---- Figures
 
 
+def test_a_curve_of_one_evaluation_and_equal_curves_can_be_seen(tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda figure, file: drawn.append(figure))
+    make_run(tmp_path / "runs", "dppo", 3, evaluations=1)
+    make_run(tmp_path / "runs", "sppo", 3, evaluations=1)
+    write_report(tmp_path / "runs", out=tmp_path / "out", draws=True)
+    (ax,) = drawn[0].axes
+    lines = [line for line in ax.lines if len(line.get_xdata())]
+    assert len({line.get_linestyle() for line in drawn[0].legends[0].get_lines()}) == 2
+    assert all(line.get_marker() == "o" for line in lines)
+
+
 def test_figures_show_every_method_in_its_own_colour_and_as_it_is_named(tmp_path, monkeypatch):
     drawn = []
     monkeypatch.setattr(figures, "save", lambda figure, file: drawn.append(figure))

@@ -35,6 +35,7 @@ from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
+from transformers.integrations.bitnet import pack_weights
 
 import sppo_rlhf as rlhf
 import toy as toy_script
@@ -470,6 +471,23 @@ def test_a_classifier_is_what_was_saved(load, toy, models, tmp_path):
     model.save_pretrained(tmp_path / "tokens")
     with refusal("tokens is no classifier, but .*ModernBertForTokenClassification"):
         load(reward_model=(str(tmp_path / "tokens"),))
+
+
+def test_quantised_weights_are_not_trained(load, toy, tmp_path):
+    """BitNet's are buffers, so that only the other layers would be."""
+    folder = tmp_path / "bitnet"
+    make_policy("Llama", folder, toy)
+    weights = safetensors.torch.load_file(folder / "model.safetensors")
+    for name in [name for name in weights if "_proj" in name]:
+        weights[name] = pack_weights(weights[name].sign())
+        weights[name.replace(".weight", ".weight_scale")] = torch.ones(1)
+    safetensors.torch.save_file(weights, folder / "model.safetensors", {"format": "pt"})
+    config = json.loads((folder / "config.json").read_text())
+    how = {"quant_method": "bitnet", "linear_class": "bitlinear", "quantization_mode": "offline"}
+    config["quantization_config"] = how | {"modules_to_not_convert": ["lm_head"]}
+    (folder / "config.json").write_text(json.dumps(config))
+    with refusal(f"^error: {folder} has quantised weights, which need --lora-r$"):
+        load(policy_model=str(folder))
 
 
 TEXT = "the plot was superb and the cast was dull ."
