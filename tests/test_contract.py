@@ -3,6 +3,7 @@
 import errno
 import hashlib
 import importlib
+import itertools
 import json
 import os
 import random
@@ -236,9 +237,12 @@ def test_evaluations_and_checkpoints_follow_where_a_multiple_was_passed(setting,
 
 
 @only(*A2C)
-def test_an_entry_in_a2cs_log_has_the_means_of_all_updates_since_the_last(setting):
+def test_an_entry_in_a2cs_log_has_the_means_of_all_updates_since_the_last(setting, monkeypatch):
     each = scalars(setting.run(RUNS)[1])
-    rare = scalars(setting.run(RUNS, log_freq=128)[1])
+    monkeypatch.setattr(time, "perf_counter", itertools.count().__next__)  # a second a call
+    summary, folder = setting.run(RUNS, log_freq=128)
+    assert summary["sps"] == 128
+    rare = scalars(folder)
     for name in ("losses/value_loss", "losses/entropy", "losses/grad_norm"):
         a, b, c, d = (value for _, value in each[name])
         means = [(128, pytest.approx((a + b) / 2)), (256, pytest.approx((c + d) / 2))]
@@ -286,6 +290,9 @@ def test_only_what_may_change_results_changes_the_folder(setting, monkeypatch):
     with monkeypatch.context() as patch:  # each process samples with a seed of its own
         patch.setenv("WORLD_SIZE", "2")
         assert (name() != plain) == setting.is_text
+    args = setting.args(RUNS)  # a project that has moved finds its runs again
+    moved = {f"/moved{path}": x for path, x in helpers.digests_of(setting.script, args).items()}
+    assert setting.script.run_folder(args, moved).name == plain
     monkeypatch.setattr(setting.script, "SOURCE", setting.script.SOURCE + b"# an edit\n")
     assert name() != plain
 

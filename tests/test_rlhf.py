@@ -1105,11 +1105,13 @@ def test_an_evaluation_is_as_computed_by_hand(run, toy, monkeypatch, greedy):
     assert log_ratio.abs().max() > 1e-3
 
 
-def test_samples_show_prompts_with_their_special_tokens(run, tmp_path):
+def test_samples_show_prompts_with_their_special_tokens(run, tmp_path, monkeypatch):
     """And the data's other columns, also of types that JSON lacks."""
+    collected = record(monkeypatch, rlhf, "collect")
     columns = {"prompt": [f"{END}the plot {i}" for i in range(8)], "day": [date(2037, 5, 6)] * 8}
     path = write_data(tmp_path / "few.parquet", **columns)
     folder = run(dataset=path, eval_dataset=path, total_timesteps=8)
+    assert len({sample.row["prompt"] for sample in collected[1][1]}) == 8  # each once in a batch
     samples = read_samples(folder)
     assert all(re.fullmatch(rf"{re.escape(END)}the plot \d", x["prompt"]) for x in samples)
     assert not any(END in x["response"] for x in samples)
@@ -1235,6 +1237,7 @@ def test_micro_batches_add_up_to_the_minibatch(load, models, monkeypatch, lora_r
         for name in ("advantage", "returns"):
             setattr(sample, name, torch.randn(length, generator=generator))
         sample.log_prob += 0.3 * torch.randn(length, generator=generator)
+        sample.value += torch.randn(length, generator=generator)  # so that clipping matters
         if i % 3 == 0:
             sample.target = []
     assert len({len(sample.response) for sample in samples}) > 1
