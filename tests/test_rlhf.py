@@ -1121,9 +1121,11 @@ def test_samples_show_prompts_with_their_special_tokens(run, tmp_path, monkeypat
 
 def test_the_optimizer_gets_its_settings(load):
     settings_ = {"learning_rate": 0.1, "weight_decay": 0.2, "adam_eps": 0.3}
-    optimizer = load(**settings_)[0].optimizer
-    assert isinstance(optimizer, torch.optim.AdamW)
-    (group,) = optimizer.param_groups
+    setup, _ = load(lora_r=2, lora_alpha=6, **settings_)
+    adapter = setup.actor_critic.policy.peft_config["default"]
+    assert (adapter.r, adapter.lora_alpha) == (2, 6)
+    assert isinstance(setup.optimizer, torch.optim.AdamW)
+    (group,) = setup.optimizer.param_groups
     assert [group[name] for name in ("lr", "weight_decay", "eps")] == [0.1, 0.2, 0.3]
 
 
