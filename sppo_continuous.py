@@ -837,7 +837,7 @@ def main():
     summary = json.loads(summary_path.read_text())
     score = f"return {summary['return_mean']:.1f}, {summary['sps']:,.0f} steps/s"
     name = f"{args.runs_dir}/{folder.name}"  # as it was typed
-    print(f"{name}: {score}; to watch it: python enjoy.py {name}")
+    print(f"{name}: {score}; to play it: python enjoy.py {name}")
 
 
 if __name__ == "__main__":

@@ -1581,7 +1581,7 @@ def main():
         summary = json.loads(summary_path.read_text())
         score = f"reward {summary['return_mean']:.3f}, {summary['sps']:,.1f} texts/s"
         name = f"{args.runs_dir}/{folder.name}"  # as it was typed
-        print(f"{name}: {score}; to watch it: python enjoy.py {name}")
+        print(f"{name}: {score}; to play it: python enjoy.py {name}")
 
 
 if __name__ == "__main__":

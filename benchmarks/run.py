@@ -166,7 +166,7 @@ def main():
                 cause = signal.strsignal(-code) if code < 0 else "failed"
                 tqdm.write(f"{cause}, see {log}" if code else last_line)
                 failed += code != 0
-                if code == 0 and "; to watch it: " not in last_line:
+                if code == 0 and "; to play it: " not in last_line:
                     silent.append(command)
                 bar.update()
             bar.update(0)

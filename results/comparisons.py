@@ -102,7 +102,8 @@ def of_control():
     name = "k = 20.5 minus 1"
     for claim, (rewards, noises) in {"1": ("clean", [0]), "2": ("noisy", [1])}.items():
         found = k.effects(FIVE, noises=noises)[name]
-        yield Comparison(claim, f"three tasks, {rewards} ({name})", "k", found, 8, **options)
+        title = f"SPPO (k = 20.5) minus DPPO (k = 1), three tasks, {rewards}"
+        yield Comparison(claim, title, "k", found, 8, **options)
     for name, found in k.effects(FIVE).items():
         if name.endswith("minus 1"):
             yield Comparison("1 2", name, "k", found, 8, direct=False, **options)
@@ -117,7 +118,7 @@ def of_hyperparameters():
     scores = noise.shares()
     found = noise.area_difference(scores["sppo"], scores["dppo"])
     options = {"tasks": 3, "measure": MEASURES[FIVE]}
-    yield Comparison("2", "five levels of noise", "noise", found, 5, **options)
+    yield Comparison("2", "no noise and four levels", "noise", found, 5, **options)
     found = Interval(*sweep.difference_in_share())
     name = "three learning rates times three clip ranges"
     yield Comparison("8", name, "sweep", found, 4, tasks=2, measure=MEASURES[FIVE])
@@ -155,7 +156,7 @@ def of_a2c():
     names |= {"noisy minus clean": "4", "flipped minus clean": "4"}
     for name, claim in names.items():
         corrected = p[MEASURES[TRAINING], name]
-        title = f"three tasks, slope over beta, {name.removeprefix('slope: ')}"
+        title = f"three tasks, beta 0 to 20 by a fitted line, {name.removeprefix('slope: ')}"
         direct = name in ["slope: clean", "slope: noisy rewards"]  # registered as primary
         own = options | {"corrected": corrected, "direct": direct}
         yield Comparison(claim, title, found=found[name], **own)

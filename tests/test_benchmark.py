@@ -259,7 +259,7 @@ def test_a_failed_run_is_named_and_the_others_go_on(stubs):
     """One run is ended by a library, with status 0. One prints the score of an earlier session."""
     (stubs / "sppo_atari.py").write_text("raise ValueError('no')")
     (stubs / "sa2c_continuous.py").write_text("import os\nos._exit(0)")
-    (stubs / "sppo_rlhf.py").write_text("print('runs/a: reward 1; to watch it: python enjoy.py')")
+    (stubs / "sppo_rlhf.py").write_text("print('runs/a: reward 1; to play it: python enjoy.py')")
     commands = [["sppo_atari.py", "--env-id", "Pong", "--seed", "1"], ["sa2c_continuous.py"]]
     commands += [["sppo_rlhf.py"], ["sppo_continuous.py"]]
     result = run(commands, stubs, "--jobs", 1, PATH="/nowhere")  # which has no `python`

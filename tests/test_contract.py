@@ -149,7 +149,7 @@ def test_a_run_writes_its_files_and_messages(setting, launch, monkeypatch):
     assert f"{folder.name}: from step 0, with a checkpoint every {2 * setting.batch} " in out
     last_line = out.splitlines()[-1]
     assert last_line.startswith(f"{folder}: ") and f"{score}, " in last_line
-    assert last_line.endswith(f"/s; to watch it: python enjoy.py {folder}")
+    assert last_line.endswith(f"/s; to play it: python enjoy.py {folder}")
     state = checkpoint(folder)
     summary = json.loads((folder / "summary.json").read_text())
     assert summary == row | {"sps": np.median(step_and_speeds(state)[1])}
