@@ -19,7 +19,7 @@ from analysis.methods import colors_of
 from analysis.runs import CELL, Refusal
 from analysis.tables import interval_text, markdown_of, with_interval
 
-BOLD = """Bold: the highest of its row, if it differs from each method that it is compared with \
+BOLD = """Bold: the highest of a task and noise, if it differs from each method it is compared with \
 (p below 0.05 after correction)."""
 CURVES = "Means over runs and, shaded, standard errors."
 DIFFERENCES = """The method's mean minus the baseline's, with Welch's 95 % interval and p. \
