@@ -19,8 +19,8 @@ from analysis.methods import colors_of
 from analysis.runs import CELL, Refusal
 from analysis.tables import interval_text, markdown_of, with_interval
 
-BOLD = """Bold: the highest of a task and noise, if it differs from each method it is compared with \
-(p below 0.05 after correction)."""
+BOLD = """Bold: the highest of a task and noise, if it differs from each method it is compared \
+with (p below 0.05 after correction)."""
 CURVES = "Means over runs and, shaded, standard errors."
 DIFFERENCES = """The method's mean minus the baseline's, with Welch's 95 % interval and p. \
 p_corrected: by Benjamini and Hochberg, over all rows. detectable: the true difference that such \
