@@ -1284,8 +1284,8 @@ def load_frozen(args, dtype):
 
 def sources(args):
     """Names of the run's data and models."""
-    given = filter(None, [args.dataset, args.eval_dataset, args.tokenizer])
-    return [args.policy_model, *given, *args.reward_model]
+    names = [args.dataset, args.eval_dataset, args.policy_model, args.tokenizer, *args.reward_model]
+    return list(filter(None, names))
 
 
 def prepare(args):
