@@ -616,7 +616,7 @@ def evaluate(agent, args, obs_stats, seed, env):
                 break
         else:
             tqdm.write(f"warning: evaluation cut after {longest:,} steps; see --checkpoint-freq")
-        success = np.min(np.float64(info.get("is_success"))).clip(0, 1)  # at the end; None is NaN
+        success = np.float64(info.get("is_success")).min().clip(0, 1)  # at the end; None is NaN
         if success >= 0:
             successes.append(success)
     # Some environments say it only of a success
