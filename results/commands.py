@@ -2,7 +2,7 @@
 
 python -m results.commands control/million | python benchmarks/run.py --runs-dir runs/again
 
-Runs of edited scripts are left out: docs/copy-and-modify.md has their changes as examples.
+Runs of edited scripts are left out.
 """
 
 import re
@@ -12,7 +12,7 @@ from pathlib import Path
 from analysis.runs import read_pack
 
 RESULTS = Path(__file__).parent
-# Of variants that are examples now, and of a reward model that is only watched (text/imdb.sh)
+# Of variants, and of a reward model that is only watched
 REMOVED = ["--correct-flips", "--no-divide-by-p-old", "--eval-reward-model"]
 
 

@@ -145,14 +145,3 @@ def corrected_p(rows):
     """p of `rows`, {title: {name: estimate}}, by Benjamini and Hochberg: {(title, name): p}."""
     found = {(title, name): x.p for title, row in rows.items() for name, x in row.items()}
     return dict(zip(found, stats.false_discovery_control(list(found.values()))))
-
-
-def power_table(rows):
-    """p of `rows`, as corrected for all, and what each could detect."""
-    corrected = corrected_p(rows)
-    lines = []
-    for (title, name), p in corrected.items():
-        x = rows[title][name]
-        lines.append([title, name, f"{x.p:.2g}", f"{p:.2g}", f"{x.detectable:.2f}"])
-    header = ["measure", "difference", "p", f"p, corrected for {len(corrected)}", "detects"]
-    return markdown(header, lines)

@@ -3,7 +3,6 @@
 from dataclasses import dataclass
 
 import numpy as np
-import pandas as pd
 
 from analysis.compare import FIVE, LAST, TRAINING, Estimate, cells_of, difference
 from results.a2c import dose
@@ -135,10 +134,10 @@ def of_hyperparameters():
 
 
 def of_a2c():
-    million = pd.concat([read("a2c/million"), read("a2c/fresh")])
+    million = cells_of(read("a2c/million"))
     for claim, rewards in {"3": "clean", "4": "normal 0.05"}.items():
         for task in [HOPPER, LANDER, PENDULUM]:
-            cell = cells_of(million)[task, rewards]
+            cell = million[task, rewards]
             a, b = cell["sa2c"], cell["da2c"]
             options = {"matters": abs(b.mean()) / 10, "unit": POINTS}
             yield Comparison(claim, short(task), "million", difference(a, b), len(a), **options)

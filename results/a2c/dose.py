@@ -8,8 +8,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
-from analysis.compare import FIVE, LAST, TRAINING, contrast, difference
-from analysis.tables import interval_text, markdown
+from analysis.compare import FIVE, LAST, TRAINING, contrast
 from results.common import (
     HOPPER,
     MEASURES,
@@ -19,7 +18,6 @@ from results.common import (
     estimate_table,
     log_mean_and_variance,
     mean,
-    power_table,
     read,
     short,
 )
@@ -73,8 +71,6 @@ def measures():
         "training, all three tasks": effects(TRAINING),
         "training, without InvertedDoublePendulum": effects(TRAINING, slice(0, 2)),
     }
-    for i, task in enumerate(TASKS):
-        found[f"training, {short(task)}"] = effects(TRAINING, slice(i, i + 1))
     found["last five evaluations"] = effects(FIVE)
     found["last evaluation"] = effects(LAST)
     return estimate_table("", found, places=3)
@@ -82,10 +78,6 @@ def measures():
 
 def tested():
     return {MEASURES[measure]: effects(measure) for measure in [TRAINING, FIVE, LAST]}
-
-
-def power():
-    return power_table(tested())
 
 
 def dose_effects():
@@ -128,24 +120,6 @@ def interactions():
     return estimate_table("log ratio, beta 20 to 0", tested_interactions(), places=3)
 
 
-def power_of_interactions():
-    return power_table(tested_interactions())
-
-
-def smallest_dose():
-    """Beta 0.5 minus 0 in each cell: Welch's intervals, corrected for the nine (Bonferroni)."""
-    scores = relative_scores(TRAINING)
-    rows = []
-    for task, cells in zip(TASKS, scores):
-        texts = []
-        for plain, small, *_ in cells:
-            found = difference(small, plain)
-            half = found.half_width(1 - 0.05 / 9)
-            texts.append(interval_text(found.value, found.value - half, found.value + half, 2))
-        rows.append([task, *texts])
-    return markdown(["beta 0.5 minus 0", *REWARDS.values()], rows)
-
-
 def draw():
     """Training score against dose: over all tasks, then each; a line for each kind of rewards."""
     scores = relative_scores(TRAINING)
@@ -172,6 +146,5 @@ def draw():
 
 if __name__ == "__main__":
     plt.switch_backend("agg")
-    print(measures(), power(), doses(), interactions(), sep="\n\n", end="\n\n")
-    print(power_of_interactions(), smallest_dose(), sep="\n\n")
+    print(measures(), doses(), interactions(), sep="\n\n")
     draw()

@@ -10,7 +10,6 @@ import numpy as np
 import pandas as pd
 
 from analysis.compare import FIVE, LAST, TRAINING, cells_of, contrast
-from analysis.tables import markdown
 from results.common import estimate_table, mean, read
 
 HERE = Path(__file__).parent
@@ -51,15 +50,6 @@ def measures():
     return estimate_table("", {title: steps(measure) for measure, title in MEASURES.items()})
 
 
-def power():
-    """p, and what is detected."""
-    rows = []
-    for measure, title in MEASURES.items():
-        found = steps(measure).values()
-        rows.append([title, *(f"{x.p:.4f}, detects {x.detectable:.2f}" for x in found)])
-    return markdown(["p", *STEPS], rows)
-
-
 def quoted_ratio():
     """SPPO's score to PPO's in the review's, and its error if their ± are standard errors."""
     game = pd.read_csv(HERE / "quoted.csv", index_col="game").loc["CrazyClimber"]
@@ -90,6 +80,6 @@ def draw():
 
 if __name__ == "__main__":
     plt.switch_backend("agg")
-    print(measures(), power(), sep="\n\n")
+    print(measures())
     print("quoted: {:.3f} ± {:.3f}".format(*quoted_ratio()))
     draw()

@@ -10,7 +10,6 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
-from scipy import stats
 
 from analysis.compare import FIVE, LAST, TRAINING
 from analysis.tables import markdown
@@ -103,18 +102,6 @@ def registered_tests(ratios):
     return pd.Series(holm(p), index=list(TESTED))
 
 
-def share_text(holds):
-    """For how many games it holds, with Clopper and Pearson's interval for their share."""
-    low, high = stats.binomtest(holds.sum(), holds.count()).proportion_ci()
-    return f"{holds.sum()} of {holds.count()} ({100 * low:.0f} to {100 * high:.0f} %)"
-
-
-def without_one(ratios):
-    """The lowest and highest mean without any one game."""
-    means = (ratios.sum() - ratios) / (len(ratios) - 1)
-    return f"{means.min():.2f} to {means.max():.2f}"
-
-
 def gain_text(ratios):
     found = mean_over_games(ratios)
     return percent_text(*np.expm1([found.value, found.low, found.high]))
@@ -123,17 +110,11 @@ def gain_text(ratios):
 def table_of(contrasts):
     """Mean log ratios over games, by t; of the first row the registered tests."""
     ratios = {title: log_ratios(scores_of(measure)) for measure, title in MEASURES.items()}
-    first = ratios.pop(MEASURES[FIVE])
-    learned = first[is_learned(scores_of(FIVE))]
-    parts = {MEASURES[FIVE]: first, "the same, learned games": learned} | ratios
+    first = ratios[MEASURES[FIVE]]
     rows = []
-    for title, part in parts.items():
+    for title, part in ratios.items():
         rows.append([title, *(estimate_text(mean_over_games(part[name])) for name in contrasts)])
     rows.insert(1, ["the same in percent", *(gain_text(first[name]) for name in contrasts)])
-    values = [first[name].dropna() for name in contrasts]
-    rows.append(["mean without any one game", *map(without_one, values)])
-    rows.append(["games above 0 in the first row", *(share_text(x > 0) for x in values)])
-    rows.append(["could detect", *(f"{mean_over_games(x).detectable:.2f}" for x in values)])
     p = registered_tests(first).reindex(contrasts)
     rows.append(["p, by Holm", *("" if np.isnan(x) else f"{x:.2f}" for x in p)])
     return markdown(["log ratio", *contrasts], rows)

@@ -8,7 +8,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
-from analysis.compare import CELL, FIVE, contrast, difference
+from analysis.compare import FIVE, contrast, difference
 from analysis.methods import COLORS
 from results.common import (
     HOPPER,
@@ -18,7 +18,6 @@ from results.common import (
     above_floors,
     estimate_table,
     mean,
-    power_table,
     read,
     short,
 )
@@ -77,37 +76,6 @@ def tested():
     return rows
 
 
-def power():
-    return power_table(tested())
-
-
-def each_task():
-    rows = {}
-    for i, task in enumerate(TASKS):
-        for measure, title in MEASURES.items():
-            rows[f"{short(task)}, {title}"] = effects(measure, slice(i, i + 1))
-    return estimate_table("task", rows)
-
-
-def best_runs():
-    ends, earlier = both_suites(FIVE)
-    scores = np.concatenate([relative(ends, baseline=1), relative(earlier, baseline=0)], axis=2)
-    best = scores.max(axis=(1, 2, 3))
-    lines = [f"{short(task)}: best run {x:.2f} times k = 1's mean" for task, x in zip(TASKS, best)]
-    return "\n".join(lines)
-
-
-def clipped():
-    """Share of updates whose gradient was clipped, by k, lowest and highest of six cells."""
-    scores = read("control/k")
-    cells = scores[scores["measure"] == "losses/clipped_gradients"].groupby(CELL)["score"].mean()
-    lines = []
-    for method, k in ENDS.items():
-        shares = cells.xs(method, level="method")
-        lines.append(f"k = {k:g}: clipped {shares.min():.4f} to {shares.max():.4f}")
-    return "\n".join(lines)
-
-
 def draw():
     """Score relative to k = 1 against k: over all tasks, then each."""
     figure, axes = plt.subplots(1, 4, figsize=(10, 2.9), sharey=True, layout="constrained")
@@ -133,5 +101,5 @@ def draw():
 
 if __name__ == "__main__":
     plt.switch_backend("agg")
-    print(measures(), power(), each_task(), best_runs(), clipped(), sep="\n\n")
+    print(measures())
     draw()

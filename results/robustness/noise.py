@@ -11,17 +11,15 @@ from scipy import stats
 
 from analysis.compare import FIVE, difference, pooled_difference
 from analysis.methods import COLORS
-from analysis.tables import interval_text, markdown
+from analysis.tables import markdown
 from results.common import (
     HOPPER,
     LANDER,
     PENDULUM,
     above_floors,
-    bootstrapped,
     estimate_text,
     mean,
     read,
-    resampled_means,
     short,
 )
 
@@ -84,21 +82,6 @@ def smallest_p():
     return "\n".join(lines)
 
 
-def registered():
-    """Differences as registered: by a bootstrap, which draws the seeds of each cell."""
-    # In this order the registered bootstrap drew
-    scores = above_floors(read("robustness/noise"), FIVE, TASKS, LEVELS, ["dppo", "ppo", "sppo"])
-    means = resampled_means(scores[..., None, :])[..., 0, :]
-    dppo, ppo, sppo = np.moveaxis(means / means[:, :1, :1], 2, 0).mean(axis=1)
-    samples = {"dppo": dppo, "ppo": ppo, "sppo": sppo}
-    rows = []
-    for a, b in PAIRS:
-        of_levels = samples[a] - samples[b]
-        found = [of_levels.mean(axis=0), *of_levels]
-        rows.append([title_of((a, b)), *(interval_text(*bootstrapped(x), 2) for x in found)])
-    return markdown(["bootstrap", *HEADER], rows)
-
-
 def draw():
     """Share against level: averaged over the tasks, then for each."""
     figure, axes = plt.subplots(1, 4, figsize=(12, 3.2), sharey=True, layout="constrained")
@@ -123,5 +106,5 @@ def draw():
 
 if __name__ == "__main__":
     plt.switch_backend("agg")
-    print(measures(), smallest_p(), registered(), sep="\n\n")
+    print(measures(), smallest_p(), sep="\n\n")
     draw()

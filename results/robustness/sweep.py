@@ -1,4 +1,4 @@
-"""Measures, predictions' table and figure of the sweep over learning rate and clip range.
+"""Measures and figure of the sweep over learning rate and clip range.
 
 python -m results.robustness.sweep
 """
@@ -19,7 +19,6 @@ from results.common import (
     LANDER,
     above_floors,
     bootstrapped,
-    gain_text,
     read,
     resampled_means,
     short,
@@ -75,15 +74,15 @@ MEASURES = {
 
 
 def measures():
-    return markdown(["measure", "DPPO", "SPPO", "SPPO minus DPPO"], rows_of(slice(None)))
-
-
-def each_rewards():
-    texts = []
-    for i, rewards in enumerate(REWARDS.values()):
-        header = [f"measure, {rewards}", "DPPO", "SPPO", "SPPO minus DPPO"]
-        texts.append(markdown(header, rows_of([i])))
-    return "\n\n".join(texts)
+    """Averaged over tasks and rewards, of each method and of SPPO minus DPPO."""
+    means = resampled_means(scores_above())
+    shares = means / means.max(axis=-2, keepdims=True)  # of the best setting
+    rows = []
+    for title, measure in MEASURES.items():
+        dppo, sppo = measure(shares).mean(axis=(0, 1))
+        samples = [dppo, sppo, sppo - dppo]
+        rows.append([title, *(interval_text(*bootstrapped(x), 2) for x in samples)])
+    return markdown(["measure", "DPPO", "SPPO", "SPPO minus DPPO"], rows)
 
 
 def difference_in_share():
@@ -92,40 +91,6 @@ def difference_in_share():
     shares = means / means.max(axis=-2, keepdims=True)
     dppo, sppo = mean_share(shares).mean(axis=(0, 1))
     return bootstrapped(sppo - dppo)
-
-
-def rows_of(rewards):
-    """Both measures, averaged over tasks and `rewards`, of each method and of SPPO minus DPPO."""
-    means = resampled_means(scores_above())
-    shares = means / means.max(axis=-2, keepdims=True)  # of the best setting
-    rows = []
-    for title, measure in MEASURES.items():
-        dppo, sppo = measure(shares)[:, rewards].mean(axis=(0, 1))
-        samples = [dppo, sppo, sppo - dppo]
-        rows.append([title, *(interval_text(*bootstrapped(x), 2) for x in samples)])
-    return rows
-
-
-def gains():
-    """SPPO to DPPO at the same setting: ratios, pooled over 36 or 18 cells without their bias."""
-    scores = scores_above()
-    lines = []
-    for rewards, part in {"all": scores, "clean": scores[:, :1], "noisy": scores[:, 1:]}.items():
-        dppo, sppo = part.swapaxes(0, 2).reshape(2, -1, part.shape[-1])
-        lines.append(f"SPPO to DPPO, {rewards}: {gain_text(zip(sppo, dppo))}")
-    return "\n".join(lines)
-
-
-def main_effects():
-    """Scores by learning rate, averaged over clip ranges, and the other way round."""
-    scores = scores_above().mean(axis=-1)
-    places = product(map(short, TASKS), REWARDS.values(), METHODS)
-    rows = []
-    for place, of_settings in zip(places, scores.reshape(-1, len(RATES), len(CLIPS))):
-        effects = [*of_settings.mean(axis=1), *of_settings.mean(axis=0)]
-        rows.append([", ".join(place), *(f"{effect:,.0f}" for effect in effects)])
-    columns = [*(f"rate {rate:g}" for rate in RATES), *(f"clip {clip}" for clip in CLIPS)]
-    return markdown(["above the floor", *columns], rows)
 
 
 def draw():
@@ -164,5 +129,5 @@ def draw():
 
 if __name__ == "__main__":
     plt.switch_backend("agg")
-    print(measures(), each_rewards(), gains(), main_effects(), sep="\n\n")
+    print(measures())
     draw()

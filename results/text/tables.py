@@ -72,17 +72,19 @@ def ends(values, digits=2):
 
 
 def lora():
-    """Of each alpha and learning rate: least and most over seeds (approx_kl: and evaluations)."""
+    """Of each alpha and learning rate with three seeds: least and most over seeds."""
     runs, progress = read_pack(Path(__file__).with_name("lora-runs.csv.gz"))
     finished = runs[runs["finished"]]
     rows = []
     for (alpha, rate), cell in finished.groupby(["lora_alpha", "learning_rate"]):
+        if len(cell) < 3:
+            continue
         evaluations = progress[progress["run_name"].isin(cell["run_name"])]
         last = evaluations.groupby("run_name").last()
-        row = [alpha, rate, len(cell), ends(last["return_mean"]), ends(last["kl"])]
+        row = [alpha, rate, ends(last["return_mean"]), ends(last["kl"])]
         largest = f"{evaluations['kl'].max():.2g}"
         rows.append([*row, largest, ends(evaluations["losses/approx_kl"])])
-    header = ["alpha", "learning rate", "seeds", "`return_mean`, end", "`kl`, end", "largest `kl`"]
+    header = ["alpha", "learning rate", "`return_mean`, end", "`kl`, end", "largest `kl`"]
     return markdown([*header, "`losses/approx_kl`"], rows)
 
 
