@@ -72,7 +72,6 @@ MISTAKES = [  # what is right in a script, and what is wrong
     (SPPO_ATARI, "e, generator=generator)", "e, generator=generator, device='cuda')"),
     (SPPO_ATARI, "action[t].cpu().numpy()", "action[t].numpy()"),
     (SA2C_ATARI, "(~overridden).float().to(device)", "(~overridden).float()"),
-    (SA2C_ATARI, "flipped.to(advantage.device)", "flipped"),
     (SPPO_RLHF, "batch_first=True).to(device)", "batch_first=True)"),
     (SPPO_RLHF, "return inputs.to(setup.actor_critic.policy.device)", "return inputs"),
 ]

@@ -30,8 +30,6 @@ from accelerate.state import PartialState
 from helpers import SMALL_TEXTS as SMALL
 from helpers import Setting, checkpoint, progress, read_lines, record, train, weights, work_in
 from helpers import words as typed
-from hypothesis import given, settings
-from hypothesis import strategies as st
 from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -52,7 +50,7 @@ def constant(texts, score):
     return [score] * len(texts)
 
 
-twos, infinite_scores, of_no_text = (partial(constant, score=x) for x in (2.0, math.inf, None))
+infinite_scores, of_no_text = (partial(constant, score=x) for x in (math.inf, None))
 
 
 def of_some_texts(texts):
@@ -112,10 +110,6 @@ def load(toy, tmp_path, monkeypatch):
         return rlhf.load(args), args
 
     return load_
-
-
-def rows_of(columns):
-    return datasets.Dataset.from_dict(columns).to_list()
 
 
 def function_reward(name, **inputs):
@@ -307,9 +301,8 @@ def test_a_policy_that_samples_otherwise_is_refused(run, toy, tmp_path, monkeypa
         return output
 
     monkeypatch.setattr(transformers.GPT2LMHeadModel, "forward", wrong)
-    short = write_data(tmp_path / "short.jsonl", prompt=["the"] * 8)
     with pytest.raises(SystemExit, match="^error: .* samples otherwise than it is trained, by"):
-        run(policy_model=str(tmp_path / kind), eval_dataset=short)
+        run(policy_model=str(tmp_path / kind))
     assert not list((tmp_path / "run").glob("*/*.csv"))
 
 
@@ -342,13 +335,11 @@ def test_each_token_is_sampled_as_often_as_is_probable(load, models, top_k, temp
     torch.testing.assert_close(counts / 10_000, p / p.sum(), atol=0.02, rtol=0)
 
 
-@pytest.mark.parametrize("named", [[], [5, 9, 10**6]])
-def test_all_end_tokens_of_the_policy_end_a_response(load, models, tmp_path, named):
+def test_all_end_tokens_of_the_policy_end_a_response(load, models, tmp_path):
     """One is out of the vocabulary. Without --stop-at-eos none of them is sampled."""
     folder = shutil.copytree(models["gpt2"], tmp_path / "policy")
-    config = json.dumps({"eos_token_id": named or None})
-    (folder / "generation_config.json").write_text(config)
-    ends = {AutoTokenizer.from_pretrained(folder).eos_token_id, *named} - {10**6}
+    (folder / "generation_config.json").write_text('{"eos_token_id": [5, 9, 1000000]}')
+    ends = {AutoTokenizer.from_pretrained(folder).eos_token_id, 5, 9}
     flags = {"policy_model": str(folder), "response_length": 50}
     torch.manual_seed(0)
     responses = rlhf.generate(load(**flags)[0], ragged()[0] * 50, do_sample=True)
@@ -411,40 +402,24 @@ def test_with_lora_policy_and_critic_are_adapters_on_one_frozen_model(models):
 def test_models_that_do_not_fit_are_refused(toy, models, tmp_path, monkeypatch):
     """Those that lack weights, a tokenizer or positions. Texts of exactly so many tokens fit."""
     work_in(monkeypatch, toy.parent.parent)
-    adapter = shutil.copytree(models["adapter"], tmp_path / "adapter")
-    file = adapter / "adapter_model.safetensors"
-    saved = safetensors.torch.load_file(file)
-    renamed = {name.replace("lora_A", "lora_C"): weight for name, weight in saved.items()}
-    safetensors.torch.save_file(renamed, file)
     adapted = shutil.copytree(models["gpt2"], tmp_path / "adapted")
     shutil.copy(models["adapter"] / "adapter_config.json", adapted)
     long_rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     lengths = {"max_position_embeddings": 64, "original_max_position_embeddings": 16}
     make_policy("Phi3", tmp_path / "long", toy, rope_scaling=long_rope, **lengths)
     long = ["--policy-model", tmp_path / "long", "--prompt-length", 7, "--response-length"]
-    make_policy("Mpt", tmp_path / "mpt", toy, max_seq_len=16)
-    shape = {"hidden_size": 16, "num_hidden_layers": 1, "num_attention_heads": 2}
-    config = transformers.DebertaV2Config(vocab_size=300, pad_token_id=0, **shape)
-    bare = tmp_path / "bare"  # AutoTokenizer makes a tokenizer that knows no word
-    AutoModelForSequenceClassification.from_config(config).save_pretrained(bare)
-    policy, reward = f"{rlhf.TOY}/policy", f"{rlhf.TOY}/reward"
+    files = shutil.ignore_patterns("token*")
+    bare = shutil.copytree(models["gpt2"], tmp_path / "bare", ignore=files)
     data = write_data(tmp_path / "few.jsonl", text=[f"the plot {i} was dull" for i in range(40)])
     few = ["--dataset", data, "--eval-episodes", 4, "--total-timesteps", 1, "--batch-size", 4]
     refusals = [
-        (["--reward-model", policy], "policy lacks 1 weights, such as score.weight$"),
-        (["--policy-model", reward, "--tokenizer", policy], r"reward lacks \d+ weights, such as"),
+        (["--reward-model", f"{rlhf.TOY}/policy"], "policy lacks 1 weights, such as score.weight$"),
         (["--policy-model", adapted], "adapted has an adapter_config.json: merge or remove it$"),
         (["--device", "cuda"], "there is no GPU$"),
         (["--prompt-length", "40"], "has 64 positions, not 72$"),
         ([*long, 10], "long has 16 positions, not 17$"),
-        (["--policy-model", tmp_path / "mpt"], "mpt has 16 positions, not 48$"),
         (["--reward-model", f"{__file__}:constant"], "constant gets texts, .*'score'$"),
-        (["--reward-model", "not a name"], "error: not a name: "),
-        (["--policy-model", "not a name"], "error: not a name: "),
-        (["--policy-model", "not a name", "--tokenizer", policy], "error: not a name: "),
-        (["--reward-label", 2], "reward: --reward-label must be one of {0.*, not 2$"),
-        (["--reward-model", reward, adapter], "adapter lacks 4 weights, such as .*lora_A.weight$"),
-        (["--reward-model", reward, bare], f"^error: {bare} has no tokenizer"),
+        (["--policy-model", bare], f"^error: {bare} has no tokenizer"),
     ]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for words, message in refusals:
@@ -454,9 +429,8 @@ def test_models_that_do_not_fit_are_refused(toy, models, tmp_path, monkeypatch):
     call_main(monkeypatch, *few, *long, 9, "--runs-dir", tmp_path / "runs")
 
 
-def test_a_classifier_is_what_was_saved(load, toy, models, tmp_path):
-    """With all its weights, while a policy may lose a value head. A classifier of texts lacks none
-    of the weights of one of tokens."""
+def test_a_classifier_is_what_was_saved(load, models, tmp_path):
+    """With all its weights, while a policy may lose a value head."""
     for name in ("gpt2", "classifier"):
         folder = shutil.copytree(models[name], tmp_path / name)
         weights = safetensors.torch.load_file(folder / "model.safetensors")
@@ -465,12 +439,6 @@ def test_a_classifier_is_what_was_saved(load, toy, models, tmp_path):
     load(policy_model=str(tmp_path / "gpt2"))
     with refusal(f"^error: {tmp_path}/classifier is no .*; unused weights: .*v_head.summary"):
         load(reward_model=(str(tmp_path / "classifier"),))
-    shape = {"hidden_size": 16, "num_hidden_layers": 2, "num_attention_heads": 2}
-    config = transformers.ModernBertConfig(vocab_size=400, pad_token_id=0, **shape)
-    model = transformers.ModernBertForTokenClassification(config)
-    model.save_pretrained(tmp_path / "tokens")
-    with refusal("tokens is no classifier, but .*ModernBertForTokenClassification"):
-        load(reward_model=(str(tmp_path / "tokens"),))
 
 
 def test_quantised_weights_are_not_trained(load, toy, tmp_path):
@@ -511,7 +479,8 @@ def test_prompts_and_targets_are_the_tokens_of_texts(toy, template, rows, prompt
         single=template, special_tokens=list(special.items())
     )
     args = rlhf.Args(prompt_length=40, response_length=40)
-    new = [rlhf.tokenize(row, tokenizer, args) for row in rows_of(rows)]
+    rows = datasets.Dataset.from_dict(rows).to_list()
+    new = [rlhf.tokenize(row, tokenizer, args) for row in rows]
     plain = AutoTokenizer.from_pretrained(toy / "policy", bos_token="<s>")
     texts = zip(plain(prompts)["input_ids"], plain(targets)["input_ids"])
     assert [(prompt, target) for prompt, target, _ in new] == [*texts]
@@ -571,9 +540,9 @@ def test_chat_is_written_in_the_template(chat_tokenizer, template, messages, var
     assert chat_tokenizer.convert_ids_to_tokens(ends) == [END]
 
 
-def read_chats(path, tokenizer, *chats, **flags):
-    """Loads rows of messages, as a run does."""
-    path.write_text(json.dumps([{"prompt": chat} for chat in chats]))
+def read_chat(path, tokenizer, chat, **flags):
+    """Loads a row of messages, as a run does."""
+    path.write_text(json.dumps({"prompt": chat}))
     args = rlhf.Args(dataset=str(path), **{"prompt_length": 99} | flags)
     return rlhf.load_rows(str(path), Accelerator(cpu=True), tokenizer, args)
 
@@ -591,53 +560,28 @@ CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
 
 @pytest.mark.parametrize(("template", "chat", "message"), [
     (rendering("{{ m.content if m.role != 'tool' }}"), [*CHAT, said("tool")], "drops what 'tool'"),
-    ("{{ messages[-1].content }}", [*CHAT, BEGUN, *CHAT], "drops what 'user' says"),
-    (rendering("{{ raise_exception('no!') if m.content }}"), CHAT, "no!"),
     (CHATML, [said("user", [{"type": "text", "text": "a"}])], "content of a message is no text"),
     (CHATML, [said("user", None)], "content of a message is no text"),
-    (CHATML, [said("user", [], tool_calls=[CALL])], "content of a message is no text"),
+    (rendering("{{ m.content | trim }}"), [said("user", " the plot\n")], ""),
+    (rendering("{{ m.content or m.tool_calls }}"), [said("a", None, tool_calls=[CALL]), *CHAT], ""),
 ])  # fmt: skip
 def test_messages_that_do_not_reach_the_policy_are_refused(
     chat_tokenizer, tmp_path, template, chat, message
 ):
+    """But a template may change a text."""
     chat_tokenizer.chat_template = template
-    empty = [said("user", "")]  # nothing that could be dropped
-    with refusal(f"^error: row . of .*a.json: .*{message}"):
-        read_chats(tmp_path / "a.json", chat_tokenizer, empty, chat)
-
-
-@pytest.mark.parametrize(("template", "chat"), [
-    (rendering("{{ m.content | trim }}"), [said("user", " the plot\n")]),
-    (rendering("{{ m.content.split('</think>')[-1] }}"), [said("assistant", "a</think>b"), *CHAT]),
-    (rendering("{{ m.content or m.tool_calls }}"), [said("a", None, tool_calls=[CALL]), *CHAT]),
-    (rendering("{{ m.content or m.tool_calls }}"), [{"role": "a", "tool_calls": [CALL]}, *CHAT]),
-])  # fmt: skip
-def test_a_template_may_change_a_text(chat_tokenizer, tmp_path, capsys, template, chat):
-    """Distinct prompts are counted."""
-    chat_tokenizer.chat_template = template
-    other = [said("user", "the cast")]
-    assert len(read_chats(tmp_path / "a.json", chat_tokenizer, chat, other, chat)) == 3
-    assert "a.json: 3 prompts, 2 distinct, 0 cut; 0 targets\n" in capsys.readouterr().out
+    with refusal(f"^error: row 1 of .*a.json: .*{message}", bool(message)):
+        read_chat(tmp_path / "a.json", chat_tokenizer, chat)
 
 
 def test_messages_are_not_cut_and_variables_are_the_templates(chat_tokenizer, tmp_path):
     path = tmp_path / "a.json"
     longest = len(chat_tokenizer(ASKED)["input_ids"])
-    read_chats(path, chat_tokenizer, CHAT, prompt_length=longest)
+    read_chat(path, chat_tokenizer, CHAT, prompt_length=longest)
     with refusal(f"{path}: to keep messages whole, --prompt-length {longest}$"):
-        read_chats(path, chat_tokenizer, CHAT, prompt_length=longest - 1)
-    for variables, message in {
-        '{"thinking": 1}': "no chat template has 'thinking'$",
-        "[1]": "chat_template_kwargs must be a JSON object",
-    }.items():
-        with refusal(message):
-            read_chats(path, chat_tokenizer, CHAT, chat_template_kwargs=variables)
-
-
-def test_a_template_without_the_assistants_text_has_no_end_of_turn(chat_tokenizer):
-    chat_tokenizer.chat_template = rendering("{{ m.content if m.role == 'user' }}")
-    with pytest.raises(ValueError, match="the chat template drops what 'assistant' says"):
-        rlhf.turn_end(chat_tokenizer, rlhf.Args())
+        read_chat(path, chat_tokenizer, CHAT, prompt_length=longest - 1)
+    with refusal("no chat template has 'thinking'$"):
+        read_chat(path, chat_tokenizer, CHAT, chat_template_kwargs='{"thinking": 1}')
 
 
 def test_a_completion_includes_the_assistants_text_in_the_prompt(chat_tokenizer):
@@ -658,37 +602,31 @@ def test_a_completion_includes_the_assistants_text_in_the_prompt(chat_tokenizer)
 
 CLASSIFIERS = {  # kind: (folder of the base, changes of its configuration)
     "two labels": ("reward", {}),
-    "regressions": ("reward", {"problem_type": "regression"}),
     "left padding": ("classifier", {}),
-    "three labels of one name": ("gptj", {"id2label": dict.fromkeys(range(3), "same")}),
     "no padding token": ("llama", {"num_labels": 1}),
     "adapter of three labels": ("gptj", {"num_labels": 3}),
-    "adapter with a tokenizer": ("gptj", {"num_labels": 1}),
 }
 
 
 def make_classifier(kind, folder, toy, models):
-    """Saves it, and returns it and its tokenizer. An adapter is put on its base."""
+    """Saves it, and returns it and its tokenizer. An adapter has its own, too."""
     base, changes = CLASSIFIERS[kind]
     base = {**models, "reward": toy / "reward", "llama": folder / "llama"}[base]
     if kind == "no padding token":
-        shape = {"max_position_embeddings": 64, "pad_token_id": None}
-        make_policy("Llama", base, toy, **shape)
+        make_policy("Llama", base, toy, max_position_embeddings=64, pad_token_id=None)
         AutoTokenizer.from_pretrained(base, pad_token=None).save_pretrained(base)
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_pretrained(base, **changes)
     tokenizer = AutoTokenizer.from_pretrained(base)
-    if "adapter" in kind:
+    if kind == "adapter of three labels":
         config = peft.LoraConfig(r=2, task_type="SEQ_CLS", init_lora_weights=False)
         model = peft.get_peft_model(model, config)
-    if kind == "adapter with a tokenizer":
         special = [("<e>", tokenizer.eos_token_id)]
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
             single="$A <e>", special_tokens=special
         )
     model.save_pretrained(folder / "classifier")
-    if kind == "adapter with a tokenizer" or "adapter" not in kind:
-        tokenizer.save_pretrained(folder / "classifier")
+    tokenizer.save_pretrained(folder / "classifier")
     return model.eval(), tokenizer
 
 
@@ -711,7 +649,7 @@ def test_a_classifier_scores_a_text_alike_alone_and_in_a_batch(toy, tmp_path, mo
         logits.append(model(**ids).logits[0].detach())
     expected = torch.stack(logits)
     config = model.config
-    if config.problem_type != "regression" and config.num_labels > 1:
+    if config.num_labels > 1:
         expected = expected.softmax(-1)
     assert len(expected.unique()) > 4
     folder = tmp_path / "classifier"
@@ -741,9 +679,8 @@ def test_a_classifier_reads_messages_in_its_own_template(toy, tmp_path):
     assert classifier_scores(folder, **inputs) == classifier_scores(folder, ["the plot was dull"])
 
 
-@pytest.mark.parametrize("evaluating", [False, True])
-@pytest.mark.parametrize("size", [1, 2, None])
-def test_a_reward_function_gets_all_texts_of_a_rollout_at_once(load, size, evaluating):
+@pytest.mark.parametrize("size", [1, None])
+def test_a_reward_function_gets_all_texts_of_a_rollout_at_once(load, size):
     """Whatever the size of micro batches, and what belongs to them. Each sample gets its score."""
     setup, args = load(micro_batch_size=size)
     seen = []
@@ -752,7 +689,7 @@ def test_a_reward_function_gets_all_texts_of_a_rollout_at_once(load, size, evalu
         return [sorted(texts).index(text) for text in texts]
 
     setup.reward_models = [lambda **inputs: seen.append(inputs) or rank(inputs["texts"])]
-    samples = rlhf.collect(setup, args, setup.train_data, evaluating)
+    samples = rlhf.collect(setup, args, setup.train_data)
     (inputs,) = seen
     decode = partial(setup.tokenizer.decode, skip_special_tokens=True)
     assert inputs == {
@@ -765,7 +702,7 @@ def test_a_reward_function_gets_all_texts_of_a_rollout_at_once(load, size, evalu
     for x in samples:
         assert (x.prompt, x.target) == rlhf.tokenize(x.row, setup.tokenizer, args)[:2]
     assert [x.scores for x in samples] == rank(inputs["texts"]) and len(samples) > 8
-    assert rlhf.collect(setup, args, [], evaluating) == []  # a process without texts of its own
+    assert rlhf.collect(setup, args, []) == []  # a process without texts of its own
 
 
 OWN_REWARDS = """
@@ -777,9 +714,6 @@ trls = get_repetition_penalty_reward(2)
 def own(texts): return [own_neighbour.length(text) for text in texts]
 def too_few(texts): return [0.5]
 def keyed(texts): return dict(enumerate(texts))
-def nothing(texts): pass
-def words(texts): return ["good", "bad"]
-def emptying(texts): return [float(len(texts.pop())) for _ in texts[:]]
 def with_default(texts, answer=None, other=5): return [float(answer[0] == 3 and other == 5)] * 2
 def whatever(**kwargs): return [float(kwargs["answer"][0] == 3 and "texts" in kwargs)] * 2
 """
@@ -796,32 +730,19 @@ def test_a_reward_file_may_import_files_beside_it(tmp_path):
         assert function_reward(f"{file}:{name}", **inputs) == [1, 1]
     repeating = {"completions": ["", ""], "completion_ids": [[1, 2, 3, 4], [5] * 5]}
     assert function_reward(f"{file}:trls", **inputs | repeating) == [0, -0.75]
-    for name in ("too_few", "keyed", "nothing", "words"):
+    for name in ("too_few", "keyed"):
         with refusal(f"{name} must return a score for each of 2 texts: "):
             function_reward(f"{file}:{name}", **inputs)
-    assert function_reward(f"{file}:emptying", texts=["abc", "ab"]) == [2, 3]
-    with refusal("whatever: in the data, rename a column of .*'completions'"):
-        rlhf.function_reward(f"{file}:whatever", ["completions"])
 
 
-def test_a_reward_file_changes_no_settings(tmp_path, monkeypatch):
-    """Nor is the toy asked for where a path contains its name."""
-    work_in(monkeypatch, tmp_path)
-    file = Path("careless.py")
-    file.write_text("import os, torch\nos.chdir('/')\ntorch.set_grad_enabled(False)\n")
-    with file.open("a") as more:
-        more.write("torch.set_default_dtype(torch.float64)\ndef own(texts): return [0.0]")
-    names = {"policy_model": "my/runs/toy/policy", "reward_model": (f"{file}:own",)}
-    rlhf.prepare(make_args(**names, dataset="d", eval_dataset="d"))
-    assert torch.is_grad_enabled() and torch.ones(1).dtype == torch.float32
-    assert Path.cwd() == tmp_path
-
-
-def test_a_reward_file_named_as_another_module_is_refused(tmp_path):
-    file = tmp_path / "json.py"
-    file.write_text("def own(texts): pass")
-    with refusal(f"^error: {file}.* is called json: rename it$"):
-        function_reward(f"{file}:own")
+def test_a_reward_file_may_leave_the_folder(toy, tmp_path, monkeypatch):
+    """Relative paths begin where the script was started."""
+    start = toy.parent.parent
+    work_in(monkeypatch, start)
+    file = tmp_path / "leaving.py"
+    file.write_text("import os\nos.chdir('/')\ndef own(texts): pass")
+    rlhf.prepare(make_args(reward_model=(f"{file}:own",)))
+    assert Path.cwd() == start
 
 
 @pytest.mark.parametrize("weights", [(), (2.0, 10.0, -0.5)])
@@ -849,44 +770,33 @@ def test_the_reward_is_the_weighted_sum_or_else_the_mean(run, monkeypatch, weigh
 
 @pytest.mark.parametrize(("names", "message"), [
     (["of_some_texts"], "no reward model scores one of the texts; one must give a number$"),
-    (["of_no_text", "text_lengths"], "no reward model scores one of the texts; one must give a "),
     (["text_lengths", "infinite_scores"], "a score of .*:infinite_scores is not finite$"),
 ])  # fmt: skip
 def test_scores_that_are_no_numbers_are_refused(run, names, message):
-    """Also those that are only watched."""
-    names = tuple(f"{__file__}:{name}" for name in names)
     with pytest.raises(SystemExit, match=message):
-        run(reward_model=names, reward_weights=(1.0, 0.0)[: len(names)])
+        run(reward_model=tuple(f"{__file__}:{name}" for name in names))
 
 
 # Losses and advantages
 
 
-share = st.floats(0, 1)
-
-
-@given(st.integers(1, 9), st.integers(0, 99), share, share, share)
-@settings(deadline=None, max_examples=50)
-def test_advantages_are_sums_over_the_tokens_of_a_text(length, seed, gamma, gae_lambda, kl_coef):
-    generator = torch.Generator().manual_seed(seed)
-    log_ratio, value = torch.randn(2, length, generator=generator, dtype=torch.float64)
-    args = rlhf.Args(gamma=gamma, gae_lambda=gae_lambda, kl_coef=kl_coef)
+@pytest.mark.parametrize("length", [1, 9])
+def test_advantages_are_sums_over_the_tokens_of_a_text(length):
+    log_ratio, value = torch.randn(2, length, dtype=torch.float64)
+    args = rlhf.Args(gamma=0.9, gae_lambda=0.7, kl_coef=0.3)
     advantage, returns = rlhf.token_advantages(2.0, log_ratio, value, args)
-    deltas = -kl_coef * log_ratio - value
-    deltas[:-1] += gamma * value[1:]
+    deltas = -0.3 * log_ratio - value
+    deltas[:-1] += 0.9 * value[1:]
     deltas[-1] += 2.0
     for t in range(length):
-        expected = sum((gamma * gae_lambda) ** (s - t) * deltas[s] for s in range(t, length))
+        expected = sum((0.9 * 0.7) ** (s - t) * deltas[s] for s in range(t, length))
         torch.testing.assert_close(advantage[t], expected)
         torch.testing.assert_close(returns[t], expected + value[t])
 
 
-@pytest.mark.parametrize("gamma", [1.0, 0.9])
-def test_a_rollout_logs_kl_entropy_length_and_explained_variance(run, monkeypatch, gamma):
-    """Of a constant reward returns and advantages differ by rounding only."""
+def test_a_rollout_logs_kl_entropy_length_and_explained_variance(run, monkeypatch):
     collected = record(monkeypatch, rlhf, "collect")
-    flags = {"gamma": gamma, "gae_lambda": 1.0, "kl_coef": 0.0, "total_timesteps": 8}
-    row = progress(run(reward_model=(f"{__file__}:twos",), **flags))[-1]
+    row = progress(run(total_timesteps=8))[-1]
     _, samples = collected[1]  # that of the training
     log_prob = rlhf.joined(samples, "log_prob")
     log_ratio = log_prob - rlhf.joined(samples, "reference_log_prob")
@@ -894,14 +804,13 @@ def test_a_rollout_logs_kl_entropy_length_and_explained_variance(run, monkeypatc
     assert row["losses/entropy"] == pytest.approx(-log_prob.mean().item(), rel=1e-5)
     assert row["charts/episodic_length"] == len(log_prob) / 8
     value, returns = rlhf.joined(samples, "value"), rlhf.joined(samples, "returns")
-    constant = 1 if gamma == 1 else 1 - (returns - value).var().item() / returns.var().item()
-    assert row["losses/explained_variance"] == pytest.approx(constant, abs=1e-4)
+    explained = 1 - (returns - value).var().item() / returns.var().item()
+    assert row["losses/explained_variance"] == pytest.approx(explained, abs=1e-4)
 
 
 # Runs
 
 
-ROWS = {"prompt": ["the, plot", "the\nplot"], "label": ["2037-05-06", "0027"]}
 ODD = [
     {"prompt": "the, plot", "n": 3, "long": 2**53 + 1, "code": "007", "date": "2037-05-06"},
     {"prompt": "the\nplot", "none": None, "label": "", "nested": [[1, 2.5]]},
@@ -909,7 +818,7 @@ ODD = [
 ]
 
 
-@pytest.mark.parametrize("name", ["a.jsonl", "a.json.gz", "a.csv", "a.parquet", "saved"])
+@pytest.mark.parametrize("name", ["a.jsonl", "a.json.gz", "a.csv"])
 def test_a_reward_function_gets_the_values_of_the_file(tmp_path, name):
     """With their types, also from Windows."""
     path = tmp_path / name
@@ -918,17 +827,13 @@ def test_a_reward_function_gets_the_values_of_the_file(tmp_path, name):
         path.write_text("\r\n".join(["", lines[0], "", *lines[1:]]), "utf-8-sig")
     elif name == "a.json.gz":
         path.write_bytes(gzip.compress(json.dumps(ODD, indent=1).encode()))
-    elif name == "a.csv":
+    else:
         columns = dict.fromkeys(name for row in ODD for name in row)
         with path.open("w", encoding="utf-8-sig", newline="") as file:
             table = csv.DictWriter(file, columns)  # ends lines with CRLF
             table.writeheader()
             table.writerows(ODD)
         expected = [{name: str(row.get(name) or "") for name in columns} for row in ODD]
-    else:
-        data = datasets.Dataset.from_dict(ROWS)
-        data.to_parquet(path) if path.suffix else data.save_to_disk(path)
-        expected = rows_of(ROWS)
     rows = rlhf.read_rows(str(path))
     assert [{n: (x, type(x)) for n, x in row.items()} for row in rows] == [
         {n: (x, type(x)) for n, x in row.items()} for row in expected
@@ -941,53 +846,42 @@ LINE = b'{"prompt": "a"}\n'
 @pytest.mark.parametrize(("name", "content"), [
     ("a.jsonl", LINE + b'{"prompt": 3}'),
     ("a.jsonl", LINE + b'{"prompt": [{"role": "user", "content": "a"}]}'),
-    ("a.jsonl", b'{"text": "a"}\n{"text": null}'),
-    ("a.json", b'["a", "b"]'),
     ("a.json", b'{"prompt": ["a", "b"]}'),
-    ("a.jsonl", json.dumps({"prompt": '[ {"role": "user", "content": "a"}]'}).encode()),
     ("a.csv", b"text\n[{'role': 'user'}]\n"),
-    ("a.csv", b"text\na\n   \n"),
     ("a.csv", b"prompt,label\na,b\nc,d,e\n"),
     ("a.csv", b"prompt,label\na,b\nc\n"),
     ("a.csv", b"prompt,label,prompt\na,b,c\n"),
     ("a.csv", b'prompt,label\n"a,b\nc,d\n'),
-    ("a.csv", b"prompt\n"),
-    ("a.jsonl", LINE + b'\n\n{"prompt'),
     ("a.txt", b"a\nb\n"),
 ])  # fmt: skip
-@pytest.mark.parametrize("flag", ["dataset", "eval_dataset"])
-def test_data_that_cannot_be_used_are_refused(load, tmp_path, flag, name, content):
+def test_data_that_cannot_be_used_are_refused(load, tmp_path, name, content):
     """Files that are not what their names say. Rows without a prompt, with two kinds of prompts or
     with messages as text."""
     path = tmp_path / name
     path.write_bytes(content)
-    good = write_data(tmp_path / "good.jsonl", prompt=["a"] * 8)
     with refusal(f"^error: .*{path}"):
-        load(**{"dataset": good, "eval_dataset": good, flag: str(path)})
+        load(dataset=str(path))
 
 
 def test_a_supervised_loss_needs_targets_in_the_training_data(load, tmp_path):
-    with_targets = write_data(tmp_path / "a.jsonl", prompt=["a"] * 8, label=["a"] * 8)
-    without = write_data(tmp_path / "b.jsonl", prompt=["a"] * 8)
-    load(dataset=with_targets, eval_dataset=without, ce_coef=1.0)
+    path = write_data(tmp_path / "a.jsonl", prompt=["a"] * 8)
     with refusal("^error: --ce-coef needs a column 'label' of texts in the training data"):
-        load(dataset=without, eval_dataset=with_targets, ce_coef=1.0)
+        load(dataset=path, ce_coef=1.0)
 
 
 def test_a_split_of_the_data_is_named(tmp_path, monkeypatch):
     """Of a folder, such as a clone from the hub, of one that `datasets` saved, or on the hub. Types
     in a folder of other files would be guessed, and some files left out."""
     work_in(monkeypatch, tmp_path)
-    data = datasets.Dataset.from_dict(ROWS)
-    other = datasets.Dataset.from_dict({name: ["other"] for name in ROWS})
+    rows = {"prompt": ["the, plot", "the\nplot"], "label": ["2037-05-06", "0027"]}
+    data = datasets.Dataset.from_dict(rows)
+    other = datasets.Dataset.from_dict({name: ["other"] for name in rows})
     data.to_parquet("clone/data/test-00000-of-00001.parquet")
     other.to_parquet("clone/data/train-00000-of-00001.parquet")
     datasets.DatasetDict(train=other, test=data).save_to_disk("both")
     for folder in ("clone", "both"):
-        assert rlhf.load_dataset(f"{folder}:test")[:] == ROWS
+        assert rlhf.load_dataset(f"{folder}:test")[:] == rows
         assert rlhf.load_dataset(folder)[:] == other[:]
-    with refusal("both/test has no splits: leave out the split$"):
-        rlhf.load_dataset("both/test:train")
     Path("loose").mkdir()
     Path("loose/train.csv").write_text("prompt\n007\n")
     with refusal("loose is no folder of Parquet files: give a file$"):
@@ -1011,11 +905,8 @@ def test_without_held_out_data_a_tenth_is_held_out():
     for held_out in (eval_data, rlhf.split_rows(rows, first + rows, args)[1]):
         assert sum(row in first for row in held_out) < 10  # it is drawn
     rlhf.split_rows(rows, [], args)  # enough
-    for held, flags in ([], {"batch_size": 184}), (rows, {"eval_episodes": 201}):
-        with refusal(f"^error: .* and {len(held) or 20} held out are too few for --batch-size"):
-            rlhf.split_rows(rows, held, replace(args, **flags))
-    with refusal("only one of --dataset, --eval-dataset has messages$"):
-        rlhf.split_rows(rows, [{"prompt": CHAT}] * 20, args)
+    with refusal("^error: .* and 20 held out are too few for --batch-size"):
+        rlhf.split_rows(rows, [], replace(args, batch_size=184))
 
 
 def test_sppo_is_ppo_with_another_weight_to_the_last_bit(run):
@@ -1167,29 +1058,24 @@ def test_the_first_ratios_are_1_up_to_rounding(run, monkeypatch, amp, shift, sto
 
 
 def test_enjoy_repeats_the_last_evaluation(toy, tmp_path, monkeypatch, capsys):
-    """Of a run at work, and of a finished run. No file changes."""
+    """Of a run at work. No file changes."""
     work_in(monkeypatch, toy.parent.parent)
     setting = Setting(rlhf, "", SMALL | {"seed": 7}, "", advantages="update")
-    for finished in (False, True):
-        if finished:
-            _, folder = setting.run(tmp_path / "runs")
-        else:
-            folder = setting.interrupt(tmp_path / "runs", 3)
-        before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
-        capsys.readouterr()
-        with monkeypatch.context() as patch:
-            patch.setattr(sys, "argv", ["enjoy.py", str(folder), "--seed", "7", "--episodes", "4"])
-            patch.setitem(sys.modules, "sppo_rlhf", rlhf)  # puts it back after the run's copy
-            play_run()
-        output = capsys.readouterr()
-        assert "warning: " not in output.err
-        row = progress(folder)[-1]
-        lines = output.out.splitlines()
-        expected = [f"{x['reward']:.3f} {x['prompt']} [" for x in read_samples(folder)[-4:]]
-        expected += [f"{name}: {row[name]:.4g}" for name in ("step", "return_mean", "kl")]
-        for text in [*expected, f"{folder}: reward {row['return_mean']:.3f} ("]:
-            assert any(line.startswith(text) for line in lines)
-        assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+    folder = setting.interrupt(tmp_path / "runs", 3)
+    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    capsys.readouterr()
+    monkeypatch.setattr(sys, "argv", ["enjoy.py", str(folder), "--seed", "7", "--episodes", "4"])
+    monkeypatch.setitem(sys.modules, "sppo_rlhf", rlhf)  # puts it back after the run's copy
+    play_run()
+    output = capsys.readouterr()
+    assert "warning: " not in output.err
+    row = progress(folder)[-1]
+    lines = output.out.splitlines()
+    expected = [f"{x['reward']:.3f} {x['prompt']} [" for x in read_samples(folder)[-4:]]
+    expected += [f"{name}: {row[name]:.4g}" for name in ("step", "return_mean", "kl")]
+    for text in [*expected, f"{folder}: reward {row['return_mean']:.3f} ("]:
+        assert any(line.startswith(text) for line in lines)
+    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 
 def test_rewards_are_noisy_in_training_and_clean_in_reports(run, monkeypatch):
@@ -1204,12 +1090,11 @@ def test_rewards_are_noisy_in_training_and_clean_in_reports(run, monkeypatch):
         assert flipped[name] == clean[name]
 
 
-@pytest.mark.parametrize("level", [0.0, 0.5])
-def test_advantages_are_normalised_after_flips_drawn_anew_each_epoch(run, monkeypatch, level):
+def test_advantages_are_normalised_after_flips_drawn_anew_each_epoch(run, monkeypatch):
     """Over sampled tokens."""
     perturbations = record(monkeypatch, rlhf, "perturb_advantage")
     losses = record(monkeypatch, rlhf, "loss_and_metrics")
-    run(noise="adv_flip" if level else "none", noise_level=level, response_length=40)
+    run(noise="adv_flip", noise_level=0.5, response_length=40)
     lengths = set()
     for (_, _, pairs, *_), _ in losses:
         advantage = torch.cat([advantage for _, advantage in pairs])
@@ -1217,18 +1102,17 @@ def test_advantages_are_normalised_after_flips_drawn_anew_each_epoch(run, monkey
         assert advantage.mean().item() == pytest.approx(0, abs=1e-5)
         assert advantage.std(correction=1).item() == pytest.approx(1, abs=1e-3)
     assert min(lengths) < 4 * 40  # some texts end early
-    assert len(perturbations) == (len(losses) if level else 0)
+    assert len(perturbations) == len(losses)
     flips = [noisy != args[0] for args, noisy in perturbations]
-    if level:
-        assert len({tuple(flipped[:4].tolist()) for flipped in flips}) > 4
-        assert torch.cat(flips).float().mean() == pytest.approx(level, abs=0.05)
+    assert len({tuple(flipped[:4].tolist()) for flipped in flips}) > 4
+    assert torch.cat(flips).float().mean() == pytest.approx(0.5, abs=0.05)
 
 
-@pytest.mark.parametrize(("lora_r", "checkpointing"), [(0, False), (2, False), (2, True)])
-def test_micro_batches_add_up_to_the_minibatch(load, models, monkeypatch, lora_r, checkpointing):
+@pytest.mark.parametrize("lora_r", [0, 2])
+def test_micro_batches_add_up_to_the_minibatch(load, models, monkeypatch, lora_r):
     """Gradients and metrics, against the losses by the plain model on each text alone."""
     flags = {"ce_coef": 0.1, "num_minibatches": 1, "update_epochs": 1}
-    flags |= {"lora_r": lora_r, "gradient_checkpointing": checkpointing, "norm_adv": False}
+    flags |= {"lora_r": lora_r, "norm_adv": False}
     setup, args = load(policy_model=str(models["gpt2"]), response_length=40, **flags)
     actor = setup.actor_critic
     randomise(actor)
@@ -1283,15 +1167,12 @@ def test_micro_batches_add_up_to_the_minibatch(load, models, monkeypatch, lora_r
 @pytest.mark.parametrize(("kind", "layers"), {
     "GPTJ": "attn.q_proj attn.v_proj",  # peft's default
     "Phi3": "mlp.down_proj mlp.gate_up_proj self_attn.o_proj self_attn.qkv_proj",  # it has none
-    "Qwen3Moe": None,  # none either, and experts are no layers
 }.items())  # fmt: skip
 def test_the_adapter_of_any_family_is_merged_into_its_model(run, toy, tmp_path, kind, layers):
     """What was trained, in policy and critic, is what is saved."""
     make_policy(kind, tmp_path / kind, toy)
     flags = {"policy_model": str(tmp_path / kind), "lora_r": 2, "learning_rate": 0.1}
     folder = run(**flags, total_timesteps=8)
-    rows = progress(folder)
-    assert rows[0]["kl"] == pytest.approx(0, abs=1e-4) and abs(rows[-1]["kl"]) > 1e-3
     state = checkpoint(folder)["agent"]
     assert all("lora_" in name or "value_head" in name for name in state)
     assert all(weight.any() for weight in state.values())
@@ -1300,9 +1181,8 @@ def test_the_adapter_of_any_family_is_merged_into_its_model(run, toy, tmp_path, 
     ids = torch.arange(12).view(2, 6)
     expected = trained.policy(ids).logits
     saved = peft.AutoPeftModelForCausalLM.from_pretrained(folder / "policy")
-    if layers:
-        adapted = {".".join(name.split(".")[-2:]) for name in saved.targeted_module_names}
-        assert adapted == set(layers.split())
+    adapted = {".".join(name.split(".")[-2:]) for name in saved.targeted_module_names}
+    assert adapted == set(layers.split())
     torch.testing.assert_close(saved.eval()(ids).logits, expected)
     merged = saved.merge_and_unload()(ids).logits
     torch.testing.assert_close(merged, expected, rtol=1e-4, atol=1e-4)
@@ -1317,7 +1197,6 @@ def test_reward_models_of_weight_0_do_not_change_the_training(run, models, summa
     flags = summaries | {"reward_model": summaries["reward_model"] + watched}
     flags["reward_weights"] = (1.0, 0.0, 0.0)
     assert torch.equal(weights(run(name="with", **flags)), without)
-    assert not torch.equal(weights(run(name="other", seed=2, **summaries)), without)
 
 
 @pytest.mark.slow
@@ -1335,11 +1214,8 @@ def test_two_processes_train_the_same_weights_as_one(run, summaries, tmp_path, t
     command += typed(SMALL | flags)
     only = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=only)
-    output = done.stdout + done.stderr
-    assert done.returncode == 0, output[-3000:]
+    assert done.returncode == 0, done.stderr[-3000:]
     (two,) = (tmp_path / "runs").iterdir()
-    for line in ("step 0: ", "step 16: ", "step 32: ", f"{two}: reward "):  # one of them speaks
-        assert output.count(line) == 1
     before, after = (sorted(x["response"] for x in read_samples(x)) for x in (one, two))
     assert before == after
     torch.testing.assert_close(weights(two), weights(one), rtol=0, atol=2e-5)
@@ -1348,20 +1224,15 @@ def test_two_processes_train_the_same_weights_as_one(run, summaries, tmp_path, t
 
 
 @pytest.mark.slow
-def test_the_toy_learns_reward_and_true_sentiment(tmp_path, monkeypatch):
-    """In twelve updates, of three seeds, the one rose by 0.22 or more, the other by 0.48."""
+def test_the_toy_learns_its_reward(tmp_path, monkeypatch):
+    """In twelve updates, of three seeds, it rose by 0.22 or more."""
     work_in(monkeypatch, tmp_path)
     toy_script.make_toy(Path(rlhf.TOY))
-    sentiment = "from toy import toy_sentiment\n"
-    sentiment += "def true(completions): return [toy_sentiment(text) for text in completions]"
-    Path("judge.py").write_text(sentiment)
     words = ["--total-timesteps", 12 * 112, "--eval-freq", 12 * 112, "--device", "cpu"]
-    words += ["--reward-model", "runs/toy/reward", "judge.py:true", "--reward-weights", 1, 0]
     call_main(monkeypatch, *words, "--runs-dir", "own")
     (folder,) = Path("own").iterdir()
     first, last = progress(folder)
     assert last["return_mean"] - first["return_mean"] > 0.2
-    assert last["eval_judge.py:true"] - first["eval_judge.py:true"] > 0.3
     assert 0 < last["kl"] < 20
 
 
@@ -1401,14 +1272,3 @@ COMMON += "lora_alpha=64 temperature=1.0 norm_adv=True eval_episodes=128 device=
 def test_the_settings_of_a_task_are_the_authors(task):
     settings = {f"{name}={value}" for name, value in vars(make_args(task)).items()}
     assert set(f"{COMMON} {AUTHORS[task]}".split()) <= settings
-
-
-@pytest.mark.parametrize("word", ["--help", "--no-such-flag"])
-def test_a_mistyped_flag_is_refused_before_libraries_are_imported(tmp_path, word):
-    """Here PyTorch cannot be imported."""
-    (tmp_path / "torch.py").write_text("raise ImportError")
-    environment = os.environ | {"PYTHONPATH": str(tmp_path)}
-    done = subprocess.run(
-        [sys.executable, rlhf.__file__, word], env=environment, capture_output=True
-    )
-    assert done.returncode == (0 if word == "--help" else 2)
