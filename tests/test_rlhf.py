@@ -402,6 +402,11 @@ def test_with_lora_policy_and_critic_are_adapters_on_one_frozen_model(models):
 def test_models_that_do_not_fit_are_refused(toy, models, tmp_path, monkeypatch):
     """Those that lack weights, a tokenizer or positions. Texts of exactly so many tokens fit."""
     work_in(monkeypatch, toy.parent.parent)
+    adapter = shutil.copytree(models["adapter"], tmp_path / "adapter")
+    file = adapter / "adapter_model.safetensors"
+    saved = safetensors.torch.load_file(file)
+    renamed = {name.replace("lora_A", "lora_C"): weight for name, weight in saved.items()}
+    safetensors.torch.save_file(renamed, file)
     adapted = shutil.copytree(models["gpt2"], tmp_path / "adapted")
     shutil.copy(models["adapter"] / "adapter_config.json", adapted)
     long_rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
@@ -414,6 +419,7 @@ def test_models_that_do_not_fit_are_refused(toy, models, tmp_path, monkeypatch):
     few = ["--dataset", data, "--eval-episodes", 4, "--total-timesteps", 1, "--batch-size", 4]
     refusals = [
         (["--reward-model", f"{rlhf.TOY}/policy"], "policy lacks 1 weights, such as score.weight$"),
+        (["--reward-model", adapter], "adapter lacks 4 weights, such as .*lora_A.weight$"),
         (["--policy-model", adapted], "adapted has an adapter_config.json: merge or remove it$"),
         (["--device", "cuda"], "there is no GPU$"),
         (["--prompt-length", "40"], "has 64 positions, not 72$"),
