@@ -9,7 +9,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from helpers import ATARI, CONTINUOUS, EACH, PPO, Signals, needs_gpu, only, progress, record, sha256
+from helpers import ATARI, EACH, PPO, Signals, needs_gpu, only, progress, record, sha256
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
@@ -50,7 +50,6 @@ def test_defaults_are_the_authors_settings(setting):
     defaults = {f"{name}={x}".replace(" ", "") for name, x in vars(setting.script.Args()).items()}
     assert defaults == set(f"{COMMON} {DEFAULTS[str(setting)]}".split())
     assert setting.script.Args(beta=0.0).alpha == 1.0  # the baseline's loss is not halved
-    assert setting.script.Args(total_timesteps=10).eval_freq == 1
     for noise, level in {"normal": 0.05, "uniform": 0.05, "adv_flip": 0.1}.items():
         assert setting.script.Args(noise=noise).noise_level == level
 
@@ -89,8 +88,6 @@ def test_noise_has_its_distribution(setting):
     assert len(np.unique(noise("normal"))) == len(np.unique(noise("uniform"))) == 20_000  # each own
     assert not noise("none").any()
     assert not noise("adv_flip").any()
-    with pytest.raises(ValueError, match="perturb_reward does not know the noise 'lost'"):
-        noise("lost")  # of a copy whose Args allows it
 
     advantage = torch.randn(300, 300)
     noisy = setting.script.perturb_advantage(advantage, 0.1, np.random.default_rng(0))
@@ -224,10 +221,7 @@ def test_compiled_functions_compute_the_same(setting, capsys):
 
 @needs_gpu
 @only(*ATARI)
-def test_a_gpu_computes_the_same_gradient(setting, tmp_path, monkeypatch):
-    """And runs: compiled and in bfloat16."""
-    summary, _ = setting.run(tmp_path, device="cuda", compile=True, amp="auto")
-    assert summary["step"] == 256
+def test_a_gpu_computes_the_same_gradient(setting, monkeypatch):
     monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
     agent = make_agent(setting)
     args = setting.script.Args()
@@ -385,8 +379,7 @@ def test_advantages_flip_anew_in_each_epoch(setting, tmp_path, monkeypatch, sign
     assert len(np.unique(flips, axis=0)) == 2 * epochs
 
 
-@only(*CONTINUOUS)
-def test_explained_variance_is_that_of_returns(setting, tmp_path, monkeypatch):
+def test_explained_variance_is_that_of_returns(setting, tmp_path, monkeypatch, signals):
     rollouts = record(monkeypatch, setting.script, "compute_gae")
     _, folder = setting.run(tmp_path)
     explained = [1 - advantage.var() / returns.var() for _, (advantage, returns) in rollouts]
