@@ -178,24 +178,13 @@ def test_progress_has_the_means_of_what_was_logged_since_the_evaluation_before(
 
 
 @only(SPPO_CONTINUOUS, SA2C_ATARI)
-def test_a_metric_may_be_missing_or_nan_but_no_return(setting, monkeypatch):
-    """And summary.json is valid JSON. Before an episode has ended, its length is missing."""
-
-    def loss(*arguments):
-        result, metrics = original(*arguments)
-        return result, metrics | {"losses/mine": torch.tensor(torch.nan)}
-
-    original = setting.loss_function
-    monkeypatch.setattr(setting.script, setting.loss_name, loss)
+def test_a_metric_may_be_missing_and_no_return_may_be_nan(setting, monkeypatch):
+    """Before an episode has ended, its length is missing."""
     flags = {} if setting.atari else {"env_id": "TenSteps-v0", "num_minibatches": 1}
     flags |= {"num_envs": 1, "num_steps": 4, "eval_freq": 4, "total_timesteps": 16}
     _, folder = setting.run(RUNS, **flags)
-    rows = progress(folder)
-    lengths = [row["charts/episodic_length"] for row in rows]
+    lengths = [row["charts/episodic_length"] for row in progress(folder)]
     np.testing.assert_equal(lengths, [np.nan, np.nan, 10, 10])
-    assert np.isnan(rows[-1]["losses/mine"])
-    summary = (folder / "summary.json").read_text()
-    assert "losses/mine" not in json.loads(summary, parse_constant=fail)
     results = [np.array([np.nan]), np.ones(1), []][: 2 if setting.atari else 3]
     monkeypatch.setattr(setting.script, "evaluate", lambda *_: results)
     with pytest.raises(SystemExit, match="error: a return of the evaluation at step 4 is not fini"):
@@ -640,7 +629,7 @@ def test_a_number_that_is_not_finite_stops_the_run_where_it_begins(
 @only(*CONTINUOUS)
 @pytest.mark.parametrize(
     ("said", "rate"),
-    [(True, 0.25), (3, 0.25), (np.array([True, False]), 0), (0.5, 0.125), (-1, 0), (None, None)]
+    [(True, 0.25), (3, 0.25), (np.array([True, False]), 0), (0.5, 0.125), (None, None)]
     + [(NAN, None)],
     ids=str,
 )
