@@ -629,8 +629,7 @@ def test_a_number_that_is_not_finite_stops_the_run_where_it_begins(
 @only(*CONTINUOUS)
 @pytest.mark.parametrize(
     ("said", "rate"),
-    [(True, 0.25), (3, 0.25), (np.array([True, False]), 0), (0.5, 0.125), (None, None)]
-    + [(NAN, None)],
+    [(True, 0.25), (3, 0.25), (np.array([True, False]), 0), (None, None), (NAN, None)],
     ids=str,
 )
 def test_an_evaluation_has_the_share_of_episodes_whose_last_step_says_success(
