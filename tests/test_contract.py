@@ -237,6 +237,7 @@ def test_only_what_may_change_results_changes_the_folder(setting, monkeypatch):
     assert set(setting.script.NO_EFFECT) == known
     for flag in known:
         assert name(**{flag: HARMLESS[flag]}) == plain, flag
+    assert setting.folder(RUNS, exp_name="a/b").parent == setting.folder(RUNS).parent
     with monkeypatch.context() as patch:  # each process samples with a seed of its own
         patch.setenv("WORLD_SIZE", "2")
         assert (name() != plain) == setting.is_text
@@ -451,7 +452,6 @@ def test_a_run_has_one_process_at_a_time(setting, launch, monkeypatch):
         end, _, _ = launch(**every(setting, 1))
     assert end.startswith(f"error: another process is at work on {folder}")
     assert files(folder) == before
-    (folder / "lock").write_text("")  # as a killed process leaves it
     assert launch(**every(setting, 1))[0] == 0
 
 
