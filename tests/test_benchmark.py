@@ -186,24 +186,6 @@ def records(folder):
     return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
 
 
-@pytest.mark.parametrize(("name", "text"), [("sessions.jsonl", "{}"), ("summary.json", "")])
-def test_a_dry_run_lists_begun_and_broken_runs_but_no_finished_ones(name, text, stubs, monkeypatch):
-    """And writes nothing. The folder of runs may have moved."""
-    monkeypatch.chdir(stubs)
-    dry_run = "./benchmark.sh tiny --seeds 1 --dry-run".split()
-    commands = sh(*dry_run, cwd=stubs).stdout.splitlines()
-    assert len(commands) == 6 and not Path("runs").exists()
-    for number, command in enumerate(commands[:3]):
-        *words, _ = shlex.split(command)[1:]
-        finish(Path(f"runs/tiny/{number}"), [*words, "it's elsewhere"])
-    Path("runs/tiny/0", name).write_text(text)
-    Path("runs/tiny/1/summary.json").unlink()  # begun only
-    listed_again = sh(*dry_run, cwd=stubs)
-    assert listed_again.stdout.splitlines() == commands[:2] + commands[3:]
-    assert listed_again.stderr.startswith("runs/tiny/0: a broken run (")
-    assert not records(stubs) and not Path("runs/tiny/logs").exists()
-
-
 def test_what_cannot_run_is_refused_before_any_run(stubs):
     refusals = {
         "quick -- --vf_coef=1": "--vf-coef: not for all commands: ",
@@ -263,7 +245,6 @@ def test_a_failed_run_is_named_and_the_others_go_on(stubs):
     commands = [["sppo_atari.py", "--env-id", "Pong", "--seed", "1"], ["sa2c_continuous.py"]]
     commands += [["sppo_rlhf.py"], ["sppo_continuous.py"]]
     result = run(commands, stubs, "--jobs", 1, PATH="/nowhere")  # which has no `python`
-    assert "0 of 4 runs have finished, 4 are left\n" in result.stderr
     assert result.returncode == 1
     assert result.stderr.endswith("2 of 4 failed\n")
     log = stubs / re.search(r"failed, see (runs/logs/Pong__1__\w+\.log)", result.stdout)[1]
@@ -273,17 +254,22 @@ def test_a_failed_run_is_named_and_the_others_go_on(stubs):
 
 @pytest.mark.parametrize("name", ["sppo_continuous.py", "parts/helper.py", "../data.jsonl"])
 def test_a_command_runs_again_if_a_file_of_its_run_has_changed(name, tmp_path, monkeypatch):
-    """Files in the script's folder may have moved with it, others not."""
+    """Or if it has only begun. The folder of runs may have moved, and files in the script's folder
+    with it, others not. A dry run writes nothing."""
     (tmp_path / "here/parts").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "here")
     files = ["sppo_continuous.py", "parts/helper.py", "../data.jsonl"]
     for file in files:
         Path(file).write_text("as it was")
-    finish(Path("runs/any"), files[:1], *files[1:])
+    finish(Path("runs/any"), [files[0], "--runs-dir", "it's elsewhere"], *files[1:])
     clone = shutil.copytree(tmp_path / "here", tmp_path / "clone")
     assert run([files[:1]], clone, "--dry-run").stdout == ""
     (clone / name).write_text("edited")
     assert run([files[:1]], clone, "--dry-run").stdout == "python sppo_continuous.py\n"
+    (clone / name).write_text("as it was")
+    (clone / "runs/any/summary.json").unlink()
+    assert run([files[:1]], clone, "--dry-run").stdout == "python sppo_continuous.py\n"
+    assert [path.name for path in (clone / "runs").iterdir()] == ["any"]
 
 
 def wait_for(condition, seconds=600):

@@ -20,7 +20,6 @@ import gymnasium as gym
 import helpers
 import numpy as np
 import pytest
-import safetensors.torch
 import torch
 from filelock import FileLock
 from helpers import SETTINGS, checkpoint, only, progress, read_lines, scalars, weights, words
@@ -67,7 +66,7 @@ def launch(setting, monkeypatch, capsys):
 
 def every(setting, updates):
     """Flags for an evaluation and a checkpoint after each so many updates."""
-    steps = updates * setting.batch
+    steps = int(updates * setting.batch)
     if setting.is_text:
         return {"eval_freq": steps}
     return {"eval_freq": steps, "checkpoint_freq": steps // setting.small["num_envs"]}
@@ -112,25 +111,17 @@ def test_a_run_writes_its_files_and_messages(setting, launch, monkeypatch):
     """Each is on the disk before it gets its name; the summary comes last."""
     synced, named = set(), []
     rename = os.replace
-    open_elsewhere = [PermissionError()]
     flushes = helpers.record(monkeypatch, setting.script.SummaryWriter, "flush")
 
     def recording_replace(source, target):
         assert Path(source).stat().st_ino in synced
-        if open_elsewhere:  # as on Windows progress.csv in a spreadsheet: it is tried again
-            raise open_elsewhere.pop()
         named.append(Path(target).name)
         # TensorBoard's log reaches as far as a checkpoint
         assert len(flushes) >= named.count("checkpoint.pt")
         rename(source, target)
 
-    def fsync(file):
-        os.write(file, b"")  # Windows, too, refuses files that are open for reading only
-        synced.add(os.fstat(file).st_ino)
-
-    monkeypatch.setattr(os, "fsync", fsync)
+    monkeypatch.setattr(os, "fsync", lambda file: synced.add(os.fstat(file).st_ino))
     monkeypatch.setattr(os, "replace", recording_replace)
-    monkeypatch.setattr(time, "sleep", lambda seconds: None)
     end, out, _ = launch(**every(setting, 2), seed=7, noise="uniform")
     assert end == 0
     (folder,) = RUNS.iterdir()
@@ -146,20 +137,11 @@ def test_a_run_writes_its_files_and_messages(setting, launch, monkeypatch):
 
     row = progress(folder)[-1]
     score = f"reward {row['return_mean']:.3f}" if setting.is_text else f"{row['return_mean']:.1f}"
-    assert f"{folder.name}: from step 0, with a checkpoint every {2 * setting.batch} " in out
     last_line = out.splitlines()[-1]
     assert last_line.startswith(f"{folder}: ") and f"{score}, " in last_line
     assert last_line.endswith(f"/s; to play it: python enjoy.py {folder}")
-    state = checkpoint(folder)
     summary = json.loads((folder / "summary.json").read_text())
-    assert summary == row | {"sps": np.median(step_and_speeds(state)[1])}
-    if not setting.is_text:
-        statistics = state.get("obs_stats", {}).items()
-        tensors = state["agent"] | {f"obs_{name}": tensor for name, tensor in statistics}
-        found = safetensors.torch.load_file(folder / "agent.safetensors")
-        if not setting.atari:  # what an actor needs without its environment
-            assert found.pop("action_bounds").tolist() == [[-1], [1]]
-        torch.testing.assert_close(found, tensors, rtol=0, atol=0)
+    assert summary == row | {"sps": np.median(step_and_speeds(checkpoint(folder))[1])}
 
     (session,) = sessions(folder)
     flags = {"seed": 7, "noise_level": 0.05, "alpha": 0.5, "exp_name": setting.symmetric_algo}
@@ -173,67 +155,40 @@ def test_a_run_writes_its_files_and_messages(setting, launch, monkeypatch):
 
 
 @only(*ALL)
-def test_progress_has_the_means_of_what_was_logged_since_the_evaluation_before(setting):
-    _, folder = setting.run(RUNS, **every(setting, 2))
+def test_progress_has_the_means_of_what_was_logged_since_the_evaluation_before(
+    setting, monkeypatch
+):
+    """Evaluations and checkpoints follow where a multiple was passed, here of one and a half
+    updates."""
+    written = helpers.record(monkeypatch, setting.script, "load_checkpoint")  # each is read back
+    _, folder = setting.run(RUNS, **every(setting, 1.5))
     logged = scalars(folder)
     rows = progress(folder)
-    steps = [i * setting.batch for i in (1, 2, 3, 4)]
-    assert [step for step, _ in logged["losses/entropy"]] == steps
-    assert evaluated(folder) == steps[1::2]
+    one, *steps = (i * setting.batch for i in (1, 2, 3, 4))
+    assert [step for step, _ in logged["losses/entropy"]] == [one, *steps]
+    assert evaluated(folder) == steps
+    assert [step_and_speeds(state)[0] for _, state in written] == steps
     scores = [(row["step"], pytest.approx(row["return_mean"])) for row in rows]
     assert logged.pop("eval/return_mean") == scores
     assert {*logged, "step", "return_mean", "return_std", "length_mean"} <= set(rows[-1])
-    for row in rows[-2:]:
+    for before, row in zip([0, *steps], rows[-3:]):
         for name, entries in logged.items():
-            since = [value for step, value in entries if row["step"] - step in (0, setting.batch)]
+            since = [value for step, value in entries if before < step <= row["step"]]
             assert row[name] == pytest.approx(np.mean(since), rel=1e-4, abs=1e-6), name
 
 
 @only(SPPO_CONTINUOUS, SA2C_ATARI)
-def test_a_metric_may_be_missing_or_nan_but_no_return(setting, monkeypatch):
-    """And summary.json is valid JSON. Before an episode has ended, its length is missing."""
-
-    def loss(*arguments):
-        result, metrics = original(*arguments)
-        return result, metrics | {"losses/mine": torch.tensor(torch.nan)}
-
-    original = setting.loss_function
-    monkeypatch.setattr(setting.script, setting.loss_name, loss)
+def test_a_metric_may_be_missing_and_no_return_may_be_nan(setting, monkeypatch):
+    """Before an episode has ended, its length is missing."""
     flags = {} if setting.atari else {"env_id": "TenSteps-v0", "num_minibatches": 1}
     flags |= {"num_envs": 1, "num_steps": 4, "eval_freq": 4, "total_timesteps": 16}
     _, folder = setting.run(RUNS, **flags)
-    rows = progress(folder)
-    lengths = [row["charts/episodic_length"] for row in rows]
+    lengths = [row["charts/episodic_length"] for row in progress(folder)]
     np.testing.assert_equal(lengths, [np.nan, np.nan, 10, 10])
-    assert np.isnan(rows[-1]["losses/mine"])
-    summary = (folder / "summary.json").read_text()
-    assert "losses/mine" not in json.loads(summary, parse_constant=fail)
-    # A metric may not replace an evaluation's number
-    with pytest.raises(TypeError, match="multiple values for keyword argument 'step'"):
-        setting.script.evaluation_row(4, np.ones(2), np.ones(2), [{"step": 0.5}])
     results = [np.array([np.nan]), np.ones(1), []][: 2 if setting.atari else 3]
     monkeypatch.setattr(setting.script, "evaluate", lambda *_: results)
     with pytest.raises(SystemExit, match="error: a return of the evaluation at step 4 is not fini"):
         setting.run("more", **flags)
-
-
-@only(*ALL)
-def test_evaluations_and_checkpoints_follow_where_a_multiple_was_passed(setting, monkeypatch):
-    """Here of one and a half updates."""
-
-    def save(state, path):
-        saved.append(step_and_speeds(state)[0])
-        original(state, path)
-
-    saved, original = [], torch.save
-    monkeypatch.setattr(torch, "save", save)
-    flags = {"eval_freq": 3 * setting.batch // 2}
-    if not setting.is_text:
-        flags["checkpoint_freq"] = flags["eval_freq"] // setting.small["num_envs"]
-    _, folder = setting.run(RUNS, **flags)
-    steps = [updates * setting.batch for updates in (2, 3, 4)]
-    assert evaluated(folder) == steps
-    assert saved == steps
 
 
 @only(*A2C)
@@ -270,8 +225,6 @@ HARMLESS |= {"gradient_checkpointing": True}
 
 @only(*ALL)
 def test_only_what_may_change_results_changes_the_folder(setting, monkeypatch):
-    """Windows refuses some letters."""
-
     def name(**flags):
         return setting.folder(**{"runs_dir": RUNS} | flags).name
 
@@ -284,9 +237,7 @@ def test_only_what_may_change_results_changes_the_folder(setting, monkeypatch):
     assert set(setting.script.NO_EFFECT) == known
     for flag in known:
         assert name(**{flag: HARMLESS[flag]}) == plain, flag
-    if setting.atari:
-        assert name(env_id="BreakoutNoFrameskip-v4") == plain
-    assert not set(name(exp_name='a/b\\c<d>"e"|f?g*h:i')) & set('<>:"/\\|?*')
+    assert setting.folder(RUNS, exp_name="a/b").parent == setting.folder(RUNS).parent
     with monkeypatch.context() as patch:  # each process samples with a seed of its own
         patch.setenv("WORLD_SIZE", "2")
         assert (name() != plain) == setting.is_text
@@ -299,30 +250,19 @@ def test_only_what_may_change_results_changes_the_folder(setting, monkeypatch):
 
 @only(SA2C_CONTINUOUS)
 def test_imported_files_that_are_not_installed_are_recorded(setting, tmp_path, monkeypatch):
-    """Whatever the folders above them are called. Libraries, Python's own files and what
-    torch.compile, a debugger or an editor has made or imported are not, also in the project."""
-    project = tmp_path / "pydev/site-packages/debugpy"
-    project.mkdir(parents=True)
-    monkeypatch.syspath_prepend(project)
-    helper, further = project / "helper_of_ours.py", project / "further_one.py"
+    """Libraries, Python's own files and what torch.compile has made are not."""
+    monkeypatch.syspath_prepend(tmp_path)
+    helper, further = tmp_path / "helper_of_ours.py", tmp_path / "further_one.py"
     helper.write_text("import further_one")
     further.write_text("x = 1")
-    places = [project / ".venv/site-packages", str(project / "home/dist-packages")]  # not site's
-    monkeypatch.setattr(sys, "path", [*sys.path, *places])
     before = setting.script.file_digests()
     assert {setting.script.__file__, __file__} <= set(before)  # this module is not installed
     assert not {torch.__file__, json.__file__} & set(before)
     importlib.import_module("helper_of_ours")
-    # The last is multiprocessing's name of `__main__`
-    foreign = "torch.tasks.c c.inductor_entry_cpp debugpy.server _pydev_bundle pydevd sitecustomize"
-    foreign = {name: f"ide/{name}.py" for name in f"{foreign} usercustomize __mp_main__".split()}
-    foreign |= {"installed_one": ".venv/site-packages/one.py"}
-    foreign |= {"installed_two": "home/dist-packages/two/more.py"}
-    for name, place in foreign.items():
-        path = project / place
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_text("")
-        monkeypatch.setitem(sys.modules, name, SimpleNamespace(__file__=str(path)))
+    generated = tmp_path / "generated.py"
+    generated.write_text("")
+    for name in "torch.tasks.c", "c.inductor_entry_cpp":
+        monkeypatch.setitem(sys.modules, name, SimpleNamespace(__file__=str(generated)))
     assert set(setting.script.file_digests()) - set(before) == {str(helper), str(further)}
     further.write_text("x = 2")
     assert setting.script.file_digests()[str(further)] == hashlib.sha256(b"x = 2").hexdigest()
@@ -386,8 +326,7 @@ def test_what_a_run_on_texts_reads_is_part_of_its_name():
 
 @only(*KINDS)
 def test_a_finished_run_is_not_trained_again(setting, launch, monkeypatch):
-    """The same command prints its score again. It writes a summary that a kill has prevented, but
-    not from a damaged checkpoint, which is kept."""
+    """The same command prints its score again, and writes a summary that a kill has prevented."""
     _, first, _ = launch()
     (folder,) = RUNS.iterdir()
     before = files(folder)
@@ -401,10 +340,6 @@ def test_a_finished_run_is_not_trained_again(setting, launch, monkeypatch):
     after = files(folder)
     changed = {path.name for path in before if after[path] != before[path]}
     assert changed == {"sessions.jsonl"}
-    (folder / "summary.json").unlink()
-    (folder / "checkpoint.pt").write_bytes(b"half")
-    assert "checkpoint.pt can't be read: it is damaged" in launch()[0]
-    assert (folder / "checkpoint.pt").read_bytes() == b"half"
 
 
 def lucky(texts):
@@ -517,34 +452,7 @@ def test_a_run_has_one_process_at_a_time(setting, launch, monkeypatch):
         end, _, _ = launch(**every(setting, 1))
     assert end.startswith(f"error: another process is at work on {folder}")
     assert files(folder) == before
-    (folder / "lock").write_text("")  # as a killed process leaves it
     assert launch(**every(setting, 1))[0] == 0
-
-
-@only(*KINDS)
-def test_an_interrupted_run_says_what_continues_it_and_its_versions(setting, launch, monkeypatch):
-    """Of two installations of a package, Python imports the first one found."""
-
-    def interrupt(*_):
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(setting.script, setting.advantages, interrupt)
-    warning = "warning: last session had other versions: {'numpy': '1'}\n"
-    for numbers in "10", "20":
-        found = [SimpleNamespace(name="numpy", version=number) for number in numbers]
-        monkeypatch.setattr(setting.script, "distributions", found.copy)
-        end, out, _ = launch()
-        assert end == "interrupted; the same command continues from its last checkpoint, if any"
-        assert (warning in out) == (numbers == "20")
-
-
-@only(SPPO_CONTINUOUS, SA2C_ATARI)
-@pytest.mark.parametrize("status", [0, 3, None])
-def test_an_exit_before_the_summary_is_an_error(setting, status, launch, monkeypatch):
-    """An environment may call `sys.exit`."""
-    monkeypatch.setattr(setting.script, setting.envs, lambda *_, **__: sys.exit(status))
-    with pytest.raises(RuntimeError, match="exit.. was called before the end of the run"):
-        launch()
 
 
 @only(SPPO_CONTINUOUS, SA2C_ATARI)
@@ -560,7 +468,7 @@ def test_a_closed_stderr_ends_no_run(setting):
 @only(*ATARI, TEXTS, replace(TEXTS, small=TEXTS.small | {"amp": "auto"}))
 def test_on_a_gpu_a_run_is_compiled_and_continued(setting, launch):
     flags = every(setting, 1) | {"device": "cuda"}
-    flags |= {"compile": True} if setting.atari else {}
+    flags |= {"compile": True, "amp": "auto"} if setting.atari else {}
     folder = setting.interrupt(RUNS, 2, **flags)
     end, out, _ = launch(**flags)
     assert end == 0
@@ -607,13 +515,9 @@ def test_flags_that_would_mean_something_else_are_refused(flags, launch, monkeyp
     assert not RUNS.exists()
 
 
-ACCEPTED = [(each, "--num-minibatches 64 --no-norm-adv --total-timesteps 64") for each in PPO]
-ACCEPTED += [(each, "--env-id Unbounded-v0 --policy gaussian") for each in CONTINUOUS]
-
-
-@pytest.mark.parametrize(("setting", "flags"), ACCEPTED, ids=str, indirect=["setting"])
-def test_flags_that_look_alike_are_accepted(flags, launch):
-    assert launch(*flags.split())[0] == 0
+@only(*CONTINUOUS)
+def test_a_gaussian_policy_needs_no_bounds(launch):
+    assert launch(env_id="Unbounded-v0", policy="gaussian")[0] == 0
 
 
 @only(SPPO_CONTINUOUS, SA2C_ATARI)
@@ -642,13 +546,12 @@ class TenStepsEnv(gym.Env):
 
     observation_space = gym.spaces.Box(-1, 1, (2,))
     age = 0
-    open, most = [], 0
+    open = []
     wrong = {}  # what the fifth step returns instead: {place: value}
 
     def __init__(self, low=-1, high=1, dtype=np.float32):
         self.action_space = gym.spaces.Box(low, high, (2,), dtype)
         self.open.append(self)
-        TenStepsEnv.most = max(self.most, len(self.open))
 
     def reset(self, seed=None, options=None):
         super().reset(seed=seed)
@@ -706,7 +609,7 @@ NAN, INF = np.array([np.nan, 0]), np.array([0, np.inf])
 
 OBS = "error: environment's observation not finite near step [56]: "
 GRADIENT = "error: gradient not finite, step 64 .* reward"
-WRONG = [({0: INF}, OBS), ({0: -INF}, OBS), ({0: NAN, 3: True}, OBS), ({1: None}, GRADIENT)]
+WRONG = [({0: INF}, OBS), ({0: NAN, 3: True}, OBS), ({1: None}, GRADIENT)]
 
 
 @only(*CONTINUOUS)
@@ -721,16 +624,12 @@ def test_a_number_that_is_not_finite_stops_the_run_where_it_begins(
     (folder,) = RUNS.iterdir()
     left = {path.name for path in folder.iterdir()}
     assert not left & {"agent.safetensors", "checkpoint.pt", "progress.csv"}
-    monkeypatch.setattr(TenStepsEnv, "wrong", {0: NAN, 2: True})  # after an end, anything may come
-    _, folder = setting.run(RUNS, env_id="TenSteps-v0", **every(setting, 1))
-    assert weights(folder).isfinite().all()
 
 
 @only(*CONTINUOUS)
 @pytest.mark.parametrize(
     ("said", "rate"),
-    [(True, 0.25), (3, 0.25), (np.array([True, False]), 0), (0.5, 0.125), (-1, 0), (None, None)]
-    + [(NAN, None)],
+    [(True, 0.25), (3, 0.25), (np.array([True, False]), 0), (None, None), (NAN, None)],
     ids=str,
 )
 def test_an_evaluation_has_the_share_of_episodes_whose_last_step_says_success(
@@ -767,12 +666,10 @@ def test_an_episode_of_a_registered_limit_fits_between_two_checkpoints(setting, 
 
 @only(*CONTINUOUS)
 def test_environments_are_closed_after_all_ends_of_a_run(setting, monkeypatch):
-    """No more are open at a time than those of the training, and one to evaluate."""
     flags = {"env_id": "TenSteps-v0", "num_envs": 2, "num_steps": 32}
     monkeypatch.setattr(TenStepsEnv, "open", [])
-    monkeypatch.setattr(TenStepsEnv, "most", 0)
     setting.run("whole", **flags, **every(setting, 1))
-    assert (TenStepsEnv.open, TenStepsEnv.most) == ([], 3)
+    assert TenStepsEnv.open == []
     setting.interrupt("interrupted", 1, **flags)
     assert TenStepsEnv.open == []
 

@@ -9,7 +9,7 @@ import gymnasium as gym
 import numpy as np
 import pytest
 import torch
-from helpers import ATARI, CONTINUOUS, EACH, PPO, Signals, needs_gpu, only, progress, record, sha256
+from helpers import EACH, PPO, Signals, only, progress, record, sha256
 from hypothesis import given, settings
 from hypothesis import strategies as st
 from scipy import stats
@@ -50,7 +50,6 @@ def test_defaults_are_the_authors_settings(setting):
     defaults = {f"{name}={x}".replace(" ", "") for name, x in vars(setting.script.Args()).items()}
     assert defaults == set(f"{COMMON} {DEFAULTS[str(setting)]}".split())
     assert setting.script.Args(beta=0.0).alpha == 1.0  # the baseline's loss is not halved
-    assert setting.script.Args(total_timesteps=10).eval_freq == 1
     for noise, level in {"normal": 0.05, "uniform": 0.05, "adv_flip": 0.1}.items():
         assert setting.script.Args(noise=noise).noise_level == level
 
@@ -89,8 +88,6 @@ def test_noise_has_its_distribution(setting):
     assert len(np.unique(noise("normal"))) == len(np.unique(noise("uniform"))) == 20_000  # each own
     assert not noise("none").any()
     assert not noise("adv_flip").any()
-    with pytest.raises(ValueError, match="perturb_reward does not know the noise 'lost'"):
-        noise("lost")  # of a copy whose Args allows it
 
     advantage = torch.randn(300, 300)
     noisy = setting.script.perturb_advantage(advantage, 0.1, np.random.default_rng(0))
@@ -145,7 +142,7 @@ def gradient_and_metrics(setting, agent, args, minibatch, function=None):
     function = function or setting.loss_function
     trained = list(agent.parameters())
     if setting.atari:
-        clip_coef = [torch.tensor(0.2, device=minibatch[0].device)] if setting.ppo else []
+        clip_coef = [torch.tensor(0.2)] if setting.ppo else []
         loss, metrics = function(agent, args, *clip_coef, *minibatch)
         gradients = torch.autograd.grad(loss, trained)
     else:
@@ -220,23 +217,6 @@ def test_compiled_functions_compute_the_same(setting, capsys):
     result = gradient_and_metrics(setting, agent, args, minibatch, compiled)
     torch.testing.assert_close(result, expected, rtol=1e-3, atol=1e-5)
     assert "failed" not in capsys.readouterr().err
-
-
-@needs_gpu
-@only(*ATARI)
-def test_a_gpu_computes_the_same_gradient(setting, tmp_path, monkeypatch):
-    """And runs: compiled and in bfloat16."""
-    summary, _ = setting.run(tmp_path, device="cuda", compile=True, amp="auto")
-    assert summary["step"] == 256
-    monkeypatch.setattr(torch.backends.cudnn, "allow_tf32", False)
-    agent = make_agent(setting)
-    args = setting.script.Args()
-    minibatch = some_minibatch(setting, agent)
-    expected, _ = gradient_and_metrics(setting, agent, args, minibatch)
-    agent.to("cuda")
-    on_gpu = [tensor.to("cuda") for tensor in minibatch]
-    gradient, _ = gradient_and_metrics(setting, agent, args, on_gpu)
-    torch.testing.assert_close(gradient.cpu(), expected, rtol=1e-3, atol=1e-5)
 
 
 # ---- What `train` does
@@ -385,8 +365,7 @@ def test_advantages_flip_anew_in_each_epoch(setting, tmp_path, monkeypatch, sign
     assert len(np.unique(flips, axis=0)) == 2 * epochs
 
 
-@only(*CONTINUOUS)
-def test_explained_variance_is_that_of_returns(setting, tmp_path, monkeypatch):
+def test_explained_variance_is_that_of_returns(setting, tmp_path, monkeypatch, signals):
     rollouts = record(monkeypatch, setting.script, "compute_gae")
     _, folder = setting.run(tmp_path)
     explained = [1 - advantage.var() / returns.var() for _, (advantage, returns) in rollouts]

@@ -30,30 +30,19 @@ def edited(script, folder, *edits):
     return copy
 
 
-def make_copy(setting, folder, *edits, change=lambda agent: None):
-    """`setting` with such a copy; its agents are changed, and keep their tensors as `first`."""
+def run_copy(setting, folder, *edits, change, **flags):
+    """Runs such a copy, whose agents are changed, for a rollout. Returns the run's folder."""
     script = edited(setting.script, folder, *edits)
 
     class Agent(script.Agent):
         def __init__(self, *options):
             super().__init__(*options)
             change(self)
-            Agent.first = {name: tensor.clone() for name, tensor in self.state_dict().items()}
 
     script.Agent = Agent
-    return replace(setting, script=script)
-
-
-def run_copy(setting, folder, *edits, change=lambda agent: None, **flags):
-    """Runs it for a rollout. Returns the names of tensors that have not moved, and the folder."""
-    copy = make_copy(setting, folder, *edits, change=change)
     flags = {"total_timesteps": 64, "num_envs": 2, "num_steps": 32} | flags
-    if setting.atari and setting.ppo:
-        flags["anneal_lr"] = False
-    _, folder = copy.run(folder, **flags)
-    first = copy.script.Agent.first
-    last = safetensors.torch.load_file(folder / "agent.safetensors")
-    return {name for name in first if torch.equal(first[name], last[name])}, folder
+    _, folder = replace(setting, script=script).run(folder, **flags)
+    return folder
 
 
 # ---- What stops a run
@@ -61,7 +50,7 @@ def run_copy(setting, folder, *edits, change=lambda agent: None, **flags):
 NOT_THE_SAME = "error: the policy that acts is not the one that is trained"
 
 
-def test_dropout_another_policy_in_training_and_a_mean_value_stop_the_run(setting, tmp_path):
+def test_dropout_and_another_policy_in_training_stop_the_run(setting, tmp_path):
     """Outputs are not as small as they usually are at first, so that the difference shows."""
 
     def widen(agent):
@@ -74,14 +63,6 @@ def test_dropout_another_policy_in_training_and_a_mean_value_stop_the_run(settin
         else:
             agent.actor.insert(4, nn.Dropout(0.5))
 
-    def average(agent):
-        if not setting.atari:
-            agent.critic.register_forward_hook(lambda *io: io[-1].mean())
-        forward = agent.forward
-        agent.forward = lambda obs: (forward(obs)[0], forward(obs)[1].mean())
-
-    with pytest.raises((RuntimeError, ValueError), match="shape|size"):
-        run_copy(setting, tmp_path / "mean", change=average)
     with pytest.raises(SystemExit, match=NOT_THE_SAME):
         run_copy(setting, tmp_path / "dropout", change=drop_out)
     if not setting.atari:
@@ -124,16 +105,6 @@ def test_rounding_in_thousands_of_dimensions_stops_no_run(setting, tmp_path):
 # ---- What works: optimizers, networks, a copied checkpoint
 
 
-def test_frozen_and_unused_parameters_are_left_out(setting, tmp_path):
-    def change(agent):
-        agent.unused = nn.Linear(3, 2)
-        agent.get_submodule(layer).requires_grad_(False)
-
-    layer = "conv" if setting.atari else "actor.0"
-    names = {f"{module}.{kind}" for module in (layer, "unused") for kind in ("weight", "bias")}
-    assert run_copy(setting, tmp_path / "copy", change=change)[0] == names
-
-
 @only(*CONTINUOUS)
 def test_layers_may_be_shared_and_the_critic_may_normalise_batches(setting, tmp_path):
     """One of two rollouts has a truncated episode, the other none."""
@@ -143,7 +114,7 @@ def test_layers_may_be_shared_and_the_critic_may_normalise_batches(setting, tmp_
         agent.critic.insert(1, nn.BatchNorm1d(64))
 
     flags = {"env_id": "Pendulum-v1", "num_steps": 100, "num_envs": 1, "total_timesteps": 200}
-    assert run_copy(setting, tmp_path / "copy", change=share_and_normalise, **flags)[0] == set()
+    run_copy(setting, tmp_path / "copy", change=share_and_normalise, **flags)
 
 
 @only(*CONTINUOUS)
@@ -160,7 +131,7 @@ def test_the_layout_in_memory_changes_no_update(setting, tmp_path):
             layers[2].register_forward_hook(lambda *io: io[-1].to(memory_format=memory_format))
             agent.actor = nn.Sequential(*layers)
 
-        _, run = run_copy(setting, tmp_path / str(memory_format), change=change, learning_rate=1e-3)
+        run = run_copy(setting, tmp_path / str(memory_format), change=change, learning_rate=1e-3)
         results.append(safetensors.torch.load_file(run / "agent.safetensors"))
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-5)
 
@@ -180,9 +151,9 @@ def test_a_copied_checkpoint_continues(setting, is_edited, tmp_path, monkeypatch
     edits = [(f"    {above}\n", f"    {above}\n    {line}\n")]
     if is_edited:
         edits.append(("gamma: float = 0.99", "gamma: float = 0.9"))
-    copy = make_copy(setting, tmp_path / "copy", *edits)
-    rollouts = record(monkeypatch, copy.script, "compute_gae")
-    _, folder = copy.run(tmp_path / "runs", **EACH)
+    script = edited(setting.script, tmp_path / "copy", *edits)
+    rollouts = record(monkeypatch, script, "compute_gae")
+    _, folder = replace(setting, script=script).run(tmp_path / "runs", **EACH)
     assert folder != before
     assert len(rollouts) == 2
     rows = progress(folder)
