@@ -23,6 +23,7 @@ from results.control import tables as control
 from results.robustness import noise, sweep
 
 POINTS = "points"
+REWARD = "reward"
 SHARE = "of the score"
 LOG_RATIO = "(log ratio)"
 
@@ -75,9 +76,9 @@ def in_points(claims, name, page, pack, place, pair, measure=LAST, **options):
     cell = cells_of(read(pack), measure)[place]
     a, b = (cell[method] for method in pair)
     p = corrected_suite(pack)[(measure, *place, frozenset(pair))]
-    options = {"matters": abs(b.mean()) / 10, "corrected": p} | options
+    options = {"matters": abs(b.mean()) / 10, "corrected": p, "unit": POINTS} | options
     found = difference(a, b)
-    return Comparison(claims, name, page, found, len(a), POINTS, MEASURES[measure], **options)
+    return Comparison(claims, name, page, found, len(a), measure=MEASURES[measure], **options)
 
 
 # ---- Control, SPPO
@@ -101,7 +102,7 @@ def of_control():
     name = "k = 20.5 minus 1"
     for claim, (rewards, noises) in {"1": ("clean", [0]), "2": ("noisy", [1])}.items():
         found = k.effects(FIVE, noises=noises)[name]
-        title = f"SPPO (k = 20.5) minus DPPO (k = 1), three tasks, {rewards}"
+        title = f"SPPO minus DPPO, three tasks, {rewards}"
         yield Comparison(claim, title, "k", found, 8, **options)
     for name, found in k.effects(FIVE).items():
         if name.endswith("minus 1"):
@@ -155,7 +156,7 @@ def of_a2c():
     names |= {"noisy minus clean": "4", "flipped minus clean": "4"}
     for name, claim in names.items():
         corrected = p[MEASURES[TRAINING], name]
-        title = f"three tasks, beta 0 to 20 by a fitted line, {name.removeprefix('slope: ')}"
+        title = f"three tasks, beta 20 minus 0 (fitted line), {name.removeprefix('slope: ')}"
         direct = name in ["slope: clean", "slope: noisy rewards"]  # registered as primary
         own = options | {"corrected": corrected, "direct": direct}
         yield Comparison(claim, title, found=found[name], **own)
@@ -164,7 +165,7 @@ def of_a2c():
         options["measure"] = MEASURES[measure]
         for name, found in dose.interactions_in(measure).items():
             corrected = p[MEASURES[measure], name]
-            title = f"beta 20 to 0, {name}"
+            title = f"log ratio of beta 20 to 0, {name}"
             own = options | {"unit": LOG_RATIO, "corrected": corrected, "direct": False}
             yield Comparison("4", title, found=found, **own)
 
@@ -228,7 +229,8 @@ def of_text():
     for claim, name, pack, rewards, pair in rows:
         baseline = cells_of(read(pack))["imdb", rewards][pair[1]].mean()
         quarter = (1 - baseline) / 4  # of the distance to the best reward
-        yield in_points(claim, name, "text", pack, ("imdb", rewards), pair, matters=quarter)
+        options = {"matters": quarter, "unit": REWARD}
+        yield in_points(claim, name, "text", pack, ("imdb", rewards), pair, **options)
 
 
 def comparisons():

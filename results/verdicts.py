@@ -10,7 +10,7 @@ from pathlib import Path
 import pandas as pd
 
 from analysis.tables import interval_text, markdown
-from results.comparisons import POINTS, comparisons
+from results.comparisons import POINTS, REWARD, comparisons
 
 PAGES = {
     "three tasks": "control/README.md#a-million-steps-three-tasks-eight-seeds",
@@ -46,7 +46,9 @@ CLAIMS = {
 
 def effect_text(comparison):
     found = comparison.found
-    places = None if comparison.unit == POINTS else 2
+    if comparison.decided:
+        return f"median {found.value:.2f}, from {found.low:.2f} to {found.high:.2f}"
+    places = None if comparison.unit in (POINTS, REWARD) else 2
     return f"{interval_text(found.value, found.low, found.high, places)} {comparison.unit}"
 
 

@@ -419,7 +419,7 @@ def test_a_learning_rate_schedule_and_a_kl_target(learning_rate, steps, tmp_path
 @pytest.mark.parametrize(("rate", "epochs"), [(1e-7, 3), (1.0, 1)])
 def test_a_language_models_update_stops_at_a_kl_divergence(rate, epochs, here, monkeypatch):
     text = SECTIONS["Stopping an update at a KL divergence"]
-    line, below = re.search(r"`(if metrics.+?)` ends .* above `(.+?)`", text).groups()
+    line, below = re.search(r"`(if metrics.+?)` becomes .* above `(.+?)`", text).groups()
     edit = (f"    {below}\n", f"        {line}\n    {below}\n")
     script = edited(sppo_rlhf, here / "copy", edit)
     args = script.parse_args([])

@@ -1,9 +1,5 @@
 """Tables of this folder's page, but for those of k.py."""
 
-from pathlib import Path
-
-import pandas as pd
-
 from analysis.compare import FIVE, LAST, TRAINING, cells_of
 from analysis.runs import CELL
 from analysis.tables import markdown
@@ -68,17 +64,6 @@ def more_tasks():
             difference = minus_text(cell["sppo"], cell["dppo"])
             rows.append([f"{short(task)}, {rewards}", *scores, difference])
     return markdown(["task", "PPO", "DPPO", "SPPO", "SPPO minus DPPO"], rows)
-
-
-def rounding():
-    """Gaps between last evaluations of ten pairs of runs on the same seeds."""
-    runs = pd.read_csv(Path(__file__).with_name("rounding.csv"))
-    rows = []
-    names = {"dppo-k": "the same run, sums in another order", "dppo": "DPPO, k = 1"}
-    for method, title in names.items():
-        gap = (runs[method] - runs["sppo"]).abs()
-        rows.append([title, f"{gap.mean():,.0f}", f"{gap.max():,.0f}"])
-    return markdown(["SPPO against", "mean gap", "largest gap"], rows)
 
 
 def shares():
