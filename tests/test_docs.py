@@ -158,6 +158,17 @@ def play(folder, monkeypatch, capsys):
     assert capsys.readouterr().out.splitlines()[-1].startswith(f"{folder}: re")
 
 
+@pytest.mark.slow
+def test_the_check_of_the_same_run_holds_for_compiled_runs(tmp_path):
+    """README's, with all defaults."""
+    (check,) = code_blocks(sections(PAGES["README.md"])["The same run"], "sh")
+    check = check.replace("sppo_continuous.py", str(ROOT / "sppo_continuous.py"))
+    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    command = ["bash", "-ec", check]
+    printed = subprocess.check_output(command, cwd=tmp_path, env=os.environ | {"PATH": path})
+    assert printed.endswith(b"\nequal\n")
+
+
 # ---- The exercise
 
 
@@ -449,6 +460,19 @@ def test_other_ways_of_sampling_in_an_edited_copy(here):
         folder = train(script, script.parse_args([]), "here", **SHORT_LM, eval_greedy=greedy)
         texts.append([row["response"] for row in read_lines(folder / "samples.jsonl")[:8]])
     assert texts[0] == texts[1]
+
+
+def test_a_language_model_is_trained_longer(here):
+    text = sections(PAGES["docs/usage.md"])["Extending a finished run"]
+    line, above = re.search(r"Language models: `(.+?)`, below `(.+?)`", text).groups()
+    first = train(sppo_rlhf, sppo_rlhf.parse_args([]), "here", **SHORT_LM).resolve()
+    line = line.replace("runs/NAME", str(first))
+    edit = (f"    {above}\n", f"    {above}\n    {line}\n")
+    script = edited(sppo_rlhf, here / "copy", edit)
+    longer = train(script, script.parse_args([]), "here", **SHORT_LM | {"total_timesteps": 16})
+    before, after = ((folder / "progress.csv").read_text() for folder in (first, longer))
+    assert after.startswith(before)
+    assert [row["step"] for row in progress(longer)] == [0, 8, 16]
 
 
 def test_data_and_reward_functions_of_the_page_on_language_models(here):
