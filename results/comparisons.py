@@ -126,7 +126,7 @@ def of_hyperparameters():
     for cell in cells_of(read("control/three-tasks")).values():
         ratios.append(cell["sppo"].std(ddof=1) / cell["dppo"].std(ddof=1))
     found = Interval(np.median(ratios), min(ratios), max(ratios))
-    name = "spread over seeds, SPPO's to DPPO's: median, least and most of six cells"
+    name = "spread over seeds, SPPO's to DPPO's: median, least and most of six ratios"
     options = {"unit": "ratio", "tasks": 3, "decided": "not tested"}
     yield Comparison("9", name, "three tasks", found, 8, **options)
 
@@ -152,11 +152,17 @@ def of_a2c():
     options["measure"] = MEASURES[TRAINING]
     found = dose.effects(TRAINING)
     p = corrected_p(dose.tested())
-    names = {"slope: clean": "3", "slope: noisy rewards": "4", "slope: flipped advantages": "4"}
-    names |= {"noisy minus clean": "4", "flipped minus clean": "4"}
-    for name, claim in names.items():
+    slope = "slope from beta 0 to 20, three tasks"
+    names = {
+        "slope: clean": f"{slope}, clean",
+        "slope: noisy rewards": f"{slope}, noisy rewards",
+        "slope: flipped advantages": f"{slope}, flipped advantages",
+        "noisy minus clean": "change of the slope by noise",
+        "flipped minus clean": "change of the slope by flips",
+    }
+    for name, title in names.items():
+        claim = "3" if name == "slope: clean" else "4"
         corrected = p[MEASURES[TRAINING], name]
-        title = f"three tasks, beta 20 minus 0 (fitted line), {name.removeprefix('slope: ')}"
         direct = name in ["slope: clean", "slope: noisy rewards"]  # registered as primary
         own = options | {"corrected": corrected, "direct": direct}
         yield Comparison(claim, title, found=found[name], **own)
@@ -165,7 +171,7 @@ def of_a2c():
         options["measure"] = MEASURES[measure]
         for name, found in dose.interactions_in(measure).items():
             corrected = p[MEASURES[measure], name]
-            title = f"log ratio of beta 20 to 0, {name}"
+            title = f"{names[name]}, as a log ratio"
             own = options | {"unit": LOG_RATIO, "corrected": corrected, "direct": False}
             yield Comparison("4", title, found=found, **own)
 
@@ -177,7 +183,7 @@ def of_atari():
     ratios = games.log_ratios(games.scores_of(FIVE))
     names = {
         "loss": ("5", "eighteen games"),
-        "both": ("5", "eight games, to the authors' PPO"),
+        "both": ("5", "eight games, to PPO without normalised advantages"),
         "loss, flipped": ("7", "ten games"),
         games.NOISY_LOSS: ("7", "ten games, noisy minus clean"),
     }

@@ -7,10 +7,12 @@ docs/reproduction.md says how a verdict is reached.
 
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 
 from analysis.tables import interval_text, markdown
-from results.comparisons import POINTS, REWARD, comparisons
+from results.common import percent_text
+from results.comparisons import LOG_RATIO, POINTS, REWARD, comparisons
 
 PAGES = {
     "three tasks": "control/README.md#a-million-steps-three-tasks-eight-seeds",
@@ -48,6 +50,8 @@ def effect_text(comparison):
     found = comparison.found
     if comparison.decided:
         return f"median {found.value:.2f}, from {found.low:.2f} to {found.high:.2f}"
+    if comparison.unit == LOG_RATIO:
+        return percent_text(*np.expm1([found.value, found.low, found.high]))
     places = None if comparison.unit in (POINTS, REWARD) else 2
     return f"{interval_text(found.value, found.low, found.high, places)} {comparison.unit}"
 

@@ -22,7 +22,6 @@ STEPS = {  # weights of the methods' means
     "normalisation": {"ppo": 1, "ppo-authors": -1},
     "loss": {"sppo": 1, "ppo": -1},
     "both": {"sppo": 1, "ppo-authors": -1},
-    "normalisation minus loss": {"ppo": 2, "ppo-authors": -1, "sppo": -1},
 }
 MEASURES = {
     TRAINING: "training",

@@ -1,4 +1,4 @@
-"""Tables and figure of the Atari games, a row each: how SPPO, PPO and the authors' PPO differ.
+"""Tables and figure of the Atari games, a row each: how SPPO and two kinds of PPO differ.
 
 python -m results.atari.games
 
@@ -31,7 +31,7 @@ CONTRASTS = {  # (method, noise), and what it is divided by
 }
 NOISY_LOSS = "loss, noisy minus clean"
 COLUMNS = {
-    ("ppo-authors", "clean"): "the authors' PPO",
+    ("ppo-authors", "clean"): "PPO, not normalised",
     ("ppo", "clean"): "PPO",
     ("sppo", "clean"): "SPPO",
     ("ppo", "flip 0.1"): "PPO, flipped",
@@ -152,7 +152,7 @@ def draw():
     paper = np.log(quoted["sppo"] / quoted["ppo"])
     points = {
         "loss: SPPO to PPO": (ratios["loss"], "o", "tab:blue"),
-        "both: SPPO to the authors' PPO": (ratios["both"], "s", "tab:green"),
+        "both: SPPO to PPO, not normalised": (ratios["both"], "s", "tab:green"),
         "both, quoted: the paper's SPPO to its PPO": (paper, "X", "black"),
         "loss, flipped: SPPO to PPO": (ratios["loss, flipped"], "D", "tab:orange"),
     }

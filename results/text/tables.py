@@ -103,8 +103,8 @@ def grpo():
     """Least and most over seeds, before and after."""
     runs, progress = read_pack(Path(__file__).with_name("grpo-runs.csv.gz"))
     rows = []
-    for task, title in {"train": "sums, right answers", "toy": "the toy, positive"}.items():
+    for task, title in {"train": "sums", "toy": "the toy"}.items():
         names = runs["run_name"][runs["env_id"] == task]
         returns = progress[progress["run_name"].isin(names)].groupby("run_name")["return_mean"]
         rows.append([title, len(names), ends(returns.first()), ends(returns.last())])
-    return markdown(["share", "seeds", "before", "after"], rows)
+    return markdown(["mean reward", "seeds", "before", "after"], rows)
