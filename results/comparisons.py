@@ -152,13 +152,13 @@ def of_a2c():
     options["measure"] = MEASURES[TRAINING]
     found = dose.effects(TRAINING)
     p = corrected_p(dose.tested())
-    slope = "slope from beta 0 to 20, three tasks"
+    slope = "beta 20 minus 0 (fitted), three tasks"
     names = {
         "slope: clean": f"{slope}, clean",
         "slope: noisy rewards": f"{slope}, noisy rewards",
         "slope: flipped advantages": f"{slope}, flipped advantages",
-        "noisy minus clean": "change of the slope by noise",
-        "flipped minus clean": "change of the slope by flips",
+        "noisy minus clean": "change by noise",
+        "flipped minus clean": "change by flips",
     }
     for name, title in names.items():
         claim = "3" if name == "slope: clean" else "4"

@@ -26,7 +26,7 @@ PAGES = {
     "games": "atari/README.md#eighteen-games-one-seed",
     "crazyclimber": "atari/README.md#crazyclimber-eight-seeds",
     "breakout": "atari/README.md#breakout-three-seeds",
-    "wizardofwor": "atari/README.md#wizardofwor-three-seeds",
+    "wizardofwor": "atari/README.md#eighteen-games-one-seed",
     "epsilon": "atari/README.md#sa2c-breakout-three-seeds",
     "text": "text/README.md#film-reviews",
 }
@@ -103,7 +103,7 @@ def front_page():
         best = best_of(claim, found)
         link = f"[{effect_text(best)}](results/{PAGES[best.page]})"
         rows.append([title, best.verdict(), link, f"{best.name}, {best.measure}", best.seeds])
-    return markdown(["", "a gain?", "effect", "comparison", "seeds"], rows)
+    return markdown(["", "verdict", "effect", "comparison", "seeds"], rows)
 
 
 def rounded(x):

@@ -116,10 +116,6 @@ def tested_interactions():
     return {MEASURES[measure]: interactions_in(measure) for measure in [TRAINING, FIVE, LAST]}
 
 
-def interactions():
-    return estimate_table("log ratio, beta 20 to 0", tested_interactions(), places=3)
-
-
 def draw():
     """Training score against dose: over all tasks, then each; a line for each kind of rewards."""
     scores = relative_scores(TRAINING)
@@ -146,5 +142,5 @@ def draw():
 
 if __name__ == "__main__":
     plt.switch_backend("agg")
-    print(measures(), doses(), interactions(), sep="\n\n")
+    print(measures(), doses(), sep="\n\n")
     draw()

@@ -13,7 +13,7 @@ import pandas as pd
 
 from analysis.compare import FIVE, LAST, TRAINING
 from analysis.tables import markdown
-from results.common import estimate_text, mean, percent_text, read
+from results.common import mean, percent_text, read
 
 HERE = Path(__file__).parent
 MEASURES = {
@@ -108,16 +108,14 @@ def gain_text(ratios):
 
 
 def table_of(contrasts):
-    """Mean log ratios over games, by t; of the first row the registered tests."""
-    ratios = {title: log_ratios(scores_of(measure)) for measure, title in MEASURES.items()}
-    first = ratios[MEASURES[FIVE]]
+    """Mean log ratios over games, by t, as percentages; of the first row the registered tests."""
     rows = []
-    for title, part in ratios.items():
-        rows.append([title, *(estimate_text(mean_over_games(part[name])) for name in contrasts)])
-    rows.insert(1, ["the same in percent", *(gain_text(first[name]) for name in contrasts)])
-    p = registered_tests(first).reindex(contrasts)
-    rows.append(["p, by Holm", *("" if np.isnan(x) else f"{x:.2f}" for x in p)])
-    return markdown(["log ratio", *contrasts], rows)
+    for measure, title in MEASURES.items():
+        ratios = log_ratios(scores_of(measure))
+        rows.append([title, *(gain_text(ratios[name]) for name in contrasts)])
+    p = registered_tests(log_ratios(scores_of(FIVE))).reindex(contrasts)
+    rows.append(["p by Holm, first row", *("" if np.isnan(x) else f"{x:.2f}" for x in p)])
+    return markdown(["", *contrasts], rows)
 
 
 def measures():

@@ -19,13 +19,6 @@ def breakout():
     return markdown(header, rows)
 
 
-def wizardofwor():
-    cell = cells_of(read("atari/wizardofwor"))["WizardOfWor", "flip 0.1"]
-    ppo, sppo = cell["ppo"], cell["sppo"]
-    row = [score_text(ppo), score_text(sppo), minus_text(sppo, ppo)]
-    return markdown(["PPO", "SPPO", "SPPO minus PPO"], [row])
-
-
 def epsilon():
     rows = []
     for measure in [LAST, TRAINING]:
