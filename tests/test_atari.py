@@ -12,7 +12,7 @@ import numpy as np
 import pytest
 import torch
 from ale_py import Action
-from helpers import ATARI, SPPO_ATARI, only, record
+from helpers import ATARI, SPPO_ATARI, only, progress, record
 from torch import nn
 from torch.optim.optimizer import register_optimizer_step_pre_hook
 
@@ -117,6 +117,9 @@ def test_a_game_that_is_cut_off_is_truncated_with_its_last_images():
         assert results[i] == (plain[i].score, 30)
     assert list(games.recent_episodes) == [results[0], results[1]]
     assert games.recent_episodes.maxlen == 100
+    for _ in range(30):
+        games.step(action)
+    assert [length for _, length in games.recent_episodes] == [30] * 4
 
 
 def test_fire_does_not_follow_a_life_that_was_lost_before_a_reset(monkeypatch):
@@ -293,3 +296,19 @@ def test_what_is_annealed_falls_linearly(tmp_path, monkeypatch, signals, anneal_
     falling, constant = np.array([1.0, 0.75, 0.5, 0.25]), np.ones(4)
     np.testing.assert_allclose(learning_rates, 2.5e-4 * (falling if anneal_lr else constant))
     np.testing.assert_allclose(clip_coefs, 0.1 * (falling if anneal_clip else constant), rtol=1e-6)
+
+
+@only(*ATARI)
+def test_overridden_steps_explain_no_variance(setting, tmp_path, monkeypatch, signals):
+    advantage, returns = np.random.default_rng(0).normal(size=(2, 8, 1))
+    step = setting.script.AtariGames.step
+
+    def overriding_step(self, action):
+        outcome = step(self, action)
+        return *outcome[:3], self.length >= 5, *outcome[4:]
+
+    monkeypatch.setattr(setting.script, "compute_gae", lambda *_: (advantage, returns))
+    monkeypatch.setattr(setting.script.AtariGames, "step", overriding_step)
+    _, folder = setting.run(tmp_path, num_envs=1, total_timesteps=8)
+    expected = 1 - advantage[:4].var() / returns[:4].var()
+    assert progress(folder)[0]["losses/explained_variance"] == pytest.approx(expected)
