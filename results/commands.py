@@ -1,6 +1,6 @@
 """Prints the commands of a pack's runs, for today's scripts.
 
-python -m results.commands control/million | python benchmarks/run.py --runs-dir runs/again
+python -m results.commands a2c/million | python benchmarks/run.py --runs-dir runs/again
 
 Runs of edited scripts are left out.
 """

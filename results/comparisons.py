@@ -107,7 +107,7 @@ def of_control():
     for name, found in k.effects(FIVE).items():
         if name.endswith("minus 1"):
             yield Comparison("1 2", name, "k", found, 8, direct=False, **options)
-    name = "slope over log10 k"
+    name = "slope per tenfold k"
     found = k.effects(TRAINING)[name]
     options |= {"direct": False, "measure": MEASURES[TRAINING]}
     p = corrected_p(k.tested())[MEASURES[TRAINING], name]
@@ -152,7 +152,7 @@ def of_a2c():
     options["measure"] = MEASURES[TRAINING]
     found = dose.effects(TRAINING)
     p = corrected_p(dose.tested())
-    slope = "beta 20 minus 0 (fitted), three tasks"
+    slope = "beta 20 minus 0 by a fitted line, three other tasks"
     names = {
         "slope: clean": f"{slope}, clean",
         "slope: noisy rewards": f"{slope}, noisy rewards",
@@ -220,7 +220,7 @@ def of_atari():
 
 def of_text():
     rows = [
-        ("10", "IMDB, k = 0.9", "text/imdb", "clean", ("sppo", "ppo")),
+        ("10", "IMDB, clean, k = 0.9", "text/imdb", "clean", ("sppo", "ppo")),
         ("10", "IMDB, flipped", "text/imdb", "flip 0.2", ("sppo", "ppo")),
         ("10", "IMDB, flipped, k = 20.5", "text/imdb-k20.5", "flip 0.2", ("sppo", "ppo")),
         (

@@ -46,7 +46,7 @@ def computed():
     low, high = ends["k = 0.2 minus 1"], ends["k = 100 minus 1"]
     within = max(abs(low.value), abs(high.value)) < 0.1
     yield "control/k", "Last five evaluations with k = 0.2 and 100", within
-    three = [low, high, ends["slope over log10 k"]]
+    three = [low, high, ends["slope per tenfold k"]]
     yield "control/k", "Their intervals and the slope's", all(map(includes_0, three))
 
     fresh = range(10004, 10008)

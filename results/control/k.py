@@ -53,7 +53,7 @@ def effects(measure, tasks=slice(None), noises=slice(None)):
         "k = 0.2 minus 1": mean(low - one),
         "k = 100 minus 1": mean(high - one),
         "k = 20.5 minus 1": difference(sppo, dppo),
-        "slope over log10 k": mean(slopes),
+        "slope per tenfold k": mean(slopes),
     }
 
 

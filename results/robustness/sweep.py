@@ -80,8 +80,8 @@ def measures():
     rows = []
     for title, measure in MEASURES.items():
         dppo, sppo = measure(shares).mean(axis=(0, 1))
-        samples = [dppo, sppo, sppo - dppo]
-        rows.append([title, *(interval_text(*bootstrapped(x), 2) for x in samples)])
+        difference = interval_text(*bootstrapped(sppo - dppo), 2)
+        rows.append([title, f"{dppo[0]:.2f}", f"{sppo[0]:.2f}", difference])
     return markdown(["measure", "DPPO", "SPPO", "SPPO minus DPPO"], rows)
 
 

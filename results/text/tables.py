@@ -59,7 +59,7 @@ def sums():
     clean, flipped = (cells["toy", noise] for noise in NOISES)
     samples = [clean["sppo"], flipped["sppo"], clean["ppo"], flipped["ppo"]]
     cost = [
-        "cost of noise",
+        "clean minus flipped",
         minus_text(clean["ppo"], flipped["ppo"], 3),
         minus_text(clean["sppo"], flipped["sppo"], 3),
         estimate_text(contrast(samples, [1, -1, -1, 1]), 3),
