@@ -185,7 +185,7 @@ def test_a_metric_may_be_missing_and_no_return_may_be_nan(setting, monkeypatch):
     _, folder = setting.run(RUNS, **flags)
     lengths = [row["charts/episodic_length"] for row in progress(folder)]
     np.testing.assert_equal(lengths, [np.nan, np.nan, 10, 10])
-    results = [np.array([np.nan]), np.ones(1), []][: 2 if setting.atari else 3]
+    results = [np.array([np.inf]), np.ones(1), []][: 2 if setting.atari else 3]
     monkeypatch.setattr(setting.script, "evaluate", lambda *_: results)
     with pytest.raises(SystemExit, match="error: a return of the evaluation at step 4 is not fini"):
         setting.run("more", **flags)

@@ -255,6 +255,7 @@ def test_padding_changes_nothing_in_any_family(load, toy, tmp_path, kind, lora_r
     make_policy(kind, tmp_path / kind, toy, **DROPOUTS)
     flags = {"lora_r": lora_r, "stop_at_eos": False, "gradient_checkpointing": True}
     setup, args = load(policy_model=str(tmp_path / kind), **flags)
+    setup.tokenizer.add_special_tokens({"pad_token": "<none>"})
     actor = setup.actor_critic
     randomise(actor)
     prompts, responses = ragged()
@@ -413,6 +414,7 @@ def test_models_that_do_not_fit_are_refused(toy, models, tmp_path, monkeypatch):
     lengths = {"max_position_embeddings": 64, "original_max_position_embeddings": 16}
     make_policy("Phi3", tmp_path / "long", toy, rope_scaling=long_rope, **lengths)
     long = ["--policy-model", tmp_path / "long", "--prompt-length", 7, "--response-length"]
+    make_policy("Mpt", tmp_path / "mpt", toy, max_seq_len=16)
     files = shutil.ignore_patterns("token*")
     bare = shutil.copytree(models["gpt2"], tmp_path / "bare", ignore=files)
     data = write_data(tmp_path / "few.jsonl", text=[f"the plot {i} was dull" for i in range(40)])
@@ -423,6 +425,7 @@ def test_models_that_do_not_fit_are_refused(toy, models, tmp_path, monkeypatch):
         (["--policy-model", adapted], "adapted has an adapter_config.json: merge or remove it$"),
         (["--device", "cuda"], "there is no GPU$"),
         (["--prompt-length", "40"], "has 64 positions, not 72$"),
+        (["--policy-model", tmp_path / "mpt", "--prompt-length", 7], "mpt has 16 positions"),
         ([*long, 10], "long has 16 positions, not 17$"),
         (["--reward-model", f"{__file__}:constant"], "constant gets texts, .*'score'$"),
         (["--policy-model", bare], f"^error: {bare} has no tokenizer"),
@@ -538,11 +541,14 @@ def test_chat_is_written_in_the_template(chat_tokenizer, template, messages, var
     prompt, target, _ = rlhf.tokenize(row, chat_tokenizer, args)
     assert chat_tokenizer.decode(prompt) == text
     assert chat_tokenizer.decode(target) == f" was dull{end}"
-    base = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=None))
+    base = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[None, 10**6]))
     base.get_output_embeddings = lambda: nn.Linear(1, len(chat_tokenizer))
     ends = rlhf.end_tokens(row, chat_tokenizer, base, args)
     assert set(chat_tokenizer.convert_ids_to_tokens(ends)) == {END, end}
     ends = rlhf.end_tokens({"prompt": "a"}, chat_tokenizer, base, args)
+    chat_tokenizer.chat_template = "{% if tools %}<s>{% endif %}" + CHATML
+    tokens = rlhf.chat_tokens(row | {"tools": [CALL]}, chat_tokenizer, args)
+    assert tokens[0] == chat_tokenizer.bos_token_id
     assert chat_tokenizer.convert_ids_to_tokens(ends) == [END]
 
 
@@ -741,14 +747,17 @@ def test_a_reward_file_may_import_files_beside_it(tmp_path):
             function_reward(f"{file}:{name}", **inputs)
 
 
-def test_a_reward_file_may_leave_the_folder(toy, tmp_path, monkeypatch):
+def test_a_reward_file_changes_neither_folder_nor_precision(toy, tmp_path, monkeypatch):
     """Relative paths begin where the script was started."""
     start = toy.parent.parent
     work_in(monkeypatch, start)
     file = tmp_path / "leaving.py"
-    file.write_text("import os\nos.chdir('/')\ndef own(texts): pass")
+    file.write_text(
+        "import os, torch\nos.chdir('/')\ntorch.set_default_dtype(torch.half)\ndef own(texts): pass"
+    )
     rlhf.prepare(make_args(reward_model=(f"{file}:own",)))
     assert Path.cwd() == start
+    assert torch.get_default_dtype() == torch.float32
 
 
 @pytest.mark.parametrize("weights", [(), (2.0, 10.0, -0.5)])
@@ -857,7 +866,7 @@ LINE = b'{"prompt": "a"}\n'
     ("a.csv", b"prompt,label\na,b\nc,d,e\n"),
     ("a.csv", b"prompt,label\na,b\nc\n"),
     ("a.csv", b"prompt,label,prompt\na,b,c\n"),
-    ("a.csv", b'prompt,label\n"a,b\nc,d\n'),
+    ("a.csv", b'prompt,label\na,"b\nc,d\n'),
     ("a.txt", b"a\nb\n"),
 ])  # fmt: skip
 def test_data_that_cannot_be_used_are_refused(load, tmp_path, name, content):
@@ -911,6 +920,8 @@ def test_without_held_out_data_a_tenth_is_held_out():
     for held_out in (eval_data, rlhf.split_rows(rows, first + rows, args)[1]):
         assert sum(row in first for row in held_out) < 10  # it is drawn
     rlhf.split_rows(rows, [], args)  # enough
+    with refusal("only one of"):
+        rlhf.split_rows(rows, [{"prompt": CHAT}] * 9, args)
     with refusal("^error: .* and 20 held out are too few for --batch-size"):
         rlhf.split_rows(rows, [], replace(args, batch_size=184))
 
@@ -1112,6 +1123,7 @@ def test_advantages_are_normalised_after_flips_drawn_anew_each_epoch(run, monkey
     flips = [noisy != args[0] for args, noisy in perturbations]
     assert len({tuple(flipped[:4].tolist()) for flipped in flips}) > 4
     assert torch.cat(flips).float().mean() == pytest.approx(0.5, abs=0.05)
+    run("one", num_minibatches=8, response_length=1)
 
 
 @pytest.mark.parametrize("lora_r", [0, 2])
