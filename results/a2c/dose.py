@@ -8,7 +8,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
-from analysis.compare import FIVE, LAST, TRAINING, contrast
+from analysis.compare import FIVE, LAST, TRAINING
 from results.common import (
     HOPPER,
     MEASURES,
@@ -16,7 +16,6 @@ from results.common import (
     above_floors,
     corrected_p,
     estimate_table,
-    log_mean_and_variance,
     mean,
     read,
     short,
@@ -98,22 +97,6 @@ def corrected_doses():
 
 def doses():
     return estimate_table("beta", dose_effects(), places=3)
-
-
-def interactions_in(measure):
-    """Of each noise: the log ratio of beta 20 to 0, minus the clean one, without a ratio's bias,
-    averaged over the tasks."""
-    clean, *others = scores_above(measure).swapaxes(0, 1)  # each (tasks, betas, seeds)
-    weights = np.repeat([1, -1, -1, 1], len(TASKS)) / len(TASKS)
-    found = []
-    for noisy in others:
-        samples = [*noisy[:, -1], *noisy[:, 0], *clean[:, -1], *clean[:, 0]]
-        found.append(contrast(samples, weights, log_mean_and_variance))
-    return dict(zip(["noisy minus clean", "flipped minus clean"], found))
-
-
-def tested_interactions():
-    return {MEASURES[measure]: interactions_in(measure) for measure in [TRAINING, FIVE, LAST]}
 
 
 def draw():

@@ -70,8 +70,8 @@ def shares():
     """Lowest and highest mean share over methods, tasks and kinds of noise."""
     rows = []
     for title, pack, metric in [
-        ("updates that are clipped, k of 1 or more", "three-tasks", "losses/clipped_gradients"),
-        ("updates that are clipped, k = 0.2", "k", "losses/clipped_gradients"),
+        ("updates that are clipped", "three-tasks", "losses/clipped_gradients"),
+        ("the same, k = 0.2", "k", "losses/clipped_gradients"),
         (
             "advantages whose sign changes in normalisation",
             "three-tasks",

@@ -100,11 +100,17 @@ def toy():
 
 
 def grpo():
-    """Least and most over seeds, before and after."""
-    runs, progress = read_pack(Path(__file__).with_name("grpo-runs.csv.gz"))
+    """Least and most over seeds, before and after; PPO's of the sums for comparison."""
     rows = []
-    for task, title in {"train": "sums", "toy": "the toy"}.items():
-        names = runs["run_name"][runs["env_id"] == task]
-        returns = progress[progress["run_name"].isin(names)].groupby("run_name")["return_mean"]
-        rows.append([title, len(names), ends(returns.first()), ends(returns.last())])
+    for title, pack, task, method in [
+        ("sums, GRPO", "grpo", "train", "grpo"),
+        ("sums, PPO", "sums", "toy", "ppo"),
+        ("the toy, GRPO", "grpo", "toy", "grpo"),
+    ]:
+        runs, progress = read_pack(Path(__file__).with_name(f"{pack}-runs.csv.gz"))
+        runs = runs[(runs["env_id"] == task) & (runs["noise"] == "none")]
+        chosen = runs[runs["exp_name"] == method]
+        of_runs = progress[progress["run_name"].isin(chosen["run_name"])].groupby("run_name")
+        returns = of_runs["return_mean"]
+        rows.append([title, len(chosen), ends(returns.first()), ends(returns.last())])
     return markdown(["mean reward", "seeds", "before", "after"], rows)
