@@ -154,7 +154,7 @@ def of_a2c():
     options["measure"] = MEASURES[TRAINING]
     found = dose.effects(TRAINING)
     p = corrected_p(dose.tested())
-    slope = "beta 20 minus 0 (fitted line), three tasks (with HalfCheetah)"
+    slope = "beta 20 minus 0, by a line; Hopper, HalfCheetah, InvertedDoublePendulum"
     names = {
         "slope: clean": f"{slope}, clean",
         "slope: noisy rewards": f"{slope}, noisy rewards",

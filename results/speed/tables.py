@@ -46,10 +46,10 @@ def quick_start():
 
 
 GPU_RUNS = {
-    "sppo_atari": "PPO, 8 games",
-    "sppo_atari --num-envs 32": "PPO, 32 games",
-    "sppo_atari --num-envs 128": "PPO, 128 games",
-    "sa2c_atari": "A2C, 16 games",
+    "sppo_atari": "`sppo_atari.py`, 8 games",
+    "sppo_atari --num-envs 32": "`sppo_atari.py`, 32 games",
+    "sppo_atari --num-envs 128": "`sppo_atari.py`, 128 games",
+    "sa2c_atari": "`sa2c_atari.py`, 16 games",
     "sppo_rlhf": "the toy language model",
 }
 
