@@ -462,14 +462,16 @@ def test_other_ways_of_sampling_in_an_edited_copy(here):
     assert texts[0] == texts[1]
 
 
-def test_a_language_model_is_trained_longer(here):
+def test_a_language_model_is_trained_longer(here, monkeypatch):
     text = sections(PAGES["docs/usage.md"])["Extending a finished run"]
     line, above = re.search(r"Language models: `(.+?)`, below `(.+?)`", text).groups()
     first = train(sppo_rlhf, sppo_rlhf.parse_args([]), "here", **SHORT_LM).resolve()
     line = line.replace("runs/NAME", str(first))
     edit = (f"    {above}\n", f"    {above}\n    {line}\n")
     script = edited(sppo_rlhf, here / "copy", edit)
+    updates = record(monkeypatch, script, "update")
     longer = train(script, script.parse_args([]), "here", **SHORT_LM | {"total_timesteps": 16})
+    assert len(updates) == 1
     before, after = ((folder / "progress.csv").read_text() for folder in (first, longer))
     assert after.startswith(before)
     assert [row["step"] for row in progress(longer)] == [0, 8, 16]
