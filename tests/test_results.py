@@ -229,13 +229,22 @@ def test_nine_tasks_are_pooled_over_whole_seeds_and_tasks_that_count(nine):
     error = np.sqrt(sum(variances))
     half = error * stats.t.ppf(0.975, sum(variances) ** 2 / (sum(np.square(variances)) / 6))
     value = np.mean(effects)
-    expected = f"| clean | {value:.3f} ({value - half:.3f} to {value + half:.3f}) |"
+    expected = f"| clean | {value:.3f} ({value - half:.3f} to {value + half:.3f}) | 8 |"
     table = nine.tests()
     assert expected in table
-    assert "| seen | 8 |" in table and "| noisy minus clean |" in table
+    assert "| seen |" in table and "| noisy minus clean |" in table
     assert "(1 stopped)" in nine.paper_table() and nine.each_task().count("(no)") == 2
     nine.draw()
     assert (nine.HERE / "nine.png").exists()
+
+
+def test_fewer_than_five_whole_seeds_are_not_tested(nine, monkeypatch):
+    runs = nine.read_runs()
+    monkeypatch.setattr(nine, "read_runs", lambda: runs[runs["seed"] <= last])
+    last = 20004
+    assert "verdict" in nine.tests()
+    last = 20003
+    assert "p, by Holm" not in nine.tests() and "verdict" not in nine.tests()
 
 
 def test_an_effect_of_one_task_is_welchs_difference_scaled(nine):

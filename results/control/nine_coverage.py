@@ -1,7 +1,7 @@
 """Whether nine.py's pooled interval holds the truth, and how wide it is: made-up runs, whose true
 effect is known. Writes nine-coverage.csv.
 
-python -m results.control.nine_coverage    # four minutes
+python -m results.control.nine_coverage    # six minutes
 
 Made-up scores are drawn from packed runs of DPPO, where there are any (three-tasks, ant and
 locomotion), and else from a distribution that the column `others` names: normal with this
@@ -92,6 +92,7 @@ def main():
     rng = np.random.default_rng(0)
     packed = packed_scores()
     settings = list(product(NOISES, [5, 8], OTHERS, TRUTHS))
+    settings += product(NOISES, [2], OTHERS, TRUTHS)  # added when two seeds were whole
     rows = []
     for noise, seeds, others, truth in tqdm(settings):
         place = {"noise": noise, "seeds": seeds, "others": others, "truth": truth}
