@@ -125,10 +125,6 @@ def minus_text(a, b, places=0):
     return estimate_text(difference(a, b), places)
 
 
-def gain_text(cells):
-    return percent_text(*gain(cells))
-
-
 def percent_text(value, low, high):
     return f"{100 * value:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
 

@@ -18,7 +18,7 @@ from results.common import (
     read,
     short,
 )
-from results.control import k
+from results.control import k, nine
 from results.control import tables as control
 from results.robustness import noise, sweep
 
@@ -42,13 +42,15 @@ class Comparison:
     corrected: float = np.nan  # p, where it is tested
     direct: bool = True  # of the paper's method and its baseline, so it may stand for the claim
     decided: str = ""  # a verdict without a test
+    enough: bool = True  # seeds, for a test: else the verdict is leaning at most
 
     def verdict(self):
         """The first that holds."""
         if self.decided:
             return self.decided
         includes_0 = self.found.low <= 0 <= self.found.high
-        assert includes_0 or not np.isnan(self.corrected), f"{self.name}: not tested"
+        forgotten = self.enough and np.isnan(self.corrected)
+        assert includes_0 or not forgotten, f"{self.name}: not tested"
         if self.corrected < 0.05:
             return "seen" if self.found.value > 0 else "reversed"
         if self.found.low > 0:
@@ -95,9 +97,6 @@ def of_control():
         name = "Hopper and InvertedDoublePendulum"
         yield Comparison(claim, name, "three tasks", Interval(*found), 8, tasks=2)
         yield in_points(claim, "LunarLander", "three tasks", pack, (LANDER, rewards), pair)
-        for task in ["HalfCheetah-v4", "Walker2d-v4"]:
-            place = (task, rewards)
-            yield in_points(claim, short(task), "locomotion", "control/locomotion", place, pair)
     options = {"tasks": 3, "measure": MEASURES[FIVE]}
     name = "k = 20.5 minus 1"
     for claim, (rewards, noises) in {"1": ("clean", [0]), "2": ("noisy", [1])}.items():
@@ -114,6 +113,20 @@ def of_control():
     p = corrected_p(k.tested())[MEASURES[TRAINING], name]
     title = f"{name}, clean and noisy"
     yield Comparison("1", title, "k", found, 8, corrected=p, **options)
+
+
+def of_nine_tasks():
+    """Registered, but with too few seeds for the registered tests."""
+    runs = nine.read_runs()
+    scores = nine.scores_of(runs)
+    clean, noisy = ([*nine.losses(scores, noise).values()] for noise in nine.NOISES)
+    chosen = {"1": ("clean", clean), "2": ("noisy", noisy)}
+    chosen["1 2"] = ("clean and noisy", clean + noisy)
+    options = {"tasks": 9, "measure": MEASURES[FIVE], "direct": False, "enough": False}
+    for claims, (rewards, effects) in chosen.items():
+        found = nine.estimate(nine.pooled(effects))
+        title = f"SPPO minus DPPO, nine tasks, {rewards}"
+        yield Comparison(claims, title, "nine", found, runs["seed"].nunique(), **options)
 
 
 def of_hyperparameters():
@@ -234,5 +247,5 @@ def of_text():
 
 
 def comparisons():
-    parts = [of_control, of_hyperparameters, of_a2c, of_atari, of_text]
+    parts = [of_control, of_nine_tasks, of_hyperparameters, of_a2c, of_atari, of_text]
     return [comparison for part in parts for comparison in part()]

@@ -9,7 +9,7 @@ from analysis.tables import markdown
 from results.a2c import dose
 from results.atari import crazyclimber, games
 from results.common import HOPPER, LANDER, corrected_suite, read
-from results.control import k
+from results.control import k, nine
 from results.robustness import noise, sweep
 
 CSV = Path(__file__).with_suffix(".csv")
@@ -24,7 +24,6 @@ def counts():
     rows = table()
     rows = rows[~rows["prediction"].str.startswith("For the paper")]
     rows["page"] = rows["pack"].str.partition("/")[0]
-    rows["outcome"] = rows["outcome"].replace("", "runs under way")
     numbers = pd.crosstab(rows["page"], rows["outcome"]).reset_index()
     return markdown(numbers.columns, numbers.to_numpy())
 
@@ -69,6 +68,29 @@ def computed():
     small = abs(found.value) < 0.2 * cell["dppo"].mean()
     yield "control/ant", "SPPO minus DPPO is under 20 %", small and includes_0(found)
     yield "control/ant", "DPPO ends above", cell["dppo"].mean() > cell["ppo"].mean()
+
+    scores = nine.scores_of(nine.read_runs())
+    clean, noisy = (nine.losses(scores, noise).values() for noise in nine.NOISES)
+    small = [abs(nine.estimate(nine.pooled(effects)).value) < 0.1 for effects in (clean, noisy)]
+    yield "control/nine", "Clean and noisy: the pooled effects", all(small)
+    change = nine.estimate(nine.pooled(nine.noisy_minus_clean(scores)))
+    yield "control/nine", "SPPO minus DPPO, noisy minus clean", includes_0(change)
+    yield "control/nine", "All nine tasks count", len(clean) == len(noisy) == 9
+    bins = []
+    for place in nine.NOISES:
+        effects = nine.effects_of(scores, (place, "dppo"), (place, "ppo"))
+        bins.append(nine.estimate(nine.pooled(effects.values())).value)
+    yield "control/nine", "DPPO minus PPO: the pooled effect", bins[1] > bins[0]
+    costs = {}
+    for method in nine.METHODS:
+        effects = nine.effects_of(scores, ("normal", method), ("none", method))
+        costs[method] = nine.estimate(nine.pooled(effects.values()))
+    yield "control/nine", "Noise costs PPO: noisy minus clean", costs["ppo"].high < 0
+    most = min(costs, key=lambda method: costs[method].value)
+    yield "control/nine", "Noise costs PPO a larger share", most == "ppo"
+    pairs = [(scores[task, "none", "dppo"], scores[task, "none", "ppo"]) for task in nine.TASKS]
+    above = sum(dppo.mean() > ppo.mean() for dppo, ppo in pairs)
+    yield "control/nine", "Clean, DPPO minus PPO: above 0", 2 <= above <= 7
 
     shares = {method: x.mean(axis=(0, 2)) for method, x in noise.shares().items()}
     falls = all((x[1:] < x[:-1]).all() and x[-1] < 0.4 for x in shares.values())

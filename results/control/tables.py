@@ -1,14 +1,12 @@
 """Tables of this folder's page, but for those of k.py."""
 
-from analysis.compare import FIVE, LAST, TRAINING, cells_of
+from analysis.compare import FIVE, LAST, cells_of
 from analysis.runs import CELL
 from analysis.tables import markdown
 from results.common import (
     HOPPER,
     LANDER,
-    MEASURES,
     PENDULUM,
-    gain_text,
     minus_text,
     read,
     score_text,
@@ -37,33 +35,11 @@ def three_tasks():
     return markdown(header, rows)
 
 
-def pairs(a, b, measure=LAST, noises=NOISES):
+def pairs(a, b, noises):
     """Scores of two methods on Hopper and InvertedDoublePendulum, whose returns are above 0."""
-    cells = cells_of(read("control/three-tasks"), measure)
+    cells = cells_of(read("control/three-tasks"))
     chosen = [cells[task, noise] for task in [HOPPER, PENDULUM] for noise in noises]
     return [(cell[a], cell[b]) for cell in chosen]
-
-
-def gains():
-    """Differences from DPPO."""
-    methods = ["sppo", "sppo-p", "ppo"]
-    rows = []
-    for measure in [LAST, FIVE, TRAINING]:
-        texts = [gain_text(pairs(method, "dppo", measure)) for method in methods]
-        rows.append([MEASURES[measure], *texts])
-    return markdown(["measure", "SPPO", "our variant", "Gaussian PPO"], rows)
-
-
-def more_tasks():
-    cells = cells_of(read("control/locomotion"))
-    rows = []
-    for task in ["HalfCheetah-v4", "Walker2d-v4"]:
-        for noise, rewards in zip(NOISES, ["clean", "noisy"]):
-            cell = cells[task, noise]
-            scores = [score_text(cell[method]) for method in ["ppo", "dppo", "sppo"]]
-            difference = minus_text(cell["sppo"], cell["dppo"])
-            rows.append([f"{short(task)}, {rewards}", *scores, difference])
-    return markdown(["task", "PPO", "DPPO", "SPPO", "SPPO minus DPPO"], rows)
 
 
 def shares():
@@ -90,7 +66,7 @@ def shares():
 def ant():
     """The page's only table with methods down."""
     columns = []
-    for measure in [LAST, FIVE, TRAINING]:
+    for measure in [LAST, FIVE]:
         cell = cells_of(read("control/ant"), measure)["Ant-v4", "clean"]
         column = [
             score_text(cell["ppo"]),
@@ -101,7 +77,7 @@ def ant():
         ]
         columns.append(column)
     names = ["Gaussian PPO", "DPPO", "SPPO", "SPPO minus DPPO", "DPPO minus Gaussian PPO"]
-    header = ["method", "last evaluation", "last five evaluations", "training"]
+    header = ["method", "last evaluation", "last five evaluations"]
     return markdown(header, zip(names, *columns))
 
 
