@@ -1,17 +1,21 @@
 """Tables of this folder's page, but for those of k.py."""
 
+import numpy as np
+
 from analysis.compare import FIVE, LAST, cells_of
 from analysis.runs import CELL
 from analysis.tables import markdown
 from results.common import (
     HOPPER,
     LANDER,
+    MEASURES,
     PENDULUM,
     minus_text,
     read,
     score_text,
     short,
 )
+from results.control import nine
 
 NOISES = ["clean", "normal 0.05"]
 
@@ -42,6 +46,20 @@ def pairs(a, b, noises):
     return [(cell[a], cell[b]) for cell in chosen]
 
 
+def all_seeds():
+    """The nine tasks' effects, with all seeds that ran a million steps: post hoc."""
+    scores = nine.scores_of(nine.read_runs())
+    for pack in ["three-tasks", "locomotion"]:
+        for (task, rewards), cell in cells_of(read(f"control/{pack}"), FIVE).items():
+            for method in ["sppo", "dppo"]:
+                place = (task, "none" if rewards == "clean" else "normal", method)
+                scores[place] = np.append(scores[place], cell[method])
+    clean, noisy = ([*nine.losses(scores, noise).values()] for noise in nine.NOISES)
+    effects = {"clean": clean, "noisy": noisy, "both together": clean + noisy}
+    found = [nine.estimate(nine.pooled(parts)) for parts in effects.values()]
+    return markdown(["seeds", *effects], [["all, two to ten a task", *found]])
+
+
 def shares():
     """Lowest and highest mean share over methods, tasks and kinds of noise."""
     rows = []
@@ -64,27 +82,11 @@ def shares():
 
 
 def ant():
-    """The page's only table with methods down."""
-    columns = []
+    rows = []
     for measure in [LAST, FIVE]:
         cell = cells_of(read("control/ant"), measure)["Ant-v4", "clean"]
-        column = [
-            score_text(cell["ppo"]),
-            score_text(cell["dppo"]),
-            score_text(cell["sppo"]),
-            minus_text(cell["sppo"], cell["dppo"]),
-            minus_text(cell["dppo"], cell["ppo"]),
-        ]
-        columns.append(column)
-    names = ["Gaussian PPO", "DPPO", "SPPO", "SPPO minus DPPO", "DPPO minus Gaussian PPO"]
-    header = ["method", "last evaluation", "last five evaluations"]
-    return markdown(header, zip(names, *columns))
-
-
-def stable_baselines3():
-    cells = cells_of(read("control/stable-baselines3"))
-    rows = []
-    for task in [HOPPER, LANDER]:
-        cell = cells[task, "clean"]
-        rows.append([short(task), minus_text(cell["ppo"], cell["sb3-ppo"])])
-    return markdown(["task", "PPO minus Stable-Baselines3"], rows)
+        scores = [score_text(cell[method]) for method in ["ppo", "dppo", "sppo"]]
+        differences = minus_text(cell["sppo"], cell["dppo"]), minus_text(cell["dppo"], cell["ppo"])
+        rows.append([MEASURES[measure], *scores, *differences])
+    header = ["measure", "PPO", "DPPO", "SPPO", "SPPO minus DPPO", "DPPO minus PPO"]
+    return markdown(header, rows)
