@@ -128,7 +128,7 @@ def of_nine_tasks():
     options = {"tasks": 9, "measure": MEASURES[FIVE], "enough": False}
     for claims, (rewards, effects) in chosen.items():
         found = nine.estimate(nine.pooled(effects))
-        title = f"SPPO minus DPPO, nine tasks, {rewards}"
+        title = f"SPPO minus DPPO, nine tasks, a million steps, {rewards}"
         options["direct"] = " " not in claims
         yield Comparison(claims, title, "nine", found, runs["seed"].nunique(), **options)
 
