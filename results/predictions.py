@@ -70,15 +70,15 @@ def computed():
     yield "control/ant", "DPPO ends above", cell["dppo"].mean() > cell["ppo"].mean()
 
     scores = nine.scores_of(nine.read_runs())
-    clean, noisy = (nine.losses(scores, noise).values() for noise in nine.NOISES)
+    clean, noisy = (nine.losses(scores, rewards).values() for rewards in nine.NOISES)
     small = [abs(nine.estimate(nine.pooled(effects)).value) < 0.1 for effects in (clean, noisy)]
     yield "control/nine", "Clean and noisy: the pooled effects", all(small)
     change = nine.estimate(nine.pooled(nine.noisy_minus_clean(scores)))
     yield "control/nine", "SPPO minus DPPO, noisy minus clean", includes_0(change)
     yield "control/nine", "All nine tasks count", len(clean) == len(noisy) == 9
     bins = []
-    for place in nine.NOISES:
-        effects = nine.effects_of(scores, (place, "dppo"), (place, "ppo"))
+    for rewards in nine.NOISES:
+        effects = nine.effects_of(scores, (rewards, "dppo"), (rewards, "ppo"))
         bins.append(nine.estimate(nine.pooled(effects.values())).value)
     yield "control/nine", "DPPO minus PPO: the pooled effect", bins[1] > bins[0]
     costs = {}

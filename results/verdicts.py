@@ -18,6 +18,7 @@ PAGES = {
     "three tasks": "control/README.md#a-million-steps-three-tasks-eight-seeds",
     "k": "control/README.md#the-ends-of-k",
     "ant": "control/README.md#the-authors-own-task-ant",
+    "locomotion": "control/README.md#run-it-again",
     "nine": "control/README.md#nine-tasks-a-million-steps-two-seeds",
     "noise": "robustness/README.md#score-against-the-level-of-noise",
     "sweep": "robustness/README.md#learning-rate-and-clip-range",

@@ -166,6 +166,13 @@ def short(task):
     return task.partition("-")[0].removesuffix("Continuous")
 
 
+def pooled_text(effects):
+    """The mean of `effects`, {task: effect}, and the tasks that do not count."""
+    left_out = [short(task) for task in TASKS if task not in effects]
+    text = str(estimate(pooled(effects.values())))
+    return f"{text} without {', '.join(left_out)}" if left_out else text
+
+
 def tests():
     """The two registered tests, and below them what has none. Fewer than five whole seeds: no test,
     only estimates."""
@@ -175,19 +182,18 @@ def tests():
     effects = {"clean": clean, "noisy": noisy, "both together": clean + noisy}
     effects["noisy minus clean"] = noisy_minus_clean(scores)
     found = {title: estimate(pooled(parts)) for title, parts in effects.items()}
-    header = ["rewards", "SPPO minus DPPO", "over effects"]
+    corrected = dict(zip(found, holm(found["clean"].p, found["noisy"].p)))
     rows = []
     for title, parts in effects.items():
-        rows.append([title, found[title], over_effects(parts)])
-    if runs["seed"].nunique() >= FEWEST:
-        header += ["p", "p, by Holm", "verdict"]
-        corrected = dict(zip(found, holm(found["clean"].p, found["noisy"].p)))
-        for row in rows:
-            test = ["", "", ""]
-            if row[0] in corrected:
-                p = corrected[row[0]]
-                test = [f"{found[row[0]].p:.2g}", f"{p:.2g}", verdict(found[row[0]], p)]
-            row += test
+        row = [title, found[title], over_effects(parts), "", "", ""]
+        if title in corrected:
+            p = corrected[title]
+            row[3:] = f"{found[title].p:.2g}", f"{p:.2g}", verdict(found[title], p)
+        rows.append(row)
+    header = ["rewards", "SPPO minus DPPO", "over effects", "p", "p, by Holm", "verdict"]
+    if runs["seed"].nunique() < FEWEST:
+        header = header[:3]
+        rows = [row[:3] for row in rows]
     return markdown(header, rows)
 
 
@@ -196,8 +202,7 @@ def measures():
     rows = []
     for measure in MEASURES:
         scores = scores_of(read_runs(), measure)
-        effects = [losses(scores, noise).values() for noise in NOISES]
-        rows.append([measure, *(estimate(pooled(parts)) for parts in effects)])
+        rows.append([measure, *(pooled_text(losses(scores, noise)) for noise in NOISES)])
     return markdown(["measure", *NOISES.values()], rows)
 
 
@@ -223,13 +228,9 @@ def other_comparisons():
         pairs[f"{title}, noisy minus clean"] = ("normal", method), ("none", method)
     rows = []
     for title, pair in pairs.items():
-        effects = effects_of(scores, *pair)
-        left_out = ", ".join(short(task) for task in TASKS if task not in effects)
-        everywhere = effects_of(scores, *pair, all_tasks=True)
-        found = [estimate(pooled(parts.values())) for parts in (effects, everywhere)]
-        rows.append([title, *found, left_out])
-    header = ["comparison", "share of the score", "all nine tasks", "tasks that do not count"]
-    return markdown(header, rows)
+        effects = [effects_of(scores, *pair, all_tasks) for all_tasks in (False, True)]
+        rows.append([title, *map(pooled_text, effects)])
+    return markdown(["comparison", "tasks that count", "all nine tasks"], rows)
 
 
 def paper_table():

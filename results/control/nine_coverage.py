@@ -1,7 +1,7 @@
 """Whether nine.py's pooled interval holds the truth, and how wide it is: made-up runs, whose true
 effect is known. Writes nine-coverage.csv.
 
-python -m results.control.nine_coverage    # six minutes
+python -m results.control.nine_coverage    # four minutes
 
 Made-up scores are drawn from packed runs of DPPO, where there are any (three-tasks, ant and
 locomotion), and else from a distribution that the column `others` names: normal with this

@@ -49,15 +49,17 @@ def pairs(a, b, noises):
 def all_seeds():
     """The nine tasks' effects, with all seeds that ran a million steps: post hoc."""
     scores = nine.scores_of(nine.read_runs())
+    noises = dict(zip(NOISES, nine.NOISES))
     for pack in ["three-tasks", "locomotion"]:
         for (task, rewards), cell in cells_of(read(f"control/{pack}"), FIVE).items():
             for method in ["sppo", "dppo"]:
-                place = (task, "none" if rewards == "clean" else "normal", method)
+                place = (task, noises[rewards], method)
                 scores[place] = np.append(scores[place], cell[method])
     clean, noisy = ([*nine.losses(scores, noise).values()] for noise in nine.NOISES)
     effects = {"clean": clean, "noisy": noisy, "both together": clean + noisy}
     found = [nine.estimate(nine.pooled(parts)) for parts in effects.values()]
-    return markdown(["seeds", *effects], [["all, two to ten a task", *found]])
+    sizes = [len(sample) for sample in scores.values()]
+    return markdown(["seeds a task", *effects], [[f"{min(sizes)} to {max(sizes)}", *found]])
 
 
 def shares():
