@@ -268,3 +268,102 @@ def test_an_effect_of_one_task_is_welchs_difference_scaled(nine):
 def test_verdicts_on_nine_tasks_follow_the_registered_order(nine, value, high, p, verdict):
     assert nine.verdict(nine.Estimate(value, -high, high, p), p) == verdict
     assert nine.holm(p, 0.01) == (max(p, 0.02), 0.02)
+
+
+# ---- The registered test of the nine tasks, on made-up runs
+
+
+@pytest.fixture
+def made_up(tmp_path, monkeypatch):
+    """The registered test, and made-up runs of six seeds: seed 20007 lacks a run, SPPO on noisy
+    Swimmer stopped with seed 20002. SPPO's scores are a tenth above DPPO's, but on noisy
+    BipedalWalker, where both are as good as a random agent."""
+    test = analysis("control/nine_test")
+    random = analysis("control/nine").random_scores()
+    rng = np.random.default_rng(0)
+    runs = []
+    progress = []
+    for task, noise, method, seed in itertools.product(
+        test.TASKS, test.NOISES, test.METHODS, test.SEEDS
+    ):
+        name = f"{task}-{noise}-{method}-{seed}"
+        if name == "Swimmer-v4-normal-sppo-20002":
+            continue
+        above = 0 if name.startswith("BipedalWalker-v3-normal") else 1000
+        score = random[task] + above * (1.1 if method == "sppo" else 1) + rng.normal(0, 30)
+        runs.append([name, task, noise, method, seed, (seed, task) != (20007, "Ant-v4")])
+        for step in range(20):
+            progress.append([name, step, score + step % 5 - 2, score])
+    columns = ["run_name", "env_id", "noise", "exp_name", "seed", "finished"]
+    runs = pd.DataFrame(runs, columns=columns)
+    runs.to_csv(tmp_path / "nine-test-runs.csv.gz", index=False)
+    columns = ["run_name", "step", "return_mean", "charts/episodic_return"]
+    progress = pd.DataFrame(progress, columns=columns)
+    progress.to_csv(tmp_path / "nine-test-progress.csv.gz", index=False)
+    stopped = "env_id,noise,exp_name,seed\nSwimmer-v4,normal,sppo,20002\n"
+    (tmp_path / "nine-test-stopped.csv").write_text(stopped)
+    monkeypatch.setattr(test, "HERE", tmp_path)
+    return test
+
+
+def test_the_registered_test_takes_whole_seeds_and_counts_runs_that_stopped(made_up):
+    runs = made_up.read_runs()
+    assert sorted(set(runs["seed"])) == [20002, 20003, 20004, 20005, 20006]
+    scores = made_up.scores_of(runs)
+    assert scores["Swimmer-v4", "normal", "sppo"][0] == made_up.random_scores()["Swimmer-v4"]
+    values = []
+    for task, noise in itertools.product(made_up.TASKS, made_up.NOISES):
+        a, b = (scores[task, noise, method].mean() for method in ("sppo", "dppo"))
+        values.append((a - b) / ((a + b) / 2 - made_up.random_scores()[task]))
+    values.pop()  # of noisy BipedalWalker
+    assert made_up.each_task().count("(no)") == 1
+    found, p, text = made_up.tested(scores)["clean and noisy together"]
+    assert found.value == pytest.approx(np.mean(values)) and p < 0.05
+    assert text == "seen over both together"
+    table = made_up.tests()
+    assert table.count("| seen |") == table.count("| undecided |") == 1  # clean, noisy
+    holds = made_up.predicted(scores)
+    failed = [name for name, is_kept in holds.items() if not is_kept]
+    assert failed == ["All nine tasks count", "Against the paper"]
+
+
+def test_fewer_than_four_whole_seeds_have_no_registered_test(made_up, monkeypatch):
+    four = made_up.read_runs().query("seed <= 20005")
+    three = four.query("seed <= 20004")
+    monkeypatch.setattr(made_up, "read_runs", lambda: four)
+    assert "| p, by Holm | verdict |" in made_up.tests()
+    monkeypatch.setattr(made_up, "read_runs", lambda: three)
+    assert "verdict" not in made_up.tests() and "| clean | 0.0" in made_up.tests()
+
+
+def test_the_second_interval_counts_the_denominators_error(made_up):
+    """Against many samples, and equal to Welch's where both methods have equal means."""
+    rng = np.random.default_rng(0)
+    samples = rng.normal(0, [[[1.0]], [[2.0]]], (2, 8, 20_000)) + np.array([[[30]], [[10]]])
+    means = samples.mean(axis=1)
+    spread = ((means[0] - means[1]) / (means.mean(axis=0) - 1)).std()
+    errors = []
+    for a, b in samples.transpose(2, 0, 1)[:200]:
+        parts = made_up.linearised(a, b, random=1)
+        errors.append(sum(weight**2 * x.var(ddof=1) / 8 for x, weight in parts) ** 0.5)
+    assert np.mean(errors) == pytest.approx(spread, rel=0.05)
+    equal = np.array([4.0, 5, 6]), np.array([3.0, 5, 7])
+    assert made_up.linearised(*equal, random=1) == analysis("control/nine").effect(*equal, 1)
+
+
+@pytest.mark.parametrize(
+    ("low", "value", "high", "p", "first_p", "verdict"),
+    [
+        (0.1, 0.2, 0.3, 0.04, 0.04, "seen"),
+        (-0.3, -0.2, -0.1, 0.04, 0.04, "reversed"),
+        (0.1, 0.2, 0.3, 0.04, 0.06, "leaning for, its test failed"),
+        (0.1, 0.2, 0.3, 0.06, 0.04, "leaning for, its test failed"),
+        (-0.3, -0.2, -0.1, 0.01, 0.06, "leaning against, its test failed"),
+        (-0.1, 0.0, 0.09, 0.9, 0.04, "not seen"),
+        (-0.1, 0.0, 0.11, 0.9, 0.04, "undecided"),
+    ],
+)
+def test_a_registered_verdict_needs_both_tests(low, value, high, p, first_p, verdict):
+    test = analysis("control/nine_test")
+    found = analysis("control/nine").Estimate(value, low, high, p)
+    assert test.verdict(found, p, first_p) == verdict
