@@ -16,6 +16,8 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
+from analysis.compare import FIVE, cells_of
+from results.common import read
 from results.control.nine import NOISES, TASKS, counts, effect, estimate, pooled, random_scores
 
 HERE = Path(__file__).parent
@@ -28,20 +30,16 @@ def packed_scores():
     """{(task, noise, method): mean of the last five evaluations of its runs}"""
     found = {}
     for pack in ["three-tasks", "locomotion", "ant"]:
-        runs = pd.read_csv(HERE / f"{pack}-runs.csv.gz", dtype={"run_name": str})
-        progress = pd.read_csv(HERE / f"{pack}-progress.csv.gz")
-        returns = progress.groupby("run_name")["return_mean"].apply(lambda x: x.tail(5).mean())
-        runs["score"] = runs["run_name"].map(returns)
-        for place, cell in runs[runs["finished"]].groupby(["env_id", "noise", "exp_name"]):
-            found[place] = cell["score"].to_numpy()
+        for place, cell in cells_of(read(f"control/{pack}"), FIVE).items():
+            found |= {(*place, method): scores for method, scores in cell.items()}
     return found
 
 
 def population(packed, task, noise, method, others):
     """A large sample of scores above a random agent's, in units of DPPO's mean."""
     rng = np.random.default_rng(1)
-    if (task, "none", "dppo") in packed:
-        noise = noise if (task, noise, "dppo") in packed else "none"  # Ant has only clean runs
+    if (task, "clean", "dppo") in packed:
+        noise = noise if (task, noise, "dppo") in packed else "clean"  # Ant has only clean runs
         baseline = packed[task, noise, "dppo"].mean() - random_scores()[task]
         scores = packed[task, noise, method] - random_scores()[task]
         # Draws with replacement have a smaller variance than the runs were drawn from

@@ -1,7 +1,5 @@
 """Tables of this folder's page, but for those of k.py."""
 
-import numpy as np
-
 from analysis.compare import FIVE, LAST, cells_of
 from analysis.runs import CELL
 from analysis.tables import markdown
@@ -15,7 +13,6 @@ from results.common import (
     score_text,
     short,
 )
-from results.control import nine
 
 NOISES = ["clean", "normal 0.05"]
 
@@ -44,22 +41,6 @@ def pairs(a, b, noises):
     cells = cells_of(read("control/three-tasks"))
     chosen = [cells[task, noise] for task in [HOPPER, PENDULUM] for noise in noises]
     return [(cell[a], cell[b]) for cell in chosen]
-
-
-def all_seeds():
-    """The nine tasks' effects, with all seeds that ran a million steps: post hoc."""
-    scores = nine.scores_of(nine.read_runs())
-    noises = dict(zip(NOISES, nine.NOISES))
-    for pack in ["three-tasks", "locomotion"]:
-        for (task, rewards), cell in cells_of(read(f"control/{pack}"), FIVE).items():
-            for method in ["sppo", "dppo"]:
-                place = (task, noises[rewards], method)
-                scores[place] = np.append(scores[place], cell[method])
-    clean, noisy = ([*nine.losses(scores, noise).values()] for noise in nine.NOISES)
-    effects = {"clean": clean, "noisy": noisy, "both together": clean + noisy}
-    found = [nine.estimate(nine.pooled(parts)) for parts in effects.values()]
-    sizes = [len(sample) for sample in scores.values()]
-    return markdown(["seeds a task", *effects], [[f"{min(sizes)} to {max(sizes)}", *found]])
 
 
 def shares():
