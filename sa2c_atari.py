@@ -44,7 +44,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import distributions
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # torch's idle threads leave cores to the games
 
@@ -56,7 +56,7 @@ import torch
 import tyro
 from ale_py.vector_env import AtariVectorEnv
 from filelock import FileLock
-from torch import nn
+from torch import Tensor, nn
 from torch.distributions import Categorical
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -263,15 +263,18 @@ def sample_gumbel(shape, generator):
     return -torch.empty(shape).exponential_(generator=generator).log()
 
 
-# ---- Losses
+# ---- Rollout
 
 
-def symmetric_policy_losses(log_prob, advantage, z):
-    """A2C loss L and reverse A2C loss Lr, to minimise as alpha L + beta Lr. The tensors (batch,)
-    are log p and A of the actions taken."""
-    policy_loss = -(advantage * log_prob).mean()
-    reverse_loss = -(advantage * z * (1 - log_prob.exp())).mean()  # all that SA2C adds to A2C
-    return policy_loss, reverse_loss
+class Batch(NamedTuple):
+    """Steps of a rollout, a tensor (n, ...) each. A field that is added reaches the loss, too."""
+
+    obs: Tensor
+    action: Tensor
+    log_prob: Tensor  # under the policy that acted
+    advantage: Tensor  # in float64, until it is normalised
+    returns: Tensor  # in float64
+    mask: Tensor  # 0 where FIRE replaced the action, a step that trains only the critic, else 1
 
 
 def compute_gae(reward, value, done, gamma, gae_lambda):
@@ -286,6 +289,55 @@ def compute_gae(reward, value, done, gamma, gae_lambda):
     for t in reversed(range(len(delta) - 1)):
         advantage[t] += decay[t] * advantage[t + 1]
     return advantage, advantage + value[:-1]
+
+
+@torch.no_grad()
+def collect(agent, args, games, images, rng, generator, agent_fn):
+    """A rollout from `images` (num_envs, 4, 84, 84), with advantages. Returns a `Batch` of all its
+    steps, and the images after the last. `agent_fn` is the agent, compiled or not."""
+    device = next(agent.parameters()).device
+    T, N = args.num_steps, args.num_envs
+    obs = torch.empty((T + 1, N, 84, 84, 4), dtype=torch.uint8, device=device)
+    obs = obs.permute(0, 1, 4, 2, 3)  # channels last in memory
+    obs[0] = torch.from_numpy(images)
+    logits = torch.empty(T, N, games.num_actions, device=device)
+    value = torch.empty(T + 1, N, device=device)
+    action = torch.empty(T, N, dtype=torch.int64, device=device)
+    reward, final_value = np.zeros((2, T, N))  # the latter of truncated games
+    done, overridden = np.zeros((2, T, N), bool)  # the latter where FIRE replaced the action
+    gumbel = sample_gumbel(logits.shape, generator).to(device)
+    with agent.autocast():  # so that weights are cast once a rollout
+        for t in range(T):
+            logits[t], value[t] = agent_fn(obs[t])
+            action[t] = (logits[t] + gumbel[t]).argmax(-1)
+            step = games.step(action[t].cpu().numpy())
+            images, reward[t], done[t], overridden[t], final_images, _ = step
+            obs[t + 1] = torch.from_numpy(images)
+            for i, one_images in final_images.items():
+                _, one_value = agent(torch.from_numpy(one_images[None]).to(device))
+                final_value[t, i] = one_value.item()
+        _, value[T] = agent_fn(obs[T])
+
+    log_prob = Categorical(logits=logits, validate_args=False).log_prob(action)
+    noisy_reward = perturb_reward(reward, args.noise, args.noise_level, rng)
+    # A truncated game would have gone on: bootstrap from where it stopped
+    noisy_reward = noisy_reward + args.gamma * final_value
+    values = value.double().cpu().numpy()
+    advantage, returns = compute_gae(noisy_reward, values, done, args.gamma, args.gae_lambda)
+    arrays = advantage, returns, (~overridden).astype(np.float32)
+    tensors = obs[:T], action, log_prob, *(torch.from_numpy(x).to(device) for x in arrays)
+    return Batch(*(tensor.flatten(0, 1) for tensor in tensors)), images
+
+
+# ---- Losses
+
+
+def symmetric_policy_losses(log_prob, advantage, z):
+    """A2C loss L and reverse A2C loss Lr, to minimise as alpha L + beta Lr. The tensors (batch,)
+    are log p and A of the actions taken."""
+    policy_loss = -(advantage * log_prob).mean()
+    reverse_loss = -(advantage * z * (1 - log_prob.exp())).mean()  # all that SA2C adds to A2C
+    return policy_loss, reverse_loss
 
 
 class RMSpropTF(torch.optim.Optimizer):
@@ -313,29 +365,29 @@ class RMSpropTF(torch.optim.Optimizer):
                 parameter.addcdiv_(gradient, denominator, value=-group["lr"])
 
 
-def loss_and_metrics(agent, args, obs, action, acting_log_prob, advantage, returns, mask):
-    """Loss on a rollout, and what to log. `mask` is 0 where FIRE replaced the agent's action, a
-    step that trains only the critic, else 1."""
+def loss_and_metrics(agent, args, batch):
+    """Loss on a rollout, and what to log."""
+    mask = batch.mask
     count = mask.sum().clamp(min=1)  # a divisor, so not 0
     weight = mask / count * len(mask)  # mean(weight * x) is the mean of x where mask is 1
-    normalized = advantage
+    normalized = batch.advantage
     if args.norm_adv:  # float64, as float32 can give equal advantages a deviation above 1e-8
-        mean = (mask * advantage).sum() / count
-        variance = (mask * (advantage - mean)).square().sum() / (count - 1).clamp(min=1)
-        normalized = (advantage - mean) / (variance.sqrt() + 1e-8)
-    normalized = normalized.to(returns.dtype)
-    logits, value = agent(obs)
+        mean = (mask * normalized).sum() / count
+        variance = (mask * (normalized - mean)).square().sum() / (count - 1).clamp(min=1)
+        normalized = (normalized - mean) / (variance.sqrt() + 1e-8)
+    logits, value = agent(batch.obs)
     policy = Categorical(logits=logits, validate_args=False)
-    log_prob = policy.log_prob(action)
+    log_prob = policy.log_prob(batch.action)
+    normalized = normalized.to(log_prob.dtype)
     policy_loss, reverse_loss = symmetric_policy_losses(log_prob, weight * normalized, args.z)
-    value_loss = (value.view_as(returns) - returns).square().mean()
+    value_loss = (value.flatten() - batch.returns.to(value.dtype)).square().mean()
     entropy = (weight * policy.entropy()).mean()
     # A term added here competes with alpha + beta |Z| p times A2C's loss: see copy-and-modify.md
     loss = args.alpha * policy_loss + args.beta * reverse_loss
     loss = loss + args.vf_coef * value_loss - args.ent_coef * entropy
 
-    sign_changes = weight * ((normalized > 0) != (advantage > 0))
-    log_ratio = log_prob - acting_log_prob  # 0, as each rollout is used only once
+    sign_changes = weight * ((normalized > 0) != (batch.advantage > 0))
+    log_ratio = log_prob - batch.log_prob  # 0, as each rollout is used only once
     kl = log_ratio.expm1() - log_ratio  # joschu.net/blog/kl-approx.html
     reverse_weight = args.beta * abs(args.z) * log_prob.exp()  # what Lr adds to alpha
     reverse_share = reverse_weight / (args.alpha + reverse_weight)
@@ -352,6 +404,23 @@ def loss_and_metrics(agent, args, obs, action, acting_log_prob, advantage, retur
 
 
 # ---- Training
+
+
+def update(agent, args, optimizer, loss_fn, batch, rng):
+    """A step on a batch. Returns its metrics."""
+    if args.noise == "adv_flip":
+        advantage = perturb_advantage(batch.advantage, args.noise_level, rng)
+        batch = batch._replace(advantage=advantage)
+    loss, metrics = loss_fn(agent, args, batch)
+    optimizer.zero_grad()
+    loss.backward()
+    grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+    optimizer.step()
+    # Copies, since CUDA graphs overwrite their outputs
+    metrics = {name: x.clone() for name, x in metrics.items()}
+    metrics["losses/grad_norm"] = grad_norm  # before clipping
+    metrics["losses/clipped_gradients"] = grad_norm > args.max_grad_norm
+    return metrics
 
 
 def train(args, folder):
@@ -390,18 +459,9 @@ def train(args, folder):
         )
     writer = SummaryWriter(folder, purge_step=global_step + 1)
 
-    T, N = args.num_steps, args.num_envs
-    batch_size = T * N
-    obs = torch.zeros((T + 1, N, 84, 84, 4), dtype=torch.uint8, device=device)
-    obs = obs.permute(0, 1, 4, 2, 3)  # channels last in memory
-    logits = torch.zeros(T, N, games.num_actions, device=device)
-    value = torch.zeros(T + 1, N, device=device)
-    action = torch.zeros(T, N, dtype=torch.int64, device=device)
-    reward = np.zeros((T, N))
-    done = np.zeros_like(reward, bool)
-    overridden = np.zeros_like(done)  # FIRE replaced the agent's action
-    obs[T] = torch.from_numpy(games.reset([args.seed, global_step]))
-    interval = args.checkpoint_freq * N
+    batch_size = args.num_steps * args.num_envs
+    interval = args.checkpoint_freq * args.num_envs
+    images = games.reset([args.seed, global_step])
     print(f"{folder.name}: from step {global_step:,}, with a checkpoint every {interval:,} steps")
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps", disable=None)
     agent_fn, loss_fn = agent, loss_and_metrics
@@ -410,63 +470,26 @@ def train(args, folder):
         loss_fn = compiled(loss_and_metrics, mode="reduce-overhead")
 
     while global_step < args.total_timesteps:
-        # Rollout. Seed and step determine all random numbers, so checkpoints hold no generators
         if not updates:
             started = time.perf_counter()
+        # Seed and step determine all random numbers, so checkpoints hold no generators
         rng = np.random.default_rng([args.seed, global_step, 1])
         generator = torch.Generator().manual_seed(rng.integers(2**31).item())
         torch.manual_seed(rng.integers(2**31).item())  # for layers that draw, such as dropout
-        obs[0] = obs[T]
-        final_value = np.zeros_like(reward)  # of truncated games
-        gumbel = sample_gumbel((T, N, games.num_actions), generator).to(device)
-        with torch.no_grad(), agent.autocast():  # so that weights are cast once a rollout
-            for t in range(T):
-                logits[t], value[t] = agent_fn(obs[t])
-                action[t] = (logits[t] + gumbel[t]).argmax(-1)
-                step = games.step(action[t].cpu().numpy())
-                images, reward[t], done[t], overridden[t], final_images, _ = step
-                obs[t + 1] = torch.from_numpy(images)
-                for i, one_images in final_images.items():
-                    _, one_value = agent(torch.from_numpy(one_images[None]).to(device))
-                    final_value[t, i] = one_value.item()
-            _, value[T] = agent_fn(obs[T])
+        batch, images = collect(agent, args, games, images, rng, generator, agent_fn)
         global_step += batch_size
         bar.update(batch_size)
 
-        # Advantages. `b_` names are of the whole batch (batch_size, ...)
-        b_obs = obs[:T].flatten(0, 1)
-        b_action = action.flatten()
-        policy = Categorical(logits=logits, validate_args=False)
-        b_log_prob = policy.log_prob(action).flatten()
-        noisy_reward = perturb_reward(reward, args.noise, args.noise_level, rng)
-        # A truncated game would have gone on: bootstrap from where it stopped
-        noisy_reward = noisy_reward + args.gamma * final_value
-        values = value.double().cpu().numpy()
-        advantage, returns = compute_gae(noisy_reward, values, done, args.gamma, args.gae_lambda)
-        b_advantage = torch.from_numpy(advantage).to(device).flatten()
-        b_returns = torch.from_numpy(returns).float().to(device).flatten()
-        b_mask = torch.from_numpy(~overridden).float().to(device).flatten()
-
-        # Update
-        if args.noise == "adv_flip":
-            b_advantage = perturb_advantage(b_advantage, args.noise_level, rng)
-        batch = [b_obs, b_action, b_log_prob, b_advantage, b_returns, b_mask]
-        loss, metrics = loss_fn(agent, args, *batch)
-        optimizer.zero_grad()
-        loss.backward()
-        grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
-        optimizer.step()
-        # Copies, since CUDA graphs overwrite their outputs
-        metrics = {name: x.clone() for name, x in metrics.items()}
-        metrics["losses/grad_norm"] = grad_norm  # before clipping
-        metrics["losses/clipped_gradients"] = grad_norm > args.max_grad_norm
+        metrics = update(agent, args, optimizer, loss_fn, batch, rng)
         # In two rollouts, since at first a last layer near zero hides mistakes before it
         if global_step <= 2 * batch_size and metrics["losses/approx_kl"] > 1e-8:
             found = "the policy that acts is not the one that is trained (dropout/memory?)"
             if device.type == "cpu":
                 sys.exit(f"error: {found}")
             tqdm.write(f"warning: {found}, or this GPU rounds more", file=sys.stderr)
-        updates.append((metrics, advantage[~overridden], returns[~overridden]))
+        own = batch.mask == 1
+        advantage, returns = (x[own].cpu().numpy() for x in (batch.advantage, batch.returns))
+        updates.append((metrics, advantage, returns))
 
         # Log, evaluation and checkpoint at multiples of their frequency; the latter two also log
         finished = global_step >= args.total_timesteps
@@ -511,7 +534,7 @@ def train(args, folder):
             with atomic_write(checkpoint_path) as path:
                 torch.save(checkpoint, path)
                 load_checkpoint(path, "meta")  # checks only: an edit may save what can't be read
-            obs[T] = torch.from_numpy(games.reset([args.seed, global_step]))  # as when continuing
+            images = games.reset([args.seed, global_step])  # as when continuing
 
     writer.close()
     summary = {name: x for name, x in evaluations[-1].items() if math.isfinite(x)}  # JSON lacks nan

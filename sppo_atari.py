@@ -47,7 +47,7 @@ from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import distributions
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 os.environ.setdefault("GOMP_SPINCOUNT", "10000")  # torch's idle threads leave cores to the games
 
@@ -59,7 +59,7 @@ import torch
 import tyro
 from ale_py.vector_env import AtariVectorEnv
 from filelock import FileLock
-from torch import nn
+from torch import Tensor, nn
 from torch.distributions import Categorical
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -270,6 +270,72 @@ def sample_gumbel(shape, generator):
     return -torch.empty(shape).exponential_(generator=generator).log()
 
 
+# ---- Rollout
+
+
+class Batch(NamedTuple):
+    """Steps of a rollout, a tensor (n, ...) each. A field that is added reaches the loss, too."""
+
+    obs: Tensor
+    action: Tensor
+    log_prob: Tensor  # under the policy that acted
+    advantage: Tensor  # in float64, until it is normalised
+    returns: Tensor  # in float64
+    mask: Tensor  # 0 where FIRE replaced the action, a step that trains only the critic, else 1
+
+
+def compute_gae(reward, value, done, gamma, gae_lambda):
+    """Advantages and returns (T, N) by generalised advantage estimation (arXiv 1506.02438).
+
+    `reward` and `done`, whether a step ended its episode, are (T, N); `value` is (T + 1, N), of
+    the observations before each step and after the last."""
+    next_value = np.where(done, 0.0, value[1:])
+    delta = reward + gamma * next_value - value[:-1]
+    decay = np.where(done, 0.0, gamma * gae_lambda)
+    advantage = delta.copy()
+    for t in reversed(range(len(delta) - 1)):
+        advantage[t] += decay[t] * advantage[t + 1]
+    return advantage, advantage + value[:-1]
+
+
+@torch.no_grad()
+def collect(agent, args, games, images, rng, generator, agent_fn):
+    """A rollout from `images` (num_envs, 4, 84, 84), with advantages. Returns a `Batch` of all its
+    steps, and the images after the last. `agent_fn` is the agent, compiled or not."""
+    device = next(agent.parameters()).device
+    T, N = args.num_steps, args.num_envs
+    obs = torch.empty((T + 1, N, 84, 84, 4), dtype=torch.uint8, device=device)
+    obs = obs.permute(0, 1, 4, 2, 3)  # channels last in memory
+    obs[0] = torch.from_numpy(images)
+    logits = torch.empty(T, N, games.num_actions, device=device)
+    value = torch.empty(T + 1, N, device=device)
+    action = torch.empty(T, N, dtype=torch.int64, device=device)
+    reward, final_value = np.zeros((2, T, N))  # the latter of truncated games
+    done, overridden = np.zeros((2, T, N), bool)  # the latter where FIRE replaced the action
+    gumbel = sample_gumbel(logits.shape, generator).to(device)
+    with agent.autocast():  # so that weights are cast once a rollout
+        for t in range(T):
+            logits[t], value[t] = agent_fn(obs[t])
+            action[t] = (logits[t] + gumbel[t]).argmax(-1)
+            step = games.step(action[t].cpu().numpy())
+            images, reward[t], done[t], overridden[t], final_images, _ = step
+            obs[t + 1] = torch.from_numpy(images)
+            for i, one_images in final_images.items():
+                _, one_value = agent(torch.from_numpy(one_images[None]).to(device))
+                final_value[t, i] = one_value.item()
+        _, value[T] = agent_fn(obs[T])
+
+    log_prob = Categorical(logits=logits, validate_args=False).log_prob(action)
+    noisy_reward = perturb_reward(reward, args.noise, args.noise_level, rng)
+    # A truncated game would have gone on: bootstrap from where it stopped
+    noisy_reward = noisy_reward + args.gamma * final_value
+    values = value.double().cpu().numpy()
+    advantage, returns = compute_gae(noisy_reward, values, done, args.gamma, args.gae_lambda)
+    arrays = advantage, returns, (~overridden).astype(np.float32)
+    tensors = obs[:T], action, log_prob, *(torch.from_numpy(x).to(device) for x in arrays)
+    return Batch(*(tensor.flatten(0, 1) for tensor in tensors)), images
+
+
 # ---- Losses
 
 
@@ -289,45 +355,31 @@ def symmetric_policy_losses(log_prob, old_log_prob, advantage, clip_coef, z):
     return policy_loss, reverse_loss
 
 
-def compute_gae(reward, value, done, gamma, gae_lambda):
-    """Advantages and returns (T, N) by generalised advantage estimation (arXiv 1506.02438).
-
-    `reward` and `done`, whether a step ended its episode, are (T, N); `value` is (T + 1, N), of
-    the observations before each step and after the last."""
-    next_value = np.where(done, 0.0, value[1:])
-    delta = reward + gamma * next_value - value[:-1]
-    decay = np.where(done, 0.0, gamma * gae_lambda)
-    advantage = delta.copy()
-    for t in reversed(range(len(delta) - 1)):
-        advantage[t] += decay[t] * advantage[t + 1]
-    return advantage, advantage + value[:-1]
-
-
-def loss_and_metrics(agent, args, clip_coef, obs, action, old_log_prob, advantage, returns, mask):
-    """Loss on a minibatch, and what to log. `mask` is 0 where FIRE replaced the agent's action, a
-    step that trains only the critic, else 1."""
+def loss_and_metrics(agent, args, batch, clip_coef):
+    """Loss on a minibatch, and what to log."""
+    mask = batch.mask
     count = mask.sum().clamp(min=1)  # a divisor, so not 0
     weight = mask / count * len(mask)  # mean(weight * x) is the mean of x where mask is 1
-    normalized = advantage
+    normalized = batch.advantage
     if args.norm_adv:  # float64, as float32 can give equal advantages a deviation above 1e-8
-        mean = (mask * advantage).sum() / count
-        variance = (mask * (advantage - mean)).square().sum() / (count - 1).clamp(min=1)
-        normalized = (advantage - mean) / (variance.sqrt() + 1e-8)
-    normalized = normalized.to(returns.dtype)
-    logits, value = agent(obs)
+        mean = (mask * normalized).sum() / count
+        variance = (mask * (normalized - mean)).square().sum() / (count - 1).clamp(min=1)
+        normalized = (normalized - mean) / (variance.sqrt() + 1e-8)
+    logits, value = agent(batch.obs)
     policy = Categorical(logits=logits, validate_args=False)
-    log_prob = policy.log_prob(action)
+    log_prob = policy.log_prob(batch.action)
+    normalized = normalized.to(log_prob.dtype)
     policy_loss, reverse_loss = symmetric_policy_losses(
-        log_prob, old_log_prob, weight * normalized, clip_coef, args.z
+        log_prob, batch.log_prob, weight * normalized, clip_coef, args.z
     )
-    value_loss = (value.view_as(returns) - returns).square().mean()
+    value_loss = (value.flatten() - batch.returns.to(value.dtype)).square().mean()
     entropy = (weight * policy.entropy()).mean()
     # A term added here competes with k = alpha + beta |Z| times PPO's loss: 1.5 times by default
     loss = args.alpha * policy_loss + args.beta * reverse_loss
     loss = loss + args.vf_coef * value_loss - args.ent_coef * entropy
 
-    sign_changes = weight * ((normalized > 0) != (advantage > 0))
-    log_ratio = log_prob - old_log_prob
+    sign_changes = weight * ((normalized > 0) != (batch.advantage > 0))
+    log_ratio = log_prob - batch.log_prob
     kl = log_ratio.expm1() - log_ratio  # joschu.net/blog/kl-approx.html
     clipped = log_ratio.expm1().abs() > clip_coef
     metrics = {
@@ -343,6 +395,30 @@ def loss_and_metrics(agent, args, clip_coef, obs, action, old_log_prob, advantag
 
 
 # ---- Training
+
+
+def update(agent, args, optimizer, loss_fn, batch, rng, generator, clip_coef):
+    """Passes `update_epochs` times over a batch. Returns the metrics of each minibatch."""
+    metrics = []
+    for _ in range(args.update_epochs):
+        noisy_batch = batch
+        if args.noise == "adv_flip":  # drawn anew in every epoch
+            advantage = perturb_advantage(batch.advantage, args.noise_level, rng)
+            noisy_batch = batch._replace(advantage=advantage)
+        order = torch.randperm(len(batch.obs), generator=generator).to(batch.obs.device)
+        for rows in order.chunk(args.num_minibatches):
+            minibatch = Batch(*(tensor[rows] for tensor in noisy_batch))
+            loss, minibatch_metrics = loss_fn(agent, args, minibatch, clip_coef)
+            optimizer.zero_grad()
+            loss.backward()
+            grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
+            optimizer.step()
+            # Copies, since CUDA graphs overwrite their outputs
+            minibatch_metrics = {name: x.clone() for name, x in minibatch_metrics.items()}
+            minibatch_metrics["losses/grad_norm"] = grad_norm  # before clipping
+            minibatch_metrics["losses/clipped_gradients"] = grad_norm > args.max_grad_norm
+            metrics.append(minibatch_metrics)
+    return metrics
 
 
 def train(args, folder):
@@ -382,18 +458,9 @@ def train(args, folder):
         )
     writer = SummaryWriter(folder, purge_step=global_step + 1)
 
-    T, N = args.num_steps, args.num_envs
-    batch_size = T * N
-    obs = torch.zeros((T + 1, N, 84, 84, 4), dtype=torch.uint8, device=device)
-    obs = obs.permute(0, 1, 4, 2, 3)  # channels last in memory
-    logits = torch.zeros(T, N, games.num_actions, device=device)
-    value = torch.zeros(T + 1, N, device=device)
-    action = torch.zeros(T, N, dtype=torch.int64, device=device)
-    reward = np.zeros((T, N))
-    done = np.zeros_like(reward, bool)
-    overridden = np.zeros_like(done)  # FIRE replaced the agent's action
-    obs[T] = torch.from_numpy(games.reset([args.seed, global_step]))
-    interval = args.checkpoint_freq * N
+    batch_size = args.num_steps * args.num_envs
+    interval = args.checkpoint_freq * args.num_envs
+    images = games.reset([args.seed, global_step])
     print(f"{folder.name}: from step {global_step:,}, with a checkpoint every {interval:,} steps")
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps", disable=None)
     agent_fn, loss_fn = agent, loss_and_metrics
@@ -402,8 +469,8 @@ def train(args, folder):
         loss_fn = compiled(loss_and_metrics, mode="reduce-overhead")
 
     while global_step < args.total_timesteps:
-        # Rollout. Seed and step determine all random numbers, so checkpoints hold no generators
         started = time.perf_counter()
+        # Seed and step determine all random numbers, so checkpoints hold no generators
         rng = np.random.default_rng([args.seed, global_step, 1])
         generator = torch.Generator().manual_seed(rng.integers(2**31).item())
         torch.manual_seed(rng.integers(2**31).item())  # for layers that draw, such as dropout
@@ -412,57 +479,11 @@ def train(args, folder):
             optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
         clip_coef = args.clip_coef * remaining if args.anneal_clip else args.clip_coef
         clip_coef = torch.tensor(clip_coef, device=device)  # compiling would fix a float's value
-        obs[0] = obs[T]
-        final_value = np.zeros_like(reward)  # of truncated games
-        gumbel = sample_gumbel((T, N, games.num_actions), generator).to(device)
-        with torch.no_grad(), agent.autocast():  # so that weights are cast once a rollout
-            for t in range(T):
-                logits[t], value[t] = agent_fn(obs[t])
-                action[t] = (logits[t] + gumbel[t]).argmax(-1)
-                step = games.step(action[t].cpu().numpy())
-                images, reward[t], done[t], overridden[t], final_images, _ = step
-                obs[t + 1] = torch.from_numpy(images)
-                for i, one_images in final_images.items():
-                    _, one_value = agent(torch.from_numpy(one_images[None]).to(device))
-                    final_value[t, i] = one_value.item()
-            _, value[T] = agent_fn(obs[T])
+        batch, images = collect(agent, args, games, images, rng, generator, agent_fn)
         global_step += batch_size
         bar.update(batch_size)
 
-        # Advantages. `b_` names are of the whole batch (batch_size, ...)
-        b_obs = obs[:T].flatten(0, 1)
-        b_action = action.flatten()
-        policy = Categorical(logits=logits, validate_args=False)
-        b_log_prob = policy.log_prob(action).flatten()
-        noisy_reward = perturb_reward(reward, args.noise, args.noise_level, rng)
-        # A truncated game would have gone on: bootstrap from where it stopped
-        noisy_reward = noisy_reward + args.gamma * final_value
-        values = value.double().cpu().numpy()
-        advantage, returns = compute_gae(noisy_reward, values, done, args.gamma, args.gae_lambda)
-        b_advantage = torch.from_numpy(advantage).to(device).flatten()
-        b_returns = torch.from_numpy(returns).float().to(device).flatten()
-        b_mask = torch.from_numpy(~overridden).float().to(device).flatten()
-
-        # Update
-        metrics = []
-        for _ in range(args.update_epochs):
-            epoch_advantage = b_advantage
-            if args.noise == "adv_flip":  # drawn anew in every epoch
-                epoch_advantage = perturb_advantage(b_advantage, args.noise_level, rng)
-            batch = [b_obs, b_action, b_log_prob, epoch_advantage, b_returns, b_mask]
-            order = torch.randperm(batch_size, generator=generator).to(device)
-            for rows in order.chunk(args.num_minibatches):
-                minibatch = [tensor[rows] for tensor in batch]
-                loss, minibatch_metrics = loss_fn(agent, args, clip_coef, *minibatch)
-                optimizer.zero_grad()
-                loss.backward()
-                grad_norm = nn.utils.clip_grad_norm_(agent.parameters(), args.max_grad_norm)
-                optimizer.step()
-                # Copies, since CUDA graphs overwrite their outputs
-                minibatch_metrics = {name: x.clone() for name, x in minibatch_metrics.items()}
-                minibatch_metrics["losses/grad_norm"] = grad_norm  # before clipping
-                minibatch_metrics["losses/clipped_gradients"] = grad_norm > args.max_grad_norm
-                metrics.append(minibatch_metrics)
+        metrics = update(agent, args, optimizer, loss_fn, batch, rng, generator, clip_coef)
         # In two rollouts, since at first a last layer near zero hides mistakes before it
         if global_step <= 2 * batch_size and metrics[0]["losses/approx_kl"] > 1e-8:
             found = "the policy that acts is not the one that is trained (dropout/memory?)"
@@ -475,7 +496,9 @@ def train(args, folder):
         if not math.isfinite(scalars["losses/grad_norm"]):
             sys.exit(f"error: gradient not finite, step {global_step} (learning rate? reward?)")
         # advantage = return - value
-        unexplained = advantage[~overridden].var() / max(returns[~overridden].var(), 1e-8)
+        own = batch.mask == 1
+        advantage, returns = (x[own].cpu().numpy() for x in (batch.advantage, batch.returns))
+        unexplained = advantage.var() / max(returns.var(), 1e-8)
         scalars["losses/explained_variance"] = 1 - unexplained
         if games.recent_episodes:  # means of the last 100
             score, length = np.mean(games.recent_episodes, axis=0)
@@ -509,7 +532,7 @@ def train(args, folder):
             with atomic_write(checkpoint_path) as path:
                 torch.save(checkpoint, path)
                 load_checkpoint(path, "meta")  # checks only: an edit may save what can't be read
-            obs[T] = torch.from_numpy(games.reset([args.seed, global_step]))  # as when continuing
+            images = games.reset([args.seed, global_step])  # as when continuing
 
     writer.close()
     summary = {name: x for name, x in evaluations[-1].items() if math.isfinite(x)}  # JSON lacks nan

@@ -49,7 +49,7 @@ from contextlib import closing, contextmanager, suppress
 from dataclasses import dataclass
 from importlib.metadata import distributions
 from pathlib import Path
-from typing import Literal
+from typing import Literal, NamedTuple
 
 import gymnasium as gym
 import numpy as np
@@ -57,7 +57,7 @@ import safetensors.torch
 import torch
 import tyro
 from filelock import FileLock
-from torch import nn
+from torch import Tensor, nn
 from torch.distributions import Categorical, Independent, Normal
 from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
@@ -375,6 +375,62 @@ class Agent(nn.Module):
         return self.bin_values[np.arange(len(self.bin_values)), action]
 
 
+# ---- Rollout
+
+
+class Batch(NamedTuple):
+    """Steps of a rollout, a tensor (n, ...) each. A field that is added reaches the loss, too."""
+
+    obs: Tensor
+    action: Tensor
+    log_prob: Tensor  # under the policy that acted
+    advantage: Tensor  # in float64, until it is normalised
+    returns: Tensor  # in float64
+
+
+def compute_gae(reward, value, done, gamma, gae_lambda):
+    """Advantages and returns (T, N) by generalised advantage estimation (arXiv 1506.02438).
+
+    `reward` and `done`, whether a step ended its episode, are (T, N); `value` is (T + 1, N), of
+    the observations before each step and after the last."""
+    next_value = np.where(done, 0.0, value[1:])
+    delta = reward + gamma * next_value - value[:-1]
+    decay = np.where(done, 0.0, gamma * gae_lambda)
+    advantage = delta.copy()
+    for t in reversed(range(len(delta) - 1)):
+        advantage[t] += decay[t] * advantage[t + 1]
+    return advantage, advantage + value[:-1]
+
+
+def collect(agent, args, envs, obs, rng, generator):
+    """A rollout from observations `obs` (num_envs, obs_dim), with advantages. Returns a `Batch` of
+    all its steps, and the observations after the last."""
+    act = agent.actor_fn()
+    steps = []
+    for exploration in agent.exploration((args.num_steps, args.num_envs), generator):
+        action, output = act(obs, exploration)
+        next_obs, *outcome = envs.step(agent.to_env(action))
+        steps.append([obs, action, output, *outcome])
+        obs = next_obs
+    obs, action, output, *outcomes = zip(*steps)
+    reward, done, only_truncated, final_obs = map(np.array, outcomes)
+
+    # Values of all observations at once, `next_obs` and those of truncated episodes among them
+    all_obs = torch.from_numpy(np.concatenate([*obs, next_obs, final_obs[only_truncated]]))
+    action, output = (torch.from_numpy(np.concatenate(x)) for x in (action, output))
+    with torch.no_grad():
+        log_prob = agent.acting_log_prob(action, output)
+        all_values = agent.critic(all_obs).flatten().numpy()
+    value, final_value = np.split(all_values, [len(action) + args.num_envs])
+    noisy_reward = perturb_reward(reward.copy(), args.noise, args.noise_level, rng)
+    # A truncated episode would have gone on: bootstrap from where it stopped
+    noisy_reward[only_truncated] += args.gamma * final_value
+    value = value.reshape(-1, args.num_envs)
+    advantage, returns = compute_gae(noisy_reward, value, done, args.gamma, args.gae_lambda)
+    advantage, returns = (torch.from_numpy(x).flatten() for x in (advantage, returns))
+    return Batch(all_obs[: len(action)], action, log_prob, advantage, returns), next_obs
+
+
 # ---- Losses
 
 
@@ -394,32 +450,19 @@ def symmetric_policy_losses(log_prob, old_log_prob, advantage, clip_coef, z):
     return policy_loss, reverse_loss
 
 
-def compute_gae(reward, value, done, gamma, gae_lambda):
-    """Advantages and returns (T, N) by generalised advantage estimation (arXiv 1506.02438).
-
-    `reward` and `done`, whether a step ended its episode, are (T, N); `value` is (T + 1, N), of
-    the observations before each step and after the last."""
-    next_value = np.where(done, 0.0, value[1:])
-    delta = reward + gamma * next_value - value[:-1]
-    decay = np.where(done, 0.0, gamma * gae_lambda)
-    advantage = delta.copy()
-    for t in reversed(range(len(delta) - 1)):
-        advantage[t] += decay[t] * advantage[t + 1]
-    return advantage, advantage + value[:-1]
-
-
-def gradient_and_metrics(agent, trained, args, obs, action, old_log_prob, advantage, returns):
+def gradient_and_metrics(agent, trained, args, batch):
     """Clipped gradients of the loss on a minibatch, by `trained` parameters, and what to log."""
-    normalized = advantage
+    normalized = batch.advantage
     if args.norm_adv:  # float64, as float32 can give equal advantages a deviation above 1e-8
-        normalized = (advantage - advantage.mean()) / (advantage.std() + 1e-8)
-    normalized = normalized.to(returns.dtype)
-    policy = agent.policy(agent.actor(obs))
-    log_prob = policy.log_prob(action)
+        normalized = (normalized - normalized.mean()) / (normalized.std() + 1e-8)
+    policy = agent.policy(agent.actor(batch.obs))
+    log_prob = policy.log_prob(batch.action)
+    normalized = normalized.to(log_prob.dtype)
     policy_loss, reverse_loss = symmetric_policy_losses(
-        log_prob, old_log_prob, normalized, args.clip_coef, args.z
+        log_prob, batch.log_prob, normalized, args.clip_coef, args.z
     )
-    value_loss = (agent.critic(obs).view_as(returns) - returns).square().mean()
+    value = agent.critic(batch.obs).flatten()
+    value_loss = (value - batch.returns.to(value.dtype)).square().mean()
     entropy = policy.entropy().mean()
     # A term added here competes with k = alpha + beta |Z| times PPO's loss: 20.5 times by default
     loss = args.alpha * policy_loss + args.beta * reverse_loss
@@ -432,7 +475,7 @@ def gradient_and_metrics(agent, trained, args, obs, action, old_log_prob, advant
     # A gradient may have other strides than its parameter: fused optimizers would mix elements up
     clipped_gradients = [torch.empty_like(p).copy_(scale * g) for p, g in zip(trained, gradients)]
 
-    log_ratio = log_prob - old_log_prob
+    log_ratio = log_prob - batch.log_prob
     metrics = {
         "losses/policy_loss": policy_loss,
         "losses/reverse_loss": reverse_loss,
@@ -440,7 +483,7 @@ def gradient_and_metrics(agent, trained, args, obs, action, old_log_prob, advant
         "losses/entropy": entropy,
         "losses/grad_norm": grad_norm,  # before clipping
         "losses/clipped_gradients": grad_norm > args.max_grad_norm,
-        "losses/norm_sign_changes": ((normalized > 0) != (advantage > 0)).float().mean(),
+        "losses/norm_sign_changes": ((normalized > 0) != (batch.advantage > 0)).float().mean(),
         "losses/approx_kl": (log_ratio.expm1() - log_ratio).mean(),  # joschu.net/blog/kl-approx
         "losses/clipfrac": (log_ratio.expm1().abs() > args.clip_coef).float().mean(),
     }
@@ -448,6 +491,26 @@ def gradient_and_metrics(agent, trained, args, obs, action, old_log_prob, advant
 
 
 # ---- Training
+
+
+def update(agent, args, optimizer, gradient_fn, batch, rng, generator):
+    """Passes `update_epochs` times over a batch. Returns the metrics of each minibatch."""
+    trained = [p for group in optimizer.param_groups for p in group["params"]]
+    metrics = []
+    for _ in range(args.update_epochs):
+        noisy_batch = batch
+        if args.noise == "adv_flip":  # drawn anew in every epoch
+            advantage = perturb_advantage(batch.advantage, args.noise_level, rng)
+            noisy_batch = batch._replace(advantage=advantage)
+        order = torch.randperm(len(batch.obs), generator=generator)
+        for rows in order.chunk(args.num_minibatches):
+            minibatch = Batch(*(tensor[rows] for tensor in noisy_batch))
+            gradients, minibatch_metrics = gradient_fn(agent, trained, args, minibatch)
+            for p, gradient in zip(trained, gradients):
+                p.grad = gradient
+            optimizer.step()
+            metrics.append(minibatch_metrics)
+    return metrics
 
 
 def train(envs, args, folder):
@@ -486,76 +549,30 @@ def train(envs, args, folder):
         )
     writer = SummaryWriter(folder, purge_step=global_step + 1)
 
-    T, N = args.num_steps, args.num_envs
-    batch_size = T * N
-    first_obs = envs.reset([args.seed, global_step])
-    obs = np.zeros((T + 1, *first_obs.shape), np.float32)
-    obs[T] = first_obs  # the next rollout begins with it
-    final_obs = np.zeros_like(obs[1:])  # of episodes that are done
-    reward = np.zeros((T, N))
-    done = np.zeros_like(reward, bool)
-    only_truncated = np.zeros_like(done)
+    batch_size = args.num_steps * args.num_envs
+    obs = envs.reset([args.seed, global_step])
     gradient_fn = gradient_and_metrics
     if args.compile:
         gradient_fn = compiled(gradient_and_metrics, options={"cpp_wrapper": True})
-    interval = N * (args.checkpoint_freq or max(100_000, limit + T))  # whole episodes
+    interval = args.checkpoint_freq or max(100_000, limit + args.num_steps)  # whole episodes
+    interval *= args.num_envs
     print(f"{folder.name}: from step {global_step:,}, with a checkpoint every {interval:,} steps")
     bar = tqdm(total=args.total_timesteps, initial=global_step, unit=" steps", disable=None)
 
     while global_step < args.total_timesteps:
-        # Rollout. Seed and step determine all random numbers, so checkpoints hold no generators
         started = time.perf_counter()
+        # Seed and step determine all random numbers, so checkpoints hold no generators
         rng = np.random.default_rng([args.seed, global_step, 1])
         generator = torch.Generator().manual_seed(rng.integers(2**31).item())
         # For layers that draw, as dropout does; torch.manual_seed would take a hundred times longer
         torch.default_generator.manual_seed(rng.integers(2**31).item())
-        act = agent.actor_fn()
-        exploration = agent.exploration((T, N), generator)
-        actions, outputs = [], []
-        obs[0] = obs[T]
-        for t in range(T):
-            action, output = act(obs[t], exploration[t])
-            actions.append(action)
-            outputs.append(output)
-            step = envs.step(agent.to_env(action))
-            obs[t + 1], reward[t], done[t], only_truncated[t], final_obs[t] = step
+        batch, obs = collect(agent, args, envs, obs, rng, generator)
         global_step += batch_size
         bar.update(batch_size)
 
-        # Advantages. `b_` names are of the whole batch (batch_size, ...)
-        all_obs = torch.from_numpy(obs).flatten(0, 1)
-        b_obs = all_obs[:batch_size]
-        b_action = torch.from_numpy(np.concatenate(actions))
-        b_output = torch.from_numpy(np.concatenate(outputs))
-        with torch.no_grad():
-            b_log_prob = agent.acting_log_prob(b_action, b_output)
-            valued_obs = torch.cat([all_obs, torch.from_numpy(final_obs[only_truncated])])
-            all_values = agent.critic(valued_obs).flatten().numpy()
-        value = all_values[: len(all_obs)].reshape(T + 1, N)
-        noisy_reward = perturb_reward(reward.copy(), args.noise, args.noise_level, rng)
-        # A truncated episode would have gone on: bootstrap from where it stopped
-        noisy_reward[only_truncated] += args.gamma * all_values[len(all_obs) :]
-        advantage, returns = compute_gae(noisy_reward, value, done, args.gamma, args.gae_lambda)
-        b_advantage = torch.from_numpy(advantage).flatten()  # float64, until it is normalised
-        b_returns = torch.from_numpy(returns).float().flatten()
-
-        # Update
-        metrics = []
-        for _ in range(args.update_epochs):
-            epoch_advantage = b_advantage
-            if args.noise == "adv_flip":  # drawn anew in every epoch
-                epoch_advantage = perturb_advantage(b_advantage, args.noise_level, rng)
-            batch = [b_obs, b_action, b_log_prob, epoch_advantage, b_returns]
-            order = torch.randperm(batch_size, generator=generator)
-            for rows in order.chunk(args.num_minibatches):
-                minibatch = [tensor[rows] for tensor in batch]
-                gradients, minibatch_metrics = gradient_fn(agent, trained, args, *minibatch)
-                for p, gradient in zip(trained, gradients):
-                    p.grad = gradient
-                optimizer.step()
-                metrics.append(minibatch_metrics)
+        metrics = update(agent, args, optimizer, gradient_fn, batch, rng, generator)
         # In two rollouts, since at first a last layer near zero hides mistakes before it
-        rounding = 1e-8 + 1e-14 * b_log_prob.mean() ** 2  # in many dimensions log p is large
+        rounding = 1e-8 + 1e-14 * batch.log_prob.mean() ** 2  # in many dimensions log p is large
         if global_step <= 2 * batch_size and metrics[0]["losses/approx_kl"] > rounding:
             sys.exit("error: the policy that acts is not the one that is trained (dropout/memory?)")
 
@@ -564,7 +581,8 @@ def train(envs, args, folder):
         if not math.isfinite(scalars["losses/grad_norm"]):
             sys.exit(f"error: gradient not finite, step {global_step} (learning rate? reward?)")
         # advantage = return - value
-        scalars["losses/explained_variance"] = 1 - advantage.var() / max(returns.var(), 1e-8)
+        unexplained = batch.advantage.numpy().var() / max(batch.returns.numpy().var(), 1e-8)
+        scalars["losses/explained_variance"] = 1 - unexplained
         if envs.recent_episodes:  # means of the last 100
             score, length = np.mean(envs.recent_episodes, axis=0)
             scalars["charts/episodic_return"] = score
@@ -595,7 +613,7 @@ def train(envs, args, folder):
             with atomic_write(checkpoint_path) as path:
                 torch.save(checkpoint, path)
                 load_checkpoint(path, "meta")  # checks only: an edit may save what can't be read
-            obs[T] = envs.reset([args.seed, global_step])  # ends episodes, as continuing does
+            obs = envs.reset([args.seed, global_step])  # ends episodes, as continuing does
 
     writer.close()
     summary = {name: x for name, x in evaluations[-1].items() if math.isfinite(x)}  # JSON lacks nan

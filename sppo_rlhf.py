@@ -606,7 +606,7 @@ def by_text(tensor, texts):
 
 
 @torch.no_grad()
-def collect(setup, args, data, evaluating=False):
+def sample_responses(setup, args, data, evaluating=False):
     """Samples responses to the prompts of the rows `data`. Each process samples a part, and gets
     all `Sample`s."""
     accelerator = setup.accelerator
@@ -637,6 +637,19 @@ def collect(setup, args, data, evaluating=False):
     for sample, sample_scores in zip(samples, scores):
         sample.scores = sample_scores
     return gather_object(samples)
+
+
+def collect(setup, args, rng):
+    """A rollout for rows of the data that are drawn at random, with advantages. Returns its
+    `Sample`s."""
+    chosen = rng.permutation(len(setup.train_data))[: args.batch_size]
+    samples = sample_responses(setup, args, [setup.train_data[i] for i in chosen])
+    noisy_reward = perturb_reward(rewards(samples, args), args.noise, args.noise_level, rng)
+    for sample, reward in zip(samples, noisy_reward.tolist()):
+        log_ratio = sample.log_prob - sample.reference_log_prob
+        advantages = token_advantages(reward, log_ratio, sample.value, args)
+        sample.advantage, sample.returns = advantages
+    return samples
 
 
 # ---- Noise
@@ -843,7 +856,7 @@ def evaluate(setup, args, step):
     costs: the KL divergence, the perplexity of responses under the reference policy and, if there
     are targets, their perplexity under the policy."""
     seed_all(args.seed, step, 2)
-    samples = collect(setup, args, setup.eval_data, evaluating=True)
+    samples = sample_responses(setup, args, setup.eval_data, evaluating=True)
     reward = rewards(samples, args)
     reference_log_prob = joined(samples, "reference_log_prob")
     target_log_prob = joined(samples, "target_log_prob")
@@ -935,24 +948,12 @@ def train(setup, args, folder):
         evaluate_and_log(setup, args, progress, folder, writer)  # the initial policy
 
     while progress.global_step < args.total_timesteps:
-        # Rollout
         started = time.perf_counter()
         rng = seed_all(args.seed, progress.global_step, 1)
-        chosen = rng.permutation(len(setup.train_data))[: args.batch_size]
-        samples = collect(setup, args, [setup.train_data[i] for i in chosen])
+        samples = collect(setup, args, rng)
         progress.global_step += args.batch_size
         step = progress.global_step
 
-        # Advantages
-        reward = rewards(samples, args)
-        noisy_reward = perturb_reward(reward, args.noise, args.noise_level, rng)
-        for sample, its_reward in zip(samples, noisy_reward.tolist()):
-            log_ratio = sample.log_prob - sample.reference_log_prob
-            sample.advantage, sample.returns = token_advantages(
-                its_reward, log_ratio, sample.value, args
-            )
-
-        # Update
         minibatch_metrics = update(setup, args, samples, rng)
         # Before the optimizer's first step, `collect` and the update give the same
         # log-probabilities. Rounding gives 3e-13 in float32 and 6e-5 in bfloat16
@@ -970,6 +971,7 @@ def train(setup, args, folder):
         returns_variance = joined(samples, "returns").var().clamp(min=1e-8)
         unexplained = joined(samples, "advantage").var() / returns_variance
         log_prob = joined(samples, "log_prob")
+        reward = rewards(samples, args)
         scalars = metrics | {
             "losses/entropy": -log_prob.mean().item(),  # an estimate from the samples
             "losses/explained_variance": 1 - unexplained.item(),

@@ -43,10 +43,8 @@ class Setting:
     minibatches."""
 
     script: types.ModuleType
-    envs: str  # name of the class whose `step` takes the actions of the training
     small: dict
     video_env: str  # an environment that can be rendered without a display
-    advantages: str = "compute_gae"  # name of the function that is called after each rollout
     batch: int = 64  # steps of a rollout
 
     @property
@@ -91,24 +89,38 @@ class Setting:
         return json.loads((folder / "summary.json").read_text()), folder
 
     def interrupt(self, runs_dir, rollouts, **flags):
-        """Ends a run like a kill would, after a number of rollouts, in the middle of an update.
-        Returns its folder."""
+        """Ends a run like a kill would, after a number of updates, before the next. Returns its
+        folder."""
         calls = []
 
-        def advantages(*args):
+        def update(*args):
             calls.append(args)
             if len(calls) > rollouts:
                 raise KeyboardInterrupt
             return original(*args)
 
-        original = getattr(self.script, self.advantages)
+        original = self.script.update
         with pytest.MonkeyPatch.context() as patch, pytest.raises(KeyboardInterrupt):
-            patch.setattr(self.script, self.advantages, advantages)
+            patch.setattr(self.script, "update", update)
             writers = record(patch, self.script, "SummaryWriter")
             self.run(runs_dir, **flags)
         for _, writer in writers:  # whose thread may lag behind
             writer.close()
         return self.folder(runs_dir, **flags)
+
+    def collect(self, agent, args, envs, obs):
+        """As in a run, uncompiled, with random numbers of its own."""
+        numbers = np.random.default_rng(0), torch.Generator().manual_seed(0)
+        more = [agent] if self.atari else []
+        return self.script.collect(agent, args, envs, obs, *numbers, *more)
+
+    def update(self, agent, args, batch, function=None):
+        """As in a run of a control script, uncompiled, but by gradient descent."""
+        optimizer = torch.optim.SGD(agent.parameters(), 0.01)
+        numbers = [np.random.default_rng(0)] + [torch.Generator()] * self.ppo
+        more = [torch.tensor(0.2)] * (self.ppo and self.atari)  # the clip range
+        function = function or self.loss_function
+        return self.script.update(agent, args, optimizer, function, batch, *numbers, *more)
 
     def folder(self, runs_dir, **flags):
         args = self.args(runs_dir, **flags)
@@ -120,11 +132,11 @@ MINIBATCHES = {"num_minibatches": 4, "update_epochs": 2}
 VECTORS = SMALL | {"env_id": "InvertedDoublePendulum-v4", "num_envs": 1, "num_steps": 64}
 GAMES = SMALL | {"env_id": "Breakout", "num_envs": 8, "num_steps": 8, "amp": "off", "device": "cpu"}
 CONTINUOUS = SPPO_CONTINUOUS, SA2C_CONTINUOUS = [
-    Setting(script, "NormalizedEnvs", VECTORS | more, video_env="LunarLanderContinuous-v3")
+    Setting(script, VECTORS | more, video_env="LunarLanderContinuous-v3")
     for script, more in ((sppo_continuous, MINIBATCHES), (sa2c_continuous, {"log_freq": 1}))
 ]
 ATARI = SPPO_ATARI, SA2C_ATARI = [
-    Setting(script, "AtariGames", GAMES | more, "Pong")
+    Setting(script, GAMES | more, "Pong")
     for script, more in ((sppo_atari, MINIBATCHES), (sa2c_atari, {"log_freq": 1}))
 ]
 PPO, A2C = [SPPO_CONTINUOUS, SPPO_ATARI], [SA2C_CONTINUOUS, SA2C_ATARI]

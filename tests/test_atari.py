@@ -3,7 +3,7 @@
 Text that both scripts share, which `test_repository.py` guards, is tested on `sppo_atari.py` alone.
 Advantages, noise and seeds: see test_control.py."""
 
-from collections import Counter
+from types import SimpleNamespace
 
 import ale_py
 import cv2
@@ -12,9 +12,8 @@ import numpy as np
 import pytest
 import torch
 from ale_py import Action
-from helpers import ATARI, SPPO_ATARI, only, progress, record
+from helpers import ATARI, SPPO_ATARI, only, record
 from torch import nn
-from torch.optim.optimizer import register_optimizer_step_pre_hook
 
 import sppo_atari as script
 
@@ -240,30 +239,30 @@ def test_samples_follow_the_softmax():
     assert (frequency - logits[0].softmax(-1)).abs().max() < 5 * (0.25 / 60_000) ** 0.5
 
 
-@only(*ATARI)
-def test_each_action_is_a_sample_of_the_latest_policy(setting, tmp_path, monkeypatch, signals):
-    """In rollouts and in evaluations."""
-    noises = record(monkeypatch, setting.script, "sample_gumbel")
-    outputs = record(monkeypatch, setting.script.Agent, "forward")
-    step = setting.script.AtariGames.step
-    steps_of = Counter()
-    used = []
+class Biased(nn.Module):
+    def __init__(self, p):
+        super().__init__()
+        self.logits = nn.Parameter(p.log())
 
-    def checked_step(games, action):
-        _, noise = noises[-1]
-        if noise.ndim == 3:  # of a rollout
-            noise = noise[steps_of[len(noises)]]
-            steps_of[len(noises)] += 1
-        _, (logits, _) = outputs[-1]
-        np.testing.assert_array_equal(action, (logits + noise).argmax(-1))
-        used.append(noise.flatten())
-        return step(games, action)
+    def forward(self, images):
+        return self.logits.expand(len(images), -1), None
 
-    monkeypatch.setattr(setting.script.AtariGames, "step", checked_step)
-    setting.run(tmp_path)
-    values = torch.cat(used)
-    assert len(used) > sum(steps_of.values()) == 32
-    assert len(values.unique()) > 0.99 * len(values)
+
+def test_an_evaluation_samples_actions():
+    """In each game by itself."""
+    p, actions = torch.tensor([0.6, 0.3, 0.1]), []
+
+    def step(action):
+        actions.append(action)
+        return images, dict.fromkeys(range(2), (0.0, 0.0)) if len(actions) == 10_000 else {}
+
+    images = np.zeros((2, 4, 84, 84), np.uint8)
+    games = SimpleNamespace(num_games=2, reset=lambda seed: images, step=step)
+    script.evaluate(Biased(p), games, 0)
+    frequency = nn.functional.one_hot(torch.from_numpy(np.array(actions))).float().mean(0)
+    assert (frequency - p).abs().max() < 5 * (0.25 / 10_000) ** 0.5
+    first, second = np.transpose(actions)
+    assert (first == second).mean() == pytest.approx(p.square().sum().item(), abs=0.03)
 
 
 def test_a_flip_has_its_rate_and_three_outcomes():
@@ -281,34 +280,18 @@ def test_a_flip_has_its_rate_and_three_outcomes():
 @pytest.mark.parametrize(("anneal_lr", "anneal_clip"), [(True, False), (False, True)])
 def test_what_is_annealed_falls_linearly(tmp_path, monkeypatch, signals, anneal_lr, anneal_clip):
     """Learning rate, or clip range, also in a run that was interrupted."""
-    losses = record(monkeypatch, script, "loss_and_metrics")
-    learning_rates = []
+    annealed = []
 
-    def record_learning_rate(optimizer, *_):
-        learning_rates.append(optimizer.param_groups[0]["lr"])
+    def noting_update(agent, args, optimizer, *more):
+        annealed.append([optimizer.param_groups[0]["lr"], more[-1].item()])
+        return update(agent, args, optimizer, *more)
 
+    update = script.update
+    monkeypatch.setattr(script, "update", noting_update)
     flags = {"anneal_lr": anneal_lr, "anneal_clip": anneal_clip, "checkpoint_freq": 16}
-    flags |= {"update_epochs": 1, "num_minibatches": 1}
-    with register_optimizer_step_pre_hook(record_learning_rate):
-        SPPO_ATARI.interrupt(tmp_path, rollouts=2, **flags)
-        SPPO_ATARI.run(tmp_path, **flags)
-    clip_coefs = [clip_coef.item() for (_, _, clip_coef, *_), _ in losses]
+    SPPO_ATARI.interrupt(tmp_path, rollouts=2, **flags)
+    SPPO_ATARI.run(tmp_path, **flags)
+    learning_rates, clip_coefs = np.transpose(annealed)
     falling, constant = np.array([1.0, 0.75, 0.5, 0.25]), np.ones(4)
     np.testing.assert_allclose(learning_rates, 2.5e-4 * (falling if anneal_lr else constant))
     np.testing.assert_allclose(clip_coefs, 0.1 * (falling if anneal_clip else constant), rtol=1e-6)
-
-
-@only(*ATARI)
-def test_overridden_steps_explain_no_variance(setting, tmp_path, monkeypatch, signals):
-    advantage, returns = np.random.default_rng(0).normal(size=(2, 8, 1))
-    step = setting.script.AtariGames.step
-
-    def overriding_step(self, action):
-        outcome = step(self, action)
-        return *outcome[:3], self.length >= 5, *outcome[4:]
-
-    monkeypatch.setattr(setting.script, "compute_gae", lambda *_: (advantage, returns))
-    monkeypatch.setattr(setting.script.AtariGames, "step", overriding_step)
-    _, folder = setting.run(tmp_path, num_envs=1, total_timesteps=8)
-    expected = 1 - advantage[:4].var() / returns[:4].var()
-    assert progress(folder)[0]["losses/explained_variance"] == pytest.approx(expected)

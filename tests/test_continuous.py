@@ -241,44 +241,19 @@ def test_an_episode_that_does_not_end_is_cut_off_in_an_evaluation(freq, limit, e
     assert capsys.readouterr().out == ("" if end else said)
 
 
-# ---- What `train` does
+# ---- Rollouts
 
 
-@only(*CONTINUOUS)
-def test_actions_follow_the_latest_observation_and_weights(setting, tmp_path, monkeypatch):
-    """Each is sampled by itself, trains as it was sampled, and reaches the environment clipped."""
-    original = setting.script.Agent.actor_fn
-    shown = record(monkeypatch, setting.script.RunningStats, "normalize")
-    gradients = record(monkeypatch, setting.script, "gradient_and_metrics")
-    steps = record(monkeypatch, setting.script.NormalizedEnvs, "step")
-    means, sampled, explored = [], [], []
-
-    def actor_fn(agent):
-        act = original(agent)
-
-        def checked_act(obs, exploration=0.0):
-            action, output = act(obs, exploration)
-            with torch.no_grad():
-                mean = agent.actor(torch.tensor(obs)).numpy()
-            np.testing.assert_allclose(output, mean, rtol=1e-5, atol=1e-5)
-            if np.ndim(exploration):  # not in an evaluation
-                _, latest = shown[-1]
-                np.testing.assert_array_equal(obs, latest)
-                np.testing.assert_array_equal(action, output + exploration)
-                means.append(abs(mean).max())
-                sampled.append(action)
-                explored.append(exploration)
-            return action, output
-
-        return checked_act
-
-    monkeypatch.setattr(setting.script.Agent, "actor_fn", actor_fn)
-    flags = {"env_id": "InvertedPendulum-v4", "policy": "gaussian", "log_std_init": 1.0}
-    setting.run(tmp_path, num_envs=2, learning_rate=0.01, **flags)
-    assert len(np.unique(explored)) == np.size(explored) == 256
-    assert max(means) > 5 * max(means[:64])  # the weights have changed
-    played = [action for (_, action), _ in steps]
-    np.testing.assert_array_equal(played, np.clip(sampled, -3, 3))
-    assert 0.5 < (np.abs(played) < 3).mean() < 0.9
-    trained = np.concatenate([arguments[4].numpy() for arguments, _ in gradients])
-    np.testing.assert_array_equal(np.unique(trained), np.unique(sampled))
+def test_gaussian_actions_train_as_they_were_sampled_and_reach_environments_clipped():
+    agent, steps = make_agent("gaussian", log_std_init=1.0), []
+    obs, no = torch.randn(2, 11).numpy(), np.zeros(2, bool)
+    envs = SimpleNamespace(step=lambda x: steps.append(x) or (obs, np.zeros(2), no, no, obs))
+    args = script.Args(policy="gaussian", num_envs=2, num_steps=64)
+    draws = [torch.Generator().manual_seed(0) for _ in range(2)]
+    batch, _ = script.collect(agent, args, envs, obs, None, draws[0])
+    exploration = torch.from_numpy(agent.exploration((64, 2), draws[1])).flatten(0, 1)
+    assert len(exploration.unique()) == 384
+    torch.testing.assert_close(batch.action, agent.actor(batch.obs).detach() + exploration)
+    played = np.concatenate(steps)
+    np.testing.assert_array_equal(played, batch.action.clip(-1, 1))
+    assert 0.1 < (np.abs(played) < 1).mean() < 0.9

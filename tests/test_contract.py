@@ -29,7 +29,7 @@ import sppo_rlhf as rlhf
 SPPO_CONTINUOUS, SPPO_ATARI, SA2C_CONTINUOUS, SA2C_ATARI = SETTINGS
 PPO, A2C, CONTINUOUS, ATARI = helpers.PPO, helpers.A2C, helpers.CONTINUOUS, helpers.ATARI
 SMALL_TEXTS = helpers.SMALL_TEXTS | {"eval_freq": 32}
-TEXTS = helpers.Setting(rlhf, "", SMALL_TEXTS, "", advantages="update", batch=8)
+TEXTS = helpers.Setting(rlhf, SMALL_TEXTS, "", batch=8)
 ALL = [*SETTINGS, TEXTS]
 # One script for each text of `main`, `evaluate` and the functions that save an agent
 KINDS = [SPPO_CONTINUOUS, SA2C_ATARI, TEXTS]

@@ -72,22 +72,23 @@ def test_dropout_and_another_policy_in_training_stop_the_run(setting, tmp_path):
 
 
 @pytest.mark.parametrize(("rollout", "shift", "stops"), [(1, 2e-4, 1), (2, 2e-4, 1), (1, 5e-5, 0)])
-def test_first_ratios_of_two_rollouts_are_1(setting, tmp_path, monkeypatch, rollout, shift, stops):
+def test_first_ratios_of_two_rollouts_are_1(
+    setting, tmp_path, monkeypatch, signals, rollout, shift, stops
+):
     """Up to a KL divergence of 1e-8. A shift s of log-probabilities gives s ** 2 / 2."""
 
-    def shifted_loss(*arguments):
-        arguments = list(arguments)
-        if len(rollouts) == rollout:
-            arguments[-4 if setting.atari else -3] += shift  # old log-probabilities
-        return loss(*arguments)
+    def shifted_collect(*arguments):
+        batch, obs = collect(*arguments)
+        batches.append(batch)
+        shifted = batch._replace(log_prob=batch.log_prob + shift)
+        return shifted if len(batches) == rollout else batch, obs
 
-    monkeypatch.setattr(setting.script, "AtariVectorEnv", Signals, raising=False)
-    rollouts = record(monkeypatch, setting.script, "compute_gae")
-    loss = setting.loss_function
-    monkeypatch.setattr(setting.script, setting.loss_name, shifted_loss)
+    batches = []
+    collect = setting.script.collect
+    monkeypatch.setattr(setting.script, "collect", shifted_collect)
     with pytest.raises(SystemExit, match=NOT_THE_SAME) if stops else nullcontext():
         setting.run(tmp_path)
-    assert len(rollouts) == (rollout if stops else 4)
+    assert len(batches) == (rollout if stops else 4)
 
 
 @only(*CONTINUOUS)

@@ -271,8 +271,10 @@ def sections(text):
 
 SECTIONS = sections(EXAMPLES)
 DIFFS = {heading: code_blocks(text, "diff") for heading, text in SECTIONS.items()}
-# All hunks begin and end with a line of context
-DIFF = re.compile(r"--- (\w+\.py)\n\+\+\+ \1\n(?:@@.+\n +\S.*\n(?:[-+ ].*\n)+ +\S.*\n)+")
+# Hunks begin and end with three lines of context. No diff ends with an empty line, which copying
+# may lose
+HUNK = r"@@.+\n(?: .*\n){3}(?:[-+ ].*\n)+?(?: .*\n){3}"
+DIFF = re.compile(rf"--- (\w+\.py)\n\+\+\+ \1\n(?:{HUNK})+(?<!\n \n)")
 
 
 def patched(text, diff, folder):

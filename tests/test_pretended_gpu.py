@@ -26,7 +26,7 @@ SPPO_ATARI, SA2C_ATARI = ATARI = [
     replace(setting, small=setting.small | SMALL | STEPS | (PPO if setting.ppo else A2C))
     for setting in (helpers.SPPO_ATARI, helpers.SA2C_ATARI)
 ]
-SPPO_RLHF = Setting(sppo_rlhf, "", SMALL | TEXTS, "", "token_advantages")
+SPPO_RLHF = Setting(sppo_rlhf, SMALL | TEXTS, "")
 FUNCTION = {"reward_model": (f"{Path(__file__).with_name('test_rlhf.py')}:text_lengths",)}
 
 
@@ -69,9 +69,9 @@ def test_a_run_on_a_pretended_gpu(setting, flags, tmp_path, monkeypatch, gpu):
 
 
 MISTAKES = [  # what is right in a script, and what is wrong
-    (SPPO_ATARI, "e, generator=generator)", "e, generator=generator, device='cuda')"),
+    (SPPO_ATARI, "obs), generator=generator)", "obs), generator=generator, device='cuda')"),
     (SPPO_ATARI, "action[t].cpu().numpy()", "action[t].numpy()"),
-    (SA2C_ATARI, "(~overridden).float().to(device)", "(~overridden).float()"),
+    (SA2C_ATARI, "*(torch.from_numpy(x).to(device) for x in", "*map(torch.from_numpy, "),
     (SPPO_RLHF, "batch_first=True).to(device)", "batch_first=True)"),
     (SPPO_RLHF, "return inputs.to(setup.actor_critic.policy.device)", "return inputs"),
 ]

@@ -701,7 +701,7 @@ def test_a_reward_function_gets_all_texts_of_a_rollout_at_once(load, size):
         return [sorted(texts).index(text) for text in texts]
 
     setup.reward_models = [lambda **inputs: seen.append(inputs) or rank(inputs["texts"])]
-    samples = rlhf.collect(setup, args, setup.train_data)
+    samples = rlhf.sample_responses(setup, args, setup.train_data)
     (inputs,) = seen
     decode = partial(setup.tokenizer.decode, skip_special_tokens=True)
     assert inputs == {
@@ -714,7 +714,7 @@ def test_a_reward_function_gets_all_texts_of_a_rollout_at_once(load, size):
     for x in samples:
         assert (x.prompt, x.target) == rlhf.tokenize(x.row, setup.tokenizer, args)[:2]
     assert [x.scores for x in samples] == rank(inputs["texts"]) and len(samples) > 8
-    assert rlhf.collect(setup, args, []) == []  # a process without texts of its own
+    assert rlhf.sample_responses(setup, args, []) == []  # a process without texts of its own
 
 
 OWN_REWARDS = """
@@ -764,7 +764,7 @@ def test_a_reward_file_changes_neither_folder_nor_precision(toy, tmp_path, monke
 def test_the_reward_is_the_weighted_sum_or_else_the_mean(run, monkeypatch, weights):
     """A function may return None for texts that others score, and change its arguments."""
     names = tuple(f"{__file__}:{name}" for name in ("of_some_texts", "text_lengths", "of_no_text"))
-    collected = record(monkeypatch, rlhf, "collect")
+    collected = record(monkeypatch, rlhf, "sample_responses")
     advantages = record(monkeypatch, rlhf, "token_advantages")
     flags = {"total_timesteps": 8, "reward_model": names, "eval_episodes": 8}
     row = progress(run(reward_weights=weights, **flags))[-1]
@@ -810,7 +810,7 @@ def test_advantages_are_sums_over_the_tokens_of_a_text(length):
 
 
 def test_a_rollout_logs_kl_entropy_length_and_explained_variance(run, monkeypatch):
-    collected = record(monkeypatch, rlhf, "collect")
+    collected = record(monkeypatch, rlhf, "sample_responses")
     row = progress(run(total_timesteps=8))[-1]
     _, samples = collected[1]  # that of the training
     log_prob = rlhf.joined(samples, "log_prob")
@@ -967,7 +967,7 @@ def test_an_evaluation_is_as_computed_by_hand(run, toy, monkeypatch, greedy):
     reward_model = f"{__file__}:text_lengths"
     flags = {"reward_model": (reward_model,), "response_length": 30, "learning_rate": 3e-3}
     flags |= {"top_k": 3, "temperature": 2.0, "eval_greedy": greedy, "total_timesteps": 16}
-    collected = record(monkeypatch, rlhf, "collect")
+    collected = record(monkeypatch, rlhf, "sample_responses")
     advantages = record(monkeypatch, rlhf, "token_advantages")
     folder = run(**flags)
     row = progress(folder)[-1]
@@ -1015,7 +1015,7 @@ def test_an_evaluation_is_as_computed_by_hand(run, toy, monkeypatch, greedy):
 
 def test_samples_show_prompts_with_their_special_tokens(run, tmp_path, monkeypatch):
     """And the data's other columns, also of types that JSON lacks."""
-    collected = record(monkeypatch, rlhf, "collect")
+    collected = record(monkeypatch, rlhf, "sample_responses")
     columns = {"prompt": [f"{END}the plot {i}" for i in range(8)], "day": [date(2037, 5, 6)] * 8}
     path = write_data(tmp_path / "few.parquet", **columns)
     folder = run(dataset=path, eval_dataset=path, total_timesteps=8)
@@ -1077,7 +1077,7 @@ def test_the_first_ratios_are_1_up_to_rounding(run, monkeypatch, amp, shift, sto
 def test_enjoy_repeats_the_last_evaluation(toy, tmp_path, monkeypatch, capsys):
     """Of a run at work. No file changes."""
     work_in(monkeypatch, toy.parent.parent)
-    setting = Setting(rlhf, "", SMALL | {"seed": 7}, "", advantages="update")
+    setting = Setting(rlhf, SMALL | {"seed": 7}, "")
     folder = setting.interrupt(tmp_path / "runs", 3)
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     capsys.readouterr()
@@ -1135,7 +1135,7 @@ def test_micro_batches_add_up_to_the_minibatch(load, models, monkeypatch, lora_r
     actor = setup.actor_critic
     randomise(actor)
     generator = torch.Generator().manual_seed(3)  # a loss is negative
-    samples = rlhf.collect(setup, args, setup.train_data)
+    samples = rlhf.sample_responses(setup, args, setup.train_data)
     for i, sample in enumerate(samples):
         length = len(sample.response)
         for name in ("advantage", "returns"):
