@@ -1,7 +1,7 @@
 """Turns runs into tables, statistics and figures, in the folder report/.
 
 python report.py runs/quick                                    # all runs in a folder
-python report.py runs/quick --measure training                 # of another measure
+python report.py runs/quick --measure return_mean:all          # of another measure
 python report.py runs/quick --pack packed/quick-runs.csv.gz    # pack them, for git
 python report.py packed/quick-runs.csv.gz --compare sppo dppo  # packed runs; chosen pairs
 python report.py runs/quick --narrow --names sppo=SPPO Hopper-v4=Hopper    # for a paper
@@ -11,180 +11,196 @@ import sys
 from dataclasses import dataclass
 from pathlib import Path
 
+import numpy as np
 import pandas as pd
 import tyro
+from matplotlib.colors import is_color_like
 
 from analysis import compare, figures, runs, tables
-from analysis.methods import colors_of
+from analysis.measures import LAST, measures_in
+from analysis.methods import colors_of, in_order
 from analysis.runs import CELL, Refusal
-from analysis.tables import interval_text, markdown_of, with_interval
+from analysis.tables import markdown_of, with_interval
 
-BOLD = """Bold: the highest of a task and noise, if it differs from each method it is compared \
-with (p below 0.05 after correction)."""
-CURVES = "Means over runs and, shaded, standard errors."
-DIFFERENCES = """The method's mean minus the baseline's, with Welch's 95 % interval and p. \
-p_corrected: by Benjamini and Hochberg, over all rows. detectable: the true difference that such \
-runs find in 80 % of cases, without correction."""
-IMPROVEMENTS = """The probability that a run of the method scores higher than one of the \
-baseline, averaged over tasks and kinds of noise. Brunner and Munzel's 95 % intervals, \
-uncorrected, need five runs."""
-OTHERS = """These are not tested. Training: the mean return of the last 100 training episodes."""
+BOLD = """Bold: the {best} of a task and noise, if it differs from each method it is compared with \
+(p below 0.05 after correction)."""
+DIFFERENCES = """{title}: the method's mean minus the baseline's, with Welch's 95 % interval. \
+p_corrected: by Benjamini and Hochberg over {rows} rows; without a test (one run) p is 1."""
+IMPROVEMENTS = """The probability that the method's run scores {better} than the baseline's, over \
+tasks and noise. Brunner and Munzel's 95 % intervals, uncorrected, need five runs."""
+OTHERS = """Not tested. A `progress.csv` row has an evaluation and means of what was logged since \
+the one before; `charts/episodic_return`: the mean return of the last 100 training episodes."""
 
 
 @dataclass
 class Args:
     # Folders of runs or packs, or packs, NAME-runs.csv.gz
     folders: tyro.conf.Positional[tuple[Path, ...]]
-    # What is compared: last_evaluation, last_five_evaluations, training (the mean return of the
-    # last 100 training episodes), or a column of progress.csv, such as success_rate
-    measure: str = compare.LAST
+    # What is compared: a column of progress.csv in the last row, NAME, the last five, NAME:five, or
+    # all, NAME:all. last_evaluation, last_five_evaluations and training are return_mean,
+    # return_mean:five and charts/episodic_return
+    measure: str = LAST
+    # A lower score is the better one, as of costs
+    lower_is_better: bool = False
     # Folder for the report; an earlier report there is replaced
     out: Path = Path("report")
-    # Pairs of methods, such as: sppo dppo sppo ppo, of which alone the report is then; default:
-    # each method and a baseline
+    # Pairs of methods, alone in the report: sppo dppo sppo ppo; default: each and a baseline
     compare: tuple[tuple[str, str], ...] = ()
-    # What methods, tasks and kinds of noise are called, such as: sppo=SPPO Hopper-v4=Hopper
+    # What methods, tasks, kinds of noise and measures are called: sppo=SPPO Hopper-v4=Hopper
     names: tuple[str, ...] = ()
+    # Colours of methods: sppo=#1f77b4 mine=black
+    colors: tuple[str, ...] = ()
+    # What diverged runs score: Hopper-v4=0, or 0 if there is one task; default: they have no score
+    diverged: tuple[str, ...] = ()
     # Figures as wide as a column, 3.25 inches, instead of a page, 6.75
     narrow: bool = False
     # Also pack the runs, as this NAME-runs.csv.gz
     pack: Path | None = None
 
 
-def title_of(measure):
-    return measure.replace("_", " ").capitalize()
-
-
-def new_names(table, texts):
-    """{name: shown} of methods, tasks and kinds of noise, by texts such as sppo=SPPO."""
-    there = sorted(set(table[CELL].to_numpy().flat))
-    names = dict(zip(there, there))
+def assigned(option, texts, there):
+    """{name: value} of texts such as sppo=SPPO, with names that are `there`."""
+    values = {}
     for text in texts:
-        old, _, new = text.partition("=")
-        if old not in names or not new:
-            raise Refusal(f"--names {text}: not NAME=SHOWN; there are {', '.join(there)}")
-        names[old] = new
-    if len(set(names.values())) < len(names):
+        possible = [name for name in there if text.startswith(f"{name}=")]
+        name = max(possible, key=len, default="")  # a task's name may hold "="
+        values[name] = text.removeprefix(f"{name}=")
+        if not name or not values[name]:
+            raise Refusal(f"--{option} {text}: not NAME=VALUE; there are {', '.join(there)}")
+    return values
+
+
+def new_names(table, measures, texts):
+    """{name: shown} of methods, tasks, kinds of noise and measures."""
+    there = sorted(set(table[CELL].to_numpy().flat))
+    names = {name: name.replace("_", " ").capitalize() for name in measures}
+    names |= dict(zip(there, there))
+    names |= assigned("names", texts, names)
+    if len({names[name] for name in there}) < len(there):
         raise Refusal(f"--names {' '.join(texts)}: two would be called the same")
     return names
 
 
-def verdict(means, tested, improvements):
-    """What differs, what the others could have found, and how methods compare over tasks."""
-    if tested.empty:
-        return "**Nothing is tested.** A test needs two methods, each with two runs or more."
-    found = tested[tested["p_corrected"] < 0.05]
-    page = [f"**{len(found)} of {len(tested)} differences have p below 0.05 after correction.**"]
-    for row in found.head(3).itertuples():
-        text = interval_text(row.difference, row.low, row.high)
-        page.append(f"{row.method} minus {row.baseline} in {row.task}, {row.noise}: {text}.")
-    rest = tested.drop(found.index)
-    if len(rest):
-        baselines = means[[*CELL, "mean"]].rename(columns={"method": "baseline"})
-        rest = rest.merge(baselines)
-        shares = 100 * rest["detectable"] / rest["mean"].abs()
-        page.append(
-            f"The other {len(rest)} would find, in 80 % of cases and without correction, a true "
-            f"difference of {shares.min():.0f} % (the most sensitive) to {shares.max():.0f} % (the "
-            "least) of the baseline's mean."
-        )
-    clear = improvements[(improvements["low"] > 0.5) | (improvements["high"] < 0.5)]
-    for row in clear.itertuples():
-        text = interval_text(row.probability, row.low, row.high)
-        higher = f"Over tasks, a run of {row.method} scores higher than one of {row.baseline}"
-        page.append(f"{higher} with probability {text}, uncorrected.")
-    return " ".join(page)
+def scores_given(texts, tasks):
+    """Scores by task, of texts such as Hopper-v4=0, or of a number alone, if there is one task."""
+    if len(tasks) == 1:
+        texts = [text if "=" in text else f"{tasks[0]}={text}" for text in texts]
+    scores = pd.Series(assigned("diverged", texts, tasks), dtype=str)
+    scores = pd.to_numeric(scores, errors="coerce")
+    if not np.isfinite(scores).all():
+        raise Refusal(f"--diverged {' '.join(texts)}: not all are numbers")
+    return scores
 
 
-def not_whole(means, begun, broken):
-    """A line for each run that is in no table, and for each cell that lacks seeds."""
+def not_whole(table, without, broken):
+    """A line for each cell with runs that are `without` a score of their own, or lack seeds."""
     lines = [f"**Broken: {line}**" for line in broken]
-    for place, cell in begun.groupby(CELL):
-        names = ", ".join(cell["run_name"])
-        lines.append(f"**Not finished, or stopped by an error: {', '.join(place)}: {names}**")
-    seeds = set().union(*means["seeds"])
-    for row in means[means["runs"] < len(seeds)].itertuples():
-        missing = ", ".join(map(str, sorted(seeds.difference(row.seeds))))
-        lines.append(f"Missing seeds: {row.task}, {row.noise}, {row.method}: {missing}.")
+    for place, cell in without.groupby(CELL):
+        why = cell["state"].replace("finished", "lacks the measure")
+        names = ", ".join(cell["run_name"] + " (" + why + ")")
+        lines.append(f"**No score of its own: {', '.join(place)}: {names}**")
+    seeds = set(table["seed"].drop(without.index))
+    for place, there in table.groupby(CELL)["seed"]:
+        missing = ", ".join(map(str, sorted(seeds.difference(there))))
+        if missing:
+            lines.append(f"Missing seeds: {', '.join(place)}: {missing}.")
     return lines
-
-
-def write_latex(out, title, means, begun, tested, compared):
-    caption = f"{title}: mean ± standard error over {means['runs'].max()} runs. {BOLD} {compared}"
-    text = tables.latex_of_scores(means, begun, caption)
-    (out / "scores.tex").write_text(text, encoding="utf-8")
-    text = tables.latex_of_differences(tested, f"{title}. {DIFFERENCES}")
-    (out / "differences.tex").write_text(text, encoding="utf-8")
 
 
 def main(args):
     out = args.out
     if out.exists() and any(out.iterdir()) and not (out / "differences.csv").exists():
         raise Refusal(f"--out {out}: a folder that is not a report; choose another")
-    everything, progress, broken = runs.read(args.folders)
+    everything, evaluations, broken = runs.read(args.folders)
     if args.pack and broken:
         raise Refusal(f"--pack: first delete what is broken, or run it again: {broken}")
     table = runs.in_cells(everything)
-    pairs = compare.pairs_of(table[table["finished"]], args.compare)
-    names = new_names(table, args.names)
+    parents = sorted(set(everything["run_name"]).difference(table["run_name"]))
+    progress = runs.with_success(table, evaluations)
+    measures = measures_in(progress, args.measure)
+    pairs = compare.pairs_of(table, args.compare)
+    names = new_names(table, measures, args.names)
     if args.compare:
         table = table[table["method"].isin(sum(pairs, ()))]
-    colors = {names[method]: color for method, color in colors_of(table["method"]).items()}
+    given = scores_given(args.diverged, sorted(set(table["task"]))).rename(names)
+    colors = assigned("colors", args.colors, in_order(table["method"]))
+    if not all(map(is_color_like, colors.values())):
+        raise Refusal(f"--colors {' '.join(args.colors)}: not all are colours, such as #1f77b4")
+    colors = {names[a]: color for a, color in colors_of(table["method"], colors).items()}
     pairs = [(names[a], names[b]) for a, b in pairs]
     table = table.replace(dict.fromkeys(CELL, names))
     finished = table[table["finished"]]
-    begun = table[~table["finished"]]
 
-    scores = compare.scores_of(finished, progress)
-    if args.measure not in set(scores["measure"]):
-        there = ", ".join(sorted(set(scores["measure"])))
-        raise Refusal(f"--measure {args.measure}: not recorded; there are {there}")
+    scores = compare.scores_of(finished, progress, measures)
+    own = scores["run_name"][scores["measure"] == args.measure]
+    if own.empty:
+        raise Refusal(f"--measure {args.measure}: no run has it in each row that it needs")
+    without = table[~table["run_name"].isin(own)]
+    diverged = without[without["state"].str.startswith("diverged")]
+    added = without.assign(measure=args.measure, score=diverged["task"].map(given))
+    scores = pd.concat([scores, added[list(scores)]])
+    runs.check(table[table["run_name"].isin(scores.dropna()["run_name"])])
     differences = compare.differences_of(scores, pairs, args.measure)
     tested = differences.dropna(subset="p")
-    improvements = compare.improvements_of(scores, pairs, args.measure)
+    lower = args.lower_is_better
+    best, better = ("lowest", "lower") if lower else ("highest", "higher")
+    improvements = compare.improvements_of(scores, pairs, args.measure, lower)
     means = compare.means_of(scores)
     means["method"] = pd.Categorical(means["method"], list(colors))
     chosen = means["measure"] == args.measure
-    means["best"] = chosen & compare.is_best(means, differences)
+    means["best"] = chosen & compare.is_best(means, differences, lower)
     primary = means[chosen]
+    usual = primary["runs"].max()
 
     if args.pack:
-        runs.write_pack(everything, progress, args.pack)
+        runs.write_pack(everything, evaluations, args.pack)
     out.mkdir(parents=True, exist_ok=True)
     for file in out.glob("differences.*"):  # of an earlier report
         file.unlink()
     differences.to_csv(out / "differences.csv", index=False)
     means.to_csv(out / "scores.csv", index=False)
-    by_run = scores.pivot(index=[*CELL, "seed"], columns="measure", values="score")
-    by_run.to_csv(out / "runs.csv")
-    title = title_of(args.measure)
+    run = [*CELL, "seed", "run_name"]
+    scores.pivot(index=run, columns="measure", values="score").to_csv(out / "runs.csv")
+    title = names[args.measure]
+    measure = measures[args.measure]
+    survivors = ""
+    if len(diverged):
+        texts = [f"{task} {given.get(task, 'none')}" for task in sorted(set(diverged["task"]))]
+        survivors = f"{len(diverged)} of {len(table)} runs diverged. Scores given: "
+        survivors += f"{', '.join(texts)} (if none, survivors alone are compared)."
     compared = ", ".join(f"{a} with {b}" for a, b in pairs) or "nothing"
-    compared = f"Compared: {compared}."
-    write_latex(out, title, primary, begun, tested, compared)
-    column = compare.COLUMNS.get(args.measure, args.measure)
-    figures.draw_curves(finished, progress, column, colors, out / "curves", args.narrow)
+    how = f"{title}: mean ± standard error over {usual} runs, if n says no other number."
+    how = f"{how} {BOLD.format(best=best)} Compared: {compared}. {survivors}".strip()
+    text = tables.latex(tables.score_table(primary, usual, "noise"), how, "tab:scores")
+    (out / "scores.tex").write_text(text, encoding="utf-8")
+    what = DIFFERENCES.format(title=title, rows=len(differences))
+    shown = tables.difference_table(tested)
+    text = tables.latex(shown.drop(columns="p"), what, "tab:differences")
+    (out / "differences.tex").write_text(text, encoding="utf-8")
+    width = 3.25 if args.narrow else 6.75
+    figures.draw_curves(finished, progress, measure.column, title, colors, out / "curves", width)
 
-    warnings = not_whole(primary, begun, broken) + compare.not_compared(finished, pairs)
+    warnings = not_whole(table, without, broken)
+    if parents:
+        warnings.append(f"**Left out, since others began from them: {', '.join(parents)}.**")
+    warnings += compare.not_compared(table, scores, pairs, args.measure)
     warnings += runs.not_alike(finished, progress)
-    page = [f"# {title}", verdict(primary, tested, improvements), *warnings]
-    count = primary["runs"].max()
-    page += ["## Scores", f"Mean ± standard error over {count} runs. {BOLD} {compared}"]
-    page += [markdown_of(tables.score_table(primary, begun, "method", bold="**{}**"))]
-    page += ["## Learning curves", f"`{column}`. {CURVES}", "![Learning curves](curves.png)"]
+    found = f"{(tested['p_corrected'] < 0.05).sum()} of {len(tested)} differences"
+    found = f"{survivors} **{found} have p below 0.05 after correction.**".strip()
+    page = [f"# {title} ({measure})", found, *warnings]
+    page += ["## Scores", how, markdown_of(tables.score_table(primary, usual, "method"))]
+    curves = f"`{measure.column}`: means over finished runs and, shaded, standard errors."
+    page += ["## Learning curves", curves, "![Learning curves](curves.png)"]
     if len(tested):
-        figures.draw_differences(tested, out / "differences", args.narrow)
-        page += ["## Differences", DIFFERENCES, "![Differences](differences.png)"]
-        page += [markdown_of(tables.difference_table(tested))]
+        figures.draw_differences(tested, title, out / "differences", width)
+        page += ["## Differences", what, "![Differences](differences.png)", markdown_of(shown)]
     if len(improvements):
         table = with_interval(improvements, "probability")
-        page += ["## Over tasks", IMPROVEMENTS, markdown_of(table)]
+        page += ["## Over tasks", IMPROVEMENTS.format(better=better), markdown_of(table)]
     page += ["## Other measures", OTHERS]
-    for measure, part in means[~chosen].groupby("measure"):
-        if "/" not in measure:
-            page += [
-                f"{title_of(measure)}:",
-                markdown_of(tables.score_table(part, begun, "method")),
-            ]
+    for name, part in means[~chosen].groupby("measure"):
+        page += [f"{names[name]} ({measures[name]}):"]
+        page += [markdown_of(tables.score_table(part, usual, "method"))]
     page += ["## What was run", runs.shared_text(finished)]
     page += [markdown_of(runs.settings_table(finished))]
     (out / "report.md").write_text("\n\n".join(page) + "\n", encoding="utf-8")

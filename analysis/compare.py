@@ -7,44 +7,28 @@ import numpy as np
 import pandas as pd
 from scipy import special, stats
 
+from analysis.measures import LAST
 from analysis.methods import baselines_of, in_order
-from analysis.runs import CELL, EVALUATION, Refusal
+from analysis.runs import CELL, Refusal
 
-# Measures, beside the columns of progress.csv
-LAST = "last_evaluation"
-FIVE = "last_five_evaluations"
-TRAINING = "training"
-# Of which column of progress.csv a measure is
-COLUMNS = {LAST: "return_mean", FIVE: "return_mean", TRAINING: "charts/episodic_return"}
 FEWEST = 5  # runs for an interval by Brunner and Munzel: results/coverage.csv
 
 
-def scores_of(runs, progress, fewest=10):
-    """A row for each run and measure, with the columns CELL, seed, measure and score. A mean of
-    five evaluations needs `fewest` evaluations."""
-    evaluations = progress[progress["run_name"].isin(runs["run_name"])].groupby("run_name")
-    last = evaluations.tail(1).set_index("run_name")
-    measured = last.drop(columns=EVALUATION)
-    for name in measured.filter(like="/"):  # losses and charts, of training
-        measured[name] = evaluations[name].mean()
-    if "success_rate" in measured:  # some environments say it only of a success
-        task_and_script = runs.set_index("run_name")[["task", "script"]].agg(" ".join, axis=1)
-        rates = measured["success_rate"]
-        is_said = rates.groupby(task_and_script).transform("count") > 0
-        measured["success_rate"] = rates.fillna(0).where(is_said)
-    returns = evaluations["return_mean"]
-    measured[LAST] = last["return_mean"]
-    measured[FIVE] = returns.apply(lambda x: x.tail(5).mean() if len(x) >= fewest else np.nan)
-    measured[TRAINING] = last.get("charts/episodic_return", np.nan)
-    scores = measured.rename_axis(columns="measure").stack().rename("score").reset_index()
-    table = runs[["run_name", *CELL, "seed"]].merge(scores.dropna(), on="run_name")
-    return table.drop(columns="run_name").sort_values([*CELL, "seed"])
+def scores_of(runs, progress, measures):
+    """A row for each run and measure that it has: run_name, CELL, seed, measure, score."""
+    rows = []
+    for run_name, evaluations in progress.groupby("run_name"):
+        for name, measure in measures.items():
+            score = measure.score_of(evaluations)
+            rows.append({"run_name": run_name, "measure": name, "score": score})
+    table = runs[["run_name", *CELL, "seed"]].merge(pd.DataFrame(rows).dropna())
+    return table.sort_values([*CELL, "seed"])
 
 
 def cells_of(scores, measure=LAST):
     """{(task, noise): {method: scores (seeds,)}}"""
+    chosen = scores[scores["measure"] == measure].dropna()
     cells = {}
-    chosen = scores[scores["measure"] == measure]
     for (task, noise, method), cell in chosen.groupby(CELL)["score"]:
         cells.setdefault((task, noise), {})[method] = cell.to_numpy(float)
     return cells
@@ -68,15 +52,17 @@ def pairs_of(runs, chosen=()):
     return pairs
 
 
-def not_compared(runs, pairs):
-    """A line for each task in which a method is compared with no other."""
+def not_compared(runs, scores, pairs, measure):
+    """A line for methods that are in no pair, and for each half of a pair that is alone."""
     lines = []
-    for task, group in runs.groupby("task"):
-        methods = set(group["method"])
-        there = [pair for pair in pairs if methods.issuperset(pair)]
-        alone = ", ".join(in_order(methods.difference(*there)))
-        if alone and len(methods) > 1:
-            lines.append(f"**Not compared: {task}: {alone}: use `--compare`.**")
+    unpaired = in_order(set(runs["method"]).difference(*pairs))
+    if unpaired and runs["method"].nunique() > 1:
+        lines.append(f"**Not compared: {', '.join(unpaired)}: use `--compare`.**")
+    cells = cells_of(scores, measure).items()
+    for a, b in [*pairs, *(pair[::-1] for pair in pairs)]:
+        alone = [", ".join(place) for place, cell in cells if a in cell and b not in cell]
+        if alone:
+            lines.append(f"Not compared: {a} without {b}: {'; '.join(alone)}.")
     return lines
 
 
@@ -104,11 +90,6 @@ class Estimate:
     @property
     def p(self):
         return 2 * stats.t.sf(np.abs(self.value) / self.error, self.freedom)
-
-    @property
-    def detectable(self):
-        """The smallest true value that t tells from 0 in 80 % of cases."""
-        return self.error * stats.t.ppf([0.975, 0.8], self.freedom).sum()
 
 
 def mean_and_variance(scores):
@@ -153,8 +134,8 @@ def placements(a, b):
 def probability_of_improvement(cells):
     """That a run of the first beats one of the second, the mean over `cells`, pairs of scores
     (..., runs), with its 95 % interval by Brunner and Munzel (Biometrical Journal 42, 2000), of the
-    logit. It is cautious with few runs, where bootstrap intervals are too narrow, and holds the
-    truth near 0 and 1, too. No interval with fewer than FEWEST runs, or if no placement varies."""
+    logit: cautious with few runs, where bootstrap intervals are too narrow, and near 0 and 1. None
+    with fewer than FEWEST runs, or if no placement varies."""
     placed = pooled_difference([(placements(a, b), placements(b, a)) for a, b in cells])
     value = (1 + placed.value) / 2
     # Not halved: the second mean is 1 minus the first, so both variances are of the first
@@ -165,19 +146,18 @@ def probability_of_improvement(cells):
 
 
 def means_of(scores):
-    """Of each cell and measure: mean, standard error and 95 % interval by t, runs and seeds."""
+    """Of each cell and measure, with the numbers of runs that have a score and that were begun."""
     cells = scores.groupby(["measure", *CELL])
-    means = cells["score"].agg(mean="mean", standard_error="sem", runs="size")
+    means = cells["score"].agg(mean="mean", standard_error="sem", runs="count", begun="size")
     half = means["standard_error"] * stats.t.ppf(0.975, means["runs"] - 1)
     means["low"] = means["mean"] - half
     means["high"] = means["mean"] + half
-    means["seeds"] = cells["seed"].agg(list)
     return means.reset_index()
 
 
-def differences_of(scores, pairs, measure=LAST):
+def differences_of(scores, pairs, measure):
     """Of `pairs`, with p as corrected by Benjamini and Hochberg for the number of rows, where what
-    cannot be tested counts with p = 1. `detectable`: the true difference that t finds in 80 %."""
+    cannot be tested counts with p = 1."""
     rows = []
     for (task, noise), cell in cells_of(scores, measure).items():
         for a, b in pairs:
@@ -185,30 +165,31 @@ def differences_of(scores, pairs, measure=LAST):
                 found = difference(cell[a], cell[b])
                 row = {"task": task, "noise": noise, "method": a, "baseline": b}
                 row |= {"difference": found.value, "low": found.low, "high": found.high}
-                rows.append(row | {"p": found.p, "detectable": found.detectable})
-    columns = [*CELL, "baseline", "difference", "low", "high", "detectable", "p"]
+                rows.append(row | {"p": found.p})
+    columns = [*CELL, "baseline", "difference", "low", "high", "p"]
     table = pd.DataFrame(rows, columns=columns).astype({"p": float})
     table = table.sort_values("p", ignore_index=True)
     table["p_corrected"] = stats.false_discovery_control(table["p"].fillna(1))
     return table
 
 
-def is_best(means, differences):
-    """Whether a mean is the highest of its measure, task and noise, and differs, after correction,
-    from all that it is compared with."""
-    highest = means.groupby(["measure", "task", "noise"])["mean"].transform("max")
+def is_best(means, differences, lower):
+    """Whether a mean is the highest, or `lower` the lowest, of its measure, task and noise, and
+    differs, after correction, from all that it is compared with."""
+    cells = means.groupby(["measure", "task", "noise"])["mean"]
+    best = cells.transform("min" if lower else "max")
     turned = differences.assign(method=differences["baseline"])
     largest_p = pd.concat([differences, turned]).groupby(CELL)["p_corrected"].max()
-    p = means.join(largest_p, on=CELL)["p_corrected"]
-    return (means["mean"] == highest) & (p < 0.05)
+    return (means["mean"] == best) & (means.join(largest_p, on=CELL)["p_corrected"] < 0.05)
 
 
-def improvements_of(scores, pairs, measure=LAST):
+def improvements_of(scores, pairs, measure, lower):
     """A row for each pair: its probability of improvement over the cells that have both."""
+    sign = -1 if lower else 1
     rows = []
     for a, b in pairs:
         cells = cells_of(scores, measure).values()
-        both = [(cell[a], cell[b]) for cell in cells if a in cell and b in cell]
+        both = [(sign * cell[a], sign * cell[b]) for cell in cells if a in cell and b in cell]
         if both:
             rows.append([a, b, len(both), *probability_of_improvement(both)])
     return pd.DataFrame(rows, columns=["method", "baseline", "cells", "probability", "low", "high"])

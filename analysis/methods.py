@@ -18,12 +18,12 @@ def in_order(methods):
     return sorted(set(methods), key=lambda name: (rank.get(name.partition("-")[0], 99), name))
 
 
-def colors_of(methods):
-    """{method: its colour}, in order; a known method always has the same."""
+def colors_of(methods, chosen):
+    """{method: its colour}, in order; a known method always has the same, if none is `chosen`."""
     ordered = in_order(methods)
     others = [name for name in ordered if name not in COLORS]
     palette = [*OTHERS, *sns.husl_palette(len(others), h=0.49, l=0.5)]
-    colors = COLORS | dict(zip(others, palette))
+    colors = COLORS | dict(zip(others, palette)) | chosen
     return {name: colors[name] for name in ordered}
 
 

@@ -1,7 +1,6 @@
 """Runs as two tables, from run folders or packs: a row for each run, a row for each evaluation.
 
-A pack is NAME-runs.csv.gz and NAME-progress.csv.gz. In both, settings are texts. What would make a
-wrong table is refused or named here, so that all readers of runs are protected.
+A pack is NAME-runs.csv.gz and NAME-progress.csv.gz. What would make a wrong table is refused here.
 """
 
 import hashlib
@@ -16,12 +15,14 @@ import pandas as pd
 
 CELL = ["task", "noise", "method"]  # runs of a cell differ in their seed only
 EVALUATION = ["step", "return_mean", "return_std", "length_mean"]
-FILES = ["sessions.jsonl", "progress.csv", "summary.json"]
+FILES = {"sessions.jsonl", "progress.csv", "summary.json", "diverged.txt"}
 # Columns of runs that are no settings
 IDENTITY = ["run_name", "script", "env_id", "exp_name", "noise_level", "seed", "finished"]
+LATER = ["diverged", "env_kwargs", "start_from"]  # what older packs lack
 PROVENANCE = ["commit", "script_sha256", "files", "command", "started", "versions", "hardware"]
+PROVENANCE += ["start_from"]
 FREE = ["runs_dir", "device", "compile", "track", "gradient_checkpointing"]
-NO_SETTINGS = [*CELL, *IDENTITY, *PROVENANCE, *FREE]
+NO_SETTINGS = [*CELL, "state", *IDENTITY, *LATER, *PROVENANCE, *FREE]
 
 
 class Refusal(ValueError):
@@ -38,7 +39,7 @@ def read(folders):
         except Exception as error:  # a broken file may raise anything
             broken.append(f"{place.name}: left out: {error!r}")
     if not any(runs["finished"].any() for runs, _ in tables):
-        found = f"no finished run, {len(broken)} broken"
+        found = f"no finished run of {len(tables)}, {len(broken)} broken"
         raise Refusal(f"{found}; give folders such as runs/quick, or packs")
     runs, progress = (pd.concat(parts, ignore_index=True) for parts in zip(*tables))
     runs = runs.fillna("")  # a flag that another version lacks
@@ -47,14 +48,22 @@ def read(folders):
 
 
 def places_in(folders):
-    """All run folders and packs in `folders`, at any depth."""
+    """All run folders and packs in `folders`, at any depth, also behind links."""
     places = []
     for folder in folders:
         if not folder.exists():
             raise Refusal(f"{folder}: no such file or folder; give folders such as runs/quick")
-        packs = [folder] if folder.is_file() else folder.rglob("*runs.csv.gz")
-        files = [file for name in FILES for file in folder.rglob(name)]
-        places += sorted({*packs, *(file.parent for file in files)})
+        found = {folder} if folder.is_file() else set()
+        seen = set()
+        for path, below, files in os.walk(folder, followlinks=True):
+            place = Path(path).resolve()
+            if place in seen:  # links may lead round
+                below.clear()
+            seen.add(place)
+            found.update(place / file for file in files if file.endswith("runs.csv.gz"))
+            if FILES.intersection(files):
+                found.add(place)
+        places += sorted(found)
     return places
 
 
@@ -83,19 +92,24 @@ def read_run(folder):
     first = sessions[0]
     args = first["args"]
     args.setdefault("env_id", args.pop("task", None))  # of language models
+    kwargs = sorted(json.loads(args.pop("env_kwargs", "{}")).items())
     script = folder / first["script"]
+    # Runs that begin with other runs' checkpoints are still alike
+    files = {path: x for path, x in first["files"].items() if Path(path).name != "checkpoint.pt"}
     facts = {
         "run_name": folder.name,
         "script": script.name,
         "finished": (folder / "summary.json").exists(),
+        "diverged": why_diverged(folder),
+        "env_kwargs": ", ".join(f"{name}={value}" for name, value in kwargs),
         "script_sha256": hashlib.sha256(script.read_bytes()).hexdigest(),
-        "files": str(sorted(first["files"].values())),
+        "files": str(sorted(files.values())),
         "command": shlex.join(first["command"]),
         "started": first["started"],
         "versions": distinct(sessions, ["versions"]),
         "hardware": distinct(sessions, ["platform", "cpu", "gpu"]),
     }
-    for name in set(args) & {*facts, "task", "method", "commit"}:
+    for name in set(args) & {*facts, "task", "method", "commit", "state"}:
         raise ValueError(f"an argument is called {name}: rename it")
     run = {name: str(value) or "''" for name, value in args.items()} | facts  # "": no such flag
     progress = pd.DataFrame(columns=EVALUATION, dtype=float)
@@ -108,6 +122,14 @@ def read_run(folder):
     if not np.isfinite(progress[EVALUATION].to_numpy()).all():
         raise ValueError("progress.csv: an evaluation that is not a number")
     return pd.DataFrame([run]), progress.assign(run_name=folder.name)
+
+
+def why_diverged(folder):
+    """What the script said when a gradient or a return was not finite; "" if it did not."""
+    file = folder / "diverged.txt"
+    if not file.exists():
+        return ""
+    return file.read_text(encoding="utf-8").strip().replace("error:", "diverged:", 1)
 
 
 def distinct(sessions, names):
@@ -136,19 +158,24 @@ def write_pack(runs, progress, file):
 
 
 def in_cells(runs):
-    """The runs with the columns of CELL: noise is "clean", or its kind and level. Refuses mixed
-    cells of finished runs."""
+    """The runs, but for those from which others began, with the columns of CELL and `state`:
+    finished, not finished, or how it failed. Refuses a run that is there twice, and mixed cells."""
+    for name in runs["run_name"][runs["run_name"].duplicated()]:
+        raise Refusal(f"{name}: in two places (a pack among its runs?); leave one out")
+    runs = runs.assign(**{name: runs.get(name, "") for name in LATER})
+    began = {Path(text).name for text in runs["start_from"]}
+    runs = runs[~runs["run_name"].isin(began)]
     noisy = runs["noise"] + " " + runs["noise_level"]
     noise = noisy.mask(runs["noise"] == "none", "clean")
-    runs = runs.assign(task=runs["env_id"], noise=noise, method=runs["exp_name"])
+    task = runs["env_id"] + runs["env_kwargs"].str.replace("(.+)", r" (\1)", regex=True)
+    state = runs["diverged"].replace("", "not finished").mask(runs["finished"], "finished")
+    runs = runs.assign(task=task, noise=noise, method=runs["exp_name"], state=state)
     check(runs[runs["finished"]])
     return runs
 
 
 def check(runs):
-    """Refuses a run that is there twice, and cells of two settings or with a seed twice."""
-    for name in runs["run_name"][runs["run_name"].duplicated()]:
-        raise Refusal(f"{name}: in two places (a pack among its runs?); leave one out")
+    """Refuses cells of two settings or with a seed twice."""
     settings = runs.columns.difference(NO_SETTINGS)
     for cell, group in runs.groupby(CELL):
         where = " ".join(cell)
@@ -159,6 +186,17 @@ def check(runs):
         for seed in group["seed"][group["seed"].duplicated()]:
             names = " and ".join(group["run_name"][group["seed"] == seed])
             raise Refusal(f"{where}: seed {seed} is there twice ({names}); leave one out")
+
+
+def with_success(runs, progress):
+    """`progress`, where a success rate that is not said is 0, since some environments say it only
+    of a success. Where no run of a task and script ever says it, there is none."""
+    if "success_rate" not in progress:
+        return progress
+    task_and_script = runs.set_index("run_name")[["task", "script"]].agg(" ".join, axis=1)
+    rates = progress["success_rate"]
+    is_said = rates.groupby(progress["run_name"].map(task_and_script)).transform("count") > 0
+    return progress.assign(success_rate=rates.fillna(0).where(is_said))
 
 
 def differ(values):

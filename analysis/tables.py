@@ -3,12 +3,12 @@
 from decimal import Decimal
 
 import numpy as np
-import pandas as pd
 
 from analysis.runs import CELL
 
 LATEX = {letter: f"\\{letter}" for letter in "&%$#_{}"}
 LATEX |= {"\\": r"\textbackslash{}", "~": r"\~{}", "^": r"\^{}", "±": r"$\pm$"}
+FITTED = r"\resizebox{\ifdim\width>\columnwidth\columnwidth\else\width\fi}{!}{"
 
 
 def texts_of(numbers, error, places=None):
@@ -50,19 +50,20 @@ def with_interval(table, name):
     return table.assign(**{name: texts}).drop(columns=["low", "high"])
 
 
-def score_table(means, begun, across, bold="{}"):
-    """Texts of the means of one measure, and how many runs a cell has `begun`, but not finished:
-    the values of one column of CELL across, others down."""
-    texts = {}
+def score_table(means, usual, across):
+    """Texts of the means of one measure, the values of one column of CELL across, others down. A
+    cell says its number of runs if that is not the `usual` one, or if not all have a score."""
+    texts = []
     for row in means.itertuples():
-        text = mean_text(row.mean, row.standard_error)
-        texts[row.task, row.noise, row.method] = bold.format(text) if row.best else text
-    for place, count in begun.groupby(CELL).size().items():
-        texts[place] = f"{texts.get(place, '')} ({count} not finished)".strip()
-    table = pd.Series(texts).rename_axis(CELL).reset_index(name="text")
-    table["method"] = pd.Categorical(table["method"], means["method"].cat.categories)
+        text = mean_text(row.mean, row.standard_error) if row.runs else ""
+        text = f"**{text}**" if row.best else text
+        if row.runs < row.begun:
+            text += f" (n = {row.runs} of {row.begun})"
+        elif row.runs != usual:
+            text += f" (n = {row.runs})"
+        texts.append(text.strip())
     down = [name for name in CELL if name != across]
-    table = table.pivot(index=down, columns=across, values="text").fillna("")
+    table = means.assign(text=texts).pivot(index=down, columns=across, values="text").fillna("")
     table.columns = table.columns.astype(str)
     return table.reset_index()
 
@@ -71,32 +72,20 @@ def difference_table(differences):
     table = with_interval(differences, "difference")
     for name in ["p", "p_corrected"]:
         table[name] = table[name].map("{:.2g}".format)
-    table["detectable"] = [texts_of([x], x)[0] for x in table["detectable"]]
     return table
 
 
 def latex_text(text):
-    return text.translate(str.maketrans(LATEX))
+    return str(text).translate(str.maketrans(LATEX))
 
 
-def latex(table, caption, label, size):
-    """A table of texts, in which bold ones are LaTeX already."""
-    table = table.rename(columns=latex_text)
-    table = table.replace({"±": r"$\\pm$", r"(^|[ (])-(?=\d)": r"\1$-$"}, regex=True)
+def latex(table, caption, label):
+    """A table of texts, bold as in Markdown. No wider than the column that it stands in."""
+    table = table.map(latex_text).rename(columns=latex_text)
+    changes = {r"\*\*(.+)\*\*": r"\\textbf{\1}", r"(^|[ ({])-(?=\d)": r"\1$-$"}
     options = {"caption": latex_text(caption), "label": label, "position": "t"}
-    text = table.to_latex(index=False, **options)
-    return "% \\usepackage{booktabs}\n" + text.replace("[t]", f"[t]\\centering\\{size}")
-
-
-def latex_of_scores(means, begun, caption):
-    """With few columns, since methods stand one below the other."""
-    table = score_table(means, begun, across="noise", bold=r"\textbf{{{}}}")
-    table[["task", "method"]] = table[["task", "method"]].astype(str).map(latex_text)
-    return latex(table, caption, "tab:scores", "small")
-
-
-def latex_of_differences(differences, caption):
-    table = difference_table(differences)
-    names = [*CELL, "baseline"]
-    table[names] = table[names].map(latex_text)
-    return latex(table, caption, "tab:differences", "scriptsize")
+    text = table.replace(changes, regex=True).to_latex(index=False, **options)
+    text = text.replace("[t]", "[t]\\centering\\small\\setlength{\\tabcolsep}{4pt}")
+    text = text.replace(r"\begin{tabular}", FITTED + r"\begin{tabular}")
+    text = text.replace(r"\end{tabular}", r"\end{tabular}}")
+    return "% \\usepackage{booktabs, graphicx}\n" + text

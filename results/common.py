@@ -12,9 +12,6 @@ import numpy as np
 from scipy import stats
 
 from analysis.compare import (
-    FIVE,
-    LAST,
-    TRAINING,
     cells_of,
     contrast,
     difference,
@@ -22,6 +19,7 @@ from analysis.compare import (
     pooled_difference,
     scores_of,
 )
+from analysis.measures import FIVE, LAST, TRAINING, measures_in
 from analysis.runs import CELL, in_cells
 from analysis.runs import read as read_runs
 from analysis.tables import interval_text, markdown, mean_text
@@ -37,12 +35,11 @@ SAMPLES = 10_000  # of a registered bootstrap interval
 
 
 @cache
-def read(pack):
-    """Scores of a pack, such as "control/k", as analysis/compare.py has them. Five evaluations are
-    enough for their mean, while the report wants ten."""
+def read(pack, *chosen):
+    """Scores of a pack, such as "control/k", also in `chosen` measures, as analysis/ has them."""
     runs, progress, broken = read_runs([RESULTS / f"{pack}-runs.csv.gz"])
     assert not broken, broken
-    return scores_of(in_cells(runs).query("finished"), progress, fewest=5)
+    return scores_of(in_cells(runs).query("finished"), progress, measures_in(progress, *chosen))
 
 
 def above_floors(scores, measure, tasks, noises, methods):

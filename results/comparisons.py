@@ -4,7 +4,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from analysis.compare import FIVE, LAST, TRAINING, Estimate, cells_of, difference
+from analysis.compare import Estimate, cells_of, difference
+from analysis.measures import FIVE, LAST, TRAINING
 from results.a2c import dose
 from results.atari import crazyclimber, games
 from results.common import (

@@ -4,7 +4,8 @@ from pathlib import Path
 
 import pandas as pd
 
-from analysis.compare import FIVE, LAST, TRAINING, cells_of, difference
+from analysis.compare import cells_of, difference
+from analysis.measures import FIVE, LAST, TRAINING
 from analysis.tables import markdown
 from results.a2c import dose
 from results.atari import crazyclimber, games

@@ -39,6 +39,7 @@ def make_run(
     texts = {rf"C:\{script}": version, "/y/helper.py": changes.pop("imported", "")}
     evaluations = changes.pop("evaluations", 12)
     continued = changes.pop("continued", {})
+    diverged = changes.pop("diverged", None)  # its sentence
     files = {path: hashlib.sha256(text.encode()).hexdigest() for path, text in texts.items()}
     args = {"exp_name": method, "env_id": task, "seed": seed, "noise": "none", "noise_level": 0.05}
     args |= {"total_timesteps": 1200, "vf_coef": 0.5, "hidden_sizes": [64, 64], "device": "cpu"}
@@ -56,7 +57,9 @@ def make_run(
     progress["charts/episodic_return"] = np.linspace(0, score / 2, 12)
     table = pd.DataFrame(progress | dict(columns))[-evaluations:]
     table.to_csv(folder / "progress.csv", index=False)
-    if finished:
+    if diverged:
+        (folder / "diverged.txt").write_text(f"error: {diverged}\n")
+    elif finished:
         summary = table.iloc[-1].to_dict() | {"sps": 1000.0}
         (folder / "summary.json").write_text(json.dumps(summary))
     return folder
@@ -104,15 +107,15 @@ def test_tables_have_means_and_errors_and_scores_csv_has_intervals_by_t(grid):
     assert rows[1] == [HOPPER, "clean", "12.0 ± 1.2", "15.0 ± 1.7"]
     assert rows[2] == [LANDER, "clean", "110.0 ± 5.8", "107.0 ± 4.0"]
     # Of twelve evaluations that rise to the score the last five are 7/11 to 11/11 of it
-    rows = table_after(page, "Last five evaluations:")
+    rows = table_after(page, "Last five evaluations (return_mean, mean of the last five rows):")
     assert rows[1][2].startswith(f"{12 * 9 / 11:.2f} ± 0.")
-    assert table_after(page, "Training:")[2][2] == "55.0 ± 2.9"
+    assert table_after(page, "Training (charts/episodic_return, last row):")[2][2] == "55.0 ± 2.9"
 
     scores = pd.read_csv(grid / "report/scores.csv").set_index(["measure", "task", "method"])
     row = scores.loc["last_evaluation", HOPPER, "sppo"]
     interval = stats.ttest_1samp([12, 15, 18], 0).confidence_interval()
     assert (row["low"], row["high"]) == pytest.approx((interval.low, interval.high))
-    assert [row["mean"], row["runs"], row["seeds"]] == [15, 3, "[0, 1, 2]"]
+    assert [row["mean"], row["runs"]] == [15, 3]
 
 
 def make_clear_differences(folder, scores):
@@ -143,22 +146,20 @@ def test_the_table_for_latex_is_of_the_methods_compared_with_few_columns(tmp_pat
     assert rows == [
         r"task & method & clean & noisy \\",
         r"\midrule",
-        r"Hopper\_\#1 & dppo & $-$9.00 $\pm$ 0.58 & 5.000 \\",
+        r"Hopper\_\#1 & dppo & $-$9.00 $\pm$ 0.58 & 5.000 (n = 1) \\",
         r"Hopper\_\#1 & 100\% \& more & \textbf{90.00 $\pm$ 0.58} &  \\",
     ]
 
 
-def test_the_verdict_says_what_differs_and_what_the_others_would_find(tmp_path):
-    scores = {"dppo": [10, 10], "sppo": [90, 12]}
+def test_the_first_line_counts_differences_and_the_table_begins_with_the_clearest(tmp_path):
+    scores = {"dppo": [10, 10], "sppo": [12, 90]}
     page = write_report(make_clear_differences(tmp_path / "runs", scores), out=tmp_path / "out")
     half = stats.t.ppf(0.975, 4) * math.sqrt(2 / 3)  # both have the variance 1
-    found = half + stats.t.ppf(0.8, 4) * math.sqrt(2 / 3)
-    begin = "# Last evaluation\n\n**1 of 2 differences have p below 0.05 after correction.** sppo "
-    begin += (
-        f"minus dppo in {HOPPER}, clean: 80.0 ({80 - half:.1f} to {80 + half:.1f}). The other 1 "
-    )
-    assert page.startswith(begin)
-    assert f"a true difference of {10 * found:.0f} % (the most sensitive)" in page
+    begin = "# Last evaluation (return_mean, last row)\n\n"
+    assert page.startswith(f"{begin}**1 of 2 differences have p below 0.05 after correction.**\n")
+    row = table_after(page, "## Differences")[1]
+    expected = [LANDER, "clean", "sppo", "dppo", f"80.0 ({80 - half:.1f} to {80 + half:.1f})"]
+    assert row[:5] == expected and "over 2 rows" in page
 
 
 def test_one_measure_is_tested_and_the_others_are_shown(tmp_path):
@@ -168,22 +169,122 @@ def test_one_measure_is_tested_and_the_others_are_shown(tmp_path):
             columns = {"success_rate": np.linspace(0, rate, 12)}
             make_run(tmp_path / "runs", method, 5 + seed, seed, columns=columns)
     page = write_report(tmp_path / "runs", out=tmp_path / "out", measure="success_rate")
-    assert page.startswith("# Success rate\n\n**1 of 1 differences")
+    assert page.startswith("# Success rate (success_rate, last row)\n\n**1 of 1 differences")
     assert table_after(page, "## Scores")[1][2:] == ["0.200 ± 0.058", "**0.900 ± 0.058**"]
-    assert table_after(page, "Last evaluation:")[1][2:] == ["6.00 ± 0.58", "6.00 ± 0.58"]
+    assert table_after(page, "Last evaluation (")[1][2:] == ["6.00 ± 0.58", "6.00 ± 0.58"]
     by_run = pd.read_csv(tmp_path / "out/runs.csv").set_index(["method", "seed"])
     assert by_run.loc[("sppo", 2), ["success_rate", "last_evaluation"]].to_list() == [1, 7]
 
 
-def test_a_success_rate_that_a_script_does_not_log_is_empty(tmp_path):
+def test_success_is_filled_for_scores_and_curves_where_a_script_says_it(tmp_path):
     rates = {"sppo": [0.5, math.nan], "dppo": [math.nan, math.nan]}
     for method, of_seeds in rates.items():
         for seed, rate in enumerate(of_seeds):
             make_run(tmp_path / "runs", method, 1, seed, columns={"success_rate": rate})
     make_run(tmp_path / "runs", "sb3-ppo", 1, script="sb3.py")
-    page = write_report(tmp_path / "runs", out=tmp_path / "out")
-    header, row = table_after(page, "Success rate:")
-    assert dict(zip(header[2:], row[2:])) == {"dppo": "0.00 ± 0.00", "sppo": "0.25 ± 0.25"}
+    options = {"out": tmp_path / "out", "measure": "success_rate", "draws": True}
+    page = write_report(tmp_path / "runs", **options)
+    header, row = table_after(page, "## Scores")
+    shown = {"dppo": "0.00 ± 0.00", "sppo": "0.25 ± 0.25", "sb3-ppo": "(n = 0 of 1)"}
+    assert dict(zip(header[2:], row[2:])) == shown
+    assert "clean, sb3-ppo: Hopper-v4__sb3-ppo__none__1__abc (lacks the measure)" in page
+    curves = pd.read_csv(tmp_path / "out/curves.csv").groupby("method")["mean"].last()
+    assert curves.to_dict() == {"dppo": 0, "sppo": 0.25}
+
+
+def test_runs_that_lack_the_measure_are_named_and_what_is_alone_in_a_pair(tmp_path):
+    """One seed lacks it in the last five rows, and a method in all."""
+    partly = [*range(8), math.nan, 1, 2, 3]
+    for seed in range(3):
+        columns = {"cost": partly if seed == 1 else 1.0 + seed}
+        make_run(tmp_path / "runs", "dppo", 1, seed, columns=columns)
+        make_run(tmp_path / "runs", "sppo", 1, seed)
+    page = write_report(tmp_path / "runs", out=tmp_path / "out", measure="cost:five")
+    assert table_after(page, "## Scores")[1][2:] == ["2.0 ± 1.0 (n = 2 of 3)", "(n = 0 of 3)"]
+    assert f"{HOPPER}, clean, dppo: {HOPPER}__dppo__none__1__abc (lacks the measure)**" in page
+    assert page.count("(lacks the measure)") == 1 + 3
+    assert f"\nNot compared: dppo without sppo: {HOPPER}, clean.\n" in page
+    assert "**0 of 0 differences" in page
+
+
+def test_diverged_runs_count_with_the_score_that_is_given(tmp_path):
+    """Others that did not finish do not."""
+    folder = tmp_path / "runs"
+    for seed, score in enumerate([10, 12, 14, 15]):
+        make_run(folder, "dppo", score, seed)
+        make_run(folder, "sppo", 2 * score, seed, diverged=(seed > 1) and "gradient not finite")
+    make_run(folder, "sppo", 1, seed=4, finished=False)
+    make_run(folder, "sppo", 1, seed=5, finished=False)
+    page = write_report(folder, out=tmp_path / "out")
+    begin = f"2 of 10 runs diverged. Scores given: {HOPPER} none (if none, survivors alone are"
+    assert page.splitlines()[2].startswith(begin)
+    assert table_after(page, "## Scores")[1][2:] == ["12.8 ± 1.1", "22.0 ± 2.0 (n = 2 of 6)"]
+    for seed, why in {
+        2: "diverged: gradient not finite",
+        5: "not finished",
+    }.items():
+        assert f"{HOPPER}__sppo__none__{seed}__abc ({why})" in page
+
+    pack = tmp_path / "N-runs.csv.gz"
+    options = {"diverged": ("-3",), "out": tmp_path / "out"}
+    page = write_report(folder, pack=pack, **options)
+    assert page == write_report(pack, **options)
+    begin = f"2 of 10 runs diverged. Scores given: {HOPPER} -3 ("
+    assert page.splitlines()[2].startswith(begin)
+    (row,) = pd.read_csv(tmp_path / "out/differences.csv").to_dict("records")
+    test = stats.ttest_ind([20, 24, -3, -3], [10, 12, 14, 15], equal_var=False)
+    assert (row["p"], row["low"]) == pytest.approx((test.pvalue, test.confidence_interval().low))
+    assert begin in (tmp_path / "out/scores.tex").read_text()
+
+
+SCORED = [0.0, 3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]  # twelve rows
+
+
+@pytest.mark.parametrize(
+    ("measure", "steps", "score"),
+    [
+        ("cost", range(100, 1300, 100), 5),
+        ("cost:last", range(100, 1300, 100), 5),
+        ("cost:five", range(100, 1300, 100), np.mean(SCORED[-5:])),
+        ("cost:all", range(100, 1300, 100), np.mean(SCORED)),
+        # Half as often in the second half: a row counts for the steps since the row before
+        ("cost:all", [*range(100, 700, 100), *range(800, 2000, 200)], None),
+        # Before training there is nothing to weigh
+        ("cost:all", range(0, 1200, 100), np.mean(SCORED[1:])),
+        ("a.py:cost:five", range(100, 1300, 100), -np.mean(SCORED[-5:])),
+        ("a.py:cost", range(100, 1300, 100), -5),
+        ("a.py:five", range(100, 1300, 100), 7),
+    ],
+)
+def test_a_measure_is_a_column_and_a_time(measure, steps, score, tmp_path):
+    """A whole column's name comes first."""
+    columns = {"step": steps, "cost": SCORED, "a.py:cost": -np.array(SCORED), "a.py:five": 7}
+    make_run(tmp_path / "runs", "sppo", 1, columns=columns)
+    write_report(tmp_path / "runs", out=tmp_path / "out", measure=measure)
+    if score is None:
+        score = (100 * sum(SCORED[:6]) + 200 * sum(SCORED[6:])) / 1800
+    assert pd.read_csv(tmp_path / "out/runs.csv")[measure].item() == pytest.approx(score)
+
+
+def test_of_costs_the_lowest_is_the_best_and_beats(tmp_path):
+    scores = {"dppo": [90], "sppo": [10]}
+    folder = make_clear_differences(tmp_path / "runs", scores)
+    page = write_report(folder, out=tmp_path / "out", lower_is_better=True)
+    row = table_after(page, "## Scores")[1]
+    assert row[2:] == ["90.00 ± 0.58", "**10.00 ± 0.58**"] and "Bold: the lowest of" in page
+    assert table_after(page, "## Over tasks")[1][-1] == "1.000"
+
+
+def test_measures_and_methods_are_called_and_coloured_as_chosen(grid, tmp_path, monkeypatch):
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda figure, file: drawn.append(figure))
+    options = {"names": ("length_mean=Steps = time", "sppo=Ours"), "colors": ("sppo=#123456",)}
+    options |= {"measure": "length_mean", "draws": True}
+    page = write_report(grid / "runs", out=tmp_path / "out", **options)
+    assert page.startswith("# Steps = time (length_mean, last row)\n")
+    (curves,) = drawn
+    assert curves.get_supylabel() == "Steps = time"
+    assert curves.legends[0].get_lines()[1].get_color() == "#123456"
 
 
 # ---- Statistics
@@ -289,7 +390,7 @@ def test_figures_show_methods_and_tasks_as_they_are_named(grid, tmp_path, monkey
     assert [text.get_text() for text in curves.legends[0].get_texts()] == shown
     points = pd.read_csv(tmp_path / "out/curves.csv").query("method == 'SPPO, k=20'")
     assert points.iloc[-1, 3:].to_list() == pytest.approx([1200, 15, math.sqrt(3), 3])
-    assert [ax.get_title() for ax in differences.axes] == [LANDER, "The hopper"]
+    assert [ax.get_title("right") for ax in differences.axes] == [LANDER, "The hopper"]
 
 
 def test_figures_are_written_as_png_and_as_pdf_whose_text_is_text(grid, tmp_path):
@@ -301,6 +402,8 @@ def test_figures_are_written_as_png_and_as_pdf_whose_text_is_text(grid, tmp_path
     for name in ("curves", "differences"):
         pdf = (out / f"{name}.pdf").read_bytes()
         assert pdf.startswith(b"%PDF") and b"/Type3" not in pdf
+        width = float(re.search(rb"/MediaBox \[ 0 0 ([\d.]+)", pdf)[1])
+        assert width == pytest.approx(3.25 * 72)
         assert (out / f"{name}.png").read_bytes()[1:4] == b"PNG"
     (out / "README.md").write_text("mine")
     write_report(make_run(tmp_path / "runs", "sppo", 1), out=out)
@@ -346,6 +449,20 @@ def test_a_pack_grows_but_loses_no_run(tmp_path):
     assert table_after(page, "## Scores")[1][2] == "1.50 ± 0.50"
 
 
+def test_runs_behind_links_are_read_once(grid, tmp_path):
+    """Links to runs, to folders of links, and to what is around them."""
+    (tmp_path / "runs/more").mkdir(parents=True)
+    for i, place in enumerate(sorted((grid / "runs").iterdir())[:6]):
+        (tmp_path / f"runs/more/{i}").symlink_to(place)
+    (tmp_path / "all").mkdir()
+    (tmp_path / "all/linked").symlink_to(tmp_path / "runs")
+    (tmp_path / "all/again").symlink_to(tmp_path / "runs/more")
+    (tmp_path / "runs/round").symlink_to(tmp_path / "all")
+    page = write_report(tmp_path / "all", out=tmp_path / "out")
+    first = write_report(*sorted((grid / "runs").iterdir())[:6], out=tmp_path / "out")
+    assert page == first
+
+
 # What is done to progress.csv, and what is said
 BROKEN = [
     (lambda content: content[:-40], "progress.csv: cut before step 1200"),
@@ -374,10 +491,13 @@ def test_runs_that_are_not_finished_and_seeds_that_a_cell_lacks_are_named(tmp_pa
     make_run(folder, "new", 9, seed=1, finished=False)
     page = write_report(folder, out=tmp_path / "out")
     place = f"{HOPPER}, clean, sppo: {begun.name}"
-    assert f"\n**Not finished, or stopped by an error: {place}**\n" in page
-    assert f"\nMissing seeds: {HOPPER}, clean, mine: 0, 2.\n" in page
+    assert f"\n**No score of its own: {place} (not finished)**\n" in page
+    for method in ("mine", "new"):
+        assert f"\nMissing seeds: {HOPPER}, clean, {method}: 0, 2.\n" in page
     row = table_after(page, "## Scores")[1]
-    assert row[3:] == ["15.0 ± 1.7 (1 not finished)", "9.000", "(1 not finished)"]
+    assert row[3:] == ["15.0 ± 1.7 (n = 3 of 4)", "9.000 (n = 1)", "(n = 0 of 1)"]
+    assert "(n = 3 of 4)" in (tmp_path / "out/scores.tex").read_text()
+    assert f"\nNot compared: sppo without mine: {HOPPER}, clean; {LANDER}, clean.\n" not in page
 
 
 # ---- What is refused, or named
@@ -410,6 +530,26 @@ def test_runs_of_a_cell_may_differ_in_where_they_ran_and_methods_in_settings(tmp
     assert rows == [["setting", "ppo", "sppo"], ["depth", "None", ""], ["vf_coef", "0.1", "0.5"]]
 
 
+def test_a_run_from_which_another_began_is_left_out_and_kwargs_are_of_the_task(tmp_path):
+    """The others of a cell may be whole runs, or have begun from runs that are not here."""
+    folder = tmp_path / "runs"
+    parent = make_run(folder, "sppo", 1, seed=1, total_timesteps=600)
+    make_run(folder, "sppo", 5, seed=1, version="def", start_from=f"runs/{parent.name}/")
+    make_run(folder, "sppo", 7, seed=2, start_from=None)
+    make_run(folder, "sppo", 9, seed=3, start_from="elsewhere/run")
+    for delay in (3, 5):
+        kwargs = json.dumps({"delay": delay, "at": [0, 1]})
+        make_run(folder / "slow", "sppo", 2, seed=delay, task="Arm-v0", env_kwargs=kwargs)
+    pack = tmp_path / "N-runs.csv.gz"
+    names = ("Arm-v0 (at=[0, 1], delay=5)=Slow = 5",)
+    page = write_report(folder, out=tmp_path / "out", pack=pack, names=names)
+    assert f"\n**Left out, since others began from them: {parent.name}.**\n" in page
+    rows = [[row[0], row[2]] for row in table_after(page, "## Scores")[1:]]
+    arms = [["Arm-v0 (at=[0, 1], delay=3)", "2.000 (n = 1)"], ["Slow = 5", "2.000 (n = 1)"]]
+    assert rows == [arms[0], [HOPPER, "7.0 ± 1.2"], arms[1]]
+    assert write_report(pack, out=tmp_path / "out", names=names) == page
+
+
 STEPS = [*range(100, 1200, 100)]
 
 
@@ -435,8 +575,13 @@ def test_a_task_whose_runs_are_not_alike_is_named(changes, unlike, tmp_path):
     "options, why",
     [
         ({"compare": (("sppo", "ppo"),)}, "--compare sppo ppo: no task has both; .* dppo, sppo"),
-        ({"names": ("a=b",)}, "--names a=b: not NAME=SHOWN; there are .*, clean, dppo, sppo"),
+        ({"names": ("a=b",)}, "--names a=b: not NAME=VALUE; there are .*, clean, dppo, sppo"),
         ({"names": ("sppo=dppo",)}, "--names sppo=dppo: two would be called the same"),
+        ({"colors": ("sppo=#12345",)}, "--colors sppo=#12345: not all are colours"),
+        ({"diverged": ("Hopper=0",)}, "--diverged Hopper=0: not NAME=VALUE; there are Hopper-v4"),
+        ({"diverged": ("-9",)}, "--diverged -9: not NAME=VALUE"),
+        ({"diverged": ("Hopper-v4=nan",)}, "--diverged Hopper-v4=nan: not all are numbers"),
+        ({"measure": "cost:five"}, "--measure cost:five: not recorded; there are.* training, "),
         ({"folders": ("runs", "runs")}, "Hopper-v4__dppo__none__0__abc: in two places"),
         ({"out": "."}, "a folder that is not a report; choose another"),
     ],

@@ -8,7 +8,7 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
-from analysis.compare import FIVE, LAST, TRAINING
+from analysis.measures import FIVE, LAST, TRAINING
 from results.common import (
     HOPPER,
     MEASURES,

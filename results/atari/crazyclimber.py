@@ -9,7 +9,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from analysis.compare import FIVE, LAST, TRAINING, cells_of, contrast
+from analysis.compare import cells_of, contrast
+from analysis.measures import FIVE, LAST, TRAINING
 from results.common import estimate_table, mean, read
 
 HERE = Path(__file__).parent

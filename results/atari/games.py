@@ -11,7 +11,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from analysis.compare import FIVE, LAST, TRAINING
+from analysis.measures import FIVE, LAST, TRAINING
 from analysis.tables import markdown
 from results.common import mean, percent_text, read
 

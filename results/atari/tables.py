@@ -1,6 +1,7 @@
 """Tables of this folder's page, but for those of games.py and crazyclimber.py."""
 
-from analysis.compare import LAST, TRAINING, cells_of
+from analysis.compare import cells_of
+from analysis.measures import LAST, TRAINING
 from analysis.tables import markdown
 from results.common import MEASURES, minus_text, read, score_text
 

@@ -8,7 +8,8 @@ from pathlib import Path
 import matplotlib.pyplot as plt
 import numpy as np
 
-from analysis.compare import FIVE, difference
+from analysis.compare import difference
+from analysis.measures import FIVE
 from analysis.methods import COLORS
 from results.common import (
     HOPPER,

@@ -15,7 +15,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from analysis.compare import FIVE, LAST, TRAINING, cells_of, contrast
+from analysis.compare import cells_of, contrast
+from analysis.measures import FIVE, LAST, TRAINING
 from analysis.tables import markdown
 from results.common import MEASURES, estimate_text, mean, read, score_text, short
 

@@ -16,7 +16,8 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from analysis.compare import FIVE, cells_of
+from analysis.compare import cells_of
+from analysis.measures import FIVE
 from results.common import read
 from results.control.nine import NOISES, TASKS, counts, effect, estimate, pooled, random_scores
 

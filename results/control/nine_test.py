@@ -13,7 +13,7 @@ from itertools import product
 import numpy as np
 import pandas as pd
 
-from analysis.compare import FIVE
+from analysis.measures import FIVE
 from analysis.tables import interval_text, markdown
 from results.common import MEASURES, estimate_text, mean, read, short
 from results.control import nine

@@ -1,6 +1,7 @@
 """Tables of this folder's page, but for those of k.py."""
 
-from analysis.compare import FIVE, LAST, cells_of
+from analysis.compare import cells_of
+from analysis.measures import FIVE, LAST
 from analysis.runs import CELL
 from analysis.tables import markdown
 from results.common import (
@@ -47,15 +48,15 @@ def shares():
     """Lowest and highest mean share over methods, tasks and kinds of noise."""
     rows = []
     for title, pack, metric in [
-        ("updates that are clipped", "three-tasks", "losses/clipped_gradients"),
-        ("the same, k = 0.2", "k", "losses/clipped_gradients"),
+        ("updates that are clipped", "three-tasks", "losses/clipped_gradients:all"),
+        ("the same, k = 0.2", "k", "losses/clipped_gradients:all"),
         (
             "advantages whose sign changes in normalisation",
             "three-tasks",
-            "losses/norm_sign_changes",
+            "losses/norm_sign_changes:all",
         ),
     ]:
-        scores = read(f"control/{pack}")
+        scores = read(f"control/{pack}", metric)
         chosen = scores[scores["measure"] == metric]
         if pack == "k":
             chosen = chosen[chosen["method"] == "k0.2"]

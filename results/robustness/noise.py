@@ -9,7 +9,8 @@ import matplotlib.pyplot as plt
 import numpy as np
 from scipy import stats
 
-from analysis.compare import FIVE, difference, pooled_difference
+from analysis.compare import difference, pooled_difference
+from analysis.measures import FIVE
 from analysis.methods import COLORS
 from analysis.tables import markdown
 from results.common import (

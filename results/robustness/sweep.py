@@ -10,7 +10,7 @@ import matplotlib.pyplot as plt
 import pandas as pd
 import seaborn as sns
 
-from analysis.compare import FIVE
+from analysis.measures import FIVE
 from analysis.methods import COLORS
 from analysis.runs import read_pack
 from analysis.tables import interval_text, markdown

@@ -2,7 +2,8 @@
 
 from pathlib import Path
 
-from analysis.compare import LAST, cells_of, contrast
+from analysis.compare import cells_of, contrast
+from analysis.measures import LAST
 from analysis.runs import read_pack
 from analysis.tables import markdown
 from results.common import estimate_text, minus_text, read, score_text
