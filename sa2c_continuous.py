@@ -256,7 +256,7 @@ def perturb_reward(reward, noise, level, rng):
     if noise == "uniform":
         return reward + rng.uniform(-level, level, reward.shape)
     if noise in ("none", "adv_flip"):
-        return reward
+        return reward.copy()  # callers write into it
     raise ValueError(f"perturb_reward does not know the noise {noise!r}")
 
 
@@ -421,7 +421,7 @@ def collect(agent, args, envs, obs, rng, generator):
         log_prob = agent.acting_log_prob(action, output)
         all_values = agent.critic(all_obs).flatten().numpy()
     value, final_value = np.split(all_values, [len(action) + args.num_envs])
-    noisy_reward = perturb_reward(reward.copy(), args.noise, args.noise_level, rng)
+    noisy_reward = perturb_reward(reward, args.noise, args.noise_level, rng)
     # A truncated episode would have gone on: bootstrap from where it stopped
     noisy_reward[only_truncated] += args.gamma * final_value
     value = value.reshape(-1, args.num_envs)
@@ -679,7 +679,6 @@ def file_digests():
     installed |= {x for x in map(Path, sys.path) if re.match("(site|dist)-packages$|DLLs$", x.name)}
     # Modules of programs that import this script, of what runs at each start, of torch.compile
     foreign = r"__(mp_)?main__$|(site|user)customize$|torch\.|.+\.inductor_entry_cpp$"
-    foreign += "|debugpy|_?pydevd|_pydev_|pydev_ipython|pydevconsole"  # debuggers
     digests = {}
     for name, module in list(sys.modules.items()):
         file = Path(getattr(module, "__file__", None) or "")
@@ -772,11 +771,7 @@ def atomic_write(path):
     yield temporary
     with open(temporary, "rb+") as file:  # Windows syncs only what can be written
         os.fsync(file.fileno())
-    try:
-        os.replace(temporary, path)
-    except PermissionError:  # on Windows, while a spreadsheet, for example, has it open
-        time.sleep(5)
-        os.replace(temporary, path)
+    os.replace(temporary, path)
 
 
 def begin_session(args, digests, folder):
@@ -801,10 +796,6 @@ def begin_session(args, digests, folder):
     }
     path = folder / "sessions.jsonl"
     earlier = path.read_text() if path.exists() else ""
-    if earlier:
-        before = json.loads(earlier.splitlines()[-1])["versions"].items()
-        if before - versions.items():
-            print(f"warning: last session had other versions: {dict(before - versions.items())}")
     with atomic_write(path) as temporary:
         temporary.write_text(earlier + json.dumps(session, default=str) + "\n")
     with atomic_write(folder / SCRIPT.name) as temporary:

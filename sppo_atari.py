@@ -210,7 +210,7 @@ def perturb_reward(reward, noise, level, rng):
     if noise == "uniform":
         return reward + rng.uniform(-level, level, reward.shape)
     if noise in ("none", "adv_flip"):
-        return reward
+        return reward.copy()  # callers write into it
     raise ValueError(f"perturb_reward does not know the noise {noise!r}")
 
 
@@ -598,7 +598,6 @@ def file_digests():
     installed |= {x for x in map(Path, sys.path) if re.match("(site|dist)-packages$|DLLs$", x.name)}
     # Modules of programs that import this script, of what runs at each start, of torch.compile
     foreign = r"__(mp_)?main__$|(site|user)customize$|torch\.|.+\.inductor_entry_cpp$"
-    foreign += "|debugpy|_?pydevd|_pydev_|pydev_ipython|pydevconsole"  # debuggers
     digests = {}
     for name, module in list(sys.modules.items()):
         file = Path(getattr(module, "__file__", None) or "")
@@ -707,11 +706,7 @@ def atomic_write(path):
     yield temporary
     with open(temporary, "rb+") as file:  # Windows syncs only what can be written
         os.fsync(file.fileno())
-    try:
-        os.replace(temporary, path)
-    except PermissionError:  # on Windows, while a spreadsheet, for example, has it open
-        time.sleep(5)
-        os.replace(temporary, path)
+    os.replace(temporary, path)
 
 
 def begin_session(args, digests, folder):
@@ -736,10 +731,6 @@ def begin_session(args, digests, folder):
     }
     path = folder / "sessions.jsonl"
     earlier = path.read_text() if path.exists() else ""
-    if earlier:
-        before = json.loads(earlier.splitlines()[-1])["versions"].items()
-        if before - versions.items():
-            print(f"warning: last session had other versions: {dict(before - versions.items())}")
     with atomic_write(path) as temporary:
         temporary.write_text(earlier + json.dumps(session, default=str) + "\n")
     with atomic_write(folder / SCRIPT.name) as temporary:

@@ -303,6 +303,18 @@ def prompt_kind(row):
     return name if is_text and (value.strip() or name == "prompt") else ""
 
 
+def with_prompt(row):
+    """A row that has only `messages` gets a `prompt`. If the last message is the assistant's, it is
+    no part of the prompt: its text is the `label`, unless the row has one."""
+    messages = row.get("messages") if isinstance(row, dict) else None
+    if prompt_kind(row) or prompt_kind({"prompt": messages}) != "messages":
+        return row
+    *before, last = messages
+    if last["role"] == "assistant":
+        return {"label": last.get("content")} | row | {"prompt": before}
+    return row | {"prompt": messages}
+
+
 def start_tokens(tokenizer):
     """Tokens that the tokenizer adds before a text. Tokens that it adds after a text are left out,
     because a response follows the prompt."""
@@ -310,23 +322,24 @@ def start_tokens(tokenizer):
     return probe["input_ids"][: probe["special_tokens_mask"].index(0)]
 
 
-def chat_tokens(row, tokenizer, args):
-    """Tokens of messages, and of the beginning of the response. If the last message is the
-    assistant's, the response continues it. Otherwise the response is a new turn."""
-    continues = row["prompt"][-1]["role"] == "assistant"
-    return tokenizer.apply_chat_template(
-        row["prompt"],
-        tools=row.get("tools") or None,
-        add_generation_prompt=not continues,
-        continue_final_message=continues,
-        return_dict=False,
-        **args.template_options,
-    )
+def encode(text, tokenizer):
+    return tokenizer.encode(text, add_special_tokens=False, verbose=False)  # long texts are cut
 
 
-def check_template(row, tokenizer, args):
-    """Raises an error if a message says something that is no text, or if the chat template drops
-    what it says. Returns the messages in the template, with a mark in the place of each text."""
+def answered(messages, text):
+    """Messages with a text as the answer. If the last one is the assistant's, the text continues
+    it. Otherwise it is a new turn."""
+    turn = {"role": "assistant", "content": ""}
+    if messages[-1]["role"] == "assistant":
+        *messages, turn = messages
+    return [*messages, turn | {"content": turn["content"] + text}]
+
+
+def in_template(row, tokenizer, options, **begins):
+    """The messages of a row as a text, in the tokenizer's chat template. Raises an error if one of
+    them says something that is no text, or if the template drops what it says."""
+    tools = row.get("tools") or None
+    render = partial(tokenizer.apply_chat_template, tools=tools, tokenize=False, **options)
     marked = []
     for i, one in enumerate(row["prompt"]):
         content = one.get("content")
@@ -335,23 +348,44 @@ def check_template(row, tokenizer, args):
         if not isinstance(content, str):
             raise ValueError(f"the content of a message is no text: {one!r:.99}")
         marked.append(one | {"content": content and f"*{i}*"})
-    text = tokenizer.apply_chat_template(
-        marked, tools=row.get("tools") or None, tokenize=False, **args.template_options
-    )
+    text = render(marked)
     for one in marked:
         if one["content"] not in text:
             raise ValueError(f"the chat template drops what {one['role']!r} says")
-    return text
+    return render(row["prompt"], **begins)
 
 
-def turn_end(tokenizer, args):
+def turn_end(tokenizer, options):
     """The token with which the chat template ends an assistant's turn. If it has none, the
     end-of-text token."""
-    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "b"}]
-    text = check_template({"prompt": chat}, tokenizer, args)
-    after = tokenizer(text.rpartition("*1*")[2], add_special_tokens=False)["input_ids"]
-    special = (token for token in after if token in tokenizer.added_tokens_decoder)
-    return next(special, tokenizer.eos_token_id)
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "*b*"}]
+    text = in_template({"prompt": chat}, tokenizer, options)
+    after = encode(text.rpartition("*b*")[2], tokenizer)
+    added = tokenizer.added_tokens_decoder  # white space, too
+    ends = (token for token in after if token in added and added[token].content.strip())
+    return next(ends, tokenizer.eos_token_id)
+
+
+def chat_tokens(row, label, tokenizer, options):
+    """Prompt and target of messages, as lists of tokens. The prompt ends with the beginning of the
+    response. The target is what the chat template writes behind it if the response is the label."""
+    continues = row["prompt"][-1]["role"] == "assistant"
+    begins = {"add_generation_prompt": not continues, "continue_final_message": continues}
+    asked = in_template(row, tokenizer, options, **begins)
+    prompt = encode(asked, tokenizer)
+    if not label:
+        return prompt, []
+    answer = row | {"prompt": answered(row["prompt"], label)}
+    text = in_template(answer, tokenizer, options).rstrip()  # new lines may stand for an end
+    if not text.startswith(asked):
+        found = f"the chat template writes no label behind {asked[-30:]!r}, the end of the prompt"
+        option = """--chat-template-kwargs '{"enable_thinking": false}'"""
+        raise ValueError(f"{found}: perhaps {option} helps; or rename the column 'label'")
+    end = turn_end(tokenizer, options)
+    tokens = [*encode(text, tokenizer), end]
+    if tokens[: len(prompt)] != prompt:  # a token of it has become one with the next
+        tokens = [*prompt, *encode(text[len(asked) :], tokenizer), end]
+    return prompt, tokens[len(prompt) : tokens.index(end, len(prompt)) + 1]
 
 
 def tokenize(row, tokenizer, args):
@@ -359,26 +393,25 @@ def tokenize(row, tokenizer, args):
     before it is cut: to the start tokens of a text, then its last ones, `prompt_length` in all. The
     target is the first `response_length` tokens of the label, or of a text's second half, if any.
     """
-    encode = partial(tokenizer.encode, add_special_tokens=False, verbose=False)  # texts are cut
     kind = prompt_kind(row)
-    start = []
     end = tokenizer.eos_token_id
+    start = []
+    target = []
+    label = row.get("label")  # a text, or a class
+    label = label if isinstance(label, str) and label.strip() else ""
     if kind == "messages":
-        prompt = chat_tokens(row, tokenizer, args)
-        end = turn_end(tokenizer, args)
+        prompt, target = chat_tokens(row, label, tokenizer, args.template_options)
     else:
-        prompt = encode(row[kind])
+        prompt = encode(row[kind], tokenizer)
         start = start_tokens(tokenizer)
         if prompt[: len(start)] != start:
             prompt = start + prompt
-    target = []
-    label = row.get("label")  # a text, or a class
-    if kind == "text":
-        half = len(prompt) // 2
-        target = [*prompt[half:], end]
-        prompt = prompt[:half]
-    elif isinstance(label, str) and label.strip():
-        target = [*encode(label), end]
+        if kind == "text":
+            half = len(prompt) // 2
+            target = [*prompt[half:], end]
+            prompt = prompt[:half]
+        elif label:
+            target = [*encode(label, tokenizer), end]
     length = len(prompt)
     if length > args.prompt_length:
         prompt = start + prompt[length + len(start) - args.prompt_length :]
@@ -581,13 +614,9 @@ def score(setup, args, rows, prompts, responses):
     }
     for i, row in enumerate(rows):
         if prompt_kind(row) == "messages":
-            chat = row["prompt"]
-            text = inputs["completions"][i]
-            if chat[-1]["role"] == "assistant":  # as in TRL, the completion has its text
-                *chat, turn = chat
-                text = turn["content"] + text
-            inputs["prompts"][i] = chat
-            inputs["completions"][i] = [{"role": "assistant", "content": text}]
+            *before, turn = answered(row["prompt"], inputs["completions"][i])
+            inputs["prompts"][i] = before
+            inputs["completions"][i] = [turn]  # as in TRL, it has all of the turn's text
     # A reward function may change its arguments
     scores = [reward_model(**copy.deepcopy(inputs)) for reward_model in setup.reward_models]
     for name, its_scores in zip(args.reward_model, scores):
@@ -666,7 +695,7 @@ def perturb_reward(reward, noise, level, rng):
     if noise == "uniform":
         return reward + rng.uniform(-level, level, reward.shape)
     if noise in ("none", "adv_flip"):
-        return reward
+        return reward.copy()  # callers write into it
     raise ValueError(f"perturb_reward does not know the noise {noise!r}")
 
 
@@ -1072,7 +1101,7 @@ def load_rows(name, accelerator, tokenizer, args):
     Messages that are too long are refused, because a cut would remove the beginning of their
     template."""
     with explained(f"{name} can't be read"):
-        rows = read_rows(name)
+        rows = [with_prompt(row) for row in read_rows(name)]
     require(rows, f"{name} has no rows")
     kind = prompt_kind(rows[0])
     is_chat = kind == "messages"
@@ -1084,11 +1113,9 @@ def load_rows(name, accelerator, tokenizer, args):
     distinct = set()
     for i, row in enumerate(rows, 1):
         if not kind or prompt_kind(row) != kind:
-            needs = "a 'prompt' (a text, or messages as a list) or a 'text', as all rows"
+            needs = "a 'prompt' (a text, or messages), 'messages' or a 'text', as all rows"
             sys.exit(f"error: row {i} of {name} needs {needs}: {row!r:.99}")
         with explained(f"row {i} of {name}"):
-            if is_chat:
-                check_template(row, tokenizer, args)
             prompt, target, length = tokenize(row, tokenizer, args)
         distinct.add(hash(tuple(prompt)))  # takes less memory than the tokens
         targets += bool(target)
@@ -1161,13 +1188,13 @@ def classifier_reward(name, args, device, dtype):
     )
 
     def reward_model(texts, prompts, completions, **_):
-        in_template = tokenizer.chat_template and isinstance(prompts[0], list)
+        has_template = tokenizer.chat_template and isinstance(prompts[0], list)
         with explained(name):
-            if in_template:
-                chats = [prompt + completion for prompt, completion in zip(prompts, completions)]
-                texts = tokenizer.apply_chat_template(chats, tokenize=False)
+            if has_template:
+                chats = [{"prompt": x + y} for x, y in zip(prompts, completions)]
+                texts = [in_template(chat, tokenizer, {}) for chat in chats]
             # The template has special tokens
-            results = classify(texts, add_special_tokens=not in_template)
+            results = classify(texts, add_special_tokens=not has_template)
         return [x["score"] for result in results for x in result if x["label"] == str(label)]
 
     return reward_model
@@ -1319,7 +1346,7 @@ def end_tokens(row, tokenizer, policy, args):
     name it."""
     ends = [tokenizer.eos_token_id]
     if prompt_kind(row) == "messages":
-        ends += [turn_end(tokenizer, args)]
+        ends += [turn_end(tokenizer, args.template_options)]
     own = policy.generation_config.eos_token_id
     ends += own if isinstance(own, list) else [own]
     vocabulary = len(policy.get_output_embeddings().weight)
@@ -1438,20 +1465,15 @@ def restore(setup, folder):
 
 
 def save_policy(setup, run_folder):
-    """Writes policy/, the trained policy or its adapter, which `from_pretrained` loads."""
+    """Writes policy/, the trained policy or its adapter, which `from_pretrained` loads, with its
+    tokenizer and the settings with which it was sampled."""
     folder = run_folder / "policy"
     temporary = run_folder / "policy.tmp"
     policy = setup.actor_critic.policy
-    reference = setup.actor_critic.reference
-    policy.config = reference.own_config
-    ends = policy.generation_config.eos_token_id or None  # it may have learnt other end tokens
-    policy.generation_config = reference.generation_config
-    policy.generation_config.eos_token_id = ends
-    try:
-        policy.generation_config.validate(strict=True)
-    except ValueError:  # a model's own may be invalid, such as a temperature with greedy decoding
-        policy.generation_config = transformers.GenerationConfig(eos_token_id=ends)
+    policy.config = setup.actor_critic.reference.own_config
+    policy.generation_config.pad_token_id = setup.tokenizer.pad_token_id
     policy.save_pretrained(temporary)
+    policy.generation_config.save_pretrained(temporary)  # peft does not save it with an adapter
     setup.tokenizer.save_pretrained(temporary)
     shutil.rmtree(folder, ignore_errors=True)  # left by a run killed just before its summary
     temporary.rename(folder)
@@ -1467,11 +1489,7 @@ def atomic_write(path):
     yield temporary
     with open(temporary, "rb+") as file:  # Windows syncs only what can be written
         os.fsync(file.fileno())
-    try:
-        os.replace(temporary, path)
-    except PermissionError:  # on Windows, while a spreadsheet, for example, has it open
-        time.sleep(5)
-        os.replace(temporary, path)
+    os.replace(temporary, path)
 
 
 def file_digests():
@@ -1481,7 +1499,6 @@ def file_digests():
     installed |= {x for x in map(Path, sys.path) if re.match("(site|dist)-packages$|DLLs$", x.name)}
     # Modules of programs that import this script, of what runs at each start, of torch.compile
     foreign = r"__(mp_)?main__$|(site|user)customize$|torch\.|.+\.inductor_entry_cpp$"
-    foreign += "|debugpy|_?pydevd|_pydev_|pydev_ipython|pydevconsole"  # debuggers
     digests = {}
     for name, module in list(sys.modules.items()):
         file = Path(getattr(module, "__file__", None) or "")
@@ -1547,10 +1564,6 @@ def begin_session(args, digests, folder):
     }
     path = folder / "sessions.jsonl"
     earlier = path.read_text() if path.exists() else ""
-    if earlier:
-        before = json.loads(earlier.splitlines()[-1])["versions"].items()
-        if before - versions.items():
-            print(f"warning: last session had other versions: {dict(before - versions.items())}")
     with atomic_write(path) as temporary:
         temporary.write_text(earlier + json.dumps(session, default=str) + "\n")
     with atomic_write(folder / SCRIPT.name) as temporary:

@@ -57,8 +57,8 @@ sppo_rlhf.py: rlhf micro_batches
 - sft_loss = -target_log_prob.sum() / target_count
 + sft_loss = -target_log_prob.mean()
 sppo_rlhf.py: rlhf written_in_the_template
-- end = turn_end(tokenizer, args)
-+ pass
+- end = turn_end(tokenizer, options)
++ end = tokenizer.eos_token_id
 sppo_rlhf.py: rlhf weighted_sum
 - reward_model(**copy.deepcopy(inputs))
 + reward_model(**inputs)

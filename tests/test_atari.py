@@ -272,6 +272,7 @@ def test_a_flip_has_its_rate_and_three_outcomes():
         assert set(column) == {clean, flipped}
         assert (column == flipped).mean() == pytest.approx(0.1, abs=0.005)
     assert len(np.unique(noisy != reward, axis=0)) == 8  # each by itself
+    assert not np.shares_memory(reward, script.perturb_reward(reward, "none", 0.0, None))
 
 
 # ---- What `train` does

@@ -73,6 +73,7 @@ def test_noise_has_its_distribution(setting):
     def noise(kind):
         reward = np.full((100, 200), 3.0)
         noisy = setting.script.perturb_reward(reward, kind, 0.05, np.random.default_rng(0))
+        assert not np.shares_memory(noisy, reward)
         return (noisy - reward).flatten()
 
     assert stats.kstest(noise("normal"), stats.norm(0, 0.05).cdf).pvalue > 1e-3

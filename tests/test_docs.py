@@ -19,6 +19,7 @@ import numpy as np
 import pandas as pd
 import pytest
 import torch
+import transformers
 import tyro
 from helpers import SETTINGS, checkpoint, progress, read_lines, record, sha256, work_in
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -481,14 +482,22 @@ def test_a_language_model_is_trained_longer(here, monkeypatch):
 
 def test_data_and_reward_functions_of_the_page_on_language_models(here):
     page = PAGES["docs/language-models.md"]
-    (mine,) = code_blocks(page, "python")
+    mine, use = code_blocks(page, "python")
     Path("mine.py").write_text(mine)
     runpy.run_path("mine.py", run_name="__main__")
     script, args = parse(commands(sections(page)["Your own model and data"])[1])
     script.split_rows(script.read_rows(args.dataset), [], args)  # there are enough
     shutil.copytree("runs/toy/policy", "own")
     Path("own/chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
-    train(script, args, "a", policy_model="own", prompt_length=16, response_length=16, **SHORT_LM)
+    flags = SHORT_LM | {"policy_model": "own", "prompt_length": 16, "response_length": 16}
+    folder = train(script, args, "a", **flags)
+    names = {}
+    exec(use.replace("runs/NAME", str(folder)), names)
+    chat = [{"role": "user", "content": "the plot"}]
+    merged = transformers.pipeline("text-generation", "merged", tokenizer=names["pipe"].tokenizer)
+    written = [one(chat, do_sample=False) for one in (names["pipe"], merged)]
+    assert written[0] == written[1]
+    assert merged.model.generation_config.max_new_tokens == 16
 
 
 def test_a_reward_that_knows_the_answer(here, monkeypatch, capsys):
@@ -541,6 +550,9 @@ def test_grpo(here, monkeypatch, capsys):
                 assert not sample.value.any()
                 tokens = advantage.expand(len(sample.response))
                 torch.testing.assert_close(sample.advantage, tokens, rtol=1e-5, atol=1e-5)
+    scores = [sample.scores[0] for (_, _, samples, _), _ in updates for sample in samples]
+    logged = [row["charts/episodic_return"] for row in progress(folder)[1:]]
+    assert np.mean(logged) == pytest.approx(np.mean(scores))
     play(folder, monkeypatch, capsys)
     twice = dataclasses.replace(args, alpha=0.5, beta=0.5)  # k = 1, as for alpha 1 and beta 0
     symmetric = train(script, twice, "symmetric", **flags)

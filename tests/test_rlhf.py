@@ -31,6 +31,7 @@ from accelerate.state import PartialState
 from helpers import SMALL_TEXTS as SMALL
 from helpers import Setting, checkpoint, progress, read_lines, record, train, weights, work_in
 from helpers import words as typed
+from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.processors import TemplateProcessing
 from torch import nn
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
@@ -529,7 +530,6 @@ ASKED = "<|user|>the plot<|end|>\n<|assistant|>"
 @pytest.mark.parametrize(("template", "messages", "variables", "text", "end"), [
     (CHATML, [], "{}", ASKED, "<|end|>"),
     (CHATML, [BEGUN], "{}", f"{ASKED}it was", "<|end|>"),
-    (CHATML, [], '{"enable_thinking": true}', f"{ASKED}so", "<|end|>"),
     ("<s>" + CHATML, [], "{}", f"<s>{ASKED}", "<|end|>"),
     (CHATML.replace("<|end|>", ""), [], "{}", ASKED.replace("<|end|>", ""), END),
 ])  # fmt: skip
@@ -547,9 +547,56 @@ def test_chat_is_written_in_the_template(chat_tokenizer, template, messages, var
     assert set(chat_tokenizer.convert_ids_to_tokens(ends)) == {END, end}
     ends = rlhf.end_tokens({"prompt": "a"}, chat_tokenizer, base, args)
     chat_tokenizer.chat_template = "{% if tools %}<s>{% endif %}" + CHATML
-    tokens = rlhf.chat_tokens(row | {"tools": [CALL]}, chat_tokenizer, args)
+    tokens, _, _ = rlhf.tokenize(row | {"tools": [CALL]}, chat_tokenizer, args)
     assert tokens[0] == chat_tokenizer.bos_token_id
     assert chat_tokenizer.convert_ids_to_tokens(ends) == [END]
+
+
+THINKS = (  # as templates of models that think
+    "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' and loop.last %}"
+    "<think>\n\n</think>\n\n{% endif %}{{ m.content }}<|end|>\n{% endfor %}"
+    "{% if add_generation_prompt %}<|assistant|>{% if begun %}{{ begun }}{% endif %}{% endif %}"
+)
+
+
+@pytest.mark.parametrize(("begun", "target"), [
+    ("", "<think>\n\n</think>\n\nwas dull<|end|>"),
+    ("<think>\n", "\n</think>\n\nwas dull<|end|>"),  # where the model's thoughts begin
+    ("<think>\n\n</think>\n\n", "was dull<|end|>"),
+    ("<|channel|>", None),
+])  # fmt: skip
+def test_a_target_is_what_the_template_writes(chat_tokenizer, tmp_path, begun, target):
+    """Behind the prompt that is sampled from. What it does not write there is no target."""
+    chat_tokenizer.chat_template = THINKS
+    flags = {"chat_template_kwargs": json.dumps({"begun": begun}), "response_length": 99}
+    row = {"prompt": CHAT, "label": "was dull"}
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(row))
+    args = rlhf.Args(dataset=str(path), prompt_length=99, **flags)
+    with refusal("row 1 of .*writes no label behind .*enable_thinking", target is None):
+        rlhf.load_rows(str(path), Accelerator(cpu=True), chat_tokenizer, args)
+    if target:
+        prompt, tokens, _ = rlhf.tokenize(row, chat_tokenizer, args)
+        assert chat_tokenizer.decode(prompt) == ASKED + begun
+        assert chat_tokenizer.decode(tokens) == target
+        assert tokens == chat_tokenizer(target)["input_ids"]
+
+
+def test_a_target_has_no_space_of_the_tokenizer(chat_tokenizer):
+    """Some tokenizers put a space before each text."""
+    chat_tokenizer.backend_tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=True)
+    chat_tokenizer.chat_template = "{% for m in messages %}|{{ m.content }}{% endfor %}|"
+    row = {"prompt": CHAT, "label": "was dull"}
+    args = rlhf.Args(prompt_length=99, response_length=99)
+    prompt, target, _ = rlhf.tokenize(row, chat_tokenizer, args)
+    assert chat_tokenizer.decode(prompt + target) == f" |the plot|was dull|{END}"
+
+
+def test_the_end_of_a_turn_is_no_white_space(chat_tokenizer):
+    """Which is an added token of some tokenizers."""
+    chat_tokenizer.add_tokens(["\n\n"])
+    chat_tokenizer.chat_template = "{% for m in messages %}{{ m.content }}\n\n{% endfor %}"
+    assert rlhf.turn_end(chat_tokenizer, {}) == chat_tokenizer.eos_token_id
 
 
 def read_chat(path, tokenizer, chat, **flags):
@@ -584,6 +631,29 @@ def test_messages_that_do_not_reach_the_policy_are_refused(
     chat_tokenizer.chat_template = template
     with refusal(f"^error: row 1 of .*a.json: .*{message}", bool(message)):
         read_chat(tmp_path / "a.json", chat_tokenizer, chat)
+
+
+@pytest.mark.parametrize(("row", "prompt", "label"), [
+    ({"messages": [*CHAT, BEGUN]}, CHAT, "it was"),
+    ({"messages": [*CHAT, BEGUN, *CHAT]}, [*CHAT, BEGUN, *CHAT], None),
+    ({"messages": [*CHAT, BEGUN], "label": 3}, CHAT, 3),
+    ({"messages": [*CHAT, BEGUN], "prompt": CHAT}, CHAT, None),
+    ({"messages": [*CHAT, BEGUN], "text": "the plot"}, None, None),
+    ({"messages": [BEGUN]}, "", None),
+    ({"messages": []}, "", None),
+    ({"messages": "the plot"}, "", None),
+])  # fmt: skip
+def test_the_last_message_is_the_label_if_it_is_the_assistants(
+    chat_tokenizer, tmp_path, row, prompt, label
+):
+    path = tmp_path / "a.json"
+    path.write_text(json.dumps(row))
+    with refusal("row 1 of .* needs a 'prompt'.*, 'messages' or a 'text'", prompt == ""):
+        (read,) = rlhf.load_rows(
+            str(path), Accelerator(cpu=True), chat_tokenizer, rlhf.Args(prompt_length=99)
+        )
+        assert (read.get("prompt"), read.get("label")) == (prompt, label)
+        assert read.items() >= row.items()  # a reward function gets these, too
 
 
 def test_messages_are_not_cut_and_variables_are_the_templates(chat_tokenizer, tmp_path):
@@ -689,6 +759,10 @@ def test_a_classifier_reads_messages_in_its_own_template(toy, tmp_path):
     tokenizer.chat_template = "[CLS]{% for m in messages %} {{ m.content }}{% endfor %}[SEP]"
     tokenizer.save_pretrained(folder)
     assert classifier_scores(folder, **inputs) == classifier_scores(folder, ["the plot was dull"])
+    tokenizer.chat_template = rendering("{{ m.content if m.role != 'user' }}")
+    tokenizer.save_pretrained(folder)
+    with refusal("reward: the chat template drops what 'user' says$"):
+        classifier_scores(folder, **inputs)
 
 
 @pytest.mark.parametrize("size", [1, None])
@@ -941,7 +1015,7 @@ def test_sppo_is_ppo_with_another_weight_to_the_last_bit(run):
 
 
 def test_the_saved_policy_is_configured_as_before(run, models, tmp_path):
-    """Of a generation configuration that cannot be saved, end tokens are kept. Neither it nor the
+    """But it samples as in training. Neither the generation configuration that came with it nor the
     tokenizer's sides change a run."""
     folder = shutil.copytree(models["gpt2"], tmp_path / "policy")
     (folder / "generation_config.json").write_text('{"do_sample": false, "temperature": 0.7}')
@@ -957,8 +1031,36 @@ def test_the_saved_policy_is_configured_as_before(run, models, tmp_path):
     assert {name: getattr(saved, name) for name in sides} == sides
     config = json.loads((trained / "policy/config.json").read_text())
     assert config["attn_pdrop"] == config["resid_pdrop"] == 0.5
-    ends = transformers.GenerationConfig.from_pretrained(trained / "policy").eos_token_id
-    assert set(ends) == {tokenizer.eos_token_id}
+    sampling = transformers.GenerationConfig.from_pretrained(trained / "policy")
+    assert set(sampling.eos_token_id) == {tokenizer.eos_token_id}
+    found = [getattr(sampling, name) for name in ("do_sample", "temperature", "top_k")]
+    assert found == [True, 1, 0] and sampling.pad_token_id == tokenizer.pad_token_id
+
+
+@pytest.mark.parametrize("lora_r", [0, 2])
+def test_the_saved_policy_writes_what_the_run_wrote(run, chat_tokenizer, toy, tmp_path, lora_r):
+    """It ends where the run ended, and the base's own settings for sampling are not used."""
+    make_policy("Llama", tmp_path / "chat", toy)
+    model = AutoModelForCausalLM.from_pretrained(tmp_path / "chat")
+    model.resize_token_embeddings(len(chat_tokenizer))
+    model.save_pretrained(tmp_path / "chat")
+    chat_tokenizer.save_pretrained(tmp_path / "chat")
+    own = {"repetition_penalty": 9.0, "min_new_tokens": 7, "eos_token_id": 3}
+    (tmp_path / "chat/generation_config.json").write_text(json.dumps(own))
+    path = tmp_path / "a.jsonl"
+    write_data(path, prompt=[[said("user", f"the plot {i}")] for i in range(40)])
+    flags = {"policy_model": str(tmp_path / "chat"), "lora_r": lora_r, "eval_greedy": True}
+    flags |= {"dataset": str(path), "eval_dataset": str(path), "prompt_length": 40}
+    flags |= {"reward_model": (f"{__file__}:text_lengths",), "response_length": 30}
+    folder = run(**flags, total_timesteps=8, learning_rate=0.01)
+    config = transformers.GenerationConfig.from_pretrained(folder / "policy")
+    pipe = transformers.pipeline(
+        "text-generation", str(folder / "policy"), model_kwargs={"generation_config": config}
+    )
+    samples = read_samples(folder)[-4:]
+    for sample in samples:
+        (written,) = pipe(sample["prompt"], do_sample=False, return_full_text=False)
+        assert written["generated_text"] == sample["response"]
 
 
 @pytest.mark.parametrize("greedy", [True, False])
