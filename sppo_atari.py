@@ -69,7 +69,8 @@ gym.register_envs(ale_py)
 SCRIPT = Path(__file__).resolve()
 SOURCE = SCRIPT.read_bytes()  # read at once, since the file may be edited during the run
 START = Path.cwd()  # relative paths begin here, even where an environment changes directory
-NO_EFFECT = ["runs_dir", "device", "compile", "track"]  # change results by rounding at most
+# The same run continues although these differ (`start_digest` stands for start_from)
+NO_EFFECT = ["runs_dir", "start_from", "device", "compile", "track"]
 
 
 @dataclass
@@ -80,6 +81,7 @@ class Args:
     seed: int = 1  # of all random numbers (the authors' runs: 10000, 10001, ...)
     exp_name: str | None = None  # name of the method in reports; default: the algorithm
     runs_dir: str = "runs"  # folder of all runs
+    start_from: str | None = None  # folder of a finished run: begin with its checkpoint
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU, where there is one
     amp: Literal["auto", "off"] = "auto"  # auto: bfloat16 where it is faster; off: float32
     compile: bool = True  # compile on a GPU (never on a CPU, which would gain nothing)
@@ -438,11 +440,18 @@ def train(args, folder):
     evaluations = []  # rows of progress.csv
     history = []  # what was logged since the last evaluation
     speeds = []  # steps per second of each rollout and update
+    # An edited script's own network or optimizer belongs here, too
+    stateful = {"agent": agent, "optimizer": optimizer}
     checkpoint_path = folder / "checkpoint.pt"
-    if checkpoint_path.exists():
-        checkpoint = load_checkpoint(checkpoint_path)
-        agent.load_state_dict(checkpoint["agent"])
-        optimizer.load_state_dict(checkpoint["optimizer"])
+    starts = args.start_from and not checkpoint_path.exists()
+    path = Path(START, args.start_from, "checkpoint.pt") if starts else checkpoint_path
+    if path.exists():
+        checkpoint = load_checkpoint(path)
+        for name, part in stateful.items():
+            saved = checkpoint[name]
+            if starts and "param_groups" in saved:  # of an optimizer, whose options are flags
+                saved["param_groups"] = part.state_dict()["param_groups"]
+            part.load_state_dict(saved)
         games.recent_episodes.extend(checkpoint["recent_episodes"])
         global_step, evaluations, history, speeds = checkpoint["progress"]
     if args.track:
@@ -494,7 +503,7 @@ def train(args, folder):
         # Log
         scalars = means(metrics)
         if not math.isfinite(scalars["losses/grad_norm"]):
-            sys.exit(f"error: gradient not finite, step {global_step} (learning rate? reward?)")
+            raise Diverged(f"error: gradient not finite, step {global_step} (rate? reward?)")
         # advantage = return - value
         own = batch.mask == 1
         advantage, returns = (x[own].cpu().numpy() for x in (batch.advantage, batch.returns))
@@ -522,12 +531,9 @@ def train(args, folder):
             writer.add_scalar("eval/return_mean", scores.mean(), global_step)
             tqdm.write(f"step {global_step:,}: return {scores.mean():.1f}")
         if finished or global_step % interval < batch_size:
-            checkpoint = {  # an edited script's own network or optimizer belongs here, too
-                "agent": agent.state_dict(),
-                "optimizer": optimizer.state_dict(),
-                "recent_episodes": list(games.recent_episodes),
-                "progress": (global_step, evaluations, history, speeds),
-            }
+            checkpoint = {name: part.state_dict() for name, part in stateful.items()}
+            checkpoint["recent_episodes"] = list(games.recent_episodes)
+            checkpoint["progress"] = global_step, evaluations, history, speeds
             writer.flush()
             with atomic_write(checkpoint_path) as path:
                 torch.save(checkpoint, path)
@@ -608,6 +614,21 @@ def file_digests():
     return digests
 
 
+def start_digest(args):
+    """{path: SHA-256} of the checkpoint that a run starts from: of a finished run with fewer steps.
+    {} without `start_from`."""
+    if not args.start_from:
+        return {}
+    folder = Path(START, args.start_from)
+    if not (folder / "summary.json").exists():
+        sys.exit(f"error: {args.start_from} has not finished: continue it by its own command")
+    step = json.loads((folder / "summary.json").read_text())["step"]
+    if step >= args.total_timesteps:
+        sys.exit(f"error: {args.start_from} has {step:,} of --total-timesteps already: give more")
+    path = folder / "checkpoint.pt"
+    return {str(path): hashlib.sha256(np.memmap(path, mode="r")).hexdigest()}
+
+
 def run_folder(args, digests):
     """Folder of a run. Its name ends with a hash of arguments and files, so the same command finds
     its run again, and a changed script starts a new one."""
@@ -667,7 +688,7 @@ def means(rows):
 def evaluation_row(step, scores, lengths, history):
     """A row of progress.csv: an evaluation, and means of what was logged since the one before."""
     if not np.isfinite(scores).all():
-        sys.exit(f"error: a return of the evaluation at step {step} is not finite; check rewards")
+        raise Diverged(f"error: a return of the evaluation at step {step} is not finite: rewards?")
     evaluation = {
         "return_mean": scores.mean(),
         "return_std": scores.std(),
@@ -709,6 +730,10 @@ def atomic_write(path):
     os.replace(temporary, path)
 
 
+class Diverged(SystemExit):
+    """Ends a run whose gradient, or an evaluation's return, is not finite."""
+
+
 def begin_session(args, digests, folder):
     """Adds a line to the run's sessions.jsonl, with what is needed to reproduce it, and copies this
     script into its folder."""
@@ -735,6 +760,7 @@ def begin_session(args, digests, folder):
         temporary.write_text(earlier + json.dumps(session, default=str) + "\n")
     with atomic_write(folder / SCRIPT.name) as temporary:
         temporary.write_bytes(SOURCE)
+    (folder / "diverged.txt").unlink(missing_ok=True)  # of a session before
 
 
 def main():
@@ -743,7 +769,7 @@ def main():
     with suppress(AttributeError, OSError):  # of a notebook's stdout, which has all letters
         sys.stdout.reconfigure(errors="backslashreplace")  # for letters that a terminal lacks
         os.set_inheritable(2, True)  # for programs that libraries start
-    digests = file_digests()
+    digests = file_digests() | start_digest(args)
     folder = run_folder(args, digests)
     summary_path = folder / "summary.json"
     try:
@@ -755,6 +781,10 @@ def main():
             begin_session(args, digests, folder)
             try:
                 train(args, folder)
+            except Diverged as end:
+                with atomic_write(folder / "diverged.txt") as path:  # for reports
+                    path.write_text(f"{end}\n")
+                raise
             except KeyboardInterrupt:
                 sys.exit("interrupted; the same command continues from its last checkpoint, if any")
             except SystemExit as end:

@@ -65,17 +65,20 @@ from tqdm import tqdm
 SCRIPT = Path(__file__).resolve()
 SOURCE = SCRIPT.read_bytes()  # read at once, since the file may be edited during the run
 START = Path.cwd()  # relative paths begin here, even where an environment changes directory
-NO_EFFECT = ["runs_dir", "compile", "track"]  # the same run continues although these differ
+# The same run continues although these differ (`start_digest` stands for start_from)
+NO_EFFECT = ["runs_dir", "start_from", "compile", "track"]
 
 
 @dataclass
 class Args:
     # Run
     env_id: str = "Hopper-v4"  # Gymnasium's, or MODULE:ID; observations and actions are vectors
+    env_kwargs: str = "{}"  # JSON, for the environment when it is made: {"delay": 5}
     total_timesteps: int = 1_000_000  # environment steps, rounded up to whole rollouts
     seed: int = 1  # of all random numbers (the authors' runs: 10000, 10001, ...)
     exp_name: str | None = None  # name of the method in reports; default: the algorithm
     runs_dir: str = "runs"  # folder of all runs
+    start_from: str | None = None  # folder of a finished run: begin with its checkpoint
     compile: bool = True  # compile the gradient (needs a C++ compiler): slower start, faster run
     checkpoint_freq: int = 0  # steps between checkpoints (end episodes); 0: 100,000, or time limit
     track: bool = False  # log to Weights & Biases as well (pip install wandb)
@@ -132,7 +135,7 @@ class Args:
 def make_env(args, seed=0, **options):
     """Makes the environment. Seeds its spaces, since some environments sample from them."""
     warnings.filterwarnings("ignore", message=".*is out of date.*")  # as the paper's MuJoCo v4 is
-    env = gym.make(args.env_id, **options)
+    env = gym.make(args.env_id, **json.loads(args.env_kwargs) | options)
     rng = np.random.default_rng([seed, 3])  # `seed` alone would repeat the environment's numbers
     part = env
     while isinstance(part, gym.Env):  # a wrapper and the environment in it may each have spaces
@@ -530,10 +533,15 @@ def train(envs, args, folder):
     stateful = {"agent": agent, "optimizer": optimizer}
     stateful |= {"obs_stats": envs.obs_stats, "return_stats": envs.return_stats}
     checkpoint_path = folder / "checkpoint.pt"
-    if checkpoint_path.exists():
-        checkpoint = load_checkpoint(checkpoint_path)
+    starts = args.start_from and not checkpoint_path.exists()
+    path = Path(START, args.start_from, "checkpoint.pt") if starts else checkpoint_path
+    if path.exists():
+        checkpoint = load_checkpoint(path)
         for name, part in stateful.items():
-            part.load_state_dict(checkpoint[name])
+            saved = checkpoint[name]
+            if starts and "param_groups" in saved:  # of an optimizer, whose options are flags
+                saved["param_groups"] = part.state_dict()["param_groups"]
+            part.load_state_dict(saved)
         envs.recent_episodes.extend(checkpoint["recent_episodes"])
         global_step, evaluations, history, speeds = checkpoint["progress"]
     if args.track:
@@ -579,7 +587,7 @@ def train(envs, args, folder):
         # Log
         scalars = means(metrics)
         if not math.isfinite(scalars["losses/grad_norm"]):
-            sys.exit(f"error: gradient not finite, step {global_step} (learning rate? reward?)")
+            raise Diverged(f"error: gradient not finite, step {global_step} (rate? reward?)")
         # advantage = return - value
         unexplained = batch.advantage.numpy().var() / max(batch.returns.numpy().var(), 1e-8)
         scalars["losses/explained_variance"] = 1 - unexplained
@@ -668,6 +676,10 @@ def check(args):
         require(0 <= getattr(args, name) < math.inf, f"{name} must be finite and not negative")
     for name in "gamma", "gae_lambda":
         require(0 <= getattr(args, name) <= 1, f"{name} must be between 0 and 1")
+    env_kwargs = None
+    with suppress(ValueError):
+        env_kwargs = json.loads(args.env_kwargs)
+    require(isinstance(env_kwargs, dict), 'env_kwargs must be a JSON object, as {"delay": 5}')
     require(args.bins >= 2, "bins must be at least 2")
     require(min(args.hidden_sizes, default=1) >= 1, "hidden_sizes must be at least 1")
     require(args.max_grad_norm > 0, "max_grad_norm must be positive; 1e9 turns clipping off")
@@ -699,6 +711,21 @@ def file_digests():
             digests[str(file.resolve())] = hashlib.sha256(file.read_bytes()).hexdigest()
     digests[str(SCRIPT)] = hashlib.sha256(SOURCE).hexdigest()
     return digests
+
+
+def start_digest(args):
+    """{path: SHA-256} of the checkpoint that a run starts from: of a finished run with fewer steps.
+    {} without `start_from`."""
+    if not args.start_from:
+        return {}
+    folder = Path(START, args.start_from)
+    if not (folder / "summary.json").exists():
+        sys.exit(f"error: {args.start_from} has not finished: continue it by its own command")
+    step = json.loads((folder / "summary.json").read_text())["step"]
+    if step >= args.total_timesteps:
+        sys.exit(f"error: {args.start_from} has {step:,} of --total-timesteps already: give more")
+    path = folder / "checkpoint.pt"
+    return {str(path): hashlib.sha256(np.memmap(path, mode="r")).hexdigest()}
 
 
 def run_folder(args, digests):
@@ -743,7 +770,7 @@ def means(rows):
 def evaluation_row(step, scores, lengths, history):
     """A row of progress.csv: an evaluation, and means of what was logged since the one before."""
     if not np.isfinite(scores).all():
-        sys.exit(f"error: a return of the evaluation at step {step} is not finite; check rewards")
+        raise Diverged(f"error: a return of the evaluation at step {step} is not finite: rewards?")
     evaluation = {
         "return_mean": scores.mean(),
         "return_std": scores.std(),
@@ -786,6 +813,10 @@ def atomic_write(path):
     os.replace(temporary, path)
 
 
+class Diverged(SystemExit):
+    """Ends a run whose gradient, or an evaluation's return, is not finite."""
+
+
 def begin_session(args, digests, folder):
     """Adds a line to the run's sessions.jsonl, with what is needed to reproduce it, and copies this
     script into its folder."""
@@ -812,6 +843,7 @@ def begin_session(args, digests, folder):
         temporary.write_text(earlier + json.dumps(session, default=str) + "\n")
     with atomic_write(folder / SCRIPT.name) as temporary:
         temporary.write_bytes(SOURCE)
+    (folder / "diverged.txt").unlink(missing_ok=True)  # of a session before
 
 
 def main():
@@ -825,7 +857,7 @@ def main():
             prepare(args)
         except (ImportError, gym.error.Error) as error:
             sys.exit(f"error: --env-id {args.env_id}: {error} (FILE:ID: FILE.py on PYTHONPATH?)")
-        digests = file_digests()
+        digests = file_digests() | start_digest(args)
         folder = run_folder(args, digests)
         summary_path = folder / "summary.json"
         try:
@@ -837,6 +869,10 @@ def main():
                 begin_session(args, digests, folder)
                 with closing(NormalizedEnvs(args)) as envs:
                     train(envs, args, folder)
+    except Diverged as end:
+        with atomic_write(folder / "diverged.txt") as path:  # for reports
+            path.write_text(f"{end}\n")
+        raise
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command continues from its last checkpoint, if any")
     except SystemExit as end:

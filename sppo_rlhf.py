@@ -77,7 +77,7 @@ SCRIPT = Path(__file__).resolve()
 SOURCE = SCRIPT.read_bytes()  # read at once, since the file may be edited during the run
 START = Path.cwd()  # relative paths begin here, even where other code changes directory
 # The same run continues although these differ
-NO_EFFECT = ["runs_dir", "device", "track", "gradient_checkpointing"]
+NO_EFFECT = ["runs_dir", "start_from", "device", "track", "gradient_checkpointing"]
 TOY = "runs/toy"  # the toy's models and data, which toy.py makes
 # Tokenizers of hub models that come without one, and held-out splits of datasets
 TOKENIZERS = {
@@ -115,6 +115,7 @@ class Args:
     seed: int = 1  # of all random numbers (the authors' runs: 42 to 46)
     exp_name: str | None = None  # name of the method in reports; default: the algorithm
     runs_dir: str = "runs"  # folder of all runs
+    start_from: str | None = None  # folder of a finished run: begin with its checkpoint
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU, where there is one
     amp: Literal["auto", "off"] = "auto"  # auto: bfloat16 where it is faster; off: float32
     track: bool = False  # log to Weights & Biases as well (pip install wandb)
@@ -950,7 +951,7 @@ def evaluate_and_log(setup, args, progress, folder, writer):
 def train(setup, args, folder):
     accelerator = setup.accelerator
     check_sampling(setup, args)
-    progress = restore(setup, folder)
+    progress = restore(setup, folder, args.start_from)
     writer = None  # in all processes but the first
     if accelerator.is_main_process:
         if args.track:
@@ -992,8 +993,8 @@ def train(setup, args, folder):
             require(accelerator.device.type != "cpu", found)
             tqdm.write(f"warning: {found}, or this GPU rounds more", file=sys.stderr)
         metrics = means(minibatch_metrics)
-        is_finite = math.isfinite(metrics["losses/grad_norm"])
-        require(is_finite, f"gradient not finite, step {step} (learning rate? reward?)")
+        if not math.isfinite(metrics["losses/grad_norm"]):
+            raise Diverged(f"error: gradient not finite, step {step} (rate? reward?)")
 
         # Log
         # The value's error is the advantage. The variance is clamped: all returns may be equal
@@ -1452,14 +1453,20 @@ def save_checkpoint(setup, folder, progress):
 
 
 @torch.no_grad()
-def restore(setup, folder):
-    """Continues from the checkpoint of a run, if it has one. Returns its `Progress`."""
+def restore(setup, folder, start_from=None):
+    """Continues from the checkpoint of a run, if it has one, or else begins with that of the run
+    `start_from`, if any. Returns its `Progress`."""
     path = folder / "checkpoint.pt"
+    starts = start_from and not path.exists()
+    if starts:
+        path = Path(START, start_from, path.name)
     if not path.exists():
         return Progress(0, [], [], [], [])
     checkpoint = load_checkpoint(path)
     for name, parameter in setup.actor_critic.trained().items():
         parameter.copy_(checkpoint["agent"][name])
+    if starts:  # the optimizer's options are this command's
+        checkpoint["optimizer"]["param_groups"] = setup.optimizer.state_dict()["param_groups"]
     setup.optimizer.load_state_dict(checkpoint["optimizer"])
     return Progress(**checkpoint["progress"])
 
@@ -1530,6 +1537,21 @@ def local_digests(args):
     return digests
 
 
+def start_digest(args):
+    """{path: SHA-256} of the checkpoint that a run starts from: of a finished run with fewer steps.
+    {} without `start_from`."""
+    if not args.start_from:
+        return {}
+    folder = Path(START, args.start_from)
+    if not (folder / "summary.json").exists():
+        sys.exit(f"error: {args.start_from} has not finished: continue it by its own command")
+    step = json.loads((folder / "summary.json").read_text())["step"]
+    if step >= args.total_timesteps:
+        sys.exit(f"error: {args.start_from} has {step:,} of --total-timesteps already: give more")
+    path = folder / "checkpoint.pt"
+    return {str(path): hashlib.sha256(np.memmap(path, mode="r")).hexdigest()}
+
+
 def run_folder(args, digests):
     """Folder of a run. Its name ends with a hash of arguments and files, so the same command finds
     its run again, and a changed script starts a new one."""
@@ -1540,6 +1562,10 @@ def run_folder(args, digests):
     name = f"{args.task}__{args.exp_name}__{args.noise}__{args.seed}"
     name = re.sub(r'[<>:"/\\|?*]', "-", name)  # Windows refuses these characters
     return Path(START, args.runs_dir, f"{name}__{digest[:8]}")
+
+
+class Diverged(SystemExit):
+    """Ends a run whose gradient, or an evaluation's return, is not finite."""
 
 
 def begin_session(args, digests, folder):
@@ -1568,6 +1594,7 @@ def begin_session(args, digests, folder):
         temporary.write_text(earlier + json.dumps(session, default=str) + "\n")
     with atomic_write(folder / SCRIPT.name) as temporary:
         temporary.write_bytes(SOURCE)
+    (folder / "diverged.txt").unlink(missing_ok=True)  # of a session before
 
 
 def main():
@@ -1576,7 +1603,7 @@ def main():
         sys.stdout.reconfigure(errors="backslashreplace")  # for letters that a terminal lacks
     try:
         prepare(args)
-        digests = file_digests() | local_digests(args)
+        digests = file_digests() | local_digests(args) | start_digest(args)
         folder = run_folder(args, digests)
         summary_path = folder / "summary.json"
         setup = None if folder.exists() else load(args)  # an error in input leaves no folder
@@ -1590,6 +1617,11 @@ def main():
                 if is_first:
                     begin_session(args, digests, folder)
                 train(setup or load(args), args, folder)
+    except Diverged as end:
+        if is_first:
+            with atomic_write(folder / "diverged.txt") as path:  # for reports
+                path.write_text(f"{end}\n")
+        raise
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command continues from its last checkpoint, if any")
     if is_first:

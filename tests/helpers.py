@@ -200,7 +200,7 @@ def sha256(path):
 def digests_of(script, args):
     """Of the files that decide what a run does."""
     local = script.local_digests(args) if hasattr(script, "local_digests") else {}
-    return script.file_digests() | local
+    return script.file_digests() | local | script.start_digest(args)
 
 
 def train(script, args):

@@ -20,6 +20,7 @@ import gymnasium as gym
 import helpers
 import numpy as np
 import pytest
+import safetensors.torch
 import torch
 from filelock import FileLock
 from helpers import SETTINGS, checkpoint, only, progress, read_lines, scalars, weights, words
@@ -220,7 +221,7 @@ def test_a_tracked_run_tells_weights_and_biases_its_arguments(setting, monkeypat
 # ---- Names of runs
 
 HARMLESS = {"runs_dir": "elsewhere", "track": True, "compile": True, "device": "cuda"}
-HARMLESS |= {"gradient_checkpointing": True}
+HARMLESS |= {"gradient_checkpointing": True, "start_from": None}  # a checkpoint's digest counts
 
 
 @only(*ALL)
@@ -375,6 +376,13 @@ def test_a_continued_run_equals_an_uninterrupted_one(setting, tmp_path):
     assert len(sessions(folder)) == 3
     assert (whole.parent, folder.parent) == (tmp_path / "whole", tmp_path / "continued")
     assert folder.name == whole.name
+    assert_same_bytes(setting, folder, whole)
+    assert scalars(folder) == scalars(whole)
+    assert summary | {"sps": 0} == whole_summary | {"sps": 0}
+
+
+def assert_same_bytes(setting, folder, whole):
+    """But for measured speed."""
     states = checkpoint(folder), checkpoint(whole)
     for state in states:
         step_and_speeds(state)[1].clear()
@@ -382,8 +390,38 @@ def test_a_continued_run_equals_an_uninterrupted_one(setting, tmp_path):
     assert texts[0] == texts[1]
     for name in ("progress.csv", "samples.jsonl" if setting.is_text else "agent.safetensors"):
         assert helpers.sha256(folder / name) == helpers.sha256(whole / name)
-    assert scalars(folder) == scalars(whole)
-    assert summary | {"sps": 0} == whole_summary | {"sps": 0}
+
+
+@only(*ALL, LORA)
+def test_a_run_that_starts_from_another_equals_one_that_was_long_from_the_start(setting):
+    """Wherever the other has moved. It is killed before its first checkpoint, and after."""
+    flags = every(setting, 1) | {"seed": 5, "noise": "normal"}
+    flags |= {"anneal_lr": False, "anneal_clip": False} if setting in (SPPO_ATARI,) else {}
+    longer = flags | {"total_timesteps": 4 * setting.batch}
+    _, whole = setting.run("whole", **longer)
+    _, first = setting.run(RUNS, **flags, total_timesteps=2 * setting.batch)
+    names = set()
+    for rollouts, place in (0, "moved"), (1, "again"):
+        first = first.rename(place)
+        names.add(setting.interrupt(RUNS, rollouts, **longer, start_from=place).name)
+    _, folder = setting.run(RUNS, **longer, start_from=place)
+    assert names == {folder.name} != {whole.name}
+    assert_same_bytes(setting, folder, whole)
+    session = sessions(folder)[-1]
+    assert session["args"]["start_from"] == "again"
+    path = str(first.absolute() / "checkpoint.pt")
+    assert session["files"][path] == helpers.sha256(first / "checkpoint.pt")
+
+
+@only(*KINDS)
+def test_a_run_starts_only_from_a_finished_one_with_fewer_steps(setting, launch):
+    """Nothing has begun then."""
+    folder = setting.interrupt(RUNS, 1, **every(setting, 1))
+    assert " has not finished: " in launch(start_from=folder, seed=2)[0]
+    _, folder = setting.run(RUNS, **every(setting, 1))
+    end, _, _ = launch(start_from=folder)
+    assert end.startswith(f"error: {folder} has {4 * setting.batch:,} of ")
+    assert len(list(RUNS.iterdir())) == 1
 
 
 def break_disk(setting, patch):
@@ -415,7 +453,7 @@ def make_infinite(setting, patch):
 FAULTS = [  # what goes wrong in the second update, what is said, and whether it was evaluated
     (break_disk, "No space left on device", True),
     (save_more, "checkpoint.pt.tmp can't be read: it is damaged, or has more than tensors", True),
-    (make_infinite, "error: gradient not finite, step {} (learning rate? reward?)", False),
+    (make_infinite, "error: gradient not finite, step {} (rate? reward?)", False),
 ]
 
 
@@ -435,7 +473,11 @@ def test_an_error_leaves_the_checkpoint_before_it(setting, launch, fault, messag
     assert message.format(two) in end
     assert step_and_speeds(checkpoint(folder))[0] == one
     assert evaluated(folder) == ([one, two] if has_row else [one])
+    diverged = folder / "diverged.txt"
+    assert diverged.exists() != has_row
+    assert has_row or end == diverged.read_text().strip()
     end, out, _ = launch(**flags)
+    assert not diverged.exists()
     assert end == 0 and f"from step {one}, with" in out
     assert evaluated(folder) == [one, two, three, four]
     assert [step for step, _ in scalars(folder)["losses/entropy"]] == [one, two, three, four]
@@ -493,7 +535,7 @@ REFUSED = [  # scripts, and flags, of which the last is named in what is said
     (CONTINUOUS, "--checkpoint-freq -1, --hidden-sizes 0, --bins 1, --noise flip"),
     (CONTINUOUS, "--policy gaussian --beta 1, --env-id Hoper-v4, --env-id nowhere:Task-v0"),
     (CONTINUOUS, "--env-id CartPole-v1, --env-id Pictures-v0, --env-id Huge-v0"),
-    (CONTINUOUS, "--policy gaussian --env-id Whole-v0"),
+    (CONTINUOUS, "--policy gaussian --env-id Whole-v0, --env-kwargs [1], --env-kwargs {low"),
     ([TEXTS], "--batch-size 0, --prompt-length 0, --response-length 0, --micro-batch-size 0"),
     ([TEXTS], "--temperature 0, --noise flip --noise-level 1.5, --num-minibatches 8"),
     ([TEXTS], "--reward-weights 1 2, --reward-weights nan, --reward-weights inf"),
@@ -518,6 +560,16 @@ def test_flags_that_would_mean_something_else_are_refused(flags, launch, monkeyp
 @only(*CONTINUOUS)
 def test_a_gaussian_policy_needs_no_bounds(launch):
     assert launch(env_id="Unbounded-v0", policy="gaussian")[0] == 0
+
+
+@only(*CONTINUOUS)
+def test_an_environment_is_made_with_its_keywords(setting):
+    flags = {"env_id": "Low-v0", "total_timesteps": 64}
+    plain = setting.folder(RUNS, **flags)
+    _, folder = setting.run(RUNS, **flags, env_kwargs='{"low": -3}')
+    assert folder != plain and folder.name[:-8] == plain.name[:-8]
+    low, high = safetensors.torch.load_file(folder / "agent.safetensors")["action_bounds"]
+    assert (low.tolist(), high.tolist()) == ([-3, -3], [1, 1])
 
 
 @only(SPPO_CONTINUOUS, SA2C_ATARI)
@@ -597,6 +649,7 @@ class DrawingWrapper(gym.Wrapper):
 
 
 LARGEST = np.finfo(np.float32).max
+gym.register("Low-v0", TenStepsEnv)
 gym.register("TenSteps-v0", lambda **_: TenStepsEnv())
 gym.register("AYear-v0", lambda **_: TenStepsEnv(), max_episode_steps=105_120)
 gym.register("Drawing-v0", lambda **_: DrawingWrapper(DrawingWrapper(DrawingEnv())))

@@ -18,10 +18,10 @@ import sppo_atari
 # ---- Settings
 
 COMMON = "gamma=0.99 max_grad_norm=0.5 alpha=0.5 z=-1.0 eval_episodes=10 seed=1 noise=none"
-COMMON += " noise_level=0.0 compile=True track=False runs_dir=runs"
+COMMON += " noise_level=0.0 compile=True track=False runs_dir=runs start_from=None"
 VECTORS = "env_id=Hopper-v4 total_timesteps=1000000 eval_freq=50000 checkpoint_freq=0 vf_coef=0.5"
 VECTORS += " ent_coef=0.0 bins=11 hidden_sizes=(64,64) activation=tanh ortho_init=True"
-VECTORS += " policy=categorical log_std_init=0.0"
+VECTORS += " policy=categorical log_std_init=0.0 env_kwargs={}"
 GAMES = "env_id=Breakout total_timesteps=5000000 eval_freq=250000 checkpoint_freq=31250"
 GAMES += " ent_coef=0.01 repeat_action_probability=0.0 device=auto amp=auto"
 OF_A2C = "learning_rate=0.0007 rmsprop_eps=1e-05 gae_lambda=1.0 norm_adv=False log_freq=1000"

@@ -1,7 +1,6 @@
 """What a copy of a control script changes works, or stops the run: optimizers, networks."""
 
 import importlib.util
-import re
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -10,7 +9,7 @@ import gymnasium as gym
 import pytest
 import safetensors.torch
 import torch
-from helpers import CONTINUOUS, EACH, Signals, only, progress, record
+from helpers import CONTINUOUS, EACH, Signals, checkpoint, only, progress, record
 from torch import nn
 
 
@@ -103,7 +102,7 @@ def test_rounding_in_thousands_of_dimensions_stops_no_run(setting, tmp_path):
     setting.run(tmp_path, env_id="Wide-v0", total_timesteps=128)
 
 
-# ---- What works: optimizers, networks, a copied checkpoint
+# ---- What works: optimizers, networks, a start from another run
 
 
 @only(*CONTINUOUS)
@@ -137,26 +136,23 @@ def test_the_layout_in_memory_changes_no_update(setting, tmp_path):
     torch.testing.assert_close(*results, rtol=1e-3, atol=1e-5)
 
 
-@pytest.mark.parametrize("is_edited", [True, False])
-def test_a_copied_checkpoint_continues(setting, is_edited, tmp_path, monkeypatch, signals):
-    """With an edited script, or with more steps, as docs/usage.md says."""
-    if is_edited:
-        before = setting.interrupt(tmp_path / "runs", 2, **EACH)
-    else:
-        before = setting.run(tmp_path / "runs", **EACH, total_timesteps=128)[1]
-    page = (Path(__file__).parent.parent / "docs/usage.md").read_text()
-    above, line = re.search(
-        r"below `(checkpoint_path = .+?)`(?s:.+?)```python\n(.+?)\n```", page
-    ).groups()
-    line = line.replace("runs/NAME", str(before))
-    edits = [(f"    {above}\n", f"    {above}\n    {line}\n")]
-    if is_edited:
-        edits.append(("gamma: float = 0.99", "gamma: float = 0.9"))
+def test_an_edited_copy_starts_from_a_run_with_its_own_flags(
+    setting, tmp_path, monkeypatch, signals
+):
+    """What the optimizer has saved does not override them, nor a learning rate that it is given
+    later when it continues itself."""
+    before = setting.run(tmp_path / "runs", **EACH, total_timesteps=128)[1]
+    edits = [("gamma: float = 0.99", "gamma: float = 0.9")]
     script = edited(setting.script, tmp_path / "copy", *edits)
+    copy = replace(setting, script=script)
+    flags = EACH | {"start_from": str(before), "learning_rate": 1e-6}
+    flags |= {"anneal_lr": False} if setting.atari and setting.ppo else {}
     rollouts = record(monkeypatch, script, "compute_gae")
-    _, folder = replace(setting, script=script).run(tmp_path / "runs", **EACH)
+    _, folder = copy.run(tmp_path / "runs", **flags)
     assert folder != before
     assert len(rollouts) == 2
     rows = progress(folder)
     assert rows[:2] == progress(before)
     assert [row["step"] for row in rows] == [64, 128, 192, 256]
+    (group,) = checkpoint(folder)["optimizer"]["param_groups"]
+    assert group["lr"] == 1e-6

@@ -26,6 +26,7 @@ from tensorboard.backend.event_processing.event_accumulator import EventAccumula
 from test_copies import edited
 
 import enjoy
+import report
 import sppo_continuous
 import sppo_rlhf
 
@@ -76,7 +77,7 @@ def test_the_functions_and_flags_that_a_page_names_exist(text):
     for name in set(re.findall(r"\(`([A-Za-z]\w+)`\)", text)) - set(sppo_rlhf.TASKS):
         assert any(is_defined(name, script) for script in SCRIPTS), name
     flags = {"--help"}
-    for script in SCRIPTS.values():
+    for script in (*SCRIPTS.values(), report):
         flags |= {"--" + field.name.replace("_", "-") for field in dataclasses.fields(script.Args)}
     flags |= {flag.replace("--", "--no-", 1) for flag in flags}
     for other in ("benchmark.sh", "report.py", "benchmarks/speed.py", "enjoy.py"):
@@ -349,7 +350,7 @@ def test_your_own_environment_and_its_agent_in_other_code(tmp_path, monkeypatch,
     assert progress(folder)[-1]["length_mean"] == 50
     assert -300 < progress(folder)[-1]["return_mean"] < 0
     assert 'py-modules = ["enjoy"]' in (ROOT / "pyproject.toml").read_text()
-    block, _ = code_blocks(PAGES["docs/usage.md"], "python")
+    (block,) = code_blocks(PAGES["docs/usage.md"], "python")
     names = {}
     exec(block.replace("runs/NAME", str(folder)), names)
     env = gym.make(args.env_id)
@@ -463,21 +464,6 @@ def test_other_ways_of_sampling_in_an_edited_copy(here):
         folder = train(script, script.parse_args([]), "here", **SHORT_LM, eval_greedy=greedy)
         texts.append([row["response"] for row in read_lines(folder / "samples.jsonl")[:8]])
     assert texts[0] == texts[1]
-
-
-def test_a_language_model_is_trained_longer(here, monkeypatch):
-    text = sections(PAGES["docs/usage.md"])["Extending a finished run"]
-    line, above = re.search(r"Language models: `(.+?)`, below `(.+?)`", text).groups()
-    first = train(sppo_rlhf, sppo_rlhf.parse_args([]), "here", **SHORT_LM).resolve()
-    line = line.replace("runs/NAME", str(first))
-    edit = (f"    {above}\n", f"    {above}\n    {line}\n")
-    script = edited(sppo_rlhf, here / "copy", edit)
-    updates = record(monkeypatch, script, "update")
-    longer = train(script, script.parse_args([]), "here", **SHORT_LM | {"total_timesteps": 16})
-    assert len(updates) == 1
-    before, after = ((folder / "progress.csv").read_text() for folder in (first, longer))
-    assert after.startswith(before)
-    assert [row["step"] for row in progress(longer)] == [0, 8, 16]
 
 
 def test_data_and_reward_functions_of_the_page_on_language_models(here):

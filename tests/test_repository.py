@@ -110,6 +110,7 @@ def definitions(script):
 OWN = {"Args", "gradient_and_metrics", "loss_and_metrics", "update", "check", "train"}
 SAME = [
     (SCRIPTS, "perturb_advantage file_digests means load_checkpoint atomic_write begin_session"),
+    (SCRIPTS, "start_digest Diverged"),
     (CONTROL, "compute_gae run_folder evaluation_row"),
     (CONTINUOUS, "make_env prepare RunningStats NormalizedEnvs perturb_reward mlp numpy_layer"),
     (CONTINUOUS, "Agent Batch collect evaluate compiled save_agent main"),
@@ -149,7 +150,7 @@ def test_a_script_names_its_licence_is_short_and_begins_with_the_algorithm(scrip
     holder = re.search(r"(?m)^Copyright \(c\) (.*)$", (ROOT / "LICENSE").read_text()).group(1)
     assert lines[0] == f"# SPDX-FileCopyrightText: {holder}"
     assert lines[1] == f"# SPDX-License-Identifier: {PROJECT['license']}"
-    assert len(lines) <= (865 if script in CONTINUOUS else 780 if script in ATARI else 1605)
+    assert len(lines) <= (890 if script in CONTINUOUS else 805 if script in ATARI else 1640)
     assert max(map(len, lines)) <= 100 >= len(source("toy").splitlines())
     order = list(definitions(script))
     for name in ("perturb_reward", "symmetric_policy_losses", "train"):
