@@ -765,32 +765,26 @@ def begin_session(args, digests, folder):
 
 def main():
     args = tyro.cli(Args)
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115 (it may be closed)
-    with suppress(AttributeError, OSError):  # of a notebook's stdout, which has all letters
+    with suppress(AttributeError):  # of a notebook's stdout, which has all letters
         sys.stdout.reconfigure(errors="backslashreplace")  # for letters that a terminal lacks
-        os.set_inheritable(2, True)  # for programs that libraries start
-    digests = file_digests() | start_digest(args)
-    folder = run_folder(args, digests)
-    summary_path = folder / "summary.json"
     try:
-        lock = FileLock(folder / "lock", blocking=False).acquire()  # makes the folder, too
-    except OSError as error:
-        sys.exit(f"error: another process is at work on {folder}, or locking fails: {error}")
-    with lock:
-        if not summary_path.exists():
-            begin_session(args, digests, folder)
-            try:
+        digests = file_digests() | start_digest(args)
+        folder = run_folder(args, digests)
+        summary_path = folder / "summary.json"
+        try:
+            lock = FileLock(folder / "lock", blocking=False).acquire()  # makes the folder, too
+        except OSError as error:
+            sys.exit(f"error: another process is at work on {folder}, or locking fails: {error}")
+        with lock:
+            if not summary_path.exists():
+                begin_session(args, digests, folder)
                 train(args, folder)
-            except Diverged as end:
-                with atomic_write(folder / "diverged.txt") as path:  # for reports
-                    path.write_text(f"{end}\n")
-                raise
-            except KeyboardInterrupt:
-                sys.exit("interrupted; the same command continues from its last checkpoint, if any")
-            except SystemExit as end:
-                if isinstance(end.code, str):  # a sentence of this script
-                    raise
-                raise RuntimeError("sys.exit() was called before the end of the run") from end
+    except Diverged as end:
+        with atomic_write(folder / "diverged.txt") as path:  # for reports
+            path.write_text(f"{end}\n")
+        raise
+    except KeyboardInterrupt:
+        sys.exit("interrupted; the same command continues from its last checkpoint, if any")
     summary = json.loads(summary_path.read_text())
     score = f"return {summary['return_mean']:.1f}, {summary['sps']:,.0f} steps/s"
     name = f"{args.runs_dir}/{folder.name}"  # as it was typed

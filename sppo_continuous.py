@@ -148,12 +148,15 @@ def make_env(args, seed=0, **options):
 
 def prepare(args):
     """Imports the environment's files, for `file_digests`. Refuses spaces that are no vectors."""
-    with make_env(args) as env:
-        env.reset(seed=0)  # some environments import files only here
-        for space in (env.observation_space, env.action_space):
-            if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
-                sys.exit(f"error: {args.env_id}: {space} is no vector; see docs/copy-and-modify.md")
-        action_space = env.action_space
+    try:
+        with make_env(args) as env:
+            env.reset(seed=0)  # some environments import files only here
+    except (ImportError, gym.error.Error) as error:
+        sys.exit(f"error: --env-id {args.env_id}: {error} (FILE:ID: FILE.py on PYTHONPATH?)")
+    for space in (env.observation_space, env.action_space):
+        if not isinstance(space, gym.spaces.Box) or len(space.shape) != 1:
+            sys.exit(f"error: {args.env_id}: {space} is no vector; see docs/copy-and-modify.md")
+    action_space = env.action_space
     bound = np.abs([action_space.low, action_space.high]).max()  # float32's maximum: no bound
     if action_space.dtype.kind != "f" or (bound > 1e30 and args.policy == "categorical"):
         sys.exit(f"error: {args.env_id}: needs float actions, bounded unless --policy gaussian")
@@ -650,9 +653,8 @@ def evaluate(agent, args, obs_stats, seed, env):
                 break
         else:
             tqdm.write(f"warning: evaluation cut after {longest:,} steps; see --checkpoint-freq")
-        success = np.float64(info.get("is_success")).min().clip(0, 1)  # at the end; None is NaN
-        if success >= 0:
-            successes.append(success)
+        if "is_success" in info:  # at the end
+            successes.append(float(info["is_success"]))
     # Some environments say it only of a success
     rates = [{"success_rate": sum(successes) / args.eval_episodes}] if successes else []
     return returns, lengths, rates
@@ -848,15 +850,10 @@ def begin_session(args, digests, folder):
 
 def main():
     args = tyro.cli(Args)
-    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115 (it may be closed)
-    with suppress(AttributeError, OSError):  # of a notebook's stdout, which has all letters
+    with suppress(AttributeError):  # of a notebook's stdout, which has all letters
         sys.stdout.reconfigure(errors="backslashreplace")  # for letters that a terminal lacks
-        os.set_inheritable(2, True)  # for programs that libraries start
     try:
-        try:
-            prepare(args)
-        except (ImportError, gym.error.Error) as error:
-            sys.exit(f"error: --env-id {args.env_id}: {error} (FILE:ID: FILE.py on PYTHONPATH?)")
+        prepare(args)
         digests = file_digests() | start_digest(args)
         folder = run_folder(args, digests)
         summary_path = folder / "summary.json"
@@ -875,10 +872,6 @@ def main():
         raise
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command continues from its last checkpoint, if any")
-    except SystemExit as end:
-        if isinstance(end.code, str):  # a sentence of this script
-            raise
-        raise RuntimeError("sys.exit() was called before the end of the run") from end
     summary = json.loads(summary_path.read_text())
     score = f"return {summary['return_mean']:.1f}, {summary['sps']:,.0f} steps/s"
     name = f"{args.runs_dir}/{folder.name}"  # as it was typed

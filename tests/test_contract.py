@@ -497,15 +497,6 @@ def test_a_run_has_one_process_at_a_time(setting, launch, monkeypatch):
     assert launch(**every(setting, 1))[0] == 0
 
 
-@only(SPPO_CONTINUOUS, SA2C_ATARI)
-def test_a_closed_stderr_ends_no_run(setting):
-    """Nor programs that libraries start, as glfw does to look for itself."""
-    command = [sys.executable, setting.script.__file__]
-    command += words(setting.small | {"runs_dir": RUNS, "total_timesteps": 64})
-    subprocess.run(["sh", "-c", '"$@" 2>&-', "sh", *command], check=True)
-    assert len(list(RUNS.glob("*/summary.json"))) == 1
-
-
 @helpers.needs_gpu
 @only(*ATARI, TEXTS, replace(TEXTS, small=TEXTS.small | {"amp": "auto"}))
 def test_on_a_gpu_a_run_is_compiled_and_continued(setting, launch):
@@ -680,19 +671,14 @@ def test_a_number_that_is_not_finite_stops_the_run_where_it_begins(
 
 
 @only(*CONTINUOUS)
-@pytest.mark.parametrize(
-    ("said", "rate"),
-    [(True, 0.25), (3, 0.25), (np.array([True, False]), 0), (None, None), (NAN, None)],
-    ids=str,
-)
 def test_an_evaluation_has_the_share_of_episodes_whose_last_step_says_success(
-    setting, said, rate, monkeypatch
+    setting, monkeypatch
 ):
-    """An episode whose last step does not have it has failed. A count is one success."""
+    """Two of four episodes end without it. One that says nothing has failed, too."""
 
     def step_with_success(env, action):
         *outcome, _ = step(env, action)
-        return *outcome, {"is_success": said} if env.time == 10 and env.age < 20 else {}
+        return *outcome, {"is_success": env.age < 15} if env.time == 10 and env.age < 25 else {}
 
     step = TenStepsEnv.step
     flags = {"env_id": "TenSteps-v0", "eval_episodes": 4, "total_timesteps": 128}
@@ -701,7 +687,7 @@ def test_an_evaluation_has_the_share_of_episodes_whose_last_step_says_success(
     monkeypatch.setattr(TenStepsEnv, "step", step_with_success)
     summary, folder = setting.run("more", **flags, **every(setting, 1))
     rates = [row.get("success_rate") for row in progress(folder)]
-    assert rates == [summary.get("success_rate"), rate] == [rate, rate]
+    assert rates == [summary.get("success_rate"), 0.25] == [0.25, 0.25]
 
 
 @only(*CONTINUOUS)
