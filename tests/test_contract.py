@@ -671,9 +671,7 @@ def test_a_number_that_is_not_finite_stops_the_run_where_it_begins(
 
 
 @only(*CONTINUOUS)
-def test_an_evaluation_has_the_share_of_episodes_whose_last_step_says_success(
-    setting, monkeypatch
-):
+def test_an_evaluation_has_the_share_of_episodes_whose_last_step_says_success(setting, monkeypatch):
     """Two of four episodes end without it. One that says nothing has failed, too."""
 
     def step_with_success(env, action):

@@ -272,61 +272,84 @@ def sections(text):
 
 
 SECTIONS = sections(EXAMPLES)
-DIFFS = {heading: code_blocks(text, "diff") for heading, text in SECTIONS.items()}
+DIFFS = {}
+for heading, text in SECTIONS.items():
+    if found := code_blocks(text, "diff"):
+        (DIFFS[heading],) = found
+# {anchor of a section: scripts that its diff is for}, of the page's table
+ROWS = re.findall(r"(?m)^\| \[.+?\]\(#(.+?)\).*? \| (`.+?`) \|", EXAMPLES)
+FITS = {anchor: re.findall(r"\w+", names) for anchor, names in ROWS}
 # Hunks begin and end with three lines of context. No diff ends with an empty line, which copying
 # may lose
 HUNK = r"@@.+\n(?: .*\n){3}(?:[-+ ].*\n)+?(?: .*\n){3}"
-DIFF = re.compile(rf"--- (\w+\.py)\n\+\+\+ \1\n(?:{HUNK})+(?<!\n \n)")
+DIFF = re.compile(rf"--- (\w+)\.py\n\+\+\+ \1\.py\n(?:{HUNK})+(?<!\n \n)")
+COPYING, PATCHING = code_blocks(EXAMPLES.partition("## ")[0], "sh")[0].splitlines()
 
 
 def patched(text, diff, folder):
-    """A script's text after `patch`, as the page says, which must find all lines of context."""
-    (folder / "copy.py").write_text(text)
-    command = ["patch", "copy.py"]
-    done = subprocess.run(command, cwd=folder, input=diff, capture_output=True, text=True)
-    assert done.returncode == 0 and "fuzz" not in done.stdout, f"see CONTRIBUTING.md\n{done.stdout}"
-    return (folder / "copy.py").read_text()
+    """A script's text after the page's command, and the command's exit status."""
+    copy = folder / COPYING.split()[-1]
+    copy.write_text(text)
+    (folder / "change.diff").write_text(diff)
+    done = subprocess.run(["bash", "-c", PATCHING], cwd=folder, capture_output=True)
+    return copy.read_text(), done.returncode
 
 
-def test_diffs_find_their_places_in_longer_scripts_and_after_each_other(tmp_path):
-    texts = {name: (ROOT / name).read_text() for name in SCRIPTS}
-    scripts = {diff: DIFF.fullmatch(diff)[1] for diff in sum(DIFFS.values(), [])}
-    assert len(scripts) == 10
+@pytest.mark.parametrize("heading", DIFFS)
+def test_a_diff_goes_into_the_scripts_that_the_table_names_and_into_no_other(heading, tmp_path):
+    """Also into longer ones, and after other diffs."""
+    first = DIFF.fullmatch(DIFFS[heading])[1]
+    (anchor,) = anchors(f"# {heading}")
+    assert first in FITS[anchor]
     more = re.compile(r"(?m)^(?=# ---- |SOURCE = )")
-    for diff, name in scripts.items():
-        result = patched(texts[name], diff, tmp_path)
-        longer = patched(more.sub("# One more line\n" * 9, texts[name]), diff, tmp_path)
-        assert longer == more.sub("# One more line\n" * 9, result)
-        for other in scripts:
-            if other != diff and scripts[other] == name:
-                both = patched(result, other, tmp_path)
-                assert both == patched(patched(texts[name], other, tmp_path), diff, tmp_path)
-                compile(both, "copy.py", "exec")
+    for script in SCRIPTS:
+        text = (ROOT / script).read_text()
+        result, code = patched(text, DIFFS[heading], tmp_path)
+        if script.removesuffix(".py") not in FITS[anchor]:
+            assert (result, code) == (text, 1)
+            continue
+        assert code == 0
+        longer = more.sub("# One more line\n" * 9, text)
+        expected = more.sub("# One more line\n" * 9, result)
+        assert patched(longer, DIFFS[heading], tmp_path) == (expected, 0)
+        for other in DIFFS.values():
+            both, code = patched(result, other, tmp_path)
+            if code == 0:
+                compile(both, script, "exec")
+                turned, _ = patched(text, other, tmp_path)
+                assert patched(turned, DIFFS[heading], tmp_path) == (both, 0)
 
 
-def changed(heading, folder, monkeypatch, example=0, after=None):
-    """One of a section's examples, a module in `folder`, and the arguments of its command. `after`:
-    the section whose diff is applied first."""
-    words = commands(SECTIONS[heading])[example]
-    diffs = [DIFFS[heading][example]]
-    if after:
-        diffs.insert(0, DIFFS[after][0])
-    script = DIFF.match(diffs[0])[1]
-    text = (ROOT / script).read_text()
-    for diff in diffs:
-        text = patched(text, diff, folder)
-    path = folder / words[1]
+def fitting(heading):
+    """A test of a section's diff, in each script that it is for."""
+    (anchor,) = anchors(f"# {heading}")
+    cases = [(heading, script) for script in FITS[anchor]]
+    return pytest.mark.parametrize("example", cases, ids=FITS[anchor], indirect=True)
+
+
+@pytest.fixture
+def example(request, tmp_path, monkeypatch):
+    """A section's example: a module, the arguments of its command, and a function that runs it with
+    flags over those of a short run, and returns the run's folder."""
+    heading, script = request.param
+    words = commands(SECTIONS[heading])[0]
+    text, code = patched((ROOT / f"{script}.py").read_text(), DIFFS[heading], tmp_path)
+    assert code == 0
+    path = tmp_path / words[1].replace("sppo", script.partition("_")[0])
     path.write_text(text)
-    monkeypatch.syspath_prepend(folder)
+    monkeypatch.syspath_prepend(tmp_path)
     module = importlib.import_module(path.stem)
-    if script == "sppo_rlhf.py":
+    if script == "sppo_rlhf":
         return module, module.parse_args(words[2:])
-    return module, tyro.cli(module.Args, args=words[2:])
+    args = tyro.cli(module.Args, args=words[2:])
+    known = {name: value for name, value in SHORT.items() if hasattr(args, name)}
+    return module, dataclasses.replace(args, **known)
 
 
-def test_discrete_actions(tmp_path, monkeypatch, capsys):
-    script, args = changed("Discrete actions", tmp_path, monkeypatch)
-    folder = train(script, args, tmp_path, **SHORT)
+@fitting("Discrete actions")
+def test_discrete_actions(example, tmp_path, monkeypatch, capsys):
+    script, args = example
+    folder = train(script, args, tmp_path)
     assert 5 < progress(folder)[-1]["return_mean"] <= 500
     play(folder, monkeypatch, capsys)
     acrobot = gym.make("Acrobot-v1").unwrapped
@@ -358,27 +381,36 @@ def test_your_own_environment_and_its_agent_in_other_code(tmp_path, monkeypatch,
     assert env.action_space.contains(names["act"](obs).astype(np.float32))
 
 
-def test_your_own_reward_and_noise(tmp_path, monkeypatch, capsys):
+@fitting("Your own reward")
+def test_your_own_reward(example, tmp_path, monkeypatch, capsys):
     """The learner's reward is shaped, reported returns are not."""
-    script, args = changed("Your own reward", tmp_path, monkeypatch, after="Your own noise")
+    script, args = example
     shaped, plain = script.NormalizedEnvs(args), sppo_continuous.NormalizedEnvs(args)
-    action = np.array([[0.5, -1.0, 0.25]])
+    action = np.array([[0.5, -1.0, 0.25]] * args.num_envs)
     for envs in (shaped, plain):
         envs.reset(0)
         envs.step(action)
     cost = plain.discounted_return - shaped.discounted_return
-    np.testing.assert_allclose(cost, 0.1 * np.square(action).sum())
+    np.testing.assert_allclose(cost, 0.1 * np.square(action[0]).sum())
     np.testing.assert_array_equal(shaped.episode_return, plain.episode_return)
+    play(train(script, args, tmp_path), monkeypatch, capsys)
+
+
+@fitting("Your own noise")
+def test_your_own_noise(example, tmp_path, monkeypatch, capsys):
+    script, args = example
     rng = np.random.default_rng(0)
     noisy = script.perturb_reward(np.full((100, 100), 2.0), "lost", 0.3, rng)
     assert set(np.unique(noisy)) == {0, 2}
     assert (noisy == 0).mean() == pytest.approx(0.3, abs=0.02)
-    noise = {"noise": "lost", "noise_level": 0.5}
-    play(train(script, args, tmp_path, **SHORT, **noise), monkeypatch, capsys)
+    play(train(script, args, tmp_path), monkeypatch, capsys)
 
 
-def test_your_own_loss_is_not_divided_by_the_old_probability(tmp_path, monkeypatch, capsys):
-    script, args = changed("Your own loss", tmp_path, monkeypatch, example=1)
+@fitting("A reverse loss of your own")
+def test_your_own_loss_is_not_divided_by_the_old_probability(
+    example, tmp_path, monkeypatch, capsys
+):
+    script, args = example
     torch.manual_seed(0)
     log_p_old = torch.rand(1000, dtype=torch.float64).log()
     log_p = (log_p_old + 0.3 * torch.randn(1000)).requires_grad_()
@@ -389,18 +421,18 @@ def test_your_own_loss_is_not_divided_by_the_old_probability(tmp_path, monkeypat
     (gradient,) = torch.autograd.grad(reverse_loss, log_p)
     (divided,) = torch.autograd.grad(divided_loss, log_p)
     torch.testing.assert_close(gradient, log_p_old.exp() * divided)
-    play(train(script, args, tmp_path, **SHORT), monkeypatch, capsys)
+    play(train(script, args, tmp_path), monkeypatch, capsys)
 
 
-def test_a_term_of_ones_own_weighs_k_times_more_with_beta_0(tmp_path, monkeypatch, capsys):
+@fitting("Your own loss")
+def test_a_term_of_ones_own_weighs_k_times_more_with_beta_0(example, tmp_path):
     """Beside SPPO it takes k times the weight to train the same policy, if nothing is clipped."""
-    script, args = changed("Your own loss", tmp_path, monkeypatch)
+    script, args = example
     assert (args.alpha, args.beta) == (1, 0)
-    flags = SHORT | {"max_grad_norm": 1e9, "adam_eps": 1e-20, "learning_rate": 1e-3}
+    flags = {"max_grad_norm": 1e9, "adam_eps": 1e-20, "learning_rate": 1e-3}
 
     def actor(size_coef, **weights):
         folder = train(script, args, tmp_path, **flags, size_coef=size_coef, **weights)
-        play(folder, monkeypatch, capsys)
         state = checkpoint(folder)["agent"]
         return torch.cat([state[name].flatten() for name in state if name.startswith("actor")])
 
@@ -411,24 +443,32 @@ def test_a_term_of_ones_own_weighs_k_times_more_with_beta_0(tmp_path, monkeypatc
     torch.testing.assert_close(actor(1.0, **sppo), actor(1.0 / 20.5, **ppo), rtol=0, atol=1e-4)
 
 
-def test_your_own_network(tmp_path, monkeypatch, capsys):
-    script, args = changed("Your own network", tmp_path, monkeypatch)
-    play(train(script, args, tmp_path, **SHORT), monkeypatch, capsys)
+@fitting("Your own network")
+def test_your_own_network(example, tmp_path, monkeypatch, capsys):
+    script, args = example
+    play(train(script, args, tmp_path), monkeypatch, capsys)
     agent = script.Agent(script.make_env(args), args)
     for network in (agent.actor, agent.critic):
         kinds = [type(layer).__name__ for layer in network]
         assert kinds == ["Linear", "LayerNorm", "Tanh"] * 2 + ["Linear"]
 
 
-@pytest.mark.parametrize(("learning_rate", "steps"), [(1e-3, 36), (10.0, 12)])
-def test_a_learning_rate_schedule_and_a_kl_target(learning_rate, steps, tmp_path, monkeypatch):
+@fitting("A learning-rate schedule")
+def test_a_learning_rate_schedule(example, tmp_path):
     """The last of three rollouts begins after two thirds of the run; the warm-up is longer."""
-    after = "Stopping an update at a KL divergence"
-    script, args = changed("A learning-rate schedule", tmp_path, monkeypatch, after=after)
-    flags = {"learning_rate": learning_rate, "update_epochs": 3, "total_timesteps": 384}
-    optimizer = checkpoint(train(script, args, tmp_path, **SHORT | flags))["optimizer"]
+    script, args = example
+    flags = {"num_envs": 1, "num_steps": 128, "total_timesteps": 384}
+    (group,) = checkpoint(train(script, args, tmp_path, **flags))["optimizer"]["param_groups"]
+    assert group["lr"] == pytest.approx(args.learning_rate * 384 / 20_000 / 3)
+
+
+@pytest.mark.parametrize(("learning_rate", "steps"), [(1e-7, 24), (10.0, 8)])
+@fitting("Stopping an update at a KL divergence")
+def test_a_kl_target(example, learning_rate, steps, tmp_path):
+    script, args = example
+    flags = {"learning_rate": learning_rate, "update_epochs": 3}
+    optimizer = checkpoint(train(script, args, tmp_path, **flags))["optimizer"]
     assert optimizer["state"][0]["step"] == steps
-    assert optimizer["param_groups"][0]["lr"] == pytest.approx(learning_rate * 384 / 20_000 / 3)
 
 
 @pytest.mark.parametrize(("rate", "epochs"), [(1e-7, 3), (1.0, 1)])
@@ -509,9 +549,10 @@ def some_rewards(completions, number):
     return list(map(reward_of, completions, number))
 
 
-def test_grpo(here, monkeypatch, capsys):
+@fitting("GRPO: a baseline from the group")
+def test_grpo(example, here, monkeypatch, capsys):
     """Groups of one prompt, but of different rows. The symmetric loss only weighs the loss."""
-    script, args = changed("GRPO: a baseline from the group", here, monkeypatch)
+    script, args = example
     assert (args.group_size, args.gamma, args.gae_lambda, args.kl_coef) == (8, 1, 1, 0)
     rows = [{"prompt": "the plot was", "number": i, "answer": "."} for i in range(40)]
     Path("same.jsonl").write_text("\n".join(map(json.dumps, rows)))
@@ -547,9 +588,10 @@ def test_grpo(here, monkeypatch, capsys):
 
 
 @pytest.mark.slow
-def test_grpo_learns(here, monkeypatch):
+@fitting("GRPO: a baseline from the group")
+def test_grpo_learns(example, here):
     """The toy's true sentiment, which rose by 0.49 or more in twelve updates, of three seeds."""
-    script, args = changed("GRPO: a baseline from the group", here, monkeypatch)
+    script, args = example
     text = "from toy import toy_sentiment\n"
     Path("sentiment.py").write_text(
         text + "def true(completions): return [toy_sentiment(text) for text in completions]"
@@ -562,9 +604,10 @@ def test_grpo_learns(here, monkeypatch):
     assert last["return_mean"] - first["return_mean"] > 0.2
 
 
-def test_a_new_metric(tmp_path, monkeypatch, capsys):
-    script, args = changed("A new metric", tmp_path, monkeypatch)
-    flags = SHORT | {"env_id": "Pendulum-v1", "eval_episodes": 4}
+@fitting("A new metric")
+def test_a_new_metric(example, tmp_path, monkeypatch, capsys):
+    script, args = example
+    flags = {"env_id": "Pendulum-v1", "eval_episodes": 4}
     folder = train(script, args, tmp_path, **flags)
     play(folder, monkeypatch, capsys)
     (row,) = progress(folder)
