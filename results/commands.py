@@ -7,18 +7,16 @@ Runs of edited scripts are left out.
 
 import re
 import sys
-from pathlib import Path
 
-from analysis.runs import read_pack
+from results.common import RESULTS, packed
 
-RESULTS = Path(__file__).parent
 # Of variants, and of a reward model that is only watched
 REMOVED = ["--correct-flips", "--no-divide-by-p-old", "--eval-reward-model"]
 
 
 def commands_of(pack):
     """Commands, and names of the runs that are left out."""
-    runs, _ = read_pack(RESULTS / f"{pack}-runs.csv.gz")
+    runs, _ = packed(pack)
     commands = []
     left_out = []
     for run in runs.sort_values("seed", kind="stable").itertuples():

@@ -16,11 +16,10 @@ from analysis.compare import (
     contrast,
     difference,
     mean_and_variance,
-    pooled_difference,
     scores_of,
 )
 from analysis.measures import FIVE, LAST, TRAINING, measures_in
-from analysis.runs import CELL, in_cells
+from analysis.runs import CELL, in_cells, read_pack
 from analysis.runs import read as read_runs
 from analysis.tables import interval_text, markdown, mean_text
 
@@ -28,7 +27,6 @@ RESULTS = Path(__file__).parent
 HOPPER, PENDULUM, LANDER = "Hopper-v4", "InvertedDoublePendulum-v4", "LunarLanderContinuous-v3"
 FLOORS = {LANDER: -200, "HalfCheetah-v4": -300}  # else 0
 MEASURES = {FIVE: "last five evaluations", LAST: "last evaluation", TRAINING: "training"}
-SAMPLES = 10_000  # of a registered bootstrap interval
 
 
 # ---- Scores
@@ -42,9 +40,20 @@ def read(pack, *chosen):
     return scores_of(in_cells(runs).query("finished"), progress, measures_in(progress, *chosen))
 
 
+def packed(name):
+    """Runs and evaluations of a pack."""
+    return read_pack(RESULTS / f"{name}-runs.csv.gz")
+
+
+def by_cell(scores, measure):
+    """{(task, noise, method): scores (seeds,)}"""
+    cells = cells_of(scores, measure)
+    return {(*place, method): x for place, cell in cells.items() for method, x in cell.items()}
+
+
 def above_floors(scores, measure, tasks, noises, methods):
     """Scores above the task's floor (tasks, noises, methods, seeds), the same seeds everywhere."""
-    chosen = scores[scores["measure"] == measure].set_index("seed")
+    chosen = scores.query("measure == @measure").set_index("seed")
     groups = chosen.groupby(CELL)["score"]
     cells = [groups.get_group(cell) for cell in product(tasks, noises, methods)]
     assert all(cell.index.equals(cells[0].index) for cell in cells), "other seeds"
@@ -74,12 +83,7 @@ def log_mean_and_variance(scores):
     return np.log(average) + np.log1p(relative) / 2, relative * (1 + relative)
 
 
-def gain(cells):
-    """With its interval: by the bias-corrected log ratio of means, averaged over `cells`."""
-    found = pooled_difference(list(cells), log_mean_and_variance)
-    return np.expm1([found.value, found.low, found.high])
-
-
+@cache
 def corrected_suite(pack):
     """p of the differences between all methods of a pack, in all measures, by Benjamini and
     Hochberg: {(measure, task, noise, methods): p}."""
@@ -92,22 +96,12 @@ def corrected_suite(pack):
     return dict(zip(p, corrected))
 
 
-def resampled_means(scores, count=SAMPLES):
-    """Means (..., rows, 1 + count) of `scores` (..., rows, seeds): the estimate, then those of
-    resampled seeds, the same for all rows."""
-    *cells, _, seeds = scores.shape
-    rng = np.random.default_rng(0)
-    drawn = rng.integers(seeds, size=(*cells, 1, count, seeds))
-    samples = np.take_along_axis(scores[..., None, :], drawn, axis=-1).mean(axis=-1)
-    return np.concatenate([scores.mean(axis=-1, keepdims=True), samples], axis=-1)
+# ---- Texts and figures
 
 
-def bootstrapped(samples):
-    """The estimate, which is the first sample, and the interval of the others."""
-    return samples[..., 0], *np.quantile(samples[..., 1:], [0.025, 0.975], axis=-1)
-
-
-# ---- Texts
+def bars(found):
+    """Values and half widths of estimates, for error bars."""
+    return [x.value for x in found], [x.half_width() for x in found]
 
 
 def score_text(sample, places=0):
@@ -122,8 +116,15 @@ def minus_text(a, b, places=0):
     return estimate_text(difference(a, b), places)
 
 
-def percent_text(value, low, high):
-    return f"{100 * value:.1f} % ({100 * low:.1f} to {100 * high:.1f})"
+def pair_texts(a, b, places=0):
+    """Two methods' scores, and the second minus the first."""
+    return [score_text(a, places), score_text(b, places), minus_text(b, a, places)]
+
+
+def percent_text(found):
+    """Of a log ratio."""
+    value, low, high = 100 * np.expm1([found.value, found.low, found.high])
+    return f"{value:.1f} % ({low:.1f} to {high:.1f})"
 
 
 def estimate_table(name, rows, places=2):

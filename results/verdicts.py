@@ -5,32 +5,22 @@ python -m results.verdicts    # writes verdicts.csv, with every comparison
 docs/reproduction.md says how a verdict is reached.
 """
 
+from importlib import import_module
 from pathlib import Path
 
-import numpy as np
 import pandas as pd
 
 from analysis.tables import interval_text, markdown
 from results.common import percent_text
-from results.comparisons import LOG_RATIO, POINTS, REWARD, comparisons
+from results.comparisons import LOG_RATIO, POINTS, REWARD
 
-PAGES = {
-    "three tasks": "control/README.md#a-million-steps-three-tasks-eight-seeds",
-    "k": "control/README.md#the-ends-of-k",
-    "ant": "control/README.md#the-authors-own-task-ant",
-    "locomotion": "control/README.md#run-it-again",
-    "nine": "control/README.md#nine-tasks-a-million-steps-two-seeds",
-    "noise": "robustness/README.md#score-against-the-level-of-noise",
-    "sweep": "robustness/README.md#learning-rate-and-clip-range",
-    "dose": "a2c/README.md#twelve-seeds-four-doses",
-    "million": "a2c/README.md#a-million-steps",
-    "games": "atari/README.md#eighteen-games-one-seed",
-    "crazyclimber": "atari/README.md#crazyclimber-eight-seeds",
-    "breakout": "atari/README.md#breakout-three-seeds",
-    "wizardofwor": "atari/README.md#eighteen-games-one-seed",
-    "epsilon": "atari/README.md#sa2c-breakout-three-seeds",
-    "text": "text/README.md#film-reviews",
-}
+# In the order of verdicts.csv
+NAMES = """\
+control.tables control.k control.nine robustness.noise robustness.sweep robustness.spread a2c.tables
+a2c.dose atari.games atari.crazyclimber atari.tables text.tables""".split()
+MODULES = [import_module(f"results.{name}") for name in NAMES]
+COLUMNS = """\
+claims comparison page measure effect low high unit tasks seeds p_corrected verdict""".split()
 CLAIMS = {
     "1": "SPPO gains in continuous control",
     "2": "the same with noisy rewards",
@@ -52,37 +42,46 @@ def effect_text(comparison):
     if comparison.decided:
         return f"median {found.value:.2f}, from {found.low:.2f} to {found.high:.2f}"
     if comparison.unit == LOG_RATIO:
-        return percent_text(*np.expm1([found.value, found.low, found.high]))
+        return percent_text(found)
     places = None if comparison.unit in (POINTS, REWARD) else 3
     return f"{interval_text(found.value, found.low, found.high, places)} {comparison.unit}"
 
 
-def best_of(claim, found):
+def comparisons():
+    return [one for module in MODULES for one in module.comparisons()]
+
+
+def by_claim():
+    found = {number: [] for number in CLAIMS}
+    for one in comparisons():
+        found[one.claim].append(one)
+    return found
+
+
+def best_of(found):
     """The comparison over the most tasks, of these the one with the narrowest interval."""
-    direct = [one for one in found if claim in one.claims.split() and one.direct]
+    direct = [one for one in found if one.direct]
     return min(direct, key=lambda one: (-one.tasks, one.width()))
 
 
-def but_text(claim, best, found):
+def but_text(best, found):
     """All comparisons that lean or are decided otherwise, by verdict."""
     names = {}
     for one in found:
         verdict = one.verdict()
-        if claim in one.claims.split() and verdict not in ["not seen", "undecided", best.verdict()]:
+        if verdict not in ["not seen", "undecided", best.verdict()]:
             names.setdefault(verdict, []).append(f"{one.name} ({one.measure})")
     return "; ".join(f"**{verdict}**: {', '.join(those)}" for verdict, those in names.items())
 
 
 def claims():
-    found = comparisons()
     rows = []
-    for number, claim in CLAIMS.items():
-        row = [number, claim, "", "", "not run", ""]
-        if any(number in one.claims.split() for one in found):
-            best = best_of(number, found)
-            name = f"[{best.name}](../results/{PAGES[best.page]})"
-            but = but_text(number, best, found)
-            row = [number, claim, name, effect_text(best), best.verdict(), but]
+    for number, found in by_claim().items():
+        row = [number, CLAIMS[number], "", "", "not run", ""]
+        if found:
+            best = best_of(found)
+            name = f"[{best.name}](../results/{best.page})"
+            row[2:] = name, effect_text(best), best.verdict(), but_text(best, found)
         rows.append(row)
     header = ["", "the paper's claim", "our broadest comparison", "effect", "verdict", "but"]
     return markdown(header, rows)
@@ -98,11 +97,11 @@ FRONT_PAGE = {
 
 
 def front_page():
-    found = comparisons()
+    found = by_claim()
     rows = []
     for title, claim in FRONT_PAGE.items():
-        best = best_of(claim, found)
-        link = f"[{effect_text(best)}](results/{PAGES[best.page]})"
+        best = best_of(found[claim])
+        link = f"[{effect_text(best)}](results/{best.page})"
         rows.append([title, best.verdict(), link, f"{best.name}, {best.measure}", best.seeds])
     return markdown(["", "verdict", "effect", "comparison", "seeds"], rows)
 
@@ -114,12 +113,12 @@ def rounded(x):
 def csv_table():
     rows = []
     for one in comparisons():
-        row = {"claims": one.claims, "comparison": one.name, "page": PAGES[one.page]}
-        row |= {"measure": one.measure, "effect": rounded(one.found.value)}
-        row |= {"low": rounded(one.found.low), "high": rounded(one.found.high), "unit": one.unit}
-        row |= {"tasks": one.tasks, "seeds": one.seeds, "p_corrected": rounded(one.corrected)}
-        rows.append(row | {"verdict": one.verdict()})
-    return pd.DataFrame(rows)
+        found = one.found
+        row = [one.claim, one.name, one.page, one.measure]
+        row += [rounded(x) for x in (found.value, found.low, found.high)]
+        row += [one.unit, one.tasks, one.seeds, rounded(one.corrected), one.verdict()]
+        rows.append(row)
+    return pd.DataFrame(rows, columns=COLUMNS)
 
 
 def main():

@@ -61,12 +61,14 @@ def test_a_row_of_a_table_has_means_standard_errors_and_welchs_difference():
 
 
 def test_outcomes_of_predictions_are_those_that_packs_confirm():
-    table = predictions.table()
+    """Those with a key. The registered test of the nine tasks is open."""
+    rows = predictions.table().query("key != ''").set_index("key")
     found = list(predictions.computed())
-    assert len(found) == len({row[:2] for row in found}) > 25
-    for pack, beginning, holds in found:
-        rows = table[(table["pack"] == pack) & table["prediction"].str.startswith(beginning)]
-        assert rows["outcome"].to_list() == ["kept" if holds else "failed"], (pack, beginning)
+    assert len(found) == len(dict(found)) > 25
+    assert rows.index.is_unique
+    assert set(dict(found)) == set(rows.query("pack != 'control/nine-test'").index)
+    for key, holds in found:
+        assert rows["outcome"][key] == ("kept" if holds else "failed"), key
 
 
 def test_corrected_p_is_over_all_differences_of_a_pack_in_all_measures():
@@ -260,9 +262,11 @@ def test_the_registered_test_takes_whole_seeds_and_counts_runs_that_stopped(made
     assert text == "seen over both together"
     table = made_up.tests()
     assert table.count("| seen |") == table.count("| undecided |") == 1  # clean, noisy
-    holds = made_up.predicted(scores)
-    failed = [name for name, is_kept in holds.items() if not is_kept]
-    assert failed == ["counts", "against"]
+    holds = made_up.predictions(scores)
+    assert [key for key, is_kept in holds.items() if not is_kept] == ["nine-test-counts"]
+    registered = predictions.table().query("pack == 'control/nine-test' and key != ''")
+    assert list(holds) == registered["key"].to_list()
+    assert made_up.evidence(scores) == {"for": True, "against": False}
 
 
 def test_fewer_than_four_whole_seeds_have_no_registered_test(made_up, monkeypatch):

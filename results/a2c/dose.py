@@ -1,4 +1,4 @@
-"""Measures and figure of SA2C by dose.
+"""SA2C by dose: tables, figure, what speaks to claims 3 and 4, predictions.
 
 python -m results.a2c.dose
 """
@@ -14,12 +14,14 @@ from results.common import (
     MEASURES,
     PENDULUM,
     above_floors,
+    bars,
     corrected_p,
     estimate_table,
     mean,
     read,
     short,
 )
+from results.comparisons import Comparison, includes_0
 
 TASKS = [HOPPER, "HalfCheetah-v4", PENDULUM]
 REWARDS = {
@@ -33,15 +35,11 @@ BETAS = np.array([0, 0.5, 2, 20])
 DOSES = np.log(1 + BETAS / ALPHA) / np.log(1 + BETAS[-1] / ALPHA)
 
 
-def scores_above(measure):
-    """Scores above the task's floor (tasks, rewards, betas, seeds)."""
-    methods = [f"sa2c-beta{beta:g}" for beta in BETAS]
-    return above_floors(read("a2c/dose"), measure, TASKS, REWARDS, methods)
-
-
 def relative_scores(measure):
-    """Scores (tasks, rewards, betas, seeds), as registered relative to beta 0, clean rewards."""
-    scores = scores_above(measure)
+    """Scores above the task's floor (tasks, rewards, betas, seeds), as registered relative to beta
+    0, clean rewards."""
+    methods = [f"sa2c-beta{beta:g}" for beta in BETAS]
+    scores = above_floors(read("a2c/dose"), measure, TASKS, REWARDS, methods)
     return scores / scores[:, :1, :1].mean(axis=-1, keepdims=True)
 
 
@@ -69,14 +67,10 @@ def measures():
     found = {
         "training, all three tasks": effects(TRAINING),
         "training, without InvertedDoublePendulum": effects(TRAINING, slice(0, 2)),
+        "last five evaluations": effects(FIVE),
+        "last evaluation": effects(LAST),
     }
-    found["last five evaluations"] = effects(FIVE)
-    found["last evaluation"] = effects(LAST)
     return estimate_table("", found, places=3)
-
-
-def tested():
-    return {MEASURES[measure]: effects(measure) for measure in [TRAINING, FIVE, LAST]}
 
 
 def dose_effects():
@@ -90,13 +84,41 @@ def dose_effects():
     return found
 
 
-def corrected_doses():
-    """p of the nine differences, by Benjamini and Hochberg: {(beta, rewards): p}."""
-    return corrected_p(dose_effects())
-
-
 def doses():
     return estimate_table("beta", dose_effects(), places=3)
+
+
+def comparisons():
+    page = "a2c/README.md#twelve-seeds-four-doses"
+    p = corrected_p(dose_effects())
+    for beta, of_beta in dose_effects().items():
+        for rewards, found in of_beta.items():
+            claim = "3" if rewards == "clean" else "4"
+            name = f"three tasks, {rewards} (beta {beta} minus 0)"
+            yield Comparison(
+                claim, name, page, found, 12, tasks=3, corrected=p[beta, rewards], direct=False
+            )
+    p = corrected_p({measure: effects(measure) for measure in MEASURES})
+    slope = "beta 20 minus 0, by a line; Hopper, HalfCheetah, InvertedDoublePendulum"
+    names = {f"slope: {rewards}": f"{slope}, {rewards}" for rewards in REWARDS.values()}
+    names["noisy minus clean"] = "change of the slope by noise"
+    names["flipped minus clean"] = "change of the slope by flips"
+    for name, found in effects(TRAINING).items():
+        claim = "3" if name == "slope: clean" else "4"
+        direct = name in ["slope: clean", "slope: noisy rewards"]  # registered as primary
+        options = {"measure": MEASURES[TRAINING], "tasks": 3, "corrected": p[TRAINING, name]}
+        yield Comparison(claim, names[name], page, found, 12, direct=direct, **options)
+
+
+def predictions():
+    found = effects(TRAINING)
+    without_pendulum = effects(TRAINING, slice(0, 2))
+    return {
+        "dose-slope": found["slope: clean"].high < 0,
+        "dose-without-pendulum": includes_0(without_pendulum["slope: clean"]),
+        "dose-noisy": includes_0(found["noisy minus clean"]),
+        "dose-flipped": includes_0(found["flipped minus clean"]),
+    }
 
 
 def draw():
@@ -109,9 +131,7 @@ def draw():
     for ax, (title, values) in zip(axes, panels.items()):
         lines = zip([-0.02, 0, 0.02], COLORS, REWARDS.values(), values)
         for shift, color, label, cells in lines:
-            found = [mean(cell) for cell in cells]
-            middle = [estimate.value for estimate in found]
-            half = [estimate.half_width() for estimate in found]
+            middle, half = bars([mean(cell) for cell in cells])
             x = DOSES + shift  # so that intervals stand side by side
             ax.errorbar(x, middle, half, marker="o", color=color, label=label)
         ax.set_xticks(DOSES, [f"{beta:g}" for beta in BETAS])

@@ -1,8 +1,12 @@
-"""Tables of this folder's page, but for those of dose.py."""
+"""A million steps of SA2C and DA2C: tables, and what speaks to claims 3 and 4. dose.py has the rest
+of this folder's page."""
+
+import numpy as np
 
 from analysis.compare import cells_of
 from analysis.tables import markdown
 from results.common import HOPPER, LANDER, PENDULUM, minus_text, read, score_text, short
+from results.comparisons import in_points
 
 
 def million():
@@ -18,10 +22,20 @@ def million():
 
 def against_stable_baselines3():
     scores = read("a2c/million")
-    parts = {"all eight seeds": scores, "the last five seeds": scores[scores["seed"] > 10002]}
+    parts = {"all eight seeds": scores, "the last five seeds": scores.query("seed > 10002")}
     rows = []
     for title, part in parts.items():
         cell = cells_of(part)[HOPPER, "clean"]
         ours, theirs = cell["a2c"], cell["sb3-a2c"]
         rows.append([title, score_text(ours), score_text(theirs), minus_text(ours, theirs)])
     return markdown(["", "A2C", "Stable-Baselines3", "A2C minus Stable-Baselines3"], rows)
+
+
+def comparisons():
+    """Without a test."""
+    page = "a2c/README.md#a-million-steps"
+    for claim, noise in {"3": "clean", "4": "normal 0.05"}.items():
+        for task in [HOPPER, LANDER, PENDULUM]:
+            place = (task, noise)
+            pair = ("sa2c", "da2c")
+            yield in_points(claim, short(task), page, "a2c/million", place, pair, corrected=np.nan)

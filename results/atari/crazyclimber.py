@@ -1,4 +1,5 @@
-"""Measures and figure of the authors' comparison on CrazyClimber, taken in two steps.
+"""The authors' comparison on CrazyClimber, taken in two steps: table, figure, what speaks to claim
+5, predictions.
 
 python -m results.atari.crazyclimber
 """
@@ -9,9 +10,10 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from analysis.compare import cells_of, contrast
+from analysis.compare import cells_of, difference
 from analysis.measures import FIVE, LAST, TRAINING
-from results.common import estimate_table, mean, read
+from results.common import bars, corrected_suite, estimate_table, mean, read
+from results.comparisons import Comparison, includes_0
 
 HERE = Path(__file__).parent
 METHODS = {  # --exp-name: label
@@ -19,10 +21,10 @@ METHODS = {  # --exp-name: label
     "ppo": "PPO,\nnormalised",
     "sppo": "SPPO,\nnormalised",
 }
-STEPS = {  # weights of the methods' means
-    "normalisation": {"ppo": 1, "ppo-authors": -1},
-    "loss": {"sppo": 1, "ppo": -1},
-    "both": {"sppo": 1, "ppo-authors": -1},
+STEPS = {  # method, and what it is compared with
+    "normalisation": ("ppo", "ppo-authors"),
+    "loss": ("sppo", "ppo"),
+    "both": ("sppo", "ppo-authors"),
 }
 MEASURES = {
     TRAINING: "training",
@@ -39,15 +41,29 @@ def relative_scores(measure):
 
 def steps(measure):
     scores = relative_scores(measure)
-    found = {}
-    for name, weights in STEPS.items():
-        samples = [scores[method] for method in weights]
-        found[name] = contrast(samples, list(weights.values()))
-    return found
+    return {name: difference(scores[a], scores[b]) for name, (a, b) in STEPS.items()}
 
 
 def measures():
     return estimate_table("", {title: steps(measure) for measure, title in MEASURES.items()})
+
+
+def comparisons():
+    page = "atari/README.md#crazyclimber-eight-seeds"
+    suite = corrected_suite("atari/crazyclimber")
+    for measure, title in MEASURES.items():
+        p = suite[(measure, "CrazyClimber", "clean", frozenset(["sppo", "ppo"]))]
+        found = steps(measure)["loss"]
+        yield Comparison("5", "CrazyClimber", page, found, 8, measure=title, corrected=p)
+
+
+def predictions():
+    found = steps(TRAINING)
+    return {
+        "crazyclimber-normalisation": found["normalisation"].low > 0,
+        "crazyclimber-loss": includes_0(found["loss"]),
+        "crazyclimber-both": found["both"].low > 0,
+    }
 
 
 def quoted_ratio():
@@ -62,9 +78,7 @@ def quoted_ratio():
 def draw():
     """Each seed's mean of five evaluations, and the means, from the authors' PPO to SPPO."""
     scores = relative_scores(FIVE)
-    found = [mean(scores[method]) for method in METHODS]
-    middle = [estimate.value for estimate in found]
-    half = [estimate.half_width() for estimate in found]
+    middle, half = bars([mean(scores[method]) for method in METHODS])
     x = np.arange(len(METHODS))
     ratio, error = quoted_ratio()
     figure, ax = plt.subplots(figsize=(5, 3.2), layout="constrained")

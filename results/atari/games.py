@@ -1,4 +1,5 @@
-"""Tables and figure of the Atari games, a row each: how SPPO and two kinds of PPO differ.
+"""How SPPO and two kinds of PPO differ on Atari games: tables, figure, what speaks to claims 5 and
+7, predictions.
 
 python -m results.atari.games
 
@@ -14,6 +15,7 @@ import pandas as pd
 from analysis.measures import FIVE, LAST, TRAINING
 from analysis.tables import markdown
 from results.common import mean, percent_text, read
+from results.comparisons import LOG_RATIO, Comparison, includes_0
 
 HERE = Path(__file__).parent
 MEASURES = {
@@ -44,10 +46,6 @@ TESTED = {"loss": 18, "normalisation": 8, "both": 8, NOISY_LOSS: 10}
 # ---- Scores
 
 
-def quoted_scores():
-    return pd.read_csv(HERE / "quoted.csv", index_col="game")
-
-
 def random_scores():
     return pd.read_csv(HERE / "random.csv").groupby("game")["score"].mean()
 
@@ -62,13 +60,6 @@ def scores_of(measure):
     assert missing.isin([0, 1]).all(axis=None), "a game that is not whole"
     of_random = random_scores()[runs.index.get_level_values("task")].to_numpy()
     return runs[measure].clip(lower=of_random / 10, axis=0).groupby("task").mean()
-
-
-def is_learned(scores):
-    """Whether PPO and SPPO, by their geometric mean on clean rewards, exceed a random agent by a
-    fifth: a value for each game."""
-    clean = np.sqrt(scores["ppo", "clean"] * scores["sppo", "clean"])
-    return clean >= 1.2 * random_scores()[clean.index]
 
 
 def log_ratios(scores):
@@ -96,15 +87,9 @@ def holm(p):
 
 def registered_tests(ratios):
     """p-values by t of the contrasts in TESTED, corrected by Holm's method."""
-    values = {name: ratios[name].dropna() for name in TESTED}
-    assert {name: len(x) for name, x in values.items()} == TESTED
-    p = np.array([mean_over_games(x).p for x in values.values()])
+    assert ratios[list(TESTED)].count().to_dict() == TESTED
+    p = np.array([mean_over_games(ratios[name]).p for name in TESTED])
     return pd.Series(holm(p), index=list(TESTED))
-
-
-def gain_text(ratios):
-    found = mean_over_games(ratios)
-    return percent_text(*np.expm1([found.value, found.low, found.high]))
 
 
 def table_of(contrasts):
@@ -112,7 +97,7 @@ def table_of(contrasts):
     rows = []
     for measure, title in MEASURES.items():
         ratios = log_ratios(scores_of(measure))
-        rows.append([title, *(gain_text(ratios[name]) for name in contrasts)])
+        rows.append([title, *(percent_text(mean_over_games(ratios[name])) for name in contrasts)])
     p = registered_tests(log_ratios(scores_of(FIVE))).reindex(contrasts)
     rows.append(["p by Holm, first row", *("" if np.isnan(x) else f"{x:.2f}" for x in p)])
     return markdown(["", *contrasts], rows)
@@ -139,14 +124,48 @@ def games():
     return markdown(["game", "random agent", *COLUMNS.values()], rows)
 
 
+# ---- Claims and predictions
+
+
+def comparisons():
+    page = "atari/README.md#eighteen-games-one-seed"
+    ratios = log_ratios(scores_of(FIVE))
+    p = registered_tests(ratios)
+    titles = {
+        "loss": "eighteen games",
+        "both": "eight games, to PPO without normalised advantages",
+        "loss, flipped": "ten games",
+        NOISY_LOSS: "ten games, noisy minus clean",
+    }
+    for name, title in titles.items():
+        claim = "5" if name in ["loss", "both"] else "7"
+        options = {"unit": LOG_RATIO, "measure": MEASURES[FIVE], "matters": 0.095}
+        options |= {"tasks": ratios[name].count(), "corrected": p.get(name, np.nan)}
+        options["direct"] = name in ["loss", "loss, flipped"]
+        yield Comparison(claim, title, page, mean_over_games(ratios[name]), 1, **options)
+
+
+def predictions():
+    ratios = log_ratios(scores_of(FIVE))
+    found = {name: mean_over_games(ratios[name]) for name in ratios}
+    return {
+        "games-loss": found["loss"].value > 0 and includes_0(found["loss"]),
+        "games-normalisation": found["normalisation"].value > 0,
+        "games-both": found["both"].value > 0 and includes_0(found["both"]),
+        "games-noisy-loss": includes_0(found[NOISY_LOSS]),
+        "games-noise": found["noise, PPO"].high < 0 and found["noise, SPPO"].high < 0,
+    }
+
+
 # ---- Figure
 
 
 def draw():
-    """A row per game: log ratios, the paper's beside ours; below, means over games."""
+    """A row per game: log ratios, the paper's beside ours; below, means over games. A game is at
+    random if PPO and SPPO, by their geometric mean, do not exceed a random agent by a fifth."""
     scores = scores_of(FIVE)
     ratios = log_ratios(scores)
-    quoted = quoted_scores()
+    quoted = pd.read_csv(HERE / "quoted.csv", index_col="game")
     paper = np.log(quoted["sppo"] / quoted["ppo"])
     points = {
         "loss: SPPO to PPO": (ratios["loss"], "o", "tab:blue"),
@@ -165,7 +184,8 @@ def draw():
         ax.plot(values.reindex(order), y + 0.12 - 0.12 * row, marker, color=color, label=label)
         found = mean_over_games(values)
         ax.errorbar(found.value, -2 - row, xerr=found.half_width(), fmt=marker, color=color)
-    learned = is_learned(scores)
+    clean = np.sqrt(scores["ppo", "clean"] * scores["sppo", "clean"])
+    learned = clean >= 1.2 * random_scores()[clean.index]
     labels = [game if learned[game] else f"{game} (at random)" for game in order]
     means = [f"{x.split(':')[0]}, {points[x][0].count()} games" for x in points]
     ax.set_yticks([*y, *(-2 - np.arange(len(points)))], [*labels, *means])

@@ -1,4 +1,4 @@
-"""Measures and figure of SPPO in control at the ends of k.
+"""SPPO in control at the ends of k: table, figure, what speaks to claims 1 and 2, predictions.
 
 python -m results.control.k
 """
@@ -9,7 +9,7 @@ import matplotlib.pyplot as plt
 import numpy as np
 
 from analysis.compare import difference
-from analysis.measures import FIVE
+from analysis.measures import FIVE, TRAINING
 from analysis.methods import COLORS
 from results.common import (
     HOPPER,
@@ -17,36 +17,33 @@ from results.common import (
     MEASURES,
     PENDULUM,
     above_floors,
+    corrected_p,
     estimate_table,
     mean,
     read,
     short,
 )
+from results.comparisons import Comparison, includes_0
 
 TASKS = [PENDULUM, LANDER, HOPPER]
 NOISES = ["clean", "normal 0.05"]
+SLOPE = "slope per tenfold k"
 ENDS = {"k0.2": 0.2, "k1": 1, "k100": 100}
 
 
-def both_suites(measure):
-    """Scores above floors (tasks, noises, methods, seeds): of k = 0.2, 1 and 100, and of earlier
-    runs of DPPO, which is k = 1, and of SPPO, k = 20.5."""
-    ends = above_floors(read("control/k"), measure, TASKS, NOISES, ENDS)
-    methods = ["dppo", "sppo"]
-    earlier = above_floors(read("control/three-tasks"), measure, TASKS, NOISES, methods)
-    return ends, earlier
-
-
 def relative(scores, baseline):
-    """Scores relative to the mean of the method with the index `baseline`."""
+    """Scores (tasks, noises, methods, seeds) relative to the mean of the method with the index
+    `baseline`."""
     return scores / scores[:, :, [baseline]].mean(axis=-1, keepdims=True)
 
 
 def effects(measure, tasks=slice(None), noises=slice(None)):
     """{name: estimate} of the relative scores' differences from k = 1 and of their slope, over
-    `noises` and `tasks`, slices. The unit is the seed. Scores of k = 20.5 are relative to the k = 1
-    of the earlier runs."""
-    ends, earlier = both_suites(measure)
+    `noises` and `tasks`, slices. The unit is the seed. Scores of SPPO, which is k = 20.5, are
+    relative to DPPO, k = 1, of the same earlier runs."""
+    ends = above_floors(read("control/k"), measure, TASKS, NOISES, ENDS)
+    methods = ["dppo", "sppo"]
+    earlier = above_floors(read("control/three-tasks"), measure, TASKS, NOISES, methods)
     low, one, high = relative(ends, baseline=1)[tasks, noises].mean(axis=(0, 1))
     dppo, sppo = relative(earlier, baseline=0)[tasks, noises].mean(axis=(0, 1))
     slopes = np.polyfit(np.log10(list(ENDS.values())), [low, one, high], deg=1)[0]
@@ -54,7 +51,7 @@ def effects(measure, tasks=slice(None), noises=slice(None)):
         "k = 0.2 minus 1": mean(low - one),
         "k = 100 minus 1": mean(high - one),
         "k = 20.5 minus 1": difference(sppo, dppo),
-        "slope per tenfold k": mean(slopes),
+        SLOPE: mean(slopes),
     }
 
 
@@ -65,13 +62,32 @@ def measures():
     return estimate_table("", rows, places=3)
 
 
-def tested():
-    """Of the runs with k = 0.2, 1 and 100, whose p is corrected for all of these."""
-    rows = {}
-    for measure, title in MEASURES.items():
-        found = effects(measure).items()
-        rows[title] = {name: effect for name, effect in found if "20.5" not in name}
-    return rows
+def comparisons():
+    page = "control/README.md#the-ends-of-k"
+    options = {"tasks": 3, "measure": MEASURES[FIVE]}
+    for i, (claim, rewards) in enumerate({"1": "clean", "2": "noisy"}.items()):
+        found = effects(FIVE, noises=[i])["k = 20.5 minus 1"]
+        name = f"SPPO minus DPPO, three tasks, {rewards}"
+        yield Comparison(claim, name, page, found, 8, **options)
+    options["direct"] = False
+    for name, found in effects(FIVE).items():
+        if name != SLOPE:
+            yield Comparison("1", f"{name}, clean and noisy", page, found, 8, **options)
+    tested = {measure: effects(measure) for measure in MEASURES}
+    for of_measure in tested.values():
+        of_measure.pop("k = 20.5 minus 1")  # of other runs
+    found = tested[TRAINING][SLOPE]
+    options |= {"measure": MEASURES[TRAINING], "corrected": corrected_p(tested)[TRAINING, SLOPE]}
+    yield Comparison("1", f"{SLOPE}, clean and noisy", page, found, 8, **options)
+
+
+def predictions():
+    found = effects(FIVE)
+    ends = [found["k = 0.2 minus 1"], found["k = 100 minus 1"]]
+    return {
+        "k-ends": all(abs(end.value) < 0.1 for end in ends),
+        "k-intervals": all(map(includes_0, [*ends, found[SLOPE]])),
+    }
 
 
 def draw():

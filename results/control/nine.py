@@ -15,10 +15,11 @@ import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from analysis.compare import cells_of, contrast
-from analysis.measures import FIVE, LAST, TRAINING
+from analysis.compare import contrast
+from analysis.measures import FIVE
 from analysis.tables import markdown
-from results.common import MEASURES, estimate_text, mean, read, score_text, short
+from results.common import MEASURES, bars, by_cell, estimate_text, mean, read, score_text, short
+from results.comparisons import Comparison, includes_0
 
 HERE = Path(__file__).parent
 TASKS = """\
@@ -44,14 +45,8 @@ def whole_seeds(scores, methods):
     return scores[runs == len(TASKS) * len(NOISES) * len(methods)]
 
 
-def by_place(scores, measure):
-    """{(task, noise, method): scores (seeds,)}"""
-    cells = cells_of(scores, measure)
-    return {(*place, method): x for place, cell in cells.items() for method, x in cell.items()}
-
-
 def scores_of(measure=FIVE):
-    return by_place(whole_seeds(read("control/nine"), METHODS), measure)
+    return by_cell(whole_seeds(read("control/nine"), METHODS), measure)
 
 
 # ---- Statistics. An effect is a list of (scores, weight): its value sums weighted means
@@ -76,8 +71,8 @@ def counts(a, b, random):
 
 
 def pooled(effects):
-    """Their mean: an effect, too."""
-    return [(scores, weight / len(effects)) for parts in effects for scores, weight in parts]
+    """The estimate of their mean."""
+    return estimate([(x, weight / len(effects)) for parts in effects for x, weight in parts])
 
 
 def effects_of(scores, first, second, all_tasks=False):
@@ -102,36 +97,29 @@ def by_rewards(scores, left_out=None):
     for noise, title in NOISES.items():
         effects = losses(scores, noise)
         found[title] = [effect for task, effect in effects.items() if task != left_out]
-    return found | {TOGETHER: [effect for effects in found.values() for effect in effects]}
+    return found | {TOGETHER: sum(found.values(), [])}
 
 
 def noisy_minus_clean(scores):
     """Of the tasks that count in both."""
     clean, noisy = (losses(scores, noise) for noise in NOISES)
-    found = []
-    for task, parts in clean.items():
-        if task in noisy:
-            found.append(noisy[task] + [(sample, -weight) for sample, weight in parts])
-    return found
+    both = [task for task in clean if task in noisy]
+    return [noisy[task] + [(x, -weight) for x, weight in clean[task]] for task in both]
 
 
-# ---- Tables
-
-
-def text_of(effect):
-    return estimate_text(estimate(effect), 3)
+# ---- Tables, figure, claims, predictions
 
 
 def row_of(title, scores, left_out=None):
     """The pooled effects, by rewards."""
     effects = by_rewards(scores, left_out).values()
-    return [title, *(text_of(pooled(parts)) for parts in effects)]
+    return [title, *(estimate_text(pooled(parts), 3) for parts in effects)]
 
 
 def pooled_text(effects):
     """The mean of `effects`, {task: effect}, and the tasks that do not count."""
     left_out = [short(task) for task in TASKS if task not in effects]
-    text = text_of(pooled(effects.values()))
+    text = estimate_text(pooled(effects.values()), 3)
     return f"{text} without {', '.join(left_out)}" if left_out else text
 
 
@@ -141,17 +129,16 @@ def tests():
     rows = []
     for title, effects in (by_rewards(scores) | {CHANGE: noisy_minus_clean(scores)}).items():
         values = np.array([estimate(parts).value for parts in effects])
-        rows.append([title, text_of(pooled(effects)), estimate_text(mean(values), 3)])
+        rows.append([title, estimate_text(pooled(effects), 3), estimate_text(mean(values), 3)])
     return markdown(["rewards", "SPPO minus DPPO", "over effects"], rows)
 
 
 def measures():
     """The pooled effect in each measure."""
     rows = []
-    for measure in [FIVE, LAST, TRAINING]:
+    for measure, title in MEASURES.items():
         scores = scores_of(measure)
-        texts = (pooled_text(losses(scores, noise)) for noise in NOISES)
-        rows.append([MEASURES[measure], *texts])
+        rows.append([title, *(pooled_text(losses(scores, noise)) for noise in NOISES)])
     return markdown(["measure", *NOISES.values()], rows)
 
 
@@ -162,7 +149,8 @@ def each_task(scores=None):
     for noise in NOISES:
         there = losses(scores, noise)
         effects = losses(scores, noise, all_tasks=True)
-        columns.append([text_of(x) + ("" if t in there else " (no)") for t, x in effects.items()])
+        texts = {task: estimate_text(estimate(parts), 3) for task, parts in effects.items()}
+        columns.append([texts[task] + ("" if task in there else " (no)") for task in TASKS])
     return markdown(["task", *NOISES.values()], zip(map(short, TASKS), *columns))
 
 
@@ -170,7 +158,7 @@ def with_all_seeds(scores):
     """With those of other packs that ran a million steps: post hoc."""
     scores = dict(scores)
     for pack in ["three-tasks", "locomotion"]:
-        for place, older in by_place(read(f"control/{pack}"), FIVE).items():
+        for place, older in by_cell(read(f"control/{pack}"), FIVE).items():
             if place in scores and place[2] in ["dppo", "sppo"]:
                 scores[place] = np.append(scores[place], older)
     return scores
@@ -183,9 +171,8 @@ def all_seeds():
     return markdown(["seeds a task", *by_rewards(scores)], [row])
 
 
-def other_comparisons():
-    """What bins do, what bins and the loss do, and what noise costs each method."""
-    scores = scores_of()
+def other_pairs():
+    """{title: pair}: what bins do, what bins and the loss do, and what noise costs each method."""
     pairs = {}
     for noise, title in NOISES.items():
         pairs[f"DPPO minus PPO, {title}"] = (noise, "dppo"), (noise, "ppo")
@@ -193,8 +180,13 @@ def other_comparisons():
     clean, noisy = NOISES
     for method, title in METHODS.items():
         pairs[f"{title}, {CHANGE}"] = (noisy, method), (clean, method)
+    return pairs
+
+
+def other_comparisons():
+    scores = scores_of()
     rows = []
-    for title, pair in pairs.items():
+    for title, pair in other_pairs().items():
         effects = [effects_of(scores, *pair, all_tasks) for all_tasks in (False, True)]
         rows.append([title, *map(pooled_text, effects)])
     return markdown(["comparison", "tasks that count", "all nine tasks"], rows)
@@ -218,9 +210,8 @@ def draw():
     rows = [*map(short, TASKS), "mean of the tasks that count"]
     for offset, (noise, title) in zip([-0.15, 0.15], NOISES.items()):
         points = [estimate(parts) for parts in losses(scores, noise, all_tasks=True).values()]
-        points.append(estimate(pooled(losses(scores, noise).values())))
-        values = [point.value for point in points]
-        half = [point.half_width() for point in points]
+        points.append(pooled(losses(scores, noise).values()))
+        values, half = bars(points)
         ax.errorbar(values, offset + np.arange(len(rows)), xerr=half, fmt="o", label=title)
     ax.axvline(0, color="gray", linewidth=0.8)
     ax.axvline(MATTERS, color="gray", linewidth=0.8, linestyle=":")
@@ -230,6 +221,36 @@ def draw():
     ax.set_xlabel("SPPO minus DPPO, share of the score (dotted: a tenth)")
     figure.legend(loc="outside upper center", ncols=2)
     figure.savefig(HERE / "nine.png", dpi=170)
+
+
+def comparisons():
+    page = "control/README.md#nine-tasks-a-million-steps-two-seeds"
+    scores = scores_of()
+    options = {"tasks": 9, "measure": MEASURES[FIVE], "enough": False}
+    for claim, (noise, rewards) in zip(["1", "2"], NOISES.items()):
+        name = f"SPPO minus DPPO, nine tasks, a million steps, {rewards}"
+        found = pooled(losses(scores, noise).values())
+        seeds = len(scores["Hopper-v4", noise, "dppo"])
+        yield Comparison(claim, name, page, found, seeds, **options)
+
+
+def predictions():
+    scores = scores_of()
+    clean, noisy = (losses(scores, noise) for noise in NOISES)
+    effects = {title: effects_of(scores, *pair) for title, pair in other_pairs().items()}
+    found = {title: pooled(parts.values()) for title, parts in effects.items()}
+    costs = [found[f"{title}, {CHANGE}"].value for title in METHODS.values()]
+    pairs = [(scores[task, "clean", "dppo"], scores[task, "clean", "ppo"]) for task in TASKS]
+    above = sum(dppo.mean() > ppo.mean() for dppo, ppo in pairs)
+    return {
+        "nine-pooled": all(abs(pooled(x.values()).value) < 0.1 for x in (clean, noisy)),
+        "nine-change": includes_0(pooled(noisy_minus_clean(scores))),
+        "nine-counts": len(clean) == len(noisy) == 9,
+        "nine-bins": found["DPPO minus PPO, noisy"].value > found["DPPO minus PPO, clean"].value,
+        "nine-cost": found[f"PPO, {CHANGE}"].high < 0,
+        "nine-largest-cost": found[f"PPO, {CHANGE}"].value == min(costs),
+        "nine-clean-bins": 2 <= above <= 7,
+    }
 
 
 if __name__ == "__main__":

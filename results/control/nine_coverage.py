@@ -16,10 +16,9 @@ import numpy as np
 import pandas as pd
 from tqdm import tqdm
 
-from analysis.compare import cells_of
 from analysis.measures import FIVE
-from results.common import read
-from results.control.nine import NOISES, TASKS, counts, effect, estimate, pooled, random_scores
+from results.common import by_cell, read
+from results.control.nine import NOISES, TASKS, counts, effect, pooled, random_scores
 
 HERE = Path(__file__).parent
 DATA_SETS = 2000
@@ -31,8 +30,7 @@ def packed_scores():
     """{(task, noise, method): mean of the last five evaluations of its runs}"""
     found = {}
     for pack in ["three-tasks", "locomotion", "ant"]:
-        for place, cell in cells_of(read(f"control/{pack}"), FIVE).items():
-            found |= {(*place, method): scores for method, scores in cell.items()}
+        found |= by_cell(read(f"control/{pack}"), FIVE)
     return found
 
 
@@ -74,7 +72,7 @@ def simulate(rng, packed, noise, seeds, others, truth):
             a, b = (rng.choice(scores, seeds) for scores in pair)
             if counts(a, b, 0):
                 effects[task] = effect(a, b, 0)
-        found = estimate(pooled([*effects.values()]))
+        found = pooled(effects.values())
         target = np.mean([true[task] for task in effects])
         half = found.high - found.value
         rows.append([found.low > target, found.high < target, half, len(effects)])

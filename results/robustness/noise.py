@@ -1,4 +1,4 @@
-"""Measures and figure of the runs at five levels of noise.
+"""Five levels of noise: table, figure, what speaks to claim 2, prediction.
 
 python -m results.robustness.noise
 """
@@ -16,33 +16,29 @@ from analysis.tables import markdown
 from results.common import (
     HOPPER,
     LANDER,
+    MEASURES,
     PENDULUM,
     above_floors,
+    bars,
     estimate_text,
     mean,
     read,
     short,
 )
+from results.comparisons import Comparison
 
 TASKS = [HOPPER, PENDULUM, LANDER]
 LEVELS = {"clean": 0, "normal 0.05": 0.05, "normal 0.1": 0.1, "normal 0.2": 0.2, "normal 0.5": 0.5}
 METHODS = {"ppo": "Gaussian PPO", "dppo": "DPPO", "sppo": "SPPO"}
 PAIRS = [("sppo", "dppo"), ("dppo", "ppo"), ("sppo", "ppo")]
-HEADER = ["area", *map(str, LEVELS.values())]
 
 
 def shares():
     """Last five evaluations above the task's floor, as shares of clean DPPO's mean, which counts as
     known: {method: (tasks, levels, seeds)}."""
-    methods = ["ppo", "dppo", "sppo"]
-    scores = above_floors(read("robustness/noise"), FIVE, TASKS, LEVELS, methods)
-    clean = scores[:, :1, [methods.index("dppo")]].mean(axis=-1, keepdims=True)
-    ppo, dppo, sppo = np.moveaxis(scores / clean, 2, 0)
-    return {"ppo": ppo, "dppo": dppo, "sppo": sppo}
-
-
-def title_of(pair):
-    return " minus ".join(METHODS[method] for method in pair)
+    scores = above_floors(read("robustness/noise"), FIVE, TASKS, LEVELS, METHODS)
+    clean_dppo = scores[:, :1, [1]].mean(axis=-1, keepdims=True)
+    return dict(zip(METHODS, np.moveaxis(scores / clean_dppo, 2, 0)))
 
 
 def area_difference(a, b):
@@ -65,8 +61,9 @@ def measures():
     for pair in PAIRS:
         a, b = (scores[method] for method in pair)
         found = [area_difference(a, b), *level_differences(a, b)]
-        rows.append([title_of(pair), *map(estimate_text, found)])
-    return markdown(["", *HEADER], rows)
+        title = " minus ".join(METHODS[method] for method in pair)
+        rows.append([title, *map(estimate_text, found)])
+    return markdown(["", "area", *LEVELS.values()], rows)
 
 
 def smallest_p():
@@ -83,6 +80,20 @@ def smallest_p():
     return "\n".join(lines)
 
 
+def comparisons():
+    page = "robustness/README.md#score-against-the-level-of-noise"
+    scores = shares()
+    found = area_difference(scores["sppo"], scores["dppo"])
+    name = "no noise and four levels"
+    yield Comparison("2", name, page, found, 5, tasks=3, measure=MEASURES[FIVE])
+
+
+def predictions():
+    of_levels = [scores.mean(axis=(0, 2)) for scores in shares().values()]
+    falls = all((x[1:] < x[:-1]).all() and x[-1] < 0.4 for x in of_levels)
+    return {"noise-falls": falls}
+
+
 def draw():
     """Share against level: averaged over the tasks, then for each."""
     figure, axes = plt.subplots(1, 4, figsize=(12, 3.2), sharey=True, layout="constrained")
@@ -91,9 +102,7 @@ def draw():
         panels = {"all three tasks": scores.mean(axis=0)}
         panels |= {short(task): scores[i] for i, task in enumerate(TASKS)}
         for ax, (title, of_levels) in zip(axes, panels.items()):
-            found = [mean(cell) for cell in of_levels]
-            middle = [estimate.value for estimate in found]
-            half = [estimate.half_width() for estimate in found]
+            middle, half = bars([mean(cell) for cell in of_levels])
             options = {"color": COLORS[method], "label": METHODS[method], "markersize": 4}
             ax.errorbar(x + shift, middle, half, fmt="o-", **options)
             ax.set_title(title)

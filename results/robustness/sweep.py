@@ -1,4 +1,4 @@
-"""Measures and figure of the sweep over learning rate and clip range.
+"""The sweep over learning rate and clip range: tables, figure, what speaks to claim 8, prediction.
 
 python -m results.robustness.sweep
 """
@@ -7,28 +7,32 @@ from itertools import product
 from pathlib import Path
 
 import matplotlib.pyplot as plt
+import numpy as np
 import pandas as pd
 import seaborn as sns
 
 from analysis.measures import FIVE
 from analysis.methods import COLORS
-from analysis.runs import read_pack
-from analysis.tables import interval_text, markdown
+from analysis.tables import markdown
 from results.common import (
     HOPPER,
     LANDER,
+    MEASURES,
     above_floors,
-    bootstrapped,
+    estimate_text,
+    packed,
     read,
-    resampled_means,
     short,
 )
+from results.comparisons import Comparison, Interval, includes_0
 
 TASKS = [HOPPER, LANDER]
 REWARDS = {"clean": "clean", "normal 0.05": "noisy"}
 METHODS = ["dppo", "sppo"]
 RATES = [0.0001, 0.0003, 0.001]
 CLIPS = [0.1, 0.2, 0.3]
+SAMPLES = 10_000  # of a registered bootstrap interval
+MEAN_SHARE = "A, mean relative score"
 METRICS = """losses/approx_kl losses/clipfrac losses/clipped_gradients losses/entropy
 losses/explained_variance losses/grad_norm""".split()
 
@@ -37,16 +41,9 @@ def name_of(method, rate, clip):
     return f"{method}-lr{rate:g}-clip{clip:g}"
 
 
-def scores_above():
-    """Last five evaluations above the task's floor (tasks, rewards, methods, settings, seeds)."""
-    names = [name_of(*setting) for setting in product(METHODS, RATES, CLIPS)]
-    scores = above_floors(read("robustness/sweep"), FIVE, TASKS, REWARDS, names)
-    return scores.reshape(len(TASKS), len(REWARDS), len(METHODS), len(RATES) * len(CLIPS), -1)
-
-
 def normal():
     """5th to 95th percentile of metrics over all evaluations with the default settings."""
-    runs, progress = read_pack(Path(__file__).with_name("sweep-runs.csv.gz"))
+    runs, progress = packed("robustness/sweep")
     columns = []
     for method in METHODS:
         names = runs["run_name"][runs["exp_name"] == name_of(method, 0.0003, 0.2)]
@@ -59,38 +56,51 @@ def normal():
     return markdown(["", "DPPO", "SPPO"], rows)
 
 
-def mean_share(shares):
-    return shares.mean(axis=-2)
+def resampled_means(scores):
+    """Means (..., settings, 1 + SAMPLES) of `scores` (..., settings, seeds): the estimate, then
+    those of resampled seeds, the same for all settings."""
+    *cells, _, seeds = scores.shape
+    rng = np.random.default_rng(0)
+    drawn = rng.integers(seeds, size=(*cells, 1, SAMPLES, seeds))
+    samples = np.take_along_axis(scores[..., None, :], drawn, axis=-1).mean(axis=-1)
+    return np.concatenate([scores.mean(axis=-1, keepdims=True), samples], axis=-1)
 
 
-def share_of_good(shares):
-    return (shares >= 0.8).mean(axis=-2)
+def samples_of_measures():
+    """{measure: (methods, 1 + SAMPLES)}, averaged over tasks and rewards. Scores are the last five
+    evaluations above the task's floor."""
+    names = [name_of(*setting) for setting in product(METHODS, RATES, CLIPS)]
+    scores = above_floors(read("robustness/sweep"), FIVE, TASKS, REWARDS, names)
+    shape = [len(TASKS), len(REWARDS), len(METHODS), len(RATES) * len(CLIPS), -1]
+    means = resampled_means(scores.reshape(shape))
+    shares = means / means.max(axis=-2, keepdims=True)  # of the best setting
+    found = {MEAN_SHARE: shares, "B, share of settings at 0.8 or more": shares >= 0.8}
+    return {title: x.mean(axis=-2).mean(axis=(0, 1)) for title, x in found.items()}
 
 
-MEASURES = {
-    "A, mean relative score": mean_share,
-    "B, share of settings at 0.8 or more": share_of_good,
-}
+def sppo_minus_dppo(samples):
+    differences = samples[1] - samples[0]
+    return Interval(differences[0], *np.quantile(differences[1:], [0.025, 0.975]))
 
 
 def measures():
-    """Averaged over tasks and rewards, of each method and of SPPO minus DPPO."""
-    means = resampled_means(scores_above())
-    shares = means / means.max(axis=-2, keepdims=True)  # of the best setting
     rows = []
-    for title, measure in MEASURES.items():
-        dppo, sppo = measure(shares).mean(axis=(0, 1))
-        difference = interval_text(*bootstrapped(sppo - dppo), 2)
-        rows.append([title, f"{dppo[0]:.2f}", f"{sppo[0]:.2f}", difference])
+    for title, samples in samples_of_measures().items():
+        methods = [f"{estimate:.2f}" for estimate in samples[:, 0]]
+        rows.append([title, *methods, estimate_text(sppo_minus_dppo(samples))])
     return markdown(["measure", "DPPO", "SPPO", "SPPO minus DPPO"], rows)
 
 
-def difference_in_share():
-    """SPPO minus DPPO in measure A, with its bootstrap interval."""
-    means = resampled_means(scores_above())
-    shares = means / means.max(axis=-2, keepdims=True)
-    dppo, sppo = mean_share(shares).mean(axis=(0, 1))
-    return bootstrapped(sppo - dppo)
+def comparisons():
+    page = "robustness/README.md#learning-rate-and-clip-range"
+    name = "three learning rates times three clip ranges"
+    found = sppo_minus_dppo(samples_of_measures()[MEAN_SHARE])
+    yield Comparison("8", name, page, found, 4, tasks=2, measure=MEASURES[FIVE])
+
+
+def predictions():
+    found = sppo_minus_dppo(samples_of_measures()[MEAN_SHARE])
+    return {"sweep-mean": abs(found.value) < 0.1 and includes_0(found)}
 
 
 def draw():

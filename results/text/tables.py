@@ -1,12 +1,11 @@
-"""Tables of this folder's page, and of two examples in docs/."""
+"""Language models: tables of this folder's page and of two examples in docs/, what speaks to claims
+10 and 11, predictions."""
 
-from pathlib import Path
-
-from analysis.compare import cells_of, contrast
+from analysis.compare import cells_of, contrast, difference
 from analysis.measures import LAST
-from analysis.runs import read_pack
 from analysis.tables import markdown
-from results.common import estimate_text, minus_text, read, score_text
+from results.common import estimate_text, minus_text, packed, pair_texts, read, score_text
+from results.comparisons import REWARD, in_points, includes_0
 
 NOISES = {"clean": "clean", "flip 0.2": "flipped"}
 
@@ -14,8 +13,7 @@ NOISES = {"clean": "clean", "flip 0.2": "flipped"}
 def imdb():
     rows = ppo_and_sppo("text/imdb", "imdb")
     cell = cells_of(read("text/imdb"))["imdb", "clean"]
-    ppo, sppo = cell["ppo-small"], cell["sppo-small"]
-    rows.append(["clean, small", score_text(ppo, 3), score_text(sppo, 3), minus_text(sppo, ppo, 3)])
+    rows.append(["clean, small", *pair_texts(cell["ppo-small"], cell["sppo-small"], 3)])
     return markdown(["rewards", "PPO", "SPPO", "SPPO minus PPO"], rows)
 
 
@@ -23,8 +21,8 @@ def ppo_and_sppo(pack, task):
     cells = cells_of(read(pack))
     rows = []
     for noise, rewards in NOISES.items():
-        ppo, sppo = cells[task, noise]["ppo"], cells[task, noise]["sppo"]
-        rows.append([rewards, score_text(ppo, 3), score_text(sppo, 3), minus_text(sppo, ppo, 3)])
+        cell = cells[task, noise]
+        rows.append([rewards, *pair_texts(cell["ppo"], cell["sppo"], 3)])
     return rows
 
 
@@ -33,9 +31,7 @@ def imdb_k20_5():
     for measure, places in {LAST: 3, "perplexity_real": 1}.items():
         cell = cells_of(read("text/imdb-k20.5"), measure)["imdb", "flip 0.2"]
         column = [
-            score_text(cell["ppo"], places),
-            score_text(cell["sppo"], places),
-            minus_text(cell["sppo"], cell["ppo"], places),
+            *pair_texts(cell["ppo"], cell["sppo"], places),
             score_text(cell["ppo-eps"], places),
             score_text(cell["ppo-ce-eps"], places),
             score_text(cell["sppo-eps"], places),
@@ -68,13 +64,13 @@ def sums():
     return markdown(["rewards", "PPO", "SPPO", "SPPO minus PPO"], [*rows, cost])
 
 
-def ends(values, digits=2):
-    return f"{values.min():.{digits}g} to {values.max():.{digits}g}"
+def ends(values):
+    return f"{values.min():.2g} to {values.max():.2g}"
 
 
 def lora():
     """Of each alpha and learning rate with three seeds: least and most over seeds."""
-    runs, progress = read_pack(Path(__file__).with_name("lora-runs.csv.gz"))
+    runs, progress = packed("text/lora")
     finished = runs[runs["finished"]]
     rows = []
     for (alpha, rate), cell in finished.groupby(["lora_alpha", "learning_rate"]):
@@ -91,7 +87,7 @@ def lora():
 
 def toy():
     """Least and most over both methods and all seeds, at three evaluations."""
-    _, progress = read_pack(Path(__file__).with_name("toy-runs.csv.gz"))
+    _, progress = packed("text/toy")
     columns = ["return_mean", "kl", "perplexity", "perplexity_real"]
     rows = []
     for step in (0, 896, 2240, 4480):
@@ -108,10 +104,40 @@ def grpo():
         ("sums, PPO", "sums", "toy", "ppo"),
         ("the toy, GRPO", "grpo", "toy", "grpo"),
     ]:
-        runs, progress = read_pack(Path(__file__).with_name(f"{pack}-runs.csv.gz"))
-        runs = runs[(runs["env_id"] == task) & (runs["noise"] == "none")]
-        chosen = runs[runs["exp_name"] == method]
+        runs, progress = packed(f"text/{pack}")
+        chosen = runs.query(f"env_id == '{task}' and noise == 'none' and exp_name == '{method}'")
         of_runs = progress[progress["run_name"].isin(chosen["run_name"])].groupby("run_name")
         returns = of_runs["return_mean"]
         rows.append([title, len(chosen), ends(returns.first()), ends(returns.last())])
     return markdown(["mean reward", "seeds", "before", "after"], rows)
+
+
+def of_imdb(claim, name, pack, noise, pair=("sppo", "ppo")):
+    """A gain of a quarter of the distance to the best reward, 1, would matter."""
+    baseline = cells_of(read(pack))["imdb", noise][pair[1]].mean()
+    options = {"matters": (1 - baseline) / 4, "unit": REWARD}
+    page = "text/README.md#film-reviews"
+    return in_points(claim, f"IMDB, {name}", page, pack, ("imdb", noise), pair, **options)
+
+
+def comparisons():
+    k20_5 = "text/imdb-k20.5"
+    epsilon = ("sppo-eps", "ppo-eps")
+    small = ("sppo-small", "ppo-small")
+    yield of_imdb("10", "clean, k = 0.9", "text/imdb", "clean")
+    yield of_imdb("10", "flipped", "text/imdb", "flip 0.2")
+    yield of_imdb("10", "flipped, k = 20.5", k20_5, "flip 0.2")
+    yield of_imdb("10", "flipped, k = 20.5, epsilon 1e-8", k20_5, "flip 0.2", epsilon)
+    yield of_imdb("11", "1.5 million parameters", "text/imdb", "clean", small)
+
+
+def predictions():
+    """Of the sums."""
+    cells = cells_of(read("text/sums"))
+    clean, flipped = cells["toy", "clean"], cells["toy", "flip 0.2"]
+    both = [difference(cell["sppo"], cell["ppo"]) for cell in (clean, flipped)]
+    costs = [clean[method].mean() - flipped[method].mean() for method in ("ppo", "sppo")]
+    return {
+        "sums-loss": all(map(includes_0, both)),
+        "sums-noise": all(0.02 < cost < 0.2 for cost in costs),
+    }
