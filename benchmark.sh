@@ -20,6 +20,7 @@ suites
 options
   --seeds N        seeds 10000, 10001, ...: N of them
   --envs E ...     environments, games or language tasks instead of the suite's own
+  --methods M ...  these methods of the suite only, such as dppo sppo
   --steps N        steps of each run
   --jobs N         runs at a time: on the CPU (default: one a core), and on each GPU (see the docs)
   --device D       of games and language models: auto, cpu or cuda; control stays on the CPU
@@ -33,7 +34,7 @@ die() { echo "benchmark.sh: $1" >&2; exit 2; }
 value() { [[ ${2:--} != -* ]] || die "$1: give a value"; echo "$2"; }
 number() { [[ ${2:-} =~ ^[1-9][0-9]*$ ]] || die "$1: give a positive whole number"; echo "$2"; }
 
-suite=$1 seeds='' envs='' steps='' jobs='' device=auto runs=runs/$1 dry_run='' extra=()
+suite=$1 seeds='' envs='' methods='' steps='' jobs='' device=auto runs=runs/$1 dry_run='' extra=()
 shift
 while (($#)); do
     case $1 in
@@ -45,6 +46,7 @@ while (($#)); do
         --device) device=$(value "$@") ;;
         --runs-dir) runs=$(value "$@") ;;
         --envs) envs=$(value "$@"); while [[ ${3:--} != -* ]]; do envs+=" $3"; shift; done ;;
+        --methods) methods=$(value "$@"); while [[ ${3:--} != -* ]]; do methods+=" $3"; shift; done ;;
         *) die "$1: unknown; see ./benchmark.sh --help" ;;
     esac
     shift 2
@@ -53,8 +55,9 @@ done
 add() { # SCRIPT METHOD FLAG...: prints the command of a run
     local script=$1 method=$2 which=--env-id total=$steps own flag
     shift 2
+    [[ ! $methods || " $methods " = *" $method "* ]] || return 0
     [[ $noise = none ]] || set -- "$@" --noise "$noise"
-    [[ $script/$env != sa2c*/Swimmer-v4 ]] || set -- "$@" --gamma 0.9999
+    [[ $script/$env != sa2c*/Swimmer-v* ]] || set -- "$@" --gamma 0.9999
     [[ $kind = continuous ]] || set -- "$@" --device "$device"
     [[ $kind != rlhf ]] || which=--task
     # Given to all, these would make methods alike, divide by another k, or give clean runs noise
@@ -69,8 +72,8 @@ add() { # SCRIPT METHOD FLAG...: prints the command of a run
         tiny/*) total=50000 ;;
         quick/* | sweep/*) total=200000 ;;
         evidence/*) total=1000000 ;;
-        */sppo*/HumanoidStandup-v4) total=10000000 ;;
-        */sppo*/Walker2d-v4) total=5000000 ;;
+        */sppo*/HumanoidStandup-v*) total=10000000 ;;
+        */sppo*/Walker2d-v*) total=5000000 ;;
         */*-v[0-9]*) total=2000000 ;;
     esac
     set -- "$which" "$env" --seed "$seed" "$@" ${total:+--total-timesteps "$total"}
@@ -140,22 +143,22 @@ sweep_continuous() {
     done
 }
 
-list() { # METHODS SEEDS ENVIRONMENT...: seed by seed, so that half a list compares all methods
-    local methods=$1 last=$((9999 + ${seeds:-$2})) seed env kind noise noisy
+list() { # SUITE SEEDS ENVIRONMENT...: seed by seed, so that half a list compares all methods
+    local set=$1 last=$((9999 + ${seeds:-$2})) seed env kind noise noisy
     shift 2
     for seed in $(seq 10000 $last); do
         for env in ${envs:-"$@"}; do
             env=${env%NoFrameskip-v4} # the same game, with another name
             case $env in
                 ALE/*) die "$env: give the game, such as Breakout (sticky actions: sppo_atari.py --help)" ;;
-                Humanoid-v4) die "$env: has settings of its own, see docs/control.md" ;;
+                Humanoid-v*) die "$env: has settings of its own, see docs/control.md" ;;
                 *:* | *-v[0-9]*) kind=continuous noisy=normal ;; # MODULE:ID, too
                 tldr) kind=rlhf noisy=adv_flip ;; # its rewards have no known scale
                 toy | imdb) kind=rlhf noisy=flip ;;
                 *) kind=atari noisy=flip ;;
             esac
-            declare -F "${methods}_$kind" >/dev/null || die "$suite: not with $env"
-            for noise in none $noisy; do "${methods}_$kind"; done
+            declare -F "${set}_$kind" >/dev/null || die "$suite: not with $env"
+            for noise in none $noisy; do "${set}_$kind"; done
         done
     done
 }
@@ -173,6 +176,9 @@ case $suite in
     sweep) commands=$(list sweep 5 Hopper-v4 LunarLanderContinuous-v3) ;;
     *) die "$suite: no such suite; see ./benchmark.sh --help" ;;
 esac
+for method in $methods; do
+    [[ $commands = *"--exp-name $method "* ]] || die "--methods $method: $suite has no such method"
+done
 [[ $commands ]] || die "$suite: not with $envs"
 set -- --runs-dir "$runs" ${dry_run:+--dry-run} ${jobs:+--jobs "$jobs" --jobs-per-gpu "$jobs"}
 [[ $dry_run || $commands != *"--task toy "* || -d runs/toy || ${extra[*]} = *--dataset* ]] ||

@@ -92,9 +92,60 @@ def scores_given(texts, tasks):
     return scores
 
 
-def not_whole(table, without, broken):
+@dataclass
+class Chosen:
+    """What is compared. Methods, tasks and kinds of noise have the names that are shown."""
+
+    runs: pd.DataFrame  # a row for each that was begun
+    progress: pd.DataFrame
+    measures: dict
+    names: dict
+    pairs: list
+    colors: dict
+    given: pd.Series  # scores of diverged runs, by task
+    warnings: list
+
+    @property
+    def finished(self):
+        return self.runs[self.runs["finished"]]
+
+    @property
+    def diverged(self):
+        return self.runs[self.runs["state"].str.startswith("diverged")]
+
+    def survivors(self):
+        """A sentence, if runs diverged."""
+        tasks = sorted(set(self.diverged["task"]))
+        texts = ", ".join(f"{task} {self.given.get(task, 'none')}" for task in tasks)
+        text = f"{len(self.diverged)} of {len(self.runs)} runs diverged. Scores given: {texts}"
+        return f"{text} (if none, survivors alone are compared). " if texts else ""
+
+
+def choose(args, everything, evaluations, broken):
+    table = runs.in_cells(everything)
+    warnings = [f"**Broken: {line}**" for line in broken]
+    parents = sorted(set(everything["run_name"]).difference(table["run_name"]))
+    if parents:
+        warnings.append(f"**Left out, since others began from them: {', '.join(parents)}.**")
+    progress = runs.with_success(table, evaluations)
+    measures = measures_in(progress, args.measure)
+    names = new_names(table, measures, args.names)
+    pairs = compare.pairs_of(table, args.compare)
+    if args.compare:
+        table = table[table["method"].isin(sum(pairs, ()))]
+    given = scores_given(args.diverged, sorted(set(table["task"]))).rename(names)
+    colors = assigned("colors", args.colors, in_order(table["method"]))
+    if not all(map(is_color_like, colors.values())):
+        raise Refusal(f"--colors {' '.join(args.colors)}: not all are colours, such as #1f77b4")
+    colors = {names[a]: color for a, color in colors_of(table["method"], colors).items()}
+    pairs = [(names[a], names[b]) for a, b in pairs]
+    table = table.replace(dict.fromkeys(CELL, names))
+    return Chosen(table, progress, measures, names, pairs, colors, given, warnings)
+
+
+def not_whole(table, without):
     """A line for each cell with runs that are `without` a score of their own, or lack seeds."""
-    lines = [f"**Broken: {line}**" for line in broken]
+    lines = []
     for place, cell in without.groupby(CELL):
         why = cell["state"].replace("finished", "lacks the measure")
         names = ", ".join(cell["run_name"] + " (" + why + ")")
@@ -107,6 +158,77 @@ def not_whole(table, without, broken):
     return lines
 
 
+def scores_of(args, chosen):
+    """Of all measures, and a row without a score for each run that lacks the one compared."""
+    table = chosen.runs
+    scores = compare.scores_of(chosen.finished, chosen.progress, chosen.measures)
+    own = scores["run_name"][scores["measure"] == args.measure]
+    if own.empty:
+        raise Refusal(f"--measure {args.measure}: no run has it in each row that it needs")
+    without = table[~table["run_name"].isin(own)]
+    given = chosen.diverged["task"].map(chosen.given)
+    added = without.assign(measure=args.measure, score=given)
+    scores = pd.concat([scores, added[list(scores)]])
+    runs.check(table[table["run_name"].isin(scores.dropna()["run_name"])])
+    chosen.warnings += not_whole(table, without)
+    chosen.warnings += compare.not_compared(table, scores, chosen.pairs, args.measure)
+    chosen.warnings += runs.not_alike(chosen.finished, chosen.progress)
+    return scores
+
+
+def write(args, chosen, scores):
+    out, lower = args.out, args.lower_is_better
+    best, better = ("lowest", "lower") if lower else ("highest", "higher")
+    title = chosen.names[args.measure]
+    measure = chosen.measures[args.measure]
+    differences = compare.differences_of(scores, chosen.pairs, args.measure)
+    tested = differences.dropna(subset="p")
+    means = compare.means_of(scores)
+    means["method"] = pd.Categorical(means["method"], list(chosen.colors))
+    is_measure = means["measure"] == args.measure
+    means["best"] = is_measure & compare.is_best(means, differences, lower)
+    primary = means[is_measure]
+    usual = primary["runs"].max()
+    differences.to_csv(out / "differences.csv", index=False)
+    means.to_csv(out / "scores.csv", index=False)
+    run = [*CELL, "seed", "run_name"]
+    scores.pivot(index=run, columns="measure", values="score").to_csv(out / "runs.csv")
+
+    compared = ", ".join(f"{a} with {b}" for a, b in chosen.pairs) or "nothing"
+    how = f"{title}: mean ± standard error over {usual} runs, if n says no other number. "
+    how += f"{BOLD.format(best=best)} Compared: {compared}. {chosen.survivors()}"
+    what = DIFFERENCES.format(title=title, rows=len(differences))
+    shown = tables.difference_table(tested)
+    text = tables.latex(tables.score_table(primary, usual, "noise"), how.strip(), "tab:scores")
+    (out / "scores.tex").write_text(text, encoding="utf-8")
+    text = tables.latex(shown.drop(columns="p"), what, "tab:differences")
+    (out / "differences.tex").write_text(text, encoding="utf-8")
+    width = 3.25 if args.narrow else 6.75
+    curves = chosen.finished, chosen.progress, measure.column
+    figures.draw_curves(*curves, title, chosen.colors, out / "curves", width)
+
+    count = f"{(tested['p_corrected'] < 0.05).sum()} of {len(tested)} differences"
+    count = f"{chosen.survivors()}**{count} have p below 0.05 after correction.**"
+    page = [f"# {title} ({measure})", count, *chosen.warnings]
+    page += ["## Scores", how.strip(), markdown_of(tables.score_table(primary, usual, "method"))]
+    curves = f"`{measure.column}`: means over finished runs and, shaded, standard errors."
+    page += ["## Learning curves", curves, "![Learning curves](curves.png)"]
+    if len(tested):
+        figures.draw_differences(tested, title, out / "differences", width)
+        page += ["## Differences", what, "![Differences](differences.png)", markdown_of(shown)]
+    improvements = compare.improvements_of(scores, chosen.pairs, args.measure, lower)
+    if len(improvements):
+        table = with_interval(improvements, "probability")
+        page += ["## Over tasks", IMPROVEMENTS.format(better=better), markdown_of(table)]
+    page += ["## Other measures", OTHERS]
+    for name, part in means[~is_measure].groupby("measure"):
+        page += [f"{chosen.names[name]} ({chosen.measures[name]}):"]
+        page += [markdown_of(tables.score_table(part, usual, "method"))]
+    page += ["## What was run", runs.shared_text(chosen.finished)]
+    page += [markdown_of(runs.settings_table(chosen.finished))]
+    (out / "report.md").write_text("\n\n".join(page) + "\n", encoding="utf-8")
+
+
 def main(args):
     out = args.out
     if out.exists() and any(out.iterdir()) and not (out / "differences.csv").exists():
@@ -114,97 +236,15 @@ def main(args):
     everything, evaluations, broken = runs.read(args.folders)
     if args.pack and broken:
         raise Refusal(f"--pack: first delete what is broken, or run it again: {broken}")
-    table = runs.in_cells(everything)
-    parents = sorted(set(everything["run_name"]).difference(table["run_name"]))
-    progress = runs.with_success(table, evaluations)
-    measures = measures_in(progress, args.measure)
-    pairs = compare.pairs_of(table, args.compare)
-    names = new_names(table, measures, args.names)
-    if args.compare:
-        table = table[table["method"].isin(sum(pairs, ()))]
-    given = scores_given(args.diverged, sorted(set(table["task"]))).rename(names)
-    colors = assigned("colors", args.colors, in_order(table["method"]))
-    if not all(map(is_color_like, colors.values())):
-        raise Refusal(f"--colors {' '.join(args.colors)}: not all are colours, such as #1f77b4")
-    colors = {names[a]: color for a, color in colors_of(table["method"], colors).items()}
-    pairs = [(names[a], names[b]) for a, b in pairs]
-    table = table.replace(dict.fromkeys(CELL, names))
-    finished = table[table["finished"]]
-
-    scores = compare.scores_of(finished, progress, measures)
-    own = scores["run_name"][scores["measure"] == args.measure]
-    if own.empty:
-        raise Refusal(f"--measure {args.measure}: no run has it in each row that it needs")
-    without = table[~table["run_name"].isin(own)]
-    diverged = without[without["state"].str.startswith("diverged")]
-    added = without.assign(measure=args.measure, score=diverged["task"].map(given))
-    scores = pd.concat([scores, added[list(scores)]])
-    runs.check(table[table["run_name"].isin(scores.dropna()["run_name"])])
-    differences = compare.differences_of(scores, pairs, args.measure)
-    tested = differences.dropna(subset="p")
-    lower = args.lower_is_better
-    best, better = ("lowest", "lower") if lower else ("highest", "higher")
-    improvements = compare.improvements_of(scores, pairs, args.measure, lower)
-    means = compare.means_of(scores)
-    means["method"] = pd.Categorical(means["method"], list(colors))
-    chosen = means["measure"] == args.measure
-    means["best"] = chosen & compare.is_best(means, differences, lower)
-    primary = means[chosen]
-    usual = primary["runs"].max()
-
+    chosen = choose(args, everything, evaluations, broken)
+    scores = scores_of(args, chosen)
     if args.pack:
         runs.write_pack(everything, evaluations, args.pack)
     out.mkdir(parents=True, exist_ok=True)
     for file in out.glob("differences.*"):  # of an earlier report
         file.unlink()
-    differences.to_csv(out / "differences.csv", index=False)
-    means.to_csv(out / "scores.csv", index=False)
-    run = [*CELL, "seed", "run_name"]
-    scores.pivot(index=run, columns="measure", values="score").to_csv(out / "runs.csv")
-    title = names[args.measure]
-    measure = measures[args.measure]
-    survivors = ""
-    if len(diverged):
-        texts = [f"{task} {given.get(task, 'none')}" for task in sorted(set(diverged["task"]))]
-        survivors = f"{len(diverged)} of {len(table)} runs diverged. Scores given: "
-        survivors += f"{', '.join(texts)} (if none, survivors alone are compared)."
-    compared = ", ".join(f"{a} with {b}" for a, b in pairs) or "nothing"
-    how = f"{title}: mean ± standard error over {usual} runs, if n says no other number."
-    how = f"{how} {BOLD.format(best=best)} Compared: {compared}. {survivors}".strip()
-    text = tables.latex(tables.score_table(primary, usual, "noise"), how, "tab:scores")
-    (out / "scores.tex").write_text(text, encoding="utf-8")
-    what = DIFFERENCES.format(title=title, rows=len(differences))
-    shown = tables.difference_table(tested)
-    text = tables.latex(shown.drop(columns="p"), what, "tab:differences")
-    (out / "differences.tex").write_text(text, encoding="utf-8")
-    width = 3.25 if args.narrow else 6.75
-    figures.draw_curves(finished, progress, measure.column, title, colors, out / "curves", width)
-
-    warnings = not_whole(table, without, broken)
-    if parents:
-        warnings.append(f"**Left out, since others began from them: {', '.join(parents)}.**")
-    warnings += compare.not_compared(table, scores, pairs, args.measure)
-    warnings += runs.not_alike(finished, progress)
-    found = f"{(tested['p_corrected'] < 0.05).sum()} of {len(tested)} differences"
-    found = f"{survivors} **{found} have p below 0.05 after correction.**".strip()
-    page = [f"# {title} ({measure})", found, *warnings]
-    page += ["## Scores", how, markdown_of(tables.score_table(primary, usual, "method"))]
-    curves = f"`{measure.column}`: means over finished runs and, shaded, standard errors."
-    page += ["## Learning curves", curves, "![Learning curves](curves.png)"]
-    if len(tested):
-        figures.draw_differences(tested, title, out / "differences", width)
-        page += ["## Differences", what, "![Differences](differences.png)", markdown_of(shown)]
-    if len(improvements):
-        table = with_interval(improvements, "probability")
-        page += ["## Over tasks", IMPROVEMENTS.format(better=better), markdown_of(table)]
-    page += ["## Other measures", OTHERS]
-    for name, part in means[~chosen].groupby("measure"):
-        page += [f"{names[name]} ({measures[name]}):"]
-        page += [markdown_of(tables.score_table(part, usual, "method"))]
-    page += ["## What was run", runs.shared_text(finished)]
-    page += [markdown_of(runs.settings_table(finished))]
-    (out / "report.md").write_text("\n\n".join(page) + "\n", encoding="utf-8")
-    for line in warnings:
+    write(args, chosen, scores)
+    for line in chosen.warnings:
         print(line, file=sys.stderr)
     print(out / "report.md")
 

@@ -39,7 +39,8 @@ def read(folders):
         except Exception as error:  # a broken file may raise anything
             broken.append(f"{place.name}: left out: {error!r}")
     if not any(runs["finished"].any() for runs, _ in tables):
-        found = f"no finished run of {len(tables)}, {len(broken)} broken"
+        failed = [*broken, *(why for runs, _ in tables for why in runs["diverged"] if why)]
+        found = "; ".join([f"no finished run of {len(tables) + len(broken)}", *failed[:3]])
         raise Refusal(f"{found}; give folders such as runs/quick, or packs")
     runs, progress = (pd.concat(parts, ignore_index=True) for parts in zip(*tables))
     runs = runs.fillna("")  # a flag that another version lacks
@@ -48,7 +49,8 @@ def read(folders):
 
 
 def places_in(folders):
-    """All run folders and packs in `folders`, at any depth, also behind links."""
+    """All run folders and packs in `folders`, at any depth, also behind links. And links that lead
+    nowhere, which can't be read."""
     places = []
     for folder in folders:
         if not folder.exists():
@@ -60,11 +62,15 @@ def places_in(folders):
             if place in seen:  # links may lead round
                 below.clear()
             seen.add(place)
-            found.update(place / file for file in files if file.endswith("runs.csv.gz"))
+            found.update(x for x in map(place.joinpath, files) if is_pack(x) or not x.exists())
             if FILES.intersection(files):
                 found.add(place)
         places += sorted(found)
     return places
+
+
+def is_pack(file):
+    return file.name.endswith("runs.csv.gz")
 
 
 def read_pack(file):

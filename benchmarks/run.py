@@ -91,7 +91,8 @@ def start(command, gpu, threads, runs_dir):
     """Returns the process and its log, which is named after the command's main flags."""
     named = re.findall(r"--(?:env-id|task|seed|noise|exp-name)[ =]([^ /]+)", command)
     digest = hashlib.sha256(command.encode()).hexdigest()[:8]
-    log = runs_dir / "logs" / f"{'__'.join([*named, digest])}.log"
+    name = "__".join(named)[:200]  # a file's name may have 255 letters
+    log = runs_dir / "logs" / f"{name}__{digest}.log"
     variables = os.environ | {"CUDA_VISIBLE_DEVICES": gpu}
     variables["OMP_NUM_THREADS"] = os.environ.get("OMP_NUM_THREADS") or str(threads)
     with open(log, "a") as file:

@@ -111,7 +111,7 @@ def test_methods_between_ppo_and_sppo_differ_from_ppo_in_one_factor(name):
 
 def test_options_and_flags_for_every_command():
     options = (
-        "--envs Swimmer-v4 reach:Reach Pong --seeds 2 --steps 5000 --device cpu --runs-dir 'a b'"
+        "--envs Swimmer-v5 reach:Reach Pong --seeds 2 --steps 5000 --device cpu --runs-dir 'a b'"
     )
     runs = [parse(words) for words in listed(f"quick {options} -- --gae-lambda 0.9")]
     assert len(runs) == (8 + 8 + 7) * 2 * 2  # an environment of a module is control
@@ -119,8 +119,17 @@ def test_options_and_flags_for_every_command():
         assert (args.total_timesteps, args.eval_freq, args.gae_lambda) == (5000, 500, 0.9)
         assert args.runs_dir == "a b"
         assert getattr(args, "device", "cpu") == "cpu"  # control has only that
-        swimmer = args.env_id == "Swimmer-v4" and "a2c" in args.exp_name
+        swimmer = args.env_id == "Swimmer-v5" and "a2c" in args.exp_name
         assert args.gamma == (0.9999 if swimmer else 0.99)
+
+
+def test_methods_may_be_chosen():
+    chosen = listed("quick --seeds 1 --methods sppo dppo-k")
+    methods = [words[words.index("--exp-name") + 1] for words in chosen]
+    assert (methods.count("sppo"), methods.count("dppo-k"), len(methods)) == (6, 2, 8)
+    refused = sh("./benchmark.sh", "quick", "--dry-run", "--methods", "sppo", "spo")
+    assert (refused.returncode, refused.stdout) == (2, "")
+    assert "--methods spo: quick has no such method" in refused.stderr
 
 
 def test_shellcheck_finds_nothing():
@@ -242,7 +251,8 @@ def test_a_failed_run_is_named_and_the_others_go_on(stubs):
     (stubs / "sppo_atari.py").write_text("raise ValueError('no')")
     (stubs / "sa2c_continuous.py").write_text("import os\nos._exit(0)")
     (stubs / "sppo_rlhf.py").write_text("print('runs/a: reward 1; to play it: python enjoy.py')")
-    commands = [["sppo_atari.py", "--env-id", "Pong", "--seed", "1"], ["sa2c_continuous.py"]]
+    named = ["--env-id", "Pong", "--seed", "1", "--exp-name", "a" * 235]
+    commands = [["sppo_atari.py", *named], ["sa2c_continuous.py"]]
     commands += [["sppo_rlhf.py"], ["sppo_continuous.py"]]
     result = run(commands, stubs, "--jobs", 1, PATH="/nowhere")  # which has no `python`
     assert result.returncode == 1

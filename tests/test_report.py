@@ -235,6 +235,8 @@ def test_diverged_runs_count_with_the_score_that_is_given(tmp_path):
     test = stats.ttest_ind([20, 24, -3, -3], [10, 12, 14, 15], equal_var=False)
     assert (row["p"], row["low"]) == pytest.approx((test.pvalue, test.confidence_interval().low))
     assert begin in (tmp_path / "out/scores.tex").read_text()
+    with pytest.raises(runs.Refusal, match="no finished run of 1; diverged: gradient not finite; give"):
+        write_report(folder / f"{HOPPER}__sppo__none__2__abc", out=tmp_path / "out")
 
 
 SCORED = [0.0, 3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]  # twelve rows
@@ -461,6 +463,9 @@ def test_runs_behind_links_are_read_once(grid, tmp_path):
     page = write_report(tmp_path / "all", out=tmp_path / "out")
     first = write_report(*sorted((grid / "runs").iterdir())[:6], out=tmp_path / "out")
     assert page == first
+    (tmp_path / "all/gone").symlink_to(tmp_path / "nowhere")
+    page = write_report(tmp_path / "all", out=tmp_path / "out")
+    assert "\n**Broken: gone: left out: FileNotFoundError" in page
 
 
 # What is done to progress.csv, and what is said
