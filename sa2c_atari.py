@@ -469,6 +469,7 @@ def train(args, folder):
     writer = SummaryWriter(folder, purge_step=global_step + 1)
 
     batch_size = args.num_steps * args.num_envs
+    begun = global_step
     interval = args.checkpoint_freq * args.num_envs
     images = games.reset([args.seed, global_step])
     print(f"{folder.name}: from step {global_step:,}, with a checkpoint every {interval:,} steps")
@@ -490,8 +491,8 @@ def train(args, folder):
         bar.update(batch_size)
 
         metrics = update(agent, args, optimizer, loss_fn, batch, rng)
-        # In two rollouts, since at first a last layer near zero hides mistakes before it
-        if global_step <= 2 * batch_size and metrics["losses/approx_kl"] > 1e-8:
+        # In each session's first two rollouts, since at first a last layer near zero hides mistakes
+        if global_step <= begun + 2 * batch_size and metrics["losses/approx_kl"] > 1e-8:
             found = "the policy that acts is not the one that is trained (dropout/memory?)"
             if device.type == "cpu":
                 sys.exit(f"error: {found}")

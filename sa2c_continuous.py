@@ -547,6 +547,7 @@ def train(envs, args, folder):
     writer = SummaryWriter(folder, purge_step=global_step + 1)
 
     batch_size = args.num_steps * args.num_envs
+    begun = global_step
     obs = envs.reset([args.seed, global_step])
     gradient_fn = gradient_and_metrics
     if args.compile:
@@ -562,16 +563,18 @@ def train(envs, args, folder):
         # Seed and step determine all random numbers, so checkpoints hold no generators
         rng = np.random.default_rng([args.seed, global_step, 1])
         generator = torch.Generator().manual_seed(rng.integers(2**31).item())
-        # For layers that draw, as dropout does; torch.manual_seed would take a hundred times longer
-        torch.default_generator.manual_seed(rng.integers(2**31).item())
+        number = rng.integers(2**31).item()  # layers and environments may draw from these
+        random.seed(number)
+        np.random.seed(number)
+        torch.default_generator.manual_seed(number)  # torch.manual_seed is slow
         batch, obs = collect(agent, args, envs, obs, rng, generator)
         global_step += batch_size
         bar.update(batch_size)
 
         metrics = update(agent, args, optimizer, gradient_fn, batch, rng)
-        # In two rollouts, since at first a last layer near zero hides mistakes before it
+        # In each session's first two rollouts, since at first a last layer near zero hides mistakes
         rounding = 1e-8 + 1e-14 * batch.log_prob.mean() ** 2  # in many dimensions log p is large
-        if global_step <= 2 * batch_size and metrics["losses/approx_kl"] > rounding:
+        if global_step <= begun + 2 * batch_size and metrics["losses/approx_kl"] > rounding:
             sys.exit("error: the policy that acts is not the one that is trained (dropout/memory?)")
         updates.append((metrics, batch.advantage.numpy(), batch.returns.numpy()))
 

@@ -64,7 +64,7 @@ import time
 from collections import Counter
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass
-from functools import partial
+from functools import cache, partial
 from importlib import import_module
 from importlib.metadata import distributions
 from pathlib import Path
@@ -287,6 +287,13 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+
+@cache
+def warn(text):
+    """Says each text once."""
+    tqdm.write(f"warning: {text}", file=sys.stderr)
+
+
 # ---- A row as tokens. Data are lists of rows {column: value}
 
 
@@ -312,6 +319,9 @@ def with_prompt(row):
         return row
     *before, last = messages
     if last["role"] == "assistant":
+        others = [name for name, value in last.items() if value and name not in ("role", "content")]
+        if others:
+            warn(f"of the last message only the text is a label, without {', '.join(others)}")
         return {"label": last.get("content")} | row | {"prompt": before}
     return row | {"prompt": messages}
 
@@ -367,9 +377,10 @@ def turn_end(tokenizer, options):
     return next(ends, tokenizer.eos_token_id)
 
 
-def chat_tokens(row, label, tokenizer, options):
+def chat_tokens(row, label, tokenizer, args):
     """Prompt and target of messages, as lists of tokens. The prompt ends with the beginning of the
     response. The target is what the chat template writes behind it if the response is the label."""
+    options = args.template_options
     continues = row["prompt"][-1]["role"] == "assistant"
     begins = {"add_generation_prompt": not continues, "continue_final_message": continues}
     asked = in_template(row, tokenizer, options, **begins)
@@ -380,8 +391,14 @@ def chat_tokens(row, label, tokenizer, options):
     text = in_template(answer, tokenizer, options).rstrip()  # new lines may stand for an end
     if not text.startswith(asked):
         found = f"the chat template writes no label behind {asked[-30:]!r}, the end of the prompt"
-        option = """--chat-template-kwargs '{"enable_thinking": false}'"""
-        raise ValueError(f"{found}: perhaps {option} helps; or rename the column 'label'")
+        if "enable_thinking" in tokenizer.chat_template:
+            found += """; --chat-template-kwargs '{"enable_thinking": false}' may help"""
+        if args.ce_coef:
+            raise ValueError(found)
+        warn(f"no target: {found}")
+        return prompt, []
+    if label.strip() not in text[len(asked) :]:
+        warn("the chat template drops a part of a label, such as its thoughts")
     end = turn_end(tokenizer, options)
     tokens = [*encode(text, tokenizer), end]
     if tokens[: len(prompt)] != prompt:  # a token of it has become one with the next
@@ -401,7 +418,7 @@ def tokenize(row, tokenizer, args):
     label = row.get("label")  # a text, or a class
     label = label if isinstance(label, str) and label.strip() else ""
     if kind == "messages":
-        prompt, target = chat_tokens(row, label, tokenizer, args.template_options)
+        prompt, target = chat_tokens(row, label, tokenizer, args)
     else:
         prompt = encode(row[kind], tokenizer)
         start = start_tokens(tokenizer)
@@ -881,6 +898,17 @@ def kl_per_text(samples):
     return log_ratio.sum().item() / len(samples)
 
 
+def texts_of(setup, args, samples, step, data):
+    """Up to eight samples as rows of samples.jsonl. `data`: training or held-out."""
+    decode = setup.tokenizer.decode
+    rows = []
+    for sample, reward in zip(samples[:8], rewards(samples, args).tolist()):
+        response = decode(sample.response, skip_special_tokens=True)
+        texts = {"prompt": decode(sample.prompt), "response": response}
+        rows.append(sample.row | texts | {"step": step, "data": data, "reward": reward})
+    return rows
+
+
 def evaluate(setup, args, step):
     """Returns a row for progress.csv, and up to eight samples. The row has the reward and what it
     costs: the KL divergence, the perplexity of responses under the reference policy and, if there
@@ -901,13 +929,7 @@ def evaluate(setup, args, step):
     if len(target_log_prob):
         row["perplexity_real"] = (-target_log_prob.mean()).exp().item()
     row |= mean_scores(samples, args, "eval_")
-    decode = setup.tokenizer.decode
-    shown = []
-    for sample, its_reward in zip(samples[:8], reward.tolist()):
-        response = decode(sample.response, skip_special_tokens=True)
-        texts = {"prompt": decode(sample.prompt), "response": response}
-        shown.append(sample.row | texts | {"step": step, "reward": its_reward})
-    return row, shown
+    return row, texts_of(setup, args, samples, step, "held-out")
 
 
 @dataclass
@@ -921,7 +943,7 @@ class Progress:
     history: list[dict]  # what was logged since the last evaluation
 
 
-def evaluate_and_log(setup, args, progress, folder, writer):
+def evaluate_and_log(setup, args, progress, folder, writer, training_texts=()):
     """Appends an evaluation to `progress`. The first process writes progress.csv, samples.jsonl and
     TensorBoard."""
     step = progress.global_step
@@ -929,7 +951,8 @@ def evaluate_and_log(setup, args, progress, folder, writer):
     row |= means(progress.history)  # since the last evaluation
     progress.history = []
     progress.evaluations.append(row)
-    progress.samples += [json.dumps(sample, default=str) + "\n" for sample in samples]
+    shown = [*samples, *training_texts]
+    progress.samples += [json.dumps(sample, default=str) + "\n" for sample in shown]
     if not writer:
         return
     with atomic_write(folder / "progress.csv") as path, open(path, "w", encoding="utf-8") as file:
@@ -977,6 +1000,7 @@ def train(setup, args, folder):
     if not progress.evaluations:
         evaluate_and_log(setup, args, progress, folder, writer)  # the initial policy
 
+    begun = progress.global_step
     while progress.global_step < args.total_timesteps:
         started = time.perf_counter()
         rng = seed_all(args.seed, progress.global_step, 1)
@@ -985,13 +1009,13 @@ def train(setup, args, folder):
         step = progress.global_step
 
         minibatch_metrics = update(setup, args, samples, rng)
-        # Before the optimizer's first step, `collect` and the update give the same
+        # Before a session's first step of the optimizer, `collect` and the update give the same
         # log-probabilities. Rounding gives 3e-13 in float32 and 6e-5 in bfloat16
         limit = 1e-8 if setup.actor_critic.dtype == torch.float32 else 1e-3
-        if step == args.batch_size and minibatch_metrics[0]["losses/approx_kl"] > limit:
+        if step == begun + args.batch_size and minibatch_metrics[0]["losses/approx_kl"] > limit:
             found = "the policy that acts is not the one that is trained (dropout, memory?)"
             require(accelerator.device.type != "cpu", found)
-            tqdm.write(f"warning: {found}, or this GPU rounds more", file=sys.stderr)
+            warn(f"{found}, or this GPU rounds more")
         metrics = means(minibatch_metrics)
         if not math.isfinite(metrics["losses/grad_norm"]):
             raise Diverged(f"error: gradient not finite, step {step} (rate? reward?)")
@@ -1002,11 +1026,14 @@ def train(setup, args, folder):
         unexplained = joined(samples, "advantage").var() / returns_variance
         log_prob = joined(samples, "log_prob")
         reward = rewards(samples, args)
+        if np.ptp(reward) == 0:
+            warn(f"all rewards of a rollout are {reward[0]:.3g}, so there is nothing to learn from")
         scalars = metrics | {
             "losses/entropy": -log_prob.mean().item(),  # an estimate from the samples
             "losses/explained_variance": 1 - unexplained.item(),
             "charts/kl": kl_per_text(samples),
             "charts/episodic_return": reward.mean().item(),
+            "charts/reward_std": reward.std().item(),
             "charts/episodic_length": len(log_prob) / len(samples),
         }
         scalars |= mean_scores(samples, args, "rewards/")
@@ -1021,7 +1048,8 @@ def train(setup, args, folder):
 
         # Evaluation and checkpoint, at the end and where a multiple was passed
         if step >= args.total_timesteps or step % args.eval_freq < args.batch_size:
-            evaluate_and_log(setup, args, progress, folder, writer)
+            texts = texts_of(setup, args, samples, step, "training")
+            evaluate_and_log(setup, args, progress, folder, writer, texts)
             if writer:
                 writer.flush()
                 save_checkpoint(setup, folder, progress)
@@ -1081,13 +1109,28 @@ def read_json(file):
     return json.loads(text)
 
 
+def without_nulls(value):
+    if isinstance(value, dict):
+        return {name: without_nulls(one) for name, one in value.items() if one is not None}
+    return [without_nulls(one) for one in value] if isinstance(value, list) else value
+
+
+def read_table(rows):
+    """In a table each object has the keys of all. What its chat template sees gets rid of those
+    that are null."""
+    for row in rows:
+        for name in row.keys() & {"prompt", "messages", "tools"}:
+            row[name] = without_nulls(row[name])
+    return rows
+
+
 def read_rows(name):
     """The rows of a file, which is CSV, JSON or Parquet, or those of `load_dataset`."""
     path = Path(name)
     if not path.is_file():
-        return load_dataset(name).to_list()
+        return read_table(load_dataset(name).to_list())
     if path.suffix == ".parquet":
-        return pyarrow.parquet.ParquetFile(path).read().to_pylist()
+        return read_table(pyarrow.parquet.ParquetFile(path).read().to_pylist())
     suffix = Path(path.name.removesuffix(".gz")).suffix
     read = {".csv": read_csv, ".json": read_json, ".jsonl": read_json}.get(suffix)
     if not read:
@@ -1297,10 +1340,10 @@ def load_frozen(args, dtype):
     own_config = copy.deepcopy(config)
     if getattr(config, "activation_function", None) == "gelu_new":
         config.activation_function = "gelu_pytorch_tanh"  # the same function, in one kernel
-    if args.gradient_checkpointing:  # it needs train mode, which would turn dropout on
+    if args.gradient_checkpointing:  # it needs train mode, which would turn dropout and noise on
         text_config = config.get_text_config()
         for name in vars(text_config):
-            if "drop" in name:
+            if "drop" in name or "jitter" in name:
                 setattr(text_config, name, 0.0)
     dtype = dtype if args.lora_r else torch.float32
     model = load_pretrained(AutoModelForCausalLM, args.policy_model, config=config, dtype=dtype)
@@ -1424,6 +1467,10 @@ def load(args):
     )
     options = {"lr": args.learning_rate, "eps": args.adam_eps, "weight_decay": args.weight_decay}
     optimizer = torch.optim.AdamW(actor_critic.trained().values(), fused=True, **options)
+    count = sum(parameter.numel() for parameter in actor_critic.trained().values())
+    layers = {name.rpartition(".")[2] for name in getattr(policy, "targeted_module_names", [])}
+    adapters = ", ".join(sorted(layers)) or "none"
+    accelerator.print(f"{args.policy_model}: trains {count:,} parameters; adapters on {adapters}")
     model = accelerator.prepare(actor_critic)
     return Setup(
         accelerator, actor_critic, model, optimizer, tokenizer, reward_models, columns, *data

@@ -24,8 +24,8 @@ sppo_atari.py: contract equals_an_uninterrupted
 - np.random.default_rng([args.seed, global_step, 1])
 + np.random.default_rng()
 sppo_continuous.py: copies first_ratios
-- global_step <= 2 * batch_size
-+ global_step <= batch_size
+- begun + 2 * batch_size
++ begun + batch_size
 sppo_rlhf.py: rlhf by_rounding
 - limit = 1e-2 if
 + limit = 1e-1 if

@@ -587,12 +587,12 @@ def test_without_a_compiler_a_run_says_so_and_goes_on(setting, monkeypatch, caps
 class TenStepsEnv(gym.Env):
     """Episodes of ten steps. As in BipedalWalker, a seed does not undo what has been."""
 
-    observation_space = gym.spaces.Box(-1, 1, (2,))
     age = 0
     open = []
     wrong = {}  # what the fifth step returns instead: {place: value}
 
     def __init__(self, low=-1, high=1, dtype=np.float32):
+        self.observation_space = gym.spaces.Box(-1, 1, (2,))
         self.action_space = gym.spaces.Box(low, high, (2,), dtype)
         self.open.append(self)
 
@@ -709,6 +709,14 @@ def test_environments_are_closed_after_all_ends_of_a_run(setting, monkeypatch):
     assert TenStepsEnv.open == []
     setting.interrupt("interrupted", 1, **flags)
     assert TenStepsEnv.open == []
+
+
+@only(*CONTINUOUS)
+def test_evaluations_change_no_training(setting):
+    """Not even of environments that draw from Python's, NumPy's and PyTorch's global generators."""
+    flags = {"env_id": "Drawing-v0", "noise": "normal"}
+    often, rarely = (setting.run(str(freq), eval_freq=freq, **flags)[1] for freq in (64, 256))
+    assert torch.equal(weights(often), weights(rarely))
 
 
 # ---- Kills at random times

@@ -70,6 +70,15 @@ def test_dropout_and_another_policy_in_training_stop_the_run(setting, tmp_path):
             run_copy(setting, tmp_path / "edited", edit, change=widen)
 
 
+@only(*CONTINUOUS)
+def test_another_policy_in_training_stops_a_run_that_starts_from_another(setting, tmp_path):
+    _, parent = setting.run(tmp_path / "runs", total_timesteps=128)
+    edit = "Categorical(logits=output,", "Categorical(logits=output / 0.9,"
+    copy = replace(setting, script=edited(setting.script, tmp_path / "copy", edit))
+    with pytest.raises(SystemExit, match=NOT_THE_SAME):
+        copy.run(tmp_path / "runs", start_from=str(parent))
+
+
 @pytest.mark.parametrize(("rollout", "shift", "stops"), [(1, 2e-4, 1), (2, 2e-4, 1), (1, 5e-5, 0)])
 def test_first_ratios_of_two_rollouts_are_1(
     setting, tmp_path, monkeypatch, signals, rollout, shift, stops

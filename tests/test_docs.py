@@ -10,6 +10,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import threading
 from pathlib import Path
 
 import gymnasium as gym
@@ -18,11 +19,13 @@ import nbformat
 import numpy as np
 import pandas as pd
 import pytest
+import safetensors.torch
 import torch
 import transformers
 import tyro
-from helpers import SETTINGS, checkpoint, progress, read_lines, record, sha256, work_in
+from helpers import CONTINUOUS, SETTINGS, checkpoint, progress, read_lines, record, sha256, work_in
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
+from test_control import MadeUp, make_agent
 from test_copies import edited
 
 import enjoy
@@ -91,7 +94,7 @@ def test_the_functions_and_flags_that_a_page_names_exist(text):
 # ---- Commands
 
 NOT_OURS = "pip pytest cp cmp patch tensorboard git pre-commit uv diff srun sbatch".split()
-NOT_OURS += "pdflatex mkdir cd source if fi export for done echo mktemp find { }".split()
+NOT_OURS += "pdflatex mkdir mv cd source if fi export for done echo mktemp find { }".split()
 
 
 def code_blocks(text, language):
@@ -301,7 +304,7 @@ def test_a_diff_goes_into_the_scripts_that_the_table_names_and_into_no_other(hea
     first = DIFF.fullmatch(DIFFS[heading])[1]
     (anchor,) = anchors(f"# {heading}")
     assert first in FITS[anchor]
-    more = re.compile(r"(?m)^(?=# ---- |SOURCE = )")
+    more = re.compile(r"(?m)^(?=SOURCE = |class )")
     for script in SCRIPTS:
         text = (ROOT / script).read_text()
         result, code = patched(text, DIFFS[heading], tmp_path)
@@ -443,6 +446,98 @@ def test_a_term_of_ones_own_weighs_k_times_more_with_beta_0(example, tmp_path):
     torch.testing.assert_close(actor(1.0, **sppo), actor(1.0 / 20.5, **ppo), rtol=0, atol=1e-4)
 
 
+@fitting("A loss on next observations")
+def test_a_loss_on_next_observations(example, tmp_path, monkeypatch, capsys):
+    script, args = example
+    setting = next(one for one in CONTINUOUS if str(one)[:4] == script.__name__[:4])
+    setting = dataclasses.replace(setting, script=script)
+    agent, envs = make_agent(setting), MadeUp(setting)
+    args = dataclasses.replace(args, num_envs=2, num_steps=32)
+    batch, _ = setting.collect(agent, args, envs, envs.first_obs)
+    _, after, _, done, cut_off, last_obs, _ = map(np.array, zip(*envs.steps))
+    obs = batch.obs.view(32, 2, 11).numpy()
+    expected = np.where(done[..., None], np.where(cut_off[..., None], last_obs, obs), after)
+    np.testing.assert_array_equal(batch.next_obs.view(32, 2, 11), expected)
+
+    def change(smooth_coef):
+        torch.manual_seed(0)
+        agent = make_agent(setting)
+        flags = dataclasses.replace(args, smooth_coef=smooth_coef, max_grad_norm=1e9)
+        for _ in range(20):
+            setting.update(agent, flags, batch)
+        with torch.no_grad():
+            return (agent.actor(batch.next_obs) - agent.actor(batch.obs)).square().mean()
+
+    assert change(1.0) < 0.7 * change(0.0)
+    play(train(script, args, tmp_path, num_steps=128), monkeypatch, capsys)
+
+
+@fitting("A measure from `info`")
+def test_a_measure_from_info(example, tmp_path, monkeypatch):
+    """Its mean over an evaluation's episodes."""
+    script, args = example
+    args = dataclasses.replace(args, eval_episodes=3)
+    with script.make_env(args) as env:
+        ends = []
+        step = env.step
+
+        def recording_step(action):
+            outcome = step(action)
+            if outcome[2] or outcome[3]:
+                ends.append(outcome[4]["x_position"])
+            return outcome
+
+        env.step = recording_step
+        agent = script.Agent(env, args)
+        stats = script.RunningStats().update(np.zeros((2, 11)))
+        *_, rows = script.evaluate(agent, args, stats, 7, env)
+    assert [row["x_position"] for row in rows] == ends and len(set(ends)) == 3
+    calls = record(monkeypatch, script, "evaluate")
+    row = progress(train(script, args, tmp_path))[-1]
+    expected = np.mean([one["x_position"] for one in calls[-1][1][2]])
+    assert row["x_position"] == pytest.approx(expected)
+
+
+@fitting("The best agent")
+def test_the_best_agent_is_kept(example, tmp_path, monkeypatch):
+    """Of equal ones the last."""
+    script, args = example
+    weights = []
+    scores = iter([1.0, 3.0, 2.0, 3.0])
+
+    def evaluate(agent, *_):
+        weights.append(agent.critic[0].weight.detach().clone())
+        return np.array([next(scores)]), np.ones(1), []
+
+    monkeypatch.setattr(script, "evaluate", evaluate)
+    folder = train(script, args, tmp_path, total_timesteps=512, eval_freq=128)
+    best = safetensors.torch.load_file(folder / "best.safetensors")["critic.0.weight"]
+    assert [torch.equal(best, one) for one in weights] == [False, False, False, True]
+
+
+@fitting("Environments that wait")
+def test_environments_that_wait_are_stepped_at_once(example, tmp_path):
+    """The same bytes as one after the other. A step ends when all have begun."""
+    script, args = example
+    args = dataclasses.replace(args, num_envs=3)
+    plain = next(one.script for one in CONTINUOUS if str(one)[:4] == script.__name__[:4])
+    expected, found = (train(one, args, tmp_path / one.__name__) for one in (plain, script))
+    for name in ("progress.csv", "agent.safetensors"):
+        assert sha256(found / name) == sha256(expected / name)
+    barrier = threading.Barrier(3, timeout=60)
+
+    def step(action):
+        barrier.wait()  # raises an error if the others don't begin
+        return np.zeros(11), 0.0, False, False, {}
+
+    envs = script.NormalizedEnvs(args)
+    envs.reset(0)
+    for env in envs.envs:
+        env.step = step
+    envs.step(np.zeros((3, 3)))
+    envs.close()
+
+
 @fitting("Your own network")
 def test_your_own_network(example, tmp_path, monkeypatch, capsys):
     script, args = example
@@ -460,6 +555,15 @@ def test_a_learning_rate_schedule(example, tmp_path):
     flags = {"num_envs": 1, "num_steps": 128, "total_timesteps": 384}
     (group,) = checkpoint(train(script, args, tmp_path, **flags))["optimizer"]["param_groups"]
     assert group["lr"] == pytest.approx(args.learning_rate * 384 / 20_000 / 3)
+
+
+@fitting("A schedule for a language model")
+def test_a_schedule_for_a_language_model(example, here):
+    """The second of two batches begins after half of the run; the warm-up is longer."""
+    script, args = example
+    folder = train(script, args, "here", **SHORT_LM | {"total_timesteps": 16})
+    (group,) = checkpoint(folder)["optimizer"]["param_groups"]
+    assert group["lr"] == pytest.approx(args.learning_rate * 16 / 1120 / 2)
 
 
 @pytest.mark.parametrize(("learning_rate", "steps"), [(1e-7, 24), (10.0, 8)])
@@ -533,7 +637,8 @@ def test_a_reward_that_knows_the_answer(here, monkeypatch, capsys):
     runpy.run_path(ROOT / making[1])["make"](Path(making[2]), steps=5)
     script, args = parse(training)
     folder = train(script, args, "here", **SHORT_LM)
-    sums = {row["prompt"]: row["label"] for row in read_lines("sums/test.jsonl")}
+    rows = read_lines("sums/test.jsonl") + read_lines("sums/train.jsonl")
+    sums = {row["prompt"]: row["label"] for row in rows}
     correct = runpy.run_path("correct.py")["correct"]
     for sample in read_lines(folder / "samples.jsonl"):
         assert [sample["reward"]] == correct([sample["response"]], [sums[sample["prompt"]]])
@@ -547,6 +652,10 @@ def reward_of(completion, number):
 
 def some_rewards(completions, number):
     return list(map(reward_of, completions, number))
+
+
+def some_numbers(number, **_):
+    return number
 
 
 @fitting("GRPO: a baseline from the group")
@@ -564,6 +673,7 @@ def test_grpo(example, here, monkeypatch, capsys):
     assert set(checkpoint(folder)["agent"]) == {
         name for name in checkpoint(folder)["agent"] if name.startswith("policy.")
     }
+    equal = []
     for (_, _, samples, _), _ in updates:
         groups = {}
         for sample in samples:
@@ -572,16 +682,24 @@ def test_grpo(example, here, monkeypatch, capsys):
         assert len({sample.advantage[0].item() for sample in samples}) > 3
         for group in groups.values():
             rewards = torch.tensor([sample.scores[0].item() for sample in group])
+            equal.append(rewards.std() == 0)
             expected = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
             for sample, advantage in zip(group, expected):
                 assert not sample.value.any()
                 tokens = advantage.expand(len(sample.response))
                 torch.testing.assert_close(sample.advantage, tokens, rtol=1e-5, atol=1e-5)
+    for group_size in (1, 3):
+        with pytest.raises(SystemExit, match="group_size must be at least 2 and divide batch_size"):
+            dataclasses.replace(args, group_size=group_size).check()
+    assert np.mean([row["charts/equal_groups"] for row in progress(folder)[1:]]) == np.mean(equal)
     scores = [sample.scores[0] for (_, _, samples, _), _ in updates for sample in samples]
     logged = [row["charts/episodic_return"] for row in progress(folder)[1:]]
     assert np.mean(logged) == pytest.approx(np.mean(scores))
     play(folder, monkeypatch, capsys)
     twice = dataclasses.replace(args, alpha=0.5, beta=0.5)  # k = 1, as for alpha 1 and beta 0
+    always = (f"{__file__}:some_numbers",)  # equal for each row
+    constant = train(script, args, "constant", **flags | {"reward_model": always})
+    assert {row["charts/equal_groups"] for row in progress(constant)[1:]} == {1}
     symmetric = train(script, twice, "symmetric", **flags)
     policy = "policy/model.safetensors"
     assert sha256(symmetric / policy) == sha256(folder / policy)

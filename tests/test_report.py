@@ -235,7 +235,9 @@ def test_diverged_runs_count_with_the_score_that_is_given(tmp_path):
     test = stats.ttest_ind([20, 24, -3, -3], [10, 12, 14, 15], equal_var=False)
     assert (row["p"], row["low"]) == pytest.approx((test.pvalue, test.confidence_interval().low))
     assert begin in (tmp_path / "out/scores.tex").read_text()
-    with pytest.raises(runs.Refusal, match="no finished run of 1; diverged: gradient not finite; give"):
+    with pytest.raises(
+        runs.Refusal, match="no finished run of 1; diverged: gradient not finite; give"
+    ):
         write_report(folder / f"{HOPPER}__sppo__none__2__abc", out=tmp_path / "out")
 
 

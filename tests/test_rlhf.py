@@ -53,6 +53,7 @@ def constant(texts, score):
 
 
 infinite_scores, of_no_text = (partial(constant, score=x) for x in (math.inf, None))
+always_half = partial(constant, score=0.5)
 
 
 def of_some_texts(texts):
@@ -137,7 +138,9 @@ def summaries(models, tmp_path):
     return flags | models | {"lora_r": 4}
 
 
-FAMILIES = "GPT2 GPTJ GPTNeoX OPT Llama Mistral Qwen2 Qwen3 Qwen3Moe Qwen3_5Text Gemma Gemma2"
+FAMILIES = (
+    "GPT2 GPTJ GPTNeoX OPT Llama Mistral Mixtral Qwen2 Qwen3 Qwen3Moe Qwen3_5Text Gemma Gemma2"
+)
 FAMILIES = f"{FAMILIES} Gemma3Text Phi3 Olmo2 SmolLM3 Falcon Bloom Mpt Lfm2 Granite Cohere".split()
 SHAPES = {
     "GPTJ": {"rotary_dim": 4},
@@ -156,7 +159,7 @@ SHAPES = {
 }
 
 DROPOUTS = "embd_pdrop attn_pdrop resid_pdrop dropout attention_dropout hidden_dropout layerdrop"
-DROPOUTS = dict.fromkeys(DROPOUTS.split(), 0.5)
+DROPOUTS = dict.fromkeys([*DROPOUTS.split(), "router_jitter_noise"], 0.5)
 
 
 def make_policy(kind, folder, toy, biases=True, **shape):
@@ -187,8 +190,8 @@ def call_main(monkeypatch, *words):
     rlhf.main()
 
 
-def read_samples(folder):
-    return read_lines(folder / "samples.jsonl")
+def read_samples(folder, data="held-out"):
+    return [row for row in read_lines(folder / "samples.jsonl") if row["data"] == data]
 
 
 def randomise(actor):
@@ -552,6 +555,13 @@ def test_chat_is_written_in_the_template(chat_tokenizer, template, messages, var
     assert chat_tokenizer.convert_ids_to_tokens(ends) == [END]
 
 
+CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+
+
+def said(role, content="the plot", **others):
+    return {"role": role, "content": content} | others
+
+
 THINKS = (  # as templates of models that think
     "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' and loop.last %}"
     "<think>\n\n</think>\n\n{% endif %}{{ m.content }}<|end|>\n{% endfor %}"
@@ -563,23 +573,48 @@ THINKS = (  # as templates of models that think
     ("", "<think>\n\n</think>\n\nwas dull<|end|>"),
     ("<think>\n", "\n</think>\n\nwas dull<|end|>"),  # where the model's thoughts begin
     ("<think>\n\n</think>\n\n", "was dull<|end|>"),
-    ("<|channel|>", None),
+    ("<|channel|>", ""),
 ])  # fmt: skip
-def test_a_target_is_what_the_template_writes(chat_tokenizer, tmp_path, begun, target):
-    """Behind the prompt that is sampled from. What it does not write there is no target."""
+@pytest.mark.parametrize("ce_coef", [0.0, 0.1])
+def test_a_target_is_what_the_template_writes(chat_tokenizer, tmp_path, begun, target, ce_coef):
+    """Behind the prompt that is sampled from. What it does not write there is no target, and is
+    refused if it should be imitated."""
     chat_tokenizer.chat_template = THINKS
     flags = {"chat_template_kwargs": json.dumps({"begun": begun}), "response_length": 99}
     row = {"prompt": CHAT, "label": "was dull"}
-    path = tmp_path / "a.json"
-    path.write_text(json.dumps(row))
-    args = rlhf.Args(dataset=str(path), prompt_length=99, **flags)
-    with refusal("row 1 of .*writes no label behind .*enable_thinking", target is None):
-        rlhf.load_rows(str(path), Accelerator(cpu=True), chat_tokenizer, args)
-    if target:
-        prompt, tokens, _ = rlhf.tokenize(row, chat_tokenizer, args)
-        assert chat_tokenizer.decode(prompt) == ASKED + begun
-        assert chat_tokenizer.decode(tokens) == target
-        assert tokens == chat_tokenizer(target)["input_ids"]
+    args = rlhf.Args(prompt_length=99, ce_coef=ce_coef, **flags)
+    if ce_coef and not target:
+        with pytest.raises(ValueError, match="writes no label behind '.*channel.>'.*prompt$"):
+            rlhf.tokenize(row, chat_tokenizer, args)
+        return
+    prompt, tokens, _ = rlhf.tokenize(row, chat_tokenizer, args)
+    assert chat_tokenizer.decode(prompt) == ASKED + begun
+    assert chat_tokenizer.decode(tokens) == target
+    assert tokens == chat_tokenizer(target)["input_ids"]
+
+
+WITHOUT_THOUGHTS = CHATML.replace("m.content", "m.content.split('</think>')[-1]")
+
+
+@pytest.mark.parametrize(("template", "messages", "said_once"), [
+    (CHATML, [*CHAT, said("assistant", "so, dull", reasoning_content="hm")], "reasoning_content"),
+    (CHATML, [*CHAT, said("assistant", "dull", tool_calls=[CALL], name="")], "without tool_calls"),
+    (WITHOUT_THOUGHTS, [*CHAT, said("assistant", "<think>so</think>dull")], "a part of a label"),
+    (CHATML.replace("<|assistant|>", "<|assistant|>a"), [*CHAT, BEGUN], "no target: the chat"),
+    (CHATML, [*CHAT, BEGUN], ""),
+])  # fmt: skip
+def test_what_a_label_loses_is_said(
+    chat_tokenizer, tmp_path, capsys, template, messages, said_once
+):
+    rlhf.warn.cache_clear()
+    chat_tokenizer.chat_template = template
+    path = tmp_path / "a.jsonl"
+    path.write_text((json.dumps({"messages": messages}) + "\n") * 3)
+    args = rlhf.Args(dataset=str(path), prompt_length=99)
+    rlhf.load_rows(str(path), Accelerator(cpu=True), chat_tokenizer, args)
+    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
+    assert len(lines) == bool(said_once)
+    assert all(said_once in line for line in lines)
 
 
 def test_a_target_has_no_space_of_the_tokenizer(chat_tokenizer):
@@ -606,15 +641,8 @@ def read_chat(path, tokenizer, chat, **flags):
     return rlhf.load_rows(str(path), Accelerator(cpu=True), tokenizer, args)
 
 
-def said(role, content="the plot", **others):
-    return {"role": role, "content": content} | others
-
-
 def rendering(message):
     return f"{{% for m in messages %}}{message}<|end|>{{% endfor %}}"
-
-
-CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
 
 
 @pytest.mark.parametrize(("template", "chat", "message"), [
@@ -866,6 +894,18 @@ def test_scores_that_are_no_numbers_are_refused(run, names, message):
         run(reward_model=tuple(f"{__file__}:{name}" for name in names))
 
 
+def test_a_run_says_what_is_trained_and_that_equal_rewards_teach_nothing(run, models, capsys):
+    """Once, at the first such rollout."""
+    rlhf.warn.cache_clear()
+    flags = {"policy_model": str(models["gptj"]), "lora_r": 2}
+    folder = run(**flags, reward_model=(f"{__file__}:always_half",))
+    output = capsys.readouterr()
+    count = sum(weight.numel() for weight in checkpoint(folder)["agent"].values())
+    assert f": trains {count:,} parameters; adapters on q_proj, v_proj\n" in output.out
+    assert output.err.count("warning: all rewards of a rollout are 0.5, so") == 1
+    assert progress(folder)[-1]["charts/reward_std"] == 0
+
+
 # Losses and advantages
 
 
@@ -883,10 +923,12 @@ def test_advantages_are_sums_over_the_tokens_of_a_text(length):
         torch.testing.assert_close(returns[t], expected + value[t])
 
 
-def test_a_rollout_logs_kl_entropy_length_and_explained_variance(run, monkeypatch):
+def test_a_rollout_logs_kl_entropy_length_deviation_and_explained_variance(run, monkeypatch):
     collected = record(monkeypatch, rlhf, "sample_responses")
     row = progress(run(total_timesteps=8))[-1]
     _, samples = collected[1]  # that of the training
+    scores = [sample.scores[0] for sample in samples]
+    assert row["charts/reward_std"] == pytest.approx(np.std(scores), rel=1e-5)
     log_prob = rlhf.joined(samples, "log_prob")
     log_ratio = log_prob - rlhf.joined(samples, "reference_log_prob")
     assert row["charts/kl"] == pytest.approx(log_ratio.sum().item() / 8, abs=1e-5)
@@ -927,6 +969,27 @@ def test_a_reward_function_gets_the_values_of_the_file(tmp_path, name):
     assert [{n: (x, type(x)) for n, x in row.items()} for row in rows] == [
         {n: (x, type(x)) for n, x in row.items()} for row in expected
     ]
+
+
+@pytest.mark.parametrize("kind", ["parquet", "saved", "json"])
+def test_tools_and_messages_of_tables_lack_the_other_rows_keys(tmp_path, kind):
+    """JSON has its own nulls, and other columns keep theirs."""
+    tools = [[{"name": "f", "x": {"a": [1]}}], [{"name": "g", "y": 2}]]
+    chats = [[said("user", "a", thinking="b")], CHAT]
+    infos = [{"a": 1}, {"b": None}]
+    columns = {"prompt": chats, "tools": tools, "info": infos}
+    rows = [dict(zip(columns, values)) for values in zip(*columns.values())]
+    path = tmp_path / "a.json"
+    if kind == "json":
+        path.write_text(json.dumps(rows))
+    elif kind == "parquet":
+        path = Path(write_data(tmp_path / "a.parquet", **columns))
+    else:
+        datasets.Dataset.from_dict(columns).save_to_disk(path)
+    read = rlhf.read_rows(str(path))
+    assert [row["tools"] for row in read] == tools and [row["prompt"] for row in read] == chats
+    expected = infos if kind == "json" else [{"a": 1, "b": None}, {"a": None, "b": None}]
+    assert [row["info"] for row in read] == expected
 
 
 LINE = b'{"prompt": "a"}\n'
@@ -1113,6 +1176,9 @@ def test_an_evaluation_is_as_computed_by_hand(run, toy, monkeypatch, greedy):
     for ((_, log_ratio, *_), _), sample in zip(advantages, [*first, *second], strict=True):
         assert torch.equal(log_ratio, sample.log_prob - sample.reference_log_prob)
     assert log_ratio.abs().max() > 1e-3
+    shown = read_samples(folder, "training")
+    assert [(x["step"], x["reward"]) for x in shown] == [(16, x.scores[0]) for x in second]
+    assert [x["prompt"] for x in shown] == [tokenizer.decode(x.prompt) for x in second]
 
 
 def test_samples_show_prompts_with_their_special_tokens(run, tmp_path, monkeypatch):
