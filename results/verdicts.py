@@ -101,9 +101,9 @@ def front_page():
     rows = []
     for title, claim in FRONT_PAGE.items():
         best = best_of(found[claim])
-        link = f"[{effect_text(best)}](results/{best.page})"
-        rows.append([title, best.verdict(), link, f"{best.name}, {best.measure}", best.seeds])
-    return markdown(["", "verdict", "effect", "comparison", "seeds"], rows)
+        link = f"[{best.name}](results/{best.page}), {best.measure}"
+        rows.append([title, link, best.seeds, effect_text(best), best.verdict()])
+    return markdown(["", "compared", "seeds", "difference (95 % interval)", "verdict"], rows)
 
 
 def rounded(x):

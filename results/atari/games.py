@@ -132,9 +132,9 @@ def comparisons():
     ratios = log_ratios(scores_of(FIVE))
     p = registered_tests(ratios)
     titles = {
-        "loss": "eighteen games",
+        "loss": "SPPO against PPO, eighteen games, 500,000 steps",
         "both": "eight games, to PPO without normalised advantages",
-        "loss, flipped": "ten games",
+        "loss, flipped": "SPPO against PPO, ten games, 500,000 steps",
         NOISY_LOSS: "ten games, noisy minus clean",
     }
     for name, title in titles.items():

@@ -124,7 +124,7 @@ def comparisons():
     k20_5 = "text/imdb-k20.5"
     epsilon = ("sppo-eps", "ppo-eps")
     small = ("sppo-small", "ppo-small")
-    yield of_imdb("10", "clean, k = 0.9", "text/imdb", "clean")
+    yield of_imdb("10", "20 updates, clean, k = 0.9", "text/imdb", "clean")
     yield of_imdb("10", "flipped", "text/imdb", "flip 0.2")
     yield of_imdb("10", "flipped, k = 20.5", k20_5, "flip 0.2")
     yield of_imdb("10", "flipped, k = 20.5, epsilon 1e-8", k20_5, "flip 0.2", epsilon)
