@@ -4,14 +4,19 @@
     python docs/grade.py FOLDER
 
 FOLDER has a notebook or a folder for each student. grades/grades.csv gets a row for each, and each
-notebook a feedback file. A student's answers and added cells run in a fresh copy of the exercise,
-with your rights, and can make claims hold without being right: see docs/teaching.md."""
+notebook a feedback file; grades/answers.md shows all answers, task by task. A student's answers and
+added cells run in a fresh copy of the exercise, with your rights, and can make claims hold without
+being right: `remark` has what to look at, and docs/teaching.md says more."""
 
 import json
+import os
 import subprocess
 import sys
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from symtable import symtable
 
 import nbformat
 import pandas as pd
@@ -29,8 +34,9 @@ FIRST = ["points", "holds", "remark"]  # columns before the claims
 class Args:
     folder: tyro.conf.Positional[Path]  # with a notebook or a folder for each student
     out: Path = Path("grades")  # the folder for grades.csv and the feedback files
-    points: Path = DOCS / "points.csv"  # of each task; its claims share them equally
+    points: Path = DOCS / "points.csv"  # of each task (its claims share them), and what to read
     timeout: int = 600  # seconds after which a cell is interrupted
+    jobs: int = os.cpu_count() or 1  # notebooks at a time
 
 
 def answers_of(notebook):
@@ -51,22 +57,77 @@ def answers_of(notebook):
     return answers
 
 
+def defined(source):
+    """Names that a cell defines at its top level."""
+    symbols = symtable(source, "cell", "exec").get_symbols()
+    return {one.get_name() for one in symbols if one.is_assigned() or one.is_imported()}
+
+
+def marks(cells, template, exercise):
+    """What to look at in an answer: a list of texts. `exercise`: names that its cells define."""
+    source = "\n".join(cell.source for cell in cells)
+    found = ["calls a script's loss"] if "symmetric_policy_losses" in source else []
+    found += ["has added cells"] if len(cells) > 1 else []
+    try:
+        overwritten = (defined(source) & exercise) - defined(template.source)
+    except SyntaxError:
+        return [*found, "has a syntax error"]
+    return found + [f"overwrites {name}" for name in sorted(overwritten)]
+
+
 def grade(notebook, timeout):
-    """{claim: "holds", "to do", or "fails: " and why} of the claims that are reached."""
+    """Answers, what to look at in each, and {claim: "holds", "to do", or "fails: " and why} of the
+    claims that are reached."""
     answers = answers_of(notebook)
     fresh = nbformat.read(EXERCISE, as_version=4)
-    if len(answers) != len(answers_of(fresh)):
-        raise ValueError(f"{len(answers)} answers instead of {len(answers_of(fresh))}")
+    templates = answers_of(fresh)
+    if len(answers) != len(templates):
+        raise ValueError(f"{len(answers)} answers instead of {len(templates)}")
     cells = []
+    names = set()
+    left = list(answers)
     for cell in fresh.cells:
-        is_answer = "student" in cell.metadata.get("tags", [])
-        cells += answers.pop(0) if is_answer else [cell]
+        if "student" in cell.metadata.get("tags", []):
+            cells += left.pop(0)
+        else:
+            cells.append(cell)
+            names |= defined(cell.source) if cell.cell_type == "code" else set()
+    remarks = [marks(cells, own[-1], names) for cells, own in zip(answers, templates)]
     last = new_code_cell("import json\nprint(json.dumps(results))")
     fresh.cells = [*cells, last]
     options = {"allow_errors": True, "timeout": timeout, "interrupt_on_timeout": True}
     client = NotebookClient(fresh, resources={"metadata": {"path": DOCS}}, **options)
     client.execute(stderr=subprocess.DEVNULL)  # of the kernel, which warns about its network
-    return json.loads(last.outputs[-1].text)
+    for cells, remark in zip(answers, remarks):
+        outputs = [output for cell in cells for output in cell.outputs]
+        if any(output.get("ename") == "KeyboardInterrupt" for output in outputs):
+            remark.append("takes too long")
+    return answers, remarks, json.loads(last.outputs[-1].text)
+
+
+def graded(path, timeout):
+    """As `grade`; or an error, since a student's file may be anything."""
+    try:
+        if path is None:
+            raise ValueError("no notebook (*.ipynb)")
+        text = path.read_text(encoding="utf-8-sig")  # some editors write a byte order mark
+        return grade(nbformat.reads(text, as_version=4), timeout)
+    except Exception as error:
+        return error
+
+
+def feedback(claims, earned, points):
+    """For a student. A prediction's answer is not given away."""
+    lines = [f"{earned.sum():g} of {points['points'].sum():g} points"]
+    for task, row in points.iterrows():
+        lines.append(f"task {task}: {earned[task]:g} of {row['points']:g}")
+    for claim, result in claims.items():
+        if "your prediction" in claim:
+            result = result.partition(":")[0]
+        page = points["handout"].get(claim.partition(",")[0]) if "handout" in points else None
+        hint = f" (handout: {page})" if page and result.startswith("fails") else ""
+        lines.append(f"{claim}: {result}{hint}")
+    return "\n".join(lines)
 
 
 def notebooks(folder):
@@ -88,36 +149,42 @@ def main(args):
     paths = notebooks(args.folder)
     if not any(paths.values()):
         sys.exit(f"error: {args.folder}: no notebooks (*.ipynb) in it; unzip an export first")
-    expected = list(grade(nbformat.read(EXERCISE, as_version=4), args.timeout))
+    templates, _, claims = grade(nbformat.read(EXERCISE, as_version=4), args.timeout)
+    expected = list(claims)
     tasks = [claim.partition(",")[0] for claim in expected]
-    points = pd.read_csv(args.points, dtype={"task": str}).set_index("task")["points"]
+    points = pd.read_csv(args.points, dtype={"task": str}).set_index("task")
     if set(points.index) != set(tasks):
         sys.exit(f"error: {args.points} must have the tasks {', '.join(dict.fromkeys(tasks))}")
     args.out.mkdir(parents=True, exist_ok=True)
     rows = {}
-    for name, path in tqdm(paths.items(), unit="notebook"):
-        try:
-            if path is None:
-                raise ValueError("no notebook (*.ipynb)")
-            text = path.read_text(encoding="utf-8-sig")  # some editors write a byte order mark
-            found = grade(nbformat.reads(text, as_version=4), args.timeout)
+    shown = [[f"## `{cells[-1].source.splitlines()[0]}`"] for cells in templates]
+    with ThreadPoolExecutor(args.jobs) as pool:
+        results = pool.map(partial(graded, timeout=args.timeout), paths.values())
+        for name, result in tqdm(zip(paths, results), total=len(paths), unit="notebook"):
+            if isinstance(result, Exception):
+                rows[name] = {"remark": f"not graded: {result!r:.200}"}
+                continue
+            answers, remarks, found = result
             claims = pd.Series({claim: found.get(claim, "not reached") for claim in expected})
-            earned = (points * (claims == "holds").groupby(tasks).mean()).round(2)
-            row = {"points": earned.sum(), "holds": (claims == "holds").sum(), **claims}
-            lines = [f"{earned.sum():g} of {points.sum():g} points"]
-            lines += [f"task {task}: {earned[task]:g} of {points[task]:g}" for task in points.index]
-            lines += [f"{claim}: {result}" for claim, result in claims.items()]
-            feedback = args.out / f"{name}.txt"
-            feedback.parent.mkdir(parents=True, exist_ok=True)
-            feedback.write_text("\n".join(lines), encoding="utf-8")
-        except Exception as error:  # a student's file may be anything
-            row = {"remark": f"not graded: {error!r:.200}"}
-        rows[name] = row
-        table = pd.DataFrame.from_dict(rows, orient="index").reindex(columns=FIRST + expected)
-        table["holds"] = table["holds"].astype("Int64")  # whole numbers beside missing ones
-        table.to_csv(args.out / "grades.csv", index_label="name", errors="backslashreplace")
+            shares = (claims == "holds").groupby(tasks).mean()
+            earned = (points["points"] * shares).round(2)
+            looks = []
+            for cells, remark, page in zip(answers, remarks, shown):
+                code = "\n\n".join(cell.source for cell in cells)
+                page += [f"### {name}", "; ".join(remark), f"```python\n{code}\n```"]
+                looks += [f"{page[0].strip('# `')[:25]}: {one}" for one in remark]
+            row = {"points": earned.sum(), "holds": (claims == "holds").sum()}
+            rows[name] = row | {"remark": "; ".join(looks)} | claims.to_dict()
+            path = args.out / f"{name}.txt"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(feedback(claims, earned, points), encoding="utf-8")
+    table = pd.DataFrame.from_dict(rows, orient="index").reindex(columns=FIRST + expected)
+    table["holds"] = table["holds"].astype("Int64")  # whole numbers beside missing ones
+    table.to_csv(args.out / "grades.csv", index_label="name", errors="backslashreplace")
+    page = "\n\n".join(text for parts in shown for text in parts if text)
+    (args.out / "answers.md").write_text(page + "\n", "utf-8", "backslashreplace")
     print(table[FIRST].to_string(na_rep=""))
-    print(f"claims one by one, and feedback: {args.out}")
+    print(f"claims one by one, answers and feedback: {args.out}")
 
 
 if __name__ == "__main__":

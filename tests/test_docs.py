@@ -207,30 +207,58 @@ def test_a_class_gets_points_and_feedback_for_answers_and_added_cells(tmp_path, 
         nbformat.write(notebook, path)
     (tmp_path / "class/zoe").mkdir()
     points, out = tmp_path / "points.csv", tmp_path / "out"
-    points.write_text("task,points\n0,3\n1,0.5\n")
-    args = grade.Args(tmp_path / "class", out, points, timeout=5)
+    points.write_text("task,points,handout\n0,3,Labels\n1,0.5,Flips\n")
+    args = grade.Args(tmp_path / "class", out, points, timeout=5, jobs=2)
     grade.main(args)
     grades = pd.read_csv(out / "grades.csv", index_col="name", dtype=str).fillna("")
     assert grades.T.to_dict("list") == {
-        "ada/a.ipynb": ["3.0", "1", "", "holds", "fails: why"],
-        "bob.ipynb": ["0.0", "0", "", "fails: why", "fails: why"],
-        "eve/x/b.IPYNB": ["3.5", "2", "", "holds", "holds"],
+        "ada/a.ipynb": ["3.0", "1", "def f(): return 2: has added cells", "holds", "fails: why"],
+        "bob.ipynb": [
+            "0.0",
+            "0",
+            "def f(): return 2: has a syntax error",
+            "fails: why",
+            "fails: why",
+        ],
+        "eve/x/b.IPYNB": ["3.5", "2", "def f(): return 2: takes too long", "holds", "holds"],
         "gil.ipynb": ["", "", "not graded: ValueError('1 answers instead of 2')", "", ""],
         "zoe": ["", "", "not graded: ValueError('no notebook (*.ipynb)')", "", ""],
     }
     feedback = (out / "ada/a.ipynb.txt").read_text().splitlines()
     assert feedback[:3] == ["3 of 3.5 points", "task 0: 3 of 3", "task 1: 0 of 0.5"]
-    assert feedback[3:] == ["0, a: claim: holds", "1, a: claim: fails: why"]
+    assert feedback[3:] == ["0, a: claim: holds", "1, a: claim: fails: why (handout: Flips)"]
+    page = (out / "answers.md").read_text()
+    assert page.count("## `def f(): return 2`\n") == 2 and page.count("### ") == 2 * 3
+    assert "### ada/a.ipynb\n\nhas added cells\n\n```python\none = 1\n\ndef f()" in page
 
     points.write_text("task,points\n0,3\n")
     with pytest.raises(SystemExit, match="must have the tasks 0, 1"):
         grade.main(args)
 
 
+@pytest.mark.parametrize(("source", "remark"), [
+    ("from m import symmetric_policy_losses as f", "calls a script's loss"),
+    ("def claim(text): pass\ndef f(): return 2", "overwrites claim"),
+    ("def f(): claim = 1", ""),
+])  # fmt: skip
+def test_what_to_look_at_in_an_answer(source, remark):
+    template = nbformat.v4.new_code_cell("def f(): raise NotImplementedError")
+    cells = [nbformat.v4.new_code_cell(source)]
+    assert "; ".join(grade.marks(cells, template, {"claim", "f"})) == remark
+
+
+def test_feedback_gives_no_prediction_away():
+    points = pd.DataFrame({"points": [1]}, index=["3"])
+    claims = pd.Series({"3, same: your prediction": "fails: False is not right"})
+    text = grade.feedback(claims, pd.Series({"3": 0}), points)
+    assert text.splitlines()[-1] == "3, same: your prediction: fails"
+
+
 def test_the_table_of_points_has_the_exercises_tasks():
     points = pd.read_csv(ROOT / "docs/points.csv", dtype={"task": str})
     text = (ROOT / "docs/symmetric_loss_exercise.ipynb").read_text()
     assert list(points["task"]) == list(dict.fromkeys(re.findall(r'claim\(f?\\"(\w+),', text)))
+    assert set(points["handout"]) <= set(sections(PAGES["docs/handout.md"]))
 
 
 def test_students_get_scripts_without_answers_that_train_as_before(tmp_path, monkeypatch):
