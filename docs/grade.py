@@ -130,6 +130,17 @@ def feedback(claims, earned, points):
     return "\n".join(lines)
 
 
+def add_answers(pages, name, answers, remarks):
+    """Adds a student's answers to `pages`, a list of texts for each. Returns what to look at."""
+    found = []
+    for page, cells, remark in zip(pages, answers, remarks):
+        code = "\n\n".join(cell.source for cell in cells)
+        page += [f"### {name}", "; ".join(remark), f"```python\n{code}\n```"]
+        title = page[0].strip("#` ").partition("(")[0].removeprefix("def ")
+        found += [f"{title}: {one}" for one in remark]
+    return "; ".join(found)
+
+
 def notebooks(folder):
     """{name: path} of the notebooks in a folder and below; of anything else in it {name: None}."""
     found = {}
@@ -157,31 +168,27 @@ def main(args):
         sys.exit(f"error: {args.points} must have the tasks {', '.join(dict.fromkeys(tasks))}")
     args.out.mkdir(parents=True, exist_ok=True)
     rows = {}
-    shown = [[f"## `{cells[-1].source.splitlines()[0]}`"] for cells in templates]
+    pages = [[f"## `{cells[-1].source.splitlines()[0]}`"] for cells in templates]
     with ThreadPoolExecutor(args.jobs) as pool:
         results = pool.map(partial(graded, timeout=args.timeout), paths.values())
         for name, result in tqdm(zip(paths, results), total=len(paths), unit="notebook"):
             if isinstance(result, Exception):
                 rows[name] = {"remark": f"not graded: {result!r:.200}"}
-                continue
-            answers, remarks, found = result
-            claims = pd.Series({claim: found.get(claim, "not reached") for claim in expected})
-            shares = (claims == "holds").groupby(tasks).mean()
-            earned = (points["points"] * shares).round(2)
-            looks = []
-            for cells, remark, page in zip(answers, remarks, shown):
-                code = "\n\n".join(cell.source for cell in cells)
-                page += [f"### {name}", "; ".join(remark), f"```python\n{code}\n```"]
-                looks += [f"{page[0].strip('# `')[:25]}: {one}" for one in remark]
-            row = {"points": earned.sum(), "holds": (claims == "holds").sum()}
-            rows[name] = row | {"remark": "; ".join(looks)} | claims.to_dict()
-            path = args.out / f"{name}.txt"
-            path.parent.mkdir(parents=True, exist_ok=True)
-            path.write_text(feedback(claims, earned, points), encoding="utf-8")
-    table = pd.DataFrame.from_dict(rows, orient="index").reindex(columns=FIRST + expected)
-    table["holds"] = table["holds"].astype("Int64")  # whole numbers beside missing ones
-    table.to_csv(args.out / "grades.csv", index_label="name", errors="backslashreplace")
-    page = "\n\n".join(text for parts in shown for text in parts if text)
+            else:
+                answers, remarks, found = result
+                claims = pd.Series({claim: found.get(claim, "not reached") for claim in expected})
+                shares = (claims == "holds").groupby(tasks).mean()
+                earned = (points["points"] * shares).round(2)
+                row = {"points": earned.sum(), "holds": (claims == "holds").sum()}
+                row["remark"] = add_answers(pages, name, answers, remarks)
+                rows[name] = row | claims.to_dict()
+                path = args.out / f"{name}.txt"
+                path.parent.mkdir(parents=True, exist_ok=True)
+                path.write_text(feedback(claims, earned, points), encoding="utf-8")
+            table = pd.DataFrame.from_dict(rows, orient="index").reindex(columns=FIRST + expected)
+            table["holds"] = table["holds"].astype("Int64")  # whole numbers beside missing ones
+            table.to_csv(args.out / "grades.csv", index_label="name", errors="backslashreplace")
+    page = "\n\n".join(text for texts in pages for text in texts if text)
     (args.out / "answers.md").write_text(page + "\n", "utf-8", "backslashreplace")
     print(table[FIRST].to_string(na_rep=""))
     print(f"claims one by one, answers and feedback: {args.out}")
