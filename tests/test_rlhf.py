@@ -593,13 +593,16 @@ def test_a_target_is_what_the_template_writes(chat_tokenizer, tmp_path, begun, t
     assert tokens == chat_tokenizer(target)["input_ids"]
 
 
-WITHOUT_THOUGHTS = CHATML.replace("m.content", "m.content.split('</think>')[-1]")
+WITHOUT_THOUGHTS = CHATML.replace(
+    "m.content", "m.content if m.role == 'user' else m.content.split('</think>')[-1]"
+)
+THOUGHTS = "<think>so</think>dull"
 
 
 @pytest.mark.parametrize(("template", "messages", "said_once"), [
     (CHATML, [*CHAT, said("assistant", "so, dull", reasoning_content="hm")], "reasoning_content"),
     (CHATML, [*CHAT, said("assistant", "dull", tool_calls=[CALL], name="")], "without tool_calls"),
-    (WITHOUT_THOUGHTS, [*CHAT, said("assistant", "<think>so</think>dull")], "a part of a label"),
+    (WITHOUT_THOUGHTS, [said("user", THOUGHTS), said("assistant", THOUGHTS)], "a part of a label"),
     (CHATML.replace("<|assistant|>", "<|assistant|>a"), [*CHAT, BEGUN], "no target: the chat"),
     (CHATML, [*CHAT, BEGUN], ""),
 ])  # fmt: skip
@@ -896,6 +899,8 @@ def test_scores_that_are_no_numbers_are_refused(run, names, message):
 
 def test_a_run_says_what_is_trained_and_that_equal_rewards_teach_nothing(run, models, capsys):
     """Once, at the first such rollout."""
+    run("usual", total_timesteps=8)
+    assert "all rewards" not in capsys.readouterr().err
     rlhf.warn.cache_clear()
     flags = {"policy_model": str(models["gptj"]), "lora_r": 2}
     folder = run(**flags, reward_model=(f"{__file__}:always_half",))
