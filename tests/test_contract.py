@@ -671,12 +671,15 @@ def test_a_number_that_is_not_finite_stops_the_run_where_it_begins(
 
 
 @only(*CONTINUOUS)
-def test_an_evaluation_has_the_share_of_episodes_whose_last_step_says_success(setting, monkeypatch):
-    """Two of four episodes end without it. One that says nothing has failed, too."""
+@pytest.mark.parametrize(("until", "rate"), [(15, 0.25), (0, 0.0)])
+def test_an_evaluation_has_the_share_of_episodes_whose_last_step_says_success(
+    setting, until, rate, monkeypatch
+):
+    """Of four episodes two say nothing, which have failed."""
 
     def step_with_success(env, action):
         *outcome, _ = step(env, action)
-        return *outcome, {"is_success": env.age < 15} if env.time == 10 and env.age < 25 else {}
+        return *outcome, {"is_success": env.age < until} if env.time == 10 and env.age < 25 else {}
 
     step = TenStepsEnv.step
     flags = {"env_id": "TenSteps-v0", "eval_episodes": 4, "total_timesteps": 128}
@@ -685,7 +688,7 @@ def test_an_evaluation_has_the_share_of_episodes_whose_last_step_says_success(se
     monkeypatch.setattr(TenStepsEnv, "step", step_with_success)
     summary, folder = setting.run("more", **flags, **every(setting, 1))
     rates = [row.get("success_rate") for row in progress(folder)]
-    assert rates == [summary.get("success_rate"), 0.25] == [0.25, 0.25]
+    assert rates == [summary.get("success_rate"), rate] == [rate, rate]
 
 
 @only(*CONTINUOUS)
