@@ -128,7 +128,7 @@ class Args:
     reward_weights: tuple[float, ...] = ()  # 0: only logged; negative: a penalty; default: equal
     reward_label: int | None = None  # label whose probability is the reward; with two labels: 1
     dataset: str = f"{TOY}/train.jsonl"  # file, folder or hub name:split; text, or prompt and label
-    eval_dataset: str | None = None  # held-out data; default: the task's, or 10% of --dataset
+    eval_dataset: str | None = None  # held-out data; default: the task's, or a tenth of the prompts
     prompt_length: int = 16  # maximum tokens of a prompt (or of a text's first half): the last ones
     response_length: int = 32  # maximum tokens of a response
     top_k: int = 0  # sample among the k most likely tokens; 0: among all
