@@ -127,6 +127,8 @@ def choose(args, everything, evaluations, broken):
     parents = sorted(set(everything["run_name"]).difference(table["run_name"]))
     if parents:
         warnings.append(f"**Left out, since others began from them: {', '.join(parents)}.**")
+    for run in table[table["start_from"] != ""].itertuples():
+        warnings.append(f"{run.run_name} began from {Path(run.start_from).name}.")
     progress = runs.with_success(table, evaluations)
     measures = measures_in(progress, args.measure)
     names = new_names(table, measures, args.names)

@@ -436,6 +436,7 @@ def train(args, folder):
     agent = Agent(games.num_actions, bfloat16).to(device)
     optimizer = RMSpropTF(agent.parameters(), args.learning_rate, alpha=0.99, eps=args.rmsprop_eps)
 
+    task = args.env_id
     global_step = 0
     evaluations = []  # rows of progress.csv
     history = []  # what was logged since the last evaluation
@@ -453,8 +454,11 @@ def train(args, folder):
             if starts and "param_groups" in saved:  # of an optimizer, whose options are flags
                 saved["param_groups"] = part.state_dict()["param_groups"]
             part.load_state_dict(saved)
-        games.recent_episodes.extend(checkpoint["recent_episodes"])
-        global_step, evaluations, history, speeds = checkpoint["progress"]
+        global_step, its_task, *logged, its_speeds = checkpoint["progress"]
+        speeds = [] if starts else its_speeds
+        if its_task == task:  # else its scores are another task's
+            evaluations, history = logged
+            games.recent_episodes.extend(checkpoint["recent_episodes"])
     if args.track:
         import wandb
 
@@ -536,7 +540,7 @@ def train(args, folder):
         if checkpoint_due:
             checkpoint = {name: part.state_dict() for name, part in stateful.items()}
             checkpoint["recent_episodes"] = list(games.recent_episodes)
-            checkpoint["progress"] = global_step, evaluations, history, speeds
+            checkpoint["progress"] = global_step, task, evaluations, history, speeds
             writer.flush()
             with atomic_write(checkpoint_path) as path:
                 torch.save(checkpoint, path)
@@ -622,7 +626,7 @@ def start_digest(args):
         return {}
     folder = Path(START, args.start_from)
     if not (folder / "summary.json").exists():
-        sys.exit(f"error: {args.start_from} has not finished: continue it by its own command")
+        sys.exit(f"error: {args.start_from} is no finished run; it continues by its own command")
     step = json.loads((folder / "summary.json").read_text())["step"]
     if step >= args.total_timesteps:
         sys.exit(f"error: {args.start_from} has {step:,} of --total-timesteps already: give more")

@@ -126,6 +126,7 @@ class Args:
             plain = "a2c" if self.policy == "gaussian" else "da2c"
             self.exp_name = "sa2c" if self.beta else plain
         check(self)
+        self.env_kwargs = json.dumps(json.loads(self.env_kwargs), sort_keys=True)
 
 
 # ---- Environment
@@ -181,7 +182,7 @@ class RunningStats:
 
     def normalize(self, obs):
         if not np.isfinite(obs).all():  # with NaN, an agent would always take the lowest action
-            sys.exit(f"error: environment's observation not finite near step {self.count:,}: {obs}")
+            raise Diverged(f"error: observation not finite near step {self.count:,}: {obs}")
         return ((obs - self.mean) / self.std).clip(-10, 10).astype(np.float32)
 
     def state_dict(self):
@@ -513,6 +514,7 @@ def train(envs, args, folder):
         trained, lr=args.learning_rate, alpha=0.99, eps=args.rmsprop_eps, foreach=True
     )
 
+    task = f"{args.env_id} {args.env_kwargs}"
     global_step = 0
     evaluations = []  # rows of progress.csv
     history = []  # what was logged since the last evaluation
@@ -531,8 +533,11 @@ def train(envs, args, folder):
             if starts and "param_groups" in saved:  # of an optimizer, whose options are flags
                 saved["param_groups"] = part.state_dict()["param_groups"]
             part.load_state_dict(saved)
-        envs.recent_episodes.extend(checkpoint["recent_episodes"])
-        global_step, evaluations, history, speeds = checkpoint["progress"]
+        global_step, its_task, *logged, its_speeds = checkpoint["progress"]
+        speeds = [] if starts else its_speeds
+        if its_task == task:  # else its scores are another task's
+            evaluations, history = logged
+            envs.recent_episodes.extend(checkpoint["recent_episodes"])
     if args.track:
         import wandb
 
@@ -613,7 +618,7 @@ def train(envs, args, folder):
         if checkpoint_due:
             checkpoint = {name: part.state_dict() for name, part in stateful.items()}
             checkpoint["recent_episodes"] = list(envs.recent_episodes)
-            checkpoint["progress"] = global_step, evaluations, history, speeds
+            checkpoint["progress"] = global_step, task, evaluations, history, speeds
             writer.flush()
             with atomic_write(checkpoint_path) as path:
                 torch.save(checkpoint, path)
@@ -713,7 +718,7 @@ def start_digest(args):
         return {}
     folder = Path(START, args.start_from)
     if not (folder / "summary.json").exists():
-        sys.exit(f"error: {args.start_from} has not finished: continue it by its own command")
+        sys.exit(f"error: {args.start_from} is no finished run; it continues by its own command")
     step = json.loads((folder / "summary.json").read_text())["step"]
     if step >= args.total_timesteps:
         sys.exit(f"error: {args.start_from} has {step:,} of --total-timesteps already: give more")

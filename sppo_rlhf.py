@@ -937,6 +937,7 @@ class Progress:
     """What a checkpoint holds besides weights and optimizer."""
 
     global_step: int
+    task: list  # of which its scores are
     speeds: list[float]  # texts per second of each update
     evaluations: list[dict]  # rows of progress.csv
     samples: list[str]  # lines of samples.jsonl
@@ -974,7 +975,10 @@ def evaluate_and_log(setup, args, progress, folder, writer, training_texts=()):
 def train(setup, args, folder):
     accelerator = setup.accelerator
     check_sampling(setup, args)
+    task = [args.dataset, args.eval_dataset, *args.reward_model, *args.reward_weights]
     progress = restore(setup, folder, args.start_from)
+    if progress.task != task:  # scores so far, if any, are another task's
+        progress = Progress(progress.global_step, task, [], [], [], [])
     writer = None  # in all processes but the first
     if accelerator.is_main_process:
         if args.track:
@@ -1508,12 +1512,13 @@ def restore(setup, folder, start_from=None):
     if starts:
         path = Path(START, start_from, path.name)
     if not path.exists():
-        return Progress(0, [], [], [], [])
+        return Progress(0, [], [], [], [], [])
     checkpoint = load_checkpoint(path)
     for name, parameter in setup.actor_critic.trained().items():
         parameter.copy_(checkpoint["agent"][name])
     if starts:  # the optimizer's options are this command's
         checkpoint["optimizer"]["param_groups"] = setup.optimizer.state_dict()["param_groups"]
+        checkpoint["progress"]["speeds"] = []
     setup.optimizer.load_state_dict(checkpoint["optimizer"])
     return Progress(**checkpoint["progress"])
 
@@ -1591,7 +1596,7 @@ def start_digest(args):
         return {}
     folder = Path(START, args.start_from)
     if not (folder / "summary.json").exists():
-        sys.exit(f"error: {args.start_from} has not finished: continue it by its own command")
+        sys.exit(f"error: {args.start_from} is no finished run; it continues by its own command")
     step = json.loads((folder / "summary.json").read_text())["step"]
     if step >= args.total_timesteps:
         sys.exit(f"error: {args.start_from} has {step:,} of --total-timesteps already: give more")

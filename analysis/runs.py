@@ -164,18 +164,22 @@ def write_pack(runs, progress, file):
 
 
 def in_cells(runs):
-    """The runs, but for those from which others began, with the columns of CELL and `state`:
-    finished, not finished, or how it failed. Refuses a run that is there twice, and mixed cells."""
+    """The runs, with the columns of CELL and `state`: finished, not finished, or how it failed. One
+    from which another of its cell began, and finished, is left out. Refuses a run that is there
+    twice, and mixed cells."""
     for name in runs["run_name"][runs["run_name"].duplicated()]:
         raise Refusal(f"{name}: in two places (a pack among its runs?); leave one out")
     runs = runs.assign(**{name: runs.get(name, "") for name in LATER})
-    began = {Path(text).name for text in runs["start_from"]}
-    runs = runs[~runs["run_name"].isin(began)]
+    runs["start_from"] = runs["start_from"].replace("None", "")
     noisy = runs["noise"] + " " + runs["noise_level"]
     noise = noisy.mask(runs["noise"] == "none", "clean")
     task = runs["env_id"] + runs["env_kwargs"].str.replace("(.+)", r" (\1)", regex=True)
     state = runs["diverged"].replace("", "not finished").mask(runs["finished"], "finished")
     runs = runs.assign(task=task, noise=noise, method=runs["exp_name"], state=state)
+    origin = runs["start_from"].map(lambda text: Path(text).name)
+    began = runs[runs["finished"]].assign(run_name=origin)[["run_name", *CELL]]
+    is_origin = runs["run_name"].isin(runs.merge(began)["run_name"])
+    runs = runs[~is_origin]
     check(runs[runs["finished"]])
     return runs
 
@@ -220,6 +224,8 @@ def not_alike(runs, progress):
         for script, part in group.groupby("script"):
             if differ(part["script_sha256"]) or differ(part.get("files", [])):
                 unlike.append(f"versions of {script} or its imports")
+        if group["start_from"].eq("").nunique() > 1:
+            unlike.append("runs that began from others beside runs that did not")
         for name, of_run in counts.items():
             numbers = of_run[group["run_name"]]
             if numbers.max() > 1.01 * numbers.min():  # else rounded up to whole rollouts

@@ -417,11 +417,25 @@ def test_a_run_that_starts_from_another_equals_one_that_was_long_from_the_start(
 def test_a_run_starts_only_from_a_finished_one_with_fewer_steps(setting, launch):
     """Nothing has begun then."""
     folder = setting.interrupt(RUNS, 1, **every(setting, 1))
-    assert " has not finished: " in launch(start_from=folder, seed=2)[0]
+    assert " is no finished run; it continues by its own command" in launch(start_from=folder, seed=2)[0]
     _, folder = setting.run(RUNS, **every(setting, 1))
     end, _, _ = launch(start_from=folder)
     assert end.startswith(f"error: {folder} has {4 * setting.batch:,} of ")
     assert len(list(RUNS.iterdir())) == 1
+
+
+@only(*CONTINUOUS, TEXTS)
+def test_a_started_run_has_its_own_tasks_scores_and_its_own_speed(setting):
+    """Those of another environment, or another reward, stay behind."""
+    flags = every(setting, 1) | ({} if setting.is_text else {"env_id": "Low-v0"})
+    other = {"env_kwargs": '{"low": -3}'}
+    if setting.is_text:
+        other = {"reward_model": (f"{__file__}:lucky",)}
+    _, parent = setting.run(RUNS, **flags, total_timesteps=2 * setting.batch)
+    _, folder = setting.run(RUNS, **flags, **other, start_from=str(parent))
+    steps = [i * setting.batch for i in range(2 if setting.is_text else 3, 5)]
+    assert [row["step"] for row in progress(folder)] == steps
+    assert len(step_and_speeds(checkpoint(folder))[1]) == 2
 
 
 def break_disk(setting, patch):
@@ -559,6 +573,7 @@ def test_an_environment_is_made_with_its_keywords(setting):
     plain = setting.folder(RUNS, **flags)
     _, folder = setting.run(RUNS, **flags, env_kwargs='{"low": -3}')
     assert folder != plain and folder.name[:-8] == plain.name[:-8]
+    assert setting.folder(RUNS, **flags, env_kwargs='{"low":-3}') == folder
     low, high = safetensors.torch.load_file(folder / "agent.safetensors")["action_bounds"]
     assert (low.tolist(), high.tolist()) == ([-3, -3], [1, 1])
 
@@ -651,7 +666,7 @@ gym.register("Whole-v0", lambda **_: TenStepsEnv(dtype=int))
 NAN, INF = np.array([np.nan, 0]), np.array([0, np.inf])
 
 
-OBS = "error: environment's observation not finite near step [56]: "
+OBS = "error: observation not finite near step [56]: "
 GRADIENT = "error: gradient not finite, step 64 .* reward"
 WRONG = [({0: INF}, OBS), ({0: NAN, 3: True}, OBS), ({1: None}, GRADIENT)]
 

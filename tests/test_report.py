@@ -551,10 +551,23 @@ def test_a_run_from_which_another_began_is_left_out_and_kwargs_are_of_the_task(t
     names = ("Arm-v0 (at=[0, 1], delay=5)=Slow = 5",)
     page = write_report(folder, out=tmp_path / "out", pack=pack, names=names)
     assert f"\n**Left out, since others began from them: {parent.name}.**\n" in page
+    assert f"\n{HOPPER}__sppo__none__1__def began from {parent.name}.\n" in page
+    assert "__sppo__none__2__abc began" not in page
+    assert ", runs that began from others beside runs that did not.**\n" in page
     rows = [[row[0], row[2]] for row in table_after(page, "## Scores")[1:]]
     arms = [["Arm-v0 (at=[0, 1], delay=3)", "2.000 (n = 1)"], ["Slow = 5", "2.000 (n = 1)"]]
     assert rows == [arms[0], [HOPPER, "7.0 ± 1.2"], arms[1]]
     assert write_report(pack, out=tmp_path / "out", names=names) == page
+
+
+def test_a_run_stays_if_what_began_from_it_is_another_method_or_has_failed(tmp_path):
+    folder = tmp_path / "runs"
+    name = make_run(folder, "sppo", 1, seed=1).name
+    make_run(folder, "sppo-tuned", 5, seed=1, start_from=name)
+    make_run(folder, "sppo", 9, seed=1, version="def", start_from=name, finished=False)
+    page = write_report(folder, out=tmp_path / "out")
+    assert "Left out" not in page
+    assert table_after(page, "## Scores")[1][2:] == ["1.000 (n = 1 of 2)", "5.000"]
 
 
 STEPS = [*range(100, 1200, 100)]
