@@ -266,6 +266,16 @@ def scalars(folder):
     return logged
 
 
+def call_main(monkeypatch, module, *words):
+    """What a script that is called with words exits with: 0, or why."""
+    monkeypatch.setattr(sys, "argv", [module.__file__, *map(str, words)])
+    try:
+        module.main()
+    except SystemExit as end:
+        return end.code
+    return 0
+
+
 def words(flags):
     """Flags as they are typed. Those that are None are left out."""
     typed = []

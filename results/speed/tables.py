@@ -45,6 +45,15 @@ def quick_start():
     return markdown(header, rows)
 
 
+def threads():
+    table = pd.read_csv(HERE / "threads.csv")
+    ratio = table["ratio"].map("{:.2f}".format)
+    by_count = table.assign(ratio=ratio).pivot(
+        index="environment", columns="environments", values="ratio"
+    )
+    return markdown(["environments", *by_count.columns], by_count.reset_index().to_numpy())
+
+
 GPU_RUNS = {
     "sppo_atari": "`sppo_atari.py`, 8 games",
     "sppo_atari --num-envs 32": "`sppo_atari.py`, 32 games",
