@@ -16,7 +16,7 @@ from results.comparisons import LOG_RATIO, POINTS, REWARD
 
 # In the order of verdicts.csv
 NAMES = """\
-control.tables control.k control.nine robustness.noise robustness.sweep robustness.spread a2c.tables
+control.tables control.k control.nine robustness.noise robustness.sweep a2c.tables
 a2c.dose atari.games atari.crazyclimber atari.tables text.tables""".split()
 MODULES = [import_module(f"results.{name}") for name in NAMES]
 COLUMNS = """\

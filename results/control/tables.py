@@ -91,6 +91,12 @@ def comparisons():
         for task in ["HalfCheetah-v4", "Walker2d-v4"]:
             place = (task, noise)
             yield in_points(claim, short(task), others, "control/locomotion", place, pair)
+    ratios = []
+    for cell in cells_of(read("control/three-tasks")).values():
+        ratios.append(cell["sppo"].std(ddof=1) / cell["dppo"].std(ddof=1))
+    found = Interval(np.median(ratios), min(ratios), max(ratios))
+    name = "spread over seeds, SPPO's to DPPO's: median, least and most of six ratios"
+    yield Comparison("9", name, page, found, 8, unit="ratio", tasks=3, decided="not tested")
 
 
 def predictions():
