@@ -10,6 +10,7 @@ being right: `remark` has what to look at, and docs/teaching.md says more."""
 
 import json
 import os
+import re
 import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
@@ -28,6 +29,8 @@ from tqdm import tqdm
 DOCS = Path(__file__).resolve().parent
 EXERCISE = DOCS / "symmetric_loss_exercise.ipynb"
 FIRST = ["points", "holds", "remark"]  # columns before the claims
+# What compares an answer with the right one
+CHECKS = "symmetric_policy_losses a2c_loss ppo_loss weights_in expected_gradient autograd".split()
 
 
 @dataclass
@@ -66,7 +69,7 @@ def defined(source):
 def marks(cells, template, exercise):
     """What to look at in an answer: a list of texts. `exercise`: names that its cells define."""
     source = "\n".join(cell.source for cell in cells)
-    found = ["calls a script's loss"] if "symmetric_policy_losses" in source else []
+    found = [f"uses {name}" for name in CHECKS if re.search(rf"\b{name}\b", source)]
     found += ["has added cells"] if len(cells) > 1 else []
     try:
         overwritten = (defined(source) & exercise) - defined(template.source)

@@ -237,7 +237,7 @@ def test_a_class_gets_points_and_feedback_for_answers_and_added_cells(tmp_path, 
 
 
 @pytest.mark.parametrize(("source", "remark"), [
-    ("from m import symmetric_policy_losses as f", "calls a script's loss"),
+    ("from m import symmetric_policy_losses as f", "uses symmetric_policy_losses"),
     ("def claim(text): pass\ndef f(): return 2", "overwrites claim"),
     ("def f(): claim = 1", ""),
 ])  # fmt: skip
