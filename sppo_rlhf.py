@@ -1181,10 +1181,7 @@ def split_rows(rows, eval_rows, args):
     """Returns training rows, and `eval_episodes` held-out rows. Without `eval_rows`, the rows of a
     tenth of the distinct prompts (or texts) are held out."""
     rng = np.random.default_rng(0)
-    if eval_rows:
-        kinds = [prompt_kind(rows[0]), prompt_kind(eval_rows[0])]
-        require(kinds.count("messages") != 1, "only one of --dataset, --eval-dataset has messages")
-    else:
+    if not eval_rows:
         prompts = [str(row.get("prompt", row.get("text"))) for row in rows]
         distinct = sorted(set(prompts))
         rng.shuffle(distinct)
@@ -1353,8 +1350,6 @@ def load_frozen(args, dtype):
     model = load_pretrained(AutoModelForCausalLM, args.policy_model, config=config, dtype=dtype)
     if args.gradient_checkpointing:
         model.gradient_checkpointing_enable({"use_reentrant": False})
-    can_train = args.lora_r or not hasattr(model, "hf_quantizer")
-    require(can_train, f"{args.policy_model} has quantised weights, which need --lora-r")
     model.own_config = own_config  # for `save_policy`
     return model.requires_grad_(False)
 
@@ -1366,7 +1361,7 @@ def sources(args):
 
 
 def prepare(args):
-    """Checks device and toy, imports reward functions, and undoes what their files set globally."""
+    """Checks device and toy, and imports reward functions."""
     require(args.device != "cuda" or torch.cuda.is_available(), "--device cuda: there is no GPU")
     needed = any(name.startswith(f"{TOY}/") for name in sources(args))
     require(Path(START, TOY).exists() or not needed, f"no {TOY}, a default: python toy.py makes it")
@@ -1374,9 +1369,7 @@ def prepare(args):
     for name in args.reward_model:
         if ".py:" in name:
             import_function(name)
-    os.chdir(START)  # an imported file may have changed this and the next settings
-    torch.set_grad_enabled(True)
-    torch.set_default_dtype(torch.float32)
+    os.chdir(START)  # an imported file may have changed it
 
 
 def has_bfloat16(device):
@@ -1456,7 +1449,6 @@ def load(args):
     longest = args.prompt_length + args.response_length
     text_config = policy.config.get_text_config()
     positions = getattr(text_config, "max_position_embeddings", longest)
-    positions = getattr(text_config, "max_seq_len", positions)  # MPT's name
     if "longrope" in str(text_config):  # it changes all positions in longer texts
         positions = text_config.original_max_position_embeddings
     require(positions >= longest, f"{args.policy_model} has {positions} positions, not {longest}")
