@@ -82,6 +82,7 @@ def draw_differences(differences, label, file, width):
         half = panel["high"] - panel["difference"]
         axes[task].errorbar(panel["difference"], panel["row"], xerr=half, fmt="ok", markersize=3)
         axes[task].axvline(0, linestyle="--", color="gray")
+        axes[task].locator_params(axis="x", nbins=3)
         axes[task].set_ylim(-0.5, table["row"].nunique() - 0.5)
     figure.supxlabel(f"difference: {label}")
     save(figure, file)

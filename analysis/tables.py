@@ -85,7 +85,8 @@ def latex(table, caption, label):
     changes = {r"\*\*(.+)\*\*": r"\\textbf{\1}", r"(^|[ ({])-(?=\d)": r"\1$-$"}
     options = {"caption": latex_text(caption), "label": label, "position": "t"}
     text = table.replace(changes, regex=True).to_latex(index=False, **options)
-    text = text.replace("[t]", "[t]\\centering\\small\\setlength{\\tabcolsep}{4pt}")
+    lengths = r"\setlength{\tabcolsep}{4pt}\setlength{\belowcaptionskip}{4pt}"
+    text = text.replace("[t]", rf"[t]\centering\small{lengths}")
     text = text.replace(r"\begin{tabular}", FITTED + r"\begin{tabular}")
     text = text.replace(r"\end{tabular}", r"\end{tabular}}")
     return "% \\usepackage{booktabs, graphicx}\n" + text
