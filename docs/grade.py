@@ -15,7 +15,6 @@ import subprocess
 import sys
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from symtable import symtable
 
@@ -78,10 +77,13 @@ def marks(cells, template, exercise):
     return found + [f"overwrites {name}" for name in sorted(overwritten)]
 
 
-def grade(notebook, timeout):
-    """Answers, what to look at in each, and {claim: "holds", "to do", or "fails: " and why} of the
-    claims that are reached."""
-    answers = answers_of(notebook)
+def grade(path, timeout):
+    """Answers in a notebook, what to look at in each, and {claim: "holds", "to do", or "fails: "
+    and why} of the claims that are reached."""
+    if path is None:
+        raise ValueError("no notebook (*.ipynb)")
+    text = path.read_text(encoding="utf-8-sig")  # some editors write a byte order mark
+    answers = answers_of(nbformat.reads(text, as_version=4))
     fresh = nbformat.read(EXERCISE, as_version=4)
     templates = answers_of(fresh)
     if len(answers) != len(templates):
@@ -108,17 +110,6 @@ def grade(notebook, timeout):
     return answers, remarks, json.loads(last.outputs[-1].text)
 
 
-def graded(path, timeout):
-    """As `grade`; or an error, since a student's file may be anything."""
-    try:
-        if path is None:
-            raise ValueError("no notebook (*.ipynb)")
-        text = path.read_text(encoding="utf-8-sig")  # some editors write a byte order mark
-        return grade(nbformat.reads(text, as_version=4), timeout)
-    except Exception as error:
-        return error
-
-
 def feedback(claims, earned, points):
     """For a student. A prediction's answer is not given away."""
     lines = [f"{earned.sum():g} of {points['points'].sum():g} points"]
@@ -133,37 +124,24 @@ def feedback(claims, earned, points):
     return "\n".join(lines)
 
 
-def add_answers(pages, name, answers, remarks):
-    """Adds a student's answers to `pages`, a list of texts for each. Returns what to look at."""
-    found = []
-    for page, cells, remark in zip(pages, answers, remarks):
-        code = "\n\n".join(cell.source for cell in cells)
-        page += [f"### {name}", "; ".join(remark), f"```python\n{code}\n```"]
-        title = page[0].strip("#` ").partition("(")[0].removeprefix("def ")
-        found += [f"{title}: {one}" for one in remark]
-    return "; ".join(found)
-
-
 def notebooks(folder):
     """{name: path} of the notebooks in a folder and below; of anything else in it {name: None}."""
     found = {}
-    for entry in sorted(folder.glob("*")):
-        inside = {}
-        for path in [entry, *sorted(entry.rglob("*"))]:
-            name = path.relative_to(folder)
-            is_copy = any(part.startswith((".", "__")) for part in name.parts)  # Jupyter's, macOS's
-            if path.suffix.lower() == ".ipynb" and not is_copy:
-                inside[name.as_posix()] = path
-        if not entry.name.startswith((".", "__")):
-            found |= inside or {entry.name: None}
-    return found
+    for path in sorted(folder.rglob("*")):
+        name = path.relative_to(folder).as_posix()
+        is_copy = re.search(r"(^|/)(\.|__)", name)  # Jupyter's, macOS's
+        if path.suffix.lower() == ".ipynb" and not is_copy:
+            found[name] = path
+    students = {name.partition("/")[0] for name in found}
+    others = [path.name for path in sorted(folder.glob("[!._]*")) if path.name not in students]
+    return found | dict.fromkeys(others)
 
 
 def main(args):
     paths = notebooks(args.folder)
     if not any(paths.values()):
         sys.exit(f"error: {args.folder}: no notebooks (*.ipynb) in it; unzip an export first")
-    templates, _, claims = grade(nbformat.read(EXERCISE, as_version=4), args.timeout)
+    templates, _, claims = grade(EXERCISE, args.timeout)
     expected = list(claims)
     tasks = [claim.partition(",")[0] for claim in expected]
     points = pd.read_csv(args.points, dtype={"task": str}).set_index("task")
@@ -171,27 +149,32 @@ def main(args):
         sys.exit(f"error: {args.points} must have the tasks {', '.join(dict.fromkeys(tasks))}")
     args.out.mkdir(parents=True, exist_ok=True)
     rows = {}
-    pages = [[f"## `{cells[-1].source.splitlines()[0]}`"] for cells in templates]
+    titles = [cells[-1].source.splitlines()[0].split("(")[0] for cells in templates]
+    pages = [[f"## `{title}`"] for title in titles]
     with ThreadPoolExecutor(args.jobs) as pool:
-        results = pool.map(partial(graded, timeout=args.timeout), paths.values())
-        for name, result in tqdm(zip(paths, results), total=len(paths), unit="notebook"):
-            if isinstance(result, Exception):
-                rows[name] = {"remark": f"not graded: {result!r:.200}"}
-            else:
-                answers, remarks, found = result
-                claims = pd.Series({claim: found.get(claim, "not reached") for claim in expected})
-                shares = (claims == "holds").groupby(tasks).mean()
-                earned = (points["points"] * shares).round(2)
-                row = {"points": earned.sum(), "holds": (claims == "holds").sum()}
-                row["remark"] = add_answers(pages, name, answers, remarks)
-                rows[name] = row | claims.to_dict()
-                path = args.out / f"{name}.txt"
-                path.parent.mkdir(parents=True, exist_ok=True)
-                path.write_text(feedback(claims, earned, points), encoding="utf-8")
-            table = pd.DataFrame.from_dict(rows, orient="index").reindex(columns=FIRST + expected)
-            table["holds"] = table["holds"].astype("Int64")  # whole numbers beside missing ones
-            table.to_csv(args.out / "grades.csv", index_label="name", errors="backslashreplace")
-    page = "\n\n".join(text for texts in pages for text in texts if text)
+        jobs = {name: pool.submit(grade, path, args.timeout) for name, path in paths.items()}
+        for name, job in tqdm(jobs.items(), unit="notebook"):
+            if error := job.exception():  # a student's file may be anything
+                rows[name] = {"remark": f"not graded: {error!r:.200}"}
+                continue
+            answers, remarks, found = job.result()
+            claims = pd.Series({claim: found.get(claim, "not reached") for claim in expected})
+            shares = (claims == "holds").groupby(tasks).mean()
+            earned = (points["points"] * shares).round(2)
+            seen = []
+            for title, page, cells, remark in zip(titles, pages, answers, remarks):
+                code = "\n\n".join(cell.source for cell in cells)
+                page += [f"### {name}", *remark, f"```python\n{code}\n```"]
+                seen += [f"{title.removeprefix('def ')}: {one}" for one in remark]
+            row = {"points": earned.sum(), "holds": (claims == "holds").sum()}
+            rows[name] = row | {"remark": "; ".join(seen)} | claims.to_dict()
+            path = args.out / f"{name}.txt"
+            path.parent.mkdir(parents=True, exist_ok=True)
+            path.write_text(feedback(claims, earned, points), encoding="utf-8")
+    table = pd.DataFrame.from_dict(rows, orient="index").reindex(columns=FIRST + expected)
+    table["holds"] = table["holds"].astype("Int64")  # whole numbers beside missing ones
+    table.to_csv(args.out / "grades.csv", index_label="name", errors="backslashreplace")
+    page = "\n\n".join(sum(pages, []))
     (args.out / "answers.md").write_text(page + "\n", "utf-8", "backslashreplace")
     print(table[FIRST].to_string(na_rep=""))
     print(f"claims one by one, answers and feedback: {args.out}")
