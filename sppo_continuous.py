@@ -824,7 +824,7 @@ def atomic_write(path):
 
 
 class Diverged(SystemExit):
-    """Ends a run whose gradient, or an evaluation's return, is not finite."""
+    """Ends a run whose gradient, observation or return is not finite."""
 
 
 def begin_session(args, digests, folder):

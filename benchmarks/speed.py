@@ -5,7 +5,7 @@
     python benchmarks/speed.py                             # sppo_continuous.py
     python benchmarks/speed.py --script sa2c_continuous
     python benchmarks/speed.py --script sppo_atari --env-id Breakout --total-timesteps 20480
-    python benchmarks/speed.py --script sppo_rlhf --total-timesteps 336
+    python benchmarks/speed.py --script sppo_rlhf --total-timesteps 224
 
 Or compares two versions of one script, here the committed one and the one that is being edited:
 

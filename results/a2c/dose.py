@@ -94,7 +94,7 @@ def comparisons():
     for beta, of_beta in dose_effects().items():
         for rewards, found in of_beta.items():
             claim = "3" if rewards == "clean" else "4"
-            name = f"SA2C with beta {beta} minus 0, three tasks, 300,000 steps, {rewards}"
+            name = f"SA2C, beta {beta} minus 0 (alpha 0.5), three tasks, 300,000 steps, {rewards}"
             options = {"tasks": 3, "corrected": p[beta, rewards]}
             # A claim stands by the default dose: decided after the scores, on 30 November 2026
             options["direct"] = beta == "0.5" and rewards != "flipped advantages"
@@ -137,7 +137,7 @@ def draw():
         ax.set_xticks(DOSES, [f"{beta:g}" for beta in BETAS])
         ax.set_title(title)
         ax.set_xlabel("beta (alpha 0.5)")
-    axes[0].set_ylabel("training score relative\nto clean DA2C")
+    axes[0].set_ylabel("training score relative\nto beta 0, clean")
     handles, labels = axes[0].get_legend_handles_labels()
     figure.legend(handles, labels, loc="outside upper center", ncols=3)
     figure.savefig(Path(__file__).with_suffix(".png"), dpi=170)

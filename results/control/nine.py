@@ -16,7 +16,7 @@ import numpy as np
 import pandas as pd
 
 from analysis.compare import contrast
-from analysis.measures import FIVE
+from analysis.measures import FIVE, LAST, TRAINING
 from analysis.tables import markdown
 from results.common import MEASURES, bars, by_cell, estimate_text, mean, read, score_text, short
 from results.comparisons import Comparison, includes_0
@@ -225,13 +225,19 @@ def draw():
 
 def comparisons():
     page = "control/README.md#nine-tasks-a-million-steps-two-seeds"
-    scores = scores_of()
-    options = {"tasks": 9, "measure": MEASURES[FIVE], "enough": False}
-    for claim, (noise, rewards) in zip(["1", "2"], NOISES.items()):
-        name = f"SPPO minus DPPO, nine tasks, a million steps, {rewards}"
-        found = pooled(losses(scores, noise).values())
-        seeds = len(scores["Hopper-v4", noise, "dppo"])
-        yield Comparison(claim, name, page, found, seeds, **options)
+    registered = scores_of()
+    variants = [(FIVE, "", registered), (FIVE, " with older seeds", with_all_seeds(registered))]
+    variants += [(measure, "", scores_of(measure)) for measure in (LAST, TRAINING)]
+    for measure, which, scores in variants:
+        for claim, (rewards, effects) in zip(["1", "2", "1"], by_rewards(scores).items()):
+            direct = scores is registered and rewards != TOGETHER
+            name = f"nine tasks{which}, {rewards}"
+            if direct:
+                name = f"SPPO minus DPPO, nine tasks, a million steps, {rewards}"
+            tasks = min(9, len(effects))
+            options = {"tasks": tasks, "measure": MEASURES[measure], "direct": direct}
+            seeds = min(map(len, scores.values()))
+            yield Comparison(claim, name, page, pooled(effects), seeds, enough=False, **options)
 
 
 def predictions():

@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Prints pairs of commands, SPPO and PPO with the weight k, which give the same bytes:
+# Prints pairs of commands, SPPO and PPO with the weight k, which give the same bytes (k = 0.9: up to rounding):
 #     bash results/control/pairs.sh | python benchmarks/run.py --jobs 1 --runs-dir runs/identity
 # The last two need runs/toy, which python toy.py makes.
 while read -r script flag task noise alpha beta k steps; do
