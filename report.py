@@ -27,7 +27,8 @@ BOLD = """Bold: the {best} of a task and noise, if it differs from each method i
 DIFFERENCES = """{title}: the method's mean minus the baseline's, with Welch's 95 % interval. \
 p_corrected: by Benjamini and Hochberg over {rows} rows; without a test (one run) p is 1."""
 IMPROVEMENTS = """The probability that the method's run scores {better} than the baseline's, over \
-tasks and noise. Brunner and Munzel's 95 % intervals, uncorrected, need five runs."""
+tasks and noise. Brunner and Munzel's 95 % intervals, uncorrected, need five runs, \
+and that not all of one method beat all of the other."""
 OTHERS = """Not tested. A `progress.csv` row has an evaluation and means of what was logged since \
 the one before; `charts/episodic_return`: the mean return of the last 100 training episodes."""
 
@@ -73,7 +74,8 @@ def assigned(option, texts, there):
 def new_names(table, measures, texts):
     """{name: shown} of methods, tasks, kinds of noise and measures."""
     there = sorted(set(table[CELL].to_numpy().flat))
-    names = {name: name.replace("_", " ").capitalize() for name in measures}
+    columns = [measure.column for measure in measures.values()]
+    names = {name: name.replace("_", " ").capitalize() for name in [*measures, *columns]}
     names |= dict(zip(there, there))
     names |= assigned("names", texts, names)
     if len({names[name] for name in there}) < len(there):
@@ -171,7 +173,6 @@ def scores_of(args, chosen):
     given = chosen.diverged["task"].map(chosen.given)
     added = without.assign(measure=args.measure, score=given)
     scores = pd.concat([scores, added[list(scores)]])
-    runs.check(table[table["run_name"].isin(scores.dropna()["run_name"])])
     chosen.warnings += not_whole(table, without)
     chosen.warnings += compare.not_compared(table, scores, chosen.pairs, args.measure)
     chosen.warnings += runs.not_alike(chosen.finished, chosen.progress)
@@ -206,8 +207,8 @@ def write(args, chosen, scores):
     text = tables.latex(shown.drop(columns="p"), what, "tab:differences")
     (out / "differences.tex").write_text(text, encoding="utf-8")
     width = 3.25 if args.narrow else 6.75
-    curves = chosen.finished, chosen.progress, measure.column
-    figures.draw_curves(*curves, title, chosen.colors, out / "curves", width)
+    curves = chosen.finished, chosen.progress, measure.column, chosen.names[measure.column]
+    figures.draw_curves(*curves, chosen.colors, out / "curves", width)
 
     count = f"{(tested['p_corrected'] < 0.05).sum()} of {len(tested)} differences"
     count = f"{chosen.survivors()}**{count} have p below 0.05 after correction.**"
@@ -235,6 +236,8 @@ def main(args):
     out = args.out
     if out.exists() and any(out.iterdir()) and not (out / "differences.csv").exists():
         raise Refusal(f"--out {out}: a folder that is not a report; choose another")
+    if args.pack and not runs.is_pack(args.pack):
+        raise Refusal(f"--pack {args.pack}: its name must end with -runs.csv.gz")
     everything, evaluations, broken = runs.read(args.folders)
     if args.pack and broken:
         raise Refusal(f"--pack: first delete what is broken, or run it again: {broken}")
@@ -255,6 +258,9 @@ if __name__ == "__main__":
     figures.set_style()
     sys.stdout.reconfigure(errors="backslashreplace")  # for letters that a terminal does not have
     try:
+        for option in {word for word in sys.argv if word.startswith("--")}:
+            if sys.argv.count(option) > 1:  # tyro would take the last
+                raise Refusal(f"{option} is there twice: give all its values at once")
         main(tyro.cli(Args))
     except (Refusal, OSError) as error:
         sys.exit(f"error: {error}")

@@ -146,9 +146,13 @@ def probability_of_improvement(cells):
 
 
 def means_of(scores):
-    """Of each cell and measure, with the numbers of runs that have a score and that were begun."""
-    cells = scores.groupby(["measure", *CELL])
-    means = cells["score"].agg(mean="mean", standard_error="sem", runs="count", begun="size")
+    """Of each cell and measure, with the numbers of runs with a score and of seeds begun."""
+    means = scores.groupby(["measure", *CELL]).agg(
+        mean=("score", "mean"),
+        standard_error=("score", "sem"),
+        runs=("score", "count"),
+        begun=("seed", "nunique"),
+    )
     half = means["standard_error"] * stats.t.ppf(0.975, means["runs"] - 1)
     means["low"] = means["mean"] - half
     means["high"] = means["mean"] + half

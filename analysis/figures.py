@@ -32,7 +32,7 @@ def wrapped(text, inches):
 
 def panels(titles, columns, width, height, **options):
     """A figure with at most so many columns, and {title: its axes}."""
-    titles = sorted(set(titles))
+    titles = list(dict.fromkeys(titles))
     columns = min(columns, len(titles))
     rows = math.ceil(len(titles) / columns)
     options |= {"figsize": (width, rows * height), "squeeze": False, "layout": "constrained"}
@@ -52,7 +52,8 @@ def draw_curves(runs, progress, column, label, colors, file, width):
     points["panel"] = points["task"] + ", " + points["noise"]
     columns = int(width / 1.6)
     columns -= columns % min(columns, points["noise"].nunique())  # a task's side by side
-    figure, axes = panels(points["panel"], columns, width, 1.8)
+    height = min(1.8, 8 * columns / points["panel"].nunique())  # no higher than a page
+    figure, axes = panels(points["panel"], columns, width, height)
     lines = {}  # for the legend
     dashes = cycle(["-", "--", "-.", ":"])  # equal curves can both be seen
     for method, color in colors.items():
@@ -77,12 +78,12 @@ def draw_differences(differences, label, file, width):
     table = differences.assign(row=names).sort_values("row", ascending=False)
     lines = 1 + max(name.count("\n") for name in names)
     height = 0.7 + 0.15 * lines * table["row"].nunique()
-    figure, axes = panels(table["task"], int(width / 2), width, height, sharey=True)
+    figure, axes = panels(sorted(table["task"]), int(width / 2), width, height, sharey=True)
     for task, panel in table.groupby("task"):
         half = panel["high"] - panel["difference"]
         axes[task].errorbar(panel["difference"], panel["row"], xerr=half, fmt="ok", markersize=3)
         axes[task].axvline(0, linestyle="--", color="gray")
-        axes[task].locator_params(axis="x", nbins=3)
+        axes[task].locator_params(axis="x", nbins=4)
         axes[task].set_ylim(-0.5, table["row"].nunique() - 0.5)
     figure.supxlabel(f"difference: {label}")
     save(figure, file)

@@ -70,7 +70,7 @@ def places_in(folders):
 
 
 def is_pack(file):
-    return file.name.endswith("runs.csv.gz")
+    return file.name.endswith("-runs.csv.gz")
 
 
 def read_pack(file):
@@ -97,7 +97,8 @@ def read_run(folder):
     sessions = [json.loads(line) for line in lines]
     first = sessions[0]
     args = first["args"]
-    args.setdefault("env_id", args.pop("task", None))  # of language models
+    if "env_id" not in args:  # of language models
+        args["env_id"] = args.pop("task")
     kwargs = sorted(json.loads(args.pop("env_kwargs", "{}")).items())
     script = folder / first["script"]
     # Runs that begin with other runs' checkpoints are still alike
@@ -168,7 +169,7 @@ def in_cells(runs):
     from which another of its cell began, and finished, is left out. Refuses a run that is there
     twice, and mixed cells."""
     for name in runs["run_name"][runs["run_name"].duplicated()]:
-        raise Refusal(f"{name}: in two places (a pack among its runs?); leave one out")
+        raise Refusal(f"{name}: in two places; to add to a pack, give it and the new runs only")
     runs = runs.assign(**{name: runs.get(name, "") for name in LATER})
     runs["start_from"] = runs["start_from"].replace("None", "")
     noisy = runs["noise"] + " " + runs["noise_level"]
@@ -180,7 +181,7 @@ def in_cells(runs):
     began = runs[runs["finished"]].assign(run_name=origin)[["run_name", *CELL]]
     is_origin = runs["run_name"].isin(runs.merge(began)["run_name"])
     runs = runs[~is_origin]
-    check(runs[runs["finished"]])
+    check(runs[runs["state"] != "not finished"])
     return runs
 
 

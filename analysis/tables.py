@@ -8,6 +8,7 @@ from analysis.runs import CELL
 
 LATEX = {letter: f"\\{letter}" for letter in "&%$#_{}"}
 LATEX |= {"\\": r"\textbackslash{}", "~": r"\~{}", "^": r"\^{}", "±": r"$\pm$"}
+LATEX |= {letter: f"${letter}$" for letter in "<>|"}
 FITTED = r"\resizebox{\ifdim\width>\columnwidth\columnwidth\else\width\fi}{!}{"
 
 

@@ -260,11 +260,12 @@ def test_figures_and_tables_have_the_names_and_colours_that_are_chosen(grid, tmp
     drawn = []
     monkeypatch.setattr(figures, "save", lambda figure, file: drawn.append(figure))
     names = ("sppo=SPPO, k=20", f"{HOPPER}=The hopper", "last_evaluation=Steps = time")
+    names += ("return_mean=Return",)
     options = {"names": names, "colors": ("sppo=#123456",), "draws": True}
     page = write_report(grid / "runs", out=tmp_path / "out", **options)
     assert page.startswith("# Steps = time (return_mean, last row)\n")
     curves, differences = drawn
-    assert curves.get_supylabel() == "Steps = time"
+    assert curves.get_supylabel() == "Return"
     (legend,) = curves.legends
     assert [text.get_text() for text in legend.get_texts()] == ["dppo", "SPPO, k=20"]
     assert legend.get_lines()[1].get_color() == "#123456"
@@ -512,7 +513,7 @@ def test_a_run_stays_if_what_began_from_it_is_another_method_or_has_failed(tmp_p
     make_run(folder, "sppo", 9, seed=1, version="def", start_from=name, finished=False)
     page = write_report(folder, out=tmp_path / "out")
     assert "Left out" not in page
-    assert table_after(page, "## Scores")[1][2:] == ["1.000 (n = 1 of 2)", "5.000"]
+    assert table_after(page, "## Scores")[1][2:] == ["1.000", "5.000"]  # of one seed
 
 
 STEPS = [*range(100, 1200, 100)]
@@ -547,6 +548,7 @@ def test_a_task_whose_runs_are_not_alike_is_named(changes, unlike, tmp_path):
         ({"diverged": ("-9",)}, "--diverged -9: not NAME=VALUE"),
         ({"diverged": ("Hopper-v4=nan",)}, "--diverged Hopper-v4=nan: not all are numbers"),
         ({"measure": "cost:five"}, "--measure cost:five: not recorded; there are.* training, "),
+        ({"pack": Path("N.csv.gz")}, "--pack N.csv.gz: its name must end with -runs.csv.gz"),
         ({"folders": ("runs", "runs")}, "Hopper-v4__dppo__none__0__abc: in two places"),
         ({"out": "."}, "a folder that is not a report; choose another"),
     ],
