@@ -53,7 +53,7 @@ class Args:
     colors: tuple[str, ...] = ()
     # What diverged runs score: Hopper-v4=0, or 0 if there is one task; default: they have no score
     diverged: tuple[str, ...] = ()
-    # Figures as wide as a column, 3.25 inches, instead of a page, 6.75
+    # Figures as wide as a column, 3.25 inches, instead of a page, 6.75; LaTeX tables, too
     narrow: bool = False
     # Also pack the runs, as this NAME-runs.csv.gz
     pack: Path | None = None
@@ -147,21 +147,6 @@ def choose(args, everything, evaluations, broken):
     return Chosen(table, progress, measures, names, pairs, colors, given, warnings)
 
 
-def not_whole(table, without):
-    """A line for each cell with runs that are `without` a score of their own, or lack seeds."""
-    lines = []
-    for place, cell in without.groupby(CELL):
-        why = cell["state"].replace("finished", "lacks the measure")
-        names = ", ".join(cell["run_name"] + " (" + why + ")")
-        lines.append(f"**No score of its own: {', '.join(place)}: {names}**")
-    seeds = set(table["seed"].drop(without.index))
-    for place, there in table.groupby(CELL)["seed"]:
-        missing = ", ".join(map(str, sorted(seeds.difference(there))))
-        if missing:
-            lines.append(f"Missing seeds: {', '.join(place)}: {missing}.")
-    return lines
-
-
 def scores_of(args, chosen):
     """Of all measures, and a row without a score for each run that lacks the one compared."""
     table = chosen.runs
@@ -173,7 +158,7 @@ def scores_of(args, chosen):
     given = chosen.diverged["task"].map(chosen.given)
     added = without.assign(measure=args.measure, score=given)
     scores = pd.concat([scores, added[list(scores)]])
-    chosen.warnings += not_whole(table, without)
+    chosen.warnings += compare.not_whole(table, without)
     chosen.warnings += compare.not_compared(table, scores, chosen.pairs, args.measure)
     chosen.warnings += runs.not_alike(chosen.finished, chosen.progress)
     return scores
@@ -202,9 +187,10 @@ def write(args, chosen, scores):
     how += f"{BOLD.format(best=best)} Compared: {compared}. {chosen.survivors()}"
     what = DIFFERENCES.format(title=title, rows=len(differences))
     shown = tables.difference_table(tested)
-    text = tables.latex(tables.score_table(primary, usual, "noise"), how.strip(), "tab:scores")
+    shown_scores = tables.score_table(primary, usual, "noise")
+    text = tables.latex(shown_scores, how.strip(), "tab:scores", args.narrow)
     (out / "scores.tex").write_text(text, encoding="utf-8")
-    text = tables.latex(shown.drop(columns="p"), what, "tab:differences")
+    text = tables.latex(shown.drop(columns="p"), what, "tab:differences", args.narrow)
     (out / "differences.tex").write_text(text, encoding="utf-8")
     width = 3.25 if args.narrow else 6.75
     curves = chosen.finished, chosen.progress, measure.column, chosen.names[measure.column]

@@ -66,6 +66,21 @@ def not_compared(runs, scores, pairs, measure):
     return lines
 
 
+def not_whole(table, without):
+    """A line for each cell with runs that are `without` a score of their own, or lack seeds."""
+    lines = []
+    for place, cell in without.groupby(CELL):
+        why = cell["state"].replace("finished", "lacks the measure")
+        names = ", ".join(cell["run_name"] + " (" + why + ")")
+        lines.append(f"**No score of its own: {', '.join(place)}: {names}**")
+    seeds = set(table["seed"].drop(without.index))
+    for place, there in table.groupby(CELL)["seed"]:
+        missing = ", ".join(map(str, sorted(seeds.difference(there))))
+        if missing:
+            lines.append(f"Missing seeds: {', '.join(place)}: {missing}.")
+    return lines
+
+
 @dataclass
 class Estimate:
     """A value, its standard error and the degrees of freedom of that. Without a variance, as of

@@ -9,7 +9,7 @@ from analysis.runs import CELL
 LATEX = {letter: f"\\{letter}" for letter in "&%$#_{}"}
 LATEX |= {"\\": r"\textbackslash{}", "~": r"\~{}", "^": r"\^{}", "±": r"$\pm$"}
 LATEX |= {letter: f"${letter}$" for letter in "<>|"}
-FITTED = r"\resizebox{\ifdim\width>\columnwidth\columnwidth\else\width\fi}{!}{"
+FITTED = r"\resizebox{\ifdim\width>\linewidth\linewidth\else\width\fi}{!}{"
 
 
 def texts_of(numbers, error, places=None):
@@ -80,8 +80,8 @@ def latex_text(text):
     return str(text).translate(str.maketrans(LATEX))
 
 
-def latex(table, caption, label):
-    """A table of texts, bold as in Markdown. No wider than the column that it stands in."""
+def latex(table, caption, label, narrow):
+    """A table of texts, bold as in Markdown. No wider than a column if `narrow`, else a page."""
     table = table.map(latex_text).rename(columns=latex_text)
     changes = {r"\*\*(.+)\*\*": r"\\textbf{\1}", r"(^|[ ({])-(?=\d)": r"\1$-$"}
     options = {"caption": latex_text(caption), "label": label, "position": "t"}
@@ -90,4 +90,5 @@ def latex(table, caption, label):
     text = text.replace("[t]", rf"[t]\centering\small{lengths}")
     text = text.replace(r"\begin{tabular}", FITTED + r"\begin{tabular}")
     text = text.replace(r"\end{tabular}", r"\end{tabular}}")
+    text = text if narrow else text.replace("{table}", "{table*}")
     return "% \\usepackage{booktabs, graphicx}\n" + text
