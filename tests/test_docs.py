@@ -23,6 +23,7 @@ import safetensors.torch
 import torch
 import transformers
 import tyro
+from gymnasium.envs.mujoco.hopper_v4 import HopperEnv
 from helpers import CONTINUOUS, SETTINGS, checkpoint, progress, read_lines, record, sha256, work_in
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_control import MadeUp, make_agent
@@ -42,6 +43,7 @@ PAGES = {
     for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
 }
 EXAMPLES = PAGES["docs/copy-and-modify.md"]
+ENVIRON = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 SCRIPTS = {path.name: importlib.import_module(path.stem) for path in sorted(ROOT.glob("s*_*.py"))}
 
 
@@ -134,9 +136,7 @@ def test_a_command_is_valid(words):
     if words[0] == "./benchmark.sh":
         end = next((i for i, word in enumerate(words) if word[0] in "|>"), None)
         dry = [*words[:2], *"--dry-run --runs-dir none --seeds 1".split(), *words[2:end]]
-        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        env = os.environ | {"PATH": path}
-        done = subprocess.run(dry, cwd=ROOT, env=env, capture_output=True, text=True)
+        done = subprocess.run(dry, cwd=ROOT, env=ENVIRON, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert "python " in done.stdout
     elif words[0] in ("python", "accelerate", "torchrun"):
@@ -148,19 +148,23 @@ def test_a_command_is_valid(words):
         assert "=" in words[0] or words[0] in NOT_OURS, "a command that this test does not know"
 
 
-def train(script, args, folder, **flags):
+def train(script, args, **flags):
     """A run with `flags` over `args`. Returns its folder."""
-    args = dataclasses.replace(args, runs_dir=str(folder), **flags)
+    args = dataclasses.replace(args, runs_dir="own", **flags)
     if hasattr(script, "prepare"):
         script.prepare(args)
     return helpers.train(script, args)
 
 
-def play(folder, monkeypatch, capsys):
+@pytest.fixture
+def play(monkeypatch, capsys):
     """enjoy.py plays a run, and prints a return or a reward."""
-    monkeypatch.setattr(sys, "argv", ["enjoy.py", str(folder), "--episodes", "2"])
-    enjoy.main()
-    assert capsys.readouterr().out.splitlines()[-1].startswith(f"{folder}: re")
+
+    def play(folder):
+        helpers.call_main(monkeypatch, enjoy, folder, "--episodes", 2)
+        assert f"\n{folder}: re" in capsys.readouterr().out
+
+    return play
 
 
 @pytest.mark.slow
@@ -168,9 +172,7 @@ def test_the_check_of_the_same_run_holds_for_compiled_runs(tmp_path):
     """README's, with all defaults."""
     (check,) = code_blocks(sections(PAGES["README.md"])["The same run"], "sh")
     check = check.replace("sppo_continuous.py", str(ROOT / "sppo_continuous.py"))
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    command = ["bash", "-ec", check]
-    printed = subprocess.check_output(command, cwd=tmp_path, env=os.environ | {"PATH": path})
+    printed = subprocess.check_output(["bash", "-ec", check], cwd=tmp_path, env=ENVIRON)
     assert printed.endswith(b"\nequal\n")
 
 
@@ -290,8 +292,7 @@ def test_students_get_scripts_without_answers_that_train_as_before(tmp_path, mon
 
 # ---- Worked examples
 
-SHORT = {"total_timesteps": 256, "eval_episodes": 1, "eval_freq": 256, "compile": False}
-SHORT |= {"num_steps": 128, "num_minibatches": 4, "update_epochs": 2}
+SHORT = helpers.SMALL | helpers.MINIBATCHES | {"num_steps": 128}
 SHORT_LM = {"total_timesteps": 8, "batch_size": 8, "num_minibatches": 2, "update_epochs": 1}
 SHORT_LM |= {"eval_episodes": 8, "device": "cpu"}
 
@@ -328,7 +329,7 @@ def patched(text, diff, folder):
 
 @pytest.mark.parametrize("heading", DIFFS)
 def test_a_diff_goes_into_the_scripts_that_the_table_names_and_into_no_other(heading, tmp_path):
-    """Also into longer ones, and after other diffs."""
+    """Also into longer ones."""
     first = DIFF.fullmatch(DIFFS[heading])[1]
     (anchor,) = anchors(f"# {heading}")
     assert first in FITS[anchor]
@@ -343,12 +344,6 @@ def test_a_diff_goes_into_the_scripts_that_the_table_names_and_into_no_other(hea
         longer = more.sub("# One more line\n" * 9, text)
         expected = more.sub("# One more line\n" * 9, result)
         assert patched(longer, DIFFS[heading], tmp_path) == (expected, 0)
-        for other in DIFFS.values():
-            both, code = patched(result, other, tmp_path)
-            if code == 0:
-                compile(both, script, "exec")
-                turned, _ = patched(text, other, tmp_path)
-                assert patched(turned, DIFFS[heading], tmp_path) == (both, 0)
 
 
 def fitting(heading):
@@ -360,8 +355,8 @@ def fitting(heading):
 
 @pytest.fixture
 def example(request, tmp_path, monkeypatch):
-    """A section's example: a module, the arguments of its command, and a function that runs it with
-    flags over those of a short run, and returns the run's folder."""
+    """A section's example: a module, and the arguments of its command in a short run."""
+    work_in(monkeypatch, tmp_path)
     heading, script = request.param
     words = commands(SECTIONS[heading])[0]
     text, code = patched((ROOT / f"{script}.py").read_text(), DIFFS[heading], tmp_path)
@@ -378,11 +373,11 @@ def example(request, tmp_path, monkeypatch):
 
 
 @fitting("Discrete actions")
-def test_discrete_actions(example, tmp_path, monkeypatch, capsys):
+def test_discrete_actions(example, monkeypatch, play):
     script, args = example
-    folder = train(script, args, tmp_path)
+    folder = train(script, args)
     assert 5 < progress(folder)[-1]["return_mean"] <= 500
-    play(folder, monkeypatch, capsys)
+    play(folder)
     acrobot = gym.make("Acrobot-v1").unwrapped
     acrobot.action_space = gym.spaces.Discrete(3, start=-1)
     monkeypatch.setattr(gym, "make", lambda *_: acrobot)
@@ -394,13 +389,13 @@ def test_discrete_actions(example, tmp_path, monkeypatch, capsys):
     assert [env.get_wrapper_attr("action")([index]) for index in range(3)] == [-1, 0, 1]
 
 
-def test_your_own_environment_and_its_agent_in_other_code(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_your_own_environment_and_its_agent_in_other_code(tmp_path, monkeypatch, play):
+    work_in(monkeypatch, tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     Path("docking.py").write_text(*code_blocks(PAGES["docs/tiny.md"], "python"))
     script, args = parse(commands(SECTIONS["Your own environment"])[0])
-    folder = train(script, args, tmp_path, **SHORT)
-    play(folder, monkeypatch, capsys)
+    folder = train(script, args, **SHORT)
+    play(folder)
     assert progress(folder)[-1]["length_mean"] == 50
     assert -300 < progress(folder)[-1]["return_mean"] < 0
     assert 'py-modules = ["enjoy"]' in (ROOT / "pyproject.toml").read_text()
@@ -413,7 +408,7 @@ def test_your_own_environment_and_its_agent_in_other_code(tmp_path, monkeypatch,
 
 
 @fitting("Your own reward")
-def test_your_own_reward(example, tmp_path, monkeypatch, capsys):
+def test_your_own_reward(example, play):
     """The learner's reward is shaped, reported returns are not."""
     script, args = example
     shaped, plain = script.NormalizedEnvs(args), sppo_continuous.NormalizedEnvs(args)
@@ -424,23 +419,21 @@ def test_your_own_reward(example, tmp_path, monkeypatch, capsys):
     cost = plain.discounted_return - shaped.discounted_return
     np.testing.assert_allclose(cost, 0.1 * np.square(action[0]).sum())
     np.testing.assert_array_equal(shaped.episode_return, plain.episode_return)
-    play(train(script, args, tmp_path), monkeypatch, capsys)
+    play(train(script, args))
 
 
 @fitting("Your own noise")
-def test_your_own_noise(example, tmp_path, monkeypatch, capsys):
+def test_your_own_noise(example, play):
     script, args = example
     rng = np.random.default_rng(0)
     noisy = script.perturb_reward(np.full((100, 100), 2.0), "lost", 0.3, rng)
     assert set(np.unique(noisy)) == {0, 2}
     assert (noisy == 0).mean() == pytest.approx(0.3, abs=0.02)
-    play(train(script, args, tmp_path), monkeypatch, capsys)
+    play(train(script, args))
 
 
 @fitting("A reverse loss of your own")
-def test_your_own_loss_is_not_divided_by_the_old_probability(
-    example, tmp_path, monkeypatch, capsys
-):
+def test_your_own_loss_is_not_divided_by_the_old_probability(example, play):
     script, args = example
     torch.manual_seed(0)
     log_p_old = torch.rand(1000, dtype=torch.float64).log()
@@ -452,18 +445,18 @@ def test_your_own_loss_is_not_divided_by_the_old_probability(
     (gradient,) = torch.autograd.grad(reverse_loss, log_p)
     (divided,) = torch.autograd.grad(divided_loss, log_p)
     torch.testing.assert_close(gradient, log_p_old.exp() * divided)
-    play(train(script, args, tmp_path), monkeypatch, capsys)
+    play(train(script, args))
 
 
 @fitting("Your own loss")
-def test_a_term_of_ones_own_weighs_k_times_more_with_beta_0(example, tmp_path):
+def test_a_term_of_ones_own_weighs_k_times_more_with_beta_0(example):
     """Beside SPPO it takes k times the weight to train the same policy, if nothing is clipped."""
     script, args = example
     assert (args.alpha, args.beta) == (1, 0)
     flags = {"max_grad_norm": 1e9, "adam_eps": 1e-20, "learning_rate": 1e-3}
 
     def actor(size_coef, **weights):
-        folder = train(script, args, tmp_path, **flags, size_coef=size_coef, **weights)
+        folder = train(script, args, **flags, size_coef=size_coef, **weights)
         state = checkpoint(folder)["agent"]
         return torch.cat([state[name].flatten() for name in state if name.startswith("actor")])
 
@@ -475,7 +468,7 @@ def test_a_term_of_ones_own_weighs_k_times_more_with_beta_0(example, tmp_path):
 
 
 @fitting("A loss on next observations")
-def test_a_loss_on_next_observations(example, tmp_path, monkeypatch, capsys):
+def test_a_loss_on_next_observations(example, play):
     script, args = example
     setting = next(one for one in CONTINUOUS if str(one)[:4] == script.__name__[:4])
     setting = dataclasses.replace(setting, script=script)
@@ -497,37 +490,25 @@ def test_a_loss_on_next_observations(example, tmp_path, monkeypatch, capsys):
             return (agent.actor(batch.next_obs) - agent.actor(batch.obs)).square().mean()
 
     assert change(1.0) < 0.7 * change(0.0)
-    play(train(script, args, tmp_path, num_steps=128), monkeypatch, capsys)
+    play(train(script, args, num_steps=128))
 
 
 @fitting("A measure from `info`")
-def test_a_measure_from_info(example, tmp_path, monkeypatch):
+def test_a_measure_from_info(example, monkeypatch):
     """Its mean over an evaluation's episodes."""
     script, args = example
-    args = dataclasses.replace(args, eval_episodes=3)
-    with script.make_env(args) as env:
-        ends = []
-        step = env.step
-
-        def recording_step(action):
-            outcome = step(action)
-            if outcome[2] or outcome[3]:
-                ends.append(outcome[4]["x_position"])
-            return outcome
-
-        env.step = recording_step
-        agent = script.Agent(env, args)
-        stats = script.RunningStats().update(np.zeros((2, 11)))
-        *_, rows = script.evaluate(agent, args, stats, 7, env)
-    assert [row["x_position"] for row in rows] == ends and len(set(ends)) == 3
-    calls = record(monkeypatch, script, "evaluate")
-    row = progress(train(script, args, tmp_path))[-1]
-    expected = np.mean([one["x_position"] for one in calls[-1][1][2]])
-    assert row["x_position"] == pytest.approx(expected)
+    steps = record(monkeypatch, HopperEnv, "step")
+    row = progress(train(script, args, eval_episodes=3))[-1]
+    ends = []
+    for _, (_, _, terminated, _, info) in steps:
+        if terminated:
+            ends.append(info["x_position"])
+    assert len(set(ends[-3:])) == 3
+    assert row["x_position"] == pytest.approx(np.mean(ends[-3:]))
 
 
 @fitting("The best agent")
-def test_the_best_agent_is_kept(example, tmp_path, monkeypatch):
+def test_the_best_agent_is_kept(example, monkeypatch):
     """Of equal ones the last."""
     script, args = example
     weights = []
@@ -538,18 +519,18 @@ def test_the_best_agent_is_kept(example, tmp_path, monkeypatch):
         return np.array([next(scores)]), np.ones(1), []
 
     monkeypatch.setattr(script, "evaluate", evaluate)
-    folder = train(script, args, tmp_path, total_timesteps=512, eval_freq=128)
+    folder = train(script, args, total_timesteps=512, eval_freq=128)
     best = safetensors.torch.load_file(folder / "best.safetensors")["critic.0.weight"]
     assert [torch.equal(best, one) for one in weights] == [False, False, False, True]
 
 
 @fitting("Environments that wait")
-def test_environments_that_wait_are_stepped_at_once(example, tmp_path):
+def test_environments_that_wait_are_stepped_at_once(example):
     """The same bytes as one after the other. A step ends when all have begun."""
     script, args = example
     args = dataclasses.replace(args, num_envs=3)
     plain = next(one.script for one in CONTINUOUS if str(one)[:4] == script.__name__[:4])
-    expected, found = (train(one, args, tmp_path / one.__name__) for one in (plain, script))
+    expected, found = (train(one, args) for one in (plain, script))
     for name in ("progress.csv", "agent.safetensors"):
         assert sha256(found / name) == sha256(expected / name)
     barrier = threading.Barrier(3, timeout=60)
@@ -567,9 +548,9 @@ def test_environments_that_wait_are_stepped_at_once(example, tmp_path):
 
 
 @fitting("Your own network")
-def test_your_own_network(example, tmp_path, monkeypatch, capsys):
+def test_your_own_network(example, play):
     script, args = example
-    play(train(script, args, tmp_path), monkeypatch, capsys)
+    play(train(script, args))
     agent = script.Agent(script.make_env(args), args)
     for network in (agent.actor, agent.critic):
         kinds = [type(layer).__name__ for layer in network]
@@ -577,11 +558,11 @@ def test_your_own_network(example, tmp_path, monkeypatch, capsys):
 
 
 @fitting("A learning-rate schedule")
-def test_a_learning_rate_schedule(example, tmp_path):
+def test_a_learning_rate_schedule(example):
     """The last of three rollouts begins after two thirds of the run; the warm-up is longer."""
     script, args = example
     flags = {"num_envs": 1, "num_steps": 128, "total_timesteps": 384}
-    (group,) = checkpoint(train(script, args, tmp_path, **flags))["optimizer"]["param_groups"]
+    (group,) = checkpoint(train(script, args, **flags))["optimizer"]["param_groups"]
     assert group["lr"] == pytest.approx(args.learning_rate * 384 / 20_000 / 3)
 
 
@@ -589,17 +570,17 @@ def test_a_learning_rate_schedule(example, tmp_path):
 def test_a_schedule_for_a_language_model(example, here):
     """The second of two batches begins after half of the run; the warm-up is longer."""
     script, args = example
-    folder = train(script, args, "here", **SHORT_LM | {"total_timesteps": 16})
+    folder = train(script, args, **SHORT_LM | {"total_timesteps": 16})
     (group,) = checkpoint(folder)["optimizer"]["param_groups"]
     assert group["lr"] == pytest.approx(args.learning_rate * 16 / 1120 / 2)
 
 
 @pytest.mark.parametrize(("learning_rate", "steps"), [(1e-7, 24), (10.0, 8)])
 @fitting("Stopping an update at a KL divergence")
-def test_a_kl_target(example, learning_rate, steps, tmp_path):
+def test_a_kl_target(example, learning_rate, steps):
     script, args = example
     flags = {"learning_rate": learning_rate, "update_epochs": 3}
-    optimizer = checkpoint(train(script, args, tmp_path, **flags))["optimizer"]
+    optimizer = checkpoint(train(script, args, **flags))["optimizer"]
     assert optimizer["state"][0]["step"] == steps
 
 
@@ -612,7 +593,7 @@ def test_a_language_models_update_stops_at_a_kl_divergence(rate, epochs, here, m
     args = script.parse_args([])
     updates = record(monkeypatch, script, "update")
     flags = SHORT_LM | {"learning_rate": rate, "update_epochs": 3}
-    train(script, args, "here", **flags)
+    train(script, args, **flags)
     ((_, history),) = updates
     assert len(history) == epochs * flags["num_minibatches"]
 
@@ -633,7 +614,7 @@ def test_other_ways_of_sampling_in_an_edited_copy(here):
     script = edited(sppo_rlhf, here / "copy", (above, f"{above} top_p=1e-9,"))
     texts = []
     for greedy in (False, True):
-        folder = train(script, script.parse_args([]), "here", **SHORT_LM, eval_greedy=greedy)
+        folder = train(script, script.parse_args([]), **SHORT_LM, eval_greedy=greedy)
         texts.append([row["response"] for row in read_lines(folder / "samples.jsonl")[:8]])
     assert texts[0] == texts[1]
 
@@ -648,7 +629,7 @@ def test_data_and_reward_functions_of_the_page_on_language_models(here):
     shutil.copytree("runs/toy/policy", "own")
     Path("own/chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
     flags = SHORT_LM | {"policy_model": "own", "prompt_length": 16, "response_length": 16}
-    folder = train(script, args, "a", **flags)
+    folder = train(script, args, **flags)
     names = {}
     exec(use.replace("runs/NAME", str(folder)), names)
     chat = [{"role": "user", "content": "the plot"}]
@@ -658,36 +639,28 @@ def test_data_and_reward_functions_of_the_page_on_language_models(here):
     assert merged.model.generation_config.max_new_tokens == 16
 
 
-def test_a_reward_that_knows_the_answer(here, monkeypatch, capsys):
+def test_a_reward_that_knows_the_answer(here, play):
     text = SECTIONS["A reward that knows the answer"]
     Path("correct.py").write_text(*code_blocks(text, "python"))
     making, training = commands(text)
     runpy.run_path(ROOT / making[1])["make"](Path(making[2]), steps=5)
     script, args = parse(training)
-    folder = train(script, args, "here", **SHORT_LM)
+    folder = train(script, args, **SHORT_LM)
     rows = read_lines("sums/test.jsonl") + read_lines("sums/train.jsonl")
     sums = {row["prompt"]: row["label"] for row in rows}
     correct = runpy.run_path("correct.py")["correct"]
     for sample in read_lines(folder / "samples.jsonl"):
         assert [sample["reward"]] == correct([sample["response"]], [sums[sample["prompt"]]])
     assert correct(completions=["42", "4"], label=["42", "42"]) == [1, 0]
-    play(folder, monkeypatch, capsys)
-
-
-def reward_of(completion, number):
-    return float((len(completion) + number) % 3)
+    play(folder)
 
 
 def some_rewards(completions, number):
-    return list(map(reward_of, completions, number))
-
-
-def some_numbers(number, **_):
-    return number
+    return [(len(text) + i) % 3 for text, i in zip(completions, number)]
 
 
 @fitting("GRPO: a baseline from the group")
-def test_grpo(example, here, monkeypatch, capsys):
+def test_grpo(example, here, monkeypatch, play):
     """Groups of one prompt, but of different rows. The symmetric loss only weighs the loss."""
     script, args = example
     assert (args.group_size, args.gamma, args.gae_lambda, args.kl_coef) == (8, 1, 1, 0)
@@ -697,10 +670,8 @@ def test_grpo(example, here, monkeypatch, capsys):
     flags |= {"dataset": "same.jsonl", "eval_dataset": "same.jsonl", "prompt_length": 9}
     flags |= {"policy_model": "runs/toy/policy", "reward_model": (f"{__file__}:some_rewards",)}
     updates = record(monkeypatch, script, "update")
-    folder = train(script, args, "grpo", **flags)
-    assert set(checkpoint(folder)["agent"]) == {
-        name for name in checkpoint(folder)["agent"] if name.startswith("policy.")
-    }
+    folder = train(script, args, **flags)
+    assert all(name.startswith("policy.") for name in checkpoint(folder)["agent"])
     equal = []
     for (_, _, samples, _), _ in updates:
         groups = {}
@@ -719,43 +690,24 @@ def test_grpo(example, here, monkeypatch, capsys):
     for group_size in (1, 3):
         with pytest.raises(SystemExit, match="group_size must be at least 2 and divide batch_size"):
             dataclasses.replace(args, group_size=group_size).check()
-    assert np.mean([row["charts/equal_groups"] for row in progress(folder)[1:]]) == np.mean(equal)
+    shares = [row["charts/equal_groups"] for row in progress(folder)[1:]]
+    assert 0 < np.mean(shares) == np.mean(equal)
     scores = [sample.scores[0] for (_, _, samples, _), _ in updates for sample in samples]
     logged = [row["charts/episodic_return"] for row in progress(folder)[1:]]
     assert np.mean(logged) == pytest.approx(np.mean(scores))
-    play(folder, monkeypatch, capsys)
+    play(folder)
     twice = dataclasses.replace(args, alpha=0.5, beta=0.5)  # k = 1, as for alpha 1 and beta 0
-    always = (f"{__file__}:some_numbers",)  # equal for each row
-    constant = train(script, args, "constant", **flags | {"reward_model": always})
-    assert {row["charts/equal_groups"] for row in progress(constant)[1:]} == {1}
-    symmetric = train(script, twice, "symmetric", **flags)
+    symmetric = train(script, twice, **flags)
     policy = "policy/model.safetensors"
     assert sha256(symmetric / policy) == sha256(folder / policy)
 
 
-@pytest.mark.slow
-@fitting("GRPO: a baseline from the group")
-def test_grpo_learns(example, here):
-    """The toy's true sentiment, which rose by 0.49 or more in twelve updates, of three seeds."""
-    script, args = example
-    text = "from toy import toy_sentiment\n"
-    Path("sentiment.py").write_text(
-        text + "def true(completions): return [toy_sentiment(text) for text in completions]"
-    )
-    toy = {name: getattr(sppo_rlhf.parse_args([]), name) for name in ("dataset", "eval_dataset")}
-    flags = toy | {"policy_model": "runs/toy/policy", "reward_model": ("sentiment.py:true",)}
-    flags |= {"prompt_length": 16, "response_length": 32, "learning_rate": 5e-4}
-    flags |= {"total_timesteps": 12 * 112, "eval_freq": 12 * 112, "eval_episodes": 128}
-    first, last = progress(train(script, args, "own", **flags, device="cpu"))
-    assert last["return_mean"] - first["return_mean"] > 0.2
-
-
 @fitting("A new metric")
-def test_a_new_metric(example, tmp_path, monkeypatch, capsys):
+def test_a_new_metric(example, play):
     script, args = example
     flags = {"env_id": "Pendulum-v1", "eval_episodes": 4}
-    folder = train(script, args, tmp_path, **flags)
-    play(folder, monkeypatch, capsys)
+    folder = train(script, args, **flags)
+    play(folder)
     (row,) = progress(folder)
     assert row["losses/probability"] == pytest.approx(1 / 11, rel=0.1)
     assert row["return_worst"] < row["return_mean"]
@@ -823,14 +775,14 @@ def test_the_list_of_metrics_is_complete_for_control(setting, tmp_path, signals)
 def test_the_list_of_metrics_is_complete_for_language_models(here):
     """Two runs: the toy with all that is optional, and summaries, by a model with LoRA."""
     args = sppo_rlhf.parse_args(["--ce-coef", "0.1"])
-    toy_tags, toy_columns = logged(train(sppo_rlhf, args, "a", **SHORT_LM))
+    toy_tags, toy_columns = logged(train(sppo_rlhf, args, **SHORT_LM))
     row = {"prompt": "the plot was dull . TL;DR:", "label": "it was dull ."}
     Path("posts.jsonl").write_text((json.dumps(row) + "\n") * 40)
     words = "--task tldr --policy-model runs/toy/policy --reward-model runs/toy/reward"
     words += " --dataset posts.jsonl --eval-dataset posts.jsonl"
     args = sppo_rlhf.parse_args(words.split())
     lengths = {"prompt_length": 10, "response_length": 10}
-    tags, columns = logged(train(sppo_rlhf, args, "b", **SHORT_LM, **lengths))
+    tags, columns = logged(train(sppo_rlhf, args, **SHORT_LM, **lengths))
     own = metrics(page="docs/language-models.md")
     expected = metrics("PPO") | own
     csv = metrics("csv", page="docs/language-models.md") - own
