@@ -30,7 +30,6 @@ SCORES = {  # {(task, method): last evaluations, a seed each}
 
 
 def make_run(
-    runs,
     method,
     score,
     seed=1,
@@ -43,6 +42,7 @@ def make_run(
     finished=True,
     diverged="",
     continued=(),
+    runs=RUNS,
     **changes,
 ):
     """A folder as scripts leave it, with twelve evaluations, the first the best, the last `score`.
@@ -75,10 +75,10 @@ def make_run(
     return folder
 
 
-def make_grid(runs: Path, **changes) -> Path:
+def make_grid(runs=RUNS):
     for (task, method), scores in SCORES.items():
         for seed, score in enumerate(scores):
-            make_run(runs, method, score, seed, task, **changes)
+            make_run(method, score, seed, task, runs=runs)
     return runs
 
 
@@ -100,6 +100,10 @@ def table_after(page, title):
     return [cells[0], *cells[2:]]
 
 
+def scores_table(page):
+    return table_after(page, "## Scores")
+
+
 @pytest.fixture(autouse=True)
 def workplace(monkeypatch, tmp_path):
     monkeypatch.chdir(tmp_path)
@@ -118,7 +122,7 @@ def grid(tmp_path_factory):
 
 def test_tables_have_means_and_errors_and_scores_csv_has_intervals_by_t(grid):
     page = (grid / "report/report.md").read_text()
-    rows = table_after(page, "## Scores")
+    rows = scores_table(page)
     assert rows[0] == ["task", "noise", "dppo", "sppo"]
     assert rows[1] == [HOPPER, "clean", "12.0 ± 1.2", "15.0 ± 1.7"]
     assert rows[2] == [LANDER, "clean", "110.0 ± 5.8", "107.0 ± 4.0"]
@@ -139,7 +143,7 @@ def make_clear_differences(scores):
     for method, means in scores.items():
         for task, mean in zip([HOPPER, LANDER], means):
             for seed in range(3):
-                make_run(RUNS, method, mean - 1 + seed, seed, task)
+                make_run(method, mean - 1 + seed, seed, task)
 
 
 def test_the_best_is_not_bold_if_it_does_not_differ_from_all_that_it_is_compared_with():
@@ -147,14 +151,14 @@ def test_the_best_is_not_bold_if_it_does_not_differ_from_all_that_it_is_compared
     scores = {"ppo": [10, 10], "dppo": [91, 50], "sppo": [90, 51]}
     make_clear_differences(scores)
     page = write_report()
-    assert not [row for row in table_after(page, "## Scores") if "**" in " ".join(row)]
+    assert not [row for row in scores_table(page) if "**" in " ".join(row)]
 
 
 def test_the_table_for_latex_is_of_the_methods_compared_with_few_columns():
     """And the report begins with the number of clear differences."""
     scores = {"dppo": [-9], "sppo_a": [90], "better": [99]}
     make_clear_differences(scores)
-    make_run(RUNS, "dppo", 5, noise="normal")
+    make_run("dppo", 5, noise="normal")
     names = ("sppo_a=100% & more", "normal 0.05=noisy", f"{HOPPER}=Hopper_#1")
     page = write_report(compare=(("sppo_a", "dppo"),), names=names)
     begin = "# Last evaluation (return_mean, last row)\n\n"
@@ -174,12 +178,12 @@ def test_the_table_for_latex_is_of_the_methods_compared_with_few_columns():
 
 def test_success_is_filled_for_scores_and_curves_where_a_script_says_it():
     """Success is tested, other measures are shown."""
-    make_run(RUNS, "sppo", 1, columns={"success_rate": 0.5})
+    make_run("sppo", 1, columns={"success_rate": 0.5})
     for method, seed in (("sppo", 2), ("dppo", 1), ("dppo", 2)):
-        make_run(RUNS, method, 1, seed, columns={"success_rate": math.nan})
-    make_run(RUNS, "sb3-ppo", 1, script="sb3.py")
+        make_run(method, 1, seed, columns={"success_rate": math.nan})
+    make_run("sb3-ppo", 1, script="sb3.py")
     page = write_report(measure="success_rate", draws=True)
-    header, row = table_after(page, "## Scores")
+    header, row = scores_table(page)
     shown = {"dppo": "0.00 ± 0.00", "sppo": "0.25 ± 0.25", "sb3-ppo": "(n = 0 of 1)"}
     assert dict(zip(header[2:], row[2:])) == shown
     assert table_after(page, "## Differences")[1][4].startswith("0.2 (-2.9 ")
@@ -195,10 +199,10 @@ def test_runs_that_lack_the_measure_are_named_and_what_is_alone_in_a_pair():
     partly = [*range(8), math.nan, 1, 2, 3]
     for seed in range(3):
         columns = {"cost": partly if seed == 1 else 1.0 + seed}
-        make_run(RUNS, "dppo", 1, seed, columns=columns)
-        make_run(RUNS, "sppo", 1, seed)
+        make_run("dppo", 1, seed, columns=columns)
+        make_run("sppo", 1, seed)
     page = write_report(measure="cost:five")
-    assert table_after(page, "## Scores")[1][2:] == ["2.0 ± 1.0 (n = 2 of 3)", "(n = 0 of 3)"]
+    assert scores_table(page)[1][2:] == ["2.0 ± 1.0 (n = 2 of 3)", "(n = 0 of 3)"]
     assert f"{HOPPER}, clean, dppo: {HOPPER}__dppo__none__1__abc (lacks the measure)**" in page
     assert page.count("(lacks the measure)") == 1 + 3
     assert f"\nNot compared: dppo without sppo: {HOPPER}, clean.\n" in page
@@ -208,14 +212,14 @@ def test_runs_that_lack_the_measure_are_named_and_what_is_alone_in_a_pair():
 def test_diverged_runs_count_with_the_score_that_is_given():
     """Others that did not finish do not."""
     for seed, score in enumerate([10, 12, 14, 15]):
-        make_run(RUNS, "dppo", score, seed)
-        make_run(RUNS, "sppo", 2 * score, seed, diverged=(seed > 1) and "gradient not finite")
-    make_run(RUNS, "dppo", 16, seed=4)
-    make_run(RUNS, "sppo", 1, seed=4, finished=False)
+        make_run("dppo", score, seed)
+        make_run("sppo", 2 * score, seed, diverged=(seed > 1) and "gradient not finite")
+    make_run("dppo", 16, seed=4)
+    make_run("sppo", 1, seed=4, finished=False)
     page = write_report()
     begin = f"2 of 10 runs diverged. Scores given: {HOPPER} none (if none, survivors alone are"
     assert page.splitlines()[2].startswith(begin)
-    assert table_after(page, "## Scores")[1][2:] == ["13.4 ± 1.1", "22.0 ± 2.0 (n = 2 of 5)"]
+    assert scores_table(page)[1][2:] == ["13.4 ± 1.1", "22.0 ± 2.0 (n = 2 of 5)"]
     assert f"{HOPPER}__sppo__none__2__abc (diverged: gradient not finite)" in page
     assert f"{HOPPER}__sppo__none__4__abc (not finished)" in page
 
@@ -247,7 +251,7 @@ def test_a_measure_is_a_column_and_a_time(measure, score):
     """A whole column's name comes first. Before training there is nothing to weigh."""
     columns = {"step": [*range(0, 600, 100), *range(700, 1900, 200)], "a.py:five": 7}
     columns["a.py:cost"] = [99, 3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
-    make_run(RUNS, "sppo", 1, columns=columns)
+    make_run("sppo", 1, columns=columns)
     write_report(measure=measure)
     assert pd.read_csv("out/runs.csv")[measure].item() == pytest.approx(score)
 
@@ -256,7 +260,7 @@ def test_of_costs_the_lowest_is_the_best_and_beats():
     scores = {"dppo": [90], "sppo": [10]}
     make_clear_differences(scores)
     page = write_report(lower_is_better=True)
-    row = table_after(page, "## Scores")[1]
+    row = scores_table(page)[1]
     assert row[2:] == ["90.00 ± 0.58", "**10.00 ± 0.58**"] and "Bold: the lowest of" in page
     assert table_after(page, "## Over tasks")[1][-1] == "1.000"
     assert "**" not in page.partition("## Other measures")[2]
@@ -310,8 +314,8 @@ def test_fewer_than_five_runs_have_a_probability_without_interval(grid):
 
 def test_differences_are_welchs_and_corrected_for_the_pairs_that_are_compared():
     """What cannot be tested counts with p = 1. The table begins with the clearest."""
-    make_grid(RUNS)
-    make_run(RUNS, "alone", 9)
+    make_grid()
+    make_run("alone", 9)
     pairs = ("sppo", "dppo"), ("alone", "dppo"), ("sppo", "dppo")
     page = write_report(compare=pairs)
     differences = pd.read_csv("out/differences.csv")
@@ -333,7 +337,7 @@ def test_a_method_is_compared_with_one_baseline():
     expected = "dppo ppo, sppo dppo, da2c a2c, sa2c da2c, dppo-norm dppo, sb3-ppo ppo, mine sppo"
     expected = {tuple(pair.split()) for pair in expected.split(", ")}
     for method in set(sum(expected, ())):
-        make_run(RUNS, method, 1)
+        make_run(method, 1)
     found = runs.in_cells(runs.read([RUNS])[0])
     assert set(compare.pairs_of(found)) == expected
     without = found[~found["method"].isin(["dppo", "a2c", "da2c"])]
@@ -354,7 +358,7 @@ def test_figures_are_written_as_png_and_as_pdf_whose_text_is_text(grid):
         assert b"/Type3" not in pdf
         assert b"/MediaBox [ 0 0 234 " in pdf  # 3.25 inches
     (OUT / "README.md").write_text("mine")
-    write_report(make_run(RUNS, "sppo", 1))
+    write_report(make_run("sppo", 1))
     assert (OUT / "README.md").read_text() == "mine"
     assert not (OUT / "differences.png").exists()
     done = subprocess.run([*command, "--measure", "none"], capture_output=True, text=True)
@@ -366,7 +370,7 @@ def test_figures_are_written_as_png_and_as_pdf_whose_text_is_text(grid):
 
 def test_packed_runs_give_the_same_report_and_pack_and_say_how_to_repeat_a_run(grid):
     shutil.copytree(grid / "runs", RUNS)
-    make_run(RUNS, "sppo", 1, seed=3, finished=False)
+    make_run("sppo", 1, seed=3, finished=False)
     first, again = Path("pack/NAME-runs.csv.gz"), Path("again/NAME-runs.csv.gz")
     page = write_report(pack=first)
     assert write_report(first, pack=again) == page
@@ -385,8 +389,8 @@ def test_packed_runs_give_the_same_report_and_pack_and_say_how_to_repeat_a_run(g
 def test_a_pack_grows_but_loses_no_run():
     """Texts and numbers of flags stay what they are. New versions may have new flags."""
     flags = {"schedule": "1e-3", "prefix": "", "fill": "nan", "maybe": True, "never": None}
-    old = make_run(RUNS, "sppo", 1, seed=1, **flags)
-    new = make_run(RUNS, "sppo", 2, seed=2, version="def", new_flag=1, **flags)
+    old = make_run("sppo", 1, seed=1, **flags)
+    new = make_run("sppo", 2, seed=2, version="def", new_flag=1, **flags)
     pack = Path("NAME-runs.csv.gz")
     write_report(old, pack=pack)
     (old / "summary.json").unlink()  # as of a run that has begun anew
@@ -394,7 +398,7 @@ def test_a_pack_grows_but_loses_no_run():
         with pytest.raises(runs.Refusal, match="would lose runs, such as Hopper"):
             write_report(*folders, pack=pack)
     page = write_report(pack, new, pack=pack)
-    assert table_after(page, "## Scores")[1][2] == "1.50 ± 0.50"
+    assert scores_table(page)[1][2] == "1.50 ± 0.50"
 
 
 def test_runs_behind_links_are_read_once(grid):
@@ -420,27 +424,27 @@ def test_runs_behind_links_are_read_once(grid):
     ],
 )
 def test_what_is_broken_is_named_and_the_others_are_reported(change, why, grid):
-    folder = make_run(RUNS, "sppo", 9)
+    folder = make_run("sppo", 9)
     file = folder / "progress.csv"
     file.write_text(file.read_text().replace(*change))
     page = write_report(folder, grid / "runs")
     (line,) = re.findall(r"\*\*Broken: (.*)\*\*", page)
     assert "left out: " in line and why in line
-    assert table_after(page, "## Scores")[1][3] == "15.0 ± 1.7"
+    assert scores_table(page)[1][3] == "15.0 ± 1.7"
     with pytest.raises(runs.Refusal, match="--pack: first delete what is broken"):
         write_report(folder, grid / "runs", pack=Path("N-runs.csv.gz"))
 
 
 def test_runs_that_are_not_finished_and_seeds_that_a_cell_lacks_are_named():
-    make_grid(RUNS)
-    begun = make_run(RUNS, "sppo", 1e6, seed=3, finished=False, vf_coef=9)
+    make_grid()
+    begun = make_run("sppo", 1e6, seed=3, finished=False, vf_coef=9)
     (begun / "progress.csv").unlink()
-    make_run(RUNS, "mine", 9, seed=1)
+    make_run("mine", 9, seed=1)
     page = write_report()
     place = f"{HOPPER}, clean, sppo: {begun.name}"
     assert f"\n**No score of its own: {place} (not finished)**\n" in page
     assert f"\nMissing seeds: {HOPPER}, clean, mine: 0, 2.\n" in page
-    row = table_after(page, "## Scores")[1]
+    row = scores_table(page)[1]
     assert row[3:] == ["15.0 ± 1.7 (n = 3 of 4)", "9.000 (n = 1)"]
     assert "(n = 3 of 4)" in Path("out/scores.tex").read_text()
     assert f"\nNot compared: sppo without mine: {HOPPER}, clean; {LANDER}, clean.\n" not in page
@@ -458,8 +462,8 @@ def test_runs_that_are_not_finished_and_seeds_that_a_cell_lacks_are_named():
     ],
 )
 def test_a_cell_with_two_settings_is_refused(changes, why):
-    make_run(RUNS, "sppo", 1, seed=1)
-    make_run(RUNS, "sppo", 2, **({"seed": 2, "version": "def"} | changes))
+    make_run("sppo", 1, seed=1)
+    make_run("sppo", 2, **({"seed": 2, "version": "def"} | changes))
     with pytest.raises(runs.Refusal, match=why):
         write_report()
     assert not OUT.exists()
@@ -468,9 +472,9 @@ def test_a_cell_with_two_settings_is_refused(changes, why):
 def test_runs_of_a_cell_may_differ_in_where_they_ran_and_methods_in_settings():
     free = {"device": "cuda", "compile": False, "track": True, "runs_dir": "elsewhere"}
     free["noise_level"] = 0.1  # of no noise
-    make_run(RUNS, "sppo", 1, seed=1)
-    make_run(RUNS, "sppo", 2, seed=2, version="def", **free)
-    make_run(RUNS, "ppo", 1, vf_coef=0.1, depth=None)
+    make_run("sppo", 1, seed=1)
+    make_run("sppo", 2, seed=2, version="def", **free)
+    make_run("ppo", 1, vf_coef=0.1, depth=None)
     page = write_report()
     rows = table_after(page, "## What was run")
     assert rows == [["setting", "ppo", "sppo"], ["depth", "None", ""], ["vf_coef", "0.1", "0.5"]]
@@ -478,13 +482,13 @@ def test_runs_of_a_cell_may_differ_in_where_they_ran_and_methods_in_settings():
 
 def test_a_run_from_which_another_began_is_left_out_and_kwargs_are_of_the_task():
     """The others of a cell may be whole runs, or have begun from runs that are not here."""
-    parent = make_run(RUNS, "sppo", 1, seed=1, total_timesteps=600)
-    make_run(RUNS, "sppo", 5, seed=1, version="def", start_from=f"runs/{parent.name}/")
-    make_run(RUNS, "sppo", 7, seed=2, start_from=None)
-    make_run(RUNS, "sppo", 9, seed=3, start_from="elsewhere/run")
+    parent = make_run("sppo", 1, seed=1, total_timesteps=600)
+    make_run("sppo", 5, seed=1, version="def", start_from=f"runs/{parent.name}/")
+    make_run("sppo", 7, seed=2, start_from=None)
+    make_run("sppo", 9, seed=3, start_from="elsewhere/run")
     for delay in (3, 5):
         kwargs = json.dumps({"delay": delay, "at": [0, 1]})
-        make_run(RUNS, "sppo", 2, seed=delay, task="Arm-v0", env_kwargs=kwargs)
+        make_run("sppo", 2, seed=delay, task="Arm-v0", env_kwargs=kwargs)
     pack = Path("N-runs.csv.gz")
     names = ("Arm-v0 (at=[0, 1], delay=5)=Slow = 5",)
     page = write_report(pack=pack, names=names)
@@ -492,19 +496,19 @@ def test_a_run_from_which_another_began_is_left_out_and_kwargs_are_of_the_task()
     assert f"\n{HOPPER}__sppo__none__1__def began from {parent.name}.\n" in page
     assert "__sppo__none__2__abc began" not in page
     assert ", runs that began from others beside runs that did not.**\n" in page
-    _, *rows = table_after(page, "## Scores")
+    _, *rows = scores_table(page)
     assert [row[0] for row in rows] == ["Arm-v0 (at=[0, 1], delay=3)", HOPPER, "Slow = 5"]
     assert rows[1][2] == "7.0 ± 1.2"
     assert write_report(pack, names=names) == page
 
 
 def test_a_run_stays_if_what_began_from_it_is_another_method_or_has_failed():
-    name = make_run(RUNS, "sppo", 1, seed=1).name
-    make_run(RUNS, "sppo-tuned", 5, seed=1, start_from=name)
-    make_run(RUNS, "sppo", 9, seed=1, version="def", start_from=name, finished=False)
+    name = make_run("sppo", 1, seed=1).name
+    make_run("sppo-tuned", 5, seed=1, start_from=name)
+    make_run("sppo", 9, seed=1, version="def", start_from=name, finished=False)
     page = write_report()
     assert "Left out" not in page
-    assert table_after(page, "## Scores")[1][2:] == ["1.000 (n = 1 of 2)", "5.000"]
+    assert scores_table(page)[1][2:] == ["1.000 (n = 1 of 2)", "5.000"]
 
 
 STEPS = [*range(100, 1200, 100)]
@@ -521,8 +525,8 @@ STEPS = [*range(100, 1200, 100)]
     ],
 )
 def test_a_task_whose_runs_are_not_alike_is_named(changes, unlike):
-    make_run(RUNS, "sppo", 1)
-    make_run(RUNS, "ppo", 2, **changes)
+    make_run("sppo", 1)
+    make_run("ppo", 2, **changes)
     page = write_report()
     lines = re.findall(r"(?m)^\*\*Not alike: Hopper-v4: (.+)\.\*\*$", page)
     assert lines == ([unlike] if unlike else [])
