@@ -60,7 +60,7 @@ def launch(setting, monkeypatch, capsys):
     return launch
 
 
-def every(setting, updates):
+def every(setting, updates=1):
     """Flags for an evaluation and a checkpoint after each so many updates."""
     steps = int(updates * setting.batch)
     if setting.is_text:
@@ -172,9 +172,7 @@ def test_a_metric_may_be_missing_and_no_return_may_be_nan(setting):
     _, folder = setting.run(RUNS, **flags)
     lengths = [row["charts/episodic_length"] for row in progress(folder)]
     np.testing.assert_equal(lengths, [np.nan, np.nan, 10, 10])
-    with pytest.raises(
-        setting.script.Diverged, match="a return of the evaluation at step 4 is not"
-    ):
+    with pytest.raises(setting.script.Diverged, match="a return of the evaluation at step 4"):
         setting.script.evaluation_row(4, np.array([1, np.inf]), np.ones(2), [])
 
 
@@ -186,9 +184,10 @@ def test_an_entry_in_a2cs_log_has_the_means_of_all_updates_since_the_last(settin
     assert summary["sps"] == 128
     rare = scalars(folder)
     for name in ("losses/value_loss", "losses/entropy", "losses/grad_norm"):
-        a, b, c, d = (value for _, value in each[name])
-        means = [(128, pytest.approx((a + b) / 2)), (256, pytest.approx((c + d) / 2))]
-        assert rare[name] == means
+        values = np.array([value for _, value in each[name]])
+        steps, means = zip(*rare[name])
+        assert steps == (128, 256)
+        assert means == pytest.approx(values.reshape(2, 2).mean(axis=1))
 
 
 @only(*ALL)
@@ -376,7 +375,7 @@ def assert_same_bytes(setting, folder, whole):
 @only(*ALL, LORA)
 def test_a_run_that_starts_from_another_equals_one_that_was_long_from_the_start(setting):
     """Wherever the other has moved. It is killed before its first checkpoint, and after."""
-    flags = every(setting, 1) | {"seed": 5, "noise": "normal"}
+    flags = every(setting) | {"seed": 5, "noise": "normal"}
     flags |= {"anneal_lr": False, "anneal_clip": False} if setting in (SPPO_ATARI,) else {}
     longer = flags | {"total_timesteps": 4 * setting.batch}
     _, whole = setting.run("whole", **longer)
@@ -397,9 +396,9 @@ def test_a_run_that_starts_from_another_equals_one_that_was_long_from_the_start(
 @only(*KINDS)
 def test_a_run_starts_only_from_a_finished_one_with_fewer_steps(setting, launch):
     """Nothing has begun then."""
-    folder = setting.interrupt(RUNS, 1, **every(setting, 1))
+    folder = setting.interrupt(RUNS, 1, **every(setting))
     assert " is no finished run; it continues by " in launch(start_from=folder, seed=2)[0]
-    _, folder = setting.run(RUNS, **every(setting, 1))
+    _, folder = setting.run(RUNS, **every(setting))
     end, _, _ = launch(start_from=folder)
     assert end.startswith(f"error: {folder} has {4 * setting.batch:,} of ")
     assert len(list(RUNS.iterdir())) == 1
@@ -408,7 +407,7 @@ def test_a_run_starts_only_from_a_finished_one_with_fewer_steps(setting, launch)
 @only(*CONTINUOUS, TEXTS)
 def test_a_started_run_has_its_own_tasks_scores_and_its_own_speed(setting):
     """Those of another environment, or another reward, stay behind."""
-    flags = every(setting, 1) | ({} if setting.is_text else {"env_id": "Low-v0"})
+    flags = every(setting) | ({} if setting.is_text else {"env_id": "Low-v0"})
     other = {"env_kwargs": '{"low": -3}'}
     if setting.is_text:
         other = {"reward_model": (f"{__file__}:lucky",)}
@@ -456,7 +455,7 @@ FAULTS = [  # what goes wrong in the second update, what is said, and whether it
 @pytest.mark.parametrize(("fault", "message", "has_row"), FAULTS, ids="full_disk more nan".split())
 def test_an_error_leaves_the_checkpoint_before_it(setting, launch, fault, message, has_row):
     """The same command continues from there; what was written after it does not come twice."""
-    flags = every(setting, 1)
+    flags = every(setting)
     one, two, three, four = (i * setting.batch for i in (1, 2, 3, 4))
     folder = setting.interrupt(RUNS, 1, **flags)
     with pytest.MonkeyPatch.context() as patch:
@@ -480,19 +479,19 @@ def test_an_error_leaves_the_checkpoint_before_it(setting, launch, fault, messag
 
 @only(*KINDS)
 def test_a_run_has_one_process_at_a_time(setting, launch):
-    folder = setting.interrupt(RUNS, 1, **every(setting, 1))
+    folder = setting.interrupt(RUNS, 1, **every(setting))
     before = files(folder)
     with FileLock(folder / "lock"):
-        end, _, _ = launch(**every(setting, 1))
+        end, _, _ = launch(**every(setting))
     assert end.startswith(f"error: another process is at work on {folder}")
     assert files(folder) == before
-    assert launch(**every(setting, 1))[0] == 0
+    assert launch(**every(setting))[0] == 0
 
 
 @helpers.needs_gpu
 @only(*ATARI, TEXTS, replace(TEXTS, small=TEXTS.small | {"amp": "auto"}))
 def test_on_a_gpu_a_run_is_compiled_and_continued(setting, launch):
-    flags = every(setting, 1) | {"device": "cuda"}
+    flags = every(setting) | {"device": "cuda"}
     flags |= {"compile": True, "amp": "auto"} if setting.atari else {}
     folder = setting.interrupt(RUNS, 2, **flags)
     end, out, _ = launch(**flags)
@@ -656,7 +655,7 @@ def test_a_number_that_is_not_finite_stops_the_run_where_it_begins(
 ):
     monkeypatch.setattr(TenStepsEnv, "wrong", wrong)
     with pytest.raises(SystemExit, match=message):
-        setting.run(RUNS, env_id="TenSteps-v0", **every(setting, 1))
+        setting.run(RUNS, env_id="TenSteps-v0", **every(setting))
     (folder,) = RUNS.iterdir()
     left = {path.name for path in folder.iterdir()}
     assert not left & {"agent.safetensors", "checkpoint.pt", "progress.csv"}
@@ -680,7 +679,7 @@ def test_an_evaluation_has_the_share_of_episodes_whose_last_step_says_success(
         return *outcome, info
 
     monkeypatch.setattr(TenStepsEnv, "step", step_with_success)
-    summary, folder = setting.run("more", **flags, **every(setting, 1))
+    summary, folder = setting.run("more", **flags, **every(setting))
     assert summary["success_rate"] == rate
     assert [row["success_rate"] for row in progress(folder)] == [rate, rate]
 
@@ -698,7 +697,7 @@ def test_an_episode_of_a_registered_limit_fits_between_two_checkpoints(setting, 
 def test_environments_are_closed_after_all_ends_of_a_run(setting, monkeypatch):
     """And after evaluations and checkpoints."""
     monkeypatch.setattr(TenStepsEnv, "open", [])
-    setting.interrupt(RUNS, 2, env_id="TenSteps-v0", **every(setting, 1))
+    setting.interrupt(RUNS, 2, env_id="TenSteps-v0", **every(setting))
     assert TenStepsEnv.open == []
 
 
@@ -713,8 +712,7 @@ def test_evaluations_change_no_training(setting):
 # ---- Kills at random times
 
 LONGER = {
-    "sppo_continuous": {"env_id": "BipedalWalker-v3", "total_timesteps": 4096, "eval_freq": 512}
-    | {"checkpoint_freq": 768, "noise": "adv_flip"},
+    "sppo_continuous": {"total_timesteps": 4096, "eval_freq": 512, "checkpoint_freq": 768},
     "sa2c_atari": {"total_timesteps": 512, "checkpoint_freq": 12},
     "sppo_rlhf": {"total_timesteps": 192, "eval_freq": 64},
 }
@@ -724,8 +722,6 @@ LONGER = {
 @only(*KINDS)
 def test_a_run_killed_at_random_times_ends_with_the_same_bytes(setting):
     """It is killed twice, and once more when it has a checkpoint."""
-    if setting.script.__name__ == "sppo_continuous":
-        pytest.importorskip("Box2D", reason="no wheel for Python 3.14")
     command = [sys.executable, setting.script.__file__]
     command += words(setting.small | LONGER[str(setting)])
 
