@@ -92,16 +92,12 @@ def write_report(*folders, out=OUT, draws=False, **options):
     return (out / "report.md").read_text()
 
 
-def table_after(page, title):
+def rows_after(page, title="## Scores"):
     """Rows of the first table after the line that begins with `title`, the header first."""
-    after = page.split(f"\n{title}", 1)[1]
-    rows = re.search(r"(?m)(^\|.*\n)+", after)[0].splitlines()
-    cells = [[cell.strip() for cell in row[1:-1].split("|")] for row in rows]
-    return [cells[0], *cells[2:]]
-
-
-def scores_table(page):
-    return table_after(page, "## Scores")
+    _, after = page.split(f"\n{title}", 1)
+    table = re.search(r"(?m)(^\|.*\n)+", after)[0]
+    header, _, *rows = table.splitlines()
+    return [header, *rows]
 
 
 @pytest.fixture(autouse=True)
@@ -122,14 +118,16 @@ def grid(tmp_path_factory):
 
 def test_tables_have_means_and_errors_and_scores_csv_has_intervals_by_t(grid):
     page = (grid / "report/report.md").read_text()
-    rows = scores_table(page)
-    assert rows[0] == ["task", "noise", "dppo", "sppo"]
-    assert rows[1] == [HOPPER, "clean", "12.0 ± 1.2", "15.0 ± 1.7"]
-    assert rows[2] == [LANDER, "clean", "110.0 ± 5.8", "107.0 ± 4.0"]
+    assert rows_after(page) == [
+        "| task | noise | dppo | sppo |",
+        "| Hopper-v4 | clean | 12.0 ± 1.2 | 15.0 ± 1.7 |",
+        "| LunarLanderContinuous-v3 | clean | 110.0 ± 5.8 | 107.0 ± 4.0 |",
+    ]
     # Of twelve evaluations that rise to the score the last five are 7/11 to 11/11 of it
-    rows = table_after(page, "Last five evaluations (return_mean, mean of the last five rows):")
-    assert rows[1][2].startswith(f"{12 * 9 / 11:.2f} ± 0.")
-    assert table_after(page, "Training (charts/episodic_return, last row):")[2][2] == "55.0 ± 2.9"
+    rows = rows_after(page, "Last five evaluations (return_mean, mean of the last five rows):")
+    assert rows[1].startswith(f"| Hopper-v4 | clean | {12 * 9 / 11:.2f} ± 0.")
+    rows = rows_after(page, "Training (charts/episodic_return, last row):")
+    assert rows[2].startswith("| LunarLanderContinuous-v3 | clean | 55.0 ± 2.9 |")
 
     scores = pd.read_csv(grid / "report/scores.csv").set_index(["measure", "task", "method"])
     row = scores.loc["last_evaluation", HOPPER, "sppo"]
@@ -151,7 +149,7 @@ def test_the_best_is_not_bold_if_it_does_not_differ_from_all_that_it_is_compared
     scores = {"ppo": [10, 10], "dppo": [91, 50], "sppo": [90, 51]}
     make_clear_differences(scores)
     page = write_report()
-    assert not [row for row in scores_table(page) if "**" in " ".join(row)]
+    assert "**" not in "".join(rows_after(page))
 
 
 def test_the_table_for_latex_is_of_the_methods_compared_with_few_columns():
@@ -163,8 +161,8 @@ def test_the_table_for_latex_is_of_the_methods_compared_with_few_columns():
     page = write_report(compare=(("sppo_a", "dppo"),), names=names)
     begin = "# Last evaluation (return_mean, last row)\n\n"
     assert page.startswith(f"{begin}**1 of 1 differences have p below 0.05 after correction.**\n")
-    row = table_after(page, "## Differences")[1]
-    assert row[:5] == ["Hopper_#1", "clean", "100% & more", "dppo", "99.0 (96.7 to 101.3)"]
+    row = rows_after(page, "## Differences")[1]
+    assert row.startswith("| Hopper_#1 | clean | 100% & more | dppo | 99.0 (96.7 to 101.3) |")
     table = Path("out/scores.tex").read_text()
     assert "Compared: 100\\% \\& more with dppo.}" in table
     rows = table.partition("\\toprule\n")[2].partition("\\bottomrule")[0].splitlines()
@@ -183,12 +181,14 @@ def test_success_is_filled_for_scores_and_curves_where_a_script_says_it():
         make_run(method, 1, seed, columns={"success_rate": math.nan})
     make_run("sb3-ppo", 1, script="sb3.py")
     page = write_report(measure="success_rate", draws=True)
-    header, row = scores_table(page)
-    shown = {"dppo": "0.00 ± 0.00", "sppo": "0.25 ± 0.25", "sb3-ppo": "(n = 0 of 1)"}
-    assert dict(zip(header[2:], row[2:])) == shown
-    assert table_after(page, "## Differences")[1][4].startswith("0.2 (-2.9 ")
-    assert table_after(page, "## Over tasks")[1][-1] == "0.7500"
-    assert table_after(page, "Last evaluation (")[1][2] == "1.000 ± 0.000"
+    assert rows_after(page) == [
+        "| task | noise | dppo | sppo | sb3-ppo |",
+        "| Hopper-v4 | clean | 0.00 ± 0.00 | 0.25 ± 0.25 | (n = 0 of 1) |",
+    ]
+    assert "| 0.2 (-2.9 " in rows_after(page, "## Differences")[1]
+    assert rows_after(page, "## Over tasks")[1].endswith("| 0.7500 |")
+    row = rows_after(page, "Last evaluation (")[1]
+    assert row.startswith("| Hopper-v4 | clean | 1.000 ± 0.000 |")
     assert "clean, sb3-ppo: Hopper-v4__sb3-ppo__none__1__abc (lacks the measure)" in page
     curves = pd.read_csv("out/curves.csv").groupby("method")["mean"].last()
     assert curves.to_dict() == {"dppo": 0, "sppo": 0.25}
@@ -202,7 +202,8 @@ def test_runs_that_lack_the_measure_are_named_and_what_is_alone_in_a_pair():
         make_run("dppo", 1, seed, columns=columns)
         make_run("sppo", 1, seed)
     page = write_report(measure="cost:five")
-    assert scores_table(page)[1][2:] == ["2.0 ± 1.0 (n = 2 of 3)", "(n = 0 of 3)"]
+    row = "| Hopper-v4 | clean | 2.0 ± 1.0 (n = 2 of 3) | (n = 0 of 3) |"
+    assert rows_after(page)[1] == row
     assert f"{HOPPER}, clean, dppo: {HOPPER}__dppo__none__1__abc (lacks the measure)**" in page
     assert page.count("(lacks the measure)") == 1 + 3
     assert f"\nNot compared: dppo without sppo: {HOPPER}, clean.\n" in page
@@ -219,7 +220,8 @@ def test_diverged_runs_count_with_the_score_that_is_given():
     page = write_report()
     begin = f"2 of 10 runs diverged. Scores given: {HOPPER} none (if none, survivors alone are"
     assert page.splitlines()[2].startswith(begin)
-    assert scores_table(page)[1][2:] == ["13.4 ± 1.1", "22.0 ± 2.0 (n = 2 of 5)"]
+    row = "| Hopper-v4 | clean | 13.4 ± 1.1 | 22.0 ± 2.0 (n = 2 of 5) |"
+    assert rows_after(page)[1] == row
     assert f"{HOPPER}__sppo__none__2__abc (diverged: gradient not finite)" in page
     assert f"{HOPPER}__sppo__none__4__abc (not finished)" in page
 
@@ -260,9 +262,9 @@ def test_of_costs_the_lowest_is_the_best_and_beats():
     scores = {"dppo": [90], "sppo": [10]}
     make_clear_differences(scores)
     page = write_report(lower_is_better=True)
-    row = scores_table(page)[1]
-    assert row[2:] == ["90.00 ± 0.58", "**10.00 ± 0.58**"] and "Bold: the lowest of" in page
-    assert table_after(page, "## Over tasks")[1][-1] == "1.000"
+    assert rows_after(page)[1] == "| Hopper-v4 | clean | 90.00 ± 0.58 | **10.00 ± 0.58** |"
+    assert "Bold: the lowest of" in page
+    assert rows_after(page, "## Over tasks")[1].endswith("| 1.000 |")
     assert "**" not in page.partition("## Other measures")[2]
 
 
@@ -309,7 +311,7 @@ def test_the_probability_of_improvement_has_brunner_and_munzels_interval():
 def test_fewer_than_five_runs_have_a_probability_without_interval(grid):
     page = (grid / "report/report.md").read_text()
     # 7.5 and 3.5 of nine pairs, since 12 ties 12, and 110 ties 110
-    assert table_after(page, "## Over tasks")[1] == ["sppo", "dppo", "2", "0.6111"]
+    assert rows_after(page, "## Over tasks")[1] == "| sppo | dppo | 2 | 0.6111 |"
 
 
 def test_differences_are_welchs_and_corrected_for_the_pairs_that_are_compared():
@@ -398,7 +400,7 @@ def test_a_pack_grows_but_loses_no_run():
         with pytest.raises(runs.Refusal, match="would lose runs, such as Hopper"):
             write_report(*folders, pack=pack)
     page = write_report(pack, new, pack=pack)
-    assert scores_table(page)[1][2] == "1.50 ± 0.50"
+    assert rows_after(page)[1] == "| Hopper-v4 | clean | 1.50 ± 0.50 |"
 
 
 def test_runs_behind_links_are_read_once(grid):
@@ -430,7 +432,7 @@ def test_what_is_broken_is_named_and_the_others_are_reported(change, why, grid):
     page = write_report(folder, grid / "runs")
     (line,) = re.findall(r"\*\*Broken: (.*)\*\*", page)
     assert "left out: " in line and why in line
-    assert scores_table(page)[1][3] == "15.0 ± 1.7"
+    assert rows_after(page)[1].endswith("| 15.0 ± 1.7 |")
     with pytest.raises(runs.Refusal, match="--pack: first delete what is broken"):
         write_report(folder, grid / "runs", pack=Path("N-runs.csv.gz"))
 
@@ -444,8 +446,7 @@ def test_runs_that_are_not_finished_and_seeds_that_a_cell_lacks_are_named():
     place = f"{HOPPER}, clean, sppo: {begun.name}"
     assert f"\n**No score of its own: {place} (not finished)**\n" in page
     assert f"\nMissing seeds: {HOPPER}, clean, mine: 0, 2.\n" in page
-    row = scores_table(page)[1]
-    assert row[3:] == ["15.0 ± 1.7 (n = 3 of 4)", "9.000 (n = 1)"]
+    assert rows_after(page)[1].endswith("| 15.0 ± 1.7 (n = 3 of 4) | 9.000 (n = 1) |")
     assert "(n = 3 of 4)" in Path("out/scores.tex").read_text()
     assert f"\nNot compared: sppo without mine: {HOPPER}, clean; {LANDER}, clean.\n" not in page
 
@@ -476,8 +477,8 @@ def test_runs_of_a_cell_may_differ_in_where_they_ran_and_methods_in_settings():
     make_run("sppo", 2, seed=2, version="def", **free)
     make_run("ppo", 1, vf_coef=0.1, depth=None)
     page = write_report()
-    rows = table_after(page, "## What was run")
-    assert rows == [["setting", "ppo", "sppo"], ["depth", "None", ""], ["vf_coef", "0.1", "0.5"]]
+    rows = rows_after(page, "## What was run")
+    assert rows == ["| setting | ppo | sppo |", "| depth | None |  |", "| vf_coef | 0.1 | 0.5 |"]
 
 
 def test_a_run_from_which_another_began_is_left_out_and_kwargs_are_of_the_task():
@@ -496,9 +497,12 @@ def test_a_run_from_which_another_began_is_left_out_and_kwargs_are_of_the_task()
     assert f"\n{HOPPER}__sppo__none__1__def began from {parent.name}.\n" in page
     assert "__sppo__none__2__abc began" not in page
     assert ", runs that began from others beside runs that did not.**\n" in page
-    _, *rows = scores_table(page)
-    assert [row[0] for row in rows] == ["Arm-v0 (at=[0, 1], delay=3)", HOPPER, "Slow = 5"]
-    assert rows[1][2] == "7.0 ± 1.2"
+    assert rows_after(page) == [
+        "| task | noise | sppo |",
+        "| Arm-v0 (at=[0, 1], delay=3) | clean | 2.000 (n = 1) |",
+        "| Hopper-v4 | clean | 7.0 ± 1.2 |",
+        "| Slow = 5 | clean | 2.000 (n = 1) |",
+    ]
     assert write_report(pack, names=names) == page
 
 
@@ -508,7 +512,7 @@ def test_a_run_stays_if_what_began_from_it_is_another_method_or_has_failed():
     make_run("sppo", 9, seed=1, version="def", start_from=name, finished=False)
     page = write_report()
     assert "Left out" not in page
-    assert scores_table(page)[1][2:] == ["1.000 (n = 1 of 2)", "5.000"]
+    assert rows_after(page)[1] == "| Hopper-v4 | clean | 1.000 (n = 1 of 2) | 5.000 |"
 
 
 STEPS = [*range(100, 1200, 100)]
