@@ -13,6 +13,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import tyro
 from ale_py import Action
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
@@ -274,6 +275,13 @@ def call_main(monkeypatch, module, *words):
     except SystemExit as end:
         return end.code
     return 0
+
+
+def parse(script, words):
+    """The script's arguments. It exits if it would refuse them."""
+    if hasattr(script, "parse_args"):
+        return script.parse_args(words)
+    return tyro.cli(script.Args, args=words)
 
 
 def words(flags):

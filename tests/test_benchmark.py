@@ -14,14 +14,14 @@ from pathlib import Path
 
 import ale_py
 import gymnasium as gym
+import helpers
 import pytest
-import tyro
 from helpers import SETTINGS, sha256
 
 import sppo_rlhf
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = {f"{setting.script.__name__}.py": setting.script for setting in SETTINGS}
+SCRIPTS = {f"{setting}.py": setting.script for setting in SETTINGS} | {"sppo_rlhf.py": sppo_rlhf}
 ENVIRON = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 for variable in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"):
     ENVIRON.pop(variable, None)
@@ -41,10 +41,8 @@ def listed(arguments):
 
 
 def parse(words):
-    """The script's arguments; it exits if it would refuse them."""
-    if words[0] == "sppo_rlhf.py":
-        return sppo_rlhf.parse_args(words[1:])
-    return tyro.cli(SCRIPTS[words[0]].Args, args=words[1:])
+    """The arguments of a command's script."""
+    return helpers.parse(SCRIPTS[words[0]], words[1:])
 
 
 gym.register_envs(ale_py)
@@ -166,7 +164,7 @@ def stubs(tmp_path):
     (tmp_path / "benchmarks").mkdir()
     for name in ("benchmark.sh", "benchmarks/run.py"):
         shutil.copy(ROOT / name, tmp_path / name)
-    for script in [*SCRIPTS, "sppo_rlhf.py"]:
+    for script in SCRIPTS:
         (tmp_path / script).write_text(STUB)
     (tmp_path / "torch.py").write_text(TORCH)
     return tmp_path

@@ -323,9 +323,14 @@ def test_a_finished_run_is_not_trained_again(setting, launch):
     assert changed == {"sessions.jsonl"}
 
 
+def draw():
+    """From all global generators."""
+    return random.random() + np.random.random() + torch.rand(1).item()
+
+
 def lucky(texts):
-    """A reward function that draws from all global generators."""
-    return [random.random() + np.random.random() + torch.rand(1).item() for _ in texts]
+    """A reward function."""
+    return [draw() for _ in texts]
 
 
 LORA = replace(TEXTS, small=TEXTS.small | {"lora_r": 2})
@@ -610,11 +615,11 @@ class DrawingEnv(TenStepsEnv):
 
     def __init__(self):
         super().__init__()
-        self.age = np.random.random() + torch.rand(1).item()
+        self.age = draw()
         os.chdir("/")
 
     def step(self, action):
-        self.age += random.random() + np.random.random() + torch.rand(1).item()
+        self.age += draw()
         self.age += self.action_space.sample().sum() + self.observation_space.sample().sum()
         return super().step(action)
 

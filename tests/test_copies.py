@@ -9,6 +9,7 @@ import gymnasium as gym
 import pytest
 import torch
 from helpers import CONTINUOUS, EACH, Signals, checkpoint, only, progress
+from test_control import make_agent, one_update, some_batch
 from torch import nn
 
 
@@ -121,15 +122,12 @@ def test_layers_may_be_shared_and_the_critic_may_normalise_batches(setting, tmp_
 @only(*CONTINUOUS)
 def test_gradients_are_laid_out_like_weights(setting):
     """That of a convolution is laid out like its input. Fused optimizers would mix elements up."""
-    args = setting.args("runs", env_id="Hopper-v4")
-    agent = setting.script.Agent(setting.script.make_env(args), args)
+    agent = make_agent(setting)
     images = nn.Unflatten(1, (4, 2, 4))
     images.register_forward_hook(lambda *io: io[-1].to(memory_format=torch.channels_last))
-    layers = nn.Linear(11, 32), images, nn.Conv2d(4, 33, (2, 4)), nn.Flatten()
-    agent.actor = nn.Sequential(*layers)
-    action = torch.zeros(8, 3).long()
-    batch = setting.script.Batch(torch.randn(8, 11), action, *torch.randn(3, 8))
-    setting.update(agent, args, batch)
+    convolution = nn.Conv2d(4, 33, (2, 4))
+    agent.actor = nn.Sequential(nn.Linear(11, 32), images, convolution, nn.Flatten())
+    setting.update(agent, one_update(setting), some_batch(setting, agent))
     for parameter in agent.parameters():
         assert parameter.grad.stride() == parameter.stride()
 

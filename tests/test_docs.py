@@ -22,7 +22,6 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-import tyro
 from gymnasium.envs.mujoco.hopper_v4 import HopperEnv
 from helpers import CONTINUOUS, SETTINGS, checkpoint, progress, read_lines, record, sha256, work_in
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
@@ -118,10 +117,7 @@ def commands(text):
 def parse(words):
     """(script, Args) of a command that starts one of ours. Exits if a flag is wrong."""
     name = next(word for word in words if word in SCRIPTS)
-    arguments = words[words.index(name) + 1 :]
-    if name == "sppo_rlhf.py":
-        return sppo_rlhf, sppo_rlhf.parse_args(arguments)
-    return SCRIPTS[name], tyro.cli(SCRIPTS[name].Args, args=arguments)
+    return SCRIPTS[name], helpers.parse(SCRIPTS[name], words[words.index(name) + 1 :])
 
 
 DOCSTRINGS = [
@@ -366,11 +362,17 @@ def example(request, tmp_path, monkeypatch):
     path.write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
     module = importlib.import_module(path.stem)
+    args = helpers.parse(module, words[2:])
     if script == "sppo_rlhf":
-        return module, module.parse_args(words[2:])
-    args = tyro.cli(module.Args, args=words[2:])
+        return module, args
     known = {name: value for name, value in SHORT.items() if hasattr(args, name)}
     return module, dataclasses.replace(args, **known)
+
+
+def setting_of(copy):
+    """Of the script that was copied."""
+    ppo, a2c = CONTINUOUS
+    return a2c if copy.__name__.startswith("sa2c") else ppo
 
 
 @fitting("Discrete actions")
@@ -471,8 +473,7 @@ def test_a_term_of_ones_own_weighs_k_times_more_with_beta_0(example):
 @fitting("A loss on next observations")
 def test_a_loss_on_next_observations(example, play):
     script, args = example
-    setting = next(one for one in CONTINUOUS if str(one)[:4] == script.__name__[:4])
-    setting = dataclasses.replace(setting, script=script)
+    setting = dataclasses.replace(setting_of(script), script=script)
     agent, envs = make_agent(setting), MadeUp(setting)
     args = dataclasses.replace(args, num_envs=2, num_steps=32)
     batch, _ = setting.collect(agent, args, envs, envs.first_obs)
@@ -530,8 +531,8 @@ def test_environments_that_wait_are_stepped_at_once(example):
     """The same bytes as one after the other. A step ends when all have begun."""
     script, args = example
     args = dataclasses.replace(args, num_envs=3)
-    plain = next(one.script for one in CONTINUOUS if str(one)[:4] == script.__name__[:4])
-    expected, found = (train(one, args) for one in (plain, script))
+    expected = train(setting_of(script).script, args)
+    found = train(script, args)
     for name in ("progress.csv", "agent.safetensors"):
         assert sha256(found / name) == sha256(expected / name)
     barrier = threading.Barrier(3, timeout=60)

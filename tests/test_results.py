@@ -7,10 +7,10 @@ import shlex
 import subprocess
 from pathlib import Path
 
+import helpers
 import numpy as np
 import pandas as pd
 import pytest
-import tyro
 from scipy import stats
 
 from analysis.runs import read_pack, read_progress
@@ -130,8 +130,9 @@ def test_commands_of_packs_are_those_of_todays_scripts(path, monkeypatch):
     for line, run in list(zip(listed, kept.itertuples()))[:: max(1, len(listed) // 20)]:
         script, *words = shlex.split(line)[1:]
         module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
-        args = module.parse_args(words) if "rlhf" in script else tyro.cli(module.Args, args=words)
-        assert args.seed == int(run.seed) and run.exp_name in (args.exp_name or "sb3-a2c sb3-ppo")
+        args = helpers.parse(module, words)
+        assert args.seed == int(run.seed)
+        assert run.exp_name in (args.exp_name or "sb3-a2c sb3-ppo")
 
 
 # ---- Runs
