@@ -99,32 +99,26 @@ def make_args(task="toy", **flags):
 
 
 @pytest.fixture(autouse=True)
-def workplace(toy, monkeypatch):
-    work_in(monkeypatch, toy.parent.parent)
+def workplace(toy, tmp_path, monkeypatch):
+    """Scripts are started in `tmp_path`, which has the toy."""
+    work_in(monkeypatch, tmp_path)
+    Path("runs").mkdir()
+    Path("runs/toy").symlink_to(toy)
 
 
-@pytest.fixture
-def run(tmp_path):
-    """Trains with flags over `SMALL`, below a folder of this name. Returns the run's folder."""
-
-    def run_(name="run", **flags):
-        return train(rlhf, make_args(**SMALL | flags, runs_dir=str(tmp_path / name)))
-
-    return run_
+def run(**flags):
+    """Trains with flags over `SMALL`. Returns the run's folder."""
+    return train(rlhf, make_args(**SMALL | flags, runs_dir="own"))
 
 
-@pytest.fixture
-def load(tmp_path):
+def load(**flags):
     """Models and arguments of a run on few texts, with flags over `SMALL`."""
     rng = random.Random(1)
-    path = write_data(tmp_path / "few.jsonl", text=[toy_script.toy_review(rng) for _ in range(16)])
-    few = {"dataset": path, "eval_dataset": path, "reward_model": (f"{__file__}:text_lengths",)}
-
-    def load_(**flags):
-        args = make_args(**SMALL | few | flags)
-        return rlhf.load(args), args
-
-    return load_
+    write_data("few.jsonl", text=[toy_script.toy_review(rng) for _ in range(16)])
+    few = {"dataset": "few.jsonl", "eval_dataset": "few.jsonl"}
+    few["reward_model"] = (f"{__file__}:text_lengths",)
+    args = make_args(**SMALL | few | flags)
+    return rlhf.load(args), args
 
 
 def function_reward(name, **inputs):
@@ -134,20 +128,19 @@ def function_reward(name, **inputs):
 
 def write_data(path, **columns):
     data = datasets.Dataset.from_dict(columns)
-    data.to_parquet(path) if path.suffix == ".parquet" else data.to_json(path)
-    return str(path)
+    data.to_parquet(path) if path.endswith(".parquet") else data.to_json(path)
 
 
 @pytest.fixture
-def summaries(models, tmp_path):
+def summaries(models):
     """Flags for a run with LoRA on GPT-J's architecture, on posts and summaries made here."""
     rng = random.Random(3)
     posts = [toy_script.toy_review(rng) for _ in range(40)]
     labels = [f" the {rng.choice(toy_script.ASPECTS)} was dull ." for _ in posts]
-    path = write_data(tmp_path / "posts.jsonl", prompt=posts, label=labels)
-    flags = {"task": "tldr", "dataset": path, "eval_dataset": path, "learning_rate": 1e-2}
+    write_data("posts.jsonl", prompt=posts, label=labels)
+    flags = {"task": "tldr", "dataset": "posts.jsonl", "eval_dataset": "posts.jsonl"}
     models = {"policy_model": str(models["gptj"]), "reward_model": (str(models["adapter"]),)}
-    return flags | models | {"lora_r": 4}
+    return flags | models | {"lora_r": 4, "learning_rate": 1e-2}
 
 
 FAMILIES = (
@@ -262,11 +255,11 @@ def assert_near(found, expected, share=1e-3):
 
 
 @pytest.mark.parametrize(("kind", "lora_r"), [*product(FAMILIES, [0, 2]), ("Mamba", 0)])
-def test_padding_changes_nothing_in_any_family(load, toy, tmp_path, kind, lora_r):
+def test_padding_changes_nothing_in_any_family(toy, kind, lora_r):
     """Nor do dropout or gradient checkpointing, against the plain model on each text alone."""
-    make_policy(kind, tmp_path / kind, toy, **DROPOUTS)
+    make_policy(kind, kind, toy, **DROPOUTS)
     flags = {"lora_r": lora_r, "stop_at_eos": False, "gradient_checkpointing": True}
-    setup, args = load(policy_model=str(tmp_path / kind), **flags)
+    setup, args = load(policy_model=kind, **flags)
     setup.tokenizer.add_special_tokens({"pad_token": "<none>"})
     actor = setup.actor_critic
     randomise(actor)
@@ -291,7 +284,7 @@ def test_padding_changes_nothing_in_any_family(load, toy, tmp_path, kind, lora_r
 
 
 @pytest.mark.parametrize("fault", ["cache", "padding"])
-def test_a_policy_that_samples_otherwise_is_refused(run, models, tmp_path, monkeypatch, fault):
+def test_a_policy_that_samples_otherwise_is_refused(models, monkeypatch, fault):
     """GPT-2 that is wrong where it has a cache or padding."""
     forward = transformers.GPT2LMHeadModel.forward
 
@@ -305,13 +298,13 @@ def test_a_policy_that_samples_otherwise_is_refused(run, models, tmp_path, monke
     monkeypatch.setattr(transformers.GPT2LMHeadModel, "forward", wrong)
     with refusal("samples otherwise than it is trained"):
         run(policy_model=str(models["gpt2"]))
-    assert not list((tmp_path / "run").glob("*/*.csv"))
+    assert not list(Path("own").glob("*/*.csv"))
 
 
 @pytest.mark.parametrize(("amp", "shift", "is_refused"), [
     ("off", 0.02, True), ("off", 0.005, False), ("auto", 0.4, True), ("auto", 0.2, False)
 ])  # fmt: skip
-def test_sampling_may_differ_from_training_by_rounding(load, monkeypatch, amp, shift, is_refused):
+def test_sampling_may_differ_from_training_by_rounding(monkeypatch, amp, shift, is_refused):
     """By 0.01 nats a token in float32, and by 0.3 in bfloat16."""
     monkeypatch.setattr(rlhf, "has_bfloat16", lambda device: True)
     setup, args = load(amp=amp)
@@ -322,7 +315,7 @@ def test_sampling_may_differ_from_training_by_rounding(load, monkeypatch, amp, s
 
 
 @pytest.mark.parametrize(("top_k", "temperature"), [(3, 1.0), (0, 3.0)])
-def test_each_token_is_sampled_as_often_as_is_probable(load, models, top_k, temperature):
+def test_each_token_is_sampled_as_often_as_is_probable(models, top_k, temperature):
     """Among the likeliest k, if asked for."""
     flags = {"top_k": top_k, "temperature": temperature, "response_length": 1}
     setup, _ = load(policy_model=str(models["gpt2"]), **flags)
@@ -337,12 +330,12 @@ def test_each_token_is_sampled_as_often_as_is_probable(load, models, top_k, temp
     torch.testing.assert_close(counts / 10_000, p / p.sum(), atol=0.02, rtol=0)
 
 
-def test_all_end_tokens_of_the_policy_end_a_response(load, models, tmp_path):
+def test_all_end_tokens_of_the_policy_end_a_response(models):
     """One is out of the vocabulary. Without --stop-at-eos none of them is sampled."""
-    folder = shutil.copytree(models["gpt2"], tmp_path / "policy")
-    (folder / "generation_config.json").write_text('{"eos_token_id": [5, 9, 1000000]}')
-    ends = {AutoTokenizer.from_pretrained(folder).eos_token_id, 5, 9}
-    flags = {"policy_model": str(folder), "response_length": 50}
+    shutil.copytree(models["gpt2"], "policy")
+    Path("policy/generation_config.json").write_text('{"eos_token_id": [5, 9, 1000000]}')
+    ends = {AutoTokenizer.from_pretrained("policy").eos_token_id, 5, 9}
+    flags = {"policy_model": "policy", "response_length": 50}
     torch.manual_seed(0)
     responses = rlhf.generate(load(**flags)[0], PROMPTS * 50, do_sample=True)
     assert {response[-1] for response in responses if len(response) < 50} == ends
@@ -370,16 +363,16 @@ def test_in_bfloat16_the_last_layers_are_in_float32(models):
 
 
 @WITH_AND_WITHOUT_LORA
-def test_only_the_language_part_of_a_multimodal_model_is_trained(toy, tmp_path, lora_r):
+def test_only_the_language_part_of_a_multimodal_model_is_trained(toy, lora_r):
     """All that is trained has a gradient, without which DDP stops."""
-    make_policy("Gemma3Text", tmp_path / "text", toy)
-    text = transformers.AutoConfig.from_pretrained(tmp_path / "text").to_dict()
+    make_policy("Gemma3Text", "text", toy)
+    text = transformers.AutoConfig.from_pretrained("text").to_dict()
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
     vision |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
     parts = {"text_config": text, "vision_config": vision}
     config = transformers.Gemma3Config(**parts, mm_tokens_per_image=4)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "both")
-    actor = actor_critic(tmp_path / "both", lora_r)
+    AutoModelForCausalLM.from_config(config).save_pretrained("both")
+    actor = actor_critic("both", lora_r)
     log_prob, value, _ = actor(rlhf.collate(PROMPTS, RESPONSES, CPU))
     (log_prob.sum() + value.sum()).backward()
     learning = {name for name, p in actor.named_parameters() if p.requires_grad}
@@ -401,50 +394,50 @@ def test_with_lora_policy_and_critic_are_adapters_on_one_frozen_model(models):
         assert {name.split(".")[0] for name in learning} == expected
 
 
-def test_models_that_do_not_fit_are_refused(toy, models, tmp_path, monkeypatch):
+def test_models_that_do_not_fit_are_refused(toy, models, monkeypatch):
     """Those that lack weights, a tokenizer or positions. Texts of exactly so many tokens fit."""
-    adapter = shutil.copytree(models["adapter"], tmp_path / "adapter")
-    file = adapter / "adapter_model.safetensors"
+    shutil.copytree(models["adapter"], "adapter")
+    file = "adapter/adapter_model.safetensors"
     saved = safetensors.torch.load_file(file)
     renamed = {name.replace("lora_A", "lora_C"): weight for name, weight in saved.items()}
     safetensors.torch.save_file(renamed, file)
-    adapted = shutil.copytree(models["gpt2"], tmp_path / "adapted")
-    shutil.copy(models["adapter"] / "adapter_config.json", adapted)
+    shutil.copytree(models["gpt2"], "adapted")
+    shutil.copy("adapter/adapter_config.json", "adapted")
     long_rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     lengths = {"max_position_embeddings": 64, "original_max_position_embeddings": 16}
-    make_policy("Phi3", tmp_path / "long", toy, rope_scaling=long_rope, **lengths)
-    long = ["--policy-model", tmp_path / "long", "--prompt-length", 7, "--response-length"]
-    files = shutil.ignore_patterns("token*")
-    bare = shutil.copytree(models["gpt2"], tmp_path / "bare", ignore=files)
-    data = write_data(tmp_path / "few.jsonl", text=[f"the plot {i} was dull" for i in range(40)])
-    few = ["--dataset", data, "--eval-episodes", 4, "--total-timesteps", 1, "--batch-size", 4]
+    make_policy("Phi3", "long", toy, rope_scaling=long_rope, **lengths)
+    long = ["--policy-model", "long", "--prompt-length", 7, "--response-length"]
+    shutil.copytree(models["gpt2"], "bare", ignore=shutil.ignore_patterns("token*"))
+    write_data("few.jsonl", text=[f"the plot {i} was dull" for i in range(40)])
+    few = "--dataset few.jsonl --eval-episodes 4 --total-timesteps 1 --batch-size 4".split()
     refusals = [
-        (["--reward-model", f"{rlhf.TOY}/policy"], "policy lacks 1 weights, such as score.weight"),
-        (["--reward-model", adapter], "adapter lacks 4 weights, such as base_model"),
-        (["--policy-model", adapted], "adapted has an adapter_config.json: merge or remove it"),
+        (["--reward-model", "runs/toy/policy"], "policy lacks 1 weights, such as score.weight"),
+        (["--reward-model", "./adapter"], "adapter lacks 4 weights, such as base_model"),
+        (["--policy-model", "adapted"], "adapted has an adapter_config.json: merge or remove it"),
         (["--device", "cuda"], "there is no GPU"),
         (["--prompt-length", "40"], "has 64 positions, not 72"),
         ([*long, 10], "long has 16 positions, not 17"),
         (["--reward-model", f"{__file__}:constant"], "constant gets texts, "),
-        (["--policy-model", bare], "bare has no tokenizer"),
+        (["--policy-model", "bare"], "bare has no tokenizer"),
     ]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for words, message in refusals:
         assert message in call_main(monkeypatch, rlhf, *few, *words)
         assert not list(Path("runs").glob("few__*"))
-    assert call_main(monkeypatch, rlhf, *few, *long, 9, "--runs-dir", tmp_path / "runs") == 0
+    assert call_main(monkeypatch, rlhf, *few, *long, 9) == 0
 
 
-def test_a_classifier_is_what_was_saved(load, models, tmp_path):
+def test_a_classifier_is_what_was_saved(models):
     """With all its weights, while a policy may lose a value head."""
     for name in ("gpt2", "classifier"):
-        folder = shutil.copytree(models[name], tmp_path / name)
-        weights = safetensors.torch.load_file(folder / "model.safetensors")
+        shutil.copytree(models[name], name)
+        file = f"{name}/model.safetensors"
+        weights = safetensors.torch.load_file(file)
         weights["v_head.summary.weight"] = torch.ones(1, 16)
-        safetensors.torch.save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    load(policy_model=str(tmp_path / "gpt2"))
-    with refusal(f"^error: {tmp_path}/classifier is no .*; unused weights: .*v_head.summary"):
-        load(reward_model=(str(tmp_path / "classifier"),))
+        safetensors.torch.save_file(weights, file, {"format": "pt"})
+    load(policy_model="gpt2")
+    with refusal("^error: classifier is no .*; unused weights: .*v_head.summary"):
+        load(reward_model=("classifier",))
 
 
 TEXT = "the plot was superb and the cast was dull ."
@@ -531,11 +524,11 @@ def test_chat_is_written_in_the_template(chat_tokenizer, template, messages, tex
     assert chat_tokenizer.convert_ids_to_tokens(ends) == [END]
 
 
-def read(path, tokenizer, rows, **flags):
+def read(tokenizer, rows, **flags):
     """Loads rows, as a run does."""
-    path.write_text(json.dumps(rows))
-    args = rlhf.Args(dataset=str(path), **{"prompt_length": 99} | flags)
-    return rlhf.load_rows(str(path), Accelerator(cpu=True), tokenizer, args)
+    Path("a.json").write_text(json.dumps(rows))
+    args = rlhf.Args(dataset="a.json", **{"prompt_length": 99} | flags)
+    return rlhf.load_rows("a.json", Accelerator(cpu=True), tokenizer, args)
 
 
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
@@ -559,7 +552,7 @@ THINKS = (  # as templates of models that think
     ("<|channel|>", ""),
 ])  # fmt: skip
 @pytest.mark.parametrize("ce_coef", [0.0, 0.1])
-def test_a_target_is_what_the_template_writes(chat_tokenizer, tmp_path, begun, target, ce_coef):
+def test_a_target_is_what_the_template_writes(chat_tokenizer, begun, target, ce_coef):
     """Behind the prompt that is sampled from. What it does not write there is no target, and is
     refused if it should be imitated."""
     chat_tokenizer.chat_template = THINKS
@@ -589,12 +582,10 @@ THOUGHTS = "<think>so</think>dull"
     (CHATML.replace("<|assistant|>", "<|assistant|>a"), [*CHAT, BEGUN], "no target: the chat"),
     (CHATML, [*CHAT, BEGUN], ""),
 ])  # fmt: skip
-def test_what_a_label_loses_is_said(
-    chat_tokenizer, tmp_path, capsys, template, messages, said_once
-):
+def test_what_a_label_loses_is_said(chat_tokenizer, capsys, template, messages, said_once):
     rlhf.warn.cache_clear()
     chat_tokenizer.chat_template = template
-    read(tmp_path / "a.json", chat_tokenizer, [{"messages": messages}] * 3)
+    read(chat_tokenizer, [{"messages": messages}] * 3)
     errors = capsys.readouterr().err
     assert errors.count("warning: ") == bool(said_once)
     assert said_once in errors
@@ -628,13 +619,11 @@ def rendering(message):
     (rendering("{{ m.content | trim }}"), [said("user", " the plot\n")], ""),
     (rendering("{{ m.content or m.tool_calls }}"), [said("a", None, tool_calls=[CALL]), *CHAT], ""),
 ])  # fmt: skip
-def test_messages_that_do_not_reach_the_policy_are_refused(
-    chat_tokenizer, tmp_path, template, chat, message
-):
+def test_messages_that_do_not_reach_the_policy_are_refused(chat_tokenizer, template, chat, message):
     """But a template may change a text."""
     chat_tokenizer.chat_template = template
     with refusal(f"^error: row 1 of .*a.json: .*{message}", bool(message)):
-        read(tmp_path / "a.json", chat_tokenizer, {"prompt": chat})
+        read(chat_tokenizer, {"prompt": chat})
 
 
 @pytest.mark.parametrize(("row", "prompt", "label"), [
@@ -645,24 +634,22 @@ def test_messages_that_do_not_reach_the_policy_are_refused(
     ({"messages": [BEGUN]}, "", None),
     ({"messages": "the plot"}, "", None),
 ])  # fmt: skip
-def test_the_last_message_is_the_label_if_it_is_the_assistants(
-    chat_tokenizer, tmp_path, row, prompt, label
-):
+def test_the_last_message_is_the_label_if_it_is_the_assistants(chat_tokenizer, row, prompt, label):
     with refusal("row 1 of .* needs a 'prompt'.*, 'messages' or a 'text'", prompt == ""):
-        (found,) = read(tmp_path / "a.json", chat_tokenizer, row)
+        (found,) = read(chat_tokenizer, row)
         assert found["prompt"] == prompt
         assert found.get("label") == label
         assert found.items() >= row.items()  # a reward function gets these, too
 
 
-def test_messages_are_not_cut_and_variables_are_the_templates(chat_tokenizer, tmp_path):
+def test_messages_are_not_cut_and_variables_are_the_templates(chat_tokenizer):
     longest = len(chat_tokenizer(ASKED)["input_ids"])
-    inputs = tmp_path / "a.json", chat_tokenizer, {"prompt": CHAT}
-    read(*inputs, prompt_length=longest)
+    row = {"prompt": CHAT}
+    read(chat_tokenizer, row, prompt_length=longest)
     with refusal(f"to keep messages whole, --prompt-length {longest}$"):
-        read(*inputs, prompt_length=longest - 1)
+        read(chat_tokenizer, row, prompt_length=longest - 1)
     with refusal("no chat template has 'thinking'$"):
-        read(*inputs, chat_template_kwargs='{"thinking": 1}')
+        read(chat_tokenizer, row, chat_template_kwargs='{"thinking": 1}')
 
 
 def test_a_completion_includes_the_assistants_text_in_the_prompt(chat_tokenizer):
@@ -682,17 +669,17 @@ def test_a_completion_includes_the_assistants_text_in_the_prompt(chat_tokenizer)
 # Reward models
 
 CLASSIFIERS = {  # kind: (folder of the base, changes of its configuration)
-    "two labels": ("reward", {}),
+    "two labels": ("runs/toy/reward", {}),
     "left padding": ("classifier", {}),
     "no padding token": ("llama", {"num_labels": 1}),
     "adapter of three labels": ("gptj", {"num_labels": 3}),
 }
 
 
-def make_classifier(kind, folder, toy, models):
-    """Saves it, and returns it and its tokenizer. An adapter has its own, too."""
+def make_classifier(kind, toy, models):
+    """Saves it in classifier/, and returns it and its tokenizer. An adapter has its own, too."""
     base, changes = CLASSIFIERS[kind]
-    base = {**models, "reward": toy / "reward", "llama": folder / "llama"}[base]
+    base = models.get(base, base)
     if kind == "no padding token":
         make_policy("Llama", base, toy, max_position_embeddings=64, pad_token_id=None)
         AutoTokenizer.from_pretrained(base, pad_token=None).save_pretrained(base)
@@ -706,21 +693,21 @@ def make_classifier(kind, folder, toy, models):
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
             single="$A <e>", special_tokens=special
         )
-    model.save_pretrained(folder / "classifier")
-    tokenizer.save_pretrained(folder / "classifier")
+    model.save_pretrained("classifier")
+    tokenizer.save_pretrained("classifier")
     return model.eval(), tokenizer
 
 
-def classifier_scores(folder, texts, label=None, dtype=torch.float32, **inputs):
+def classifier_scores(texts, label=None, dtype=torch.float32, **inputs):
     args = rlhf.Args(reward_label=label)
-    reward_model = rlhf.classifier_reward(str(folder), args, CPU, dtype)
+    reward_model = rlhf.classifier_reward("classifier", args, CPU, dtype)
     return reward_model(**{"texts": texts, "prompts": texts, "completions": texts} | inputs)
 
 
 @pytest.mark.parametrize("kind", CLASSIFIERS)
-def test_a_classifier_scores_a_text_alike_alone_and_in_a_batch(toy, tmp_path, models, kind):
+def test_a_classifier_scores_a_text_alike_alone_and_in_a_batch(toy, models, kind):
     """Also where it closes with the token that pads. One that is too long loses its beginning."""
-    model, tokenizer = make_classifier(kind, tmp_path, toy, models)
+    model, tokenizer = make_classifier(kind, toy, models)
     texts = [f"{TEXT}{END}", f"the plot{END}", "the cast was warm", " ".join([TEXT] * 20)]
     texts += ["the cast was awful ."] * 20
     tokenizer.truncation_side = "left"
@@ -733,39 +720,37 @@ def test_a_classifier_scores_a_text_alike_alone_and_in_a_batch(toy, tmp_path, mo
     if config.num_labels > 1:
         expected = expected.softmax(-1)
     assert len(expected.unique()) > 4
-    folder = tmp_path / "classifier"
     for label in range(config.num_labels):
-        scores = torch.tensor(classifier_scores(folder, texts, label))
+        scores = torch.tensor(classifier_scores(texts, label))
         torch.testing.assert_close(scores, expected[:, label], atol=1e-5, rtol=1e-5)
-        rounded = torch.tensor(classifier_scores(folder, texts, label, torch.bfloat16))
+        rounded = torch.tensor(classifier_scores(texts, label, torch.bfloat16))
         torch.testing.assert_close(rounded, scores, rtol=0.1, atol=0.1)
     if config.num_labels < 3:  # the reward of two is that of label 1
-        assert classifier_scores(folder, texts) == scores.tolist()
+        assert classifier_scores(texts) == scores.tolist()
     else:
         with pytest.raises(SystemExit, match="--reward-label must be one of {0: .*, not None$"):
-            classifier_scores(folder, texts)
+            classifier_scores(texts)
 
 
-def test_a_classifier_reads_messages_in_its_own_template(toy, tmp_path):
+def test_a_classifier_reads_messages_in_its_own_template():
     """With the special tokens of the template only. Without one it reads the text."""
-    folder = tmp_path / "reward"
-    shutil.copytree(toy / "reward", folder)
+    shutil.copytree("runs/toy/reward", "classifier")
     inputs = {"texts": ["user\nthe plot"], "prompts": [[{"role": "user", "content": "the plot"}]]}
     inputs["completions"] = [[{"role": "assistant", "content": "was dull"}]]
-    text = classifier_scores(folder, ["user\nthe plot"])
-    assert classifier_scores(folder, **inputs) == text
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = classifier_scores(["user\nthe plot"])
+    assert classifier_scores(**inputs) == text
+    tokenizer = AutoTokenizer.from_pretrained("classifier")
     tokenizer.chat_template = "[CLS]{% for m in messages %} {{ m.content }}{% endfor %}[SEP]"
-    tokenizer.save_pretrained(folder)
-    assert classifier_scores(folder, **inputs) == classifier_scores(folder, ["the plot was dull"])
+    tokenizer.save_pretrained("classifier")
+    assert classifier_scores(**inputs) == classifier_scores(["the plot was dull"])
     tokenizer.chat_template = rendering("{{ m.content if m.role != 'user' }}")
-    tokenizer.save_pretrained(folder)
-    with refusal("reward: the chat template drops what 'user' says$"):
-        classifier_scores(folder, **inputs)
+    tokenizer.save_pretrained("classifier")
+    with refusal("classifier: the chat template drops what 'user' says$"):
+        classifier_scores(**inputs)
 
 
 @pytest.mark.parametrize("size", [1, None])
-def test_a_reward_function_gets_all_texts_of_a_rollout_at_once(load, size):
+def test_a_reward_function_gets_all_texts_of_a_rollout_at_once(size):
     """Whatever the size of micro batches, and what belongs to them. Each sample gets its score."""
     setup, args = load(micro_batch_size=size)
     seen = []
@@ -804,11 +789,11 @@ def whatever(**kwargs): return [float(kwargs["answer"][0] == 3 and "texts" in kw
 """
 
 
-def test_a_reward_file_may_import_files_beside_it(tmp_path):
+def test_a_reward_file_may_import_files_beside_it():
     """It gets the arguments that it names, may be TRL's, and gives one score for each text."""
-    (tmp_path / "own_neighbour.py").write_text("length = len")
-    (tmp_path / "own_rewards.py").write_text(OWN_REWARDS)
-    file = f"{tmp_path}/own_rewards.py"
+    Path("own_neighbour.py").write_text("length = len")
+    file = "own_rewards.py"
+    Path(file).write_text(OWN_REWARDS)
     inputs = {"texts": ["ab", "abc"], "completions": ["b", "bc"], "answer": [3, 3]}
     assert function_reward(f"{file}:own", **inputs) == [2, 3]
     for name in ("with_default", "whatever"):
@@ -820,15 +805,14 @@ def test_a_reward_file_may_import_files_beside_it(tmp_path):
             function_reward(f"{file}:{name}", **inputs)
 
 
-def test_relative_paths_begin_where_the_script_was_started(toy, tmp_path):
-    file = tmp_path / "leaving.py"
-    file.write_text("import os\nos.chdir('/')\ndef own(texts): pass")
-    rlhf.prepare(make_args(reward_model=(f"{file}:own",)))
-    assert Path.cwd() == toy.parent.parent
+def test_relative_paths_begin_where_the_script_was_started(tmp_path):
+    Path("leaving.py").write_text("import os\nos.chdir('/')\ndef own(texts): pass")
+    rlhf.prepare(make_args(reward_model=("leaving.py:own",)))
+    assert Path.cwd() == tmp_path
 
 
 @pytest.mark.parametrize("weights", [(), (2.0, 10.0, -0.5)])
-def test_the_reward_is_the_weighted_sum_or_else_the_mean(run, monkeypatch, weights):
+def test_the_reward_is_the_weighted_sum_or_else_the_mean(monkeypatch, weights):
     """A function may return None for texts that others score, and change its arguments."""
     names = tuple(f"{__file__}:{name}" for name in ("of_some_texts", "text_lengths", "of_no_text"))
     collected = record(monkeypatch, rlhf, "sample_responses")
@@ -854,15 +838,15 @@ def test_the_reward_is_the_weighted_sum_or_else_the_mean(run, monkeypatch, weigh
     (["of_some_texts"], "no reward model scores one of the texts; one must give a number$"),
     (["text_lengths", "infinite_scores"], "a score of .*:infinite_scores is not finite$"),
 ])  # fmt: skip
-def test_scores_that_are_no_numbers_are_refused(run, names, message):
+def test_scores_that_are_no_numbers_are_refused(names, message):
     with pytest.raises(SystemExit, match=message):
         run(reward_model=tuple(f"{__file__}:{name}" for name in names))
 
 
-def test_a_run_says_that_equal_rewards_teach_nothing(run, capsys):
+def test_a_run_says_that_equal_rewards_teach_nothing(capsys):
     """Once, at the first such rollout."""
     rlhf.warn.cache_clear()
-    run("usual", total_timesteps=8)
+    run(total_timesteps=8)
     assert "all rewards" not in capsys.readouterr().err
     run(reward_model=(f"{__file__}:always_half",))
     assert capsys.readouterr().err.count("warning: all rewards of a rollout are 0.5, so") == 1
@@ -885,7 +869,7 @@ def test_advantages_are_sums_over_the_tokens_of_a_text(length):
         torch.testing.assert_close(returns[t], expected + value[t])
 
 
-def test_a_rollout_logs_kl_entropy_length_deviation_and_explained_variance(run, monkeypatch):
+def test_a_rollout_logs_kl_entropy_length_deviation_and_explained_variance(monkeypatch):
     collected = record(monkeypatch, rlhf, "sample_responses")
     row = progress(run(total_timesteps=8))[-1]
     _, samples = collected[1]  # that of the training
@@ -912,9 +896,9 @@ ODD = [
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json.gz", "a.csv"])
-def test_a_reward_function_gets_the_values_of_the_file(tmp_path, name):
+def test_a_reward_function_gets_the_values_of_the_file(name):
     """With their types, also from Windows."""
-    path = tmp_path / name
+    path = Path(name)
     expected, lines = ODD, [json.dumps(row) for row in ODD]
     if name == "a.jsonl":
         path.write_text("\r\n".join(["", lines[0], "", *lines[1:]]), "utf-8-sig")
@@ -927,22 +911,21 @@ def test_a_reward_function_gets_the_values_of_the_file(tmp_path, name):
             table.writeheader()
             table.writerows(ODD)
         expected = [{name: str(row.get(name) or "") for name in columns} for row in ODD]
-    rows = rlhf.read_rows(str(path))
+    rows = rlhf.read_rows(name)
     assert json.dumps(rows) == json.dumps(expected)
 
 
 @pytest.mark.parametrize("is_file", [True, False])
-def test_tools_and_messages_of_tables_lack_the_other_rows_keys(tmp_path, is_file):
+def test_tools_and_messages_of_tables_lack_the_other_rows_keys(is_file):
     """Other columns have all."""
     tools = [[{"name": "f", "x": {"a": [1]}}], [{"name": "g", "y": 2}]]
     chats = [[said("user", "a", thinking="b")], CHAT]
     columns = {"prompt": chats, "tools": tools, "info": [{"a": 1}, {"b": None}]}
-    path = tmp_path / "a.parquet"
     if is_file:
-        write_data(path, **columns)
+        write_data("a.parquet", **columns)
     else:
-        datasets.Dataset.from_dict(columns).save_to_disk(path)
-    rows = rlhf.read_rows(str(path))
+        datasets.Dataset.from_dict(columns).save_to_disk("a.parquet")
+    rows = rlhf.read_rows("a.parquet")
     assert [row["prompt"] for row in rows] == chats
     assert [row["tools"] for row in rows] == tools
     assert [row["info"] for row in rows] == [{"a": 1, "b": None}, {"a": None, "b": None}]
@@ -962,25 +945,23 @@ LINE = b'{"prompt": "a"}\n'
     ("a.csv", b'prompt,label\na,"b\nc,d\n'),
     ("a.txt", b"a\nb\n"),
 ])  # fmt: skip
-def test_data_that_cannot_be_used_are_refused(load, tmp_path, name, content):
+def test_data_that_cannot_be_used_are_refused(name, content):
     """Files that are not what their names say. Rows without a prompt, with two kinds of prompts or
     with messages as text."""
-    path = tmp_path / name
-    path.write_bytes(content)
-    with refusal(f"^error: .*{path}"):
-        load(dataset=str(path))
+    Path(name).write_bytes(content)
+    with refusal(f"^error: .*{name}"):
+        load(dataset=name)
 
 
-def test_a_supervised_loss_needs_targets_in_the_training_data(load, tmp_path):
-    path = write_data(tmp_path / "a.jsonl", prompt=["a"] * 8)
+def test_a_supervised_loss_needs_targets_in_the_training_data():
+    write_data("a.jsonl", prompt=["a"] * 8)
     with refusal("^error: --ce-coef needs a column 'label' of texts in the training data"):
-        load(dataset=path, ce_coef=1.0)
+        load(dataset="a.jsonl", ce_coef=1.0)
 
 
-def test_a_split_of_the_data_is_named(tmp_path, monkeypatch):
+def test_a_split_of_the_data_is_named(monkeypatch):
     """Of a folder, such as a clone from the hub, of one that `datasets` saved, or on the hub. Types
     in a folder of other files would be guessed, and some files left out."""
-    work_in(monkeypatch, tmp_path)
     rows = {"prompt": ["the, plot", "the\nplot"], "label": ["2037-05-06", "0027"]}
     data = datasets.Dataset.from_dict(rows)
     other = datasets.Dataset.from_dict({name: ["other"] for name in rows})
@@ -1017,18 +998,18 @@ def test_without_held_out_data_a_tenth_is_held_out():
         rlhf.split_rows(rows, [], replace(args, batch_size=184))
 
 
-def test_the_saved_policy_is_configured_as_before(run, models, tmp_path):
+def test_the_saved_policy_is_configured_as_before(models):
     """But it samples as in training. Neither the generation configuration that came with it nor the
     tokenizer's sides change a run."""
-    folder = shutil.copytree(models["gpt2"], tmp_path / "policy")
-    (folder / "generation_config.json").write_text('{"do_sample": false, "temperature": 0.7}')
+    shutil.copytree(models["gpt2"], "policy")
+    Path("policy/generation_config.json").write_text('{"do_sample": false, "temperature": 0.7}')
     sides = {"padding_side": "left", "truncation_side": "left"}
-    tokenizer = AutoTokenizer.from_pretrained(folder, **sides)
-    tokenizer.save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained("policy", **sides)
+    tokenizer.save_pretrained("policy")
     flags = {"total_timesteps": 8, "ce_coef": 0.1, "response_length": 40}  # some are padded
     flags["gradient_checkpointing"] = True
-    usual = run("usual", policy_model=str(models["gpt2"]), **flags)
-    trained = run("left", policy_model=str(folder), **flags)
+    usual = run(policy_model=str(models["gpt2"]), **flags)
+    trained = run(policy_model="policy", **flags)
     assert helpers.sha256(trained / "progress.csv") == helpers.sha256(usual / "progress.csv")
     saved = AutoTokenizer.from_pretrained(trained / "policy")
     assert {name: getattr(saved, name) for name in sides} == sides
@@ -1041,19 +1022,18 @@ def test_the_saved_policy_is_configured_as_before(run, models, tmp_path):
 
 
 @WITH_AND_WITHOUT_LORA
-def test_the_saved_policy_writes_what_the_run_wrote(run, chat_tokenizer, toy, tmp_path, lora_r):
+def test_the_saved_policy_writes_what_the_run_wrote(chat_tokenizer, toy, lora_r):
     """It ends where the run ended, and the base's own settings for sampling are not used."""
-    make_policy("Llama", tmp_path / "chat", toy)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "chat")
+    make_policy("Llama", "chat", toy)
+    model = AutoModelForCausalLM.from_pretrained("chat")
     model.resize_token_embeddings(len(chat_tokenizer))
-    model.save_pretrained(tmp_path / "chat")
-    chat_tokenizer.save_pretrained(tmp_path / "chat")
+    model.save_pretrained("chat")
+    chat_tokenizer.save_pretrained("chat")
     own = {"repetition_penalty": 9.0, "min_new_tokens": 7, "eos_token_id": 3}
-    (tmp_path / "chat/generation_config.json").write_text(json.dumps(own))
-    path = tmp_path / "a.jsonl"
-    write_data(path, prompt=[[said("user", f"the plot {i}")] for i in range(40)])
-    flags = {"policy_model": str(tmp_path / "chat"), "lora_r": lora_r, "eval_greedy": True}
-    flags |= {"dataset": str(path), "eval_dataset": str(path), "prompt_length": 40}
+    Path("chat/generation_config.json").write_text(json.dumps(own))
+    write_data("a.jsonl", prompt=[[said("user", f"the plot {i}")] for i in range(40)])
+    flags = {"policy_model": "chat", "lora_r": lora_r, "eval_greedy": True}
+    flags |= {"dataset": "a.jsonl", "eval_dataset": "a.jsonl", "prompt_length": 40}
     flags |= {"reward_model": (f"{__file__}:text_lengths",), "response_length": 30}
     folder = run(**flags, total_timesteps=8, learning_rate=0.01)
     config = transformers.GenerationConfig.from_pretrained(folder / "policy")
@@ -1066,7 +1046,7 @@ def test_the_saved_policy_writes_what_the_run_wrote(run, chat_tokenizer, toy, tm
         assert written["generated_text"] == sample["response"]
 
 
-def test_an_evaluation_is_as_computed_by_hand(run, toy, monkeypatch):
+def test_an_evaluation_is_as_computed_by_hand(toy, monkeypatch):
     """`--temperature` divides all logits, those of targets, too, not only of the likeliest k."""
     reward_model = f"{__file__}:text_lengths"
     flags = {"reward_model": (reward_model,), "response_length": 30, "learning_rate": 3e-3}
@@ -1117,12 +1097,12 @@ def test_an_evaluation_is_as_computed_by_hand(run, toy, monkeypatch):
     assert [(x["step"], x["reward"]) for x in shown] == [(16, x.scores[0]) for x in second]
 
 
-def test_samples_show_prompts_with_their_special_tokens(run, tmp_path, monkeypatch):
+def test_samples_show_prompts_with_their_special_tokens(monkeypatch):
     """And the data's other columns, also of types that JSON lacks."""
     collected = record(monkeypatch, rlhf, "sample_responses")
     columns = {"prompt": [f"{END}the plot {i}" for i in range(8)], "day": [date(2037, 5, 6)] * 8}
-    path = write_data(tmp_path / "few.parquet", **columns)
-    folder = run(dataset=path, eval_dataset=path, total_timesteps=8)
+    write_data("few.parquet", **columns)
+    folder = run(dataset="few.parquet", eval_dataset="few.parquet", total_timesteps=8)
     assert len({sample.row["prompt"] for sample in collected[1][1]}) == 8  # each once in a batch
     samples = read_samples(folder)
     assert all(re.fullmatch(rf"{re.escape(END)}the plot \d", x["prompt"]) for x in samples)
@@ -1131,7 +1111,7 @@ def test_samples_show_prompts_with_their_special_tokens(run, tmp_path, monkeypat
     assert "perplexity_real" not in progress(folder)[-1]  # without targets
 
 
-def test_the_optimizer_gets_its_settings(load):
+def test_the_optimizer_gets_its_settings():
     settings_ = {"learning_rate": 0.1, "weight_decay": 0.2, "adam_eps": 0.3}
     setup, _ = load(lora_r=2, lora_alpha=6, **settings_)
     adapter = setup.actor_critic.policy.peft_config["default"]
@@ -1141,7 +1121,7 @@ def test_the_optimizer_gets_its_settings(load):
     assert [group[name] for name in ("lr", "weight_decay", "eps")] == [0.1, 0.2, 0.3]
 
 
-def test_seeds_and_evaluations_have_random_numbers_of_their_own(run, monkeypatch):
+def test_seeds_and_evaluations_have_random_numbers_of_their_own(monkeypatch):
     calls = record(monkeypatch, rlhf, "set_seed")
     for seed in (1, 2):
         run(seed=seed, total_timesteps=16, eval_freq=8)
@@ -1160,7 +1140,7 @@ NOT_THE_SAME = "^error: the policy that acts is not the one that is"
 @pytest.mark.parametrize(("amp", "shift", "stops"), [
     ("off", 2e-4, True), ("off", 1e-4, False), ("auto", 0.06, True), ("auto", 0.03, False)
 ])  # fmt: skip
-def test_the_first_ratios_are_1_up_to_rounding(run, monkeypatch, amp, shift, stops):
+def test_the_first_ratios_are_1_up_to_rounding(monkeypatch, amp, shift, stops):
     """Up to a KL divergence of 1e-8 in float32, and of 1e-3 in bfloat16. A shift s of
     log-probabilities gives s ** 2 / 2."""
 
@@ -1176,10 +1156,10 @@ def test_the_first_ratios_are_1_up_to_rounding(run, monkeypatch, amp, shift, sto
         run(amp=amp, total_timesteps=8)
 
 
-def test_enjoy_repeats_the_last_evaluation(tmp_path, monkeypatch, capsys):
+def test_enjoy_repeats_the_last_evaluation(monkeypatch, capsys):
     """Of a run at work. No file changes."""
     setting = Setting(rlhf, SMALL | {"seed": 7}, "")
-    folder = setting.interrupt(tmp_path / "runs", 3)
+    folder = setting.interrupt("own", 3)
     before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     capsys.readouterr()
     monkeypatch.setitem(sys.modules, "sppo_rlhf", rlhf)  # puts it back after the run's copy
@@ -1195,11 +1175,11 @@ def test_enjoy_repeats_the_last_evaluation(tmp_path, monkeypatch, capsys):
     assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 
-def test_rewards_are_noisy_in_training_and_clean_in_reports(run, monkeypatch):
+def test_rewards_are_noisy_in_training_and_clean_in_reports(monkeypatch):
     calls = record(monkeypatch, rlhf, "token_advantages")
     flags = {"total_timesteps": 8, "learning_rate": 0.0}
-    clean = progress(run(name="clean", **flags))[-1]
-    flipped = progress(run(name="flipped", noise="flip", noise_level=1.0, **flags))[-1]
+    clean = progress(run(**flags))[-1]
+    flipped = progress(run(noise="flip", noise_level=1.0, **flags))[-1]
     rewards = np.array([args[0] for args, _ in calls])
     np.testing.assert_allclose(rewards[8:], 1 - rewards[:8], rtol=1e-5)
     assert clean["charts/episodic_return"] == pytest.approx(rewards[:8].mean())
@@ -1207,7 +1187,7 @@ def test_rewards_are_noisy_in_training_and_clean_in_reports(run, monkeypatch):
         assert flipped[name] == clean[name]
 
 
-def test_advantages_are_normalised_after_flips_drawn_anew_each_epoch(run, monkeypatch):
+def test_advantages_are_normalised_after_flips_drawn_anew_each_epoch(monkeypatch):
     """Over sampled tokens."""
     perturbations = record(monkeypatch, rlhf, "perturb_advantage")
     losses = record(monkeypatch, rlhf, "loss_and_metrics")
@@ -1223,11 +1203,11 @@ def test_advantages_are_normalised_after_flips_drawn_anew_each_epoch(run, monkey
     flips = [noisy != args[0] for args, noisy in perturbations]
     assert len({tuple(flipped[:4].tolist()) for flipped in flips}) > 4
     assert torch.cat(flips).float().mean() == pytest.approx(0.5, abs=0.05)
-    run("one", num_minibatches=8, response_length=1)
+    run(num_minibatches=8, response_length=1)
 
 
 @WITH_AND_WITHOUT_LORA
-def test_micro_batches_add_up_to_the_minibatch(load, models, monkeypatch, lora_r):
+def test_micro_batches_add_up_to_the_minibatch(models, monkeypatch, lora_r):
     """Gradients and metrics, against the losses by the plain model on each text alone."""
     flags = {"ce_coef": 0.1, "num_minibatches": 1, "update_epochs": 1}
     flags |= {"lora_r": lora_r, "norm_adv": False, "z": -2.0}
@@ -1286,10 +1266,10 @@ def test_micro_batches_add_up_to_the_minibatch(load, models, monkeypatch, lora_r
     "GPTJ": "attn.q_proj attn.v_proj",  # peft's default
     "Phi3": "mlp.down_proj mlp.gate_up_proj self_attn.o_proj self_attn.qkv_proj",  # it has none
 }.items())  # fmt: skip
-def test_the_adapter_of_any_family_is_merged_into_its_model(run, toy, tmp_path, kind, layers):
+def test_the_adapter_of_any_family_is_merged_into_its_model(toy, kind, layers):
     """What was trained, in policy and critic, is what is saved."""
-    make_policy(kind, tmp_path / kind, toy)
-    flags = {"policy_model": str(tmp_path / kind), "lora_r": 2, "learning_rate": 0.1}
+    make_policy(kind, kind, toy)
+    flags = {"policy_model": kind, "lora_r": 2, "learning_rate": 0.1}
     folder = run(**flags, total_timesteps=8)
     state = checkpoint(folder)["agent"]
     assert all("lora_" in name or "value_head" in name for name in state)
@@ -1308,18 +1288,18 @@ def test_the_adapter_of_any_family_is_merged_into_its_model(run, toy, tmp_path, 
         assert (trained.policy(ids).logits - expected).abs().max() > 0.01
 
 
-def test_reward_models_of_weight_0_do_not_change_the_training(run, models, summaries):
+def test_reward_models_of_weight_0_do_not_change_the_training(models, summaries):
     """Loading a LoRA adapter draws random numbers, as the policy's own initial weights do."""
     watched = (str(models["adapter"]), str(models["classifier"]))
-    without = weights(run(name="without", **summaries))
+    without = weights(run(**summaries))
     flags = summaries | {"reward_model": summaries["reward_model"] + watched}
     flags["reward_weights"] = (1.0, 0.0, 0.0)
-    assert torch.equal(weights(run(name="with", **flags)), without)
+    assert torch.equal(weights(run(**flags)), without)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["toy", "tldr"])
-def test_two_processes_train_the_same_weights_as_one(run, summaries, tmp_path, task):
+def test_two_processes_train_the_same_weights_as_one(summaries, task):
     """With one text for each process to sample, and minibatches that are whole batches: else the
     processes would sample and divide them otherwise than one does."""
     flags = {"ce_coef": 0.1, "adam_eps": 1e-4, "micro_batch_size": 1, "top_k": 1}
@@ -1328,12 +1308,12 @@ def test_two_processes_train_the_same_weights_as_one(run, summaries, tmp_path, t
         flags |= summaries
     one = run(**flags)
     launch = "-m torch.distributed.run --standalone --nproc-per-node 2"
-    command = [sys.executable, *launch.split(), rlhf.__file__, "--runs-dir", tmp_path / "runs"]
+    command = [sys.executable, *launch.split(), rlhf.__file__, "--runs-dir", "two"]
     command += typed(SMALL | flags)
     only = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=only)
     assert done.returncode == 0, done.stderr[-3000:]
-    (two,) = (tmp_path / "runs").iterdir()
+    (two,) = Path("two").iterdir()
     before, after = (sorted(x["response"] for x in read_samples(x)) for x in (one, two))
     assert before == after
     torch.testing.assert_close(weights(two), weights(one), rtol=0, atol=2e-5)
@@ -1342,9 +1322,9 @@ def test_two_processes_train_the_same_weights_as_one(run, summaries, tmp_path, t
 
 
 @pytest.mark.slow
-def test_the_toy_learns_its_reward(tmp_path, monkeypatch):
+def test_the_toy_learns_its_reward(monkeypatch):
     """In twelve updates, of three seeds, it rose by 0.22 or more."""
-    work_in(monkeypatch, tmp_path)
+    Path(rlhf.TOY).unlink()
     toy_script.make_toy(Path(rlhf.TOY))
     words = ["--total-timesteps", 12 * 112, "--eval-freq", 12 * 112, "--device", "cpu"]
     call_main(monkeypatch, rlhf, *words, "--runs-dir", "own")
