@@ -4,6 +4,7 @@ import contextlib
 import copy
 import csv
 import hashlib
+import importlib.util
 import json
 import sys
 import types
@@ -191,6 +192,14 @@ def work_in(monkeypatch, folder):
     for name, module in list(sys.modules.items()):
         if name.startswith(("sppo_", "sa2c_")):
             monkeypatch.setattr(module, "START", folder, raising=False)
+
+
+def import_file(path):
+    """A script as a module of its own."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def sha256(path):

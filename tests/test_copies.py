@@ -1,6 +1,5 @@
 """What a copy of a control script changes works, or stops the run: optimizers, networks."""
 
-import importlib.util
 from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
@@ -8,7 +7,7 @@ from pathlib import Path
 import gymnasium as gym
 import pytest
 import torch
-from helpers import CONTINUOUS, EACH, Signals, checkpoint, only, progress
+from helpers import CONTINUOUS, EACH, Signals, checkpoint, import_file, only, progress
 from test_control import make_agent, one_update, some_batch
 from torch import nn
 
@@ -22,9 +21,7 @@ def edited(script, folder, *edits):
     path = folder / Path(script.__file__).name
     path.parent.mkdir()
     path.write_text(text)
-    spec = importlib.util.spec_from_file_location(path.stem, path)
-    copy = importlib.util.module_from_spec(spec)
-    spec.loader.exec_module(copy)
+    copy = import_file(path)
     copy.AtariVectorEnv = Signals
     return copy
 

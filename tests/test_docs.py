@@ -271,10 +271,7 @@ def test_students_get_scripts_without_answers_that_train_as_before(tmp_path, mon
     handout = (folder / "docs/handout.md").read_text()
     links = set(re.findall(r"\]\(([^h:)]\S*)\)", handout))
     assert links == {"symmetric_loss_exercise.ipynb", "loss.html"}
-    monkeypatch.syspath_prepend(folder)
-    monkeypatch.delitem(sys.modules, "sppo_continuous")
-    packed = importlib.import_module("sppo_continuous")
-    assert Path(packed.__file__).parent == folder
+    packed = helpers.import_file(folder / "sppo_continuous.py")
     _, run = SETTINGS[0].run(tmp_path / "readable", total_timesteps=64)
     setting = dataclasses.replace(SETTINGS[0], script=packed)
     _, packed_run = setting.run(tmp_path / "packed", total_timesteps=64)
@@ -665,7 +662,6 @@ def some_rewards(completions, number):
 def test_grpo(example, here, monkeypatch, play):
     """Groups of one prompt, but of different rows. The symmetric loss only weighs the loss."""
     script, args = example
-    assert (args.group_size, args.gamma, args.gae_lambda, args.kl_coef) == (8, 1, 1, 0)
     rows = [{"prompt": "the plot was", "number": i, "answer": "."} for i in range(40)]
     Path("same.jsonl").write_text("\n".join(map(json.dumps, rows)))
     flags = SHORT_LM | {"batch_size": 16, "total_timesteps": 32, "group_size": 4}
@@ -680,7 +676,6 @@ def test_grpo(example, here, monkeypatch, play):
         for sample in samples:
             groups.setdefault(sample.row["number"], []).append(sample)
         assert [len(group) for group in groups.values()] == [4] * 4
-        assert len({sample.advantage[0].item() for sample in samples}) > 3
         for group in groups.values():
             rewards = torch.tensor([sample.scores[0].item() for sample in group])
             equal.append(rewards.std() == 0)
@@ -693,10 +688,8 @@ def test_grpo(example, here, monkeypatch, play):
         with pytest.raises(SystemExit, match="group_size must be at least 2 and divide batch_size"):
             dataclasses.replace(args, group_size=group_size).check()
     shares = [row["charts/equal_groups"] for row in progress(folder)[1:]]
-    assert 0 < np.mean(shares) == np.mean(equal)
-    scores = [sample.scores[0] for (_, _, samples, _), _ in updates for sample in samples]
-    logged = [row["charts/episodic_return"] for row in progress(folder)[1:]]
-    assert np.mean(logged) == pytest.approx(np.mean(scores))
+    assert np.mean(shares) == np.mean(equal)
+    assert 0 < np.mean(equal) < 1
     play(folder)
     twice = dataclasses.replace(args, alpha=0.5, beta=0.5)  # k = 1, as for alpha 1 and beta 0
     symmetric = train(script, twice, **flags)

@@ -223,7 +223,6 @@ def test_diverged_runs_count_with_the_score_that_is_given():
     row = "| Hopper-v4 | clean | 13.4 ± 1.1 | 22.0 ± 2.0 (n = 2 of 5) |"
     assert rows_after(page)[1] == row
     assert f"{HOPPER}__sppo__none__2__abc (diverged: gradient not finite)" in page
-    assert f"{HOPPER}__sppo__none__4__abc (not finished)" in page
 
     pack = Path("N-runs.csv.gz")
     options = {"diverged": ("-3",), "names": (f"{HOPPER}=Hop",)}

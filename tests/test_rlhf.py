@@ -143,15 +143,12 @@ def summaries(models):
     return flags | models | {"lora_r": 4, "learning_rate": 1e-2}
 
 
-FAMILIES = (
-    "GPT2 GPTJ GPTNeoX OPT Llama Mistral Mixtral Qwen2 Qwen3 Qwen3Moe Qwen3_5Text Gemma Gemma2"
-)
+FAMILIES = "GPT2 GPTJ GPTNeoX OPT Llama Mistral Mixtral Qwen2 Qwen3 Qwen3_5Text Gemma Gemma2"
 FAMILIES = f"{FAMILIES} Gemma3Text Phi3 Olmo2 SmolLM3 Falcon Bloom Mpt Lfm2 Granite Cohere".split()
 SHAPES = {
     "GPTJ": {"rotary_dim": 4},
     "OPT": {"ffn_dim": 16, "word_embed_proj_dim": 8, "do_layer_norm_before": False},
     "Mistral": {"sliding_window": 4},  # shorter than the texts
-    "Qwen3Moe": {"moe_intermediate_size": 16, "num_experts": 8},
     "Qwen3_5Text": {"layer_types": ["linear_attention", "full_attention"]},
     "Gemma": {"head_dim": 8},
     "Gemma2": {"head_dim": 8, "final_logit_softcapping": 1.0},
@@ -749,10 +746,9 @@ def test_a_classifier_reads_messages_in_its_own_template():
         classifier_scores(**inputs)
 
 
-@pytest.mark.parametrize("size", [1, None])
-def test_a_reward_function_gets_all_texts_of_a_rollout_at_once(size):
+def test_a_reward_function_gets_all_texts_of_a_rollout_at_once():
     """Whatever the size of micro batches, and what belongs to them. Each sample gets its score."""
-    setup, args = load(micro_batch_size=size)
+    setup, args = load(micro_batch_size=1)
     seen = []
 
     def rank(texts):
