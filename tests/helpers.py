@@ -141,7 +141,8 @@ ATARI = SPPO_ATARI, SA2C_ATARI = [
     Setting(script, GAMES | more, "Pong")
     for script, more in ((sppo_atari, MINIBATCHES), (sa2c_atari, {"log_freq": 1}))
 ]
-PPO, A2C = [SPPO_CONTINUOUS, SPPO_ATARI], [SA2C_CONTINUOUS, SA2C_ATARI]
+PPO = [SPPO_CONTINUOUS, SPPO_ATARI]
+A2C = [SA2C_CONTINUOUS, SA2C_ATARI]
 SETTINGS = PPO + A2C
 # For sppo_rlhf.py: four updates of four minibatches, evaluated after 0, 16 and 32 texts
 SMALL_TEXTS = {"total_timesteps": 32, "batch_size": 8, "num_minibatches": 2, "update_epochs": 2}

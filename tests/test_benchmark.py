@@ -92,7 +92,8 @@ def test_methods_between_ppo_and_sppo_differ_from_ppo_in_one_factor(name):
     suite, task, noise = name.split()
     commands = [c for c in listed(f"{suite} --envs {task} --seeds 1") if "sppo" in c[0]]
     found = {args.exp_name: vars(args) for args in map(parse, commands) if args.noise == noise}
-    k = found["sppo"]["alpha"] - found["sppo"]["beta"] * found["sppo"]["z"]
+    sppo = found["sppo"]
+    k = sppo["alpha"] - sppo["beta"] * sppo["z"]
     baseline = "dppo" if "dppo" in found else "ppo"
     assert {"sppo", f"{baseline}-coef"} <= found.keys()
     for method, args in found.items():
@@ -114,7 +115,9 @@ def test_options_and_flags_for_every_command():
     runs = [parse(words) for words in listed(f"quick {options} -- --gae-lambda 0.9")]
     assert len(runs) == (8 + 8 + 7) * 2 * 2  # an environment of a module is control
     for args in runs:
-        assert (args.total_timesteps, args.eval_freq, args.gae_lambda) == (5000, 500, 0.9)
+        assert args.total_timesteps == 5000
+        assert args.eval_freq == 500
+        assert args.gae_lambda == 0.9
         assert args.runs_dir == "a b"
         assert getattr(args, "device", "cpu") == "cpu"  # control has only that
         swimmer = args.env_id == "Swimmer-v5" and "a2c" in args.exp_name
@@ -126,13 +129,15 @@ def test_methods_may_be_chosen():
     methods = [words[words.index("--exp-name") + 1] for words in chosen]
     assert sorted(methods) == ["dppo-k"] * 2 + ["sppo"] * 6
     refused = sh("./benchmark.sh", "quick", "--dry-run", "--methods", "sppo", "spo")
-    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.returncode == 2
+    assert refused.stdout == ""
     assert "--methods spo: quick has no such method" in refused.stderr
 
 
 def test_shellcheck_finds_nothing():
     found = sh("shellcheck", "benchmark.sh", ".ci/run")
-    assert (found.returncode, found.stdout) == (0, "")
+    assert found.returncode == 0
+    assert found.stdout == ""
 
 
 STUB = """import json, os, shutil, sys, time
@@ -193,7 +198,8 @@ def test_what_cannot_run_is_refused_before_any_run(stubs):
     }
     for words, why in refusals.items():
         refused = sh("./benchmark.sh", *words.split(), cwd=".")
-        assert refused.returncode == 2 and why in refused.stderr
+        assert refused.returncode == 2
+        assert why in refused.stderr
     for line in "python none.py", "pyhton sppo_atari.py", "sppo_atari.py --env-id Pong":
         refused = run([["sppo_atari.py"]], more=line)
         assert refused.stderr.startswith("error: each line must be `python SCRIPT FLAGS`: ")
@@ -363,7 +369,9 @@ def test_an_own_method_joins_the_suites_with_the_pages_line(tmp_path):
     assert len(mine) == 3 * 2 * 3
     for words in mine:
         args = parse(["sppo_continuous.py", *words.split()])
-        assert (args.exp_name, args.alpha, args.beta) == ("dppo-mine", 1, 0)
+        assert args.exp_name == "dppo-mine"
+        assert args.alpha == 1
+        assert args.beta == 0
 
 
 @pytest.mark.slow

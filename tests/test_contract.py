@@ -22,12 +22,28 @@ import pytest
 import safetensors.torch
 import torch
 from filelock import FileLock
-from helpers import SETTINGS, checkpoint, only, progress, read_lines, scalars, weights, words
+from helpers import (
+    A2C,
+    ATARI,
+    CONTINUOUS,
+    PPO,
+    SA2C_ATARI,
+    SA2C_CONTINUOUS,
+    SETTINGS,
+    SPPO_ATARI,
+    SPPO_CONTINUOUS,
+    checkpoint,
+    only,
+    progress,
+    read_lines,
+    scalars,
+    sha256,
+    weights,
+    words,
+)
 
 import sppo_rlhf as rlhf
 
-SPPO_CONTINUOUS, SPPO_ATARI, SA2C_CONTINUOUS, SA2C_ATARI = SETTINGS
-PPO, A2C, CONTINUOUS, ATARI = helpers.PPO, helpers.A2C, helpers.CONTINUOUS, helpers.ATARI
 SMALL_TEXTS = helpers.SMALL_TEXTS | {"eval_freq": 32}
 TEXTS = helpers.Setting(rlhf, SMALL_TEXTS, "", batch=8)
 ALL = [*SETTINGS, TEXTS]
@@ -74,7 +90,7 @@ def tensor_sha256(tensor):
 def files(folder):
     """{path: SHA-256}, but for the lock."""
     paths = (path for path in folder.rglob("*") if path.is_file() and path.name != "lock")
-    return {path: helpers.sha256(path) for path in paths}
+    return {path: sha256(path) for path in paths}
 
 
 def sessions(folder):
@@ -100,7 +116,8 @@ def step_and_speeds(state):
 @only(*ALL)
 def test_a_run_writes_its_files_and_messages(setting, launch, monkeypatch):
     """Each is on the disk before it gets its name; the summary comes last."""
-    synced, named = set(), []
+    synced = set()
+    named = []
     rename = os.replace
     flushes = helpers.record(monkeypatch, setting.script.SummaryWriter, "flush")
 
@@ -128,7 +145,8 @@ def test_a_run_writes_its_files_and_messages(setting, launch, monkeypatch):
     row = progress(folder)[-1]
     score = f"reward {row['return_mean']:.3f}" if setting.is_text else f"{row['return_mean']:.1f}"
     last_line = out.splitlines()[-1]
-    assert last_line.startswith(f"{folder}: ") and f"{score}, " in last_line
+    assert last_line.startswith(f"{folder}: ")
+    assert f"{score}, " in last_line
     assert last_line.endswith(f"/s; to play it: python enjoy.py {folder}")
     summary = json.loads((folder / "summary.json").read_text())
     assert summary == row | {"sps": np.median(step_and_speeds(checkpoint(folder))[1])}
@@ -136,11 +154,11 @@ def test_a_run_writes_its_files_and_messages(setting, launch, monkeypatch):
     (session,) = sessions(folder)
     flags = {"seed": 7, "noise_level": 0.05, "alpha": 0.5, "exp_name": setting.symmetric_algo}
     assert flags.items() <= session["args"].items()
-    expected = {"command": sys.argv, "directory": str(script.parent)}
-    expected["working_directory"] = str(Path.cwd())
-    assert expected.items() <= session.items()
-    digest = helpers.sha256(script)
-    assert session["files"][str(script)] == digest == helpers.sha256(folder / script.name)
+    assert session["command"] == sys.argv
+    assert session["directory"] == str(script.parent)
+    assert session["working_directory"] == str(Path.cwd())
+    digest = sha256(script)
+    assert session["files"][str(script)] == digest == sha256(folder / script.name)
     versions = {one.name: version(one.name) for one in distributions()}
     assert session["versions"] == versions | {"torch": torch.__version__}
 
@@ -198,7 +216,8 @@ def test_a_tracked_run_tells_weights_and_biases_its_arguments(setting, monkeypat
     assert told["name"] == folder.name
     assert told["sync_tensorboard"]
     # One id per folder, which W&B keeps there: not one for all runs of this name
-    assert (told["dir"], told["resume"]) == (folder, "auto")
+    assert told["dir"] == folder
+    assert told["resume"] == "auto"
     assert "id" not in told
 
 
@@ -238,7 +257,7 @@ def test_only_what_may_change_results_changes_the_folder(setting, monkeypatch):
 def test_imported_files_that_are_not_installed_are_recorded(setting, tmp_path, monkeypatch):
     """Libraries, Python's own files and what torch.compile has made are not."""
     before = setting.script.file_digests()
-    assert before[__file__] == helpers.sha256(Path(__file__))  # this module is not installed
+    assert before[__file__] == sha256(Path(__file__))  # this module is not installed
     assert not {torch.__file__, json.__file__} & set(before)
     generated = tmp_path / "generated.py"
     generated.write_text("")
@@ -311,7 +330,8 @@ def test_a_finished_run_is_not_trained_again(setting, launch):
     (folder,) = RUNS.iterdir()
     before = files(folder)
     end, again, _ = launch()
-    assert (end, again) == (0, first.splitlines()[-1] + "\n")
+    assert end == 0
+    assert again == first.splitlines()[-1] + "\n"
     assert files(folder) == before
     (folder / "summary.json").unlink()
     assert launch()[0] == 0
@@ -371,7 +391,7 @@ def assert_same_bytes(setting, folder, whole):
     texts = [json.dumps(state, default=tensor_sha256) for state in states]
     assert texts[0] == texts[1]
     for name in ("progress.csv", "samples.jsonl" if setting.is_text else "agent.safetensors"):
-        assert helpers.sha256(folder / name) == helpers.sha256(whole / name)
+        assert sha256(folder / name) == sha256(whole / name)
 
 
 @only(*ALL, LORA)
@@ -392,7 +412,7 @@ def test_a_run_that_starts_from_another_equals_one_that_was_long_from_the_start(
     session = sessions(folder)[-1]
     assert session["args"]["start_from"] == "again"
     path = str(first.absolute() / "checkpoint.pt")
-    assert session["files"][path] == helpers.sha256(first / "checkpoint.pt")
+    assert session["files"][path] == sha256(first / "checkpoint.pt")
 
 
 @only(*KINDS)
@@ -454,11 +474,11 @@ FAULTS = [  # what goes wrong in the second update, what is said, and whether it
 
 
 @only(*ALL)
-@pytest.mark.parametrize(("fault", "message", "has_row"), FAULTS, ids="full_disk more nan".split())
+@pytest.mark.parametrize(("fault", "message", "has_row"), FAULTS)
 def test_an_error_leaves_the_checkpoint_before_it(setting, launch, fault, message, has_row):
     """The same command continues from there; what was written after it does not come twice."""
     flags = every(setting)
-    one, two, three, four = (i * setting.batch for i in (1, 2, 3, 4))
+    steps = [i * setting.batch for i in (1, 2, 3, 4)]
     folder = setting.interrupt(RUNS, 1, **flags)
     with pytest.MonkeyPatch.context() as patch:
         fault(setting, patch)
@@ -466,17 +486,18 @@ def test_an_error_leaves_the_checkpoint_before_it(setting, launch, fault, messag
             end, _, _ = launch(**flags)
         except OSError as error:
             end = str(error)
-    assert message.format(two) in end
-    assert step_and_speeds(checkpoint(folder))[0] == one
-    assert evaluated(folder) == ([one, two] if has_row else [one])
+    assert message.format(steps[1]) in end
+    assert step_and_speeds(checkpoint(folder))[0] == steps[0]
+    assert evaluated(folder) == steps[: 2 if has_row else 1]
     diverged = folder / "diverged.txt"
     assert diverged.exists() != has_row
     assert has_row or end == diverged.read_text().strip()
     end, out, _ = launch(**flags)
     assert not diverged.exists()
-    assert end == 0 and f"from step {one}, with" in out
-    assert evaluated(folder) == [one, two, three, four]
-    assert [step for step, _ in scalars(folder)["losses/entropy"]] == [one, two, three, four]
+    assert end == 0
+    assert f"from step {steps[0]}, with" in out
+    assert evaluated(folder) == steps
+    assert [step for step, _ in scalars(folder)["losses/entropy"]] == steps
 
 
 @only(*KINDS)
@@ -526,10 +547,13 @@ REFUSED = [  # scripts, and flags, of which the last is named in what is said
     ([TEXTS], "--reward-weights 0, --reward-model --reward-weights"),
     ([TEXTS], "--lora-r 8 --lora-alpha 0, --lora-alpha 8"),
 ]
-REFUSED = [(each, x) for settings, flags in REFUSED for each in settings for x in flags.split(", ")]
+CASES = []
+for settings, flags in REFUSED:
+    for each in settings:
+        CASES += [(each, words) for words in flags.split(", ")]
 
 
-@pytest.mark.parametrize(("setting", "flags"), REFUSED, ids=str, indirect=["setting"])
+@pytest.mark.parametrize(("setting", "flags"), CASES, ids=str, indirect=["setting"])
 def test_flags_that_would_mean_something_else_are_refused(flags, launch, monkeypatch):
     """Nothing has begun then."""
     monkeypatch.setenv("WORLD_SIZE", "2")  # which only sppo_rlhf.py reads
@@ -537,7 +561,8 @@ def test_flags_that_would_mean_something_else_are_refused(flags, launch, monkeyp
     name, *value = flags.split("--")[-1].split()
     said = " ".join(f"{end} {err}".replace("│", "").split()).replace("-", "_")  # in a box, or not
     named = value if name in ("env-id", "noise") else [name]
-    assert end and all(word.replace("-", "_") in said for word in named)
+    assert end
+    assert all(word.replace("-", "_") in said for word in named)
     assert not RUNS.exists()
 
 
@@ -567,7 +592,8 @@ def test_without_a_compiler_a_run_says_so_and_goes_on(setting, monkeypatch, caps
 
     monkeypatch.setattr(torch, "compile", lambda function, **_: lambda *inputs: 1 / 0)
     call = setting.script.compiled(root)
-    assert (call(4), call(9)) == (2, 3)
+    assert call(4) == 2
+    assert call(9) == 3
     with pytest.raises(ValueError, match="a copy's own mistake"):
         call(-1)
     failed = "torch.compile failed, running uncompiled: ZeroDivisionError"
@@ -641,7 +667,8 @@ gym.register("Pictures-v0", lambda **_: gym.wrappers.ReshapeObservation(TenSteps
 gym.register("Unbounded-v0", lambda **_: TenStepsEnv(-np.inf, np.inf))
 gym.register("Huge-v0", lambda **_: TenStepsEnv(-LARGEST, LARGEST))
 gym.register("Whole-v0", lambda **_: TenStepsEnv(dtype=int))
-NAN, INF = np.array([np.nan, 0]), np.array([0, np.inf])
+NAN = np.array([np.nan, 0])
+INF = np.array([0, np.inf])
 
 
 @only(*CONTINUOUS)
@@ -700,7 +727,8 @@ def test_environments_are_closed_after_all_ends_of_a_run(setting, monkeypatch):
 def test_evaluations_change_no_training(setting):
     """Not even of environments that draw from Python's, NumPy's and PyTorch's global generators."""
     flags = {"env_id": "Drawing-v0", "noise": "normal"}
-    often, rarely = (setting.run(str(freq), eval_freq=freq, **flags)[1] for freq in (64, 256))
+    _, often = setting.run(RUNS, eval_freq=64, **flags)
+    _, rarely = setting.run(RUNS, eval_freq=256, **flags)
     assert torch.equal(weights(often), weights(rarely))
 
 
@@ -738,9 +766,10 @@ def test_a_run_killed_at_random_times_ends_with_the_same_bytes(setting):
         process.kill()
         process.wait()
     assert start("killed", "*/summary.json").wait() == 0
-    (whole,), (killed,) = Path("whole").iterdir(), Path("killed").iterdir()
+    (whole,) = Path("whole").iterdir()
+    (killed,) = Path("killed").iterdir()
     assert killed.name == whole.name
     assert len(sessions(killed)) > 1
     for name in {"progress.csv", "agent.safetensors", "samples.jsonl"} & set(os.listdir(whole)):
-        assert helpers.sha256(killed / name) == helpers.sha256(whole / name)
+        assert sha256(killed / name) == sha256(whole / name)
     assert torch.equal(weights(killed), weights(whole))

@@ -41,7 +41,9 @@ def test_enjoy_prints_the_score_of_the_evaluation(setting, watch, tmp_path, caps
         capsys.readouterr()
         end, out, err = watch(folder, "--episodes", 3, "--seed", 1 + int(row["step"]))
         score = f"{row['return_mean']:.1f} (standard deviation {row['return_std']:.1f})"
-        assert (end, out, err) == (0, f"{folder}: return {score}\n", "")
+        assert end == 0
+        assert out == f"{folder}: return {score}\n"
+        assert err == ""
         assert {path: helpers.sha256(path) for path in folder.iterdir()} == before
 
     flags = {"eval_freq": 64, "eval_episodes": 3, "total_timesteps": 128}
@@ -101,7 +103,8 @@ def test_an_agent_acts_in_other_code_as_in_its_evaluations(setting, watch, tmp_p
         scores = []
         for seed in (1 + 256, None):  # that of the run plus the step
             obs, _ = env.reset(seed=seed)
-            score, over = 0, False
+            score = 0
+            over = False
             while not over:
                 obs, reward, terminated, truncated, _ = env.step(act(obs))
                 score += reward
@@ -146,7 +149,8 @@ def test_an_agent_finds_its_environment_where_the_run_did(watch, tmp_path, monke
         gym.registry.pop("Push-v0", None)
         importlib.invalidate_caches()
 
-    module, helper = tmp_path / "a/pushing/envs.py", tmp_path / "b/gain_elsewhere.py"
+    module = tmp_path / "a/pushing/envs.py"
+    helper = tmp_path / "b/gain_elsewhere.py"
     for file, text in {module: ENVIRONMENT, helper: "GAIN = 1000.0"}.items():
         file.parent.mkdir(parents=True)
         file.write_text(text)
@@ -162,7 +166,8 @@ def test_an_agent_finds_its_environment_where_the_run_did(watch, tmp_path, monke
     assert capsys.readouterr().err == warning
     assert not {"pushing.envs", "gain_elsewhere"} & set(sys.modules)
     end, out, err = watch()  # the newest run
-    assert (end, err) == (0, warning)
+    assert end == 0
+    assert err == warning
     assert "return" in out
     forget()
     module.unlink()

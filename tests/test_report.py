@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from pytest import approx
 from scipy import optimize, special, stats
 
 import report
@@ -132,7 +133,7 @@ def test_tables_have_means_and_errors_and_scores_csv_has_intervals_by_t(grid):
     scores = pd.read_csv(grid / "report/scores.csv").set_index(["measure", "task", "method"])
     row = scores.loc["last_evaluation", HOPPER, "sppo"]
     interval = stats.ttest_1samp([12, 15, 18], 0).confidence_interval()
-    assert (row["low"], row["high"]) == pytest.approx((interval.low, interval.high))
+    assert (row["low"], row["high"]) == approx((interval.low, interval.high))
     assert [row["mean"], row["runs"]] == [15, 3]
 
 
@@ -232,7 +233,7 @@ def test_diverged_runs_count_with_the_score_that_is_given():
     assert "Scores given: Hop -3 (" in Path("out/scores.tex").read_text()
     (row,) = pd.read_csv("out/differences.csv").to_dict("records")
     test = stats.ttest_ind([20, 24, -3, -3], [10, 12, 14, 15, 16], equal_var=False)
-    assert row["p"] == pytest.approx(test.pvalue)
+    assert row["p"] == approx(test.pvalue)
     with pytest.raises(runs.Refusal, match="no finished run of 1; diverged: gradient not finite;"):
         write_report(RUNS / f"{HOPPER}__sppo__none__2__abc")
 
@@ -254,7 +255,7 @@ def test_a_measure_is_a_column_and_a_time(measure, score):
     columns["a.py:cost"] = [99, 3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
     make_run("sppo", 1, columns=columns)
     write_report(measure=measure)
-    assert pd.read_csv("out/runs.csv")[measure].item() == pytest.approx(score)
+    assert pd.read_csv("out/runs.csv")[measure].item() == approx(score)
 
 
 def test_of_costs_the_lowest_is_the_best_and_beats():
@@ -280,7 +281,7 @@ def test_figures_and_tables_have_the_names_and_colours_that_are_chosen(grid, mon
     assert [text.get_text() for text in legend.get_texts()] == ["dppo", "SPPO, k=20"]
     assert legend.get_lines()[1].get_color() == "#123456"
     points = pd.read_csv("out/curves.csv").query("method == 'SPPO, k=20'")
-    assert points.iloc[-1, 3:].to_list() == pytest.approx([1200, 15, math.sqrt(3), 3])
+    assert points.iloc[-1, 3:].to_list() == approx([1200, 15, math.sqrt(3), 3])
     assert [ax.get_title("right") for ax in differences.axes] == [LANDER, "The hopper"]
 
 
@@ -290,7 +291,7 @@ def test_figures_and_tables_have_the_names_and_colours_that_are_chosen(grid, mon
 @pytest.mark.parametrize("other", [[0.7, 0.7, 0.7], [0.7]])
 def test_equal_scores_and_single_runs_have_no_interval(other):
     found = compare.difference(np.full(3, 0.1), np.array(other))  # whose mean is rounded
-    assert found.value == pytest.approx(-0.6)
+    assert found.value == approx(-0.6)
     assert np.isnan([found.low, found.high, found.p]).all()
 
 
@@ -298,13 +299,13 @@ def test_the_probability_of_improvement_has_brunner_and_munzels_interval():
     """Of the logit. SciPy has their test: at the p of 0.05 where the interval ends."""
     a, b = np.random.default_rng(1).normal([[0.3], [0]], 1, (2, 20)).round()  # with ties
     value, low, high = compare.probability_of_improvement([(a, b)])
-    assert value == pytest.approx(stats.mannwhitneyu(a, b).statistic / 20**2)
+    assert value == approx(stats.mannwhitneyu(a, b).statistic / 20**2)
     test = stats.brunnermunzel(a, b)
     t = abs(test.statistic)
     freedom = optimize.brentq(lambda n: 2 * stats.t.sf(t, n) - test.pvalue, 1, 99)
     half = abs(value - 0.5) / t * stats.t.ppf(0.975, freedom)
     half /= value * (1 - value)
-    assert special.logit([low, high]) == pytest.approx(special.logit(value) + [-half, half])
+    assert special.logit([low, high]) == approx(special.logit(value) + [-half, half])
 
 
 def test_fewer_than_five_runs_have_a_probability_without_interval(grid):
@@ -323,14 +324,15 @@ def test_differences_are_welchs_and_corrected_for_the_pairs_that_are_compared():
     assert len(differences) == 2 + 1
     assert "over 3 rows" in page
     corrected = stats.false_discovery_control(differences["p"].fillna(1))
-    assert differences["p_corrected"].to_list() == pytest.approx(corrected)
+    assert differences["p_corrected"].to_list() == approx(corrected)
     for task, row in zip((HOPPER, LANDER), differences.to_dict("records")):
         assert row["task"] == task
-        scores, baseline = SCORES[task, "sppo"], SCORES[task, "dppo"]
+        scores = SCORES[task, "sppo"]
+        baseline = SCORES[task, "dppo"]
         test = stats.ttest_ind(scores, baseline, equal_var=False)
-        assert row["difference"] == pytest.approx(np.mean(scores) - np.mean(baseline))
-        assert (row["low"], row["high"]) == pytest.approx(tuple(test.confidence_interval()))
-        assert row["p"] == pytest.approx(test.pvalue)
+        assert row["difference"] == approx(np.mean(scores) - np.mean(baseline))
+        assert (row["low"], row["high"]) == approx(tuple(test.confidence_interval()))
+        assert row["p"] == approx(test.pvalue)
 
 
 def test_a_method_is_compared_with_one_baseline():
@@ -372,7 +374,8 @@ def test_figures_are_written_as_png_and_as_pdf_whose_text_is_text(grid):
 def test_packed_runs_give_the_same_report_and_pack_and_say_how_to_repeat_a_run(grid):
     shutil.copytree(grid / "runs", RUNS)
     make_run("sppo", 1, seed=3, finished=False)
-    first, again = Path("pack/NAME-runs.csv.gz"), Path("again/NAME-runs.csv.gz")
+    first = Path("pack/NAME-runs.csv.gz")
+    again = Path("again/NAME-runs.csv.gz")
     page = write_report(pack=first)
     assert write_report(first, pack=again) == page
     for file in first.parent.iterdir():
@@ -384,7 +387,8 @@ def test_packed_runs_give_the_same_report_and_pack_and_say_how_to_repeat_a_run(g
     assert run["command"] == "sppo_continuous.py --seed 2"
     assert run["script_sha256"] == hashlib.sha256(b"abc").hexdigest()
     assert json.loads(run["hardware"]) == ["Linux-6.1", "AVX512", None]
-    assert len(progress) == 12 * len(table) == 156
+    assert len(table) == 13
+    assert len(progress) == 13 * 12
 
 
 def test_a_pack_grows_but_loses_no_run():
@@ -430,7 +434,8 @@ def test_what_is_broken_is_named_and_the_others_are_reported(change, why, grid):
     file.write_text(file.read_text().replace(*change))
     page = write_report(folder, grid / "runs")
     (line,) = re.findall(r"\*\*Broken: (.*)\*\*", page)
-    assert "left out: " in line and why in line
+    assert "left out: " in line
+    assert why in line
     assert rows_after(page)[1].endswith("| 15.0 ± 1.7 |")
     with pytest.raises(runs.Refusal, match="--pack: first delete what is broken"):
         write_report(folder, grid / "runs", pack=Path("N-runs.csv.gz"))

