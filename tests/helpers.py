@@ -4,6 +4,7 @@ import contextlib
 import copy
 import csv
 import hashlib
+import importlib.util
 import json
 import sys
 import types
@@ -13,6 +14,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+import tyro
 from ale_py import Action
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from tensorboard.summary.writer import event_file_writer
@@ -139,7 +141,8 @@ ATARI = SPPO_ATARI, SA2C_ATARI = [
     Setting(script, GAMES | more, "Pong")
     for script, more in ((sppo_atari, MINIBATCHES), (sa2c_atari, {"log_freq": 1}))
 ]
-PPO, A2C = [SPPO_CONTINUOUS, SPPO_ATARI], [SA2C_CONTINUOUS, SA2C_ATARI]
+PPO = [SPPO_CONTINUOUS, SPPO_ATARI]
+A2C = [SA2C_CONTINUOUS, SA2C_ATARI]
 SETTINGS = PPO + A2C
 # For sppo_rlhf.py: four updates of four minibatches, evaluated after 0, 16 and 32 texts
 SMALL_TEXTS = {"total_timesteps": 32, "batch_size": 8, "num_minibatches": 2, "update_epochs": 2}
@@ -190,6 +193,14 @@ def work_in(monkeypatch, folder):
     for name, module in list(sys.modules.items()):
         if name.startswith(("sppo_", "sa2c_")):
             monkeypatch.setattr(module, "START", folder, raising=False)
+
+
+def import_file(path):
+    """A script as a module of its own."""
+    spec = importlib.util.spec_from_file_location(path.stem, path)
+    module = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(module)
+    return module
 
 
 def sha256(path):
@@ -274,6 +285,13 @@ def call_main(monkeypatch, module, *words):
     except SystemExit as end:
         return end.code
     return 0
+
+
+def parse(script, words):
+    """The script's arguments. It exits if it would refuse them."""
+    if hasattr(script, "parse_args"):
+        return script.parse_args(words)
+    return tyro.cli(script.Args, args=words)
 
 
 def words(flags):

@@ -11,6 +11,8 @@ import pytest
 import torch
 from ale_py import Action
 from helpers import SPPO_ATARI
+from numpy.testing import assert_allclose, assert_array_equal
+from pytest import approx
 from scipy import stats
 from torch import nn
 
@@ -37,7 +39,9 @@ class PlainGame:
         for frame in range(frames):
             fires = frame == 0 and Action.FIRE in self.actions
             self.ale.act(Action.FIRE if fires else Action.NOOP)
-        self.score, self.length, self.life_lost = 0.0, 0, False
+        self.score = 0.0
+        self.length = 0
+        self.life_lost = False
 
     def step(self, action):
         """Returns images, the raw reward, whether a life or the game was lost, or the game."""
@@ -72,7 +76,7 @@ def test_games_are_those_of_a_plain_emulator(game, steps):
     games, plain, images = begin_games(game, 3, seed=11)
     for i, one in enumerate(plain):
         screen = cv2.resize(one.ale.getScreenGrayscale(), (84, 84), interpolation=cv2.INTER_AREA)
-        np.testing.assert_array_equal(images[i, 3], screen)
+        assert_array_equal(images[i, 3], screen)
     actions = [i for i, action in enumerate(plain[0].actions) if action != Action.FIRE]
     rng = np.random.default_rng(0)
     playing = {0, 1, 2}
@@ -92,7 +96,7 @@ def test_games_are_those_of_a_plain_emulator(game, steps):
                 assert results[i] == (plain[i].score, plain[i].length)
                 playing.remove(i)
             elif step >= 3:
-                np.testing.assert_array_equal(images[i], stack)
+                assert_array_equal(images[i], stack)
     rewards, lives_lost, overridden_steps = np.transpose(seen)
     if game != "Pong":  # it has no lives
         assert lives_lost.sum() >= 4
@@ -113,7 +117,7 @@ def test_a_game_that_is_cut_off_is_truncated_with_its_last_images():
         assert len(final_images) == (2 if step == 29 else 0)
     assert ended.all()
     for i, stack in enumerate(stacks):
-        np.testing.assert_array_equal(final_images[i][:3], stack[:3])
+        assert_array_equal(final_images[i][:3], stack[:3])
         assert (final_images[i][3] != stack[3]).sum() <= 45
         assert not images[i][:3].any()  # which are those of the next game
         assert results[i] == (plain[i].score, 30)
@@ -191,9 +195,9 @@ def test_an_evaluation_samples_and_counts_the_first_game_of_each(monkeypatch):
     assert Countdown.options["repeat_action_probability"] == 0.25
     assert Countdown.options["max_num_frames_per_episode"] == 30 * 60 * 60
     first, second = np.transpose(games.envs.actions)
-    assert first.mean() == pytest.approx(0.8, abs=0.03)
-    assert second.mean() == pytest.approx(0.8, abs=0.03)
-    assert (first == second).mean() == pytest.approx(0.2**2 + 0.8**2, abs=0.03)
+    assert first.mean() == approx(0.8, abs=0.03)
+    assert second.mean() == approx(0.8, abs=0.03)
+    assert (first == second).mean() == approx(0.2**2 + 0.8**2, abs=0.03)
 
 
 # ---- Network
@@ -211,7 +215,8 @@ def test_the_network_starts_orthogonal():
 
 
 def test_bfloat16_changes_outputs_little_and_does_not_reach_the_last_layers():
-    agent, rounded = script.Agent(4), script.Agent(4, bfloat16=True)
+    agent = script.Agent(4)
+    rounded = script.Agent(4, bfloat16=True)
     nn.init.normal_(agent.actor.weight)
     rounded.load_state_dict(agent.state_dict())
     images = torch.randint(0, 256, (64, 4, 84, 84), dtype=torch.uint8)
@@ -250,8 +255,8 @@ def test_a_flip_has_its_rate_and_three_outcomes():
     reward = np.tile([-1.0, 0.0, 1.0], (60_000, 1))
     noisy = script.perturb_reward(reward, "flip", 0.1, np.random.default_rng(0))
     flipped = noisy != reward
-    np.testing.assert_array_equal(noisy[flipped], 1 - reward[flipped])
-    assert flipped.mean(axis=0) == pytest.approx(0.1, abs=0.005)
+    assert_array_equal(noisy[flipped], 1 - reward[flipped])
+    assert flipped.mean(axis=0) == approx(0.1, abs=0.005)
     assert len(np.unique(flipped, axis=0)) == 8  # each by itself
 
 
@@ -261,7 +266,8 @@ def test_a_flip_has_its_rate_and_three_outcomes():
 @pytest.mark.parametrize(("anneal_lr", "anneal_clip"), [(True, False), (False, True)])
 def test_what_is_annealed_falls_linearly(tmp_path, monkeypatch, signals, anneal_lr, anneal_clip):
     """Learning rate, or clip range, also in a run that was interrupted."""
-    rates, ranges = [], []
+    rates = []
+    ranges = []
     update = script.update
 
     def noting_update(agent, args, optimizer, *more):
@@ -273,6 +279,7 @@ def test_what_is_annealed_falls_linearly(tmp_path, monkeypatch, signals, anneal_
     flags = {"anneal_lr": anneal_lr, "anneal_clip": anneal_clip, "checkpoint_freq": 16}
     SPPO_ATARI.interrupt(tmp_path, rollouts=2, **flags)
     SPPO_ATARI.run(tmp_path, **flags)
-    falling, constant = np.array([1.0, 0.75, 0.5, 0.25]), np.ones(4)
-    np.testing.assert_allclose(rates, 2.5e-4 * (falling if anneal_lr else constant))
-    np.testing.assert_allclose(ranges, 0.1 * (falling if anneal_clip else constant), rtol=1e-6)
+    falling = np.array([1.0, 0.75, 0.5, 0.25])
+    constant = np.ones(4)
+    assert_allclose(rates, 2.5e-4 * (falling if anneal_lr else constant))
+    assert_allclose(ranges, 0.1 * (falling if anneal_clip else constant), rtol=1e-6)

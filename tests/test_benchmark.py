@@ -14,14 +14,14 @@ from pathlib import Path
 
 import ale_py
 import gymnasium as gym
+import helpers
 import pytest
-import tyro
 from helpers import SETTINGS, sha256
 
 import sppo_rlhf
 
 ROOT = Path(__file__).resolve().parent.parent
-SCRIPTS = {f"{setting.script.__name__}.py": setting.script for setting in SETTINGS}
+SCRIPTS = {f"{setting}.py": setting.script for setting in SETTINGS} | {"sppo_rlhf.py": sppo_rlhf}
 ENVIRON = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 for variable in ("OMP_NUM_THREADS", "CUDA_VISIBLE_DEVICES"):
     ENVIRON.pop(variable, None)
@@ -41,10 +41,8 @@ def listed(arguments):
 
 
 def parse(words):
-    """The script's arguments; it exits if it would refuse them."""
-    if words[0] == "sppo_rlhf.py":
-        return sppo_rlhf.parse_args(words[1:])
-    return tyro.cli(SCRIPTS[words[0]].Args, args=words[1:])
+    """The arguments of a command's script."""
+    return helpers.parse(SCRIPTS[words[0]], words[1:])
 
 
 gym.register_envs(ale_py)
@@ -94,7 +92,8 @@ def test_methods_between_ppo_and_sppo_differ_from_ppo_in_one_factor(name):
     suite, task, noise = name.split()
     commands = [c for c in listed(f"{suite} --envs {task} --seeds 1") if "sppo" in c[0]]
     found = {args.exp_name: vars(args) for args in map(parse, commands) if args.noise == noise}
-    k = found["sppo"]["alpha"] - found["sppo"]["beta"] * found["sppo"]["z"]
+    sppo = found["sppo"]
+    k = sppo["alpha"] - sppo["beta"] * sppo["z"]
     baseline = "dppo" if "dppo" in found else "ppo"
     assert {"sppo", f"{baseline}-coef"} <= found.keys()
     for method, args in found.items():
@@ -116,7 +115,9 @@ def test_options_and_flags_for_every_command():
     runs = [parse(words) for words in listed(f"quick {options} -- --gae-lambda 0.9")]
     assert len(runs) == (8 + 8 + 7) * 2 * 2  # an environment of a module is control
     for args in runs:
-        assert (args.total_timesteps, args.eval_freq, args.gae_lambda) == (5000, 500, 0.9)
+        assert args.total_timesteps == 5000
+        assert args.eval_freq == 500
+        assert args.gae_lambda == 0.9
         assert args.runs_dir == "a b"
         assert getattr(args, "device", "cpu") == "cpu"  # control has only that
         swimmer = args.env_id == "Swimmer-v5" and "a2c" in args.exp_name
@@ -128,13 +129,15 @@ def test_methods_may_be_chosen():
     methods = [words[words.index("--exp-name") + 1] for words in chosen]
     assert sorted(methods) == ["dppo-k"] * 2 + ["sppo"] * 6
     refused = sh("./benchmark.sh", "quick", "--dry-run", "--methods", "sppo", "spo")
-    assert (refused.returncode, refused.stdout) == (2, "")
+    assert refused.returncode == 2
+    assert refused.stdout == ""
     assert "--methods spo: quick has no such method" in refused.stderr
 
 
 def test_shellcheck_finds_nothing():
     found = sh("shellcheck", "benchmark.sh", ".ci/run")
-    assert (found.returncode, found.stdout) == (0, "")
+    assert found.returncode == 0
+    assert found.stdout == ""
 
 
 STUB = """import json, os, shutil, sys, time
@@ -161,27 +164,28 @@ class cuda:
 
 
 @pytest.fixture
-def stubs(tmp_path):
+def stubs(tmp_path, monkeypatch):
     """A folder of benchmark.sh, scripts that note where they run, and a torch with three GPUs."""
+    monkeypatch.chdir(tmp_path)
     (tmp_path / "benchmarks").mkdir()
     for name in ("benchmark.sh", "benchmarks/run.py"):
         shutil.copy(ROOT / name, tmp_path / name)
-    for script in [*SCRIPTS, "sppo_rlhf.py"]:
+    for script in SCRIPTS:
         (tmp_path / script).write_text(STUB)
     (tmp_path / "torch.py").write_text(TORCH)
     return tmp_path
 
 
-def run(commands, folder, *flags, more="", cores=2, **variables):
-    """benchmarks/run.py on a machine with `cores`. `more`: further lines of its input."""
+def run(commands, *flags, more="", cores=2, **variables):
+    """benchmarks/run.py, here, on a machine with `cores`. `more`: further lines of its input."""
     lines = "\n".join(shlex.join(["python", *words]) for words in commands) + f"\n{more}"
-    env = ENVIRON | {"PYTHONPATH": f"{folder}:{ROOT}/benchmarks"} | variables
+    env = ENVIRON | {"PYTHONPATH": f".:{ROOT}/benchmarks"} | variables
     program = f"import run; run.CORES = {cores}; run.main()"
-    return sh(sys.executable, "-c", program, *flags, cwd=folder, env=env, input=lines)
+    return sh(sys.executable, "-c", program, *flags, cwd=".", env=env, input=lines)
 
 
-def records(folder):
-    return [json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))]
+def records():
+    return [json.loads(path.read_text()) for path in sorted(Path().glob("*.json"))]
 
 
 def test_what_cannot_run_is_refused_before_any_run(stubs):
@@ -193,15 +197,16 @@ def test_what_cannot_run_is_refused_before_any_run(stubs):
         "rlhf --envs toy": "no runs/toy; this makes it: python toy.py\n",
     }
     for words, why in refusals.items():
-        refused = sh("./benchmark.sh", *words.split(), cwd=stubs)
-        assert refused.returncode == 2 and why in refused.stderr
+        refused = sh("./benchmark.sh", *words.split(), cwd=".")
+        assert refused.returncode == 2
+        assert why in refused.stderr
     for line in "python none.py", "pyhton sppo_atari.py", "sppo_atari.py --env-id Pong":
-        refused = run([["sppo_atari.py"]], stubs, more=line)
+        refused = run([["sppo_atari.py"]], more=line)
         assert refused.stderr.startswith("error: each line must be `python SCRIPT FLAGS`: ")
     for flag in "--jobs", "--jobs-per-gpu":
-        refused = run([["sppo_atari.py"]], stubs, flag, 0)
+        refused = run([["sppo_atari.py"]], flag, 0)
         assert refused.stderr == "error: --jobs and --jobs-per-gpu must be at least 1\n"
-    assert not records(stubs)
+    assert not records()
 
 
 # CUDA_VISIBLE_DEVICES; the games or language models; cores; flags; the GPUs, and jobs on each
@@ -221,8 +226,8 @@ def test_games_go_to_gpus_and_control_to_the_cpu(visible, envs, cores, flags, gp
     games = [shlex.split(shlex.join(words).replace("--device ", "--device=")) for words in games]
     variables = {} if visible is None else {"CUDA_VISIBLE_DEVICES": visible}
     flags = ["--runs-dir", "none", "--jobs", 2, *flags.split()]
-    assert run(control + games, stubs, *flags, cores=cores, **variables).returncode == 0
-    found = records(stubs)
+    assert run(control + games, *flags, cores=cores, **variables).returncode == 0
+    found = records()
     assert sorted(argv for _, _, argv, *_ in found) == sorted(control + games)
     assert {gpu for _, _, argv, gpu, _ in found if argv in control} == {""}
     assert {gpu for _, _, argv, gpu, _ in found if argv in games} == set(gpus or [""])
@@ -236,18 +241,18 @@ def test_games_go_to_gpus_and_control_to_the_cpu(visible, envs, cores, flags, gp
 
 def test_a_failed_run_is_named_and_the_others_go_on(stubs):
     """One run is ended by a library, with status 0. One prints the score of an earlier session."""
-    (stubs / "sppo_atari.py").write_text("raise ValueError('no')")
-    (stubs / "sa2c_continuous.py").write_text("import os\nos._exit(0)")
-    (stubs / "sppo_rlhf.py").write_text("print('runs/a: reward 1; to play it: python enjoy.py')")
+    Path("sppo_atari.py").write_text("raise ValueError('no')")
+    Path("sa2c_continuous.py").write_text("import os\nos._exit(0)")
+    Path("sppo_rlhf.py").write_text("print('runs/a: reward 1; to play it: python enjoy.py')")
     named = ["--env-id", "Pong", "--seed", "1", "--exp-name", "a" * 235]
     commands = [["sppo_atari.py", *named], ["sa2c_continuous.py"]]
     commands += [["sppo_rlhf.py"], ["sppo_continuous.py"]]
-    result = run(commands, stubs, "--jobs", 1, PATH="/nowhere")  # which has no `python`
+    result = run(commands, "--jobs", 1, PATH="/nowhere")  # which has no `python`
     assert result.returncode == 1
     assert result.stderr.endswith("2 of 4 failed\n")
-    log = stubs / re.search(r"failed, see (runs/logs/Pong__1__\w+\.log)", result.stdout)[1]
-    assert log.read_text().endswith("ValueError: no\n")
-    assert len(records(stubs)) == 1
+    log = re.search(r"failed, see (runs/logs/Pong__1__\w+\.log)", result.stdout)[1]
+    assert Path(log).read_text().endswith("ValueError: no\n")
+    assert len(records()) == 1
 
 
 @pytest.mark.parametrize("name", ["sppo_continuous.py", "parts/helper.py", "../data.jsonl"])
@@ -257,9 +262,8 @@ def test_a_command_runs_again_if_a_file_of_its_run_has_changed(name, tmp_path, m
     (tmp_path / "here/parts").mkdir(parents=True)
     monkeypatch.chdir(tmp_path / "here")
     script = "sppo_continuous.py"
-    files = [script, "parts/helper.py", "../data.jsonl"]
     digests = {}
-    for file in map(Path, files):
+    for file in map(Path, [script, "parts/helper.py", "../data.jsonl"]):
         file.write_text("as it was")
         digests[str(file.resolve())] = sha256(file)
     command = [script, "--runs-dir", "it's elsewhere"]
@@ -267,18 +271,18 @@ def test_a_command_runs_again_if_a_file_of_its_run_has_changed(name, tmp_path, m
     Path("runs/any").mkdir(parents=True)
     Path("runs/any/sessions.jsonl").write_text(json.dumps(session))
     Path("runs/any/summary.json").write_text("{}")
-    clone = shutil.copytree(tmp_path / "here", tmp_path / "clone")
+    monkeypatch.chdir(shutil.copytree(".", "../clone"))
 
     def left():
-        return run([[script]], clone, "--dry-run").stdout
+        return run([[script]], "--dry-run").stdout
 
     assert left() == ""
-    (clone / name).write_text("edited")
+    Path(name).write_text("edited")
     assert left() == "python sppo_continuous.py\n"
-    (clone / name).write_text("as it was")
-    (clone / "runs/any/summary.json").unlink()
+    Path(name).write_text("as it was")
+    Path("runs/any/summary.json").unlink()
     assert left() == "python sppo_continuous.py\n"
-    assert [path.name for path in (clone / "runs").iterdir()] == ["any"]
+    assert os.listdir("runs") == ["any"]
 
 
 def wait_for(condition, seconds=600):
@@ -304,22 +308,23 @@ KILLS = [(os.kill, signal.SIGTERM), (os.killpg, signal.SIGINT)]
 @pytest.mark.parametrize("kill, number", KILLS)
 def test_a_signal_ends_all_runs_and_a_second_signal_interrupts_none(kill, number, stubs):
     """Of run.py alone, as by a scheduler, or its group. Children of runs end with them."""
-    (stubs / "sppo_continuous.py").write_text(SLOW_TO_CLOSE + STUB)
+    Path("sppo_continuous.py").write_text(SLOW_TO_CLOSE + STUB)
     lines = [f"python sppo_continuous.py --seed {seed}\n" for seed in range(4)]
-    (stubs / "list").write_text("".join(lines))
+    Path("list").write_text("".join(lines))
     command = "exec env --default-signal=INT python benchmarks/run.py --jobs 3 < list"
     options = {"env": ENVIRON, "stderr": subprocess.PIPE, "text": True, "start_new_session": True}
-    process = subprocess.Popen(["bash", "-c", command], cwd=stubs, **options)
-    wait_for(lambda: len(list(stubs.glob("*.started"))) == 6)
+    process = subprocess.Popen(["bash", "-c", command], **options)
+    wait_for(lambda: len(list(Path().glob("*.started"))) == 6)
     for _ in range(3):
         kill(process.pid, number)
         time.sleep(0.2)
     _, errors = process.communicate()
     assert process.returncode == 1
     assert errors.endswith("interrupted; the same command continues\n")
-    began, ended, *_ = zip(*records(stubs))
-    assert len(began) == 3 and max(began) < min(ended)
-    for path in stubs.glob("*.started"):
+    began, ended, *_ = zip(*records())
+    assert len(began) == 3
+    assert max(began) < min(ended)
+    for path in Path().glob("*.started"):
         wait_for(lambda path=path: not Path("/proc", path.stem).exists(), seconds=10)
 
 
@@ -335,18 +340,18 @@ for ((i = 1; i <= last; i++)); do SLURM_ARRAY_TASK_ID=$i bash -c "$wrap" >>jobs.
 
 def test_the_documented_lines_for_slurm_run_each_command_once(stubs, monkeypatch):
     """In arrays of at most so many jobs as `split` says."""
-    (stubs / "sbatch").write_text(SBATCH)
-    (stubs / "sbatch").chmod(0o755)
+    Path("sbatch").write_text(SBATCH)
+    Path("sbatch").chmod(0o755)
     monkeypatch.setitem(ENVIRON, "PATH", f"{stubs}:{ENVIRON['PATH']}")
     page = (ROOT / "docs/benchmark.md").read_text()
     lines = re.search(r"With Slurm.*?```sh\n(.*?)```", page, re.DOTALL)[1]
     lines = lines.replace("continuous", "tiny").replace("-l 1000", "-l 7")
-    done = sh("bash", "-euo", "pipefail", "-c", lines, cwd=stubs)
+    done = sh("bash", "-euo", "pipefail", "-c", lines, cwd=".")
     assert done.returncode == 0 and not done.stderr, done.stderr
     sizes = re.findall(r"Submitted batch job of (\d+)", done.stdout)
     assert sizes == ["7", "7", "7", "7", "2"]
     expected = listed("tiny --runs-dir runs/tiny")
-    assert sorted(argv for _, _, argv, *_ in records(stubs)) == sorted(expected)
+    assert sorted(argv for _, _, argv, *_ in records()) == sorted(expected)
 
 
 def test_an_own_method_joins_the_suites_with_the_pages_line(tmp_path):
@@ -364,7 +369,9 @@ def test_an_own_method_joins_the_suites_with_the_pages_line(tmp_path):
     assert len(mine) == 3 * 2 * 3
     for words in mine:
         args = parse(["sppo_continuous.py", *words.split()])
-        assert (args.exp_name, args.alpha, args.beta) == ("dppo-mine", 1, 0)
+        assert args.exp_name == "dppo-mine"
+        assert args.alpha == 1
+        assert args.beta == 0
 
 
 @pytest.mark.slow

@@ -9,8 +9,10 @@ import torch
 from helpers import EACH, MINIBATCHES, PPO, Signals, only, progress, record, sha256
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from numpy.testing import assert_allclose, assert_array_equal
 from scipy import stats
 from torch.distributions import Categorical
+from torch.testing import assert_close
 
 import sppo_atari
 
@@ -64,8 +66,8 @@ def test_gae_is_the_brute_force_sum(seed, T, gamma, lam):
             expected[t, n] += (gamma * lam) ** (step - t) * delta
             if ended[step, n]:
                 break
-    np.testing.assert_allclose(advantage, expected, atol=1e-9)
-    np.testing.assert_allclose(returns, expected + value[:-1], atol=1e-9)
+    assert_allclose(advantage, expected, atol=1e-9)
+    assert_allclose(returns, expected + value[:-1], atol=1e-9)
 
 
 def test_noise_has_its_distribution(setting):
@@ -115,7 +117,8 @@ def log_prob_entropy_value(setting, agent, obs, action):
     """Of a categorical policy, (batch,) each."""
     logits, value = outputs(setting, agent, obs)
     policy = Categorical(logits=logits)
-    log_prob, entropy = policy.log_prob(action), policy.entropy()
+    log_prob = policy.log_prob(action)
+    entropy = policy.entropy()
     if setting.atari:
         return log_prob, entropy, value
     return log_prob.sum(-1), entropy.sum(-1), value
@@ -164,7 +167,9 @@ def test_gradient_and_metrics_are_those_of_alpha_l_plus_beta_lr(setting, max_gra
         own = batch.mask == 1
         assert 0 < own.sum() < 48
     log_prob, entropy, value = log_prob_entropy_value(setting, agent, batch.obs, batch.action)
-    log_prob, entropy, raw_advantage = log_prob[own], entropy[own].mean(), batch.advantage[own]
+    log_prob = log_prob[own]
+    entropy = entropy[own].mean()
+    raw_advantage = batch.advantage[own]
     old_log_prob = batch.log_prob[own]
     advantage = raw_advantage
     if norm_adv:
@@ -186,7 +191,7 @@ def test_gradient_and_metrics_are_those_of_alpha_l_plus_beta_lr(setting, max_gra
     norm = torch.nn.utils.clip_grad_norm_(agent.parameters(), max_grad_norm)
     assert norm > 0.3
     plain = torch.cat([parameter.grad.flatten() for parameter in agent.parameters()])
-    torch.testing.assert_close(gradient, plain, rtol=3e-3, atol=1e-5)  # measured: up to 5e-4
+    assert_close(gradient, plain, rtol=3e-3, atol=1e-5)  # measured: up to 5e-4
 
     expected |= {
         "losses/policy_loss": policy_loss,
@@ -200,7 +205,7 @@ def test_gradient_and_metrics_are_those_of_alpha_l_plus_beta_lr(setting, max_gra
     assert (expected["losses/norm_sign_changes"] > 0) == norm_adv
     assert metrics.keys() == expected.keys()
     for name, metric in expected.items():
-        torch.testing.assert_close(metrics[name], metric.detach(), rtol=1e-4, atol=1e-5)
+        assert_close(metrics[name], metric.detach(), rtol=1e-4, atol=1e-5)
 
 
 @pytest.mark.slow
@@ -213,7 +218,7 @@ def test_compiled_functions_compute_the_same(setting, capsys):
     compiled = setting.script.compiled(setting.loss_function, **options)
     expected = gradient_and_metrics(setting, agent, args, batch)
     result = gradient_and_metrics(setting, agent, args, batch, compiled)
-    torch.testing.assert_close(result, expected, rtol=1e-3, atol=1e-5)
+    assert_close(result, expected, rtol=1e-3, atol=1e-5)
     assert "failed" not in capsys.readouterr().err
 
 
@@ -237,7 +242,9 @@ class MadeUp:
         return self.rng.normal(size=(2, 11)).astype(np.float32)
 
     def step(self, action):
-        obs, last_obs, reward = self.draw_obs(), self.draw_obs(), self.rng.normal(size=2)
+        obs = self.draw_obs()
+        last_obs = self.draw_obs()
+        reward = self.rng.normal(size=2)
         done, truncated, overridden = self.rng.random((3, 2)) < 0.5
         cut_off = done & truncated
         self.steps.append([action, obs, reward, done, cut_off, last_obs, overridden])
@@ -251,12 +258,13 @@ class MadeUp:
 def test_a_rollout_has_what_belongs_to_each_step(setting):
     """Actions are samples. Rewards get noise before episodes that were cut off bootstrap from their
     last observation."""
-    agent, envs = make_agent(setting), MadeUp(setting)
+    agent = make_agent(setting)
+    envs = MadeUp(setting)
     flags = {"num_envs": 2, "num_steps": 32, "gamma": 0.9, "gae_lambda": 0.7}
     args = setting.script.Args(**flags, noise="normal", noise_level=0.1)
     batch, next_obs = setting.collect(agent, args, envs, envs.first_obs)
     played, obs, reward, done, cut_off, last_obs, overridden = map(np.array, zip(*envs.steps))
-    np.testing.assert_array_equal(next_obs, obs[-1])
+    assert_array_equal(next_obs, obs[-1])
     all_obs = torch.from_numpy(np.array([envs.first_obs, *obs])).flatten(0, 1)
     obs = all_obs[:64]
 
@@ -269,7 +277,7 @@ def test_a_rollout_has_what_belongs_to_each_step(setting):
     assert len(draws.unique()) > 0.99 * draws.numel()
     logits, _ = outputs(setting, agent, obs)
     action = (logits + draws.flatten(0, 1)).argmax(-1)
-    np.testing.assert_array_equal(played.reshape(action.shape), action)
+    assert_array_equal(played.reshape(action.shape), action)
     log_prob, _, _ = log_prob_entropy_value(setting, agent, obs, action)
 
     noisy = setting.script.perturb_reward(reward, "normal", 0.1, np.random.default_rng(0))
@@ -282,7 +290,7 @@ def test_a_rollout_has_what_belongs_to_each_step(setting):
     expected = [obs, action, log_prob, *(x.flatten() for x in advantages)]
     expected += [~overridden.flatten()] if setting.atari else []
     for name, tensor, right in zip(batch._fields, batch, expected, strict=True):
-        np.testing.assert_allclose(tensor, right, rtol=1e-4, atol=1e-5, err_msg=name)
+        assert_allclose(tensor, right, rtol=1e-4, atol=1e-5, err_msg=name)
 
 
 def test_an_epoch_trains_on_every_step_once_with_flips_of_its_own(setting):
@@ -300,7 +308,8 @@ def test_an_epoch_trains_on_every_step_once_with_flips_of_its_own(setting):
     setting.update(agent, setting.script.Args(**flags), batch, loss)
     count = 4 if setting.ppo else 1  # of minibatches in an epoch
     assert len(minibatches) == (2 * count if setting.ppo else 1)
-    orders, flips = [], []
+    orders = []
+    flips = []
     for first in range(0, len(minibatches), count):
         epoch = minibatches[first : first + count]
         epoch = setting.script.Batch(*map(torch.cat, zip(*epoch)))
@@ -357,7 +366,9 @@ def test_rollouts_follow_each_other_and_explained_variance_is_that_of_their_retu
     setting, tmp_path, monkeypatch, signals
 ):
     """Without steps on which FIRE replaced the agent's action."""
-    begins, ends, explained = [], [], []
+    begins = []
+    ends = []
+    explained = []
     collect = setting.script.collect
 
     def masking_collect(agent, args, envs, obs, *more):
@@ -374,7 +385,7 @@ def test_rollouts_follow_each_other_and_explained_variance_is_that_of_their_retu
 
     monkeypatch.setattr(setting.script, "collect", masking_collect)
     _, folder = setting.run(tmp_path)
-    np.testing.assert_array_equal(begins[1:], ends[:-1])
+    assert_array_equal(begins[1:], ends[:-1])
     (row,) = progress(folder)
     assert row["losses/explained_variance"] == pytest.approx(np.mean(explained))
 

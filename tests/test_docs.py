@@ -22,11 +22,14 @@ import pytest
 import safetensors.torch
 import torch
 import transformers
-import tyro
+from gymnasium.envs.mujoco.hopper_v4 import HopperEnv
 from helpers import CONTINUOUS, SETTINGS, checkpoint, progress, read_lines, record, sha256, work_in
+from numpy.testing import assert_array_equal
+from pytest import approx
 from tensorboard.backend.event_processing.event_accumulator import EventAccumulator
 from test_control import MadeUp, make_agent
 from test_copies import edited
+from torch.testing import assert_close
 
 import enjoy
 import report
@@ -42,6 +45,7 @@ PAGES = {
     for page in [ROOT / "README.md", ROOT / "CONTRIBUTING.md", *sorted(ROOT.glob("docs/*.md"))]
 }
 EXAMPLES = PAGES["docs/copy-and-modify.md"]
+ENVIRON = os.environ | {"PATH": f"{Path(sys.executable).parent}:{os.environ['PATH']}"}
 SCRIPTS = {path.name: importlib.import_module(path.stem) for path in sorted(ROOT.glob("s*_*.py"))}
 
 
@@ -79,14 +83,13 @@ def test_the_functions_and_flags_that_a_page_names_exist(text):
     # Implementation details name functions of scripts in parentheses
     for name in set(re.findall(r"\(`([A-Za-z]\w+)`\)", text)) - set(sppo_rlhf.TASKS):
         assert any(is_defined(name, script) for script in SCRIPTS), name
-    flags = {"--help"}
+    flags = {"--help", "--group-size"}  # the latter is an example's
     for script in (*SCRIPTS.values(), report):
         flags |= {"--" + field.name.replace("_", "-") for field in dataclasses.fields(script.Args)}
     flags |= {flag.replace("--", "--no-", 1) for flag in flags}
     for other in ("benchmark.sh", "report.py", "benchmarks/speed.py", "enjoy.py"):
         flags |= set(re.findall(r"--[a-z][a-z-]+", (ROOT / other).read_text()))
     flags |= {"--gpus", "--requeue", "--time", "--episodes", "--video"}  # Slurm's, enjoy.py's
-    flags |= {"--group-size"}  # an example's
     code = re.findall(r"`[^`\n]*`", re.sub(r"(?ms)^```.*?^```", "", text))
     assert set(re.findall(r"(?<![\w-])--[a-z][\w-]*", " ".join(code))) <= flags
 
@@ -116,10 +119,7 @@ def commands(text):
 def parse(words):
     """(script, Args) of a command that starts one of ours. Exits if a flag is wrong."""
     name = next(word for word in words if word in SCRIPTS)
-    arguments = words[words.index(name) + 1 :]
-    if name == "sppo_rlhf.py":
-        return sppo_rlhf, sppo_rlhf.parse_args(arguments)
-    return SCRIPTS[name], tyro.cli(SCRIPTS[name].Args, args=arguments)
+    return SCRIPTS[name], helpers.parse(SCRIPTS[name], words[words.index(name) + 1 :])
 
 
 DOCSTRINGS = [
@@ -134,9 +134,7 @@ def test_a_command_is_valid(words):
     if words[0] == "./benchmark.sh":
         end = next((i for i, word in enumerate(words) if word[0] in "|>"), None)
         dry = [*words[:2], *"--dry-run --runs-dir none --seeds 1".split(), *words[2:end]]
-        path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-        env = os.environ | {"PATH": path}
-        done = subprocess.run(dry, cwd=ROOT, env=env, capture_output=True, text=True)
+        done = subprocess.run(dry, cwd=ROOT, env=ENVIRON, capture_output=True, text=True)
         assert done.returncode == 0, done.stderr
         assert "python " in done.stdout
     elif words[0] in ("python", "accelerate", "torchrun"):
@@ -148,19 +146,23 @@ def test_a_command_is_valid(words):
         assert "=" in words[0] or words[0] in NOT_OURS, "a command that this test does not know"
 
 
-def train(script, args, folder, **flags):
+def train(script, args, **flags):
     """A run with `flags` over `args`. Returns its folder."""
-    args = dataclasses.replace(args, runs_dir=str(folder), **flags)
+    args = dataclasses.replace(args, runs_dir="own", **flags)
     if hasattr(script, "prepare"):
         script.prepare(args)
     return helpers.train(script, args)
 
 
-def play(folder, monkeypatch, capsys):
+@pytest.fixture
+def play(monkeypatch, capsys):
     """enjoy.py plays a run, and prints a return or a reward."""
-    monkeypatch.setattr(sys, "argv", ["enjoy.py", str(folder), "--episodes", "2"])
-    enjoy.main()
-    assert capsys.readouterr().out.splitlines()[-1].startswith(f"{folder}: re")
+
+    def play(folder):
+        helpers.call_main(monkeypatch, enjoy, folder, "--episodes", 2)
+        assert f"\n{folder}: re" in capsys.readouterr().out
+
+    return play
 
 
 @pytest.mark.slow
@@ -168,9 +170,7 @@ def test_the_check_of_the_same_run_holds_for_compiled_runs(tmp_path):
     """README's, with all defaults."""
     (check,) = code_blocks(sections(PAGES["README.md"])["The same run"], "sh")
     check = check.replace("sppo_continuous.py", str(ROOT / "sppo_continuous.py"))
-    path = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
-    command = ["bash", "-ec", check]
-    printed = subprocess.check_output(command, cwd=tmp_path, env=os.environ | {"PATH": path})
+    printed = subprocess.check_output(["bash", "-ec", check], cwd=tmp_path, env=ENVIRON)
     assert printed.endswith(b"\nequal\n")
 
 
@@ -180,21 +180,40 @@ def test_the_check_of_the_same_run_holds_for_compiled_runs(tmp_path):
 def small_exercise(*answers):
     """A notebook with answers, each a list of cells, that hold if the last defines f() as 1."""
     cells = [nbformat.v4.new_code_cell("results = {}", metadata={"tags": ["setup"]})]
-    for i, answer in enumerate(answers):
+    for claim, answer in zip(("0, a: claim", "1, a: your prediction"), answers):
         cells += [nbformat.v4.new_code_cell(source) for source in answer]
         cells[-1].metadata.tags = ["student"]
-        check = f"results['{i}, a: claim'] = 'holds' if f() == 1 else 'fails: why'"
+        check = f"results['{claim}'] = 'holds' if f() == 1 else 'fails: why'"
         cells.append(nbformat.v4.new_code_cell(check, metadata={"tags": ["grader"]}))
     return nbformat.v4.new_notebook(cells=cells)
 
 
+GRADES = """\
+name,points,holds,remark,"0, a: claim","1, a: your prediction"
+ada/a.ipynb,3.0,1,f: has added cells,holds,fails: why
+bob.ipynb,0.0,0,f: has a syntax error,fails: why,fails: why
+eve/x/b.IPYNB,3.5,2,f: takes too long,holds,holds
+gil.ipynb,,,not graded: ValueError('1 answers instead of 2'),,
+zoe,,,not graded: ValueError('no notebook (*.ipynb)'),,
+"""
+FEEDBACK = """\
+0 of 3.5 points
+task 0: 0 of 3
+task 1: 0 of 0.5
+0, a: claim: fails: why (handout: Labels)
+1, a: your prediction: fails (handout: Flips)"""
+
+
 def test_a_class_gets_points_and_feedback_for_answers_and_added_cells(tmp_path, monkeypatch):
-    """Changed checks do not count. Nor does one mistake, or a loop without end, cost all."""
-    right, wrong = ["def f(): return 1"], ["def f(): return 2"]
-    monkeypatch.setattr(grade, "EXERCISE", tmp_path / "exercise.ipynb")
+    """Changed checks do not count. Nor does one mistake, or a loop without end, cost all. Why a
+    prediction fails is not given away."""
+    monkeypatch.chdir(tmp_path)
+    right = ["def f(): return 1"]
+    wrong = ["def f(): return 2"]
+    monkeypatch.setattr(grade, "EXERCISE", Path("exercise.ipynb"))
     nbformat.write(small_exercise(wrong, wrong), grade.EXERCISE)
     changed = small_exercise(["one = 1", "def f(): return one"], wrong)
-    changed.cells[-1].source = "results['1, a: claim'] = 'holds'"
+    changed.cells[-1].source = "results['1, a: your prediction'] = 'holds'"
     for name, notebook in {
         "ada/a.ipynb": changed,
         "ada/.ipynb_checkpoints/a.ipynb": changed,
@@ -202,33 +221,19 @@ def test_a_class_gets_points_and_feedback_for_answers_and_added_cells(tmp_path, 
         "eve/x/b.IPYNB": small_exercise(right, ["while True: pass"]),
         "gil.ipynb": small_exercise(right),
     }.items():
-        path = tmp_path / "class" / name
+        path = Path("class", name)
         path.parent.mkdir(parents=True, exist_ok=True)
         nbformat.write(notebook, path)
-    (tmp_path / "class/zoe").mkdir()
-    points, out = tmp_path / "points.csv", tmp_path / "out"
+    Path("class/zoe").mkdir()
+    points = Path("points.csv")
     points.write_text("task,points,handout\n0,3,Labels\n1,0.5,Flips\n")
-    args = grade.Args(tmp_path / "class", out, points, timeout=5, jobs=2)
+    args = grade.Args(Path("class"), Path("out"), points, timeout=5, jobs=2)
     grade.main(args)
-    grades = pd.read_csv(out / "grades.csv", index_col="name", dtype=str).fillna("")
-    assert grades.T.to_dict("list") == {
-        "ada/a.ipynb": ["3.0", "1", "f: has added cells", "holds", "fails: why"],
-        "bob.ipynb": [
-            "0.0",
-            "0",
-            "f: has a syntax error",
-            "fails: why",
-            "fails: why",
-        ],
-        "eve/x/b.IPYNB": ["3.5", "2", "f: takes too long", "holds", "holds"],
-        "gil.ipynb": ["", "", "not graded: ValueError('1 answers instead of 2')", "", ""],
-        "zoe": ["", "", "not graded: ValueError('no notebook (*.ipynb)')", "", ""],
-    }
-    feedback = (out / "ada/a.ipynb.txt").read_text().splitlines()
-    assert feedback[:3] == ["3 of 3.5 points", "task 0: 3 of 3", "task 1: 0 of 0.5"]
-    assert feedback[3:] == ["0, a: claim: holds", "1, a: claim: fails: why (handout: Flips)"]
-    page = (out / "answers.md").read_text()
-    assert page.count("## `def f`\n") == 2 and page.count("### ") == 2 * 3
+    assert Path("out/grades.csv").read_text() == GRADES
+    assert Path("out/bob.ipynb.txt").read_text() == FEEDBACK
+    page = Path("out/answers.md").read_text()
+    assert page.count("## `def f`\n") == 2
+    assert page.count("### ") == 2 * 3
     assert "### ada/a.ipynb\n\nhas added cells\n\n```python\none = 1\n\ndef f()" in page
 
     points.write_text("task,points\n0,3\n")
@@ -245,13 +250,6 @@ def test_what_to_look_at_in_an_answer(source, remark):
     template = nbformat.v4.new_code_cell("def f(): raise NotImplementedError")
     cells = [nbformat.v4.new_code_cell(source)]
     assert "; ".join(grade.marks(cells, template, {"claim", "f"})) == remark
-
-
-def test_feedback_gives_no_prediction_away():
-    points = pd.DataFrame({"points": [1]}, index=["3"])
-    claims = pd.Series({"3, same: your prediction": "fails: False is not right"})
-    text = grade.feedback(claims, pd.Series({"3": 0}), points)
-    assert text.splitlines()[-1] == "3, same: your prediction: fails"
 
 
 def test_the_table_of_points_has_the_exercises_tasks():
@@ -272,10 +270,7 @@ def test_students_get_scripts_without_answers_that_train_as_before(tmp_path, mon
     handout = (folder / "docs/handout.md").read_text()
     links = set(re.findall(r"\]\(([^h:)]\S*)\)", handout))
     assert links == {"symmetric_loss_exercise.ipynb", "loss.html"}
-    monkeypatch.syspath_prepend(folder)
-    monkeypatch.delitem(sys.modules, "sppo_continuous")
-    packed = importlib.import_module("sppo_continuous")
-    assert Path(packed.__file__).parent == folder
+    packed = helpers.import_file(folder / "sppo_continuous.py")
     _, run = SETTINGS[0].run(tmp_path / "readable", total_timesteps=64)
     setting = dataclasses.replace(SETTINGS[0], script=packed)
     _, packed_run = setting.run(tmp_path / "packed", total_timesteps=64)
@@ -283,15 +278,13 @@ def test_students_get_scripts_without_answers_that_train_as_before(tmp_path, mon
     assert sha256(run / weights) == sha256(packed_run / weights)
     for name in scripts:
         text = (folder / name).read_text()
-        assert "def symmetric_policy_losses" not in text and "surrogate" not in text
-        assert "log_prob.exp()" not in text
-        assert not re.search("constant|rescaled|PPO's times", text)
+        answers = r"def symmetric_policy|surrogate|log_prob\.exp|constant|rescaled|PPO's times"
+        assert not re.search(answers, text)
 
 
 # ---- Worked examples
 
-SHORT = {"total_timesteps": 256, "eval_episodes": 1, "eval_freq": 256, "compile": False}
-SHORT |= {"num_steps": 128, "num_minibatches": 4, "update_epochs": 2}
+SHORT = helpers.SMALL | helpers.MINIBATCHES | {"num_steps": 128}
 SHORT_LM = {"total_timesteps": 8, "batch_size": 8, "num_minibatches": 2, "update_epochs": 1}
 SHORT_LM |= {"eval_episodes": 8, "device": "cpu"}
 
@@ -328,7 +321,7 @@ def patched(text, diff, folder):
 
 @pytest.mark.parametrize("heading", DIFFS)
 def test_a_diff_goes_into_the_scripts_that_the_table_names_and_into_no_other(heading, tmp_path):
-    """Also into longer ones, and after other diffs."""
+    """Also into longer ones."""
     first = DIFF.fullmatch(DIFFS[heading])[1]
     (anchor,) = anchors(f"# {heading}")
     assert first in FITS[anchor]
@@ -337,18 +330,13 @@ def test_a_diff_goes_into_the_scripts_that_the_table_names_and_into_no_other(hea
         text = (ROOT / script).read_text()
         result, code = patched(text, DIFFS[heading], tmp_path)
         if script.removesuffix(".py") not in FITS[anchor]:
-            assert (result, code) == (text, 1)
+            assert result == text
+            assert code == 1
             continue
         assert code == 0
         longer = more.sub("# One more line\n" * 9, text)
         expected = more.sub("# One more line\n" * 9, result)
         assert patched(longer, DIFFS[heading], tmp_path) == (expected, 0)
-        for other in DIFFS.values():
-            both, code = patched(result, other, tmp_path)
-            if code == 0:
-                compile(both, script, "exec")
-                turned, _ = patched(text, other, tmp_path)
-                assert patched(turned, DIFFS[heading], tmp_path) == (both, 0)
 
 
 def fitting(heading):
@@ -360,8 +348,8 @@ def fitting(heading):
 
 @pytest.fixture
 def example(request, tmp_path, monkeypatch):
-    """A section's example: a module, the arguments of its command, and a function that runs it with
-    flags over those of a short run, and returns the run's folder."""
+    """A section's example: a module, and the arguments of its command in a short run."""
+    work_in(monkeypatch, tmp_path)
     heading, script = request.param
     words = commands(SECTIONS[heading])[0]
     text, code = patched((ROOT / f"{script}.py").read_text(), DIFFS[heading], tmp_path)
@@ -370,19 +358,25 @@ def example(request, tmp_path, monkeypatch):
     path.write_text(text)
     monkeypatch.syspath_prepend(tmp_path)
     module = importlib.import_module(path.stem)
+    args = helpers.parse(module, words[2:])
     if script == "sppo_rlhf":
-        return module, module.parse_args(words[2:])
-    args = tyro.cli(module.Args, args=words[2:])
+        return module, args
     known = {name: value for name, value in SHORT.items() if hasattr(args, name)}
     return module, dataclasses.replace(args, **known)
 
 
+def setting_of(copy):
+    """Of the script that was copied."""
+    ppo, a2c = CONTINUOUS
+    return a2c if copy.__name__.startswith("sa2c") else ppo
+
+
 @fitting("Discrete actions")
-def test_discrete_actions(example, tmp_path, monkeypatch, capsys):
+def test_discrete_actions(example, monkeypatch, play):
     script, args = example
-    folder = train(script, args, tmp_path)
+    folder = train(script, args)
     assert 5 < progress(folder)[-1]["return_mean"] <= 500
-    play(folder, monkeypatch, capsys)
+    play(folder)
     acrobot = gym.make("Acrobot-v1").unwrapped
     acrobot.action_space = gym.spaces.Discrete(3, start=-1)
     monkeypatch.setattr(gym, "make", lambda *_: acrobot)
@@ -390,17 +384,18 @@ def test_discrete_actions(example, tmp_path, monkeypatch, capsys):
         script.make_env(args)
     args.bins = 3
     env = script.make_env(args)
-    assert (env.action_space.low, env.action_space.high) == (0, 2)
+    assert env.action_space.low == 0
+    assert env.action_space.high == 2
     assert [env.get_wrapper_attr("action")([index]) for index in range(3)] == [-1, 0, 1]
 
 
-def test_your_own_environment_and_its_agent_in_other_code(tmp_path, monkeypatch, capsys):
-    monkeypatch.chdir(tmp_path)
+def test_your_own_environment_and_its_agent_in_other_code(tmp_path, monkeypatch, play):
+    work_in(monkeypatch, tmp_path)
     monkeypatch.syspath_prepend(tmp_path)
     Path("docking.py").write_text(*code_blocks(PAGES["docs/tiny.md"], "python"))
     script, args = parse(commands(SECTIONS["Your own environment"])[0])
-    folder = train(script, args, tmp_path, **SHORT)
-    play(folder, monkeypatch, capsys)
+    folder = train(script, args, **SHORT)
+    play(folder)
     assert progress(folder)[-1]["length_mean"] == 50
     assert -300 < progress(folder)[-1]["return_mean"] < 0
     assert 'py-modules = ["enjoy"]' in (ROOT / "pyproject.toml").read_text()
@@ -413,34 +408,33 @@ def test_your_own_environment_and_its_agent_in_other_code(tmp_path, monkeypatch,
 
 
 @fitting("Your own reward")
-def test_your_own_reward(example, tmp_path, monkeypatch, capsys):
+def test_your_own_reward(example, play):
     """The learner's reward is shaped, reported returns are not."""
     script, args = example
-    shaped, plain = script.NormalizedEnvs(args), sppo_continuous.NormalizedEnvs(args)
+    shaped = script.NormalizedEnvs(args)
+    plain = sppo_continuous.NormalizedEnvs(args)
     action = np.array([[0.5, -1.0, 0.25]] * args.num_envs)
     for envs in (shaped, plain):
         envs.reset(0)
         envs.step(action)
     cost = plain.discounted_return - shaped.discounted_return
     np.testing.assert_allclose(cost, 0.1 * np.square(action[0]).sum())
-    np.testing.assert_array_equal(shaped.episode_return, plain.episode_return)
-    play(train(script, args, tmp_path), monkeypatch, capsys)
+    assert_array_equal(shaped.episode_return, plain.episode_return)
+    play(train(script, args))
 
 
 @fitting("Your own noise")
-def test_your_own_noise(example, tmp_path, monkeypatch, capsys):
+def test_your_own_noise(example, play):
     script, args = example
     rng = np.random.default_rng(0)
     noisy = script.perturb_reward(np.full((100, 100), 2.0), "lost", 0.3, rng)
     assert set(np.unique(noisy)) == {0, 2}
-    assert (noisy == 0).mean() == pytest.approx(0.3, abs=0.02)
-    play(train(script, args, tmp_path), monkeypatch, capsys)
+    assert (noisy == 0).mean() == approx(0.3, abs=0.02)
+    play(train(script, args))
 
 
 @fitting("A reverse loss of your own")
-def test_your_own_loss_is_not_divided_by_the_old_probability(
-    example, tmp_path, monkeypatch, capsys
-):
+def test_your_own_loss_is_not_divided_by_the_old_probability(example, play):
     script, args = example
     torch.manual_seed(0)
     log_p_old = torch.rand(1000, dtype=torch.float64).log()
@@ -451,41 +445,43 @@ def test_your_own_loss_is_not_divided_by_the_old_probability(
     assert policy_loss == ppo_loss
     (gradient,) = torch.autograd.grad(reverse_loss, log_p)
     (divided,) = torch.autograd.grad(divided_loss, log_p)
-    torch.testing.assert_close(gradient, log_p_old.exp() * divided)
-    play(train(script, args, tmp_path), monkeypatch, capsys)
+    assert_close(gradient, log_p_old.exp() * divided)
+    play(train(script, args))
 
 
 @fitting("Your own loss")
-def test_a_term_of_ones_own_weighs_k_times_more_with_beta_0(example, tmp_path):
+def test_a_term_of_ones_own_weighs_k_times_more_with_beta_0(example):
     """Beside SPPO it takes k times the weight to train the same policy, if nothing is clipped."""
     script, args = example
-    assert (args.alpha, args.beta) == (1, 0)
+    assert args.alpha == 1
+    assert args.beta == 0
     flags = {"max_grad_norm": 1e9, "adam_eps": 1e-20, "learning_rate": 1e-3}
 
     def actor(size_coef, **weights):
-        folder = train(script, args, tmp_path, **flags, size_coef=size_coef, **weights)
+        folder = train(script, args, **flags, size_coef=size_coef, **weights)
         state = checkpoint(folder)["agent"]
         return torch.cat([state[name].flatten() for name in state if name.startswith("actor")])
 
-    ppo, sppo = {"alpha": 1.0, "beta": 0.0}, {"alpha": 0.5, "beta": 20.0}
+    ppo = {"alpha": 1.0, "beta": 0.0}
+    sppo = {"alpha": 0.5, "beta": 20.0}
     expected = actor(1.0, **ppo)
-    torch.testing.assert_close(actor(20.5, **sppo), expected, rtol=0, atol=1e-4)
+    assert_close(actor(20.5, **sppo), expected, rtol=0, atol=1e-4)
     assert (actor(1.0, **sppo) - expected).abs().max() > 5e-3
-    torch.testing.assert_close(actor(1.0, **sppo), actor(1.0 / 20.5, **ppo), rtol=0, atol=1e-4)
+    assert_close(actor(1.0, **sppo), actor(1.0 / 20.5, **ppo), rtol=0, atol=1e-4)
 
 
 @fitting("A loss on next observations")
-def test_a_loss_on_next_observations(example, tmp_path, monkeypatch, capsys):
+def test_a_loss_on_next_observations(example, play):
     script, args = example
-    setting = next(one for one in CONTINUOUS if str(one)[:4] == script.__name__[:4])
-    setting = dataclasses.replace(setting, script=script)
-    agent, envs = make_agent(setting), MadeUp(setting)
+    setting = dataclasses.replace(setting_of(script), script=script)
+    agent = make_agent(setting)
+    envs = MadeUp(setting)
     args = dataclasses.replace(args, num_envs=2, num_steps=32)
     batch, _ = setting.collect(agent, args, envs, envs.first_obs)
     _, after, _, done, cut_off, last_obs, _ = map(np.array, zip(*envs.steps))
     obs = batch.obs.view(32, 2, 11).numpy()
     expected = np.where(done[..., None], np.where(cut_off[..., None], last_obs, obs), after)
-    np.testing.assert_array_equal(batch.next_obs.view(32, 2, 11), expected)
+    assert_array_equal(batch.next_obs.view(32, 2, 11), expected)
 
     def change(smooth_coef):
         torch.manual_seed(0)
@@ -497,37 +493,25 @@ def test_a_loss_on_next_observations(example, tmp_path, monkeypatch, capsys):
             return (agent.actor(batch.next_obs) - agent.actor(batch.obs)).square().mean()
 
     assert change(1.0) < 0.7 * change(0.0)
-    play(train(script, args, tmp_path, num_steps=128), monkeypatch, capsys)
+    play(train(script, args, num_steps=128))
 
 
 @fitting("A measure from `info`")
-def test_a_measure_from_info(example, tmp_path, monkeypatch):
+def test_a_measure_from_info(example, monkeypatch):
     """Its mean over an evaluation's episodes."""
     script, args = example
-    args = dataclasses.replace(args, eval_episodes=3)
-    with script.make_env(args) as env:
-        ends = []
-        step = env.step
-
-        def recording_step(action):
-            outcome = step(action)
-            if outcome[2] or outcome[3]:
-                ends.append(outcome[4]["x_position"])
-            return outcome
-
-        env.step = recording_step
-        agent = script.Agent(env, args)
-        stats = script.RunningStats().update(np.zeros((2, 11)))
-        *_, rows = script.evaluate(agent, args, stats, 7, env)
-    assert [row["x_position"] for row in rows] == ends and len(set(ends)) == 3
-    calls = record(monkeypatch, script, "evaluate")
-    row = progress(train(script, args, tmp_path))[-1]
-    expected = np.mean([one["x_position"] for one in calls[-1][1][2]])
-    assert row["x_position"] == pytest.approx(expected)
+    steps = record(monkeypatch, HopperEnv, "step")
+    row = progress(train(script, args, eval_episodes=3))[-1]
+    ends = []
+    for _, (_, _, terminated, _, info) in steps:
+        if terminated:
+            ends.append(info["x_position"])
+    assert len(set(ends[-3:])) == 3
+    assert row["x_position"] == approx(np.mean(ends[-3:]))
 
 
 @fitting("The best agent")
-def test_the_best_agent_is_kept(example, tmp_path, monkeypatch):
+def test_the_best_agent_is_kept(example, monkeypatch):
     """Of equal ones the last."""
     script, args = example
     weights = []
@@ -538,18 +522,18 @@ def test_the_best_agent_is_kept(example, tmp_path, monkeypatch):
         return np.array([next(scores)]), np.ones(1), []
 
     monkeypatch.setattr(script, "evaluate", evaluate)
-    folder = train(script, args, tmp_path, total_timesteps=512, eval_freq=128)
+    folder = train(script, args, total_timesteps=512, eval_freq=128)
     best = safetensors.torch.load_file(folder / "best.safetensors")["critic.0.weight"]
     assert [torch.equal(best, one) for one in weights] == [False, False, False, True]
 
 
 @fitting("Environments that wait")
-def test_environments_that_wait_are_stepped_at_once(example, tmp_path):
+def test_environments_that_wait_are_stepped_at_once(example):
     """The same bytes as one after the other. A step ends when all have begun."""
     script, args = example
     args = dataclasses.replace(args, num_envs=3)
-    plain = next(one.script for one in CONTINUOUS if str(one)[:4] == script.__name__[:4])
-    expected, found = (train(one, args, tmp_path / one.__name__) for one in (plain, script))
+    expected = train(setting_of(script).script, args)
+    found = train(script, args)
     for name in ("progress.csv", "agent.safetensors"):
         assert sha256(found / name) == sha256(expected / name)
     barrier = threading.Barrier(3, timeout=60)
@@ -567,9 +551,9 @@ def test_environments_that_wait_are_stepped_at_once(example, tmp_path):
 
 
 @fitting("Your own network")
-def test_your_own_network(example, tmp_path, monkeypatch, capsys):
+def test_your_own_network(example, play):
     script, args = example
-    play(train(script, args, tmp_path), monkeypatch, capsys)
+    play(train(script, args))
     agent = script.Agent(script.make_env(args), args)
     for network in (agent.actor, agent.critic):
         kinds = [type(layer).__name__ for layer in network]
@@ -577,29 +561,29 @@ def test_your_own_network(example, tmp_path, monkeypatch, capsys):
 
 
 @fitting("A learning-rate schedule")
-def test_a_learning_rate_schedule(example, tmp_path):
+def test_a_learning_rate_schedule(example):
     """The last of three rollouts begins after two thirds of the run; the warm-up is longer."""
     script, args = example
     flags = {"num_envs": 1, "num_steps": 128, "total_timesteps": 384}
-    (group,) = checkpoint(train(script, args, tmp_path, **flags))["optimizer"]["param_groups"]
-    assert group["lr"] == pytest.approx(args.learning_rate * 384 / 20_000 / 3)
+    (group,) = checkpoint(train(script, args, **flags))["optimizer"]["param_groups"]
+    assert group["lr"] == approx(args.learning_rate * 384 / 20_000 / 3)
 
 
 @fitting("A schedule for a language model")
 def test_a_schedule_for_a_language_model(example, here):
     """The second of two batches begins after half of the run; the warm-up is longer."""
     script, args = example
-    folder = train(script, args, "here", **SHORT_LM | {"total_timesteps": 16})
+    folder = train(script, args, **SHORT_LM | {"total_timesteps": 16})
     (group,) = checkpoint(folder)["optimizer"]["param_groups"]
-    assert group["lr"] == pytest.approx(args.learning_rate * 16 / 1120 / 2)
+    assert group["lr"] == approx(args.learning_rate * 16 / 1120 / 2)
 
 
 @pytest.mark.parametrize(("learning_rate", "steps"), [(1e-7, 24), (10.0, 8)])
 @fitting("Stopping an update at a KL divergence")
-def test_a_kl_target(example, learning_rate, steps, tmp_path):
+def test_a_kl_target(example, learning_rate, steps):
     script, args = example
     flags = {"learning_rate": learning_rate, "update_epochs": 3}
-    optimizer = checkpoint(train(script, args, tmp_path, **flags))["optimizer"]
+    optimizer = checkpoint(train(script, args, **flags))["optimizer"]
     assert optimizer["state"][0]["step"] == steps
 
 
@@ -612,7 +596,7 @@ def test_a_language_models_update_stops_at_a_kl_divergence(rate, epochs, here, m
     args = script.parse_args([])
     updates = record(monkeypatch, script, "update")
     flags = SHORT_LM | {"learning_rate": rate, "update_epochs": 3}
-    train(script, args, "here", **flags)
+    train(script, args, **flags)
     ((_, history),) = updates
     assert len(history) == epochs * flags["num_minibatches"]
 
@@ -633,7 +617,7 @@ def test_other_ways_of_sampling_in_an_edited_copy(here):
     script = edited(sppo_rlhf, here / "copy", (above, f"{above} top_p=1e-9,"))
     texts = []
     for greedy in (False, True):
-        folder = train(script, script.parse_args([]), "here", **SHORT_LM, eval_greedy=greedy)
+        folder = train(script, script.parse_args([]), **SHORT_LM, eval_greedy=greedy)
         texts.append([row["response"] for row in read_lines(folder / "samples.jsonl")[:8]])
     assert texts[0] == texts[1]
 
@@ -648,7 +632,7 @@ def test_data_and_reward_functions_of_the_page_on_language_models(here):
     shutil.copytree("runs/toy/policy", "own")
     Path("own/chat_template.jinja").write_text("{% for m in messages %}{{ m.content }}{% endfor %}")
     flags = SHORT_LM | {"policy_model": "own", "prompt_length": 16, "response_length": 16}
-    folder = train(script, args, "a", **flags)
+    folder = train(script, args, **flags)
     names = {}
     exec(use.replace("runs/NAME", str(folder)), names)
     chat = [{"role": "user", "content": "the plot"}]
@@ -658,56 +642,44 @@ def test_data_and_reward_functions_of_the_page_on_language_models(here):
     assert merged.model.generation_config.max_new_tokens == 16
 
 
-def test_a_reward_that_knows_the_answer(here, monkeypatch, capsys):
+def test_a_reward_that_knows_the_answer(here, play):
     text = SECTIONS["A reward that knows the answer"]
     Path("correct.py").write_text(*code_blocks(text, "python"))
     making, training = commands(text)
     runpy.run_path(ROOT / making[1])["make"](Path(making[2]), steps=5)
     script, args = parse(training)
-    folder = train(script, args, "here", **SHORT_LM)
+    folder = train(script, args, **SHORT_LM)
     rows = read_lines("sums/test.jsonl") + read_lines("sums/train.jsonl")
     sums = {row["prompt"]: row["label"] for row in rows}
     correct = runpy.run_path("correct.py")["correct"]
     for sample in read_lines(folder / "samples.jsonl"):
         assert [sample["reward"]] == correct([sample["response"]], [sums[sample["prompt"]]])
     assert correct(completions=["42", "4"], label=["42", "42"]) == [1, 0]
-    play(folder, monkeypatch, capsys)
-
-
-def reward_of(completion, number):
-    return float((len(completion) + number) % 3)
+    play(folder)
 
 
 def some_rewards(completions, number):
-    return list(map(reward_of, completions, number))
-
-
-def some_numbers(number, **_):
-    return number
+    return [(len(text) + i) % 3 for text, i in zip(completions, number)]
 
 
 @fitting("GRPO: a baseline from the group")
-def test_grpo(example, here, monkeypatch, capsys):
+def test_grpo(example, here, monkeypatch, play):
     """Groups of one prompt, but of different rows. The symmetric loss only weighs the loss."""
     script, args = example
-    assert (args.group_size, args.gamma, args.gae_lambda, args.kl_coef) == (8, 1, 1, 0)
     rows = [{"prompt": "the plot was", "number": i, "answer": "."} for i in range(40)]
     Path("same.jsonl").write_text("\n".join(map(json.dumps, rows)))
     flags = SHORT_LM | {"batch_size": 16, "total_timesteps": 32, "group_size": 4}
     flags |= {"dataset": "same.jsonl", "eval_dataset": "same.jsonl", "prompt_length": 9}
     flags |= {"policy_model": "runs/toy/policy", "reward_model": (f"{__file__}:some_rewards",)}
     updates = record(monkeypatch, script, "update")
-    folder = train(script, args, "grpo", **flags)
-    assert set(checkpoint(folder)["agent"]) == {
-        name for name in checkpoint(folder)["agent"] if name.startswith("policy.")
-    }
+    folder = train(script, args, **flags)
+    assert all(name.startswith("policy.") for name in checkpoint(folder)["agent"])
     equal = []
     for (_, _, samples, _), _ in updates:
         groups = {}
         for sample in samples:
             groups.setdefault(sample.row["number"], []).append(sample)
         assert [len(group) for group in groups.values()] == [4] * 4
-        assert len({sample.advantage[0].item() for sample in samples}) > 3
         for group in groups.values():
             rewards = torch.tensor([sample.scores[0].item() for sample in group])
             equal.append(rewards.std() == 0)
@@ -715,49 +687,28 @@ def test_grpo(example, here, monkeypatch, capsys):
             for sample, advantage in zip(group, expected):
                 assert not sample.value.any()
                 tokens = advantage.expand(len(sample.response))
-                torch.testing.assert_close(sample.advantage, tokens, rtol=1e-5, atol=1e-5)
+                assert_close(sample.advantage, tokens, rtol=1e-5, atol=1e-5)
     for group_size in (1, 3):
         with pytest.raises(SystemExit, match="group_size must be at least 2 and divide batch_size"):
             dataclasses.replace(args, group_size=group_size).check()
-    assert np.mean([row["charts/equal_groups"] for row in progress(folder)[1:]]) == np.mean(equal)
-    scores = [sample.scores[0] for (_, _, samples, _), _ in updates for sample in samples]
-    logged = [row["charts/episodic_return"] for row in progress(folder)[1:]]
-    assert np.mean(logged) == pytest.approx(np.mean(scores))
-    play(folder, monkeypatch, capsys)
+    shares = [row["charts/equal_groups"] for row in progress(folder)[1:]]
+    assert np.mean(shares) == np.mean(equal)
+    assert 0 < np.mean(equal) < 1
+    play(folder)
     twice = dataclasses.replace(args, alpha=0.5, beta=0.5)  # k = 1, as for alpha 1 and beta 0
-    always = (f"{__file__}:some_numbers",)  # equal for each row
-    constant = train(script, args, "constant", **flags | {"reward_model": always})
-    assert {row["charts/equal_groups"] for row in progress(constant)[1:]} == {1}
-    symmetric = train(script, twice, "symmetric", **flags)
+    symmetric = train(script, twice, **flags)
     policy = "policy/model.safetensors"
     assert sha256(symmetric / policy) == sha256(folder / policy)
 
 
-@pytest.mark.slow
-@fitting("GRPO: a baseline from the group")
-def test_grpo_learns(example, here):
-    """The toy's true sentiment, which rose by 0.49 or more in twelve updates, of three seeds."""
-    script, args = example
-    text = "from toy import toy_sentiment\n"
-    Path("sentiment.py").write_text(
-        text + "def true(completions): return [toy_sentiment(text) for text in completions]"
-    )
-    toy = {name: getattr(sppo_rlhf.parse_args([]), name) for name in ("dataset", "eval_dataset")}
-    flags = toy | {"policy_model": "runs/toy/policy", "reward_model": ("sentiment.py:true",)}
-    flags |= {"prompt_length": 16, "response_length": 32, "learning_rate": 5e-4}
-    flags |= {"total_timesteps": 12 * 112, "eval_freq": 12 * 112, "eval_episodes": 128}
-    first, last = progress(train(script, args, "own", **flags, device="cpu"))
-    assert last["return_mean"] - first["return_mean"] > 0.2
-
-
 @fitting("A new metric")
-def test_a_new_metric(example, tmp_path, monkeypatch, capsys):
+def test_a_new_metric(example, play):
     script, args = example
     flags = {"env_id": "Pendulum-v1", "eval_episodes": 4}
-    folder = train(script, args, tmp_path, **flags)
-    play(folder, monkeypatch, capsys)
+    folder = train(script, args, **flags)
+    play(folder)
     (row,) = progress(folder)
-    assert row["losses/probability"] == pytest.approx(1 / 11, rel=0.1)
+    assert row["losses/probability"] == approx(1 / 11, rel=0.1)
     assert row["return_worst"] < row["return_mean"]
 
 
@@ -823,14 +774,14 @@ def test_the_list_of_metrics_is_complete_for_control(setting, tmp_path, signals)
 def test_the_list_of_metrics_is_complete_for_language_models(here):
     """Two runs: the toy with all that is optional, and summaries, by a model with LoRA."""
     args = sppo_rlhf.parse_args(["--ce-coef", "0.1"])
-    toy_tags, toy_columns = logged(train(sppo_rlhf, args, "a", **SHORT_LM))
+    toy_tags, toy_columns = logged(train(sppo_rlhf, args, **SHORT_LM))
     row = {"prompt": "the plot was dull . TL;DR:", "label": "it was dull ."}
     Path("posts.jsonl").write_text((json.dumps(row) + "\n") * 40)
     words = "--task tldr --policy-model runs/toy/policy --reward-model runs/toy/reward"
     words += " --dataset posts.jsonl --eval-dataset posts.jsonl"
     args = sppo_rlhf.parse_args(words.split())
     lengths = {"prompt_length": 10, "response_length": 10}
-    tags, columns = logged(train(sppo_rlhf, args, "b", **SHORT_LM, **lengths))
+    tags, columns = logged(train(sppo_rlhf, args, **SHORT_LM, **lengths))
     own = metrics(page="docs/language-models.md")
     expected = metrics("PPO") | own
     csv = metrics("csv", page="docs/language-models.md") - own

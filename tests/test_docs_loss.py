@@ -164,9 +164,11 @@ def test_the_notebook_is_committed_as_executed_and_what_students_get_without_ans
     assert not any(cell.outputs or cell.execution_count for cell in code_cells(EXERCISE))
     handout = (DOCS / "handout.md").read_text()
     for answer in (r"\alpha+\beta", r"Z\,(1-p)", r"\pi(b)^2", "linear in $A$", "times PPO's"):
-        assert answer in PAGE and answer not in handout
+        assert answer in PAGE
+        assert answer not in handout
     exercise = EXERCISE.read_text()
-    assert "[the handout](handout.md)" in exercise and "20.5" not in exercise
+    assert "[the handout](handout.md)" in exercise
+    assert "20.5" not in exercise
 
 
 @pytest.mark.slow
@@ -182,7 +184,8 @@ def test_the_notebooks_first_cell_finds_or_clones_the_scripts_or_says_what_to_do
     assert cell == same
     cell += "\nfrom importlib.util import find_spec\nprint(find_spec('sppo_continuous').origin)"
     (tmp_path / "pip.py").write_text("import sys; print(*sys.argv[1:])")
-    clone, empty = tmp_path / "symmetric-loss", tmp_path / "empty"
+    clone = tmp_path / "symmetric-loss"
+    empty = tmp_path / "empty"
     (clone / "docs").mkdir(parents=True)
     empty.mkdir()
     (clone / "sppo_continuous.py").touch()
@@ -353,7 +356,8 @@ def test_results_are_shown_after_a_guess_and_2a_costs_nothing_in_3():
     guesses = {"same_without_clipping": False, "same_if_all_are_clipped": False}
     answers = RIGHT | guesses | {"ppo_losses": no_mask}
     wrong, printed = run_exercise("heavy", "plot", steps=2048, **answers)
-    assert len(wrong) == 3 and "so the script's is used here" in printed
+    assert len(wrong) == 3
+    assert "so the script's is used here" in printed
     assert all(words in printed for words in SHOWN_AFTER_A_GUESS)
     differences = re.findall(r"clip.+, SPPO and.+weights: (\S+)", printed)
     assert len(differences) == 2 and max(map(float, differences)) < 1e-4  # both are one run

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pandas as pd
 import pytest
+from pytest import approx
 from scipy import optimize, special, stats
 
 import report
@@ -20,6 +21,7 @@ from analysis import compare, figures, runs
 ROOT = Path(__file__).resolve().parent.parent
 HOPPER = "Hopper-v4"
 LANDER = "LunarLanderContinuous-v3"
+RUNS, OUT = Path("runs"), Path("out")  # in the folder of the test
 SCORES = {  # {(task, method): last evaluations, a seed each}
     (HOPPER, "dppo"): [10, 12, 14],
     (HOPPER, "sppo"): [12, 15, 18],
@@ -29,7 +31,6 @@ SCORES = {  # {(task, method): last evaluations, a seed each}
 
 
 def make_run(
-    runs,
     method,
     score,
     seed=1,
@@ -42,6 +43,7 @@ def make_run(
     finished=True,
     diverged="",
     continued=(),
+    runs=RUNS,
     **changes,
 ):
     """A folder as scripts leave it, with twelve evaluations, the first the best, the last `score`.
@@ -74,28 +76,34 @@ def make_run(
     return folder
 
 
-def make_grid(runs: Path, **changes) -> Path:
+def make_grid(runs=RUNS):
     for (task, method), scores in SCORES.items():
         for seed, score in enumerate(scores):
-            make_run(runs, method, score, seed, task, **changes)
+            make_run(method, score, seed, task, runs=runs)
     return runs
 
 
-def write_report(*folders, out, draws=False, **options):
+def write_report(*folders, out=OUT, draws=False, **options):
+    """Of RUNS, if there are no `folders`."""
     with pytest.MonkeyPatch.context() as patch:
         if not draws:  # figures take most of the time
             patch.setattr(figures, "draw_curves", lambda *args: None)
             patch.setattr(figures, "draw_differences", lambda *args: None)
-        report.main(report.Args(folders=folders, out=out, **options))
+        report.main(report.Args(folders=folders or (RUNS,), out=out, **options))
     return (out / "report.md").read_text()
 
 
-def table_after(page, title):
+def rows_after(page, title="## Scores"):
     """Rows of the first table after the line that begins with `title`, the header first."""
-    after = page.split(f"\n{title}", 1)[1]
-    rows = re.search(r"(?m)(^\|.*\n)+", after)[0].splitlines()
-    cells = [[cell.strip() for cell in row[1:-1].split("|")] for row in rows]
-    return [cells[0], *cells[2:]]
+    _, after = page.split(f"\n{title}", 1)
+    table = re.search(r"(?m)(^\|.*\n)+", after)[0]
+    header, _, *rows = table.splitlines()
+    return [header, *rows]
+
+
+@pytest.fixture(autouse=True)
+def workplace(monkeypatch, tmp_path):
+    monkeypatch.chdir(tmp_path)
 
 
 @pytest.fixture(scope="module")
@@ -111,50 +119,52 @@ def grid(tmp_path_factory):
 
 def test_tables_have_means_and_errors_and_scores_csv_has_intervals_by_t(grid):
     page = (grid / "report/report.md").read_text()
-    rows = table_after(page, "## Scores")
-    assert rows[0] == ["task", "noise", "dppo", "sppo"]
-    assert rows[1] == [HOPPER, "clean", "12.0 ± 1.2", "15.0 ± 1.7"]
-    assert rows[2] == [LANDER, "clean", "110.0 ± 5.8", "107.0 ± 4.0"]
+    assert rows_after(page) == [
+        "| task | noise | dppo | sppo |",
+        "| Hopper-v4 | clean | 12.0 ± 1.2 | 15.0 ± 1.7 |",
+        "| LunarLanderContinuous-v3 | clean | 110.0 ± 5.8 | 107.0 ± 4.0 |",
+    ]
     # Of twelve evaluations that rise to the score the last five are 7/11 to 11/11 of it
-    rows = table_after(page, "Last five evaluations (return_mean, mean of the last five rows):")
-    assert rows[1][2].startswith(f"{12 * 9 / 11:.2f} ± 0.")
-    assert table_after(page, "Training (charts/episodic_return, last row):")[2][2] == "55.0 ± 2.9"
+    rows = rows_after(page, "Last five evaluations (return_mean, mean of the last five rows):")
+    assert rows[1].startswith(f"| Hopper-v4 | clean | {12 * 9 / 11:.2f} ± 0.")
+    rows = rows_after(page, "Training (charts/episodic_return, last row):")
+    assert rows[2].startswith("| LunarLanderContinuous-v3 | clean | 55.0 ± 2.9 |")
 
     scores = pd.read_csv(grid / "report/scores.csv").set_index(["measure", "task", "method"])
     row = scores.loc["last_evaluation", HOPPER, "sppo"]
     interval = stats.ttest_1samp([12, 15, 18], 0).confidence_interval()
-    assert (row["low"], row["high"]) == pytest.approx((interval.low, interval.high))
+    assert (row["low"], row["high"]) == approx((interval.low, interval.high))
     assert [row["mean"], row["runs"]] == [15, 3]
 
 
-def make_clear_differences(folder, scores):
+def make_clear_differences(scores):
     """Of {method: [its mean on Hopper, on LunarLander]}; the standard deviation is 1."""
     for method, means in scores.items():
         for task, mean in zip([HOPPER, LANDER], means):
             for seed in range(3):
-                make_run(folder, method, mean - 1 + seed, seed, task)
-    return folder
+                make_run(method, mean - 1 + seed, seed, task)
 
 
-def test_the_best_is_not_bold_if_it_does_not_differ_from_all_that_it_is_compared_with(tmp_path):
+def test_the_best_is_not_bold_if_it_does_not_differ_from_all_that_it_is_compared_with():
     """On Hopper a baseline is the best, on LunarLander a method."""
     scores = {"ppo": [10, 10], "dppo": [91, 50], "sppo": [90, 51]}
-    page = write_report(make_clear_differences(tmp_path / "runs", scores), out=tmp_path / "out")
-    assert not [row for row in table_after(page, "## Scores") if "**" in " ".join(row)]
+    make_clear_differences(scores)
+    page = write_report()
+    assert "**" not in "".join(rows_after(page))
 
 
-def test_the_table_for_latex_is_of_the_methods_compared_with_few_columns(tmp_path):
+def test_the_table_for_latex_is_of_the_methods_compared_with_few_columns():
     """And the report begins with the number of clear differences."""
     scores = {"dppo": [-9], "sppo_a": [90], "better": [99]}
-    folder = make_clear_differences(tmp_path / "runs", scores)
-    make_run(folder, "dppo", 5, noise="normal")
+    make_clear_differences(scores)
+    make_run("dppo", 5, noise="normal")
     names = ("sppo_a=100% & more", "normal 0.05=noisy", f"{HOPPER}=Hopper_#1")
-    page = write_report(folder, out=tmp_path / "out", compare=(("sppo_a", "dppo"),), names=names)
+    page = write_report(compare=(("sppo_a", "dppo"),), names=names)
     begin = "# Last evaluation (return_mean, last row)\n\n"
     assert page.startswith(f"{begin}**1 of 1 differences have p below 0.05 after correction.**\n")
-    row = table_after(page, "## Differences")[1]
-    assert row[:5] == ["Hopper_#1", "clean", "100% & more", "dppo", "99.0 (96.7 to 101.3)"]
-    table = (tmp_path / "out/scores.tex").read_text()
+    row = rows_after(page, "## Differences")[1]
+    assert row.startswith("| Hopper_#1 | clean | 100% & more | dppo | 99.0 (96.7 to 101.3) |")
+    table = Path("out/scores.tex").read_text()
     assert "Compared: 100\\% \\& more with dppo.}" in table
     rows = table.partition("\\toprule\n")[2].partition("\\bottomrule")[0].splitlines()
     assert rows == [
@@ -165,65 +175,67 @@ def test_the_table_for_latex_is_of_the_methods_compared_with_few_columns(tmp_pat
     ]
 
 
-def test_success_is_filled_for_scores_and_curves_where_a_script_says_it(tmp_path):
+def test_success_is_filled_for_scores_and_curves_where_a_script_says_it():
     """Success is tested, other measures are shown."""
-    folder = tmp_path / "runs"
-    make_run(folder, "sppo", 1, columns={"success_rate": 0.5})
+    make_run("sppo", 1, columns={"success_rate": 0.5})
     for method, seed in (("sppo", 2), ("dppo", 1), ("dppo", 2)):
-        make_run(folder, method, 1, seed, columns={"success_rate": math.nan})
-    make_run(folder, "sb3-ppo", 1, script="sb3.py")
-    page = write_report(folder, out=tmp_path / "out", measure="success_rate", draws=True)
-    header, row = table_after(page, "## Scores")
-    shown = {"dppo": "0.00 ± 0.00", "sppo": "0.25 ± 0.25", "sb3-ppo": "(n = 0 of 1)"}
-    assert dict(zip(header[2:], row[2:])) == shown
-    assert table_after(page, "## Differences")[1][4].startswith("0.2 (-2.9 ")
-    assert table_after(page, "## Over tasks")[1][-1] == "0.7500"
-    assert table_after(page, "Last evaluation (")[1][2] == "1.000 ± 0.000"
+        make_run(method, 1, seed, columns={"success_rate": math.nan})
+    make_run("sb3-ppo", 1, script="sb3.py")
+    page = write_report(measure="success_rate", draws=True)
+    assert rows_after(page) == [
+        "| task | noise | dppo | sppo | sb3-ppo |",
+        "| Hopper-v4 | clean | 0.00 ± 0.00 | 0.25 ± 0.25 | (n = 0 of 1) |",
+    ]
+    assert "| 0.2 (-2.9 " in rows_after(page, "## Differences")[1]
+    assert rows_after(page, "## Over tasks")[1].endswith("| 0.7500 |")
+    row = rows_after(page, "Last evaluation (")[1]
+    assert row.startswith("| Hopper-v4 | clean | 1.000 ± 0.000 |")
     assert "clean, sb3-ppo: Hopper-v4__sb3-ppo__none__1__abc (lacks the measure)" in page
-    curves = pd.read_csv(tmp_path / "out/curves.csv").groupby("method")["mean"].last()
+    curves = pd.read_csv("out/curves.csv").groupby("method")["mean"].last()
     assert curves.to_dict() == {"dppo": 0, "sppo": 0.25}
 
 
-def test_runs_that_lack_the_measure_are_named_and_what_is_alone_in_a_pair(tmp_path):
+def test_runs_that_lack_the_measure_are_named_and_what_is_alone_in_a_pair():
     """One seed lacks it in the last five rows, and a method in all."""
     partly = [*range(8), math.nan, 1, 2, 3]
     for seed in range(3):
         columns = {"cost": partly if seed == 1 else 1.0 + seed}
-        make_run(tmp_path / "runs", "dppo", 1, seed, columns=columns)
-        make_run(tmp_path / "runs", "sppo", 1, seed)
-    page = write_report(tmp_path / "runs", out=tmp_path / "out", measure="cost:five")
-    assert table_after(page, "## Scores")[1][2:] == ["2.0 ± 1.0 (n = 2 of 3)", "(n = 0 of 3)"]
+        make_run("dppo", 1, seed, columns=columns)
+        make_run("sppo", 1, seed)
+    page = write_report(measure="cost:five")
+    row = "| Hopper-v4 | clean | 2.0 ± 1.0 (n = 2 of 3) | (n = 0 of 3) |"
+    assert rows_after(page)[1] == row
     assert f"{HOPPER}, clean, dppo: {HOPPER}__dppo__none__1__abc (lacks the measure)**" in page
     assert page.count("(lacks the measure)") == 1 + 3
     assert f"\nNot compared: dppo without sppo: {HOPPER}, clean.\n" in page
     assert "**0 of 0 differences" in page
 
 
-def test_diverged_runs_count_with_the_score_that_is_given(tmp_path):
+def test_diverged_runs_count_with_the_score_that_is_given():
     """Others that did not finish do not."""
-    folder = tmp_path / "runs"
     for seed, score in enumerate([10, 12, 14, 15]):
-        make_run(folder, "dppo", score, seed)
-        make_run(folder, "sppo", 2 * score, seed, diverged=(seed > 1) and "gradient not finite")
-    make_run(folder, "sppo", 1, seed=4, finished=False)
-    page = write_report(folder, out=tmp_path / "out")
-    begin = f"2 of 9 runs diverged. Scores given: {HOPPER} none (if none, survivors alone are"
+        make_run("dppo", score, seed)
+        make_run("sppo", 2 * score, seed, diverged=(seed > 1) and "gradient not finite")
+    make_run("dppo", 16, seed=4)
+    make_run("sppo", 1, seed=4, finished=False)
+    page = write_report()
+    begin = f"2 of 10 runs diverged. Scores given: {HOPPER} none (if none, survivors alone are"
     assert page.splitlines()[2].startswith(begin)
-    assert table_after(page, "## Scores")[1][2:] == ["12.8 ± 1.1", "22.0 ± 2.0 (n = 2 of 5)"]
+    row = "| Hopper-v4 | clean | 13.4 ± 1.1 | 22.0 ± 2.0 (n = 2 of 5) |"
+    assert rows_after(page)[1] == row
     assert f"{HOPPER}__sppo__none__2__abc (diverged: gradient not finite)" in page
-    assert f"{HOPPER}__sppo__none__4__abc (not finished)" in page
 
-    pack = tmp_path / "N-runs.csv.gz"
-    options = {"diverged": ("-3",), "names": (f"{HOPPER}=Hop",), "out": tmp_path / "out"}
-    page = write_report(folder, pack=pack, **options)
+    pack = Path("N-runs.csv.gz")
+    options = {"diverged": ("-3",), "names": (f"{HOPPER}=Hop",)}
+    page = write_report(pack=pack, **options)
     assert page == write_report(pack, **options)
     assert "Scores given: Hop -3 (" in page.splitlines()[2]
-    assert "Scores given: Hop -3 (" in (tmp_path / "out/scores.tex").read_text()
-    (row,) = pd.read_csv(tmp_path / "out/differences.csv").to_dict("records")
-    test = stats.ttest_ind([20, 24, -3, -3], [10, 12, 14, 15], equal_var=False)
-    assert row["p"] == pytest.approx(test.pvalue)
+    assert "Scores given: Hop -3 (" in Path("out/scores.tex").read_text()
+    (row,) = pd.read_csv("out/differences.csv").to_dict("records")
+    test = stats.ttest_ind([20, 24, -3, -3], [10, 12, 14, 15, 16], equal_var=False)
+    assert row["p"] == approx(test.pvalue)
     with pytest.raises(runs.Refusal, match="no finished run of 1; diverged: gradient not finite;"):
-        write_report(folder / f"{HOPPER}__sppo__none__2__abc", out=tmp_path / "out")
+        write_report(RUNS / f"{HOPPER}__sppo__none__2__abc")
 
 
 @pytest.mark.parametrize(
@@ -237,61 +249,50 @@ def test_diverged_runs_count_with_the_score_that_is_given(tmp_path):
         ("a.py:five", 7),
     ],
 )
-def test_a_measure_is_a_column_and_a_time(measure, score, tmp_path):
+def test_a_measure_is_a_column_and_a_time(measure, score):
     """A whole column's name comes first. Before training there is nothing to weigh."""
     columns = {"step": [*range(0, 600, 100), *range(700, 1900, 200)], "a.py:five": 7}
     columns["a.py:cost"] = [99, 3, 1, 4, 1, 5, 9, 2, 6, 5, 3, 5]
-    make_run(tmp_path / "runs", "sppo", 1, columns=columns)
-    write_report(tmp_path / "runs", out=tmp_path / "out", measure=measure)
-    assert pd.read_csv(tmp_path / "out/runs.csv")[measure].item() == pytest.approx(score)
+    make_run("sppo", 1, columns=columns)
+    write_report(measure=measure)
+    assert pd.read_csv("out/runs.csv")[measure].item() == approx(score)
 
 
-def test_of_costs_the_lowest_is_the_best_and_beats(tmp_path):
+def test_of_costs_the_lowest_is_the_best_and_beats():
     scores = {"dppo": [90], "sppo": [10]}
-    folder = make_clear_differences(tmp_path / "runs", scores)
-    page = write_report(folder, out=tmp_path / "out", lower_is_better=True)
-    row = table_after(page, "## Scores")[1]
-    assert row[2:] == ["90.00 ± 0.58", "**10.00 ± 0.58**"] and "Bold: the lowest of" in page
-    assert table_after(page, "## Over tasks")[1][-1] == "1.000"
+    make_clear_differences(scores)
+    page = write_report(lower_is_better=True)
+    assert rows_after(page)[1] == "| Hopper-v4 | clean | 90.00 ± 0.58 | **10.00 ± 0.58** |"
+    assert "Bold: the lowest of" in page
+    assert rows_after(page, "## Over tasks")[1].endswith("| 1.000 |")
     assert "**" not in page.partition("## Other measures")[2]
 
 
-def test_figures_and_tables_have_the_names_and_colours_that_are_chosen(grid, tmp_path, monkeypatch):
+def test_figures_and_tables_have_the_names_and_colours_that_are_chosen(grid, monkeypatch):
     drawn = []
     monkeypatch.setattr(figures, "save", lambda figure, file: drawn.append(figure))
     names = ("sppo=SPPO, k=20", f"{HOPPER}=The hopper", "last_evaluation=Steps = time")
     names += ("return_mean=Return",)
     options = {"names": names, "colors": ("sppo=#123456",), "draws": True}
-    page = write_report(grid / "runs", out=tmp_path / "out", **options)
+    page = write_report(grid / "runs", **options)
     assert page.startswith("# Steps = time (return_mean, last row)\n")
     curves, differences = drawn
     assert curves.get_supylabel() == "Return"
     (legend,) = curves.legends
     assert [text.get_text() for text in legend.get_texts()] == ["dppo", "SPPO, k=20"]
     assert legend.get_lines()[1].get_color() == "#123456"
-    points = pd.read_csv(tmp_path / "out/curves.csv").query("method == 'SPPO, k=20'")
-    assert points.iloc[-1, 3:].to_list() == pytest.approx([1200, 15, math.sqrt(3), 3])
+    points = pd.read_csv("out/curves.csv").query("method == 'SPPO, k=20'")
+    assert points.iloc[-1, 3:].to_list() == approx([1200, 15, math.sqrt(3), 3])
     assert [ax.get_title("right") for ax in differences.axes] == [LANDER, "The hopper"]
 
 
 # ---- Statistics
 
 
-def test_a_difference_has_welchs_test_and_a_pooled_one_is_the_mean_of_independent_ones():
-    """With unequal numbers of runs."""
-    a, b = np.array([9.0, 11, 14]), np.array([20.0, 21, 25, 22])
-    one = compare.difference(a, b)
-    assert one.p == pytest.approx(stats.ttest_ind(a, b, equal_var=False).pvalue)
-    twice = compare.pooled_difference([(a, b), (a, b)])
-    assert twice.value == pytest.approx(one.value)
-    assert twice.error == pytest.approx(one.error / math.sqrt(2))
-    assert twice.freedom == pytest.approx(2 * one.freedom)
-
-
 @pytest.mark.parametrize("other", [[0.7, 0.7, 0.7], [0.7]])
 def test_equal_scores_and_single_runs_have_no_interval(other):
     found = compare.difference(np.full(3, 0.1), np.array(other))  # whose mean is rounded
-    assert found.value == pytest.approx(-0.6)
+    assert found.value == approx(-0.6)
     assert np.isnan([found.low, found.high, found.p]).all()
 
 
@@ -299,48 +300,49 @@ def test_the_probability_of_improvement_has_brunner_and_munzels_interval():
     """Of the logit. SciPy has their test: at the p of 0.05 where the interval ends."""
     a, b = np.random.default_rng(1).normal([[0.3], [0]], 1, (2, 20)).round()  # with ties
     value, low, high = compare.probability_of_improvement([(a, b)])
-    assert value == pytest.approx(stats.mannwhitneyu(a, b).statistic / 20**2)
+    assert value == approx(stats.mannwhitneyu(a, b).statistic / 20**2)
     test = stats.brunnermunzel(a, b)
     t = abs(test.statistic)
     freedom = optimize.brentq(lambda n: 2 * stats.t.sf(t, n) - test.pvalue, 1, 99)
     half = abs(value - 0.5) / t * stats.t.ppf(0.975, freedom)
     half /= value * (1 - value)
-    assert special.logit([low, high]) == pytest.approx(special.logit(value) + [-half, half])
+    assert special.logit([low, high]) == approx(special.logit(value) + [-half, half])
 
 
 def test_fewer_than_five_runs_have_a_probability_without_interval(grid):
     page = (grid / "report/report.md").read_text()
     # 7.5 and 3.5 of nine pairs, since 12 ties 12, and 110 ties 110
-    assert table_after(page, "## Over tasks")[1] == ["sppo", "dppo", "2", "0.6111"]
+    assert rows_after(page, "## Over tasks")[1] == "| sppo | dppo | 2 | 0.6111 |"
 
 
-def test_differences_are_welchs_and_corrected_for_the_pairs_that_are_compared(tmp_path):
+def test_differences_are_welchs_and_corrected_for_the_pairs_that_are_compared():
     """What cannot be tested counts with p = 1. The table begins with the clearest."""
-    folder = make_grid(tmp_path / "runs")
-    make_run(folder, "alone", 9)
+    make_grid()
+    make_run("alone", 9)
     pairs = ("sppo", "dppo"), ("alone", "dppo"), ("sppo", "dppo")
-    page = write_report(folder, out=tmp_path / "out", compare=pairs)
-    differences = pd.read_csv(tmp_path / "out/differences.csv")
+    page = write_report(compare=pairs)
+    differences = pd.read_csv("out/differences.csv")
     assert len(differences) == 2 + 1
     assert "over 3 rows" in page
     corrected = stats.false_discovery_control(differences["p"].fillna(1))
-    assert differences["p_corrected"].to_list() == pytest.approx(corrected)
+    assert differences["p_corrected"].to_list() == approx(corrected)
     for task, row in zip((HOPPER, LANDER), differences.to_dict("records")):
         assert row["task"] == task
-        scores, baseline = SCORES[task, "sppo"], SCORES[task, "dppo"]
+        scores = SCORES[task, "sppo"]
+        baseline = SCORES[task, "dppo"]
         test = stats.ttest_ind(scores, baseline, equal_var=False)
-        assert row["difference"] == pytest.approx(np.mean(scores) - np.mean(baseline))
-        assert (row["low"], row["high"]) == pytest.approx(tuple(test.confidence_interval()))
-        assert row["p"] == pytest.approx(test.pvalue)
+        assert row["difference"] == approx(np.mean(scores) - np.mean(baseline))
+        assert (row["low"], row["high"]) == approx(tuple(test.confidence_interval()))
+        assert row["p"] == approx(test.pvalue)
 
 
-def test_a_method_is_compared_with_one_baseline(tmp_path):
+def test_a_method_is_compared_with_one_baseline():
     """A symmetric one with what has its bins, a variant with its method."""
     expected = "dppo ppo, sppo dppo, da2c a2c, sa2c da2c, dppo-norm dppo, sb3-ppo ppo, mine sppo"
     expected = {tuple(pair.split()) for pair in expected.split(", ")}
     for method in set(sum(expected, ())):
-        make_run(tmp_path, method, 1)
-    found = runs.in_cells(runs.read([tmp_path])[0])
+        make_run(method, 1)
+    found = runs.in_cells(runs.read([RUNS])[0])
     assert set(compare.pairs_of(found)) == expected
     without = found[~found["method"].isin(["dppo", "a2c", "da2c"])]
     assert ("sppo", "ppo") in compare.pairs_of(without)
@@ -349,21 +351,20 @@ def test_a_method_is_compared_with_one_baseline(tmp_path):
 # ---- Figures
 
 
-def test_figures_are_written_as_png_and_as_pdf_whose_text_is_text(grid, tmp_path):
+def test_figures_are_written_as_png_and_as_pdf_whose_text_is_text(grid):
     """A report in the same folder takes the place of the first, and of no other file. A refusal is
     one line."""
-    out = tmp_path / "out"
-    command = [sys.executable, ROOT / "report.py", grid / "runs", "--out", out, "--narrow"]
+    command = [sys.executable, ROOT / "report.py", grid / "runs", "--out", OUT, "--narrow"]
     subprocess.run(command, check=True)
     for name in ("curves", "differences"):
-        assert (out / f"{name}.png").read_bytes()[1:4] == b"PNG"
-        pdf = (out / f"{name}.pdf").read_bytes()
+        assert (OUT / f"{name}.png").read_bytes()[1:4] == b"PNG"
+        pdf = (OUT / f"{name}.pdf").read_bytes()
         assert b"/Type3" not in pdf
         assert b"/MediaBox [ 0 0 234 " in pdf  # 3.25 inches
-    (out / "README.md").write_text("mine")
-    write_report(make_run(tmp_path / "runs", "sppo", 1), out=out)
-    assert (out / "README.md").read_text() == "mine"
-    assert not (out / "differences.png").exists()
+    (OUT / "README.md").write_text("mine")
+    write_report(make_run("sppo", 1))
+    assert (OUT / "README.md").read_text() == "mine"
+    assert not (OUT / "differences.png").exists()
     done = subprocess.run([*command, "--measure", "none"], capture_output=True, text=True)
     assert re.fullmatch("error: --measure none: .*\n", done.stderr)
 
@@ -371,12 +372,13 @@ def test_figures_are_written_as_png_and_as_pdf_whose_text_is_text(grid, tmp_path
 # ---- Packs
 
 
-def test_packed_runs_give_the_same_report_and_pack_and_say_how_to_repeat_a_run(grid, tmp_path):
-    folder = shutil.copytree(grid / "runs", tmp_path / "runs")
-    make_run(folder, "sppo", 1, seed=3, finished=False)
-    first, again = tmp_path / "pack/NAME-runs.csv.gz", tmp_path / "again/NAME-runs.csv.gz"
-    page = write_report(folder, out=tmp_path / "out", pack=first)
-    assert write_report(first, out=tmp_path / "out", pack=again) == page
+def test_packed_runs_give_the_same_report_and_pack_and_say_how_to_repeat_a_run(grid):
+    shutil.copytree(grid / "runs", RUNS)
+    make_run("sppo", 1, seed=3, finished=False)
+    first = Path("pack/NAME-runs.csv.gz")
+    again = Path("again/NAME-runs.csv.gz")
+    page = write_report(pack=first)
+    assert write_report(first, pack=again) == page
     for file in first.parent.iterdir():
         packed = file.read_bytes()
         assert (again.parent / file.name).read_bytes() == packed
@@ -386,36 +388,37 @@ def test_packed_runs_give_the_same_report_and_pack_and_say_how_to_repeat_a_run(g
     assert run["command"] == "sppo_continuous.py --seed 2"
     assert run["script_sha256"] == hashlib.sha256(b"abc").hexdigest()
     assert json.loads(run["hardware"]) == ["Linux-6.1", "AVX512", None]
-    assert len(progress) == 12 * len(table) == 156
+    assert len(table) == 13
+    assert len(progress) == 13 * 12
 
 
-def test_a_pack_grows_but_loses_no_run(tmp_path):
+def test_a_pack_grows_but_loses_no_run():
     """Texts and numbers of flags stay what they are. New versions may have new flags."""
     flags = {"schedule": "1e-3", "prefix": "", "fill": "nan", "maybe": True, "never": None}
-    old = make_run(tmp_path / "runs", "sppo", 1, seed=1, **flags)
-    new = make_run(tmp_path / "runs", "sppo", 2, seed=2, version="def", new_flag=1, **flags)
-    pack = tmp_path / "NAME-runs.csv.gz"
-    write_report(old, out=tmp_path / "out", pack=pack)
+    old = make_run("sppo", 1, seed=1, **flags)
+    new = make_run("sppo", 2, seed=2, version="def", new_flag=1, **flags)
+    pack = Path("NAME-runs.csv.gz")
+    write_report(old, pack=pack)
     (old / "summary.json").unlink()  # as of a run that has begun anew
     for folders in ((new,), (old, new)):
         with pytest.raises(runs.Refusal, match="would lose runs, such as Hopper"):
-            write_report(*folders, out=tmp_path / "out", pack=pack)
-    page = write_report(pack, new, out=tmp_path / "out", pack=pack)
-    assert table_after(page, "## Scores")[1][2] == "1.50 ± 0.50"
+            write_report(*folders, pack=pack)
+    page = write_report(pack, new, pack=pack)
+    assert rows_after(page)[1] == "| Hopper-v4 | clean | 1.50 ± 0.50 |"
 
 
-def test_runs_behind_links_are_read_once(grid, tmp_path):
+def test_runs_behind_links_are_read_once(grid):
     """Links to runs, to folders of links, and to what is around them."""
-    linked = tmp_path / "all/linked"
+    linked = RUNS / "linked"
     linked.mkdir(parents=True)
     for place in (grid / "runs").iterdir():
         (linked / place.name).symlink_to(place)
-    (linked / "round").symlink_to(tmp_path / "all")
-    (tmp_path / "all/again").symlink_to(linked)
-    page = write_report(tmp_path / "all", out=tmp_path / "out")
+    (linked / "round").symlink_to(RUNS.absolute())
+    (RUNS / "again").symlink_to("linked")
+    page = write_report()
     assert page == (grid / "report/report.md").read_text()
-    (tmp_path / "all/gone").symlink_to(tmp_path / "nowhere")
-    page = write_report(tmp_path / "all", out=tmp_path / "out")
+    (RUNS / "gone").symlink_to("nowhere")
+    page = write_report()
     assert "\n**Broken: gone: left out: FileNotFoundError" in page
 
 
@@ -426,30 +429,30 @@ def test_runs_behind_links_are_read_once(grid, tmp_path):
         (("\n1200,", "\n1190,"), "progress.csv: cut before step 1200"),
     ],
 )
-def test_what_is_broken_is_named_and_the_others_are_reported(change, why, grid, tmp_path):
-    folder = make_run(tmp_path / "runs", "sppo", 9)
+def test_what_is_broken_is_named_and_the_others_are_reported(change, why, grid):
+    folder = make_run("sppo", 9)
     file = folder / "progress.csv"
     file.write_text(file.read_text().replace(*change))
-    page = write_report(folder, grid / "runs", out=tmp_path / "out")
+    page = write_report(folder, grid / "runs")
     (line,) = re.findall(r"\*\*Broken: (.*)\*\*", page)
-    assert "left out: " in line and why in line
-    assert table_after(page, "## Scores")[1][3] == "15.0 ± 1.7"
+    assert "left out: " in line
+    assert why in line
+    assert rows_after(page)[1].endswith("| 15.0 ± 1.7 |")
     with pytest.raises(runs.Refusal, match="--pack: first delete what is broken"):
-        write_report(folder, grid / "runs", out=tmp_path / "out", pack=tmp_path / "N-runs.csv.gz")
+        write_report(folder, grid / "runs", pack=Path("N-runs.csv.gz"))
 
 
-def test_runs_that_are_not_finished_and_seeds_that_a_cell_lacks_are_named(tmp_path):
-    folder = make_grid(tmp_path / "runs")
-    begun = make_run(folder, "sppo", 1e6, seed=3, finished=False, vf_coef=9)
+def test_runs_that_are_not_finished_and_seeds_that_a_cell_lacks_are_named():
+    make_grid()
+    begun = make_run("sppo", 1e6, seed=3, finished=False, vf_coef=9)
     (begun / "progress.csv").unlink()
-    make_run(folder, "mine", 9, seed=1)
-    page = write_report(folder, out=tmp_path / "out")
+    make_run("mine", 9, seed=1)
+    page = write_report()
     place = f"{HOPPER}, clean, sppo: {begun.name}"
     assert f"\n**No score of its own: {place} (not finished)**\n" in page
     assert f"\nMissing seeds: {HOPPER}, clean, mine: 0, 2.\n" in page
-    row = table_after(page, "## Scores")[1]
-    assert row[3:] == ["15.0 ± 1.7 (n = 3 of 4)", "9.000 (n = 1)"]
-    assert "(n = 3 of 4)" in (tmp_path / "out/scores.tex").read_text()
+    assert rows_after(page)[1].endswith("| 15.0 ± 1.7 (n = 3 of 4) | 9.000 (n = 1) |")
+    assert "(n = 3 of 4)" in Path("out/scores.tex").read_text()
     assert f"\nNot compared: sppo without mine: {HOPPER}, clean; {LANDER}, clean.\n" not in page
 
 
@@ -464,56 +467,57 @@ def test_runs_that_are_not_finished_and_seeds_that_a_cell_lacks_are_named(tmp_pa
         ({"seed": 1}, r"Hopper-v4 clean sppo: seed 1 is there twice \(.* and .*\)"),
     ],
 )
-def test_a_cell_with_two_settings_is_refused(tmp_path, changes, why):
-    make_run(tmp_path / "runs", "sppo", 1, seed=1)
-    make_run(tmp_path / "runs", "sppo", 2, **({"seed": 2, "version": "def"} | changes))
+def test_a_cell_with_two_settings_is_refused(changes, why):
+    make_run("sppo", 1, seed=1)
+    make_run("sppo", 2, **({"seed": 2, "version": "def"} | changes))
     with pytest.raises(runs.Refusal, match=why):
-        write_report(tmp_path / "runs", out=tmp_path / "out")
-    assert not (tmp_path / "out").exists()
+        write_report()
+    assert not OUT.exists()
 
 
-def test_runs_of_a_cell_may_differ_in_where_they_ran_and_methods_in_settings(tmp_path):
+def test_runs_of_a_cell_may_differ_in_where_they_ran_and_methods_in_settings():
     free = {"device": "cuda", "compile": False, "track": True, "runs_dir": "elsewhere"}
     free["noise_level"] = 0.1  # of no noise
-    make_run(tmp_path / "runs", "sppo", 1, seed=1)
-    make_run(tmp_path / "runs", "sppo", 2, seed=2, version="def", **free)
-    make_run(tmp_path / "runs", "ppo", 1, vf_coef=0.1, depth=None)
-    page = write_report(tmp_path / "runs", out=tmp_path / "out")
-    rows = table_after(page, "## What was run")
-    assert rows == [["setting", "ppo", "sppo"], ["depth", "None", ""], ["vf_coef", "0.1", "0.5"]]
+    make_run("sppo", 1, seed=1)
+    make_run("sppo", 2, seed=2, version="def", **free)
+    make_run("ppo", 1, vf_coef=0.1, depth=None)
+    page = write_report()
+    rows = rows_after(page, "## What was run")
+    assert rows == ["| setting | ppo | sppo |", "| depth | None |  |", "| vf_coef | 0.1 | 0.5 |"]
 
 
-def test_a_run_from_which_another_began_is_left_out_and_kwargs_are_of_the_task(tmp_path):
+def test_a_run_from_which_another_began_is_left_out_and_kwargs_are_of_the_task():
     """The others of a cell may be whole runs, or have begun from runs that are not here."""
-    folder = tmp_path / "runs"
-    parent = make_run(folder, "sppo", 1, seed=1, total_timesteps=600)
-    make_run(folder, "sppo", 5, seed=1, version="def", start_from=f"runs/{parent.name}/")
-    make_run(folder, "sppo", 7, seed=2, start_from=None)
-    make_run(folder, "sppo", 9, seed=3, start_from="elsewhere/run")
+    parent = make_run("sppo", 1, seed=1, total_timesteps=600)
+    make_run("sppo", 5, seed=1, version="def", start_from=f"runs/{parent.name}/")
+    make_run("sppo", 7, seed=2, start_from=None)
+    make_run("sppo", 9, seed=3, start_from="elsewhere/run")
     for delay in (3, 5):
         kwargs = json.dumps({"delay": delay, "at": [0, 1]})
-        make_run(folder, "sppo", 2, seed=delay, task="Arm-v0", env_kwargs=kwargs)
-    pack = tmp_path / "N-runs.csv.gz"
+        make_run("sppo", 2, seed=delay, task="Arm-v0", env_kwargs=kwargs)
+    pack = Path("N-runs.csv.gz")
     names = ("Arm-v0 (at=[0, 1], delay=5)=Slow = 5",)
-    page = write_report(folder, out=tmp_path / "out", pack=pack, names=names)
+    page = write_report(pack=pack, names=names)
     assert f"\n**Left out, since others began from them: {parent.name}.**\n" in page
     assert f"\n{HOPPER}__sppo__none__1__def began from {parent.name}.\n" in page
     assert "__sppo__none__2__abc began" not in page
     assert ", runs that began from others beside runs that did not.**\n" in page
-    _, *rows = table_after(page, "## Scores")
-    assert [row[0] for row in rows] == ["Arm-v0 (at=[0, 1], delay=3)", HOPPER, "Slow = 5"]
-    assert rows[1][2] == "7.0 ± 1.2"
-    assert write_report(pack, out=tmp_path / "out", names=names) == page
+    assert rows_after(page) == [
+        "| task | noise | sppo |",
+        "| Arm-v0 (at=[0, 1], delay=3) | clean | 2.000 (n = 1) |",
+        "| Hopper-v4 | clean | 7.0 ± 1.2 |",
+        "| Slow = 5 | clean | 2.000 (n = 1) |",
+    ]
+    assert write_report(pack, names=names) == page
 
 
-def test_a_run_stays_if_what_began_from_it_is_another_method_or_has_failed(tmp_path):
-    folder = tmp_path / "runs"
-    name = make_run(folder, "sppo", 1, seed=1).name
-    make_run(folder, "sppo-tuned", 5, seed=1, start_from=name)
-    make_run(folder, "sppo", 9, seed=1, version="def", start_from=name, finished=False)
-    page = write_report(folder, out=tmp_path / "out")
+def test_a_run_stays_if_what_began_from_it_is_another_method_or_has_failed():
+    name = make_run("sppo", 1, seed=1).name
+    make_run("sppo-tuned", 5, seed=1, start_from=name)
+    make_run("sppo", 9, seed=1, version="def", start_from=name, finished=False)
+    page = write_report()
     assert "Left out" not in page
-    assert table_after(page, "## Scores")[1][2:] == ["1.000", "5.000"]  # of one seed
+    assert rows_after(page)[1] == "| Hopper-v4 | clean | 1.000 | 5.000 |"  # of one seed
 
 
 STEPS = [*range(100, 1200, 100)]
@@ -529,10 +533,10 @@ STEPS = [*range(100, 1200, 100)]
         ({"evaluations": 6}, "6 to 12 evaluations"),
     ],
 )
-def test_a_task_whose_runs_are_not_alike_is_named(changes, unlike, tmp_path):
-    make_run(tmp_path / "runs", "sppo", 1)
-    make_run(tmp_path / "runs", "ppo", 2, **changes)
-    page = write_report(tmp_path / "runs", out=tmp_path / "out")
+def test_a_task_whose_runs_are_not_alike_is_named(changes, unlike):
+    make_run("sppo", 1)
+    make_run("ppo", 2, **changes)
+    page = write_report()
     lines = re.findall(r"(?m)^\*\*Not alike: Hopper-v4: (.+)\.\*\*$", page)
     assert lines == ([unlike] if unlike else [])
 
@@ -550,11 +554,10 @@ def test_a_task_whose_runs_are_not_alike_is_named(changes, unlike, tmp_path):
         ({"measure": "cost:five"}, "--measure cost:five: not recorded; there are.* training, "),
         ({"pack": Path("N.csv.gz")}, "--pack N.csv.gz: its name must end with -runs.csv.gz"),
         ({"folders": ("runs", "runs")}, "Hopper-v4__dppo__none__0__abc: in two places"),
-        ({"out": "."}, "a folder that is not a report; choose another"),
+        ({"out": ROOT}, "a folder that is not a report; choose another"),
     ],
 )
-def test_what_means_nothing_is_refused(grid, tmp_path, options, why):
+def test_what_means_nothing_is_refused(grid, options, why):
     folders = [grid / name for name in options.pop("folders", ["runs"])]
-    out = grid / options.pop("out") if "out" in options else tmp_path / "out"
     with pytest.raises(runs.Refusal, match=why):
-        write_report(*folders, out=out, **options)
+        write_report(*folders, **options)

@@ -7,10 +7,10 @@ import shlex
 import subprocess
 from pathlib import Path
 
+import helpers
 import numpy as np
 import pandas as pd
 import pytest
-import tyro
 from scipy import stats
 
 from analysis.runs import read_pack, read_progress
@@ -127,11 +127,14 @@ def test_commands_of_packs_are_those_of_todays_scripts(path, monkeypatch):
     edited = {"control/three-tasks", "atari/breakout", "atari/epsilon", "text/grpo"}
     assert bool(left_out) == (pack in edited or pack.startswith("text/imdb"))
     kept = runs[~runs["run_name"].isin(left_out)].sort_values("seed", kind="stable")
-    for line, run in list(zip(listed, kept.itertuples()))[:: max(1, len(listed) // 20)]:
+    pairs = list(zip(listed, kept.itertuples()))
+    some = pairs[:: max(1, len(pairs) // 20)]
+    for line, run in some:
         script, *words = shlex.split(line)[1:]
         module = importlib.import_module(script.removesuffix(".py").replace("/", "."))
-        args = module.parse_args(words) if "rlhf" in script else tyro.cli(module.Args, args=words)
-        assert args.seed == int(run.seed) and run.exp_name in (args.exp_name or "sb3-a2c sb3-ppo")
+        args = helpers.parse(module, words)
+        assert args.seed == int(run.seed)
+        assert run.exp_name in (args.exp_name or "sb3-a2c sb3-ppo")
 
 
 # ---- Runs
@@ -171,7 +174,8 @@ def test_runs_that_are_said_to_be_equal_are_equal_to_the_last_bit():
     files = [RESULTS / f"atari/{name}-progress.csv.gz" for name in ("crazyclimber", "games")]
     first, again = (read_progress(file).set_index("run_name") for file in files)
     names = again.index[again.index.str.startswith("CrazyClimber")].unique()
-    assert len(names) == 3 and first.loc[names].equals(again.loc[names])
+    assert len(names) == 3
+    assert first.loc[names].equals(again.loc[names])
 
 
 @pytest.mark.slow
@@ -203,7 +207,8 @@ def test_nine_tasks_are_pooled_over_whole_seeds_and_tasks_that_count(monkeypatch
     variances = []
     effects = []
     for task in nine.TASKS[:-1]:  # all but BipedalWalker
-        a, b = scores[task, "clean", "sppo"], scores[task, "clean", "dppo"]
+        a = scores[task, "clean", "sppo"]
+        b = scores[task, "clean", "dppo"]
         scale = (a.mean() + b.mean()) / 2 - random[task]
         effects.append((a.mean() - b.mean()) / scale)
         variances += [np.var(x, ddof=1) / 7 / (8 * scale) ** 2 for x in (a, b)]

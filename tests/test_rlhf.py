@@ -29,16 +29,29 @@ import transformers
 from accelerate import Accelerator
 from accelerate.state import PartialState
 from helpers import SMALL_TEXTS as SMALL
-from helpers import Setting, checkpoint, progress, read_lines, record, train, weights, work_in
+from helpers import (
+    Setting,
+    call_main,
+    checkpoint,
+    progress,
+    read_lines,
+    record,
+    train,
+    weights,
+    work_in,
+)
 from helpers import words as typed
+from pytest import approx
 from tokenizers.pre_tokenizers import ByteLevel
 from tokenizers.processors import TemplateProcessing
 from torch import nn
+from torch.testing import assert_close
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
+import enjoy
 import sppo_rlhf as rlhf
 import toy as toy_script
-from enjoy import main as play_run
+from sppo_rlhf import Args, collate, generate, joined, split_rows, tokenize
 
 CPU = torch.device("cpu")
 
@@ -83,35 +96,32 @@ def models(toy):
 
 
 def make_args(task="toy", **flags):
-    args = rlhf.Args(task, **rlhf.TASKS[task] | flags)
+    args = Args(task, **rlhf.TASKS[task] | flags)
     args.resolve()
     return args
 
 
-@pytest.fixture
-def run(toy, tmp_path, monkeypatch):
-    """Trains with flags over `SMALL`, below a folder of this name. Returns the run's folder."""
-    work_in(monkeypatch, toy.parent.parent)
-
-    def run_(name="run", **flags):
-        return train(rlhf, make_args(**SMALL | flags, runs_dir=str(tmp_path / name)))
-
-    return run_
+@pytest.fixture(autouse=True)
+def workplace(toy, tmp_path, monkeypatch):
+    """Scripts are started in `tmp_path`, which has the toy."""
+    work_in(monkeypatch, tmp_path)
+    Path("runs").mkdir()
+    Path("runs/toy").symlink_to(toy)
 
 
-@pytest.fixture
-def load(toy, tmp_path, monkeypatch):
+def run(**flags):
+    """Trains with flags over `SMALL`. Returns the run's folder."""
+    return train(rlhf, make_args(**SMALL | flags, runs_dir="own"))
+
+
+def load(**flags):
     """Models and arguments of a run on few texts, with flags over `SMALL`."""
-    work_in(monkeypatch, toy.parent.parent)
     rng = random.Random(1)
-    path = write_data(tmp_path / "few.jsonl", text=[toy_script.toy_review(rng) for _ in range(16)])
-    few = {"dataset": path, "eval_dataset": path, "reward_model": (f"{__file__}:text_lengths",)}
-
-    def load_(**flags):
-        args = make_args(**SMALL | few | flags)
-        return rlhf.load(args), args
-
-    return load_
+    write_data("few.jsonl", text=[toy_script.toy_review(rng) for _ in range(16)])
+    few = {"dataset": "few.jsonl", "eval_dataset": "few.jsonl"}
+    few["reward_model"] = (f"{__file__}:text_lengths",)
+    args = make_args(**SMALL | few | flags)
+    return rlhf.load(args), args
 
 
 def function_reward(name, **inputs):
@@ -121,31 +131,27 @@ def function_reward(name, **inputs):
 
 def write_data(path, **columns):
     data = datasets.Dataset.from_dict(columns)
-    data.to_parquet(path) if path.suffix == ".parquet" else data.to_json(path)
-    return str(path)
+    data.to_parquet(path) if path.endswith(".parquet") else data.to_json(path)
 
 
 @pytest.fixture
-def summaries(models, tmp_path):
+def summaries(models):
     """Flags for a run with LoRA on GPT-J's architecture, on posts and summaries made here."""
     rng = random.Random(3)
     posts = [toy_script.toy_review(rng) for _ in range(40)]
     labels = [f" the {rng.choice(toy_script.ASPECTS)} was dull ." for _ in posts]
-    path = write_data(tmp_path / "posts.jsonl", prompt=posts, label=labels)
-    flags = {"task": "tldr", "dataset": path, "eval_dataset": path, "learning_rate": 1e-2}
+    write_data("posts.jsonl", prompt=posts, label=labels)
+    flags = {"task": "tldr", "dataset": "posts.jsonl", "eval_dataset": "posts.jsonl"}
     models = {"policy_model": str(models["gptj"]), "reward_model": (str(models["adapter"]),)}
-    return flags | models | {"lora_r": 4}
+    return flags | models | {"lora_r": 4, "learning_rate": 1e-2}
 
 
-FAMILIES = (
-    "GPT2 GPTJ GPTNeoX OPT Llama Mistral Mixtral Qwen2 Qwen3 Qwen3Moe Qwen3_5Text Gemma Gemma2"
-)
+FAMILIES = "GPT2 GPTJ GPTNeoX OPT Llama Mistral Mixtral Qwen2 Qwen3 Qwen3_5Text Gemma Gemma2"
 FAMILIES = f"{FAMILIES} Gemma3Text Phi3 Olmo2 SmolLM3 Falcon Bloom Mpt Lfm2 Granite Cohere".split()
 SHAPES = {
     "GPTJ": {"rotary_dim": 4},
     "OPT": {"ffn_dim": 16, "word_embed_proj_dim": 8, "do_layer_norm_before": False},
     "Mistral": {"sliding_window": 4},  # shorter than the texts
-    "Qwen3Moe": {"moe_intermediate_size": 16, "num_experts": 8},
     "Qwen3_5Text": {"layer_types": ["linear_attention", "full_attention"]},
     "Gemma": {"head_dim": 8},
     "Gemma2": {"head_dim": 8, "final_logit_softcapping": 1.0},
@@ -161,7 +167,7 @@ DROPOUTS = "embd_pdrop attn_pdrop resid_pdrop dropout attention_dropout hidden_d
 DROPOUTS = dict.fromkeys([*DROPOUTS.split(), "router_jitter_noise"], 0.5)
 
 
-def make_policy(kind, folder, toy, biases=True, **shape):
+def make_policy(kind, folder, toy, **shape):
     """A policy of the family `kind` that has learnt nothing, with the toy's tokenizer."""
     if not hasattr(transformers, f"{kind}Config"):
         pytest.skip(f"transformers {transformers.__version__} has no {kind}")
@@ -173,8 +179,7 @@ def make_policy(kind, folder, toy, biases=True, **shape):
     model = AutoModelForCausalLM.from_config(config)
     torch.manual_seed(0)
     for parameter in model.parameters():
-        if biases or parameter.dim() > 1:
-            nn.init.normal_(parameter, std=0.3)
+        nn.init.normal_(parameter, std=0.3)
     model.save_pretrained(folder)
     tokenizer.save_pretrained(folder)
 
@@ -182,11 +187,6 @@ def make_policy(kind, folder, toy, biases=True, **shape):
 def refusal(message, is_refused=True):
     """That the block ends with this message, or, if not, that it does not."""
     return pytest.raises(SystemExit, match=message) if is_refused else nullcontext()
-
-
-def call_main(monkeypatch, *words):
-    monkeypatch.setattr(sys, "argv", ["sppo_rlhf.py", *map(str, words)])
-    rlhf.main()
 
 
 def read_samples(folder, data="held-out"):
@@ -201,20 +201,22 @@ def randomise(actor):
             nn.init.normal_(parameter, std=0.3)
 
 
-def actor_critic(model, lora_r=0, dtype=torch.float32, **flags):
-    args = make_args(policy_model=str(model), lora_r=lora_r, **flags)
+def actor_critic(model, lora_r=0, dtype=torch.float32):
+    args = make_args(policy_model=str(model), lora_r=lora_r)
     actor = rlhf.ActorCritic(args, CPU, dtype)
-    torch.manual_seed(0)
-    nn.init.normal_(actor.value_head.weight)
+    randomise(actor)
     return actor
 
 
-def ragged(seed=0, lengths=((3, 5), (7, 2), (1, 1), (5, 5))):
-    """Prompts and responses of different lengths."""
-    rng = np.random.default_rng(seed)
-    texts = [rng.integers(2, 100, sum(both)).tolist() for both in lengths]
-    prompts = [text[:length] for text, (length, _) in zip(texts, lengths)]
-    return prompts, [text[length:] for text, (length, _) in zip(texts, lengths)]
+def random_texts(*lengths):
+    """Lists of so many tokens."""
+    rng = np.random.default_rng(lengths)
+    return [rng.integers(2, 100, length).tolist() for length in lengths]
+
+
+PROMPTS = random_texts(3, 7, 1, 5)
+RESPONSES = random_texts(5, 2, 1, 5)
+WITH_AND_WITHOUT_LORA = pytest.mark.parametrize("lora_r", [0, 2])
 
 
 def log_probs_alone(model, prompt, tokens, temperature=1.0):
@@ -245,7 +247,8 @@ def gradient(actor, loss):
 
 
 def assert_near(found, expected, share=1e-3):
-    assert expected.isfinite().all() and expected.norm() > 0
+    assert expected.isfinite().all()
+    assert expected.norm() > 0
     assert (found - expected).norm() < share * expected.norm()
 
 
@@ -253,17 +256,16 @@ def assert_near(found, expected, share=1e-3):
 
 
 @pytest.mark.parametrize(("kind", "lora_r"), [*product(FAMILIES, [0, 2]), ("Mamba", 0)])
-def test_padding_changes_nothing_in_any_family(load, toy, tmp_path, kind, lora_r):
+def test_padding_changes_nothing_in_any_family(toy, kind, lora_r):
     """Nor do dropout or gradient checkpointing, against the plain model on each text alone."""
-    make_policy(kind, tmp_path / kind, toy, **DROPOUTS)
+    make_policy(kind, kind, toy, **DROPOUTS)
     flags = {"lora_r": lora_r, "stop_at_eos": False, "gradient_checkpointing": True}
-    setup, args = load(policy_model=str(tmp_path / kind), **flags)
+    setup, args = load(policy_model=kind, **flags)
     setup.tokenizer.add_special_tokens({"pad_token": "<none>"})
     actor = setup.actor_critic
     randomise(actor)
-    prompts, responses = ragged()
-    _, targets = ragged(1, lengths=((3, 2), (7, 0), (1, 4), (5, 1)))
-    texts = [rlhf.collate(prompts, parts, CPU) for parts in (responses, targets)]
+    targets = random_texts(2, 0, 4, 1)
+    texts = [collate(PROMPTS, parts, CPU) for parts in (RESPONSES, targets)]
     layers = next(x for x in actor.critic.modules() if isinstance(x, nn.ModuleList))
     calls = []
     next(layers[0].children()).register_forward_pre_hook(lambda *_: calls.append(1))
@@ -274,27 +276,17 @@ def test_padding_changes_nothing_in_any_family(load, toy, tmp_path, kind, lora_r
     reference_log_prob = rlhf.token_log_probs(actor.reference, texts[0], 1.0)
     assert torch.allclose(reference_log_prob, log_prob) == (lora_r == 0)
     rlhf.check_sampling(setup, args)
-    samples = rlhf.generate(setup, prompts, do_sample=False)
 
-    expected, values, targets_expected = all_alone(actor, prompts, responses, targets)
-    torch.testing.assert_close(log_prob, expected, atol=1e-4, rtol=0)
-    torch.testing.assert_close(value, values, atol=1e-4, rtol=0)
-    torch.testing.assert_close(target_log_prob, targets_expected, atol=1e-4, rtol=0)
+    expected, values, targets_expected = all_alone(actor, PROMPTS, RESPONSES, targets)
+    assert_close(log_prob, expected, atol=1e-4, rtol=0)
+    assert_close(value, values, atol=1e-4, rtol=0)
+    assert_close(target_log_prob, targets_expected, atol=1e-4, rtol=0)
     assert_near(found, gradient(actor, expected.sum() + values.sum() + targets_expected.sum()))
-    for prompt, sample in zip(prompts, samples):
-        text = list(prompt)
-        for _ in range(10):
-            logits = actor.policy(torch.tensor([text])).logits[0, -1]
-            logits[actor.policy.generation_config.eos_token_id] = -torch.inf
-            text.append(logits.argmax().item())
-        assert text[len(prompt) :] == sample
 
 
-@pytest.mark.parametrize("fault", ["cache", "padding", "mask"])
-def test_a_policy_that_samples_otherwise_is_refused(run, toy, tmp_path, monkeypatch, fault):
-    """GPT-2 that is wrong where it has a cache or padding, and BERT, which has no causal mask."""
-    kind = "Bert" if fault == "mask" else "GPT2"
-    make_policy(kind, tmp_path / kind, toy, biases=False)
+@pytest.mark.parametrize("fault", ["cache", "padding"])
+def test_a_policy_that_samples_otherwise_is_refused(models, monkeypatch, fault):
+    """GPT-2 that is wrong where it has a cache or padding."""
     forward = transformers.GPT2LMHeadModel.forward
 
     def wrong(model, input_ids, attention_mask=None, **inputs):
@@ -305,15 +297,15 @@ def test_a_policy_that_samples_otherwise_is_refused(run, toy, tmp_path, monkeypa
         return output
 
     monkeypatch.setattr(transformers.GPT2LMHeadModel, "forward", wrong)
-    with pytest.raises(SystemExit, match="^error: .* samples otherwise than it is trained, by"):
-        run(policy_model=str(tmp_path / kind))
-    assert not list((tmp_path / "run").glob("*/*.csv"))
+    with refusal("samples otherwise than it is trained"):
+        run(policy_model=str(models["gpt2"]))
+    assert not list(Path("own").glob("*/*.csv"))
 
 
 @pytest.mark.parametrize(("amp", "shift", "is_refused"), [
     ("off", 0.02, True), ("off", 0.005, False), ("auto", 0.4, True), ("auto", 0.2, False)
 ])  # fmt: skip
-def test_sampling_may_differ_from_training_by_rounding(load, monkeypatch, amp, shift, is_refused):
+def test_sampling_may_differ_from_training_by_rounding(monkeypatch, amp, shift, is_refused):
     """By 0.01 nats a token in float32, and by 0.3 in bfloat16."""
     monkeypatch.setattr(rlhf, "has_bfloat16", lambda device: True)
     setup, args = load(amp=amp)
@@ -324,7 +316,7 @@ def test_sampling_may_differ_from_training_by_rounding(load, monkeypatch, amp, s
 
 
 @pytest.mark.parametrize(("top_k", "temperature"), [(3, 1.0), (0, 3.0)])
-def test_each_token_is_sampled_as_often_as_is_probable(load, models, top_k, temperature):
+def test_each_token_is_sampled_as_often_as_is_probable(models, top_k, temperature):
     """Among the likeliest k, if asked for."""
     flags = {"top_k": top_k, "temperature": temperature, "response_length": 1}
     setup, _ = load(policy_model=str(models["gpt2"]), **flags)
@@ -333,31 +325,31 @@ def test_each_token_is_sampled_as_often_as_is_probable(load, models, top_k, temp
     if top_k:
         p[p.argsort()[:-top_k]] = 0
     torch.manual_seed(0)
-    tokens = torch.tensor(rlhf.generate(setup, [[5, 6, 7]] * 10_000, do_sample=True))[:, 0]
+    tokens = torch.tensor(generate(setup, [[5, 6, 7]] * 10_000, do_sample=True))[:, 0]
     counts = tokens.bincount(minlength=len(p))
     assert ((counts > 0) <= (p > 0)).all()
-    torch.testing.assert_close(counts / 10_000, p / p.sum(), atol=0.02, rtol=0)
+    assert_close(counts / 10_000, p / p.sum(), atol=0.02, rtol=0)
 
 
-def test_all_end_tokens_of_the_policy_end_a_response(load, models, tmp_path):
+def test_all_end_tokens_of_the_policy_end_a_response(models):
     """One is out of the vocabulary. Without --stop-at-eos none of them is sampled."""
-    folder = shutil.copytree(models["gpt2"], tmp_path / "policy")
-    (folder / "generation_config.json").write_text('{"eos_token_id": [5, 9, 1000000]}')
-    ends = {AutoTokenizer.from_pretrained(folder).eos_token_id, 5, 9}
-    flags = {"policy_model": str(folder), "response_length": 50}
+    shutil.copytree(models["gpt2"], "policy")
+    Path("policy/generation_config.json").write_text('{"eos_token_id": [5, 9, 1000000]}')
+    ends = {AutoTokenizer.from_pretrained("policy").eos_token_id, 5, 9}
+    flags = {"policy_model": "policy", "response_length": 50}
     torch.manual_seed(0)
-    responses = rlhf.generate(load(**flags)[0], ragged()[0] * 50, do_sample=True)
+    responses = generate(load(**flags)[0], PROMPTS * 50, do_sample=True)
     assert {response[-1] for response in responses if len(response) < 50} == ends
     assert not any(ends & set(response[:-1]) for response in responses)
     setup, _ = load(**flags, stop_at_eos=False)
-    responses = rlhf.generate(setup, ragged()[0] * 50, do_sample=True)
+    responses = generate(setup, PROMPTS * 50, do_sample=True)
     assert {len(response) for response in responses} == {50}
     assert not ends & set(sum(responses, []))
 
 
 def test_in_bfloat16_the_last_layers_are_in_float32(models):
     actor = actor_critic(models["gpt2"], dtype=torch.bfloat16)
-    text = rlhf.collate(*ragged(), CPU)
+    text = collate(PROMPTS, RESPONSES, CPU)
     log_prob, value, _ = actor(text)
     with actor.autocast():
         policy_states, critic_states = (
@@ -366,27 +358,28 @@ def test_in_bfloat16_the_last_layers_are_in_float32(models):
         )
     expected = (policy_states @ actor.policy.lm_head.weight.T).log_softmax(-1)
     expected = expected.gather(-1, text.tokens[:, None])[:, 0]
-    torch.testing.assert_close(log_prob, expected, atol=1e-5, rtol=0)
+    assert_close(log_prob, expected, atol=1e-5, rtol=0)
     assert not torch.equal(log_prob, actor_critic(models["gpt2"])(text)[0])
-    torch.testing.assert_close(value, actor.value_head(critic_states)[:, 0])
+    assert_close(value, actor.value_head(critic_states)[:, 0])
 
 
-@pytest.mark.parametrize("lora_r", [0, 2])
-def test_only_the_language_part_of_a_multimodal_model_is_trained(toy, tmp_path, lora_r):
+@WITH_AND_WITHOUT_LORA
+def test_only_the_language_part_of_a_multimodal_model_is_trained(toy, lora_r):
     """All that is trained has a gradient, without which DDP stops."""
-    make_policy("Gemma3Text", tmp_path / "text", toy)
-    text = transformers.AutoConfig.from_pretrained(tmp_path / "text").to_dict()
+    make_policy("Gemma3Text", "text", toy)
+    text = transformers.AutoConfig.from_pretrained("text").to_dict()
     vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
     vision |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
     parts = {"text_config": text, "vision_config": vision}
     config = transformers.Gemma3Config(**parts, mm_tokens_per_image=4)
-    AutoModelForCausalLM.from_config(config).save_pretrained(tmp_path / "both")
-    actor = actor_critic(tmp_path / "both", lora_r)
-    log_prob, value, _ = actor(rlhf.collate(*ragged(), CPU))
+    AutoModelForCausalLM.from_config(config).save_pretrained("both")
+    actor = actor_critic("both", lora_r)
+    log_prob, value, _ = actor(collate(PROMPTS, RESPONSES, CPU))
     (log_prob.sum() + value.sum()).backward()
     learning = {name for name, p in actor.named_parameters() if p.requires_grad}
     assert learning == {name for name, p in actor.named_parameters() if p.grad is not None}
-    assert len(learning) > 10 and not any("vision" in name for name in learning)
+    assert len(learning) > 10
+    assert not any("vision" in name for name in learning)
 
 
 def test_with_lora_policy_and_critic_are_adapters_on_one_frozen_model(models):
@@ -395,7 +388,7 @@ def test_with_lora_policy_and_critic_are_adapters_on_one_frozen_model(models):
     for name, parameter in actor.named_parameters():
         assert parameter.requires_grad == ("lora_" in name or "value_head" in name)
         assert (parameter.dtype == torch.float32) == parameter.requires_grad
-    log_prob, value, _ = actor(rlhf.collate(*ragged(), CPU))
+    log_prob, value, _ = actor(collate(PROMPTS, RESPONSES, CPU))
     for loss, expected in ((log_prob, {"policy"}), (value, {"critic", "value_head"})):
         actor.zero_grad()
         loss.sum().backward()
@@ -403,52 +396,50 @@ def test_with_lora_policy_and_critic_are_adapters_on_one_frozen_model(models):
         assert {name.split(".")[0] for name in learning} == expected
 
 
-def test_models_that_do_not_fit_are_refused(toy, models, tmp_path, monkeypatch):
+def test_models_that_do_not_fit_are_refused(toy, models, monkeypatch):
     """Those that lack weights, a tokenizer or positions. Texts of exactly so many tokens fit."""
-    work_in(monkeypatch, toy.parent.parent)
-    adapter = shutil.copytree(models["adapter"], tmp_path / "adapter")
-    file = adapter / "adapter_model.safetensors"
+    shutil.copytree(models["adapter"], "adapter")
+    file = "adapter/adapter_model.safetensors"
     saved = safetensors.torch.load_file(file)
     renamed = {name.replace("lora_A", "lora_C"): weight for name, weight in saved.items()}
     safetensors.torch.save_file(renamed, file)
-    adapted = shutil.copytree(models["gpt2"], tmp_path / "adapted")
-    shutil.copy(models["adapter"] / "adapter_config.json", adapted)
+    shutil.copytree(models["gpt2"], "adapted")
+    shutil.copy("adapter/adapter_config.json", "adapted")
     long_rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
     lengths = {"max_position_embeddings": 64, "original_max_position_embeddings": 16}
-    make_policy("Phi3", tmp_path / "long", toy, rope_scaling=long_rope, **lengths)
-    long = ["--policy-model", tmp_path / "long", "--prompt-length", 7, "--response-length"]
-    files = shutil.ignore_patterns("token*")
-    bare = shutil.copytree(models["gpt2"], tmp_path / "bare", ignore=files)
-    data = write_data(tmp_path / "few.jsonl", text=[f"the plot {i} was dull" for i in range(40)])
-    few = ["--dataset", data, "--eval-episodes", 4, "--total-timesteps", 1, "--batch-size", 4]
+    make_policy("Phi3", "long", toy, rope_scaling=long_rope, **lengths)
+    long = ["--policy-model", "long", "--prompt-length", 7, "--response-length"]
+    shutil.copytree(models["gpt2"], "bare", ignore=shutil.ignore_patterns("token*"))
+    write_data("few.jsonl", text=[f"the plot {i} was dull" for i in range(40)])
+    few = "--dataset few.jsonl --eval-episodes 4 --total-timesteps 1 --batch-size 4".split()
     refusals = [
-        (["--reward-model", f"{rlhf.TOY}/policy"], "policy lacks 1 weights, such as score.weight$"),
-        (["--reward-model", adapter], "adapter lacks 4 weights, such as .*lora_A.weight$"),
-        (["--policy-model", adapted], "adapted has an adapter_config.json: merge or remove it$"),
-        (["--device", "cuda"], "there is no GPU$"),
-        (["--prompt-length", "40"], "has 64 positions, not 72$"),
-        ([*long, 10], "long has 16 positions, not 17$"),
-        (["--reward-model", f"{__file__}:constant"], "constant gets texts, .*'score'$"),
-        (["--policy-model", bare], f"^error: {bare} has no tokenizer"),
+        (["--reward-model", "runs/toy/policy"], "policy lacks 1 weights, such as score.weight"),
+        (["--reward-model", "./adapter"], "adapter lacks 4 weights, such as base_model"),
+        (["--policy-model", "adapted"], "adapted has an adapter_config.json: merge or remove it"),
+        (["--device", "cuda"], "there is no GPU"),
+        (["--prompt-length", "40"], "has 64 positions, not 72"),
+        ([*long, 10], "long has 16 positions, not 17"),
+        (["--reward-model", f"{__file__}:constant"], "constant gets texts, "),
+        (["--policy-model", "bare"], "bare has no tokenizer"),
     ]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for words, message in refusals:
-        with pytest.raises(SystemExit, match=message):
-            call_main(monkeypatch, *few, *words, "--runs-dir", tmp_path / "refused")
-        assert not (tmp_path / "refused").exists()
-    call_main(monkeypatch, *few, *long, 9, "--runs-dir", tmp_path / "runs")
+        assert message in call_main(monkeypatch, rlhf, *few, *words)
+        assert not list(Path("runs").glob("few__*"))
+    assert call_main(monkeypatch, rlhf, *few, *long, 9) == 0
 
 
-def test_a_classifier_is_what_was_saved(load, models, tmp_path):
+def test_a_classifier_is_what_was_saved(models):
     """With all its weights, while a policy may lose a value head."""
     for name in ("gpt2", "classifier"):
-        folder = shutil.copytree(models[name], tmp_path / name)
-        weights = safetensors.torch.load_file(folder / "model.safetensors")
+        shutil.copytree(models[name], name)
+        file = f"{name}/model.safetensors"
+        weights = safetensors.torch.load_file(file)
         weights["v_head.summary.weight"] = torch.ones(1, 16)
-        safetensors.torch.save_file(weights, folder / "model.safetensors", {"format": "pt"})
-    load(policy_model=str(tmp_path / "gpt2"))
-    with refusal(f"^error: {tmp_path}/classifier is no .*; unused weights: .*v_head.summary"):
-        load(reward_model=(str(tmp_path / "classifier"),))
+        safetensors.torch.save_file(weights, file, {"format": "pt"})
+    load(policy_model="gpt2")
+    with refusal("^error: classifier is no .*; unused weights: .*v_head.summary"):
+        load(reward_model=("classifier",))
 
 
 TEXT = "the plot was superb and the cast was dull ."
@@ -471,21 +462,21 @@ def test_prompts_and_targets_are_the_tokens_of_texts(toy, template, rows, prompt
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
         single=template, special_tokens=list(special.items())
     )
-    args = rlhf.Args(prompt_length=40, response_length=40)
+    args = Args(prompt_length=40, response_length=40)
     rows = datasets.Dataset.from_dict(rows).to_list()
-    new = [rlhf.tokenize(row, tokenizer, args) for row in rows]
+    new = [tokenize(row, tokenizer, args) for row in rows]
     plain = AutoTokenizer.from_pretrained(toy / "policy", bos_token="<s>")
     texts = zip(plain(prompts)["input_ids"], plain(targets)["input_ids"])
     assert [(prompt, target) for prompt, target, _ in new] == [*texts]
 
     start = [special[template[:3]]] if template[0] == "<" else []
     ids = plain(TEXT)["input_ids"]
-    first, second, _ = rlhf.tokenize({"text": TEXT}, tokenizer, args)
+    first, second, _ = tokenize({"text": TEXT}, tokenizer, args)
     assert first + second == [*start, *ids, tokenizer.eos_token_id]
     assert len(first) == len(start + ids) // 2
-    new = rlhf.tokenize({"text": TEXT}, tokenizer, replace(args, prompt_length=4))
+    new = tokenize({"text": TEXT}, tokenizer, replace(args, prompt_length=4))
     assert new == (start + first[len(start) - 4 :], second, len(first))
-    new = rlhf.tokenize({"text": TEXT}, tokenizer, replace(args, response_length=3))
+    new = tokenize({"text": TEXT}, tokenizer, replace(args, response_length=3))
     assert new == (first, second[:3], len(first))
 
 
@@ -510,18 +501,18 @@ BEGUN = {"role": "assistant", "content": "it was"}
 ASKED = "<|user|>the plot<|end|>\n<|assistant|>"
 
 
-@pytest.mark.parametrize(("template", "messages", "variables", "text", "end"), [
-    (CHATML, [], "{}", ASKED, "<|end|>"),
-    (CHATML, [BEGUN], "{}", f"{ASKED}it was", "<|end|>"),
-    ("<s>" + CHATML, [], "{}", f"<s>{ASKED}", "<|end|>"),
-    (CHATML.replace("<|end|>", ""), [], "{}", ASKED.replace("<|end|>", ""), END),
+@pytest.mark.parametrize(("template", "messages", "text", "end"), [
+    (CHATML, [], ASKED, "<|end|>"),
+    (CHATML, [BEGUN], f"{ASKED}it was", "<|end|>"),
+    ("<s>" + CHATML, [], f"<s>{ASKED}", "<|end|>"),
+    (CHATML.replace("<|end|>", ""), [], ASKED.replace("<|end|>", ""), END),
 ])  # fmt: skip
-def test_chat_is_written_in_the_template(chat_tokenizer, template, messages, variables, text, end):
+def test_chat_is_written_in_the_template(chat_tokenizer, template, messages, text, end):
     """Targets end, and responses may, as the template says; a turn that was begun is continued."""
-    args = rlhf.Args(prompt_length=40, response_length=9, chat_template_kwargs=variables)
+    args = Args(prompt_length=40, response_length=9)
     chat_tokenizer.chat_template = template
     row = {"prompt": CHAT + messages, "label": " was dull"}
-    prompt, target, _ = rlhf.tokenize(row, chat_tokenizer, args)
+    prompt, target, _ = tokenize(row, chat_tokenizer, args)
     assert chat_tokenizer.decode(prompt) == text
     assert chat_tokenizer.decode(target) == f" was dull{end}"
     base = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[None, 10**6]))
@@ -530,9 +521,16 @@ def test_chat_is_written_in_the_template(chat_tokenizer, template, messages, var
     assert set(chat_tokenizer.convert_ids_to_tokens(ends)) == {END, end}
     ends = rlhf.end_tokens({"prompt": "a"}, chat_tokenizer, base, args)
     chat_tokenizer.chat_template = "{% if tools %}<s>{% endif %}" + CHATML
-    tokens, _, _ = rlhf.tokenize(row | {"tools": [CALL]}, chat_tokenizer, args)
+    tokens, _, _ = tokenize(row | {"tools": [CALL]}, chat_tokenizer, args)
     assert tokens[0] == chat_tokenizer.bos_token_id
     assert chat_tokenizer.convert_ids_to_tokens(ends) == [END]
+
+
+def read(tokenizer, rows, **flags):
+    """Loads rows, as a run does."""
+    Path("a.json").write_text(json.dumps(rows))
+    args = Args(dataset="a.json", **{"prompt_length": 99} | flags)
+    return rlhf.load_rows("a.json", Accelerator(cpu=True), tokenizer, args)
 
 
 CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
@@ -556,18 +554,18 @@ THINKS = (  # as templates of models that think
     ("<|channel|>", ""),
 ])  # fmt: skip
 @pytest.mark.parametrize("ce_coef", [0.0, 0.1])
-def test_a_target_is_what_the_template_writes(chat_tokenizer, tmp_path, begun, target, ce_coef):
+def test_a_target_is_what_the_template_writes(chat_tokenizer, begun, target, ce_coef):
     """Behind the prompt that is sampled from. What it does not write there is no target, and is
     refused if it should be imitated."""
     chat_tokenizer.chat_template = THINKS
     flags = {"chat_template_kwargs": json.dumps({"begun": begun}), "response_length": 99}
     row = {"prompt": CHAT, "label": "was dull"}
-    args = rlhf.Args(prompt_length=99, ce_coef=ce_coef, **flags)
+    args = Args(prompt_length=99, ce_coef=ce_coef, **flags)
     if ce_coef and not target:
         with pytest.raises(ValueError, match="writes no label behind '.*channel.>'.*prompt$"):
-            rlhf.tokenize(row, chat_tokenizer, args)
+            tokenize(row, chat_tokenizer, args)
         return
-    prompt, tokens, _ = rlhf.tokenize(row, chat_tokenizer, args)
+    prompt, tokens, _ = tokenize(row, chat_tokenizer, args)
     assert chat_tokenizer.decode(prompt) == ASKED + begun
     assert chat_tokenizer.decode(tokens) == target
     assert tokens == chat_tokenizer(target)["input_ids"]
@@ -586,18 +584,13 @@ THOUGHTS = "<think>so</think>dull"
     (CHATML.replace("<|assistant|>", "<|assistant|>a"), [*CHAT, BEGUN], "no target: the chat"),
     (CHATML, [*CHAT, BEGUN], ""),
 ])  # fmt: skip
-def test_what_a_label_loses_is_said(
-    chat_tokenizer, tmp_path, capsys, template, messages, said_once
-):
+def test_what_a_label_loses_is_said(chat_tokenizer, capsys, template, messages, said_once):
     rlhf.warn.cache_clear()
     chat_tokenizer.chat_template = template
-    path = tmp_path / "a.jsonl"
-    path.write_text((json.dumps({"messages": messages}) + "\n") * 3)
-    args = rlhf.Args(dataset=str(path), prompt_length=99)
-    rlhf.load_rows(str(path), Accelerator(cpu=True), chat_tokenizer, args)
-    lines = [line for line in capsys.readouterr().err.splitlines() if line.startswith("warning: ")]
-    assert len(lines) == bool(said_once)
-    assert all(said_once in line for line in lines)
+    read(chat_tokenizer, [{"messages": messages}] * 3)
+    errors = capsys.readouterr().err
+    assert errors.count("warning: ") == bool(said_once)
+    assert said_once in errors
 
 
 def test_a_target_has_no_space_of_the_tokenizer(chat_tokenizer):
@@ -605,8 +598,8 @@ def test_a_target_has_no_space_of_the_tokenizer(chat_tokenizer):
     chat_tokenizer.backend_tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=True)
     chat_tokenizer.chat_template = "{% for m in messages %}|{{ m.content }}{% endfor %}|"
     row = {"prompt": CHAT, "label": "was dull"}
-    args = rlhf.Args(prompt_length=99, response_length=99)
-    prompt, target, _ = rlhf.tokenize(row, chat_tokenizer, args)
+    args = Args(prompt_length=99, response_length=99)
+    prompt, target, _ = tokenize(row, chat_tokenizer, args)
     assert chat_tokenizer.decode(prompt + target) == f" |the plot|was dull|{END}"
 
 
@@ -615,13 +608,6 @@ def test_the_end_of_a_turn_is_no_white_space(chat_tokenizer):
     chat_tokenizer.add_tokens(["\n\n"])
     chat_tokenizer.chat_template = "{% for m in messages %}{{ m.content }}\n\n{% endfor %}"
     assert rlhf.turn_end(chat_tokenizer, {}) == chat_tokenizer.eos_token_id
-
-
-def read_chat(path, tokenizer, chat, **flags):
-    """Loads a row of messages, as a run does."""
-    path.write_text(json.dumps({"prompt": chat}))
-    args = rlhf.Args(dataset=str(path), **{"prompt_length": 99} | flags)
-    return rlhf.load_rows(str(path), Accelerator(cpu=True), tokenizer, args)
 
 
 def rendering(message):
@@ -635,13 +621,11 @@ def rendering(message):
     (rendering("{{ m.content | trim }}"), [said("user", " the plot\n")], ""),
     (rendering("{{ m.content or m.tool_calls }}"), [said("a", None, tool_calls=[CALL]), *CHAT], ""),
 ])  # fmt: skip
-def test_messages_that_do_not_reach_the_policy_are_refused(
-    chat_tokenizer, tmp_path, template, chat, message
-):
+def test_messages_that_do_not_reach_the_policy_are_refused(chat_tokenizer, template, chat, message):
     """But a template may change a text."""
     chat_tokenizer.chat_template = template
     with refusal(f"^error: row 1 of .*a.json: .*{message}", bool(message)):
-        read_chat(tmp_path / "a.json", chat_tokenizer, chat)
+        read(chat_tokenizer, {"prompt": chat})
 
 
 @pytest.mark.parametrize(("row", "prompt", "label"), [
@@ -649,44 +633,38 @@ def test_messages_that_do_not_reach_the_policy_are_refused(
     ({"messages": [*CHAT, BEGUN, *CHAT]}, [*CHAT, BEGUN, *CHAT], None),
     ({"messages": [*CHAT, BEGUN], "label": 3}, CHAT, 3),
     ({"messages": [*CHAT, BEGUN], "prompt": CHAT}, CHAT, None),
-    ({"messages": [*CHAT, BEGUN], "text": "the plot"}, None, None),
     ({"messages": [BEGUN]}, "", None),
-    ({"messages": []}, "", None),
     ({"messages": "the plot"}, "", None),
 ])  # fmt: skip
-def test_the_last_message_is_the_label_if_it_is_the_assistants(
-    chat_tokenizer, tmp_path, row, prompt, label
-):
-    path = tmp_path / "a.json"
-    path.write_text(json.dumps(row))
+def test_the_last_message_is_the_label_if_it_is_the_assistants(chat_tokenizer, row, prompt, label):
     with refusal("row 1 of .* needs a 'prompt'.*, 'messages' or a 'text'", prompt == ""):
-        (read,) = rlhf.load_rows(
-            str(path), Accelerator(cpu=True), chat_tokenizer, rlhf.Args(prompt_length=99)
-        )
-        assert (read.get("prompt"), read.get("label")) == (prompt, label)
-        assert read.items() >= row.items()  # a reward function gets these, too
+        (found,) = read(chat_tokenizer, row)
+        assert found["prompt"] == prompt
+        assert found.get("label") == label
+        assert found.items() >= row.items()  # a reward function gets these, too
 
 
-def test_messages_are_not_cut_and_variables_are_the_templates(chat_tokenizer, tmp_path):
-    path = tmp_path / "a.json"
+def test_messages_are_not_cut_and_variables_are_the_templates(chat_tokenizer):
     longest = len(chat_tokenizer(ASKED)["input_ids"])
-    read_chat(path, chat_tokenizer, CHAT, prompt_length=longest)
-    with refusal(f"{path}: to keep messages whole, --prompt-length {longest}$"):
-        read_chat(path, chat_tokenizer, CHAT, prompt_length=longest - 1)
+    row = {"prompt": CHAT}
+    read(chat_tokenizer, row, prompt_length=longest)
+    with refusal(f"to keep messages whole, --prompt-length {longest}$"):
+        read(chat_tokenizer, row, prompt_length=longest - 1)
     with refusal("no chat template has 'thinking'$"):
-        read_chat(path, chat_tokenizer, CHAT, chat_template_kwargs='{"thinking": 1}')
+        read(chat_tokenizer, row, chat_template_kwargs='{"thinking": 1}')
 
 
 def test_a_completion_includes_the_assistants_text_in_the_prompt(chat_tokenizer):
     """As in TRL, so that classifiers read one turn of it."""
     rows = [{"prompt": [*CHAT, BEGUN]}, {"prompt": CHAT}]
-    prompts = [rlhf.tokenize(row, chat_tokenizer, rlhf.Args())[0] for row in rows]
+    prompts = [tokenize(row, chat_tokenizer, Args())[0] for row in rows]
     ids = [chat_tokenizer(" dull")["input_ids"]] * 2
     seen = []
     setup = SimpleNamespace(tokenizer=chat_tokenizer, columns=["prompt"])
     setup.reward_models = [lambda **inputs: seen.append(inputs) or [0.0, 0.0]]
     rlhf.score(setup, make_args(), rows, prompts, ids)
-    assert seen[0]["prompts"] == [CHAT, CHAT] and seen[0]["completion_ids"] == ids
+    assert seen[0]["prompts"] == [CHAT, CHAT]
+    assert seen[0]["completion_ids"] == ids
     texts = ["it was dull", " dull"]
     assert seen[0]["completions"] == [[said("assistant", text)] for text in texts]
 
@@ -694,17 +672,17 @@ def test_a_completion_includes_the_assistants_text_in_the_prompt(chat_tokenizer)
 # Reward models
 
 CLASSIFIERS = {  # kind: (folder of the base, changes of its configuration)
-    "two labels": ("reward", {}),
+    "two labels": ("runs/toy/reward", {}),
     "left padding": ("classifier", {}),
     "no padding token": ("llama", {"num_labels": 1}),
     "adapter of three labels": ("gptj", {"num_labels": 3}),
 }
 
 
-def make_classifier(kind, folder, toy, models):
-    """Saves it, and returns it and its tokenizer. An adapter has its own, too."""
+def make_classifier(kind, toy, models):
+    """Saves it in classifier/, and returns it and its tokenizer. An adapter has its own, too."""
     base, changes = CLASSIFIERS[kind]
-    base = {**models, "reward": toy / "reward", "llama": folder / "llama"}[base]
+    base = models.get(base, base)
     if kind == "no padding token":
         make_policy("Llama", base, toy, max_position_embeddings=64, pad_token_id=None)
         AutoTokenizer.from_pretrained(base, pad_token=None).save_pretrained(base)
@@ -718,21 +696,21 @@ def make_classifier(kind, folder, toy, models):
         tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
             single="$A <e>", special_tokens=special
         )
-    model.save_pretrained(folder / "classifier")
-    tokenizer.save_pretrained(folder / "classifier")
+    model.save_pretrained("classifier")
+    tokenizer.save_pretrained("classifier")
     return model.eval(), tokenizer
 
 
-def classifier_scores(folder, texts, label=None, dtype=torch.float32, **inputs):
-    args = rlhf.Args(reward_label=label)
-    reward_model = rlhf.classifier_reward(str(folder), args, CPU, dtype)
+def classifier_scores(texts, label=None, dtype=torch.float32, **inputs):
+    args = Args(reward_label=label)
+    reward_model = rlhf.classifier_reward("classifier", args, CPU, dtype)
     return reward_model(**{"texts": texts, "prompts": texts, "completions": texts} | inputs)
 
 
 @pytest.mark.parametrize("kind", CLASSIFIERS)
-def test_a_classifier_scores_a_text_alike_alone_and_in_a_batch(toy, tmp_path, models, kind):
+def test_a_classifier_scores_a_text_alike_alone_and_in_a_batch(toy, models, kind):
     """Also where it closes with the token that pads. One that is too long loses its beginning."""
-    model, tokenizer = make_classifier(kind, tmp_path, toy, models)
+    model, tokenizer = make_classifier(kind, toy, models)
     texts = [f"{TEXT}{END}", f"the plot{END}", "the cast was warm", " ".join([TEXT] * 20)]
     texts += ["the cast was awful ."] * 20
     tokenizer.truncation_side = "left"
@@ -745,41 +723,38 @@ def test_a_classifier_scores_a_text_alike_alone_and_in_a_batch(toy, tmp_path, mo
     if config.num_labels > 1:
         expected = expected.softmax(-1)
     assert len(expected.unique()) > 4
-    folder = tmp_path / "classifier"
     for label in range(config.num_labels):
-        scores = torch.tensor(classifier_scores(folder, texts, label))
-        torch.testing.assert_close(scores, expected[:, label], atol=1e-5, rtol=1e-5)
-        rounded = torch.tensor(classifier_scores(folder, texts, label, torch.bfloat16))
-        torch.testing.assert_close(rounded, scores, rtol=0.1, atol=0.1)
+        scores = torch.tensor(classifier_scores(texts, label))
+        assert_close(scores, expected[:, label], atol=1e-5, rtol=1e-5)
+        rounded = torch.tensor(classifier_scores(texts, label, torch.bfloat16))
+        assert_close(rounded, scores, rtol=0.1, atol=0.1)
     if config.num_labels < 3:  # the reward of two is that of label 1
-        assert classifier_scores(folder, texts) == scores.tolist()
+        assert classifier_scores(texts) == scores.tolist()
     else:
         with pytest.raises(SystemExit, match="--reward-label must be one of {0: .*, not None$"):
-            classifier_scores(folder, texts)
+            classifier_scores(texts)
 
 
-def test_a_classifier_reads_messages_in_its_own_template(toy, tmp_path):
+def test_a_classifier_reads_messages_in_its_own_template():
     """With the special tokens of the template only. Without one it reads the text."""
-    folder = tmp_path / "reward"
-    shutil.copytree(toy / "reward", folder)
+    shutil.copytree("runs/toy/reward", "classifier")
     inputs = {"texts": ["user\nthe plot"], "prompts": [[{"role": "user", "content": "the plot"}]]}
     inputs["completions"] = [[{"role": "assistant", "content": "was dull"}]]
-    text = classifier_scores(folder, ["user\nthe plot"])
-    assert classifier_scores(folder, **inputs) == text
-    tokenizer = AutoTokenizer.from_pretrained(folder)
+    text = classifier_scores(["user\nthe plot"])
+    assert classifier_scores(**inputs) == text
+    tokenizer = AutoTokenizer.from_pretrained("classifier")
     tokenizer.chat_template = "[CLS]{% for m in messages %} {{ m.content }}{% endfor %}[SEP]"
-    tokenizer.save_pretrained(folder)
-    assert classifier_scores(folder, **inputs) == classifier_scores(folder, ["the plot was dull"])
+    tokenizer.save_pretrained("classifier")
+    assert classifier_scores(**inputs) == classifier_scores(["the plot was dull"])
     tokenizer.chat_template = rendering("{{ m.content if m.role != 'user' }}")
-    tokenizer.save_pretrained(folder)
-    with refusal("reward: the chat template drops what 'user' says$"):
-        classifier_scores(folder, **inputs)
+    tokenizer.save_pretrained("classifier")
+    with refusal("classifier: the chat template drops what 'user' says$"):
+        classifier_scores(**inputs)
 
 
-@pytest.mark.parametrize("size", [1, None])
-def test_a_reward_function_gets_all_texts_of_a_rollout_at_once(load, size):
+def test_a_reward_function_gets_all_texts_of_a_rollout_at_once():
     """Whatever the size of micro batches, and what belongs to them. Each sample gets its score."""
-    setup, args = load(micro_batch_size=size)
+    setup, args = load(micro_batch_size=1)
     seen = []
 
     def rank(texts):
@@ -797,8 +772,9 @@ def test_a_reward_function_gets_all_texts_of_a_rollout_at_once(load, size):
         "text": [x.row["text"] for x in samples],
     }
     for x in samples:
-        assert (x.prompt, x.target) == rlhf.tokenize(x.row, setup.tokenizer, args)[:2]
-    assert [x.scores for x in samples] == rank(inputs["texts"]) and len(samples) > 8
+        assert (x.prompt, x.target) == tokenize(x.row, setup.tokenizer, args)[:2]
+    assert [x.scores for x in samples] == rank(inputs["texts"])
+    assert len(samples) > 8
     assert rlhf.sample_responses(setup, args, []) == []  # a process without texts of its own
 
 
@@ -816,11 +792,11 @@ def whatever(**kwargs): return [float(kwargs["answer"][0] == 3 and "texts" in kw
 """
 
 
-def test_a_reward_file_may_import_files_beside_it(tmp_path):
+def test_a_reward_file_may_import_files_beside_it():
     """It gets the arguments that it names, may be TRL's, and gives one score for each text."""
-    (tmp_path / "own_neighbour.py").write_text("length = len")
-    (tmp_path / "own_rewards.py").write_text(OWN_REWARDS)
-    file = f"{tmp_path}/own_rewards.py"
+    Path("own_neighbour.py").write_text("length = len")
+    file = "own_rewards.py"
+    Path(file).write_text(OWN_REWARDS)
     inputs = {"texts": ["ab", "abc"], "completions": ["b", "bc"], "answer": [3, 3]}
     assert function_reward(f"{file}:own", **inputs) == [2, 3]
     for name in ("with_default", "whatever"):
@@ -832,16 +808,14 @@ def test_a_reward_file_may_import_files_beside_it(tmp_path):
             function_reward(f"{file}:{name}", **inputs)
 
 
-def test_relative_paths_begin_where_the_script_was_started(toy, tmp_path, monkeypatch):
-    work_in(monkeypatch, toy.parent.parent)
-    file = tmp_path / "leaving.py"
-    file.write_text("import os\nos.chdir('/')\ndef own(texts): pass")
-    rlhf.prepare(make_args(reward_model=(f"{file}:own",)))
-    assert Path.cwd() == toy.parent.parent
+def test_relative_paths_begin_where_the_script_was_started(tmp_path):
+    Path("leaving.py").write_text("import os\nos.chdir('/')\ndef own(texts): pass")
+    rlhf.prepare(make_args(reward_model=("leaving.py:own",)))
+    assert Path.cwd() == tmp_path
 
 
 @pytest.mark.parametrize("weights", [(), (2.0, 10.0, -0.5)])
-def test_the_reward_is_the_weighted_sum_or_else_the_mean(run, monkeypatch, weights):
+def test_the_reward_is_the_weighted_sum_or_else_the_mean(monkeypatch, weights):
     """A function may return None for texts that others score, and change its arguments."""
     names = tuple(f"{__file__}:{name}" for name in ("of_some_texts", "text_lengths", "of_no_text"))
     collected = record(monkeypatch, rlhf, "sample_responses")
@@ -849,41 +823,38 @@ def test_the_reward_is_the_weighted_sum_or_else_the_mean(run, monkeypatch, weigh
     flags = {"total_timesteps": 8, "reward_model": names, "eval_episodes": 8}
     row = progress(run(reward_weights=weights, **flags))[-1]
     decode = AutoTokenizer.from_pretrained("runs/toy/policy").decode
-    total, prefixes = ["charts/episodic_return", "return_mean"], ["rewards/", "eval_"]
+    total = ["charts/episodic_return", "return_mean"]
+    prefixes = ["rewards/", "eval_"]
     for (_, samples), mean, prefix in zip(collected[-2:], total, prefixes):  # training, its end
         texts = [decode(x.prompt + x.response, skip_special_tokens=True) for x in samples]
         scores = np.array([of_some_texts([*texts]), text_lengths(texts)], float)
         found = ~np.isnan(scores[0])
-        assert found.any() and not found.all()
+        assert found.any()
+        assert not found.all()
         rewards = np.dot(weights[:2] or (1 / 3, 1 / 3), np.nan_to_num(scores))
         expected = {mean: rewards.mean(), f"{prefix}{names[1]}": scores[1].mean()}
         expected[f"{prefix}{names[0]}"] = scores[0, found].mean()
-        assert {name: row[name] for name in expected} == pytest.approx(expected, rel=1e-5)
+        assert {name: row[name] for name in expected} == approx(expected, rel=1e-5)
     paid = np.mean([args[0] for args, _ in advantages])
-    assert paid == pytest.approx(row["charts/episodic_return"])
+    assert paid == approx(row["charts/episodic_return"])
 
 
 @pytest.mark.parametrize(("names", "message"), [
     (["of_some_texts"], "no reward model scores one of the texts; one must give a number$"),
     (["text_lengths", "infinite_scores"], "a score of .*:infinite_scores is not finite$"),
 ])  # fmt: skip
-def test_scores_that_are_no_numbers_are_refused(run, names, message):
+def test_scores_that_are_no_numbers_are_refused(names, message):
     with pytest.raises(SystemExit, match=message):
         run(reward_model=tuple(f"{__file__}:{name}" for name in names))
 
 
-def test_a_run_says_what_is_trained_and_that_equal_rewards_teach_nothing(run, models, capsys):
+def test_a_run_says_that_equal_rewards_teach_nothing(capsys):
     """Once, at the first such rollout."""
-    run("usual", total_timesteps=8)
-    assert "all rewards" not in capsys.readouterr().err
     rlhf.warn.cache_clear()
-    flags = {"policy_model": str(models["gptj"]), "lora_r": 2}
-    folder = run(**flags, reward_model=(f"{__file__}:always_half",))
-    output = capsys.readouterr()
-    count = sum(weight.numel() for weight in checkpoint(folder)["agent"].values())
-    assert f": trains {count:,} parameters; adapters on q_proj, v_proj\n" in output.out
-    assert output.err.count("warning: all rewards of a rollout are 0.5, so") == 1
-    assert progress(folder)[-1]["charts/reward_std"] == 0
+    run(total_timesteps=8)
+    assert "all rewards" not in capsys.readouterr().err
+    run(reward_model=(f"{__file__}:always_half",))
+    assert capsys.readouterr().err.count("warning: all rewards of a rollout are 0.5, so") == 1
 
 
 # Losses and advantages
@@ -892,31 +863,32 @@ def test_a_run_says_what_is_trained_and_that_equal_rewards_teach_nothing(run, mo
 @pytest.mark.parametrize("length", [1, 9])
 def test_advantages_are_sums_over_the_tokens_of_a_text(length):
     log_ratio, value = torch.randn(2, length, dtype=torch.float64)
-    args = rlhf.Args(gamma=0.9, gae_lambda=0.7, kl_coef=0.3)
+    args = Args(gamma=0.9, gae_lambda=0.7, kl_coef=0.3)
     advantage, returns = rlhf.token_advantages(2.0, log_ratio, value, args)
     deltas = -0.3 * log_ratio - value
     deltas[:-1] += 0.9 * value[1:]
     deltas[-1] += 2.0
     for t in range(length):
         expected = sum((0.9 * 0.7) ** (s - t) * deltas[s] for s in range(t, length))
-        torch.testing.assert_close(advantage[t], expected)
-        torch.testing.assert_close(returns[t], expected + value[t])
+        assert_close(advantage[t], expected)
+        assert_close(returns[t], expected + value[t])
 
 
-def test_a_rollout_logs_kl_entropy_length_deviation_and_explained_variance(run, monkeypatch):
+def test_a_rollout_logs_kl_entropy_length_deviation_and_explained_variance(monkeypatch):
     collected = record(monkeypatch, rlhf, "sample_responses")
     row = progress(run(total_timesteps=8))[-1]
     _, samples = collected[1]  # that of the training
     scores = [sample.scores[0] for sample in samples]
-    assert row["charts/reward_std"] == pytest.approx(np.std(scores), rel=1e-5)
-    log_prob = rlhf.joined(samples, "log_prob")
-    log_ratio = log_prob - rlhf.joined(samples, "reference_log_prob")
-    assert row["charts/kl"] == pytest.approx(log_ratio.sum().item() / 8, abs=1e-5)
-    assert row["losses/entropy"] == pytest.approx(-log_prob.mean().item(), rel=1e-5)
+    assert row["charts/reward_std"] == approx(np.std(scores), rel=1e-5)
+    log_prob = joined(samples, "log_prob")
+    log_ratio = log_prob - joined(samples, "reference_log_prob")
+    assert row["charts/kl"] == approx(log_ratio.sum().item() / 8, abs=1e-5)
+    assert row["losses/entropy"] == approx(-log_prob.mean().item(), rel=1e-5)
     assert row["charts/episodic_length"] == len(log_prob) / 8
-    value, returns = rlhf.joined(samples, "value"), rlhf.joined(samples, "returns")
+    value = joined(samples, "value")
+    returns = joined(samples, "returns")
     explained = 1 - (returns - value).var().item() / returns.var().item()
-    assert row["losses/explained_variance"] == pytest.approx(explained, abs=1e-4)
+    assert row["losses/explained_variance"] == approx(explained, abs=1e-4)
 
 
 # Runs
@@ -930,10 +902,11 @@ ODD = [
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json.gz", "a.csv"])
-def test_a_reward_function_gets_the_values_of_the_file(tmp_path, name):
+def test_a_reward_function_gets_the_values_of_the_file(name):
     """With their types, also from Windows."""
-    path = tmp_path / name
-    expected, lines = ODD, [json.dumps(row) for row in ODD]
+    path = Path(name)
+    expected = ODD
+    lines = [json.dumps(row) for row in ODD]
     if name == "a.jsonl":
         path.write_text("\r\n".join(["", lines[0], "", *lines[1:]]), "utf-8-sig")
     elif name == "a.json.gz":
@@ -945,31 +918,24 @@ def test_a_reward_function_gets_the_values_of_the_file(tmp_path, name):
             table.writeheader()
             table.writerows(ODD)
         expected = [{name: str(row.get(name) or "") for name in columns} for row in ODD]
-    rows = rlhf.read_rows(str(path))
-    assert [{n: (x, type(x)) for n, x in row.items()} for row in rows] == [
-        {n: (x, type(x)) for n, x in row.items()} for row in expected
-    ]
+    rows = rlhf.read_rows(name)
+    assert json.dumps(rows) == json.dumps(expected)
 
 
-@pytest.mark.parametrize("kind", ["parquet", "saved", "json"])
-def test_tools_and_messages_of_tables_lack_the_other_rows_keys(tmp_path, kind):
-    """JSON has its own nulls, and other columns keep theirs."""
+@pytest.mark.parametrize("is_file", [True, False])
+def test_tools_and_messages_of_tables_lack_the_other_rows_keys(is_file):
+    """Other columns have all."""
     tools = [[{"name": "f", "x": {"a": [1]}}], [{"name": "g", "y": 2}]]
     chats = [[said("user", "a", thinking="b")], CHAT]
-    infos = [{"a": 1}, {"b": None}]
-    columns = {"prompt": chats, "tools": tools, "info": infos}
-    rows = [dict(zip(columns, values)) for values in zip(*columns.values())]
-    path = tmp_path / "a.json"
-    if kind == "json":
-        path.write_text(json.dumps(rows))
-    elif kind == "parquet":
-        path = Path(write_data(tmp_path / "a.parquet", **columns))
+    columns = {"prompt": chats, "tools": tools, "info": [{"a": 1}, {"b": None}]}
+    if is_file:
+        write_data("a.parquet", **columns)
     else:
-        datasets.Dataset.from_dict(columns).save_to_disk(path)
-    read = rlhf.read_rows(str(path))
-    assert [row["tools"] for row in read] == tools and [row["prompt"] for row in read] == chats
-    expected = infos if kind == "json" else [{"a": 1, "b": None}, {"a": None, "b": None}]
-    assert [row["info"] for row in read] == expected
+        datasets.Dataset.from_dict(columns).save_to_disk("a.parquet")
+    rows = rlhf.read_rows("a.parquet")
+    assert [row["prompt"] for row in rows] == chats
+    assert [row["tools"] for row in rows] == tools
+    assert [row["info"] for row in rows] == [{"a": 1, "b": None}, {"a": None, "b": None}]
 
 
 LINE = b'{"prompt": "a"}\n'
@@ -986,25 +952,23 @@ LINE = b'{"prompt": "a"}\n'
     ("a.csv", b'prompt,label\na,"b\nc,d\n'),
     ("a.txt", b"a\nb\n"),
 ])  # fmt: skip
-def test_data_that_cannot_be_used_are_refused(load, tmp_path, name, content):
+def test_data_that_cannot_be_used_are_refused(name, content):
     """Files that are not what their names say. Rows without a prompt, with two kinds of prompts or
     with messages as text."""
-    path = tmp_path / name
-    path.write_bytes(content)
-    with refusal(f"^error: .*{path}"):
-        load(dataset=str(path))
+    Path(name).write_bytes(content)
+    with refusal(f"^error: .*{name}"):
+        load(dataset=name)
 
 
-def test_a_supervised_loss_needs_targets_in_the_training_data(load, tmp_path):
-    path = write_data(tmp_path / "a.jsonl", prompt=["a"] * 8)
+def test_a_supervised_loss_needs_targets_in_the_training_data():
+    write_data("a.jsonl", prompt=["a"] * 8)
     with refusal("^error: --ce-coef needs a column 'label' of texts in the training data"):
-        load(dataset=path, ce_coef=1.0)
+        load(dataset="a.jsonl", ce_coef=1.0)
 
 
-def test_a_split_of_the_data_is_named(tmp_path, monkeypatch):
+def test_a_split_of_the_data_is_named(monkeypatch):
     """Of a folder, such as a clone from the hub, of one that `datasets` saved, or on the hub. Types
     in a folder of other files would be guessed, and some files left out."""
-    work_in(monkeypatch, tmp_path)
     rows = {"prompt": ["the, plot", "the\nplot"], "label": ["2037-05-06", "0027"]}
     data = datasets.Dataset.from_dict(rows)
     other = datasets.Dataset.from_dict({name: ["other"] for name in rows})
@@ -1029,44 +993,31 @@ def test_without_held_out_data_a_tenth_is_held_out():
     """Of distinct prompts, whatever the seed. Too few rows are refused."""
     rows = [{"text": f"text {i}"} for i in range(200)]
     args = make_args(dataset="a", batch_size=180, eval_episodes=20)
-    train_data, eval_data = rlhf.split_rows(rows * 2, [], args)
-    assert (len(train_data), len(eval_data)) == (360, 20)
+    train_data, eval_data = split_rows(rows * 2, [], args)
+    assert len(train_data) == 360
+    assert len(eval_data) == 20
     assert not {row["text"] for row in train_data} & {row["text"] for row in eval_data}
-    assert rlhf.split_rows(rows * 2, [], replace(args, seed=2)) == (train_data, eval_data)
+    assert split_rows(rows * 2, [], replace(args, seed=2)) == (train_data, eval_data)
     first = sorted(rows, key=lambda row: row["text"])[:20]
-    for held_out in (eval_data, rlhf.split_rows(rows, first + rows, args)[1]):
+    for held_out in (eval_data, split_rows(rows, first + rows, args)[1]):
         assert sum(row in first for row in held_out) < 10  # it is drawn
-    rlhf.split_rows(rows, [], args)  # enough
+    split_rows(rows, [], args)  # enough
     with refusal("^error: .* and 20 held out are too few for --batch-size"):
-        rlhf.split_rows(rows, [], replace(args, batch_size=184))
+        split_rows(rows, [], replace(args, batch_size=184))
 
 
-def test_sppo_is_ppo_with_another_weight_to_the_last_bit(run):
-    """alpha L + beta Lr has the gradient of (alpha + beta) L; doubling alpha rounds nothing."""
-
-    def trained(name, **weights):
-        flags = {"learning_rate": 1e-2, "noise": "adv_flip", "total_timesteps": 16}
-        folder = run(name, **flags, **weights)
-        assert progress(folder)[-1]["losses/clipfrac"] > 0.1  # the mask counts
-        return helpers.sha256(folder / "policy/model.safetensors"), read_samples(folder)
-
-    sppo = trained("sppo", alpha=0.5, beta=0.5)
-    assert trained("ppo", beta=0.0) == sppo
-    assert trained("half", alpha=0.5, beta=0.0) != sppo
-
-
-def test_the_saved_policy_is_configured_as_before(run, models, tmp_path):
+def test_the_saved_policy_is_configured_as_before(models):
     """But it samples as in training. Neither the generation configuration that came with it nor the
     tokenizer's sides change a run."""
-    folder = shutil.copytree(models["gpt2"], tmp_path / "policy")
-    (folder / "generation_config.json").write_text('{"do_sample": false, "temperature": 0.7}')
+    shutil.copytree(models["gpt2"], "policy")
+    Path("policy/generation_config.json").write_text('{"do_sample": false, "temperature": 0.7}')
     sides = {"padding_side": "left", "truncation_side": "left"}
-    tokenizer = AutoTokenizer.from_pretrained(folder, **sides)
-    tokenizer.save_pretrained(folder)
+    tokenizer = AutoTokenizer.from_pretrained("policy", **sides)
+    tokenizer.save_pretrained("policy")
     flags = {"total_timesteps": 8, "ce_coef": 0.1, "response_length": 40}  # some are padded
     flags["gradient_checkpointing"] = True
-    usual = run("usual", policy_model=str(models["gpt2"]), **flags)
-    trained = run("left", policy_model=str(folder), **flags)
+    usual = run(policy_model=str(models["gpt2"]), **flags)
+    trained = run(policy_model="policy", **flags)
     assert helpers.sha256(trained / "progress.csv") == helpers.sha256(usual / "progress.csv")
     saved = AutoTokenizer.from_pretrained(trained / "policy")
     assert {name: getattr(saved, name) for name in sides} == sides
@@ -1074,24 +1025,25 @@ def test_the_saved_policy_is_configured_as_before(run, models, tmp_path):
     assert config["attn_pdrop"] == config["resid_pdrop"] == 0.5
     sampling = transformers.GenerationConfig.from_pretrained(trained / "policy")
     assert set(sampling.eos_token_id) == {tokenizer.eos_token_id}
-    found = [getattr(sampling, name) for name in ("do_sample", "temperature", "top_k")]
-    assert found == [True, 1, 0] and sampling.pad_token_id == tokenizer.pad_token_id
+    assert sampling.do_sample
+    assert sampling.temperature == 1
+    assert sampling.top_k == 0
+    assert sampling.pad_token_id == tokenizer.pad_token_id
 
 
-@pytest.mark.parametrize("lora_r", [0, 2])
-def test_the_saved_policy_writes_what_the_run_wrote(run, chat_tokenizer, toy, tmp_path, lora_r):
+@WITH_AND_WITHOUT_LORA
+def test_the_saved_policy_writes_what_the_run_wrote(chat_tokenizer, toy, lora_r):
     """It ends where the run ended, and the base's own settings for sampling are not used."""
-    make_policy("Llama", tmp_path / "chat", toy)
-    model = AutoModelForCausalLM.from_pretrained(tmp_path / "chat")
+    make_policy("Llama", "chat", toy)
+    model = AutoModelForCausalLM.from_pretrained("chat")
     model.resize_token_embeddings(len(chat_tokenizer))
-    model.save_pretrained(tmp_path / "chat")
-    chat_tokenizer.save_pretrained(tmp_path / "chat")
+    model.save_pretrained("chat")
+    chat_tokenizer.save_pretrained("chat")
     own = {"repetition_penalty": 9.0, "min_new_tokens": 7, "eos_token_id": 3}
-    (tmp_path / "chat/generation_config.json").write_text(json.dumps(own))
-    path = tmp_path / "a.jsonl"
-    write_data(path, prompt=[[said("user", f"the plot {i}")] for i in range(40)])
-    flags = {"policy_model": str(tmp_path / "chat"), "lora_r": lora_r, "eval_greedy": True}
-    flags |= {"dataset": str(path), "eval_dataset": str(path), "prompt_length": 40}
+    Path("chat/generation_config.json").write_text(json.dumps(own))
+    write_data("a.jsonl", prompt=[[said("user", f"the plot {i}")] for i in range(40)])
+    flags = {"policy_model": "chat", "lora_r": lora_r, "eval_greedy": True}
+    flags |= {"dataset": "a.jsonl", "eval_dataset": "a.jsonl", "prompt_length": 40}
     flags |= {"reward_model": (f"{__file__}:text_lengths",), "response_length": 30}
     folder = run(**flags, total_timesteps=8, learning_rate=0.01)
     config = transformers.GenerationConfig.from_pretrained(folder / "policy")
@@ -1104,12 +1056,11 @@ def test_the_saved_policy_writes_what_the_run_wrote(run, chat_tokenizer, toy, tm
         assert written["generated_text"] == sample["response"]
 
 
-@pytest.mark.parametrize("greedy", [True, False])
-def test_an_evaluation_is_as_computed_by_hand(run, toy, monkeypatch, greedy):
+def test_an_evaluation_is_as_computed_by_hand(toy, monkeypatch):
     """`--temperature` divides all logits, those of targets, too, not only of the likeliest k."""
     reward_model = f"{__file__}:text_lengths"
     flags = {"reward_model": (reward_model,), "response_length": 30, "learning_rate": 3e-3}
-    flags |= {"top_k": 3, "temperature": 2.0, "eval_greedy": greedy, "total_timesteps": 16}
+    flags |= {"top_k": 3, "temperature": 2.0, "total_timesteps": 16}
     collected = record(monkeypatch, rlhf, "sample_responses")
     advantages = record(monkeypatch, rlhf, "token_advantages")
     folder = run(**flags)
@@ -1119,52 +1070,53 @@ def test_an_evaluation_is_as_computed_by_hand(run, toy, monkeypatch, greedy):
     samples = samples[4:]
     rewards = np.array(text_lengths([sample["prompt"] + sample["response"] for sample in samples]))
     assert [sample["reward"] for sample in samples] == rewards.tolist()
-    found = [row[name] for name in ("return_mean", "return_std", f"eval_{reward_model}")]
-    assert found == pytest.approx([rewards.mean(), rewards.std(), rewards.mean()])
+    assert row["return_mean"] == approx(rewards.mean())
+    assert row["return_std"] == approx(rewards.std())
+    assert row[f"eval_{reward_model}"] == approx(rewards.mean())
 
     def begins_greedily(model, sample):
-        prompt = torch.tensor([sample.prompt])
-        text = model.generate(prompt, max_new_tokens=1, do_sample=False)[0]
-        return text[-1] == sample.response[0]
+        logits = model(torch.tensor([sample.prompt])).logits[0, -1]
+        return logits.argmax() == sample.response[0]
 
     load = AutoModelForCausalLM.from_pretrained
-    policy, reference = load(folder / "policy").eval(), load(toy / "policy").eval()
+    policy = load(folder / "policy").eval()
+    reference = load(toy / "policy").eval()
     tokenizer = AutoTokenizer.from_pretrained(toy / "policy")
-    log_probs, reference_log_probs, target_log_probs = [], [], []
-    _, evaluated = collected[-1]
+    log_probs = []
+    reference_log_probs = []
+    target_log_probs = []
+    (_, initial), (_, first), (_, second), (_, evaluated) = collected
     for sample, shown in zip(evaluated, samples):
-        assert tokenizer.decode(sample.prompt) == shown["prompt"]
         assert tokenizer.decode(sample.response, skip_special_tokens=True) == shown["response"]
         text = sample.prompt, sample.response, 2.0
         log_probs += log_probs_alone(policy, *text).tolist()
         reference_log_probs += log_probs_alone(reference, *text).tolist()
         target_log_probs += log_probs_alone(policy, sample.prompt, sample.target, 2.0).tolist()
-        assert begins_greedily(policy, sample) or not greedy
-    assert len(log_probs) < 4 * 30 > len(target_log_probs) != len(log_probs)
+    assert len(log_probs) < 4 * 30
+    assert len(log_probs) != len(target_log_probs)
     assert row["length_mean"] == len(log_probs) / 4
     kl = np.sum(log_probs) - np.sum(reference_log_probs)
-    assert row["kl"] == pytest.approx(kl / 4, abs=1e-4)
-    assert row["perplexity"] == pytest.approx(np.exp(-np.mean(reference_log_probs)), rel=1e-4)
-    assert row["perplexity_real"] == pytest.approx(np.exp(-np.mean(target_log_probs)), rel=1e-4)
+    assert row["kl"] == approx(kl / 4, abs=1e-4)
+    assert row["perplexity"] == approx(np.exp(-np.mean(reference_log_probs)), rel=1e-4)
+    assert row["perplexity_real"] == approx(np.exp(-np.mean(target_log_probs)), rel=1e-4)
 
-    # Training: sampled, of other prompts each time, and what has become likelier pays for it
-    _, (_, first), (_, second), _ = collected
-    assert not all(begins_greedily(reference, sample) for sample in first)
+    for samples in (initial, first):
+        assert not all(begins_greedily(reference, sample) for sample in samples)
+    # Training: of other prompts each time, and what has become likelier pays for it
     assert [sample.prompt for sample in first] != [sample.prompt for sample in second]
     for ((_, log_ratio, *_), _), sample in zip(advantages, [*first, *second], strict=True):
         assert torch.equal(log_ratio, sample.log_prob - sample.reference_log_prob)
     assert log_ratio.abs().max() > 1e-3
     shown = read_samples(folder, "training")
     assert [(x["step"], x["reward"]) for x in shown] == [(16, x.scores[0]) for x in second]
-    assert [x["prompt"] for x in shown] == [tokenizer.decode(x.prompt) for x in second]
 
 
-def test_samples_show_prompts_with_their_special_tokens(run, tmp_path, monkeypatch):
+def test_samples_show_prompts_with_their_special_tokens(monkeypatch):
     """And the data's other columns, also of types that JSON lacks."""
     collected = record(monkeypatch, rlhf, "sample_responses")
     columns = {"prompt": [f"{END}the plot {i}" for i in range(8)], "day": [date(2037, 5, 6)] * 8}
-    path = write_data(tmp_path / "few.parquet", **columns)
-    folder = run(dataset=path, eval_dataset=path, total_timesteps=8)
+    write_data("few.parquet", **columns)
+    folder = run(dataset="few.parquet", eval_dataset="few.parquet", total_timesteps=8)
     assert len({sample.row["prompt"] for sample in collected[1][1]}) == 8  # each once in a batch
     samples = read_samples(folder)
     assert all(re.fullmatch(rf"{re.escape(END)}the plot \d", x["prompt"]) for x in samples)
@@ -1173,29 +1125,31 @@ def test_samples_show_prompts_with_their_special_tokens(run, tmp_path, monkeypat
     assert "perplexity_real" not in progress(folder)[-1]  # without targets
 
 
-def test_the_optimizer_gets_its_settings(load):
+def test_the_optimizer_gets_its_settings():
     settings_ = {"learning_rate": 0.1, "weight_decay": 0.2, "adam_eps": 0.3}
     setup, _ = load(lora_r=2, lora_alpha=6, **settings_)
     adapter = setup.actor_critic.policy.peft_config["default"]
-    assert (adapter.r, adapter.lora_alpha) == (2, 6)
+    assert adapter.r == 2
+    assert adapter.lora_alpha == 6
     assert isinstance(setup.optimizer, torch.optim.AdamW)
     (group,) = setup.optimizer.param_groups
-    assert [group[name] for name in ("lr", "weight_decay", "eps")] == [0.1, 0.2, 0.3]
+    assert group["lr"] == 0.1
+    assert group["weight_decay"] == 0.2
+    assert group["eps"] == 0.3
 
 
-def test_seeds_and_evaluations_have_random_numbers_of_their_own(run, monkeypatch):
+def test_seeds_and_evaluations_have_random_numbers_of_their_own(monkeypatch):
     calls = record(monkeypatch, rlhf, "set_seed")
-    flags = {"learning_rate": 0.0, "total_timesteps": 16, "eval_freq": 8}
-    one, two = (run(name=str(seed), seed=seed, **flags) for seed in (1, 2))
-    for name in ("return_mean", "charts/episodic_return"):
-        values = [row[name] for folder in (one, two) for row in progress(folder)[1:]]
-        assert len(set(values)) == 4
-    assert len({seed for (seed,), _ in calls}) == len(calls) == 10
+    for seed in (1, 2):
+        run(seed=seed, total_timesteps=16, eval_freq=8)
+    assert len(calls) == 10
+    assert len({seed for (seed,), _ in calls}) == 10
     draws = []
     for index in (0, 1):  # of two processes
         monkeypatch.setattr(PartialState(), "process_index", index)
         draws.append((rlhf.seed_all(1, 2).random(), torch.rand(1).item()))
-    assert draws[0][0] == draws[1][0] and draws[0][1] != draws[1][1]
+    assert draws[0][0] == draws[1][0]
+    assert draws[0][1] != draws[1][1]
 
 
 NOT_THE_SAME = "^error: the policy that acts is not the one that is"
@@ -1204,7 +1158,7 @@ NOT_THE_SAME = "^error: the policy that acts is not the one that is"
 @pytest.mark.parametrize(("amp", "shift", "stops"), [
     ("off", 2e-4, True), ("off", 1e-4, False), ("auto", 0.06, True), ("auto", 0.03, False)
 ])  # fmt: skip
-def test_the_first_ratios_are_1_up_to_rounding(run, monkeypatch, amp, shift, stops):
+def test_the_first_ratios_are_1_up_to_rounding(monkeypatch, amp, shift, stops):
     """Up to a KL divergence of 1e-8 in float32, and of 1e-3 in bfloat16. A shift s of
     log-probabilities gives s ** 2 / 2."""
 
@@ -1220,40 +1174,36 @@ def test_the_first_ratios_are_1_up_to_rounding(run, monkeypatch, amp, shift, sto
         run(amp=amp, total_timesteps=8)
 
 
-def test_enjoy_repeats_the_last_evaluation(toy, tmp_path, monkeypatch, capsys):
-    """Of a run at work. No file changes."""
-    work_in(monkeypatch, toy.parent.parent)
+def test_enjoy_repeats_the_last_evaluation(monkeypatch, capsys):
+    """Of a run at work."""
     setting = Setting(rlhf, SMALL | {"seed": 7}, "")
-    folder = setting.interrupt(tmp_path / "runs", 3)
-    before = {path.name: path.stat().st_mtime_ns for path in folder.iterdir()}
+    folder = setting.interrupt("own", 3)
     capsys.readouterr()
-    monkeypatch.setattr(sys, "argv", ["enjoy.py", str(folder), "--seed", "7", "--episodes", "4"])
     monkeypatch.setitem(sys.modules, "sppo_rlhf", rlhf)  # puts it back after the run's copy
-    play_run()
+    call_main(monkeypatch, enjoy, folder, "--seed", 7, "--episodes", 4)
     output = capsys.readouterr()
     assert "warning: " not in output.err
     row = progress(folder)[-1]
-    lines = output.out.splitlines()
     expected = [f"{x['reward']:.3f} {x['prompt']} [" for x in read_samples(folder)[-4:]]
     expected += [f"{name}: {row[name]:.4g}" for name in ("step", "return_mean", "kl")]
-    for text in [*expected, f"{folder}: reward {row['return_mean']:.3f} ("]:
-        assert any(line.startswith(text) for line in lines)
-    assert {path.name: path.stat().st_mtime_ns for path in folder.iterdir()} == before
+    expected.append(f"{folder}: reward {row['return_mean']:.3f} (")
+    for text in expected:
+        assert f"\n{text}" in f"\n{output.out}"
 
 
-def test_rewards_are_noisy_in_training_and_clean_in_reports(run, monkeypatch):
+def test_rewards_are_noisy_in_training_and_clean_in_reports(monkeypatch):
     calls = record(monkeypatch, rlhf, "token_advantages")
     flags = {"total_timesteps": 8, "learning_rate": 0.0}
-    clean = progress(run(name="clean", **flags))[-1]
-    flipped = progress(run(name="flipped", noise="flip", noise_level=1.0, **flags))[-1]
+    clean = progress(run(**flags))[-1]
+    flipped = progress(run(noise="flip", noise_level=1.0, **flags))[-1]
     rewards = np.array([args[0] for args, _ in calls])
     np.testing.assert_allclose(rewards[8:], 1 - rewards[:8], rtol=1e-5)
-    assert clean["charts/episodic_return"] == pytest.approx(rewards[:8].mean())
+    assert clean["charts/episodic_return"] == approx(rewards[:8].mean())
     for name in ("return_mean", "return_std", "charts/episodic_return"):
         assert flipped[name] == clean[name]
 
 
-def test_advantages_are_normalised_after_flips_drawn_anew_each_epoch(run, monkeypatch):
+def test_advantages_are_normalised_after_flips_drawn_anew_each_epoch(monkeypatch):
     """Over sampled tokens."""
     perturbations = record(monkeypatch, rlhf, "perturb_advantage")
     losses = record(monkeypatch, rlhf, "loss_and_metrics")
@@ -1262,21 +1212,21 @@ def test_advantages_are_normalised_after_flips_drawn_anew_each_epoch(run, monkey
     for (_, _, pairs, *_), _ in losses:
         advantage = torch.cat([advantage for _, advantage in pairs])
         lengths.add(len(advantage))
-        assert advantage.mean().item() == pytest.approx(0, abs=1e-5)
-        assert advantage.std(correction=1).item() == pytest.approx(1, abs=1e-3)
+        assert advantage.mean().item() == approx(0, abs=1e-5)
+        assert advantage.std(correction=1).item() == approx(1, abs=1e-3)
     assert min(lengths) < 4 * 40  # some texts end early
     assert len(perturbations) == len(losses)
     flips = [noisy != args[0] for args, noisy in perturbations]
     assert len({tuple(flipped[:4].tolist()) for flipped in flips}) > 4
-    assert torch.cat(flips).float().mean() == pytest.approx(0.5, abs=0.05)
-    run("one", num_minibatches=8, response_length=1)
+    assert torch.cat(flips).float().mean() == approx(0.5, abs=0.05)
+    run(num_minibatches=8, response_length=1)
 
 
-@pytest.mark.parametrize("lora_r", [0, 2])
-def test_micro_batches_add_up_to_the_minibatch(load, models, monkeypatch, lora_r):
+@WITH_AND_WITHOUT_LORA
+def test_micro_batches_add_up_to_the_minibatch(models, monkeypatch, lora_r):
     """Gradients and metrics, against the losses by the plain model on each text alone."""
     flags = {"ce_coef": 0.1, "num_minibatches": 1, "update_epochs": 1}
-    flags |= {"lora_r": lora_r, "norm_adv": False}
+    flags |= {"lora_r": lora_r, "norm_adv": False, "z": -2.0}
     setup, args = load(policy_model=str(models["gpt2"]), response_length=40, **flags)
     actor = setup.actor_critic
     randomise(actor)
@@ -1307,12 +1257,13 @@ def test_micro_batches_add_up_to_the_minibatch(load, models, monkeypatch, lora_r
     texts = zip(*((x.prompt, x.response, x.target) for x in samples))
     log_prob, value, target_log_prob = all_alone(actor, *texts)
     old, old_value, advantage, returns = (
-        rlhf.joined(samples, name) for name in ("log_prob", "value", "advantage", "returns")
+        joined(samples, name) for name in ("log_prob", "value", "advantage", "returns")
     )
     ratio = (log_prob - old).exp()
-    surrogate, clipped = ratio * advantage, ratio.clamp(0.8, 1.2) * advantage
+    surrogate = ratio * advantage
+    clipped = ratio.clamp(0.8, 1.2) * advantage
     policy_loss = -torch.minimum(surrogate, clipped).mean()
-    reverse_loss = torch.where(surrogate <= clipped, -surrogate, 0).mean()
+    reverse_loss = torch.where(surrogate <= clipped, -2 * surrogate, 0).mean()
     clipped = old_value + (value - old_value).clamp(-0.2, 0.2)
     value_loss = 0.5 * torch.maximum((value - returns) ** 2, (clipped - returns) ** 2).mean()
     sft_loss = -target_log_prob.mean()
@@ -1325,17 +1276,17 @@ def test_micro_batches_add_up_to_the_minibatch(load, models, monkeypatch, lora_r
     for limit, found, metrics in zip(limits.values(), gradients, history, strict=True):
         assert_near(found, min(1, limit / expected.norm().item()) * expected)
         for name, number in numbers.items():
-            assert float(metrics[f"losses/{name}"]) == pytest.approx(number.item(), rel=1e-3)
+            assert float(metrics[f"losses/{name}"]) == approx(number.item(), rel=1e-3)
 
 
 @pytest.mark.parametrize(("kind", "layers"), {
     "GPTJ": "attn.q_proj attn.v_proj",  # peft's default
     "Phi3": "mlp.down_proj mlp.gate_up_proj self_attn.o_proj self_attn.qkv_proj",  # it has none
 }.items())  # fmt: skip
-def test_the_adapter_of_any_family_is_merged_into_its_model(run, toy, tmp_path, kind, layers):
+def test_the_adapter_of_any_family_is_merged_into_its_model(toy, kind, layers):
     """What was trained, in policy and critic, is what is saved."""
-    make_policy(kind, tmp_path / kind, toy)
-    flags = {"policy_model": str(tmp_path / kind), "lora_r": 2, "learning_rate": 0.1}
+    make_policy(kind, kind, toy)
+    flags = {"policy_model": kind, "lora_r": 2, "learning_rate": 0.1}
     folder = run(**flags, total_timesteps=8)
     state = checkpoint(folder)["agent"]
     assert all("lora_" in name or "value_head" in name for name in state)
@@ -1347,25 +1298,25 @@ def test_the_adapter_of_any_family_is_merged_into_its_model(run, toy, tmp_path, 
     saved = peft.AutoPeftModelForCausalLM.from_pretrained(folder / "policy")
     adapted = {".".join(name.split(".")[-2:]) for name in saved.targeted_module_names}
     assert adapted == set(layers.split())
-    torch.testing.assert_close(saved.eval()(ids).logits, expected)
+    assert_close(saved.eval()(ids).logits, expected)
     merged = saved.merge_and_unload()(ids).logits
-    torch.testing.assert_close(merged, expected, rtol=1e-4, atol=1e-4)
+    assert_close(merged, expected, rtol=1e-4, atol=1e-4)
     with trained.policy.disable_adapter():
         assert (trained.policy(ids).logits - expected).abs().max() > 0.01
 
 
-def test_reward_models_of_weight_0_do_not_change_the_training(run, models, summaries):
+def test_reward_models_of_weight_0_do_not_change_the_training(models, summaries):
     """Loading a LoRA adapter draws random numbers, as the policy's own initial weights do."""
     watched = (str(models["adapter"]), str(models["classifier"]))
-    without = weights(run(name="without", **summaries))
+    without = weights(run(**summaries))
     flags = summaries | {"reward_model": summaries["reward_model"] + watched}
     flags["reward_weights"] = (1.0, 0.0, 0.0)
-    assert torch.equal(weights(run(name="with", **flags)), without)
+    assert torch.equal(weights(run(**flags)), without)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("task", ["toy", "tldr"])
-def test_two_processes_train_the_same_weights_as_one(run, summaries, tmp_path, task):
+def test_two_processes_train_the_same_weights_as_one(summaries, task):
     """With one text for each process to sample, and minibatches that are whole batches: else the
     processes would sample and divide them otherwise than one does."""
     flags = {"ce_coef": 0.1, "adam_eps": 1e-4, "micro_batch_size": 1, "top_k": 1}
@@ -1374,26 +1325,26 @@ def test_two_processes_train_the_same_weights_as_one(run, summaries, tmp_path, t
         flags |= summaries
     one = run(**flags)
     launch = "-m torch.distributed.run --standalone --nproc-per-node 2"
-    command = [sys.executable, *launch.split(), rlhf.__file__, "--runs-dir", tmp_path / "runs"]
+    command = [sys.executable, *launch.split(), rlhf.__file__, "--runs-dir", "two"]
     command += typed(SMALL | flags)
     only = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=only)
     assert done.returncode == 0, done.stderr[-3000:]
-    (two,) = (tmp_path / "runs").iterdir()
+    (two,) = Path("two").iterdir()
     before, after = (sorted(x["response"] for x in read_samples(x)) for x in (one, two))
     assert before == after
-    torch.testing.assert_close(weights(two), weights(one), rtol=0, atol=2e-5)
+    assert_close(weights(two), weights(one), rtol=0, atol=2e-5)
     for row, expected in zip(progress(two), progress(one), strict=True):
-        assert row == pytest.approx(expected, rel=1e-3, abs=1e-4, nan_ok=True)
+        assert row == approx(expected, rel=1e-3, abs=1e-4, nan_ok=True)
 
 
 @pytest.mark.slow
-def test_the_toy_learns_its_reward(tmp_path, monkeypatch):
+def test_the_toy_learns_its_reward(monkeypatch):
     """In twelve updates, of three seeds, it rose by 0.22 or more."""
-    work_in(monkeypatch, tmp_path)
+    Path(rlhf.TOY).unlink()
     toy_script.make_toy(Path(rlhf.TOY))
     words = ["--total-timesteps", 12 * 112, "--eval-freq", 12 * 112, "--device", "cpu"]
-    call_main(monkeypatch, *words, "--runs-dir", "own")
+    call_main(monkeypatch, rlhf, *words, "--runs-dir", "own")
     (folder,) = Path("own").iterdir()
     first, last = progress(folder)
     assert last["return_mean"] - first["return_mean"] > 0.2
@@ -1408,10 +1359,16 @@ def test_defaults_depend_on_the_task_and_on_other_flags(capsys):
         assert rlhf.parse_args([f"--task={task}", "--gamma", "0.5"]) == make_args(task, gamma=0.5)
     sppo = rlhf.parse_args([])
     ppo = make_args(beta=0.0, noise="flip")
-    assert (sppo.alpha, sppo.noise_level, sppo.exp_name, sppo.eval_freq) == (0.5, 0.0, "sppo", 448)
-    assert (ppo.alpha, ppo.noise_level, ppo.exp_name) == (1.0, 0.1, "ppo")
+    assert sppo.alpha == 0.5
+    assert sppo.noise_level == 0.0
+    assert sppo.exp_name == "sppo"
+    assert sppo.eval_freq == 448
+    assert ppo.alpha == 1.0
+    assert ppo.noise_level == 0.1
+    assert ppo.exp_name == "ppo"
     own = make_args(dataset="a/mine.parquet")
-    assert (own.eval_dataset, own.task) == (None, "mine")
+    assert own.eval_dataset is None
+    assert own.task == "mine"
     assert make_args("imdb").eval_dataset == "stanfordnlp/imdb:test"
     with pytest.raises(SystemExit, match="^0$"):
         rlhf.parse_args(["--task", "tldr", "--help"])

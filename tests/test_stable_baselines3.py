@@ -25,7 +25,8 @@ from stable_baselines3.common.vec_env import DummyVecEnv
 
 import report
 
-T, N = 5, 2
+T = 5
+N = 2
 ROOT = Path(__file__).resolve().parent.parent
 sys.path.insert(0, str(ROOT / "benchmarks"))
 import run as benchmark_run  # noqa: E402
@@ -56,9 +57,11 @@ def run_recorded(setting, tmp_path, monkeypatch, **flags):
 
 def sb3_model(setting, algorithm, weights, **settings):
     """Stable-Baselines3's algorithm with our weights, and its parameters in our order."""
-    policy, make_env = "MlpPolicy", partial(gym.make, "Hopper-v4")
+    policy = "MlpPolicy"
+    make_env = partial(gym.make, "Hopper-v4")
     if setting.atari:  # the spaces of Pong
-        policy, make_env = "CnnPolicy", partial(FakeImageEnv, n_channels=4, channel_first=True)
+        policy = "CnnPolicy"
+        make_env = partial(FakeImageEnv, n_channels=4, channel_first=True)
     envs = DummyVecEnv([make_env] * N)
     model = algorithm(policy, envs, n_steps=T, device="cpu", **settings)
     return model, take_weights(model, weights, setting.atari)
@@ -134,7 +137,8 @@ def test_ppo_takes_stable_baselines3s_updates(setting, k, tmp_path, monkeypatch)
         flags |= {"alpha": 1.0, "beta": k - 1.0}
         settings = {"ent_coef": 0.01 / k, "clip_range": 0.1}
     batches, before, after, clip_fractions = run_recorded(setting, tmp_path, monkeypatch, **flags)
-    assert len(batches) == 8 and max(clip_fractions) > 0
+    assert len(batches) == 8
+    assert max(clip_fractions) > 0
     optimizer = {"optimizer_kwargs": {"eps": 0.01 / k}}
     settings |= {"learning_rate": flags["learning_rate"], "policy_kwargs": optimizer}
     settings |= {"vf_coef": 0.5 / k, "max_grad_norm": 0.5 / k}
