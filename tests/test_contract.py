@@ -735,7 +735,8 @@ def test_evaluations_change_no_training(setting):
 # ---- Kills at random times
 
 LONGER = {
-    "sppo_continuous": {"total_timesteps": 4096, "eval_freq": 512, "checkpoint_freq": 768},
+    "sppo_continuous": {"total_timesteps": 4096, "eval_freq": 512, "noise": "adv_flip"}
+    | {"checkpoint_freq": 768},
     "sa2c_atari": {"total_timesteps": 512, "checkpoint_freq": 12},
     "sppo_rlhf": {"total_timesteps": 192, "eval_freq": 64},
 }
