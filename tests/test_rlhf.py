@@ -1283,11 +1283,13 @@ def test_micro_batches_add_up_to_the_minibatch(models, monkeypatch, lora_r):
     "GPTJ": "attn.q_proj attn.v_proj",  # peft's default
     "Phi3": "mlp.down_proj mlp.gate_up_proj self_attn.o_proj self_attn.qkv_proj",  # it has none
 }.items())  # fmt: skip
-def test_the_adapter_of_any_family_is_merged_into_its_model(toy, kind, layers):
-    """What was trained, in policy and critic, is what is saved."""
+def test_the_adapter_of_any_family_is_merged_into_its_model(toy, capsys, kind, layers):
+    """What was trained, in policy and critic, is what is said and saved."""
     make_policy(kind, kind, toy)
     flags = {"policy_model": kind, "lora_r": 2, "learning_rate": 0.1}
     folder = run(**flags, total_timesteps=8)
+    names = ", ".join(layer.partition(".")[2] for layer in layers.split())
+    assert f" parameters; adapters on {names}\n" in capsys.readouterr().out
     state = checkpoint(folder)["agent"]
     assert all("lora_" in name or "value_head" in name for name in state)
     assert all(weight.any() for weight in state.values())
