@@ -63,7 +63,7 @@ import sys
 import time
 from collections import Counter
 from contextlib import contextmanager, nullcontext, suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cache, partial
 from importlib import import_module
 from importlib.metadata import distributions
@@ -262,6 +262,9 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--task", choices=TASKS, default="toy")
     task = parser.parse_known_args(argv)[0].task
+    for flag in "--reward-model", "--reward-weights":
+        count = (sys.argv if argv is None else argv).count(flag)
+        require(count < 2, f"{flag} is there twice: give all its values at once")
     args = tyro.cli(Args, default=Args(task, **TASKS[task]), args=argv)
     args.resolve()
     return args
@@ -315,14 +318,17 @@ def with_prompt(row):
     """A row that has only `messages` gets a `prompt`. If the last message is the assistant's, it is
     no part of the prompt: its text is the `label`, unless the row has one."""
     messages = row.get("messages") if isinstance(row, dict) else None
-    if prompt_kind(row) or prompt_kind({"prompt": messages}) != "messages":
+    if prompt_kind({"prompt": messages}) != "messages" or prompt_kind(row) == "messages":
         return row
+    if prompt_kind(row):
+        raise ValueError(f"it has 'messages' and a text as its '{prompt_kind(row)}': remove one")
     *before, last = messages
     if last["role"] == "assistant":
         others = [name for name, value in last.items() if value and name not in ("role", "content")]
         if others:
             warn(f"of the last message only the text is a label, without {', '.join(others)}")
-        return {"label": last.get("content")} | row | {"prompt": before}
+        label = last.get("content") if row.get("label") is None else row["label"]
+        return row | {"prompt": before, "label": label}
     return row | {"prompt": messages}
 
 
@@ -485,9 +491,9 @@ def token_log_probs(model, inputs, temperature):
 
 
 def trainable_copy(model, args):
-    """A copy of a frozen language model, to be trained. With LoRA, only an adapter is trained: on
-    peft's default layers of the family, or on all linear layers if peft has no default. The other
-    weights are shared. Of a multimodal model, only the language part is trained."""
+    """A copy of a frozen language model, to be trained; of a multimodal model, only the language
+    part is. With LoRA only an adapter is, on peft's default layers of the family, else on all
+    linear layers; the other weights are shared."""
     if args.lora_r:
         shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
         defaults = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
@@ -871,8 +877,7 @@ def seed_all(*numbers):
 
 
 def rewards(samples, args):
-    """The reward of each sample (samples,), the weighted sum of its scores. Missing scores count
-    0."""
+    """Rewards (samples,), weighted sums of scores. Missing scores count 0."""
     scores = np.array([sample.scores for sample in samples])
     return np.nansum(scores * np.float32(args.reward_weights), axis=1)
 
@@ -995,7 +1000,7 @@ def train(setup, args, folder):
         # TensorBoard hides entries after the checkpoint; without a checkpoint, all entries
         writer = SummaryWriter(folder, purge_step=progress.global_step + bool(progress.evaluations))
     steps = f"from step {progress.global_step:,}, with a checkpoint every {args.eval_freq:,} texts"
-    accelerator.print(f"{folder.name}: {steps}")
+    accelerator.print(f"{folder.name}: {steps}, on {accelerator.num_processes} process(es)")
     progress_bar = tqdm(
         total=args.total_timesteps,
         initial=progress.global_step,
@@ -1024,7 +1029,6 @@ def train(setup, args, folder):
         if not math.isfinite(metrics["losses/grad_norm"]):
             raise Diverged(f"error: gradient not finite, step {step} (rate? reward?)")
 
-        # Log
         # The value's error is the advantage. The variance is clamped: all returns may be equal
         returns_variance = joined(samples, "returns").var().clamp(min=1e-8)
         unexplained = joined(samples, "advantage").var() / returns_variance
@@ -1131,12 +1135,13 @@ def read_table(rows):
 def read_rows(name):
     """The rows of a file, which is CSV, JSON or Parquet, or those of `load_dataset`."""
     path = Path(name)
-    if not path.is_file():
-        return read_table(load_dataset(name).to_list())
-    if path.suffix == ".parquet":
-        return read_table(pyarrow.parquet.ParquetFile(path).read().to_pylist())
     suffix = Path(path.name.removesuffix(".gz")).suffix
     read = {".csv": read_csv, ".json": read_json, ".jsonl": read_json}.get(suffix)
+    if not path.is_file():
+        require(path.exists() or not read and suffix != ".parquet", f"{name}: no such file")
+        return read_table(load_dataset(name).to_list())
+    if suffix == ".parquet":
+        return read_table(pyarrow.parquet.ParquetFile(path).read().to_pylist())
     if not read:
         raise ValueError("its name must end with .csv, .json, .jsonl (.gz may follow) or .parquet")
     open_file = gzip.open if path.suffix == ".gz" else open
@@ -1145,9 +1150,8 @@ def read_rows(name):
 
 
 def load_rows(name, accelerator, tokenizer, args):
-    """The rows of the data `name`. Refuses what cannot be used, and says how many prompts are cut.
-    Messages that are too long are refused, because a cut would remove the beginning of their
-    template."""
+    """The rows of the data `name`. Refuses what cannot be used, and messages that are too long: a
+    cut would remove the beginning of their template."""
     with explained(f"{name} can't be read"):
         rows = [with_prompt(row) for row in read_rows(name)]
     require(rows, f"{name} has no rows")
@@ -1157,23 +1161,25 @@ def load_rows(name, accelerator, tokenizer, args):
     for option in args.template_options:
         found = re.search(rf"\b{re.escape(option)}\b", template)
         require(found, f"--chat-template-kwargs: no chat template has {option!r}")
-    targets = cut = longest = 0
+    whole = replace(args, response_length=sys.maxsize)
+    targets = cut_targets = cut = longest = 0
     distinct = set()
     for i, row in enumerate(rows, 1):
         if not kind or prompt_kind(row) != kind:
             needs = "a 'prompt' (a text, or messages), 'messages' or a 'text', as all rows"
             sys.exit(f"error: row {i} of {name} needs {needs}: {row!r:.99}")
         with explained(f"row {i} of {name}"):
-            prompt, target, length = tokenize(row, tokenizer, args)
+            prompt, target, length = tokenize(row, tokenizer, whole)
         distinct.add(hash(tuple(prompt)))  # takes less memory than the tokens
         targets += bool(target)
+        cut_targets += len(target) > args.response_length
         cut += length > args.prompt_length
         longest = max(longest, length)
     require(not is_chat or not cut, f"{name}: to keep messages whole, --prompt-length {longest}")
     if args.ce_coef and name == args.dataset:
         require(targets, "--ce-coef needs a column 'label' of texts in the training data")
-    found = f"{len(rows):,} prompts, {len(distinct):,} distinct, {cut:,} cut; {targets:,} targets"
-    accelerator.print(f"{name}: {found}")
+    found = f"{len(rows):,} prompts, {len(distinct):,} distinct, {cut:,} cut"
+    accelerator.print(f"{name}: {found}; {targets:,} targets, {cut_targets:,} cut")
     return rows
 
 
@@ -1238,7 +1244,6 @@ def classifier_reward(name, args, device, dtype):
             if has_template:
                 chats = [{"prompt": x + y} for x, y in zip(prompts, completions)]
                 texts = [in_template(chat, tokenizer, {}) for chat in chats]
-            # The template has special tokens
             results = classify(texts, add_special_tokens=not has_template)
         return [x["score"] for result in results for x in result if x["label"] == str(label)]
 
@@ -1336,8 +1341,8 @@ def load_frozen(args, dtype):
     """The initial policy, whose weights do not change."""
     with explained(args.policy_model):
         has_adapter = transformers.utils.find_adapter_config_file(args.policy_model)
+        require(not has_adapter, f"{args.policy_model} has an adapter_config.json: merge it")
         config = transformers.AutoConfig.from_pretrained(args.policy_model)
-    require(not has_adapter, f"{args.policy_model} has an adapter_config.json: merge or remove it")
     own_config = copy.deepcopy(config)
     if getattr(config, "activation_function", None) == "gelu_new":
         config.activation_function = "gelu_pytorch_tanh"  # the same function, in one kernel
@@ -1364,12 +1369,11 @@ def prepare(args):
     """Checks device and toy, and imports reward functions."""
     require(args.device != "cuda" or torch.cuda.is_available(), "--device cuda: there is no GPU")
     needed = any(name.startswith(f"{TOY}/") for name in sources(args))
-    require(Path(START, TOY).exists() or not needed, f"no {TOY}, a default: python toy.py makes it")
+    require(Path(START, TOY).exists() or not needed, f"no {TOY}, a flag's default: run toy.py")
     transformers.utils.logging.disable_progress_bar()
     for name in args.reward_model:
         if ".py:" in name:
             import_function(name)
-    os.chdir(START)  # an imported file may have changed it
 
 
 def has_bfloat16(device):
@@ -1382,9 +1386,8 @@ def has_bfloat16(device):
 
 
 def end_tokens(row, tokenizer, policy, args):
-    """Tokens that end a response: the end-of-text tokens of the tokenizer and of the policy, and
-    for messages also the token that ends a turn, because a policy that is no chat model does not
-    name it."""
+    """Tokens that end a response: the end-of-text tokens of tokenizer and policy, for messages also
+    the token that ends a turn, which a policy that is no chat model does not name."""
     ends = [tokenizer.eos_token_id]
     if prompt_kind(row) == "messages":
         ends += [turn_end(tokenizer, args.template_options)]
@@ -1396,9 +1399,8 @@ def end_tokens(row, tokenizer, policy, args):
 
 @torch.no_grad()
 def check_sampling(setup, args):
-    """Refuses a policy that samples from other probabilities than it is trained with. The reason
-    may be that `generate` pads on the left and has a cache, which changes positions or recurrent
-    states."""
+    """Refuses a policy that samples from other probabilities than it is trained with, as where the
+    padding or the cache of `generate` changes positions or recurrent states."""
     actor = setup.actor_critic
     prompts = [tokenize(row, setup.tokenizer, args)[0] for row in setup.eval_data]
     # One prompt of the maximum length, and one of a single token, which gets padding
@@ -1434,7 +1436,12 @@ def load(args):
         load_rows(name, accelerator, tokenizer, args) if name else []
         for name in [args.dataset, args.eval_dataset]
     ]
-    columns = list(dict.fromkeys(name for row in rows + eval_rows for name in row))
+    counts = Counter(name for row in rows + eval_rows for name in row)
+    for name, count in counts.items():
+        lacking = len(rows + eval_rows) - count
+        if lacking:
+            warn(f"{lacking:,} rows lack {name!r}; reward functions get None")
+    columns = list(counts)
     data = split_rows(rows, eval_rows, args)
     reward_dtype = dtype if args.lora_r else torch.float32  # with LoRA, models are large
     reward_models = [
@@ -1506,8 +1513,11 @@ def restore(setup, folder, start_from=None):
     if not path.exists():
         return Progress(0, [], [], [], [], [])
     checkpoint = load_checkpoint(path)
-    for name, parameter in setup.actor_critic.trained().items():
-        parameter.copy_(checkpoint["agent"][name])
+    trained, saved = setup.actor_critic.trained(), checkpoint["agent"]
+    shapes = [{name: x.shape for name, x in weights.items()} for weights in (trained, saved)]
+    require(shapes[0] == shapes[1], f"{path} has weights of other names or shapes (--lora-r?)")
+    for name, parameter in trained.items():
+        parameter.copy_(saved[name])
     if starts:  # the optimizer's options are this command's
         checkpoint["optimizer"]["param_groups"] = setup.optimizer.state_dict()["param_groups"]
         checkpoint["progress"]["speeds"] = []

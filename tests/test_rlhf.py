@@ -415,7 +415,7 @@ def test_models_that_do_not_fit_are_refused(toy, models, monkeypatch):
     refusals = [
         (["--reward-model", "runs/toy/policy"], "policy lacks 1 weights, such as score.weight"),
         (["--reward-model", "./adapter"], "adapter lacks 4 weights, such as base_model"),
-        (["--policy-model", "adapted"], "adapted has an adapter_config.json: merge or remove it"),
+        (["--policy-model", "adapted"], "adapted has an adapter_config.json: merge it"),
         (["--device", "cuda"], "there is no GPU"),
         (["--prompt-length", "40"], "has 64 positions, not 72"),
         ([*long, 10], "long has 16 positions, not 17"),
@@ -632,6 +632,7 @@ def test_messages_that_do_not_reach_the_policy_are_refused(chat_tokenizer, templ
     ({"messages": [*CHAT, BEGUN]}, CHAT, "it was"),
     ({"messages": [*CHAT, BEGUN, *CHAT]}, [*CHAT, BEGUN, *CHAT], None),
     ({"messages": [*CHAT, BEGUN], "label": 3}, CHAT, 3),
+    ({"messages": [*CHAT, BEGUN], "label": None}, CHAT, "it was"),  # as in Parquet
     ({"messages": [*CHAT, BEGUN], "prompt": CHAT}, CHAT, None),
     ({"messages": [BEGUN]}, "", None),
     ({"messages": "the plot"}, "", None),
@@ -641,7 +642,13 @@ def test_the_last_message_is_the_label_if_it_is_the_assistants(chat_tokenizer, r
         (found,) = read(chat_tokenizer, row)
         assert found["prompt"] == prompt
         assert found.get("label") == label
-        assert found.items() >= row.items()  # a reward function gets these, too
+        assert found["messages"] == row["messages"]  # a reward function gets these, too
+
+
+@pytest.mark.parametrize("name", ["prompt", "text"])
+def test_a_text_beside_messages_is_refused(chat_tokenizer, name):
+    with refusal(f"it has 'messages' and a text as its '{name}': remove one"):
+        read(chat_tokenizer, {"messages": CHAT, name: "the plot"})
 
 
 def test_messages_are_not_cut_and_variables_are_the_templates(chat_tokenizer):
@@ -808,12 +815,6 @@ def test_a_reward_file_may_import_files_beside_it():
             function_reward(f"{file}:{name}", **inputs)
 
 
-def test_relative_paths_begin_where_the_script_was_started(tmp_path):
-    Path("leaving.py").write_text("import os\nos.chdir('/')\ndef own(texts): pass")
-    rlhf.prepare(make_args(reward_model=("leaving.py:own",)))
-    assert Path.cwd() == tmp_path
-
-
 @pytest.mark.parametrize("weights", [(), (2.0, 10.0, -0.5)])
 def test_the_reward_is_the_weighted_sum_or_else_the_mean(monkeypatch, weights):
     """A function may return None for texts that others score, and change its arguments."""
@@ -958,6 +959,17 @@ def test_data_that_cannot_be_used_are_refused(name, content):
     Path(name).write_bytes(content)
     with refusal(f"^error: .*{name}"):
         load(dataset=name)
+
+
+def test_what_data_lack_and_lose_is_said(capsys):
+    rows = [{"prompt": "a", "label": "the plot was dull"}, {"prompt": "the plot", "n": 1}]
+    Path("a.jsonl").write_text("\n".join(map(json.dumps, rows * 8)))
+    load(dataset="a.jsonl", eval_dataset=None, eval_episodes=4, response_length=3)
+    output = capsys.readouterr()
+    assert "16 prompts, 2 distinct, 0 cut; 8 targets, 8 cut\n" in output.out
+    assert "warning: 8 rows lack 'n'; reward functions get None\n" in output.err
+    with refusal("b.jsonl: no such file"):
+        load(dataset="b.jsonl")
 
 
 def test_a_supervised_loss_needs_targets_in_the_training_data():
@@ -1307,13 +1319,11 @@ def test_the_adapter_of_any_family_is_merged_into_its_model(toy, capsys, kind, l
         assert (trained.policy(ids).logits - expected).abs().max() > 0.01
 
 
-def test_reward_models_of_weight_0_do_not_change_the_training(models, summaries):
-    """Loading a LoRA adapter draws random numbers, as the policy's own initial weights do."""
-    watched = (str(models["adapter"]), str(models["classifier"]))
-    without = weights(run(**summaries))
-    flags = summaries | {"reward_model": summaries["reward_model"] + watched}
-    flags["reward_weights"] = (1.0, 0.0, 0.0)
-    assert torch.equal(weights(run(**flags)), without)
+def test_a_run_starts_from_weights_of_its_own_shapes(models):
+    flags = {"policy_model": str(models["gptj"]), "lora_r": 1}
+    folder = run(**flags, total_timesteps=8)
+    with refusal("has weights of other names or shapes"):
+        run(**flags | {"lora_r": 2, "start_from": str(folder)})
 
 
 @pytest.mark.slow
@@ -1368,6 +1378,8 @@ def test_defaults_depend_on_the_task_and_on_other_flags(capsys):
     assert ppo.alpha == 1.0
     assert ppo.noise_level == 0.1
     assert ppo.exp_name == "ppo"
+    with refusal("--reward-model is there twice"):
+        rlhf.parse_args(["--reward-model", "a.py:a", "--reward-model", "b.py:b"])
     own = make_args(dataset="a/mine.parquet")
     assert own.eval_dataset is None
     assert own.task == "mine"
