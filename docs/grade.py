@@ -37,7 +37,7 @@ class Args:
     folder: tyro.conf.Positional[Path]  # with a notebook or a folder for each student
     out: Path = Path("grades")  # the folder for grades.csv and the feedback files
     points: Path = DOCS / "points.csv"  # of each task (its claims share them), and what to read
-    timeout: int = 600  # seconds after which a cell is interrupted
+    timeout: int = 120  # seconds after which a cell is interrupted
     jobs: int = os.cpu_count() or 1  # notebooks at a time
 
 
