@@ -158,20 +158,21 @@ def test_the_table_for_latex_is_of_the_methods_compared_with_few_columns():
     scores = {"dppo": [-9], "sppo_a": [90], "better": [99]}
     make_clear_differences(scores)
     make_run("dppo", 5, noise="normal")
-    names = ("sppo_a=100% & more", "normal 0.05=noisy", f"{HOPPER}=Hopper_#1")
+    names = ("sppo_a=100% & <more", "normal 0.05=noisy", f"{HOPPER}=Hopper_#1")
     page = write_report(compare=(("sppo_a", "dppo"),), names=names)
     begin = "# Last evaluation (return_mean, last row)\n\n"
     assert page.startswith(f"{begin}**1 of 1 differences have p below 0.05 after correction.**\n")
     row = rows_after(page, "## Differences")[1]
-    assert row.startswith("| Hopper_#1 | clean | 100% & more | dppo | 99.0 (96.7 to 101.3) |")
+    assert row.startswith("| Hopper_#1 | clean | 100% & <more | dppo | 99.0 (96.7 to 101.3) |")
     table = Path("out/scores.tex").read_text()
-    assert "Compared: 100\\% \\& more with dppo.}" in table
+    assert "\\begin{table*}[t]" in table  # as wide as a page
+    assert "Compared: 100\\% \\& $<$more with dppo.}" in table
     rows = table.partition("\\toprule\n")[2].partition("\\bottomrule")[0].splitlines()
     assert rows == [
         r"task & method & clean & noisy \\",
         r"\midrule",
         r"Hopper\_\#1 & dppo & $-$9.00 $\pm$ 0.58 & 5.000 (n = 1) \\",
-        r"Hopper\_\#1 & 100\% \& more & \textbf{90.00 $\pm$ 0.58} &  \\",
+        r"Hopper\_\#1 & 100\% \& $<$more & \textbf{90.00 $\pm$ 0.58} &  \\",
     ]
 
 
