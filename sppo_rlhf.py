@@ -1374,6 +1374,7 @@ def prepare(args):
     for name in args.reward_model:
         if ".py:" in name:
             import_function(name)
+    os.chdir(START)  # an imported file may have changed it
 
 
 def has_bfloat16(device):
@@ -1440,7 +1441,7 @@ def load(args):
     for name, count in counts.items():
         lacking = len(rows + eval_rows) - count
         if lacking:
-            warn(f"{lacking:,} rows lack {name!r}; reward functions get None")
+            warn(f"{lacking:,} rows lack {name!r}, which is None there")
     columns = list(counts)
     data = split_rows(rows, eval_rows, args)
     reward_dtype = dtype if args.lora_r else torch.float32  # with LoRA, models are large

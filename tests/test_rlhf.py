@@ -815,6 +815,13 @@ def test_a_reward_file_may_import_files_beside_it():
             function_reward(f"{file}:{name}", **inputs)
 
 
+def test_relative_paths_begin_where_the_script_was_started(tmp_path):
+    start = Path.cwd()
+    Path("leaving.py").write_text("import os\nos.chdir('/')\ndef own(texts): pass")
+    rlhf.prepare(make_args(reward_model=(f"{tmp_path}/leaving.py:own",)))
+    assert Path.cwd() == start
+
+
 @pytest.mark.parametrize("weights", [(), (2.0, 10.0, -0.5)])
 def test_the_reward_is_the_weighted_sum_or_else_the_mean(monkeypatch, weights):
     """A function may return None for texts that others score, and change its arguments."""
@@ -967,7 +974,7 @@ def test_what_data_lack_and_lose_is_said(capsys):
     load(dataset="a.jsonl", eval_dataset=None, eval_episodes=4, response_length=3)
     output = capsys.readouterr()
     assert "16 prompts, 2 distinct, 0 cut; 8 targets, 8 cut\n" in output.out
-    assert "warning: 8 rows lack 'n'; reward functions get None\n" in output.err
+    assert "warning: 8 rows lack 'n', which is None there\n" in output.err
     with refusal("b.jsonl: no such file"):
         load(dataset="b.jsonl")
 

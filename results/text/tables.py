@@ -77,12 +77,14 @@ def lora():
         if len(cell) < 3:
             continue
         evaluations = progress[progress["run_name"].isin(cell["run_name"])]
+        first = evaluations.groupby("run_name").first()
         last = evaluations.groupby("run_name").last()
-        row = [alpha, rate, ends(last["return_mean"]), ends(last["kl"])]
+        row = [alpha, rate, ends(first["return_mean"]), ends(last["return_mean"])]
+        row.append(ends(last["kl"]))
         largest = f"{evaluations['kl'].max():.2g}"
         rows.append([*row, largest, ends(evaluations["losses/approx_kl"])])
-    header = ["alpha", "learning rate", "`return_mean`, end", "`kl`, end", "largest `kl`"]
-    return markdown([*header, "`losses/approx_kl`"], rows)
+    header = ["alpha", "learning rate", "`return_mean`, start", "end", "`kl`, end"]
+    return markdown([*header, "largest `kl`", "`losses/approx_kl`"], rows)
 
 
 def toy():
