@@ -368,6 +368,9 @@ def test_figures_are_written_as_png_and_as_pdf_whose_text_is_text(grid):
     assert not (OUT / "differences.png").exists()
     done = subprocess.run([*command, "--measure", "none"], capture_output=True, text=True)
     assert re.fullmatch("error: --measure none: .*\n", done.stderr)
+    twice = [*command, "--names", "sppo=SPPO", "--names", "ppo=PPO"]
+    done = subprocess.run(twice, capture_output=True, text=True)
+    assert done.stderr == "error: --names is there twice: give all its values at once\n"
 
 
 # ---- Packs
@@ -464,6 +467,7 @@ def test_runs_that_are_not_finished_and_seeds_that_a_cell_lacks_are_named():
     "changes, why",
     [
         ({"vf_coef": 0.1}, r"Hopper-v4 clean sppo: runs differ in vf_coef \(0.1, 0.5\)"),
+        ({"vf_coef": 0.1, "diverged": "nan"}, r"runs differ in vf_coef"),
         ({"script": "mine.py"}, r"runs differ in script \(mine.py, sppo_continuous.py\)"),
         ({"seed": 1}, r"Hopper-v4 clean sppo: seed 1 is there twice \(.* and .*\)"),
     ],
