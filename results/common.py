@@ -26,6 +26,7 @@ from analysis.tables import interval_text, markdown, mean_text
 RESULTS = Path(__file__).parent
 HOPPER, PENDULUM, LANDER = "Hopper-v4", "InvertedDoublePendulum-v4", "LunarLanderContinuous-v3"
 FLOORS = {LANDER: -200, "HalfCheetah-v4": -300}  # else 0
+NOISES = {"clean": "clean", "normal 0.05": "noisy"}
 MEASURES = {FIVE: "last five evaluations", LAST: "last evaluation", TRAINING: "training"}
 
 
@@ -81,6 +82,15 @@ def log_mean_and_variance(scores):
     average, variance = mean_and_variance(scores)
     relative = variance / average**2
     return np.log(average) + np.log1p(relative) / 2, relative * (1 + relative)
+
+
+def holm(p):
+    """p-values (tests,), corrected by Holm's method."""
+    order = np.argsort(p)
+    factors = np.arange(len(p), 0, -1)
+    corrected = np.empty(len(p))
+    corrected[order] = np.minimum(1, np.maximum.accumulate(np.take(p, order) * factors))
+    return corrected
 
 
 @cache

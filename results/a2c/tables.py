@@ -5,7 +5,7 @@ import numpy as np
 
 from analysis.compare import cells_of
 from analysis.tables import markdown
-from results.common import HOPPER, LANDER, PENDULUM, minus_text, read, score_text, short
+from results.common import HOPPER, LANDER, NOISES, PENDULUM, minus_text, read, score_text, short
 from results.comparisons import in_points
 
 
@@ -13,7 +13,7 @@ def million():
     cells = cells_of(read("a2c/million"))
     rows = []
     for task in [HOPPER, PENDULUM, LANDER]:
-        for noise, rewards in {"clean": "clean", "normal 0.05": "noisy"}.items():
+        for noise, rewards in NOISES.items():
             cell = cells[task, noise]
             difference = minus_text(cell["sa2c"], cell["da2c"])
             rows.append([f"{short(task)}, {rewards}", score_text(cell["da2c"]), difference])
@@ -34,7 +34,7 @@ def against_stable_baselines3():
 def comparisons():
     """Without a test."""
     page = "a2c/README.md#a-million-steps"
-    for claim, noise in {"3": "clean", "4": "normal 0.05"}.items():
+    for claim, noise in zip(["3", "4"], NOISES):
         for task in [HOPPER, LANDER, PENDULUM]:
             place = (task, noise)
             pair = ("sa2c", "da2c")

@@ -14,7 +14,7 @@ import pandas as pd
 
 from analysis.measures import FIVE, LAST, TRAINING
 from analysis.tables import markdown
-from results.common import mean, percent_text, read
+from results.common import holm, mean, percent_text, read
 from results.comparisons import LOG_RATIO, Comparison, includes_0
 
 HERE = Path(__file__).parent
@@ -74,15 +74,6 @@ def mean_over_games(ratios):
 
 
 # ---- Tables
-
-
-def holm(p):
-    """p-values (tests,), corrected by Holm's method."""
-    order = np.argsort(p)
-    factors = np.arange(len(p), 0, -1)
-    corrected = np.empty(len(p))
-    corrected[order] = np.minimum(1, np.maximum.accumulate(p[order] * factors))
-    return corrected
 
 
 def registered_tests(ratios):

@@ -18,14 +18,23 @@ import pandas as pd
 from analysis.compare import contrast
 from analysis.measures import FIVE, LAST, TRAINING
 from analysis.tables import markdown
-from results.common import MEASURES, bars, by_cell, estimate_text, mean, read, score_text, short
+from results.common import (
+    MEASURES,
+    NOISES,
+    bars,
+    by_cell,
+    estimate_text,
+    mean,
+    read,
+    score_text,
+    short,
+)
 from results.comparisons import Comparison, includes_0
 
 HERE = Path(__file__).parent
 TASKS = """\
 InvertedDoublePendulum-v4 LunarLanderContinuous-v3 Hopper-v4 Ant-v4 HumanoidStandup-v4 Walker2d-v4
 HalfCheetah-v4 Swimmer-v4 BipedalWalker-v3""".split()
-NOISES = {"clean": "clean", "normal 0.05": "noisy"}
 METHODS = {"ppo": "PPO", "dppo": "DPPO", "sppo": "SPPO"}
 MATTERS = 0.1  # an effect that would matter
 TOGETHER = "both together"

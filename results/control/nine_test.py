@@ -15,7 +15,7 @@ import pandas as pd
 
 from analysis.measures import FIVE
 from analysis.tables import interval_text, markdown
-from results.common import MEASURES, by_cell, estimate_text, mean, read, short
+from results.common import MEASURES, RESULTS, by_cell, estimate_text, holm, mean, read, short
 from results.control import nine
 from results.control.nine import NOISES, TASKS, TOGETHER, by_rewards, estimate, pooled, row_of
 
@@ -29,17 +29,17 @@ FIRST_SEEDS = 0.098  # the pooled effect that suggested the test
 # ---- Scores
 
 
-def read_scores():
+def read_scores(pack="control/nine-test", seeds=SEEDS):
     """Of the whole seeds, whose 36 runs have finished, or stopped twice with the script's own
-    error. The latter are in nine-test-stopped.csv, and have a random agent's score."""
-    scores = read("control/nine-test")
-    path = nine.HERE / "nine-test-stopped.csv"
+    error. The latter are in PACK-stopped.csv, and have a random agent's score."""
+    scores = read(pack)
+    path = RESULTS / f"{pack}-stopped.csv"
     if path.exists():
         stopped = pd.read_csv(path)
         stopped["score"] = stopped["task"].map(nine.random_scores())
         copies = [stopped.assign(measure=measure) for measure in MEASURES]
         scores = pd.concat([scores, *copies])
-    assert set(scores["seed"]) <= set(SEEDS)
+    assert set(scores["seed"]) <= set(seeds)
     return nine.whole_seeds(scores[scores["measure"].isin(MEASURES)], METHODS)
 
 
@@ -72,13 +72,6 @@ def delta_half_width(scores, noises):
 # ---- The tests, in their order
 
 
-def holm(first, second):
-    """Two p-values, corrected by Holm's method."""
-    smaller = min(1, 2 * min(first, second))
-    larger = max(smaller, first, second)
-    return (smaller, larger) if first <= second else (larger, smaller)
-
-
 def verdict(found, corrected_p, first_p):
     """Of clean or noisy rewards. `first_p`: of both together, without which neither is tested."""
     if first_p < 0.05 and corrected_p < 0.05:
@@ -95,7 +88,7 @@ def tested(scores):
     clean and noisy are tested, by Holm's method."""
     found = {title: pooled(parts) for title, parts in by_rewards(scores).items()}
     together = found.pop(TOGETHER)
-    corrected = holm(found[CLEAN].p, found[NOISY].p)
+    corrected = holm([one.p for one in found.values()])
     rows = {}
     for (title, one), p in zip(found.items(), corrected):
         rows[title] = one, p, verdict(one, p, together.p)
@@ -107,18 +100,18 @@ def tested(scores):
     return {TOGETHER: (together, together.p, text)} | rows
 
 
-def tests():
+def tests(scores=None, difference="SPPO minus DPPO"):
     """With fewer than four whole seeds: estimates, without p and verdicts."""
-    scores = scores_of()
+    scores = scores or scores_of()
     noises = {TOGETHER: list(NOISES)} | {title: [noise] for noise, title in NOISES.items()}
     rows = []
     for title, (found, p, text) in tested(scores).items():
         half = delta_half_width(scores, noises[title])
         wider = interval_text(found.value, found.value - half, found.value + half, 3)
         rows.append([title, estimate_text(found, 3), wider, f"{found.p:.2g}", f"{p:.2g}", text])
-    header = ["rewards", "SPPO minus DPPO", "counting the denominator's error"]
+    header = ["rewards", difference, "counting the denominator's error"]
     header += ["p", "p, by Holm", "verdict"]
-    if read_scores()["seed"].nunique() < FEWEST:
+    if min(map(len, scores.values())) < FEWEST:
         header = header[:3]
         rows = [row[:3] for row in rows]
     return markdown(header, rows)

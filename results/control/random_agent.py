@@ -1,25 +1,17 @@
 """A random agent's episodes of the paper's nine tasks of continuous control.
 
-python results/control/random_agent.py    # writes random.csv: 100 episodes of each, four minutes
+python -m results.control.random_agent    # writes random.csv: 100 episodes of each, four minutes
 """
-
-import sys
-from pathlib import Path
 
 import pandas as pd
 from tqdm import tqdm
 
-HERE = Path(__file__).parent
-TASKS = """\
-InvertedDoublePendulum-v4 LunarLanderContinuous-v3 Hopper-v4 Ant-v4 HumanoidStandup-v4 Walker2d-v4
-HalfCheetah-v4 Swimmer-v4 BipedalWalker-v3""".split()
+from results.control.nine import HERE, TASKS
+from sppo_continuous import Args, make_env
 
 
 def play(task, episodes=100, seed=1):
     """Raw returns and lengths of episodes of uniform actions."""
-    sys.path.append(str(HERE.parents[1]))
-    from sppo_continuous import Args, make_env
-
     rows = []
     with make_env(Args(env_id=task), seed) as env:
         for episode in range(episodes):

@@ -11,6 +11,7 @@ from results.common import (
     HOPPER,
     LANDER,
     MEASURES,
+    NOISES,
     PENDULUM,
     log_mean_and_variance,
     minus_text,
@@ -19,9 +20,7 @@ from results.common import (
     short,
 )
 from results.comparisons import Comparison, Interval, in_points, includes_0
-
-NOISES = {"clean": "clean", "normal 0.05": "noisy"}
-METHODS = {"ppo": "PPO", "dppo": "DPPO", "sppo": "SPPO"}
+from results.control.nine import METHODS
 
 
 def table(name, cells):

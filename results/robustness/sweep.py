@@ -18,6 +18,7 @@ from results.common import (
     HOPPER,
     LANDER,
     MEASURES,
+    NOISES,
     above_floors,
     estimate_text,
     packed,
@@ -27,7 +28,6 @@ from results.common import (
 from results.comparisons import Comparison, Interval, includes_0
 
 TASKS = [HOPPER, LANDER]
-REWARDS = {"clean": "clean", "normal 0.05": "noisy"}
 METHODS = ["dppo", "sppo"]
 RATES = [0.0001, 0.0003, 0.001]
 CLIPS = [0.1, 0.2, 0.3]
@@ -70,8 +70,8 @@ def samples_of_measures():
     """{measure: (methods, 1 + SAMPLES)}, averaged over tasks and rewards. Scores are the last five
     evaluations above the task's floor."""
     names = [name_of(*setting) for setting in product(METHODS, RATES, CLIPS)]
-    scores = above_floors(read("robustness/sweep"), FIVE, TASKS, REWARDS, names)
-    shape = [len(TASKS), len(REWARDS), len(METHODS), len(RATES) * len(CLIPS), -1]
+    scores = above_floors(read("robustness/sweep"), FIVE, TASKS, NOISES, names)
+    shape = [len(TASKS), len(NOISES), len(METHODS), len(RATES) * len(CLIPS), -1]
     means = resampled_means(scores.reshape(shape))
     shares = means / means.max(axis=-2, keepdims=True)  # of the best setting
     found = {MEAN_SHARE: shares, "B, share of settings at 0.8 or more": shares >= 0.8}
@@ -111,7 +111,7 @@ def draw():
     columns = ["variant", "learning rate", "clip range"]
     settings = pd.DataFrame.from_dict(settings, orient="index", columns=columns)
     scores = read("robustness/sweep").query("measure == @FIVE").join(settings, on="method")
-    scores["cell"] = scores["task"].map(short) + ", " + scores["noise"].map(REWARDS)
+    scores["cell"] = scores["task"].map(short) + ", " + scores["noise"].map(NOISES)
     grid = sns.relplot(
         scores,
         kind="line",
