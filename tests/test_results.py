@@ -142,6 +142,7 @@ def test_commands_of_packs_are_those_of_todays_scripts(path, monkeypatch):
 
 # speed/memory.sh prints no commands
 SUITES = [path for path in sorted(RESULTS.glob("*/*.sh")) if path.stem != "memory"]
+NOT_RUN = [RESULTS / "a2c/nine.sh"]
 
 
 def flags_of(command):
@@ -154,7 +155,8 @@ def test_a_suites_script_prints_the_commands_of_its_pack(suite):
     name = str(suite.relative_to(RESULTS).with_suffix(""))
     assert f"#     bash results/{name}.sh | python benchmarks/run.py " in suite.read_text()
     listed = subprocess.check_output(["bash", suite], cwd=ROOT, text=True)
-    commands = {flags_of("python " + command) for command in packed(name)["command"]}
+    runs = [] if suite in NOT_RUN else packed(name)["command"]
+    commands = {flags_of("python " + command) for command in runs}
     assert commands <= {flags_of(line) for line in listed.splitlines()}
 
 
@@ -281,6 +283,36 @@ def test_fewer_than_four_whole_seeds_have_no_registered_test(made_up, monkeypatc
     assert "| p, by Holm | verdict |" in made_up.tests()
     monkeypatch.setattr(made_up, "read_scores", lambda: three)
     assert "verdict" not in made_up.tests() and "| clean | 0.0" in made_up.tests()
+
+
+def test_the_registered_list_of_a2c_has_all_runs_of_its_test(made_up):
+    a2c = analysis("a2c/nine")
+    listed = subprocess.check_output(["bash", NOT_RUN[0]], cwd=ROOT, text=True).splitlines()
+    script = importlib.import_module("sa2c_continuous")
+    runs = [helpers.parse(script, shlex.split(line)[2:]) for line in listed]
+    places = [(run.env_id, run.noise, run.exp_name, run.seed) for run in runs]
+    wanted = itertools.product(made_up.TASKS, ["none", "normal"], a2c.NAMES, a2c.SEEDS)
+    assert sorted(places) == sorted(wanted)
+    weights = {(run.exp_name, run.alpha, run.beta) for run in runs}
+    assert weights == {("da2c", 1, 0), ("sa2c", 0.5, 0.5)}
+
+
+def test_the_registered_test_of_a2c_is_that_of_ppo(made_up, monkeypatch):
+    a2c = analysis("a2c/nine")
+    expected = made_up.tests()
+    names = {ppo: name for name, ppo in a2c.NAMES.items()}
+    found = made_up.read("").replace({"method": names})
+    found["seed"] += 30000 - 20002
+    monkeypatch.setattr(made_up, "read", lambda pack: found)
+    (made_up.RESULTS / "a2c").mkdir()
+    stopped = "task,noise,method,seed\nSwimmer-v4,normal 0.05,sa2c,30000\n"
+    (made_up.RESULTS / "a2c/nine-stopped.csv").write_text(stopped)
+    scores = a2c.scores_of()
+    assert made_up.tests(scores) == expected
+    holds = a2c.predictions(scores)
+    assert [key for key, is_kept in holds.items() if not is_kept] == ["a2c-nine-test"]
+    registered = predictions.table().query("pack == 'a2c/nine' and key != ''")
+    assert list(holds) == registered["key"].to_list()
 
 
 def test_the_second_interval_counts_the_denominators_error(made_up):
