@@ -244,8 +244,9 @@ if __name__ == "__main__":
     figures.set_style()
     sys.stdout.reconfigure(errors="backslashreplace")  # for letters that a terminal does not have
     try:
-        for option in {word for word in sys.argv if word.startswith("--")}:
-            if sys.argv.count(option) > 1:  # tyro would take the last
+        options = [word.partition("=")[0] for word in sys.argv if word.startswith("--")]
+        for option in options:
+            if options.count(option) > 1:  # tyro would take the last
                 raise Refusal(f"{option} is there twice: give all its values at once")
         main(tyro.cli(Args))
     except (Refusal, OSError) as error:

@@ -262,9 +262,9 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--task", choices=TASKS, default="toy")
     task = parser.parse_known_args(argv)[0].task
+    flags = [word.partition("=")[0] for word in (sys.argv if argv is None else argv)]
     for flag in "--reward-model", "--reward-weights":
-        count = (sys.argv if argv is None else argv).count(flag)
-        require(count < 2, f"{flag} is there twice: give all its values at once")
+        require(flags.count(flag) < 2, f"{flag} is there twice: give all its values at once")
     args = tyro.cli(Args, default=Args(task, **TASKS[task]), args=argv)
     args.resolve()
     return args

@@ -368,7 +368,7 @@ def test_figures_are_written_as_png_and_as_pdf_whose_text_is_text(grid):
     assert not (OUT / "differences.png").exists()
     done = subprocess.run([*command, "--measure", "none"], capture_output=True, text=True)
     assert re.fullmatch("error: --measure none: .*\n", done.stderr)
-    twice = [*command, "--names", "sppo=SPPO", "--names", "ppo=PPO"]
+    twice = [*command, "--names", "sppo=SPPO", "--names=ppo=PPO"]
     done = subprocess.run(twice, capture_output=True, text=True)
     assert done.stderr == "error: --names is there twice: give all its values at once\n"
 

@@ -1386,7 +1386,7 @@ def test_defaults_depend_on_the_task_and_on_other_flags(capsys):
     assert ppo.noise_level == 0.1
     assert ppo.exp_name == "ppo"
     with refusal("--reward-model is there twice"):
-        rlhf.parse_args(["--reward-model", "a.py:a", "--reward-model", "b.py:b"])
+        rlhf.parse_args(["--reward-model", "a.py:a", "--reward-model=b.py:b"])
     own = make_args(dataset="a/mine.parquet")
     assert own.eval_dataset is None
     assert own.task == "mine"
