@@ -130,7 +130,7 @@ def beside():
     for place, older in nine.scores_of().items():
         if place in scores:
             scores[place] = np.append(scores[place], older)
-    rows.append(row_of("all eight seeds", scores))
+    rows.append(row_of("with the two seeds seen before", scores))
     rows.append(row_of("all seeds of all packs", nine.with_all_seeds(scores)))
     return markdown(["", *by_rewards(scores)], rows)
 
