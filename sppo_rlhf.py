@@ -1599,7 +1599,7 @@ def start_digest(args):
         return {}
     folder = Path(START, args.start_from)
     if not (folder / "summary.json").exists():
-        sys.exit(f"error: {args.start_from} is no finished run; it continues by its own command")
+        sys.exit(f"error: {args.start_from} has no finished run; others go on by their own command")
     step = json.loads((folder / "summary.json").read_text())["step"]
     if step >= args.total_timesteps:
         sys.exit(f"error: {args.start_from} has {step:,} of --total-timesteps already: give more")

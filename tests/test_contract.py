@@ -419,7 +419,7 @@ def test_a_run_that_starts_from_another_equals_one_that_was_long_from_the_start(
 def test_a_run_starts_only_from_a_finished_one_with_fewer_steps(setting, launch):
     """Nothing has begun then."""
     folder = setting.interrupt(RUNS, 1, **every(setting))
-    assert " is no finished run; it continues by " in launch(start_from=folder, seed=2)[0]
+    assert " has no finished run; others go on by " in launch(start_from=folder, seed=2)[0]
     _, folder = setting.run(RUNS, **every(setting))
     end, _, _ = launch(start_from=folder)
     assert end.startswith(f"error: {folder} has {4 * setting.batch:,} of ")
