@@ -86,6 +86,16 @@ def test_corrected_p_is_over_all_differences_of_a_pack_in_all_measures():
     assert len(found) == 9
 
 
+def test_simulated_coverage_is_that_of_todays_statistics():
+    """Of the first cell that results/coverage.py simulates."""
+    coverage = importlib.import_module("results.coverage")
+    scores = coverage.simulate(np.random.default_rng(0), "normal", seeds=3, cells=1)
+    found = coverage.difference_outside(scores, coverage.mean_and_variance)
+    first = "statistic == 'points' and cells == 1 and seeds == 3 and pair == 'normal'"
+    recorded = pd.read_csv(RESULTS / "coverage.csv").query(first)
+    assert np.round(found, 1).tolist() == recorded[["above", "below"]].iloc[0].tolist()
+
+
 def test_verdicts_are_those_that_packs_give():
     assert verdicts.csv_table().to_csv(index=False) == (RESULTS / "verdicts.csv").read_text()
 
