@@ -80,7 +80,7 @@ class Args:
     runs_dir: str = "runs"  # folder of all runs
     start_from: str | None = None  # folder of a finished run: begin with its checkpoint
     compile: bool = True  # compile the gradient (needs a C++ compiler): slower start, faster run
-    checkpoint_freq: int = 0  # steps between checkpoints (end episodes); 0: 100,000, or time limit
+    checkpoint_freq: int = 0  # an environment's steps per checkpoint (ends episodes); 0: 100,000+
     track: bool = False  # log to Weights & Biases as well (pip install wandb)
     # Algorithm
     policy: Literal["categorical", "gaussian"] = "categorical"  # gaussian: plain PPO
@@ -190,7 +190,7 @@ class RunningStats:
         return {name: torch.as_tensor(value) for name, value in vars(self).items()}
 
     def load_state_dict(self, state):
-        vars(self).update({name: tensor.numpy() for name, tensor in state.items()})
+        vars(self).update({name: tensor.numpy().copy() for name, tensor in state.items()})
 
 
 class NormalizedEnvs:
@@ -338,8 +338,8 @@ class Agent(nn.Module):
         return Independent(distribution, 1)
 
     def exploration(self, shape, generator):
-        """Random numbers that `act` adds to the actor's output, to sample: (*shape, action_dim) or
-        (*shape, action_dim, bins)."""
+        """Random numbers that `act` adds to the output, to sample from `policy` (no check sees if
+        it does): (*shape, action_dim) or (*shape, action_dim, bins)."""
         draws = torch.empty(*shape, *self.output_shape)
         if self.gaussian:
             draws = self.log_std.exp() * draws.normal_(generator=generator)

@@ -88,11 +88,11 @@ def claims():
 
 
 FRONT_PAGE = {
-    "PPO, control": "1",
-    "PPO, control, noisy rewards": "2",
-    "A2C, control": "3",
-    "PPO, Atari": "5",
-    "PPO, language models": "10",
+    "SPPO, control": "1",
+    "SPPO, control, noisy rewards": "2",
+    "SA2C, control": "3",
+    "SPPO, Atari": "5",
+    "SPPO, language models": "10",
 }
 
 

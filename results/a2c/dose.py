@@ -94,13 +94,13 @@ def comparisons():
     for beta, of_beta in dose_effects().items():
         for rewards, found in of_beta.items():
             claim = "3" if rewards == "clean" else "4"
-            name = f"SA2C, beta {beta} minus 0 (alpha 0.5), three tasks, 300,000 steps, {rewards}"
+            name = f"SA2C, beta {beta} against 0 (alpha 0.5), three tasks, 300,000 steps, {rewards}"
             options = {"tasks": 3, "corrected": p[beta, rewards]}
             # A claim stands by the default dose: decided after the scores, on 30 November 2026
             options["direct"] = beta == "0.5" and rewards != "flipped advantages"
             yield Comparison(claim, name, page, found, 12, **options)
     p = corrected_p({measure: effects(measure) for measure in MEASURES})
-    names = {f"slope: {x}": f"beta 20 minus 0 by a fitted line, {x}" for x in REWARDS.values()}
+    names = {f"slope: {x}": f"beta 20 against 0 by a fitted line, {x}" for x in REWARDS.values()}
     names["slope: noisy rewards"] += ", only through InvertedDoublePendulum"
     names["noisy minus clean"] = "change of the slope by noise"
     names["flipped minus clean"] = "change of the slope by flips"
