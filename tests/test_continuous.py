@@ -151,6 +151,11 @@ def test_steps_are_normalised_as_by_stable_baselines3(monkeypatch):
     assert_allclose(envs.recent_episodes, episodes[-100:], atol=1e-5)
     assert cuts > 3
     assert set(envs.obs_stats.normalize(np.full(11, 1e9))) == {10}
+    copy = script.RunningStats()
+    copy.load_state_dict(envs.obs_stats.state_dict())
+    assert_array_equal(copy.mean, envs.obs_stats.mean)
+    copy.update(np.ones((1, 11)))  # and leaves the original alone
+    assert (copy.mean != envs.obs_stats.mean).all()
 
 
 # ---- Evaluation
