@@ -6,7 +6,7 @@ import numpy as np
 
 from analysis.compare import Estimate, cells_of, difference
 from analysis.measures import LAST
-from results.common import MEASURES, corrected_suite, read
+from results.common import FLOORS, MEASURES, corrected_suite, read
 
 POINTS = "points"
 REWARD = "reward"
@@ -62,10 +62,11 @@ def includes_0(found):
 
 
 def in_points(claim, name, page, pack, place, pair, measure=LAST, **options):
-    """Of one task and kind of rewards. A gain of a tenth of the baseline's return would matter."""
+    """Of one task and kind of rewards. A gain of a tenth of the baseline's score would matter."""
     cell = cells_of(read(pack), measure)[place]
     a, b = (cell[method] for method in pair)
     p = corrected_suite(pack)[(measure, *place, frozenset(pair))]
-    options = {"matters": abs(b.mean()) / 10, "corrected": p, "unit": POINTS} | options
+    score = b.mean() - FLOORS.get(place[0], 0)
+    options = {"matters": score / 10, "corrected": p, "unit": POINTS} | options
     found = difference(a, b)
     return Comparison(claim, name, page, found, len(a), measure=MEASURES[measure], **options)

@@ -320,7 +320,9 @@ def test_the_registered_test_of_a2c_is_that_of_ppo(made_up, monkeypatch):
     scores = a2c.scores_of()
     assert made_up.tests(scores) == expected
     holds = a2c.predictions(scores)
-    assert [key for key, is_kept in holds.items() if not is_kept] == ["a2c-nine-test"]
+    kept = [key for key, is_kept in holds.items() if is_kept]
+    assert kept == ["a2c-nine-sign", "a2c-nine-cost"]
+    assert a2c.evidence(scores) == {"for": True, "against": False}
     registered = predictions.table().query("pack == 'a2c/nine' and key != ''")
     assert list(holds) == registered["key"].to_list()
 

@@ -35,12 +35,13 @@ BETAS = np.array([0, 0.5, 2, 20])
 DOSES = np.log(1 + BETAS / ALPHA) / np.log(1 + BETAS[-1] / ALPHA)
 
 
-def relative_scores(measure):
+def relative_scores(measure, own=False):
     """Scores above the task's floor (tasks, rewards, betas, seeds), as registered relative to beta
-    0, clean rewards."""
+    0, clean rewards; or to beta 0 with their own rewards."""
     methods = [f"sa2c-beta{beta:g}" for beta in BETAS]
     scores = above_floors(read("a2c/dose"), measure, TASKS, REWARDS, methods)
-    return scores / scores[:, :1, :1].mean(axis=-1, keepdims=True)
+    of_beta_0 = scores[:, :, :1].mean(axis=-1, keepdims=True)
+    return scores / (of_beta_0 if own else of_beta_0[:, :1])
 
 
 def slopes(scores):
@@ -49,10 +50,10 @@ def slopes(scores):
     return np.einsum("trbs,b->trs", scores, centred) / (centred @ centred)
 
 
-def effects(measure, tasks=slice(None)):
+def effects(measure, tasks=slice(None), own=False):
     """{name: estimate}: slopes, averaged over `tasks`, and interactions with noise. The unit is the
     seed."""
-    by_seed = slopes(relative_scores(measure)[tasks]).mean(axis=0)
+    by_seed = slopes(relative_scores(measure, own)[tasks]).mean(axis=0)
     clean, noisy, flipped = by_seed
     return {
         "slope: clean": mean(clean),
@@ -67,6 +68,7 @@ def measures():
     found = {
         "training, all three tasks": effects(TRAINING),
         "training, without InvertedDoublePendulum": effects(TRAINING, slice(0, 2)),
+        "training, of beta 0 with the same rewards": effects(TRAINING, own=True),
         "last five evaluations": effects(FIVE),
         "last evaluation": effects(LAST),
     }

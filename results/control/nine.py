@@ -99,14 +99,24 @@ def losses(scores, noise, all_tasks=False):
     return effects_of(scores, (noise, "sppo"), (noise, "dppo"), all_tasks)
 
 
-def by_rewards(scores, left_out=None):
+def by_rewards(scores, left_out=None, all_tasks=False):
     """What the loss gives on the tasks that count, but for one that is left out. If a task counts
     with one kind of rewards only, together is the mean of all effects that count."""
     found = {}
     for noise, title in NOISES.items():
-        effects = losses(scores, noise)
+        effects = losses(scores, noise, all_tasks)
         found[title] = [effect for task, effect in effects.items() if task != left_out]
     return found | {TOGETHER: sum(found.values(), [])}
+
+
+def over_tasks(scores):
+    """The same with the task as the unit: of both together, the mean of its effects."""
+    found = {}
+    for noise, title in NOISES.items():
+        effects = losses(scores, noise).items()
+        found[title] = pd.Series({task: estimate(parts).value for task, parts in effects})
+    found[TOGETHER] = pd.DataFrame(found).mean(axis=1)
+    return {title: mean(effects.to_numpy()) for title, effects in found.items()}
 
 
 def noisy_minus_clean(scores):
@@ -119,9 +129,9 @@ def noisy_minus_clean(scores):
 # ---- Tables, figure, claims, predictions
 
 
-def row_of(title, scores, left_out=None):
+def row_of(title, scores, **options):
     """The pooled effects, by rewards."""
-    effects = by_rewards(scores, left_out).values()
+    effects = by_rewards(scores, **options).values()
     return [title, *(estimate_text(pooled(parts), 3) for parts in effects)]
 
 
@@ -133,13 +143,15 @@ def pooled_text(effects):
 
 
 def tests():
-    """Over seeds, and with each effect, of a task with clean or noisy rewards, as the unit."""
+    """Over seeds, and with the task as the unit."""
     scores = scores_of()
+    change = noisy_minus_clean(scores)
+    units = over_tasks(scores)
+    units[CHANGE] = mean(np.array([estimate(parts).value for parts in change]))
     rows = []
-    for title, effects in (by_rewards(scores) | {CHANGE: noisy_minus_clean(scores)}).items():
-        values = np.array([estimate(parts).value for parts in effects])
-        rows.append([title, estimate_text(pooled(effects), 3), estimate_text(mean(values), 3)])
-    return markdown(["rewards", "SPPO minus DPPO", "over effects"], rows)
+    for title, effects in (by_rewards(scores) | {CHANGE: change}).items():
+        rows.append([title, estimate_text(pooled(effects), 3), estimate_text(units[title], 3)])
+    return markdown(["rewards", "SPPO minus DPPO", "over tasks"], rows)
 
 
 def measures():
