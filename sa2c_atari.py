@@ -90,7 +90,7 @@ class Args:
     num_envs: int = 16  # games played in parallel
     num_steps: int = 5  # steps of each game per rollout
     learning_rate: float = 7e-4  # RMSprop's learning rate, constant
-    rmsprop_eps: float = 1e-5  # RMSprop's epsilon, inside the root; in our results 1e-10
+    rmsprop_eps: float = 1e-5  # RMSprop's epsilon, inside the root; results/ has 1e-10
     gamma: float = 0.99  # discount factor
     gae_lambda: float = 1.0  # lambda of generalised advantage estimation; 1: n-step returns
     norm_adv: bool = False  # normalise advantages in each rollout
@@ -205,7 +205,7 @@ def perturb_reward(reward, noise, level, rng):
     if noise == "uniform":
         return reward + rng.uniform(-level, level, reward.shape)
     if noise in ("none", "adv_flip"):
-        return reward.copy()  # callers write into it
+        return reward
     raise ValueError(f"perturb_reward does not know the noise {noise!r}")
 
 
@@ -252,8 +252,8 @@ class Agent(nn.Module):
         """Logits (batch, num_actions) and values (batch,) of images (batch, 4, 84, 84), uint8."""
         x = images.to(self.dtype, memory_format=torch.channels_last)
         with self.autocast():
-            # scaling the weights by 1 / 255 is cheaper than scaling the images
-            x = torch.conv2d(x, self.conv.weight / 255, self.conv.bias, stride=4)
+            weight = self.conv.weight / 255  # cheaper than scaling the images
+            x = torch.conv2d(x, weight, self.conv.bias, self.conv.stride, self.conv.padding)
             x = self.trunk(x)
         with self.autocast(enabled=False):  # the loss must not see rounded probabilities
             x = x.float()
@@ -436,7 +436,7 @@ def train(args, folder):
     agent = Agent(games.num_actions, bfloat16).to(device)
     optimizer = RMSpropTF(agent.parameters(), args.learning_rate, alpha=0.99, eps=args.rmsprop_eps)
 
-    task = args.env_id
+    task = f"{args.env_id} {args.repeat_action_probability}"
     global_step = 0
     evaluations = []  # rows of progress.csv
     history = []  # what was logged since the last evaluation

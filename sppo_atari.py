@@ -212,7 +212,7 @@ def perturb_reward(reward, noise, level, rng):
     if noise == "uniform":
         return reward + rng.uniform(-level, level, reward.shape)
     if noise in ("none", "adv_flip"):
-        return reward.copy()  # callers write into it
+        return reward
     raise ValueError(f"perturb_reward does not know the noise {noise!r}")
 
 
@@ -259,8 +259,8 @@ class Agent(nn.Module):
         """Logits (batch, num_actions) and values (batch,) of images (batch, 4, 84, 84), uint8."""
         x = images.to(self.dtype, memory_format=torch.channels_last)
         with self.autocast():
-            # scaling the weights by 1 / 255 is cheaper than scaling the images
-            x = torch.conv2d(x, self.conv.weight / 255, self.conv.bias, stride=4)
+            weight = self.conv.weight / 255  # cheaper than scaling the images
+            x = torch.conv2d(x, weight, self.conv.bias, self.conv.stride, self.conv.padding)
             x = self.trunk(x)
         with self.autocast(enabled=False):  # the loss must not see rounded probabilities
             x = x.float()
@@ -436,7 +436,7 @@ def train(args, folder):
         agent.parameters(), lr=args.learning_rate, eps=args.adam_eps, fused=True
     )
 
-    task = args.env_id
+    task = f"{args.env_id} {args.repeat_action_probability}"
     global_step = 0
     evaluations = []  # rows of progress.csv
     history = []  # what was logged since the last evaluation
@@ -492,7 +492,7 @@ def train(args, folder):
         if args.anneal_lr:
             optimizer.param_groups[0]["lr"] = args.learning_rate * remaining
         clip_coef = args.clip_coef * remaining if args.anneal_clip else args.clip_coef
-        clip_coef = torch.tensor(clip_coef, device=device)  # compiling would fix a float's value
+        clip_coef = torch.tensor(clip_coef, device=device)  # compiled, a float would be a constant
         batch, images = collect(agent, args, games, images, rng, generator, agent_fn)
         global_step += batch_size
         bar.update(batch_size)

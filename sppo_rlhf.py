@@ -107,7 +107,7 @@ def explained(subject):
 
 @dataclass
 class Args:
-    """Defaults are for the toy task; TASKS has those of the others."""
+    """Defaults are the toy's. For own data, set learning rate and lengths, too."""
 
     # Run
     task: Literal["toy", "imdb", "tldr"] = "toy"  # toy: offline; imdb: reviews; tldr: summaries
@@ -148,7 +148,7 @@ class Args:
     adam_eps: float = 1e-5  # AdamW's epsilon
     gamma: float = 0.99  # discount factor, per token
     gae_lambda: float = 0.95  # lambda of generalised advantage estimation
-    clip_coef: float = 0.2  # epsilon of the clip range, for ratios and for values
+    clip_coef: float = 0.2  # epsilon of the clip range, for ratios and values (rewards near 1)
     norm_adv: bool = True  # normalise advantages in each minibatch
     vf_coef: float = 0.5  # weight of the value loss
     ce_coef: float = 0.0  # weight of the supervised (SFT) loss on the data's targets, PPO-ptx
@@ -421,7 +421,7 @@ def tokenize(row, tokenizer, args):
     end = tokenizer.eos_token_id
     start = []
     target = []
-    label = row.get("label")  # a text, or a class
+    label = row.get("label")  # a text (in CSV always), or a class
     label = label if isinstance(label, str) and label.strip() else ""
     if kind == "messages":
         prompt, target = chat_tokens(row, label, tokenizer, args)
@@ -683,7 +683,7 @@ def sample_responses(setup, args, data, evaluating=False):
         target_parts = by_text(target_log_prob, targets) if evaluating else [None] * len(rows)
         samples += map(Sample, rows, prompts, responses, targets, *parts, target_parts)
 
-    # All at once, because a reward function may compare the texts of a rollout
+    # All of this process at once, because a reward function may compare texts
     prompts = [sample.prompt for sample in samples]
     responses = [sample.response for sample in samples]
     scores = score(setup, args, own, prompts, responses) if own else []
@@ -719,7 +719,7 @@ def perturb_reward(reward, noise, level, rng):
     if noise == "uniform":
         return reward + rng.uniform(-level, level, reward.shape)
     if noise in ("none", "adv_flip"):
-        return reward.copy()  # callers write into it
+        return reward
     raise ValueError(f"perturb_reward does not know the noise {noise!r}")
 
 
@@ -942,7 +942,7 @@ class Progress:
     """What a checkpoint holds besides weights and optimizer."""
 
     global_step: int
-    task: list  # of which its scores are
+    task: list  # data, reward models and their weights: what its scores are of
     speeds: list[float]  # texts per second of each update
     evaluations: list[dict]  # rows of progress.csv
     samples: list[str]  # lines of samples.jsonl
@@ -1018,10 +1018,10 @@ def train(setup, args, folder):
         step = progress.global_step
 
         minibatch_metrics = update(setup, args, samples, rng)
-        # Before a session's first step of the optimizer, `collect` and the update give the same
-        # log-probabilities. Rounding gives 3e-13 in float32 and 6e-5 in bfloat16
+        # In a session's first two rollouts (LoRA begins at 0). Rounding: 3e-13; bfloat16: 6e-5
         limit = 1e-8 if setup.actor_critic.dtype == torch.float32 else 1e-3
-        if step == begun + args.batch_size and minibatch_metrics[0]["losses/approx_kl"] > limit:
+        is_new = step <= begun + 2 * args.batch_size
+        if is_new and minibatch_metrics[0]["losses/approx_kl"] > limit:
             found = "the policy that acts is not the one that is trained (dropout, memory?)"
             require(accelerator.device.type != "cpu", found)
             warn(f"{found}, or this GPU rounds more")
@@ -1515,7 +1515,7 @@ def restore(setup, folder, start_from=None):
         return Progress(0, [], [], [], [], [])
     checkpoint = load_checkpoint(path)
     trained, saved = setup.actor_critic.trained(), checkpoint["agent"]
-    shapes = [{name: x.shape for name, x in weights.items()} for weights in (trained, saved)]
+    shapes = [[(name, x.shape) for name, x in weights.items()] for weights in (trained, saved)]
     require(shapes[0] == shapes[1], f"{path} has weights of other names or shapes (--lora-r?)")
     for name, parameter in trained.items():
         parameter.copy_(saved[name])
@@ -1527,8 +1527,8 @@ def restore(setup, folder, start_from=None):
 
 
 def save_policy(setup, run_folder):
-    """Writes policy/, the trained policy or its adapter, which `from_pretrained` loads, with its
-    tokenizer and the settings with which it was sampled."""
+    """Writes policy/: the trained policy or its adapter, for `from_pretrained`, its tokenizer, and
+    how it was sampled, which transformers does not read with an adapter by itself."""
     folder = run_folder / "policy"
     temporary = run_folder / "policy.tmp"
     policy = setup.actor_critic.policy

@@ -76,7 +76,7 @@ def counts(a, b, random):
     """Whether the mean of both exceeds a random agent's score by more than five of its standard
     errors, so that shares of it mean something."""
     both = contrast([a, b], [0.5, 0.5])
-    return both.value - random > 5 * both.error
+    return both.value - random > 5 * np.nan_to_num(both.error)  # nan: equal scores
 
 
 def pooled(effects):

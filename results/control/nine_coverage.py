@@ -18,7 +18,7 @@ from tqdm import tqdm
 
 from analysis.measures import FIVE
 from results.common import by_cell, read
-from results.control.nine import NOISES, TASKS, counts, effect, pooled, random_scores
+from results.control.nine import NOISES, TASKS, TOGETHER, counts, effect, pooled, random_scores
 
 HERE = Path(__file__).parent
 DATA_SETS = 2000
@@ -51,29 +51,29 @@ def population(packed, task, noise, method, others):
     return rng.normal(1, float(others), 10_000)
 
 
-def simulate(rng, packed, noise, seeds, others, truth):
+def simulate(rng, packed, noises, seeds, others, truth):
     """Share of data sets whose interval lies above the truth, below it, and mean half width."""
     populations = {}
-    for task in TASKS:
+    for task, noise in product(TASKS, noises):
         dppo = population(packed, task, noise, "dppo", others)
         if truth == "packed":
             sppo = population(packed, task, noise, "sppo", others)
         else:
             sppo = dppo * (1.105 if truth == "a tenth" else 1)
-        populations[task] = sppo, dppo
+        populations[task, noise] = sppo, dppo
     true = {
-        task: 2 * (sppo.mean() - dppo.mean()) / (sppo.mean() + dppo.mean())
-        for task, (sppo, dppo) in populations.items()
+        place: 2 * (sppo.mean() - dppo.mean()) / (sppo.mean() + dppo.mean())
+        for place, (sppo, dppo) in populations.items()
     }
     rows = []
     for _ in range(DATA_SETS):
         effects = {}
-        for task, pair in populations.items():
+        for place, pair in populations.items():
             a, b = (rng.choice(scores, seeds) for scores in pair)
             if counts(a, b, 0):
-                effects[task] = effect(a, b, 0)
+                effects[place] = effect(a, b, 0)
         found = pooled(effects.values())
-        target = np.mean([true[task] for task in effects])
+        target = np.mean([true[place] for place in effects])
         half = found.high - found.value
         rows.append([found.low > target, found.high < target, half, len(effects)])
     above, below, half, counted = np.mean(rows, axis=0)
@@ -81,19 +81,22 @@ def simulate(rng, packed, noise, seeds, others, truth):
         "percent above": round(100 * above, 1),
         "percent below": round(100 * below, 1),
         "half width": round(half, 3),
-        "tasks": round(counted, 1),
+        "effects": round(counted, 1),
     }
 
 
 def main():
     rng = np.random.default_rng(0)
     packed = packed_scores()
-    settings = list(product(NOISES, [5, 8], OTHERS, TRUTHS))
-    settings += product(NOISES, [2], OTHERS, TRUTHS)  # added when two seeds were whole
+    kinds = {title: [noise] for noise, title in NOISES.items()}
+    settings = list(product(kinds, [5, 8], OTHERS, TRUTHS))
+    settings += product(kinds, [2], OTHERS, TRUTHS)  # added when two seeds were whole
+    kinds[TOGETHER] = list(NOISES)
+    settings += product([TOGETHER], [2, 4, 6], OTHERS, TRUTHS)  # added later
     rows = []
-    for noise, seeds, others, truth in tqdm(settings):
-        place = {"noise": noise, "seeds": seeds, "others": others, "truth": truth}
-        rows.append(place | simulate(rng, packed, noise, seeds, others, truth))
+    for rewards, seeds, others, truth in tqdm(settings):
+        place = {"rewards": rewards, "seeds": seeds, "others": others, "truth": truth}
+        rows.append(place | simulate(rng, packed, kinds[rewards], seeds, others, truth))
     pd.DataFrame(rows).to_csv(HERE / "nine-coverage.csv", index=False)
 
 
