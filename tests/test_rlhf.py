@@ -2,6 +2,7 @@
 
 import csv
 import gzip
+import itertools
 import json
 import math
 import os
@@ -1174,23 +1175,26 @@ def test_seeds_and_evaluations_have_random_numbers_of_their_own(monkeypatch):
 NOT_THE_SAME = "^error: the policy that acts is not the one that is"
 
 
-@pytest.mark.parametrize(("amp", "shift", "stops"), [
-    ("off", 2e-4, True), ("off", 1e-4, False), ("auto", 0.06, True), ("auto", 0.03, False)
+@pytest.mark.parametrize(("amp", "shift", "rollout", "stops"), [
+    ("off", 2e-4, 1, True), ("off", 1e-4, 1, False), ("off", 2e-4, 3, False),
+    ("auto", 0.06, 2, True), ("auto", 0.03, 2, False),
 ])  # fmt: skip
-def test_the_first_ratios_are_1_up_to_rounding(monkeypatch, amp, shift, stops):
-    """Up to a KL divergence of 1e-8 in float32, and of 1e-3 in bfloat16. A shift s of
-    log-probabilities gives s ** 2 / 2."""
+def test_the_first_ratios_are_1_up_to_rounding(monkeypatch, amp, shift, rollout, stops):
+    """Up to a KL divergence of 1e-8 in float32, and of 1e-3 in bfloat16, in two rollouts. A shift s
+    of log-probabilities gives s ** 2 / 2."""
+    rollouts = itertools.count(1)
 
     def shifted_update(setup, args, samples, rng):
-        for sample in samples:
-            sample.log_prob += shift
+        if next(rollouts) == rollout:
+            for sample in samples:
+                sample.log_prob += shift
         return update(setup, args, samples, rng)
 
     monkeypatch.setattr(rlhf, "has_bfloat16", lambda device: True)
     update = rlhf.update
     monkeypatch.setattr(rlhf, "update", shifted_update)
     with refusal(NOT_THE_SAME, stops):
-        run(amp=amp, total_timesteps=8)
+        run(amp=amp, total_timesteps=24)
 
 
 def test_enjoy_repeats_the_last_evaluation(monkeypatch, capsys):
