@@ -25,7 +25,8 @@ from analysis.tables import markdown_of, with_interval
 BOLD = """Bold: the {best} of a task and noise, if it differs from each method it is compared with \
 (p below 0.05 after correction)."""
 DIFFERENCES = """{title}: the method's mean minus the baseline's, with Welch's 95 % interval. \
-p_corrected: by Benjamini and Hochberg over {rows} rows; without a test (one run) p is 1."""
+p_corrected: by Benjamini and Hochberg over {rows} rows; without a test (of one run, or of scores \
+that do not vary) p is 1."""
 IMPROVEMENTS = """The probability that the method's run scores {better} than the baseline's, over \
 tasks and noise. Brunner and Munzel's 95 % intervals, uncorrected, need five runs, \
 and that not all of one method beat all of the other."""
@@ -170,7 +171,6 @@ def write(args, chosen, scores):
     title = chosen.names[args.measure]
     measure = chosen.measures[args.measure]
     differences = compare.differences_of(scores, chosen.pairs, args.measure)
-    tested = differences.dropna(subset="p")
     means = compare.means_of(scores)
     means["method"] = pd.Categorical(means["method"], list(chosen.colors))
     is_measure = means["measure"] == args.measure
@@ -186,24 +186,25 @@ def write(args, chosen, scores):
     how = f"{title}: mean ± standard error over {usual} runs, if n says no other number. "
     how += f"{BOLD.format(best=best)} Compared: {compared}. {chosen.survivors()}"
     what = DIFFERENCES.format(title=title, rows=len(differences))
-    shown = tables.difference_table(tested)
+    shown = tables.difference_table(differences)
     shown_scores = tables.score_table(primary, usual, "noise")
-    text = tables.latex(shown_scores, how.strip(), "tab:scores", args.narrow)
+    text = tables.latex(shown_scores, how.strip(), f"tab:{out.name}-scores", args.narrow)
     (out / "scores.tex").write_text(text, encoding="utf-8")
-    text = tables.latex(shown.drop(columns="p"), what, "tab:differences", args.narrow)
+    label = f"tab:{out.name}-differences"
+    text = tables.latex(shown.drop(columns="p"), what, label, args.narrow)
     (out / "differences.tex").write_text(text, encoding="utf-8")
     width = 3.25 if args.narrow else 6.75
     curves = chosen.finished, chosen.progress, measure.column, chosen.names[measure.column]
     figures.draw_curves(*curves, chosen.colors, out / "curves", width)
 
-    count = f"{(tested['p_corrected'] < 0.05).sum()} of {len(tested)} differences"
+    count = f"{(differences['p_corrected'] < 0.05).sum()} of {len(differences)} differences"
     count = f"{chosen.survivors()}**{count} have p below 0.05 after correction.**"
     page = [f"# {title} ({measure})", count, *chosen.warnings]
     page += ["## Scores", how.strip(), markdown_of(tables.score_table(primary, usual, "method"))]
     curves = f"`{measure.column}`: means over finished runs and, shaded, standard errors."
     page += ["## Learning curves", curves, "![Learning curves](curves.png)"]
-    if len(tested):
-        figures.draw_differences(tested, title, out / "differences", width)
+    if len(differences):
+        figures.draw_differences(differences, title, out / "differences", width)
         page += ["## Differences", what, "![Differences](differences.png)", markdown_of(shown)]
     improvements = compare.improvements_of(scores, chosen.pairs, args.measure, lower)
     if len(improvements):

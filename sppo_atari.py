@@ -765,7 +765,6 @@ def begin_session(args, digests, folder):
         temporary.write_text(earlier + json.dumps(session, default=str) + "\n")
     with atomic_write(folder / SCRIPT.name) as temporary:
         temporary.write_bytes(SOURCE)
-    (folder / "diverged.txt").unlink(missing_ok=True)  # of a session before
 
 
 def main():

@@ -166,8 +166,8 @@ def means_of(scores):
         mean=("score", "mean"),
         standard_error=("score", "sem"),
         runs=("score", "count"),
-        begun=("seed", "nunique"),
     )
+    means = means.join(scores.groupby(CELL)["seed"].nunique().rename("begun"))
     half = means["standard_error"] * stats.t.ppf(0.975, means["runs"] - 1)
     means["low"] = means["mean"] - half
     means["high"] = means["mean"] + half

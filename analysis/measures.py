@@ -34,6 +34,7 @@ class Measure:
             return values[-5:].mean() if len(values) >= 5 else np.nan
         # A row has means since the row before, and counts that long; before training not at all
         steps = np.diff(rows["step"], prepend=0)
+        steps[0] = min(steps[0], max(steps[1:], default=steps[0]))  # it may have begun elsewhere
         counts = steps > 0
         return np.average(values[counts], weights=steps[counts])
 
@@ -46,8 +47,8 @@ def measure_of(name, columns):
     column, _, time = text.rpartition(":")
     if column in columns and time in TIMES:
         return Measure(column, time)
-    there = ", ".join([*NAMES, *columns])
-    raise Refusal(f"--measure {name}: not recorded; there are, also with :five and :all, {there}")
+    there = f"{', '.join(NAMES)}; also with :five and :all {', '.join(columns)}"
+    raise Refusal(f"--measure {name}: not recorded; there are {there}")
 
 
 def measures_in(progress, *chosen):

@@ -6,6 +6,7 @@ A pack is NAME-runs.csv.gz and NAME-progress.csv.gz. What would make a wrong tab
 import hashlib
 import json
 import os
+import re
 import shlex
 from pathlib import Path
 from tempfile import TemporaryDirectory
@@ -37,13 +38,14 @@ def read(folders):
         try:
             tables.append(read_run(place) if place.is_dir() else read_pack(place))
         except Exception as error:  # a broken file may raise anything
-            broken.append(f"{place.name}: left out: {error!r}")
+            broken.append(f"{place.name}: left out: {type(error).__name__}: {error}")
     if not any(runs["finished"].any() for runs, _ in tables):
         failed = [*broken, *(why for runs, _ in tables for why in runs["diverged"] if why)]
         found = "; ".join([f"no finished run of {len(tables) + len(broken)}", *failed[:3]])
         raise Refusal(f"{found}; give folders such as runs/quick, or packs")
     runs, progress = (pd.concat(parts, ignore_index=True) for parts in zip(*tables))
     runs = runs.fillna("")  # a flag that another version lacks
+    runs = runs.replace(r"^(-?\d+)\.0$", r"\1", regex=True)  # older scripts say 1, not 1.0
     runs["seed"] = runs["seed"].astype(int)
     return runs, progress, broken
 
@@ -136,13 +138,13 @@ def why_diverged(folder):
     file = folder / "diverged.txt"
     if not file.exists():
         return ""
-    return file.read_text(encoding="utf-8").strip().replace("error:", "diverged:", 1)
+    return "diverged: " + file.read_text(encoding="utf-8").removeprefix("error:").strip()
 
 
 def distinct(sessions, names):
     """What the sessions of a run say; of a continued run all that differ."""
-    texts = {json.dumps([session[name] for name in names], sort_keys=True) for session in sessions}
-    return ", then ".join(sorted(texts))
+    facts = [[session[name] for name in names] for session in sessions]
+    return ", then ".join(dict.fromkeys(json.dumps(fact, sort_keys=True) for fact in facts))
 
 
 def write_pack(runs, progress, file):
@@ -201,12 +203,13 @@ def check(runs):
 
 def with_success(runs, progress):
     """`progress`, where a success rate that is not said is 0, since some environments say it only
-    of a success. Where no run of a task and script ever says it, there is none."""
+    of a success. Where no run of a task and version ever says it, there is none."""
     if "success_rate" not in progress:
         return progress
-    task_and_script = runs.set_index("run_name")[["task", "script"]].agg(" ".join, axis=1)
+    versions = runs.reindex(columns=["task", "script", "files"], fill_value="")
+    version = versions.agg(" ".join, axis=1).set_axis(runs["run_name"])
     rates = progress["success_rate"]
-    is_said = rates.groupby(progress["run_name"].map(task_and_script)).transform("count") > 0
+    is_said = rates.groupby(progress["run_name"].map(version)).transform("count") > 0
     return progress.assign(success_rate=rates.fillna(0).where(is_said))
 
 
@@ -215,16 +218,28 @@ def differ(values):
     return len(set(values) - {""}) > 1
 
 
+def differing_packages(versions):
+    """Names of packages with several versions. Older packs have none."""
+    found = [set(re.findall(r'"([^"]+)": "([^"]+)"', text)) for text in versions if text]
+    if not found:
+        return []
+    return sorted({name for name, _ in set.union(*found) - set.intersection(*found)})
+
+
 def not_alike(runs, progress):
     """A line for each task whose runs have several versions, or were evaluated otherwise."""
     evaluations = progress.groupby("run_name")["step"]
     counts = {"steps": evaluations.max(), "evaluations": evaluations.size()}
     lines = []
     for task, group in runs.groupby("task"):
-        unlike = ["versions of packages"] if differ(group["versions"]) else []
+        unlike = []
+        if packages := differing_packages(group["versions"]):
+            unlike.append(f"versions of {', '.join(packages)}")
         for script, part in group.groupby("script"):
             if differ(part["script_sha256"]) or differ(part.get("files", [])):
                 unlike.append(f"versions of {script} or its imports")
+                lacking = part[part.columns.difference(NO_SETTINGS)].eq("").nunique() > 1
+                unlike += [f"some without {name}" for name in lacking.index[lacking]]
         if group["start_from"].eq("").nunique() > 1:
             unlike.append("runs that began from others beside runs that did not")
         for name, of_run in counts.items():
@@ -245,7 +260,8 @@ def shared_text(runs):
 
 
 def settings_table(runs):
-    """Settings in which methods differ."""
-    settings = runs[runs.columns.difference(NO_SETTINGS)].groupby(runs["method"])
-    table = settings.agg(lambda values: ", ".join(sorted(set(values))))
-    return table.loc[:, table.nunique() > 1].T.reset_index(names="setting")
+    """Settings in which methods differ, on any task."""
+    settings = list(runs.columns.difference(NO_SETTINGS))
+    differs = runs.groupby(["task", "noise"])[settings].nunique().max() > 1
+    table = runs.groupby("method")[settings].agg(lambda values: ", ".join(sorted(set(values))))
+    return table.loc[:, differs].T.reset_index(names="setting")

@@ -72,7 +72,7 @@ def score_table(means, usual, across):
 def difference_table(differences):
     table = with_interval(differences, "difference")
     for name in ["p", "p_corrected"]:
-        table[name] = table[name].map("{:.2g}".format)
+        table[name] = table[name].map("{:.2g}".format).replace("nan", "")
     return table
 
 

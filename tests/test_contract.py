@@ -493,7 +493,7 @@ def test_an_error_leaves_the_checkpoint_before_it(setting, launch, fault, messag
     assert diverged.exists() != has_row
     assert has_row or end == diverged.read_text().strip()
     end, out, _ = launch(**flags)
-    assert not diverged.exists()
+    assert diverged.exists() != has_row  # a report must know, until the run has finished
     assert end == 0
     assert f"from step {steps[0]}, with" in out
     assert evaluated(folder) == steps

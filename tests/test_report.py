@@ -16,7 +16,7 @@ from pytest import approx
 from scipy import optimize, special, stats
 
 import report
-from analysis import compare, figures, runs
+from analysis import compare, figures, measures, runs
 
 ROOT = Path(__file__).resolve().parent.parent
 HOPPER = "Hopper-v4"
@@ -182,10 +182,11 @@ def test_success_is_filled_for_scores_and_curves_where_a_script_says_it():
     for method, seed in (("sppo", 2), ("dppo", 1), ("dppo", 2)):
         make_run(method, 1, seed, columns={"success_rate": math.nan})
     make_run("sb3-ppo", 1, script="sb3.py")
+    make_run("sppo", 1, seed=3, imported="an older environment")
     page = write_report(measure="success_rate", draws=True)
     assert rows_after(page) == [
         "| task | noise | dppo | sppo | sb3-ppo |",
-        "| Hopper-v4 | clean | 0.00 ± 0.00 | 0.25 ± 0.25 | (n = 0 of 1) |",
+        "| Hopper-v4 | clean | 0.00 ± 0.00 | 0.25 ± 0.25 (n = 2 of 3) | (n = 0 of 1) |",
     ]
     assert "| 0.2 (-2.9 " in rows_after(page, "## Differences")[1]
     assert rows_after(page, "## Over tasks")[1].endswith("| 0.7500 |")
@@ -225,6 +226,7 @@ def test_diverged_runs_count_with_the_score_that_is_given():
     row = "| Hopper-v4 | clean | 13.4 ± 1.1 | 22.0 ± 2.0 (n = 2 of 5) |"
     assert rows_after(page)[1] == row
     assert f"{HOPPER}__sppo__none__2__abc (diverged: gradient not finite)" in page
+    assert rows_after(page, "Training (")[1].endswith(" 11.0 ± 1.0 (n = 2 of 5) |")
 
     pack = Path("N-runs.csv.gz")
     options = {"diverged": ("-3",), "names": (f"{HOPPER}=Hop",)}
@@ -257,6 +259,11 @@ def test_a_measure_is_a_column_and_a_time(measure, score):
     make_run("sppo", 1, columns=columns)
     write_report(measure=measure)
     assert pd.read_csv("out/runs.csv")[measure].item() == approx(score)
+
+
+def test_a_run_that_began_elsewhere_is_measured_from_there():
+    rows = pd.DataFrame({"step": [1000, 1100, 1200], "cost": [0, 100, 50]})
+    assert measures.measure_of("cost:all", ["cost"]).score_of(rows) == 50
 
 
 def test_of_costs_the_lowest_is_the_best_and_beats():
@@ -317,7 +324,7 @@ def test_fewer_than_five_runs_have_a_probability_without_interval(grid):
 
 
 def test_differences_are_welchs_and_corrected_for_the_pairs_that_are_compared():
-    """What cannot be tested counts with p = 1. The table begins with the clearest."""
+    """What cannot be tested counts with p = 1, and is shown. The table begins with the clearest."""
     make_grid()
     make_run("alone", 9)
     pairs = ("sppo", "dppo"), ("alone", "dppo"), ("sppo", "dppo")
@@ -325,6 +332,8 @@ def test_differences_are_welchs_and_corrected_for_the_pairs_that_are_compared():
     differences = pd.read_csv("out/differences.csv")
     assert len(differences) == 2 + 1
     assert "over 3 rows" in page
+    last = rows_after(page, "## Differences")[-1]
+    assert last == "| Hopper-v4 | clean | alone | dppo | -3.000 |  | 1 |"
     corrected = stats.false_discovery_control(differences["p"].fillna(1))
     assert differences["p_corrected"].to_list() == approx(corrected)
     for task, row in zip((HOPPER, LANDER), differences.to_dict("records")):
@@ -483,12 +492,18 @@ def test_a_cell_with_two_settings_is_refused(changes, why):
 def test_runs_of_a_cell_may_differ_in_where_they_ran_and_methods_in_settings():
     free = {"device": "cuda", "compile": False, "track": True, "runs_dir": "elsewhere"}
     free["noise_level"] = 0.1  # of no noise
-    make_run("sppo", 1, seed=1)
-    make_run("sppo", 2, seed=2, version="def", **free)
+    make_run("sppo", 1, seed=1, gamma=1)
+    make_run("sppo", 2, seed=2, version="def", gamma=1.0, **free)
     make_run("ppo", 1, vf_coef=0.1, depth=None)
+    make_run("sppo", 1, task=LANDER, vf_coef=0.1)  # the other way round
+    make_run("ppo", 1, task=LANDER)
     page = write_report()
-    rows = rows_after(page, "## What was run")
-    assert rows == ["| setting | ppo | sppo |", "| depth | None |  |", "| vf_coef | 0.1 | 0.5 |"]
+    assert rows_after(page, "## What was run") == [
+        "| setting | ppo | sppo |",
+        "| depth | , None |  |",
+        "| gamma |  | , 1 |",
+        "| vf_coef | 0.1, 0.5 | 0.1, 0.5 |",
+    ]
 
 
 def test_a_run_from_which_another_began_is_left_out_and_kwargs_are_of_the_task():
@@ -526,6 +541,7 @@ def test_a_run_stays_if_what_began_from_it_is_another_method_or_has_failed():
 
 
 STEPS = [*range(100, 1200, 100)]
+EDITED = "versions of sppo_continuous.py or its imports, some without size"
 
 
 @pytest.mark.parametrize(
@@ -533,7 +549,8 @@ STEPS = [*range(100, 1200, 100)]
     [
         ({}, ""),
         ({"imported": "edited"}, "versions of sppo_continuous.py or its imports"),
-        ({"continued": {"versions": {"torch": "2.14.0"}}}, "versions of packages"),
+        ({"version": "def", "size": 1}, EDITED),
+        ({"continued": {"versions": {"torch": "2.14.0"}}}, "versions of torch"),
         ({"columns": {"step": [*STEPS, 1224]}}, "1,200 to 1,224 steps"),
         ({"evaluations": 6}, "6 to 12 evaluations"),
     ],
@@ -556,7 +573,7 @@ def test_a_task_whose_runs_are_not_alike_is_named(changes, unlike):
         ({"diverged": ("Hopper=0",)}, "--diverged Hopper=0: not NAME=VALUE; there are Hopper-v4"),
         ({"diverged": ("-9",)}, "--diverged -9: not NAME=VALUE"),
         ({"diverged": ("Hopper-v4=nan",)}, "--diverged Hopper-v4=nan: not all are numbers"),
-        ({"measure": "cost:five"}, "--measure cost:five: not recorded; there are.* training, "),
+        ({"measure": "cost:five"}, "--measure cost:five: not recorded; there are.* training; "),
         ({"pack": Path("N.csv.gz")}, "--pack N.csv.gz: its name must end with -runs.csv.gz"),
         ({"folders": ("runs", "runs")}, "Hopper-v4__dppo__none__0__abc: in two places"),
         ({"out": ROOT}, "a folder that is not a report; choose another"),
