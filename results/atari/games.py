@@ -123,7 +123,7 @@ def comparisons():
     ratios = log_ratios(scores_of(FIVE))
     p = registered_tests(ratios)
     titles = {
-        "loss": "SPPO against PPO, eighteen games, 500,000 steps",
+        "loss": "SPPO against PPO, eighteen games, 500,000 steps, interval over games",
         "both": "eight games, to PPO without normalised advantages",
         "loss, flipped": "SPPO against PPO, ten games, 500,000 steps",
         NOISY_LOSS: "ten games, noisy minus clean",

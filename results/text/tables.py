@@ -119,7 +119,9 @@ def of_imdb(claim, name, pack, noise, pair=("sppo", "ppo")):
     baseline = cells_of(read(pack))["imdb", noise][pair[1]].mean()
     options = {"matters": (1 - baseline) / 4, "unit": REWARD}
     page = "text/README.md#film-reviews"
-    return in_points(claim, f"IMDB, {name}", page, pack, ("imdb", noise), pair, **options)
+    return in_points(
+        claim, f"SPPO minus PPO, IMDB, {name}", page, pack, ("imdb", noise), pair, **options
+    )
 
 
 def comparisons():
