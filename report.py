@@ -188,9 +188,9 @@ def write(args, chosen, scores):
     what = DIFFERENCES.format(title=title, rows=len(differences))
     shown = tables.difference_table(differences)
     shown_scores = tables.score_table(primary, usual, "noise")
-    text = tables.latex(shown_scores, how.strip(), f"tab:{out.name}-scores", args.narrow)
+    text = tables.latex(shown_scores, how.strip(), f"tab:{out.resolve().name}-scores", args.narrow)
     (out / "scores.tex").write_text(text, encoding="utf-8")
-    label = f"tab:{out.name}-differences"
+    label = f"tab:{out.resolve().name}-differences"
     text = tables.latex(shown.drop(columns="p"), what, label, args.narrow)
     (out / "differences.tex").write_text(text, encoding="utf-8")
     width = 3.25 if args.narrow else 6.75

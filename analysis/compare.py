@@ -16,10 +16,11 @@ FEWEST = 5  # runs for an interval by Brunner and Munzel: results/coverage.csv
 
 def scores_of(runs, progress, measures):
     """A row for each run and measure that it has: run_name, CELL, seed, measure, score."""
+    started = set(runs["run_name"][runs["start_from"] != ""])
     rows = []
     for run_name, evaluations in progress.groupby("run_name"):
         for name, measure in measures.items():
-            score = measure.score_of(evaluations)
+            score = measure.score_of(evaluations, run_name in started)
             rows.append({"run_name": run_name, "measure": name, "score": score})
     table = runs[["run_name", *CELL, "seed"]].merge(pd.DataFrame(rows).dropna())
     return table.sort_values([*CELL, "seed"])

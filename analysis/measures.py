@@ -25,8 +25,9 @@ class Measure:
     def __str__(self):
         return f"{self.column}, {TIMES[self.time]}"
 
-    def score_of(self, rows):
-        """Of a run with these rows of progress.csv; nan if one that counts lacks the column."""
+    def score_of(self, rows, started=False):
+        """Of a run with these rows of progress.csv; nan if one that counts lacks the column.
+        `started`: from another run, perhaps of another task, where the first row does not count."""
         values = rows[self.column].to_numpy()
         if self.time == "last":
             return values[-1]
@@ -34,7 +35,8 @@ class Measure:
             return values[-5:].mean() if len(values) >= 5 else np.nan
         # A row has means since the row before, and counts that long; before training not at all
         steps = np.diff(rows["step"], prepend=0)
-        steps[0] = min(steps[0], max(steps[1:], default=steps[0]))  # it may have begun elsewhere
+        if started and steps[0] > max(steps[1:], default=steps[0]):
+            steps[0] = 0
         counts = steps > 0
         return np.average(values[counts], weights=steps[counts])
 

@@ -45,7 +45,9 @@ def read(folders):
         raise Refusal(f"{found}; give folders such as runs/quick, or packs")
     runs, progress = (pd.concat(parts, ignore_index=True) for parts in zip(*tables))
     runs = runs.fillna("")  # a flag that another version lacks
-    runs = runs.replace(r"^(-?\d+)\.0$", r"\1", regex=True)  # older scripts say 1, not 1.0
+    numbers = [*runs.columns.difference(NO_SETTINGS), "noise_level"]
+    whole = runs[numbers].replace(r"^(-?\d+)\.0$", r"\1", regex=True)  # older scripts say 1
+    runs = runs.assign(**whole)
     runs["seed"] = runs["seed"].astype(int)
     return runs, progress, broken
 
@@ -219,11 +221,11 @@ def differ(values):
 
 
 def differing_packages(versions):
-    """Names of packages with several versions. Older packs have none."""
-    found = [set(re.findall(r'"([^"]+)": "([^"]+)"', text)) for text in versions if text]
-    if not found:
-        return []
-    return sorted({name for name, _ in set.union(*found) - set.intersection(*found)})
+    """Names of packages with several versions, of texts as JSON, or as older packs have them."""
+    found = {}
+    for name, version in re.findall(r'([\w.-]+)"?:? "?(\d[^\s",]*)', " ".join(set(versions))):
+        found.setdefault(name, set()).add(version)
+    return sorted(name for name in found if len(found[name]) > 1)
 
 
 def not_alike(runs, progress):
@@ -261,7 +263,12 @@ def shared_text(runs):
 
 def settings_table(runs):
     """Settings in which methods differ, on any task."""
+
+    def joined(values):
+        return ", ".join(sorted(set(values)))
+
     settings = list(runs.columns.difference(NO_SETTINGS))
-    differs = runs.groupby(["task", "noise"])[settings].nunique().max() > 1
-    table = runs.groupby("method")[settings].agg(lambda values: ", ".join(sorted(set(values))))
+    table = runs.groupby("method")[settings].agg(joined)
+    of_cells = runs.groupby(CELL)[settings].agg(joined).groupby(["task", "noise"])
+    differs = (table.nunique() > 1) | (of_cells.nunique().max() > 1)
     return table.loc[:, differs].T.reset_index(names="setting")

@@ -67,6 +67,6 @@ def in_points(claim, name, page, pack, place, pair, measure=LAST, **options):
     a, b = (cell[method] for method in pair)
     p = corrected_suite(pack)[(measure, *place, frozenset(pair))]
     score = b.mean() - FLOORS.get(place[0], 0)
-    options = {"matters": score / 10, "corrected": p, "unit": POINTS} | options
+    options = {"matters": abs(score) / 10, "corrected": p, "unit": POINTS} | options
     found = difference(a, b)
     return Comparison(claim, name, page, found, len(a), measure=MEASURES[measure], **options)

@@ -263,7 +263,10 @@ def test_a_measure_is_a_column_and_a_time(measure, score):
 
 def test_a_run_that_began_elsewhere_is_measured_from_there():
     rows = pd.DataFrame({"step": [1000, 1100, 1200], "cost": [0, 100, 50]})
-    assert measures.measure_of("cost:all", ["cost"]).score_of(rows) == 50
+    cost = measures.measure_of("cost:all", ["cost"])
+    assert cost.score_of(rows, started=True) == 75
+    assert cost.score_of(rows) == approx((1000 * 0 + 100 * 100 + 100 * 50) / 1200)
+    assert cost.score_of(rows[:1], started=True) == 0
 
 
 def test_of_costs_the_lowest_is_the_best_and_beats():

@@ -165,7 +165,7 @@ def measures():
 
 def each_task(scores=None):
     """Of all nine tasks; (no): the task does not count."""
-    scores = scores or scores_of()
+    scores = scores_of() if scores is None else scores
     columns = []
     for noise in NOISES:
         there = losses(scores, noise)

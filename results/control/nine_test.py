@@ -103,9 +103,9 @@ def tested(scores):
     return {TOGETHER: (together, together.p, text)} | rows
 
 
-def tests(scores=None, difference="SPPO minus DPPO", fewest=FEWEST):
-    """With fewer than `fewest` whole seeds: estimates, without p and verdicts."""
-    scores = scores or scores_of()
+def tests(scores=None, difference="SPPO minus DPPO"):
+    """With fewer than four whole seeds: estimates, without p and verdicts."""
+    scores = scores_of() if scores is None else scores
     noises = {TOGETHER: list(NOISES)} | {title: [noise] for noise, title in NOISES.items()}
     rows = []
     for title, (found, p, text) in tested(scores).items():
@@ -114,7 +114,7 @@ def tests(scores=None, difference="SPPO minus DPPO", fewest=FEWEST):
         rows.append([title, estimate_text(found, 3), wider, f"{found.p:.2g}", f"{p:.2g}", text])
     header = ["rewards", difference, "counting the denominator's error"]
     header += ["p", "p, by Holm", "verdict"]
-    if min(map(len, scores.values())) < fewest:
+    if min(map(len, scores.values())) < FEWEST:
         header = header[:3]
         rows = [row[:3] for row in rows]
     return markdown(header, rows)
@@ -144,7 +144,7 @@ def each_task():
 
 
 def without_one_task(scores=None):
-    scores = scores or scores_of()
+    scores = scores_of() if scores is None else scores
     rows = [row_of(short(task), scores, left_out=task) for task in TASKS]
     return markdown(["without", *by_rewards(scores)], rows)
 
