@@ -16,7 +16,7 @@ from pytest import approx
 from scipy import optimize, special, stats
 
 import report
-from analysis import compare, figures, measures, runs
+from analysis import compare, figures, runs
 
 ROOT = Path(__file__).resolve().parent.parent
 HOPPER = "Hopper-v4"
@@ -262,11 +262,13 @@ def test_a_measure_is_a_column_and_a_time(measure, score):
 
 
 def test_a_run_that_began_elsewhere_is_measured_from_there():
-    rows = pd.DataFrame({"step": [1000, 1100, 1200], "cost": [0, 100, 50]})
-    cost = measures.measure_of("cost:all", ["cost"])
-    assert cost.score_of(rows, started=True) == 75
-    assert cost.score_of(rows) == approx((1000 * 0 + 100 * 100 + 100 * 50) / 1200)
-    assert cost.score_of(rows[:1], started=True) == 0
+    columns = {"step": range(2000, 3200, 100), "cost": [0, *[50] * 10, 83]}
+    make_run("dppo", 1, columns=columns)
+    make_run("sppo", 1, columns=columns, start_from="runs/elsewhere")
+    write_report(measure="cost:all")
+    scores = pd.read_csv("out/runs.csv").set_index("method")["cost:all"]
+    assert scores["sppo"] == approx(583 / 11)
+    assert scores["dppo"] == approx(100 * 583 / 3100)
 
 
 def test_of_costs_the_lowest_is_the_best_and_beats():
