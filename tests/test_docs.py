@@ -380,7 +380,7 @@ def test_discrete_actions(example, monkeypatch, play):
     acrobot = gym.make("Acrobot-v1").unwrapped
     acrobot.action_space = gym.spaces.Discrete(3, start=-1)
     monkeypatch.setattr(gym, "make", lambda *_: acrobot)
-    with pytest.raises(SystemExit, match="--bins must be 3$"):
+    with pytest.raises(SystemExit, match="needs --bins 3, and no --policy gaussian"):
         script.make_env(args)
     args.bins = 3
     env = script.make_env(args)
@@ -515,7 +515,7 @@ def test_the_best_agent_is_kept(example, monkeypatch):
     """Of equal ones the last."""
     script, args = example
     weights = []
-    scores = iter([1.0, 3.0, 2.0, 3.0])
+    scores = iter([1.0, 3.0, 2.0, 3.0, 2.0])
 
     def evaluate(agent, *_):
         weights.append(agent.critic[0].weight.detach().clone())
@@ -525,6 +525,8 @@ def test_the_best_agent_is_kept(example, monkeypatch):
     folder = train(script, args, total_timesteps=512, eval_freq=128)
     best = safetensors.torch.load_file(folder / "best.safetensors")["critic.0.weight"]
     assert [torch.equal(best, one) for one in weights] == [False, False, False, True]
+    longer = train(script, args, total_timesteps=640, eval_freq=128, start_from=str(folder))
+    assert not (longer / "best.safetensors").exists()
 
 
 @fitting("Environments that wait")
@@ -674,7 +676,6 @@ def test_grpo(example, here, monkeypatch, play):
     updates = record(monkeypatch, script, "update")
     folder = train(script, args, **flags)
     assert all(name.startswith("policy.") for name in checkpoint(folder)["agent"])
-    equal = []
     for (_, _, samples, _), _ in updates:
         groups = {}
         for sample in samples:
@@ -682,7 +683,6 @@ def test_grpo(example, here, monkeypatch, play):
         assert [len(group) for group in groups.values()] == [4] * 4
         for group in groups.values():
             rewards = torch.tensor([sample.scores[0].item() for sample in group])
-            equal.append(rewards.std() == 0)
             expected = (rewards - rewards.mean()) / (rewards.std() + 1e-4)
             for sample, advantage in zip(group, expected):
                 assert not sample.value.any()
@@ -691,9 +691,6 @@ def test_grpo(example, here, monkeypatch, play):
     for group_size in (1, 3):
         with pytest.raises(SystemExit, match="group_size must be at least 2 and divide batch_size"):
             dataclasses.replace(args, group_size=group_size).check()
-    shares = [row["charts/equal_groups"] for row in progress(folder)[1:]]
-    assert np.mean(shares) == np.mean(equal)
-    assert 0 < np.mean(equal) < 1
     play(folder)
     twice = dataclasses.replace(args, alpha=0.5, beta=0.5)  # k = 1, as for alpha 1 and beta 0
     symmetric = train(script, twice, **flags)
