@@ -180,7 +180,7 @@ def test_the_check_of_the_same_run_holds_for_compiled_runs(tmp_path):
 def small_exercise(*answers):
     """A notebook with answers, each a list of cells, that hold if the last defines f() as 1."""
     cells = [nbformat.v4.new_code_cell("results = {}", metadata={"tags": ["setup"]})]
-    for claim, answer in zip(("0, a: claim", "1, a: your prediction"), answers):
+    for claim, answer in zip(("0, a: claim", "1, b: claim"), answers):
         cells += [nbformat.v4.new_code_cell(source) for source in answer]
         cells[-1].metadata.tags = ["student"]
         check = f"results['{claim}'] = 'holds' if f() == 1 else 'fails: why'"
@@ -189,10 +189,10 @@ def small_exercise(*answers):
 
 
 GRADES = """\
-name,points,holds,remark,"0, a: claim","1, a: your prediction"
+name,points,holds,remark,"0, a: claim","1, b: claim"
 ada/a.ipynb,3.0,1,f: has added cells,holds,fails: why
 bob.ipynb,0.0,0,f: has a syntax error,fails: why,fails: why
-eve/x/b.IPYNB,3.5,2,f: takes too long,holds,holds
+eve/x/b.IPYNB,3.0,1,f: takes too long,holds,not reached
 gil.ipynb,,,not graded: ValueError('1 answers instead of 2'),,
 zoe,,,not graded: ValueError('no notebook (*.ipynb)'),,
 """
@@ -201,24 +201,23 @@ FEEDBACK = """\
 task 0: 0 of 3
 task 1: 0 of 0.5
 0, a: claim: fails: why (handout: Labels)
-1, a: your prediction: fails (handout: Flips)"""
+1, b: claim: fails: why (handout: Flips)"""
 
 
 def test_a_class_gets_points_and_feedback_for_answers_and_added_cells(tmp_path, monkeypatch):
-    """Changed checks do not count. Nor does one mistake, or a loop without end, cost all. Why a
-    prediction fails is not given away."""
+    """Changed checks do not count. Nor does one mistake, or a loop without end, cost all."""
     monkeypatch.chdir(tmp_path)
     right = ["def f(): return 1"]
     wrong = ["def f(): return 2"]
     monkeypatch.setattr(grade, "EXERCISE", Path("exercise.ipynb"))
     nbformat.write(small_exercise(wrong, wrong), grade.EXERCISE)
     changed = small_exercise(["one = 1", "def f(): return one"], wrong)
-    changed.cells[-1].source = "results['1, a: your prediction'] = 'holds'"
+    changed.cells[-1].source = "results['1, b: claim'] = 'holds'"
     for name, notebook in {
         "ada/a.ipynb": changed,
         "ada/.ipynb_checkpoints/a.ipynb": changed,
         "bob.ipynb": small_exercise(wrong, ["a mistake"]),
-        "eve/x/b.IPYNB": small_exercise(right, ["while True: pass"]),
+        "eve/x/b.IPYNB": small_exercise(right, ["def f():\n    while True: pass"]),
         "gil.ipynb": small_exercise(right),
     }.items():
         path = Path("class", name)

@@ -27,6 +27,7 @@ import sppo_continuous
 ROOT = Path(__file__).resolve().parent.parent
 DOCS = ROOT / "docs"
 PAGE = (DOCS / "symmetric-loss.md").read_text()
+TEACHING = (DOCS / "teaching.md").read_text()
 NOTEBOOK = DOCS / "symmetric_loss.ipynb"
 EXERCISE = DOCS / "symmetric_loss_exercise.ipynb"
 
@@ -57,7 +58,7 @@ def test_one_command_makes_all_figures_again(tmp_path, monkeypatch, figures):
         figures.main()
     made = {path.name for path in tmp_path.iterdir()}
     assert made == {path.name for path in (DOCS / "figures").iterdir()} - {"agents.gif"}
-    assert made - {"same-run.png"} == set(re.findall(r"\]\(figures/([^)]+)\)", PAGE))
+    assert made - {"same-run.png"} == set(re.findall(r"\]\(figures/([^)]+)\)", PAGE + TEACHING))
     same_run = "same-run.png"  # the notebook's
     assert sha256(tmp_path / same_run) == sha256(DOCS / "figures" / same_run)
     for name in made - {same_run, "slope.pdf"}:
@@ -199,7 +200,7 @@ def test_the_notebooks_first_cell_finds_or_clones_the_scripts_or_says_what_to_do
         done = subprocess.run(command, cwd=folder, env=environment, capture_output=True, text=True)
         return done.stdout.splitlines() or done.stderr
 
-    assert "unpack the ZIP file beside it, or put the repository's address into" in start(empty)
+    assert "install that beside it, or put the repository's address into" in start(empty)
     for folder in (clone / "docs", clone, tmp_path):
         assert start(folder) == [f"{clone}/sppo_continuous.py"]
     fetched = empty / "symmetric-rl-loss"
@@ -249,8 +250,8 @@ def run_exercise(*kinds, steps=8192, **answers):
     return wrong, printed.getvalue()
 
 
-def no_mask(log_prob, old_log_prob, advantage, clip_coef, z):
-    policy_loss, _ = RIGHT["ppo_losses"](log_prob, old_log_prob, advantage, clip_coef, z)
+def only_signs_and_no_mask(log_prob, old_log_prob, advantage, clip_coef, z):
+    policy_loss, _ = RIGHT["ppo_losses"](log_prob, old_log_prob, advantage.sign(), clip_coef, z)
     return policy_loss, z * (advantage * (log_prob - old_log_prob).exp()).mean()
 
 
@@ -277,7 +278,7 @@ WIDE = "for r = 1.25, A = 1 and clip_coef = 0.4 expected -3.3333, found 0: 2a, L
 TO_DO = {"a2c_losses": to_do, "ppo_losses": to_do, "same_if_all_are_clipped": None}
 FIRST_SLIPS = {
     "a2c_losses": detached,
-    "ppo_losses": no_mask,
+    "ppo_losses": only_signs_and_no_mask,
     "k": 20.0,
     "climbs": torch.dot,
     "bandit": lambda: BANDIT | {"beta": 0.01},
@@ -316,6 +317,7 @@ LAST_SLIPS = {
             [
                 "fails: expected a gradient, found none: 1a, L:",
                 "fails: expected a gradient, found none: 1a, Lr:",
+                "fails: for r = 1.1, A = 2 and clip_coef = 0.2 expected -6.6667, found -3.3333",
                 "fails: for r = 1.25, A = 1 and clip_coef = 0.2 expected 0",
                 "fails: ",
                 "fails: for the logit",
@@ -354,9 +356,9 @@ def test_results_are_shown_after_a_guess_and_2a_costs_nothing_in_3():
     assert printed.endswith("\n0 of 16 claims hold, 16 to do\n")
     assert not any(words in printed for words in SHOWN_AFTER_A_GUESS)
     guesses = {"same_without_clipping": False, "same_if_all_are_clipped": False}
-    answers = RIGHT | guesses | {"ppo_losses": no_mask}
+    answers = RIGHT | guesses | {"ppo_losses": only_signs_and_no_mask}
     wrong, printed = run_exercise("heavy", "plot", steps=2048, **answers)
-    assert len(wrong) == 3
+    assert len(wrong) == 4
     assert "so the script's is used here" in printed
     assert all(words in printed for words in SHOWN_AFTER_A_GUESS)
     differences = re.findall(r"clip.+, SPPO and.+weights: (\S+)", printed)
