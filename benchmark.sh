@@ -62,7 +62,7 @@ add() { # SCRIPT METHOD FLAG...: prints the command of a run
     [[ $kind != rlhf ]] || which=--task
     # Given to all, these would make methods alike, divide by another k, or give clean runs noise
     own="--alpha --beta --z --ent-coef --policy $which --noise-level --seed --total-timesteps"
-    own+=" --exp-name --runs-dir $*"
+    own+=" --exp-name --runs-dir --dry-run $*"
     for flag in "${extra[@]%%=*}"; do
         flag=${flag//_/-}
         [[ $flag != --* || " ${own//--no-/--} " != *" ${flag/#--no-/--} "* ]] ||
@@ -72,8 +72,9 @@ add() { # SCRIPT METHOD FLAG...: prints the command of a run
         tiny/*) total=50000 ;;
         quick/* | sweep/*) total=200000 ;;
         evidence/*) total=1000000 ;;
-        */sppo*/HumanoidStandup-v*) total=10000000 ;;
-        */sppo*/Walker2d-v*) total=5000000 ;;
+        */sa2c*/*-v[0-9]*) total=2000000 ;;
+        */HumanoidStandup-v*) total=10000000 ;;
+        */Walker2d-v*) total=5000000 ;;
         */*-v[0-9]*) total=2000000 ;;
     esac
     set -- "$which" "$env" --seed "$seed" "$@" ${total:+--total-timesteps "$total"}

@@ -132,6 +132,8 @@ def choose(args, everything, evaluations, broken):
         warnings.append(f"**Left out, since others began from them: {', '.join(parents)}.**")
     for run in table[table["start_from"] != ""].itertuples():
         warnings.append(f"{run.run_name} began from {Path(run.start_from).name}.")
+    for run in table.query("finished and diverged != ''").itertuples():
+        warnings.append(f"**{run.run_name} finished, but first {run.diverged}**")
     progress = runs.with_success(table, evaluations)
     measures = measures_in(progress, args.measure)
     names = new_names(table, measures, args.names)

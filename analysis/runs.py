@@ -237,6 +237,9 @@ def not_alike(runs, progress):
         unlike = []
         if packages := differing_packages(group["versions"]):
             unlike.append(f"versions of {', '.join(packages)}")
+        kinds = re.findall(r'", ([^\]]+)\]', " ".join(group["hardware"]))  # without the platform
+        if differ(kinds):
+            unlike.append("kinds of CPU or GPU")
         for script, part in group.groupby("script"):
             if differ(part["script_sha256"]) or differ(part.get("files", [])):
                 unlike.append(f"versions of {script} or its imports")

@@ -355,23 +355,21 @@ def test_the_documented_lines_for_slurm_run_each_command_once(stubs, monkeypatch
 
 
 def test_an_own_method_joins_the_suites_with_the_pages_line(tmp_path):
-    """Once for each task, kind of noise and seed, and with the weights that the page says."""
+    """With DPPO's flags, whatever the script is called."""
     page = (ROOT / "docs/benchmark.md").read_text()
     first, added = re.search(r"```diff\n (.*\n)\+(.*\n)", page).groups()
     text = (ROOT / "benchmark.sh").read_text()
     assert text.count(first) == 1
+    added = added.replace("sppo_mine", "my")
     (tmp_path / "benchmark.sh").write_text(text.replace(first, first + added))
     for name in ("benchmarks", *SCRIPTS):
         (tmp_path / name).symlink_to(ROOT / name)
-    shutil.copy(ROOT / "sppo_continuous.py", tmp_path / "sppo_mine.py")
-    done = sh("bash", "benchmark.sh", "quick", "--dry-run", cwd=tmp_path)
-    mine = re.findall("python sppo_mine.py (.*)", done.stdout)
-    assert len(mine) == 3 * 2 * 3
-    for words in mine:
-        args = parse(["sppo_continuous.py", *words.split()])
-        assert args.exp_name == "dppo-mine"
-        assert args.alpha == 1
-        assert args.beta == 0
+    shutil.copy(ROOT / "sppo_continuous.py", tmp_path / "my.py")
+    done = sh("bash", "benchmark.sh", "continuous", "--seeds", "2", "--dry-run", cwd=tmp_path)
+    mine = re.findall("python my.py (.*)", done.stdout)
+    of_dppo = re.findall("python sppo_continuous.py (.* dppo .*)", done.stdout)
+    assert len(mine) == 9 * 2 * 2
+    assert mine == [words.replace(" dppo ", " dppo-mine ") for words in of_dppo]
 
 
 @pytest.mark.slow

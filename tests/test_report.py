@@ -237,8 +237,11 @@ def test_diverged_runs_count_with_the_score_that_is_given():
     (row,) = pd.read_csv("out/differences.csv").to_dict("records")
     test = stats.ttest_ind([20, 24, -3, -3], [10, 12, 14, 15, 16], equal_var=False)
     assert row["p"] == approx(test.pvalue)
+    run = RUNS / f"{HOPPER}__sppo__none__2__abc"
     with pytest.raises(runs.Refusal, match="no finished run of 1; diverged: gradient not finite;"):
-        write_report(RUNS / f"{HOPPER}__sppo__none__2__abc")
+        write_report(run)
+    (run / "summary.json").write_text('{"step": 1200}')
+    assert f"**{run.name} finished, but first diverged: gradient not finite**" in write_report()
 
 
 @pytest.mark.parametrize(
@@ -556,6 +559,8 @@ EDITED = "versions of sppo_continuous.py or its imports, some without size"
         ({"imported": "edited"}, "versions of sppo_continuous.py or its imports"),
         ({"version": "def", "size": 1}, EDITED),
         ({"continued": {"versions": {"torch": "2.14.0"}}}, "versions of torch"),
+        ({"continued": {"platform": "Linux-6.2"}}, ""),
+        ({"continued": {"gpu": "H100"}}, "kinds of CPU or GPU"),
         ({"columns": {"step": [*STEPS, 1224]}}, "1,200 to 1,224 steps"),
         ({"evaluations": 6}, "6 to 12 evaluations"),
     ],
