@@ -119,7 +119,6 @@ class Args:
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU, where there is one
     amp: Literal["auto", "off"] = "auto"  # auto: bfloat16 where it is faster; off: float32
     track: bool = False  # log to Weights & Biases as well (pip install wandb)
-
     # Models and data
     policy_model: str = f"{TOY}/policy"  # folder or hub name of a causal language model
     tokenizer: str | None = None  # folder or hub name; default: the policy's (imdb, tldr: gpt2)
@@ -137,7 +136,6 @@ class Args:
     lora_r: int = 0  # rank of LoRA adapters, for policy and critic on one model; 0: no LoRA
     lora_alpha: int = 64  # LoRA's alpha: adapters are scaled by alpha / rank
     gradient_checkpointing: bool = False  # recompute activations: less memory, more time
-
     # Algorithm
     batch_size: int = 112  # texts sampled for an update, over all processes
     num_minibatches: int = 4  # minibatches per epoch
@@ -154,16 +152,13 @@ class Args:
     ce_coef: float = 0.0  # weight of the supervised (SFT) loss on the data's targets, PPO-ptx
     kl_coef: float = 0.005  # weight of the KL penalty against the reference policy, per token
     max_grad_norm: float = 1.0  # gradient clipping, by the norm over all parameters
-
     # Symmetric loss
     alpha: float | None = None  # weight of the PPO loss; default: 0.5, or 1 if beta is 0
     beta: float = 0.4  # weight of the reverse loss; 0: PPO
     z: float = -1.0  # Z, which stands for log 0
-
     # Noise
     noise: Literal["none", "flip", "normal", "uniform", "adv_flip"] = "none"  # in training only
     noise_level: float | None = None  # flip probability (default 0.1) or scale (default 0.05)
-
     # Evaluation
     eval_freq: int | None = None  # texts between evaluations and checkpoints; default: total / 10
     eval_episodes: int = 128  # held-out prompts in an evaluation; rewards are clean
@@ -262,7 +257,8 @@ def parse_args(argv=None):
     parser = argparse.ArgumentParser(add_help=False, allow_abbrev=False)
     parser.add_argument("--task", choices=TASKS, default="toy")
     task = parser.parse_known_args(argv)[0].task
-    flags = [word.partition("=")[0] for word in (sys.argv if argv is None else argv)]
+    words = sys.argv if argv is None else argv
+    flags = [word.partition("=")[0].replace("_", "-") for word in words]
     for flag in "--reward-model", "--reward-weights":
         require(flags.count(flag) < 2, f"{flag} is there twice: give all its values at once")
     args = tyro.cli(Args, default=Args(task, **TASKS[task]), args=argv)
@@ -396,7 +392,7 @@ def chat_tokens(row, label, tokenizer, args):
     answer = row | {"prompt": answered(row["prompt"], label)}
     text = in_template(answer, tokenizer, options).rstrip()  # new lines may stand for an end
     if not text.startswith(asked):
-        found = f"the chat template writes no label behind {asked[-30:]!r}, the end of the prompt"
+        found = "the chat template writes no label behind the prompt"
         if "enable_thinking" in tokenizer.chat_template:
             found += """; --chat-template-kwargs '{"enable_thinking": false}' may help"""
         if args.ce_coef:
@@ -485,9 +481,10 @@ def token_log_probs(model, inputs, temperature):
     """Log-probabilities (n,) of the tokens under a language model."""
     head = model.get_output_embeddings()
     head.places = inputs.places
-    logits = model(input_ids=inputs.ids, use_cache=False).logits[0]
+    logits = model(input_ids=inputs.ids, use_cache=False).logits
     head.places = None
-    return -F.cross_entropy(logits / temperature, inputs.tokens, reduction="none")
+    logits /= temperature  # in place, because logits take most memory
+    return -F.cross_entropy(logits[0], inputs.tokens, reduction="none")
 
 
 def trainable_copy(model, args):
@@ -564,9 +561,6 @@ class ActorCritic(nn.Module):
         return log_prob, value, target_log_prob
 
 
-# ---- What a run holds
-
-
 @dataclass
 class Setup:
     """Models and data of a run, from `load`."""
@@ -640,7 +634,7 @@ def score(setup, args, rows, prompts, responses):
         if prompt_kind(row) == "messages":
             *before, turn = answered(row["prompt"], inputs["completions"][i])
             inputs["prompts"][i] = before
-            inputs["completions"][i] = [turn]  # as in TRL, it has all of the turn's text
+            inputs["completions"][i] = [turn]  # with all of the turn's text
     # A reward function may change its arguments
     scores = [reward_model(**copy.deepcopy(inputs)) for reward_model in setup.reward_models]
     for name, its_scores in zip(args.reward_model, scores):
@@ -666,7 +660,7 @@ def sample_responses(setup, args, data, evaluating=False):
     actor = setup.actor_critic
     samples = []
     own = data[accelerator.process_index :: accelerator.num_processes]
-    size = 8 * (args.micro_batch_size or 16)  # inference takes less memory than training
+    size = 8 * (args.micro_batch_size or 16)  # without activations for a backward pass
     for start in range(0, len(own), size):
         rows = own[start : start + size]
         tokens = [tokenize(row, setup.tokenizer, args) for row in rows]
@@ -700,12 +694,8 @@ def collect(setup, args, rng):
     noisy_reward = perturb_reward(rewards(samples, args), args.noise, args.noise_level, rng)
     for sample, reward in zip(samples, noisy_reward.tolist()):
         log_ratio = sample.log_prob - sample.reference_log_prob
-        advantages = token_advantages(reward, log_ratio, sample.value, args)
-        sample.advantage, sample.returns = advantages
+        sample.advantage, sample.returns = token_advantages(reward, log_ratio, sample.value, args)
     return samples
-
-
-# ---- Noise
 
 
 def perturb_reward(reward, noise, level, rng):
@@ -774,9 +764,6 @@ def token_advantages(reward, log_ratio, value, args):
     return advantage, advantage + value
 
 
-# ---- Update
-
-
 def joined(samples, name):
     """Joins a field of samples into one tensor (n,) over all their tokens."""
     return torch.cat([getattr(sample, name) for sample in samples])
@@ -790,9 +777,8 @@ def loss_and_metrics(model, args, micro_batch, token_count, target_count):
     device = next(model.parameters()).device
     prompts = [sample.prompt for sample in samples]
     response = collate(prompts, [sample.response for sample in samples], device)
-    target = None
-    if args.ce_coef:
-        target = collate(prompts, [sample.target for sample in samples], device)
+    targets = [sample.target for sample in samples]
+    target = collate(prompts, targets, device) if args.ce_coef else None
     log_prob, value, target_log_prob = model(response, target)
     advantage = torch.cat(advantages).to(device)
     names = ["log_prob", "value", "returns"]
@@ -1175,11 +1161,11 @@ def load_rows(name, accelerator, tokenizer, args):
         cut_targets += len(target) > args.response_length
         cut += length > args.prompt_length
         longest = max(longest, length)
-    require(not is_chat or not cut, f"{name}: to keep messages whole, --prompt-length {longest}")
     if args.ce_coef and name == args.dataset:
         require(targets, "--ce-coef needs a column 'label' of texts in the training data")
     found = f"{len(rows):,} prompts, {len(distinct):,} distinct, {cut:,} cut"
     accelerator.print(f"{name}: {found}; {targets:,} targets, {cut_targets:,} cut")
+    require(not is_chat or not cut, f"{name}: to keep messages whole, --prompt-length {longest}")
     return rows
 
 
@@ -1286,7 +1272,7 @@ def function_reward(name, columns):
     return reward_model
 
 
-# ---- Loading
+# ---- Loading and saving
 
 
 def refuse_missing(names, source):
@@ -1409,10 +1395,7 @@ def check_sampling(setup, args):
     prompts = [longest, longest[:1]]
     with actor.autocast():
         generated = actor.policy.generate(
-            **padded(setup, prompts),
-            do_sample=True,
-            output_logits=True,
-            return_dict_in_generate=True,
+            **padded(setup, prompts), output_logits=True, return_dict_in_generate=True
         )
         tokens = generated.sequences[:, len(longest) :]
         response = collate(prompts, tokens.tolist(), actor.policy.device)
@@ -1437,6 +1420,8 @@ def load(args):
         load_rows(name, accelerator, tokenizer, args) if name else []
         for name in [args.dataset, args.eval_dataset]
     ]
+    kinds = {prompt_kind(part[0]) for part in (rows, eval_rows) if part}
+    require(len(kinds) == 1 or "messages" not in kinds, "messages are only in a part of the data")
     counts = Counter(name for row in rows + eval_rows for name in row)
     for name, count in counts.items():
         lacking = len(rows + eval_rows) - count
@@ -1479,9 +1464,6 @@ def load(args):
     return Setup(
         accelerator, actor_critic, model, optimizer, tokenizer, reward_models, columns, *data
     )
-
-
-# ---- Saving
 
 
 def load_checkpoint(path, device="cpu"):

@@ -563,7 +563,7 @@ def test_a_target_is_what_the_template_writes(chat_tokenizer, begun, target, ce_
     row = {"prompt": CHAT, "label": "was dull"}
     args = Args(prompt_length=99, ce_coef=ce_coef, **flags)
     if ce_coef and not target:
-        with pytest.raises(ValueError, match="writes no label behind '.*channel.>'.*prompt$"):
+        with pytest.raises(ValueError, match="writes no label behind the prompt$"):
             tokenize(row, chat_tokenizer, args)
         return
     prompt, tokens, _ = tokenize(row, chat_tokenizer, args)
@@ -588,7 +588,9 @@ THOUGHTS = "<think>so</think>dull"
 def test_what_a_label_loses_is_said(chat_tokenizer, capsys, template, messages, said_once):
     rlhf.warn.cache_clear()
     chat_tokenizer.chat_template = template
-    read(chat_tokenizer, [{"messages": messages}] * 3)
+    *before, asks, answers = messages
+    conversations = [[*before, asks | {"content": f"{i}"}, answers] for i in range(3)]
+    read(chat_tokenizer, [{"messages": one} for one in conversations])
     errors = capsys.readouterr().err
     assert errors.count("warning: ") == bool(said_once)
     assert said_once in errors
@@ -663,7 +665,7 @@ def test_messages_are_not_cut_and_variables_are_the_templates(chat_tokenizer):
 
 
 def test_a_completion_includes_the_assistants_text_in_the_prompt(chat_tokenizer):
-    """As in TRL, so that classifiers read one turn of it."""
+    """So that classifiers read one turn of it."""
     rows = [{"prompt": [*CHAT, BEGUN]}, {"prompt": CHAT}]
     prompts = [tokenize(row, chat_tokenizer, Args())[0] for row in rows]
     ids = [chat_tokenizer(" dull")["input_ids"]] * 2
@@ -1074,6 +1076,8 @@ def test_the_saved_policy_writes_what_the_run_wrote(chat_tokenizer, toy, lora_r)
     for sample in samples:
         (written,) = pipe(sample["prompt"], do_sample=False, return_full_text=False)
         assert written["generated_text"] == sample["response"]
+    with refusal("messages are only in a part of the data"):
+        load(**flags | {"eval_dataset": "runs/toy/test.jsonl"})
 
 
 def test_an_evaluation_is_as_computed_by_hand(toy, monkeypatch):
@@ -1390,7 +1394,7 @@ def test_defaults_depend_on_the_task_and_on_other_flags(capsys):
     assert ppo.noise_level == 0.1
     assert ppo.exp_name == "ppo"
     with refusal("--reward-model is there twice"):
-        rlhf.parse_args(["--reward-model", "a.py:a", "--reward-model=b.py:b"])
+        rlhf.parse_args(["--reward-model", "a.py:a", "--reward_model=b.py:b"])
     own = make_args(dataset="a/mine.parquet")
     assert own.eval_dataset is None
     assert own.task == "mine"
