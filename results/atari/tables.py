@@ -7,16 +7,22 @@ from analysis.tables import markdown
 from results.common import MEASURES, corrected_suite, pair_texts, read, score_text
 from results.comparisons import in_points
 
+ONLY_FLIPPED = {
+    "ppo-corrected": "PPO, unbiased rewards",
+    "ppo-coef": "PPO, weights / k",
+    "sppo-p": "our variant",
+}
+
 
 def breakout():
     cells = cells_of(read("atari/breakout"))
     clean, flipped = cells["Breakout", "clean"], cells["Breakout", "flip 0.1"]
-    unbiased = score_text(flipped["ppo-corrected"], 1)
+    others = [score_text(flipped[method], 1) for method in ONLY_FLIPPED]
     rows = [
-        ["clean", *pair_texts(clean["ppo"], clean["sppo"], 1), ""],
-        ["flipped", *pair_texts(flipped["ppo"], flipped["sppo"], 1), unbiased],
+        ["clean", *pair_texts(clean["ppo"], clean["sppo"], 1), *[""] * len(others)],
+        ["flipped", *pair_texts(flipped["ppo"], flipped["sppo"], 1), *others],
     ]
-    header = ["rewards", "PPO", "SPPO", "SPPO minus PPO", "PPO, unbiased rewards"]
+    header = ["rewards", "PPO", "SPPO", "SPPO minus PPO", *ONLY_FLIPPED.values()]
     return markdown(header, rows)
 
 
