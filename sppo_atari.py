@@ -499,7 +499,7 @@ def train(args, folder):
 
         metrics = update(agent, args, optimizer, loss_fn, batch, rng, generator, clip_coef)
         # In each session's first two rollouts, since at first a last layer near zero hides mistakes
-        limit = 1e-6 if bfloat16 else 1e-8  # rounding gives 3e-8 or 2e-13
+        limit = 1e-6 if bfloat16 else 1e-8  # bfloat16's rounding: some 1e-8
         if global_step <= begun + 2 * batch_size and metrics[0]["losses/approx_kl"] > limit:
             found = "the policy that acts is not the one that is trained (dropout/memory?)"
             if device.type == "cpu":

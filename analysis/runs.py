@@ -239,7 +239,7 @@ def not_alike(runs, progress):
             unlike.append(f"versions of {', '.join(packages)}")
         kinds = re.findall(r'", ([^\]]+)\]', " ".join(group["hardware"]))  # without the platform
         if differ(kinds):
-            unlike.append("kinds of CPU or GPU")
+            unlike.append("hardware (CPU kernels or GPU)")
         for script, part in group.groupby("script"):
             if differ(part["script_sha256"]) or differ(part.get("files", [])):
                 unlike.append(f"versions of {script} or its imports")

@@ -7,7 +7,7 @@ from pathlib import Path
 import gymnasium as gym
 import pytest
 import torch
-from helpers import CONTINUOUS, EACH, Signals, checkpoint, import_file, only, progress
+from helpers import ATARI, CONTINUOUS, EACH, Signals, checkpoint, import_file, only, progress
 from test_control import make_agent, one_update, some_batch
 from torch import nn
 
@@ -69,11 +69,8 @@ def test_another_policy_in_training_stops_a_run_that_starts_from_another(setting
         copy.run(tmp_path / "runs", start_from=str(parent))
 
 
-@pytest.mark.parametrize(("rollout", "shift", "stops"), [(1, 2e-4, 1), (2, 2e-4, 1), (1, 5e-5, 0)])
-def test_first_ratios_of_two_rollouts_are_1(
-    setting, tmp_path, monkeypatch, signals, rollout, shift, stops
-):
-    """Up to a KL divergence of 1e-8. A shift s of log-probabilities gives s ** 2 / 2."""
+def shift_log_prob(script, monkeypatch, shift, rollout=1):
+    """Of one rollout. Returns a list that gets the batches as they were."""
 
     def shifted_collect(*arguments):
         batch, obs = collect(*arguments)
@@ -82,11 +79,30 @@ def test_first_ratios_of_two_rollouts_are_1(
         return shifted if len(batches) == rollout else batch, obs
 
     batches = []
-    collect = setting.script.collect
-    monkeypatch.setattr(setting.script, "collect", shifted_collect)
+    collect = script.collect
+    monkeypatch.setattr(script, "collect", shifted_collect)
+    return batches
+
+
+@pytest.mark.parametrize(("rollout", "shift", "stops"), [(1, 2e-4, 1), (2, 2e-4, 1), (1, 5e-5, 0)])
+def test_first_ratios_of_two_rollouts_are_1(
+    setting, tmp_path, monkeypatch, signals, rollout, shift, stops
+):
+    """Up to a KL divergence of 1e-8. A shift s of log-probabilities gives s ** 2 / 2."""
+    batches = shift_log_prob(setting.script, monkeypatch, shift, rollout)
     with pytest.raises(SystemExit, match=NOT_THE_SAME) if stops else nullcontext():
         setting.run(tmp_path)
     assert len(batches) == (rollout if stops else 4)
+
+
+@only(*ATARI)
+@pytest.mark.parametrize(("shift", "stops"), [(2e-3, True), (1e-3, False)])
+def test_bfloat16_may_round_first_ratios(setting, tmp_path, monkeypatch, shift, stops):
+    """Up to a KL divergence of 1e-6."""
+    monkeypatch.setattr(setting.script, "has_bfloat16", lambda device: True)
+    shift_log_prob(setting.script, monkeypatch, shift)
+    with pytest.raises(SystemExit, match=NOT_THE_SAME) if stops else nullcontext():
+        setting.run(tmp_path, amp="auto")
 
 
 @only(*CONTINUOUS)

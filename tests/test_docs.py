@@ -379,8 +379,9 @@ def test_discrete_actions(example, monkeypatch, play):
     acrobot = gym.make("Acrobot-v1").unwrapped
     acrobot.action_space = gym.spaces.Discrete(3, start=-1)
     monkeypatch.setattr(gym, "make", lambda *_: acrobot)
-    with pytest.raises(SystemExit, match="needs --bins 3, and no --policy gaussian"):
-        script.make_env(args)
+    for flags in ({}, {"bins": 3, "policy": "gaussian", "beta": 0}):
+        with pytest.raises(SystemExit, match="needs --bins 3, and no --policy gaussian"):
+            script.make_env(dataclasses.replace(args, **flags))
     args.bins = 3
     env = script.make_env(args)
     assert env.action_space.low == 0

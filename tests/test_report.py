@@ -560,7 +560,7 @@ EDITED = "versions of sppo_continuous.py or its imports, some without size"
         ({"version": "def", "size": 1}, EDITED),
         ({"continued": {"versions": {"torch": "2.14.0"}}}, "versions of torch"),
         ({"continued": {"platform": "Linux-6.2"}}, ""),
-        ({"continued": {"gpu": "H100"}}, "kinds of CPU or GPU"),
+        ({"continued": {"gpu": "H100"}}, "hardware (CPU kernels or GPU)"),
         ({"columns": {"step": [*STEPS, 1224]}}, "1,200 to 1,224 steps"),
         ({"evaluations": 6}, "6 to 12 evaluations"),
     ],
