@@ -76,9 +76,9 @@ def measures():
 
 
 def dose_effects():
-    """Differences of other betas from beta 0 in the last evaluation, averaged over the tasks:
-    {beta: {rewards: estimate}}."""
-    by_seed = relative_scores(LAST).mean(axis=0)
+    """Differences of other betas from beta 0 in the last evaluation, averaged over the tasks, as
+    shares of beta 0's score: {beta: {rewards: estimate}}."""
+    by_seed = relative_scores(LAST, own=True).mean(axis=0)
     found = {}
     for i, beta in enumerate(BETAS[1:], start=1):
         of_beta = [mean(scores[i] - scores[0]) for scores in by_seed]
@@ -103,7 +103,8 @@ def comparisons():
             yield Comparison(claim, name, page, found, 12, **options)
     p = corrected_p({measure: effects(measure) for measure in MEASURES})
     names = {f"slope: {x}": f"beta 20 against 0 by a fitted line, {x}" for x in REWARDS.values()}
-    names["slope: noisy rewards"] += ", only through InvertedDoublePendulum"
+    for rewards in ["noisy rewards", "flipped advantages"]:
+        names[f"slope: {rewards}"] += ", only through InvertedDoublePendulum"
     names["noisy minus clean"] = "change of the slope by noise"
     names["flipped minus clean"] = "change of the slope by flips"
     for name, found in effects(TRAINING).items():

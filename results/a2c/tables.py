@@ -20,17 +20,6 @@ def million():
     return markdown(["task", "DA2C", "SA2C minus DA2C"], rows)
 
 
-def against_stable_baselines3():
-    scores = read("a2c/million")
-    parts = {"all eight seeds": scores, "the last five seeds": scores.query("seed > 10002")}
-    rows = []
-    for title, part in parts.items():
-        cell = cells_of(part)[HOPPER, "clean"]
-        ours, theirs = cell["a2c"], cell["sb3-a2c"]
-        rows.append([title, score_text(ours), score_text(theirs), minus_text(ours, theirs)])
-    return markdown(["", "A2C", "Stable-Baselines3", "A2C minus Stable-Baselines3"], rows)
-
-
 def comparisons():
     """Without a test."""
     page = "a2c/README.md#a-million-steps"
