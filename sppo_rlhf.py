@@ -1421,7 +1421,8 @@ def load(args):
         for name in [args.dataset, args.eval_dataset]
     ]
     kinds = {prompt_kind(part[0]) for part in (rows, eval_rows) if part}
-    require(len(kinds) == 1 or "messages" not in kinds, "messages are only in a part of the data")
+    alike = len(kinds) == 1 or "messages" not in kinds
+    require(alike, "of training and held-out data only one has messages")
     counts = Counter(name for row in rows + eval_rows for name in row)
     for name, count in counts.items():
         lacking = len(rows + eval_rows) - count

@@ -1076,7 +1076,7 @@ def test_the_saved_policy_writes_what_the_run_wrote(chat_tokenizer, toy, lora_r)
     for sample in samples:
         (written,) = pipe(sample["prompt"], do_sample=False, return_full_text=False)
         assert written["generated_text"] == sample["response"]
-    with refusal("messages are only in a part of the data"):
+    with refusal("of training and held-out data only one has messages"):
         load(**flags | {"eval_dataset": "runs/toy/test.jsonl"})
 
 

@@ -4,7 +4,14 @@ predictions. games.py and crazyclimber.py have the rest of this folder's page.""
 from analysis.compare import cells_of
 from analysis.measures import LAST, TRAINING
 from analysis.tables import markdown
-from results.common import MEASURES, corrected_suite, pair_texts, read, score_text
+from results.common import (
+    MEASURES,
+    corrected_suite,
+    minus_text,
+    pair_texts,
+    read,
+    score_text,
+)
 from results.comparisons import in_points
 
 ONLY_FLIPPED = {
@@ -30,8 +37,10 @@ def epsilon():
     rows = []
     for measure in [LAST, TRAINING]:
         cell = cells_of(read("atari/epsilon"), measure)["Breakout", "clean"]
-        rows.append([MEASURES[measure], *pair_texts(cell["a2c"], cell["sa2c"], 1)])
-    return markdown(["measure", "A2C", "SA2C", "SA2C minus A2C"], rows)
+        half = minus_text(cell["sa2c"], cell["a2c-half"], 1)
+        rows.append([MEASURES[measure], *pair_texts(cell["a2c"], cell["sa2c"], 1), half])
+    header = ["measure", "A2C", "SA2C", "SA2C minus A2C", "SA2C minus A2C with alpha 0.5"]
+    return markdown(header, rows)
 
 
 def comparisons():
