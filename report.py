@@ -29,7 +29,7 @@ p_corrected: by Benjamini and Hochberg over {rows} rows; without a test (of one 
 that do not vary) p is 1."""
 IMPROVEMENTS = """The probability that the method's run scores {better} than the baseline's, over \
 tasks and noise. Brunner and Munzel's 95 % intervals, uncorrected, need five runs, \
-and that not all of one method beat all of the other."""
+and a task and noise where not all of one method beat all of the other."""
 OTHERS = """Not tested. A `progress.csv` row has an evaluation and means of what was logged since \
 the one before; `charts/episodic_return`: the mean return of the last 100 training episodes."""
 

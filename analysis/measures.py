@@ -27,7 +27,7 @@ class Measure:
 
     def score_of(self, rows, started=False):
         """Of a run with these rows of progress.csv; nan if one that counts lacks the column.
-        `started`: from another run, perhaps of another task, where the first row does not count."""
+        `started`: from another run, perhaps of another task, whose steps do not count."""
         values = rows[self.column].to_numpy()
         if self.time == "last":
             return values[-1]
@@ -35,8 +35,8 @@ class Measure:
             return values[-5:].mean() if len(values) >= 5 else np.nan
         # A row has means since the row before, and counts that long; before training not at all
         steps = np.diff(rows["step"], prepend=0)
-        if started and steps[0] > max(steps[1:], default=steps[0]):
-            steps[0] = 0
+        if started:
+            steps[0] = min(steps[0], max(steps[1:], default=steps[0]))
         counts = steps > 0
         return np.average(values[counts], weights=steps[counts])
 
