@@ -65,6 +65,21 @@ sppo_rlhf.py: rlhf weighted_sum
 docs/copy-and-modify.md: stable_baselines3 pages_models
 -         vf_coef=0.5 / k,
 +         vf_coef=0.5,
+sppo_atari.py: pretended_gpu on_a_pretended_gpu
+- obs), generator=generator)
++ obs), generator=generator, device='cuda')
+sppo_atari.py: pretended_gpu on_a_pretended_gpu
+- action[t].cpu().numpy()
++ action[t].numpy()
+sa2c_atari.py: pretended_gpu on_a_pretended_gpu
+- *(torch.from_numpy(x).to(device) for x in arrays)
++ *map(torch.from_numpy, arrays)
+sppo_rlhf.py: pretended_gpu on_a_pretended_gpu
+- batch_first=True).to(device)
++ batch_first=True)
+sppo_rlhf.py: pretended_gpu on_a_pretended_gpu
+- return inputs.to(setup.actor_critic.policy.device)
++ return inputs
 benchmarks/run.py: benchmark games_go_to_gpus
 - .split(",")[:count]
 + .split(",")

@@ -239,6 +239,15 @@ def test_games_go_to_gpus_and_control_to_the_cpu(visible, envs, cores, flags, gp
     assert {threads for *_, threads in found} == {str(max(1, cores // jobs))}
 
 
+def test_a_suite_runs_its_commands(stubs):
+    """One after the other, if `--jobs` says so."""
+    result = sh("./benchmark.sh", "tiny", "--seeds", 1, "--jobs", 1, cwd=".")
+    assert result.returncode == 0, result.stderr
+    began, ended, commands, *_ = zip(*records())
+    assert sorted(commands) == sorted(listed("tiny --seeds 1 --runs-dir runs/tiny"))
+    assert all(end < start for end, start in zip(ended, began[1:]))
+
+
 def test_a_failed_run_is_named_and_the_others_go_on(stubs):
     """One run is ended by a library, with status 0. One prints the score of an earlier session."""
     Path("sppo_atari.py").write_text("raise ValueError('no')")

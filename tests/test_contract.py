@@ -408,6 +408,7 @@ def test_a_run_that_starts_from_another_equals_one_that_was_long_from_the_start(
         names.add(setting.interrupt(RUNS, rollouts, **longer, start_from=place).name)
     _, folder = setting.run(RUNS, **longer, start_from=place)
     assert names == {folder.name} != {whole.name}
+    assert len(step_and_speeds(checkpoint(folder))[1]) == 2  # its own
     assert_same_bytes(setting, folder, whole)
     session = sessions(folder)[-1]
     assert session["args"]["start_from"] == "again"
@@ -426,18 +427,27 @@ def test_a_run_starts_only_from_a_finished_one_with_fewer_steps(setting, launch)
     assert len(list(RUNS.iterdir())) == 1
 
 
-@only(*CONTINUOUS, TEXTS)
-def test_a_started_run_has_its_own_tasks_scores_and_its_own_speed(setting):
-    """Those of another environment, or another reward, stay behind."""
-    flags = every(setting) | ({} if setting.is_text else {"env_id": "Low-v0"})
-    other = {"env_kwargs": '{"low": -3}'}
-    if setting.is_text:
+@only(*ALL)
+def test_a_started_run_has_its_own_tasks_scores_and_its_own_flags(setting):
+    """Those of another environment, or another reward, stay behind. What the optimizer has saved
+    does not override flags."""
+    flags = every(setting)
+    if setting in CONTINUOUS:
+        flags |= {"env_id": "Low-v0"}
+        other = {"env_kwargs": '{"low": -3}'}
+    elif setting.is_text:
         other = {"reward_model": (f"{__file__}:lucky",)}
+    else:
+        other = {"repeat_action_probability": 0.25}
+    other |= {"learning_rate": 1e-6} | ({"anneal_lr": False} if setting == SPPO_ATARI else {})
     _, parent = setting.run(RUNS, **flags, total_timesteps=2 * setting.batch)
     _, folder = setting.run(RUNS, **flags, **other, start_from=str(parent))
     steps = [i * setting.batch for i in range(2 if setting.is_text else 3, 5)]
     assert [row["step"] for row in progress(folder)] == steps
-    assert len(step_and_speeds(checkpoint(folder))[1]) == 2
+    state = checkpoint(folder)
+    (group,) = state["optimizer"]["param_groups"]
+    assert group["lr"] == 1e-6
+    assert len(state.get("recent_episodes", [])) == (12 if setting in CONTINUOUS else 0)
 
 
 def break_disk(setting, patch):
@@ -534,7 +544,7 @@ REFUSED = [  # scripts, and flags, of which the last is named in what is said
     ([*PPO, TEXTS], "--num-minibatches 0, --num-minibatches 5, --update-epochs 0"),
     ([*PPO, TEXTS], "--clip-coef -0.1"),
     (PPO, "--num-minibatches 64 --norm-adv"),
-    (A2C, "--num-envs 1 --num-steps 1 --norm-adv, --rmsprop-eps -1e-5"),
+    (A2C, "--num-envs 1 --num-steps 1 --norm-adv, --rmsprop-eps -1e-5, --log-freq 0"),
     (ATARI, "--env-id Brekout, --env-id ALE/Breakout-v5, --env-id PongDeterministic-v4"),
     (ATARI, "--checkpoint-freq 0, --repeat-action-probability 25"),
     (CONTINUOUS, "--checkpoint-freq -1, --hidden-sizes 0, --bins 1, --noise flip"),
@@ -716,10 +726,19 @@ def test_an_episode_of_a_registered_limit_fits_between_two_checkpoints(setting, 
 
 
 @only(*CONTINUOUS)
-def test_environments_are_closed_after_all_ends_of_a_run(setting, monkeypatch):
+def test_environments_are_closed_after_all_ends_of_a_run(setting, monkeypatch, launch):
     """And after evaluations and checkpoints."""
+    update = setting.script.update
+
+    def interrupted(*args):
+        if list(RUNS.glob("*/progress.csv")):
+            raise KeyboardInterrupt
+        return update(*args)
+
+    monkeypatch.setattr(setting.script, "update", interrupted)
     monkeypatch.setattr(TenStepsEnv, "open", [])
-    setting.interrupt(RUNS, 2, env_id="TenSteps-v0", **every(setting))
+    end, _, _ = launch(env_id="TenSteps-v0", **every(setting))
+    assert end.startswith("interrupted; the same command continues")
     assert TenStepsEnv.open == []
 
 

@@ -219,7 +219,7 @@ def test_compiled_functions_compute_the_same(setting, capsys):
     expected = gradient_and_metrics(setting, agent, args, batch)
     result = gradient_and_metrics(setting, agent, args, batch, compiled)
     assert_close(result, expected, rtol=1e-3, atol=1e-5)
-    assert "failed" not in capsys.readouterr().err
+    assert "failed" not in capsys.readouterr().out
 
 
 # ---- Rollouts and updates

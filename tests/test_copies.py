@@ -7,7 +7,7 @@ from pathlib import Path
 import gymnasium as gym
 import pytest
 import torch
-from helpers import ATARI, CONTINUOUS, EACH, Signals, checkpoint, import_file, only, progress
+from helpers import ATARI, CONTINUOUS, Signals, import_file, only
 from test_control import make_agent, one_update, some_batch
 from torch import nn
 
@@ -143,16 +143,3 @@ def test_gradients_are_laid_out_like_weights(setting):
     setting.update(agent, one_update(setting), some_batch(setting, agent))
     for parameter in agent.parameters():
         assert parameter.grad.stride() == parameter.stride()
-
-
-def test_a_run_starts_from_another_with_its_own_flags(setting, tmp_path, signals):
-    """What the optimizer has saved does not override them."""
-    _, before = setting.run(tmp_path, **EACH, total_timesteps=128)
-    flags = EACH | {"start_from": str(before), "learning_rate": 1e-6}
-    flags |= {"anneal_lr": False} if setting.atari and setting.ppo else {}
-    _, folder = setting.run(tmp_path, **flags)
-    rows = progress(folder)
-    assert rows[:2] == progress(before)
-    assert [row["step"] for row in rows] == [64, 128, 192, 256]
-    (group,) = checkpoint(folder)["optimizer"]["param_groups"]
-    assert group["lr"] == 1e-6

@@ -7,9 +7,8 @@ from pathlib import Path
 import helpers
 import pytest
 from accelerate.state import AcceleratorState
-from helpers import Setting, Signals, train, work_in
-from pretended_gpu import WrongDevice, pretend
-from test_copies import edited
+from helpers import Setting, Signals, work_in
+from pretended_gpu import pretend
 
 import sppo_rlhf
 
@@ -66,20 +65,3 @@ def test_a_run_on_a_pretended_gpu(setting, flags, tmp_path, monkeypatch, gpu):
     places = [f"{setting.script.__file__}:{first + i} " for i in range(len(lines))]
     waits = [wait for wait in gpu.waits if not wait.endswith(" to")]
     assert waits and not [wait for wait in waits if wait.startswith(tuple(places))]
-
-
-MISTAKES = [  # what is right in a script, and what is wrong
-    (SPPO_ATARI, "obs), generator=generator)", "obs), generator=generator, device='cuda')"),
-    (SPPO_ATARI, "action[t].cpu().numpy()", "action[t].numpy()"),
-    (SA2C_ATARI, "*(torch.from_numpy(x).to(device) for x in", "*map(torch.from_numpy, "),
-    (SPPO_RLHF, "batch_first=True).to(device)", "batch_first=True)"),
-    (SPPO_RLHF, "return inputs.to(setup.actor_critic.policy.device)", "return inputs"),
-]
-
-
-@pytest.mark.parametrize(("setting", "right", "wrong"), MISTAKES, ids=str)
-def test_a_tensor_on_the_wrong_device_is_found(setting, right, wrong, tmp_path, gpu):
-    script = edited(setting.script, tmp_path / "copy", (right, wrong))
-    args = replace(setting, script=script).args(tmp_path)
-    with pytest.raises(WrongDevice):
-        train(script, args)

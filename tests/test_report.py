@@ -474,7 +474,6 @@ def test_runs_that_are_not_finished_and_seeds_that_a_cell_lacks_are_named():
     assert f"\nMissing seeds: {HOPPER}, clean, mine: 0, 2.\n" in page
     assert rows_after(page)[1].endswith("| 15.0 ± 1.7 (n = 3 of 4) | 9.000 (n = 1) |")
     assert "(n = 3 of 4)" in Path("out/scores.tex").read_text()
-    assert f"\nNot compared: sppo without mine: {HOPPER}, clean; {LANDER}, clean.\n" not in page
 
 
 # ---- What is refused, or named

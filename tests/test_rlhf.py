@@ -1080,11 +1080,13 @@ def test_the_saved_policy_writes_what_the_run_wrote(chat_tokenizer, toy, lora_r)
         load(**flags | {"eval_dataset": "runs/toy/test.jsonl"})
 
 
-def test_an_evaluation_is_as_computed_by_hand(toy, monkeypatch):
-    """`--temperature` divides all logits, those of targets, too, not only of the likeliest k."""
+@pytest.mark.parametrize("eval_greedy", [False, True])
+def test_an_evaluation_is_as_computed_by_hand(toy, monkeypatch, eval_greedy):
+    """`--temperature` divides all logits, those of targets, too, not only of the likeliest k.
+    Training samples in any case."""
     reward_model = f"{__file__}:text_lengths"
     flags = {"reward_model": (reward_model,), "response_length": 30, "learning_rate": 3e-3}
-    flags |= {"top_k": 3, "temperature": 2.0, "total_timesteps": 16}
+    flags |= {"top_k": 3, "temperature": 2.0, "total_timesteps": 16, "eval_greedy": eval_greedy}
     collected = record(monkeypatch, rlhf, "sample_responses")
     advantages = record(monkeypatch, rlhf, "token_advantages")
     folder = run(**flags)
@@ -1124,8 +1126,8 @@ def test_an_evaluation_is_as_computed_by_hand(toy, monkeypatch):
     assert row["perplexity"] == approx(np.exp(-np.mean(reference_log_probs)), rel=1e-4)
     assert row["perplexity_real"] == approx(np.exp(-np.mean(target_log_probs)), rel=1e-4)
 
-    for samples in (initial, first):
-        assert not all(begins_greedily(reference, sample) for sample in samples)
+    assert all(begins_greedily(reference, sample) for sample in initial) == eval_greedy
+    assert not all(begins_greedily(reference, sample) for sample in first)
     # Training: of other prompts each time, and what has become likelier pays for it
     assert [sample.prompt for sample in first] != [sample.prompt for sample in second]
     for ((_, log_ratio, *_), _), sample in zip(advantages, [*first, *second], strict=True):
