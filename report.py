@@ -235,8 +235,8 @@ def main(args):
     if args.pack:
         runs.write_pack(everything, evaluations, args.pack)
     out.mkdir(parents=True, exist_ok=True)
-    for file in out.glob("differences.*"):  # of an earlier report
-        file.unlink()
+    for kind in ("png", "pdf"):
+        (out / f"differences.{kind}").unlink(missing_ok=True)  # of an earlier report
     write(args, chosen, scores)
     for line in chosen.warnings:
         print(line, file=sys.stderr)

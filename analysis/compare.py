@@ -91,9 +91,9 @@ class Estimate:
     error: float
     freedom: float
 
-    def half_width(self, level=0.95):
-        """Of the interval, by t."""
-        return self.error * stats.t.ppf((1 + level) / 2, self.freedom)
+    def half_width(self):
+        """Of the 95 % interval, by t."""
+        return self.error * stats.t.ppf(0.975, self.freedom)
 
     @property
     def low(self):
@@ -183,9 +183,7 @@ def differences_of(scores, pairs, measure):
         for a, b in pairs:
             if a in cell and b in cell:
                 found = difference(cell[a], cell[b])
-                row = {"task": task, "noise": noise, "method": a, "baseline": b}
-                row |= {"difference": found.value, "low": found.low, "high": found.high}
-                rows.append(row | {"p": found.p})
+                rows.append([task, noise, a, b, found.value, found.low, found.high, found.p])
     columns = [*CELL, "baseline", "difference", "low", "high", "p"]
     table = pd.DataFrame(rows, columns=columns).astype({"p": float})
     table = table.sort_values("p", ignore_index=True)

@@ -74,16 +74,19 @@ def draw_curves(runs, progress, column, label, colors, file, width):
 def draw_differences(differences, label, file, width):
     """A panel for each task; pairs of methods and kinds of noise down."""
     pairs = differences["method"] + " minus " + differences["baseline"]
-    names = [wrapped(name, width / 3) for name in pairs + ", " + differences["noise"]]
-    table = differences.assign(row=names).sort_values("row", ascending=False)
+    names = (pairs + ", " + differences["noise"]).map(lambda name: wrapped(name, width / 3))
+    rows = sorted(set(names), reverse=True)
     lines = 1 + max(name.count("\n") for name in names)
-    height = 0.7 + 0.15 * lines * table["row"].nunique()
-    figure, axes = panels(sorted(table["task"]), int(width / 2), width, height, sharey=True)
-    for task, panel in table.groupby("task"):
+    height = 0.7 + 0.15 * lines * len(rows)
+    tasks = sorted(differences["task"])
+    figure, axes = panels(tasks, int(width / 2), width, height, sharey=True)
+    for task, panel in differences.groupby("task"):
         half = panel["high"] - panel["difference"]
-        axes[task].errorbar(panel["difference"], panel["row"], xerr=half, fmt="ok", markersize=3)
+        y = names[panel.index].map(rows.index)
+        axes[task].errorbar(panel["difference"], y, xerr=half, fmt="ok", markersize=3)
         axes[task].axvline(0, linestyle="--", color="gray")
         axes[task].locator_params(axis="x", nbins=4)
-        axes[task].set_ylim(-0.5, table["row"].nunique() - 0.5)
+        axes[task].set_yticks(range(len(rows)), rows)
+        axes[task].set_ylim(-0.5, len(rows) - 0.5)
     figure.supxlabel(f"difference: {label}")
     save(figure, file)

@@ -222,10 +222,9 @@ def differ(values):
 
 def differing_packages(versions):
     """Names of packages with several versions, of texts as JSON, or as older packs have them."""
-    found = {}
-    for name, version in re.findall(r'([\w.-]+)"?:? "?(\d[^\s",]*)', " ".join(set(versions))):
-        found.setdefault(name, set()).add(version)
-    return sorted(name for name in found if len(found[name]) > 1)
+    found = versions.str.extractall(r'([\w.-]+)"?:? "?(\d[^\s",]*)').drop_duplicates()
+    names = found[0]
+    return sorted(set(names[names.duplicated()]))
 
 
 def not_alike(runs, progress):
@@ -265,13 +264,11 @@ def shared_text(runs):
 
 
 def settings_table(runs):
-    """Settings in which methods differ, on any task."""
+    """Settings in which runs differ."""
 
     def joined(values):
         return ", ".join(sorted(set(values)))
 
     settings = list(runs.columns.difference(NO_SETTINGS))
     table = runs.groupby("method")[settings].agg(joined)
-    of_cells = runs.groupby(CELL)[settings].agg(joined).groupby(["task", "noise"])
-    differs = (table.nunique() > 1) | (of_cells.nunique().max() > 1)
-    return table.loc[:, differs].T.reset_index(names="setting")
+    return table.loc[:, runs[settings].nunique() > 1].T.reset_index(names="setting")
