@@ -197,8 +197,7 @@ class Args:
             if isinstance(value, (int, float)) and name != "z":
                 require(0 <= value < math.inf, f"{name} must be finite and not negative")
                 require(value or name not in positive.split(), f"{name} must be positive")
-        for name in "gamma", "gae_lambda":
-            require(0 <= getattr(self, name) <= 1, f"{name} must be between 0 and 1")
+        require(max(self.gamma, self.gae_lambda) <= 1, "gamma and gae_lambda must be at most 1")
         require(self.lora_r or self.lora_alpha == Args.lora_alpha, "lora_alpha needs --lora-r")
         require(-math.inf < self.z < 0, "z stands for log 0: it must be negative and finite")
         require(self.alpha + self.beta > 0, "with alpha and beta 0 nothing trains the policy")
@@ -1143,10 +1142,9 @@ def load_rows(name, accelerator, tokenizer, args):
     require(rows, f"{name} has no rows")
     kind = prompt_kind(rows[0])
     is_chat = kind == "messages"
-    template = str(is_chat and tokenizer.chat_template)
+    words = re.findall(r"\w+", str(is_chat and tokenizer.chat_template))
     for option in args.template_options:
-        found = re.search(rf"\b{re.escape(option)}\b", template)
-        require(found, f"--chat-template-kwargs: no chat template has {option!r}")
+        require(option in words, f"--chat-template-kwargs: no chat template has {option!r}")
     whole = replace(args, response_length=sys.maxsize)
     targets = cut_targets = cut = longest = 0
     distinct = set()
@@ -1282,15 +1280,12 @@ def refuse_missing(names, source):
 
 
 def load_pretrained(auto_class, name, **options):
-    """Loads a model, with all its weights. A classifier must be what was saved, without unused
-    weights. A language model may lose some, such as a value head."""
+    """Loads a model, with all its weights. A classifier may have no others. A language model may
+    lose some, such as a value head."""
     model, info = auto_class.from_pretrained(name, output_loading_info=True, **options)
     refuse_missing(info["missing_keys"], name)
-    if auto_class is AutoModelForSequenceClassification:
-        unused = info["unexpected_keys"]
-        saved_as = str(model.config.architectures or type(model).__name__)
-        is_whole = type(model).__name__ in saved_as and not unused
-        require(is_whole, f"{name} is no classifier, but {saved_as}; unused weights: {unused}")
+    unused = auto_class is AutoModelForSequenceClassification and info["unexpected_keys"]
+    require(not unused, f"{name} is no plain classifier; unused weights: {unused}")
     return model
 
 
@@ -1312,9 +1307,8 @@ def load_classifier(name, device, dtype):
     options = {"dtype": dtype, "device_map": device}
     if not transformers.utils.find_adapter_config_file(name):
         return load_pretrained(AutoModelForSequenceClassification, name, **options)
-    heads = peft.PeftConfig.from_pretrained(name).modules_to_save or []
     saved = peft.load_peft_weights(name, device="cpu")
-    sizes = [len(weight) for key, weight in saved.items() if set(heads) & set(key.split("."))]
+    sizes = [len(weight) for key, weight in saved.items() if "lora_" not in key]
     labels = min(sizes, default=1)  # the last layer is the narrowest
     model = peft.AutoPeftModelForSequenceClassification.from_pretrained(
         name, num_labels=labels, **options
@@ -1345,17 +1339,9 @@ def load_frozen(args, dtype):
     return model.requires_grad_(False)
 
 
-def sources(args):
-    """Names of the run's data and models."""
-    names = [args.dataset, args.eval_dataset, args.policy_model, args.tokenizer, *args.reward_model]
-    return list(filter(None, names))
-
-
 def prepare(args):
-    """Checks device and toy, and imports reward functions."""
+    """Checks the device, and imports reward functions."""
     require(args.device != "cuda" or torch.cuda.is_available(), "--device cuda: there is no GPU")
-    needed = any(name.startswith(f"{TOY}/") for name in sources(args))
-    require(Path(START, TOY).exists() or not needed, f"no {TOY}, a flag's default: run toy.py")
     transformers.utils.logging.disable_progress_bar()
     for name in args.reward_model:
         if ".py:" in name:
@@ -1420,9 +1406,8 @@ def load(args):
         load_rows(name, accelerator, tokenizer, args) if name else []
         for name in [args.dataset, args.eval_dataset]
     ]
-    kinds = {prompt_kind(part[0]) for part in (rows, eval_rows) if part}
-    alike = len(kinds) == 1 or "messages" not in kinds
-    require(alike, "of training and held-out data only one has messages")
+    are_chats = {prompt_kind(part[0]) == "messages" for part in (rows, eval_rows) if part}
+    require(len(are_chats) == 1, "of training and held-out data only one has messages")
     counts = Counter(name for row in rows + eval_rows for name in row)
     for name, count in counts.items():
         lacking = len(rows + eval_rows) - count
@@ -1455,9 +1440,11 @@ def load(args):
         eos_token_id=end_tokens(rows[0], tokenizer, policy, args),
         pad_token_id=0,  # comes after the end of a response, and is cut off
     )
-    options = {"lr": args.learning_rate, "eps": args.adam_eps, "weight_decay": args.weight_decay}
-    optimizer = torch.optim.AdamW(actor_critic.trained().values(), fused=True, **options)
-    count = sum(parameter.numel() for parameter in actor_critic.trained().values())
+    trained = actor_critic.trained().values()
+    optimizer = torch.optim.AdamW(
+        trained, args.learning_rate, eps=args.adam_eps, weight_decay=args.weight_decay, fused=True
+    )
+    count = sum(parameter.numel() for parameter in trained)
     layers = {name.rpartition(".")[2] for name in getattr(policy, "targeted_module_names", [])}
     adapters = ", ".join(sorted(layers)) or "none"
     accelerator.print(f"{args.policy_model}: trains {count:,} parameters; adapters on {adapters}")
@@ -1486,7 +1473,6 @@ def save_checkpoint(setup, folder, progress):
         load_checkpoint(path, "meta")  # checks only: an edit may save what can't be read
 
 
-@torch.no_grad()
 def restore(setup, folder, start_from=None):
     """Continues from the checkpoint of a run, if it has one, or else begins with that of the run
     `start_from`, if any. Returns its `Progress`."""
@@ -1500,8 +1486,7 @@ def restore(setup, folder, start_from=None):
     trained, saved = setup.actor_critic.trained(), checkpoint["agent"]
     shapes = [[(name, x.shape) for name, x in weights.items()] for weights in (trained, saved)]
     require(shapes[0] == shapes[1], f"{path} has weights of other names or shapes (--lora-r?)")
-    for name, parameter in trained.items():
-        parameter.copy_(saved[name])
+    setup.actor_critic.load_state_dict(saved, strict=False)
     if starts:  # the optimizer's options are this command's
         checkpoint["optimizer"]["param_groups"] = setup.optimizer.state_dict()["param_groups"]
         checkpoint["progress"]["speeds"] = []
@@ -1557,15 +1542,17 @@ def file_digests():
 def local_digests(args):
     """{path: SHA-256} of the files of local data and models, without byte code and hidden files,
     such as caches."""
-    names = sources(args)
+    names = [args.dataset, args.eval_dataset, args.policy_model, args.tokenizer, *args.reward_model]
     for name in args.reward_model:
         adapter = Path(START, name, "adapter_config.json")
         if adapter.exists():
             names.append(json.loads(adapter.read_text())["base_model_name_or_path"])
     digests = {}
-    for name in names:
+    for name in filter(None, names):
         root = Path(START, name)
         root = root if root.exists() else Path(START, name.split(":")[0])
+        found = root.exists() or not name.startswith(f"{TOY}/")
+        require(found, f"no {name}, a flag's default: run toy.py")
         inside = glob.glob(f"{glob.escape(str(root))}/**", recursive=True)  # no hidden files
         for path in map(Path, [root, *inside]):
             if path.is_file() and "__pycache__" not in path.parts:
