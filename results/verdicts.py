@@ -13,10 +13,11 @@ import pandas as pd
 from analysis.tables import interval_text, markdown
 from results.common import percent_text
 from results.comparisons import LOG_RATIO, POINTS, REWARD
+from results.control import nine_test
 
 # In the order of verdicts.csv
 NAMES = """\
-control.tables control.k control.nine robustness.noise robustness.sweep a2c.tables
+control.tables control.k control.nine_test control.nine robustness.noise robustness.sweep a2c.tables
 a2c.dose atari.games atari.crazyclimber atari.tables text.tables""".split()
 MODULES = [import_module(f"results.{name}") for name in NAMES]
 COLUMNS = """\
@@ -39,7 +40,7 @@ CLAIMS = {
 
 def effect_text(comparison):
     found = comparison.found
-    if comparison.decided:
+    if comparison.unit == "ratio":
         return f"median {found.value:.2f}, from {found.low:.2f} to {found.high:.2f}"
     if comparison.unit == LOG_RATIO:
         return percent_text(found)
@@ -98,9 +99,10 @@ FRONT_PAGE = {
 
 def front_page():
     found = by_claim()
+    shown = {"SPPO, control, both together": next(nine_test.comparisons())}
+    shown |= {title: best_of(found[claim]) for title, claim in FRONT_PAGE.items()}
     rows = []
-    for title, claim in FRONT_PAGE.items():
-        best = best_of(found[claim])
+    for title, best in shown.items():
         link = f"[{best.name}](results/{best.page}), {best.measure}"
         rows.append([title, link, best.seeds, effect_text(best), best.verdict()])
     return markdown(["", "compared", "seeds", "difference (95 % interval)", "verdict"], rows)

@@ -223,6 +223,9 @@ def test_the_registered_test_takes_whole_seeds_and_counts_runs_that_stopped(made
     registered = predictions.table().query("pack == 'control/nine-test' and key != ''")
     assert list(holds) == registered["key"].to_list()
     assert made_up.evidence(scores) == {"for": True, "against": False}
+    first = list(made_up.comparisons())[:3]
+    assert [one.tasks for one in first] == [8, 9, 8]  # both together, clean, noisy
+    assert [one.verdict() for one in first] == ["seen over both together", "seen", "undecided"]
 
 
 def test_fewer_than_four_whole_seeds_have_no_registered_test(made_up, monkeypatch):

@@ -1,27 +1,24 @@
 """SPPO, DPPO and Gaussian PPO on the paper's nine tasks of continuous control.
 
-python -m results.control.nine    # prints the tables, draws the figure
-
 What counts was registered before the first run (964497c), and is in the docstrings below. A score
 is the mean of a run's last five evaluations. Effects are shares of the score: the difference of two
 methods' means, divided by how far the mean of both is above a random agent's. Means are over seeds.
-Five whole seeds were needed for the registered tests; two are there, so nothing is tested.
+Five whole seeds were needed for the registered tests; two are there, so nothing is tested. They
+suggested the test in nine_test.py.
 """
 
 from itertools import product
 from pathlib import Path
 
-import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
 from analysis.compare import contrast
-from analysis.measures import FIVE, LAST, TRAINING
+from analysis.measures import FIVE
 from analysis.tables import markdown
 from results.common import (
     MEASURES,
     NOISES,
-    bars,
     by_cell,
     estimate_text,
     mean,
@@ -126,7 +123,7 @@ def noisy_minus_clean(scores):
     return [noisy[task] + [(x, -weight) for x, weight in clean[task]] for task in both]
 
 
-# ---- Tables, figure, claims, predictions
+# ---- Tables, claims, predictions
 
 
 def row_of(title, scores, **options):
@@ -140,27 +137,6 @@ def pooled_text(effects):
     left_out = [short(task) for task in TASKS if task not in effects]
     text = estimate_text(pooled(effects.values()), 3)
     return f"{text} without {', '.join(left_out)}" if left_out else text
-
-
-def tests():
-    """Over seeds, and with the task as the unit."""
-    scores = scores_of()
-    change = noisy_minus_clean(scores)
-    units = over_tasks(scores)
-    units[CHANGE] = mean(np.array([estimate(parts).value for parts in change]))
-    rows = []
-    for title, effects in (by_rewards(scores) | {CHANGE: change}).items():
-        rows.append([title, estimate_text(pooled(effects), 3), estimate_text(units[title], 3)])
-    return markdown(["rewards", "SPPO minus DPPO", "over tasks"], rows)
-
-
-def measures():
-    """The pooled effect in each measure."""
-    rows = []
-    for measure, title in MEASURES.items():
-        scores = scores_of(measure)
-        rows.append([title, *(pooled_text(losses(scores, noise)) for noise in NOISES)])
-    return markdown(["measure", *NOISES.values()], rows)
 
 
 def each_task(scores=None):
@@ -185,13 +161,6 @@ def with_all_seeds(scores):
     return scores
 
 
-def all_seeds():
-    scores = with_all_seeds(scores_of())
-    sizes = [len(sample) for sample in scores.values()]
-    row = row_of(f"{min(sizes)} to {max(sizes)}", scores)
-    return markdown(["seeds a task", *by_rewards(scores)], [row])
-
-
 def other_pairs():
     """{title: pair}: what bins do, what bins and the loss do, and what noise costs each method."""
     pairs = {}
@@ -213,9 +182,8 @@ def other_comparisons():
     return markdown(["comparison", "tasks that count", "all nine tasks"], rows)
 
 
-def paper_table():
+def paper_table(scores):
     """Means ± standard errors."""
-    scores = scores_of()
     rows = []
     for task in TASKS:
         places = product([task], NOISES, METHODS)
@@ -224,41 +192,25 @@ def paper_table():
     return markdown(["task", *columns], rows)
 
 
-def draw():
-    """The effect on each task, and below the pooled ones, with 95 % intervals."""
-    scores = scores_of()
-    figure, ax = plt.subplots(figsize=(6.5, 4), layout="constrained")
-    rows = [*map(short, TASKS), "mean of the tasks that count"]
-    for offset, (noise, title) in zip([-0.15, 0.15], NOISES.items()):
-        points = [estimate(parts) for parts in losses(scores, noise, all_tasks=True).values()]
-        points.append(pooled(losses(scores, noise).values()))
-        values, half = bars(points)
-        ax.errorbar(values, offset + np.arange(len(rows)), xerr=half, fmt="o", label=title)
-    ax.axvline(0, color="gray", linewidth=0.8)
-    ax.axvline(MATTERS, color="gray", linewidth=0.8, linestyle=":")
-    ax.set_yticks(range(len(rows)), rows)
-    ax.invert_yaxis()
-    ax.set_xlim(-1, 1)  # two seeds' intervals are wider
-    ax.set_xlabel("SPPO minus DPPO, share of the score (dotted: a tenth)")
-    figure.legend(loc="outside upper center", ncols=2)
-    figure.savefig(HERE / "nine.png", dpi=170)
+def tasks_of(rewards, effects):
+    """How many tasks count in all of these rewards."""
+    return len(effects) // len(NOISES) if rewards == TOGETHER else len(effects)
+
+
+def compared(name, scores, measure=FIVE):
+    """The pooled effects, without a test."""
+    page = "control/README.md#nine-tasks-a-million-steps"
+    seeds = min(map(len, scores.values()))
+    for claim, (rewards, effects) in zip(["1", "2", "1"], by_rewards(scores).items()):
+        found = pooled(effects)
+        options = {"tasks": tasks_of(rewards, effects), "measure": MEASURES[measure]}
+        options |= {"direct": False, "enough": False}
+        yield Comparison(claim, f"{name}, {rewards}", page, found, seeds, **options)
 
 
 def comparisons():
-    page = "control/README.md#nine-tasks-a-million-steps-two-seeds"
-    registered = scores_of()
-    variants = [(FIVE, "", registered), (FIVE, " with older seeds", with_all_seeds(registered))]
-    variants += [(measure, "", scores_of(measure)) for measure in (LAST, TRAINING)]
-    for measure, which, scores in variants:
-        for claim, (rewards, effects) in zip(["1", "2", "1"], by_rewards(scores).items()):
-            direct = scores is registered and rewards != TOGETHER
-            name = f"nine tasks{which}, {rewards}"
-            if direct:
-                name = f"SPPO minus DPPO, nine tasks, a million steps, {rewards}"
-            tasks = min(9, len(effects))
-            options = {"tasks": tasks, "measure": MEASURES[measure], "direct": direct}
-            seeds = min(map(len, scores.values()))
-            yield Comparison(claim, name, page, pooled(effects), seeds, enough=False, **options)
+    """Of the two seeds that suggested the test."""
+    yield from compared("nine tasks, two seeds seen before", scores_of())
 
 
 def predictions():
@@ -278,10 +230,3 @@ def predictions():
         "nine-largest-cost": found[f"PPO, {CHANGE}"].value == min(costs),
         "nine-clean-bins": 2 <= above <= 7,
     }
-
-
-if __name__ == "__main__":
-    plt.switch_backend("agg")
-    for table in [tests, measures, each_task, other_comparisons, paper_table]:
-        print(table(), end="\n\n")
-    draw()

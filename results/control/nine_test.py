@@ -10,13 +10,24 @@ committed (db9a099) when 16 of 216 runs had finished, before anybody saw a score
 
 from itertools import product
 
+import matplotlib.pyplot as plt
 import numpy as np
 import pandas as pd
 
-from analysis.measures import FIVE
+from analysis.measures import FIVE, LAST, TRAINING
 from analysis.runs import CELL
 from analysis.tables import interval_text, markdown
-from results.common import MEASURES, RESULTS, by_cell, estimate_text, holm, read, short
+from results.common import (
+    MEASURES,
+    RESULTS,
+    bars,
+    by_cell,
+    estimate_text,
+    holm,
+    read,
+    short,
+)
+from results.comparisons import Comparison
 from results.control import nine
 from results.control.nine import NOISES, TASKS, TOGETHER, by_rewards, estimate, pooled, row_of
 
@@ -123,6 +134,12 @@ def tests(scores=None, difference="SPPO minus DPPO"):
 # ---- Beside them, without a test
 
 
+def with_first_seeds(scores):
+    """With the two that suggested the test."""
+    older = nine.scores_of()
+    return {place: np.append(sample, older[place]) for place, sample in scores.items()}
+
+
 def beside():
     """The pooled effects in each measure, of all tasks, with the task as the unit, and with older
     seeds."""
@@ -131,10 +148,9 @@ def beside():
     rows.append(row_of("with tasks that do not count", scores, all_tasks=True))
     units = nine.over_tasks(scores).values()
     rows.append(["over tasks", *(estimate_text(found, 3) for found in units)])
-    for place, older in nine.scores_of().items():
-        if place in scores:
-            scores[place] = np.append(scores[place], older)
-    rows.append(row_of("with the two seeds seen before", scores))
+    rows.append(row_of("the two seeds seen before", nine.scores_of()))
+    scores = with_first_seeds(scores)
+    rows.append(row_of("with these two", scores))
     rows.append(row_of("all seeds of all packs", nine.with_all_seeds(scores)))
     return markdown(["", *by_rewards(scores)], rows)
 
@@ -149,12 +165,73 @@ def without_one_task(scores=None):
     return markdown(["without", *by_rewards(scores)], rows)
 
 
-# ---- Predictions
+def without_one_seed():
+    scores = read_scores()
+    rows = []
+    for seed in sorted(set(scores["seed"])):
+        fewer = by_cell(scores[scores["seed"] != seed], FIVE)
+        rows.append(row_of(seed, fewer))
+    return markdown(["without seed", *by_rewards(scores_of())], rows)
 
 
-def predictions(scores):
-    """{key in predictions.csv: whether it holds}. Not among those that results/predictions.py
-    collects, since its runs have not finished."""
+def paper_table():
+    """Of DPPO and SPPO with the two seeds seen before, of PPO of these two only."""
+    return nine.paper_table(nine.scores_of() | with_first_seeds(scores_of()))
+
+
+# ---- Figure, claims, predictions
+
+
+def points_of(scores, noise):
+    """The effect on each task, and the pooled one."""
+    effects = nine.losses(scores, noise, all_tasks=True)
+    return [*map(estimate, effects.values()), pooled(nine.losses(scores, noise).values())]
+
+
+def draw():
+    """The effect on each task, and below the pooled ones: with 95 % intervals, and as crosses those
+    of the two seeds seen before."""
+    figure, ax = plt.subplots(figsize=(6.5, 4), layout="constrained")
+    labels = [*map(short, TASKS), "mean of the tasks that count"]
+    for offset, color, (noise, title) in zip([-0.15, 0.15], ["C0", "C1"], NOISES.items()):
+        y = offset + np.arange(len(labels))
+        values, half = bars(points_of(scores_of(), noise))
+        ax.errorbar(values, y, xerr=half, fmt="o", color=color, label=title)
+        before, _ = bars(points_of(nine.scores_of(), noise))
+        ax.plot(before, y, "x", color=color, alpha=0.5, label=f"{title}, two seeds seen before")
+    ax.axvline(0, color="gray", linewidth=0.8)
+    ax.axvline(nine.MATTERS, color="gray", linewidth=0.8, linestyle=":")
+    ax.set_yticks(range(len(labels)), labels)
+    ax.invert_yaxis()
+    ax.set_xlabel("SPPO minus DPPO, share of the score (dotted: a tenth)")
+    figure.legend(loc="outside upper center", ncols=2)
+    figure.savefig(nine.HERE / "nine.png", dpi=170)
+
+
+def comparisons():
+    scores = scores_of()
+    page = "control/README.md#nine-tasks-a-million-steps"
+    claims = {TOGETHER: "1", CLEAN: "1", NOISY: "2"}
+    for rewards, (found, p, text) in tested(scores).items():
+        name = f"SPPO minus DPPO, nine tasks, a million steps, {rewards}"
+        options = {
+            "tasks": nine.tasks_of(rewards, by_rewards(scores)[rewards]),
+            "measure": MEASURES[FIVE],
+        }
+        options |= {"corrected": p, "decided": text, "direct": rewards != TOGETHER}
+        seeds = min(map(len, scores.values()))
+        yield Comparison(claims[rewards], name, page, found, seeds, **options)
+    for measure in (LAST, TRAINING):
+        yield from nine.compared("nine tasks, unseen seeds", scores_of(measure), measure)
+    with_two = with_first_seeds(scores)
+    yield from nine.compared("nine tasks, with two seeds seen before", with_two)
+    with_all = nine.with_all_seeds(with_two)
+    yield from nine.compared("nine tasks, all seeds of all packs", with_all)
+
+
+def predictions(scores=None):
+    """{key in predictions.csv: whether it holds}"""
+    scores = scores or scores_of()
     effects = by_rewards(scores)
     found = {title: pooled(parts) for title, parts in effects.items()}
     together = found[TOGETHER].value
@@ -184,8 +261,10 @@ def evidence(scores):
 
 
 def main():
+    plt.switch_backend("agg")
+    draw()
     print(f"whole seeds: {sorted(set(read_scores()['seed']))}", end="\n\n")
-    for table in [tests, beside, each_task, without_one_task]:
+    for table in [tests, beside, each_task, without_one_task, without_one_seed, paper_table]:
         print(table(), end="\n\n")
     for key, holds in (predictions(scores_of()) | evidence(scores_of())).items():
         print(f"{key}: {holds}")
