@@ -141,11 +141,9 @@ def with_first_seeds(scores):
 
 
 def beside():
-    """The pooled effects in each measure, of all tasks, with the task as the unit, and with older
-    seeds."""
+    """The pooled effects in each measure, with the task as the unit, and with older seeds."""
     scores = scores_of()
     rows = [row_of(title, scores_of(measure)) for measure, title in MEASURES.items()]
-    rows.append(row_of("with tasks that do not count", scores, all_tasks=True))
     units = nine.over_tasks(scores).values()
     rows.append(["over tasks", *(estimate_text(found, 3) for found in units)])
     rows.append(row_of("the two seeds seen before", nine.scores_of()))
