@@ -1307,8 +1307,9 @@ def load_classifier(name, device, dtype):
     options = {"dtype": dtype, "device_map": device}
     if not transformers.utils.find_adapter_config_file(name):
         return load_pretrained(AutoModelForSequenceClassification, name, **options)
+    heads = peft.PeftConfig.from_pretrained(name).modules_to_save or []
     saved = peft.load_peft_weights(name, device="cpu")
-    sizes = [len(weight) for key, weight in saved.items() if "lora_" not in key]
+    sizes = [len(weight) for key, weight in saved.items() if set(heads) & set(key.split("."))]
     labels = min(sizes, default=1)  # the last layer is the narrowest
     model = peft.AutoPeftModelForSequenceClassification.from_pretrained(
         name, num_labels=labels, **options
@@ -1552,7 +1553,7 @@ def local_digests(args):
         root = Path(START, name)
         root = root if root.exists() else Path(START, name.split(":")[0])
         found = root.exists() or not name.startswith(f"{TOY}/")
-        require(found, f"no {name}, a flag's default: run toy.py")
+        require(found, f"no {name}: run toy.py, if it is a flag's default")
         inside = glob.glob(f"{glob.escape(str(root))}/**", recursive=True)  # no hidden files
         for path in map(Path, [root, *inside]):
             if path.is_file() and "__pycache__" not in path.parts:

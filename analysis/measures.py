@@ -37,6 +37,8 @@ class Measure:
         steps = np.diff(rows["step"], prepend=0)
         if started:
             steps[0] = min(steps[0], max(steps[1:], default=steps[0]))
+            if np.isnan(rows.get(NAMES[TRAINING], rows["step"]).iloc[0]):
+                steps[0] = 0  # evaluated before training
         counts = steps > 0
         return np.average(values[counts], weights=steps[counts])
 

@@ -264,11 +264,13 @@ def shared_text(runs):
 
 
 def settings_table(runs):
-    """Settings in which runs differ."""
+    """Settings in which methods differ, on any task."""
 
     def joined(values):
         return ", ".join(sorted(set(values)))
 
     settings = list(runs.columns.difference(NO_SETTINGS))
     table = runs.groupby("method")[settings].agg(joined)
-    return table.loc[:, runs[settings].nunique() > 1].T.reset_index(names="setting")
+    of_cells = runs.groupby(CELL)[settings].agg(joined).groupby(["task", "noise"])
+    differs = (table.nunique() > 1) | (of_cells.nunique().max() > 1)
+    return table.loc[:, differs].T.reset_index(names="setting")

@@ -26,7 +26,7 @@ class Comparison:
     matters: float = 0.1  # a gain that would matter, in the unit
     corrected: float = np.nan  # p, where it is tested
     direct: bool = True  # of the paper's method and its baseline, so it may stand for the claim
-    decided: str = ""  # a verdict without a test
+    decided: str = ""  # a verdict by other rules
     enough: bool = True  # seeds, for a test: else the verdict is leaning at most
 
     def verdict(self):

@@ -268,9 +268,12 @@ def test_a_run_that_began_elsewhere_is_measured_from_there():
     columns = {"step": range(2000, 3200, 100), "cost": [0, *[50] * 10, 83]}
     make_run("dppo", 1, columns=columns)
     make_run("sppo", 1, columns=columns, start_from="runs/elsewhere")
+    columns |= {"charts/episodic_return": [math.nan, *range(11)]}  # as language models begin
+    make_run("text", 1, columns=columns, start_from="runs/elsewhere")
     write_report(measure="cost:all")
     scores = pd.read_csv("out/runs.csv").set_index("method")["cost:all"]
     assert scores["sppo"] == approx(583 / 12)
+    assert scores["text"] == approx(583 / 11)
     assert scores["dppo"] == approx(100 * 583 / 3100)
 
 

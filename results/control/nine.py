@@ -96,12 +96,12 @@ def losses(scores, noise, all_tasks=False):
     return effects_of(scores, (noise, "sppo"), (noise, "dppo"), all_tasks)
 
 
-def by_rewards(scores, left_out=None, all_tasks=False):
+def by_rewards(scores, left_out=None):
     """What the loss gives on the tasks that count, but for one that is left out. If a task counts
     with one kind of rewards only, together is the mean of all effects that count."""
     found = {}
     for noise, title in NOISES.items():
-        effects = losses(scores, noise, all_tasks)
+        effects = losses(scores, noise)
         found[title] = [effect for task, effect in effects.items() if task != left_out]
     return found | {TOGETHER: sum(found.values(), [])}
 
@@ -139,9 +139,8 @@ def pooled_text(effects):
     return f"{text} without {', '.join(left_out)}" if left_out else text
 
 
-def each_task(scores=None):
+def each_task(scores):
     """Of all nine tasks; (no): the task does not count."""
-    scores = scores_of() if scores is None else scores
     columns = []
     for noise in NOISES:
         there = losses(scores, noise)

@@ -1,6 +1,6 @@
 """The registered test of the nine tasks: SPPO minus DPPO, with six seeds that nobody had seen.
 
-python -m results.control.nine_test    # prints the tests, what stands beside them, the predictions
+python -m results.control.nine_test    # prints tests, what stands beside them, predictions; draws
 
 Runs: those of nine.sh with seeds 20002 to 20007, without Gaussian PPO, by the script of 964497c.
 Two other seeds suggested the test, so they are not in it. Scores, effects, which tasks count and p
