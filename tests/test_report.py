@@ -305,6 +305,21 @@ def test_figures_and_tables_have_the_names_and_colours_that_are_chosen(grid, mon
     assert [ax.get_title("right") for ax in differences.axes] == [LANDER, "The hopper"]
 
 
+def test_rows_of_differences_stand_in_one_order(monkeypatch):
+    """Also if the first task lacks one."""
+    drawn = []
+    monkeypatch.setattr(figures, "save", lambda figure, file: drawn.append(figure))
+    rows = [["A", "clean", method, "ppo"] for method in "xz"]
+    rows += [["B", "clean", method, "ppo"] for method in "xyz"]
+    table = pd.DataFrame(rows, columns=[*runs.CELL, "baseline"])
+    figures.draw_differences(table.assign(difference=0, low=-1, high=1), "", "", 6.5)
+    first, second = drawn[0].axes
+    labels = [label.get_text() for label in first.get_yticklabels()]
+    assert labels == [f"{method} minus ppo, clean" for method in "zyx"]
+    assert first.lines[0].get_ydata().tolist() == [2, 0]
+    assert second.lines[0].get_ydata().tolist() == [2, 1, 0]
+
+
 # ---- Statistics
 
 
@@ -382,9 +397,9 @@ def test_figures_are_written_as_png_and_as_pdf_whose_text_is_text(grid):
         pdf = (OUT / f"{name}.pdf").read_bytes()
         assert b"/Type3" not in pdf
         assert b"/MediaBox [ 0 0 234 " in pdf  # 3.25 inches
-    (OUT / "README.md").write_text("mine")
+    (OUT / "differences.md").write_text("mine")
     write_report(make_run("sppo", 1))
-    assert (OUT / "README.md").read_text() == "mine"
+    assert (OUT / "differences.md").read_text() == "mine"
     assert not (OUT / "differences.png").exists()
     done = subprocess.run([*command, "--measure", "none"], capture_output=True, text=True)
     assert re.fullmatch("error: --measure none: .*\n", done.stderr)

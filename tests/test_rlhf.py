@@ -980,6 +980,8 @@ def test_what_data_lack_and_lose_is_said(capsys):
     assert "warning: 8 rows lack 'n', which is None there\n" in output.err
     with refusal("b.jsonl: no such file"):
         load(dataset="b.jsonl")
+    with refusal("^error: no runs/toy/none: run toy.py, if it is a flag's default$"):
+        run(policy_model="runs/toy/none")
 
 
 def test_a_supervised_loss_needs_targets_in_the_training_data():
