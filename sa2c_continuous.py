@@ -337,8 +337,8 @@ class Agent(nn.Module):
         return Independent(distribution, 1)
 
     def exploration(self, shape, generator):
-        """Random numbers that `act` adds to the output, to sample from `policy` (no check sees if
-        it does): (*shape, action_dim) or (*shape, action_dim, bins)."""
+        """Random numbers (*shape, action_dim) or (*shape, action_dim, bins) that `act` adds to the
+        output, to sample from `policy`. Nothing tests that they match `policy`: change both."""
         draws = torch.empty(*shape, *self.output_shape)
         if self.gaussian:
             draws = self.log_std.exp() * draws.normal_(generator=generator)
@@ -577,8 +577,8 @@ def train(envs, args, folder):
         bar.update(batch_size)
 
         metrics = update(agent, args, optimizer, gradient_fn, batch, rng)
-        # In each session's first two rollouts, since at first a last layer near zero hides mistakes
-        rounding = 1e-8 + 1e-14 * batch.log_prob.mean() ** 2  # in many dimensions log p is large
+        # The first policy is almost uniform, so a mismatch shows only after an update: look twice
+        rounding = 1e-8 + 1e-14 * batch.log_prob.mean() ** 2  # grows with |log p|
         if global_step <= begun + 2 * batch_size and metrics["losses/approx_kl"] > rounding:
             sys.exit("error: the policy that acts is not the one that is trained (dropout/memory?)")
         updates.append((metrics, batch.advantage.numpy(), batch.returns.numpy()))

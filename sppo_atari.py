@@ -498,7 +498,7 @@ def train(args, folder):
         bar.update(batch_size)
 
         metrics = update(agent, args, optimizer, loss_fn, batch, rng, generator, clip_coef)
-        # In each session's first two rollouts, since at first a last layer near zero hides mistakes
+        # The first policy is almost uniform, so a mismatch shows only after an update: look twice
         limit = 1e-6 if bfloat16 else 1e-8  # bfloat16's rounding: some 1e-8
         if global_step <= begun + 2 * batch_size and metrics[0]["losses/approx_kl"] > limit:
             found = "the policy that acts is not the one that is trained (dropout/memory?)"
@@ -666,7 +666,7 @@ def compiled(function, **options):
 
 
 def has_bfloat16(device):
-    """Whether bfloat16 is faster. Intel's CPUs with avx512_fp16 need AMX, which may be hidden."""
+    """Whether bfloat16 is faster. CPUs with avx512_fp16 need AMX, which virtual ones may lack."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     able = torch.cpu.get_capabilities()

@@ -3,8 +3,8 @@
 # /// script
 # requires-python = ">=3.10,<3.15"
 # dependencies = ["torch>=2.11", "transformers>=5.0", "tensorboard>=2.19", "accelerate>=1.10",
-#   "peft>=0.18", "numpy>=2.0", "tyro>=1.0.16", "filelock>=3.30", "datasets>=4.0", "tqdm>=4.66.5",
-#   "pyarrow>=21.0"]
+#   "peft>=0.18", "pyarrow>=21.0", "numpy>=2.0", "tyro>=1.0.16", "filelock>=3.30", "datasets>=4.0",
+#   "tqdm>=4.66.5"]
 # [tool.uv]  # the versions of requirements.lock
 # exclude-newer = "2026-11-17T00:00:00Z"
 # constraint-dependencies = ["torch==2.13.0"]
@@ -13,15 +13,15 @@
 
     python toy.py && python sppo_rlhf.py            # a toy task, offline; two minutes on a CPU
     python sppo_rlhf.py --task imdb                 # GPT-2 writes positive film reviews
-    python sppo_rlhf.py --task imdb --policy-model DIR --reward-model DIR --dataset reviews.jsonl.gz
     accelerate launch sppo_rlhf.py --task tldr      # GPT-J with LoRA summarises, on several GPUs
-    python sppo_rlhf.py --task tldr --help          # all flags, with that task's defaults
     python sppo_rlhf.py --beta 0 --policy-model DIR --dataset my.jsonl --reward-model my.py:short
 
-where my.jsonl has lines such as {"prompt": "Say hi"}, and my.py a function such as
+where a line of my.jsonl is {"prompt": "Say hi"}, and my.py has a function such as
+`def short(completions, **kwargs): return [-len(text) / 100 for text in completions]`.
 
-    def short(completions, **kwargs):
-        return [-len(text) / 100 for text in completions]
+The policy is a causal language model of transformers, whole or with LoRA, on one or several
+processes. Prompts are texts or chat messages, rewards come from classifiers or Python functions,
+and targets of a supervised loss are texts. For anything else, edit `tokenize` and `load`.
 
 From "Symmetric Reinforcement Learning Loss for Robust Learning on Diverse Tasks and Model Scales"
 (Byun & Perrault, ICML 2025, arXiv 2405.17618), which adds a reverse cross-entropy term to the PPO
@@ -35,9 +35,8 @@ constant that stands for log 0:
 
 SPPO differs from PPO in two lines, "all that SPPO adds to PPO" and `beta * reverse_loss`. The
 gradient of Lr is |Z| times that of L, so SPPO's policy gradient is k = alpha + beta |Z| times
-PPO's, with the authors' weights 0.9 times (imdb) or 0.7 times (tldr). Adam hardly sees the scale of
-a gradient. So k acts through gradient clipping, Adam's epsilon and the relative weight of a
-supervised loss (imdb, tldr). With --beta 0 the script is PPO.
+PPO's, with the authors' weights 0.9 times (imdb) or 0.7 times (tldr). With --beta 0 the script is
+PPO.
 
 A reward model scores prompt and response. The reward is given at the last token. Every token pays
 a KL penalty, `kl_coef` times log(p_old / p_ref), against the frozen initial policy. Advantages are
@@ -61,7 +60,6 @@ import re
 import shutil
 import sys
 import time
-from collections import Counter
 from contextlib import contextmanager, nullcontext, suppress
 from dataclasses import dataclass, replace
 from functools import cache, partial
@@ -79,16 +77,6 @@ START = Path.cwd()  # relative paths begin here, even where other code changes d
 # The same run continues although these differ
 NO_EFFECT = ["runs_dir", "start_from", "device", "track", "gradient_checkpointing"]
 TOY = "runs/toy"  # the toy's models and data, which toy.py makes
-# Tokenizers of hub models that come without one, and held-out splits of datasets
-TOKENIZERS = {
-    "rajkumarrrk/gpt2-fine-tuned-on-imdb-positive-reviews": "gpt2",
-    "CarperAI/openai_summarize_tldr_sft": "gpt2",
-}
-EVAL_DATASETS = {
-    f"{TOY}/train.jsonl": f"{TOY}/test.jsonl",
-    "stanfordnlp/imdb:train": "stanfordnlp/imdb:test",
-    "CarperAI/openai_summarize_tldr:train": "CarperAI/openai_summarize_tldr:valid",
-}
 
 
 def require(condition, message):
@@ -97,8 +85,8 @@ def require(condition, message):
 
 
 @contextmanager
-def explained(subject):
-    """Ends the run with a sentence if an error is raised in the block."""
+def errors_name(subject):
+    """Ends the run with a sentence that names `subject` if the block raises an error."""
     try:
         yield
     except Exception as error:  # libraries raise any
@@ -166,14 +154,14 @@ class Args:
 
     @property
     def template_options(self):
-        with explained("chat_template_kwargs must be a JSON object"):
+        with errors_name("--chat-template-kwargs must be a JSON object"):
             return dict(json.loads(self.chat_template_kwargs))
 
     def resolve(self):
         """Replaces None by the default, where that depends on other arguments."""
         self.eval_dataset = self.eval_dataset or EVAL_DATASETS.get(self.dataset)
         if self.dataset != TASKS[self.task].get("dataset", Args.dataset):
-            self.task = re.split("[.:]", Path(self.dataset).name)[0]  # own data: the file's name
+            self.task = re.split("[.:]", Path(self.dataset).name)[0]  # own data are a task, too
         if self.alpha is None:
             self.alpha = 0.5 if self.beta else 1.0
         if self.noise_level is None:
@@ -189,24 +177,23 @@ class Args:
 
     def check(self):
         """Refuses settings that would run, but not do what they say."""
-        positive = (
-            "batch_size num_minibatches update_epochs prompt_length response_length lora_alpha "
-            "total_timesteps eval_freq eval_episodes micro_batch_size temperature max_grad_norm"
-        )
+        positive = "batch_size num_minibatches update_epochs prompt_length response_length"
+        positive += " total_timesteps eval_freq eval_episodes micro_batch_size temperature"
+        positive += " max_grad_norm lora_alpha"
         for name, value in vars(self).items():
             if isinstance(value, (int, float)) and name != "z":
                 require(0 <= value < math.inf, f"{name} must be finite and not negative")
                 require(value or name not in positive.split(), f"{name} must be positive")
         require(max(self.gamma, self.gae_lambda) <= 1, "gamma and gae_lambda must be at most 1")
-        require(self.lora_r or self.lora_alpha == Args.lora_alpha, "lora_alpha needs --lora-r")
         require(-math.inf < self.z < 0, "z stands for log 0: it must be negative and finite")
         require(self.alpha + self.beta > 0, "with alpha and beta 0 nothing trains the policy")
-        if self.noise.endswith("flip"):
-            require(self.noise_level <= 1, "noise_level is the probability of a flip, so at most 1")
-        weights = self.reward_weights
-        require(0 < len(weights) == len(self.reward_model), "reward_weights: one each, one or more")
-        require(0 < sum(map(abs, weights)) < math.inf, "reward_weights must be finite, not all 0")
+        require(self.lora_r or self.lora_alpha == Args.lora_alpha, "lora_alpha needs --lora-r")
         require(self.noise != "none" or not self.noise_level, "noise_level needs a --noise")
+        is_share = "flip" not in self.noise or self.noise_level <= 1
+        require(is_share, "noise_level is the probability of a flip, so at most 1")
+        is_one_each = len(self.reward_weights) == len(self.reward_model)
+        is_reward = is_one_each and 0 < sum(map(abs, self.reward_weights)) < math.inf
+        require(is_reward, "reward_weights: a number for each reward model, and not all 0")
         parts = self.num_minibatches * int(os.environ.get("WORLD_SIZE", 1))  # processes
         require(self.batch_size % parts == 0, "num_minibatches * processes must divide batch_size")
 
@@ -249,6 +236,13 @@ TASKS = {
         "eval_greedy": True,
     },
 }
+# Of hub models that come without one, and held-out splits of datasets
+TOKENIZERS = dict.fromkeys([TASKS[task]["policy_model"] for task in ("imdb", "tldr")], "gpt2")
+EVAL_DATASETS = {
+    f"{TOY}/train.jsonl": f"{TOY}/test.jsonl",
+    "stanfordnlp/imdb:train": "stanfordnlp/imdb:test",
+    "CarperAI/openai_summarize_tldr:train": "CarperAI/openai_summarize_tldr:valid",
+}
 
 
 def parse_args(argv=None):
@@ -258,7 +252,7 @@ def parse_args(argv=None):
     task = parser.parse_known_args(argv)[0].task
     words = sys.argv if argv is None else argv
     flags = [word.partition("=")[0].replace("_", "-") for word in words]
-    for flag in "--reward-model", "--reward-weights":
+    for flag in ("--reward-model", "--reward-weights"):
         require(flags.count(flag) < 2, f"{flag} is there twice: give all its values at once")
     args = tyro.cli(Args, default=Args(task, **TASKS[task]), args=argv)
     args.resolve()
@@ -276,7 +270,7 @@ import torch
 import transformers
 from accelerate import Accelerator
 from accelerate.utils import gather_object, set_seed
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from peft.utils import TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
 from torch import Tensor, nn
 from torch.nn import functional as F
@@ -285,195 +279,7 @@ from torch.utils.tensorboard import SummaryWriter
 from tqdm import tqdm
 from transformers import AutoModelForCausalLM, AutoModelForSequenceClassification, AutoTokenizer
 
-
-@cache
-def warn(text):
-    """Says each text once."""
-    tqdm.write(f"warning: {text}", file=sys.stderr)
-
-
-# ---- A row as tokens. Data are lists of rows {column: value}
-
-
-def prompt_kind(row):
-    """What a row has: "messages", a list in `prompt`; "prompt", a text; "text", whose first half is
-    the prompt; or "", nothing that can be used. A text that looks like a JSON list is refused."""
-    if not isinstance(row, dict):
-        return ""
-    name = "prompt" if "prompt" in row else "text"
-    value = row.get(name)
-    if name == "prompt" and value and isinstance(value, list):
-        is_chat = all(isinstance(one, dict) and "role" in one for one in value)
-        return "messages" if is_chat else ""
-    is_text = isinstance(value, str) and not re.match(r"\s*\[\s*\{\s*[\"']", value)
-    return name if is_text and (value.strip() or name == "prompt") else ""
-
-
-def with_prompt(row):
-    """A row that has only `messages` gets a `prompt`. If the last message is the assistant's, it is
-    no part of the prompt: its text is the `label`, unless the row has one."""
-    messages = row.get("messages") if isinstance(row, dict) else None
-    if prompt_kind({"prompt": messages}) != "messages" or prompt_kind(row) == "messages":
-        return row
-    if prompt_kind(row):
-        raise ValueError(f"it has 'messages' and a text as its '{prompt_kind(row)}': remove one")
-    *before, last = messages
-    if last["role"] == "assistant":
-        others = [name for name, value in last.items() if value and name not in ("role", "content")]
-        if others:
-            warn(f"of the last message only the text is a label, without {', '.join(others)}")
-        label = last.get("content") if row.get("label") is None else row["label"]
-        return row | {"prompt": before, "label": label}
-    return row | {"prompt": messages}
-
-
-def start_tokens(tokenizer):
-    """Tokens that the tokenizer adds before a text. Tokens that it adds after a text are left out,
-    because a response follows the prompt."""
-    probe = tokenizer(tokenizer.eos_token, return_special_tokens_mask=True)
-    return probe["input_ids"][: probe["special_tokens_mask"].index(0)]
-
-
-def encode(text, tokenizer):
-    return tokenizer.encode(text, add_special_tokens=False, verbose=False)  # long texts are cut
-
-
-def answered(messages, text):
-    """Messages with a text as the answer. If the last one is the assistant's, the text continues
-    it. Otherwise it is a new turn."""
-    turn = {"role": "assistant", "content": ""}
-    if messages[-1]["role"] == "assistant":
-        *messages, turn = messages
-    return [*messages, turn | {"content": turn["content"] + text}]
-
-
-def in_template(row, tokenizer, options, **begins):
-    """The messages of a row as a text, in the tokenizer's chat template. Raises an error if one of
-    them says something that is no text, or if the template drops what it says."""
-    tools = row.get("tools") or None
-    render = partial(tokenizer.apply_chat_template, tools=tools, tokenize=False, **options)
-    marked = []
-    for i, one in enumerate(row["prompt"]):
-        content = one.get("content")
-        if content is None and one.get("tool_calls"):
-            content = ""
-        if not isinstance(content, str):
-            raise ValueError(f"the content of a message is no text: {one!r:.99}")
-        marked.append(one | {"content": content and f"*{i}*"})
-    text = render(marked)
-    for one in marked:
-        if one["content"] not in text:
-            raise ValueError(f"the chat template drops what {one['role']!r} says")
-    return render(row["prompt"], **begins)
-
-
-def turn_end(tokenizer, options):
-    """The token with which the chat template ends an assistant's turn. If it has none, the
-    end-of-text token."""
-    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "*b*"}]
-    text = in_template({"prompt": chat}, tokenizer, options)
-    after = encode(text.rpartition("*b*")[2], tokenizer)
-    added = tokenizer.added_tokens_decoder  # white space, too
-    ends = (token for token in after if token in added and added[token].content.strip())
-    return next(ends, tokenizer.eos_token_id)
-
-
-def chat_tokens(row, label, tokenizer, args):
-    """Prompt and target of messages, as lists of tokens. The prompt ends with the beginning of the
-    response. The target is what the chat template writes behind it if the response is the label."""
-    options = args.template_options
-    continues = row["prompt"][-1]["role"] == "assistant"
-    begins = {"add_generation_prompt": not continues, "continue_final_message": continues}
-    asked = in_template(row, tokenizer, options, **begins)
-    prompt = encode(asked, tokenizer)
-    if not label:
-        return prompt, []
-    answer = row | {"prompt": answered(row["prompt"], label)}
-    text = in_template(answer, tokenizer, options).rstrip()  # new lines may stand for an end
-    if not text.startswith(asked):
-        found = "the chat template writes no label behind the prompt"
-        if "enable_thinking" in tokenizer.chat_template:
-            found += """; --chat-template-kwargs '{"enable_thinking": false}' may help"""
-        if args.ce_coef:
-            raise ValueError(found)
-        warn(f"no target: {found}")
-        return prompt, []
-    if label.strip() not in text[len(asked) :]:
-        warn("the chat template drops a part of a label, such as its thoughts")
-    end = turn_end(tokenizer, options)
-    tokens = [*encode(text, tokenizer), end]
-    if tokens[: len(prompt)] != prompt:  # a token of it has become one with the next
-        tokens = [*prompt, *encode(text[len(asked) :], tokenizer), end]
-    return prompt, tokens[len(prompt) : tokens.index(end, len(prompt)) + 1]
-
-
-def tokenize(row, tokenizer, args):
-    """Returns the prompt and the target of a row, as lists of tokens, and the length of the prompt
-    before it is cut: to the start tokens of a text, then its last ones, `prompt_length` in all. The
-    target is the first `response_length` tokens of the label, or of a text's second half, if any.
-    """
-    kind = prompt_kind(row)
-    end = tokenizer.eos_token_id
-    start = []
-    target = []
-    label = row.get("label")  # a text (in CSV always), or a class
-    label = label if isinstance(label, str) and label.strip() else ""
-    if kind == "messages":
-        prompt, target = chat_tokens(row, label, tokenizer, args)
-    else:
-        prompt = encode(row[kind], tokenizer)
-        start = start_tokens(tokenizer)
-        if prompt[: len(start)] != start:
-            prompt = start + prompt
-        if kind == "text":
-            half = len(prompt) // 2
-            target = [*prompt[half:], end]
-            prompt = prompt[:half]
-        elif label:
-            target = [*encode(label, tokenizer), end]
-    length = len(prompt)
-    if length > args.prompt_length:
-        prompt = start + prompt[length + len(start) - args.prompt_length :]
-    return prompt or [end], target[: args.response_length], length
-
-
-# ---- Models
-
-
-class Inputs(NamedTuple):
-    """Prompts and continuations, as models read them. The continuations have n tokens."""
-
-    ids: Tensor  # (texts, length), padded on the right. Attention is causal: no mask is needed
-    places: Tensor  # (n,), index in the flattened ids of the token before each continuation token
-    tokens: Tensor  # (n,), tokens of the continuations, one text after the other
-
-
-def collate(prompts, continuations, device):
-    """`Inputs` from lists of lists of tokens; each prompt has at least one."""
-    texts = [torch.tensor(x + y) for x, y in zip(prompts, continuations)]
-    ids = pad_sequence(texts, batch_first=True).to(device)
-    places = []
-    for i, (x, y) in enumerate(zip(prompts, continuations)):
-        first = i * ids.shape[1] + len(x) - 1
-        places += range(first, first + len(y))
-    places = torch.tensor(places, dtype=torch.long, device=device)
-    return Inputs(ids, places, ids.flatten()[places + 1])
-
-
-def patch_head(model):
-    """Makes the last layer compute in float32, because bfloat16's 8 significant bits are too few
-    for ratios near 1. If `places` are set, the layer computes only there."""
-    head = model.get_output_embeddings()
-    head.places = None
-
-    def forward(states):
-        if head.places is not None:
-            states = states.flatten(0, 1)[head.places].unsqueeze(0)
-        bias = None if head.bias is None else head.bias.float()
-        with torch.autocast(states.device.type, enabled=False):
-            return F.linear(states.float(), head.weight.float(), bias)
-
-    head.forward = forward
+# ---- Agent
 
 
 def token_log_probs(model, inputs, temperature):
@@ -486,38 +292,9 @@ def token_log_probs(model, inputs, temperature):
     return -F.cross_entropy(logits[0], inputs.tokens, reduction="none")
 
 
-def trainable_copy(model, args):
-    """A copy of a frozen language model, to be trained; of a multimodal model, only the language
-    part is. With LoRA only an adapter is, on peft's default layers of the family, else on all
-    linear layers; the other weights are shared."""
-    if args.lora_r:
-        shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
-        defaults = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
-        config = peft.LoraConfig(
-            r=args.lora_r,
-            lora_alpha=args.lora_alpha,
-            target_modules=defaults.get(model.config.model_type, "all-linear"),
-            task_type="CAUSAL_LM",
-        )
-        # A copy shares the weights in `shared`. Adapters are in float32
-        trained = peft.get_peft_model(copy.deepcopy(model, shared), config)
-        folder = Path(START, args.policy_model)
-        if folder.exists():  # the adapter finds its base from wherever it is loaded
-            config.base_model_name_or_path = str(folder)
-    else:
-        trained = copy.deepcopy(model).requires_grad_()
-    used = nn.ModuleList([trained.get_decoder(), trained.get_output_embeddings()])
-    for parameter in set(trained.parameters()) - set(used.parameters()):
-        parameter.requires_grad_(False)
-    return trained
-
-
 class ActorCritic(nn.Module):
-    """Policy, critic and reference policy, that is the frozen initial policy.
-
-    Without LoRA these are three models. With LoRA policy and critic are adapters: all three share
-    the other weights.
-    """
+    """Policy, critic and reference policy, that is the frozen initial policy. With LoRA policy and
+    critic are adapters, and all three share the other weights."""
 
     def __init__(self, args, device, dtype):
         super().__init__()
@@ -528,12 +305,10 @@ class ActorCritic(nn.Module):
         self.critic = trainable_copy(self.reference, args).get_decoder()
         patch_head(self.reference)
         patch_head(self.policy)
-        # Measured, because the configurations of OPT-350m and RemBERT give another size
-        token = torch.zeros(1, 1, dtype=torch.long, device=self.critic.device)
-        hidden_size = self.critic(token).last_hidden_state.shape[-1]
+        hidden_size = self.reference.get_output_embeddings().weight.shape[1]
         self.value_head = nn.Linear(hidden_size, 1)
-        for parameter in self.value_head.parameters():
-            nn.init.zeros_(parameter)
+        nn.init.zeros_(self.value_head.weight)
+        nn.init.zeros_(self.value_head.bias)
         self.eval()  # disables dropout
         self.to(device)
 
@@ -566,13 +341,16 @@ class Setup:
 
     accelerator: Accelerator
     actor_critic: ActorCritic
-    model: nn.Module  # `actor_critic`, wrapped in DDP if there are several processes
+    parallel_model: nn.Module  # with several processes `actor_critic` in DDP, else itself
     optimizer: torch.optim.Optimizer
     tokenizer: transformers.PreTrainedTokenizerBase
     reward_models: list
-    columns: list[str]  # of the data, for reward models
+    columns: list[str]  # of the data, which reward functions get
     train_data: list[dict]
     eval_data: list[dict]
+
+
+# ---- Rollout
 
 
 @dataclass
@@ -592,69 +370,20 @@ class Sample:
     returns: Tensor | None = None  # (T,), in training
 
 
-# ---- Rollout
-
-
-def padded(setup, prompts):
-    inputs = setup.tokenizer.pad(
-        {"input_ids": prompts}, padding_side="left", return_attention_mask=True, return_tensors="pt"
-    )
-    inputs["input_ids"] *= inputs["attention_mask"]  # id 0: a padding token may have no embedding
-    return inputs.to(setup.actor_critic.policy.device)
-
-
-def generate(setup, prompts, do_sample):
-    """Samples a response to each prompt by transformers' `generate`, with the settings in the
-    policy's generation_config, and cuts it after its first end token."""
-    actor = setup.actor_critic
-    inputs = padded(setup, prompts)
-    with actor.autocast():
-        ids = actor.policy.generate(**inputs, do_sample=do_sample)
-    ends = actor.policy.generation_config.eos_token_id
-    responses = []
-    for tokens in ids[:, inputs["input_ids"].shape[1] :].tolist():
-        length = next((i + 1 for i, token in enumerate(tokens) if token in ends), None)
-        responses.append(tokens[:length])
-    return responses
-
-
-def score(setup, args, rows, prompts, responses):
-    """Scores (texts, reward models) of responses. Reward models get `inputs`, with the data's
-    columns, as keywords."""
-    decode = partial(setup.tokenizer.batch_decode, skip_special_tokens=True)
-    inputs = {name: [row.get(name) for row in rows] for name in setup.columns}
-    inputs |= {
-        "texts": decode([x + y for x, y in zip(prompts, responses)]),
-        "prompts": decode(prompts),
-        "completions": decode(responses),
-        "completion_ids": responses,
-    }
-    for i, row in enumerate(rows):
-        if prompt_kind(row) == "messages":
-            *before, turn = answered(row["prompt"], inputs["completions"][i])
-            inputs["prompts"][i] = before
-            inputs["completions"][i] = [turn]  # with all of the turn's text
-    # A reward function may change its arguments
-    scores = [reward_model(**copy.deepcopy(inputs)) for reward_model in setup.reward_models]
-    for name, its_scores in zip(args.reward_model, scores):
-        finite = all(one is None or math.isfinite(one) for one in its_scores)
-        require(finite, f"a score of {name} is not finite")
-    scores = np.array(scores, np.float32).T  # None becomes NaN
-    unscored = np.isnan(scores[:, np.flatnonzero(args.reward_weights)]).all(1).any()
-    require(not unscored, "no reward model scores one of the texts; one must give a number")
-    return scores
-
-
-def by_text(tensor, texts):
-    """Splits a tensor (n,) over the tokens of all texts into one tensor for each text. They are
-    copies, because a pickled view contains its whole tensor."""
-    return [part.clone() for part in tensor.cpu().split(list(map(len, texts)))]
+def collect(setup, args, rng):
+    """Returns the `Sample`s of a rollout, for rows of the data drawn at random, with advantages."""
+    chosen = rng.permutation(len(setup.train_data))[: args.batch_size]
+    samples = sample_responses(setup, args, [setup.train_data[i] for i in chosen])
+    noisy_reward = perturb_reward(rewards(samples, args), args.noise, args.noise_level, rng)
+    for sample, reward in zip(samples, noisy_reward.tolist()):
+        log_ratio = sample.log_prob - sample.reference_log_prob
+        sample.advantage, sample.returns = token_advantages(reward, log_ratio, sample.value, args)
+    return samples
 
 
 @torch.no_grad()
 def sample_responses(setup, args, data, evaluating=False):
-    """Samples responses to the prompts of the rows `data`. Each process samples a part, and gets
-    all `Sample`s."""
+    """`Sample`s for rows of the data. Each process samples a part of them, and gets them all."""
     accelerator = setup.accelerator
     actor = setup.actor_critic
     samples = []
@@ -663,7 +392,7 @@ def sample_responses(setup, args, data, evaluating=False):
     for start in range(0, len(own), size):
         rows = own[start : start + size]
         tokens = [tokenize(row, setup.tokenizer, args) for row in rows]
-        prompts, targets, _ = map(list, zip(*tokens))
+        prompts, targets = map(list, zip(*tokens))
         responses = generate(setup, prompts, do_sample=not (evaluating and args.eval_greedy))
 
         # The forward pass of the update, not `generate`, is used, so that ratios start at 1
@@ -685,16 +414,64 @@ def sample_responses(setup, args, data, evaluating=False):
     return gather_object(samples)
 
 
-def collect(setup, args, rng):
-    """A rollout for rows of the data that are drawn at random, with advantages. Returns its
-    `Sample`s."""
-    chosen = rng.permutation(len(setup.train_data))[: args.batch_size]
-    samples = sample_responses(setup, args, [setup.train_data[i] for i in chosen])
-    noisy_reward = perturb_reward(rewards(samples, args), args.noise, args.noise_level, rng)
-    for sample, reward in zip(samples, noisy_reward.tolist()):
-        log_ratio = sample.log_prob - sample.reference_log_prob
-        sample.advantage, sample.returns = token_advantages(reward, log_ratio, sample.value, args)
-    return samples
+def generate(setup, prompts, do_sample):
+    """Samples responses by transformers' `generate`, and cuts each after its first end token."""
+    actor = setup.actor_critic
+    ids, mask = left_padded(prompts, setup.accelerator.device)
+    with actor.autocast():
+        texts = actor.policy.generate(ids, attention_mask=mask, do_sample=do_sample)
+    ends = actor.policy.generation_config.eos_token_id
+    responses = []
+    for tokens in texts[:, ids.shape[1] :].tolist():
+        length = next((i for i, token in enumerate(tokens, 1) if token in ends), None)
+        responses.append(tokens[:length])
+    return responses
+
+
+def score(setup, args, rows, prompts, responses):
+    """Scores (texts, reward models) of responses, NaN where a reward model returns None. Reward
+    models get `inputs` as keywords: what TRL's reward functions get, and `texts`."""
+    decode = partial(setup.tokenizer.batch_decode, skip_special_tokens=True)
+    inputs = {name: [row.get(name) for row in rows] for name in setup.columns}
+    inputs |= {
+        "texts": decode([x + y for x, y in zip(prompts, responses)]),
+        "prompts": decode(prompts),
+        "completions": decode(responses),
+        "completion_ids": responses,
+    }
+    if is_chat(rows[0]):
+        inputs["prompts"] = [row["prompt"] for row in rows]
+        inputs["completions"] = [[{"role": "assistant", "content": x}] for x in decode(responses)]
+    scores = []
+    for name, reward_model in zip(args.reward_model, setup.reward_models):
+        given = reward_model(**copy.deepcopy(inputs))  # it may change its arguments
+        with errors_name(f"{name} must return a number or None for each of {len(rows)} texts"):
+            is_list = len(given) == len(rows) and not isinstance(given, str | dict | set)
+            if not is_list or not all(one is None or math.isfinite(one) for one in given):
+                raise ValueError(f"not {given!r:.99}")
+        scores.append([math.nan if one is None else float(one) for one in given])
+    scores = np.array(scores, np.float32).T
+    unscored = np.isnan(scores[:, np.flatnonzero(args.reward_weights)]).all(axis=1).any()
+    require(not unscored, "no reward model scores one of the texts; one must give a number")
+    return scores
+
+
+# ---- Advantages and noise
+
+
+def token_advantages(reward, log_ratio, value, args):
+    """Advantages and returns (T,) of a text's tokens: generalised advantage estimation (Schulman et
+    al., arXiv 1506.02438). `reward` is given at the last token; every token pays the KL penalty, by
+    its `log_ratio` (T,) of policy and reference policy. A text that reaches the maximum length ends
+    there: nothing is bootstrapped. For example, with gamma and lambda 1 and no KL penalty, a text
+    of two tokens with reward 1 and values 0.2 and 0.5 has the advantages 0.8 and 0.5."""
+    token_reward = -args.kl_coef * log_ratio
+    token_reward[-1] += reward
+    next_value = F.pad(value[1:], (0, 1))  # 0 after the last token
+    advantage = token_reward + args.gamma * next_value - value
+    for t in reversed(range(len(advantage) - 1)):
+        advantage[t] += args.gamma * args.gae_lambda * advantage[t + 1]
+    return advantage, advantage + value
 
 
 def perturb_reward(reward, noise, level, rng):
@@ -745,29 +522,6 @@ def clipped_value_loss(value, old_value, returns, clip_coef):
     return 0.5 * error.mean()
 
 
-def token_advantages(reward, log_ratio, value, args):
-    """Advantages and returns (T,) of a text's tokens: generalised advantage estimation (Schulman et
-    al., arXiv 1506.02438).
-
-    `reward` is given at the last token; every token pays the KL penalty, by its `log_ratio` (T,) of
-    policy and reference policy. A text that reaches the maximum length ends there: nothing is
-    bootstrapped. For example, with gamma and lambda 1 and no KL penalty, a text of two tokens with
-    reward 1 and values 0.2 and 0.5 has the advantages 0.8 and 0.5.
-    """
-    token_reward = -args.kl_coef * log_ratio
-    token_reward[-1] += reward
-    next_value = F.pad(value[1:], (0, 1))  # 0 after the last token
-    advantage = token_reward + args.gamma * next_value - value
-    for t in reversed(range(len(advantage) - 1)):
-        advantage[t] += args.gamma * args.gae_lambda * advantage[t + 1]
-    return advantage, advantage + value
-
-
-def joined(samples, name):
-    """Joins a field of samples into one tensor (n,) over all their tokens."""
-    return torch.cat([getattr(sample, name) for sample in samples])
-
-
 def loss_and_metrics(model, args, micro_batch, token_count, target_count):
     """Loss and metrics of a micro batch of (sample, advantages) pairs. Summed over micro batches
     and processes, they are the minibatch's loss and metrics. The minibatch has `token_count` tokens
@@ -808,6 +562,7 @@ def loss_and_metrics(model, args, micro_batch, token_count, target_count):
 def update(setup, args, samples, rng):
     """Passes `update_epochs` times over the samples. Returns the metrics of each minibatch."""
     accelerator = setup.accelerator
+    model = setup.parallel_model
     history = []
     setup.actor_critic.train(args.gradient_checkpointing)  # which needs train mode
     for _ in range(args.update_epochs):
@@ -830,19 +585,19 @@ def update(setup, args, samples, rng):
             own = pairs[accelerator.process_index :: accelerator.num_processes]
             own.sort(key=lambda pair: len(pair[0].prompt + pair[0].response))  # least padding
             size = args.micro_batch_size or len(own)
-            totals = Counter()
+            totals = {}
             for start in range(0, len(own), size):
                 is_last = start + size >= len(own)  # its backward pass averages over processes
-                with nullcontext() if is_last else accelerator.no_sync(setup.model):
-                    loss, metrics = loss_and_metrics(
-                        setup.model, args, own[start : start + size], token_count, target_count
-                    )
+                with nullcontext() if is_last else accelerator.no_sync(model):
+                    part = own[start : start + size]
+                    loss, shares = loss_and_metrics(model, args, part, token_count, target_count)
                     # Times the number of processes, since DDP averages over them
                     (loss * accelerator.num_processes).backward()
-                totals.update(metrics)  # adds
-            metrics = dict(accelerator.reduce(totals))  # sums; a Counter's |= drops negative ones
+                totals = {name: totals.get(name, 0) + share for name, share in shares.items()}
+            metrics = accelerator.reduce(totals)  # the minibatch's: sums over processes
 
-            norm = nn.utils.clip_grad_norm_(setup.model.parameters(), args.max_grad_norm)
+            trained = setup.actor_critic.trained().values()
+            norm = nn.utils.clip_grad_norm_(trained, args.max_grad_norm)
             setup.optimizer.step()
             setup.optimizer.zero_grad()
             history.append(metrics | {"losses/grad_norm": norm})
@@ -876,14 +631,14 @@ def means(rows):
 
 
 def mean_scores(samples, args, prefix):
-    """{prefix + name of a reward model: its mean score}, of the texts that have a score by it."""
-    columns = zip(args.reward_model, np.array([sample.scores for sample in samples]).T)
-    return means([{prefix + name: x} for name, xs in columns for x in xs[~np.isnan(xs)]])
+    """{prefix + name of a reward model: its mean score}, over the texts that it scores."""
+    scores = np.array([sample.scores for sample in samples], float)
+    columns = zip(args.reward_model, scores.T)
+    return {prefix + name: np.nanmean(x).item() for name, x in columns if not np.isnan(x).all()}
 
 
 def kl_per_text(samples):
-    """KL divergence between policy and reference policy, in nats per text. It is an estimate, and
-    biased where sampling is filtered or greedy."""
+    """KL divergence of policy and reference in nats per text, estimated from what was sampled."""
     log_ratio = joined(samples, "log_prob") - joined(samples, "reference_log_prob")
     return log_ratio.sum().item() / len(samples)
 
@@ -893,16 +648,15 @@ def texts_of(setup, args, samples, step, data):
     decode = setup.tokenizer.decode
     rows = []
     for sample, reward in zip(samples[:8], rewards(samples, args).tolist()):
-        response = decode(sample.response, skip_special_tokens=True)
-        texts = {"prompt": decode(sample.prompt), "response": response}
+        texts = {"prompt": decode(sample.prompt)}
+        texts["response"] = decode(sample.response, skip_special_tokens=True)
         rows.append(sample.row | texts | {"step": step, "data": data, "reward": reward})
     return rows
 
 
 def evaluate(setup, args, step):
-    """Returns a row for progress.csv, and up to eight samples. The row has the reward and what it
-    costs: the KL divergence, the perplexity of responses under the reference policy and, if there
-    are targets, their perplexity under the policy."""
+    """Returns a row for progress.csv, and up to eight samples. Perplexities are of responses under
+    the reference policy and, if there are targets, of these under the policy."""
     seed_all(args.seed, step, 2)
     samples = sample_responses(setup, args, setup.eval_data, evaluating=True)
     reward = rewards(samples, args)
@@ -927,7 +681,7 @@ class Progress:
     """What a checkpoint holds besides weights and optimizer."""
 
     global_step: int
-    task: list  # data, reward models and their weights: what its scores are of
+    objective: list  # data, reward models and their weights: what its scores measure
     speeds: list[float]  # texts per second of each update
     evaluations: list[dict]  # rows of progress.csv
     samples: list[str]  # lines of samples.jsonl
@@ -935,15 +689,14 @@ class Progress:
 
 
 def evaluate_and_log(setup, args, progress, folder, writer, training_texts=()):
-    """Appends an evaluation to `progress`. The first process writes progress.csv, samples.jsonl and
-    TensorBoard."""
+    """Appends an evaluation to `progress`, which the first process writes."""
     step = progress.global_step
     row, samples = evaluate(setup, args, step)
     row |= means(progress.history)  # since the last evaluation
     progress.history = []
     progress.evaluations.append(row)
-    shown = [*samples, *training_texts]
-    progress.samples += [json.dumps(sample, default=str) + "\n" for sample in shown]
+    for sample in [*samples, *training_texts]:
+        progress.samples.append(json.dumps(sample, default=str) + "\n")
     if not writer:
         return
     with atomic_write(folder / "progress.csv") as path, open(path, "w", encoding="utf-8") as file:
@@ -955,46 +708,42 @@ def evaluate_and_log(setup, args, progress, folder, writer, training_texts=()):
     writer.add_scalar("eval/return_mean", row["return_mean"], step)
     tqdm.write(f"step {step:,}: reward {row['return_mean']:.3f}")
     for sample in samples[:3]:
-        text = f"{sample['prompt']} [{sample['response']}] {sample['reward']:.3f}"
-        tqdm.write(f"    {text!r:.200}")
+        tqdm.write(f"    {sample['prompt']!r} {sample['response']!r} {sample['reward']:.3f}")
 
 
 # ---- Training
 
 
+@cache
+def warn(text):
+    """Prints each text once."""
+    tqdm.write(f"warning: {text}", file=sys.stderr)
+
+
 def train(setup, args, folder):
     accelerator = setup.accelerator
     check_sampling(setup, args)
-    task = [args.dataset, args.eval_dataset, *args.reward_model, *args.reward_weights]
+    objective = [args.dataset, args.eval_dataset, *args.reward_model, *args.reward_weights]
     progress = restore(setup, folder, args.start_from)
-    if progress.task != task:  # scores so far, if any, are another task's
-        progress = Progress(progress.global_step, task, [], [], [], [])
+    if progress.objective != objective:  # a run that starts from another has its own scores only
+        progress = Progress(progress.global_step, objective, [], [], [], [])
     writer = None  # in all processes but the first
     if accelerator.is_main_process:
         if args.track:
             import wandb
 
-            wandb.init(
-                project="symmetric-rl",
-                name=folder.name,
-                config=vars(args),
-                sync_tensorboard=True,
-                dir=folder,
-                resume="auto",  # W&B keeps the run's id in `dir`
-            )
+            # W&B keeps the run's id in `dir`, so that resume="auto" finds it
+            options = {"config": vars(args), "sync_tensorboard": True, "resume": "auto"}
+            wandb.init(project="symmetric-rl", name=folder.name, dir=folder, **options)
         # TensorBoard hides entries after the checkpoint; without a checkpoint, all entries
         writer = SummaryWriter(folder, purge_step=progress.global_step + bool(progress.evaluations))
-    steps = f"from step {progress.global_step:,}, with a checkpoint every {args.eval_freq:,} texts"
+    begun = progress.global_step
+    steps = f"from step {begun:,}, with a checkpoint every {args.eval_freq:,} texts"
     accelerator.print(f"{folder.name}: {steps}, on {accelerator.num_processes} process(es)")
-    progress_bar = tqdm(
-        total=args.total_timesteps,
-        initial=progress.global_step,
-        disable=None if writer else True,
-    )
+    bar = tqdm(total=args.total_timesteps, initial=begun, disable=None if writer else True)
     if not progress.evaluations:
         evaluate_and_log(setup, args, progress, folder, writer)  # the initial policy
 
-    begun = progress.global_step
     while progress.global_step < args.total_timesteps:
         started = time.perf_counter()
         rng = seed_all(args.seed, progress.global_step, 1)
@@ -1003,27 +752,30 @@ def train(setup, args, folder):
         step = progress.global_step
 
         minibatch_metrics = update(setup, args, samples, rng)
-        # In a session's first two rollouts (LoRA begins at 0). Rounding: 3e-13; bfloat16: 6e-5
-        limit = 1e-8 if setup.actor_critic.dtype == torch.float32 else 1e-3
+        # LoRA's adapters begin at zero, so a mismatch shows only after an update: look twice
         is_new = step <= begun + 2 * args.batch_size
-        if is_new and minibatch_metrics[0]["losses/approx_kl"] > limit:
-            found = "the policy that acts is not the one that is trained (dropout, memory?)"
-            require(accelerator.device.type != "cpu", found)
-            warn(f"{found}, or this GPU rounds more")
+        rounding = 1e-8 if setup.actor_critic.dtype == torch.float32 else 1e-3
+        if is_new and minibatch_metrics[0]["losses/approx_kl"] > rounding:
+            message = "the policy that acts is not the one that is trained (dropout, memory?)"
+            require(accelerator.device.type != "cpu", message)
+            warn(f"{message}, or this GPU rounds more")
         metrics = means(minibatch_metrics)
         if not math.isfinite(metrics["losses/grad_norm"]):
             raise Diverged(f"error: gradient not finite, step {step} (rate? reward?)")
 
         # The value's error is the advantage. The variance is clamped: all returns may be equal
         returns_variance = joined(samples, "returns").var().clamp(min=1e-8)
-        unexplained = joined(samples, "advantage").var() / returns_variance
+        explained_variance = 1 - (joined(samples, "advantage").var() / returns_variance).item()
         log_prob = joined(samples, "log_prob")
         reward = rewards(samples, args)
         if np.ptp(reward) == 0:
-            warn(f"all rewards of a rollout are {reward[0]:.3g}, so there is nothing to learn from")
+            cause = "the update follows the critic's errors alone"
+            warn(f"all rewards of a rollout are {reward[0]:.3g}: {cause}")
+        if args.stop_at_eos and len(log_prob) == len(samples) * args.response_length:
+            warn("no text of a rollout ends before --response-length")
         scalars = metrics | {
             "losses/entropy": -log_prob.mean().item(),  # an estimate from the samples
-            "losses/explained_variance": 1 - unexplained.item(),
+            "losses/explained_variance": explained_variance,
             "charts/kl": kl_per_text(samples),
             "charts/episodic_return": reward.mean().item(),
             "charts/reward_std": reward.std().item(),
@@ -1036,8 +788,8 @@ def train(setup, args, folder):
             for name, scalar in scalars.items():
                 writer.add_scalar(name, scalar, step)
             writer.add_scalar("charts/SPS", progress.speeds[-1], step)
-        progress_bar.set_postfix_str(f"reward {reward.mean():.3f}, KL {scalars['charts/kl']:.1f}")
-        progress_bar.update(args.batch_size)
+        bar.set_postfix_str(f"reward {reward.mean():.3f}, KL {scalars['charts/kl']:.1f}")
+        bar.update(args.batch_size)
 
         # Evaluation and checkpoint, at the end and where a multiple was passed
         if step >= args.total_timesteps or step % args.eval_freq < args.batch_size:
@@ -1057,113 +809,66 @@ def train(setup, args, folder):
             path.write_text(json.dumps(summary, indent=2))
     accelerator.wait_for_everyone()  # the first process may still be writing
     # If DDP is freed after its process group, PyTorch may deadlock (its issue 56297)
-    setup.model = None
+    setup.parallel_model = None
     accelerator.end_training()
 
 
-# ---- Reading data
-
-
-def load_dataset(name):
-    """Loads NAME:SPLIT or NAME:CONFIGURATION:SPLIT with `datasets`. NAME is a folder of Parquet
-    files, a folder that `datasets` saved, or a hub name."""
-    source, *configuration = name.split(":")
-    split = configuration.pop() if configuration else "train"
-    try:
-        data = datasets.load_from_disk(source)
-    except FileNotFoundError:  # not saved by `datasets`
-        data = datasets.load_dataset(source, *configuration, split=split)
-        has_types = not Path(source).is_dir() or data.info.builder_name == "parquet"
-        require(has_types, f"{source} is no folder of Parquet files: give a file")
-        return data
-    if isinstance(data, dict):
-        return data[split]
-    require(source == name, f"{source} has no splits: leave out the split")
-    return data
-
-
-def read_csv(file):
-    """The rows of a CSV file. All values are texts."""
-    csv.field_size_limit(2**31 - 1)  # allows long texts
-    reader = csv.DictReader(file, strict=True)
-    rows = []
-    for row in reader:
-        if [*row] != reader.fieldnames or None in row.values():
-            raise ValueError(f"line {reader.line_num} lacks values or has more, or a name is twice")
-        rows.append(row)
-    return rows
-
-
-def read_json(file):
-    """The rows of a JSON file: a list of objects, or an object in each line."""
-    text = file.read()
-    if not text.lstrip().startswith("["):
-        text = "[" + re.sub(r"\n(?=.*\S)", ",\n", text.lstrip()) + "]"  # errors name lines
-    return json.loads(text)
-
-
-def without_nulls(value):
-    if isinstance(value, dict):
-        return {name: without_nulls(one) for name, one in value.items() if one is not None}
-    return [without_nulls(one) for one in value] if isinstance(value, list) else value
-
-
-def read_table(rows):
-    """In a table each object has the keys of all. What its chat template sees gets rid of those
-    that are null."""
-    for row in rows:
-        for name in row.keys() & {"prompt", "messages", "tools"}:
-            row[name] = without_nulls(row[name])
-    return rows
+# ---- Data, lists of rows {column: value}
 
 
 def read_rows(name):
-    """The rows of a file, which is CSV, JSON or Parquet, or those of `load_dataset`."""
-    path = Path(name)
-    suffix = Path(path.name.removesuffix(".gz")).suffix
-    read = {".csv": read_csv, ".json": read_json, ".jsonl": read_json}.get(suffix)
-    if not path.is_file():
-        require(path.exists() or not read and suffix != ".parquet", f"{name}: no such file")
-        return read_table(load_dataset(name).to_list())
+    """The rows of a file, of all .parquet files in FOLDER, of those whose names begin with SPLIT in
+    FOLDER:SPLIT, or of NAME:SPLIT or NAME:CONFIGURATION:SPLIT on the Hugging Face hub."""
+    suffix = Path(name.removesuffix(".gz")).suffix
     if suffix == ".parquet":
-        return read_table(pyarrow.parquet.ParquetFile(path).read().to_pylist())
-    if not read:
-        raise ValueError("its name must end with .csv, .json, .jsonl (.gz may follow) or .parquet")
-    open_file = gzip.open if path.suffix == ".gz" else open
-    with open_file(path, "rt", encoding="utf-8-sig", newline="") as file:
-        return read(file)
+        return pyarrow.parquet.ParquetFile(name).read().to_pylist()
+    if suffix in (".jsonl", ".json", ".csv"):
+        open_file = gzip.open if name.endswith(".gz") else open
+        with open_file(name, "rt", encoding="utf-8-sig", newline="") as file:
+            if suffix == ".json":
+                return json.load(file)
+            if suffix == ".jsonl":
+                lines = filter(str.strip, file)
+                return json.loads(f"[{','.join(lines)}]")  # errors name the line
+            header, *rows = filter(None, csv.reader(file, strict=True))
+            if any(len(row) != len({*header}) for row in rows):
+                raise ValueError("a row has too few or too many values, or a name is there twice")
+            return [dict(zip(header, row)) for row in rows]
+    if Path(name).is_file():
+        raise ValueError(
+            "its name must end with .jsonl, .json or .csv (.gz may follow) or .parquet"
+        )
+    source, *configuration = name.split(":")
+    if not Path(source).is_dir():
+        split = configuration.pop() if configuration else "train"
+        return datasets.load_dataset(source, *configuration, split=split).to_list()
+    files = sorted(Path(source).rglob(f"{''.join(configuration)}*.parquet"))
+    return [row for file in files for row in read_rows(str(file))]
 
 
 def load_rows(name, accelerator, tokenizer, args):
-    """The rows of the data `name`. Refuses what cannot be used, and messages that are too long: a
-    cut would remove the beginning of their template."""
-    with explained(f"{name} can't be read"):
-        rows = [with_prompt(row) for row in read_rows(name)]
-    require(rows, f"{name} has no rows")
-    kind = prompt_kind(rows[0])
-    is_chat = kind == "messages"
-    words = re.findall(r"\w+", str(is_chat and tokenizer.chat_template))
-    for option in args.template_options:
-        require(option in words, f"--chat-template-kwargs: no chat template has {option!r}")
-    whole = replace(args, response_length=sys.maxsize)
-    targets = cut_targets = cut = longest = 0
-    distinct = set()
-    for i, row in enumerate(rows, 1):
-        if not kind or prompt_kind(row) != kind:
-            needs = "a 'prompt' (a text, or messages), 'messages' or a 'text', as all rows"
-            sys.exit(f"error: row {i} of {name} needs {needs}: {row!r:.99}")
-        with explained(f"row {i} of {name}"):
-            prompt, target, length = tokenize(row, tokenizer, whole)
-        distinct.add(hash(tuple(prompt)))  # takes less memory than the tokens
-        targets += bool(target)
-        cut_targets += len(target) > args.response_length
-        cut += length > args.prompt_length
-        longest = max(longest, length)
+    """The rows of the data `name`. Each must have a prompt; `messages` are one."""
+    with errors_name(name):
+        rows = read_rows(name)
+    require(rows, f"{name} has no rows, or is a folder without such .parquet files")
+    whole = replace(args, prompt_length=sys.maxsize)
+    lengths = []
+    has_targets = False
+    for number, row in enumerate(rows, 1):
+        with errors_name(f"{name}, row {number}"):
+            if "messages" in row:
+                if "prompt" in row or not isinstance(row["messages"], list):
+                    raise ValueError("its 'messages' are no list, or have a 'prompt' beside them")
+                row["prompt"] = row["messages"]
+            prompt, target = tokenize(row, tokenizer, whole)
+        lengths.append(len(prompt))
+        has_targets |= target != []
+    cut = sum(length > args.prompt_length for length in lengths)
+    accelerator.print(f"{name}: {len(rows):,} prompts, of which --prompt-length cuts {cut:,}")
+    is_whole = not cut or not is_chat(rows[0])
+    require(is_whole, f"{name}: messages are not cut: they need --prompt-length {max(lengths)}")
     if args.ce_coef and name == args.dataset:
-        require(targets, "--ce-coef needs a column 'label' of texts in the training data")
-    found = f"{len(rows):,} prompts, {len(distinct):,} distinct, {cut:,} cut"
-    accelerator.print(f"{name}: {found}; {targets:,} targets, {cut_targets:,} cut")
-    require(not is_chat or not cut, f"{name}: to keep messages whole, --prompt-length {longest}")
+        require(has_targets, "--ce-coef needs a 'label' of texts, or a 'text'; messages have none")
     return rows
 
 
@@ -1178,180 +883,271 @@ def split_rows(rows, eval_rows, args):
         held_out = set(distinct[: math.ceil(len(distinct) / 10)])
         eval_rows = [row for row, prompt in zip(rows, prompts) if prompt in held_out]
         rows = [row for row, prompt in zip(rows, prompts) if prompt not in held_out]
-    enough = args.batch_size <= len(rows) and args.eval_episodes <= len(eval_rows)
     few = f"{len(rows)} rows of training data and {len(eval_rows)} held out are too few for"
+    enough = args.batch_size <= len(rows) and args.eval_episodes <= len(eval_rows)
     require(enough, f"{few} --batch-size {args.batch_size}, --eval-episodes {args.eval_episodes}")
     chosen = rng.permutation(len(eval_rows))[: args.eval_episodes]
     return rows, [eval_rows[i] for i in chosen]
+
+
+# ---- Tokens
+
+
+def is_chat(row):
+    return isinstance(row.get("prompt"), list)
+
+
+def tokenize(row, tokenizer, args):
+    """Returns the prompt and the target of a row, as lists of tokens.
+
+    A `prompt` is a text, whose target is the text `label`, if there is one; or messages, which have
+    none. Without `prompt`, the halves of `text` are prompt and target. A text is cut to its last
+    `prompt_length` tokens, a target to its first `response_length`."""
+    encode = partial(tokenizer.encode, add_special_tokens=False, verbose=False)
+    end = tokenizer.eos_token_id
+    start = []
+    target = []
+    if is_chat(row):
+        messages = row["prompt"]
+        options = {"tools": row.get("tools"), "add_generation_prompt": True}
+        options |= args.template_options
+        text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
+        for message in messages:
+            if not message.get("tool_calls") and message["content"].strip() not in text:
+                raise ValueError(f"the chat template drops what {message['role']!r} says")
+        if messages[-1]["role"] == "assistant":
+            raise ValueError("the last message is the assistant's; the response follows the user's")
+        prompt = encode(text)
+    else:
+        text = row.get("prompt", row.get("text"))
+        if not isinstance(text, str):
+            raise ValueError("it has no 'prompt' (a text or messages), 'messages' or 'text'")
+        prompt = encode(text)
+        # What the tokenizer writes before a text, such as <s>
+        probe = tokenizer(tokenizer.eos_token, return_special_tokens_mask=True)
+        start = probe["input_ids"][: probe["special_tokens_mask"].index(0)]
+        if prompt[: len(start)] != start:
+            prompt = start + prompt
+        if "prompt" not in row:
+            half = len(prompt) // 2
+            target = [*prompt[half:], end]
+            prompt = prompt[:half]
+        elif row.get("label") and isinstance(row["label"], str):
+            target = [*encode(row["label"]), end]
+    if len(prompt) > args.prompt_length:
+        prompt = start + prompt[len(prompt) + len(start) - args.prompt_length :]
+    return prompt or [end], target[: args.response_length]
+
+
+def turn_end(tokenizer, args):
+    """The first added token that the chat template writes behind an assistant's text, or None."""
+    chat = [{"role": "user", "content": "a"}, {"role": "assistant", "content": "*b*"}]
+    text = tokenizer.apply_chat_template(chat, tokenize=False, **args.template_options)
+    tokens = tokenizer.encode(text.rpartition("*b*")[2], add_special_tokens=False)
+    added = tokenizer.added_tokens_decoder  # some tokenizers add white space, too
+    return next((x for x in tokens if x in added and added[x].content.strip()), None)
+
+
+class Inputs(NamedTuple):
+    ids: Tensor  # (texts, length), padded on the right. Attention is causal: no mask is needed
+    places: Tensor  # (n,), index in the flattened ids of the token before each continuation token
+    tokens: Tensor  # (n,), tokens of the continuations, one text after the other
+
+
+def collate(prompts, continuations, device):
+    """`Inputs` from lists of lists of tokens; each prompt has at least one."""
+    texts = [torch.tensor(x + y) for x, y in zip(prompts, continuations)]
+    ids = pad_sequence(texts, batch_first=True).to(device)
+    places = []
+    for i, (x, y) in enumerate(zip(prompts, continuations)):
+        first = i * ids.shape[1] + len(x) - 1
+        places += range(first, first + len(y))
+    places = torch.tensor(places, dtype=torch.long, device=device)
+    return Inputs(ids, places, ids.flatten()[places + 1])
+
+
+def left_padded(prompts, device):
+    """Tokens and attention mask (texts, length) of prompts, which end in the last column."""
+    texts = [torch.tensor(prompt, device=device) for prompt in prompts]
+    ids = pad_sequence(texts, batch_first=True, padding_value=-1, padding_side="left")
+    return ids.clamp(min=0), (ids >= 0).long()  # a padding token of its own may have no embedding
+
+
+def by_text(tensor, texts):
+    """Splits a tensor (n,) by text. Copies, because a pickled view contains its whole tensor."""
+    return [part.clone() for part in tensor.cpu().split(list(map(len, texts)))]
+
+
+def joined(samples, name):
+    """Joins a field of samples into one tensor (n,) over all their tokens."""
+    return torch.cat([getattr(sample, name) for sample in samples])
 
 
 # ---- Reward models: functions of the keyword inputs in `score`, which return a score for each text
 
 
 def classifier_reward(name, args, device, dtype):
-    """The classifier `name`, with its own tokenizer and, where prompts are messages, its own chat
-    template, if it has one. The score is its output, if it has only one. Otherwise the score is the
-    label's output in a regression, and the label's probability in a classification."""
-    with explained(name):
+    """The classifier `name`, with its own tokenizer and, for messages, its own chat template, if it
+    has one. A score is its only output, else the output or probability of the `reward_label`."""
+    with errors_name(name):
         model = load_classifier(name, device, dtype)
-    config = model.config
-    label = {1: 0, 2: 1}.get(config.num_labels)
-    if args.reward_label is not None and config.num_labels > 1:
+    labels = model.config.id2label
+    label = {1: 0, 2: 1}.get(len(labels))  # with more labels, it must be given
+    if args.reward_label is not None and len(labels) > 1:
         label = args.reward_label
-    labels = config.id2label
     require(label in labels, f"{name}: --reward-label must be one of {labels}, not {label}")
-    config.id2label = {i: str(i) for i in labels}  # several labels may have one name
-    # An adapter may have no tokenizer. Texts that are too long lose their beginning
-    if not transformers.utils.has_file(name, "tokenizer_config.json"):
-        name = config.name_or_path
+    if not transformers.utils.has_file(name, "tokenizer_config.json"):  # an adapter may have none
+        name = model.config.name_or_path
+    # Texts that are too long lose their beginning
     tokenizer = load_tokenizer(name, truncation_side="left", padding_side="right")
-    positions = getattr(config, "max_position_embeddings", tokenizer.model_max_length)
+    positions = getattr(model.config, "max_position_embeddings", tokenizer.model_max_length)
     tokenizer.model_max_length = min(tokenizer.model_max_length, positions)
-    pad = getattr(config.get_text_config(), "pad_token_id", None)
-    has_padding = pad is not None and pad >= 0  # without it decoders do not find a text's end
-    if has_padding:
-        tokenizer.pad_token_id = pad  # decoders look for this token
+    pad = getattr(model.config.get_text_config(), "pad_token_id", None)
+    if pad is not None:
+        tokenizer.pad_token_id = pad  # by this token decoders find the end of a text
     classify = transformers.pipeline(
         "text-classification",
         model,
         tokenizer=tokenizer,
         device=device,
-        batch_size=16 if has_padding else 1,
+        batch_size=1 if pad is None else 16,
         truncation=True,
         top_k=None,  # scores of all labels
-        function_to_apply="none" if config.num_labels == 1 else None,  # None: by its problem_type
+        function_to_apply="none" if len(labels) == 1 else None,  # None: by its problem_type
     )
 
     def reward_model(texts, prompts, completions, **_):
         has_template = tokenizer.chat_template and isinstance(prompts[0], list)
-        with explained(name):
-            if has_template:
-                chats = [{"prompt": x + y} for x, y in zip(prompts, completions)]
-                texts = [in_template(chat, tokenizer, {}) for chat in chats]
-            results = classify(texts, add_special_tokens=not has_template)
-        return [x["score"] for result in results for x in result if x["label"] == str(label)]
+        if has_template:
+            chats = [x + y for x, y in zip(prompts, completions)]
+            texts = [tokenizer.apply_chat_template(chat, tokenize=False) for chat in chats]
+        results = classify(texts, add_special_tokens=not has_template)
+        return [x["score"] for result in results for x in result if x["label"] == labels[label]]
 
     return reward_model
 
 
+def load_classifier(name, device, dtype):
+    """A LoRA adapter, of one output as tldr's, is merged into its base model."""
+    options = {"dtype": dtype, "device_map": device}
+    if not transformers.utils.find_adapter_config_file(name):
+        return load_model(AutoModelForSequenceClassification, name, **options)
+    auto_class = peft.AutoPeftModelForSequenceClassification
+    model = auto_class.from_pretrained(name, num_labels=1, **options)
+    saved = peft.load_peft_weights(name, device="cpu")
+    refuse_missing(peft.get_peft_model_state_dict(model).keys() - saved.keys(), name)
+    return model.merge_and_unload().to(device, dtype)  # modules_to_save may have another dtype
+
+
 def import_function(name):
-    """The Python function FILE.py:NAME."""
+    """The Python function FILE.py:NAME. Its file may import files beside it."""
     file, _, function_name = name.rpartition(":")
-    path = Path(file).resolve()
+    path = Path(START, file)
+    require(path.is_file(), f"{file}: no such file")
     sys.path.append(str(path.parent))
     module = import_module(path.stem)
     is_own = getattr(module, "__file__", None) == str(path)
-    require(is_own, f"{file}: no such file, or another module is called {path.stem}: rename it")
-    return getattr(module, function_name)
+    require(is_own, f"another module is called {path.stem}: rename {file}")
+    function = getattr(module, function_name, None)
+    require(callable(function), f"{file} has no function {function_name}")
+    return function
 
 
 def function_reward(name, columns):
-    """The Python function FILE.py:NAME. It gets the inputs that it names, or all with `**kwargs`.
-    Inputs are `texts` (prompt and response together), TRL's `prompts`, `completions` (messages, or
-    texts without special tokens) and `completion_ids`, and the columns of the data. It returns a
-    score for each text, or None where it does not score one."""
+    """The Python function FILE.py:NAME, as TRL's. It gets the `inputs` that it names, or all with
+    `**kwargs`, and returns a score for each text, or None where it does not score one."""
     function = import_function(name)
     signature = inspect.signature(function)
     takes_all = any(one.kind == one.VAR_KEYWORD for one in signature.parameters.values())
     inputs = ["texts", "prompts", "completions", "completion_ids", *columns]
-    names = [key for key in inputs if takes_all or key in signature.parameters]
-    require(len({*names}) == len(names), f"{name}: in the data, rename a column of {inputs[:4]}")
-    with explained(f"{name} gets {', '.join(inputs)}"):
+    names = [one for one in inputs if takes_all or one in signature.parameters]
+    with errors_name(f"{name} gets {', '.join(inputs)}"):
         signature.bind(**dict.fromkeys(names))
-
-    def reward_model(**inputs):
-        count = len(inputs["texts"])  # the function may change the list
-        scores = function(**{key: inputs[key] for key in names})
-        with explained(f"{name} must return a score for each of {count} texts"):
-            if isinstance(scores, dict | str | set) or len(scores) != count:
-                raise ValueError(f"not {scores!r:.99}")
-            return [None if one is None else float(one) for one in scores]
-
-    return reward_model
+    return lambda **inputs: function(**{one: inputs[one] for one in names})
 
 
 # ---- Loading and saving
 
 
-def refuse_missing(names, source):
-    """Refuses a checkpoint without weights of these `names`, which would stay random."""
-    if names:
-        sys.exit(f"error: {source} lacks {len(names)} weights, such as {min(names)}")
-
-
-def load_pretrained(auto_class, name, **options):
-    """Loads a model, with all its weights. A classifier may have no others. A language model may
-    lose some, such as a value head."""
-    model, info = auto_class.from_pretrained(name, output_loading_info=True, **options)
-    refuse_missing(info["missing_keys"], name)
-    unused = auto_class is AutoModelForSequenceClassification and info["unexpected_keys"]
-    require(not unused, f"{name} is no plain classifier; unused weights: {unused}")
-    return model
-
-
-def load_tokenizer(name, **sides):
-    """The tokenizer of a model. It pads with the end-of-text token if it has no padding token.
-    Refuses the empty tokenizer that AutoTokenizer makes for a folder without tokenizer files."""
-    with explained(name):
-        tokenizer = AutoTokenizer.from_pretrained(TOKENIZERS.get(name, name), **sides)
-    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
-    words = len(tokenizer) - len(tokenizer.all_special_tokens)
-    # An empty tokenizer of T5 has one word, of DeBERTa two
-    require(words > 2, f"{name} has no tokenizer; for a policy, give --tokenizer")
-    return tokenizer
-
-
-def load_classifier(name, device, dtype):
-    """Loads a classifier with all its weights. A LoRA adapter of a classifier is merged into its
-    base model."""
-    options = {"dtype": dtype, "device_map": device}
-    if not transformers.utils.find_adapter_config_file(name):
-        return load_pretrained(AutoModelForSequenceClassification, name, **options)
-    heads = peft.PeftConfig.from_pretrained(name).modules_to_save or []
-    saved = peft.load_peft_weights(name, device="cpu")
-    sizes = [len(weight) for key, weight in saved.items() if set(heads) & set(key.split("."))]
-    labels = min(sizes, default=1)  # the last layer is the narrowest
-    model = peft.AutoPeftModelForSequenceClassification.from_pretrained(
-        name, num_labels=labels, **options
-    )
-    refuse_missing(peft.get_peft_model_state_dict(model).keys() - saved.keys(), name)
-    return model.merge_and_unload().to(device, dtype)  # modules_to_save may have another dtype
-
-
-def load_frozen(args, dtype):
-    """The initial policy, whose weights do not change."""
-    with explained(args.policy_model):
-        has_adapter = transformers.utils.find_adapter_config_file(args.policy_model)
-        require(not has_adapter, f"{args.policy_model} has an adapter_config.json: merge it")
-        config = transformers.AutoConfig.from_pretrained(args.policy_model)
-    own_config = copy.deepcopy(config)
-    if getattr(config, "activation_function", None) == "gelu_new":
-        config.activation_function = "gelu_pytorch_tanh"  # the same function, in one kernel
-    if args.gradient_checkpointing:  # it needs train mode, which would turn dropout and noise on
-        text_config = config.get_text_config()
-        for name in vars(text_config):
-            if "drop" in name or "jitter" in name:
-                setattr(text_config, name, 0.0)
-    dtype = dtype if args.lora_r else torch.float32
-    model = load_pretrained(AutoModelForCausalLM, args.policy_model, config=config, dtype=dtype)
-    if args.gradient_checkpointing:
-        model.gradient_checkpointing_enable({"use_reentrant": False})
-    model.own_config = own_config  # for `save_policy`
-    return model.requires_grad_(False)
-
-
-def prepare(args):
-    """Checks the device, and imports reward functions."""
-    require(args.device != "cuda" or torch.cuda.is_available(), "--device cuda: there is no GPU")
-    transformers.utils.logging.disable_progress_bar()
+def import_functions(args):
+    """Imports the files of reward functions, for `file_digests`."""
     for name in args.reward_model:
         if ".py:" in name:
             import_function(name)
     os.chdir(START)  # an imported file may have changed it
 
 
+def refuse_missing(weights, name):
+    """Refuses a checkpoint without these weights, which would be random."""
+    require(not weights, f"{name} lacks {len(weights)} weights, such as {min(weights, default='')}")
+
+
+def load_model(auto_class, name, **options):
+    model, info = auto_class.from_pretrained(name, output_loading_info=True, **options)
+    refuse_missing(info["missing_keys"], name)
+    return model
+
+
+def load_tokenizer(name, **sides):
+    """The tokenizer of a model. AutoTokenizer makes an empty one for a folder without it."""
+    with errors_name(name):
+        tokenizer = AutoTokenizer.from_pretrained(TOKENIZERS.get(name, name), **sides)
+    tokenizer.pad_token = tokenizer.pad_token or tokenizer.eos_token
+    words = len(tokenizer) - len(tokenizer.all_special_tokens)
+    require(words > 2, f"{name} has no tokenizer; for a policy, give --tokenizer")
+    return tokenizer
+
+
+def load_frozen(args, dtype):
+    """The initial policy, whose weights do not change."""
+    with errors_name(args.policy_model):
+        has_adapter = transformers.utils.find_adapter_config_file(args.policy_model)
+        require(not has_adapter, f"{args.policy_model} has an adapter_config.json: merge it")
+        config = transformers.AutoConfig.from_pretrained(args.policy_model)
+    if getattr(config, "activation_function", None) == "gelu_new":
+        config.activation_function = "gelu_pytorch_tanh"  # the same function, in one kernel
+    if args.gradient_checkpointing:  # it needs train mode, which would turn dropout and noise on
+        for name in vars(config):
+            if "drop" in name or "jitter" in name:
+                setattr(config, name, 0.0)
+    dtype = dtype if args.lora_r else torch.float32
+    model = load_model(AutoModelForCausalLM, args.policy_model, config=config, dtype=dtype)
+    if args.gradient_checkpointing:
+        model.gradient_checkpointing_enable({"use_reentrant": False})
+    return model.requires_grad_(False)
+
+
+def trainable_copy(model, args):
+    """A copy of a frozen language model, to be trained. With LoRA only an adapter is, on peft's
+    default layers of the family, else on all linear layers; the other weights are shared."""
+    if not args.lora_r:
+        return copy.deepcopy(model).requires_grad_()
+    defaults = TRANSFORMERS_MODELS_TO_LORA_TARGET_MODULES_MAPPING
+    layers = defaults.get(model.config.model_type, "all-linear")
+    options = {"target_modules": layers, "task_type": "CAUSAL_LM"}
+    config = peft.LoraConfig(r=args.lora_r, lora_alpha=args.lora_alpha, **options)
+    shared = {id(tensor): tensor for tensor in [*model.parameters(), *model.buffers()]}
+    return peft.get_peft_model(copy.deepcopy(model, shared), config)  # does not copy `shared`
+
+
+def patch_head(model):
+    """Makes the last layer compute in float32, because bfloat16's 8 significant bits are too few
+    for ratios near 1. If `places` are set, the layer computes only there."""
+    head = model.get_output_embeddings()
+    head.places = None
+
+    def forward(states):
+        if head.places is not None:
+            states = states.flatten(0, 1)[head.places].unsqueeze(0)
+        bias = None if head.bias is None else head.bias.float()
+        with torch.autocast(states.device.type, enabled=False):
+            return F.linear(states.float(), head.weight.float(), bias)
+
+    head.forward = forward
+
+
 def has_bfloat16(device):
-    """Whether bfloat16 is faster. Intel's CPUs with avx512_fp16 need AMX, which may be hidden."""
+    """Whether bfloat16 is faster. CPUs with avx512_fp16 need AMX, which virtual ones may lack."""
     if device.type == "cuda":
         return torch.cuda.is_bf16_supported(including_emulation=False)
     able = torch.cpu.get_capabilities()
@@ -1359,63 +1155,54 @@ def has_bfloat16(device):
     return able.get(needed, False)
 
 
-def end_tokens(row, tokenizer, policy, args):
-    """Tokens that end a response: the end-of-text tokens of tokenizer and policy, for messages also
-    the token that ends a turn, which a policy that is no chat model does not name."""
-    ends = [tokenizer.eos_token_id]
-    if prompt_kind(row) == "messages":
-        ends += [turn_end(tokenizer, args.template_options)]
-    own = policy.generation_config.eos_token_id
-    ends += own if isinstance(own, list) else [own]
-    vocabulary = len(policy.get_output_embeddings().weight)
-    return [token for token in ends if token is not None and token < vocabulary]
-
-
 @torch.no_grad()
 def check_sampling(setup, args):
     """Refuses a policy that samples from other probabilities than it is trained with, as where the
     padding or the cache of `generate` changes positions or recurrent states."""
     actor = setup.actor_critic
-    prompts = [tokenize(row, setup.tokenizer, args)[0] for row in setup.eval_data]
     # One prompt of the maximum length, and one of a single token, which gets padding
-    longest = (max(prompts, key=len) * args.prompt_length)[: args.prompt_length]
+    prompt, _ = tokenize(setup.eval_data[0], setup.tokenizer, args)
+    longest = (prompt * args.prompt_length)[: args.prompt_length]
     prompts = [longest, longest[:1]]
+    ids, mask = left_padded(prompts, setup.accelerator.device)
+    wanted = dict.fromkeys(["output_scores", "output_logits", "return_dict_in_generate"], True)
     with actor.autocast():
-        generated = actor.policy.generate(
-            **padded(setup, prompts), output_logits=True, return_dict_in_generate=True
-        )
-        tokens = generated.sequences[:, len(longest) :]
-        response = collate(prompts, tokens.tolist(), actor.policy.device)
-        trained = token_log_probs(actor.policy, response, 1.0).view(tokens.shape)
-    acts = -F.cross_entropy(torch.stack(generated.logits, -1).float(), tokens, reduction="none")
-    difference = (acts - trained).abs().max().item()
+        generated = actor.policy.generate(ids, attention_mask=mask, **wanted)
+        tokens = generated.sequences[:, ids.shape[1] :]
+        response = collate(prompts, tokens.tolist(), ids.device)
+        trained = token_log_probs(actor.policy, response, args.temperature).view(tokens.shape)
+    scores = torch.stack(generated.scores, 1)  # of all tokens: logits / temperature, or -inf
+    logits = torch.stack(generated.logits, 1)
+    score = scores.gather(-1, tokens[..., None])[..., 0]
+    acts = score - (logits / args.temperature).logsumexp(-1)
+    difference = (acts - trained)[score.isfinite()].abs().max().item()
     # Rounding gives 1e-5 in float32, 0.05 in bfloat16 with 28 layers; a mistake gives 0.5 or more
     limit = 1e-2 if actor.dtype == torch.float32 else 0.3
-    found = f"samples otherwise than it is trained, by {difference:.2g} nats a token"
-    require(difference <= limit, f"{args.policy_model} {found}")
+    message = f"samples otherwise than it is trained, by {difference:.2g} nats a token"
+    require(difference <= limit, f"{args.policy_model} {message}")
 
 
 def load(args):
-    """Loads models and data."""
+    """Loads what a run needs: models, data and an optimizer."""
+    require(args.device != "cuda" or torch.cuda.is_available(), "--device cuda: there is no GPU")
+    transformers.utils.logging.disable_progress_bar()
     cpu = args.device == "cpu" or not torch.cuda.is_available()
     accelerator = Accelerator(cpu=cpu, mixed_precision="no")  # but see ActorCritic.autocast
     device = accelerator.device
     dtype = torch.bfloat16 if args.amp == "auto" and has_bfloat16(device) else torch.float32
     tokenizer = load_tokenizer(args.tokenizer or args.policy_model)
-    require(tokenizer.eos_token, "the tokenizer has no end-of-text token: give --tokenizer")
-    rows, eval_rows = [
+    rows, eval_rows = (
         load_rows(name, accelerator, tokenizer, args) if name else []
-        for name in [args.dataset, args.eval_dataset]
-    ]
-    are_chats = {prompt_kind(part[0]) == "messages" for part in (rows, eval_rows) if part}
-    require(len(are_chats) == 1, "of training and held-out data only one has messages")
-    counts = Counter(name for row in rows + eval_rows for name in row)
-    for name, count in counts.items():
-        lacking = len(rows + eval_rows) - count
-        if lacking:
-            warn(f"{lacking:,} rows lack {name!r}, which is None there")
-    columns = list(counts)
-    data = split_rows(rows, eval_rows, args)
+        for name in (args.dataset, args.eval_dataset)
+    )
+    columns = list(dict.fromkeys(name for row in rows + eval_rows for name in row))
+    train_data, eval_data = split_rows(rows, eval_rows, args)
+    is_chats = is_chat(rows[0])
+    is_mixed = any(is_chat(row) != is_chats for row in rows + eval_rows)
+    require(not is_mixed, "only some of the prompts are messages")
+    template = str(is_chats and tokenizer.chat_template)
+    unknown = [option for option in args.template_options if option not in template]
+    require(not unknown, f"--chat-template-kwargs: no chat template has {unknown}")
     reward_dtype = dtype if args.lora_r else torch.float32  # with LoRA, models are large
     reward_models = [
         function_reward(name, columns)
@@ -1427,32 +1214,32 @@ def load(args):
     actor_critic = ActorCritic(args, device, dtype)
     policy = actor_critic.policy
     longest = args.prompt_length + args.response_length
-    text_config = policy.config.get_text_config()
-    positions = getattr(text_config, "max_position_embeddings", longest)
-    if "longrope" in str(text_config):  # it changes all positions in longer texts
-        positions = text_config.original_max_position_embeddings
+    positions = getattr(policy.config.get_text_config(), "max_position_embeddings", longest)
     require(positions >= longest, f"{args.policy_model} has {positions} positions, not {longest}")
+    own_ends = policy.generation_config.eos_token_id
+    ends = [tokenizer.eos_token_id]
+    ends += own_ends if isinstance(own_ends, list) else [own_ends]
+    ends += [turn_end(tokenizer, args)] if is_chats else []
+    if ends[-1] is None and is_chats:
+        warn(
+            "no token ends a turn of the chat template: a response ends with the end of text alone"
+        )
     policy.generation_config = transformers.GenerationConfig(
         do_sample=True,
         temperature=args.temperature,
         top_k=args.top_k,
         max_new_tokens=args.response_length,
         min_new_tokens=None if args.stop_at_eos else args.response_length,
-        eos_token_id=end_tokens(rows[0], tokenizer, policy, args),
+        eos_token_id=[end for end in ends if end is not None],
         pad_token_id=0,  # comes after the end of a response, and is cut off
     )
     trained = actor_critic.trained().values()
     optimizer = torch.optim.AdamW(
         trained, args.learning_rate, eps=args.adam_eps, weight_decay=args.weight_decay, fused=True
     )
-    count = sum(parameter.numel() for parameter in trained)
-    layers = {name.rpartition(".")[2] for name in getattr(policy, "targeted_module_names", [])}
-    adapters = ", ".join(sorted(layers)) or "none"
-    accelerator.print(f"{args.policy_model}: trains {count:,} parameters; adapters on {adapters}")
-    model = accelerator.prepare(actor_critic)
-    return Setup(
-        accelerator, actor_critic, model, optimizer, tokenizer, reward_models, columns, *data
-    )
+    parallel_model = accelerator.prepare(actor_critic)
+    models = accelerator, actor_critic, parallel_model, optimizer, tokenizer, reward_models
+    return Setup(*models, columns, train_data, eval_data)
 
 
 def load_checkpoint(path, device="cpu"):
@@ -1475,8 +1262,7 @@ def save_checkpoint(setup, folder, progress):
 
 
 def restore(setup, folder, start_from=None):
-    """Continues from the checkpoint of a run, if it has one, or else begins with that of the run
-    `start_from`, if any. Returns its `Progress`."""
+    """The `Progress` of the run in `folder`, else of the run `start_from`. Loads their weights."""
     path = folder / "checkpoint.pt"
     starts = start_from and not path.exists()
     if starts:
@@ -1501,7 +1287,6 @@ def save_policy(setup, run_folder):
     folder = run_folder / "policy"
     temporary = run_folder / "policy.tmp"
     policy = setup.actor_critic.policy
-    policy.config = setup.actor_critic.reference.own_config
     policy.generation_config.pad_token_id = setup.tokenizer.pad_token_id
     policy.save_pretrained(temporary)
     policy.generation_config.save_pretrained(temporary)  # peft does not save it with an adapter
@@ -1541,22 +1326,17 @@ def file_digests():
 
 
 def local_digests(args):
-    """{path: SHA-256} of the files of local data and models, without byte code and hidden files,
-    such as caches."""
+    """{path: SHA-256} of the files of local data and models, without hidden files."""
     names = [args.dataset, args.eval_dataset, args.policy_model, args.tokenizer, *args.reward_model]
-    for name in args.reward_model:
-        adapter = Path(START, name, "adapter_config.json")
-        if adapter.exists():
-            names.append(json.loads(adapter.read_text())["base_model_name_or_path"])
     digests = {}
     for name in filter(None, names):
         root = Path(START, name)
-        root = root if root.exists() else Path(START, name.split(":")[0])
-        found = root.exists() or not name.startswith(f"{TOY}/")
-        require(found, f"no {name}: run toy.py, if it is a flag's default")
-        inside = glob.glob(f"{glob.escape(str(root))}/**", recursive=True)  # no hidden files
+        root = root if root.exists() else Path(START, name.split(":")[0])  # without a split
+        is_there = root.exists() or not name.startswith(f"{TOY}/")
+        require(is_there, f"no {name}: run toy.py, if it is a flag's default")
+        inside = glob.glob(f"{glob.escape(str(root))}/**", recursive=True)
         for path in map(Path, [root, *inside]):
-            if path.is_file() and "__pycache__" not in path.parts:
+            if path.is_file() and path.suffix != ".pyc":
                 # A map, because a model may be larger than memory. Empty files have none
                 content = np.memmap(path, mode="r") if path.stat().st_size else b""
                 digests[str(path.resolve())] = hashlib.sha256(content).hexdigest()
@@ -1626,18 +1406,14 @@ def main():
     args = parse_args()
     with suppress(AttributeError):  # of a notebook's stdout, which has all letters
         sys.stdout.reconfigure(errors="backslashreplace")  # for letters that a terminal lacks
+    is_first = os.environ.get("RANK", "0") == "0"  # only this process writes files
     try:
-        prepare(args)
+        import_functions(args)
         digests = file_digests() | local_digests(args) | start_digest(args)
         folder = run_folder(args, digests)
         summary_path = folder / "summary.json"
         setup = None if folder.exists() else load(args)  # an error in input leaves no folder
-        is_first = os.environ.get("RANK", "0") == "0"  # only this process writes files
-        lock = nullcontext()
-        if is_first:
-            with explained(f"another process is at work on {folder}, or locking fails"):
-                lock = FileLock(folder / "lock", blocking=False).acquire()  # makes the folder, too
-        with lock:
+        with FileLock(folder / "lock", blocking=False) if is_first else nullcontext():
             if not summary_path.exists():
                 if is_first:
                     begin_session(args, digests, folder)
@@ -1647,6 +1423,8 @@ def main():
             with atomic_write(folder / "diverged.txt") as path:  # for reports
                 path.write_text(f"{end}\n")
         raise
+    except Timeout:
+        sys.exit(f"error: another process is at work on {folder}")
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command continues from its last checkpoint, if any")
     if is_first:

@@ -26,9 +26,9 @@ sppo_atari.py: contract equals_an_uninterrupted
 sppo_continuous.py: copies first_ratios
 - begun + 2 * batch_size
 + begun + batch_size
-sppo_rlhf.py: rlhf by_rounding
-- limit = 1e-2 if
-+ limit = 1e-1 if
+sppo_rlhf.py: rlhf first_ratios
+- rounding = 1e-8 if
++ rounding = 1e-6 if
 sa2c_atari.py: contract writes_its_files
 - writer.flush()
 + pass
@@ -57,8 +57,8 @@ sppo_rlhf.py: rlhf micro_batches
 - sft_loss = -target_log_prob.sum() / target_count
 + sft_loss = -target_log_prob.mean()
 sppo_rlhf.py: rlhf written_in_the_template
-- end = turn_end(tokenizer, options)
-+ end = tokenizer.eos_token_id
+- x in added and
++ x not in added and
 sppo_rlhf.py: rlhf weighted_sum
 - reward_model(**copy.deepcopy(inputs))
 + reward_model(**inputs)
@@ -78,8 +78,11 @@ sppo_rlhf.py: pretended_gpu on_a_pretended_gpu
 - batch_first=True).to(device)
 + batch_first=True)
 sppo_rlhf.py: pretended_gpu on_a_pretended_gpu
-- return inputs.to(setup.actor_critic.policy.device)
-+ return inputs
+- torch.tensor(prompt, device=device)
++ torch.tensor(prompt)
+sppo_rlhf.py: rlhf samples_otherwise
+- generated.scores, 1)
++ generated.logits, 1)
 benchmarks/run.py: benchmark games_go_to_gpus
 - .split(",")[:count]
 + .split(",")

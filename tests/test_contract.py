@@ -292,9 +292,8 @@ def test_an_edited_environment_makes_another_run(launch, tmp_path, monkeypatch):
         assert ("from step 0" in launch(**flags)[1]) == trains
 
 
-READ = "texts.jsonl saved/1 saved/2 policy/weights reward/weights words/1 base/1".split()
+READ = "texts.jsonl saved/1 saved/2 policy/weights reward/weights words/1".split()
 READ = {name: name for name in READ} | {
-    "reward/adapter_config.json": '{"base_model_name_or_path": "base"}',
     "own_part.py": "def own(texts): pass",
     "own_training.py": "from own_part import own",
     "own_other.py": "from own_part import own",
@@ -303,14 +302,14 @@ READ = {name: name for name in READ} | {
 
 def test_what_a_run_on_texts_reads_is_part_of_its_name():
     """But for hidden files and byte code."""
-    hidden = {"other.py": "", "policy/.cache/other": "", "saved/__pycache__/1": ""}
+    hidden = {"other.py": "", "policy/.cache/other": "", "saved/__pycache__/1.pyc": ""}
     for name, content in (READ | hidden).items():
         Path(name).parent.mkdir(exist_ok=True)
         Path(name).write_text(content)
     flags = {"policy_model": "policy", "dataset": "texts.jsonl", "eval_dataset": "saved:test"}
     flags |= {"reward_model": ("own_training.py:own", "reward", "own_other.py:own")}
     flags |= {"tokenizer": "words"}
-    rlhf.prepare(TEXTS.args(RUNS, **flags))
+    rlhf.import_functions(TEXTS.args(RUNS, **flags))
     folder = TEXTS.folder(RUNS, **flags)
     for name, content in (READ | hidden).items():
         Path(name).write_text(content + " ")

@@ -592,20 +592,6 @@ def test_a_kl_target(example, learning_rate, steps):
     assert optimizer["state"][0]["step"] == steps
 
 
-@pytest.mark.parametrize(("rate", "epochs"), [(1e-7, 3), (1.0, 1)])
-def test_a_language_models_update_stops_at_a_kl_divergence(rate, epochs, here, monkeypatch):
-    text = SECTIONS["Stopping an update at a KL divergence"]
-    line, below = re.search(r"`(if metrics.+?)` becomes .* above `(.+?)`", text).groups()
-    edit = (f"    {below}\n", f"        {line}\n    {below}\n")
-    script = edited(sppo_rlhf, here / "copy", edit)
-    args = script.parse_args([])
-    updates = record(monkeypatch, script, "update")
-    flags = SHORT_LM | {"learning_rate": rate, "update_epochs": 3}
-    train(script, args, **flags)
-    ((_, history),) = updates
-    assert len(history) == epochs * flags["num_minibatches"]
-
-
 @pytest.fixture
 def here(toy, tmp_path, monkeypatch):
     """A folder with the toy, in which language models seem to have been started."""

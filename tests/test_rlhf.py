@@ -43,7 +43,7 @@ from helpers import (
 )
 from helpers import words as typed
 from pytest import approx
-from tokenizers.pre_tokenizers import ByteLevel
+from test_copies import edited
 from tokenizers.processors import TemplateProcessing
 from torch import nn
 from torch.testing import assert_close
@@ -65,8 +65,13 @@ def constant(texts, score):
     return [score] * len(texts)
 
 
-infinite_scores, of_no_text = (partial(constant, score=x) for x in (math.inf, None))
-always_half = partial(constant, score=0.5)
+half, infinite, not_a_number, of_no_text = (
+    partial(constant, score=score) for score in (0.5, math.inf, math.nan, None)
+)
+too_few, one_number, keyed = (
+    lambda texts: [0.5], lambda texts: 0.5, lambda texts: dict.fromkeys(range(len(texts)), 0.5)
+)  # fmt: skip
+a_number = 3
 
 
 def of_some_texts(texts):
@@ -285,22 +290,36 @@ def test_padding_changes_nothing_in_any_family(toy, kind, lora_r):
     assert_near(found, gradient(actor, expected.sum() + values.sum() + targets_expected.sum()))
 
 
-@pytest.mark.parametrize("fault", ["cache", "padding"])
+def one_place_on(*texts):
+    inputs = collate(*texts)
+    return inputs._replace(places=inputs.places + 1)
+
+
+@pytest.mark.parametrize("fault", ["cache", "mask", "temperature", "side", "places"])
 def test_a_policy_that_samples_otherwise_is_refused(models, monkeypatch, fault):
-    """GPT-2 that is wrong where it has a cache or padding."""
+    """GPT-2 that is wrong where it has a cache or padding, and mistakes in a copy of the script."""
     forward = transformers.GPT2LMHeadModel.forward
+    pad = rlhf.pad_sequence
 
     def wrong(model, input_ids, attention_mask=None, **inputs):
         output = forward(model, input_ids, attention_mask=attention_mask, **inputs)
         is_padded = attention_mask is not None and not attention_mask.all()
-        if is_padded if fault == "padding" else input_ids.shape[1] == 1:
+        if is_padded if fault == "mask" else fault == "cache" and input_ids.shape[1] == 1:
             output.logits = output.logits.flip(-1)
         return output
 
     monkeypatch.setattr(transformers.GPT2LMHeadModel, "forward", wrong)
-    with refusal("samples otherwise than it is trained"):
-        run(policy_model=str(models["gpt2"]))
-    assert not list(Path("own").glob("*/*.csv"))
+    if fault == "places":
+        monkeypatch.setattr(rlhf, "collate", one_place_on)
+    if fault == "side":
+        monkeypatch.setattr(
+            rlhf, "pad_sequence", lambda *x, **y: pad(*x, **y | {"padding_side": "right"})
+        )
+    setup, args = load(policy_model=str(models["gpt2"]), top_k=3, temperature=2.0)
+    if fault == "temperature":
+        setup.actor_critic.policy.generation_config.temperature = 1.0
+    with refusal("gpt2 samples otherwise than it is trained, by .* nats a token$"):
+        rlhf.check_sampling(setup, args)
 
 
 @pytest.mark.parametrize(("amp", "shift", "is_refused"), [
@@ -309,11 +328,10 @@ def test_a_policy_that_samples_otherwise_is_refused(models, monkeypatch, fault):
 def test_sampling_may_differ_from_training_by_rounding(monkeypatch, amp, shift, is_refused):
     """By 0.01 nats a token in float32, and by 0.3 in bfloat16."""
     monkeypatch.setattr(rlhf, "has_bfloat16", lambda device: True)
-    setup, args = load(amp=amp)
     log_probs = rlhf.token_log_probs
     monkeypatch.setattr(rlhf, "token_log_probs", lambda *texts: log_probs(*texts) + shift)
     with refusal(f"samples otherwise .*, by {shift} nats", is_refused):
-        rlhf.check_sampling(setup, args)
+        run(amp=amp, total_timesteps=8)
 
 
 @pytest.mark.parametrize(("top_k", "temperature"), [(3, 1.0), (0, 3.0)])
@@ -364,25 +382,6 @@ def test_in_bfloat16_the_last_layers_are_in_float32(models):
     assert_close(value, actor.value_head(critic_states)[:, 0])
 
 
-@WITH_AND_WITHOUT_LORA
-def test_only_the_language_part_of_a_multimodal_model_is_trained(toy, lora_r):
-    """All that is trained has a gradient, without which DDP stops."""
-    make_policy("Gemma3Text", "text", toy)
-    text = transformers.AutoConfig.from_pretrained("text").to_dict()
-    vision = {"hidden_size": 16, "intermediate_size": 16, "num_hidden_layers": 2}
-    vision |= {"num_attention_heads": 2, "image_size": 28, "patch_size": 14}
-    parts = {"text_config": text, "vision_config": vision}
-    config = transformers.Gemma3Config(**parts, mm_tokens_per_image=4)
-    AutoModelForCausalLM.from_config(config).save_pretrained("both")
-    actor = actor_critic("both", lora_r)
-    log_prob, value, _ = actor(collate(PROMPTS, RESPONSES, CPU))
-    (log_prob.sum() + value.sum()).backward()
-    learning = {name for name, p in actor.named_parameters() if p.requires_grad}
-    assert learning == {name for name, p in actor.named_parameters() if p.grad is not None}
-    assert len(learning) > 10
-    assert not any("vision" in name for name in learning)
-
-
 def test_with_lora_policy_and_critic_are_adapters_on_one_frozen_model(models):
     """Adapters have float32, the frozen model has not. Each loss trains its own adapter."""
     actor = actor_critic(models["gptj"], 2, torch.bfloat16)
@@ -397,7 +396,7 @@ def test_with_lora_policy_and_critic_are_adapters_on_one_frozen_model(models):
         assert {name.split(".")[0] for name in learning} == expected
 
 
-def test_models_that_do_not_fit_are_refused(toy, models, monkeypatch):
+def test_models_that_do_not_fit_are_refused(models, monkeypatch):
     """Those that lack weights, a tokenizer or positions. Texts of exactly so many tokens fit."""
     shutil.copytree(models["adapter"], "adapter")
     file = "adapter/adapter_model.safetensors"
@@ -406,10 +405,6 @@ def test_models_that_do_not_fit_are_refused(toy, models, monkeypatch):
     safetensors.torch.save_file(renamed, file)
     shutil.copytree(models["gpt2"], "adapted")
     shutil.copy("adapter/adapter_config.json", "adapted")
-    long_rope = {"rope_type": "longrope", "short_factor": [1.0] * 4, "long_factor": [2.0] * 4}
-    lengths = {"max_position_embeddings": 64, "original_max_position_embeddings": 16}
-    make_policy("Phi3", "long", toy, rope_scaling=long_rope, **lengths)
-    long = ["--policy-model", "long", "--prompt-length", 7, "--response-length"]
     shutil.copytree(models["gpt2"], "bare", ignore=shutil.ignore_patterns("token*"))
     write_data("few.jsonl", text=[f"the plot {i} was dull" for i in range(40)])
     few = "--dataset few.jsonl --eval-episodes 4 --total-timesteps 1 --batch-size 4".split()
@@ -419,28 +414,21 @@ def test_models_that_do_not_fit_are_refused(toy, models, monkeypatch):
         (["--policy-model", "adapted"], "adapted has an adapter_config.json: merge it"),
         (["--device", "cuda"], "there is no GPU"),
         (["--prompt-length", "40"], "has 64 positions, not 72"),
-        ([*long, 10], "long has 16 positions, not 17"),
+        (["--policy-model", "./nowhere"], "error: ./nowhere: Repo id must "),  # no such folder
+        (["--reward-model", "./nowhere"], "error: ./nowhere: Repo id must "),
         (["--reward-model", f"{__file__}:constant"], "constant gets texts, "),
+        (["--reward-model", f"{__file__}:nothing"], "test_rlhf.py has no function nothing"),
+        (["--reward-model", f"{__file__}:a_number"], "test_rlhf.py has no function a_number"),
+        (["--chat-template-kwargs", "{a: 1}"], "error: --chat-template-kwargs must be a JSON obj"),
+        (["--dataset", "few.json"], "error: few.json: [Errno 2] No such file"),
+        (["--reward-model", "nowhere.py:a"], "nowhere.py: no such file"),
         (["--policy-model", "bare"], "bare has no tokenizer"),
     ]
     monkeypatch.setattr(torch.cuda, "is_available", lambda: False)
     for words, message in refusals:
         assert message in call_main(monkeypatch, rlhf, *few, *words)
         assert not list(Path("runs").glob("few__*"))
-    assert call_main(monkeypatch, rlhf, *few, *long, 9) == 0
-
-
-def test_a_classifier_is_what_was_saved(models):
-    """With all its weights, while a policy may lose a value head."""
-    for name in ("gpt2", "classifier"):
-        shutil.copytree(models[name], name)
-        file = f"{name}/model.safetensors"
-        weights = safetensors.torch.load_file(file)
-        weights["v_head.summary.weight"] = torch.ones(1, 16)
-        safetensors.torch.save_file(weights, file, {"format": "pt"})
-    load(policy_model="gpt2")
-    with refusal("^error: classifier is no .*; unused weights: .*v_head.summary"):
-        load(reward_model=("classifier",))
+    assert call_main(monkeypatch, rlhf, *few, "--prompt-length", 32) == 0
 
 
 TEXT = "the plot was superb and the cast was dull ."
@@ -451,13 +439,12 @@ END = "<|endoftext|>"
     ("$A", {"prompt": [TEXT], "label": [" it was"]}, [TEXT], [f" it was{END}"]),
     ("$A", {"prompt": [TEXT], "label": [1]}, [TEXT], [""]),  # a class
     ("$A", {"prompt": ["", "\n", END]}, [END, "\n", END], [""] * 3),
-    ("<s> $A", {"prompt": [TEXT, f"<s>{TEXT}"], "label": [TEXT] * 2}, [f"<s>{TEXT}"] * 2,
-     [f"{TEXT}{END}"] * 2),
-    ("<e> $A <e>", {"prompt": [TEXT, f"{TEXT}{END}", ""], "label": [TEXT] * 3},
-     [f"{END}{TEXT}", f"{END}{TEXT}{END}", END], [f"{TEXT}{END}"] * 3),
+    ("<s> $A", {"prompt": [TEXT, f"<s>{TEXT}", ""], "label": [TEXT, TEXT, ""]},
+     [f"<s>{TEXT}", f"<s>{TEXT}", "<s>"], [f"{TEXT}{END}", f"{TEXT}{END}", ""]),
+    ("<e> <s> $A <e>", {"prompt": [TEXT], "label": [TEXT]}, [f"{END}<s>{TEXT}"], [f"{TEXT}{END}"]),
 ])  # fmt: skip
 def test_prompts_and_targets_are_the_tokens_of_texts(toy, template, rows, prompts, targets):
-    """Whatever the tokenizer writes around a text, here with <s> or <e>, the end of text."""
+    """With what the tokenizer writes before a text, but for what it writes after it."""
     tokenizer = AutoTokenizer.from_pretrained(toy / "policy", bos_token="<s>")
     special = {"<s>": tokenizer.bos_token_id, "<e>": tokenizer.eos_token_id}
     tokenizer.backend_tokenizer.post_processor = TemplateProcessing(
@@ -468,17 +455,17 @@ def test_prompts_and_targets_are_the_tokens_of_texts(toy, template, rows, prompt
     new = [tokenize(row, tokenizer, args) for row in rows]
     plain = AutoTokenizer.from_pretrained(toy / "policy", bos_token="<s>")
     texts = zip(plain(prompts)["input_ids"], plain(targets)["input_ids"])
-    assert [(prompt, target) for prompt, target, _ in new] == [*texts]
+    assert new == [*texts]
 
-    start = [special[template[:3]]] if template[0] == "<" else []
+    start = [special[word] for word in template.partition("$A")[0].split()]
     ids = plain(TEXT)["input_ids"]
-    first, second, _ = tokenize({"text": TEXT}, tokenizer, args)
+    first, second = tokenize({"text": TEXT}, tokenizer, args)
     assert first + second == [*start, *ids, tokenizer.eos_token_id]
     assert len(first) == len(start + ids) // 2
     new = tokenize({"text": TEXT}, tokenizer, replace(args, prompt_length=4))
-    assert new == (start + first[len(start) - 4 :], second, len(first))
+    assert new == (start + first[len(start) - 4 :], second)
     new = tokenize({"text": TEXT}, tokenizer, replace(args, response_length=3))
-    assert new == (first, second[:3], len(first))
+    assert new == (first, second[:3])
 
 
 CHATML = (
@@ -502,181 +489,98 @@ BEGUN = {"role": "assistant", "content": "it was"}
 ASKED = "<|user|>the plot<|end|>\n<|assistant|>"
 
 
-@pytest.mark.parametrize(("template", "messages", "text", "end"), [
-    (CHATML, [], ASKED, "<|end|>"),
-    (CHATML, [BEGUN], f"{ASKED}it was", "<|end|>"),
-    ("<s>" + CHATML, [], f"<s>{ASKED}", "<|end|>"),
-    (CHATML.replace("<|end|>", ""), [], ASKED.replace("<|end|>", ""), END),
+@pytest.mark.parametrize(("template", "text", "end"), [
+    (CHATML, ASKED, "<|end|>"),
+    ("<s>" + CHATML, f"<s>{ASKED}", "<|end|>"),
+    (CHATML.replace("<|end|>", ""), ASKED.replace("<|end|>", ""), None),
 ])  # fmt: skip
-def test_chat_is_written_in_the_template(chat_tokenizer, template, messages, text, end):
-    """Targets end, and responses may, as the template says; a turn that was begun is continued."""
-    args = Args(prompt_length=40, response_length=9)
+def test_chat_is_written_in_the_template(chat_tokenizer, template, text, end):
+    """With the tools of its row. A response may end as its turns do. There is no target."""
     chat_tokenizer.chat_template = template
-    row = {"prompt": CHAT + messages, "label": " was dull"}
-    prompt, target, _ = tokenize(row, chat_tokenizer, args)
+    args = Args(prompt_length=40)
+    prompt, target = tokenize({"prompt": CHAT, "label": "was dull"}, chat_tokenizer, args)
     assert chat_tokenizer.decode(prompt) == text
-    assert chat_tokenizer.decode(target) == f" was dull{end}"
-    base = SimpleNamespace(generation_config=SimpleNamespace(eos_token_id=[None, 10**6]))
-    base.get_output_embeddings = lambda: nn.Linear(1, len(chat_tokenizer))
-    ends = rlhf.end_tokens(row, chat_tokenizer, base, args)
-    assert set(chat_tokenizer.convert_ids_to_tokens(ends)) == {END, end}
-    ends = rlhf.end_tokens({"prompt": "a"}, chat_tokenizer, base, args)
-    chat_tokenizer.chat_template = "{% if tools %}<s>{% endif %}" + CHATML
-    tokens, _, _ = tokenize(row | {"tools": [CALL]}, chat_tokenizer, args)
-    assert tokens[0] == chat_tokenizer.bos_token_id
-    assert chat_tokenizer.convert_ids_to_tokens(ends) == [END]
+    assert target == []
+    token = rlhf.turn_end(chat_tokenizer, args)
+    assert (token and chat_tokenizer.convert_ids_to_tokens(token)) == end
+    args = Args(prompt_length=40, chat_template_kwargs='{"enable_thinking": true}')
+    prompt, _ = tokenize({"prompt": CHAT}, chat_tokenizer, args)
+    assert chat_tokenizer.decode(prompt) == f"{text}so"
+    chat_tokenizer.chat_template = "{% if tools %}<s>{% endif %}" + template
+    prompt, _ = tokenize({"prompt": CHAT, "tools": [{"name": "f"}]}, chat_tokenizer, args)
+    assert chat_tokenizer.decode(prompt) == f"<s>{text}so"
 
 
 def read(tokenizer, rows, **flags):
     """Loads rows, as a run does."""
-    Path("a.json").write_text(json.dumps(rows))
-    args = Args(dataset="a.json", **{"prompt_length": 99} | flags)
-    return rlhf.load_rows("a.json", Accelerator(cpu=True), tokenizer, args)
-
-
-CALL = {"type": "function", "function": {"name": "f", "arguments": {"x": 1}}}
+    Path("a.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    args = Args(dataset="a.jsonl", **{"prompt_length": 99} | flags)
+    return rlhf.load_rows("a.jsonl", Accelerator(cpu=True), tokenizer, args)
 
 
 def said(role, content="the plot", **others):
     return {"role": role, "content": content} | others
 
 
-THINKS = (  # as templates of models that think
-    "{% for m in messages %}<|{{ m.role }}|>{% if m.role == 'assistant' and loop.last %}"
-    "<think>\n\n</think>\n\n{% endif %}{{ m.content }}<|end|>\n{% endfor %}"
-    "{% if add_generation_prompt %}<|assistant|>{% if begun %}{{ begun }}{% endif %}{% endif %}"
-)
-
-
-@pytest.mark.parametrize(("begun", "target"), [
-    ("", "<think>\n\n</think>\n\nwas dull<|end|>"),
-    ("<think>\n", "\n</think>\n\nwas dull<|end|>"),  # where the model's thoughts begin
-    ("<think>\n\n</think>\n\n", "was dull<|end|>"),
-    ("<|channel|>", ""),
-])  # fmt: skip
-@pytest.mark.parametrize("ce_coef", [0.0, 0.1])
-def test_a_target_is_what_the_template_writes(chat_tokenizer, begun, target, ce_coef):
-    """Behind the prompt that is sampled from. What it does not write there is no target, and is
-    refused if it should be imitated."""
-    chat_tokenizer.chat_template = THINKS
-    flags = {"chat_template_kwargs": json.dumps({"begun": begun}), "response_length": 99}
-    row = {"prompt": CHAT, "label": "was dull"}
-    args = Args(prompt_length=99, ce_coef=ce_coef, **flags)
-    if ce_coef and not target:
-        with pytest.raises(ValueError, match="writes no label behind the prompt$"):
-            tokenize(row, chat_tokenizer, args)
-        return
-    prompt, tokens, _ = tokenize(row, chat_tokenizer, args)
-    assert chat_tokenizer.decode(prompt) == ASKED + begun
-    assert chat_tokenizer.decode(tokens) == target
-    assert tokens == chat_tokenizer(target)["input_ids"]
-
-
-WITHOUT_THOUGHTS = CHATML.replace(
-    "m.content", "m.content if m.role == 'user' else m.content.split('</think>')[-1]"
-)
-THOUGHTS = "<think>so</think>dull"
-
-
-@pytest.mark.parametrize(("template", "messages", "said_once"), [
-    (CHATML, [*CHAT, said("assistant", "so, dull", reasoning_content="hm")], "reasoning_content"),
-    (CHATML, [*CHAT, said("assistant", "dull", tool_calls=[CALL], name="")], "without tool_calls"),
-    (WITHOUT_THOUGHTS, [said("user", THOUGHTS), said("assistant", THOUGHTS)], "a part of a label"),
-    (CHATML.replace("<|assistant|>", "<|assistant|>a"), [*CHAT, BEGUN], "no target: the chat"),
-    (CHATML, [*CHAT, BEGUN], ""),
-])  # fmt: skip
-def test_what_a_label_loses_is_said(chat_tokenizer, capsys, template, messages, said_once):
-    rlhf.warn.cache_clear()
-    chat_tokenizer.chat_template = template
-    *before, asks, answers = messages
-    conversations = [[*before, asks | {"content": f"{i}"}, answers] for i in range(3)]
-    read(chat_tokenizer, [{"messages": one} for one in conversations])
-    errors = capsys.readouterr().err
-    assert errors.count("warning: ") == bool(said_once)
-    assert said_once in errors
-
-
-def test_a_target_has_no_space_of_the_tokenizer(chat_tokenizer):
-    """Some tokenizers put a space before each text."""
-    chat_tokenizer.backend_tokenizer.pre_tokenizer = ByteLevel(add_prefix_space=True)
-    chat_tokenizer.chat_template = "{% for m in messages %}|{{ m.content }}{% endfor %}|"
-    row = {"prompt": CHAT, "label": "was dull"}
-    args = Args(prompt_length=99, response_length=99)
-    prompt, target, _ = tokenize(row, chat_tokenizer, args)
-    assert chat_tokenizer.decode(prompt + target) == f" |the plot|was dull|{END}"
-
-
 def test_the_end_of_a_turn_is_no_white_space(chat_tokenizer):
     """Which is an added token of some tokenizers."""
     chat_tokenizer.add_tokens(["\n\n"])
     chat_tokenizer.chat_template = "{% for m in messages %}{{ m.content }}\n\n{% endfor %}"
-    assert rlhf.turn_end(chat_tokenizer, {}) == chat_tokenizer.eos_token_id
+    assert rlhf.turn_end(chat_tokenizer, Args()) is None
 
 
-def rendering(message):
-    return f"{{% for m in messages %}}{message}<|end|>{{% endfor %}}"
+def test_messages_are_the_prompt_if_the_last_one_is_not_the_assistants(chat_tokenizer):
+    """Reward functions get the column `messages`, too."""
+    (row,) = read(chat_tokenizer, [{"messages": [*CHAT, BEGUN, *CHAT], "n": 3}])
+    assert row["prompt"] == row["messages"] == [*CHAT, BEGUN, *CHAT]
+    for odd in ({"messages": CHAT, "prompt": "the plot"}, {"messages": "[{}]"}):
+        with refusal("row 1: its 'messages' are no list, or have a 'prompt' beside them$"):
+            read(chat_tokenizer, [odd])
+    with refusal("^error: a.jsonl, row 2: the last message is the assistant's"):
+        read(chat_tokenizer, [{"messages": CHAT}, {"messages": [*CHAT, BEGUN]}])
+    with refusal("a.jsonl, row 1: .*chat_template is not set"):
+        chat_tokenizer.chat_template = None
+        read(chat_tokenizer, [{"prompt": CHAT}])
 
 
-@pytest.mark.parametrize(("template", "chat", "message"), [
-    (rendering("{{ m.content if m.role != 'tool' }}"), [*CHAT, said("tool")], "drops what 'tool'"),
-    (CHATML, [said("user", [{"type": "text", "text": "a"}])], "content of a message is no text"),
-    (CHATML, [said("user", None)], "content of a message is no text"),
-    (rendering("{{ m.content | trim }}"), [said("user", " the plot\n")], ""),
-    (rendering("{{ m.content or m.tool_calls }}"), [said("a", None, tool_calls=[CALL]), *CHAT], ""),
+@pytest.mark.parametrize(("content", "chat", "is_refused"), [
+    ("m.content if m.role != 'system'", [said("system", "so"), *CHAT], True),
+    ("m.content", [said("user", None)], True),
+    ("m.content | trim", [said("user", " the plot\n")], False),
+    ("m.content or m.tool_calls", [said("a", None, tool_calls=[{"name": "f"}]), *CHAT], False),
 ])  # fmt: skip
-def test_messages_that_do_not_reach_the_policy_are_refused(chat_tokenizer, template, chat, message):
-    """But a template may change a text."""
-    chat_tokenizer.chat_template = template
-    with refusal(f"^error: row 1 of .*a.json: .*{message}", bool(message)):
-        read(chat_tokenizer, {"prompt": chat})
+def test_messages_that_do_not_reach_the_policy_are_refused(
+    chat_tokenizer, content, chat, is_refused
+):
+    """But a template may change white space."""
+    chat_tokenizer.chat_template = f"{{% for m in messages %}}{{{{ {content} }}}}{{% endfor %}}"
+    with refusal("a.jsonl, row 1: (the chat template drops what 'system' says|'NoneT)", is_refused):
+        read(chat_tokenizer, [{"prompt": chat}])
 
 
-@pytest.mark.parametrize(("row", "prompt", "label"), [
-    ({"messages": [*CHAT, BEGUN]}, CHAT, "it was"),
-    ({"messages": [*CHAT, BEGUN, *CHAT]}, [*CHAT, BEGUN, *CHAT], None),
-    ({"messages": [*CHAT, BEGUN], "label": 3}, CHAT, 3),
-    ({"messages": [*CHAT, BEGUN], "label": None}, CHAT, "it was"),  # as in Parquet
-    ({"messages": [*CHAT, BEGUN], "prompt": CHAT}, CHAT, None),
-    ({"messages": [BEGUN]}, "", None),
-    ({"messages": "the plot"}, "", None),
-])  # fmt: skip
-def test_the_last_message_is_the_label_if_it_is_the_assistants(chat_tokenizer, row, prompt, label):
-    with refusal("row 1 of .* needs a 'prompt'.*, 'messages' or a 'text'", prompt == ""):
-        (found,) = read(chat_tokenizer, row)
-        assert found["prompt"] == prompt
-        assert found.get("label") == label
-        assert found["messages"] == row["messages"]  # a reward function gets these, too
-
-
-@pytest.mark.parametrize("name", ["prompt", "text"])
-def test_a_text_beside_messages_is_refused(chat_tokenizer, name):
-    with refusal(f"it has 'messages' and a text as its '{name}': remove one"):
-        read(chat_tokenizer, {"messages": CHAT, name: "the plot"})
-
-
-def test_messages_are_not_cut_and_variables_are_the_templates(chat_tokenizer):
+def test_messages_are_not_cut_and_have_no_targets(chat_tokenizer):
     longest = len(chat_tokenizer(ASKED)["input_ids"])
-    row = {"prompt": CHAT}
-    read(chat_tokenizer, row, prompt_length=longest)
-    with refusal(f"to keep messages whole, --prompt-length {longest}$"):
-        read(chat_tokenizer, row, prompt_length=longest - 1)
-    with refusal("no chat template has 'thinking'$"):
-        read(chat_tokenizer, row, chat_template_kwargs='{"thinking": 1}')
+    rows = [{"prompt": CHAT, "label": "was dull"}]
+    read(chat_tokenizer, rows, prompt_length=longest)
+    with refusal(f"messages are not cut: they need --prompt-length {longest}$"):
+        read(chat_tokenizer, rows, prompt_length=longest - 1)
+    with refusal("--ce-coef needs .*; messages have none"):
+        read(chat_tokenizer, rows, ce_coef=0.1)
+    with refusal("no chat template has .'enable_thinking'"):
+        load(chat_template_kwargs='{"enable_thinking": false}')
 
 
-def test_a_completion_includes_the_assistants_text_in_the_prompt(chat_tokenizer):
-    """So that classifiers read one turn of it."""
-    rows = [{"prompt": [*CHAT, BEGUN]}, {"prompt": CHAT}]
-    prompts = [tokenize(row, chat_tokenizer, Args())[0] for row in rows]
+def test_reward_models_get_messages_where_prompts_are(chat_tokenizer):
+    rows = [{"prompt": [said("system", "so"), *CHAT]}, {"prompt": CHAT}]
+    prompts = [tokenize(row, chat_tokenizer, Args(prompt_length=40))[0] for row in rows]
     ids = [chat_tokenizer(" dull")["input_ids"]] * 2
     seen = []
     setup = SimpleNamespace(tokenizer=chat_tokenizer, columns=["prompt"])
     setup.reward_models = [lambda **inputs: seen.append(inputs) or [0.0, 0.0]]
     rlhf.score(setup, make_args(), rows, prompts, ids)
-    assert seen[0]["prompts"] == [CHAT, CHAT]
+    assert seen[0]["prompts"] == [row["prompt"] for row in rows]
     assert seen[0]["completion_ids"] == ids
-    texts = ["it was dull", " dull"]
-    assert seen[0]["completions"] == [[said("assistant", text)] for text in texts]
+    assert seen[0]["completions"] == [[said("assistant", " dull")]] * 2
 
 
 # Reward models
@@ -685,7 +589,8 @@ CLASSIFIERS = {  # kind: (folder of the base, changes of its configuration)
     "two labels": ("runs/toy/reward", {}),
     "left padding": ("classifier", {}),
     "no padding token": ("llama", {"num_labels": 1}),
-    "adapter of three labels": ("gptj", {"num_labels": 3}),
+    "three labels": ("classifier", {"num_labels": 3, "ignore_mismatched_sizes": True}),
+    "adapter": ("gptj", {"num_labels": 1}),
 }
 
 
@@ -699,7 +604,7 @@ def make_classifier(kind, toy, models):
     torch.manual_seed(0)
     model = AutoModelForSequenceClassification.from_pretrained(base, **changes)
     tokenizer = AutoTokenizer.from_pretrained(base)
-    if kind == "adapter of three labels":
+    if kind == "adapter":
         config = peft.LoraConfig(r=2, task_type="SEQ_CLS", init_lora_weights=False)
         model = peft.get_peft_model(model, config)
         special = [("<e>", tokenizer.eos_token_id)]
@@ -756,10 +661,6 @@ def test_a_classifier_reads_messages_in_its_own_template():
     tokenizer.chat_template = "[CLS]{% for m in messages %} {{ m.content }}{% endfor %}[SEP]"
     tokenizer.save_pretrained("classifier")
     assert classifier_scores(**inputs) == classifier_scores(["the plot was dull"])
-    tokenizer.chat_template = rendering("{{ m.content if m.role != 'user' }}")
-    tokenizer.save_pretrained("classifier")
-    with refusal("classifier: the chat template drops what 'user' says$"):
-        classifier_scores(**inputs)
 
 
 def test_a_reward_function_gets_all_texts_of_a_rollout_at_once():
@@ -782,7 +683,7 @@ def test_a_reward_function_gets_all_texts_of_a_rollout_at_once():
         "text": [x.row["text"] for x in samples],
     }
     for x in samples:
-        assert (x.prompt, x.target) == tokenize(x.row, setup.tokenizer, args)[:2]
+        assert (x.prompt, x.target) == tokenize(x.row, setup.tokenizer, args)
     assert [x.scores for x in samples] == rank(inputs["texts"])
     assert len(samples) > 8
     assert rlhf.sample_responses(setup, args, []) == []  # a process without texts of its own
@@ -795,33 +696,30 @@ from trl.rewards import get_repetition_penalty_reward
 trls = get_repetition_penalty_reward(2)
 
 def own(texts): return [own_neighbour.length(text) for text in texts]
-def too_few(texts): return [0.5]
-def keyed(texts): return dict(enumerate(texts))
 def with_default(texts, answer=None, other=5): return [float(answer[0] == 3 and other == 5)] * 2
 def whatever(**kwargs): return [float(kwargs["answer"][0] == 3 and "texts" in kwargs)] * 2
 """
 
 
 def test_a_reward_file_may_import_files_beside_it():
-    """It gets the arguments that it names, may be TRL's, and gives one score for each text."""
-    Path("own_neighbour.py").write_text("length = len")
-    file = "own_rewards.py"
-    Path(file).write_text(OWN_REWARDS)
+    """It gets the arguments that it names, may be TRL's, and may be a link."""
+    Path("stored").write_text(OWN_REWARDS)
+    Path("links").mkdir()
+    Path("links/own_neighbour.py").write_text("length = len")
+    Path("links/own_rewards.py").symlink_to("../stored")
+    file = "links/own_rewards.py"
     inputs = {"texts": ["ab", "abc"], "completions": ["b", "bc"], "answer": [3, 3]}
     assert function_reward(f"{file}:own", **inputs) == [2, 3]
     for name in ("with_default", "whatever"):
         assert function_reward(f"{file}:{name}", **inputs) == [1, 1]
     repeating = {"completions": ["", ""], "completion_ids": [[1, 2, 3, 4], [5] * 5]}
     assert function_reward(f"{file}:trls", **inputs | repeating) == [0, -0.75]
-    for name in ("too_few", "keyed"):
-        with refusal(f"{name} must return a score for each of 2 texts: "):
-            function_reward(f"{file}:{name}", **inputs)
 
 
 def test_relative_paths_begin_where_the_script_was_started(tmp_path):
     start = Path.cwd()
     Path("leaving.py").write_text("import os\nos.chdir('/')\ndef own(texts): pass")
-    rlhf.prepare(make_args(reward_model=(f"{tmp_path}/leaving.py:own",)))
+    rlhf.import_functions(make_args(reward_model=(f"{tmp_path}/leaving.py:own",)))
     assert Path.cwd() == start
 
 
@@ -852,20 +750,25 @@ def test_the_reward_is_the_weighted_sum_or_else_the_mean(monkeypatch, weights):
 
 @pytest.mark.parametrize(("names", "message"), [
     (["of_some_texts"], "no reward model scores one of the texts; one must give a number$"),
-    (["text_lengths", "infinite_scores"], "a score of .*:infinite_scores is not finite$"),
+    *((["text_lengths", name], f":{name} must return a number or None for each of 4 texts: ")
+      for name in ("infinite", "not_a_number", "too_few", "one_number", "keyed")),
 ])  # fmt: skip
 def test_scores_that_are_no_numbers_are_refused(names, message):
     with pytest.raises(SystemExit, match=message):
         run(reward_model=tuple(f"{__file__}:{name}" for name in names))
 
 
-def test_a_run_says_that_equal_rewards_teach_nothing(capsys):
+def test_what_a_rollout_cannot_teach_is_said(capsys):
     """Once, at the first such rollout."""
-    rlhf.warn.cache_clear()
-    run(total_timesteps=8)
-    assert "all rewards" not in capsys.readouterr().err
-    run(reward_model=(f"{__file__}:always_half",))
-    assert capsys.readouterr().err.count("warning: all rewards of a rollout are 0.5, so") == 1
+    messages = ["all rewards of a rollout are 0.5: the update", "no text of a rollout ends before"]
+    for reward, length, counts in (("text_lengths", 50, [0, 0]), ("half", 1, [1, 1])):
+        rlhf.warn.cache_clear()
+        flags = {"reward_model": (f"{__file__}:{reward}",), "response_length": length}
+        run(**flags)
+        errors = capsys.readouterr().err
+        assert [errors.count(f"warning: {message}") for message in messages] == counts
+    run(**flags, stop_at_eos=False)
+    assert messages[1] not in capsys.readouterr().err
 
 
 # Losses and advantages
@@ -908,13 +811,13 @@ def test_a_rollout_logs_kl_entropy_length_deviation_and_explained_variance(monke
 ODD = [
     {"prompt": "the, plot", "n": 3, "long": 2**53 + 1, "code": "007", "date": "2037-05-06"},
     {"prompt": "the\nplot", "none": None, "label": "", "nested": [[1, 2.5]]},
-    {"prompt": "a" * 2**18, "info": {"é": 1}, "long": -1, "date": "2037"},
+    {"prompt": "a" * 2**16, "info": {"é": 1}, "long": -1, "date": "2037"},
 ]
 
 
 @pytest.mark.parametrize("name", ["a.jsonl", "a.json.gz", "a.csv"])
 def test_a_reward_function_gets_the_values_of_the_file(name):
-    """With their types, also from Windows."""
+    """With their types, also from Windows. In CSV all are texts."""
     path = Path(name)
     expected = ODD
     lines = [json.dumps(row) for row in ODD]
@@ -929,87 +832,56 @@ def test_a_reward_function_gets_the_values_of_the_file(name):
             table.writeheader()
             table.writerows(ODD)
         expected = [{name: str(row.get(name) or "") for name in columns} for row in ODD]
-    rows = rlhf.read_rows(name)
-    assert json.dumps(rows) == json.dumps(expected)
+    assert json.dumps(rlhf.read_rows(name)) == json.dumps(expected)
 
 
-@pytest.mark.parametrize("is_file", [True, False])
-def test_tools_and_messages_of_tables_lack_the_other_rows_keys(is_file):
-    """Other columns have all."""
-    tools = [[{"name": "f", "x": {"a": [1]}}], [{"name": "g", "y": 2}]]
-    chats = [[said("user", "a", thinking="b")], CHAT]
-    columns = {"prompt": chats, "tools": tools, "info": [{"a": 1}, {"b": None}]}
-    if is_file:
-        write_data("a.parquet", **columns)
-    else:
-        datasets.Dataset.from_dict(columns).save_to_disk("a.parquet")
-    rows = rlhf.read_rows("a.parquet")
-    assert [row["prompt"] for row in rows] == chats
-    assert [row["tools"] for row in rows] == tools
-    assert [row["info"] for row in rows] == [{"a": 1, "b": None}, {"a": None, "b": None}]
-
-
-LINE = b'{"prompt": "a"}\n'
-
-
-@pytest.mark.parametrize(("name", "content"), [
-    ("a.jsonl", LINE + b'{"prompt": 3}'),
-    ("a.jsonl", LINE + b'{"prompt": [{"role": "user", "content": "a"}]}'),
-    ("a.json", b'{"prompt": ["a", "b"]}'),
-    ("a.csv", b"text\n[{'role': 'user'}]\n"),
-    ("a.csv", b"prompt,label\na,b\nc,d,e\n"),
-    ("a.csv", b"prompt,label\na,b\nc\n"),
-    ("a.csv", b"prompt,label,prompt\na,b,c\n"),
-    ("a.csv", b'prompt,label\na,"b\nc,d\n'),
-    ("a.txt", b"a\nb\n"),
+@pytest.mark.parametrize(("name", "content", "message"), [
+    ("a.jsonl", '{"prompt": "a"}\n{"prompt": 3}', " row 2: it has no 'prompt'"),
+    ("a.jsonl", '{"prompt": "a"}\n{"question": "b"}', " row 2: it has no 'prompt'"),
+    ("a.jsonl", '{"prompt": "a"}\n{"prompt": "b"', " .* line 2 "),
+    ("a.csv", "prompt,label\na,b\nc,d,e\n", " a row has too few or too many values, or"),
+    ("a.csv", "prompt,label\na,b\nc\n", " a row has too few or too many values, or"),
+    ("a.csv", "prompt,n,prompt\na,b,c\n", " a row has .* or a name is there twice"),
+    ("a.csv", 'prompt,label\na,"b\nc,d\n', " unexpected end of data"),
+    ("a.txt", "the plot", " its name must end with .jsonl, .json or .csv "),
 ])  # fmt: skip
-def test_data_that_cannot_be_used_are_refused(name, content):
-    """Files that are not what their names say. Rows without a prompt, with two kinds of prompts or
-    with messages as text."""
-    Path(name).write_bytes(content)
-    with refusal(f"^error: .*{name}"):
+def test_data_that_cannot_be_used_are_refused(name, content, message):
+    """With the row, where it is one's."""
+    Path(name).write_text(content)
+    with refusal(f"^error: {name}(:|,){message}"):
         load(dataset=name)
 
 
-def test_what_data_lack_and_lose_is_said(capsys):
-    rows = [{"prompt": "a", "label": "the plot was dull"}, {"prompt": "the plot", "n": 1}]
-    Path("a.jsonl").write_text("\n".join(map(json.dumps, rows * 8)))
-    load(dataset="a.jsonl", eval_dataset=None, eval_episodes=4, response_length=3)
-    output = capsys.readouterr()
-    assert "16 prompts, 2 distinct, 0 cut; 8 targets, 8 cut\n" in output.out
-    assert "warning: 8 rows lack 'n', which is None there\n" in output.err
-    with refusal("b.jsonl: no such file"):
-        load(dataset="b.jsonl")
+def test_prompts_that_are_cut_are_counted(chat_tokenizer, capsys):
+    read(chat_tokenizer, [{"prompt": "the plot"}] * 3 + [{"prompt": TEXT}], prompt_length=9)
+    assert "a.jsonl: 4 prompts, of which --prompt-length cuts 1\n" in capsys.readouterr().out
     with refusal("^error: no runs/toy/none: run toy.py, if it is a flag's default$"):
         run(policy_model="runs/toy/none")
 
 
 def test_a_supervised_loss_needs_targets_in_the_training_data():
     write_data("a.jsonl", prompt=["a"] * 8)
-    with refusal("^error: --ce-coef needs a column 'label' of texts in the training data"):
+    with refusal("^error: --ce-coef needs a 'label' of texts, or a 'text'"):
         load(dataset="a.jsonl", ce_coef=1.0)
 
 
 def test_a_split_of_the_data_is_named(monkeypatch):
-    """Of a folder, such as a clone from the hub, of one that `datasets` saved, or on the hub. Types
-    in a folder of other files would be guessed, and some files left out."""
-    rows = {"prompt": ["the, plot", "the\nplot"], "label": ["2037-05-06", "0027"]}
-    data = datasets.Dataset.from_dict(rows)
-    other = datasets.Dataset.from_dict({name: ["other"] for name in rows})
-    data.to_parquet("clone/data/test-00000-of-00001.parquet")
-    other.to_parquet("clone/data/train-00000-of-00001.parquet")
-    datasets.DatasetDict(train=other, test=data).save_to_disk("both")
-    for folder in ("clone", "both"):
-        assert rlhf.load_dataset(f"{folder}:test")[:] == rows
-        assert rlhf.load_dataset(folder)[:] == other[:]
-    Path("loose").mkdir()
-    Path("loose/train.csv").write_text("prompt\n007\n")
-    with refusal("loose is no folder of Parquet files: give a file$"):
-        rlhf.load_dataset("loose")
+    """Of a folder, of which otherwise all files are read, or on the hub."""
+    rows = [{"prompt": "the, plot", "n": "2037-05-06"}, {"prompt": "the\nplot", "n": "0027"}]
+    data = datasets.Dataset.from_list(rows)
+    folder = Path("clone[1]/data")
+    folder.mkdir(parents=True)
+    for name in ("test-00000-of-00001", "other"):
+        data.to_parquet(name)
+        Path(name).rename(folder / f"{name}.parquet")
+    assert rlhf.read_rows("clone[1]:test") == rows
+    assert rlhf.read_rows("clone[1]/data") == rows * 2
+    with refusal("has no rows, or is a folder without such .parquet files$"):
+        load(eval_dataset="clone[1]:train")
     asked = []
     monkeypatch.setattr(datasets, "load_dataset", lambda *a, **b: asked.append((a, b)) or data)
     for name in ("me/sums", "gsm8k:main:test"):
-        rlhf.load_dataset(name)
+        assert rlhf.read_rows(name) == rows
     assert asked == [(("me/sums",), {"split": "train"}), (("gsm8k", "main"), {"split": "test"})]
 
 
@@ -1030,8 +902,8 @@ def test_without_held_out_data_a_tenth_is_held_out():
         split_rows(rows, [], replace(args, batch_size=184))
 
 
-def test_the_saved_policy_is_configured_as_before(models):
-    """But it samples as in training. Neither the generation configuration that came with it nor the
+def test_the_saved_policy_samples_as_in_training(models):
+    """Neither the generation configuration that came with it nor the
     tokenizer's sides change a run."""
     shutil.copytree(models["gpt2"], "policy")
     Path("policy/generation_config.json").write_text('{"do_sample": false, "temperature": 0.7}')
@@ -1045,8 +917,6 @@ def test_the_saved_policy_is_configured_as_before(models):
     assert helpers.sha256(trained / "progress.csv") == helpers.sha256(usual / "progress.csv")
     saved = AutoTokenizer.from_pretrained(trained / "policy")
     assert {name: getattr(saved, name) for name in sides} == sides
-    config = json.loads((trained / "policy/config.json").read_text())
-    assert config["attn_pdrop"] == config["resid_pdrop"] == 0.5
     sampling = transformers.GenerationConfig.from_pretrained(trained / "policy")
     assert set(sampling.eos_token_id) == {tokenizer.eos_token_id}
     assert sampling.do_sample
@@ -1078,7 +948,7 @@ def test_the_saved_policy_writes_what_the_run_wrote(chat_tokenizer, toy, lora_r)
     for sample in samples:
         (written,) = pipe(sample["prompt"], do_sample=False, return_full_text=False)
         assert written["generated_text"] == sample["response"]
-    with refusal("of training and held-out data only one has messages"):
+    with refusal("only some of the prompts are messages"):
         load(**flags | {"eval_dataset": "runs/toy/test.jsonl"})
 
 
@@ -1314,13 +1184,11 @@ def test_micro_batches_add_up_to_the_minibatch(models, monkeypatch, lora_r):
     "GPTJ": "attn.q_proj attn.v_proj",  # peft's default
     "Phi3": "mlp.down_proj mlp.gate_up_proj self_attn.o_proj self_attn.qkv_proj",  # it has none
 }.items())  # fmt: skip
-def test_the_adapter_of_any_family_is_merged_into_its_model(toy, capsys, kind, layers):
-    """What was trained, in policy and critic, is what is said and saved."""
+def test_the_adapter_of_any_family_is_merged_into_its_model(toy, kind, layers):
+    """What was trained, in policy and critic, is what is saved."""
     make_policy(kind, kind, toy)
     flags = {"policy_model": kind, "lora_r": 2, "learning_rate": 0.1}
     folder = run(**flags, total_timesteps=8)
-    names = ", ".join(layer.partition(".")[2] for layer in layers.split())
-    assert f" parameters; adapters on {names}\n" in capsys.readouterr().out
     state = checkpoint(folder)["agent"]
     assert all("lora_" in name or "value_head" in name for name in state)
     assert all(weight.any() for weight in state.values())
@@ -1345,18 +1213,44 @@ def test_a_run_starts_from_weights_of_its_own_shapes(models):
         run(**flags | {"lora_r": 2, "start_from": str(folder)})
 
 
+def stopping_at_a_kl_divergence(limit, folder):
+    """A copy of the script with the page's edit."""
+    page = (Path(rlhf.__file__).parent / "docs/copy-and-modify.md").read_text()
+    line, below = re.search(r"`(if metrics.+?)` becomes .* above `(.+?)`", page).groups()
+    line = line.replace("0.02", f"{limit:.9f}")
+    return edited(rlhf, folder, (f"    {below}\n", f"        {line}\n    {below}\n"))
+
+
+@pytest.mark.parametrize("share", [0.9, 1.1])
+def test_an_update_stops_at_the_kl_divergence_of_a_minibatch(monkeypatch, tmp_path, share):
+    """Of its micro batches together, after an epoch."""
+    updates = record(monkeypatch, rlhf, "update")
+    flags = {"total_timesteps": 8, "micro_batch_size": 1, "update_epochs": 3, "learning_rate": 3e-3}
+    run(**flags)
+    limit = share * updates[0][1][1]["losses/approx_kl"].item()
+    script = stopping_at_a_kl_divergence(limit, tmp_path / "copy")
+    updates = record(monkeypatch, script, "update")
+    train(script, make_args(**SMALL | flags))
+    assert (len(updates[0][1]) == 2) == (share < 1)
+
+
 @pytest.mark.slow
-@pytest.mark.parametrize("task", ["toy", "tldr"])
-def test_two_processes_train_the_same_weights_as_one(summaries, task):
+@pytest.mark.parametrize("task", ["toy", "tldr", "stopping"])
+def test_two_processes_train_the_same_weights_as_one(summaries, task, tmp_path):
     """With one text for each process to sample, and minibatches that are whole batches: else the
-    processes would sample and divide them otherwise than one does."""
+    processes would sample and divide them otherwise than one does. So does the page's edit that
+    stops an update at a KL divergence."""
     flags = {"ce_coef": 0.1, "adam_eps": 1e-4, "micro_batch_size": 1, "top_k": 1}
     flags |= {"num_minibatches": 1, "eval_greedy": True}
+    script = rlhf
     if task == "tldr":
         flags |= summaries
-    one = run(**flags)
+    if task == "stopping":
+        script = stopping_at_a_kl_divergence(1e-4, tmp_path / "copy")
+        flags |= {"update_epochs": 9, "learning_rate": 1e-4}
+    one = train(script, make_args(**SMALL | flags, runs_dir="own"))
     launch = "-m torch.distributed.run --standalone --nproc-per-node 2"
-    command = [sys.executable, *launch.split(), rlhf.__file__, "--runs-dir", "two"]
+    command = [sys.executable, *launch.split(), script.__file__, "--runs-dir", "two"]
     command += typed(SMALL | flags)
     only = os.environ | {"OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
     done = subprocess.run(command, capture_output=True, text=True, timeout=300, env=only)
@@ -1397,12 +1291,12 @@ def test_defaults_depend_on_the_task_and_on_other_flags(capsys):
     assert ppo.alpha == 1.0
     assert ppo.noise_level == 0.1
     assert ppo.exp_name == "ppo"
-    with refusal("--reward-model is there twice"):
-        rlhf.parse_args(["--reward-model", "a.py:a", "--reward_model=b.py:b"])
     own = make_args(dataset="a/mine.parquet")
     assert own.eval_dataset is None
     assert own.task == "mine"
     assert make_args("imdb").eval_dataset == "stanfordnlp/imdb:test"
+    with refusal("--reward-model is there twice"):
+        rlhf.parse_args(["--reward-model", "a.py:a", "--reward_model=b.py:b"])
     with pytest.raises(SystemExit, match="^0$"):
         rlhf.parse_args(["--task", "tldr", "--help"])
     assert "jdchang/tldr_rm_adapter" in capsys.readouterr().out
