@@ -687,6 +687,31 @@ def test_grpo(example, here, monkeypatch, play):
     assert sha256(symmetric / policy) == sha256(folder / policy)
 
 
+@fitting("Targets of chat messages")
+def test_targets_of_chat_messages(example, here, monkeypatch):
+    script, args = example
+    shutil.copytree("runs/toy/policy", "own")
+    turns = "{% for m in messages %}{{ m.content }}<|endoftext|>\n{% endfor %}"
+    Path("own/chat_template.jinja").write_text(turns)
+    chat = [{"role": "user", "content": "the plot"}]
+    rows = [{"prompt": chat, "label": "was dull", "number": i} for i in range(40)]
+    Path("answers.jsonl").write_text("\n".join(map(json.dumps, rows)))
+    flags = SHORT_LM | {"policy_model": "own", "reward_model": (f"{__file__}:some_rewards",)}
+    flags |= {"prompt_length": 16, "response_length": 16, "eval_dataset": "answers.jsonl"}
+    updates = record(monkeypatch, script, "update")
+    folder = train(script, args, **flags)
+    target = script.load_tokenizer("own").encode("was dull<|endoftext|>")
+    assert {tuple(sample.target) for (_, _, samples, _), _ in updates for sample in samples} == {
+        tuple(target)
+    }
+    assert progress(folder)[-1]["losses/sft_loss"] > 0
+    Path("own/chat_template.jinja").write_text(
+        "{{ messages[0].content }}{% if add_generation_prompt %}|{% endif %}"
+    )
+    with pytest.raises(SystemExit, match="does not write the label behind the prompt$"):
+        train(script, args, **flags | {"seed": 2})
+
+
 @fitting("A new metric")
 def test_a_new_metric(example, play):
     script, args = example

@@ -322,18 +322,6 @@ def test_a_policy_that_samples_otherwise_is_refused(models, monkeypatch, fault):
         rlhf.check_sampling(setup, args)
 
 
-@pytest.mark.parametrize(("amp", "shift", "is_refused"), [
-    ("off", 0.02, True), ("off", 0.005, False), ("auto", 0.4, True), ("auto", 0.2, False)
-])  # fmt: skip
-def test_sampling_may_differ_from_training_by_rounding(monkeypatch, amp, shift, is_refused):
-    """By 0.01 nats a token in float32, and by 0.3 in bfloat16."""
-    monkeypatch.setattr(rlhf, "has_bfloat16", lambda device: True)
-    log_probs = rlhf.token_log_probs
-    monkeypatch.setattr(rlhf, "token_log_probs", lambda *texts: log_probs(*texts) + shift)
-    with refusal(f"samples otherwise .*, by {shift} nats", is_refused):
-        run(amp=amp, total_timesteps=8)
-
-
 @pytest.mark.parametrize(("top_k", "temperature"), [(3, 1.0), (0, 3.0)])
 def test_each_token_is_sampled_as_often_as_is_probable(models, top_k, temperature):
     """Among the likeliest k, if asked for."""
@@ -1027,13 +1015,9 @@ def test_the_optimizer_gets_its_settings():
     settings_ = {"learning_rate": 0.1, "weight_decay": 0.2, "adam_eps": 0.3}
     setup, _ = load(lora_r=2, lora_alpha=6, **settings_)
     adapter = setup.actor_critic.policy.peft_config["default"]
-    assert adapter.r == 2
-    assert adapter.lora_alpha == 6
-    assert isinstance(setup.optimizer, torch.optim.AdamW)
+    assert (adapter.r, adapter.lora_alpha) == (2, 6)
     (group,) = setup.optimizer.param_groups
-    assert group["lr"] == 0.1
-    assert group["weight_decay"] == 0.2
-    assert group["eps"] == 0.3
+    assert [group[name] for name in ("lr", "weight_decay", "eps")] == [0.1, 0.2, 0.3]
 
 
 def test_seeds_and_evaluations_have_random_numbers_of_their_own(monkeypatch):
