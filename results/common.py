@@ -1,4 +1,4 @@
-"""What the analyses in these folders share: scores of packs, estimates, and their texts.
+"""What the analyses in these folders share: scores of packs, estimates, tables, figures.
 
 Reading, statistics and number format are the report's, in analysis/; what a page registered is in
 its own analysis.
@@ -8,16 +8,11 @@ from functools import cache
 from itertools import combinations, product
 from pathlib import Path
 
+import matplotlib.pyplot as plt
 import numpy as np
 from scipy import stats
 
-from analysis.compare import (
-    cells_of,
-    contrast,
-    difference,
-    mean_and_variance,
-    scores_of,
-)
+from analysis.compare import cells_of, contrast, difference, scores_of
 from analysis.measures import FIVE, LAST, TRAINING, measures_in
 from analysis.runs import CELL, in_cells, read_pack
 from analysis.runs import read as read_runs
@@ -28,6 +23,16 @@ HOPPER, PENDULUM, LANDER = "Hopper-v4", "InvertedDoublePendulum-v4", "LunarLande
 FLOORS = {LANDER: -200, "HalfCheetah-v4": -300}  # else 0
 NOISES = {"clean": "clean", "normal 0.05": "noisy"}
 MEASURES = {FIVE: "last five evaluations", LAST: "last evaluation", TRAINING: "training"}
+TITLES = {  # of methods; else their names in capitals
+    "ppo-authors": "PPO, not normalised",
+    "ppo-corrected": "PPO, unbiased rewards",
+    "ppo-coef": "PPO, weights / k",
+    "sppo-p": "our variant",
+    "a2c-half": "A2C with alpha 0.5",
+    "ppo-eps": "PPO, epsilon 1e-8",
+    "ppo-ce-eps": "PPO, ce-coef / k, epsilon 1e-8",
+    "sppo-eps": "SPPO, epsilon 1e-8",
+}
 
 
 # ---- Scores
@@ -41,24 +46,23 @@ def read(pack, *chosen):
     return scores_of(in_cells(runs).query("finished"), progress, measures_in(progress, *chosen))
 
 
-def packed(name):
+def packed(pack):
     """Runs and evaluations of a pack."""
-    return read_pack(RESULTS / f"{name}-runs.csv.gz")
+    return read_pack(RESULTS / f"{pack}-runs.csv.gz")
 
 
-def by_cell(scores, measure):
-    """{(task, noise, method): scores (seeds,)}"""
-    cells = cells_of(scores, measure)
-    return {(*place, method): x for place, cell in cells.items() for method, x in cell.items()}
+def cells(pack, measure=LAST):
+    """{(task, noise): {method: scores (seeds,)}}"""
+    return cells_of(read(pack), measure)
 
 
-def above_floors(scores, measure, tasks, noises, methods):
+def above_floors(pack, measure, tasks, noises, methods):
     """Scores above the task's floor (tasks, noises, methods, seeds), the same seeds everywhere."""
-    chosen = scores.query("measure == @measure").set_index("seed")
+    chosen = read(pack).query("measure == @measure").set_index("seed")
     groups = chosen.groupby(CELL)["score"]
-    cells = [groups.get_group(cell) for cell in product(tasks, noises, methods)]
-    assert all(cell.index.equals(cells[0].index) for cell in cells), "other seeds"
-    array = np.reshape(cells, (len(tasks), len(noises), len(methods), -1))
+    found = [groups.get_group(cell) for cell in product(tasks, noises, methods)]
+    assert all(cell.index.equals(found[0].index) for cell in found), "other seeds"
+    array = np.reshape(found, (len(tasks), len(noises), len(methods), -1))
     floors = np.array([FLOORS.get(task, 0) for task in tasks])
     return array - floors[:, None, None, None]
 
@@ -75,15 +79,6 @@ def mean(sample):
     return contrast([sample], [1])
 
 
-def log_mean_and_variance(scores):
-    """The logarithm of the mean, above 0, of `scores` (..., runs), and its variance: (...,) each.
-    The logarithm of a sample's mean is too low on average. The added term is the bias, exact if the
-    mean is lognormal. Variances are too small where means are too large, hence `1 +`."""
-    average, variance = mean_and_variance(scores)
-    relative = variance / average**2
-    return np.log(average) + np.log1p(relative) / 2, relative * (1 + relative)
-
-
 def holm(p):
     """p-values (tests,), corrected by Holm's method."""
     order = np.argsort(p)
@@ -93,25 +88,26 @@ def holm(p):
     return corrected
 
 
+def corrected_p(rows):
+    """p of `rows`, {title: {name: estimate}}, by Benjamini and Hochberg: {(title, name): p}."""
+    p = {(title, name): found.p for title, row in rows.items() for name, found in row.items()}
+    return dict(zip(p, stats.false_discovery_control(np.nan_to_num(list(p.values()), nan=1))))
+
+
 @cache
 def corrected_suite(pack):
-    """p of the differences between all methods of a pack, in all measures, by Benjamini and
-    Hochberg: {(measure, task, noise, methods): p}."""
-    p = {}
+    """The same of the differences between all methods of a pack, in all measures:
+    {((measure, task, noise), methods): p}."""
+    rows = {}
     for measure in MEASURES:
-        for place, cell in cells_of(read(pack), measure).items():
-            for a, b in combinations(cell, 2):
-                p[(measure, *place, frozenset([a, b]))] = difference(cell[a], cell[b]).p
-    corrected = stats.false_discovery_control([1 if np.isnan(x) else x for x in p.values()])
-    return dict(zip(p, corrected))
+        for place, cell in cells(pack, measure).items():
+            rows[(measure, *place)] = {
+                frozenset([a, b]): difference(cell[a], cell[b]) for a, b in combinations(cell, 2)
+            }
+    return corrected_p(rows)
 
 
-# ---- Texts and figures
-
-
-def bars(found):
-    """Values and half widths of estimates, for error bars."""
-    return [x.value for x in found], [x.half_width() for x in found]
+# ---- Texts and tables
 
 
 def score_text(sample, places=0):
@@ -120,15 +116,6 @@ def score_text(sample, places=0):
 
 def estimate_text(found, places=2):
     return interval_text(found.value, found.low, found.high, places)
-
-
-def minus_text(a, b, places=0):
-    return estimate_text(difference(a, b), places)
-
-
-def pair_texts(a, b, places=0):
-    """Two methods' scores, and the second minus the first."""
-    return [score_text(a, places), score_text(b, places), minus_text(b, a, places)]
 
 
 def percent_text(found):
@@ -145,7 +132,77 @@ def estimate_table(name, rows, places=2):
     return markdown([name, *found], lines)
 
 
-def corrected_p(rows):
-    """p of `rows`, {title: {name: estimate}}, by Benjamini and Hochberg: {(title, name): p}."""
-    found = {(title, name): x.p for title, row in rows.items() for name, x in row.items()}
-    return dict(zip(found, stats.false_discovery_control(list(found.values()))))
+def title_of(column):
+    """Of a method, or of a pair of methods."""
+    if isinstance(column, tuple):
+        return " minus ".join(map(title_of, column))
+    return TITLES.get(column, column.upper())
+
+
+def cell_text(cell, column, places=0):
+    """A method's mean ± standard error, a pair's difference; "" if the method is not there."""
+    if isinstance(column, tuple):
+        a, b = column
+        return estimate_text(difference(cell[a], cell[b]), places)
+    return score_text(cell[column], places) if column in cell else ""
+
+
+def score_table(name, rows, columns, places=0):
+    """A table of `rows`, {title: {method: scores}}; `columns` are methods and pairs of them."""
+    lines = []
+    for title, cell in rows.items():
+        lines.append([title, *(cell_text(cell, x, places) for x in columns)])
+    return markdown([name, *map(title_of, columns)], lines)
+
+
+# ---- Figures
+
+
+def bars(found):
+    """Values and half widths of estimates."""
+    return [x.value for x in found], [x.half_width() for x in found]
+
+
+def panels_of(scores, tasks, x, styles, shift):
+    """Lines of means, one for each of `styles`, averaged over the tasks and of each. `scores`:
+    (tasks, lines, x, seeds). A `shift` in x lets intervals stand side by side."""
+    shifts = shift * (np.arange(len(styles)) - 1)
+    averaged = {"all three tasks": scores.mean(axis=0)} | dict(zip(map(short, tasks), scores))
+    panels = {}
+    for title, of_lines in averaged.items():
+        lines = zip(shifts, of_lines, styles)
+        panels[title] = [(x + dx, [mean(y) for y in line], style) for dx, line, style in lines]
+    return panels
+
+
+def draw_panels(file, panels, ticks, xlabel, ylabel):
+    """Relative scores. `panels`: {title: [(x, estimates, style)]}; `ticks`: {text: x}."""
+    size = (10, 3.2)
+    figure, axes = plt.subplots(1, len(panels), figsize=size, sharey=True, layout="constrained")
+    for ax, (title, lines) in zip(axes, panels.items()):
+        ax.axhline(1, color="gray", lw=0.8)
+        for x, found, style in lines:
+            ax.errorbar(x, *bars(found), marker="o", markersize=4, **style)
+        ax.set_xticks(list(ticks.values()), ticks)
+        ax.set_title(title)
+        ax.set_xlabel(xlabel)
+    axes[0].set_ylabel(ylabel)
+    lines, labels = axes[0].get_legend_handles_labels()
+    if labels:
+        figure.legend(lines, labels, loc="outside upper center", ncols=3)
+    figure.savefig(file, dpi=170)
+
+
+def draw_rows(file, ticks, series, matters, xlabel):
+    """Effects. `ticks`: {text: y}, from the top; `series`: [(y, values, half widths, style)]."""
+    size = (6.8, 1.5 + 0.27 * len(ticks))
+    figure, ax = plt.subplots(figsize=size, layout="constrained")
+    ax.axvline(0, color="gray", lw=0.8)
+    ax.axvline(matters, color="gray", lw=0.8, ls=":")
+    for y, values, half, style in series:
+        ax.errorbar(values, y, xerr=half, ls="", **style)
+    ax.set_yticks(list(ticks.values()), ticks)
+    ax.invert_yaxis()
+    ax.set_xlabel(f"{xlabel} (dotted: a tenth)")
+    figure.legend(loc="outside upper center", ncols=2)
+    figure.savefig(file, dpi=170)

@@ -1,11 +1,5 @@
-"""SA2C by dose: tables, figure, what speaks to claims 3 and 4, predictions.
+"""SA2C by dose, three tasks. The unit is the seed."""
 
-python -m results.a2c.dose
-"""
-
-from pathlib import Path
-
-import matplotlib.pyplot as plt
 import numpy as np
 
 from analysis.measures import FIVE, LAST, TRAINING
@@ -13,55 +7,49 @@ from results.common import (
     HOPPER,
     MEASURES,
     PENDULUM,
+    RESULTS,
     above_floors,
-    bars,
     corrected_p,
+    draw_panels,
     estimate_table,
     mean,
-    read,
-    short,
+    panels_of,
 )
-from results.comparisons import Comparison, includes_0
+from results.verdicts import Comparison
 
+PAGE = "a2c/README.md#twelve-seeds-four-doses"
 TASKS = [HOPPER, "HalfCheetah-v4", PENDULUM]
 REWARDS = {
     "clean": "clean",
     "normal 0.2": "noisy rewards",
     "adv_flip 0.2": "flipped advantages",
 }
-COLORS = ["black", "tab:blue", "tab:orange"]
+CLEAN, NOISY, FLIPPED = REWARDS.values()
 ALPHA = 0.5
-BETAS = np.array([0, 0.5, 2, 20])
-DOSES = np.log(1 + BETAS / ALPHA) / np.log(1 + BETAS[-1] / ALPHA)
+BETAS = {f"{beta:g}": beta for beta in (0, 0.5, 2, 20)}
+LOGS = np.log1p(np.array(list(BETAS.values())) / ALPHA)
+DOSES = LOGS / LOGS[-1]
+CHANGES = {NOISY: "noisy minus clean", FLIPPED: "flipped minus clean"}
 
 
 def relative_scores(measure, own=False):
     """Scores above the task's floor (tasks, rewards, betas, seeds), as registered relative to beta
-    0, clean rewards; or to beta 0 with their own rewards."""
-    methods = [f"sa2c-beta{beta:g}" for beta in BETAS]
-    scores = above_floors(read("a2c/dose"), measure, TASKS, REWARDS, methods)
+    0, clean rewards; or to beta 0 with their `own` rewards."""
+    methods = [f"sa2c-beta{beta}" for beta in BETAS]
+    scores = above_floors("a2c/dose", measure, TASKS, REWARDS, methods)
     of_beta_0 = scores[:, :, :1].mean(axis=-1, keepdims=True)
     return scores / (of_beta_0 if own else of_beta_0[:, :1])
 
 
-def slopes(scores):
-    """Slopes over the dose (tasks, rewards, seeds), by least squares."""
-    centred = DOSES - DOSES.mean()
-    return np.einsum("trbs,b->trs", scores, centred) / (centred @ centred)
-
-
 def effects(measure, tasks=slice(None), own=False):
-    """{name: estimate}: slopes, averaged over `tasks`, and interactions with noise. The unit is the
-    seed."""
-    by_seed = slopes(relative_scores(measure, own)[tasks]).mean(axis=0)
-    clean, noisy, flipped = by_seed
-    return {
-        "slope: clean": mean(clean),
-        "slope: noisy rewards": mean(noisy),
-        "slope: flipped advantages": mean(flipped),
-        "noisy minus clean": mean(noisy - clean),
-        "flipped minus clean": mean(flipped - clean),
-    }
+    """{name: estimate}: slopes over the dose by least squares, averaged over `tasks`, and how noise
+    changes them."""
+    scores = relative_scores(measure, own)[tasks].mean(axis=0)
+    centred = DOSES - DOSES.mean()
+    slopes = np.einsum("rbs,b->rs", scores, centred) / (centred @ centred)
+    slopes = dict(zip(REWARDS.values(), slopes))
+    found = {f"slope: {rewards}": mean(slope) for rewards, slope in slopes.items()}
+    return found | {name: mean(slopes[x] - slopes[CLEAN]) for x, name in CHANGES.items()}
 
 
 def measures():
@@ -77,12 +65,12 @@ def measures():
 
 def dose_effects():
     """Differences of other betas from beta 0 in the last evaluation, averaged over the tasks, as
-    shares of beta 0's score: {beta: {rewards: estimate}}."""
+    shares of beta 0's score with the same rewards: {beta: {rewards: estimate}}."""
     by_seed = relative_scores(LAST, own=True).mean(axis=0)
     found = {}
-    for i, beta in enumerate(BETAS[1:], start=1):
-        of_beta = [mean(scores[i] - scores[0]) for scores in by_seed]
-        found[f"{beta:g}"] = dict(zip(REWARDS.values(), of_beta))
+    for i, beta in enumerate(BETAS):
+        if i > 0:
+            found[beta] = {x: mean(y[i] - y[0]) for x, y in zip(REWARDS.values(), by_seed)}
     return found
 
 
@@ -91,62 +79,32 @@ def doses():
 
 
 def comparisons():
-    page = "a2c/README.md#twelve-seeds-four-doses"
+    """All are shares of beta 0's score with the same rewards."""
+    options = {"seeds": 12, "tasks": 3, "matters": 0.1}
     p = corrected_p(dose_effects())
     for beta, of_beta in dose_effects().items():
         for rewards, found in of_beta.items():
-            claim = "3" if rewards == "clean" else "4"
+            claim = "3" if rewards == CLEAN else "4"
             name = f"SA2C, beta {beta} against 0 (alpha 0.5), three tasks, 300,000 steps, {rewards}"
-            options = {"tasks": 3, "corrected": p[beta, rewards]}
             # A claim stands by the default dose: decided after the scores, on 30 November 2026
-            options["direct"] = beta == "0.5" and rewards != "flipped advantages"
-            yield Comparison(claim, name, page, found, 12, **options)
-    p = corrected_p({measure: effects(measure) for measure in MEASURES})
+            options |= {"p": p[beta, rewards], "beside": beta != "0.5" or rewards == FLIPPED}
+            yield Comparison(claim, name, PAGE, found, **options)
     names = {f"slope: {x}": f"beta 20 against 0 by a fitted line, {x}" for x in REWARDS.values()}
-    for rewards in ["noisy rewards", "flipped advantages"]:
-        names[f"slope: {rewards}"] += ", only through InvertedDoublePendulum"
+    names["slope: flipped advantages"] += ", only through InvertedDoublePendulum"
     names["noisy minus clean"] = "change of the slope by noise"
     names["flipped minus clean"] = "change of the slope by flips"
-    for name, found in effects(TRAINING).items():
+    p = corrected_p({measure: effects(measure, own=True) for measure in MEASURES})
+    options |= {"measure": MEASURES[TRAINING], "beside": True}
+    for name, found in effects(TRAINING, own=True).items():
         claim = "3" if name == "slope: clean" else "4"
-        options = {"measure": MEASURES[TRAINING], "tasks": 3, "corrected": p[TRAINING, name]}
-        yield Comparison(claim, names[name], page, found, 12, direct=False, **options)
-
-
-def predictions():
-    found = effects(TRAINING)
-    without_pendulum = effects(TRAINING, slice(0, 2))
-    return {
-        "dose-slope": found["slope: clean"].high < 0,
-        "dose-without-pendulum": includes_0(without_pendulum["slope: clean"]),
-        "dose-noisy": includes_0(found["noisy minus clean"]),
-        "dose-flipped": includes_0(found["flipped minus clean"]),
-    }
+        options["p"] = p[TRAINING, name]
+        yield Comparison(claim, names[name], PAGE, found, **options)
 
 
 def draw():
-    """Training score against dose: over all tasks, then each; a line for each kind of rewards."""
-    scores = relative_scores(TRAINING)
-    figure, axes = plt.subplots(1, 4, figsize=(10, 3.2), sharey=True, layout="constrained")
-    panels = {"all three tasks": scores.mean(axis=0)}
-    for task, values in zip(TASKS, scores):
-        panels[short(task)] = values
-    for ax, (title, values) in zip(axes, panels.items()):
-        lines = zip([-0.02, 0, 0.02], COLORS, REWARDS.values(), values)
-        for shift, color, label, cells in lines:
-            middle, half = bars([mean(cell) for cell in cells])
-            x = DOSES + shift  # so that intervals stand side by side
-            ax.errorbar(x, middle, half, marker="o", color=color, label=label)
-        ax.set_xticks(DOSES, [f"{beta:g}" for beta in BETAS])
-        ax.set_title(title)
-        ax.set_xlabel("beta (alpha 0.5)")
-    axes[0].set_ylabel("training score relative\nto beta 0, clean")
-    handles, labels = axes[0].get_legend_handles_labels()
-    figure.legend(handles, labels, loc="outside upper center", ncols=3)
-    figure.savefig(Path(__file__).with_suffix(".png"), dpi=170)
-
-
-if __name__ == "__main__":
-    plt.switch_backend("agg")
-    print(measures(), doses(), sep="\n\n")
-    draw()
+    colors = zip(["black", "tab:blue", "tab:orange"], REWARDS.values())
+    styles = [{"color": color, "label": rewards} for color, rewards in colors]
+    panels = panels_of(relative_scores(TRAINING), TASKS, DOSES, styles, shift=0.02)
+    label = "training score relative\nto beta 0, clean"
+    ticks = dict(zip(BETAS, DOSES))
+    draw_panels(RESULTS / "a2c/dose.png", panels, ticks, "beta (alpha 0.5)", label)

@@ -1,7 +1,7 @@
 """Makes a folder with sums of two numbers below 100, of which some are held out, and a small GPT-2
 that has learnt them in part.
 
-    python results/text/sums.py sums
+    python benchmarks/sums.py sums
 """
 
 import json
