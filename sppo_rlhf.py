@@ -913,14 +913,16 @@ def tokenize(row, tokenizer, args):
         options |= args.template_options
         text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
         for message in messages:
-            if not message.get("tool_calls") and message["content"].strip() not in text:
-                raise ValueError(f"the chat template drops what {message['role']!r} says")
+            content = "" if message.get("tool_calls") else message["content"]
+            if not isinstance(content, str) or content.strip() not in text:
+                name = message["role"]
+                raise ValueError(f"the chat template drops what {name!r} says, or it is no text")
         if messages[-1]["role"] == "assistant":
             raise ValueError("the last message is the assistant's; the response follows the user's")
         prompt = encode(text)
     else:
         text = row.get("prompt", row.get("text"))
-        if not isinstance(text, str):
+        if not isinstance(text, str) or text.startswith(('[{"', "[{'")):  # messages in a CSV file
             raise ValueError("it has no 'prompt' (a text or messages), 'messages' or 'text'")
         prompt = encode(text)
         # What the tokenizer writes before a text, such as <s>

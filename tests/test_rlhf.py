@@ -542,7 +542,7 @@ def test_messages_that_do_not_reach_the_policy_are_refused(
 ):
     """But a template may change white space."""
     chat_tokenizer.chat_template = f"{{% for m in messages %}}{{{{ {content} }}}}{{% endfor %}}"
-    with refusal("a.jsonl, row 1: (the chat template drops what 'system' says|'NoneT)", is_refused):
+    with refusal("row 1: the chat template drops what '.*' says, or it is no text$", is_refused):
         read(chat_tokenizer, [{"prompt": chat}])
 
 
@@ -826,6 +826,7 @@ def test_a_reward_function_gets_the_values_of_the_file(name):
 @pytest.mark.parametrize(("name", "content", "message"), [
     ("a.jsonl", '{"prompt": "a"}\n{"prompt": 3}', " row 2: it has no 'prompt'"),
     ("a.jsonl", '{"prompt": "a"}\n{"question": "b"}', " row 2: it has no 'prompt'"),
+    ("a.csv", "text\n[{'role': 'user'}]\n", " row 1: it has no 'prompt'"),
     ("a.jsonl", '{"prompt": "a"}\n{"prompt": "b"', " .* line 2 "),
     ("a.csv", "prompt,label\na,b\nc,d,e\n", " a row has too few or too many values, or"),
     ("a.csv", "prompt,label\na,b\nc\n", " a row has too few or too many values, or"),
