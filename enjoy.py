@@ -16,6 +16,7 @@ Prints its score; films the first episode, if asked. A language model answers he
 
     python enjoy.py                                            # the newest run
     python enjoy.py runs/NAME --episodes 100 --seed 7 --video
+    python enjoy.py runs/NAME --env-kwargs '{"delay": 5}'      # in another environment
 
 In your own code, `import enjoy; act = enjoy.load_agent("runs/NAME")`, then `action = act(obs)`."""
 
@@ -27,6 +28,7 @@ import random
 import sys
 from contextlib import closing, suppress
 from dataclasses import dataclass
+from importlib.machinery import SourceFileLoader
 from pathlib import Path
 
 import gymnasium as gym
@@ -43,6 +45,7 @@ class Args:
     run: tyro.conf.Positional[Path | None] = None  # folder of the run; default: the newest of runs/
     episodes: int = 10
     seed: int = 1
+    env_kwargs: str = "{}"  # JSON, of control: arguments of the environment, beside the run's own
     video: bool = False  # films the first episode, not of language models (pip install moviepy)
 
 
@@ -56,7 +59,9 @@ def load_run(folder, plays=True):
     used = {parent for file in session["files"] for parent in Path(file).parents}
     path = [Path(session["working_directory"], x).resolve() for x in session.get("path", [])]
     sys.path[:0] = [session["directory"], *(str(entry) for entry in path if entry in used)]
-    spec = importlib.util.spec_from_file_location(folder.name, folder / session["script"])
+    # By its loader, since a script that was a link to a file may lack ".py"
+    loader = SourceFileLoader(folder.name, str(folder / session["script"]))
+    spec = importlib.util.spec_from_loader(folder.name, loader)
     script = sys.modules[folder.name] = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(script)
     del sys.modules[folder.name]  # a run started later in this process would list it
@@ -172,7 +177,8 @@ def keep_frames(env, get_frame, is_over):
 
 
 def play_control(script, run_args, tensors, args):
-    """Scores, lengths (episodes,), frames (if filmed), frames per second and magnification."""
+    """Scores, lengths (episodes,), other measures, frames (if filmed), frames per second and
+    magnification."""
     options = {"render_mode": "rgb_array"} if args.video else {}
     with closing(script.make_env(run_args, args.seed, **options)) as env:
         renderer = getattr(env.unwrapped, "mujoco_renderer", None)
@@ -182,8 +188,9 @@ def play_control(script, run_args, tensors, args):
         if args.video:
             frames = keep_frames(env, lambda _: env.render(), lambda result: result[2] or result[3])
         agent, obs_stats = control_agent(script, run_args, tensors, env)
-        scores, lengths, *_ = script.evaluate(agent, run_args, obs_stats, args.seed, env)
-    return scores, lengths, frames, env.metadata.get("render_fps") or 30, 1
+        scores, lengths, *rows = script.evaluate(agent, run_args, obs_stats, args.seed, env)
+    measures = script.means(sum(rows, []))
+    return scores, lengths, measures, frames, env.metadata.get("render_fps") or 30, 1
 
 
 def play_atari(script, run_args, tensors, args):
@@ -199,7 +206,7 @@ def play_atari(script, run_args, tensors, args):
     agent = atari_agent(script, run_args, tensors, games)
     scores, lengths = script.evaluate(agent, games, args.seed)
     frames = frames[: int(lengths[0]) - 1]  # the last image is the next game's first
-    return scores, lengths, frames, 15, 4  # in real time
+    return scores, lengths, {}, frames, 15, 4  # in real time
 
 
 def play_text(script, run_args, folder, args):
@@ -238,13 +245,19 @@ def main():
         sys.exit(f"error: {error} (is its module on PYTHONPATH?)")
     except (FileNotFoundError, gym.error.Error) as error:
         sys.exit(f"error: {error}")
+    if own_kwargs := json.loads(args.env_kwargs):
+        if not hasattr(run_args, "env_kwargs"):
+            sys.exit("error: --env-kwargs is for continuous control")
+        run_args.env_kwargs = json.dumps(json.loads(run_args.env_kwargs) | own_kwargs)
     run_args.eval_episodes = args.episodes
     run_args.seed = args.seed
     if tensors is None:
         play_text(script, run_args, folder, args)
         return
     play = play_atari if hasattr(script, "AtariGames") else play_control
-    scores, lengths, frames, fps, magnification = play(script, run_args, tensors, args)
+    scores, lengths, measures, frames, fps, magnification = play(script, run_args, tensors, args)
+    for name, number in {"length_mean": lengths.mean(), **measures}.items():
+        print(f"{name}: {number:.4g}")
     print(f"{folder}: return {scores.mean():.1f} (standard deviation {scores.std():.1f})")
     if args.video:
         from moviepy import ImageSequenceClip

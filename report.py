@@ -52,8 +52,8 @@ class Args:
     names: tuple[str, ...] = ()
     # Colours of methods: sppo=#1f77b4 mine=black
     colors: tuple[str, ...] = ()
-    # What diverged runs score: Hopper-v4=0, or 0 if there is one task; default: they have no score
-    diverged: tuple[str, ...] = ()
+    # What runs that failed score: Hopper-v4=0, or 0 if there is one task; default: they have none
+    failed: tuple[str, ...] = ()
     # Figures as wide as a column, 3.25 inches, instead of a page, 6.75; LaTeX tables, too
     narrow: bool = False
     # Also pack the runs, as this NAME-runs.csv.gz
@@ -88,10 +88,10 @@ def scores_given(texts, tasks):
     """Scores by task, of texts such as Hopper-v4=0, or of a number alone, if there is one task."""
     if len(tasks) == 1:
         texts = [text if "=" in text else f"{tasks[0]}={text}" for text in texts]
-    scores = pd.Series(assigned("diverged", texts, tasks), dtype=str)
+    scores = pd.Series(assigned("failed", texts, tasks), dtype=str)
     scores = pd.to_numeric(scores, errors="coerce")
     if not np.isfinite(scores).all():
-        raise Refusal(f"--diverged {' '.join(texts)}: not all are numbers")
+        raise Refusal(f"--failed {' '.join(texts)}: not all are numbers")
     return scores
 
 
@@ -105,7 +105,7 @@ class Chosen:
     names: dict
     pairs: list
     colors: dict
-    given: pd.Series  # scores of diverged runs, by task
+    given: pd.Series  # scores of runs that failed, by task
     warnings: list
 
     @property
@@ -113,34 +113,55 @@ class Chosen:
         return self.runs[self.runs["finished"]]
 
     @property
-    def diverged(self):
-        return self.runs[self.runs["state"].str.startswith("diverged")]
+    def failed(self):
+        return self.runs[runs.has_failed(self.runs)]
 
     def survivors(self):
-        """A sentence, if runs diverged."""
-        tasks = sorted(set(self.diverged["task"]))
+        """A sentence, if runs failed."""
+        tasks = sorted(set(self.failed["task"]))
         texts = ", ".join(f"{task} {self.given.get(task, 'none')}" for task in tasks)
-        text = f"{len(self.diverged)} of {len(self.runs)} runs diverged. Scores given: {texts}"
+        causes = self.failed["state"].str.replace(":.*", "", regex=True).value_counts().sort_index()
+        why = ", ".join(f"{count} {cause}" for cause, count in causes.items())
+        text = f"{len(self.failed)} of {len(self.runs)} runs failed: {why}. Scores given: {texts}"
         return f"{text} (if none, survivors alone are compared). " if texts else ""
+
+    def curves(self, column):
+        """Evaluations of finished runs, and of failed ones that are given a score, which they have
+        from their last evaluation on."""
+        whole = self.finished[["run_name", *CELL]].merge(self.progress)
+        parts = [whole]
+        for run in self.failed[self.failed["task"].isin(self.given.index)].itertuples():
+            of_task = whole[whole["task"] == run.task]
+            alike = of_task[(of_task["method"] == run.method) & (of_task["noise"] == run.noise)]
+            steps = (of_task if alike.empty else alike)["step"].unique()
+            own = self.progress[self.progress["run_name"] == run.run_name]
+            end = own["step"].max() if len(own) else 0
+            later = pd.DataFrame({"step": steps[steps >= end], column: self.given[run.task]})
+            parts += [own[own["step"] < end], later.assign(run_name=run.run_name)]
+        return pd.concat(parts)[[*self.progress]]
 
 
 def choose(args, everything, evaluations, broken):
     table = runs.in_cells(everything)
     warnings = [f"**Broken: {line}**" for line in broken]
-    parents = sorted(set(everything["run_name"]).difference(table["run_name"]))
-    if parents:
+    gone = everything[~everything["run_name"].isin(table["run_name"])].sort_values("run_name")
+    why = gone.get("failed", pd.Series("", gone.index))
+    failed = gone["run_name"] + " (" + why + ")"
+    parents = gone["run_name"][why == ""]
+    if any(why != ""):
+        names = ", ".join(failed[why != ""])
+        warnings.append(f"**Failed, but another run of the seed counts: {names}.**")
+    if any(parents):
         warnings.append(f"**Left out, since others began from them: {', '.join(parents)}.**")
     for run in table[table["start_from"] != ""].itertuples():
         warnings.append(f"{run.run_name} began from {Path(run.start_from).name}.")
-    for run in table.query("finished and diverged != ''").itertuples():
-        warnings.append(f"**{run.run_name} finished, but first {run.diverged}**")
     progress = runs.with_success(table, evaluations)
     measures = measures_in(progress, args.measure)
     names = new_names(table, measures, args.names)
     pairs = compare.pairs_of(table, args.compare)
     if args.compare:
         table = table[table["method"].isin(sum(pairs, ()))]
-    given = scores_given(args.diverged, sorted(set(table["task"]))).rename(names)
+    given = scores_given(args.failed, sorted(set(table["task"]))).rename(names)
     colors = assigned("colors", args.colors, in_order(table["method"]))
     if not all(map(is_color_like, colors.values())):
         raise Refusal(f"--colors {' '.join(args.colors)}: not all are colours, such as #1f77b4")
@@ -158,7 +179,7 @@ def scores_of(args, chosen):
     if own.empty:
         raise Refusal(f"--measure {args.measure}: no run has it in each row that it needs")
     without = table[~table["run_name"].isin(own)]
-    given = chosen.diverged["task"].map(chosen.given)
+    given = chosen.failed["task"].map(chosen.given)
     added = without.assign(measure=args.measure, score=given)
     scores = pd.concat([scores, added[list(scores)]])
     chosen.warnings += compare.not_whole(table, without)
@@ -196,14 +217,18 @@ def write(args, chosen, scores):
     text = tables.latex(shown.drop(columns="p"), what, label, args.narrow)
     (out / "differences.tex").write_text(text, encoding="utf-8")
     width = 3.25 if args.narrow else 6.75
-    curves = chosen.finished, chosen.progress, measure.column, chosen.names[measure.column]
+    curves = chosen.runs, chosen.curves(measure.column), measure.column
+    curves = *curves, chosen.names[measure.column]
     figures.draw_curves(*curves, chosen.colors, out / "curves", width)
 
     count = f"{(differences['p_corrected'] < 0.05).sum()} of {len(differences)} differences"
     count = f"{chosen.survivors()}**{count} have p below 0.05 after correction.**"
     page = [f"# {title} ({measure})", count, *chosen.warnings]
     page += ["## Scores", how.strip(), markdown_of(tables.score_table(primary, usual, "method"))]
+    given = chosen.failed["task"].isin(chosen.given.index).sum()
     curves = f"`{measure.column}`: means over finished runs and, shaded, standard errors."
+    if given:
+        curves += f" {given} failed runs have the score given from their last evaluation on."
     page += ["## Learning curves", curves, "![Learning curves](curves.png)"]
     if len(differences):
         figures.draw_differences(differences, title, out / "differences", width)

@@ -68,6 +68,7 @@ SOURCE = SCRIPT.read_bytes()  # read at once, since the file may be edited durin
 START = Path.cwd()  # relative paths begin here, even where an environment changes directory
 # The same run continues although these differ (`start_digest` stands for start_from)
 NO_EFFECT = ["runs_dir", "start_from", "device", "compile", "track"]
+GOES_ON = [*NO_EFFECT, "total_timesteps", "eval_freq", "eval_episodes"]  # from another one
 
 
 @dataclass
@@ -78,7 +79,7 @@ class Args:
     seed: int = 1  # of all random numbers (the authors' runs: 10000, 10001, ...)
     exp_name: str | None = None  # name of the method in reports; default: the algorithm
     runs_dir: str = "runs"  # folder of all runs
-    start_from: str | None = None  # folder of a finished run: begin with its checkpoint
+    start_from: str | None = None  # folder of a run: begin with its checkpoint
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU, where there is one
     amp: Literal["auto", "off"] = "auto"  # auto: bfloat16 where it is faster; off: float32
     compile: bool = True  # compile on a GPU (never on a CPU, which would gain nothing)
@@ -436,40 +437,20 @@ def train(args, folder):
     agent = Agent(games.num_actions, bfloat16).to(device)
     optimizer = RMSpropTF(agent.parameters(), args.learning_rate, alpha=0.99, eps=args.rmsprop_eps)
 
-    task = f"{args.env_id} {args.repeat_action_probability}"
-    global_step = 0
-    evaluations = []  # rows of progress.csv
-    history = []  # what was logged since the last evaluation
     updates = []  # since the last entry in the log
-    speeds = []  # steps per second between entries
     # An edited script's own network or optimizer belongs here, too
     stateful = {"agent": agent, "optimizer": optimizer}
     checkpoint_path = folder / "checkpoint.pt"
-    starts = args.start_from and not checkpoint_path.exists()
-    path = Path(START, args.start_from, "checkpoint.pt") if starts else checkpoint_path
-    if path.exists():
-        checkpoint = load_checkpoint(path)
-        for name, part in stateful.items():
-            saved = checkpoint[name]
-            if starts and "param_groups" in saved:  # of an optimizer, whose options are flags
-                saved["param_groups"] = part.state_dict()["param_groups"]
-            part.load_state_dict(saved)
-        global_step, its_task, *logged, its_speeds = checkpoint["progress"]
-        speeds = [] if starts else its_speeds
-        if its_task == task:  # else its scores are another task's
-            evaluations, history = logged
-            games.recent_episodes.extend(checkpoint["recent_episodes"])
+    checkpoint = restore(stateful, args, folder)
+    # Steps, rows of progress.csv, what was logged since the last row, and steps per second
+    global_step, evaluations, history, speeds = checkpoint["progress"]
+    games.recent_episodes.extend(checkpoint["recent_episodes"])
     if args.track:
         import wandb
 
-        wandb.init(
-            project="symmetric-rl",
-            name=folder.name,
-            config=vars(args),
-            sync_tensorboard=True,
-            dir=folder,
-            resume="auto",  # W&B keeps the run's id in `dir`
-        )
+        # W&B keeps the run's id in `dir`, so that resume="auto" finds it
+        options = {"config": vars(args), "sync_tensorboard": True, "resume": "auto"}
+        wandb.init(project="symmetric-rl", name=folder.name, dir=folder, **options)
     writer = SummaryWriter(folder, purge_step=global_step + 1)
 
     batch_size = args.num_steps * args.num_envs
@@ -498,10 +479,10 @@ def train(args, folder):
         # The first policy is almost uniform, so a mismatch shows only after an update: look twice
         limit = 1e-6 if bfloat16 else 1e-8  # bfloat16's rounding: some 1e-8
         if global_step <= begun + 2 * batch_size and metrics["losses/approx_kl"] > limit:
-            found = "the policy that acts is not the one that is trained (dropout/memory?)"
+            message = "the policy that acts is not the one that is trained (dropout/memory?)"
             if device.type == "cpu":
-                sys.exit(f"error: {found}")
-            tqdm.write(f"warning: {found}, or this GPU rounds more", file=sys.stderr)
+                raise Failed(f"error: {message}")
+            tqdm.write(f"warning: {message}, or this GPU rounds more", file=sys.stderr)
         own = batch.mask == 1
         advantage, returns = (x[own].cpu().numpy() for x in (batch.advantage, batch.returns))
         updates.append((metrics, advantage, returns))
@@ -514,7 +495,7 @@ def train(args, folder):
             all_metrics, all_advantages, all_returns = zip(*updates)
             scalars = means(all_metrics)
             if not math.isfinite(scalars["losses/grad_norm"]):
-                raise Diverged(f"error: gradient not finite, step {global_step} (rate? reward?)")
+                raise Failed(f"error: gradient not finite, step {global_step} (rate? reward?)")
             # advantage = return - value
             variance = np.concatenate(all_returns).var()
             unexplained = np.concatenate(all_advantages).var() / max(variance, 1e-8)
@@ -541,7 +522,7 @@ def train(args, folder):
         if checkpoint_due:
             checkpoint = {name: part.state_dict() for name, part in stateful.items()}
             checkpoint["recent_episodes"] = list(games.recent_episodes)
-            checkpoint["progress"] = global_step, task, evaluations, history, speeds
+            checkpoint["progress"] = global_step, evaluations, history, speeds
             writer.flush()
             with atomic_write(checkpoint_path) as path:
                 torch.save(checkpoint, path)
@@ -589,6 +570,7 @@ def check(args):
         require(0 <= getattr(args, name) < math.inf, f"{name} must be finite and not negative")
     for name in "gamma gae_lambda repeat_action_probability".split():
         require(0 <= getattr(args, name) <= 1, f"{name} must be between 0 and 1")
+    require(args.seed < 2**63, "seed must be below 2**63")
     require(args.max_grad_norm > 0, "max_grad_norm must be positive; 1e9 turns clipping off")
     require(-math.inf < args.z < 0, "z stands for log 0: it must be negative and finite")
     require(args.alpha + args.beta > 0, "with alpha and beta 0 nothing trains the policy")
@@ -621,18 +603,32 @@ def file_digests():
 
 
 def start_digest(args):
-    """{path: SHA-256} of the checkpoint that a run starts from: of a finished run with fewer steps.
-    {} without `start_from`."""
+    """{path: SHA-256} of the checkpoint that a run starts from: of any with fewer steps, if none is
+    at work on it. {} without `start_from`."""
     if not args.start_from:
         return {}
-    folder = Path(START, args.start_from)
-    if not (folder / "summary.json").exists():
-        sys.exit(f"error: {args.start_from} has no finished run; others go on by their own command")
-    step = json.loads((folder / "summary.json").read_text())["step"]
+    path = Path(START, args.start_from).resolve() / "checkpoint.pt"
+    if not path.exists():
+        sys.exit(f"error: {args.start_from} has no checkpoint")
+    step, *_ = load_checkpoint(path, "meta")["progress"]
     if step >= args.total_timesteps:
         sys.exit(f"error: {args.start_from} has {step:,} of --total-timesteps already: give more")
-    path = folder / "checkpoint.pt"
-    return {str(path): hashlib.sha256(np.memmap(path, mode="r")).hexdigest()}
+    try:
+        with FileLock(path.with_name("lock"), timeout=10):  # several may start from it at once
+            return {str(path): hashlib.sha256(np.memmap(path, mode="r")).hexdigest()}
+    except OSError as error:
+        sys.exit(f"error: another process is at work on {path.parent}, or locking fails: {error}")
+
+
+def differences(*folders):
+    """Texts of what a run has other than the one it starts from; none if it only goes on."""
+    lines = [(folder / "sessions.jsonl").read_text().splitlines()[-1] for folder in folders]
+    sessions = [json.loads(line) for line in lines]
+    was, now = (session["args"] for session in sessions)
+    names = [name for name in now | was if name not in GOES_ON and was.get(name) != now.get(name)]
+    files = [{(Path(path).name, x) for path, x in run["files"].items()} for run in sessions]
+    changed = {name for name, _ in files[0] ^ files[1]} - {"checkpoint.pt"}
+    return [f"{name} {was.get(name)} -> {now.get(name)}" for name in names] + sorted(changed)
 
 
 def run_folder(args, digests):
@@ -694,7 +690,7 @@ def means(rows):
 def evaluation_row(step, scores, lengths, history):
     """A row of progress.csv: an evaluation, and means of what was logged since the one before."""
     if not np.isfinite(scores).all():
-        raise Diverged(f"error: a return of the evaluation at step {step} is not finite: rewards?")
+        raise Failed(f"error: a return of the evaluation at step {step} is not finite: rewards?")
     evaluation = {
         "return_mean": scores.mean(),
         "return_std": scores.std(),
@@ -718,6 +714,36 @@ def save_agent(agent, evaluations, folder):
         path.write_bytes(safetensors.torch.save(tensors))
 
 
+def restore(stateful, args, folder):
+    """Loads the run's checkpoint, if it has one, else that of the run which it starts from, if any.
+    Returns what else is in it. Only a run that goes on keeps the other's rows and episodes."""
+    path = folder / "checkpoint.pt"
+    starts = args.start_from and not path.exists()
+    if starts:
+        path = Path(START, args.start_from).resolve() / path.name
+    if not path.exists():
+        return {"progress": (0, [], [], []), "recent_episodes": []}
+    checkpoint = load_checkpoint(path)
+    for name, part in stateful.items():
+        saved = checkpoint[name]
+        if starts and "param_groups" in saved:  # of an optimizer, whose options are flags
+            options = part.state_dict()["param_groups"]
+            if options[0].keys() != saved["param_groups"][0].keys():
+                sys.exit(f"error: {path} is from another optimizer")
+            saved["param_groups"] = options
+        part.load_state_dict(saved)
+    if starts:
+        step, *logged, _ = checkpoint["progress"]
+        other = differences(path.parent, folder)
+        said = ", ".join(other) or "nothing, it goes on"
+        print(f"starts from {path.parent.name} at step {step:,}; other: {said}")
+        if other:  # the rows are another run's
+            logged = [], []
+            checkpoint["recent_episodes"] = []
+        checkpoint["progress"] = step, *logged, []
+    return checkpoint
+
+
 def load_checkpoint(path, device="cpu"):
     try:
         return torch.load(path, weights_only=True, map_location=device)
@@ -736,8 +762,24 @@ def atomic_write(path):
     os.replace(temporary, path)
 
 
-class Diverged(SystemExit):
-    """Ends a run whose gradient, observation or return is not finite."""
+class Failed(SystemExit):
+    """Ends a run by a sentence, which reports have, too."""
+
+
+@contextmanager
+def failure_noted(folder):
+    """Leaves failed.txt, for reports, if training ends by an error that may be the method's."""
+    failed = folder / "failed.txt"
+    failed.unlink(missing_ok=True)
+    try:
+        yield
+    except (OSError, ImportError, MemoryError, torch.OutOfMemoryError):
+        raise  # these say nothing of it
+    except (Exception, Failed) as error:
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        with atomic_write(failed) as path:
+            path.write_text(f"{text}\n", "utf-8", "backslashreplace")
+        raise
 
 
 def begin_session(args, digests, folder):
@@ -783,11 +825,8 @@ def main():
         with lock:
             if not summary_path.exists():
                 begin_session(args, digests, folder)
-                train(args, folder)
-    except Diverged as end:
-        with atomic_write(folder / "diverged.txt") as path:  # for reports
-            path.write_text(f"{end}\n")
-        raise
+                with failure_noted(folder):
+                    train(args, folder)
     except KeyboardInterrupt:
         sys.exit("interrupted; the same command continues from its last checkpoint, if any")
     summary = json.loads(summary_path.read_text())

@@ -76,6 +76,7 @@ SOURCE = SCRIPT.read_bytes()  # read at once, since the file may be edited durin
 START = Path.cwd()  # relative paths begin here, even where other code changes directory
 # The same run continues although these differ
 NO_EFFECT = ["runs_dir", "start_from", "device", "track", "gradient_checkpointing"]
+GOES_ON = [*NO_EFFECT, "total_timesteps", "eval_freq", "eval_episodes"]  # from another one
 TOY = "runs/toy"  # the toy's models and data, which toy.py makes
 
 
@@ -103,7 +104,7 @@ class Args:
     seed: int = 1  # of all random numbers (the authors' runs: 42 to 46)
     exp_name: str | None = None  # name of the method in reports; default: the algorithm
     runs_dir: str = "runs"  # folder of all runs
-    start_from: str | None = None  # folder of a finished run: begin with its checkpoint
+    start_from: str | None = None  # folder of a run: begin with its checkpoint
     device: Literal["auto", "cpu", "cuda"] = "auto"  # auto: the GPU, where there is one
     amp: Literal["auto", "off"] = "auto"  # auto: bfloat16 where it is faster; off: float32
     track: bool = False  # log to Weights & Biases as well (pip install wandb)
@@ -184,6 +185,7 @@ class Args:
             if isinstance(value, (int, float)) and name != "z":
                 require(0 <= value < math.inf, f"{name} must be finite and not negative")
                 require(value or name not in positive.split(), f"{name} must be positive")
+        require(self.seed < 2**63, "seed must be below 2**63")
         require(max(self.gamma, self.gae_lambda) <= 1, "gamma and gae_lambda must be at most 1")
         require(-math.inf < self.z < 0, "z stands for log 0: it must be negative and finite")
         require(self.alpha + self.beta > 0, "with alpha and beta 0 nothing trains the policy")
@@ -681,11 +683,10 @@ class Progress:
     """What a checkpoint holds besides weights and optimizer."""
 
     global_step: int
-    objective: list  # data, reward models and their weights: what its scores measure
-    speeds: list[float]  # texts per second of each update
     evaluations: list[dict]  # rows of progress.csv
     samples: list[str]  # lines of samples.jsonl
     history: list[dict]  # what was logged since the last evaluation
+    speeds: list[float]  # texts per second of each update
 
 
 def evaluate_and_log(setup, args, progress, folder, writer, training_texts=()):
@@ -723,10 +724,8 @@ def warn(text):
 def train(setup, args, folder):
     accelerator = setup.accelerator
     check_sampling(setup, args)
-    objective = [args.dataset, args.eval_dataset, *args.reward_model, *args.reward_weights]
+    accelerator.wait_for_everyone()  # the first process writes sessions.jsonl
     progress = restore(setup, folder, args.start_from)
-    if progress.objective != objective:  # a run that starts from another has its own scores only
-        progress = Progress(progress.global_step, objective, [], [], [], [])
     writer = None  # in all processes but the first
     if accelerator.is_main_process:
         if args.track:
@@ -757,11 +756,12 @@ def train(setup, args, folder):
         rounding = 1e-8 if setup.actor_critic.dtype == torch.float32 else 1e-3
         if is_new and minibatch_metrics[0]["losses/approx_kl"] > rounding:
             message = "the policy that acts is not the one that is trained (dropout, memory?)"
-            require(accelerator.device.type != "cpu", message)
+            if accelerator.device.type == "cpu":
+                raise Failed(f"error: {message}")
             warn(f"{message}, or this GPU rounds more")
         metrics = means(minibatch_metrics)
         if not math.isfinite(metrics["losses/grad_norm"]):
-            raise Diverged(f"error: gradient not finite, step {step} (rate? reward?)")
+            raise Failed(f"error: gradient not finite, step {step} (rate? reward?)")
 
         # The value's error is the advantage. The variance is clamped: all returns may be equal
         returns_variance = joined(samples, "returns").var().clamp(min=1e-8)
@@ -1256,7 +1256,7 @@ def save_checkpoint(setup, folder, progress):
     checkpoint = {
         "agent": setup.actor_critic.trained(),
         "optimizer": setup.optimizer.state_dict(),
-        "progress": vars(progress),
+        "progress": [*vars(progress).values()],
     }
     with atomic_write(folder / "checkpoint.pt") as path:
         torch.save(checkpoint, path)
@@ -1264,13 +1264,14 @@ def save_checkpoint(setup, folder, progress):
 
 
 def restore(setup, folder, start_from=None):
-    """The `Progress` of the run in `folder`, else of the run `start_from`. Loads their weights."""
+    """Loads the run's checkpoint, if it has one, else that of the run which it starts from, if any.
+    Returns its `Progress`. Only a run that goes on keeps the other's rows."""
     path = folder / "checkpoint.pt"
     starts = start_from and not path.exists()
     if starts:
-        path = Path(START, start_from, path.name)
+        path = Path(START, start_from).resolve() / path.name
     if not path.exists():
-        return Progress(0, [], [], [], [], [])
+        return Progress(0, [], [], [], [])
     checkpoint = load_checkpoint(path)
     trained, saved = setup.actor_critic.trained(), checkpoint["agent"]
     shapes = [[(name, x.shape) for name, x in weights.items()] for weights in (trained, saved)]
@@ -1278,9 +1279,15 @@ def restore(setup, folder, start_from=None):
     setup.actor_critic.load_state_dict(saved, strict=False)
     if starts:  # the optimizer's options are this command's
         checkpoint["optimizer"]["param_groups"] = setup.optimizer.state_dict()["param_groups"]
-        checkpoint["progress"]["speeds"] = []
     setup.optimizer.load_state_dict(checkpoint["optimizer"])
-    return Progress(**checkpoint["progress"])
+    progress = Progress(*checkpoint["progress"])
+    if starts:
+        other = differences(path.parent, folder)
+        said = ", ".join(other) or "nothing, it goes on"
+        step = progress.global_step
+        setup.accelerator.print(f"starts from {path.parent.name} at step {step:,}; other: {said}")
+        progress = Progress(step, [], [], [], []) if other else replace(progress, speeds=[])
+    return progress
 
 
 def save_policy(setup, run_folder):
@@ -1346,18 +1353,32 @@ def local_digests(args):
 
 
 def start_digest(args):
-    """{path: SHA-256} of the checkpoint that a run starts from: of a finished run with fewer steps.
-    {} without `start_from`."""
+    """{path: SHA-256} of the checkpoint that a run starts from: of any with fewer steps, if none is
+    at work on it. {} without `start_from`."""
     if not args.start_from:
         return {}
-    folder = Path(START, args.start_from)
-    if not (folder / "summary.json").exists():
-        sys.exit(f"error: {args.start_from} has no finished run; others go on by their own command")
-    step = json.loads((folder / "summary.json").read_text())["step"]
+    path = Path(START, args.start_from).resolve() / "checkpoint.pt"
+    if not path.exists():
+        sys.exit(f"error: {args.start_from} has no checkpoint")
+    step, *_ = load_checkpoint(path, "meta")["progress"]
     if step >= args.total_timesteps:
         sys.exit(f"error: {args.start_from} has {step:,} of --total-timesteps already: give more")
-    path = folder / "checkpoint.pt"
-    return {str(path): hashlib.sha256(np.memmap(path, mode="r")).hexdigest()}
+    try:
+        with FileLock(path.with_name("lock"), timeout=10):  # several may start from it at once
+            return {str(path): hashlib.sha256(np.memmap(path, mode="r")).hexdigest()}
+    except OSError as error:
+        sys.exit(f"error: another process is at work on {path.parent}, or locking fails: {error}")
+
+
+def differences(*folders):
+    """Texts of what a run has other than the one it starts from; none if it only goes on."""
+    lines = [(folder / "sessions.jsonl").read_text().splitlines()[-1] for folder in folders]
+    sessions = [json.loads(line) for line in lines]
+    was, now = (session["args"] for session in sessions)
+    names = [name for name in now | was if name not in GOES_ON and was.get(name) != now.get(name)]
+    files = [{(Path(path).name, x) for path, x in run["files"].items()} for run in sessions]
+    changed = {name for name, _ in files[0] ^ files[1]} - {"checkpoint.pt"}
+    return [f"{name} {was.get(name)} -> {now.get(name)}" for name in names] + sorted(changed)
 
 
 def run_folder(args, digests):
@@ -1372,8 +1393,24 @@ def run_folder(args, digests):
     return Path(START, args.runs_dir, f"{name}__{digest[:8]}")
 
 
-class Diverged(SystemExit):
-    """Ends a run whose gradient, observation or return is not finite."""
+class Failed(SystemExit):
+    """Ends a run by a sentence, which reports have, too."""
+
+
+@contextmanager
+def failure_noted(folder):
+    """Leaves failed.txt, for reports, if training ends by an error that may be the method's."""
+    failed = folder / "failed.txt"
+    failed.unlink(missing_ok=True)
+    try:
+        yield
+    except (OSError, ImportError, MemoryError, torch.OutOfMemoryError):
+        raise  # these say nothing of it
+    except (Exception, Failed) as error:
+        text = " ".join(f"{type(error).__name__}: {error}".split())
+        with atomic_write(failed) as path:
+            path.write_text(f"{text}\n", "utf-8", "backslashreplace")
+        raise
 
 
 def begin_session(args, digests, folder):
@@ -1419,12 +1456,9 @@ def main():
             if not summary_path.exists():
                 if is_first:
                     begin_session(args, digests, folder)
-                train(setup or load(args), args, folder)
-    except Diverged as end:
-        if is_first:
-            with atomic_write(folder / "diverged.txt") as path:  # for reports
-                path.write_text(f"{end}\n")
-        raise
+                setup = setup or load(args)
+                with failure_noted(folder) if is_first else nullcontext():
+                    train(setup, args, folder)
     except Timeout:
         sys.exit(f"error: another process is at work on {folder}")
     except KeyboardInterrupt:

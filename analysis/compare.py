@@ -11,6 +11,7 @@ from analysis.measures import LAST
 from analysis.methods import baselines_of, in_order
 from analysis.runs import CELL, Refusal
 
+SAME = 1e-12  # scores that differ by less, relative to them, differ by rounding
 FEWEST = 5  # runs for an interval by Brunner and Munzel: results/coverage.csv
 
 
@@ -112,7 +113,7 @@ def mean_and_variance(scores):
     """The mean of `scores` (..., runs), and its variance: (...,) each."""
     runs = scores.shape[-1]
     variance = scores.var(axis=-1, ddof=min(1, runs - 1)) / runs
-    varies = np.ptp(scores, axis=-1) > 0  # by more than a rounding error
+    varies = np.ptp(scores, axis=-1) > SAME * np.abs(scores).max(axis=-1)
     return scores.mean(axis=-1), np.where(varies, variance, 0)
 
 
@@ -144,7 +145,8 @@ def placements(a, b):
     """For each run of `a` (..., n) the share of the runs `b` (..., m) that it beats, ties half."""
     a = a[..., :, None]
     b = b[..., None, :]
-    return ((a > b).mean(axis=-1) + (a >= b).mean(axis=-1)) / 2
+    rounding = SAME * np.maximum(np.abs(a), np.abs(b))
+    return ((a > b + rounding).mean(axis=-1) + (a >= b - rounding).mean(axis=-1)) / 2
 
 
 def probability_of_improvement(cells):

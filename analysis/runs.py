@@ -16,10 +16,10 @@ import pandas as pd
 
 CELL = ["task", "noise", "method"]  # runs of a cell differ in their seed only
 EVALUATION = ["step", "return_mean", "return_std", "length_mean"]
-FILES = {"sessions.jsonl", "progress.csv", "summary.json", "diverged.txt"}
+FILES = {"sessions.jsonl", "progress.csv", "summary.json", "failed.txt", "diverged.txt"}
 # Columns of runs that are no settings
 IDENTITY = ["run_name", "script", "env_id", "exp_name", "noise_level", "seed", "finished"]
-LATER = ["diverged", "env_kwargs", "start_from"]  # what older packs lack
+LATER = ["failed", "env_kwargs", "start_from"]  # what older packs lack
 PROVENANCE = ["commit", "script_sha256", "files", "command", "started", "versions", "hardware"]
 PROVENANCE += ["start_from"]
 FREE = ["runs_dir", "device", "compile", "track", "gradient_checkpointing"]
@@ -40,7 +40,7 @@ def read(folders):
         except Exception as error:  # a broken file may raise anything
             broken.append(f"{place.name}: left out: {type(error).__name__}: {error}")
     if not any(runs["finished"].any() for runs, _ in tables):
-        failed = [*broken, *(why for runs, _ in tables for why in runs["diverged"] if why)]
+        failed = [*broken, *(why for runs, _ in tables for why in runs["failed"] if why)]
         found = "; ".join([f"no finished run of {len(tables) + len(broken)}", *failed[:3]])
         raise Refusal(f"{found}; give folders such as runs/quick, or packs")
     runs, progress = (pd.concat(parts, ignore_index=True) for parts in zip(*tables))
@@ -79,6 +79,7 @@ def is_pack(file):
 
 def read_pack(file):
     runs = pd.read_csv(file, dtype=str, keep_default_na=False)  # a method may be called "null"
+    runs = runs.rename(columns={"diverged": "failed"})  # of older packs
     runs["finished"] = runs["finished"] == "True"
     progress = read_progress(progress_of(file))
     finished = runs["run_name"][runs["finished"]]
@@ -107,12 +108,15 @@ def read_run(folder):
     script = folder / first["script"]
     # Runs that begin with other runs' checkpoints are still alike
     files = {path: x for path, x in first["files"].items() if Path(path).name != "checkpoint.pt"}
+    parents = [Path(path).parent.name for path in first["files"].keys() - files.keys()]
+    if parents and args.get("start_from"):
+        args["start_from"] = parents[0]  # the flag may be "." or a link
     facts = {
         "run_name": folder.name,
         "script": script.name,
         "finished": (folder / "summary.json").exists(),
-        "diverged": why_diverged(folder),
-        "env_kwargs": ", ".join(f"{name}={value}" for name, value in kwargs),
+        "failed": why_failed(folder),
+        "env_kwargs": ", ".join(f"{typed(name)}={typed(value)}" for name, value in kwargs),
         "script_sha256": hashlib.sha256(script.read_bytes()).hexdigest(),
         "files": str(sorted(files.values())),
         "command": shlex.join(first["command"]),
@@ -122,7 +126,11 @@ def read_run(folder):
     }
     for name in set(args) & {*facts, "task", "method", "commit", "state"}:
         raise ValueError(f"an argument is called {name}: rename it")
-    run = {name: str(value) or "''" for name, value in args.items()} | facts  # "": no such flag
+    run = {  # "": no such flag
+        name: (str if name in IDENTITY else value_text)(value) or "''"
+        for name, value in args.items()
+    }
+    run |= facts
     progress = pd.DataFrame(columns=EVALUATION, dtype=float)
     if run["finished"] or (folder / "progress.csv").exists():  # not before the first evaluation
         progress = read_progress(folder / "progress.csv")
@@ -135,12 +143,28 @@ def read_run(folder):
     return pd.DataFrame([run]), progress.assign(run_name=folder.name)
 
 
-def why_diverged(folder):
-    """What the script said when a gradient or a return was not finite; "" if it did not."""
-    file = folder / "diverged.txt"
-    if not file.exists():
+def value_text(value):
+    """Of a flag. A text that reads as another type is quoted."""
+    other = r"[-+]?\d+(\.\d*)?(e[-+]?\d+)?|nan|-?inf|True|False|None"
+    is_like_another = isinstance(value, str) and re.fullmatch(other, value)
+    return repr(value) if is_like_another else str(value)
+
+
+def typed(value):
+    """Text of an environment's argument, which is one of several."""
+    is_several = isinstance(value, str) and re.search(r"^$|^[\[{]|['\",=]", value)
+    return repr(value) if is_several else value_text(value)
+
+
+def why_failed(folder):
+    """The type and the message of the error that ended the run; "" if none did, or it finished."""
+    files = [folder / "failed.txt", folder / "diverged.txt"]  # the latter of older scripts
+    there = [file for file in files if file.exists() and not (folder / "summary.json").exists()]
+    if not there:
         return ""
-    return "diverged: " + file.read_text(encoding="utf-8").removeprefix("error:").strip()
+    text = there[0].read_text(encoding="utf-8").strip()
+    text = re.sub("^(Failed: )?error: ", "", text)
+    return f"diverged: {text}" if "not finite" in text else text
 
 
 def distinct(sessions, names):
@@ -170,8 +194,9 @@ def write_pack(runs, progress, file):
 
 def in_cells(runs):
     """The runs, with the columns of CELL and `state`: finished, not finished, or how it failed. One
-    from which another of its cell began, and finished, is left out. Refuses a run that is there
-    twice, and mixed cells."""
+    from which another of its cell began, and finished, is left out, and one that failed, where
+    another of its seed finished, or failed later. Refuses a run that is there twice, and mixed
+    cells."""
     for name in runs["run_name"][runs["run_name"].duplicated()]:
         raise Refusal(f"{name}: in two places; to add to a pack, give it and the new runs only")
     runs = runs.assign(**{name: runs.get(name, "") for name in LATER})
@@ -179,24 +204,35 @@ def in_cells(runs):
     noisy = runs["noise"] + " " + runs["noise_level"]
     noise = noisy.mask(runs["noise"] == "none", "clean")
     task = runs["env_id"] + runs["env_kwargs"].str.replace("(.+)", r" (\1)", regex=True)
-    state = runs["diverged"].replace("", "not finished").mask(runs["finished"], "finished")
+    state = runs["failed"].replace("", "not finished").mask(runs["finished"], "finished")
     runs = runs.assign(task=task, noise=noise, method=runs["exp_name"], state=state)
     origin = runs["start_from"].map(lambda text: Path(text).name)
     began = runs[runs["finished"]].assign(run_name=origin)[["run_name", *CELL]]
     is_origin = runs["run_name"].isin(runs.merge(began)["run_name"])
-    runs = runs[~is_origin]
-    check(runs[runs["state"] != "not finished"])
-    return runs
+    seed = runs.groupby([*CELL, "seed"])
+    has_finished = seed["finished"].transform("any")
+    failed = runs[has_failed(runs)].assign(started=runs.get("started", ""))  # older packs lack it
+    last = failed.sort_values("started").drop_duplicates([*CELL, "seed"], keep="last")
+    is_replaced = has_failed(runs) & (has_finished | ~runs.index.isin(last.index))
+    replaced = seed["run_name"].transform(lambda names: names.isin(failed["run_name"]).any())
+    check(runs[~is_origin & ~is_replaced & (runs["state"] != "not finished")], replaced)
+    return runs[~is_origin & ~is_replaced]
 
 
-def check(runs):
-    """Refuses cells of two settings or with a seed twice."""
+def has_failed(runs):
+    return ~runs["state"].isin(["finished", "not finished"])
+
+
+def check(runs, replaced):
+    """Refuses cells with a seed twice, or of two settings, except that a run of a seed that has
+    `failed` may have others."""
     settings = runs.columns.difference(NO_SETTINGS)
     for cell, group in runs.groupby(CELL):
         where = " ".join(cell)
+        alike = group[~replaced[group.index] | has_failed(group)]
         for name in ["script", *settings]:
-            if differ(group[name]):
-                values = ", ".join(sorted(set(group[name])))
+            if differ(alike[name]):
+                values = ", ".join(sorted(set(alike[name])))
                 raise Refusal(f"{where}: runs differ in {name} ({values}); report them separately")
         for seed in group["seed"][group["seed"].duplicated()]:
             names = " and ".join(group["run_name"][group["seed"] == seed])

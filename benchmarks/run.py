@@ -44,8 +44,9 @@ class Args:
 
 def key_of(script, *words):
     """What tells commands apart: the script's name and its flags, but for the folder of runs."""
-    flags = re.sub(r"(?m)^--runs[-_]dir(=|\n).*$", "", "\n".join(words))
-    return Path(script).name, *flags.split()
+    option = re.compile("--runs[-_]dir")
+    kept = [word for before, word in zip(("", *words), words) if not option.fullmatch(before)]
+    return Path(script).name, *(word for word in kept if not option.match(word))
 
 
 def unfinished(commands, runs_dir):

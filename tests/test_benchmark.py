@@ -16,7 +16,7 @@ import ale_py
 import gymnasium as gym
 import helpers
 import pytest
-from helpers import SETTINGS, sha256
+from helpers import SETTINGS, import_file, sha256
 
 import sppo_rlhf
 
@@ -262,6 +262,14 @@ def test_a_failed_run_is_named_and_the_others_go_on(stubs):
     log = re.search(r"failed, see (runs/logs/Pong__1__\w+\.log)", result.stdout)[1]
     assert Path(log).read_text().endswith("ValueError: no\n")
     assert len(records()) == 1
+
+
+def test_a_command_is_told_by_its_words_but_for_the_folder_of_runs():
+    key_of = import_file(ROOT / "benchmarks/run.py").key_of
+    assert key_of("a.py", "--x", "a  b") != key_of("a.py", "--x", "a b")
+    words = ["--x", "1"]
+    for more in (["--runs-dir", "p"], ["--runs_dir=q"]):
+        assert key_of("a.py", *more, *words) == key_of("b/a.py", *words)
 
 
 @pytest.mark.parametrize("name", ["sppo_continuous.py", "parts/helper.py", "../data.jsonl"])

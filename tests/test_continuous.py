@@ -3,6 +3,8 @@
 Text that both scripts share, which `test_repository.py` guards, is tested on `sppo_continuous.py`
 alone."""
 
+import itertools
+from decimal import Decimal
 from types import SimpleNamespace
 
 import gymnasium as gym
@@ -179,6 +181,24 @@ def test_an_episode_that_does_not_end_is_cut_off_in_an_evaluation(freq, limit, l
     assert lengths == length
     said = f"warning: evaluation cut after {length:,} steps; see --checkpoint-freq\n"
     assert capsys.readouterr().out == said
+
+
+@pytest.mark.parametrize(
+    "one",
+    [np.float16(1), torch.tensor([1.0]).bfloat16(), Decimal(1), np.ones((), np.float32), 1],
+    ids=str,
+)
+def test_an_evaluation_adds_rewards_and_reads_observations_in_float64(one):
+    """As training does, whatever their type. In bfloat16, 256 + 1 is 256."""
+    agent = make_agent(hidden_sizes=())
+    env = gym.Env()
+    obs = np.full(11, one).reshape(11).tolist() if isinstance(one, Decimal) else [float(one)] * 11
+    env.reset = lambda seed: (obs, {})
+    steps = itertools.count(1)
+    env.step = lambda _: (obs, one, next(steps) == 3000, False, {})
+    args = script.Args(eval_episodes=1)
+    scores, lengths, _ = script.evaluate(agent, args, script.RunningStats(), 0, env)
+    assert scores == lengths == 3000
 
 
 # ---- Rollouts

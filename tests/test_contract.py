@@ -6,6 +6,7 @@ import itertools
 import json
 import os
 import random
+import re
 import shutil
 import subprocess
 import sys
@@ -104,10 +105,7 @@ def evaluated(folder):
 
 def step_and_speeds(state):
     """Step, and steps per second, in a checkpoint."""
-    progress = state["progress"]
-    if isinstance(progress, dict):
-        return progress["global_step"], progress["speeds"]
-    return progress[0], progress[-1]
+    return state["progress"][0], state["progress"][-1]
 
 
 # ---- What a run leaves
@@ -189,7 +187,7 @@ def test_a_metric_may_be_missing_and_no_return_may_be_nan(setting):
     _, folder = setting.run(RUNS, **flags)
     lengths = [row["charts/episodic_length"] for row in progress(folder)]
     np.testing.assert_equal(lengths, [np.nan, np.nan, 10, 10])
-    with pytest.raises(setting.script.Diverged, match="a return of the evaluation at step 4"):
+    with pytest.raises(setting.script.Failed, match="a return of the evaluation at step 4"):
         setting.script.evaluation_row(4, np.array([1, np.inf]), np.ones(2), [])
 
 
@@ -416,20 +414,58 @@ def test_a_run_that_starts_from_another_equals_one_that_was_long_from_the_start(
 
 
 @only(*KINDS)
-def test_a_run_starts_only_from_a_finished_one_with_fewer_steps(setting, launch):
-    """Nothing has begun then."""
+def test_a_run_starts_only_from_a_checkpoint_with_fewer_steps(setting, launch, monkeypatch):
+    """On which nobody is at work. Nothing has begun otherwise."""
+    monkeypatch.setattr(setting.script, "FileLock", lambda path, **_: FileLock(path, timeout=0))
+    folder = setting.interrupt(RUNS, 0, **every(setting))
+    assert launch(start_from=folder, seed=2)[0] == f"error: {folder} has no checkpoint"
     folder = setting.interrupt(RUNS, 1, **every(setting))
-    assert " has no finished run; others go on by " in launch(start_from=folder, seed=2)[0]
+    with FileLock(folder / "lock"):
+        end, _, _ = launch(start_from=folder, seed=2)
+    assert end.startswith(f"error: another process is at work on {folder.absolute()}, or locking")
     _, folder = setting.run(RUNS, **every(setting))
     end, _, _ = launch(start_from=folder)
     assert end.startswith(f"error: {folder} has {4 * setting.batch:,} of ")
     assert len(list(RUNS.iterdir())) == 1
 
 
+@only(*KINDS)
+def test_a_run_goes_on_from_an_unfinished_one_by_any_name(setting, launch, monkeypatch):
+    """It keeps the rows if it does the same; else it has none, and what differs is said."""
+    flags = every(setting) | ({"anneal_lr": False} if setting == SPPO_ATARI else {})
+    _, whole = setting.run("whole", **flags)
+    parent = setting.interrupt(RUNS, 2, **flags)
+    os.symlink(parent.absolute(), "link")
+    end, out, _ = launch(**flags, start_from="link")
+    at = f"starts from {parent.name} at step {2 * setting.batch:,}; other: "
+    assert end == 0
+    assert f"{at}nothing, it goes on\n" in out
+    (folder,) = {path for path in RUNS.iterdir() if path.name != parent.name}
+    assert_same_bytes(setting, folder, whole)
+    end, out, _ = launch(**flags, start_from="link", seed=2, learning_rate=1e-6)
+    rate = setting.args(RUNS).learning_rate
+    said = ["seed 1 -> 2", f"learning_rate {rate} -> 1e-06"]
+    assert end == 0
+    (line,) = re.findall(f"{re.escape(at)}(.*)", out)
+    assert sorted(line.split(", ")) == sorted(said)
+    names = {parent.name, folder.name}
+    (other,) = {path for path in RUNS.iterdir() if path.name not in names}
+    assert min(evaluated(other)) >= (2 if setting.is_text else 3) * setting.batch
+
+
+@only(SA2C_CONTINUOUS, SA2C_ATARI)
+def test_the_state_of_another_optimizer_is_refused(setting, launch):
+    """It would be read, and fail at the first step."""
+    ppo = SPPO_ATARI if setting.atari else SPPO_CONTINUOUS
+    _, folder = ppo.run("ppo")
+    end, _, _ = launch(start_from=folder, total_timesteps=10_000)
+    assert end == f"error: {folder.absolute() / 'checkpoint.pt'} is from another optimizer"
+
+
 @only(*ALL)
-def test_a_started_run_has_its_own_tasks_scores_and_its_own_flags(setting):
-    """Those of another environment, or another reward, stay behind. What the optimizer has saved
-    does not override flags."""
+def test_a_started_run_has_its_own_scores_and_its_own_flags(setting):
+    """Those of a run with other flags stay behind. What the optimizer has saved does not override
+    flags."""
     flags = every(setting)
     if setting in CONTINUOUS:
         flags |= {"env_id": "Low-v0"}
@@ -475,17 +511,26 @@ def make_infinite(setting, patch):
     patch.setattr(setting.script, setting.loss_name, infinite)
 
 
-FAULTS = [  # what goes wrong in the second update, what is said, and whether it was evaluated
-    (break_disk, "No space left on device", True),
-    (save_more, "checkpoint.pt.tmp can't be read: it is damaged, or has more than tensors", True),
-    (make_infinite, "error: gradient not finite, step {} (rate? reward?)", False),
+def raise_error(setting, patch):
+    def raising(*_):
+        raise ValueError("two\nlines")
+
+    patch.setattr(setting.script, setting.loss_name, raising)
+
+
+FAULTS = [  # what goes wrong in the second update, what is said, and what failed.txt has
+    (break_disk, "No space left on device", None),
+    (save_more, "checkpoint.pt.tmp can't be read: it is damaged, or has more than tensors", None),
+    (make_infinite, "error: gradient not finite, step {} (rate? reward?)", "Failed: "),
+    (raise_error, "two\nlines", "ValueError: "),
 ]
 
 
 @only(*ALL)
-@pytest.mark.parametrize(("fault", "message", "has_row"), FAULTS)
-def test_an_error_leaves_the_checkpoint_before_it(setting, launch, fault, message, has_row):
-    """The same command continues from there; what was written after it does not come twice."""
+@pytest.mark.parametrize(("fault", "message", "noted"), FAULTS)
+def test_an_error_leaves_the_checkpoint_before_it(setting, launch, fault, message, noted):
+    """The same command continues from there; what was written after it does not come twice. An
+    error that may be the method's is noted, until the run goes on."""
     flags = every(setting)
     steps = [i * setting.batch for i in (1, 2, 3, 4)]
     folder = setting.interrupt(RUNS, 1, **flags)
@@ -493,16 +538,16 @@ def test_an_error_leaves_the_checkpoint_before_it(setting, launch, fault, messag
         fault(setting, patch)
         try:
             end, _, _ = launch(**flags)
-        except OSError as error:
+        except (OSError, ValueError) as error:
             end = str(error)
     assert message.format(steps[1]) in end
     assert step_and_speeds(checkpoint(folder))[0] == steps[0]
-    assert evaluated(folder) == steps[: 2 if has_row else 1]
-    diverged = folder / "diverged.txt"
-    assert diverged.exists() != has_row
-    assert has_row or end == diverged.read_text().strip()
+    assert evaluated(folder) == steps[: 1 if noted else 2]
+    failed = folder / "failed.txt"
+    assert failed.exists() == bool(noted)
+    assert not noted or failed.read_text() == f"{noted}{' '.join(end.split())}\n"
     end, out, _ = launch(**flags)
-    assert diverged.exists() != has_row  # a report must know, until the run has finished
+    assert not failed.exists()
     assert end == 0
     assert f"from step {steps[0]}, with" in out
     assert evaluated(folder) == steps

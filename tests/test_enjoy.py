@@ -42,13 +42,30 @@ def test_enjoy_prints_the_score_of_the_evaluation(setting, watch, tmp_path, caps
         end, out, err = watch(folder, "--episodes", 3, "--seed", 1 + int(row["step"]))
         score = f"{row['return_mean']:.1f} (standard deviation {row['return_std']:.1f})"
         assert end == 0
-        assert out == f"{folder}: return {score}\n"
+        measures = [f"length_mean: {row['length_mean']:.4g}\n"]
+        if "success_rate" in row:
+            measures.append(f"success_rate: {row['success_rate']:.4g}\n")
+        assert out == f"{''.join(measures)}{folder}: return {score}\n"
         assert err == ""
         assert {path: helpers.sha256(path) for path in folder.iterdir()} == before
 
     flags = {"eval_freq": 64, "eval_episodes": 3, "total_timesteps": 128}
     check(setting.interrupt(tmp_path, 1, **flags))
     check(setting.run(tmp_path, **flags)[1])
+
+
+@only(SPPO_CONTINUOUS)
+def test_enjoy_plays_in_another_environment_by_a_script_that_was_a_link(setting, watch, tmp_path):
+    """With its arguments beside the run's own."""
+    limits = ['{"max_episode_steps": 7}', '{"max_episode_steps": 4}']
+    _, folder = setting.run(tmp_path, env_id="HalfCheetah-v4", env_kwargs=limits[0])
+    (folder / "stored").write_bytes((folder / "sppo_continuous.py").read_bytes())
+    path = folder / "sessions.jsonl"
+    path.write_text(
+        path.read_text().replace('"script": "sppo_continuous.py"', '"script": "stored"')
+    )
+    assert "length_mean: 7\n" in watch(folder)[1]
+    assert "length_mean: 4\n" in watch(folder, "--env-kwargs", limits[1])[1]
 
 
 @only(*ATARI)

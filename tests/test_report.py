@@ -41,14 +41,14 @@ def make_run(
     columns=(),
     evaluations=12,
     finished=True,
-    diverged="",
+    failed="",
     continued=(),
     runs=RUNS,
     **changes,
 ):
     """A folder as scripts leave it, with twelve evaluations, the first the best, the last `score`.
     `version` and `imported`: all that is in the script and in what it imports; `columns` of
-    progress.csv; `diverged`: why; what a `continued` run's second session says; `changes` of
+    progress.csv; `failed`: why; what a `continued` run's second session says; `changes` of
     arguments."""
     texts = {rf"C:\{script}": version, "/y/helper.py": imported}
     files = {path: hashlib.sha256(text.encode()).hexdigest() for path, text in texts.items()}
@@ -68,8 +68,8 @@ def make_run(
     progress["charts/episodic_return"] = np.linspace(0, score / 2, 12)
     table = pd.DataFrame(progress | dict(columns))[-evaluations:]
     table.to_csv(folder / "progress.csv", index=False)
-    if diverged:
-        (folder / "diverged.txt").write_text(f"error: {diverged}\n")
+    if failed:
+        (folder / "failed.txt").write_text(f"{failed}\n")
     elif finished:
         summary = {"step": int(table["step"].max())}
         (folder / "summary.json").write_text(json.dumps(summary))
@@ -213,35 +213,97 @@ def test_runs_that_lack_the_measure_are_named_and_what_is_alone_in_a_pair():
     assert "**0 of 0 differences" in page
 
 
-def test_diverged_runs_count_with_the_score_that_is_given():
+def test_failed_runs_count_with_the_score_that_is_given():
     """Others that did not finish do not."""
+    why = ["", "", "Failed: error: gradient not finite, step 9 (rate?)", "ValueError: NaN in QACC"]
     for seed, score in enumerate([10, 12, 14, 15]):
         make_run("dppo", score, seed)
-        make_run("sppo", 2 * score, seed, diverged=(seed > 1) and "gradient not finite")
+        make_run("sppo", 2 * score, seed, failed=why[seed])
     make_run("dppo", 16, seed=4)
     make_run("sppo", 1, seed=4, finished=False)
     page = write_report()
-    begin = f"2 of 10 runs diverged. Scores given: {HOPPER} none (if none, survivors alone are"
+    begin = f"2 of 10 runs failed: 1 ValueError, 1 diverged. Scores given: {HOPPER} none (if none, "
     assert page.splitlines()[2].startswith(begin)
     row = "| Hopper-v4 | clean | 13.4 ± 1.1 | 22.0 ± 2.0 (n = 2 of 5) |"
     assert rows_after(page)[1] == row
-    assert f"{HOPPER}__sppo__none__2__abc (diverged: gradient not finite)" in page
+    assert f"{HOPPER}__sppo__none__2__abc (diverged: gradient not finite, step 9 (rate?))" in page
     assert rows_after(page, "Training (")[1].endswith(" 11.0 ± 1.0 (n = 2 of 5) |")
 
     pack = Path("N-runs.csv.gz")
-    options = {"diverged": ("-3",), "names": (f"{HOPPER}=Hop",)}
+    options = {"failed": ("-3",), "names": (f"{HOPPER}=Hop",)}
     page = write_report(pack=pack, **options)
     assert page == write_report(pack, **options)
     assert "Scores given: Hop -3 (" in page.splitlines()[2]
     assert "Scores given: Hop -3 (" in Path("out/scores.tex").read_text()
+    assert "2 failed runs have the score given from their last evaluation on." in page
     (row,) = pd.read_csv("out/differences.csv").to_dict("records")
     test = stats.ttest_ind([20, 24, -3, -3], [10, 12, 14, 15, 16], equal_var=False)
     assert row["p"] == approx(test.pvalue)
     run = RUNS / f"{HOPPER}__sppo__none__2__abc"
-    with pytest.raises(runs.Refusal, match="no finished run of 1; diverged: gradient not finite;"):
+    with pytest.raises(runs.Refusal, match="no finished run of 1; diverged: gradient not finite,"):
         write_report(run)
     (run / "summary.json").write_text('{"step": 1200}')
-    assert f"**{run.name} finished, but first diverged: gradient not finite**" in write_report()
+    assert "1 of 10 runs failed: 1 ValueError." in write_report()
+
+
+def test_failed_runs_have_the_score_given_in_curves(monkeypatch):
+    """From their last evaluation on."""
+    curves = []
+    monkeypatch.setattr(figures, "draw_curves", lambda runs, progress, *_: curves.append(progress))
+    make_run("sppo", 11, seed=1)
+    make_run("sppo", 22, seed=2, failed="ValueError: a")
+    path = RUNS / f"{HOPPER}__sppo__none__2__abc/progress.csv"
+    pd.read_csv(path)[:5].to_csv(path, index=False)
+    monkeypatch.setattr(figures, "draw_differences", lambda *_: None)
+    report.main(report.Args(folders=(RUNS,), out=OUT, failed=("-3",)))
+    table = curves[0].pivot(index="step", columns="run_name", values="return_mean")
+    assert table.iloc[:4, 1].to_list() == approx(pd.read_csv(path)["return_mean"][:4].to_list())
+    assert (table.iloc[4:, 1] == -3).all()
+    assert (table.iloc[:, 0] != -3).all()
+    assert len(table) == 12
+
+
+def test_another_run_of_a_seed_stands_for_one_that_failed():
+    """With another rate or script. Of several that failed, the last counts."""
+    for seed in (1, 2, 3):
+        make_run("dppo", seed, seed)
+        make_run("sppo", seed, seed) if seed > 1 else None
+    make_run("sppo", 9, seed=2, failed="ValueError: a", vf_coef=0.1, version="def")
+    page = write_report()
+    name = f"{HOPPER}__sppo__none__2__def"
+    assert f"**Failed, but another run of the seed counts: {name} (ValueError: a).**" in page
+    assert rows_after(page)[1].endswith("| 2.50 ± 0.50 (n = 2) |")
+    for version, hour in (("one", 10), ("two", 14)):
+        folder = make_run("sppo", 9, seed=1, failed=f"ValueError: {version}", version=version)
+        sessions = folder / "sessions.jsonl"
+        sessions.write_text(sessions.read_text().replace("12:00:00", f"{hour}:00:00"))
+    page = write_report()
+    assert "1 of 6 runs failed: 1 ValueError." in page
+    assert "one (ValueError: one)" in page
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [(1, "1"), (True, "True"), (None, "None"), (1.0, "1.0"), ([1], "[1]"), ({"a": 1}, "{'a': 1}")],
+)
+def test_an_environments_argument_keeps_its_type(one, other):
+    """In the task's name, also beside others."""
+    tasks = []
+    for value in (one, other):
+        make_run("sppo", 1, env_kwargs=json.dumps({"level": value}), version=f"{len(tasks)}")
+        (folder,) = RUNS.iterdir()
+        table, _ = runs.read_run(folder)
+        tasks += table["env_kwargs"].to_list()
+        shutil.rmtree(folder)
+    assert len(set(tasks)) == 2
+
+
+def test_scores_that_differ_by_rounding_are_equal():
+    for seed in range(5):
+        make_run("dppo", 100, seed)
+        make_run("sppo", 100 * (1 + 1e-15 * (seed + 1)), seed)
+    page = write_report()
+    assert "**0 of 1 differences have p below 0.05" in page
 
 
 @pytest.mark.parametrize(
@@ -501,7 +563,7 @@ def test_runs_that_are_not_finished_and_seeds_that_a_cell_lacks_are_named():
     "changes, why",
     [
         ({"vf_coef": 0.1}, r"Hopper-v4 clean sppo: runs differ in vf_coef \(0.1, 0.5\)"),
-        ({"vf_coef": 0.1, "diverged": "nan"}, r"runs differ in vf_coef"),
+        ({"vf_coef": 0.1, "failed": "ValueError: nan"}, r"runs differ in vf_coef"),
         ({"script": "mine.py"}, r"runs differ in script \(mine.py, sppo_continuous.py\)"),
         ({"seed": 1}, r"Hopper-v4 clean sppo: seed 1 is there twice \(.* and .*\)"),
     ],
@@ -597,9 +659,9 @@ def test_a_task_whose_runs_are_not_alike_is_named(changes, unlike):
         ({"names": ("a=b",)}, "--names a=b: not NAME=VALUE; there are .*, clean, dppo, sppo"),
         ({"names": ("sppo=dppo",)}, "--names sppo=dppo: two would be called the same"),
         ({"colors": ("sppo=#12345",)}, "--colors sppo=#12345: not all are colours"),
-        ({"diverged": ("Hopper=0",)}, "--diverged Hopper=0: not NAME=VALUE; there are Hopper-v4"),
-        ({"diverged": ("-9",)}, "--diverged -9: not NAME=VALUE"),
-        ({"diverged": ("Hopper-v4=nan",)}, "--diverged Hopper-v4=nan: not all are numbers"),
+        ({"failed": ("Hopper=0",)}, "--failed Hopper=0: not NAME=VALUE; there are Hopper-v4"),
+        ({"failed": ("-9",)}, "--failed -9: not NAME=VALUE"),
+        ({"failed": ("Hopper-v4=nan",)}, "--failed Hopper-v4=nan: not all are numbers"),
         ({"measure": "cost:five"}, "--measure cost:five: not recorded; there are.* training; "),
         ({"pack": Path("N.csv.gz")}, "--pack N.csv.gz: its name must end with -runs.csv.gz"),
         ({"folders": ("runs", "runs")}, "Hopper-v4__dppo__none__0__abc: in two places"),

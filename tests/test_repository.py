@@ -100,8 +100,8 @@ def definitions(script):
 OWN = {"Args", "gradient_and_metrics", "loss_and_metrics", "update", "check", "train"}
 SAME = [
     (SCRIPTS, "perturb_advantage file_digests means load_checkpoint atomic_write begin_session"),
-    (SCRIPTS, "start_digest Diverged"),
-    (CONTROL, "compute_gae run_folder evaluation_row"),
+    (SCRIPTS, "start_digest differences Failed failure_noted"),
+    (CONTROL, "compute_gae run_folder evaluation_row restore"),
     (CONTINUOUS, "make_env prepare RunningStats NormalizedEnvs perturb_reward mlp numpy_layer"),
     (CONTINUOUS, "Agent Batch collect evaluate compiled save_agent main"),
     (ATARI, "AtariGames Agent sample_gumbel Batch collect evaluate compiled save_agent main"),
@@ -140,7 +140,7 @@ def test_a_script_names_its_licence_is_short_and_begins_with_the_algorithm(scrip
     holder = re.search(r"(?m)^Copyright \(c\) (.*)$", (ROOT / "LICENSE").read_text()).group(1)
     assert lines[0] == f"# SPDX-FileCopyrightText: {holder}"
     assert lines[1] == f"# SPDX-License-Identifier: {PROJECT['license']}"
-    assert len(lines) <= (889 if script in CONTINUOUS else 800 if script in ATARI else 1440)
+    assert len(lines) <= (940 if script in CONTINUOUS else 850 if script in ATARI else 1480)
     assert max(map(len, lines)) <= 100 >= len(source("toy").splitlines())
     order = list(definitions(script))
     for name in ("perturb_reward", "symmetric_policy_losses", "train"):
