@@ -73,8 +73,9 @@ def load_run(folder, plays=True):
     is_text = hasattr(script, "local_digests")
     if is_text:
         os.chdir(script.START)
-    if hasattr(script, "prepare") and plays:
-        script.prepare(run_args)  # imports the environment or the reward functions
+    if plays:  # imports the environment, or the reward functions
+        for name in {"prepare", "import_functions"} & vars(script).keys():
+            vars(script)[name](run_args)
     local = script.local_digests(run_args) if is_text else {}
     if not plays:  # an environment is not imported
         files = filter(Path.is_file, map(Path, session["files"]))
@@ -189,7 +190,7 @@ def play_control(script, run_args, tensors, args):
             frames = keep_frames(env, lambda _: env.render(), lambda result: result[2] or result[3])
         agent, obs_stats = control_agent(script, run_args, tensors, env)
         scores, lengths, *rows = script.evaluate(agent, run_args, obs_stats, args.seed, env)
-    measures = script.means(sum(rows, []))
+    measures = script.means(sum(rows, [])) if hasattr(script, "means") else {}
     return scores, lengths, measures, frames, env.metadata.get("render_fps") or 30, 1
 
 
@@ -245,7 +246,11 @@ def main():
         sys.exit(f"error: {error} (is its module on PYTHONPATH?)")
     except (FileNotFoundError, gym.error.Error) as error:
         sys.exit(f"error: {error}")
-    if own_kwargs := json.loads(args.env_kwargs):
+    try:
+        own_kwargs = dict(json.loads(args.env_kwargs))
+    except (TypeError, ValueError):
+        sys.exit('error: --env-kwargs must be a JSON object, as {"delay": 5}')
+    if own_kwargs:
         if not hasattr(run_args, "env_kwargs"):
             sys.exit("error: --env-kwargs is for continuous control")
         run_args.env_kwargs = json.dumps(json.loads(run_args.env_kwargs) | own_kwargs)

@@ -614,10 +614,11 @@ def start_digest(args):
     if step >= args.total_timesteps:
         sys.exit(f"error: {args.start_from} has {step:,} of --total-timesteps already: give more")
     try:
-        with FileLock(path.with_name("lock"), timeout=10):  # several may start from it at once
-            return {str(path): hashlib.sha256(np.memmap(path, mode="r")).hexdigest()}
+        with suppress(PermissionError), FileLock(path.with_name("lock"), timeout=10):
+            pass  # nobody is at work on it, or the folder may only be read
     except OSError as error:
         sys.exit(f"error: another process is at work on {path.parent}, or locking fails: {error}")
+    return {str(path): hashlib.sha256(np.memmap(path, mode="r")).hexdigest()}
 
 
 def differences(*folders):
@@ -777,8 +778,9 @@ def failure_noted(folder):
         raise  # these say nothing of it
     except (Exception, Failed) as error:
         text = " ".join(f"{type(error).__name__}: {error}".split())
-        with atomic_write(failed) as path:
-            path.write_text(f"{text}\n", "utf-8", "backslashreplace")
+        if not re.search("allocate memory|CUDA error|[Cc]onnection", text):  # nor do these
+            with atomic_write(failed) as path:
+                path.write_text(f"{text}\n", "utf-8", "backslashreplace")
         raise
 
 

@@ -830,6 +830,7 @@ def read_rows(name):
             if suffix == ".jsonl":
                 lines = filter(str.strip, file)
                 return json.loads(f"[{','.join(lines)}]")  # errors name the line
+            csv.field_size_limit(2**31 - 1)  # allows long texts
             header, *rows = filter(None, csv.reader(file, strict=True))
             if any(len(row) != len({*header}) for row in rows):
                 raise ValueError("a row has too few or too many values, or a name is there twice")
@@ -914,7 +915,9 @@ def tokenize(row, tokenizer, args):
         text = tokenizer.apply_chat_template(messages, tokenize=False, **options)
         for message in messages:
             content = "" if message.get("tool_calls") else message["content"]
-            if not isinstance(content, str) or content.strip() not in text:
+            as_json = json.dumps(content, ensure_ascii=False)[1:-1]  # as of some tools' results
+            is_there = isinstance(content, str) and (content.strip() in text or as_json in text)
+            if not is_there:
                 name = message["role"]
                 raise ValueError(f"the chat template drops what {name!r} says, or it is no text")
         if messages[-1]["role"] == "assistant":
@@ -1337,6 +1340,10 @@ def file_digests():
 def local_digests(args):
     """{path: SHA-256} of the files of local data and models, without hidden files."""
     names = [args.dataset, args.eval_dataset, args.policy_model, args.tokenizer, *args.reward_model]
+    for name in args.reward_model:
+        adapter = Path(START, name, "adapter_config.json")
+        if adapter.exists():
+            names.append(json.loads(adapter.read_text())["base_model_name_or_path"])
     digests = {}
     for name in filter(None, names):
         root = Path(START, name)
@@ -1364,10 +1371,11 @@ def start_digest(args):
     if step >= args.total_timesteps:
         sys.exit(f"error: {args.start_from} has {step:,} of --total-timesteps already: give more")
     try:
-        with FileLock(path.with_name("lock"), timeout=10):  # several may start from it at once
-            return {str(path): hashlib.sha256(np.memmap(path, mode="r")).hexdigest()}
+        with suppress(PermissionError), FileLock(path.with_name("lock"), timeout=10):
+            pass  # nobody is at work on it, or the folder may only be read
     except OSError as error:
         sys.exit(f"error: another process is at work on {path.parent}, or locking fails: {error}")
+    return {str(path): hashlib.sha256(np.memmap(path, mode="r")).hexdigest()}
 
 
 def differences(*folders):
@@ -1408,8 +1416,9 @@ def failure_noted(folder):
         raise  # these say nothing of it
     except (Exception, Failed) as error:
         text = " ".join(f"{type(error).__name__}: {error}".split())
-        with atomic_write(failed) as path:
-            path.write_text(f"{text}\n", "utf-8", "backslashreplace")
+        if not re.search("allocate memory|CUDA error|[Cc]onnection", text):  # nor do these
+            with atomic_write(failed) as path:
+                path.write_text(f"{text}\n", "utf-8", "backslashreplace")
         raise
 
 

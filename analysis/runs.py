@@ -194,9 +194,9 @@ def write_pack(runs, progress, file):
 
 def in_cells(runs):
     """The runs, with the columns of CELL and `state`: finished, not finished, or how it failed. One
-    from which another of its cell began, and finished, is left out, and one that failed, where
-    another of its seed finished, or failed later. Refuses a run that is there twice, and mixed
-    cells."""
+    from which another of its cell began, and finished or failed, is left out, and one that failed,
+    where another of its seed finished, or failed and was begun later. Refuses a run that is there
+    twice, and mixed cells."""
     for name in runs["run_name"][runs["run_name"].duplicated()]:
         raise Refusal(f"{name}: in two places; to add to a pack, give it and the new runs only")
     runs = runs.assign(**{name: runs.get(name, "") for name in LATER})
@@ -207,16 +207,17 @@ def in_cells(runs):
     state = runs["failed"].replace("", "not finished").mask(runs["finished"], "finished")
     runs = runs.assign(task=task, noise=noise, method=runs["exp_name"], state=state)
     origin = runs["start_from"].map(lambda text: Path(text).name)
-    began = runs[runs["finished"]].assign(run_name=origin)[["run_name", *CELL]]
-    is_origin = runs["run_name"].isin(runs.merge(began)["run_name"])
+    ended = runs[runs["state"] != "not finished"]
+    began = ended.assign(run_name=origin)[["run_name", *CELL]]
+    runs = runs[~runs["run_name"].isin(runs.merge(began)["run_name"])]
     seed = runs.groupby([*CELL, "seed"])
     has_finished = seed["finished"].transform("any")
     failed = runs[has_failed(runs)].assign(started=runs.get("started", ""))  # older packs lack it
     last = failed.sort_values("started").drop_duplicates([*CELL, "seed"], keep="last")
     is_replaced = has_failed(runs) & (has_finished | ~runs.index.isin(last.index))
     replaced = seed["run_name"].transform(lambda names: names.isin(failed["run_name"]).any())
-    check(runs[~is_origin & ~is_replaced & (runs["state"] != "not finished")], replaced)
-    return runs[~is_origin & ~is_replaced]
+    check(runs[~is_replaced & (runs["state"] != "not finished")], replaced)
+    return runs[~is_replaced]
 
 
 def has_failed(runs):

@@ -1,5 +1,6 @@
 """Numbers and tables as text: one format of numbers, Markdown, LaTeX."""
 
+import re
 from decimal import Decimal
 
 import numpy as np
@@ -28,8 +29,21 @@ def mean_text(mean, error, places=None):
 
 
 def interval_text(value, low, high, places=None):
-    texts = texts_of([value, low, high], (high - low) / 2, places)
-    return "{} ({} to {})".format(*texts) if len(texts) == 3 else texts[0]
+    """With digits enough to show on which side of 0 a bound is, unless `places` are given."""
+    half = (high - low) / 2
+    texts = texts_of([value, low, high], half, places)
+    if len(texts) < 3:
+        return texts[0]
+    while places is None and hides_side(texts, low, high):
+        half /= 10
+        texts = texts_of([value, low, high], half)
+    return "{} ({} to {})".format(*texts)
+
+
+def hides_side(texts, *bounds):
+    """Whether a bound that is not 0, by more than rounding, is written as 0."""
+    written = [float(text.replace(",", "")) for text in texts[1:]]
+    return any(not x and abs(bound) > 1e-9 for x, bound in zip(written, bounds))
 
 
 def markdown(header, rows):
@@ -80,12 +94,17 @@ def latex_text(text):
     return str(text).translate(str.maketrans(LATEX))
 
 
+def latex_cell(text):
+    """Bold as in Markdown, and minus signs."""
+    bold = re.sub(r"\*\*(.+)\*\*", r"\\textbf{\1}", text)
+    return re.sub(r"(^|[ ({])-(?=\d)", r"\1$-$", bold)
+
+
 def latex(table, caption, label, narrow):
-    """A table of texts, bold as in Markdown. No wider than a column if `narrow`, else a page."""
+    """A table of texts. No wider than a column if `narrow`, else a page."""
     table = table.map(latex_text).rename(columns=latex_text)
-    changes = {r"\*\*(.+)\*\*": r"\\textbf{\1}", r"(^|[ ({])-(?=\d)": r"\1$-$"}
     options = {"caption": latex_text(caption), "label": label, "position": "t"}
-    text = table.replace(changes, regex=True).to_latex(index=False, **options)
+    text = table.map(latex_cell).to_latex(index=False, **options)
     lengths = r"\setlength{\tabcolsep}{4pt}\setlength{\belowcaptionskip}{4pt}"
     text = text.replace("[t]", rf"[t]\centering\small{lengths}")
     text = text.replace(r"\begin{tabular}", FITTED + r"\begin{tabular}")

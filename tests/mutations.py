@@ -12,8 +12,8 @@ ROOT = Path(__file__).resolve().parent.parent
 # File, tests (as for pytest -k) in tests/test_FILE.py, what is there once, what comes instead
 MUTATIONS = r"""
 analysis/compare.py: report brunner
-- + (a >= b).mean(axis=-1)
-+ + (a > b).mean(axis=-1)
+- + (a >= b - rounding).mean(axis=-1)
++ + (a > b + rounding).mean(axis=-1)
 sppo_atari.py: atari plain_emulator
 - np.sign(reward), over
 + reward, over

@@ -290,8 +290,9 @@ def test_an_edited_environment_makes_another_run(launch, tmp_path, monkeypatch):
         assert ("from step 0" in launch(**flags)[1]) == trains
 
 
-READ = "texts.jsonl saved/1 saved/2 policy/weights reward/weights words/1".split()
+READ = "texts.jsonl saved/1 saved/2 policy/weights reward/weights words/1 base/1".split()
 READ = {name: name for name in READ} | {
+    "reward/adapter_config.json": '{"base_model_name_or_path": "base"}',
     "own_part.py": "def own(texts): pass",
     "own_training.py": "from own_part import own",
     "own_other.py": "from own_part import own",

@@ -16,7 +16,7 @@ from pytest import approx
 from scipy import optimize, special, stats
 
 import report
-from analysis import compare, figures, runs
+from analysis import compare, figures, runs, tables
 
 ROOT = Path(__file__).resolve().parent.parent
 HOPPER = "Hopper-v4"
@@ -282,6 +282,16 @@ def test_another_run_of_a_seed_stands_for_one_that_failed():
     assert "one (ValueError: one)" in page
 
 
+def test_a_failed_run_is_not_replaced_by_the_one_it_began_from():
+    parents = [make_run("sppo", 1, seed, version="short") for seed in (1, 2)]
+    for seed, parent in enumerate(parents, 1):
+        flags = {"total_timesteps": 2400, "start_from": parent.name}
+        make_run("sppo", 2, seed, failed=(seed == 1) and "ValueError: a", version="long", **flags)
+    page = write_report()
+    assert "1 of 2 runs failed: 1 ValueError." in page
+    assert rows_after(page)[1].endswith("| 2.000 (n = 1 of 2) |")
+
+
 @pytest.mark.parametrize(
     ("one", "other"),
     [(1, "1"), (True, "True"), (None, "None"), (1.0, "1.0"), ([1], "[1]"), ({"a": 1}, "{'a': 1}")],
@@ -296,6 +306,16 @@ def test_an_environments_argument_keeps_its_type(one, other):
         tasks += table["env_kwargs"].to_list()
         shutil.rmtree(folder)
     assert len(set(tasks)) == 2
+
+
+def test_an_interval_shows_on_which_side_of_0_its_bounds_are():
+    assert tables.interval_text(-20, -41, 0.4) == "-20.0 (-41.0 to 0.4)"
+    assert tables.interval_text(-20, -41, -0.04) == "-20.00 (-41.00 to -0.04)"
+    assert tables.interval_text(-20, -40, 0.0) == "-20 (-40 to 0)"
+
+
+def test_negative_numbers_have_minus_signs_in_latex_when_bold_too():
+    assert tables.latex_cell("**-20 ± 3** (-4 to 5)") == r"\textbf{$-$20 ± 3} ($-$4 to 5)"
 
 
 def test_scores_that_differ_by_rounding_are_equal():

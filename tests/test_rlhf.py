@@ -536,6 +536,7 @@ def test_messages_are_the_prompt_if_the_last_one_is_not_the_assistants(chat_toke
     ("m.content", [said("user", None)], True),
     ("m.content | trim", [said("user", " the plot\n")], False),
     ("m.content or m.tool_calls", [said("a", None, tool_calls=[{"name": "f"}]), *CHAT], False),
+    ("m.content | tojson", [said("tool", '{"a":\n"é"}'), *CHAT], False),
 ])  # fmt: skip
 def test_messages_that_do_not_reach_the_policy_are_refused(
     chat_tokenizer, content, chat, is_refused
@@ -799,7 +800,7 @@ def test_a_rollout_logs_kl_entropy_length_deviation_and_explained_variance(monke
 ODD = [
     {"prompt": "the, plot", "n": 3, "long": 2**53 + 1, "code": "007", "date": "2037-05-06"},
     {"prompt": "the\nplot", "none": None, "label": "", "nested": [[1, 2.5]]},
-    {"prompt": "a" * 2**16, "info": {"é": 1}, "long": -1, "date": "2037"},
+    {"prompt": "a" * 2**18, "info": {"é": 1}, "long": -1, "date": "2037"},
 ]
 
 
