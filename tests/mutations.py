@@ -80,7 +80,7 @@ sppo_rlhf.py: pretended_gpu on_a_pretended_gpu
 sppo_rlhf.py: pretended_gpu on_a_pretended_gpu
 - torch.tensor(prompt, device=device)
 + torch.tensor(prompt)
-sppo_rlhf.py: rlhf samples_otherwise
+sppo_rlhf.py: rlhf as_computed_by_hand
 - generated.scores, 1)
 + generated.logits, 1)
 benchmarks/run.py: benchmark games_go_to_gpus
