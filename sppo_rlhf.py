@@ -24,10 +24,9 @@ processes. Prompts are texts or chat messages, rewards come from classifiers or 
 and targets of a supervised loss are texts. For anything else, edit `tokenize` and `load`.
 
 From "Symmetric Reinforcement Learning Loss for Robust Learning on Diverse Tasks and Model Scales"
-(Byun & Perrault, ICML 2025, arXiv 2405.17618), which adds a reverse cross-entropy term to the PPO
-loss, meant to make training robust to noise. Each token is an action. With p its probability, p_old
-its probability when it was sampled (before top-k), r = p / p_old, A its advantage, and Z < 0 a
-constant that stands for log 0:
+(Byun & Perrault, ICML 2025, arXiv 2405.17618): a reverse cross-entropy term in PPO's loss, against
+noise. Each token is an action. With p its probability, p_old its probability when it was sampled
+(before top-k), r = p / p_old, A its advantage, and Z < 0 a constant that stands for log 0:
 
     PPO loss          L  = -mean( min(A r, A clip(r, 1 - eps, 1 + eps)) )
     reverse PPO loss  Lr = -mean( m A Z (1 - p) / p_old ),  m = 1 where L has a gradient, else 0
@@ -35,13 +34,11 @@ constant that stands for log 0:
 
 SPPO differs from PPO in two lines, "all that SPPO adds to PPO" and `beta * reverse_loss`. The
 gradient of Lr is |Z| times that of L, so SPPO's policy gradient is k = alpha + beta |Z| times
-PPO's, with the authors' weights 0.9 times (imdb) or 0.7 times (tldr). With --beta 0 the script is
-PPO.
+PPO's, 0.9 (imdb) or 0.7 times (tldr) with the authors' weights. With --beta 0 this is PPO.
 
-A reward model scores prompt and response. The reward is given at the last token. Every token pays
-a KL penalty, `kl_coef` times log(p_old / p_ref), against the frozen initial policy. Advantages are
-normalised over sampled tokens (the authors' code counts padding, too). Dropout is off. Steps count
-texts, that is a prompt and its response. `return_mean` and `episodic_return` are mean rewards.
+The reward is given at the last token. Every token pays a KL penalty, `kl_coef` times
+log(p_old / p_ref), against the frozen initial policy. Advantages are normalised over sampled
+tokens. Dropout is off. Steps count texts, each a prompt with its response.
 """
 
 # ruff: noqa: E402  (libraries that load slowly come after the arguments)
