@@ -555,6 +555,29 @@ def test_an_error_leaves_the_checkpoint_before_it(setting, launch, fault, messag
     assert [step for step, _ in scalars(folder)["losses/entropy"]] == steps
 
 
+@pytest.mark.parametrize(
+    ("error", "text"),
+    [
+        (ZeroDivisionError("a\nb"), "ZeroDivisionError: a b\n"),
+        (rlhf.Failed("error: a"), "Failed: error: a\n"),
+        (OSError("a"), None),
+        (SystemExit("a"), None),
+        (KeyboardInterrupt(), None),
+        (RuntimeError("DefaultCPUAllocator: can't allocate memory"), None),
+        (RuntimeError("CUDA error: a"), None),
+        (RuntimeError("Connection closed by peer"), None),
+    ],
+    ids=str,
+)
+def test_only_errors_that_may_be_the_methods_are_noted(tmp_path, error, text):
+    """Not the machine's, nor another process's. An older note is gone."""
+    failed = tmp_path / "failed.txt"
+    failed.write_text("older")
+    with pytest.raises(type(error)), rlhf.failure_noted(tmp_path):
+        raise error
+    assert (failed.read_text() if failed.exists() else None) == text
+
+
 @only(*KINDS)
 def test_a_run_has_one_process_at_a_time(setting, launch):
     folder = setting.interrupt(RUNS, 1, **every(setting))
