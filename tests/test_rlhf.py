@@ -756,6 +756,7 @@ def test_what_a_rollout_cannot_teach_is_said(capsys):
         run(**flags)
         errors = capsys.readouterr().err
         assert [errors.count(f"warning: {message}") for message in messages] == counts
+    rlhf.warn.cache_clear()
     run(**flags, stop_at_eos=False)
     assert messages[1] not in capsys.readouterr().err
 
@@ -843,8 +844,11 @@ def test_data_that_cannot_be_used_are_refused(name, content, message):
 
 
 def test_prompts_that_are_cut_are_counted(chat_tokenizer, capsys):
-    read(chat_tokenizer, [{"prompt": "the plot"}] * 3 + [{"prompt": TEXT}], prompt_length=9)
-    assert "a.jsonl: 4 prompts, of which --prompt-length cuts 1\n" in capsys.readouterr().out
+    longest = len(chat_tokenizer(TEXT)["input_ids"])
+    for length, count in ((longest, 0), (longest - 1, 1)):
+        read(chat_tokenizer, [{"prompt": "the plot"}, {"prompt": TEXT}], prompt_length=length)
+        said = f"a.jsonl: 2 prompts, of which --prompt-length cuts {count}\n"
+        assert said in capsys.readouterr().out
     with refusal("^error: no runs/toy/none: run toy.py, if it is a flag's default$"):
         run(policy_model="runs/toy/none")
 
@@ -1209,14 +1213,14 @@ def stopping_at_a_kl_divergence(limit, folder):
 
 @pytest.mark.parametrize("share", [0.9, 1.1])
 def test_an_update_stops_at_the_kl_divergence_of_a_minibatch(monkeypatch, tmp_path, share):
-    """Of its micro batches together, after an epoch."""
+    """Of its micro batches together, after an epoch. The limit is from a run without them."""
     updates = record(monkeypatch, rlhf, "update")
-    flags = {"total_timesteps": 8, "micro_batch_size": 1, "update_epochs": 3, "learning_rate": 3e-3}
+    flags = {"total_timesteps": 8, "update_epochs": 3, "learning_rate": 3e-3}
     run(**flags)
     limit = share * updates[0][1][1]["losses/approx_kl"].item()
     script = stopping_at_a_kl_divergence(limit, tmp_path / "copy")
     updates = record(monkeypatch, script, "update")
-    train(script, make_args(**SMALL | flags))
+    train(script, make_args(**SMALL | flags | {"micro_batch_size": 1}))
     assert (len(updates[0][1]) == 2) == (share < 1)
 
 
